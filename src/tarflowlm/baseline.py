@@ -1,0 +1,104 @@
+"""The discrete autoregressive language model on the very same Transformer: the yardstick of everything."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tarflowlm.errors import UserError
+from tarflowlm.flow.heads import TokenFeatures
+from tarflowlm.flow.precision import widen
+from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig
+
+IN_PATCH_CHANNELS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineConfig:
+    """Shape of the discrete baseline."""
+
+    family: Literal["ar"] = "ar"
+    """Kind of model; do not change it."""
+    vocab_size: int = 0
+    """Token types V; 0 takes it from the tokenizer."""
+    context: int = 256
+    """Tokens per sequence, in training and at most in generation."""
+    patch: int = 1
+    """Tokens P predicted at once; P divides the context."""
+    in_patch: Literal["autoregressive", "independent"] = "independent"
+    """Inside a patch: every token by a head of its own (the paper's foil), or token j given tokens < j."""
+    trunk: TransformerConfig = field(default_factory=TransformerConfig)
+    """The Transformer."""
+    layers: int = 6
+    """Transformer layers."""
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("context", self.context, 2), ("patch", self.patch, 1), ("layers", self.layers, 1),
+            ("vocab_size", self.vocab_size, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise UserError(f"model.{name} {value}: must be at least {least}")
+        if self.context % self.patch:
+            raise UserError(
+                f"patch {self.patch} does not divide context {self.context}: choose a patch that does, "
+                f"or a context that is a multiple of {self.patch}"
+            )
+
+
+class TokenLM(nn.Module):
+    """p(x) = prod_t p(x_t | x_<t), P tokens at a time; a learned start vector comes first."""
+
+    def __init__(self, config: BaselineConfig) -> None:
+        super().__init__()
+        if config.vocab_size < 1:
+            raise UserError(f"model.vocab_size {config.vocab_size}: set it to the tokenizer's number of symbols")
+        self.config = config
+        width, P = config.trunk.width, config.patch
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.join = nn.Linear(P * width, width) if P > 1 else nn.Identity()
+        self.start = nn.Parameter(torch.randn(width))
+        self.transformer = Transformer(config.trunk, config.layers)
+        in_patch = config.in_patch == "autoregressive"
+        self.token_features = TokenFeatures(width=width, patch=P, latent_dim=IN_PATCH_CHANNELS, in_patch=in_patch)
+        self.in_patch_embedding = nn.Embedding(config.vocab_size, IN_PATCH_CHANNELS) if P > 1 and in_patch else None
+        self.head = nn.Linear(width, config.vocab_size)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def _positions(self, tokens: Tensor) -> Tensor:
+        """Inputs [B, N, D] of N positions of P tokens."""
+        B, T = tokens.shape
+        return widen(self.join(self.embedding(tokens).view(B, T // self.config.patch, -1)))
+
+    def _in_patch(self, tokens: Tensor) -> Tensor:
+        """What the in-patch head sees of the tokens: [B, N, P m] (empty where there is none)."""
+        B, T = tokens.shape
+        if self.in_patch_embedding is None:
+            return self.head.weight.new_empty(B, T // self.config.patch, 0)
+        return self.in_patch_embedding(tokens).view(B, T // self.config.patch, -1)
+
+    def logits(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+        """Unnormalised log p(x_t | x_<t) for every t of the sequence, in nats."""
+        if tokens.shape[1] % self.config.patch:
+            raise UserError(f"patch {self.config.patch} does not divide the {tokens.shape[1]} tokens of the sequence")
+        start = self.start.expand(tokens.shape[0], 1, -1)
+        features = self.transformer(torch.cat((start, self._positions(tokens)[:, :-1]), dim=1))
+        return self.patch_logits(features, tokens).flatten(1, 2)
+
+    def patch_logits(self, features: Float[Tensor, "B N D"], tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B N P V"]:
+        """Logits of the P tokens of each position, from the features of its past and its earlier tokens."""
+        return widen(self.head(self.token_features(features, self._in_patch(tokens))))
+
+    def log_prob(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
+        """log p(x) per sequence, in nats: exact."""
+        nll = F.cross_entropy(self.logits(tokens).flatten(0, 1), tokens.flatten(), reduction="none")
+        return -nll.view(tokens.shape).sum(-1)
+
+    def features_at(self, cache: KVCache, previous: Int[Tensor, "B P"] | None, batch: int) -> Float[Tensor, "B D"]:
+        """Features of the next position, given the tokens of the one before it (None at the start)."""
+        x = self.start.expand(batch, -1) if previous is None else self._positions(previous)[:, 0]
+        return self.transformer(x[:, None], cache)[:, 0]

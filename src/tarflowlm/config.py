@@ -1,0 +1,77 @@
+"""Strict translation between frozen dataclasses and JSON: unknown and missing keys are errors, types are checked."""
+
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar
+
+from tarflowlm.errors import UserError
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> Any:
+    """A dataclass as plain JSON values; tuples become lists."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, (tuple, list)):
+        return [to_dict(item) for item in config]
+    return config
+
+
+def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
+    """The dataclass `cls` from plain JSON values.
+
+    Raises UserError, naming the dotted key, for an unknown or missing key or a value of the wrong type; the checks of
+    the dataclasses themselves (`__post_init__`) run as well. A union of dataclasses is told apart by the literal
+    field `family`.
+    """
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: expected an object, found {data!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in fields:
+            raise UserError(f"{where}.{key}: unknown key; known keys are {', '.join(sorted(fields))}")
+    values = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = _value(hints[name], data[name], f"{where}.{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}.{name}: missing key")
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _union(arguments, value, where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where}: expected a list, found {value!r}")
+        item = arguments[0]
+        return tuple(_value(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise UserError(f"{where}: expected {hint.__name__}, found {value!r}")
+    return value
+
+
+def _union(members: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in members:
+        return None
+    members = tuple(m for m in members if m is not type(None))
+    if len(members) == 1:
+        return _value(members[0], value, where)
+    by_family = {m.family: m for m in members}
+    family = value.get("family") if isinstance(value, dict) else None
+    if family not in by_family:
+        raise UserError(f"{where}.family: {family!r} is not one of {', '.join(map(repr, by_family))}")
+    return _value(by_family[family], value, where)

@@ -1,0 +1,34 @@
+"""Texts as tokens: tokenizers, prepared corpora, and windows for training and evaluation."""
+
+from tarflowlm.data.bpe import BPETokenizer
+from tarflowlm.data.cache import cached_corpus
+from tarflowlm.data.config import TokenizerConfig, build_tokenizer
+from tarflowlm.data.corpus import Corpus, encode_text_source, open_corpus, prepare_corpus
+from tarflowlm.data.normalize import TEXT8_ALPHABET, normalize_text8
+from tarflowlm.data.read import read_text
+from tarflowlm.data.shards import TokenArray
+from tarflowlm.data.sources import SOURCE_NAMES
+from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from tarflowlm.data.windows import WindowSampler, eval_windows
+
+__all__ = [
+    "SOURCE_NAMES",
+    "TEXT8_ALPHABET",
+    "BPETokenizer",
+    "ByteTokenizer",
+    "CharTokenizer",
+    "Corpus",
+    "TokenArray",
+    "Tokenizer",
+    "TokenizerConfig",
+    "WindowSampler",
+    "build_tokenizer",
+    "cached_corpus",
+    "encode_text_source",
+    "eval_windows",
+    "load_tokenizer",
+    "normalize_text8",
+    "open_corpus",
+    "prepare_corpus",
+    "read_text",
+]

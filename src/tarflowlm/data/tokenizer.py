@@ -1,0 +1,337 @@
+"""Tokenizers over characters and bytes, and what every tokenizer provides (BPE is in `bpe.py`)."""
+
+import hashlib
+import json
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from tarflowlm.data.normalize import NORMALIZATIONS, Normalization, normalize
+from tarflowlm.errors import UserError
+
+FORMAT = "tarflowlm-tokenizer"
+VERSION = 1
+
+_UNREADABLE = (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError)
+
+
+class Tokenizer(ABC):
+    """Text <-> token ids `0 .. V-1`; each token stands for a fixed string of UTF-8 bytes.
+
+    `decode(encode(text)) == text` for every text that `encode` accepts. `encode` does not normalise: call
+    `prepare` on text that comes from a user or a file. Immutable once built.
+
+    Subclasses give `kind`, `token_bytes`, `encode`, `_payload` and `_from_payload`.
+    """
+
+    kind: ClassVar[str]
+    _kinds: ClassVar[dict[str, type["Tokenizer"]]] = {}
+
+    def __init__(self, normalization: Normalization) -> None:
+        if normalization not in NORMALIZATIONS:
+            raise UserError(f"normalize={normalization!r} is not one of {', '.join(NORMALIZATIONS)}")
+        self.normalization: Normalization = normalization
+
+    def __init_subclass__(cls) -> None:
+        Tokenizer._kinds[cls.kind] = cls
+
+    @property
+    @abstractmethod
+    def token_bytes(self) -> Sequence[bytes]:
+        """The UTF-8 bytes of every token, length V; a token may hold part of a character."""
+
+    @abstractmethod
+    def encode(self, text: str) -> npt.NDArray[np.int64]:
+        """Token ids [N] of `text`, not normalised. UserError for characters outside the vocabulary."""
+
+    @abstractmethod
+    def _payload(self) -> dict[str, Any]:
+        """What JSON must hold beside kind and normalisation."""
+
+    @classmethod
+    @abstractmethod
+    def _from_payload(cls, payload: dict[str, Any], normalization: Normalization) -> "Tokenizer":
+        """Inverse of `_payload`; may raise KeyError, TypeError or ValueError for foreign content."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of token ids."""
+        return len(self.token_bytes)
+
+    def prepare(self, text: str) -> str:
+        """`text` normalised as this tokenizer was configured; to be done once, before `encode`."""
+        return normalize(text, self.normalization)
+
+    def normalize(self, text: str) -> str:
+        """The same as `prepare`."""
+        return self.prepare(text)
+
+    def decode(self, ids: Any) -> str:
+        """Text of 1-d integer `ids` (list, array or tensor); incomplete UTF-8 shows as U+FFFD.
+
+        UserError for an id outside 0 .. V-1.
+        """
+        table = self.token_bytes
+        return b"".join([table[i] for i in self._checked(ids).tolist()]).decode("utf-8", errors="replace")
+
+    @cached_property
+    def characters_per_token(self) -> npt.NDArray[np.int64]:
+        """[V]: UTF-8 bytes of each token that begin a character.
+
+        Summed over the tokens of a text this is the number of characters of the text, also where a character
+        is spread over several tokens.
+        """
+        # a continuation byte is 0b10xxxxxx
+        return np.array(
+            [sum((b & 0xC0) != 0x80 for b in token) for token in self.token_bytes], dtype=np.int64
+        )
+
+    @cached_property
+    def symbols(self) -> list[str]:
+        """[V]: every token as a printable string; unprintable parts are escaped (`\\n`, `\\xe2`)."""
+        return [_printable(token) for token in self.token_bytes]
+
+    def to_json(self) -> str:
+        """Everything that defines this tokenizer, as readable JSON; `Tokenizer.from_json` reads it back."""
+        return json.dumps(self._document(), ensure_ascii=False, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "tokenizer JSON") -> "Tokenizer":
+        """Inverse of `to_json`; messages call the input `name`. UserError for foreign or broken text."""
+        try:
+            document = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(
+                f"{name} is not valid JSON ({_first_line(error)}); save the tokenizer again"
+            ) from None
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise UserError(f'{name} is not a tarflowlm tokenizer (no "format": "{FORMAT}" in it)')
+        if document.get("version") != VERSION:
+            raise UserError(
+                f"{name} has format version {document.get('version')!r}, this program reads {VERSION}: "
+                "update tarflowlm or save the tokenizer again"
+            )
+        kind = document.get("kind")
+        if not isinstance(kind, str) or kind not in Tokenizer._kinds:
+            raise UserError(f"{name} names the tokenizer kind {kind!r}, known are {sorted(Tokenizer._kinds)}")
+        if "normalize" in document and document["normalize"] not in NORMALIZATIONS:
+            raise UserError(f"{name} has normalize={document['normalize']!r}, not one of {NORMALIZATIONS}")
+        try:
+            return Tokenizer._kinds[kind]._from_payload(document, document["normalize"])
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{name} is damaged ({type(error).__name__}: {_first_line(error)}); save it again"
+            ) from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_json()` to the file `path`, or `path/tokenizer.json` for a directory; atomic."""
+        target = Path(path)
+        if target.is_dir():
+            target = target / "tokenizer.json"
+        try:
+            write_atomically(target, self.to_json().encode("utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot write {target}: {error.strerror or error}") from None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the content: equal for tokenizers that encode, decode and normalise alike."""
+        canonical = json.dumps(self._document(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+    def _document(self) -> dict[str, Any]:
+        head = {"format": FORMAT, "version": VERSION, "kind": self.kind, "normalize": self.normalization}
+        return {**head, **self._payload()}
+
+    def _checked(self, ids: Any) -> npt.NDArray[np.int64]:
+        array = np.asarray(ids)
+        if array.size == 0:
+            return np.zeros(0, dtype=np.int64)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise UserError(
+                f"token ids must be a 1-d array of integers, not {array.dtype} of shape {array.shape}"
+            )
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
+            raise UserError(f"token id {wrong} is outside this tokenizer's 0 .. {self.vocab_size - 1}")
+        return array.astype(np.int64)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(vocab_size={self.vocab_size}, normalization={self.normalization!r})"
+
+
+class CharTokenizer(Tokenizer):
+    """One token per character of a fixed alphabet; id = position in `alphabet`."""
+
+    kind = "char"
+
+    def __init__(self, alphabet: str, normalization: Normalization = "text8") -> None:
+        super().__init__(normalization)
+        check_alphabet(alphabet)
+        self.alphabet = alphabet
+        self._codes = np.array([ord(c) for c in alphabet], dtype="<u4")
+        # one entry per code point up to the largest known one, and a last one for all larger ones
+        self._table = np.full(int(self._codes.max()) + 2, -1, dtype=np.int64)
+        self._table[self._codes] = np.arange(len(alphabet))
+        self._ascii_table = self._byte_table()
+
+    @cached_property
+    def token_bytes(self) -> Sequence[bytes]:
+        return [c.encode("utf-8") for c in self.alphabet]
+
+    def encode(self, text: str) -> npt.NDArray[np.int64]:
+        if self._ascii_table is not None and text.isascii():
+            small = np.frombuffer(text.encode("ascii").translate(self._ascii_table), dtype=np.uint8)
+            if small.size and small.max() == 255:
+                raise UserError(unknown_characters(text, self.alphabet))
+            ids = small.astype(np.int64)
+        else:
+            codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+            ids = self._table[np.minimum(codes, len(self._table) - 1)]
+        if ids.size and ids.min() < 0:
+            raise UserError(unknown_characters(text, self.alphabet))
+        return ids
+
+    def _byte_table(self) -> bytes | None:
+        """ASCII code -> id, 255 if unknown: `bytes.translate` is faster than an array look-up."""
+        if len(self.alphabet) > 255:
+            return None
+        table = bytearray(b"\xff" * 256)
+        for index, character in enumerate(self.alphabet):
+            if character.isascii():
+                table[ord(character)] = index
+        return bytes(table)
+
+    def decode(self, ids: Any) -> str:
+        return self._codes[self._checked(ids)].tobytes().decode("utf-32-le")
+
+    def _payload(self) -> dict[str, Any]:
+        return {"alphabet": self.alphabet}
+
+    @classmethod
+    def _from_payload(cls, payload: dict[str, Any], normalization: Normalization) -> "CharTokenizer":
+        if not isinstance(payload["alphabet"], str):
+            raise TypeError("alphabet is not a string")
+        return cls(payload["alphabet"], normalization)
+
+
+class ByteTokenizer(Tokenizer):
+    """One token per UTF-8 byte, V = 256; encodes any text."""
+
+    kind = "byte"
+
+    def __init__(self, normalization: Normalization = "none") -> None:
+        super().__init__(normalization)
+
+    @cached_property
+    def token_bytes(self) -> Sequence[bytes]:
+        return [bytes([b]) for b in range(256)]
+
+    def encode(self, text: str) -> npt.NDArray[np.int64]:
+        return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.int64)
+
+    def decode(self, ids: Any) -> str:
+        return self._checked(ids).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def _payload(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def _from_payload(cls, payload: dict[str, Any], normalization: Normalization) -> "ByteTokenizer":
+        return cls(normalization)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer saved in the file `path`, or in `path/tokenizer.json` if `path` is a directory.
+
+    UserError for a missing, unreadable, foreign or damaged file.
+    """
+    source = Path(path)
+    if source.is_dir():
+        source = source / "tokenizer.json"
+    try:
+        text = source.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"{source} does not exist: give a tokenizer.json or the directory that holds one"
+        ) from None
+    except _UNREADABLE as error:
+        raise UserError(f"cannot read the tokenizer {source}: {_first_line(error)}") from None
+    return Tokenizer.from_json(text, name=str(source))
+
+
+def check_alphabet(alphabet: str) -> None:
+    """UserError unless `alphabet` has two or more characters, each once, none a lone surrogate."""
+    if len(alphabet) < 2:
+        raise UserError(f"alphabet={alphabet!r} must hold at least two characters")
+    twice = sorted({c for c in alphabet if alphabet.count(c) > 1})
+    if twice:
+        raise UserError(
+            f"alphabet holds {', '.join(map(repr, twice[:8]))} more than once: list each character once"
+        )
+    if any(0xD800 <= ord(c) <= 0xDFFF for c in alphabet):
+        raise UserError("alphabet holds half of a surrogate pair, which is no character: remove it")
+
+
+def unknown_characters(text: str, alphabet: str) -> str:
+    """The message about characters of `text` outside `alphabet`: how many, the most frequent, the remedy."""
+    codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+    kinds, counts = np.unique(codes, return_counts=True)
+    known = {ord(c) for c in alphabet}
+    unknown = [(int(n), int(c)) for c, n in zip(kinds, counts, strict=True) if int(c) not in known]
+    unknown.sort(key=lambda item: (-item[0], item[1]))
+    shown = ", ".join(f"{chr(code)!r} x{count}" for count, code in unknown[:8])
+    more = ", ..." if len(unknown) > 8 else ""
+    total = sum(count for count, _ in unknown)
+    return (
+        f"{total} of {len(text)} characters ({len(unknown)} kinds: {shown}{more}) are not in the tokenizer's "
+        f"alphabet of {len(alphabet)}: pass --normalize text8, or use a byte or BPE tokenizer"
+    )
+
+
+def utf8(text: str) -> bytes:
+    """UTF-8 of `text`; UserError for half of a surrogate pair, the one thing UTF-8 cannot hold."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"character {error.start} of the text, {text[error.start]!r}, is half of a surrogate pair and "
+            "has no UTF-8 form: remove it"
+        ) from None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """`data` in `path`: complete or not at all, also when killed (temporary name, fsync, rename)."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _printable(token: bytes) -> str:
+    try:
+        text = token.decode("utf-8")
+    except UnicodeDecodeError:
+        return "".join(chr(b) if 32 <= b < 127 else f"\\x{b:02x}" for b in token)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,239 @@
+"""Couplings: the invertible map of one position, its parameters predicted from the features of the past.
+
+All of them share one identity, per position:  log|det J| = log p(z | past) - log N(u; 0, I)   (docs/math.md, eq. 6)
+so that `log_prob`, the density of z, is all the last block needs. Shape legend: B batch, T positions, D width,
+C = P d channels of a position, K components. `forward` and `log_prob` take whole sequences, `invert` one position.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tarflowlm.codebook import Codebook
+from tarflowlm.flow import numerics
+from tarflowlm.flow.heads import AutoregressiveHead, TokenFeatures
+from tarflowlm.flow.precision import full_precision, widen
+
+AdjustWeights = Callable[[Tensor], Tensor]
+"""Maps log-weights [..., K] to log-weights: temperature, top-k and top-p of a sampler."""
+
+
+def standard_normal_log_prob(u: Tensor) -> Tensor:
+    """log N(u; 0, I) over all but the first axis: [B], nats."""
+    return (-0.5 * u.square() - 0.5 * math.log(2 * math.pi)).flatten(1).sum(-1)
+
+
+class Coupling(nn.Module):
+    """What a block asks of its coupling."""
+
+    @abstractmethod
+    def forward(
+        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]
+    ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, " B"]]:
+        """Noise u and log|det du/dz|."""
+
+    @abstractmethod
+    def log_prob(self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]) -> Float[Tensor, " B"]:
+        """log p(z | past), summed over positions: nats."""
+
+    @abstractmethod
+    def invert(
+        self,
+        u: Float[Tensor, "B C"],
+        features: Float[Tensor, "B D"],
+        adjust: AdjustWeights | None = None,
+        known: Float[Tensor, "B n"] | None = None,
+    ) -> Float[Tensor, "B C"]:
+        """The latents of one position, from its noise and the features of its past.
+
+        `known` gives the first n channels instead of their noise (n a multiple of the channels per token).
+        """
+
+
+class AffineCoupling(Coupling):
+    """z_i = exp(s_i) u_i + m_i, with (m_i, s_i) from the past positions and the channels < i (docs/math.md, eq. 7).
+
+    The K = 1 case of Mix-1 in closed form. Paper: section 3.2.
+    """
+
+    def __init__(self, *, width: int, channels: int, hidden: int, features: int) -> None:
+        super().__init__()
+        self.head = AutoregressiveHead(
+            width=width, groups=channels, channels=1, hidden=hidden, outputs=(1, 1), features=features
+        )
+
+    def forward(
+        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]
+    ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, " B"]]:
+        mean, log_std = (p.squeeze(-1).permute(1, 2, 0) for p in self.head(features, z))
+        return (z - mean) * torch.exp(-log_std), -log_std.flatten(1).sum(-1)
+
+    def log_prob(self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]) -> Float[Tensor, " B"]:
+        u, log_det = self(z, features)
+        return log_det + standard_normal_log_prob(u)
+
+    def invert(
+        self,
+        u: Float[Tensor, "B C"],
+        features: Float[Tensor, "B D"],
+        adjust: AdjustWeights | None = None,
+        known: Float[Tensor, "B n"] | None = None,
+    ) -> Float[Tensor, "B C"]:
+        state, z = self.head.start(features), []
+        for i in range(u.shape[-1]):
+            if known is not None and i < known.shape[-1]:
+                z.append(known[:, i : i + 1])
+            else:
+                mean, log_std = self.head.step(state)
+                z.append(u[:, i : i + 1] * log_std[0].exp() + mean[0])
+            state = self.head.observe(state, z[-1])
+        return torch.cat(z, -1)
+
+
+class Mix1Coupling(Coupling):
+    r"""Channel-wise mixture-CDF coupling (docs/math.md, eq. 8).
+
+        u_i = Phi^-1( sum_k w_k Phi((z_i - m_k) / s_k) ),    log du_i/dz_i = log p(z_i) - log phi(u_i)
+
+    with all 3 K parameters from the past positions and the channels < i. Paper: section 3.2.1.
+
+    `spread` sets the start: component means at `spread` times the quantiles of a standard normal and widths that
+    bring the variance of the mixture to one. Near 0 the map starts as the identity (blocks on top of others);
+    near 1 the components start far enough apart to take different modes (the block that meets the codebook).
+    """
+
+    def __init__(
+        self, *, width: int, channels: int, components: int, hidden: int, features: int, spread: float
+    ) -> None:
+        super().__init__()
+        self.head = AutoregressiveHead(
+            width=width,
+            groups=channels,
+            channels=1,
+            hidden=hidden,
+            outputs=(components,) * 3,
+            features=features,
+        )
+        level = (torch.arange(components, dtype=torch.float64) + 0.5) / components
+        means = spread * torch.special.ndtri(level)
+        variance = (1.0 - means.square().mean()).clamp_min((1.0 / components) ** 2)
+        with torch.no_grad():
+            self.head.biases[1].copy_(means.float().expand(channels, -1))
+            self.head.biases[2].fill_(0.5 * float(variance.log()))
+
+    def _mixture(self, z: Tensor, features: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """z as [C, B, T], as the head lays out its parameters [C, B, T, K]."""
+        return z.permute(2, 0, 1).contiguous(), self.head(features, z)
+
+    def forward(
+        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]
+    ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, " B"]]:
+        z_CBT, (log_w, mean, log_std) = self._mixture(z, features)
+        with full_precision(z):
+            u, log_det = numerics.mixture_cdf(z_CBT, log_w, mean, log_std)
+        return u.permute(1, 2, 0), log_det.sum((0, 2))
+
+    def log_prob(self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]) -> Float[Tensor, " B"]:
+        z_CBT, (log_w, mean, log_std) = self._mixture(z, features)
+        with full_precision(z):
+            return numerics.mixture_log_density(z_CBT, log_w, mean, log_std).sum((0, 2))
+
+    def invert(
+        self,
+        u: Float[Tensor, "B C"],
+        features: Float[Tensor, "B D"],
+        adjust: AdjustWeights | None = None,
+        known: Float[Tensor, "B n"] | None = None,
+    ) -> Float[Tensor, "B C"]:
+        state, z = self.head.start(features), []
+        for i in range(u.shape[-1]):
+            if known is not None and i < known.shape[-1]:
+                z.append(known[:, i : i + 1])
+            else:
+                log_w, mean, log_std = (p[0] for p in self.head.step(state))
+                log_w = log_w if adjust is None else adjust(log_w)
+                z.append(numerics.mixture_cdf_inverse(u[:, i], log_w, mean, log_std)[:, None])
+            state = self.head.observe(state, z[-1])
+        return torch.cat(z, -1)
+
+
+class MixDCoupling(Coupling):
+    r"""Token-wise mixture-Rosenblatt coupling (docs/math.md, eq. 9).
+
+        p(z_t | past) = sum_k pi_k(past) N(z_t; mu_k, sigma_k^2 I_d),   u_t the Rosenblatt transform of z_t
+
+    One codebook of components for all positions; the network predicts the K weights alone. `tied` to the encoder's
+    codebook in block 1, otherwise a codebook of its own. With patches, the P tokens of a position have weights of
+    their own, independent given the past or in-patch autoregressive (`TokenFeatures`).
+    Paper: section 3.2.2, appendix B.
+    """
+
+    def __init__(
+        self, *, width: int, patch: int, latent_dim: int, components: int, tied: Codebook | None, in_patch: bool
+    ) -> None:
+        super().__init__()
+        self.patch, self.latent_dim = patch, latent_dim
+        self.token_features = TokenFeatures(width=width, patch=patch, latent_dim=latent_dim, in_patch=in_patch)
+        self.own = None if tied is not None else Codebook(components, latent_dim, separation=2.0)
+        # in a tuple, so that the encoder's parameters are not registered a second time
+        self._tied = (tied,)
+        num_components = tied.vocab_size if tied is not None else components
+        self.weight_head = nn.Linear(width, num_components)
+        nn.init.zeros_(self.weight_head.weight)
+        nn.init.zeros_(self.weight_head.bias)
+
+    @property
+    def components(self) -> Codebook:
+        components = self._tied[0] if self.own is None else self.own
+        assert components is not None
+        return components
+
+    def _tokens(self, z: Tensor) -> Tensor:
+        """[..., P d] -> [..., P, d]."""
+        return z.reshape(*z.shape[:-1], self.patch, self.latent_dim)
+
+    def forward(
+        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]
+    ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, " B"]]:
+        log_w = widen(self.weight_head(self.token_features(features, z)))
+        book = self.components
+        with full_precision(z):
+            u, log_det = numerics.rosenblatt(self._tokens(z), log_w, book.mean, book.log_std)
+        return u.reshape(z.shape), log_det.flatten(1).sum(-1)
+
+    def log_prob(self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]) -> Float[Tensor, " B"]:
+        token_features = self.token_features(features, z)
+        weight, bias, book = self.weight_head.weight, self.weight_head.bias, self.components
+        return numerics.mixture_log_prob_from_features(
+            self._tokens(z), token_features, weight, bias, book.mean, book.log_std
+        ).flatten(1).sum(-1)
+
+    def invert(
+        self,
+        u: Float[Tensor, "B C"],
+        features: Float[Tensor, "B D"],
+        adjust: AdjustWeights | None = None,
+        known: Float[Tensor, "B n"] | None = None,
+    ) -> Float[Tensor, "B C"]:
+        places, head = self.token_features.place, self.token_features.head
+        state = None if head is None else head.start(features)
+        context = features[:, None] if places is None else places(features).view(len(u), self.patch, -1)
+        z, book = [], self.components
+        given = 0 if known is None else known.shape[-1] // self.latent_dim
+        for j, u_j in enumerate(self._tokens(u).unbind(1)):
+            if known is not None and j < given:
+                z.append(known[:, j * self.latent_dim : (j + 1) * self.latent_dim])
+            else:
+                token_features = context[:, j]
+                if head is not None and state is not None:
+                    token_features = token_features + head.step(state)[0][0]
+                log_w = widen(self.weight_head(token_features))
+                log_w = log_w if adjust is None else adjust(log_w)
+                z.append(numerics.rosenblatt_inverse(u_j, log_w, book.mean, book.log_std))
+            if head is not None and state is not None:
+                state = head.observe(state, z[-1])
+        return torch.cat(z, -1)

@@ -1,0 +1,165 @@
+"""Causal Transformer with an explicit KV cache. It maps vectors to features and knows nothing of flows.
+
+Pre-norm, rotary positions, scaled-dot-product attention, GELU MLP: the same trunk serves every flow block and
+the discrete baseline. Shape legend: B batch, T positions, D width, H heads, E = D / H, S cached positions.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tarflowlm.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Size of the trunk; the number of layers is set per block."""
+
+    width: int = 128
+    """Features per position."""
+    num_heads: int = 4
+    """Attention heads; they divide the width into even parts."""
+    mlp_ratio: int = 4
+    """Hidden width of the MLP over the width."""
+    rotary_base: float = 10_000.0
+    """Longest wavelength of the rotary positions, in positions over 2 pi."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.num_heads < 1 or self.width % (2 * self.num_heads):
+            raise UserError(
+                f"width {self.width} with num_heads {self.num_heads}: the width must be a positive multiple of "
+                f"2 * num_heads (rotary positions turn pairs of channels)"
+            )
+        if self.mlp_ratio < 1:
+            raise UserError(f"mlp_ratio {self.mlp_ratio}: must be at least 1")
+
+
+class KVCache:
+    """Keys and values of every layer for the first `length` positions, in preallocated storage.
+
+    keys, values: one [B, H, S, E] tensor per layer, S the capacity. A forward pass of n positions with this
+    cache reads the first `length` entries, writes the next n and advances `length`. `rewind` forgets the newest
+    positions without touching storage, which lets a decoder revise a segment.
+    """
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        self.keys, self.values, self.length = keys, values, 0
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[2]
+
+    def rewind(self, length: int) -> None:
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot rewind a cache of {self.length} positions to {length}")
+        self.length = length
+
+
+def rotary_tables(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, E / 2] of the angles position * base^(-2 i / E) (Su et al. 2021)."""
+    exponent = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
+    angle = positions.float()[:, None] * torch.exp(-math.log(base) * exponent)[None, :]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHTE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + E/2) by the angle of their position."""
+    a, b = x_BHTE.chunk(2, dim=-1)
+    cos, sin = cos.to(x_BHTE.dtype), sin.to(x_BHTE.dtype)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention; queries and keys are normalised, which keeps large steps stable."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.head_width = config.width // config.num_heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.query_scale = nn.Parameter(torch.ones(self.head_width))
+        self.key_scale = nn.Parameter(torch.ones(self.head_width))
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, self.head_width).permute(2, 0, 3, 1, 4).unbind(0)
+        q = rotate(F.layer_norm(q, (self.head_width,), self.query_scale.to(q.dtype)), *tables)
+        k = rotate(F.layer_norm(k, (self.head_width,), self.key_scale.to(k.dtype)), *tables)
+        mask, causal = None, T > 1
+        if cache is not None:
+            past = cache.length
+            cache.keys[layer][:, :, past : past + T] = k
+            cache.values[layer][:, :, past : past + T] = v
+            k, v = cache.keys[layer][:, :, : past + T], cache.values[layer][:, :, : past + T]
+            if past and T > 1:
+                query_at = torch.arange(past, past + T, device=x.device)[:, None]
+                mask, causal = torch.arange(past + T, device=x.device)[None, :] <= query_at, False
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.out(y.transpose(1, 2).reshape(B, T, D))
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width, bias=False)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.width, bias=False)
+        self.up = nn.Linear(config.width, config.mlp_ratio * config.width, bias=False)
+        self.down = nn.Linear(config.mlp_ratio * config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), tables, cache, layer)
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+
+
+class Transformer(nn.Module):
+    """num_layers causal layers and a final norm: [B, T, D] -> [B, T, D], output t sees inputs <= t.
+
+    Initialisation: matrices N(0, 1/fan_in); the two projections that write to the residual stream start at zero,
+    so a new trunk passes its input through and depth does not change the scale of what it sees.
+    """
+
+    def __init__(self, config: TransformerConfig, num_layers: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(Layer(config) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(config.width, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        for layer in self.layers:
+            nn.init.zeros_(layer.attention.out.weight)  # type: ignore[union-attr, arg-type]
+            nn.init.zeros_(layer.down.weight)  # type: ignore[union-attr, arg-type]
+
+    def allocate_cache(self, batch: int, capacity: int, like: Tensor) -> KVCache:
+        """An empty cache with the dtype and device of `like`."""
+        heads = self.config.num_heads
+        shape = (batch, heads, capacity, self.config.width // heads)
+
+        def storage() -> list[Tensor]:
+            return [like.new_zeros(shape) for _ in self.layers]
+
+        return KVCache(storage(), storage())
+
+    def forward(self, x: Float[Tensor, "B T D"], cache: KVCache | None = None) -> Float[Tensor, "B T D"]:
+        """Features; with a cache, `x` continues the cached positions.
+
+        Raises ValueError when the cache has no room for T more positions.
+        """
+        past, num_new = (cache.length if cache else 0), x.shape[1]
+        if cache is not None and past + num_new > cache.capacity:
+            raise ValueError(f"cache of {cache.capacity} positions is full: {past} used, {num_new} more asked for")
+        positions = torch.arange(past, past + num_new, device=x.device)
+        tables = rotary_tables(positions, self.config.width // self.config.num_heads, self.config.rotary_base)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, tables, cache, index)
+        if cache is not None:
+            cache.length = past + num_new
+        return self.norm(x)

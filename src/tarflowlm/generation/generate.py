@@ -1,0 +1,98 @@
+"""One entry to sampling: unconditional or after a prompt, TarFlowLM or baseline, every pass on request."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.checkpoint import Model
+from tarflowlm.errors import UserError
+from tarflowlm.generation.noise import row_generators, row_normal, row_uniform
+from tarflowlm.generation.sequential import invert_stack, sample_baseline
+from tarflowlm.generation.weights import adjust_weights
+
+Decoder = Literal["sequential"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Samples, and on request the tokens and latents after every pass.
+
+    `tokens` [B, T]. `passes`: decoded tokens of the noise u = h^(L) and of every state down to h^(0) = z, L + 1
+    tensors [B, T], coarse to fine; `states`: those states [B, T, d]. Empty for the baseline, which has one pass.
+    """
+
+    tokens: Tensor
+    passes: tuple[Tensor, ...] = ()
+    states: tuple[Tensor, ...] = ()
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    *,
+    num_tokens: int,
+    num: int = 1,
+    prompt: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    return_passes: bool = False,
+    decoder: Decoder = "sequential",
+    tick: Callable[[], None] | None = None,
+) -> Generation:
+    """`num` samples of `num_tokens` tokens, the `prompt` [n] included.
+
+    Exact samples of the model at temperature 1 without a prompt. `temperature` scales the standard deviation of the
+    noise and is the power 1 / temperature on mixture weights. A prompt is exact for a single left-to-right block and
+    for the baseline; with more blocks the states above block 1 are sampled without knowing it, an approximation.
+    Row b draws its noise from a stream of its own, seeded from `generator`, so rows do not depend on `num`.
+    `tick` is called once per position and block (`num_ticks` says how often).
+
+    Raises UserError for sizes that the model cannot generate.
+    """
+    prompt = _check(model, num, num_tokens, prompt)
+    adjust = adjust_weights(temperature, top_k, top_p)
+    rows = row_generators(num, generator or torch.Generator().manual_seed(torch.seed()))
+    padded = -(-num_tokens // model.config.patch) * model.config.patch
+    if isinstance(model, TokenLM):
+        tokens = sample_baseline(model, row_uniform(rows, padded), prompt=prompt, adjust=adjust, tick=tick)
+        return Generation(tokens=tokens[:, :num_tokens])
+    book, dim = model.codebook, model.config.latent_dim
+    noise = row_normal(rows, padded, dim).to(book.mean) * temperature
+    known = None
+    if prompt is not None and len(prompt):
+        eps = row_normal(rows, len(prompt), dim).to(book.mean)
+        known = book.encode(prompt.expand(num, -1).to(book.mean.device), eps)
+    states = [h[:, :num_tokens] for h in invert_stack(model, noise, known=known, adjust=adjust, tick=tick)]
+    tokens = book.decode(states[-1])
+    if prompt is not None:
+        tokens[:, : len(prompt)] = prompt.to(tokens.device)
+    if not return_passes:
+        return Generation(tokens=tokens)
+    return Generation(tokens, passes=tuple(book.decode(h) for h in states), states=tuple(states))
+
+
+def num_ticks(model: Model, num_tokens: int) -> int:
+    """How often `generate` calls `tick`."""
+    positions = -(-num_tokens // model.config.patch)
+    return positions * (1 if isinstance(model, TokenLM) else model.num_blocks)
+
+
+def _check(model: Model, num: int, num_tokens: int, prompt: Tensor | None) -> Tensor | None:
+    if num < 1:
+        raise UserError(f"num {num}: ask for at least 1 sample")
+    if num_tokens < 1:
+        raise UserError(f"length {num_tokens}: ask for at least 1 token")
+    if num_tokens > model.config.context:
+        raise UserError(f"length {num_tokens}: the model was trained on {model.config.context} tokens; ask for no more")
+    if prompt is not None and len(prompt) >= num_tokens:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens, which leaves no room in {num_tokens}: "
+            f"shorten it, or raise the length (at most {model.config.context})"
+        )
+    return prompt

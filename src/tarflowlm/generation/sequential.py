@@ -1,0 +1,72 @@
+"""Exact sampling: the inverse of the stack block by block, position by position with the KV cache."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.model import TarFlowLM
+
+Tick = Callable[[], None]
+
+
+def invert_stack(
+    model: TarFlowLM,
+    noise: Tensor,
+    *,
+    known: Tensor | None = None,
+    adjust: AdjustWeights | None = None,
+    tick: Tick | None = None,
+) -> list[Tensor]:
+    """States h^(L) = noise, ..., h^(1), h^(0) = z of the inverse pass, each [B, T, d].
+
+    `known` [B, n, d] fixes the latents of the first n tokens in block 1, whose weights then see them. The states
+    above were sampled without that knowledge: exact for one block, an approximation for more (docs/math.md).
+    """
+    prior = model.prior
+    h = prior.patch(noise)[0]
+    states = [noise]
+    for index in reversed(range(len(prior.blocks))):
+        prefix = known.flatten(1) if index == 0 and known is not None else None
+        h = prior.blocks[index].inverse(h, adjust=adjust, known=prefix, tick=tick)  # type: ignore[operator]
+        states.append(prior.patch.inverse(h))
+    return states
+
+
+def sample_baseline(
+    model: TokenLM,
+    uniform: Tensor,
+    *,
+    prompt: Tensor | None = None,
+    adjust: AdjustWeights | None = None,
+    tick: Tick | None = None,
+) -> Tensor:
+    """Tokens [B, T] of the discrete baseline, with the KV cache; `prompt` [n] comes first.
+
+    Token t of row b is the inverse of its cumulative distribution at `uniform` [B, T].
+    """
+    P, (num, num_tokens) = model.config.patch, uniform.shape
+    given = 0 if prompt is None else len(prompt)
+    uniform = uniform.to(model.start.device)
+    cache = model.transformer.allocate_cache(num, num_tokens // P, model.start)
+    tokens = torch.zeros(num, num_tokens, dtype=torch.long, device=model.start.device)
+    if prompt is not None:
+        tokens[:, :given] = prompt.to(tokens.device)
+    previous: Tensor | None = None
+    for start in range(0, num_tokens, P):
+        features = model.features_at(cache, previous, num)[:, None]
+        patch = tokens[:, start : start + P].clone()
+        for j in range(P):
+            if start + j >= given:
+                # in-patch weights of token j see tokens < j alone, so the zeros after it have no effect
+                logits = model.patch_logits(features, patch)[:, 0, j]
+                logits = logits if adjust is None else adjust(logits)
+                cumulative = logits.double().softmax(-1).cumsum(-1)
+                patch[:, j] = (cumulative < uniform[:, start + j, None] * cumulative[:, -1:]).sum(-1)
+        tokens[:, start : start + P] = patch
+        previous = patch
+        if tick is not None:
+            tick()
+    return tokens

@@ -1,0 +1,133 @@
+"""Named runs. Members of a family share Transformer size, data, tokens seen, optimiser and schedule, so that a
+difference between their results is the model's."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from tarflowlm.baseline import BaselineConfig
+from tarflowlm.data import TokenizerConfig
+from tarflowlm.errors import UserError
+from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.model import CouplingName, FlowConfig
+from tarflowlm.training.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+
+MINI_TRUNK = TransformerConfig(width=128, num_heads=2)
+MINI_STEPS = 1400
+"""Of 16 sequences of 256 tokens: 5.7 M tokens."""
+
+PAPER_TRUNK = TransformerConfig(width=768, num_heads=12)
+"""The body of GPT-2 small."""
+
+
+def quickstart() -> RunConfig:
+    """A few minutes on two CPU cores: one Mix-d block and two Mix-1 blocks on the built-in corpus."""
+    return replace(mini_mixd(), name="quickstart")
+
+
+def mini_ar() -> RunConfig:
+    """The discrete baseline at CPU size."""
+    model = BaselineConfig(context=256, trunk=MINI_TRUNK, layers=6)
+    return RunConfig(name="mini-ar", model=model, train=TrainConfig(stage_steps=(MINI_STEPS,)))
+
+
+def mini_affine() -> RunConfig:
+    """Three affine blocks with the depth of the baseline in all."""
+    return _mini_joint("mini-affine", "affine", (1, 1, 1))
+
+
+def mini_mix1() -> RunConfig:
+    """Three Mix-1 blocks with the depth of the baseline in all."""
+    return _mini_joint("mini-mix1", "mix1", (27, 2, 2))
+
+
+def mini_mixd() -> RunConfig:
+    """A tied Mix-d block with the depth of the baseline, then two Mix-1 blocks of one layer."""
+    return _mini_mixd("mini-mixd", 1)
+
+
+def mini_mixd_p2() -> RunConfig:
+    """`mini-mixd` with two tokens per position."""
+    return _mini_mixd("mini-mixd-p2", 2)
+
+
+def mini_mixd_p4() -> RunConfig:
+    """`mini-mixd` with four tokens per position."""
+    return _mini_mixd("mini-mixd-p4", 4)
+
+
+def _mini_joint(name: str, coupling: CouplingName, components: tuple[int, ...]) -> RunConfig:
+    model = FlowConfig(
+        context=256, trunk=MINI_TRUNK, couplings=(coupling,) * 3, layers=(4, 1, 1), components=components
+    )
+    return RunConfig(name=name, model=model, train=TrainConfig(stage_steps=(MINI_STEPS,), mode="joint"))
+
+
+def _mini_mixd(name: str, patch: int) -> RunConfig:
+    model = FlowConfig(context=256, trunk=MINI_TRUNK, patch=patch)
+    return RunConfig(name=name, model=model, train=TrainConfig(stage_steps=(MINI_STEPS, 200, 200)))
+
+
+def _paper(name: str) -> RunConfig:
+    """The published set-up (docs/reproduce.md says which values the paper leaves open, and what stands here)."""
+    corpus, kind = name.split("-")
+    text8 = corpus == "text8"
+    context = 256 if text8 else 1024
+    tokenizer = TokenizerConfig() if text8 else TokenizerConfig(kind="bpe", source="gpt2", normalize="none")
+    data = DataConfig(source="text8" if text8 else "openwebtext", tokenizer=tokenizer)
+    steps = 100_000 if text8 else 200_000
+    train = TrainConfig(
+        stage_steps=(steps,),
+        mode="joint",
+        batch_size=512 if text8 else 256,
+        precision="bfloat16",
+        evaluate_every=2000,
+        evaluate_windows=512,
+        checkpoint_every=2000,
+        log_every=50,
+    )
+    optim = OptimConfig(lr=1e-3, warmup=0.01)
+    if kind == "ar":
+        baseline = BaselineConfig(context=context, trunk=PAPER_TRUNK, layers=12)
+        return RunConfig(name=name, model=baseline, data=data, optim=optim, train=train)
+    num_components = 27 if text8 else 64
+    flow = FlowConfig(context=context, latent_dim=5 if text8 else 16, trunk=PAPER_TRUNK)
+    if kind == "mixd":
+        upper = 2 if text8 else 64
+        flow = replace(flow, layers=(8, 2, 2), components=(0, upper, upper))
+        train = replace(train, mode="progressive", stage_steps=(steps, steps // 5, steps // 5))
+    else:
+        coupling: CouplingName = "affine" if kind == "affine" else "mix1"
+        components = (1 if kind == "affine" else num_components,) * 3
+        flow = replace(flow, couplings=(coupling,) * 3, layers=(2, 2, 8), components=components)
+    return RunConfig(name=name, model=flow, data=data, optim=optim, train=train)
+
+
+PAPER_PRESETS = tuple(f"{corpus}-{kind}" for corpus in ("text8", "owt") for kind in ("ar", "affine", "mix1", "mixd"))
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "quickstart": quickstart,
+    "mini-ar": mini_ar,
+    "mini-affine": mini_affine,
+    "mini-mix1": mini_mix1,
+    "mini-mixd": mini_mixd,
+    "mini-mixd-p2": mini_mixd_p2,
+    "mini-mixd-p4": mini_mixd_p4,
+    **{name: (lambda name=name: _paper(name)) for name in PAPER_PRESETS},
+}
+
+
+def preset(name: str) -> RunConfig:
+    """The run of that name; UserError lists the names where there is none."""
+    if name not in PRESETS:
+        raise UserError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+def with_steps(run: RunConfig, num_steps: int) -> RunConfig:
+    """The run with `num_steps` optimiser steps in all, its stages in the same proportion."""
+    stages = run.train.stage_steps
+    if num_steps < len(stages):
+        raise UserError(f"steps {num_steps}: the run has {len(stages)} stages, each needs at least 1 step")
+    scaled = [max(1, round(s * num_steps / sum(stages))) for s in stages]
+    scaled[scaled.index(max(scaled))] += num_steps - sum(scaled)
+    return replace(run, train=replace(run.train, stage_steps=tuple(scaled)))

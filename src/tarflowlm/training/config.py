@@ -1,0 +1,125 @@
+"""What a run is: its data, model, optimiser and schedule."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tarflowlm.baseline import BaselineConfig
+from tarflowlm.data import TokenizerConfig
+from tarflowlm.errors import UserError
+from tarflowlm.model import FlowConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser and schedule; every progressive stage runs the schedule anew."""
+
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """Muon for the matrices of the Transformer and AdamW for the rest, or AdamW for all."""
+    lr: float = 3e-3
+    """Peak learning rate (Muon's updates are scaled to the size of AdamW's, so one rate serves both)."""
+    codebook_lr_scale: float = 1.0
+    """Learning rate of the codebook's log-scales over `lr`."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    beta2: float = 0.98
+    """AdamW's second-moment decay."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; larger gradients are scaled down to it."""
+    warmup: float = 0.03
+    """Share of a stage's steps in which the rate rises linearly."""
+    schedule: Literal["cosine", "trapezoid"] = "trapezoid"
+    """Shape after the warm-up: cosine to zero, or constant and then linear to zero."""
+    decay: float = 0.4
+    """Trapezoid: share of a stage's steps in which the rate falls."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise UserError(f"optim.lr {self.lr}: must be above 0")
+        if not self.grad_clip > 0:
+            raise UserError(f"optim.grad_clip {self.grad_clip}: must be above 0")
+        for name, share in (("warmup", self.warmup), ("decay", self.decay)):
+            if not 0 <= share <= 1:
+                raise UserError(f"optim.{name} {share}: must be between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text and tokens."""
+
+    source: str = "english"
+    """A corpus name (english, text8, openwebtext), a text file, or a directory made by `tarflowlm data`."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """How text becomes tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batches, stages, and how often to look."""
+
+    stage_steps: tuple[int, ...] = (1000,)
+    """Optimiser steps of each stage: one entry per block when progressive, one in all otherwise."""
+    mode: Literal["progressive", "joint"] = "progressive"
+    """One block after another on the frozen ones below, or every block at once. The baseline has one stage."""
+    advance: Literal["budget", "stall"] = "budget"
+    """Go to the next stage when its steps are used up, or earlier when the validation bound stalls."""
+    stall_evaluations: int = 4
+    """With `stall`: evaluations without an improvement of `stall_tolerance` that end a stage."""
+    stall_tolerance: float = 0.002
+    """With `stall`: nats per token that count as an improvement."""
+    batch_size: int = 16
+    """Sequences per optimiser step."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products; densities, log-dets and inverses are float32 always."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every: int = 250
+    """Steps between evaluations on the validation split."""
+    evaluate_windows: int = 64
+    """Sequences of the validation split looked at each time."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; every stage ends with one."""
+
+    def __post_init__(self) -> None:
+        if not self.stage_steps or min(self.stage_steps) < 1:
+            raise UserError(f"train.stage_steps {self.stage_steps}: every stage needs at least 1 step")
+        for name in ("batch_size", "log_every", "evaluate_every", "evaluate_windows", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} {getattr(self, name)}: must be at least 1")
+
+    @property
+    def num_steps(self) -> int:
+        return sum(self.stage_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All that is needed to repeat a run."""
+
+    name: str
+    """The preset this run started from."""
+    model: FlowConfig | BaselineConfig
+    """The model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text and tokens."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and schedule."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, batches and stages."""
+    seed: int = 0
+    """Of the initial weights, the order of the data and the noise of q(z|x)."""
+
+    def __post_init__(self) -> None:
+        stages, given = self.num_stages, len(self.train.stage_steps)
+        if given != stages:
+            raise UserError(
+                f"train.stage_steps {self.train.stage_steps}: {given} entries for {stages} stages; give one entry "
+                f"per block for progressive training, one in all for joint training and the baseline"
+            )
+
+    @property
+    def num_stages(self) -> int:
+        if isinstance(self.model, FlowConfig) and self.train.mode == "progressive":
+            return len(self.model.couplings)
+        return 1

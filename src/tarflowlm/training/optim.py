@@ -1,0 +1,64 @@
+"""Optimisers and learning-rate schedules."""
+
+import math
+
+import torch
+from torch import nn
+
+from tarflowlm.training.config import OptimConfig
+
+
+def schedule(config: OptimConfig, step: int, num_steps: int) -> float:
+    """Learning rate over the peak at `step` (0-based) of a stage of `num_steps` steps, in (0, 1]."""
+    warmup = max(1, round(config.warmup * num_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+    decay = max(1, round(config.decay * num_steps))
+    return min(1.0, (num_steps - step) / decay)
+
+
+def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Optimisers over the trainable parameters of `model`.
+
+    Weight decay acts on matrices only. Muon (Jordan et al. 2024) takes the 2-D matrices of the Transformers; inputs,
+    heads, codebook, vectors and block-diagonal tensors stay with AdamW.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    muon = [
+        p for name, p in named if config.optimizer == "muon" and p.ndim == 2 and "transformer.layers." in name
+    ]
+    taken = {id(p) for p in muon}
+    rest = [(name, p) for name, p in named if id(p) not in taken]
+    scales = [p for name, p in rest if name.endswith("codebook.log_std")]
+    means = [p for name, p in rest if name.endswith("codebook.mean")]
+    special = {id(p) for p in scales + means}
+    matrices = [p for _, p in rest if p.ndim >= 2 and id(p) not in special]
+    vectors = [p for _, p in rest if p.ndim < 2 and id(p) not in special]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0},
+        {"params": vectors + means, "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": scales, "weight_decay": 0.0, "lr_scale": config.codebook_lr_scale},
+    ]
+    adamw = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-10, fused=True
+    )
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if muon:
+        optimizers.append(
+            torch.optim.Muon(
+                [{"params": muon, "lr_scale": 1.0}],
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                momentum=0.95,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return optimizers
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]

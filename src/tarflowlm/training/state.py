@@ -1,0 +1,86 @@
+"""What `train --resume` needs beyond the weights: optimisers, counters, random states. Trusted data.
+
+state/step-NNNNNNNN/ is written by PyTorch's distributed checkpoint under a temporary name and renamed when complete;
+the newest complete one is resumed.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from tarflowlm.errors import UserError
+from tarflowlm.files import read_json, sync_file, sync_folder, write_json
+
+STATE, COUNTERS = "state", "counters.json"
+
+
+def save_state(
+    directory: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    generator: torch.Generator,
+    counters: dict[str, Any],
+    *,
+    keep: int = 2,
+) -> None:
+    """Write state/step-N for N = counters["step"]; the `keep` newest are kept."""
+    root = directory / STATE
+    root.mkdir(exist_ok=True)
+    target = root / f"step-{counters['step']:08d}"
+    temporary = root / f".{target.name}"
+    for leftover in root.glob(".step-*"):
+        shutil.rmtree(leftover)
+    if target.exists():
+        return
+    model_state, optimizer_state = get_state_dict(model, optimizers)
+    tensors = {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state()}
+    dcp.save(tensors, checkpoint_id=temporary, no_dist=True)
+    write_json(temporary / COUNTERS, counters)
+    for file in temporary.iterdir():
+        sync_file(file)
+    sync_folder(temporary)
+    temporary.rename(target)
+    sync_folder(root)
+    for old in complete_states(directory)[:-keep]:
+        shutil.rmtree(old)
+
+
+def complete_states(directory: Path) -> list[Path]:
+    """Complete states of a run, oldest first."""
+    return sorted((directory / STATE).glob("step-*"))
+
+
+def newest_state(directory: Path) -> Path:
+    states = complete_states(directory)
+    if not states:
+        raise UserError(f"{directory} has no state to resume from: start it anew with another --out")
+    return states[-1]
+
+
+def read_counters(state: Path) -> dict[str, Any]:
+    return read_json(state / COUNTERS)
+
+
+def load_state(
+    state: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], generator: torch.Generator
+) -> None:
+    """Fill model, optimisers and generator from a state directory; they must be built for the same stage."""
+    model_state, optimizer_state = get_state_dict(model, optimizers)
+    tensors = {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state()}
+    try:
+        dcp.load(tensors, checkpoint_id=state, no_dist=True)
+    except (dcp.api.CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"{state} cannot be resumed ({first_line}): remove it to fall back to the one before") from None
+    set_state_dict(
+        model,
+        optimizers,
+        model_state_dict=tensors["model"],
+        optim_state_dict=tensors["optimizers"],
+    )
+    generator.set_state(tensors["generator"])

@@ -1,0 +1,43 @@
+"""Fixtures shared by the data tests."""
+
+import lzma
+import random
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def private_places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """No test reads or fills the user's cache, or finds files in the current directory."""
+    monkeypatch.setenv("TARFLOWLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture(scope="session")
+def words() -> str:
+    """20,000 characters or so of repetitive lower-case text in the TEXT8 alphabet; begins with a space."""
+    rng = random.Random(5)
+    vocabulary = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "nine", "old", "men", "quick", "dogs"]
+    vocabulary += ["brown", "jump", "over", "lazy", "fox", "with", "zebra"]
+    return " " + " ".join(rng.choice(vocabulary) for _ in range(5000))
+
+
+@pytest.fixture
+def text_file(tmp_path: Path, words: str) -> Path:
+    """A file of `words`."""
+    path = tmp_path / "words.txt"
+    path.write_text(words, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def english27() -> str:
+    """The first 200,000 characters of english27, up to the end of a word."""
+    path = SHARED_DATA / "english27.txt.xz"
+    if not path.exists():
+        pytest.skip("the corpus english27 is not here")
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        return file.read(200_000).rstrip()

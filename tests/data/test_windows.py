@@ -1,0 +1,155 @@
+"""The window sampler covers, resumes and shares out its stream exactly; evaluation windows are in order."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tarflowlm.data import TokenArray, WindowSampler, eval_windows
+from tarflowlm.errors import UserError
+
+TOKENS = np.arange(1003, dtype=np.uint16)
+
+
+def sampler(**changes) -> WindowSampler:
+    arguments = {"tokens": TOKENS, "window": 10, "batch": 4, "seed": 7} | changes
+    return WindowSampler(arguments.pop("tokens"), **arguments)
+
+
+def draw(source: WindowSampler, count: int) -> torch.Tensor:
+    return torch.stack([source.next() for _ in range(count)])
+
+
+def test_batches_are_windows_of_the_text():
+    batch = sampler().next()
+    assert batch.dtype == torch.int64
+    assert batch.shape == (4, 10)
+    assert (batch == batch[:, :1] + torch.arange(10)).all()  # TOKENS counts up
+
+
+def test_an_epoch_sees_no_token_twice_and_all_but_the_ends():
+    source = sampler(batch=1)
+    seen: dict[int, list[torch.Tensor]] = {}
+    while source.epoch < 3:
+        batch = source.next()
+        seen.setdefault(source.epoch, []).append(batch)
+    offsets = set()
+    for epoch in range(3):
+        tokens = torch.cat(seen[epoch]).flatten()
+        assert len(tokens.unique()) == len(tokens)
+        assert len(tokens) > len(TOKENS) - 2 * 10
+        offsets.add(int(tokens.min()))
+        assert int(tokens.min()) < 10
+    assert len(offsets) > 1
+    assert not torch.equal(torch.cat(seen[0])[:50], torch.cat(seen[1])[:50])
+
+
+def test_the_stream_depends_on_the_seed_alone():
+    first = draw(sampler(), 60)
+    assert torch.equal(first, draw(sampler(), 60))
+    assert not torch.equal(first, draw(sampler(seed=8), 60))
+    iterator = iter(sampler())
+    assert torch.equal(first, torch.stack([next(iterator) for _ in range(60)]))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 24, 25, 26, 60])
+def test_resuming_equals_never_stopping(steps):
+    whole = sampler()
+    for _ in range(steps):
+        whole.next()
+    state = json.loads(json.dumps(whole.state_dict()))
+    resumed = sampler()
+    draw(resumed, 3)
+    resumed.load_state_dict(state)
+    assert torch.equal(draw(resumed, 40), draw(whole, 40))
+
+
+def test_ranks_share_out_the_global_batch():
+    whole = draw(sampler(batch=8), 30)
+    ranks = [draw(sampler(batch=2, rank=r, world=4), 30) for r in range(4)]
+    assert torch.equal(torch.cat(ranks, dim=1), whole)
+    starts = torch.cat(ranks, dim=1)[:12, :, 0].flatten()  # 96 of about 100 windows
+    assert len(starts.unique()) == len(starts)
+
+
+def test_resuming_with_another_number_of_ranks():
+    one = sampler(batch=8)
+    draw(one, 20)
+    pair = [sampler(batch=4, rank=r, world=2) for r in range(2)]
+    for member in pair:
+        member.load_state_dict(one.state_dict())
+    expected = draw(one, 20)
+    assert torch.equal(torch.cat([draw(member, 20) for member in pair], dim=1), expected)
+    assert pair[0].state_dict() == pair[1].state_dict() == one.state_dict()
+
+
+@pytest.mark.parametrize("num_tokens", [10, 11, 19, 20, 29])
+def test_texts_of_few_windows_repeat(num_tokens):
+    batch = sampler(tokens=TOKENS[:num_tokens], batch=16).next()
+    assert batch.shape == (16, 10)
+    assert int(batch.max()) < num_tokens
+
+
+def test_states_of_another_stream_are_refused():
+    for changes in ({"seed": 8}, {"window": 11}, {"tokens": TOKENS[:-1]}):
+        with pytest.raises(UserError, match="cannot resume the data stream"):
+            sampler(**changes).load_state_dict(sampler().state_dict())
+
+
+@pytest.mark.parametrize("changes", [{"window": 0}, {"batch": 0}, {"seed": -1}, {"world": 0}])
+def test_impossible_sizes_are_refused(changes):
+    with pytest.raises(UserError, match=f"{next(iter(changes))}="):
+        sampler(**changes)
+
+
+def test_short_texts_are_refused():
+    with pytest.raises(UserError, match="the text has 9 tokens, fewer than one window of 10"):
+        sampler(tokens=TOKENS[:9])
+    with pytest.raises(UserError, match="the text has 0 tokens"):
+        eval_windows(TOKENS[:0], 10)
+
+
+def test_eval_windows_are_consecutive():
+    windows = eval_windows(TOKENS, 10)
+    assert windows.dtype == torch.int64
+    assert torch.equal(windows.flatten(), torch.arange(1000))
+
+
+def test_eval_windows_with_a_limit_are_spread_evenly():
+    windows = eval_windows(TOKENS, 10, limit=4)
+    assert windows[:, 0].tolist() == [0, 250, 500, 750]
+    assert len(eval_windows(TOKENS, 10, limit=500)) == 100
+    for window, limit in ((0, None), (10, 0)):
+        with pytest.raises(UserError, match=f"window={window} and limit={limit}"):
+            eval_windows(TOKENS, window, limit)
+
+
+def parts_of(length: int) -> TokenArray:
+    return TokenArray([TOKENS[i : i + length] for i in range(0, len(TOKENS), length)])
+
+
+def test_windows_across_parts_equal_windows_of_one_array():
+    assert torch.equal(eval_windows(parts_of(7), 10), eval_windows(TOKENS, 10))
+    assert torch.equal(draw(sampler(tokens=parts_of(64)), 30), draw(sampler(), 30))
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(st.integers(1, 1100), st.slices(1003))
+def test_token_arrays_slice_like_one_array(length, index):
+    view = parts_of(length)
+    assert len(view) == len(TOKENS)
+    np.testing.assert_array_equal(view[index], TOKENS[index])
+    np.testing.assert_array_equal(np.asarray(view), TOKENS)
+
+
+def test_token_arrays_index_like_one_array():
+    view = parts_of(100)
+    assert view.dtype == np.uint16
+    assert (view[0], view[999], view[-1]) == (0, 999, 1002)
+    np.testing.assert_array_equal(view[np.array([[5, 1002], [100, 99]])], [[5, 1002], [100, 99]])
+    for index in (1003, -1004, np.array([1003])):
+        with pytest.raises(IndexError):
+            view[index]
