@@ -68,10 +68,9 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     config: Any = replace(run.model, vocab_size=tokenizer.vocab_size)
     if isinstance(config, FlowConfig) and info.get("blocks", "").isdigit():
         config = config.first_blocks(int(info["blocks"]))
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in build_model(config).state_dict().items()}
-    _check_names_and_shapes(directory / WEIGHTS, expected, tensors)
     model = build_model(config)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    _check_names_and_shapes(directory / WEIGHTS, expected, tensors)
     model.load_state_dict(tensors)
     return Checkpoint(model=model.to(device).eval(), tokenizer=tokenizer, run=run, info=info)
 
@@ -92,9 +91,7 @@ def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise UserError(f"{path} is damaged ({error}): restore it or train anew") from None
 
 
-def _check_names_and_shapes(
-    path: Path, expected: dict[str, torch.Size], tensors: dict[str, torch.Tensor]
-) -> None:
+def _check_names_and_shapes(path: Path, expected: dict[str, torch.Size], tensors: dict[str, torch.Tensor]) -> None:
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected:
             lacking = "has no" if name not in tensors else "has an unexpected"

@@ -72,6 +72,6 @@ def _union(members: tuple[Any, ...], value: Any, where: str) -> Any:
         return _value(members[0], value, where)
     by_family = {m.family: m for m in members}
     family = value.get("family") if isinstance(value, dict) else None
-    if family not in by_family:
+    if not isinstance(family, str) or family not in by_family:
         raise UserError(f"{where}.family: {family!r} is not one of {', '.join(map(repr, by_family))}")
     return _value(by_family[family], value, where)

@@ -98,7 +98,11 @@ def negative_bound(
 
 
 def importance_weighted_bound(
-    model: TarFlowLM | TokenLM, tokens: Int[Tensor, "B T"], *, samples: int, generator: torch.Generator | None = None
+    model: TarFlowLM | TokenLM,
+    tokens: Int[Tensor, "B T"],
+    *,
+    samples: int,
+    generator: torch.Generator | None = None,
 ) -> Float[Tensor, " B"]:
     """-log (1/K) sum_k p(x, z_k) / q(z_k | x), z_k ~ q, per sequence in nats (docs/math.md, eq. 13).
 

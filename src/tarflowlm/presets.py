@@ -3,6 +3,7 @@ difference between their results is the model's."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.data import TokenizerConfig
@@ -112,7 +113,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "mini-mixd": mini_mixd,
     "mini-mixd-p2": mini_mixd_p2,
     "mini-mixd-p4": mini_mixd_p4,
-    **{name: (lambda name=name: _paper(name)) for name in PAPER_PRESETS},
+    **{name: partial(_paper, name) for name in PAPER_PRESETS},
 }
 
 

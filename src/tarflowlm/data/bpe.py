@@ -135,9 +135,7 @@ def bpe_from(source: str, normalization: Normalization) -> BPETokenizer:
     if os.path.isfile(path):
         return _bpe_from_file(path, normalization)
     if source.endswith(".json") or source.startswith((".", "/", "~")) or os.path.isdir(source):
-        raise UserError(
-            f"the tokenizer file {path} does not exist: check source, or leave it empty to train one"
-        )
+        raise UserError(f"the tokenizer file {path} does not exist: check source, or leave it empty to train one")
     library_json = _hub_tokenizer(source)
     try:
         return BPETokenizer(library_json, normalization)
@@ -223,9 +221,7 @@ def _parts(component: Any, kind: str) -> list[dict[str, Any]]:
 
 
 def _has_byte_level(specification: dict[str, Any]) -> bool:
-    return any(
-        part["type"] == "ByteLevel" for part in _parts(specification["pre_tokenizer"], "pretokenizers")
-    )
+    return any(part["type"] == "ByteLevel" for part in _parts(specification["pre_tokenizer"], "pretokenizers"))
 
 
 def _check_invertible(specification: dict[str, Any]) -> None:
@@ -240,15 +236,11 @@ def _check_invertible(specification: dict[str, Any]) -> None:
         if part.get("add_prefix_space"):
             raise UserError("it adds a space before the text, so the text cannot be restored from tokens")
         if part["type"] == "Split" and part["behavior"] == "Removed":
-            raise UserError(
-                "its pre-tokenizer removes characters, so the text cannot be restored from tokens"
-            )
+            raise UserError("its pre-tokenizer removes characters, so the text cannot be restored from tokens")
     if model.get("dropout"):
         raise UserError(f"it drops merges at random (dropout={model['dropout']}): set dropout to null")
     if not _has_byte_level(specification) and (model.get("unk_token") or model.get("byte_fallback")):
-        raise UserError(
-            "it is not byte-level and has stand-ins for unknown characters, which cannot be restored"
-        )
+        raise UserError("it is not byte-level and has stand-ins for unknown characters, which cannot be restored")
     affixes = (model.get("continuing_subword_prefix"), model.get("end_of_word_suffix"))
     if any(affixes):
         raise UserError(f"its tokens carry marks of word parts {affixes}, so they are not pieces of text")

@@ -62,9 +62,7 @@ class TokenizerConfig:
             raise UserError(f"source={self.source!r} has no effect with kind={self.kind!r}: set kind to bpe")
         if self.vocab_size != 0:
             why = f"source={self.source!r}" if self.source else f"kind={self.kind!r}"
-            raise UserError(
-                f"vocab_size={self.vocab_size} has no effect with {why}, which fixes it: leave it out"
-            )
+            raise UserError(f"vocab_size={self.vocab_size} has no effect with {why}, which fixes it: leave it out")
 
     @property
     def uses_alphabet(self) -> bool:

@@ -67,9 +67,7 @@ class Corpus:
     def _tokens(self) -> dict[Split, TokenArray]:
         dtype = token_dtype(self.meta.vocab_size)
         return {
-            split: TokenArray(
-                [map_shard(self.path / shard.file, dtype) for shard in self.meta.splits[split].shards]
-            )
+            split: TokenArray([map_shard(self.path / shard.file, dtype) for shard in self.meta.splits[split].shards])
             for split in SPLITS
         }
 
@@ -93,9 +91,7 @@ def open_corpus(path: str | os.PathLike[str]) -> Corpus:
     meta = CorpusMeta.read(folder / "meta.json")
     tokenizer = load_tokenizer(folder)
     if tokenizer.fingerprint != meta.tokenizer_fingerprint or tokenizer.vocab_size != meta.vocab_size:
-        raise UserError(
-            f"{folder / 'tokenizer.json'} is not the one this corpus was encoded with: prepare it again"
-        )
+        raise UserError(f"{folder / 'tokenizer.json'} is not the one this corpus was encoded with: prepare it again")
     itemsize = token_dtype(meta.vocab_size).itemsize
     for record in meta.splits.values():
         for shard in record.shards:
@@ -129,13 +125,9 @@ def prepare_corpus(
     if target.exists() and not is_empty_dir(target):
         corpus = open_corpus(target) if (target / "meta.json").is_file() else None
         if corpus is None or corpus.meta.identity != found.identity:
-            raise UserError(
-                f"{target} already exists and holds something else: remove it or choose another --out"
-            )
+            raise UserError(f"{target} already exists and holds something else: remove it or choose another --out")
         if changed := corpus.meta.changed_file(found.files):
-            raise UserError(
-                f"{target} holds this corpus as it was before {changed} changed: remove {target} first"
-            )
+            raise UserError(f"{target} holds this corpus as it was before {changed} changed: remove {target} first")
         check_tokenizer(corpus, tokenizer)
         return corpus
     return write_corpus(found, tokenizer, target, progress=progress, shard_tokens=shard_tokens)
@@ -184,9 +176,7 @@ def write_corpus(
     return open_corpus(target)
 
 
-def encode_text_source(
-    source: str, tokenizer: Tokenizer, splits: Sequence[str] = SPLITS
-) -> dict[str, TokenArray]:
+def encode_text_source(source: str, tokenizer: Tokenizer, splits: Sequence[str] = SPLITS) -> dict[str, TokenArray]:
     """Tokens of another text under a given tokenizer (say, a checkpoint's), which also normalises it.
 
     `source`: a corpus name, a text file, or a directory that was prepared with this very tokenizer. `splits`
@@ -205,9 +195,7 @@ def encode_text_source(
     texts = resolve_source(source).read(tokenizer.normalization)
     result = {}
     for name in splits:
-        pieces = (
-            piece for split in SPLITS if name in (split, "all") for piece in text_pieces(texts[split], _PIECE)
-        )
+        pieces = (piece for split in SPLITS if name in (split, "all") for piece in text_pieces(texts[split], _PIECE))
         dtype = token_dtype(tokenizer.vocab_size)
         parts = [tokenizer.encode(piece).astype(dtype) for piece in pieces]
         result[name] = TokenArray.of(np.concatenate(parts) if parts else np.zeros(0, dtype))

@@ -76,10 +76,7 @@ class CorpusMeta:
     splits: dict[Split, SplitRecord]
 
     def to_json(self) -> str:
-        return (
-            json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, ensure_ascii=False, indent=1)
-            + "\n"
-        )
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, ensure_ascii=False, indent=1) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> "CorpusMeta":

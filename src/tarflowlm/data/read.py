@@ -73,9 +73,7 @@ def _unzstd(source: Path) -> bytes:
     try:
         import zstandard
     except ImportError:
-        raise UserError(
-            f"reading {source} needs the zstandard package: pip install 'tarflowlm[data]'"
-        ) from None
+        raise UserError(f"reading {source} needs the zstandard package: pip install 'tarflowlm[data]'") from None
     # frame by frame, as the package's streaming reader takes a cut file for a complete one
     parts: list[bytes] = []
     block = source.read_bytes()

@@ -89,9 +89,7 @@ class Tokenizer(ABC):
         is spread over several tokens.
         """
         # a continuation byte is 0b10xxxxxx
-        return np.array(
-            [sum((b & 0xC0) != 0x80 for b in token) for token in self.token_bytes], dtype=np.int64
-        )
+        return np.array([sum((b & 0xC0) != 0x80 for b in token) for token in self.token_bytes], dtype=np.int64)
 
     @cached_property
     def symbols(self) -> list[str]:
@@ -108,9 +106,7 @@ class Tokenizer(ABC):
         try:
             document = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(
-                f"{name} is not valid JSON ({_first_line(error)}); save the tokenizer again"
-            ) from None
+            raise UserError(f"{name} is not valid JSON ({_first_line(error)}); save the tokenizer again") from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise UserError(f'{name} is not a tarflowlm tokenizer (no "format": "{FORMAT}" in it)')
         if document.get("version") != VERSION:
@@ -157,9 +153,7 @@ class Tokenizer(ABC):
         if array.size == 0:
             return np.zeros(0, dtype=np.int64)
         if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise UserError(
-                f"token ids must be a 1-d array of integers, not {array.dtype} of shape {array.shape}"
-            )
+            raise UserError(f"token ids must be a 1-d array of integers, not {array.dtype} of shape {array.shape}")
         low, high = int(array.min()), int(array.max())
         if low < 0 or high >= self.vocab_size:
             wrong = low if low < 0 else high
@@ -262,9 +256,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     try:
         text = source.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(
-            f"{source} does not exist: give a tokenizer.json or the directory that holds one"
-        ) from None
+        raise UserError(f"{source} does not exist: give a tokenizer.json or the directory that holds one") from None
     except _UNREADABLE as error:
         raise UserError(f"cannot read the tokenizer {source}: {_first_line(error)}") from None
     return Tokenizer.from_json(text, name=str(source))
@@ -276,9 +268,7 @@ def check_alphabet(alphabet: str) -> None:
         raise UserError(f"alphabet={alphabet!r} must hold at least two characters")
     twice = sorted({c for c in alphabet if alphabet.count(c) > 1})
     if twice:
-        raise UserError(
-            f"alphabet holds {', '.join(map(repr, twice[:8]))} more than once: list each character once"
-        )
+        raise UserError(f"alphabet holds {', '.join(map(repr, twice[:8]))} more than once: list each character once")
     if any(0xD800 <= ord(c) <= 0xDFFF for c in alphabet):
         raise UserError("alphabet holds half of a surrogate pair, which is no character: remove it")
 

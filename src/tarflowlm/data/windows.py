@@ -78,9 +78,7 @@ class WindowSampler:
         """Continues where `state` was taken; UserError if that stream had another text, window or seed."""
         for name, ours in (("seed", self.seed), ("window", self.window), ("num_tokens", len(self.tokens))):
             if state[name] != ours:
-                raise UserError(
-                    f"cannot resume the data stream: it had {name}={state[name]}, this run has {ours}"
-                )
+                raise UserError(f"cannot resume the data stream: it had {name}={state[name]}, this run has {ours}")
         self.epoch, self.position = state["epoch"], state["position"]
         self._starts = self._epoch_starts(self.epoch)
         assert 0 <= self.position <= len(self._starts), state
@@ -106,9 +104,7 @@ class WindowSampler:
         return offset + self.window * generator.permutation(num_windows).astype(np.int64)
 
 
-def eval_windows(
-    tokens: TokenArray | npt.NDArray[Any], window: int, limit: int | None = None
-) -> torch.Tensor:
+def eval_windows(tokens: TokenArray | npt.NDArray[Any], window: int, limit: int | None = None) -> torch.Tensor:
     """Consecutive non-overlapping windows from the first token on: int64 [N, window].
 
     The incomplete last window is left out. `limit` keeps at most that many, evenly spaced over the text.

@@ -49,7 +49,7 @@ def evaluate(
     *,
     samples: int = 1,
     seed: int = 0,
-    batch: int = 32,
+    batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Likelihood:
     """Bound over `windows` [N, T] of token ids, each with a fresh context.
@@ -60,13 +60,15 @@ def evaluate(
     if samples < 1:
         raise UserError(f"samples {samples}: must be at least 1")
     exact = isinstance(model, TokenLM)
+    # 8,192 tokens at a time keep two cores or a small GPU busy
+    batch = batch or max(1, 8192 // windows.shape[1])
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     nats = []
     for start in range(0, len(windows), batch):
         tokens = windows[start : start + batch].to(device)
         bound = importance_weighted_bound(model, tokens, samples=1 if exact else samples, generator=generator)
-        nats.append(bound.double().cpu())
+        nats.append(bound.cpu().double())
         if progress is not None:
             progress(min(start + batch, len(windows)), len(windows))
     per_window = torch.cat(nats)

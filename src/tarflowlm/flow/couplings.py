@@ -173,7 +173,14 @@ class MixDCoupling(Coupling):
     """
 
     def __init__(
-        self, *, width: int, patch: int, latent_dim: int, components: int, tied: Codebook | None, in_patch: bool
+        self,
+        *,
+        width: int,
+        patch: int,
+        latent_dim: int,
+        components: int,
+        tied: Codebook | None,
+        in_patch: bool,
     ) -> None:
         super().__init__()
         self.patch, self.latent_dim = patch, latent_dim
@@ -208,9 +215,13 @@ class MixDCoupling(Coupling):
     def log_prob(self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]) -> Float[Tensor, " B"]:
         token_features = self.token_features(features, z)
         weight, bias, book = self.weight_head.weight, self.weight_head.bias, self.components
-        return numerics.mixture_log_prob_from_features(
-            self._tokens(z), token_features, weight, bias, book.mean, book.log_std
-        ).flatten(1).sum(-1)
+        return (
+            numerics.mixture_log_prob_from_features(
+                self._tokens(z), token_features, weight, bias, book.mean, book.log_std
+            )
+            .flatten(1)
+            .sum(-1)
+        )
 
     def invert(
         self,

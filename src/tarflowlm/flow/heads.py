@@ -28,6 +28,8 @@ class AutoregressiveHead(nn.Module):
     through B. `outputs` names the O of each output tensor, so that every one of them is contiguous.
     """
 
+    mask: Tensor
+
     def __init__(
         self, *, width: int, groups: int, channels: int, hidden: int, outputs: tuple[int, ...], features: int
     ) -> None:
@@ -37,8 +39,8 @@ class AutoregressiveHead(nn.Module):
         known = max(groups - 1, 0)
         self.embed = nn.Parameter(torch.randn(known, 3 * channels, features) * (3 * channels) ** -0.5)
         self.cross = nn.Parameter(torch.randn(groups, hidden, known, features) * max(known * features, 1) ** -0.5)
-        self.weights = nn.ParameterList(torch.randn(groups, hidden, O) * 0.1 * hidden**-0.5 for O in outputs)
-        self.biases = nn.ParameterList(torch.zeros(groups, O) for O in outputs)
+        self.weights = nn.ParameterList(torch.randn(groups, hidden, n) * 0.1 * hidden**-0.5 for n in outputs)
+        self.biases = nn.ParameterList(torch.zeros(groups, n) for n in outputs)
         nn.init.normal_(self.context.weight, std=width**-0.5)
         nn.init.zeros_(self.context.bias)
         below = torch.ones(groups, known).tril(-1)
@@ -104,7 +106,12 @@ class TokenFeatures(nn.Module):
             nn.init.normal_(self.place.weight, std=width**-0.5)
         if patch > 1 and in_patch:
             self.head = AutoregressiveHead(
-                width=width, groups=patch, channels=latent_dim, hidden=2 * width, outputs=(width,), features=width
+                width=width,
+                groups=patch,
+                channels=latent_dim,
+                hidden=2 * width,
+                outputs=(width,),
+                features=width,
             )
 
     def forward(self, features: Float[Tensor, "B T D"], z: Float[Tensor, "B T C"]) -> Float[Tensor, "B T P D"]:

@@ -48,7 +48,14 @@ class FlowBlock(Bijection):
     """
 
     def __init__(
-        self, *, trunk: TransformerConfig, num_layers: int, channels: int, coupling: Coupling, reverse: bool, mix: int
+        self,
+        *,
+        trunk: TransformerConfig,
+        num_layers: int,
+        channels: int,
+        coupling: Coupling,
+        reverse: bool,
+        mix: int,
     ) -> None:
         super().__init__()
         self.order = Compose((ChannelMix(channels, mix), Direction(reverse)))
@@ -59,7 +66,7 @@ class FlowBlock(Bijection):
         self.coupling = coupling
 
     def _features(self, h: Tensor) -> Tensor:
-        """Features [B, N, D] of the past of every position: a learned start vector, then the inputs shifted by one."""
+        """Features [B, N, D] of the past of every position: a start vector, then the inputs shifted by one."""
         past = widen(self.input(h[:, :-1]))
         start = self.start.expand(h.shape[0], 1, -1)
         return self.transformer(torch.cat((start, past), dim=1))
@@ -101,8 +108,10 @@ class FlowBlock(Bijection):
         for t, u_t in enumerate(noise.unbind(1)):
             here = None if known is None else known[:, t * channels : (t + 1) * channels]
             features = self.features_at(cache, previous, len(u))
-            complete = here is not None and here.shape[1] == channels
-            previous = here if complete else self.coupling.invert(u_t, features, adjust, here)
+            if here is not None and here.shape[1] == channels:
+                previous = here
+            else:
+                previous = self.coupling.invert(u_t, features, adjust, here)
             h.append(previous)
             if tick is not None:
                 tick()

@@ -36,6 +36,8 @@ class TransformerConfig:
             )
         if self.mlp_ratio < 1:
             raise UserError(f"mlp_ratio {self.mlp_ratio}: must be at least 1")
+        if not 0 < self.rotary_base < math.inf:
+            raise UserError(f"rotary_base {self.rotary_base}: must be above 0 and finite")
 
 
 class KVCache:

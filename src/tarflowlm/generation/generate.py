@@ -89,7 +89,9 @@ def _check(model: Model, num: int, num_tokens: int, prompt: Tensor | None) -> Te
     if num_tokens < 1:
         raise UserError(f"length {num_tokens}: ask for at least 1 token")
     if num_tokens > model.config.context:
-        raise UserError(f"length {num_tokens}: the model was trained on {model.config.context} tokens; ask for no more")
+        raise UserError(
+            f"length {num_tokens}: the model was trained on {model.config.context} tokens; ask for no more"
+        )
     if prompt is not None and len(prompt) >= num_tokens:
         raise UserError(
             f"the prompt has {len(prompt)} tokens, which leaves no room in {num_tokens}: "

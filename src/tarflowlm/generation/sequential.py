@@ -49,7 +49,9 @@ def sample_baseline(
     """
     P, (num, num_tokens) = model.config.patch, uniform.shape
     given = 0 if prompt is None else len(prompt)
-    uniform = uniform.to(model.start.device)
+    # some devices have no float64
+    wide = torch.float32 if model.start.device.type == "mps" else torch.float64
+    uniform = uniform.to(model.start.device, wide)
     cache = model.transformer.allocate_cache(num, num_tokens // P, model.start)
     tokens = torch.zeros(num, num_tokens, dtype=torch.long, device=model.start.device)
     if prompt is not None:
@@ -63,7 +65,7 @@ def sample_baseline(
                 # in-patch weights of token j see tokens < j alone, so the zeros after it have no effect
                 logits = model.patch_logits(features, patch)[:, 0, j]
                 logits = logits if adjust is None else adjust(logits)
-                cumulative = logits.double().softmax(-1).cumsum(-1)
+                cumulative = logits.to(wide).softmax(-1).cumsum(-1)
                 patch[:, j] = (cumulative < uniform[:, start + j, None] * cumulative[:, -1:]).sum(-1)
         tokens[:, start : start + P] = patch
         previous = patch

@@ -1,5 +1,6 @@
 """What a run is: its data, model, optimiser and schedule."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -7,6 +8,13 @@ from tarflowlm.baseline import BaselineConfig
 from tarflowlm.data import TokenizerConfig
 from tarflowlm.errors import UserError
 from tarflowlm.model import FlowConfig
+
+
+def checked_seed(seed: int) -> int:
+    """The seed; UserError where random number generators would not take it, or not tell it from another."""
+    if not 0 <= seed < 2**62:
+        raise UserError(f"seed {seed}: must be at least 0 and below 2^62")
+    return seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +47,12 @@ class OptimConfig:
             raise UserError(f"optim.lr {self.lr}: must be above 0")
         if not self.grad_clip > 0:
             raise UserError(f"optim.grad_clip {self.grad_clip}: must be above 0")
+        for name, factor in (("codebook_lr_scale", self.codebook_lr_scale), ("weight_decay", self.weight_decay)):
+            if not 0 <= factor < math.inf:
+                raise UserError(f"optim.{name} {factor}: must be at least 0 and finite")
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 <= beta < 1:
+                raise UserError(f"optim.{name} {beta}: must be at least 0 and below 1")
         for name, share in (("warmup", self.warmup), ("decay", self.decay)):
             if not 0 <= share <= 1:
                 raise UserError(f"optim.{name} {share}: must be between 0 and 1")
@@ -111,6 +125,7 @@ class RunConfig:
     """Of the initial weights, the order of the data and the noise of q(z|x)."""
 
     def __post_init__(self) -> None:
+        checked_seed(self.seed)
         stages, given = self.num_stages, len(self.train.stage_steps)
         if given != stages:
             raise UserError(

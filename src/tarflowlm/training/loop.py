@@ -61,7 +61,12 @@ class StageContext:
 
 
 def train_stage(
-    model: Model, optimizers: list[torch.optim.Optimizer], context: StageContext, counters: Counters, *, frozen: int
+    model: Model,
+    optimizers: list[torch.optim.Optimizer],
+    context: StageContext,
+    counters: Counters,
+    *,
+    frozen: int,
 ) -> None:
     """Optimiser steps until the stage's budget is used up, or its validation bound stalls.
 
@@ -74,7 +79,10 @@ def train_stage(
     while counters.stage_step < num_steps:
         lr = context.run.optim.lr * schedule(context.run.optim, counters.stage_step, num_steps)
         tokens = context.sampler.next().to(context.device)
-        loss, norm = _step(model, optimizers, context, tokens, lr, frozen)
+        set_learning_rate(optimizers, lr)
+        loss, norm = optimizer_step(
+            model, optimizers, context.run, tokens, frozen=frozen, generator=context.generator
+        )
         counters.step += 1
         counters.stage_step += 1
         counters.tokens += tokens.numel()
@@ -94,18 +102,22 @@ def train_stage(
                 return
 
 
-def _step(
-    model: Model, optimizers: list[torch.optim.Optimizer], context: StageContext, tokens: Tensor, lr: float, frozen: int
+def optimizer_step(
+    model: Model,
+    optimizers: list[torch.optim.Optimizer],
+    run: RunConfig,
+    tokens: Tensor,
+    *,
+    frozen: int,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """One optimiser step: loss in nats per token and gradient norm, both left on the device."""
-    config = context.run
-    set_learning_rate(optimizers, lr)
-    half = config.train.precision == "bfloat16"
-    with torch.autocast(context.device.type, torch.bfloat16, enabled=half):
-        loss = negative_bound(model, tokens, generator=context.generator, frozen=frozen).mean() / tokens.shape[1]
-    loss.backward()  # type: ignore[no-untyped-call]
+    """One step on a batch [B, T]: loss in nats per token and gradient norm, both left on the device."""
+    half = run.train.precision == "bfloat16"
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half):
+        loss = negative_bound(model, tokens, generator=generator, frozen=frozen).mean() / tokens.shape[1]
+    loss.backward()
     trained = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(trained, config.optim.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(trained, run.optim.grad_clip)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -181,7 +193,7 @@ def validate(model: Model, context: StageContext, counters: Counters) -> bool:
 def validation_bound(model: Model, context: StageContext) -> Likelihood:
     """The bound on the validation windows; the same noise at every call."""
     model.eval()
-    result = evaluate(model, context.valid, context.characters_per_token, batch=context.run.train.batch_size)
+    result = evaluate(model, context.valid, context.characters_per_token)
     model.train()
     return result
 
@@ -202,4 +214,3 @@ def non_finite_report(model: Model, tokens: Tensor, step: int) -> str:
         f"the loss or gradient is not finite at step {step}: terms {', '.join(broken) or 'all finite now'}; "
         f"parameters {', '.join(bad[:5]) or 'all finite'}; lower optim.lr, or resume from the last checkpoint"
     )
-

@@ -26,9 +26,7 @@ def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.
     heads, codebook, vectors and block-diagonal tensors stay with AdamW.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    muon = [
-        p for name, p in named if config.optimizer == "muon" and p.ndim == 2 and "transformer.layers." in name
-    ]
+    muon = [p for name, p in named if config.optimizer == "muon" and p.ndim == 2 and "transformer.layers." in name]
     taken = {id(p) for p in muon}
     rest = [(name, p) for name, p in named if id(p) not in taken]
     scales = [p for name, p in rest if name.endswith("codebook.log_std")]
@@ -42,7 +40,11 @@ def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.
         {"params": scales, "weight_decay": 0.0, "lr_scale": config.codebook_lr_scale},
     ]
     adamw = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-10, fused=True
+        [g for g in groups if g["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=1e-10,
+        fused=True,
     )
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if muon:

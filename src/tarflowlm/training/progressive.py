@@ -23,20 +23,27 @@ from tarflowlm.training.state import load_state, newest_state, read_counters, sa
 SUMMARY = "summary.json"
 
 
-def train(run: RunConfig, out: Path, *, device: torch.device, reporter: Reporter | None = None) -> dict[str, Any]:
+def train(
+    run: RunConfig,
+    out: Path,
+    *,
+    device: torch.device,
+    reporter: Reporter | None = None,
+    test_windows: int | None = None,
+) -> dict[str, Any]:
     """Train `run` into the new directory `out` and return its summary (also written to summary.json).
 
+    The test figure is over the whole test split, or over `test_windows` evenly spaced windows of it.
     Raises UserError, before anything is written, when `out` exists and is not empty.
     """
     reporter = reporter or Reporter()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already: choose another --out, or continue it with `train --resume {out}`")
+    check_new(out)
     corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
     run = replace(run, model=replace(run.model, vocab_size=_checked_vocab_size(run, corpus)))
     _check_lengths(run, corpus)
     out.mkdir(parents=True, exist_ok=True)
     write_run(out, run, corpus.tokenizer)
-    return _Run(run, out, corpus, device, reporter).go(Counters())
+    return _Run(run, out, corpus, device, reporter, test_windows).go(Counters())
 
 
 def resume(out: Path, *, device: torch.device, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -50,6 +57,19 @@ def resume(out: Path, *, device: torch.device, reporter: Reporter | None = None)
     saved = read_counters(state)
     reporter.notice(f"resuming {out} at step {saved['counters']['step']}")
     return _Run(run, out, corpus, device, reporter).go(Counters(**saved["counters"]), state, saved["sampler"])
+
+
+def check_new(out: Path) -> None:
+    """UserError unless `out` is free to be written."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already: choose another --out, or continue it with `train --resume {out}`")
+
+
+def freeze_below(model: Model, stage: int) -> None:
+    """Leave only block `stage` trainable; stage 0 trains all that is there, the codebook included."""
+    if stage > 0 and isinstance(model, TarFlowLM):
+        model.requires_grad_(False)
+        model.prior.blocks[stage].requires_grad_(True)
 
 
 def _checked_vocab_size(run: RunConfig, corpus: Corpus) -> int:
@@ -73,8 +93,15 @@ class _Run:
     """The parts of one run, from its first step or from a saved state."""
 
     def __init__(
-        self, run: RunConfig, out: Path, corpus: Corpus, device: torch.device, reporter: Reporter
+        self,
+        run: RunConfig,
+        out: Path,
+        corpus: Corpus,
+        device: torch.device,
+        reporter: Reporter,
+        test_windows: int | None = None,
     ) -> None:
+        self.test_windows = test_windows
         self.run, self.out, self.corpus, self.device, self.reporter = run, out, corpus, device, reporter
         self.sampler = WindowSampler(
             corpus.split("train"), window=run.model.context, batch=run.train.batch_size, seed=run.seed
@@ -97,7 +124,9 @@ class _Run:
         with seeded(self.run.seed):
             return build_model(config).to(self.device)
 
-    def go(self, counters: Counters, state: Path | None = None, sampler: dict[str, int] | None = None) -> dict[str, Any]:
+    def go(
+        self, counters: Counters, state: Path | None = None, sampler: dict[str, int] | None = None
+    ) -> dict[str, Any]:
         self.counters = counters
         log = MetricsLog(self.out, self.reporter, resume_at=counters.step if state else None)
         context = StageContext(
@@ -137,9 +166,7 @@ class _Run:
                 with seeded(self.run.seed + 1000 * self.model.num_blocks):
                     self.model.append_block()
                 self.optimizers = []
-            if stage > 0:
-                self.model.requires_grad_(False)
-                self.model.prior.blocks[stage].requires_grad_(True)
+            freeze_below(self.model, stage)
         if not self.optimizers:
             self.optimizers = build_optimizers(self.run.optim, self.model)
         if len(self.counters.seconds) < stage + 1:
@@ -174,7 +201,7 @@ class _Run:
 
     def _finish(self, wall: float) -> dict[str, Any]:
         self.model.eval()
-        windows = eval_windows(self.corpus.split("test"), self.run.model.context)
+        windows = eval_windows(self.corpus.split("test"), self.run.model.context, self.test_windows)
         self.reporter.notice(f"evaluating {len(windows):,} windows of the test split")
         test = evaluate(self.model, windows, self.characters_per_token)
         counters = self.counters

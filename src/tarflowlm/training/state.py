@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json, sync_file, sync_folder, write_json
@@ -39,7 +41,7 @@ def save_state(
         return
     model_state, optimizer_state = get_state_dict(model, optimizers)
     tensors = {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state()}
-    dcp.save(tensors, checkpoint_id=temporary, no_dist=True)
+    save(tensors, checkpoint_id=temporary, no_dist=True)
     write_json(temporary / COUNTERS, counters)
     for file in temporary.iterdir():
         sync_file(file)
@@ -71,12 +73,18 @@ def load_state(
 ) -> None:
     """Fill model, optimisers and generator from a state directory; they must be built for the same stage."""
     model_state, optimizer_state = get_state_dict(model, optimizers)
-    tensors = {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state()}
+    tensors: dict[str, Any] = {
+        "model": model_state,
+        "optimizers": optimizer_state,
+        "generator": generator.get_state(),
+    }
     try:
-        dcp.load(tensors, checkpoint_id=state, no_dist=True)
-    except (dcp.api.CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
+        load(tensors, checkpoint_id=state, no_dist=True)
+    except (CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"{state} cannot be resumed ({first_line}): remove it to fall back to the one before") from None
+        raise UserError(
+            f"{state} cannot be resumed ({first_line}): remove it to fall back to the one before"
+        ) from None
     set_state_dict(
         model,
         optimizers,

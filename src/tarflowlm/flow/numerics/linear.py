@@ -19,6 +19,9 @@ SMALLEST = {torch.float32: 1e-12, torch.float64: 1e-285}
 """Tail masses and densities below this leave the linear path. In float32 the bound is 7 sigma, not the 13 where the
 mass underflows: beyond 7 an ulp of u^2 / 2 becomes visible in the log-determinant, and float64 removes it."""
 
+TINY = {torch.float32: 1e-30, torch.float64: 1e-290}
+"""Floor of a density one divides by, in a Newton step that the bracket then refuses."""
+
 _LARGEST = {("normal", torch.float32): 9.0, ("normal", torch.float64): 26.4}
 _LARGEST |= {("logistic", torch.float32): 80.0, ("logistic", torch.float64): 690.0}
 """Clamp for the scaled a. Vectorised exp and erfc are 30 to 80 times slower where their result underflows, flushed
@@ -113,6 +116,11 @@ def clamp_in_place(a: Tensor, f: Family) -> Tensor:
     """a clipped to where neither tail nor density underflows."""
     bound = _LARGEST[f.name, a.dtype]
     return a.clamp_(-bound, bound)
+
+
+def density(a: Tensor, f: Family) -> Tensor:
+    """`density_into` a new tensor."""
+    return (a * a).neg_().exp_() if f.name == "normal" else f.pdf(a)
 
 
 def unit(f: Family) -> float:

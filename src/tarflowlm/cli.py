@@ -1,0 +1,408 @@
+"""The command line: `tarflowlm COMMAND`. Imported by nothing.
+
+Exit status: 0 on success, 2 for what the user got wrong (one line on stderr), 130 when interrupted.
+"""
+
+import contextlib
+import copy
+import io
+import re
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+
+from tarflowlm.checkpoint import load_checkpoint
+from tarflowlm.console import (
+    ProgressReporter,
+    bar,
+    print_json,
+    print_samples,
+    print_table,
+    samples_to_json,
+    sampling_bar,
+)
+from tarflowlm.data import (
+    Tokenizer,
+    TokenizerConfig,
+    cached_corpus,
+    encode_text_source,
+    eval_windows,
+    prepare_corpus,
+)
+from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.errors import UserError
+from tarflowlm.evaluation.likelihood import evaluate
+from tarflowlm.generation import generate
+from tarflowlm.presets import PRESETS, preset, with_steps
+from tarflowlm.quickstart import QuickstartArgs, run_quickstart
+from tarflowlm.training.config import RunConfig, checked_seed
+from tarflowlm.training.progressive import resume, train
+
+
+@dataclass(frozen=True)
+class DataArgs:
+    """Turn a corpus or text file into token shards."""
+
+    source: tyro.conf.Positional[str]
+    """english (built in), text8, openwebtext, or a .txt, .gz, .xz or .zst file."""
+    out: Path
+    """Directory to write."""
+    tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerConfig)
+    """How text becomes tokens."""
+    json: bool = False
+    """Print one JSON object last."""
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Train a preset into a new directory; any field of its configuration can be overridden."""
+
+    out: Path
+    """Run directory to write; it must not exist."""
+    data: str | None = None
+    """Corpus name, text file, or directory made by `tarflowlm data`."""
+    steps: int | None = None
+    """Optimiser steps in all, stages included; the stages keep their proportion."""
+    device: DeviceName = "auto"
+    """auto takes cuda, then mps, then cpu."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints."""
+    json: bool = False
+    """Print one JSON object last."""
+    run: Annotated[RunConfig | None, tyro.conf.arg(name="")] = None
+    """The preset's fields."""
+
+
+@dataclass(frozen=True)
+class ResumeArgs:
+    """Continue a stopped run."""
+
+    resume: Path
+    """Run directory to continue."""
+    device: DeviceName = "auto"
+    """auto takes cuda, then mps, then cpu."""
+    json: bool = False
+    """Print one JSON object last."""
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Likelihood of a text under a trained model."""
+
+    directory: tyro.conf.Positional[Path]
+    """Run directory."""
+    data: str | None = None
+    """Another text: corpus name, file or prepared directory; the default is the run's own corpus."""
+    split: Literal["train", "valid", "test", "all"] = "test"
+    """Part of the text; a file is cut 90/5/5."""
+    samples: int = 1
+    """Posterior samples: 1 gives the ELBO, more the importance-weighted bound."""
+    windows: int | None = None
+    """At most this many windows, evenly spaced; the default is all of them."""
+    normalize: Literal["text8"] | None = None
+    """Normalise the text first, whatever the checkpoint's tokenizer does."""
+    seed: int = 0
+    """Of the posterior samples."""
+    device: DeviceName = "auto"
+    """auto takes cuda, then mps, then cpu."""
+    json: bool = False
+    """Print one JSON object last."""
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Let a trained model write."""
+
+    directory: tyro.conf.Positional[Path]
+    """Run directory."""
+    num: int = 1
+    """Samples."""
+    length: int | None = None
+    """Tokens per sample, the prompt included; the default is the trained context."""
+    prompt: str | None = None
+    """Text to continue. Exact for one block; an approximation for stacks (docs/math.md)."""
+    seed: int = 0
+    """Same seed, same text."""
+    temperature: float = 1.0
+    """Scale of the noise and power of the mixture weights; 1 is the model itself."""
+    top_k: int | None = None
+    """Keep the k most probable components or tokens."""
+    top_p: float | None = None
+    """Keep the smallest set of components or tokens that holds this probability."""
+    decoder: Literal["sequential"] = "sequential"
+    """How blocks are inverted."""
+    passes: bool = False
+    """Show the text decoded after every block."""
+    normalize: Literal["text8"] | None = None
+    """Normalise the prompt first."""
+    device: DeviceName = "auto"
+    """auto takes cuda, then mps, then cpu."""
+    json: bool = False
+    """Print one JSON object last."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: runs a command and exits."""
+    argv = sys.argv[1:] if argv is None else argv
+    # denormal numbers make these densities many times slower on CPUs
+    torch.set_flush_denormal(True)
+    try:
+        _dispatch(argv)
+    except (UserError, FloatingPointError) as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"cannot use {error.filename}: {error.strerror or error}; check the path, its permissions and the disk")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail("out of memory: choose a smaller model, context, batch size or number of samples")
+    except KeyboardInterrupt:
+        sys.stderr.write("tarflowlm: interrupted; a training run continues with `tarflowlm train --resume DIR`\n")
+        sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    """One line, whatever the names in it hold."""
+    line = message.replace("\r", "\\r").replace("\n", "\\n")
+    sys.stderr.write(f"tarflowlm: {line}\n")
+    sys.exit(2)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    # PyTorch's CPU allocator raises a plain RuntimeError
+    return known or "can't allocate memory" in str(error) or "Storage size calculation overflowed" in str(error)
+
+
+def _dispatch(argv: list[str]) -> None:
+    commands = {
+        "quickstart": (run_quickstart_command, QuickstartArgs),
+        "data": (run_data, DataArgs),
+        "eval": (run_eval, EvalArgs),
+        "sample": (run_sample, SampleArgs),
+    }
+    if not argv or argv[0] in ("-h", "--help"):
+        _print_help({name: args.__doc__ or "" for name, (_, args) in commands.items()})
+        return
+    name, rest = argv[0], argv[1:]
+    if name == "train":
+        run_train(rest)
+    elif name == "bench":
+        run_bench(rest)
+    elif name in commands:
+        function, args = commands[name]
+        function(parse(args, rest, f"tarflowlm {name}"))  # type: ignore[operator]
+    else:
+        raise UserError(f"command {name!r} is unknown: choose one of train, bench, {', '.join(commands)}")
+
+
+def _print_help(summaries: dict[str, str]) -> None:
+    summaries = summaries | {
+        "train": f"{TrainArgs.__doc__} Or continue one: train --resume DIR.",
+        "bench": "Speed and accuracy as ratios against something else in the same run: bench numerics, bench train.",
+    }
+    print_table(Console(), "tarflowlm COMMAND --help", [(name, text) for name, text in summaries.items()])
+
+
+def parse(cls: type[Any], argv: list[str], prog: str, default: Any = None) -> Any:
+    """`cls` from the command line; what does not parse becomes a one-line UserError."""
+    captured = io.StringIO()
+    extra = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(
+                cls,
+                args=argv,
+                prog=prog,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+                **extra,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(captured.getvalue(), prog)) from None
+
+
+def _one_line(message: str, prog: str) -> str:
+    """tyro's boxed message without its frame, title and help text."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", message)
+    text = re.sub(r"^\s*╭.*", "", text)
+    text = re.sub(r"Argument helptext:.*", "", text, flags=re.DOTALL)
+    text = re.sub(r"[╭╮╰╯│─]+", " ", text)
+    text = re.sub(r"For full helptext.*", "", text, flags=re.DOTALL)
+    return f"{' '.join(text.split()) or 'the arguments do not parse'}; see `{prog} --help`"
+
+
+def run_quickstart_command(args: QuickstartArgs) -> None:
+    result = run_quickstart(args, Console(stderr=True), Console())
+    if args.json:
+        print_json(result)
+
+
+def run_data(args: DataArgs) -> None:
+    console = Console(stderr=True)
+    with bar(console, f"tokens of {args.source}", 1) as update:
+        corpus = prepare_corpus(
+            args.source,
+            args.tokenizer,
+            args.out,
+            progress=lambda _stage, done, total: update(done // max(total, 1)),
+        )
+    counts = {name: corpus.num_tokens(name) for name in ("train", "valid", "test")}
+    result = {"out": str(args.out), "vocab_size": corpus.tokenizer.vocab_size, "tokens": counts}
+    if args.json:
+        print_json(result)
+    else:
+        rows = [
+            (name, f"{count:,} tokens, {corpus.num_characters(name):,} characters") for name, count in counts.items()
+        ]
+        print_table(Console(), f"{args.out}: {corpus.tokenizer.vocab_size} symbols", rows)
+
+
+def run_train(argv: list[str]) -> None:
+    console = Console(stderr=True)
+    if argv and not argv[0].startswith("-"):
+        name, rest = argv[0], argv[1:]
+        args = parse(TrainArgs, rest, f"tarflowlm train {name}", TrainArgs(out=tyro.MISSING, run=preset(name)))
+        run = _overridden(args)
+        with ProgressReporter(console) as reporter:
+            summary = train(run, args.out, device=pick_device(args.device), reporter=reporter)
+    elif "--resume" in argv:
+        args = parse(ResumeArgs, argv, "tarflowlm train --resume DIR")
+        with ProgressReporter(console) as reporter:
+            summary = resume(args.resume, device=pick_device(args.device), reporter=reporter)
+    elif argv and argv[0] in ("-h", "--help"):
+        usage = "tarflowlm train PRESET --out DIR [--help for its fields]   or   tarflowlm train --resume DIR"
+        print_table(Console(), usage, [(name, make.__doc__ or "") for name, make in PRESETS.items()])
+        return
+    else:
+        raise UserError(f"train needs a preset ({', '.join(PRESETS)}) or --resume DIR")
+    if args.json:
+        print_json(summary)
+        return
+    test = summary["test"]
+    sign = "=" if test["bound"] == "exact" else "<="
+    rows = [
+        ("test", f"{sign} {test['bpc']:.4f} bits per character ({test['bound']}, {test['tokens']:,} tokens)"),
+        ("stages, valid", ", ".join(f"{bpc:.4f}" for bpc in summary["stage_valid_bpc"])),
+        ("trained", f"{summary['tokens']:,} tokens in {summary['seconds']:,.0f} s"),
+        ("parameters", f"{summary['parameters']:,}, {summary['trunk_parameters']:,} of them in Transformers"),
+    ]
+    print_table(Console(), summary["preset"], rows)
+
+
+def _overridden(args: TrainArgs) -> RunConfig:
+    """The run with the short options put into their fields."""
+    run = args.run
+    assert run is not None
+    if args.data is not None:
+        run = replace(run, data=replace(run.data, source=args.data))
+    if args.checkpoint_every is not None:
+        run = replace(run, train=replace(run.train, checkpoint_every=args.checkpoint_every))
+    return run if args.steps is None else with_steps(run, args.steps)
+
+
+def _with_normalisation(tokenizer: Tokenizer, normalize: Literal["text8"] | None) -> Tokenizer:
+    if normalize is None:
+        return tokenizer
+    changed = copy.copy(tokenizer)
+    changed.normalization = normalize
+    return changed
+
+
+def run_eval(args: EvalArgs) -> None:
+    console = Console(stderr=True)
+    device = pick_device(args.device)
+    checkpoint = load_checkpoint(args.directory, device)
+    tokenizer = _with_normalisation(checkpoint.tokenizer, args.normalize)
+    source = args.data or checkpoint.run.data.source
+    if Path(source).is_dir() and args.split != "all":
+        tokens = cached_corpus(source, tokenizer).split(args.split)
+    else:
+        tokens = encode_text_source(source, tokenizer, (args.split,))[args.split]
+    windows = eval_windows(tokens, checkpoint.run.model.context, args.windows)
+    characters = torch.from_numpy(np.asarray(tokenizer.characters_per_token))
+    start = time.perf_counter()
+    with bar(console, f"windows of {source}", len(windows)) as update:
+        result = evaluate(
+            checkpoint.model,
+            windows,
+            characters,
+            samples=args.samples,
+            seed=checked_seed(args.seed),
+            progress=lambda done, _total: update(done),
+        )
+    seconds = time.perf_counter() - start
+    if args.json:
+        print_json(result.to_json() | {"source": source, "split": args.split, "seconds": seconds})
+        return
+    rows = [
+        ("bits per character", f"{result.sign} {result.bpc:.4f}"),
+        ("nats per token", f"{result.sign} {result.nats_per_token:.4f} (standard error {result.stderr:.4f})"),
+        ("perplexity per token", f"{result.sign} {result.ppl:.4f}"),
+        ("bound", result.bound),
+        (
+            "text",
+            f"{result.tokens:,} tokens, {result.characters:,} characters, {result.windows:,} fresh contexts",
+        ),
+        ("seconds", f"{seconds:.1f}"),
+    ]
+    print_table(Console(), f"{args.directory} on {source}, {args.split}", rows)
+
+
+def run_bench(argv: list[str]) -> None:
+    benchmarks = {"numerics": bench.numerics, "train": bench.train}
+    name = argv[0] if argv else ""
+    if name not in benchmarks:
+        raise UserError(f"benchmark {name!r} is unknown: choose one of {', '.join(benchmarks)}")
+    module = benchmarks[name]
+    args = parse(module.Args, argv[1:], f"tarflowlm bench {name}")
+    result = module.run(args)
+    if args.json:
+        print_json(result)
+    else:
+        module.print_result(result, Console())
+
+
+def run_sample(args: SampleArgs) -> None:
+    checkpoint = load_checkpoint(args.directory, pick_device(args.device))
+    tokenizer = _with_normalisation(checkpoint.tokenizer, args.normalize)
+    length = checkpoint.run.model.context if args.length is None else args.length
+    prompt = None
+    if args.prompt is not None:
+        text = args.prompt if args.normalize is None else tokenizer.prepare(args.prompt)
+        if not args.prompt or not text:
+            raise UserError("the prompt is empty: leave --prompt out to sample without one")
+        prompt = torch.from_numpy(tokenizer.encode(text))
+    start = time.perf_counter()
+    with sampling_bar(Console(stderr=True), checkpoint.model, max(length, 1)) as tick:
+        result = generate(
+            checkpoint.model,
+            num_tokens=length,
+            num=args.num,
+            prompt=prompt,
+            generator=torch.Generator().manual_seed(checked_seed(args.seed)),
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            return_passes=args.passes,
+            decoder=args.decoder,
+            tick=tick,
+        )
+    seconds = time.perf_counter() - start
+    if args.json:
+        samples = samples_to_json(result.tokens, result.passes, tokenizer)
+        print_json({"samples": samples, "seconds": seconds, "tokens_per_second": result.tokens.numel() / seconds})
+    else:
+        print_samples(Console(), result.tokens, result.passes, tokenizer)
+
+
+if __name__ == "__main__":
+    main()

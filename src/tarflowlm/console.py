@@ -1,0 +1,186 @@
+"""What the terminal shows: progress on stderr, results on stdout."""
+
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from tarflowlm.checkpoint import Model
+from tarflowlm.data import Tokenizer
+from tarflowlm.generation.generate import num_ticks
+from tarflowlm.training.metrics import Reporter
+
+stderr_columns = (
+    SpinnerColumn(),
+    TextColumn("{task.description}"),
+    BarColumn(bar_width=None),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[note]}"),
+    TextColumn("eta"),
+    TimeRemainingColumn(elapsed_when_finished=True),
+)
+
+
+class ProgressReporter(Reporter):
+    """A bar per stage with tokens per second, bits per character and the time left. Use as a context."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(*stderr_columns, console=console)
+        self._task: Any = None
+        self._bpc, self._valid, self._rate = "", "", ""
+        self._start, self._tokens = time.perf_counter(), 0
+
+    def __enter__(self) -> "ProgressReporter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._task is not None:
+            self.progress.stop()
+
+    def stage(self, index: int, num_stages: int, num_steps: int, done: int, description: str) -> None:
+        if self._task is None:
+            # not before, so that an error at the start prints its one line alone
+            self.progress.start()
+        else:
+            self.progress.update(self._task, completed=self.progress.tasks[self._task].total)
+        label = f"stage {index + 1}/{num_stages}: {description}" if num_stages > 1 else description
+        self._task = self.progress.add_task(label, total=num_steps, completed=done, note="")
+        self._bpc = self._valid = self._rate = ""
+        self._start, self._tokens = time.perf_counter(), 0
+
+    def step(self, num_tokens: int) -> None:
+        self._tokens += num_tokens
+        seconds = time.perf_counter() - self._start
+        if seconds > 0.5 and not self._rate:
+            self._rate = f"{self._tokens / seconds:,.0f} tok/s"
+        self.progress.update(self._task, advance=1, note=self._note())
+
+    def record(self, record: dict[str, Any]) -> None:
+        if record["split"] == "train":
+            self._bpc = f"train {record['bpc']:.3f}"
+            self._rate = f"{record['tokens_per_second']:,.0f} tok/s"
+        else:
+            self._valid = f"valid {record['bpc']:.3f}"
+        self.progress.update(self._task, note=self._note())
+
+    def _note(self) -> str:
+        bits = " ".join(part for part in (self._bpc, self._valid) if part)
+        return f"{self._rate}  {bits + ' bpc' if bits else ''}"
+
+    def notice(self, text: str) -> None:
+        self.console.print(text, style="dim", highlight=False)
+
+
+@contextmanager
+def bar(console: Console, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar; the function it yields sets what is completed. The rate is shown per second."""
+    progress = Progress(*stderr_columns, console=console, transient=True)
+    task = progress.add_task(description, total=total, note="")
+    start = time.perf_counter()
+
+    def update(completed: int) -> None:
+        # the display starts here, so that an error at the start prints its one line alone
+        progress.start()
+        rate = completed / max(time.perf_counter() - start, 1e-9)
+        progress.update(task, completed=completed, note=f"{rate:,.0f}/s")
+
+    try:
+        yield update
+    finally:
+        if progress.live.is_started:
+            progress.stop()
+
+
+@contextmanager
+def sampling_bar(console: Console, model: Model, num_tokens: int) -> Iterator[Callable[[], None]]:
+    """A bar over the positions that `generate` inverts; yields its `tick`."""
+    total = num_ticks(model, num_tokens)
+    done = itertools.count(1)
+    with bar(console, "sampling, positions", total) as update:
+        yield lambda: update(next(done))
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on a line of its own; non-finite numbers become null, which strict parsers ask for."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, float) and not math.isfinite(item):
+            return None
+        if isinstance(item, dict):
+            return {key: plain(inner) for key, inner in item.items()}
+        return [plain(inner) for inner in item] if isinstance(item, (list, tuple)) else item
+
+    sys.stdout.write(json.dumps(plain(value), ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    table.add_column(style="cyan")
+    table.add_column()
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _print_sample(console: Console, number: int, text: str, passes: Sequence[Sequence[str]] | None) -> None:
+    """A sample, or all its passes: the symbols decoded after each, with those that changed set off."""
+    if passes is None:
+        console.print(Panel(Text(text), title=f"sample {number}", title_align="left"))
+        return
+    body, last = Text(), len(passes) - 1
+    before: Sequence[str] | None = None
+    for index, symbols in enumerate(passes):
+        name = "noise" if index == 0 else "text" if index == last else f"after block {last - index + 1}"
+        changed = 0 if before is None else sum(a != b for a, b in zip(symbols, before, strict=True))
+        body.append(
+            f"{name}" + (f"  ({changed} of {len(symbols)} changed)" if before else "") + "\n",
+            style="bold cyan",
+        )
+        for i, symbol in enumerate(symbols):
+            same = before is None or symbol == before[i]
+            body.append(symbol, style="dim" if index == 0 else "" if same else "green")
+        body.append("" if index == last else "\n")
+        before = symbols
+    console.print(Panel(body, title=f"sample {number}", title_align="left"))
+
+
+def print_samples(
+    console: Console, tokens: torch.Tensor, passes: tuple[torch.Tensor, ...], tokenizer: Tokenizer
+) -> None:
+    """Every sample in a panel, with its passes where there are any."""
+    symbols = tokenizer.symbols
+    for row in range(len(tokens)):
+        shown = [[symbols[i] for i in state[row].tolist()] for state in passes] or None
+        _print_sample(console, row + 1, tokenizer.decode(tokens[row].tolist()), shown)
+
+
+def samples_to_json(
+    tokens: torch.Tensor, passes: tuple[torch.Tensor, ...], tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    samples: list[dict[str, Any]] = []
+    for row in range(len(tokens)):
+        sample: dict[str, Any] = {"text": tokenizer.decode(tokens[row].tolist())}
+        if passes:
+            sample["passes"] = [tokenizer.decode(state[row].tolist()) for state in passes]
+        samples.append(sample)
+    return samples

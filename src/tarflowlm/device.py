@@ -1,0 +1,20 @@
+"""Where a command runs."""
+
+from typing import Literal
+
+import torch
+
+from tarflowlm.errors import UserError
+
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+
+
+def pick_device(name: DeviceName = "auto") -> torch.device:
+    """The device of that name; auto takes cuda, then mps, then cpu. UserError where it is not available."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(candidate for candidate in ("cuda", "mps", "cpu") if available[candidate])
+    if not available.get(name, False):
+        usable = ", ".join(candidate for candidate, there in available.items() if there)
+        raise UserError(f"device {name}: not available on this machine; use one of auto, {usable}")
+    return torch.device(name)

@@ -1,0 +1,197 @@
+r"""The mixture-Rosenblatt map: one channel after the other, mixture weights updated by Bayes' rule (paper sec. 3.2.2).
+
+    alpha^(1) = w;   u_i = Phi^-1( sum_k alpha_k^(i) Phi((z_i - mu_ki) / s_k) );   alpha^(i+1) ~ alpha^(i) N(z_i; mu_ki, s_k^2)
+    log_det = log p_mix(z) - log N(u; 0, I)
+
+The weights live in log space and are shifted by their maximum at every channel, so nothing underflows; and log p_mix is
+what the last ones sum to. Differs from algorithm 1 of the paper only there: it keeps alpha itself.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from tarflowlm.flow.numerics import forward, linear
+from tarflowlm.flow.numerics.codebook import check_codebook
+from tarflowlm.flow.numerics.families import NORMAL
+from tarflowlm.flow.numerics.forward import mixture_cdf
+from tarflowlm.flow.numerics.inverse import mixture_cdf_inverse, solve
+from tarflowlm.flow.numerics.layout import LOWEST_EXPONENT, chunk_rows, row_chunks, use_eager_cpu
+
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+_BACKWARD_SHARE = 16
+"""The backward records about this many [n, K] tensors per channel, so its chunks are that much smaller."""
+
+
+def _base_log_density(u: Tensor) -> Tensor:
+    return -0.5 * (u * u).sum(-1) - u.shape[-1] * _HALF_LOG_2PI
+
+
+def evaluate(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """u [N, d] and log_det [N] for z [N, d], log_w [N, K]; no autograd."""
+    if not use_eager_cpu(z):
+        return traced(z, log_w, mean, log_std)
+    u = torch.empty(z.shape, dtype=z.dtype)
+    log_p, tail = torch.empty_like(z[:, 0]), torch.empty_like(z[:, 0])
+    num_components = mean.shape[0]
+    space = linear.Workspace(4, num_components, chunk_rows(num_components), z.dtype)
+    for rows in row_chunks(z.shape[0], num_components):
+        log_p[rows] = _chunk(z[rows], log_w[rows], mean, log_std, space, u[rows], tail[rows])
+    return u, log_p - _base_log_density(u)
+
+
+def _chunk(
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, space: linear.Workspace, u: Tensor, tail: Tensor
+) -> Tensor:
+    """Fills u [n, d] of one chunk and returns log p_mix [n]; buffers: 0 log alpha, 1 alpha, 2 a, 3 scratch."""
+    n, axis, spread = z.shape[0], space.axis, space.spread
+    lowest = LOWEST_EXPONENT[z.dtype]
+    log_alpha, alpha = torch.add(space.orient(log_w), space.zero, out=space(0, n)), space(1, n)
+    a, scratch = space(2, n), space(3, n)
+    inv_std = space.orient(torch.exp(-log_std)[None])
+    drop = space.orient(log_std[None] + _HALF_LOG_2PI)
+
+    def normalise() -> tuple[Tensor, Tensor]:
+        top = log_alpha.amax(axis, keepdim=True)
+        log_alpha.sub_(top)
+        return torch.clamp(log_alpha, min=lowest, out=alpha).exp_().sum(axis), top.squeeze(axis)
+
+    total, _ = normalise()
+    log_p = -torch.log(total)
+    for i in range(z.shape[1]):
+        torch.sub(spread(z[:, i]), space.orient(mean[None, :, i]), out=a).mul_(inv_std)
+        side = linear.guess_side(a, alpha, scratch, space)
+        torch.mul(a, spread(side * linear.unit(NORMAL)), out=scratch)
+        mass = linear.tail_in_place(linear.clamp_in_place(scratch, NORMAL), NORMAL).mul_(alpha)
+        torch.sum(mass, axis, out=tail).mul_(0.5).div_(total)
+        u[:, i] = forward.quantile(tail, side, NORMAL)
+        far = forward.rows_below(tail, linear.SMALLEST[z.dtype])
+        if far is not None:
+            u[far, i] = forward.evaluate(
+                z[far, i].double(),
+                space.orient(log_alpha)[far].double(),
+                mean[None, :, i].double(),
+                log_std[None].double(),
+                NORMAL,
+                NORMAL,
+            )[0].to(z.dtype)
+        log_alpha.addcmul_(a, a, value=-0.5).sub_(drop)
+        total, top = normalise()
+        log_p.add_(top)
+    return log_p.add_(torch.log(total))
+
+
+def traced(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """The same map from differentiable pieces: what the backward records, and the path of accelerators."""
+    log_w = torch.log_softmax(log_w, -1)
+    inv_std = torch.exp(-log_std)
+    log_alpha, channels = log_w, []
+    log_p = torch.zeros_like(z[:, 0])
+    for i in range(z.shape[-1]):
+        channels.append(mixture_cdf(z[:, i], log_alpha, mean[:, i], log_std)[0])
+        a = (z[:, i, None] - mean[:, i]) * inv_std
+        log_alpha = log_alpha - 0.5 * a * a - log_std - _HALF_LOG_2PI
+        scale = torch.logsumexp(log_alpha, -1, keepdim=True)
+        log_alpha = log_alpha - scale
+        log_p = log_p + scale.squeeze(-1)
+    u = torch.stack(channels, -1)
+    return u, log_p - _base_log_density(u)
+
+
+class _Rosenblatt(Function):
+    @staticmethod
+    def forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+        return evaluate(z, log_w, mean, log_std)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor, ...]:
+        z, log_w, mean, log_std = ctx.saved_tensors
+        out = tuple(torch.zeros_like(t) for t in (z, log_w, mean, log_std))
+        for rows in row_chunks(z.shape[0], mean.shape[0] * _BACKWARD_SHARE):
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_() for t in (z[rows], log_w[rows], mean, log_std)]
+                outputs = traced(*leaves)
+            grads = torch.autograd.grad(outputs, leaves, (grad_u[rows], grad_log_det[rows]))
+            out[0][rows], out[1][rows] = grads[:2]
+            out[2].add_(grads[2])
+            out[3].add_(grads[3])
+        return out
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Any, Any]:
+        z, log_w, mean, log_std = _merge(info.batch_size, in_dims, args)
+        u, log_det = _Rosenblatt.apply(z, log_w, mean, log_std)
+        return (u.view(info.batch_size, -1, u.shape[-1]), log_det.view(info.batch_size, -1)), (0, 0)
+
+
+def _merge(size: int, dims: tuple[int | None, ...], args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if dims[2] is not None or dims[3] is not None:
+        raise NotImplementedError("vmap over the codebook of a Rosenblatt map: its components are shared by all rows")
+    rows = (
+        t.expand(size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(args[:2], dims[:2], strict=True)
+    )
+    return *(t.reshape(-1, t.shape[-1]) for t in rows), *args[2:]
+
+
+def _flatten(x: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[torch.Size, Tensor, Tensor]:
+    check_codebook(x, mean, log_std)
+    if log_w.shape[-1] != mean.shape[0]:
+        raise ValueError(f"log_w has {log_w.shape[-1]} components, the codebook {mean.shape[0]}")
+    shape = torch.broadcast_shapes(x.shape[:-1], log_w.shape[:-1])
+    flat = x.expand(*shape, x.shape[-1]).reshape(-1, x.shape[-1])
+    return shape, flat, log_w.expand(*shape, log_w.shape[-1]).reshape(-1, log_w.shape[-1])
+
+
+def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Token-wise mixture-Rosenblatt map (paper sec. 3.2.2, app. B): u ~ N(0, I_d) iff z ~ sum_k w_k N(mu_k, s_k^2 I).
+
+    Shapes: z [..., d]; log_w [..., K], unnormalised; mean [K, d]; log_std [K] (one shared codebook); u [..., d],
+    log_det [...], nats. Float32 or float64; exact in both tails of every channel. Memory: a chunk x K, whatever the
+    number of rows; the backward recomputes chunk by chunk. NaN in a row gives NaN in that row. First derivatives only.
+    Errors: ValueError for shapes that do not fit.
+    """
+    shape, flat, weights = _flatten(z, log_w, mean, log_std)
+    u, log_det = _Rosenblatt.apply(flat, weights, mean, log_std)
+    return u.view(*shape, -1), log_det.view(shape)
+
+
+def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    r"""Inverse of `rosenblatt`: the same recursion, solving one scalar mixture per channel.
+
+    Shapes: u [..., d]; log_w [..., K], unnormalised; mean [K, d]; log_std [K]; z [..., d]. Gradients are implicit,
+    channel by channel, and hold d tensors [..., K]; under no_grad memory is a chunk x K.
+    Errors: ValueError for shapes that do not fit.
+    """
+    shape, flat, weights = _flatten(u, log_w, mean, log_std)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (u, log_w, mean, log_std))
+    if needs_grad or not use_eager_cpu(u):
+        return _inverse_rows(flat, weights, mean, log_std, needs_grad).view(*shape, -1)
+    z = torch.empty_like(flat)
+    for rows in row_chunks(flat.shape[0], mean.shape[0]):
+        z[rows] = _inverse_rows(flat[rows], weights[rows], mean, log_std, needs_grad)
+    return z.view(*shape, -1)
+
+
+def _inverse_rows(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor, needs_grad: bool) -> Tensor:
+    channels = []
+    inv_std, drop = torch.exp(-log_std), log_std[None]
+    for i in range(u.shape[-1]):
+        center = mean[:, i]
+        if needs_grad:
+            z = mixture_cdf_inverse(u[:, i], log_alpha, center, log_std)
+        else:
+            z = solve(u[:, i], log_alpha, center[None], drop, NORMAL, NORMAL)
+        channels.append(z)
+        if i + 1 < u.shape[-1]:
+            a = (z[:, None] - center) * inv_std
+            log_alpha = torch.log_softmax(log_alpha - 0.5 * a * a - drop, -1)
+    return torch.stack(channels, -1)

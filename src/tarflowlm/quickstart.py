@@ -1,0 +1,136 @@
+"""`tarflowlm quickstart`: train, evaluate and sample a TarFlowLM on the built-in corpus within a few minutes."""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from tarflowlm.checkpoint import load_checkpoint
+from tarflowlm.console import ProgressReporter, print_samples, print_table, samples_to_json, sampling_bar
+from tarflowlm.data import WindowSampler, cached_corpus
+from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.errors import UserError
+from tarflowlm.evaluation.ngram import ngram_entropy
+from tarflowlm.generation import generate
+from tarflowlm.model import FlowConfig, TarFlowLM, seeded
+from tarflowlm.presets import preset
+from tarflowlm.training.config import RunConfig
+from tarflowlm.training.loop import optimizer_step
+from tarflowlm.training.optim import build_optimizers
+from tarflowlm.training.progressive import check_new, freeze_below, train
+
+TRAINING_SHARE = 0.72
+"""Of the minutes asked for; the rest is start-up, validation, test, and sampling."""
+TIMED_STEPS = 6
+NUM_SAMPLES = 2
+SAMPLE_LENGTH = 192
+TEST_WINDOWS = 600
+
+
+@dataclass(frozen=True)
+class QuickstartArgs:
+    """Train, evaluate and sample a small model on the built-in corpus, on any CPU, in a few minutes."""
+
+    out: Path = Path("runs/quickstart")
+    """Run directory to write; it must not exist."""
+    minutes: float = 5.0
+    """Time to spend, everything included."""
+    seed: int = 0
+    """Of weights, data order, noise and samples."""
+    device: DeviceName = "auto"
+    """auto takes cuda, then mps, then cpu."""
+    json: bool = False
+    """Print one JSON object last."""
+
+
+def run_quickstart(args: QuickstartArgs, progress: Console, console: Console) -> dict[str, Any]:
+    """Run it; returns the object that --json prints. The run directory can be used by every other command."""
+    start = time.perf_counter()
+    if not args.minutes > 0:
+        raise UserError(f"minutes {args.minutes}: must be above 0")
+    check_new(args.out)
+    device = pick_device(args.device)
+    run = replace(preset("quickstart"), seed=args.seed)
+    with ProgressReporter(progress) as reporter:
+        reporter.notice(f"timing {TIMED_STEPS} steps of every stage on {device}")
+        run = fit_to_time(run, 60 * args.minutes * TRAINING_SHARE, device)
+        test = train(run, args.out, device=device, reporter=reporter, test_windows=TEST_WINDOWS)["test"]
+    checkpoint = load_checkpoint(args.out, device)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    corpus = cached_corpus(run.data.source, run.data.tokenizer)
+    text = tokenizer.decode(np.asarray(corpus.split("test")).tolist())
+    length = min(SAMPLE_LENGTH, run.model.context)
+    with sampling_bar(progress, model, length) as tick:
+        result = generate(
+            model,
+            num_tokens=length,
+            num=NUM_SAMPLES,
+            generator=torch.Generator().manual_seed(args.seed),
+            return_passes=True,
+            tick=tick,
+        )
+    seconds = time.perf_counter() - start
+    samples = samples_to_json(result.tokens, result.passes, tokenizer)
+    unigram, trigram = ngram_entropy(text, 1), ngram_entropy(text, 3)
+    print_samples(console, result.tokens, result.passes, tokenizer)
+    rows = [
+        ("this model, test text", f"<= {test['bpc']:.3f} bits per character"),
+        ("unigram entropy of that text", f"{unigram:.3f}"),
+        ("trigram entropy of that text", f"{trigram:.3f}"),
+        ("time", f"{seconds:.0f} s in all"),
+        ("run directory", str(args.out)),
+    ]
+    print_table(console, "quickstart", rows)
+    return {
+        "bpc": test["bpc"],
+        "bound": test["bound"],
+        "unigram_bpc": unigram,
+        "trigram_bpc": trigram,
+        "seconds": seconds,
+        "samples": samples,
+        "out": str(args.out),
+        "test_tokens": test["tokens"],
+    }
+
+
+def fit_to_time(run: RunConfig, seconds: float, device: torch.device) -> RunConfig:
+    """The run with its stages' steps set so that training takes about `seconds`; their shares of time stay.
+
+    A few steps of every stage are timed on a throw-away model, so the steps, and with them the result, depend on the
+    machine; the steps chosen stand in config.json.
+    """
+    corpus = cached_corpus(run.data.source, run.data.tokenizer)
+    assert isinstance(run.model, FlowConfig)
+    model_config = replace(run.model, vocab_size=corpus.tokenizer.vocab_size)
+    sampler = WindowSampler(
+        corpus.split("train"), window=model_config.context, batch=run.train.batch_size, seed=run.seed
+    )
+    with seeded(run.seed):
+        model = TarFlowLM(model_config).to(device)
+    shares = [steps / sum(run.train.stage_steps) for steps in run.train.stage_steps]
+    steps = []
+    for stage, share in enumerate(shares):
+        part = TarFlowLM(model_config.first_blocks(stage + 1)).to(device)
+        part.load_state_dict(model.state_dict(), strict=False)
+        per_step = _time_stage(part, run, sampler, stage)
+        steps.append(max(1, int(share * seconds / per_step)))
+    return replace(run, train=replace(run.train, stage_steps=tuple(steps)))
+
+
+def _time_stage(model: TarFlowLM, run: RunConfig, sampler: WindowSampler, stage: int) -> float:
+    """Median seconds per optimiser step of a stage."""
+    freeze_below(model, stage)
+    optimizers = build_optimizers(run.optim, model)
+    generator = torch.Generator(device=model.codebook.mean.device)
+    durations = []
+    for _ in range(TIMED_STEPS):
+        start = time.perf_counter()
+        tokens = sampler.next().to(model.codebook.mean.device)
+        loss, _ = optimizer_step(model, optimizers, run, tokens, frozen=stage, generator=generator)
+        loss.item()
+        durations.append(time.perf_counter() - start)
+    return sorted(durations)[len(durations) // 2]

@@ -1,0 +1,96 @@
+"""Fixtures shared by the tests of the model: sizes are tiny and everything random comes from a seed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tarflowlm.baseline import BaselineConfig, TokenLM
+from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.model import FlowConfig, TarFlowLM, seeded
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Handing such small tensors to threads costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def normal() -> Callable[..., Tensor]:
+    """normal(*shape, seed=0): float64 noise."""
+
+    def draw(*shape: int, seed: int = 0) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[..., Any]:
+    """randomise(module, seed=0, scale=0.3): the module in float64, noise added to all of its parameters.
+
+    At the start of training heads and residual branches are zero, which would hide most mistakes.
+    """
+
+    def change(module: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
+        module.double()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter += scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        return module
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def tiny_trunk() -> TransformerConfig:
+    return TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_flow(randomise, tiny_trunk) -> Callable[..., TarFlowLM]:
+    """tiny_flow(log_std=..., seed=0, scale=0.3, **FlowConfig fields): a randomised float64 TarFlowLM.
+
+    `log_std` sets every log sigma of the codebook; -0.5 makes neighbours overlap, -6 keeps them well apart.
+    """
+
+    def build(*, log_std: float = -0.5, seed: int = 0, scale: float = 0.3, **fields: Any) -> TarFlowLM:
+        couplings = fields.get("couplings", ("mixd", "mix1"))
+        defaults = {
+            "vocab_size": 5,
+            "context": 8,
+            "latent_dim": 2,
+            "trunk": tiny_trunk,
+            "couplings": couplings,
+            "layers": (1,) * len(couplings),
+            "components": tuple({"affine": 1, "mix1": 3, "mixd": 0 if i == 0 else 4}[c] for i, c in enumerate(couplings)),
+            "head_hidden": 4,
+        }
+        with seeded(seed):
+            model = TarFlowLM(FlowConfig(**(defaults | fields)))
+        randomise(model, seed, scale)
+        with torch.no_grad():
+            model.codebook.log_std.fill_(log_std)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_ar(randomise, tiny_trunk) -> Callable[..., TokenLM]:
+    """tiny_ar(seed=0, scale=0.3, **BaselineConfig fields): a randomised float64 baseline."""
+
+    def build(*, seed: int = 0, scale: float = 0.3, **fields: Any) -> TokenLM:
+        defaults = {"vocab_size": 5, "context": 8, "trunk": tiny_trunk, "layers": 1}
+        with seeded(seed):
+            model = TokenLM(BaselineConfig(**(defaults | fields)))
+        return randomise(model, seed, scale)
+
+    return build

@@ -1,0 +1,199 @@
+"""A table of couplings times the properties that make them couplings."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd.functional import jacobian
+
+from tarflowlm.codebook import Codebook
+from tarflowlm.flow import numerics
+from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling, MixDCoupling, standard_normal_log_prob
+from tarflowlm.model import seeded
+
+WIDTH, P, d, T = 6, 2, 2, 2
+C = P * d
+
+
+def mix1(components: int, **changes) -> Mix1Coupling:
+    arguments = {"width": WIDTH, "channels": C, "hidden": 4, "features": 3, "spread": 0.9} | changes
+    return Mix1Coupling(components=components, **arguments)
+
+
+def mixd(patch: int, in_patch: bool, components: int = 4, tied: bool = False) -> MixDCoupling:
+    book = Codebook(5, C // patch, separation=1.0) if tied else None
+    coupling = MixDCoupling(
+        width=WIDTH, patch=patch, latent_dim=C // patch, components=components, tied=book, in_patch=in_patch
+    )
+    if book is not None:
+        coupling.encoder = book  # the model's part; here the coupling holds it, to be randomised with the rest
+    return coupling
+
+
+COUPLINGS = {
+    "affine": lambda: AffineCoupling(width=WIDTH, channels=C, hidden=4, features=3),
+    "mix1-K1": lambda: mix1(1),
+    "mix1-K3": lambda: mix1(3),
+    "mixd-K1": lambda: mixd(1, False, components=1),
+    "mixd": lambda: mixd(1, False),
+    "mixd-tied": lambda: mixd(1, False, tied=True),
+    "mixd-P2-independent": lambda: mixd(2, False),
+    "mixd-P2-in-patch": lambda: mixd(2, True),
+    "mixd-P2-tied": lambda: mixd(2, True, tied=True),
+    "mixd-P4-independent": lambda: mixd(4, False),
+    "mixd-P4-in-patch": lambda: mixd(4, True),
+}
+WITHOUT_EFFECT = {
+    "mix1-K1": {"head.weights.0", "head.biases.0"},
+    "mixd-K1": {"weight_head.weight", "weight_head.bias"},
+}
+"""The weight of a single component is one whatever the network says."""
+
+
+@pytest.fixture(params=COUPLINGS.values(), ids=COUPLINGS.keys())
+def coupling(request, randomise) -> Coupling:
+    with seeded(1):
+        return randomise(request.param(), seed=1)
+
+
+@pytest.fixture
+def features(normal):
+    return normal(1, T, WIDTH, seed=2)
+
+
+def test_log_det_is_the_autograd_one(coupling, features, normal):
+    z = normal(1, T, C)
+    by_z = jacobian(lambda v: coupling(v.view(1, T, C), features)[0].flatten(), z.flatten())
+    _, log_det = coupling(z, features)
+    torch.testing.assert_close(log_det[0], torch.linalg.slogdet(by_z).logabsdet, rtol=1e-9, atol=1e-9)
+
+
+def test_the_inverse_has_the_opposite_log_det(coupling, normal):
+    u, features = normal(1, C), normal(1, WIDTH, seed=2)
+    by_u = jacobian(lambda v: coupling.invert(v[None], features)[0], u[0])
+    z = coupling.invert(u, features)
+    _, log_det = coupling(z[:, None], features[:, None])
+    torch.testing.assert_close(torch.linalg.slogdet(by_u).logabsdet, -log_det[0], rtol=1e-7, atol=1e-7)
+
+
+def test_round_trips(coupling, normal):
+    u, features = normal(16, C), normal(16, WIDTH, seed=2)
+    z = coupling.invert(u, features)
+    again, _ = coupling(z[:, None], features[:, None])
+    torch.testing.assert_close(again[:, 0], u, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(coupling.invert(again[:, 0], features), z, rtol=1e-7, atol=1e-7)
+
+
+def test_log_prob_is_log_det_plus_the_base(coupling, normal):
+    z, features = normal(4, T, C), normal(4, T, WIDTH, seed=2)
+    u, log_det = coupling(z, features)
+    expected = log_det + standard_normal_log_prob(u)
+    torch.testing.assert_close(coupling.log_prob(z, features), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_jacobian_is_block_diagonal_over_positions_and_triangular_inside(request, coupling, features, normal):
+    """Given the features, a position stands alone; independent tokens of a patch do not see each other."""
+    by_z = jacobian(lambda v: coupling(v, features)[0][0], normal(1, T, C))[:, :, 0]  # [T, C, T, C]
+    allowed = torch.ones(C, C, dtype=torch.bool).tril()
+    if "independent" in request.node.callspec.id:
+        token = torch.arange(C) // coupling.latent_dim
+        allowed = allowed & (token[:, None] == token)
+    expected = torch.eye(T, dtype=torch.bool)[:, None, :, None] & allowed[:, None]
+    if "K1" in request.node.callspec.id and isinstance(coupling, MixDCoupling):
+        expected = expected & torch.eye(C, dtype=torch.bool)[:, None]  # one Gaussian: nothing to update
+    assert torch.equal(by_z.abs() > 1e-12, expected)
+    assert not by_z[~expected].any()
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_known_latents_stand_and_the_rest_follows_from_them(coupling, normal, tokens):
+    """With the true noise behind them, known latents change nothing; with any other noise they stay."""
+    n = tokens * getattr(coupling, "latent_dim", 1)
+    u, features = normal(3, C), normal(3, WIDTH, seed=2)
+    z = coupling.invert(u, features)
+    other = torch.cat((normal(3, n, seed=9), u[:, n:]), -1)
+    torch.testing.assert_close(coupling.invert(other, features, known=z[:, :n]), z, rtol=1e-9, atol=1e-9)
+
+
+def test_rows_do_not_influence_each_other(coupling, normal):
+    u, features = normal(3, C), normal(3, WIDTH, seed=2)
+    alone = coupling.invert(u[1:2], features[1:2])
+    torch.testing.assert_close(coupling.invert(u, features)[1:2], alone, rtol=1e-10, atol=1e-10)
+
+
+def test_every_parameter_gets_a_gradient(request, coupling, normal):
+    z, features = normal(4, T, C), normal(4, T, WIDTH, seed=2)
+    for value in (coupling.log_prob(z, features), coupling(z, features)[0].square()):
+        coupling.zero_grad(set_to_none=True)
+        value.sum().backward()
+        without = {n for n, p in coupling.named_parameters() if p.numel() and (p.grad is None or not p.grad.any())}
+        assert without == WITHOUT_EFFECT.get(request.node.callspec.id, set())
+
+
+def test_mix1_with_one_component_is_affine(normal, randomise):
+    with seeded(3):
+        mixture = randomise(mix1(1))
+        affine = AffineCoupling(width=WIDTH, channels=C, hidden=4, features=3).double()
+    state = {n: p for n, p in mixture.head.state_dict().items() if not n.startswith(("weights", "biases"))}
+    for kind in ("weights", "biases"):
+        state |= {f"{kind}.{i}": getattr(mixture.head, kind)[i + 1] for i in range(2)}
+    affine.head.load_state_dict(state)
+    z, features = normal(4, T, C), normal(4, T, WIDTH, seed=2)
+    for ours, theirs in zip(mixture(z, features), affine(z, features), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_mixd_of_one_channel_is_mix1(normal, randomise):
+    """d = 1: the Rosenblatt transform is the mixture CDF with the codebook's means and widths."""
+    with seeded(3):
+        coupling = randomise(mixd(4, False))
+    z, features = normal(4, T, C), normal(4, T, WIDTH, seed=2)
+    log_w = coupling.weight_head(coupling.token_features(features, z))
+    book = coupling.components
+    u, log_det = numerics.mixture_cdf(
+        z, log_w, book.mean[:, 0].expand_as(log_w).contiguous(), book.log_std.expand_as(log_w).contiguous()
+    )
+    ours, our_log_det = coupling(z, features)
+    torch.testing.assert_close(ours, u, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(our_log_det, log_det.sum((1, 2)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("components", [1, 2, 3, 27])
+@pytest.mark.parametrize("spread", [0.5, 0.95])
+def test_mix1_starts_with_zero_mean_and_unit_variance(components, spread):
+    biases = [b.detach().double() for b in mix1(components, spread=spread).head.biases]
+    weight = biases[0].softmax(-1)
+    mean = (weight * biases[1]).sum(-1)
+    variance = (weight * (biases[1] ** 2 + (2 * biases[2]).exp())).sum(-1) - mean**2
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
+    torch.testing.assert_close(variance, torch.ones_like(variance), atol=2e-3, rtol=0)
+
+
+def test_mixd_starts_with_equal_weights_and_the_tied_codebook_is_not_registered_twice():
+    coupling = MixDCoupling(width=WIDTH, patch=1, latent_dim=2, components=0, tied=(book := Codebook(5, 2)), in_patch=True)
+    assert coupling.components is book
+    assert not any(name.startswith(("own", "_tied")) for name, _ in coupling.named_parameters())
+    features = torch.randn(1, 1, WIDTH)
+    z = torch.randn(1, 1, 2)
+    expected = book.log_components(z).logsumexp(-1).sum() - math.log(5)
+    torch.testing.assert_close(coupling.log_prob(z, features)[0], expected)
+
+
+def test_adjusting_to_the_largest_weight_leaves_one_gaussian(randomise, normal):
+    with seeded(0):
+        coupling = randomise(mixd(1, False))
+    u, features = normal(4, C), normal(4, WIDTH, seed=2)
+
+    def largest(log_w):
+        return log_w.masked_fill(log_w < log_w.amax(-1, keepdim=True), torch.finfo(log_w.dtype).min)
+
+    z = coupling.invert(u, features, adjust=largest)
+    best = coupling.weight_head(features).argmax(-1)
+    expected = coupling.own.mean[best] + coupling.own.log_std[best].exp()[:, None] * u
+    torch.testing.assert_close(z, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_standard_normal_log_prob_equals_torch_distributions(normal):
+    u = normal(3, 4, 2)
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(u).sum((1, 2))
+    torch.testing.assert_close(standard_normal_log_prob(u), expected, check_dtype=False)

@@ -1,0 +1,89 @@
+"""The heads: who sees whom inside a position, and the walk through the groups equals the parallel pass."""
+
+import pytest
+import torch
+from torch.autograd.functional import jacobian
+
+from tarflowlm.flow.heads import AutoregressiveHead, TokenFeatures
+from tarflowlm.model import seeded
+
+WIDTH = 6
+
+HEADS = {
+    "one-group": {"groups": 1, "channels": 1, "outputs": (3,)},
+    "channels": {"groups": 4, "channels": 1, "outputs": (2, 3, 1)},
+    "tokens": {"groups": 3, "channels": 2, "outputs": (WIDTH,)},
+}
+
+
+@pytest.fixture(params=HEADS.values(), ids=HEADS.keys())
+def head(request, randomise) -> AutoregressiveHead:
+    with seeded(0):
+        return randomise(AutoregressiveHead(width=WIDTH, hidden=5, features=4, **request.param))
+
+
+def test_group_g_sees_earlier_groups_of_its_own_position(head, normal):
+    T, C = 3, head.groups * head.channels
+    features = normal(1, T, WIDTH, seed=1)
+    by_z = jacobian(lambda z: torch.cat(head(features, z[None]), -1)[:, 0], normal(T, C))  # [G, T, O, T, C]
+    depends = by_z.abs().amax(2).unflatten(-1, (head.groups, head.channels)) > 0  # [G, T, T, G, m]
+    earlier = torch.ones(head.groups, head.groups, dtype=torch.bool).tril(-1)
+    here = torch.eye(T, dtype=torch.bool)
+    expected = (here[None, :, :, None] & earlier[:, None, None, :])[..., None].expand_as(depends)
+    assert torch.equal(depends, expected)
+
+
+def test_every_group_sees_the_features_of_its_own_position(head, normal):
+    T, C = 3, head.groups * head.channels
+    z = normal(1, T, C)
+    by_features = jacobian(lambda f: torch.cat(head(f[None], z), -1)[:, 0], normal(T, WIDTH, seed=1))
+    depends = by_features.abs().amax((2, 4)) > 0  # [G, T, T]
+    assert torch.equal(depends, torch.eye(T, dtype=torch.bool).expand_as(depends))
+
+
+def test_outputs_are_group_first_and_contiguous(head, normal):
+    outputs = head(normal(2, 3, WIDTH), normal(2, 3, head.groups * head.channels))
+    assert len(outputs) == len(head.weights)
+    for out, weight in zip(outputs, head.weights, strict=True):
+        assert out.shape == (head.groups, 2, 3, weight.shape[-1])
+        assert out.is_contiguous()
+
+
+def test_walking_equals_the_parallel_pass(head, normal):
+    B, C = 3, head.groups * head.channels
+    features, z = normal(B, WIDTH, seed=1), normal(B, C)
+    parallel = head(features[:, None], z[:, None])
+    state = head.start(features)
+    for g, z_g in enumerate(z.split(head.channels, dim=-1)):
+        for walked, out in zip(head.step(state), parallel, strict=True):
+            torch.testing.assert_close(walked[0], out[g, :, 0], rtol=1e-12, atol=1e-12)
+        state = head.observe(state, z_g)
+
+
+def test_observing_leaves_the_earlier_state_alone(randomise, normal):
+    """A decoder may go back to a state and try another value."""
+    with seeded(0):
+        head = randomise(AutoregressiveHead(width=WIDTH, hidden=5, features=4, **HEADS["channels"]))
+    first = head.start(normal(2, WIDTH))
+    before = head.step(first)
+    head.step(head.observe(first, normal(2, 1)))
+    assert all(torch.equal(a, b) for a, b in zip(before, head.step(first), strict=True))
+
+
+@pytest.mark.parametrize("in_patch", [True, False], ids=["autoregressive", "independent"])
+def test_token_features_see_earlier_tokens_of_the_patch_only_if_autoregressive(in_patch, randomise, normal):
+    P, d, T = 3, 2, 2
+    with seeded(0):
+        layer = randomise(TokenFeatures(width=WIDTH, patch=P, latent_dim=d, in_patch=in_patch))
+    features = normal(1, T, WIDTH, seed=1)
+    by_z = jacobian(lambda z: layer(features, z[None])[0], normal(T, P * d))  # [T, P, D, T, P d]
+    depends = by_z.abs().amax(2).unflatten(-1, (P, d)).amax(-1) > 0  # [T, P, T, P]
+    expected = torch.eye(T, dtype=torch.bool)[:, None, :, None] & torch.ones(P, P, dtype=torch.bool).tril(-1)[:, None]
+    assert torch.equal(depends, expected if in_patch else torch.zeros_like(expected))
+
+
+def test_without_patches_token_features_are_the_features(normal):
+    features = normal(2, 3, WIDTH)
+    layer = TokenFeatures(width=WIDTH, patch=1, latent_dim=2, in_patch=True)
+    assert torch.equal(layer(features, normal(2, 3, 2)), features[:, :, None])
+    assert not list(layer.parameters())

@@ -1,0 +1,222 @@
+"""Blocks and stacks: a table of constructors times the properties of a normalising flow."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.functional import jacobian
+
+from tarflowlm.flow.couplings import standard_normal_log_prob
+from tarflowlm.flow.stack import FlowBlock, InputMap, Prior
+from tarflowlm.model import seeded
+
+T, d = 4, 2
+
+STACKS = {
+    "no-blocks": {"couplings": ("affine",)},  # cut below
+    "affine": {"couplings": ("affine",)},
+    "affine-both-ways": {"couplings": ("affine", "affine", "affine")},
+    "mix1-K1": {"couplings": ("mix1",), "components": (1,)},
+    "mix1": {"couplings": ("mix1", "mix1")},
+    "mix1-no-mixing": {"couplings": ("mix1", "mix1"), "channel_mix": False},
+    "mix1-P2": {"couplings": ("mix1", "mix1", "mix1"), "patch": 2},
+    "mix1-P4": {"couplings": ("mix1", "mix1"), "patch": 4},
+    "mixd-tied": {"couplings": ("mixd",)},
+    "mixd-own": {"couplings": ("mixd",), "components": (4,)},
+    "mixd-both-ways": {"couplings": ("mixd", "mixd", "mixd")},
+    "mixd-P2-independent": {"couplings": ("mixd", "mix1"), "patch": 2, "in_patch": "independent"},
+    "mixd-P2-in-patch": {"couplings": ("mixd", "mixd"), "patch": 2},
+    "mixd-P4-independent": {"couplings": ("mixd",), "patch": 4, "in_patch": "independent"},
+    "mixd-P4-in-patch": {"couplings": ("mixd", "mix1"), "patch": 4},
+    "mixd-affine-mix1": {"couplings": ("mixd", "affine", "mix1")},
+}
+
+
+@pytest.fixture(params=STACKS, scope="module")
+def model(request, tiny_flow):
+    model = tiny_flow(seed=4, **STACKS[request.param])
+    if request.param == "no-blocks":
+        model.prior.blocks = model.prior.blocks[:0]
+    return model
+
+
+@pytest.fixture(scope="module")
+def near_the_codebook(model):
+    """Latents [B, T, d] as the encoder makes them. (Far from every component an inverse is ill-conditioned.)"""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, (3, T), generator=generator)
+    noise = torch.randn(3, T, d, generator=generator, dtype=torch.float64)
+    return model.codebook.encode(tokens, noise).detach()
+
+
+def test_log_det_is_the_autograd_one(model, near_the_codebook):
+    z = near_the_codebook[:1]
+    by_z = jacobian(lambda v: model.prior(v.view(1, T, d))[0].flatten(), z.flatten())
+    _, log_det = model.prior(z)
+    torch.testing.assert_close(log_det[0], torch.linalg.slogdet(by_z).logabsdet, rtol=1e-9, atol=1e-9)
+
+
+def test_the_inverse_undoes_forward(model, near_the_codebook):
+    with torch.no_grad():
+        again = model.prior.inverse(model.prior(near_the_codebook)[0])
+    torch.testing.assert_close(again, near_the_codebook, rtol=1e-7, atol=1e-7)
+
+
+def test_forward_undoes_the_inverse(model, normal):
+    u = normal(8, T, d, seed=5)
+    with torch.no_grad():
+        again, _ = model.prior(model.prior.inverse(u))
+    torch.testing.assert_close(again, u, rtol=1e-8, atol=1e-8)
+
+
+def test_log_prob_is_log_det_plus_the_base(model, near_the_codebook):
+    with torch.no_grad():
+        u, log_det = model.prior(near_the_codebook)
+        log_prob = model.prior.log_prob(near_the_codebook)
+    assert log_prob.shape == (3,)
+    torch.testing.assert_close(log_prob, log_det + standard_normal_log_prob(u), rtol=1e-9, atol=1e-9)
+
+
+def test_states_lead_from_latents_to_noise(model, near_the_codebook):
+    with torch.no_grad():
+        states, log_dets = model.prior.states(near_the_codebook)
+        u, log_det = model.prior(near_the_codebook)
+    assert len(states) == len(log_dets) + 1 == model.num_blocks + 1
+    assert torch.equal(states[0], near_the_codebook)
+    assert torch.equal(states[-1], u)
+    assert all(state.shape == near_the_codebook.shape for state in states)
+    torch.testing.assert_close(sum(log_dets, start=torch.zeros_like(log_det)), log_det)
+
+
+def test_rows_do_not_influence_each_other(model, near_the_codebook):
+    with torch.no_grad():
+        together, log_det = model.prior(near_the_codebook)
+        alone, alone_log_det = model.prior(near_the_codebook[1:2])
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(log_det[1:2], alone_log_det, rtol=1e-9, atol=1e-9)
+
+
+def in_block_order(block: FlowBlock, matrix: Tensor) -> Tensor:
+    """A Jacobian [N, C, N, C] with rows and columns in the order in which the block works."""
+    N, C = matrix.shape[:2]
+    index = torch.arange(N * C).view(1, N, C).double()
+    order = block.order(index)[0].flatten().long()
+    return matrix.reshape(N * C, N * C)[order][:, order].view(N, C, N, C)
+
+
+def earlier_channels(model, index: int, num_channels: int) -> Tensor:
+    """[C, C]: what a channel of a block sees in its own position, itself included."""
+    lower = torch.ones(num_channels, num_channels, dtype=torch.bool).tril()
+    if model.config.couplings[index] == "mixd" and model.config.in_patch == "independent":
+        token = torch.arange(num_channels) // d
+        lower &= token[:, None] == token
+    return lower
+
+
+def test_the_jacobian_of_every_block_shows_its_direction_and_its_order(model, near_the_codebook):
+    """Position t sees t' < t in the block's own direction, and in its own position earlier channels alone."""
+    z = model.prior.patch(near_the_codebook[:1])[0]
+    for index, block in enumerate(model.prior.blocks):
+        assert block.order.maps[1].reverse == (index % 2 == 1)
+        by_z = in_block_order(block, jacobian(lambda v, f=block: f(v[None])[0][0], z[0]))
+        N, C = by_z.shape[:2]
+        before = torch.ones(N, N, dtype=torch.bool).tril(-1)[:, None, :, None]
+        here = torch.eye(N, dtype=torch.bool)[:, None, :, None]
+        allowed = before | (here & earlier_channels(model, index, C)[:, None])
+        assert not by_z[~allowed].any()
+        assert (by_z[allowed].abs() > 1e-12).all()
+        z = block(z)[0].detach()
+
+
+def test_features_see_the_past_alone(model, near_the_codebook):
+    z = model.prior.patch(near_the_codebook[:1])[0]
+    for block in model.prior.blocks:
+        by_h = jacobian(lambda v, f=block: f._features(v[None])[0], z[0])  # [N, D, N, C]
+        depends = by_h.abs().amax(1) > 0
+        expected = torch.ones(len(depends), len(depends), dtype=torch.bool).tril(-1)
+        assert torch.equal(depends, expected[..., None].expand_as(depends))
+
+
+def test_the_cached_inverse_equals_a_plain_loop(model, normal):
+    """Without a cache: parameters of position t from a full pass over the latents found so far."""
+    with torch.no_grad():
+        u = model.prior.patch(normal(2, T, d, seed=6))[0]
+        for block in model.prior.blocks:
+            noise = block.order(u)[0]
+            h = torch.zeros_like(noise)
+            for t in range(noise.shape[1]):
+                features = block._features(h)[:, t]
+                h[:, t] = block.coupling.invert(noise[:, t], features)
+            torch.testing.assert_close(block.inverse(u), block.order.inverse(h), rtol=1e-9, atol=1e-9)
+
+
+def test_known_latents_stand_and_the_rest_follows_from_them(model, near_the_codebook, normal):
+    for block in list(model.prior.blocks)[:1]:
+        with torch.no_grad():
+            z = model.prior.patch(near_the_codebook)[0]
+            u, _ = block(z)
+            for tokens in range(T + 1):
+                known = near_the_codebook[:, :tokens].flatten(1)
+                noise = model.prior.patch(normal(3, T, d, seed=8))[0].flatten(1)
+                noise = torch.cat((noise[:, : tokens * d], u.flatten(1)[:, tokens * d :]), 1).view_as(u)
+                torch.testing.assert_close(block.inverse(noise, known=known), z, rtol=1e-7, atol=1e-7)
+
+
+def test_a_block_that_reorders_cannot_take_known_latents(tiny_flow, normal):
+    model = tiny_flow(couplings=("mix1", "mix1"))
+    assert [block.keeps_order for block in model.prior.blocks] == [True, False]
+    with pytest.raises(AssertionError, match="order of the tokens"):
+        model.prior.blocks[1].inverse(normal(1, T, d), known=normal(1, 2))
+
+
+def test_tick_is_called_once_per_position(tiny_flow, normal):
+    block, ticks = tiny_flow(couplings=("mix1",)).prior.blocks[0], []
+    block.inverse(normal(2, T, d), tick=lambda: ticks.append(1))
+    assert len(ticks) == T
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_channels_are_mixed_once_more_in_every_block(tiny_flow, patch):
+    model = tiny_flow(couplings=("mix1",) * 3, patch=patch)
+    channels = mixed = torch.arange(2.0 * patch)
+    for block in model.prior.blocks:
+        assert torch.equal(block.order.maps[0](channels.view(1, 1, -1))[0].flatten(), mixed)
+        mixed = torch.cat((mixed[0::2], mixed[1::2]))
+
+
+def integral(log_density, low: float, high: float, points: int) -> float:
+    """Of exp(log_density(z)) over the square [low, high]^2; z [N, 2]."""
+    grid = torch.linspace(low, high, points, dtype=torch.float64)
+    z = torch.cartesian_prod(grid, grid)
+    step = (high - low) / (points - 1)
+    with torch.no_grad():
+        return sum(log_density(part).exp().sum().item() for part in z.split(40_000)) * step**2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"couplings": ("mix1", "mix1"), "latent_dim": 1},
+        {"couplings": ("affine", "mix1"), "latent_dim": 1},
+        {"couplings": ("mixd", "mix1"), "latent_dim": 1},
+        {"couplings": ("mixd",), "latent_dim": 1, "patch": 2},
+        {"couplings": ("mixd", "mix1"), "latent_dim": 1, "patch": 2, "in_patch": "independent"},
+        {"couplings": ("mixd",), "latent_dim": 2},
+        {"couplings": ("mixd", "mixd"), "latent_dim": 2},
+    ],
+    ids=lambda f: "-".join(map(str, f["couplings"])) + f"-d{f['latent_dim']}-P{f.get('patch', 1)}",
+)
+def test_the_density_integrates_to_one(fields, tiny_flow):
+    """Two dimensions: two tokens of one channel, or one token of two."""
+    prior: Prior = tiny_flow(seed=1, scale=0.2, log_std=-0.7, **fields).prior
+
+    def log_density(z: Tensor) -> Tensor:
+        return prior.log_prob(z.view(len(z), -1, fields["latent_dim"]))
+
+    assert integral(log_density, -9.0, 9.0, 401) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_input_map_keeps_every_channel(randomise, normal):
+    with seeded(0):
+        layer = randomise(InputMap(3, 8))
+    by_x = jacobian(lambda x: layer(x[None])[0], normal(3))
+    assert torch.linalg.matrix_rank(by_x) == 3

@@ -1,0 +1,180 @@
+"""`generate`: seeds, rows, prompts, passes, lengths, and what it refuses."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.errors import UserError
+from tarflowlm.generation import Generation, generate
+from tarflowlm.generation.generate import num_ticks
+from tarflowlm.model import TarFlowLM
+
+MODELS = {
+    "ar": ("ar", {}),
+    "ar-P2": ("ar", {"patch": 2, "in_patch": "autoregressive"}),
+    "mixd": ("flow", {"couplings": ("mixd",)}),
+    "mixd-mix1": ("flow", {"couplings": ("mixd", "mix1", "mix1")}),
+    "affine-P2": ("flow", {"couplings": ("affine", "affine"), "patch": 2}),
+    "mixd-mix1-P4": ("flow", {"couplings": ("mixd", "mix1"), "patch": 4}),
+}
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
+def model(request, tiny_flow, tiny_ar) -> TarFlowLM | TokenLM:
+    family, fields = request.param
+    return tiny_flow(**fields) if family == "flow" else tiny_ar(**fields)
+
+
+def sample(model: nn.Module, seed: int = 0, **options) -> Generation:
+    options = {"num_tokens": 8, "num": 3} | options
+    return generate(model, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(model):
+    tokens = sample(model).tokens
+    assert tokens.shape == (3, 8)
+    assert tokens.dtype == torch.int64
+    assert ((tokens >= 0) & (tokens < 5)).all()
+    assert torch.equal(sample(model).tokens, tokens)
+    assert not torch.equal(sample(model, seed=1).tokens, tokens)
+    assert len(tokens.unique(dim=0)) == 3
+
+
+def test_without_a_generator_texts_differ(model):
+    texts = torch.cat([generate(model, num_tokens=8).tokens for _ in range(4)])
+    assert len(texts.unique(dim=0)) > 1
+
+
+def test_the_global_generator_plays_no_part(model):
+    torch.manual_seed(0)
+    tokens, expected = sample(model).tokens, torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(sample(model).tokens, tokens)
+
+
+@pytest.mark.parametrize("prompt", [None, [3, 1, 4]])
+def test_rows_do_not_depend_on_how_many_there_are(model, prompt):
+    """A batch that shares one stream of noise gives a row another text when a row is added."""
+    options = {"prompt": None if prompt is None else torch.tensor(prompt)}
+    assert torch.equal(sample(model, num=1, **options).tokens[0], sample(model, num=3, **options).tokens[0])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 7, 8])
+def test_any_length_will_do(model, length):
+    """Patches need not divide it."""
+    result = sample(model, num_tokens=length, return_passes=True)
+    assert result.tokens.shape == (3, length)
+    assert all(tokens.shape == (3, length) for tokens in result.passes)
+    assert all(state.shape == (3, length, 2) for state in result.states)
+
+
+@pytest.mark.parametrize("prompt", [[], [2], [2, 0], [4, 4, 4, 1, 2, 3, 0]], ids=len)
+def test_the_prompt_is_kept(model, prompt):
+    result = sample(model, prompt=torch.tensor(prompt, dtype=torch.long), return_passes=True)
+    assert result.tokens[:, : len(prompt)].tolist() == [prompt] * 3
+    assert result.tokens.shape == (3, 8)
+
+
+def test_an_empty_prompt_is_no_prompt(model):
+    assert torch.equal(sample(model, prompt=torch.zeros(0, dtype=torch.long)).tokens, sample(model).tokens)
+
+
+def test_the_prompt_matters(tiny_flow, tiny_ar):
+    for model in (tiny_flow(couplings=("mixd", "mix1"), log_std=-5.0), tiny_ar()):
+        texts = [sample(model, num=50, prompt=torch.tensor([k])).tokens[:, 1:] for k in (0, 1)]
+        assert not torch.equal(*texts)
+
+
+def test_passes_lead_from_noise_to_the_text(model):
+    result = sample(model, return_passes=True)
+    if isinstance(model, TokenLM):
+        assert (result.passes, result.states) == ((), ())
+        return
+    assert len(result.passes) == len(result.states) == model.num_blocks + 1
+    assert torch.equal(result.passes[-1], result.tokens)
+    assert torch.equal(sample(model).tokens, result.tokens)
+    for tokens, state in zip(result.passes, result.states, strict=True):
+        assert torch.equal(model.codebook.decode(state), tokens)
+    with torch.no_grad():
+        u, _ = model.prior(result.states[-1])
+    torch.testing.assert_close(u, result.states[0], rtol=1e-6, atol=1e-6)
+
+
+def test_passes_are_given_on_request_alone(model):
+    result = sample(model)
+    assert (result.passes, result.states) == ((), ())
+
+
+@pytest.mark.parametrize("length", [1, 5, 8])
+def test_tick_is_called_as_often_as_announced(model, length):
+    ticks = []
+    sample(model, num_tokens=length, tick=lambda: ticks.append(1))
+    assert len(ticks) == num_ticks(model, length)
+
+
+def test_nothing_needs_a_gradient(model):
+    result = sample(model, return_passes=True)
+    assert not any(state.requires_grad for state in result.states)
+
+
+def test_top_k_of_one_is_the_most_probable_text_of_the_baseline(tiny_ar):
+    lm = tiny_ar()
+    tokens = sample(lm, top_k=1).tokens
+    with torch.no_grad():
+        assert torch.equal(lm.logits(tokens).argmax(-1), tokens)
+
+
+def test_top_k_of_one_is_the_most_probable_text_of_a_mixd_block(tiny_flow):
+    model = tiny_flow(couplings=("mixd",), log_std=-9.0)
+    tokens, block = sample(model, top_k=1).tokens, model.prior.blocks[0]
+    with torch.no_grad():
+        log_w = block.coupling.weight_head(block._features(model.codebook.mean[tokens]))
+    assert torch.equal(log_w.argmax(-1), tokens)
+
+
+def test_neutral_options_change_nothing(model):
+    tokens = sample(model).tokens
+    for options in ({"top_p": 1.0}, {"temperature": 1.0}, {"top_k": 1000}):
+        assert torch.equal(sample(model, **options).tokens, tokens)
+
+
+def test_a_low_temperature_repeats_itself(tiny_ar, tiny_flow):
+    for model in (tiny_ar(), tiny_flow(couplings=("mixd", "mix1"), log_std=-5.0)):
+        cold, hot = (len(sample(model, num=40, temperature=t).tokens.unique(dim=0)) for t in (0.02, 1.0))
+        assert cold < hot
+
+
+def test_texts_of_a_new_model_are_no_error():
+    """Zero heads, equal weights: the start of training."""
+    from tarflowlm.model import FlowConfig
+
+    fresh = TarFlowLM(FlowConfig(vocab_size=5, context=8))
+    assert sample(fresh).tokens.shape == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num": 0}, "num 0: ask for at least 1 sample"),
+        ({"num_tokens": 0}, "length 0: ask for at least 1 token"),
+        ({"num_tokens": 9}, "length 9: the model was trained on 8 tokens"),
+        ({"prompt": torch.arange(5).repeat(2)[:8]}, "the prompt has 8 tokens, which leaves no room in 8"),
+        ({"prompt": torch.zeros(3, dtype=torch.long), "num_tokens": 2}, "3 tokens, which leaves no room in 2"),
+        ({"prompt": torch.tensor([1, 5])}, "prompt"),
+        ({"prompt": torch.tensor([-1])}, "prompt"),
+        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"top_k": 0}, "top-k 0"),
+        ({"top_p": 0.0}, "top-p 0.0"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(model, options, message):
+    with pytest.raises(UserError, match=message):
+        sample(model, **options)
+
+
+def test_the_prompt_tensor_is_left_alone(model):
+    prompt: Tensor = torch.tensor([1, 2])
+    sample(model, prompt=prompt)
+    assert prompt.tolist() == [1, 2]

@@ -1,0 +1,162 @@
+"""Sequential sampling is exact: it inverts the stack, and its frequencies are the model's probabilities."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.generation import generate
+from tarflowlm.generation.noise import row_generators, row_normal, row_uniform
+from tarflowlm.generation.sequential import invert_stack, sample_baseline
+from tarflowlm.model import TarFlowLM
+
+NUM = 4000
+
+
+def frequencies(texts: Tensor, V: int) -> Tensor:
+    """How often each of the V^T texts occurs, the last token running fastest: shares."""
+    code = torch.zeros(len(texts), dtype=torch.long)
+    for token in texts.unbind(1):
+        code = code * V + token
+    return torch.bincount(code, minlength=V ** texts.shape[1]).double() / len(texts)
+
+
+def assert_frequencies(texts: Tensor, probabilities: Tensor, V: int) -> None:
+    """Pearson's chi-square within 5 standard deviations of its mean; nothing impossible occurs."""
+    observed = frequencies(texts, V)
+    assert not observed[probabilities < 1e-12].any()
+    likely = probabilities * len(texts) > 1
+    degrees = int(likely.sum()) - 1
+    p, q = probabilities[likely], observed[likely]
+    chi_square = (len(texts) * (q - p) ** 2 / p).sum().item()
+    assert chi_square < degrees + 5 * math.sqrt(2 * degrees)
+    assert chi_square > degrees - 5 * math.sqrt(2 * degrees)
+    assert (q - 1 / len(q)).abs().max() > 0.05  # far from uniform: the test says something
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_inverting_the_stack_gives_the_states_of_forward(patch, tiny_flow, normal):
+    model = tiny_flow(couplings=("mixd", "mix1", "affine"), patch=patch)
+    with torch.no_grad():
+        found = invert_stack(model, normal(3, 8, 2))
+        states, _ = model.prior.states(found[-1])
+    assert len(found) == 4
+    for ours, theirs in zip(found, reversed(states), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("couplings", [("mixd",), ("mix1",), ("mixd", "mix1")])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_known_latents_come_back(couplings, tokens, tiny_flow, normal):
+    model, known = tiny_flow(couplings=couplings, patch=2), normal(3, tokens, 2, seed=4)
+    with torch.no_grad():
+        z = invert_stack(model, normal(3, 8, 2), known=known)[-1]
+    assert torch.equal(z[:, :tokens], known)
+
+
+@pytest.mark.parametrize("prompt", [None, [2], [1, 0, 2]])
+@pytest.mark.parametrize("fields", [{}, {"patch": 2}, {"patch": 2, "in_patch": "autoregressive"}], ids=str)
+def test_the_baseline_inverts_its_cumulative_distribution(prompt, fields, tiny_ar):
+    """Against a plain loop over the full logits, without a cache."""
+    lm: TokenLM = tiny_ar(**fields)
+    uniform = torch.rand(3, 8, generator=generator(), dtype=torch.float64)
+    given = [] if prompt is None else prompt
+    tokens = torch.zeros(3, 8, dtype=torch.long)
+    tokens[:, : len(given)] = torch.tensor(given, dtype=torch.long)
+    with torch.no_grad():
+        for t in range(len(given), 8):
+            cumulative = lm.logits(tokens)[:, t].softmax(-1).cumsum(-1)
+            tokens[:, t] = (cumulative < uniform[:, t, None]).sum(-1)
+        found = sample_baseline(lm, uniform, prompt=None if prompt is None else torch.tensor(prompt))
+    assert torch.equal(found, tokens)
+
+
+@pytest.mark.parametrize("fields", [{}, {"patch": 2}, {"patch": 2, "in_patch": "autoregressive"}], ids=str)
+def test_frequencies_of_the_baseline_are_its_probabilities(fields, tiny_ar):
+    lm: TokenLM = tiny_ar(vocab_size=3, context=4, seed=1, **fields)
+    texts = torch.tensor(list(itertools.product(range(3), repeat=2)))
+    with torch.no_grad():
+        probabilities = lm.log_prob(texts).exp()
+    assert_frequencies(generate(lm, num_tokens=2, num=NUM, generator=generator()).tokens, probabilities, 3)
+
+
+@torch.no_grad()
+def discrete_probabilities(model: TarFlowLM, length: int, V: int) -> Tensor:
+    """Of all V^length texts: the mixture weights at the means, for components well apart."""
+    texts = torch.tensor(list(itertools.product(range(V), repeat=length)))
+    block, z = model.prior.blocks[0], model.codebook.mean[texts]
+    h = model.prior.patch(z)[0]
+    features = block.coupling.token_features(block._features(h), h).flatten(1, 2)
+    log_w = block.coupling.weight_head(features).log_softmax(-1)
+    return log_w.gather(-1, texts[..., None]).sum((1, 2)).exp()
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_frequencies_of_a_mixd_block_are_its_weights(length, tiny_flow):
+    model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
+    tokens = generate(model, num_tokens=length, num=NUM, generator=generator()).tokens
+    assert_frequencies(tokens, discrete_probabilities(model, length, 4), 4)
+
+
+@pytest.mark.parametrize("in_patch", ["autoregressive", "independent"])
+def test_frequencies_of_a_patch_are_its_weights(in_patch, tiny_flow):
+    model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1, patch=2, in_patch=in_patch)
+    tokens = generate(model, num_tokens=2, num=NUM, generator=generator()).tokens
+    assert_frequencies(tokens, discrete_probabilities(model, 2, 4), 4)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_is_a_power_of_the_weights(temperature, tiny_flow):
+    model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
+    power = discrete_probabilities(model, 1, 4) ** (1 / temperature)
+    tokens = generate(model, num_tokens=1, num=NUM, generator=generator(), temperature=temperature).tokens
+    assert_frequencies(tokens, power / power.sum(), 4)
+
+
+def test_a_prompt_conditions_a_single_block(tiny_flow):
+    """p(x_2 | x_1): for one block from left to right a prompt is exact."""
+    model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
+    joint = discrete_probabilities(model, 2, 4).view(4, 4)
+    for first in (0, 3):
+        tokens = generate(
+            model, num_tokens=2, num=NUM, prompt=torch.tensor([first]), generator=generator(first)
+        ).tokens
+        assert (tokens[:, 0] == first).all()
+        assert_frequencies(tokens[:, 1:], joint[first] / joint[first].sum(), 4)
+
+
+def test_density_of_samples_is_that_of_the_model(tiny_flow):
+    """Mean of u^2 and of u over samples pushed forward again: standard normal noise, for a deep stack."""
+    model = tiny_flow(couplings=("mixd", "mix1", "affine"), patch=2)
+    states = generate(model, num_tokens=8, num=200, generator=generator(), return_passes=True).states
+    with torch.no_grad():
+        u, _ = model.prior(states[-1])
+    torch.testing.assert_close(u, states[0], rtol=1e-6, atol=1e-6)
+    assert u.mean().abs() < 0.1
+    assert (u.square().mean() - 1).abs() < 0.1
+
+
+def test_every_row_has_a_stream_of_its_own():
+    def rows(num: int, seed: int = 0) -> Tensor:
+        return row_normal(row_generators(num, generator(seed)), 6, 2)
+
+    assert torch.equal(rows(4)[:2], rows(2))
+    assert not torch.equal(rows(1), rows(1, seed=1))
+    flat = rows(50).flatten(1)
+    assert len(flat.unique(dim=0)) == 50
+    correlation = torch.corrcoef(row_normal(row_generators(20, generator()), 500, 4).flatten(1))
+    assert (correlation - torch.eye(20)).abs().max() < 0.12
+
+
+def test_a_longer_text_begins_with_the_noise_of_a_shorter_one():
+    short, long = (row_uniform(row_generators(3, generator()), n) for n in (5, 9))
+    assert torch.equal(long[:, :5], short)
+    assert short.dtype == torch.float64
+    assert ((long >= 0) & (long < 1)).all()

@@ -1,0 +1,99 @@
+"""Temperature, top-k and top-p on mixture weights and logits."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tarflowlm.errors import UserError
+from tarflowlm.generation.weights import adjust_weights
+
+PROBABILITIES = torch.tensor([[0.3, 0.05, 0.5, 0.15]], dtype=torch.float64)
+
+
+def adjusted(**options) -> list[float]:
+    adjust = adjust_weights(**options)
+    assert adjust is not None
+    # log-weights need not be normalised
+    return adjust(PROBABILITIES.log() + 3.0).softmax(-1)[0].tolist()
+
+
+def kept(*indices: int) -> list[float]:
+    total = sum(PROBABILITIES[0, i].item() for i in indices)
+    return pytest.approx([PROBABILITIES[0, i].item() / total if i in indices else 0.0 for i in range(4)], abs=1e-12)
+
+
+def test_without_options_there_is_nothing_to_do():
+    assert adjust_weights() is None
+    assert adjust_weights(temperature=1.0, top_p=1.0) is None
+
+
+@pytest.mark.parametrize("temperature", [0.25, 0.5, 2.0, 100.0])
+def test_temperature_is_a_power(temperature):
+    power = PROBABILITIES[0] ** (1 / temperature)
+    assert adjusted(temperature=temperature) == pytest.approx((power / power.sum()).tolist(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("top_k", "indices"), [(1, [2]), (2, [2, 0]), (3, [2, 0, 3]), (4, range(4)), (9, range(4))])
+def test_top_k_keeps_the_largest(top_k, indices):
+    assert adjusted(top_k=top_k) == kept(*indices)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "indices"),
+    [(0.01, [2]), (0.49, [2]), (0.51, [2, 0]), (0.79, [2, 0]), (0.81, [2, 0, 3]), (0.949, [2, 0, 3]), (0.96, range(4))],
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, indices):
+    assert adjusted(top_p=top_p) == kept(*indices)
+
+
+def test_the_options_apply_one_after_another():
+    """Temperature first: at 2 the largest two have 0.564 and 0.436 of their sum."""
+    assert adjusted(temperature=2.0, top_k=2, top_p=0.6)[1] == 0.0
+    a, b = math.sqrt(0.5), math.sqrt(0.3)
+    assert adjusted(temperature=2.0, top_k=2, top_p=0.6) == pytest.approx([b / (a + b), 0, a / (a + b), 0], abs=1e-12)
+    assert adjusted(temperature=2.0, top_k=2, top_p=0.5) == kept(2)
+
+
+def test_equal_weights_do_not_let_more_than_top_k_through():
+    adjust = adjust_weights(top_k=2)
+    assert adjust is not None
+    assert (adjust(torch.zeros(3, 5)).softmax(-1) > 0).sum(-1).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_top_p_of_one_keeps_the_far_tail_of_a_large_vocabulary(dtype):
+    """A cumulative sum in float32 reaches 1 thousands of components early."""
+    log_w = 3 * torch.randn(4, 50_257, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    adjust = adjust_weights(temperature=0.999, top_p=1.0)
+    assert adjust is not None
+    torch.testing.assert_close(adjust(log_w), (log_w / 0.999).log_softmax(-1))
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.7}, {"temperature": 0.3}])
+def test_results_are_finite_and_the_input_is_left_alone(options):
+    log_w = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
+    before, adjust = log_w.clone(), adjust_weights(**options)
+    assert adjust is not None
+    out: Tensor = adjust(log_w)
+    assert out.shape == log_w.shape
+    assert torch.isfinite(out).all()
+    assert torch.equal(log_w, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature 0.0: must be above 0"),
+        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"temperature": math.nan}, "temperature nan"),
+        ({"temperature": math.inf}, "temperature inf"),
+        ({"top_k": 0}, "top-k 0: must be at least 1"),
+        ({"top_p": 0.0}, "top-p 0.0: must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top-p 1.5"),
+    ],
+)
+def test_senseless_options_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        adjust_weights(**options)

@@ -1,0 +1,111 @@
+"""The codebook as densities: against torch.distributions, Bayes' rule and finite values at the extremes."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Independent, Normal
+
+from tarflowlm.codebook import Codebook, spread_means, typical_neighbour_distance
+from tarflowlm.model import seeded
+
+V, d = 7, 3
+
+
+@pytest.fixture
+def book(randomise) -> Codebook:
+    """Overlapping components of different widths."""
+    with seeded(0):
+        return randomise(Codebook(V, d, separation=1.5))
+
+
+def component(book: Codebook, tokens) -> Independent:
+    return Independent(Normal(book.mean[tokens], book.log_std[tokens].exp()[..., None].expand(*tokens.shape, d)), 1)
+
+
+def test_densities_equal_torch_distributions(book, normal):
+    z = normal(4, 5, d)
+    expected = component(book, torch.arange(V)).log_prob(z[..., None, :])
+    torch.testing.assert_close(book.log_components(z), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_log_q_is_the_density_of_the_encoded_latent(book, normal):
+    tokens, noise = torch.arange(6).view(2, 3), normal(2, 3, d)
+    expected = component(book, tokens).log_prob(book.encode(tokens, noise))
+    torch.testing.assert_close(book.log_q(tokens, noise), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_posterior_is_bayes_rule_with_a_uniform_prior(book, normal):
+    z = normal(4, 5, d)
+    density = component(book, torch.arange(V)).log_prob(z[..., None, :]).exp()
+    posterior = book.log_posterior(z).exp()
+    torch.testing.assert_close(posterior, density / density.sum(-1, keepdim=True), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(posterior.sum(-1), torch.ones(4, 5, dtype=torch.float64))
+    assert torch.equal(book.decode(z), posterior.argmax(-1))
+
+
+def test_the_posterior_is_normalised_far_from_every_component(book):
+    z = torch.full((2, d), 1e4, dtype=torch.float64)
+    torch.testing.assert_close(book.log_posterior(z).exp().sum(-1), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("vocab_size", "dim"), [(1, 4), (2, 1), (27, 5), (27, 16), (300, 8)])
+def test_a_new_codebook_decodes_what_it_encodes(vocab_size, dim):
+    with seeded(0):
+        book = Codebook(vocab_size, dim)
+    tokens = torch.arange(vocab_size).repeat(20)
+    noise = torch.randn(len(tokens), dim, generator=torch.Generator().manual_seed(1))
+    decoded = book.decode(book.encode(tokens, noise))
+    assert (decoded == tokens).double().mean() > 0.999
+    assert torch.equal(book.decode(book.encode(tokens, torch.zeros_like(noise))), tokens)
+
+
+def test_encode_is_differentiable_in_mean_and_scale(book, normal):
+    tokens, noise, direction = torch.tensor([[1, 4, 1]]), normal(1, 3, d), normal(1, 3, d, seed=1)
+    (book.encode(tokens, noise) * direction).sum().backward()
+    mean, log_std = torch.zeros_like(book.mean), torch.zeros_like(book.log_std)
+    for t, k in enumerate(tokens[0]):
+        mean[k] += direction[0, t]
+        log_std[k] += book.log_std[k].exp().detach() * (noise[0, t] * direction[0, t]).sum()
+    torch.testing.assert_close(book.mean.grad, mean)
+    torch.testing.assert_close(book.log_std.grad, log_std)
+
+
+@pytest.mark.parametrize(("num", "dim"), [(2, 1), (27, 1), (27, 5), (27, 16), (500, 16), (5000, 4)])
+def test_means_are_centred_and_of_unit_variance(num, dim):
+    means = spread_means(num, dim, torch.Generator().manual_seed(0)).double()
+    assert means.shape == (num, dim)
+    torch.testing.assert_close(means.mean(0), torch.zeros(dim, dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(means.var(0, unbiased=False), torch.ones(dim, dtype=torch.float64), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("num", "dim"), [(27, 2), (27, 5), (200, 4)])
+def test_means_are_further_apart_than_random_points(num, dim):
+    def nearest(points):
+        return torch.cdist(points, points).fill_diagonal_(math.inf).min().item()
+
+    random = torch.randn(num, dim, generator=torch.Generator().manual_seed(0))
+    assert nearest(spread_means(num, dim, torch.Generator().manual_seed(0))) > 2 * nearest(random)
+
+
+def test_means_depend_on_the_generator_alone():
+    first, again = (spread_means(9, 2, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, spread_means(9, 2, torch.Generator().manual_seed(4)))
+
+
+def test_one_mean_is_the_origin():
+    assert torch.equal(spread_means(1, 3), torch.zeros(1, 3))
+
+
+def test_sigma_starts_at_the_stated_share_of_the_distance_between_neighbours():
+    with seeded(0):
+        book = Codebook(27, 5, separation=8.0)
+    distance = typical_neighbour_distance(book.mean.detach())
+    torch.testing.assert_close(book.log_std.exp(), torch.full((27,), distance / 8.0))
+
+
+def test_distance_between_neighbours():
+    points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [4.0, 0.0]])
+    assert typical_neighbour_distance(points) == 1.0
+    assert typical_neighbour_distance(points[:1]) == 2.0

@@ -1,0 +1,198 @@
+"""Configurations: strict translation to and from JSON, and contradictions that are caught by name."""
+
+import copy
+import json
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from tarflowlm.baseline import BaselineConfig
+from tarflowlm.config import from_dict, to_dict
+from tarflowlm.errors import UserError
+from tarflowlm.model import FlowConfig
+from tarflowlm.presets import PRESETS, preset, with_steps
+from tarflowlm.training.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name):
+    run = preset(name)
+    assert run.name == name
+    again = from_dict(RunConfig, json.loads(json.dumps(to_dict(run))))
+    assert again == run
+    assert to_dict(again) == to_dict(run)
+
+
+def changed(path: str, value: object) -> dict:
+    """The quickstart preset as JSON values with one of them replaced; `...` removes it."""
+    data = copy.deepcopy(to_dict(preset("quickstart")))
+    *parents, last = path.split(".")
+    inner = data
+    for key in parents:
+        inner = inner[key]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("nmae", "x", "config.nmae: unknown key; known keys are data, model, name"),
+        ("model.latent_dims", 4, "config.model.latent_dims: unknown key"),
+        ("model.trunk.heads", 4, "config.model.trunk.heads: unknown key; known keys are mlp_ratio, num_heads"),
+        ("train.batchsize", 4, "config.train.batchsize: unknown key"),
+        ("name", ..., "config.name: missing key"),
+        ("model", ..., "config.model: missing key"),
+        ("model.family", ..., "config.model.family: None is not one of 'flow', 'ar'"),
+        ("model.family", "rnn", "config.model.family: 'rnn' is not one of"),
+        ("model", None, "config.model.family: None"),
+        ("model.trunk", 3, "config.model.trunk: expected an object, found 3"),
+        ("model.latent_dim", "5", "config.model.latent_dim: expected int, found '5'"),
+        ("model.latent_dim", None, "config.model.latent_dim: expected int, found None"),
+        ("model.channel_mix", 1, "config.model.channel_mix: expected bool, found 1"),
+        ("model.couplings", "mixd", "config.model.couplings: expected a list"),
+        ("model.couplings", ["mixd", "mixx", "mix1"], r"config.model.couplings\[1\]: 'mixx' is not one of 'affine'"),
+        ("model.layers", [1, 2.0, 1], r"config.model.layers\[1\]: expected int, found 2.0"),
+        ("train.batch_size", 1.5, "config.train.batch_size: expected int, found 1.5"),
+        ("train.batch_size", True, "config.train.batch_size: expected int, found True"),
+        ("optim.lr", "fast", "config.optim.lr: expected float, found 'fast'"),
+        ("optim.lr", True, "config.optim.lr: expected float, found True"),
+        ("data.source", None, "config.data.source: expected str, found None"),
+        ("train.precision", "float16", "config.train.precision: 'float16' is not one of"),
+        # contradictions, by the configurations themselves
+        ("model.patch", 3, "patch 3 does not divide context 256"),
+        ("train.stage_steps", [10], r"train.stage_steps \(10,\): 1 entries for 3 stages"),
+        ("model.layers", [1], r"couplings .* layers \(1,\) .* need one entry"),
+    ],
+)
+def test_what_is_wrong_is_named(path, value, message):
+    with pytest.raises(UserError, match=message):
+        from_dict(RunConfig, changed(path, value))
+
+
+@pytest.mark.parametrize("data", [None, [], "x", 3])
+def test_a_configuration_is_an_object(data):
+    with pytest.raises(UserError, match="run.json: expected an object"):
+        from_dict(RunConfig, data, where="run.json")
+
+
+def test_defaults_fill_what_is_left_out():
+    run = from_dict(RunConfig, {"name": "x", "model": {"family": "ar"}, "train": {"stage_steps": [7]}})
+    assert run == RunConfig(name="x", model=BaselineConfig(), train=TrainConfig(stage_steps=(7,)))
+
+
+def test_whole_numbers_serve_as_floats():
+    lr = from_dict(OptimConfig, {"lr": 1}).lr
+    assert lr == 1.0
+    assert isinstance(lr, float)
+
+
+def test_optional_values_and_nested_tuples():
+    @dataclass(frozen=True)
+    class Inner:
+        at: tuple[int, ...] = ()
+
+    @dataclass(frozen=True)
+    class Outer:
+        limit: int | None = None
+        inner: Inner = field(default_factory=Inner)
+
+    value = Outer(limit=3, inner=Inner(at=(1, 2)))
+    assert to_dict(value) == {"limit": 3, "inner": {"at": [1, 2]}}
+    assert from_dict(Outer, to_dict(value)) == value
+    assert from_dict(Outer, {"limit": None}) == Outer()
+    with pytest.raises(UserError, match="config.limit: expected int, found '3'"):
+        from_dict(Outer, {"limit": "3"})
+
+
+def test_the_input_is_left_alone():
+    data = to_dict(preset("quickstart"))
+    before = copy.deepcopy(data)
+    from_dict(RunConfig, data)
+    assert data == before
+
+
+FLOW = {"couplings": ("mixd", "mix1"), "layers": (1, 1), "components": (0, 2)}
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        (FlowConfig, FLOW | {"context": 10, "patch": 4}, "patch 4 does not divide context 10: choose"),
+        (FlowConfig, FLOW | {"context": 1}, "model.context 1: must be at least 2"),
+        (FlowConfig, FLOW | {"latent_dim": 0}, "model.latent_dim 0"),
+        (FlowConfig, FLOW | {"patch": 0}, "model.patch 0"),
+        (FlowConfig, FLOW | {"head_hidden": 0}, "model.head_hidden 0"),
+        (FlowConfig, FLOW | {"vocab_size": -1}, "model.vocab_size -1"),
+        (FlowConfig, FLOW | {"layers": (1, 0)}, "model.layers 0"),
+        (FlowConfig, FLOW | {"layers": (1,)}, "one entry per block"),
+        (FlowConfig, {"couplings": (), "layers": (), "components": ()}, "at least one block"),
+        (FlowConfig, FLOW | {"components": (0, 0)}, r"components of block 2 \(mix1\): 0 must be at least 1"),
+        (FlowConfig, FLOW | {"components": (-1, 2)}, r"components of block 1 \(mixd\): -1"),
+        (FlowConfig, FLOW | {"couplings": ("mix1", "mixd"), "components": (2, 0)}, r"block 2 \(mixd\): 0; 0 \(tied"),
+        (FlowConfig, FLOW | {"couplings": ("mixd", "affine")}, r"block 2 \(affine\): 2 has no effect"),
+        (BaselineConfig, {"context": 10, "patch": 4}, "patch 4 does not divide context 10: choose"),
+        (BaselineConfig, {"layers": 0}, "model.layers 0"),
+        (BaselineConfig, {"context": 0}, "model.context 0"),
+        (OptimConfig, {"lr": 0.0}, "optim.lr 0.0: must be above 0"),
+        (OptimConfig, {"lr": float("nan")}, "optim.lr nan"),
+        (OptimConfig, {"grad_clip": -1.0}, "optim.grad_clip -1.0"),
+        (OptimConfig, {"warmup": 1.5}, "optim.warmup 1.5: must be between 0 and 1"),
+        (OptimConfig, {"decay": -0.1}, "optim.decay -0.1"),
+        (TrainConfig, {"stage_steps": ()}, "train.stage_steps"),
+        (TrainConfig, {"stage_steps": (10, 0)}, "every stage needs at least 1 step"),
+        (TrainConfig, {"batch_size": 0}, "train.batch_size 0"),
+        (TrainConfig, {"checkpoint_every": 0}, "train.checkpoint_every 0"),
+        (RunConfig, {"name": "x", "model": FlowConfig(**FLOW)}, "1 entries for 2 stages"),
+        (
+            RunConfig,
+            {"name": "x", "model": BaselineConfig(), "train": TrainConfig(stage_steps=(1, 1))},
+            "2 entries for 1 stages",
+        ),
+        (
+            RunConfig,
+            {"name": "x", "model": FlowConfig(**FLOW), "train": TrainConfig(stage_steps=(1, 1), mode="joint")},
+            "2 entries for 1 stages",
+        ),
+    ],
+)
+def test_contradictions_are_refused(cls, fields, message):
+    with pytest.raises(UserError, match=message):
+        cls(**fields)
+
+
+def test_an_unknown_preset_is_answered_with_the_known_ones():
+    with pytest.raises(UserError, match="preset 'mini' is unknown: choose one of quickstart, mini-ar"):
+        preset("mini")
+
+
+@pytest.mark.parametrize("family", ["mini", "text8", "owt"])
+def test_members_of_a_family_differ_by_the_model_alone(family):
+    runs = [preset(name) for name in PRESETS if name.startswith(family)]
+    assert len({run.optim for run in runs}) == 1
+    assert len({run.data for run in runs}) == 1
+    assert len({run.model.trunk for run in runs}) == 1
+    assert len({run.model.context for run in runs}) == 1
+    assert len({run.train.batch_size for run in runs}) == 1
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5, 17, 180, 1800, 12_345])
+def test_steps_are_shared_out_among_the_stages(steps):
+    run = replace(preset("mini-mixd"), train=TrainConfig(stage_steps=(1400, 200, 200)))
+    stages = with_steps(run, steps).train.stage_steps
+    assert sum(stages) == steps
+    assert all(a == pytest.approx(b * steps / 1800, abs=2) for a, b in zip(stages, (1400, 200, 200), strict=True))
+    assert min(stages) >= 1
+
+
+def test_every_stage_needs_a_step():
+    run = replace(preset("mini-mixd"), train=TrainConfig(stage_steps=(1400, 200, 200)))
+    with pytest.raises(UserError, match="steps 2: the run has 3 stages"):
+        with_steps(run, 2)
+
+
+def test_data_configurations_travel():
+    assert from_dict(DataConfig, to_dict(DataConfig(source="x.txt"))) == DataConfig(source="x.txt")

@@ -1,0 +1,330 @@
+"""The bound: what it is made of, its gradients, its limits, and that it never beats the truth."""
+
+import itertools
+import math
+from functools import cached_property
+
+import pytest
+import torch
+from torch import Tensor
+
+from tarflowlm.baseline import IN_PATCH_CHANNELS, BaselineConfig, TokenLM
+from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.model import FlowConfig, TarFlowLM, seeded
+from tarflowlm.objective import elbo, importance_weighted_bound, negative_bound, posterior_noise
+
+MODELS = {
+    "affine": {"couplings": ("affine", "affine")},
+    "mix1": {"couplings": ("mix1", "mix1")},
+    "mixd": {"couplings": ("mixd",)},
+    "mixd-own": {"couplings": ("mixd", "mixd"), "components": (4, 3)},
+    "mixd-mix1": {"couplings": ("mixd", "mix1", "mix1")},
+    "mix1-P2": {"couplings": ("mix1", "affine"), "patch": 2},
+    "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
+    "mixd-mix1-P2-independent": {"couplings": ("mixd", "mix1"), "patch": 2, "in_patch": "independent"},
+}
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
+def model(request, tiny_flow) -> TarFlowLM:
+    return tiny_flow(**request.param)
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """Every token type occurs."""
+    return torch.arange(24).view(3, 8).remainder(5)
+
+
+@pytest.fixture
+def noise(normal) -> Tensor:
+    return normal(3, 8, 2, seed=1)
+
+
+def test_the_terms_sum_to_the_bound(model, tokens, noise):
+    terms = elbo(model, tokens, noise=noise)
+    total = terms.reconstruction - terms.log_q + terms.base + sum(terms.log_dets)
+    torch.testing.assert_close(terms.nelbo, -total)
+    torch.testing.assert_close(terms.log_prior, terms.base + sum(terms.log_dets))
+    torch.testing.assert_close(negative_bound(model, tokens, noise=noise), terms.nelbo, rtol=1e-10, atol=1e-9)
+    assert terms.nelbo.shape == (3,)
+    assert len(terms.log_dets) == model.num_blocks
+
+
+def test_the_terms_are_what_they_say(model, tokens, noise):
+    terms, book = elbo(model, tokens, noise=noise), model.codebook
+    z = book.encode(tokens, noise)
+    posterior = book.log_posterior(z).gather(-1, tokens[..., None])
+    torch.testing.assert_close(terms.reconstruction, posterior.sum((1, 2)))
+    torch.testing.assert_close(terms.log_q, book.log_q(tokens, noise).sum(1))
+    torch.testing.assert_close(terms.log_prior, model.prior.log_prob(z))
+
+
+def test_noise_comes_from_the_generator(model, tokens):
+    def bound(seed: int) -> Tensor:
+        return elbo(model, tokens, generator=torch.Generator().manual_seed(seed)).nelbo
+
+    assert torch.equal(bound(1), bound(1))
+    assert not torch.equal(bound(1), bound(2))
+    noise = posterior_noise(model, tokens, torch.Generator().manual_seed(1))
+    assert noise.shape == (3, 8, 2)
+    assert torch.equal(elbo(model, tokens, noise=noise).nelbo, bound(1))
+
+
+def test_rows_do_not_influence_each_other(model, tokens, noise):
+    alone = negative_bound(model, tokens[1:2], noise=noise[1:2])
+    torch.testing.assert_close(negative_bound(model, tokens, noise=noise)[1:2], alone, rtol=1e-10, atol=1e-10)
+
+
+def test_every_parameter_gets_a_gradient(model, tokens, noise):
+    negative_bound(model, tokens, noise=noise).sum().backward()
+    without = [n for n, p in model.named_parameters() if p.numel() and (p.grad is None or not p.grad.any())]
+    assert not without
+
+
+def test_gradients_equal_finite_differences(model, tokens, noise):
+    """Of the whole bound, along random directions in the space of all parameters."""
+    negative_bound(model, tokens, noise=noise).sum().backward()
+    parameters = [p for p in model.parameters() if p.numel()]
+    start = [p.detach().clone() for p in parameters]
+    step = 1e-5
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        along = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
+        values = []
+        for side in (step, -step):
+            with torch.no_grad():
+                for p, p_0, v in zip(parameters, start, along, strict=True):
+                    p.copy_(p_0 + side * v)
+                values.append(negative_bound(model, tokens, noise=noise).sum().item())
+        difference = (values[0] - values[1]) / (2 * step)
+        slope = sum((p.grad * v).sum().item() for p, v in zip(parameters, along, strict=True))
+        assert difference == pytest.approx(slope, rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_frozen_blocks_get_no_gradient_and_keep_no_graph(patch, tiny_flow, tokens, noise):
+    model = tiny_flow(couplings=("mixd", "mix1", "mix1"), patch=patch)
+    expected = negative_bound(model, tokens, noise=noise)
+
+    def saved(evaluate) -> tuple[Tensor, int]:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            value = evaluate()
+        return value, sum(sizes)
+
+    bound, kept = saved(lambda: negative_bound(model, tokens, noise=noise, frozen=2))
+    torch.testing.assert_close(bound, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        h = model.prior.patch(model.prior.states(model.codebook.encode(tokens, noise))[0][2])[0]
+    _, kept_by_the_last = saved(lambda: model.prior.blocks[2].log_prob(h))
+    assert kept == kept_by_the_last
+    bound.sum().backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {name for name, _ in model.named_parameters() if name.startswith("prior.blocks.2.")}
+
+
+def test_a_frozen_block_leaves_the_gradient_of_the_others_as_it_is(tiny_flow, tokens, noise):
+    model = tiny_flow(couplings=("mixd", "mix1", "mix1"))
+    gradients = []
+    for frozen in (0, 1):
+        model.zero_grad(set_to_none=True)
+        negative_bound(model, tokens, noise=noise, frozen=frozen).sum().backward()
+        gradients.append([p.grad for p in model.prior.blocks[1:].parameters()])
+    for free, beside_frozen in zip(*gradients, strict=True):
+        torch.testing.assert_close(beside_frozen, free)
+
+
+# --- the discrete limit (docs/math.md; paper, proposition 4)
+
+
+def token_lm_of(model: TarFlowLM) -> TokenLM:
+    """The discrete model with the weights of a tied Mix-d block: it embeds a token as the block does its mean."""
+    config, block = model.config, model.prior.blocks[0]
+    P, width = config.patch, config.trunk.width
+    lm = TokenLM(
+        BaselineConfig(
+            vocab_size=config.vocab_size, context=config.context, patch=P, in_patch=config.in_patch,
+            trunk=config.trunk, layers=config.layers[0],
+        )
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        if P == 1:
+            lm.embedding.weight.copy_(block.input(model.codebook.mean))
+        else:  # the map of a whole patch must be linear to be a sum over its tokens
+            block.input.out.weight.zero_()
+            assert width == config.latent_dim
+            lm.embedding.weight.copy_(model.codebook.mean)
+            lm.join.load_state_dict(block.input.linear.state_dict())
+            lm.token_features.load_state_dict(block.coupling.token_features.state_dict())
+            if lm.in_patch_embedding is not None:
+                lm.in_patch_embedding.weight.copy_(model.codebook.mean)
+        lm.start.copy_(block.start)
+    lm.transformer.load_state_dict(block.transformer.state_dict())
+    lm.head.load_state_dict(block.coupling.weight_head.state_dict())
+    return lm
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"latent_dim": 3}, *({"patch": 2, "latent_dim": IN_PATCH_CHANNELS, "in_patch": kind,
+      "trunk": TransformerConfig(width=IN_PATCH_CHANNELS, num_heads=2)} for kind in ("autoregressive", "independent"))],
+    ids=["P1", "P2-in-patch", "P2-independent"],
+)  # fmt: skip
+def test_a_well_separated_tied_mixd_block_is_the_discrete_model(fields, tiny_flow, tokens, normal):
+    model = tiny_flow(couplings=("mixd",), **fields)
+    lm = token_lm_of(model)
+    expected = negative_bound(lm, tokens)
+    assert expected.std() > 0.1  # it says something
+    noise, errors = normal(3, 8, model.config.latent_dim), []
+    for log_std in (-4.0, -7.0, -10.0):
+        with torch.no_grad():
+            model.codebook.log_std.fill_(log_std)
+            at_the_means = negative_bound(model, tokens, noise=torch.zeros_like(noise))
+            errors.append((negative_bound(model, tokens, noise=noise) - expected).abs().max().item())
+        torch.testing.assert_close(at_the_means, expected, rtol=1e-6, atol=1e-6)
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 2e-3
+
+
+# --- the importance-weighted bound, where the exact likelihood can be had by integration
+
+
+class Enumerated:
+    """A model of two tokens of one channel, and log p(x) of all its V^2 sequences."""
+
+    def __init__(self, model: TarFlowLM) -> None:
+        self.model = model
+        V = model.config.vocab_size
+        self.sequences = torch.tensor(list(itertools.product(range(V), repeat=2)))
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        grid = torch.linspace(-9, 9, 501, dtype=torch.float64)
+        z = torch.cartesian_prod(grid, grid)[..., None]
+        with torch.no_grad():
+            density = torch.cat([self.model.prior.log_prob(part) for part in z.split(40_000)])
+            posterior = self.model.codebook.log_posterior(z)  # [N, 2, V]
+        joint = posterior[:, 0, self.sequences[:, 0]] + posterior[:, 1, self.sequences[:, 1]]
+        return (density[:, None] + joint).logsumexp(0) + 2 * math.log(grid[1] - grid[0])
+
+
+@pytest.fixture(scope="module", params=["mixd", "mixd-mix1"])
+def enumerated(request, tiny_flow) -> Enumerated:
+    couplings = tuple(request.param.split("-"))
+    return Enumerated(tiny_flow(vocab_size=3, latent_dim=1, context=2, couplings=couplings, log_std=-0.6, scale=0.2))
+
+
+def test_probabilities_of_all_texts_sum_to_one(enumerated):
+    assert enumerated.log_prob.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_importance_weighted_bound_falls_to_the_exact_likelihood(enumerated):
+    repeats, generator = 400, torch.Generator().manual_seed(0)
+    tokens = enumerated.sequences.repeat(repeats, 1)
+    exact = -enumerated.log_prob.mean().item()
+    means, errors = [], []
+    for samples in (1, 4, 32):
+        with torch.no_grad():
+            bound = importance_weighted_bound(enumerated.model, tokens, samples=samples, generator=generator)
+        per_repeat = bound.view(repeats, -1).mean(1)
+        means.append(per_repeat.mean().item())
+        errors.append(per_repeat.std().item() / math.sqrt(repeats))
+    assert means[0] > means[1] + 4 * errors[1]
+    assert means[1] > means[2] + 4 * errors[2]
+    assert all(mean > exact - 4 * error for mean, error in zip(means, errors, strict=True))
+    assert means[2] - exact < 0.2 * (means[0] - exact)
+
+
+def test_importance_weights_are_unbiased(enumerated):
+    """E[exp(-bound)] = p(x), whatever the number of samples: nothing is counted twice or left out."""
+    repeats, generator = 2000, torch.Generator().manual_seed(1)
+    tokens = enumerated.sequences.repeat(repeats, 1)
+    with torch.no_grad():
+        weights = (-importance_weighted_bound(enumerated.model, tokens, samples=4, generator=generator)).exp()
+    weights = weights.view(repeats, -1)
+    error = weights.std(0) / math.sqrt(repeats)
+    assert ((weights.mean(0) - enumerated.log_prob.exp()).abs() < 5 * error + 1e-6).all()
+
+
+def test_one_importance_sample_is_the_elbo(tiny_flow, tokens):
+    model = tiny_flow()
+    g, same = (torch.Generator().manual_seed(3) for _ in range(2))
+    one = importance_weighted_bound(model, tokens, samples=1, generator=g)
+    torch.testing.assert_close(one, elbo(model, tokens, generator=same).nelbo, rtol=1e-9, atol=1e-9)
+
+
+def test_the_baseline_is_exact_whatever_the_number_of_samples(tiny_ar, tokens):
+    lm = tiny_ar()
+    assert torch.equal(importance_weighted_bound(lm, tokens, samples=7), -lm.log_prob(tokens))
+
+
+# --- no fit beats the truth
+
+
+class MarkovSource:
+    """Second-order Markov chain over V symbols, the first two uniform: the exact probability of every text."""
+
+    V = 4
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.next = (2.0 * torch.randn(self.V, self.V, self.V, generator=generator)).softmax(-1)  # [a, b, c]
+
+    def sample(self, num: int, length: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randint(self.V, (num, length), generator=generator)
+        for t in range(2, length):
+            x[:, t] = torch.multinomial(self.next[x[:, t - 2], x[:, t - 1]], 1, generator=generator)[:, 0]
+        return x
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        steps = self.next[x[:, :-2], x[:, 1:-1], x[:, 2:]].log().sum(-1)
+        return steps - 2 * math.log(self.V)
+
+    def entropy(self, length: int) -> float:
+        """Nats per token."""
+        pair, nats = torch.full((self.V, self.V), self.V**-2.0), 2 * math.log(self.V)
+        conditional = -(self.next * self.next.log()).sum(-1)
+        for _ in range(length - 2):
+            nats += (pair * conditional).sum().item()
+            pair = torch.einsum("ab,abc->bc", pair, self.next)
+        return nats / length
+
+
+TRUNK = TransformerConfig(width=32, num_heads=2, mlp_ratio=2)
+SMALL_FLOW = {"vocab_size": 4, "context": 16, "latent_dim": 4, "trunk": TRUNK, "head_hidden": 16}
+FITS = {
+    "ar": (BaselineConfig(vocab_size=4, context=16, trunk=TRUNK, layers=2), 0.05),
+    "mixd": (FlowConfig(couplings=("mixd",), layers=(2,), components=(0,), **SMALL_FLOW), 0.05),
+    "mixd-mix1": (FlowConfig(couplings=("mixd", "mix1"), layers=(2, 1), components=(0, 2), **SMALL_FLOW), 0.05),
+    "mixd-P2": (FlowConfig(couplings=("mixd",), layers=(2,), components=(0,), patch=2, **SMALL_FLOW), 0.05),
+    "mix1": (FlowConfig(couplings=("mix1", "mix1"), layers=(2, 1), components=(4, 2), **SMALL_FLOW), 0.4),
+}
+"""Configuration, and how near the entropy the bound must come, in nats per token."""
+
+
+@pytest.mark.parametrize(("config", "gap"), FITS.values(), ids=FITS.keys())
+def test_no_fit_beats_the_entropy_of_the_source_and_a_short_one_comes_near(config, gap):
+    source, T, steps = MarkovSource(), 16, 200
+    train, test = source.sample(32 * steps, T, seed=1), source.sample(2000, T, seed=2)
+    with seeded(0):
+        model = TokenLM(config) if isinstance(config, BaselineConfig) else TarFlowLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(3)
+    for step, batch in enumerate(train.split(32)):
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * min(1.0, (step + 1) / 10, (steps - step) / 80)
+        loss = negative_bound(model, batch, generator=generator).mean() / T
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        bound = negative_bound(model, test, generator=generator) / T
+    entropy, error = source.entropy(T), bound.std().item() / math.sqrt(len(test))
+    assert bound.mean().item() >= entropy - 4 * error
+    # against the true probabilities of the same texts most of the noise cancels
+    excess = bound + source.log_prob(test) / T
+    assert excess.mean().item() >= -4 * excess.std().item() / math.sqrt(len(test))
+    assert excess.mean().item() <= gap
