@@ -63,6 +63,7 @@ def tiny_flow(randomise, tiny_trunk) -> Callable[..., TarFlowLM]:
 
     def build(*, log_std: float = -0.5, seed: int = 0, scale: float = 0.3, **fields: Any) -> TarFlowLM:
         couplings = fields.get("couplings", ("mixd", "mix1"))
+        components = {"affine": 1, "mix1": 3, "mixd": 4}
         defaults = {
             "vocab_size": 5,
             "context": 8,
@@ -70,7 +71,7 @@ def tiny_flow(randomise, tiny_trunk) -> Callable[..., TarFlowLM]:
             "trunk": tiny_trunk,
             "couplings": couplings,
             "layers": (1,) * len(couplings),
-            "components": tuple({"affine": 1, "mix1": 3, "mixd": 0 if i == 0 else 4}[c] for i, c in enumerate(couplings)),
+            "components": tuple(0 if (i, c) == (0, "mixd") else components[c] for i, c in enumerate(couplings)),
             "head_hidden": 4,
         }
         with seeded(seed):

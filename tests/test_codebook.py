@@ -49,6 +49,13 @@ def test_the_posterior_is_normalised_far_from_every_component(book):
     torch.testing.assert_close(book.log_posterior(z).exp().sum(-1), torch.ones(2, dtype=torch.float64))
 
 
+def test_autocast_leaves_densities_alone(book, normal):
+    book, z = book.float(), normal(4, 5, d).float()
+    expected = book.log_components(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(book.log_components(z), expected)
+
+
 @pytest.mark.parametrize(("vocab_size", "dim"), [(1, 4), (2, 1), (27, 5), (27, 16), (300, 8)])
 def test_a_new_codebook_decodes_what_it_encodes(vocab_size, dim):
     with seeded(0):

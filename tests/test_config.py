@@ -75,7 +75,7 @@ def test_what_is_wrong_is_named(path, value, message):
 
 @pytest.mark.parametrize("data", [None, [], "x", 3])
 def test_a_configuration_is_an_object(data):
-    with pytest.raises(UserError, match="run.json: expected an object"):
+    with pytest.raises(UserError, match=r"run\.json: expected an object"):
         from_dict(RunConfig, data, where="run.json")
 
 
@@ -104,7 +104,7 @@ def test_optional_values_and_nested_tuples():
     assert to_dict(value) == {"limit": 3, "inner": {"at": [1, 2]}}
     assert from_dict(Outer, to_dict(value)) == value
     assert from_dict(Outer, {"limit": None}) == Outer()
-    with pytest.raises(UserError, match="config.limit: expected int, found '3'"):
+    with pytest.raises(UserError, match=r"config\.limit: expected int, found '3'"):
         from_dict(Outer, {"limit": "3"})
 
 

@@ -38,7 +38,7 @@ def test_blocks_follow_the_configuration(tiny_flow):
 def test_the_tied_codebook_is_one_parameter(model):
     names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is model.codebook.mean]
     assert names == ["codebook.mean"]
-    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+    assert [name for name in model.state_dict() if "mean" in name] == ["codebook.mean"]
 
 
 def test_a_tie_survives_copying_and_conversion(model, tokens, normal):
@@ -100,7 +100,8 @@ def test_float64_stays_float64(model, tokens):
 def test_float32_is_close_to_float64(model, tokens, normal):
     noise = normal(3, 8, 2)
     single = copy.deepcopy(model).float()
-    bound, bound_single = negative_bound(model, tokens, noise=noise), negative_bound(single, tokens, noise=noise.float())
+    bound = negative_bound(model, tokens, noise=noise)
+    bound_single = negative_bound(single, tokens, noise=noise.float())
     assert bound_single.dtype == torch.float32
     torch.testing.assert_close(bound_single.double(), bound, rtol=1e-4, atol=1e-3)
     z = model.codebook.encode(tokens, noise).detach()
@@ -133,8 +134,10 @@ def test_bfloat16_products_leave_densities_in_float32(name, model, tokens, norma
     calls, original = [], getattr(numerics, name)
 
     def spy(z, *parameters, **options):
-        wide = parameters[3:] if name == "mixture_log_prob_from_features" else parameters
+        fused = name == "mixture_log_prob_from_features"  # holds the product of the head as well
+        wide = parameters[3:] if fused else parameters
         calls.append({tensor.dtype for tensor in (z, *wide)})
+        assert fused or not torch.is_autocast_enabled("cpu")
         return original(z, *parameters, **options)
 
     monkeypatch.setattr(numerics, name, spy)
@@ -149,6 +152,9 @@ def test_bfloat16_products_leave_densities_in_float32(name, model, tokens, norma
     assert {part.dtype for part in parts} == {torch.float32}
     torch.testing.assert_close(bound, negative_bound(single, tokens, noise=noise), rtol=0.05, atol=0.5)
     torch.testing.assert_close(bound, terms.nelbo, rtol=0.05, atol=0.5)
+    exact = elbo(single, tokens, noise=noise)  # no network stands before these two
+    torch.testing.assert_close(terms.reconstruction, exact.reconstruction)
+    torch.testing.assert_close(terms.log_q, exact.log_q)
     bound.sum().backward()
     gradients = [p.grad for p in single.parameters() if p.grad is not None]
     assert {g.dtype for g in gradients} == {torch.float32}

@@ -165,12 +165,18 @@ def token_lm_of(model: TarFlowLM) -> TokenLM:
     return lm
 
 
+TWO_AT_ONCE = {
+    "patch": 2,
+    "latent_dim": IN_PATCH_CHANNELS,
+    "trunk": TransformerConfig(width=IN_PATCH_CHANNELS, num_heads=2),
+}
+
+
 @pytest.mark.parametrize(
     "fields",
-    [{"latent_dim": 3}, *({"patch": 2, "latent_dim": IN_PATCH_CHANNELS, "in_patch": kind,
-      "trunk": TransformerConfig(width=IN_PATCH_CHANNELS, num_heads=2)} for kind in ("autoregressive", "independent"))],
+    [{"latent_dim": 3}, TWO_AT_ONCE, TWO_AT_ONCE | {"in_patch": "independent"}],
     ids=["P1", "P2-in-patch", "P2-independent"],
-)  # fmt: skip
+)
 def test_a_well_separated_tied_mixd_block_is_the_discrete_model(fields, tiny_flow, tokens, normal):
     model = tiny_flow(couplings=("mixd",), **fields)
     lm = token_lm_of(model)

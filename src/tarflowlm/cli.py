@@ -322,7 +322,7 @@ def run_eval(args: EvalArgs) -> None:
     device = pick_device(args.device)
     checkpoint = load_checkpoint(args.directory, device)
     tokenizer = _with_normalisation(checkpoint.tokenizer, args.normalize)
-    source = args.data or checkpoint.run.data.source
+    source = checkpoint.run.data.source if args.data is None else args.data
     if Path(source).is_dir() and args.split != "all":
         tokens = cached_corpus(source, tokenizer).split(args.split)
     else:

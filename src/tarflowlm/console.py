@@ -30,10 +30,10 @@ from tarflowlm.training.metrics import Reporter
 
 stderr_columns = (
     SpinnerColumn(),
-    TextColumn("{task.description}"),
+    TextColumn("{task.description}", markup=False),
     BarColumn(bar_width=None),
     MofNCompleteColumn(),
-    TextColumn("{task.fields[note]}"),
+    TextColumn("{task.fields[note]}", markup=False),
     TextColumn("eta"),
     TimeRemainingColumn(elapsed_when_finished=True),
 )
@@ -87,7 +87,7 @@ class ProgressReporter(Reporter):
         return f"{self._rate}  {bits + ' bpc' if bits else ''}"
 
     def notice(self, text: str) -> None:
-        self.console.print(text, style="dim", highlight=False)
+        self.console.print(text, style="dim", highlight=False, markup=False)
 
 
 @contextmanager
@@ -134,11 +134,12 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
-    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    # Text, for names may hold what rich takes for markup
+    table = Table(title=Text(title), show_header=False, title_justify="left", title_style="bold")
     table.add_column(style="cyan")
     table.add_column()
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)
 
 

@@ -27,7 +27,7 @@ class FlowConfig:
     """Token types V; 0 takes it from the tokenizer."""
     context: int = 256
     """Tokens per sequence, in training and at most in generation."""
-    latent_dim: int = 16
+    latent_dim: int = 8
     """Latent channels d per token."""
     patch: int = 1
     """Tokens P per position; P divides the context."""
@@ -124,14 +124,17 @@ class TarFlowLM(nn.Module):
         if name == "affine":
             return AffineCoupling(width=width, channels=channels, hidden=config.head_hidden, features=features)
         if name == "mix1":
-            return Mix1Coupling(
+            coupling = Mix1Coupling(
                 width=width,
                 channels=channels,
                 components=components,
                 hidden=config.head_hidden,
                 features=features,
-                spread=0.95 if index == 0 else 0.5,
+                spread=0.95 if index == 0 else 0.3,
             )
+            if index == 0 and components == config.vocab_size:
+                coupling.start_from(self.codebook)
+            return coupling
         return MixDCoupling(
             width=width,
             patch=config.patch,

@@ -1,5 +1,6 @@
 """`tarflowlm quickstart`: train, evaluate and sample a TarFlowLM on the built-in corpus within a few minutes."""
 
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,8 +51,8 @@ class QuickstartArgs:
 def run_quickstart(args: QuickstartArgs, progress: Console, console: Console) -> dict[str, Any]:
     """Run it; returns the object that --json prints. The run directory can be used by every other command."""
     start = time.perf_counter()
-    if not args.minutes > 0:
-        raise UserError(f"minutes {args.minutes}: must be above 0")
+    if not 0 < args.minutes < math.inf:
+        raise UserError(f"minutes {args.minutes}: must be above 0 and finite")
     check_new(args.out)
     device = pick_device(args.device)
     run = replace(preset("quickstart"), seed=args.seed)

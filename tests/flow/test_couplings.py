@@ -44,7 +44,7 @@ COUPLINGS = {
     "mixd-P4-in-patch": lambda: mixd(4, True),
 }
 WITHOUT_EFFECT = {
-    "mix1-K1": {"head.weights.0", "head.biases.0"},
+    "mix1-K1": {"head.weights.0", "head.biases.0", "head.shared.weight", "head.evidence"},
     "mixd-K1": {"weight_head.weight", "weight_head.bias"},
 }
 """The weight of a single component is one whatever the network says."""
@@ -134,7 +134,9 @@ def test_mix1_with_one_component_is_affine(normal, randomise):
     with seeded(3):
         mixture = randomise(mix1(1))
         affine = AffineCoupling(width=WIDTH, channels=C, hidden=4, features=3).double()
-    state = {n: p for n, p in mixture.head.state_dict().items() if not n.startswith(("weights", "biases"))}
+    # outputs: log-weight, mean, log-width of the one; mean, log-width of the other, whose skips start at zero
+    state = affine.head.state_dict()
+    state |= {name: mixture.head.state_dict()[name] for name in ("context.weight", "context.bias", "embed", "cross")}
     for kind in ("weights", "biases"):
         state |= {f"{kind}.{i}": getattr(mixture.head, kind)[i + 1] for i in range(2)}
     affine.head.load_state_dict(state)
@@ -158,6 +160,22 @@ def test_mixd_of_one_channel_is_mix1(normal, randomise):
     torch.testing.assert_close(our_log_det, log_det.sum((1, 2)), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("patch", [1, 2])
+def test_mix1_can_start_as_the_mixd_coupling_of_a_codebook_with_equal_weights(patch, normal):
+    with seeded(3):
+        book = Codebook(5, C // patch, separation=2.0).double()
+        mixture = mix1(5, hidden=8).double()
+        other = MixDCoupling(width=WIDTH, patch=patch, latent_dim=C // patch, components=0, tied=book, in_patch=False)
+    mixture.start_from(book)
+    with torch.no_grad():
+        for weight in mixture.head.weights:  # small at the start, and not a part of it
+            weight.zero_()
+    z, features = normal(4, T, C), normal(4, T, WIDTH, seed=2)
+    for ours, theirs in zip(mixture(z, features), other.double()(z, features), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mixture.log_prob(z, features), other.log_prob(z, features), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("components", [1, 2, 3, 27])
 @pytest.mark.parametrize("spread", [0.5, 0.95])
 def test_mix1_starts_with_zero_mean_and_unit_variance(components, spread):
@@ -170,7 +188,8 @@ def test_mix1_starts_with_zero_mean_and_unit_variance(components, spread):
 
 
 def test_mixd_starts_with_equal_weights_and_the_tied_codebook_is_not_registered_twice():
-    coupling = MixDCoupling(width=WIDTH, patch=1, latent_dim=2, components=0, tied=(book := Codebook(5, 2)), in_patch=True)
+    book = Codebook(5, 2)
+    coupling = MixDCoupling(width=WIDTH, patch=1, latent_dim=2, components=0, tied=book, in_patch=True)
     assert coupling.components is book
     assert not any(name.startswith(("own", "_tied")) for name, _ in coupling.named_parameters())
     features = torch.randn(1, 1, WIDTH)

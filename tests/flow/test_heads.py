@@ -12,6 +12,9 @@ WIDTH = 6
 HEADS = {
     "one-group": {"groups": 1, "channels": 1, "outputs": (3,)},
     "channels": {"groups": 4, "channels": 1, "outputs": (2, 3, 1)},
+    "channels-skip": {"groups": 4, "channels": 1, "outputs": (2, 3, 1), "skip": True},
+    "one-group-skip": {"groups": 1, "channels": 1, "outputs": (3,), "skip": True},
+    "tokens-skip": {"groups": 3, "channels": 2, "outputs": (2, 1), "skip": True},
     "tokens": {"groups": 3, "channels": 2, "outputs": (WIDTH,)},
 }
 

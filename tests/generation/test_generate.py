@@ -8,7 +8,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.generate import num_ticks
-from tarflowlm.model import TarFlowLM
+from tarflowlm.model import FlowConfig, TarFlowLM
 
 MODELS = {
     "ar": ("ar", {}),
@@ -148,9 +148,7 @@ def test_a_low_temperature_repeats_itself(tiny_ar, tiny_flow):
 
 def test_texts_of_a_new_model_are_no_error():
     """Zero heads, equal weights: the start of training."""
-    from tarflowlm.model import FlowConfig
-
-    fresh = TarFlowLM(FlowConfig(vocab_size=5, context=8))
+    fresh = TarFlowLM(FlowConfig(vocab_size=5, context=8, layers=(1, 1, 1)))
     assert sample(fresh).tokens.shape == (3, 8)
 
 
@@ -162,8 +160,8 @@ def test_texts_of_a_new_model_are_no_error():
         ({"num_tokens": 9}, "length 9: the model was trained on 8 tokens"),
         ({"prompt": torch.arange(5).repeat(2)[:8]}, "the prompt has 8 tokens, which leaves no room in 8"),
         ({"prompt": torch.zeros(3, dtype=torch.long), "num_tokens": 2}, "3 tokens, which leaves no room in 2"),
-        ({"prompt": torch.tensor([1, 5])}, "prompt"),
-        ({"prompt": torch.tensor([-1])}, "prompt"),
+        ({"prompt": torch.tensor([1, 5])}, r"the prompt \[1, 5\] has tokens outside of 0 to 4"),
+        ({"prompt": torch.tensor([-1])}, "tokens outside of 0 to 4"),
         ({"temperature": 0.0}, "temperature 0.0"),
         ({"top_k": 0}, "top-k 0"),
         ({"top_p": 0.0}, "top-p 0.0"),

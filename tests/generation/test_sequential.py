@@ -11,6 +11,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.generation import generate
 from tarflowlm.generation.noise import row_generators, row_normal, row_uniform
 from tarflowlm.generation.sequential import invert_stack, sample_baseline
+from tarflowlm.generation.weights import adjust_weights
 from tarflowlm.model import TarFlowLM
 
 NUM = 4000
@@ -113,11 +114,18 @@ def test_frequencies_of_a_patch_are_its_weights(in_patch, tiny_flow):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_temperature_is_a_power_of_the_weights(temperature, tiny_flow):
+def test_temperature_is_a_power_of_the_weights(temperature, tiny_flow, tiny_ar, normal):
     model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
     power = discrete_probabilities(model, 1, 4) ** (1 / temperature)
-    tokens = generate(model, num_tokens=1, num=NUM, generator=generator(), temperature=temperature).tokens
-    assert_frequencies(tokens, power / power.sum(), 4)
+    with torch.no_grad():
+        z = invert_stack(model, normal(NUM, 1, 2), adjust=adjust_weights(temperature))[-1]
+    assert_frequencies(model.codebook.decode(z), power / power.sum(), 4)
+
+    lm: TokenLM = tiny_ar(vocab_size=3, context=4, seed=1)
+    with torch.no_grad():
+        power = lm.log_prob(torch.arange(3)[:, None]).exp() ** (1 / temperature)
+    tokens = generate(lm, num_tokens=1, num=NUM, generator=generator(), temperature=temperature).tokens
+    assert_frequencies(tokens, power / power.sum(), 3)
 
 
 def test_a_prompt_conditions_a_single_block(tiny_flow):

@@ -42,7 +42,15 @@ def test_top_k_keeps_the_largest(top_k, indices):
 
 @pytest.mark.parametrize(
     ("top_p", "indices"),
-    [(0.01, [2]), (0.49, [2]), (0.51, [2, 0]), (0.79, [2, 0]), (0.81, [2, 0, 3]), (0.949, [2, 0, 3]), (0.96, range(4))],
+    [
+        (0.01, [2]),
+        (0.49, [2]),
+        (0.51, [2, 0]),
+        (0.79, [2, 0]),
+        (0.81, [2, 0, 3]),
+        (0.949, [2, 0, 3]),
+        (0.96, range(4)),
+    ],
 )
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, indices):
     assert adjusted(top_p=top_p) == kept(*indices)

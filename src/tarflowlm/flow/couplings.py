@@ -63,7 +63,7 @@ class AffineCoupling(Coupling):
     def __init__(self, *, width: int, channels: int, hidden: int, features: int) -> None:
         super().__init__()
         self.head = AutoregressiveHead(
-            width=width, groups=channels, channels=1, hidden=hidden, outputs=(1, 1), features=features
+            width=width, groups=channels, channels=1, hidden=hidden, outputs=(1, 1), features=features, skip=True
         )
 
     def forward(
@@ -101,9 +101,9 @@ class Mix1Coupling(Coupling):
 
     with all 3 K parameters from the past positions and the channels < i. Paper: section 3.2.1.
 
-    `spread` sets the start: component means at `spread` times the quantiles of a standard normal and widths that
-    bring the variance of the mixture to one. Near 0 the map starts as the identity (blocks on top of others);
-    near 1 the components start far enough apart to take different modes (the block that meets the codebook).
+    Start: component means at `spread` times the quantiles of a standard normal and widths that bring the variance of
+    the mixture to one; near 0 that is the identity, which is right on top of other blocks. The block that meets the
+    codebook should start from it instead, see `start_from`.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class Mix1Coupling(Coupling):
             hidden=hidden,
             outputs=(components,) * 3,
             features=features,
+            skip=True,
         )
         level = (torch.arange(components, dtype=torch.float64) + 0.5) / components
         means = spread * torch.special.ndtri(level)
@@ -124,6 +125,28 @@ class Mix1Coupling(Coupling):
         with torch.no_grad():
             self.head.biases[1].copy_(means.float().expand(channels, -1))
             self.head.biases[2].fill_(0.5 * float(variance.log()))
+
+    @torch.no_grad()
+    def start_from(self, codebook: Codebook) -> None:
+        r"""Start as the Mix-d coupling of this codebook with uniform weights (docs/math.md, eq. 10).
+
+        With K = V, component k of channel i takes the mean mu_{k,i} and the width sigma_k, and the log-weights of
+        channel i the evidence of the earlier channels of its token, which for equal sigma is linear in them:
+        sum_{j<i} log N(z_j; mu_kj, sigma^2) = sum_{j<i} (mu_kj z_j - mu_kj^2 / 2) / sigma^2 + terms without k.
+        From there training is free to leave Mix-d; a start that ignores the codebook costs it most of its steps.
+        """
+        mean, dim = codebook.mean.T, codebook.mean.shape[1]
+        evidence = self.head.evidence
+        assert evidence is not None and self.head.biases[0].shape[1] == codebook.vocab_size
+        unit = codebook.log_std.exp().mean()
+        self.head.scale[1] = unit
+        per_channel = mean / unit.square()
+        for c in range(self.head.groups):
+            i = c % dim
+            self.head.biases[0][c] = -0.5 * (mean[:i] * per_channel[:i]).sum(0)
+            self.head.biases[1][c] = mean[i] / unit
+            self.head.biases[2][c] = codebook.log_std
+            evidence[c, c - i : c, 0] = per_channel[:i]
 
     def _mixture(self, z: Tensor, features: Tensor) -> tuple[Tensor, list[Tensor]]:
         """z as [C, B, T], as the head lays out its parameters [C, B, T, K]."""

@@ -21,7 +21,7 @@ class TransformerConfig:
 
     width: int = 128
     """Features per position."""
-    num_heads: int = 4
+    num_heads: int = 2
     """Attention heads; they divide the width into even parts."""
     mlp_ratio: int = 4
     """Hidden width of the MLP over the width."""

@@ -53,7 +53,7 @@ def generate(
     Row b draws its noise from a stream of its own, seeded from `generator`, so rows do not depend on `num`.
     `tick` is called once per position and block (`num_ticks` says how often).
 
-    Raises UserError for sizes that the model cannot generate.
+    Raises UserError for sizes that the model cannot generate and for a prompt of tokens it does not know.
     """
     prompt = _check(model, num, num_tokens, prompt)
     adjust = adjust_weights(temperature, top_k, top_p)
@@ -97,4 +97,7 @@ def _check(model: Model, num: int, num_tokens: int, prompt: Tensor | None) -> Te
             f"the prompt has {len(prompt)} tokens, which leaves no room in {num_tokens}: "
             f"shorten it, or raise the length (at most {model.config.context})"
         )
+    vocab_size = model.config.vocab_size
+    if prompt is not None and ((prompt < 0) | (prompt >= vocab_size)).any():
+        raise UserError(f"the prompt {prompt.tolist()} has tokens outside of 0 to {vocab_size - 1}: encode it anew")
     return prompt

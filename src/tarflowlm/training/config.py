@@ -23,10 +23,10 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "muon"] = "muon"
     """Muon for the matrices of the Transformer and AdamW for the rest, or AdamW for all."""
-    lr: float = 3e-3
+    lr: float = 6e-3
     """Peak learning rate (Muon's updates are scaled to the size of AdamW's, so one rate serves both)."""
-    codebook_lr_scale: float = 1.0
-    """Learning rate of the codebook's log-scales over `lr`."""
+    codebook_lr_scale: float = 0.05
+    """Learning rate of the codebook over `lr`: couplings that are not tied to it must be able to follow it."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only."""
     beta1: float = 0.9

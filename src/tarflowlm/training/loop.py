@@ -67,8 +67,8 @@ def train_stage(
     counters: Counters,
     *,
     frozen: int,
-) -> None:
-    """Optimiser steps until the stage's budget is used up, or its validation bound stalls.
+) -> Likelihood:
+    """Optimiser steps until the stage's budget is used up, or its validation bound stalls; returns that bound.
 
     The first `frozen` blocks are evaluated without a graph. Raises FloatingPointError, naming block and term, when
     the loss is no longer finite.
@@ -76,7 +76,7 @@ def train_stage(
     config = context.run.train
     num_steps = config.stage_steps[counters.stage]
     averages = _Averages(context)
-    while counters.stage_step < num_steps:
+    while True:
         lr = context.run.optim.lr * schedule(context.run.optim, counters.stage_step, num_steps)
         tokens = context.sampler.next().to(context.device)
         set_learning_rate(optimizers, lr)
@@ -90,16 +90,20 @@ def train_stage(
         context.log.reporter.step(tokens.numel())
         averages.add(loss, norm, tokens.numel())
         last = counters.stage_step == num_steps
-        if last or counters.step % config.log_every == 0:
+        look = last or counters.step % config.evaluate_every == 0
+        save = counters.step % config.checkpoint_every == 0
+        if look or save or counters.step % config.log_every == 0:
             counters.seconds[counters.stage] += averages.flush(model, tokens, counters, lr)
-        if counters.step % config.checkpoint_every == 0:
+        # The checkpoint comes after all else that belongs to its step, so that a resumed run leaves nothing out
+        # and repeats nothing; the caller saves the end of a stage.
+        if look:
+            result = validate(model, context, counters)
+            if last or (config.advance == "stall" and counters.stalled >= config.stall_evaluations):
+                return result
+        if save:
             context.checkpoint()
+        if look or save:
             averages.restart()
-        if last or counters.step % config.evaluate_every == 0:
-            stop = validate(model, context, counters)
-            averages.restart()
-            if stop and config.advance == "stall":
-                return
 
 
 def optimizer_step(
@@ -118,6 +122,11 @@ def optimizer_step(
     loss.backward()
     trained = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(trained, run.optim.grad_clip)
+    # a gradient that is not finite must not spread: the report is to find where it came from
+    broken = ~torch.isfinite(norm)
+    for p in trained:
+        assert p.grad is not None
+        p.grad.masked_fill_(broken, 0.0)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -169,8 +178,8 @@ class _Averages:
         return seconds
 
 
-def validate(model: Model, context: StageContext, counters: Counters) -> bool:
-    """Evaluate on the validation windows, log it, and say whether the stage has stalled."""
+def validate(model: Model, context: StageContext, counters: Counters) -> Likelihood:
+    """Evaluate on the validation windows, log it, and count the evaluations without an improvement."""
     result = validation_bound(model, context)
     context.log.write(
         {
@@ -187,7 +196,7 @@ def validate(model: Model, context: StageContext, counters: Counters) -> bool:
         counters.best, counters.stalled = result.nats_per_token, 0
     else:
         counters.stalled += 1
-    return counters.stalled >= context.run.train.stall_evaluations
+    return result
 
 
 def validation_bound(model: Model, context: StageContext) -> Likelihood:

@@ -19,6 +19,10 @@ def schedule(config: OptimConfig, step: int, num_steps: int) -> float:
     return min(1.0, (num_steps - step) / decay)
 
 
+# of the encoder, and of a mixd block with components of its own
+CODEBOOK = ("codebook.mean", "codebook.log_std", "coupling.own.mean", "coupling.own.log_std")
+
+
 def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
     """Optimisers over the trainable parameters of `model`.
 
@@ -29,15 +33,16 @@ def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.
     muon = [p for name, p in named if config.optimizer == "muon" and p.ndim == 2 and "transformer.layers." in name]
     taken = {id(p) for p in muon}
     rest = [(name, p) for name, p in named if id(p) not in taken]
-    scales = [p for name, p in rest if name.endswith("codebook.log_std")]
-    means = [p for name, p in rest if name.endswith("codebook.mean")]
-    special = {id(p) for p in scales + means}
+    codebook = [p for name, p in rest if name.endswith(CODEBOOK)]
+    # biases of a head, stacked over its groups, and its evidence, which starts far from zero: not for decay
+    stacked = [p for name, p in rest if ".biases." in name or name.endswith(".evidence")]
+    special = {id(p) for p in codebook + stacked}
     matrices = [p for _, p in rest if p.ndim >= 2 and id(p) not in special]
     vectors = [p for _, p in rest if p.ndim < 2 and id(p) not in special]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0},
-        {"params": vectors + means, "weight_decay": 0.0, "lr_scale": 1.0},
-        {"params": scales, "weight_decay": 0.0, "lr_scale": config.codebook_lr_scale},
+        {"params": vectors + stacked, "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": codebook, "weight_decay": 0.0, "lr_scale": config.codebook_lr_scale},
     ]
     adamw = torch.optim.AdamW(
         [g for g in groups if g["params"]],

@@ -1,5 +1,6 @@
 """A whole run: data, model, the stages one after another, checkpoints, summary; and going on with a stopped run."""
 
+import math
 import platform
 import time
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.files import write_json
 from tarflowlm.model import FlowConfig, TarFlowLM, seeded
 from tarflowlm.training.config import RunConfig
-from tarflowlm.training.loop import Counters, StageContext, train_stage, validation_bound
+from tarflowlm.training.loop import Counters, StageContext, train_stage
 from tarflowlm.training.metrics import MetricsLog, Reporter
 from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.state import load_state, newest_state, read_counters, save_state
@@ -41,9 +42,10 @@ def train(
     corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
     run = replace(run, model=replace(run.model, vocab_size=_checked_vocab_size(run, corpus)))
     _check_lengths(run, corpus)
+    parts = _Run(run, out, corpus, device, reporter, test_windows)
     out.mkdir(parents=True, exist_ok=True)
     write_run(out, run, corpus.tokenizer)
-    return _Run(run, out, corpus, device, reporter, test_windows).go(Counters())
+    return parts.go(Counters())
 
 
 def resume(out: Path, *, device: torch.device, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -142,19 +144,15 @@ class _Run:
         )
         start = time.perf_counter()
         try:
-            for stage in range(counters.stage, self.run.num_stages):
-                self._enter(stage)
-                if state is not None and sampler is not None:
-                    load_state(state, self.model, self.optimizers, self.generator)
-                    self.sampler.load_state_dict(sampler)
-                    state = None
-                elif stage > 0:
-                    self._save_state()
-                train_stage(self.model, self.optimizers, context, counters, frozen=stage)
-                counters.valid_bpc.append(validation_bound(self.model, context).bpc)
-                counters.stage, counters.stage_step = stage + 1, 0
-                counters.best, counters.stalled = float("inf"), 0
-                self._save_weights()
+            self._enter(min(counters.stage, self.run.num_stages - 1))
+            if state is not None and sampler is not None:
+                load_state(state, self.model, self.optimizers, self.generator)
+                self.sampler.load_state_dict(sampler)
+            while counters.stage < self.run.num_stages:
+                self._announce(counters.stage)
+                end = train_stage(self.model, self.optimizers, context, counters, frozen=counters.stage)
+                counters.valid_bpc.append(end.bpc)
+                self._leave_stage()
             return self._finish(time.perf_counter() - start)
         finally:
             log.close()
@@ -172,6 +170,18 @@ class _Run:
         if len(self.counters.seconds) < stage + 1:
             self.counters.seconds.append(0.0)
             self.counters.stage_tokens.append(0)
+
+    def _leave_stage(self) -> None:
+        """Save the end of a stage: weights without the next block, and a state that goes on with it."""
+        counters = self.counters
+        counters.stage, counters.stage_step = counters.stage + 1, 0
+        counters.best, counters.stalled = math.inf, 0
+        self._save_weights()
+        if counters.stage < self.run.num_stages:
+            self._enter(counters.stage)
+        self._save_state()
+
+    def _announce(self, stage: int) -> None:
         steps, done = self.run.train.stage_steps[stage], self.counters.stage_step
         self.reporter.stage(stage, self.run.num_stages, steps, done, self._describe(stage))
 

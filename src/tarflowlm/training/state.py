@@ -5,6 +5,9 @@ the newest complete one is resumed.
 """
 
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,8 @@ def save_state(
         return
     model_state, optimizer_state = get_state_dict(model, optimizers)
     tensors = {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state()}
-    save(tensors, checkpoint_id=temporary, no_dist=True)
+    with _one_process():
+        save(tensors, checkpoint_id=temporary, no_dist=True)
     write_json(temporary / COUNTERS, counters)
     for file in temporary.iterdir():
         sync_file(file)
@@ -50,6 +54,14 @@ def save_state(
     sync_folder(root)
     for old in complete_states(directory)[:-keep]:
         shutil.rmtree(old)
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Without the warning about what `no_dist` asks for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def complete_states(directory: Path) -> list[Path]:
@@ -79,7 +91,8 @@ def load_state(
         "generator": generator.get_state(),
     }
     try:
-        load(tensors, checkpoint_id=state, no_dist=True)
+        with _one_process():
+            load(tensors, checkpoint_id=state, no_dist=True)
     except (CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(

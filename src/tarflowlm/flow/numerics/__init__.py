@@ -5,7 +5,7 @@ from tarflowlm.flow.numerics.density import mixture_log_density
 from tarflowlm.flow.numerics.forward import mixture_cdf
 from tarflowlm.flow.numerics.inverse import mixture_cdf_inverse
 from tarflowlm.flow.numerics.mixd import mixture_log_prob, mixture_log_prob_from_features
-from tarflowlm.flow.numerics.rosenblatt import rosenblatt, rosenblatt_inverse
+from tarflowlm.flow.numerics.rosenblatt_map import rosenblatt, rosenblatt_inverse
 
 __all__ = [
     "log_component_densities",

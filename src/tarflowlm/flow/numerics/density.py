@@ -1,11 +1,11 @@
 """Log density of scalar mixtures: all that the last flow block needs of a mixture-CDF coupling."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from tarflowlm.flow.numerics import linear
 from tarflowlm.flow.numerics.families import Family, Kind, family
@@ -18,18 +18,19 @@ from tarflowlm.flow.numerics.layout import (
     take_rows,
     use_eager_cpu,
 )
+from tarflowlm.flow.numerics.pullback import Pullback
+
 
 class _Shares:
     """One chunk: responsibilities r_k, weights w_k, a_k and 1 / s_k, in the layout of `space`."""
 
-    def __init__(
-        self, z: Tensor, params: tuple[Tensor, ...], f: Family, space: linear.Workspace
-    ) -> None:
+    def __init__(self, z: Tensor, params: tuple[Tensor, ...], f: Family, space: linear.Workspace) -> None:
         log_w, mean, log_std = (space.orient(p) for p in params)
         n, axis = z.shape[0], space.axis
-        weight = torch.add(log_w, space.zero, out=space(0, params[0].shape[0]))
-        top = weight.amax(axis, keepdim=True)
-        weight.sub_(top).clamp_(min=LOWEST_EXPONENT[z.dtype]).exp_()
+        log_w = torch.add(log_w, space.zero, out=space(4, params[0].shape[0]))
+        top = log_w.amax(axis, keepdim=True)
+        log_w.sub_(top)
+        weight = torch.clamp(log_w, min=LOWEST_EXPONENT[z.dtype], out=space(0, params[0].shape[0])).exp_()
         total = weight.sum(axis)
         self.inv_std = torch.exp(log_std, out=space(1, params[2].shape[0])).reciprocal_()
         self.a = torch.sub(space.spread(z), mean, out=space(2, n)).mul_(self.inv_std)
@@ -43,7 +44,7 @@ class _Shares:
         share.sub_(share_top).clamp_(min=LOWEST_EXPONENT[z.dtype]).exp_()
         self.share_total = share.sum(axis)
         self.weight, self.total, self.share = weight, total, share
-        self.log_density = torch.log(self.share_total / total) + (share_top - top).squeeze(axis)
+        self.log_density = torch.log(self.share_total / total) + share_top.squeeze(axis)
         if f.name == "normal":
             self.log_density += f.log_pdf(space.zero)
 
@@ -54,23 +55,23 @@ def evaluate(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, f: Family)
         log_w = torch.log_softmax(log_w, -1)
         return torch.logsumexp(log_w + f.log_pdf((z[:, None] - mean) * torch.exp(-log_std)) - log_std, -1)
     out = torch.empty_like(z)
-    space = linear.Workspace(4, mean.shape[-1], chunk_rows(mean.shape[-1]), z.dtype)
+    space = linear.Workspace(5, mean.shape[-1], chunk_rows(mean.shape[-1]), z.dtype)
     for rows in row_chunks(z.shape[0], mean.shape[-1]):
         params = tuple(take_rows(p, rows) for p in (log_w, mean, log_std))
         out[rows] = _Shares(z[rows], params, f, space).log_density
     return out
 
 
-def _pullback(z: Tensor, params: tuple[Tensor, ...], grad: Tensor, f: Family) -> tuple[Tensor, ...]:
+def _pull_chunks(z: Tensor, params: tuple[Tensor, ...], grad: Tensor, f: Family) -> tuple[Tensor, ...]:
     """Gradients of z and the parameters: mean r psi / s, log_std r (a psi - 1), log_w r - w, z minus the mean's sum."""
     out = (torch.empty_like(z), *(torch.zeros_like(p) for p in params))
     num_components = params[1].shape[-1]
-    space = linear.Workspace(5, num_components, chunk_rows(num_components), z.dtype)
+    space = linear.Workspace(6, num_components, chunk_rows(num_components), z.dtype)
     for rows in row_chunks(z.shape[0], num_components):
         s = _Shares(z[rows], tuple(take_rows(p, rows) for p in params), f, space)
         g, n = grad[rows], z[rows].shape[0]
         share = s.share.mul_(space.spread(g / s.share_total))
-        of_scale = torch.mul(s.a if f.name == "normal" else f.score(s.a), share, out=space(4, n))
+        of_scale = torch.mul(s.a if f.name == "normal" else f.score(s.a), share, out=space(5, n))
         of_mean = of_scale * s.inv_std
         of_scale.mul_(s.a).sub_(share)
         of_weight = share.sub_(s.weight * space.spread(g / s.total))
@@ -83,7 +84,7 @@ def _pullback(z: Tensor, params: tuple[Tensor, ...], grad: Tensor, f: Family) ->
     return out
 
 
-def _pullback_functional(z: Tensor, params: tuple[Tensor, ...], grad: Tensor, f: Family) -> tuple[Tensor, ...]:
+def _pull_functional(z: Tensor, params: tuple[Tensor, ...], grad: Tensor, f: Family) -> tuple[Tensor, ...]:
     log_w, mean, log_std = params
     inv_std = torch.exp(-log_std)
     a = (z[:, None] - mean) * inv_std
@@ -93,6 +94,10 @@ def _pullback_functional(z: Tensor, params: tuple[Tensor, ...], grad: Tensor, f:
     grads = (share - grad[:, None] * torch.softmax(log_w, -1), of_mean, of_scale * a - share)
     shaped = (g if p.shape[0] == g.shape[0] else g.sum(0, keepdim=True) for g, p in zip(grads, params, strict=True))
     return -of_mean.sum(-1), *shaped
+
+
+def _pull(z: Tensor, grad: Tensor, *params: Tensor, f: Family) -> tuple[Tensor, ...]:
+    return (_pull_chunks if use_eager_cpu(z) else _pull_functional)(z, params, grad, f)
 
 
 class _MixtureLogDensity(Function):
@@ -106,11 +111,9 @@ class _MixtureLogDensity(Function):
         ctx.save_for_backward(*inputs[:4])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, *params = ctx.saved_tensors
-        pull = _pullback if use_eager_cpu(z) else _pullback_functional
-        return *pull(z, tuple(params), grad, family(ctx.kind)), None
+        return *Pullback.apply(partial(_pull, f=family(ctx.kind)), 2, z, grad, *params), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
@@ -118,9 +121,7 @@ class _MixtureLogDensity(Function):
         return _MixtureLogDensity.apply(*flat, args[4]).view(info.batch_size, -1), 0
 
 
-def mixture_log_density(
-    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, kind: Kind = "normal"
-) -> Tensor:
+def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, *, kind: Kind = "normal") -> Tensor:
     r"""log p(z) = log sum_k w_k c((z - m_k) / s_k) / s_k of scalar mixtures, elementwise, w = softmax(log_w).
 
     Shapes: z [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against z; returns [...], nats. Float32

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from tarflowlm.flow.numerics import gradients, linear, logspace
 from tarflowlm.flow.numerics.families import Family, Kind, family
@@ -34,8 +33,8 @@ def evaluate(
     log_det = density.log_().sub_(base.log_pdf(u))
     far = rows_below(size, linear.SMALLEST[z.dtype])
     if far is not None:
-        params = (take_rows(p, far) for p in (log_w, mean, log_std))
-        u[far], log_det[far] = _evaluate_far(z[far], *params, f, base)
+        weight, center, scale = (take_rows(p, far) for p in (log_w, mean, log_std))
+        u[far], log_det[far] = _evaluate_far(z[far], weight, center, scale, f, base)
     return u, log_det
 
 
@@ -75,7 +74,7 @@ def _evaluate_far(
     return u.to(z.dtype), log_det.to(z.dtype)
 
 
-class _MixtureCdf(Function):
+class MixtureCdf(Function):
     """Flat mixture_cdf; saves inputs and outputs only, the backward recomputes per chunk."""
 
     @staticmethod
@@ -90,19 +89,18 @@ class _MixtureCdf(Function):
         ctx.save_for_backward(*inputs[:4], *output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         z, log_w, mean, log_std, u, log_det = ctx.saved_tensors
         f, base = family(ctx.kind), family(ctx.base)
         # The base density of log_det depends on u alone, so its share joins the cotangent of u.
         grad_u = grad_u + grad_log_det * base.score(u)
-        grads = gradients.pullback(z, log_w, mean, log_std, u, log_det, grad_u, grad_log_det, f, base)
+        grads = gradients.pullback(z, (log_w, mean, log_std), u, log_det, grad_u, grad_log_det, f, base)
         return *grads, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         flat = merge_batch(info.batch_size, in_dims[:4], args[:4])
-        u, log_det = _MixtureCdf.apply(*flat, *args[4:])
+        u, log_det = MixtureCdf.apply(*flat, *args[4:])
         return (u.view(info.batch_size, -1), log_det.view(info.batch_size, -1)), (0, 0)
 
 
@@ -124,5 +122,5 @@ def mixture_cdf(
     """
     shape, flat_z, params = flatten(z, log_w, mean, log_std)
     family(kind), family(base or kind)
-    u, log_det = _MixtureCdf.apply(flat_z, *params, kind, base or kind)
+    u, log_det = MixtureCdf.apply(flat_z, *params, kind, base or kind)
     return u.view(shape), log_det.view(shape)

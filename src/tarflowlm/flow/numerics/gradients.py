@@ -6,10 +6,12 @@ T = sum_k w_k t_k, cotangents g_u of u and g_p of log p, and H = g_u du/dz:
     mean_k     r_k (g_p psi_k / s_k - H)
     log_std_k  (z - m_k) * (the line above) - g_p r_k
     log_w_k    g_p (r_k - w_k) + sigma g_u w_k (T - t_k) / b(u)
-    z          - sum_k mean_k                                   (u and p do not change when z and all m_k move together)
+    z          - sum_k mean_k                         (u and p do not change when z and all m_k move together)
 
 T and t_k belong to one tail, so nothing cancels in the far tails.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,15 +19,14 @@ from torch import Tensor
 from tarflowlm.flow.numerics import linear
 from tarflowlm.flow.numerics.families import Family
 from tarflowlm.flow.numerics.layout import chunk_rows, row_chunks, take_rows, use_eager_cpu
+from tarflowlm.flow.numerics.pullback import Pullback
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def pullback(
     z: Tensor,
-    log_w: Tensor,
-    mean: Tensor,
-    log_std: Tensor,
+    params: tuple[Tensor, ...],
     u: Tensor,
     log_det: Tensor,
     grad_u: Tensor,
@@ -34,12 +35,18 @@ def pullback(
     base: Family,
 ) -> Grads:
     """Gradients of (z, log_w, mean, log_std), shaped like them; rows [N], parameters [N or 1, K]."""
-    rows = (z, u, log_det, grad_u, grad_log_p)
-    params = (log_w, mean, log_std)
-    if not use_eager_cpu(z):
+    compute = partial(_pull, f=f, base=base)
+    return Pullback.apply(compute, 5, z, u, log_det, grad_u, grad_log_p, *params)
+
+
+def _pull(*tensors: Tensor, f: Family, base: Family) -> Grads:
+    rows, params = tensors[:5], tensors[5:]
+    if not use_eager_cpu(rows[0]):
         grads = _log_space_rows(rows, params, f, base)
-        return grads[0], *(_reduce_like(g, p) for g, p in zip(grads[1:], params, strict=True))
-    out = (torch.empty_like(z), *(torch.zeros(p.shape, dtype=p.dtype) for p in params))
+        of_log_w, of_mean, of_log_std = (_reduce_like(g, p) for g, p in zip(grads[1:], params, strict=True))
+        return grads[0], of_log_w, of_mean, of_log_std
+    log_w, mean, log_std = (torch.zeros(p.shape, dtype=p.dtype) for p in params)
+    out = (torch.empty_like(rows[0]), log_w, mean, log_std)
     _accumulate(rows, params, out, f, base)
     return out
 
@@ -48,9 +55,7 @@ def _reduce_like(grad: Tensor, p: Tensor) -> Tensor:
     return grad if p.shape[0] == grad.shape[0] else grad.sum(0, keepdim=True)
 
 
-def _accumulate(
-    rows: tuple[Tensor, ...], params: tuple[Tensor, ...], out: Grads, f: Family, base: Family
-) -> None:
+def _accumulate(rows: tuple[Tensor, ...], params: tuple[Tensor, ...], out: Grads, f: Family, base: Family) -> None:
     """Writes the gradients of all rows into `out`: linear space first, the far rows again in wider formats."""
     z = rows[0]
     limit = linear.SMALLEST[z.dtype]
@@ -97,7 +102,8 @@ def _linear_rows(
     """Gradients (parameters as [n, K] views of the workspace), and the smaller of tail mass and density, [n]."""
     z, u, log_det, grad_u, grad_log_p = rows
     n, axis, spread = z.shape[0], space.axis, space.spread
-    c = linear.load(*params, space)
+    log_w, mean, log_std = params
+    c = linear.load(log_w, mean, log_std, space)
     weight = c.weight.div_(spread(c.total))
     diff = torch.sub(spread(z), c.mean, out=space(2, n))
     a = torch.mul(diff, c.inv_std, out=space(3, n))
@@ -117,7 +123,8 @@ def _linear_rows(
     mass.sub_(spread(tail)).mul_(spread(pull)).add_(spread(grad_log_p)).mul_(weight)
     of_weight = share.sub_(mass)
     size = torch.minimum(tail, density * linear.density_scale(f))
-    return (-of_mean.sum(axis), *(space.orient(g) for g in (of_weight, of_mean, of_scale))), size
+    grads = -of_mean.sum(axis), space.orient(of_weight), space.orient(of_mean), space.orient(of_scale)
+    return grads, size
 
 
 def _log_space_rows(rows: tuple[Tensor, ...], params: tuple[Tensor, ...], f: Family, base: Family) -> Grads:

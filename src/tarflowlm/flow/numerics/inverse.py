@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from tarflowlm.flow.numerics import forward, gradients, linear
 from tarflowlm.flow.numerics.families import Family, Kind, family
@@ -26,7 +25,7 @@ from tarflowlm.flow.numerics.layout import (
     take_rows,
     use_eager_cpu,
 )
-from tarflowlm.flow.numerics.newton import newton, target_of
+from tarflowlm.flow.numerics.newton import newton, target
 
 BISECTIONS = {torch.float32: 18, torch.float64: 20}
 NEWTON_STEPS = {torch.float32: 4, torch.float64: 6}
@@ -74,9 +73,7 @@ def _solve_linear(u: Tensor, params: tuple[Tensor, ...], f: Family, base: Family
     return z
 
 
-def _solve_chunk(
-    u: Tensor, params: tuple[Tensor, ...], f: Family, base: Family, space: linear.Workspace
-) -> Tensor:
+def _solve_chunk(u: Tensor, params: tuple[Tensor, ...], f: Family, base: Family, space: linear.Workspace) -> Tensor:
     log_w, mean, log_std = params
     n, axis, spread = u.shape[0], space.axis, space.spread
     c = linear.load(log_w, mean, log_std, space)
@@ -100,8 +97,8 @@ def _solve_chunk(
         torch.gt(mass, wanted, out=above)
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)
     x = torch.lerp(low, high, 0.5)
-    t = target_of(y, base)
-    factor = linear.tail_scale(f) * linear.unit(f) / linear.density_scale(f)
+    t = target(y, base.pdf(y).div_(tail), low, high, base)
+    factor = 2.0 * linear.tail_scale(f) * linear.unit(f) / linear.density_scale(f)
     for _ in range(NEWTON_STEPS[u.dtype]):
         linear.density_into(scaled(x), f, other, space).mul_(c.weight).mul_(inv_std)
         density = other.sum(axis).clamp_(min=linear.TINY[u.dtype])
@@ -120,25 +117,26 @@ def _solve_log_space(u: Tensor, params: tuple[Tensor, ...], f: Family, base: Fam
     inv_std = torch.exp(-log_std)
     side = torch.where(u < 0, -1.0, 1.0).to(u.dtype)
     y = u.abs()
-    t = target_of(y, base)
-    v = y if f is base else f.upper_quantile_log(t.log_tail)
+    log_wanted = base.log_tail(y)
+    v = y if f is base else f.upper_quantile_log(log_wanted)
     center = side[:, None] * mean
     candidates = center + v[:, None] / inv_std
     low, high = candidates.amin(-1), candidates.amax(-1)
     for _ in range(BISECTIONS[u.dtype]):
         x = 0.5 * (low + high)
         log_tail = torch.logsumexp(log_w + f.log_tail((x[:, None] - center) * inv_std), -1)
-        above = log_tail > t.log_tail
+        above = log_tail > log_wanted
         low, high = torch.where(above, x, low), torch.where(above, high, x)
     x = 0.5 * (low + high)
+    t = target(y, torch.exp(base.log_pdf(y) - log_wanted), low, high, base)
     for _ in range(NEWTON_STEPS[u.dtype]):
         a = (x[:, None] - center) * inv_std
         log_tail = torch.logsumexp(log_w + f.log_tail(a), -1)
         log_density = torch.logsumexp(log_w + f.log_pdf(a) - log_std, -1)
-        above = log_tail > t.log_tail
+        above = log_tail > log_wanted
         low, high = torch.where(above, x, low), torch.where(above, high, x)
-        ratio = torch.exp((log_tail - log_density).clamp(max=-math.log(linear.TINY[u.dtype])))
-        x = newton(x, log_tail - t.log_tail, ratio, low, high, t)
+        ratio = 2.0 * torch.exp((log_tail - log_density).clamp(max=-math.log(linear.TINY[u.dtype])))
+        x = newton(x, log_tail - log_wanted, ratio, low, high, t)
     return torch.where(torch.isinf(u), u, side * x)
 
 
@@ -155,15 +153,12 @@ class _MixtureCdfInverse(Function):
         ctx.save_for_backward(*inputs[1:4], output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-        log_w, mean, log_std, z = ctx.saved_tensors
-        f, base = family(ctx.kind), family(ctx.base)
-        u, log_det = forward.evaluate(z, log_w, mean, log_std, f, base)
+        *params, z = ctx.saved_tensors
+        u, log_det = forward.MixtureCdf.apply(z, *params, ctx.kind, ctx.base)
         grad_u = grad_z * torch.exp(-log_det)
-        _, *grads = gradients.pullback(
-            z, log_w, mean, log_std, u, log_det, -grad_u, torch.zeros_like(grad_u), f, base
-        )
+        nothing, families = torch.zeros_like(grad_u), (family(ctx.kind), family(ctx.base))
+        _, *grads = gradients.pullback(z, tuple(params), u, log_det, -grad_u, nothing, *families)
         return grad_u, *grads, None, None
 
     @staticmethod
@@ -200,15 +195,15 @@ def mixture_cdf_inverse(
     return z.view(shape)
 
 
-def _check_residual(
-    z: Tensor, u: Tensor, params: list[Tensor], f: Family, base: Family, bound: float
-) -> None:
-    back, log_det = forward.evaluate(z, *params, f, base)
+def _check_residual(z: Tensor, u: Tensor, params: list[Tensor], f: Family, base: Family, bound: float) -> None:
+    log_w, mean, log_std = params
+    back, log_det = forward.evaluate(z, log_w, mean, log_std, f, base)
     eps = torch.finfo(z.dtype).eps
     residual = (back - u).abs() - eps * (z.abs() * torch.exp(log_det) + u.abs())
     worst = torch.where(torch.isinf(u), 0.0, residual).max() if z.numel() else torch.zeros(())
     if not bool(worst <= bound):
         at = int(torch.argmax(torch.nan_to_num(residual, nan=math.inf)))
         raise FloatingPointError(
-            f"mixture_cdf_inverse: |residual| {float(worst):.3g} exceeds {bound:.3g} in u at element {at} (u = {float(u[at]):.6g})"
+            f"mixture_cdf_inverse: the residual {float(worst):.3g} in u exceeds {bound:.3g} "
+            f"at element {at} (u = {float(u[at]):.6g})"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 65_536
-"""Elements (rows x components) of one buffer of a chunk, per thread: 256 KiB of float32, four or five to a 2 MiB cache."""
+"""Elements (rows x components) of one buffer of a chunk, per thread: 256 KiB of float32, five to a 2 MiB cache."""
 
 LOWEST_EXPONENT = {torch.float32: -50.0, torch.float64: -100.0}
 """Floor for exponents whose sum is at least 1. On a CPU exp is 30 times slower where it underflows, and so is every

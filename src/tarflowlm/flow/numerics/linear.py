@@ -16,8 +16,8 @@ from tarflowlm.flow.numerics.families import Family
 _SQRT_HALF = math.sqrt(0.5)
 
 SMALLEST = {torch.float32: 1e-12, torch.float64: 1e-285}
-"""Tail masses and densities below this leave the linear path. In float32 the bound is 7 sigma, not the 13 where the
-mass underflows: beyond 7 an ulp of u^2 / 2 becomes visible in the log-determinant, and float64 removes it."""
+"""Tail masses and densities below this leave the linear path. In float32 the bound is 7 sigma, not the 13 where
+the mass underflows: beyond 7 an ulp of u^2 / 2 becomes visible in the log-determinant, and float64 removes it."""
 
 TINY = {torch.float32: 1e-30, torch.float64: 1e-290}
 """Floor of a density one divides by, in a Newton step that the bracket then refuses."""

@@ -10,9 +10,7 @@ from torch import Tensor
 from tarflowlm.flow.numerics.families import Family
 
 
-def log_masses(
-    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, f: Family
-) -> tuple[Tensor, Tensor, Tensor]:
+def log_masses(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, f: Family) -> tuple[Tensor, Tensor, Tensor]:
     """log of the smaller tail's mass, its side (+1 upper, -1 lower), log density; z [N], parameters [N or 1, K]."""
     log_w = torch.log_softmax(log_w, -1)
     a = (z[:, None] - mean) * torch.exp(-log_std)
@@ -23,9 +21,7 @@ def log_masses(
     return torch.minimum(lower, upper), side, log_density
 
 
-def noise(
-    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, f: Family, base: Family
-) -> tuple[Tensor, Tensor]:
+def noise(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, f: Family, base: Family) -> tuple[Tensor, Tensor]:
     """u and log p - log base(u). At z = +-inf: u = +-inf, and the limit of log_det when base and family agree."""
     log_tail, side, log_density = log_masses(z, log_w, mean, log_std, f)
     u = side * base.upper_quantile_log(log_tail)

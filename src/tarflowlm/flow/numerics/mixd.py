@@ -3,84 +3,149 @@ r"""The Mix-d log-likelihood log p_mix(z) = log sum_k w_k N(z; mu_k, sigma_k^2 I
 Paper: sec. 3.2.2 (eq. 8) and the first term of eq. 9. Gradients are recomputed tile by tile (see `tiles`).
 """
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from tarflowlm.flow.numerics.codebook import check_codebook, component_factors, point_factors
-from tarflowlm.flow.numerics.tiles import Factors, Gradients, Logits, log_sums, pull_back
+from tarflowlm.flow.numerics.pullback import Pullback
+from tarflowlm.flow.numerics.tiles import (
+    Factors,
+    Gradients,
+    Logits,
+    log_sums,
+    log_sums_and_gradients,
+    pull_back,
+)
+
+Heads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _logits(log_w: Tensor | None, features: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-            matmul: torch.dtype | None) -> Logits:
-    if features is None or weight is None:
-        return Logits(log_w=log_w)
-    return Logits(None, features.to(matmul), weight.to(matmul), bias)
+class _Problem(NamedTuple):
+    """What is not a tensor."""
+
+    matmul: torch.dtype | None
+    chunk: int | None
+    needs: tuple[bool, ...]
+    """Which of z, mean, log_std, log_w, features, weight, bias want a gradient."""
+
+    def logits(
+        self, log_w: Tensor | None, features: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> Logits:
+        if features is None or weight is None:
+            return Logits(log_w=log_w)
+        return Logits(None, features.to(self.matmul), weight.to(self.matmul), bias)
+
+    def zeros(self, factors: Factors, heads: Heads, dtype: torch.dtype) -> Gradients:
+        of_heads = (
+            torch.zeros(t.shape, dtype=dtype, device=t.device) if t is not None and need else None
+            for t, need in zip(heads, self.needs[3:], strict=True)
+        )
+        return Gradients(
+            torch.zeros_like(factors.points) if self.needs[0] else None,
+            torch.zeros_like(factors.components) if self.needs[1] or self.needs[2] else None,
+            *of_heads,
+        )
+
+
+def _factors(z: Tensor, mean: Tensor, log_std: Tensor) -> Factors:
+    return Factors(point_factors(z), component_factors(mean, log_std))
+
+
+def _to_inputs(
+    gradients: Gradients, codebook: tuple[Tensor, Tensor, Tensor], heads: Heads
+) -> tuple[Tensor | None, ...]:
+    """From gradients of the factors to those of z, mean, log_std (in the wide format: there they cancel), and casts."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in codebook]
+        outputs = [(t, g) for t, g in zip(_factors(*leaves), gradients[:2], strict=True) if g is not None]
+    of_codebook: tuple[Tensor | None, ...] = (None, None, None)
+    if outputs:
+        of_codebook = torch.autograd.grad([t for t, _ in outputs], leaves, [g for _, g in outputs], allow_unused=True)
+    of_heads = (None if g is None or t is None else g.to(t.dtype) for t, g in zip(heads, gradients[2:], strict=True))
+    return *of_codebook, *of_heads
+
+
+def _split(tensors: tuple[Tensor | None, ...]) -> tuple[tuple[Tensor, Tensor, Tensor], Heads]:
+    """(z, mean, log_std) and (log_w, features, weight, bias)."""
+    z, mean, log_std, log_w, features, weight, bias = tensors
+    assert z is not None
+    assert mean is not None
+    assert log_std is not None
+    return (z, mean, log_std), (log_w, features, weight, bias)
 
 
 class _MixtureLogProb(Function):
     """Flat rows: z [N, d]; the weights from log_w [N, K], or from features [N, E], weight [K, E], bias [K]."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        z: Tensor,
-        mean: Tensor,
-        log_std: Tensor,
-        log_w: Tensor | None,
-        features: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        matmul: torch.dtype | None,
-        chunk: int | None,
-    ) -> Tensor:
+    def forward(ctx: Any, problem: _Problem, *tensors: Tensor | None) -> Tensor:
+        codebook, heads = _split(tensors)
+        z = codebook[0]
         with torch.autocast(z.device.type, enabled=False):
-            factors = Factors(point_factors(z), component_factors(mean, log_std))
-            logits = _logits(log_w, features, weight, bias, matmul)
-            log_joint, log_prior = log_sums(logits, factors, z.dtype, chunk)
-        ctx.save_for_backward(z, mean, log_std, log_w, features, weight, bias, log_joint, log_prior)
-        ctx.matmul, ctx.chunk = matmul, chunk
-        return log_joint - log_prior
+            sums = log_sums(problem.logits(*heads), _factors(*codebook), z.dtype, problem.chunk)
+        ctx.problem = problem
+        ctx.save_for_backward(*tensors, torch.stack(sums))
+        return sums[0] - sums[1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, mean, log_std, log_w, features, weight, bias, log_joint, log_prior = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        with torch.autocast(z.device.type, enabled=False), torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (z, mean, log_std)]
-            points, components = point_factors(leaves[0]), component_factors(*leaves[1:])
-        accumulators = Gradients(
-            torch.zeros_like(points) if needs[0] else None,
-            torch.zeros_like(components) if needs[1] or needs[2] else None,
-            torch.empty_like(log_w) if needs[3] else None,
-            *(torch.zeros_like(t, dtype=z.dtype) if n else None for t, n in
-              zip((features, weight, bias), needs[4:7], strict=True)),
-        )
-        with torch.autocast(z.device.type, enabled=False), torch.no_grad():
-            factors = Factors(points.detach(), components.detach())
-            logits = _logits(log_w, features, weight, bias, ctx.matmul)
-            pull_back(logits, factors, log_joint, log_prior, grad.contiguous(), accumulators, ctx.chunk)
-        outputs = [(t, g) for t, g in zip((points, components), accumulators[:2], strict=True) if g is not None]
-        grads: list[Tensor | None] = [None, None, None]
-        if outputs:
-            grads = list(
-                torch.autograd.grad([t for t, _ in outputs], leaves, [g for _, g in outputs], allow_unused=True)
-            )
-        heads = (
-            None if g is None else g.to(t.dtype)
-            for t, g in zip((log_w, features, weight, bias), accumulators[2:], strict=True)
-        )
-        return *grads, *heads, None, None
+        return None, *Pullback.apply(partial(_pull, ctx.problem), 0, grad.contiguous(), *ctx.saved_tensors)
+
+
+def _pull(problem: _Problem, grad: Tensor, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
+    codebook, heads = _split(saved[:7])
+    sums = saved[7]
+    assert sums is not None
+    with torch.autocast(grad.device.type, enabled=False):
+        factors = _factors(*codebook)
+        out = problem.zeros(factors, heads, grad.dtype)
+        pull_back(problem.logits(*heads), factors, sums, grad, out, problem.chunk)
+        return _to_inputs(out, codebook, heads)
+
+
+class _EqualMixtureLogProb(Function):
+    """The same value; gradients are formed in the forward, for cotangents that are all equal."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: _Problem, *tensors: Tensor | None) -> Tensor:
+        codebook, heads = _split(tensors)
+        z = codebook[0]
+        with torch.autocast(z.device.type, enabled=False):
+            factors = _factors(*codebook)
+            out = problem.zeros(factors, heads, z.dtype)
+            sums = log_sums_and_gradients(problem.logits(*heads), factors, z.dtype, out, problem.chunk)
+            grads = _to_inputs(out, codebook, heads)
+        ctx.save_for_backward(*grads)
+        return sums[0] - sums[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *Pullback.apply(_scale, 0, grad, *ctx.saved_tensors)
+
+
+def _scale(grad: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad.numel() and not bool((grad == grad.view(-1)[0]).all()):
+        raise RuntimeError("equal_cotangents was promised, but the loss weights the elements of log p differently")
+    factor = grad.view(-1)[0] if grad.numel() else grad.new_zeros(())
+    return tuple(None if g is None else g * factor for g in grads)
+
+
+def _apply(problem: _Problem, tensors: tuple[Tensor | None, ...], equal: bool) -> Tensor:
+    return (_EqualMixtureLogProb if equal and any(problem.needs) else _MixtureLogProb).apply(problem, *tensors)
+
+
+def _needs(*tensors: Tensor | None) -> tuple[bool, ...]:
+    return tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
 
 
 def mixture_log_prob(
     z: Tensor, log_w: Tensor | None, mean: Tensor, log_std: Tensor, *, chunk: int | None = None
 ) -> Tensor:
-    r"""log p_mix(z) = log sum_k w_k N(z; mu_k, s_k^2 I_d), w = softmax(log_w); with log_w None, w_k = 1 (not normalised).
+    r"""log p_mix(z) = log sum_k w_k N(z; mu_k, s_k^2 I_d), w = softmax(log_w); without log_w, w_k = 1.
 
     Shapes: z [..., d]; log_w [..., K]; mean [K, d]; log_std [K]; returns [...], nats. Float32 or float64; distances
     do not lose precision for small s. Memory: a tile of about 256 x 1024 elements on a CPU, however large K is;
@@ -95,7 +160,8 @@ def mixture_log_prob(
         shape = torch.broadcast_shapes(shape, log_w.shape[:-1])
         log_w = log_w.expand(*shape, num_components).reshape(-1, num_components)
     flat = z.expand(*shape, d).reshape(-1, d)
-    return _MixtureLogProb.apply(flat, mean, log_std, log_w, None, None, None, None, chunk).view(shape)
+    tensors = (flat, mean, log_std, log_w, None, None, None)
+    return _apply(_Problem(None, chunk, _needs(*tensors)), tensors, equal=False).view(shape)
 
 
 def mixture_log_prob_from_features(
@@ -107,12 +173,15 @@ def mixture_log_prob_from_features(
     log_std: Tensor,
     *,
     chunk: int | None = None,
+    equal_cotangents: bool = False,
 ) -> Tensor:
     r"""`mixture_log_prob` with log_w = features @ weight.T + bias, which is never materialised beyond a tile.
 
     Shapes: z [..., d]; features [..., E]; weight [K, E]; bias [K] or None; mean [K, d]; log_std [K]; returns [...],
     nats, in z's dtype. Under autocast the head's products run in the autocast format; densities and logsumexps keep
     z's. Backward recomputes the tiles: one product more than a head that keeps its logits, and no [tokens, K] tensor.
+    `equal_cotangents` promises a loss that weights all elements alike, such as a mean: gradients are then formed in
+    the forward, which saves that product; a broken promise raises RuntimeError in the backward.
     First derivatives only. Errors: ValueError for shapes that do not fit.
     """
     check_codebook(z, mean, log_std)
@@ -124,5 +193,6 @@ def mixture_log_prob_from_features(
     device = z.device.type
     matmul = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     shape = z.shape[:-1]
-    flat = z.reshape(-1, z.shape[-1]), features.reshape(-1, features.shape[-1])
-    return _MixtureLogProb.apply(flat[0], mean, log_std, None, flat[1], weight, bias, matmul, chunk).view(shape)
+    flat_z, flat_features = z.reshape(-1, z.shape[-1]), features.reshape(-1, features.shape[-1])
+    tensors = (flat_z, mean, log_std, None, flat_features, weight, bias)
+    return _apply(_Problem(matmul, chunk, _needs(*tensors)), tensors, equal_cotangents).view(shape)

@@ -22,6 +22,22 @@ _TILE_ACCELERATOR = (1024, 16_384)
 accelerator wants matrix products large enough to fill it."""
 
 
+class Buffers:
+    """Storage reused by all tiles of one call: a fresh megabyte costs a CPU as much as what is done to it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._flat: dict[tuple[str, int, torch.dtype], Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, int], dtype: torch.dtype, index: int = 0) -> Tensor:
+        """A contiguous [n, k] tensor, contents undefined, the same storage for the same name and index."""
+        key, size = (name, index, dtype), shape[0] * shape[1]
+        flat = self._flat.get(key)
+        if flat is None or flat.numel() < size:
+            flat = self._flat[key] = torch.empty(size, dtype=dtype, device=self._device)
+        return flat[:size].view(shape)
+
+
 class Logits(NamedTuple):
     """Where the weights' logits come from: a tensor, a linear head, or nothing (all weights one)."""
 
@@ -34,14 +50,26 @@ class Logits(NamedTuple):
     bias: Tensor | None = None
     """[K] or None."""
 
-    def tile(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor | None:
-        """x [n, k] as a new tensor of `dtype`; None where all logits are zero and the prior is not normalised."""
+    @property
+    def empty(self) -> bool:
+        """True where all logits are zero and the prior is not normalised."""
+        return self.log_w is None and self.features is None
+
+    def tile(self, rows: slice, columns: slice, out: Tensor, buffers: Buffers) -> None:
+        """x [n, k] into `out`."""
         if self.log_w is not None:
-            return self.log_w[rows, columns].to(dtype, copy=True)
-        if self.features is None or self.weight is None:
-            return None
-        x = (self.features[rows] @ self.weight[columns].T).to(dtype)
-        return x if self.bias is None else x.add_(self.bias[columns])
+            out.copy_(self.log_w[rows, columns])
+        elif self.features is not None and self.weight is not None:
+            features, weight = self.features[rows], self.weight[columns]
+            if features.dtype != out.dtype:
+                product = buffers("product", (out.shape[0], out.shape[1]), features.dtype)
+                out.copy_(torch.mm(features, weight.T, out=product))
+                if self.bias is not None:
+                    out.add_(self.bias[columns])
+            elif self.bias is None:
+                torch.mm(features, weight.T, out=out)
+            else:
+                torch.addmm(self.bias[columns], features, weight.T, out=out)
 
 
 class Factors(NamedTuple):
@@ -52,9 +80,10 @@ class Factors(NamedTuple):
     components: Tensor
     """[K, d + 2]."""
 
-    def tile(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        """log N [n, k]."""
-        return (self.points[rows] @ self.components[columns].T).to(dtype)
+    def tile(self, rows: slice, columns: slice, out: Tensor, buffers: Buffers) -> None:
+        """log N [n, k] into `out`."""
+        wide = buffers("wide", (out.shape[0], out.shape[1]), self.points.dtype)
+        out.copy_(torch.mm(self.points[rows], self.components[columns].T, out=wide))
 
 
 class Gradients(NamedTuple):
@@ -68,86 +97,133 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-def tiles(num_rows: int, num_components: int, device: torch.device, chunk: int | None) -> Iterator[tuple[slice, slice]]:
-    """Row-major tiles; `chunk` overrides the tokens per tile. Few components leave room for more rows."""
+def row_slices(num_rows: int, num_components: int, device: torch.device, chunk: int | None) -> Iterator[slice]:
+    """Row ranges of the tiles; `chunk` overrides the tokens per tile. Few components leave room for more rows."""
     rows, columns = _TILE.get(device.type, _TILE_ACCELERATOR)
-    if num_components < columns:
-        rows = max(rows, rows * columns // max(1, num_components))
-    rows = chunk or rows
-    for i in range(0, num_rows, rows):
-        for k in range(0, num_components, columns):
-            yield slice(i, min(i + rows, num_rows)), slice(k, min(k + columns, num_components))
+    step = chunk or max(rows, rows * columns // max(1, num_components))
+    for i in range(0, num_rows, step):
+        yield slice(i, min(i + step, num_rows))
 
 
-class RunningLogSumExp:
-    """logsumexp over K of tiles that come one after the other; [N]."""
+def column_slices(num_components: int, device: torch.device) -> Iterator[slice]:
+    """Component ranges of the tiles."""
+    step = _TILE.get(device.type, _TILE_ACCELERATOR)[1]
+    for k in range(0, num_components, step):
+        yield slice(k, min(k + step, num_components))
 
-    def __init__(self, like: Tensor, num_rows: int, dtype: torch.dtype) -> None:
+
+class _RunningLogSumExp:
+    """logsumexp over K of the tiles of some rows, one after the other; [n]."""
+
+    def __init__(self, num_rows: int, like: Tensor, dtype: torch.dtype) -> None:
         self._top = torch.full((num_rows,), -torch.inf, dtype=dtype, device=like.device)
         self._sum = torch.zeros(num_rows, dtype=dtype, device=like.device)
 
-    def add_(self, rows: slice, x: Tensor, out: Tensor) -> None:
+    def add_(self, x: Tensor, out: Tensor) -> None:
         """Takes one tile in; `out` is scratch of its shape and may be `x` itself."""
-        old = self._top[rows]
-        top = torch.maximum(old, x.amax(1))
+        top = torch.maximum(self._top, x.amax(1))
         # -inf - -inf is NaN: rows without any weight so far are shifted by zero instead.
         shift = torch.where(torch.isneginf(top), 0.0, top)
         part = torch.sub(x, shift[:, None], out=out).clamp_(min=LOWEST_EXPONENT[x.dtype]).exp_().sum(1)
-        self._sum[rows] = self._sum[rows] * torch.exp(old - shift) + part
-        self._top[rows] = top
+        self._sum = self._sum * torch.exp(self._top - shift) + part
+        self._top = top
 
     def value(self) -> Tensor:
-        return self._top + torch.log(self._sum)
+        # The floor of the exponent makes the sum of a row of -inf positive; its logarithm is -inf all the same.
+        return torch.where(torch.isneginf(self._top), self._top, self._top + torch.log(self._sum))
 
 
 def log_sums(logits: Logits, factors: Factors, dtype: torch.dtype, chunk: int | None) -> tuple[Tensor, Tensor]:
     """logsumexp(x + log N) and logsumexp(x) over K, [N] each (the second is zero without logits)."""
-    num_rows, num_components = factors.points.shape[0], factors.components.shape[0]
-    joint = RunningLogSumExp(factors.points, num_rows, dtype)
-    prior = RunningLogSumExp(factors.points, num_rows, dtype)
-    for rows, columns in tiles(num_rows, num_components, factors.points.device, chunk):
-        v = factors.tile(rows, columns, dtype)
-        x = logits.tile(rows, columns, dtype)
-        if x is not None:
-            v.add_(x)
-            prior.add_(rows, x, x)
-        joint.add_(rows, v, v)
-    none = logits.log_w is None and logits.features is None
-    return joint.value(), torch.zeros_like(joint.value()) if none else prior.value()
+    return _sweep(logits, factors, dtype, chunk, None)
+
+
+def log_sums_and_gradients(
+    logits: Logits, factors: Factors, dtype: torch.dtype, out: Gradients, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """`log_sums`, and in the same sweep the gradients of sum_n log p_n, added to `out`.
+
+    One product with the head's weight less than `log_sums` and `pull_back`; holds two [chunk, K] tensors at a time.
+    """
+    return _sweep(logits, factors, dtype, chunk, out)
+
+
+def _tile_pair(
+    logits: Logits, factors: Factors, rows: slice, columns: slice, dtype: torch.dtype, buffers: Buffers, index: int
+) -> tuple[Tensor, Tensor | None]:
+    """x + log N, and x where there are logits."""
+    shape = (rows.stop - rows.start, columns.stop - columns.start)
+    v = buffers("joint", shape, dtype, index)
+    factors.tile(rows, columns, v, buffers)
+    if logits.empty:
+        return v, None
+    x = buffers("prior", shape, dtype, index)
+    logits.tile(rows, columns, x, buffers)
+    return v.add_(x), x
+
+
+def _sweep(
+    logits: Logits, factors: Factors, dtype: torch.dtype, chunk: int | None, out: Gradients | None
+) -> tuple[Tensor, Tensor]:
+    points, num_components = factors.points, factors.components.shape[0]
+    sums = torch.zeros(2, points.shape[0], dtype=dtype, device=points.device)
+    buffers = Buffers(points.device)
+    for rows in row_slices(points.shape[0], num_components, points.device, chunk):
+        joint, prior = (_RunningLogSumExp(rows.stop - rows.start, points, dtype) for _ in range(2))
+        kept = []
+        for j, columns in enumerate(column_slices(num_components, points.device)):
+            v, x = _tile_pair(logits, factors, rows, columns, dtype, buffers, 0 if out is None else j)
+            kept.append((columns, v, x))
+            scratch = v if out is None else buffers("scratch", (v.shape[0], v.shape[1]), dtype)
+            if x is not None:
+                prior.add_(x, x if out is None else scratch)
+            joint.add_(v, scratch)
+        sums[0, rows] = joint.value()
+        if not logits.empty:
+            sums[1, rows] = prior.value()
+        if out is not None:
+            scale = torch.ones_like(sums[0, rows])
+            for columns, v, x in kept:
+                _spend(v, x, sums[:, rows], scale, logits, factors, rows, columns, out, buffers)
+    return sums[0], sums[1]
 
 
 def pull_back(
+    logits: Logits, factors: Factors, sums: Tensor, grad: Tensor, out: Gradients, chunk: int | None
+) -> None:
+    """Adds the gradients of sum_n grad_n log p_n to `out`, tile by tile; `sums` [2, N] are the two of `log_sums`."""
+    points, num_components = factors.points, factors.components.shape[0]
+    buffers = Buffers(points.device)
+    for rows in row_slices(points.shape[0], num_components, points.device, chunk):
+        for columns in column_slices(num_components, points.device):
+            v, x = _tile_pair(logits, factors, rows, columns, grad.dtype, buffers, 0)
+            _spend(v, x, sums[:, rows], grad[rows], logits, factors, rows, columns, out, buffers)
+
+
+def _spend(
+    v: Tensor,
+    x: Tensor | None,
+    sums: Tensor,
+    scale: Tensor,
     logits: Logits,
     factors: Factors,
-    log_joint: Tensor,
-    log_prior: Tensor,
-    grad: Tensor,
+    rows: slice,
+    columns: slice,
     out: Gradients,
-    chunk: int | None,
+    buffers: Buffers,
 ) -> None:
-    """Adds the gradients of sum_n grad_n log p_n to `out`, tile by tile."""
-    num_rows, num_components = factors.points.shape[0], factors.components.shape[0]
-    for rows, columns in tiles(num_rows, num_components, factors.points.device, chunk):
-        scale = grad[rows, None]
-        v = factors.tile(rows, columns, grad.dtype)
-        x = logits.tile(rows, columns, grad.dtype)
-        if x is not None:
-            v.add_(x)
-        share = v.sub_(log_joint[rows, None]).clamp_(min=LOWEST_EXPONENT[grad.dtype]).exp_().mul_(scale)
-        _pull_factors(share, factors, rows, columns, out)
-        if x is not None:
-            prior = x.sub_(log_prior[rows, None]).clamp_(min=LOWEST_EXPONENT[grad.dtype]).exp_().mul_(scale)
-            _pull_logits(share.sub_(prior), logits, rows, columns, out)
-
-
-def _pull_factors(share: Tensor, factors: Factors, rows: slice, columns: slice, out: Gradients) -> None:
-    if out.points is None and out.components is None:
-        return
-    share = share.to(factors.points.dtype)
-    if out.points is not None:
-        out.points[rows].addmm_(share, factors.components[columns])
-    if out.components is not None:
-        out.components[columns].addmm_(share.T, factors.points[rows])
+    """Turns a tile of x + log N and of x (both overwritten) into gradients."""
+    lowest, scale = LOWEST_EXPONENT[v.dtype], scale[:, None]
+    share = v.sub_(sums[0, :, None]).clamp_(min=lowest).exp_().mul_(scale)
+    if out.points is not None or out.components is not None:
+        wide = buffers("wide", (share.shape[0], share.shape[1]), factors.points.dtype).copy_(share)
+        if out.points is not None:
+            out.points[rows].addmm_(wide, factors.components[columns])
+        if out.components is not None:
+            out.components[columns].addmm_(wide.T, factors.points[rows])
+    if x is not None:
+        prior = x.sub_(sums[1, :, None]).clamp_(min=lowest).exp_().mul_(scale)
+        _pull_logits(share.sub_(prior), logits, rows, columns, out)
 
 
 def _pull_logits(x_grad: Tensor, logits: Logits, rows: slice, columns: slice, out: Gradients) -> None:
@@ -157,8 +233,14 @@ def _pull_logits(x_grad: Tensor, logits: Logits, rows: slice, columns: slice, ou
         out.bias[columns] += x_grad.sum(0)
     if logits.features is None or logits.weight is None:
         return
+    same = x_grad.dtype == logits.features.dtype
     x_grad = x_grad.to(logits.features.dtype)
-    if out.features is not None:
-        out.features[rows] += x_grad @ logits.weight[columns]
-    if out.weight is not None:
-        out.weight[columns] += x_grad.T @ logits.features[rows]
+    pairs = (
+        (out.features, rows, x_grad, logits.weight[columns]),
+        (out.weight, columns, x_grad.T, logits.features[rows]),
+    )
+    for total, part, left, right in pairs:
+        if total is not None and same:
+            total[part].addmm_(left, right)
+        elif total is not None:
+            total[part] += left @ right

@@ -1,19 +1,19 @@
-r"""The mixture-Rosenblatt map: one channel after the other, mixture weights updated by Bayes' rule (paper sec. 3.2.2).
+r"""The mixture-Rosenblatt map: channel after channel, mixture weights updated by Bayes' rule (paper sec. 3.2.2).
 
-    alpha^(1) = w;   u_i = Phi^-1( sum_k alpha_k^(i) Phi((z_i - mu_ki) / s_k) );   alpha^(i+1) ~ alpha^(i) N(z_i; mu_ki, s_k^2)
-    log_det = log p_mix(z) - log N(u; 0, I)
+    alpha^(1) = w,   u_i = Phi^-1( sum_k alpha_k^(i) Phi((z_i - mu_ki) / s_k) )
+    alpha_k^(i+1) ~ alpha_k^(i) N(z_i; mu_ki, s_k^2),   log_det = log p_mix(z) - log N(u; 0, I)
 
-The weights live in log space and are shifted by their maximum at every channel, so nothing underflows; and log p_mix is
-what the last ones sum to. Differs from algorithm 1 of the paper only there: it keeps alpha itself.
+The weights live in log space and are shifted by their maximum at every channel, so nothing underflows; and log p_mix
+is what the last ones sum to. Differs from algorithm 1 of the paper only there: it keeps alpha itself.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from tarflowlm.flow.numerics import forward, linear
 from tarflowlm.flow.numerics.codebook import check_codebook
@@ -21,6 +21,9 @@ from tarflowlm.flow.numerics.families import NORMAL
 from tarflowlm.flow.numerics.forward import mixture_cdf
 from tarflowlm.flow.numerics.inverse import mixture_cdf_inverse, solve
 from tarflowlm.flow.numerics.layout import LOWEST_EXPONENT, chunk_rows, row_chunks, use_eager_cpu
+from tarflowlm.flow.numerics.pullback import Pullback
+
+Solve = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _BACKWARD_SHARE = 16
@@ -102,6 +105,21 @@ def traced(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Ten
     return u, log_p - _base_log_density(u)
 
 
+def _pull(
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, grad_u: Tensor, grad_log_det: Tensor
+) -> tuple[Tensor, ...]:
+    out = tuple(torch.zeros_like(t) for t in (z, log_w, mean, log_std))
+    for rows in row_chunks(z.shape[0], mean.shape[0] * _BACKWARD_SHARE):
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (z[rows], log_w[rows], mean, log_std)]
+            outputs = traced(*leaves)
+        grads = torch.autograd.grad(outputs, leaves, (grad_u[rows], grad_log_det[rows]))
+        out[0][rows], out[1][rows] = grads[:2]
+        out[2].add_(grads[2])
+        out[3].add_(grads[3])
+    return out
+
+
 class _Rosenblatt(Function):
     @staticmethod
     def forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,25 +130,52 @@ class _Rosenblatt(Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor, ...]:
-        z, log_w, mean, log_std = ctx.saved_tensors
-        out = tuple(torch.zeros_like(t) for t in (z, log_w, mean, log_std))
-        for rows in row_chunks(z.shape[0], mean.shape[0] * _BACKWARD_SHARE):
-            with torch.enable_grad():
-                leaves = [t.detach().requires_grad_() for t in (z[rows], log_w[rows], mean, log_std)]
-                outputs = traced(*leaves)
-            grads = torch.autograd.grad(outputs, leaves, (grad_u[rows], grad_log_det[rows]))
-            out[0][rows], out[1][rows] = grads[:2]
-            out[2].add_(grads[2])
-            out[3].add_(grads[3])
-        return out
+    def backward(ctx: Any, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+        return Pullback.apply(_pull, 0, *ctx.saved_tensors, grad_u, grad_log_det)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Any, Any]:
         z, log_w, mean, log_std = _merge(info.batch_size, in_dims, args)
         u, log_det = _Rosenblatt.apply(z, log_w, mean, log_std)
         return (u.view(info.batch_size, -1, u.shape[-1]), log_det.view(info.batch_size, -1)), (0, 0)
+
+
+def _inverse_rows(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor, solve_one: Solve) -> Tensor:
+    channels = []
+    inv_std, log_scale = torch.exp(-log_std), log_std[None]
+    for i in range(u.shape[-1]):
+        center = mean[None, :, i]
+        z = solve_one(u[:, i], log_alpha, center, log_scale)
+        channels.append(z)
+        if i + 1 < u.shape[-1]:
+            a = (z[:, None] - center) * inv_std
+            log_alpha = torch.log_softmax(log_alpha - 0.5 * a * a - log_scale, -1)
+    return torch.stack(channels, -1)
+
+
+class _RosenblattInverse(Function):
+    """The inverse without gradients; a Function for the sake of vmap."""
+
+    @staticmethod
+    def forward(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+        def solve_one(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+            return solve(u, log_w, mean, log_std, NORMAL, NORMAL)
+
+        if not use_eager_cpu(u):
+            return _inverse_rows(u, log_w, mean, log_std, solve_one)
+        z = torch.empty_like(u)
+        for rows in row_chunks(u.shape[0], mean.shape[0]):
+            z[rows] = _inverse_rows(u[rows], log_w[rows], mean, log_std, solve_one)
+        return z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
+        z = _RosenblattInverse.apply(*_merge(info.batch_size, in_dims, args))
+        return z.view(info.batch_size, -1, z.shape[-1]), 0
 
 
 def _merge(size: int, dims: tuple[int | None, ...], args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -173,25 +218,6 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     """
     shape, flat, weights = _flatten(u, log_w, mean, log_std)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (u, log_w, mean, log_std))
-    if needs_grad or not use_eager_cpu(u):
-        return _inverse_rows(flat, weights, mean, log_std, needs_grad).view(*shape, -1)
-    z = torch.empty_like(flat)
-    for rows in row_chunks(flat.shape[0], mean.shape[0]):
-        z[rows] = _inverse_rows(flat[rows], weights[rows], mean, log_std, needs_grad)
-    return z.view(*shape, -1)
-
-
-def _inverse_rows(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor, needs_grad: bool) -> Tensor:
-    channels = []
-    inv_std, drop = torch.exp(-log_std), log_std[None]
-    for i in range(u.shape[-1]):
-        center = mean[:, i]
-        if needs_grad:
-            z = mixture_cdf_inverse(u[:, i], log_alpha, center, log_std)
-        else:
-            z = solve(u[:, i], log_alpha, center[None], drop, NORMAL, NORMAL)
-        channels.append(z)
-        if i + 1 < u.shape[-1]:
-            a = (z[:, None] - center) * inv_std
-            log_alpha = torch.log_softmax(log_alpha - 0.5 * a * a - drop, -1)
-    return torch.stack(channels, -1)
+    if needs_grad:
+        return _inverse_rows(flat, weights, mean, log_std, mixture_cdf_inverse).view(*shape, -1)
+    return _RosenblattInverse.apply(flat, weights, mean, log_std).view(*shape, -1)

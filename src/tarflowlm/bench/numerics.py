@@ -1,0 +1,394 @@
+"""Speed, accuracy and range of the mixture maps, and cost of the Mix-d loss: paired, interleaved, in one run."""
+
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tarflowlm.errors import UserError
+from tarflowlm.flow.numerics import mixture_cdf, mixture_cdf_inverse, mixture_log_prob_from_features
+
+Params = tuple[Tensor, Tensor, Tensor]
+Map = Callable[[Tensor, Params], Tensor]
+
+
+@dataclass(frozen=True)
+class Args:
+    """Times as ratios to another library in the same run; errors and range; the Mix-d loss against cross-entropy."""
+
+    tokens: int = 4096
+    """Rows of the elementwise problem."""
+    channels: int = 64
+    """Channels per row."""
+    components: tuple[int, ...] = (2, 8, 27)
+    """Mixture sizes."""
+    rounds: int = 7
+    """Rounds; every round times each contender once, in turn."""
+    accuracy_rows: int = 20_000
+    """Mixtures of the error columns; half of them are hard (scales e^-6 to e^2, weights to e^-12, |u| to 30)."""
+    zuko: bool = True
+    """Compare with zuko's GaussianizationTransform (needs zuko)."""
+    head: bool = True
+    """Time the Mix-d loss too, and measure its memory in processes of its own."""
+    vocabulary: int = 50_257
+    """Components of the Mix-d loss."""
+    head_tokens: int = 4096
+    """Tokens of the Mix-d loss."""
+    width: int = 256
+    """Features per token of the Mix-d loss."""
+    latent_dim: int = 16
+    """Latent channels per token of the Mix-d loss."""
+    head_rounds: int = 3
+    """Rounds for the Mix-d loss."""
+    threads: int = 1
+    """CPU threads."""
+    seed: int = 0
+    """Seed of all inputs."""
+    json: bool = False
+    """Print one JSON object last."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation of the map and its inverse."""
+
+    name: str
+    forward: Map
+    """(z, params) -> u; computes the log-determinant too."""
+    inverse: Map
+    """(u, params) -> z."""
+    dtype: torch.dtype
+    equal_weights: bool = False
+    """True where the implementation has no weights: it is then held to the mixture it can express."""
+
+
+def run(args: Args) -> dict[str, Any]:
+    """{"maps": [...], "head": [...], ...}: one row per contender and mixture size, one per loss.
+
+    Ratios are medians of the rounds' own ratios, to `ours f32` for the maps and to the faster
+    cross-entropy for the losses. Errors are in u, against our float64, itself held to 50 digits by the tests; the
+    round trip's is net of what one ulp of z is worth.
+    """
+    if min(args.rounds, args.head_rounds, args.tokens, args.channels, *args.components) < 1:
+        raise UserError("rounds, head-rounds, tokens, channels and components each need at least 1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        maps = [row for k in args.components for row in _maps(args, k)]
+        head = _heads(args) if args.head else []
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        "maps": maps,
+        "head": head,
+        "shape": [args.tokens, args.channels],
+        "threads": args.threads,
+        "torch": torch.__version__,
+    }
+
+
+def _contenders(args: Args) -> list[Contender]:
+    def ours(z: Tensor, params: Params) -> Tensor:
+        return mixture_cdf(z, *params)[0]
+
+    def ours_inverse(u: Tensor, params: Params) -> Tensor:
+        return mixture_cdf_inverse(u, *params)
+
+    found = [
+        Contender("ours f32", ours, ours_inverse, torch.float32),
+        Contender("ours f64", ours, ours_inverse, torch.float64),
+        Contender("torch bisection", _distribution_forward, _distribution_inverse, torch.float32),
+    ]
+    return [*found, _zuko()] if args.zuko else found
+
+
+def _zuko() -> Contender:
+    try:
+        from zuko.transforms import GaussianizationTransform
+    except ImportError as error:
+        raise UserError("zuko is not installed: pip install zuko, or leave it out with --no-zuko") from error
+
+    def transform(params: Params) -> Any:
+        # Parameters come fresh from a network, so preparing them is part of the price on both sides.
+        _, mean, log_std = params
+        return GaussianizationTransform(-mean * torch.exp(-log_std), -log_std)
+
+    def forward(z: Tensor, params: Params) -> Tensor:
+        return transform(params).call_and_ladj(z)[0]
+
+    def inverse(u: Tensor, params: Params) -> Tensor:
+        return transform(params).inv(u)
+
+    return Contender("zuko", forward, inverse, torch.float32, equal_weights=True)
+
+
+def _mixture(params: Params) -> torch.distributions.MixtureSameFamily:
+    log_w, mean, log_std = params
+    weights = torch.distributions.Categorical(logits=log_w, validate_args=False)
+    normals = torch.distributions.Normal(mean, torch.exp(log_std), validate_args=False)
+    return torch.distributions.MixtureSameFamily(weights, normals, validate_args=False)
+
+
+def _distribution_forward(z: Tensor, params: Params) -> Tensor:
+    mixture = _mixture(params)
+    u = torch.special.ndtri(mixture.cdf(z))
+    mixture.log_prob(z)
+    return u
+
+
+def _distribution_inverse(u: Tensor, params: Params) -> Tensor:
+    mixture, (_, mean, log_std) = _mixture(params), params
+    candidates = mean + torch.exp(log_std) * u[..., None]
+    low, high, goal = candidates.amin(-1), candidates.amax(-1), torch.special.ndtr(u)
+    for _ in range(30):
+        middle = (low + high) / 2
+        below = mixture.cdf(middle) < goal
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
+
+
+def _ordinary(shape: tuple[int, ...], k: int, generator: torch.Generator) -> tuple[Tensor, Params]:
+    """u ~ N(0, 1) and mixtures of a few overlapping modes, float64."""
+    draw = [torch.randn(*shape, k, generator=generator, dtype=torch.float64) for _ in range(3)]
+    return torch.randn(shape, generator=generator, dtype=torch.float64), (draw[0], 2 * draw[1], 0.3 * draw[2])
+
+
+def _hard(rows: int, k: int, generator: torch.Generator) -> tuple[Tensor, Params]:
+    """|u| to 30, scales e^-6 to e^2, modes up to 20 scales apart, weights to e^-12, float64."""
+    uniform = [torch.rand(rows, k, generator=generator, dtype=torch.float64) for _ in range(3)]
+    log_std = 8 * uniform[0] - 6
+    apart = torch.cumsum(20 * torch.exp(torch.maximum(log_std, log_std.roll(1, -1))) * uniform[1], -1)
+    u = 60 * torch.rand(rows, generator=generator, dtype=torch.float64) - 30
+    return u, (-12 * uniform[2], apart - apart.mean(-1, keepdim=True), log_std)
+
+
+def _maps(args: Args, k: int) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(args.seed)
+    u, params = _ordinary((args.tokens, args.channels), k, generator)
+    with torch.no_grad():
+        z = mixture_cdf_inverse(u, *params)
+        contenders = _contenders(args)
+        jobs: dict[tuple[str, str], Callable[[], Any]] = {}
+        for c in contenders:
+            cast = tuple(p.to(c.dtype) for p in params)
+            jobs[c.name, "forward"] = _job(c.forward, z.to(c.dtype), cast)
+            jobs[c.name, "inverse"] = _job(c.inverse, u.to(c.dtype), cast)
+        seconds = _interleave(jobs, args.rounds)
+        ordinary = _ordinary((args.accuracy_rows // 2,), k, generator)
+        hard = _hard(args.accuracy_rows // 2, k, generator)
+        rows = []
+        for c in contenders:
+            row: dict[str, Any] = {"name": c.name, "components": k}
+            for way in ("forward", "inverse"):
+                times, base = seconds[c.name, way], seconds[contenders[0].name, way]
+                row[f"{way}_ms"] = 1000 * statistics.median(times)
+                row[f"{way}_ours_over_this"] = statistics.median(a / b for a, b in zip(base, times, strict=True))
+            for label, (noise, mixtures) in (("ordinary", ordinary), ("hard", hard)):
+                median, worst = _round_trip(c, noise, mixtures)
+                row |= {f"{label}_median_error": median, f"{label}_worst_error": worst}
+            row["largest_u"] = _largest_noise(c)
+            rows.append(row)
+    return rows
+
+
+def _job(function: Map, x: Tensor, params: Any) -> Callable[[], Any]:
+    return lambda: function(x, params)
+
+
+def _interleave(jobs: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
+    """Seconds of every job in every round, one job after the other within a round."""
+    for job in jobs.values():
+        job()
+    seconds: dict[Any, list[float]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _round_trip(c: Contender, u: Tensor, params: Params) -> tuple[float, float]:
+    """Median and worst |u(z(u)) - u|, both maps the contender's own, less what one ulp of z is worth."""
+    log_w, mean, log_std = (p.to(c.dtype) for p in params)
+    if c.equal_weights:
+        log_w = torch.zeros_like(log_w)
+    u = u.to(c.dtype)
+    z = c.inverse(u, (log_w, mean, log_std))
+    back = c.forward(z, (log_w, mean, log_std)).double()
+    wide = log_w.double(), mean.double(), log_std.double()
+    exact = mixture_cdf(z.double(), *wide)[0]
+    sides = [mixture_cdf(torch.nextafter(z, z + s).double(), *wide)[0] for s in (-1, 1)]
+    ulp = torch.stack([(side - exact).abs() for side in sides]).amax(0)
+    error = ((back - u.double()).abs() - torch.nan_to_num(ulp)).clamp(min=0).nan_to_num(nan=torch.inf)
+    return error.median().item(), error.max().item()
+
+
+def _largest_noise(c: Contender) -> float:
+    """Largest u with every smaller one coming back to 1e-3, for the mixture of two equal unit normals at -1 and 1."""
+    u = torch.linspace(0, 60, 601, dtype=c.dtype)
+    zero = torch.zeros(601, 2, dtype=c.dtype)
+    params = zero, torch.tensor([-1.0, 1.0], dtype=c.dtype).expand(601, 2).contiguous(), zero
+    fine = (c.forward(c.inverse(u, params), params) - u).abs() < 1e-3
+    return float(u[int(torch.cumprod(fine.long(), 0).sum()) - 1])
+
+
+def _head_inputs(args: Args) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(args.seed)
+    k, n = args.vocabulary, args.head_tokens
+    inputs = {
+        "z": torch.randn(n, args.latent_dim, generator=g),
+        "features": torch.randn(n, args.width, generator=g),
+        "weight": 0.05 * torch.randn(k, args.width, generator=g),
+        "bias": torch.zeros(k),
+        "mean": torch.randn(k, args.latent_dim, generator=g),
+        "log_std": torch.full((k,), -1.2),
+    }
+    return {name: t.requires_grad_() for name, t in inputs.items()} | {"target": torch.randint(k, (n,), generator=g)}
+
+
+def _mixd(x: dict[str, Tensor], equal: bool) -> None:
+    args = (x["z"], x["features"], x["weight"], x["bias"], x["mean"], x["log_std"])
+    (-mixture_log_prob_from_features(*args, equal_cotangents=equal).mean()).backward()
+
+
+def _cross_entropy_recomputed(x: dict[str, Tensor], chunk: int = 256) -> None:
+    """Chunks under torch.utils.checkpoint: what one writes with autograd alone."""
+
+    def loss(features: Tensor, target: Tensor) -> Tensor:
+        logits = torch.nn.functional.linear(features, x["weight"], x["bias"])
+        return torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+
+    parts = [
+        checkpoint(loss, f, t, use_reentrant=False)
+        for f, t in zip(x["features"].split(chunk), x["target"].split(chunk), strict=True)
+    ]
+    (sum(parts) / len(x["target"])).backward()
+
+
+def _cross_entropy_in_forward(x: dict[str, Tensor], chunk: int = 256) -> None:
+    """Chunks whose gradients are formed by hand as they pass, as fused cross-entropy kernels do."""
+    with torch.no_grad():
+        features, weight, bias, target = x["features"], x["weight"], x["bias"], x["target"]
+        of_features = torch.empty_like(features)
+        of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        for i in range(0, len(target), chunk):
+            part = slice(i, min(i + chunk, len(target)))
+            share = torch.addmm(bias, features[part], weight.T).log_softmax(-1).exp_()
+            share[torch.arange(len(share)), target[part]] -= 1
+            share /= len(target)
+            of_features[part] = share @ weight
+            of_weight.addmm_(share.T, features[part])
+            of_bias += share.sum(0)
+        features.grad, weight.grad, bias.grad = of_features, of_weight, of_bias
+
+
+_LOSSES: dict[str, Callable[[dict[str, Tensor]], None]] = {
+    "Mix-d, recomputed": lambda x: _mixd(x, equal=False),
+    "Mix-d, equal cotangents": lambda x: _mixd(x, equal=True),
+    "cross-entropy, recomputed": _cross_entropy_recomputed,
+    "cross-entropy, gradient in forward": _cross_entropy_in_forward,
+}
+
+
+def _heads(args: Args) -> list[dict[str, Any]]:
+    inputs = _head_inputs(args)
+
+    def job(loss: Callable[[dict[str, Tensor]], None]) -> Callable[[], None]:
+        def call() -> None:
+            for t in inputs.values():
+                t.grad = None
+            loss(inputs)
+
+        return call
+
+    seconds = _interleave({name: job(loss) for name, loss in _LOSSES.items()}, args.head_rounds)
+    recomputed, fastest = seconds["cross-entropy, recomputed"], seconds["cross-entropy, gradient in forward"]
+    rows = []
+    for name, times in seconds.items():
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            peak = fresh.submit(peak_memory, args, name).result()
+        row = {"name": name, "seconds": statistics.median(times), "peak_gb": peak}
+        for label, base in (("over_recomputed", recomputed), ("over_in_forward", fastest)):
+            row[label] = statistics.median(a / b for a, b in zip(times, base, strict=True))
+        rows.append(row)
+    return rows
+
+
+def peak_memory(args: Args, name: str) -> float:
+    """GB (1e9 bytes) by which one forward and backward raises this process's peak, gradients included.
+
+    To be called in a fresh process: the peak is the operating system's high-water mark, and never falls.
+    """
+    torch.set_num_threads(args.threads)
+    # Libraries load their kernels at first use; a tiny problem takes that out of the difference.
+    small = Args(vocabulary=64, head_tokens=8, width=args.width, latent_dim=args.latent_dim)
+    _LOSSES[name](_head_inputs(small))
+    inputs = _head_inputs(args)
+    before = _high_water_mark()
+    _LOSSES[name](inputs)
+    return _high_water_mark() - before
+
+
+def _high_water_mark() -> float:
+    """Largest resident size of this process so far, GB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage: its mark survives exec, so a child would start with that of its parent.
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
+def print_result(result: dict[str, Any], console: Console) -> None:
+    """The tables of `run`'s result."""
+    tokens, channels = result["shape"]
+    title = (
+        f"mixture maps, {tokens} x {channels} elements, {result['threads']} thread(s); errors in u, less an ulp of z"
+    )
+    table = Table(title=title, title_justify="left")
+    headings = ("K", "", "forward ms", "ours / it", "inverse ms", "ours / it")
+    errors = ("worst", "hard median", "hard worst", "|u| to")
+    for column in (*headings, *errors):
+        table.add_column(column, justify="left" if not column else "right")
+    for r in result["maps"]:
+        table.add_row(
+            str(r["components"]),
+            r["name"],
+            f"{r['forward_ms']:.1f}",
+            f"{r['forward_ours_over_this']:.2f}",
+            f"{r['inverse_ms']:.1f}",
+            f"{r['inverse_ours_over_this']:.2f}",
+            f"{r['ordinary_worst_error']:.0e}",
+            f"{r['hard_median_error']:.0e}",
+            f"{r['hard_worst_error']:.0e}",
+            f"{r['largest_u']:.1f}",
+        )
+    console.print(table)
+    if result["head"]:
+        table = Table(title="loss over a vocabulary, forward and backward", title_justify="left")
+        for column in ("", "seconds", "over CE recomputed", "over CE in forward", "peak GB above inputs"):
+            table.add_column(column, justify="left" if not column else "right")
+        for r in result["head"]:
+            ratios = (f"{r['over_recomputed']:.2f}", f"{r['over_in_forward']:.2f}")
+            table.add_row(r["name"], f"{r['seconds']:.2f}", *ratios, f"{r['peak_gb']:.2f}")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    torch.set_flush_denormal(True)
+    print_result(run(tyro.cli(Args)), Console())

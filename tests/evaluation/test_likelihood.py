@@ -1,0 +1,124 @@
+"""Units, spread and repeatability of the likelihood."""
+
+import math
+
+import pytest
+import torch
+
+from tarflowlm.errors import UserError
+from tarflowlm.evaluation.likelihood import evaluate
+from tarflowlm.objective import negative_bound
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return torch.randint(5, (7, 8), generator=torch.Generator().manual_seed(2))
+
+
+ONE_EACH = torch.ones(5, dtype=torch.int64)
+
+
+def test_units_of_the_exact_likelihood(tiny_ar, windows):
+    model = tiny_ar().eval()
+    result = evaluate(model, windows, ONE_EACH)
+    nats = -model.log_prob(windows).detach()
+    assert result.bound == "exact"
+    assert result.sign == "="
+    assert result.nats_per_token == pytest.approx(nats.sum().item() / windows.numel())
+    assert result.ppl == pytest.approx(math.exp(result.nats_per_token))
+    assert result.bpc == pytest.approx(result.nats_per_token / math.log(2))
+    assert result.stderr == pytest.approx((nats / 8).std().item() / math.sqrt(7))
+    assert (result.windows, result.tokens, result.characters, result.samples) == (7, 56, 56, 1)
+
+
+def test_a_uniform_model_has_the_entropy_of_the_vocabulary(tiny_ar, windows):
+    model = tiny_ar()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.zero_()
+    result = evaluate(model, windows, ONE_EACH)
+    assert result.ppl == pytest.approx(5)
+    assert result.bpc == pytest.approx(math.log2(5))
+    assert result.stderr == pytest.approx(0, abs=1e-12)
+
+
+def test_bits_per_character_weigh_tokens_by_their_characters(tiny_ar, windows):
+    """As BPE does it: tokens of several characters, and one that is only part of a character."""
+    model = tiny_ar()
+    characters = torch.tensor([1, 0, 2, 3, 7])
+    result = evaluate(model, windows, characters)
+    total = int(characters[windows].sum())
+    assert result.characters == total != result.tokens
+    nats = result.nats_per_token * result.tokens
+    assert result.bpc == pytest.approx(nats / total / math.log(2))
+    # what is said per token does not depend on characters
+    assert result.nats_per_token == evaluate(model, windows, ONE_EACH).nats_per_token
+
+
+def test_the_bound_is_named_and_marked(tiny_flow, windows):
+    model = tiny_flow().eval()
+    for samples, name in ((1, "elbo"), (3, "iw-3")):
+        result = evaluate(model, windows, ONE_EACH, samples=samples)
+        assert (result.bound, result.sign, result.samples) == (name, "<=", samples)
+
+
+def test_one_sample_is_the_negative_elbo(tiny_flow, windows):
+    model = tiny_flow().eval()
+    result = evaluate(model, windows, ONE_EACH, seed=4)
+    with torch.no_grad():
+        nats = negative_bound(model, windows, generator=torch.Generator().manual_seed(4))
+    assert result.nats_per_token == pytest.approx(nats.mean().item() / 8)
+
+
+def test_more_samples_tighten_the_bound(tiny_flow, windows):
+    # overlapping components: the posterior is far from what the encoder says
+    model = tiny_flow(log_std=0.5).eval()
+    many = windows.repeat(8, 1)
+    values = [evaluate(model, many, ONE_EACH, samples=k).nats_per_token for k in (1, 4, 16)]
+    assert values[0] > values[1] > values[2]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_same_seed_same_result_and_another_seed_another(tiny_flow, windows, samples):
+    model = tiny_flow().eval()
+    first = evaluate(model, windows, ONE_EACH, samples=samples, seed=1)
+    assert evaluate(model, windows, ONE_EACH, samples=samples, seed=1) == first
+    other = evaluate(model, windows, ONE_EACH, samples=samples, seed=2)
+    assert other.nats_per_token != first.nats_per_token
+    assert other.nats_per_token == pytest.approx(first.nats_per_token, abs=10 * first.stderr)
+
+
+def test_the_global_random_state_is_not_touched(tiny_flow, windows):
+    before = torch.get_rng_state()
+    evaluate(tiny_flow(), windows, ONE_EACH)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_batches_do_not_change_an_exact_result_and_report_progress(tiny_ar, windows):
+    model, seen = tiny_ar(), []
+    whole = evaluate(model, windows, ONE_EACH)
+    parts = evaluate(model, windows, ONE_EACH, batch=3, progress=lambda done, total: seen.append((done, total)))
+    assert parts.nats_per_token == pytest.approx(whole.nats_per_token, rel=1e-12)
+    assert seen == [(3, 7), (6, 7), (7, 7)]
+
+
+def test_one_window_has_no_standard_error(tiny_ar, windows):
+    assert math.isnan(evaluate(tiny_ar(), windows[:1], ONE_EACH).stderr)
+
+
+def test_the_baseline_needs_no_samples(tiny_ar, windows):
+    model = tiny_ar()
+    assert evaluate(model, windows, ONE_EACH, samples=5) == evaluate(model, windows, ONE_EACH)
+
+
+def test_json_holds_the_documented_keys(tiny_ar, windows):
+    result = evaluate(tiny_ar(), windows, ONE_EACH).to_json()
+    assert result.keys() == {
+        "bound", "nats_per_token", "bpc", "ppl", "stderr", "samples", "windows", "tokens", "characters"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("samples", [0, -1])
+def test_no_samples_are_refused(tiny_flow, windows, samples):
+    with pytest.raises(UserError, match=f"samples {samples}"):
+        evaluate(tiny_flow(), windows, ONE_EACH, samples=samples)

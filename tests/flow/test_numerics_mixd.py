@@ -1,0 +1,158 @@
+"""mixture_log_prob, mixture_log_prob_from_features, log_component_densities."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+from numerics_cases import codebook_case
+
+from tarflowlm.flow.numerics import (
+    log_component_densities,
+    mixture_log_prob,
+    mixture_log_prob_from_features,
+    tiles,
+)
+
+
+def plain(z, log_w, mean, log_std):
+    """The same number by differences, all at once."""
+    squares = ((z[..., None, :] - mean) ** 2).sum(-1)
+    d = z.shape[-1]
+    log_n = -0.5 * squares * torch.exp(-2 * log_std) - d * (log_std + 0.5 * math.log(2 * math.pi))
+    return torch.logsumexp(torch.log_softmax(log_w, -1) + log_n, -1)
+
+
+def head_case(rows, components, d, width, seed=0, dtype=torch.float64):
+    z, _, mean, log_std = codebook_case(rows, components, d, seed, dtype)
+    g = torch.Generator().manual_seed(seed + 1)
+    features, weight, bias = (
+        torch.randn(*s, generator=g, dtype=torch.float64).to(dtype)
+        for s in ((rows, width), (components, width), (components,))
+    )
+    return z, features, 0.5 * weight, bias, mean, log_std
+
+
+@pytest.fixture(params=[(256, 1024), (4, 3)], ids=["one tile", "many tiles"])
+def tile_size(request, monkeypatch):
+    monkeypatch.setitem(tiles._TILE, "cpu", request.param)
+
+
+def test_values_and_gradients(tile_size):
+    z, log_w, mean, log_std = (t.requires_grad_() for t in codebook_case(6, 7, 3, 0))
+    torch.testing.assert_close(mixture_log_prob(z, log_w, mean, log_std), plain(z, log_w, mean, log_std))
+    assert torch.autograd.gradcheck(mixture_log_prob, (z, log_w, mean, log_std))
+    assert torch.autograd.gradcheck(lambda *a: mixture_log_prob(a[0], None, *a[1:]), (z, mean, log_std))
+    inputs = [t.requires_grad_() for t in head_case(6, 7, 3, 4)]
+    logits = inputs[1] @ inputs[2].T + inputs[3]
+    expected = plain(inputs[0], logits, *inputs[4:])
+    torch.testing.assert_close(mixture_log_prob_from_features(*inputs), expected)
+    assert torch.autograd.gradcheck(mixture_log_prob_from_features, inputs)
+    assert torch.autograd.gradcheck(
+        lambda *a: mixture_log_prob_from_features(*a, equal_cotangents=True).mean(), inputs
+    )
+
+
+def test_without_weights_it_is_the_normaliser_of_the_decoder():
+    z, _, mean, log_std = codebook_case(6, 7, 3, 0)
+    expected = torch.logsumexp(log_component_densities(z, mean, log_std), -1)
+    torch.testing.assert_close(mixture_log_prob(z, None, mean, log_std), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_scales_against_fifty_digits(dtype):
+    """s = 1e-3, |mu| = 4, z within a few s of a component: float32 expansions of the square are off by a nat here."""
+    g = torch.Generator().manual_seed(0)
+    mean = torch.randn(4, 16, generator=g).to(dtype)
+    log_std = torch.tensor([math.log(1e-3), math.log(1e-3), -2.0, 0.0], dtype=dtype)
+    z = mean[:2] + 2e-3 * torch.randn(2, 16, generator=g).to(dtype)
+    ours = log_component_densities(z, mean, log_std)
+    for n in range(2):
+        for k in range(4):
+            with mpmath.workdps(50):
+                square = sum((mpmath.mpf(z[n, i].item()) - mpmath.mpf(mean[k, i].item())) ** 2 for i in range(16))
+                s = mpmath.mpf(log_std[k].item())
+                exact = -square / 2 * mpmath.exp(-2 * s) - 16 * (s + mpmath.log(2 * mpmath.pi) / 2)
+            tolerance = (1e-7 if dtype == torch.float32 else 1e-14) * (1 + abs(float(exact))) + 1e-7
+            assert abs(ours[n, k].item() - float(exact)) <= tolerance
+    torch.testing.assert_close(mixture_log_prob(z, None, mean, log_std), ours.logsumexp(-1), rtol=1e-6, atol=1e-5)
+
+
+def test_gradients_at_small_scales():
+    case = codebook_case(8, 5, 16, 3, torch.float32)
+    mean, log_std = case[2], torch.full((5,), math.log(1e-3))
+    z = mean[torch.arange(8) % 5] + 1e-3 * case[0]
+    single = [t.detach().requires_grad_() for t in (z, case[1], mean, log_std)]
+    double = [t.detach().double().requires_grad_() for t in single]
+    grads = torch.autograd.grad(mixture_log_prob(*single).sum(), single)
+    exact = torch.autograd.grad(plain(*double).sum(), double)
+    for one, other in zip(grads, exact, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max() + 1e-5
+
+
+def test_no_tensor_of_tokens_times_components(monkeypatch):
+    """Counts what is alive: the largest tensor any operation makes, forward and backward."""
+    rows, components, width = 700, 5000, 8
+    inputs = [t.requires_grad_() for t in head_case(rows, components, 4, width, dtype=torch.float32)]
+    monkeypatch.setitem(tiles._TILE, "cpu", (64, 512))
+    largest = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            outputs = result if isinstance(result, (tuple, list)) else (result,)
+            largest.extend(t.numel() for t in outputs if isinstance(t, torch.Tensor))
+            return result
+
+    with Watch():
+        mixture_log_prob_from_features(*inputs).sum().backward()
+    assert max(largest) <= max(components * width, 64 * 512)
+    assert max(largest) < rows * components / 50
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("equal", [False, True])
+def test_under_autocast_only_the_head_is_half(chunk, equal):
+    inputs = [t.requires_grad_() for t in head_case(24, 40, 4, 32, dtype=torch.float32)]
+    exact = torch.autograd.grad(mixture_log_prob_from_features(*inputs).sum(), inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        log_p = mixture_log_prob_from_features(*inputs, chunk=chunk, equal_cotangents=equal)
+    assert log_p.dtype == torch.float32
+    logits = (inputs[1].bfloat16() @ inputs[2].bfloat16().T).float() + inputs[3]
+    torch.testing.assert_close(log_p, plain(inputs[0], logits, *inputs[4:]), rtol=1e-5, atol=1e-4)
+    for one, other in zip(torch.autograd.grad(log_p.sum(), inputs), exact, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).abs().max() <= 0.1 * other.abs().max()
+
+
+def test_equal_cotangents_are_checked():
+    inputs = [t.requires_grad_() for t in head_case(6, 7, 3, 4)]
+    log_p = mixture_log_prob_from_features(*inputs, equal_cotangents=True)
+    with pytest.raises(RuntimeError, match="weights the elements"):
+        (log_p * torch.arange(6)).sum().backward()
+
+
+def test_frozen_inputs_get_no_gradient_and_none_is_harmless():
+    z, features, weight, _, mean, log_std = head_case(6, 7, 3, 4)
+    weight.requires_grad_()
+    mixture_log_prob_from_features(z, features, weight, None, mean, log_std).sum().backward()
+    assert weight.grad.abs().sum() > 0
+    assert mean.grad is None
+
+
+def test_nan_and_masked_components():
+    z, log_w, mean, log_std = codebook_case(4, 5, 3, 1)
+    masked = torch.cat([log_w, torch.full((4, 1), -math.inf, dtype=torch.float64)], -1)
+    wide = mixture_log_prob(z, masked, torch.cat([mean, mean[:1]]), torch.cat([log_std, log_std[:1]]))
+    torch.testing.assert_close(wide, mixture_log_prob(z, log_w, mean, log_std))
+    z[1, 0] = math.nan
+    assert mixture_log_prob(z, log_w, mean, log_std).isnan().tolist() == [False, True, False, False]
+
+
+def test_second_derivatives_are_refused():
+    z, log_w, mean, log_std = codebook_case(4, 5, 3, 1)
+    (slope,) = torch.autograd.grad(
+        mixture_log_prob(z.requires_grad_(), log_w, mean, log_std).sum(), z, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        slope.sum().backward()

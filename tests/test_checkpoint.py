@@ -1,0 +1,235 @@
+"""A checkpoint directory gives back the model it was made from, or says in one line why it cannot."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tarflowlm
+from tarflowlm.baseline import BaselineConfig
+from tarflowlm.checkpoint import build_model, load_checkpoint, save_weights, write_run
+from tarflowlm.data import CharTokenizer
+from tarflowlm.errors import UserError
+from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.model import FlowConfig, TarFlowLM
+from tarflowlm.training.config import RunConfig, TrainConfig
+
+TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
+FLOW = FlowConfig(context=8, latent_dim=2, trunk=TRUNK, layers=(1, 1, 1), head_hidden=4)
+CONFIGS = {
+    "flow": FLOW,
+    "flow-patch": replace(FLOW, patch=2, in_patch="independent", channel_mix=False),
+    "own-components": replace(FLOW, couplings=("affine", "mixd", "mix1"), components=(1, 4, 3)),
+    "ar": BaselineConfig(context=8, trunk=TRUNK, layers=1),
+    "ar-patch": BaselineConfig(context=8, patch=2, in_patch="autoregressive", trunk=TRUNK, layers=1),
+}
+INFO = {"step": "5", "tokens": "160"}
+
+
+def write_checkpoint(out: Path, config: FlowConfig | BaselineConfig, blocks: int | None = None):
+    """A run directory with random weights of `config`, or of its first blocks; returns the model."""
+    run = RunConfig(name="tiny", model=config, train=TrainConfig(stage_steps=(3,), mode="joint"))
+    tokenizer = CharTokenizer(" abcdefghijklmnopqrstuvwxyz")
+    full = replace(config, vocab_size=tokenizer.vocab_size)
+    model = build_model(full if blocks is None or not isinstance(full, FlowConfig) else full.first_blocks(blocks))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    out.mkdir(exist_ok=True)
+    write_run(out, run, tokenizer)
+    save_weights(out, model, INFO | {"blocks": str(model.num_blocks if isinstance(model, TarFlowLM) else 0)})
+    return model
+
+
+@pytest.fixture
+def directory(tmp_path) -> Path:
+    write_checkpoint(tmp_path / "run", FLOW)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_what_is_loaded_is_what_was_saved(tmp_path, config):
+    saved = write_checkpoint(tmp_path / "run", config)
+    checkpoint = load_checkpoint(tmp_path / "run")
+    assert checkpoint.run.model == config
+    assert {name: checkpoint.info[name] for name in INFO} == INFO
+    assert checkpoint.tokenizer.alphabet == " abcdefghijklmnopqrstuvwxyz"
+    loaded = checkpoint.model
+    assert type(loaded) is type(saved)
+    assert not loaded.training
+    expected = saved.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    tokens = torch.arange(16).view(2, 8)
+    ours, theirs = (
+        tarflowlm.importance_weighted_bound(m, tokens, samples=1, generator=torch.Generator().manual_seed(0))
+        for m in (saved.eval(), loaded)
+    )
+    assert torch.equal(ours, theirs)
+
+
+def test_load_gives_model_and_tokenizer(directory):
+    model, tokenizer = tarflowlm.load(str(directory))
+    assert isinstance(model, TarFlowLM)
+    assert tokenizer.decode(tokenizer.encode("a text")) == "a text"
+
+
+def test_two_loads_are_the_same_model(directory):
+    first, second = (tarflowlm.load(directory)[0].state_dict() for _ in range(2))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_a_run_inside_its_stages_gives_the_blocks_it_has(tmp_path, blocks):
+    saved = write_checkpoint(tmp_path / "run", FLOW, blocks)
+    model = load_checkpoint(tmp_path / "run").model
+    assert model.num_blocks == blocks
+    assert all(torch.equal(t, saved.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+def test_the_tied_codebook_is_stored_once_and_stays_tied(directory):
+    names = [name for name in load_file(directory / "model.safetensors") if name.endswith("mean")]
+    assert names == ["codebook.mean"]
+    model = load_checkpoint(directory).model
+    assert model.prior.blocks[0].coupling.components is model.codebook
+
+
+def test_the_files_are_readable_and_nothing_else_is_needed(directory):
+    assert {path.name for path in directory.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    assert config["model"]["couplings"] == ["mixd", "mix1", "mix1"]
+
+
+class Exploit:
+    """A pickle of it would write a file when read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("write", [lambda o, p: p.write_bytes(pickle.dumps(o)), lambda o, p: torch.save(o, p)])
+def test_a_pickle_is_refused_and_not_run(directory, write, tmp_path):
+    target = tmp_path / "was-run"
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        path = directory / name
+        before = path.read_bytes()
+        write(Exploit(target), path)
+        with pytest.raises(UserError, match=name):
+            load_checkpoint(directory)
+        path.write_bytes(before)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, 5000, -1])
+def test_truncated_weights_are_named(directory, keep):
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:keep])
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        load_checkpoint(directory)
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 8, b"\x00" * 8, b"\x10\x00\x00\x00\x00\x00\x00\x00{not json at a"])
+def test_a_broken_header_is_named(directory, damage):
+    path = directory / "model.safetensors"
+    path.write_bytes(damage + path.read_bytes()[len(damage) :])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        load_checkpoint(directory)
+
+
+def alter(directory: Path, change) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata=INFO | {"blocks": "3"})
+
+
+ALTERED = {
+    "missing": (lambda t: t.pop("codebook.mean"), r"has no tensor codebook\.mean"),
+    "renamed": (lambda t: t.update(other=t.pop("codebook.mean")), r"has no tensor codebook\.mean"),
+    "extra": (lambda t: t.update(extra=torch.zeros(1)), "has an unexpected tensor extra"),
+    "reshaped": (lambda t: t.update({"codebook.mean": torch.zeros(3, 2)}), r"codebook\.mean has shape \[3, 2\]"),
+    "transposed": (
+        lambda t: t.update({"codebook.mean": t["codebook.mean"].T.contiguous()}), r"asks for \[27, 2\]"
+    ),
+    "not-finite": (lambda t: t["codebook.mean"].fill_(float("nan")), r"codebook\.mean holds non-finite values"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), ALTERED.values(), ids=ALTERED.keys())
+def test_altered_weights_are_named(directory, change, message):
+    alter(directory, change)
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(directory)
+
+
+def edit_config(directory: Path, change) -> None:
+    path = directory / "config.json"
+    value = json.loads(path.read_text(encoding="utf-8"))
+    change(value)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+BROKEN_CONFIGS = {
+    "unknown-key": (lambda c: c["model"].update(widht=3), r"model\.widht: unknown key"),
+    "missing-key": (lambda c: c.pop("model"), r"model: missing key"),
+    "wrong-type": (lambda c: c["model"].update(context="long"), r"model\.context: expected int"),
+    "bool-for-int": (lambda c: c["model"].update(context=True), r"model\.context: expected int"),
+    "null": (lambda c: c.update(seed=None), r"seed: expected int"),
+    "unknown-coupling": (lambda c: c["model"].update(couplings=["mixq"]), r"'mixq' is not one of"),
+    "unknown-family": (lambda c: c["model"].update(family="gan"), r"family: 'gan'"),
+    "family-no-string": (lambda c: c["model"].update(family=[]), r"family: \[\]"),
+    "contradiction": (lambda c: c["model"].update(patch=3), "patch 3 does not divide context 8"),
+    "other-model": (lambda c: c["model"].update(latent_dim=5), r"asks for \[27, 5\]"),
+    "no-stages": (lambda c: c["train"].update(stage_steps=[]), "stage_steps"),
+    "list": (lambda c: c.update(train=[1, 2]), "train: expected an object"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN_CONFIGS.values(), ids=BROKEN_CONFIGS.keys())
+def test_a_config_that_does_not_fit_is_named(directory, change, message):
+    edit_config(directory, change)
+    with pytest.raises(UserError, match=message) as raised:
+        load_checkpoint(directory)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_named(directory, name):
+    (directory / name).unlink()
+    with pytest.raises(UserError, match=name):
+        load_checkpoint(directory)
+
+
+def test_another_tokenizer_does_not_fit_the_weights(directory):
+    CharTokenizer("ab", "none").save(directory / "tokenizer.json")
+    with pytest.raises(UserError, match=r"codebook\.log_std has shape \[27\], config.json asks for \[2\]"):
+        load_checkpoint(directory)
+
+
+def test_what_is_no_directory_is_named(tmp_path):
+    (tmp_path / "file").write_text("text", encoding="utf-8")
+    for path in (tmp_path / "missing", tmp_path / "file"):
+        with pytest.raises(UserError, match="is not a directory"):
+            load_checkpoint(path)
+
+
+def test_a_failed_save_keeps_the_old_weights(directory, monkeypatch):
+    before = load_file(directory / "model.safetensors")
+
+    def fails(*args, **options):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("tarflowlm.checkpoint.save_file", fails)
+    with pytest.raises(OSError, match="no space"):
+        save_weights(directory, build_model(replace(FLOW, vocab_size=3)), INFO)
+    after = load_file(directory / "model.safetensors")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert len(list(directory.iterdir())) == 3

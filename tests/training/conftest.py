@@ -1,0 +1,110 @@
+"""Runs so small that a test can afford dozens of them."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tarflowlm.baseline import BaselineConfig
+from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.model import FlowConfig
+from tarflowlm.training.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from tarflowlm.training.metrics import Reporter
+from tarflowlm.training.progressive import train
+
+TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_cache(tmp_path_factory: pytest.TempPathFactory):
+    """No test reads or fills the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TARFLOWLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 3,000 characters of a-z and spaces."""
+    rng = random.Random(3)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "nine", "old", "men", "quick", "dogs", "zebra"]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(rng.choice(words) for _ in range(700)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(corpus_file) -> Callable[..., RunConfig]:
+    """tiny_run(model={...}, optim={...}, **TrainConfig fields): three progressive stages of 3, 2, 2 steps."""
+
+    def build(*, model: dict[str, Any] | None = None, optim: dict[str, Any] | None = None, seed: int = 0, **fields):
+        flow = FlowConfig(context=16, latent_dim=3, trunk=TRUNK, layers=(1, 1, 1), head_hidden=4)
+        defaults = {
+            "stage_steps": (3, 2, 2), "batch_size": 2, "log_every": 1, "evaluate_every": 2,
+            "evaluate_windows": 3, "checkpoint_every": 2,
+        }  # fmt: skip
+        return RunConfig(
+            name="tiny",
+            model=replace(flow, **(model or {})),
+            data=DataConfig(source=str(corpus_file)),
+            optim=OptimConfig(**(optim or {})),
+            train=TrainConfig(**(defaults | fields)),
+            seed=seed,
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_baseline(tiny_run) -> Callable[..., RunConfig]:
+    """tiny_baseline(**TrainConfig fields): the discrete baseline, one stage of 5 steps."""
+
+    def build(**fields) -> RunConfig:
+        run = tiny_run()
+        train = replace(run.train, **({"stage_steps": (5,)} | fields))
+        return replace(run, model=BaselineConfig(context=16, trunk=TRUNK, layers=1), train=train)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def go() -> Callable[..., dict[str, Any]]:
+    """go(run, out, reporter=None): train on the CPU, looking at three windows of the test split."""
+
+    def run_it(run: RunConfig, out: Path, reporter: Reporter | None = None) -> dict[str, Any]:
+        return train(run, out, device=torch.device("cpu"), reporter=reporter, test_windows=3)
+
+    return run_it
+
+
+@pytest.fixture(scope="session")
+def read_metrics() -> Callable[[Path], list[dict[str, Any]]]:
+    """The lines of metrics.jsonl without the speed, the one thing in them that is not reproducible."""
+
+    def read(directory: Path) -> list[dict[str, Any]]:
+        lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def same_weights() -> Callable[[Path, Path], bool]:
+    """Whether two run directories hold bit-identical weights and counts (the header's order is not reproducible)."""
+
+    def content(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        with safe_open(directory / "model.safetensors", framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+    def compare(left: Path, right: Path) -> bool:
+        (ours, our_info), (theirs, their_info) = content(left), content(right)
+        same_names = ours.keys() == theirs.keys() and our_info == their_info
+        return same_names and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+    return compare

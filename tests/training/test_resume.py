@@ -1,0 +1,187 @@
+"""A run that was killed anywhere and resumed is the run that was never stopped."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tarflowlm.checkpoint import load_checkpoint
+from tarflowlm.errors import UserError
+from tarflowlm.training import state
+from tarflowlm.training.metrics import Reporter
+from tarflowlm.training.progressive import resume
+
+CPU = torch.device("cpu")
+
+
+class Killed(BaseException):
+    """Like the interrupt of a user: no `except Exception` may swallow it."""
+
+
+class Killer(Reporter):
+    """Counts everything a run tells, and kills it at event number `at`."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.events = at, 0
+
+    def _event(self) -> None:
+        if self.events == self.at:
+            raise Killed
+        self.events += 1
+
+    def stage(self, index, num_stages, num_steps, done, description):
+        self._event()
+
+    def step(self, num_tokens):
+        self._event()
+
+    def record(self, record):
+        self._event()
+
+    def notice(self, text):
+        # whether the corpus was cached differs between runs; where it is evaluated does not
+        if text.startswith("evaluating"):
+            self._event()
+
+
+def killed_run(go, run, out: Path, at: int) -> None:
+    with pytest.raises(Killed):
+        go(run, out, Killer(at))
+
+
+@pytest.fixture(scope="module")
+def assert_same_run(same_weights, read_metrics):
+    def check(left: Path, right: Path) -> None:
+        assert same_weights(left, right)
+        assert read_metrics(left) == read_metrics(right)
+        summaries = [json.loads((d / "summary.json").read_text(encoding="utf-8")) for d in (left, right)]
+        for name in ("steps", "tokens", "stage_tokens", "stage_valid_bpc", "parameters"):
+            assert summaries[0][name] == summaries[1][name]
+
+    return check
+
+
+def assert_loads_or_is_new(out: Path) -> bool:
+    """The directory holds a complete model, or says that there is none yet."""
+    if not (out / "model.safetensors").exists():
+        with pytest.raises(UserError, match="no trained weights yet"):
+            load_checkpoint(out)
+        return False
+    checkpoint = load_checkpoint(out)
+    assert checkpoint.model.num_blocks == int(checkpoint.info["blocks"])
+    return True
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_run, go):
+    """The run that was never stopped, and the number of its events. Logging is sparser than checkpoints."""
+    out, counter = tmp_path_factory.mktemp("whole") / "run", Killer()
+    run = tiny_run(log_every=3, stage_steps=(3, 2, 3))
+    go(run, out, counter)
+    return run, out, counter.events
+
+
+# in four parts, so that a failure is found and rerun sooner
+@pytest.mark.parametrize("part", range(4))
+def test_killed_anywhere_and_resumed_equals_never_stopped(tmp_path, whole, go, assert_same_run, part):
+    run, never_stopped, num_events = whole
+    for at in range(part, num_events, 4):
+        out = tmp_path / str(at)
+        killed_run(go, run, out, at)
+        loads = assert_loads_or_is_new(out)
+        if not state.complete_states(out):
+            with pytest.raises(UserError, match="no state to resume from"):
+                resume(out, device=CPU)
+            assert not loads
+            continue
+        resume(out, device=CPU)
+        assert_same_run(never_stopped, out)
+
+
+def test_killed_twice(tmp_path, whole, go, assert_same_run):
+    run, never_stopped, num_events = whole
+    out = tmp_path / "run"
+    killed_run(go, run, out, num_events // 3)
+    with pytest.raises(Killed):
+        resume(out, device=CPU, reporter=Killer(num_events // 3))
+    assert_loads_or_is_new(out)
+    resume(out, device=CPU)
+    assert_same_run(never_stopped, out)
+
+
+def test_killed_while_a_state_is_written(tmp_path, whole, go, assert_same_run, monkeypatch):
+    run, never_stopped, _ = whole
+    out, calls = tmp_path / "run", []
+
+    def dies_at_the_second(path, value):
+        calls.append(path)
+        if len(calls) == 2:
+            raise Killed
+        return write_json(path, value)
+
+    write_json = state.write_json
+    monkeypatch.setattr(state, "write_json", dies_at_the_second)
+    with pytest.raises(Killed):
+        go(run, out)
+    monkeypatch.setattr(state, "write_json", write_json)
+    names = {path.name for path in (out / "state").iterdir()}
+    assert names == {"step-00000002", ".step-00000003"}
+    assert_loads_or_is_new(out)
+    assert state.newest_state(out).name == "step-00000002"
+    resume(out, device=CPU)
+    assert_same_run(never_stopped, out)
+    assert not list((out / "state").glob(".*"))
+
+
+def test_stall_counts_survive(tmp_path, tiny_run, go, assert_same_run):
+    run = tiny_run(
+        stage_steps=(40, 40, 2), advance="stall", stall_evaluations=3, stall_tolerance=1e9, checkpoint_every=4
+    )
+    never_stopped, out = tmp_path / "whole", tmp_path / "cut"
+    counter = Killer()
+    go(run, never_stopped, counter)
+    for at in (counter.events // 4, counter.events // 2, 3 * counter.events // 4):
+        killed_run(go, run, out, at)
+        resume(out, device=CPU)
+        assert_same_run(never_stopped, out)
+        shutil.rmtree(out)
+
+
+def test_joint_and_baseline_runs_resume(tmp_path, tiny_run, tiny_baseline, go, assert_same_run):
+    for name, run in {"joint": tiny_run(mode="joint", stage_steps=(5,)), "baseline": tiny_baseline()}.items():
+        go(run, tmp_path / name)
+        killed_run(go, run, tmp_path / f"{name}-cut", 8)
+        resume(tmp_path / f"{name}-cut", device=CPU)
+        assert_same_run(tmp_path / name, tmp_path / f"{name}-cut")
+
+
+def test_a_finished_run_has_nothing_to_resume(whole):
+    with pytest.raises(UserError, match="is finished"):
+        resume(whole[1], device=CPU)
+
+
+def test_a_damaged_state_is_named_and_the_one_before_can_be_used(tmp_path, whole, go, assert_same_run):
+    run, never_stopped, num_events = whole
+    out = tmp_path / "run"
+    killed_run(go, run, out, num_events - 1)
+    newest = state.newest_state(out)
+    for file in newest.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"{newest.name} cannot be resumed"):
+        resume(out, device=CPU)
+    shutil.rmtree(newest)
+    resume(out, device=CPU)
+    assert_same_run(never_stopped, out)
+
+
+def test_only_the_newest_states_are_kept(whole):
+    assert [path.name for path in state.complete_states(whole[1])] == ["step-00000006", "step-00000008"]
+
+
+def test_resuming_what_is_no_run_says_so(tmp_path):
+    with pytest.raises(UserError, match="is not a directory"):
+        resume(tmp_path / "nothing", device=CPU)
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        resume(tmp_path, device=CPU)
