@@ -13,7 +13,7 @@ from tarflowlm.config import from_dict, to_dict
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json, replacing, write_json
-from tarflowlm.model import FlowConfig, TarFlowLM
+from tarflowlm.model import FlowConfig, TarFlowLM, seeded
 from tarflowlm.training.config import RunConfig
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -68,7 +68,9 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     config: Any = replace(run.model, vocab_size=tokenizer.vocab_size)
     if isinstance(config, FlowConfig) and info.get("blocks", "").isdigit():
         config = config.first_blocks(int(info["blocks"]))
-    model = build_model(config)
+    # the initial weights are overwritten: the caller's random numbers must not depend on them
+    with seeded(0):
+        model = build_model(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     _check_names_and_shapes(directory / WEIGHTS, expected, tensors)
     model.load_state_dict(tensors)

@@ -18,6 +18,8 @@ import torch
 import tyro
 from rich.console import Console
 
+from tarflowlm.bench import numerics as bench_numerics
+from tarflowlm.bench import train as bench_train
 from tarflowlm.checkpoint import load_checkpoint
 from tarflowlm.console import (
     ProgressReporter,
@@ -64,8 +66,8 @@ class DataArgs:
 class TrainArgs:
     """Train a preset into a new directory; any field of its configuration can be overridden."""
 
-    out: Path
-    """Run directory to write; it must not exist."""
+    out: Path | None = None
+    """Run directory to write; it must not exist. Required."""
     data: str | None = None
     """Corpus name, text file, or directory made by `tarflowlm data`."""
     steps: int | None = None
@@ -131,7 +133,7 @@ class SampleArgs:
     seed: int = 0
     """Same seed, same text."""
     temperature: float = 1.0
-    """Scale of the noise and power of the mixture weights; 1 is the model itself."""
+    """Power 1 / temperature on the mixture weights of block 1; 1 is the model itself."""
     top_k: int | None = None
     """Keep the k most probable components or tokens."""
     top_p: float | None = None
@@ -270,7 +272,9 @@ def run_train(argv: list[str]) -> None:
     console = Console(stderr=True)
     if argv and not argv[0].startswith("-"):
         name, rest = argv[0], argv[1:]
-        args = parse(TrainArgs, rest, f"tarflowlm train {name}", TrainArgs(out=tyro.MISSING, run=preset(name)))
+        args = parse(TrainArgs, rest, f"tarflowlm train {name}", TrainArgs(run=preset(name)))
+        if args.out is None:
+            raise UserError(f"--out is missing: name the directory to write, say --out runs/{name}")
         run = _overridden(args)
         with ProgressReporter(console) as reporter:
             summary = train(run, args.out, device=pick_device(args.device), reporter=reporter)
@@ -358,7 +362,7 @@ def run_eval(args: EvalArgs) -> None:
 
 
 def run_bench(argv: list[str]) -> None:
-    benchmarks = {"numerics": bench.numerics, "train": bench.train}
+    benchmarks: dict[str, Any] = {"numerics": bench_numerics, "train": bench_train}
     name = argv[0] if argv else ""
     if name not in benchmarks:
         raise UserError(f"benchmark {name!r} is unknown: choose one of {', '.join(benchmarks)}")

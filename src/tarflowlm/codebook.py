@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tarflowlm.flow.numerics import log_component_densities
+from tarflowlm.flow.numerics import log_component_densities, mixture_log_prob
 
 
 def spread_means(num_components: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
@@ -85,6 +85,10 @@ class Codebook(nn.Module):
     def log_components(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
         """log N_k(z) for every token k, in nats."""
         return log_component_densities(z, self.mean, self.log_std)
+
+    def log_normaliser(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        """log sum_k N_k(z) in nats, tile by tile: log q(z|x) - log p(x|z) for whatever x; no [tokens, V] tensor."""
+        return mixture_log_prob(z, None, self.mean, self.log_std)
 
     def log_posterior(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
         """log p(x = k | z) in nats."""

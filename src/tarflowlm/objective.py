@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
+from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import standard_normal_log_prob
 from tarflowlm.flow.precision import full_precision
 from tarflowlm.model import TarFlowLM
@@ -93,7 +94,7 @@ def negative_bound(
     eps = posterior_noise(model, tokens, generator) if noise is None else noise
     with torch.set_grad_enabled(torch.is_grad_enabled() and frozen == 0), full_precision(eps):
         z = model.codebook.encode(tokens, eps)
-        log_normaliser = model.codebook.log_components(z).logsumexp(-1).sum(-1)
+        log_normaliser = model.codebook.log_normaliser(z).sum(-1)
     return log_normaliser - model.prior.log_prob(z, frozen=frozen)
 
 
@@ -108,6 +109,8 @@ def importance_weighted_bound(
 
     An upper bound on -log p(x) in expectation that falls with K; K = 1 is the negative ELBO (Burda et al. 2016).
     """
+    if samples < 1:
+        raise UserError(f"samples {samples}: must be at least 1")
     if isinstance(model, TokenLM):
         return negative_bound(model, tokens)
     log_weights = [-negative_bound(model, tokens, generator=generator) for _ in range(samples)]

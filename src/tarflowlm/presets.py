@@ -13,8 +13,8 @@ from tarflowlm.model import CouplingName, FlowConfig
 from tarflowlm.training.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2)
-MINI_STEPS = 1400
-"""Of 16 sequences of 256 tokens: 5.7 M tokens."""
+MINI_STEPS = 2600
+"""Of 8 sequences of 256 tokens: 5.3 M tokens."""
 
 PAPER_TRUNK = TransformerConfig(width=768, num_heads=12)
 """The body of GPT-2 small."""
@@ -65,7 +65,7 @@ def _mini_joint(name: str, coupling: CouplingName, components: tuple[int, ...]) 
 
 def _mini_mixd(name: str, patch: int) -> RunConfig:
     model = FlowConfig(context=256, trunk=MINI_TRUNK, patch=patch)
-    return RunConfig(name=name, model=model, train=TrainConfig(stage_steps=(MINI_STEPS, 200, 200)))
+    return RunConfig(name=name, model=model, train=TrainConfig(stage_steps=(MINI_STEPS, 300, 300)))
 
 
 def _paper(name: str) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Mixtures that break flows, shared by the numerics tests: scales e^-6..e^2, modes 20 sigma apart, weights to e^-12."""
+"""Mixtures that break flows, shared by the numerics tests: scales e^-6..e^2, modes 20 sigma apart, weights e^-12."""
 
 import torch
 from torch import Tensor

@@ -1,5 +1,6 @@
 """Speed, accuracy and range of the mixture maps, and cost of the Mix-d loss: paired, interleaved, in one run."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -218,8 +219,8 @@ def _interleave(jobs: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, li
     return seconds
 
 
-def _round_trip(c: Contender, u: Tensor, params: Params) -> tuple[float, float]:
-    """Median and worst |u(z(u)) - u|, both maps the contender's own, less what one ulp of z is worth."""
+def _round_trip(c: Contender, u: Tensor, params: Params) -> tuple[float | None, float | None]:
+    """Median and worst |u(z(u)) - u|, both maps the contender's own, less an ulp of z; None where not finite."""
     log_w, mean, log_std = (p.to(c.dtype) for p in params)
     if c.equal_weights:
         log_w = torch.zeros_like(log_w)
@@ -230,8 +231,10 @@ def _round_trip(c: Contender, u: Tensor, params: Params) -> tuple[float, float]:
     exact = mixture_cdf(z.double(), *wide)[0]
     sides = [mixture_cdf(torch.nextafter(z, z + s).double(), *wide)[0] for s in (-1, 1)]
     ulp = torch.stack([(side - exact).abs() for side in sides]).amax(0)
-    error = ((back - u.double()).abs() - torch.nan_to_num(ulp)).clamp(min=0).nan_to_num(nan=torch.inf)
-    return error.median().item(), error.max().item()
+    error = ((back - u.double()).abs() - torch.nan_to_num(ulp)).clamp(min=0)
+    error = torch.where(error.isnan(), torch.inf, error)
+    median, worst = error.median().item(), error.max().item()
+    return median if math.isfinite(median) else None, worst if math.isfinite(worst) else None
 
 
 def _largest_noise(c: Contender) -> float:
@@ -352,6 +355,10 @@ def _high_water_mark() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
+def _scientific(error: float | None) -> str:
+    return "lost" if error is None else f"{error:.0e}"
+
+
 def print_result(result: dict[str, Any], console: Console) -> None:
     """The tables of `run`'s result."""
     tokens, channels = result["shape"]
@@ -371,9 +378,9 @@ def print_result(result: dict[str, Any], console: Console) -> None:
             f"{r['forward_ours_over_this']:.2f}",
             f"{r['inverse_ms']:.1f}",
             f"{r['inverse_ours_over_this']:.2f}",
-            f"{r['ordinary_worst_error']:.0e}",
-            f"{r['hard_median_error']:.0e}",
-            f"{r['hard_worst_error']:.0e}",
+            _scientific(r["ordinary_worst_error"]),
+            _scientific(r["hard_median_error"]),
+            _scientific(r["hard_worst_error"]),
             f"{r['largest_u']:.1f}",
         )
     console.print(table)

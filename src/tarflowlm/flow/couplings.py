@@ -137,7 +137,8 @@ class Mix1Coupling(Coupling):
         """
         mean, dim = codebook.mean.T, codebook.mean.shape[1]
         evidence = self.head.evidence
-        assert evidence is not None and self.head.biases[0].shape[1] == codebook.vocab_size
+        assert evidence is not None
+        assert self.head.biases[0].shape[1] == codebook.vocab_size
         unit = codebook.log_std.exp().mean()
         self.head.scale[1] = unit
         per_channel = mean / unit.square()

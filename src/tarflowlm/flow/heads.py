@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tarflowlm.flow.precision import full_precision, widen
 
+
 @dataclass(frozen=True)
 class GroupState:
     """What is known inside one position: of the past, and of its first groups."""
@@ -122,9 +123,10 @@ class AutoregressiveHead(nn.Module):
             hidden = hidden + torch.cat(state.embedded, -1) @ self.cross[g, :, :g].reshape(self.hidden, -1).T
         outputs = self._read_out(hidden[None], slice(g, g + 1))
         if state.shared is not None and self.evidence is not None:
-            outputs[0] = outputs[0] + state.shared
+            outputs[0] = outputs[0] + widen(state.shared)
             if g:
-                outputs[0] = outputs[0] + torch.cat(state.values, -1) @ self.evidence[g, :g].flatten(0, 1)
+                with full_precision(state.context):
+                    outputs[0] = outputs[0] + torch.cat(state.values, -1) @ self.evidence[g, :g].flatten(0, 1)
         return outputs
 
     def observe(self, state: GroupState, z: Float[Tensor, "B m"]) -> GroupState:

@@ -47,8 +47,10 @@ def generate(
 ) -> Generation:
     """`num` samples of `num_tokens` tokens, the `prompt` [n] included.
 
-    Exact samples of the model at temperature 1 without a prompt. `temperature` scales the standard deviation of the
-    noise and is the power 1 / temperature on mixture weights. A prompt is exact for a single left-to-right block and
+    Exact samples of the model at temperature 1 without a prompt. `temperature` is the power 1 / temperature on the
+    mixture weights of block 1, or on the baseline's probabilities. The noise is not scaled: Phi(u) must stay uniform,
+    or components would be chosen by their place on the axis. In a stack of affine blocks alone, which has no weights,
+    it scales the standard deviation of the noise. A prompt is exact for a single left-to-right block and
     for the baseline; with more blocks the states above block 1 are sampled without knowing it, an approximation.
     Row b draws its noise from a stream of its own, seeded from `generator`, so rows do not depend on `num`.
     `tick` is called once per position and block (`num_ticks` says how often).
@@ -63,7 +65,9 @@ def generate(
         tokens = sample_baseline(model, row_uniform(rows, padded), prompt=prompt, adjust=adjust, tick=tick)
         return Generation(tokens=tokens[:, :num_tokens])
     book, dim = model.codebook, model.config.latent_dim
-    noise = row_normal(rows, padded, dim).to(book.mean) * temperature
+    noise = row_normal(rows, padded, dim).to(book.mean)
+    if set(model.config.couplings) == {"affine"}:
+        noise = noise * temperature
     known = None
     if prompt is not None and len(prompt):
         eps = row_normal(rows, len(prompt), dim).to(book.mean)

@@ -24,13 +24,15 @@ def invert_stack(
 
     `known` [B, n, d] fixes the latents of the first n tokens in block 1, whose weights then see them. The states
     above were sampled without that knowledge: exact for one block, an approximation for more (docs/math.md).
+    `adjust` acts on the mixture weights of block 1, which choose the tokens.
     """
     prior = model.prior
     h = prior.patch(noise)[0]
     states = [noise]
     for index in reversed(range(len(prior.blocks))):
-        prefix = known.flatten(1) if index == 0 and known is not None else None
-        h = prior.blocks[index].inverse(h, adjust=adjust, known=prefix, tick=tick)  # type: ignore[operator]
+        block, first = prior.blocks[index], index == 0
+        prefix = known.flatten(1) if first and known is not None else None
+        h = block.inverse(h, adjust=adjust if first else None, known=prefix, tick=tick)  # type: ignore[operator]
         states.append(prior.patch.inverse(h))
     return states
 

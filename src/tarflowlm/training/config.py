@@ -82,13 +82,13 @@ class TrainConfig:
     """With `stall`: evaluations without an improvement of `stall_tolerance` that end a stage."""
     stall_tolerance: float = 0.002
     """With `stall`: nats per token that count as an improvement."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Sequences per optimiser step."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products; densities, log-dets and inverses are float32 always."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
-    evaluate_every: int = 250
+    evaluate_every: int = 500
     """Steps between evaluations on the validation split."""
     evaluate_windows: int = 64
     """Sequences of the validation split looked at each time."""

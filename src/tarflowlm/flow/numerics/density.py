@@ -63,7 +63,7 @@ def evaluate(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, f: Family)
 
 
 def _pull_chunks(z: Tensor, params: tuple[Tensor, ...], grad: Tensor, f: Family) -> tuple[Tensor, ...]:
-    """Gradients of z and the parameters: mean r psi / s, log_std r (a psi - 1), log_w r - w, z minus the mean's sum."""
+    """Gradients: mean r psi / s, log_std r (a psi - 1), log_w r - w, z minus the mean's sum."""
     out = (torch.empty_like(z), *(torch.zeros_like(p) for p in params))
     num_components = params[1].shape[-1]
     space = linear.Workspace(6, num_components, chunk_rows(num_components), z.dtype)

@@ -16,8 +16,8 @@ from tarflowlm.flow.numerics.families import Family
 _SQRT_HALF = math.sqrt(0.5)
 
 SMALLEST = {torch.float32: 1e-12, torch.float64: 1e-285}
-"""Tail masses and densities below this leave the linear path. In float32 the bound is 7 sigma, not the 13 where
-the mass underflows: beyond 7 an ulp of u^2 / 2 becomes visible in the log-determinant, and float64 removes it."""
+"""Tail masses and densities below this leave the linear path. In float32 the bound is 7 sigma, not the 13 where the
+mass underflows: beyond 7 an ulp of u^2 / 2 shows in the log-determinant, and float64 removes it."""
 
 TINY = {torch.float32: 1e-30, torch.float64: 1e-290}
 """Floor of a density one divides by, in a Newton step that the bracket then refuses."""
@@ -25,7 +25,7 @@ TINY = {torch.float32: 1e-30, torch.float64: 1e-290}
 _LARGEST = {("normal", torch.float32): 9.0, ("normal", torch.float64): 26.4}
 _LARGEST |= {("logistic", torch.float32): 80.0, ("logistic", torch.float64): 690.0}
 """Clamp for the scaled a. Vectorised exp and erfc are 30 to 80 times slower where their result underflows, flushed
-denormals or not. What the clamp leaves (4e-37, 4e-305) is nothing beside `SMALLEST`, below which no row stays here."""
+denormals or not. What the clamp leaves (4e-37, 4e-305) is nothing beside `SMALLEST`."""
 
 _SAFE_TOTAL = (1e-20, 1e30)
 """Sums of exp(log_w) for which shifting log_w by its maximum would change nothing."""

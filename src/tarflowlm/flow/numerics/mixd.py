@@ -58,7 +58,7 @@ def _factors(z: Tensor, mean: Tensor, log_std: Tensor) -> Factors:
 def _to_inputs(
     gradients: Gradients, codebook: tuple[Tensor, Tensor, Tensor], heads: Heads
 ) -> tuple[Tensor | None, ...]:
-    """From gradients of the factors to those of z, mean, log_std (in the wide format: there they cancel), and casts."""
+    """From gradients of the factors to those of z, mean, log_std (wide: there they cancel), and casts."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in codebook]
         outputs = [(t, g) for t, g in zip(_factors(*leaves), gradients[:2], strict=True) if g is not None]

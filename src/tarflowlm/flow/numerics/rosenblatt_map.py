@@ -140,17 +140,23 @@ class _Rosenblatt(Function):
         return (u.view(info.batch_size, -1, u.shape[-1]), log_det.view(info.batch_size, -1)), (0, 0)
 
 
-def _inverse_rows(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor, solve_one: Solve) -> Tensor:
+def inverse_rows(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor, solve_one: Solve) -> Tensor:
+    """z [N, d] for u [N, d], log_alpha [N, K], mean [N or 1, K, d], log_std [N or 1, K]."""
     channels = []
-    inv_std, log_scale = torch.exp(-log_std), log_std[None]
+    inv_std = torch.exp(-log_std)
     for i in range(u.shape[-1]):
-        center = mean[None, :, i]
-        z = solve_one(u[:, i], log_alpha, center, log_scale)
+        center = mean[..., i]
+        z = solve_one(u[:, i], log_alpha, center, log_std)
         channels.append(z)
         if i + 1 < u.shape[-1]:
             a = (z[:, None] - center) * inv_std
-            log_alpha = torch.log_softmax(log_alpha - 0.5 * a * a - log_scale, -1)
+            log_alpha = torch.log_softmax(log_alpha - 0.5 * a * a - log_std, -1)
     return torch.stack(channels, -1)
+
+
+def solve_normal(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """One channel without autograd."""
+    return solve(u, log_w, mean, log_std, NORMAL, NORMAL)
 
 
 class _RosenblattInverse(Function):
@@ -158,14 +164,11 @@ class _RosenblattInverse(Function):
 
     @staticmethod
     def forward(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-        def solve_one(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-            return solve(u, log_w, mean, log_std, NORMAL, NORMAL)
-
         if not use_eager_cpu(u):
-            return _inverse_rows(u, log_w, mean, log_std, solve_one)
+            return inverse_rows(u, log_w, mean[None], log_std[None], solve_normal)
         z = torch.empty_like(u)
         for rows in row_chunks(u.shape[0], mean.shape[0]):
-            z[rows] = _inverse_rows(u[rows], log_w[rows], mean, log_std, solve_one)
+            z[rows] = inverse_rows(u[rows], log_w[rows], mean[None], log_std[None], solve_normal)
         return z
 
     @staticmethod
@@ -187,7 +190,7 @@ def _merge(size: int, dims: tuple[int | None, ...], args: tuple[Tensor, ...]) ->
     return *(t.reshape(-1, t.shape[-1]) for t in rows), *args[2:]
 
 
-def _flatten(x: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[torch.Size, Tensor, Tensor]:
+def flatten_vectors(x: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[torch.Size, Tensor, Tensor]:
     check_codebook(x, mean, log_std)
     if log_w.shape[-1] != mean.shape[0]:
         raise ValueError(f"log_w has {log_w.shape[-1]} components, the codebook {mean.shape[0]}")
@@ -197,14 +200,14 @@ def _flatten(x: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[t
 
 
 def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Token-wise mixture-Rosenblatt map (paper sec. 3.2.2, app. B): u ~ N(0, I_d) iff z ~ sum_k w_k N(mu_k, s_k^2 I).
+    r"""Token-wise mixture-Rosenblatt map (paper sec. 3.2.2, app. B): u ~ N(0, I) iff z ~ sum_k w_k N(mu_k, s_k^2 I).
 
     Shapes: z [..., d]; log_w [..., K], unnormalised; mean [K, d]; log_std [K] (one shared codebook); u [..., d],
     log_det [...], nats. Float32 or float64; exact in both tails of every channel. Memory: a chunk x K, whatever the
-    number of rows; the backward recomputes chunk by chunk. NaN in a row gives NaN in that row. First derivatives only.
+    number of rows; the backward recomputes chunk by chunk. NaN in a row gives NaN there. First derivatives only.
     Errors: ValueError for shapes that do not fit.
     """
-    shape, flat, weights = _flatten(z, log_w, mean, log_std)
+    shape, flat, weights = flatten_vectors(z, log_w, mean, log_std)
     u, log_det = _Rosenblatt.apply(flat, weights, mean, log_std)
     return u.view(*shape, -1), log_det.view(shape)
 
@@ -216,8 +219,8 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     channel by channel, and hold d tensors [..., K]; under no_grad memory is a chunk x K.
     Errors: ValueError for shapes that do not fit.
     """
-    shape, flat, weights = _flatten(u, log_w, mean, log_std)
+    shape, flat, weights = flatten_vectors(u, log_w, mean, log_std)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (u, log_w, mean, log_std))
     if needs_grad:
-        return _inverse_rows(flat, weights, mean, log_std, mixture_cdf_inverse).view(*shape, -1)
+        return inverse_rows(flat, weights, mean[None], log_std[None], mixture_cdf_inverse).view(*shape, -1)
     return _RosenblattInverse.apply(flat, weights, mean, log_std).view(*shape, -1)
