@@ -25,6 +25,7 @@ LAYERS = [
     {""},  # the public names
     {"console"},
     {"quickstart", "bench", "studio"},
+    {"commands"},
     {"cli"},
 ]
 """Bottom to top: maths, model, objective, then what uses them, then the command line. A unit imports from itself and

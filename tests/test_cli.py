@@ -307,6 +307,7 @@ WRONG_FIELDS = {
     "rate": (["--optim.lr", "-1"], ["optim.lr -1.0"]),
     "decay": (["--optim.weight-decay", "-1"], ["optim.weight_decay -1.0"]),
     "batch": (["--train.batch-size", "0"], ["train.batch_size 0"]),
+    "test": (["--train.test-windows", "-1"], ["train.test_windows -1"]),
     "device": (["--device", "tpu"], ["'tpu'", "cpu"]),
     "vocabulary": (["--model.vocab-size", "5"], ["vocab_size 5", "27"]),
     "context": (["--model.context", "4096"], ["4096", "longer text"]),

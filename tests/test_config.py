@@ -172,7 +172,8 @@ def test_an_unknown_preset_is_answered_with_the_known_ones():
 @pytest.mark.parametrize("family", ["mini", "text8", "owt"])
 def test_members_of_a_family_differ_by_the_model_alone(family):
     runs = [preset(name) for name in PRESETS if name.startswith(family)]
-    assert len({run.optim for run in runs}) == 1
+    # the baseline has no codebook, and how fast one may move depends on whether its coupling is tied to it
+    assert len({replace(run.optim, codebook_lr_scale=1.0) for run in runs}) == 1
     assert len({run.data for run in runs}) == 1
     assert len({run.model.trunk for run in runs}) == 1
     assert len({run.model.context for run in runs}) == 1

@@ -4,150 +4,36 @@ Exit status: 0 on success, 2 for what the user got wrong (one line on stderr), 1
 """
 
 import contextlib
-import copy
 import io
 import re
 import sys
-import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import tyro
 from rich.console import Console
 
 from tarflowlm.bench import numerics as bench_numerics
 from tarflowlm.bench import train as bench_train
-from tarflowlm.checkpoint import load_checkpoint
-from tarflowlm.console import (
-    ProgressReporter,
-    bar,
-    print_json,
-    print_samples,
-    print_table,
-    samples_to_json,
-    sampling_bar,
+from tarflowlm.commands import (
+    DataArgs,
+    EvalArgs,
+    ResumeArgs,
+    SampleArgs,
+    TrainArgs,
+    overridden,
+    print_summary,
+    run_data,
+    run_eval,
+    run_quickstart_command,
+    run_sample,
 )
-from tarflowlm.data import (
-    Tokenizer,
-    TokenizerConfig,
-    cached_corpus,
-    encode_text_source,
-    eval_windows,
-    prepare_corpus,
-)
-from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.console import ProgressReporter, print_json, print_table
+from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import evaluate
-from tarflowlm.generation import generate
-from tarflowlm.presets import PRESETS, preset, with_steps
-from tarflowlm.quickstart import QuickstartArgs, run_quickstart
-from tarflowlm.training.config import RunConfig, checked_seed
+from tarflowlm.presets import PRESETS, preset
+from tarflowlm.quickstart import QuickstartArgs
 from tarflowlm.training.progressive import resume, train
-
-
-@dataclass(frozen=True)
-class DataArgs:
-    """Turn a corpus or text file into token shards."""
-
-    source: tyro.conf.Positional[str]
-    """english (built in), text8, openwebtext, or a .txt, .gz, .xz or .zst file."""
-    out: Path
-    """Directory to write."""
-    tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerConfig)
-    """How text becomes tokens."""
-    json: bool = False
-    """Print one JSON object last."""
-
-
-@dataclass(frozen=True)
-class TrainArgs:
-    """Train a preset into a new directory; any field of its configuration can be overridden."""
-
-    out: Path | None = None
-    """Run directory to write; it must not exist. Required."""
-    data: str | None = None
-    """Corpus name, text file, or directory made by `tarflowlm data`."""
-    steps: int | None = None
-    """Optimiser steps in all, stages included; the stages keep their proportion."""
-    device: DeviceName = "auto"
-    """auto takes cuda, then mps, then cpu."""
-    checkpoint_every: int | None = None
-    """Steps between checkpoints."""
-    json: bool = False
-    """Print one JSON object last."""
-    run: Annotated[RunConfig | None, tyro.conf.arg(name="")] = None
-    """The preset's fields."""
-
-
-@dataclass(frozen=True)
-class ResumeArgs:
-    """Continue a stopped run."""
-
-    resume: Path
-    """Run directory to continue."""
-    device: DeviceName = "auto"
-    """auto takes cuda, then mps, then cpu."""
-    json: bool = False
-    """Print one JSON object last."""
-
-
-@dataclass(frozen=True)
-class EvalArgs:
-    """Likelihood of a text under a trained model."""
-
-    directory: tyro.conf.Positional[Path]
-    """Run directory."""
-    data: str | None = None
-    """Another text: corpus name, file or prepared directory; the default is the run's own corpus."""
-    split: Literal["train", "valid", "test", "all"] = "test"
-    """Part of the text; a file is cut 90/5/5."""
-    samples: int = 1
-    """Posterior samples: 1 gives the ELBO, more the importance-weighted bound."""
-    windows: int | None = None
-    """At most this many windows, evenly spaced; the default is all of them."""
-    normalize: Literal["text8"] | None = None
-    """Normalise the text first, whatever the checkpoint's tokenizer does."""
-    seed: int = 0
-    """Of the posterior samples."""
-    device: DeviceName = "auto"
-    """auto takes cuda, then mps, then cpu."""
-    json: bool = False
-    """Print one JSON object last."""
-
-
-@dataclass(frozen=True)
-class SampleArgs:
-    """Let a trained model write."""
-
-    directory: tyro.conf.Positional[Path]
-    """Run directory."""
-    num: int = 1
-    """Samples."""
-    length: int | None = None
-    """Tokens per sample, the prompt included; the default is the trained context."""
-    prompt: str | None = None
-    """Text to continue. Exact for one block; an approximation for stacks (docs/math.md)."""
-    seed: int = 0
-    """Same seed, same text."""
-    temperature: float = 1.0
-    """Power 1 / temperature on the mixture weights of block 1; 1 is the model itself."""
-    top_k: int | None = None
-    """Keep the k most probable components or tokens."""
-    top_p: float | None = None
-    """Keep the smallest set of components or tokens that holds this probability."""
-    decoder: Literal["sequential"] = "sequential"
-    """How blocks are inverted."""
-    passes: bool = False
-    """Show the text decoded after every block."""
-    normalize: Literal["text8"] | None = None
-    """Normalise the prompt first."""
-    device: DeviceName = "auto"
-    """auto takes cuda, then mps, then cpu."""
-    json: bool = False
-    """Print one JSON object last."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -242,32 +128,6 @@ def _one_line(message: str, prog: str) -> str:
     return f"{' '.join(text.split()) or 'the arguments do not parse'}; see `{prog} --help`"
 
 
-def run_quickstart_command(args: QuickstartArgs) -> None:
-    result = run_quickstart(args, Console(stderr=True), Console())
-    if args.json:
-        print_json(result)
-
-
-def run_data(args: DataArgs) -> None:
-    console = Console(stderr=True)
-    with bar(console, f"tokens of {args.source}", 1) as update:
-        corpus = prepare_corpus(
-            args.source,
-            args.tokenizer,
-            args.out,
-            progress=lambda _stage, done, total: update(done // max(total, 1)),
-        )
-    counts = {name: corpus.num_tokens(name) for name in ("train", "valid", "test")}
-    result = {"out": str(args.out), "vocab_size": corpus.tokenizer.vocab_size, "tokens": counts}
-    if args.json:
-        print_json(result)
-    else:
-        rows = [
-            (name, f"{count:,} tokens, {corpus.num_characters(name):,} characters") for name, count in counts.items()
-        ]
-        print_table(Console(), f"{args.out}: {corpus.tokenizer.vocab_size} symbols", rows)
-
-
 def run_train(argv: list[str]) -> None:
     console = Console(stderr=True)
     if argv and not argv[0].startswith("-"):
@@ -275,7 +135,7 @@ def run_train(argv: list[str]) -> None:
         args = parse(TrainArgs, rest, f"tarflowlm train {name}", TrainArgs(run=preset(name)))
         if args.out is None:
             raise UserError(f"--out is missing: name the directory to write, say --out runs/{name}")
-        run = _overridden(args)
+        run = overridden(args)
         with ProgressReporter(console) as reporter:
             summary = train(run, args.out, device=pick_device(args.device), reporter=reporter)
     elif "--resume" in argv:
@@ -291,74 +151,10 @@ def run_train(argv: list[str]) -> None:
     if args.json:
         print_json(summary)
         return
-    test = summary["test"]
-    sign = "=" if test["bound"] == "exact" else "<="
-    rows = [
-        ("test", f"{sign} {test['bpc']:.4f} bits per character ({test['bound']}, {test['tokens']:,} tokens)"),
-        ("stages, valid", ", ".join(f"{bpc:.4f}" for bpc in summary["stage_valid_bpc"])),
-        ("trained", f"{summary['tokens']:,} tokens in {summary['seconds']:,.0f} s"),
-        ("parameters", f"{summary['parameters']:,}, {summary['trunk_parameters']:,} of them in Transformers"),
-    ]
-    print_table(Console(), summary["preset"], rows)
-
-
-def _overridden(args: TrainArgs) -> RunConfig:
-    """The run with the short options put into their fields."""
-    run = args.run
-    assert run is not None
-    if args.data is not None:
-        run = replace(run, data=replace(run.data, source=args.data))
-    if args.checkpoint_every is not None:
-        run = replace(run, train=replace(run.train, checkpoint_every=args.checkpoint_every))
-    return run if args.steps is None else with_steps(run, args.steps)
-
-
-def _with_normalisation(tokenizer: Tokenizer, normalize: Literal["text8"] | None) -> Tokenizer:
-    if normalize is None:
-        return tokenizer
-    changed = copy.copy(tokenizer)
-    changed.normalization = normalize
-    return changed
-
-
-def run_eval(args: EvalArgs) -> None:
-    console = Console(stderr=True)
-    device = pick_device(args.device)
-    checkpoint = load_checkpoint(args.directory, device)
-    tokenizer = _with_normalisation(checkpoint.tokenizer, args.normalize)
-    source = checkpoint.run.data.source if args.data is None else args.data
-    if Path(source).is_dir() and args.split != "all":
-        tokens = cached_corpus(source, tokenizer).split(args.split)
-    else:
-        tokens = encode_text_source(source, tokenizer, (args.split,))[args.split]
-    windows = eval_windows(tokens, checkpoint.run.model.context, args.windows)
-    characters = torch.from_numpy(np.asarray(tokenizer.characters_per_token))
-    start = time.perf_counter()
-    with bar(console, f"windows of {source}", len(windows)) as update:
-        result = evaluate(
-            checkpoint.model,
-            windows,
-            characters,
-            samples=args.samples,
-            seed=checked_seed(args.seed),
-            progress=lambda done, _total: update(done),
-        )
-    seconds = time.perf_counter() - start
     if args.json:
-        print_json(result.to_json() | {"source": source, "split": args.split, "seconds": seconds})
-        return
-    rows = [
-        ("bits per character", f"{result.sign} {result.bpc:.4f}"),
-        ("nats per token", f"{result.sign} {result.nats_per_token:.4f} (standard error {result.stderr:.4f})"),
-        ("perplexity per token", f"{result.sign} {result.ppl:.4f}"),
-        ("bound", result.bound),
-        (
-            "text",
-            f"{result.tokens:,} tokens, {result.characters:,} characters, {result.windows:,} fresh contexts",
-        ),
-        ("seconds", f"{seconds:.1f}"),
-    ]
-    print_table(Console(), f"{args.directory} on {source}, {args.split}", rows)
+        print_json(summary)
+    else:
+        print_summary(summary)
 
 
 def run_bench(argv: list[str]) -> None:
@@ -373,39 +169,6 @@ def run_bench(argv: list[str]) -> None:
         print_json(result)
     else:
         module.print_result(result, Console())
-
-
-def run_sample(args: SampleArgs) -> None:
-    checkpoint = load_checkpoint(args.directory, pick_device(args.device))
-    tokenizer = _with_normalisation(checkpoint.tokenizer, args.normalize)
-    length = checkpoint.run.model.context if args.length is None else args.length
-    prompt = None
-    if args.prompt is not None:
-        text = args.prompt if args.normalize is None else tokenizer.prepare(args.prompt)
-        if not args.prompt or not text:
-            raise UserError("the prompt is empty: leave --prompt out to sample without one")
-        prompt = torch.from_numpy(tokenizer.encode(text))
-    start = time.perf_counter()
-    with sampling_bar(Console(stderr=True), checkpoint.model, max(length, 1)) as tick:
-        result = generate(
-            checkpoint.model,
-            num_tokens=length,
-            num=args.num,
-            prompt=prompt,
-            generator=torch.Generator().manual_seed(checked_seed(args.seed)),
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            return_passes=args.passes,
-            decoder=args.decoder,
-            tick=tick,
-        )
-    seconds = time.perf_counter() - start
-    if args.json:
-        samples = samples_to_json(result.tokens, result.passes, tokenizer)
-        print_json({"samples": samples, "seconds": seconds, "tokens_per_second": result.tokens.numel() / seconds})
-    else:
-        print_samples(Console(), result.tokens, result.passes, tokenizer)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -37,6 +37,12 @@ stderr_columns = (
     TextColumn("eta"),
     TimeRemainingColumn(elapsed_when_finished=True),
 )
+
+
+class Update(Protocol):
+    """Sets what a bar shows as completed, and on request its total."""
+
+    def __call__(self, completed: int, total: int | None = None) -> None: ...
 
 
 class ProgressReporter(Reporter):
@@ -91,17 +97,17 @@ class ProgressReporter(Reporter):
 
 
 @contextmanager
-def bar(console: Console, description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar; the function it yields sets what is completed. The rate is shown per second."""
+def bar(console: Console, description: str, total: int) -> Iterator["Update"]:
+    """A progress bar; the function it yields sets what is completed, and on request a new total."""
     progress = Progress(*stderr_columns, console=console, transient=True)
     task = progress.add_task(description, total=total, note="")
     start = time.perf_counter()
 
-    def update(completed: int) -> None:
+    def update(completed: int, total: int | None = None) -> None:
         # the display starts here, so that an error at the start prints its one line alone
         progress.start()
         rate = completed / max(time.perf_counter() - start, 1e-9)
-        progress.update(task, completed=completed, note=f"{rate:,.0f}/s")
+        progress.update(task, completed=completed, total=total, note=f"{rate:,.0f}/s")
 
     try:
         yield update

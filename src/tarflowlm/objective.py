@@ -83,11 +83,13 @@ def negative_bound(
     generator: torch.Generator | None = None,
     noise: Float[Tensor, "B T d"] | None = None,
     frozen: int = 0,
+    equal_cotangents: bool = False,
 ) -> Float[Tensor, " B"]:
     """-log p(x) of the baseline, or one sample of its upper bound (the nelbo of `elbo`, by the shortest way).
 
     log p(x|z) - log q(z|x) = -log sum_j N_j(z) for every token, and the last block needs its density alone.
     The first `frozen` blocks, and with them the codebook, get no gradient.
+    `equal_cotangents` promises a loss that weights all sequences alike, such as a mean (`Coupling.log_prob`).
     """
     if isinstance(model, TokenLM):
         return -model.log_prob(tokens)
@@ -95,7 +97,7 @@ def negative_bound(
     with torch.set_grad_enabled(torch.is_grad_enabled() and frozen == 0), full_precision(eps):
         z = model.codebook.encode(tokens, eps)
         log_normaliser = model.codebook.log_normaliser(z).sum(-1)
-    return log_normaliser - model.prior.log_prob(z, frozen=frozen)
+    return log_normaliser - model.prior.log_prob(z, frozen=frozen, equal_cotangents=equal_cotangents)
 
 
 def importance_weighted_bound(

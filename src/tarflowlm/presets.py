@@ -15,6 +15,7 @@ from tarflowlm.training.config import DataConfig, OptimConfig, RunConfig, TrainC
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2)
 MINI_STEPS = 2600
 """Of 8 sequences of 256 tokens: 5.3 M tokens."""
+MINI_TRAIN = TrainConfig(stage_steps=(MINI_STEPS,), test_windows=4096)
 
 PAPER_TRUNK = TransformerConfig(width=768, num_heads=12)
 """The body of GPT-2 small."""
@@ -28,7 +29,7 @@ def quickstart() -> RunConfig:
 def mini_ar() -> RunConfig:
     """The discrete baseline at CPU size."""
     model = BaselineConfig(context=256, trunk=MINI_TRUNK, layers=6)
-    return RunConfig(name="mini-ar", model=model, train=TrainConfig(stage_steps=(MINI_STEPS,)))
+    return RunConfig(name="mini-ar", model=model, train=MINI_TRAIN)
 
 
 def mini_affine() -> RunConfig:
@@ -60,12 +61,13 @@ def _mini_joint(name: str, coupling: CouplingName, components: tuple[int, ...]) 
     model = FlowConfig(
         context=256, trunk=MINI_TRUNK, couplings=(coupling,) * 3, layers=(4, 1, 1), components=components
     )
-    return RunConfig(name=name, model=model, train=TrainConfig(stage_steps=(MINI_STEPS,), mode="joint"))
+    return RunConfig(name=name, model=model, train=replace(MINI_TRAIN, mode="joint"))
 
 
 def _mini_mixd(name: str, patch: int) -> RunConfig:
     model = FlowConfig(context=256, trunk=MINI_TRUNK, patch=patch)
-    return RunConfig(name=name, model=model, train=TrainConfig(stage_steps=(MINI_STEPS, 300, 300)))
+    train = replace(MINI_TRAIN, stage_steps=(MINI_STEPS, 300, 300))
+    return RunConfig(name=name, model=model, train=train, optim=OptimConfig(codebook_lr_scale=0.5))
 
 
 def _paper(name: str) -> RunConfig:

@@ -29,7 +29,6 @@ TRAINING_SHARE = 0.72
 TIMED_STEPS = 6
 NUM_SAMPLES = 2
 SAMPLE_LENGTH = 192
-TEST_WINDOWS = 600
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,13 @@ def run_quickstart(args: QuickstartArgs, progress: Console, console: Console) ->
     check_new(args.out)
     device = pick_device(args.device)
     run = replace(preset("quickstart"), seed=args.seed)
+    corpus = cached_corpus(run.data.source, run.data.tokenizer)
     with ProgressReporter(progress) as reporter:
         reporter.notice(f"timing {TIMED_STEPS} steps of every stage on {device}")
         run = fit_to_time(run, 60 * args.minutes * TRAINING_SHARE, device)
-        test = train(run, args.out, device=device, reporter=reporter, test_windows=TEST_WINDOWS)["test"]
+        test = train(run, args.out, device=device, reporter=reporter)["test"]
     checkpoint = load_checkpoint(args.out, device)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    corpus = cached_corpus(run.data.source, run.data.tokenizer)
     text = tokenizer.decode(np.asarray(corpus.split("test")).tolist())
     length = min(SAMPLE_LENGTH, run.model.context)
     with sampling_bar(progress, model, length) as tick:

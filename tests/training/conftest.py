@@ -78,7 +78,8 @@ def go() -> Callable[..., dict[str, Any]]:
     """go(run, out, reporter=None): train on the CPU, looking at three windows of the test split."""
 
     def run_it(run: RunConfig, out: Path, reporter: Reporter | None = None) -> dict[str, Any]:
-        return train(run, out, device=torch.device("cpu"), reporter=reporter, test_windows=3)
+        run = replace(run, train=replace(run.train, test_windows=3))
+        return train(run, out, device=torch.device("cpu"), reporter=reporter)
 
     return run_it
 

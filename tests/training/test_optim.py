@@ -90,20 +90,23 @@ def test_weight_decay_spares_vectors_biases_and_codebooks(model, optimizer):
     decayed = {name for name, (_, group) in found.items() if group["weight_decay"]}
     assert all(found[name][1]["weight_decay"] == 0.2 for name in decayed)
     assert all(len(shapes[name]) >= 2 for name in decayed)
-    assert not [name for name in decayed if "bias" in name or "codebook" in name or ".own." in name]
+    assert not [
+        name for name in decayed if "bias" in name or "codebook" in name or ".own." in name or "evidence" in name
+    ]
     assert "prior.blocks.0.coupling.weight_head.weight" in decayed
     assert "prior.blocks.1.coupling.head.weights.0" in decayed
     assert "prior.blocks.0.transformer.layers.0.up.weight" in decayed
 
 
-def test_the_rate_of_the_log_scales_is_its_own(model):
+def test_the_rate_of_codebooks_is_their_own(model):
     config = OptimConfig(lr=0.01, codebook_lr_scale=0.5)
     optimizers = build_optimizers(config, model)
     set_learning_rate(optimizers, 0.002)
     rate = {id(p): group["lr"] for o in optimizers for group in o.param_groups for p in group["params"]}
     named = dict(model.named_parameters())
     scaled = {name for name, p in named.items() if rate[id(p)] == pytest.approx(0.001)}
-    assert scaled == {"codebook.log_std", "prior.blocks.3.coupling.own.log_std"}
+    own = "prior.blocks.3.coupling.own"
+    assert scaled == {"codebook.mean", "codebook.log_std", f"{own}.mean", f"{own}.log_std"}
     assert {rate[id(p)] for name, p in named.items() if name not in scaled} == {0.002}
 
 

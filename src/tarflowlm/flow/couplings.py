@@ -37,8 +37,13 @@ class Coupling(nn.Module):
         """Noise u and log|det du/dz|."""
 
     @abstractmethod
-    def log_prob(self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]) -> Float[Tensor, " B"]:
-        """log p(z | past), summed over positions: nats."""
+    def log_prob(
+        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"], *, equal_cotangents: bool = False
+    ) -> Float[Tensor, " B"]:
+        """log p(z | past), summed over positions: nats.
+
+        `equal_cotangents` promises a loss that weights all sequences alike, which saves work at large vocabularies.
+        """
 
     @abstractmethod
     def invert(
@@ -72,7 +77,9 @@ class AffineCoupling(Coupling):
         mean, log_std = (p.squeeze(-1).permute(1, 2, 0) for p in self.head(features, z))
         return (z - mean) * torch.exp(-log_std), -log_std.flatten(1).sum(-1)
 
-    def log_prob(self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]) -> Float[Tensor, " B"]:
+    def log_prob(
+        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"], *, equal_cotangents: bool = False
+    ) -> Float[Tensor, " B"]:
         u, log_det = self(z, features)
         return log_det + standard_normal_log_prob(u)
 
@@ -161,7 +168,9 @@ class Mix1Coupling(Coupling):
             u, log_det = numerics.mixture_cdf(z_CBT, log_w, mean, log_std)
         return u.permute(1, 2, 0), log_det.sum((0, 2))
 
-    def log_prob(self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]) -> Float[Tensor, " B"]:
+    def log_prob(
+        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"], *, equal_cotangents: bool = False
+    ) -> Float[Tensor, " B"]:
         z_CBT, (log_w, mean, log_std) = self._mixture(z, features)
         with full_precision(z):
             return numerics.mixture_log_density(z_CBT, log_w, mean, log_std).sum((0, 2))
@@ -236,16 +245,21 @@ class MixDCoupling(Coupling):
             u, log_det = numerics.rosenblatt(self._tokens(z), log_w, book.mean, book.log_std)
         return u.reshape(z.shape), log_det.flatten(1).sum(-1)
 
-    def log_prob(self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]) -> Float[Tensor, " B"]:
+    def log_prob(
+        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"], *, equal_cotangents: bool = False
+    ) -> Float[Tensor, " B"]:
         token_features = self.token_features(features, z)
-        weight, bias, book = self.weight_head.weight, self.weight_head.bias, self.components
-        return (
-            numerics.mixture_log_prob_from_features(
-                self._tokens(z), token_features, weight, bias, book.mean, book.log_std
-            )
-            .flatten(1)
-            .sum(-1)
+        head, book = self.weight_head, self.components
+        per_token = numerics.mixture_log_prob_from_features(
+            self._tokens(z),
+            token_features,
+            head.weight,
+            head.bias,
+            book.mean,
+            book.log_std,
+            equal_cotangents=equal_cotangents,
         )
+        return per_token.flatten(1).sum(-1)
 
     def invert(
         self,

@@ -76,10 +76,10 @@ class FlowBlock(Bijection):
         u, log_det = self.coupling(h, self._features(h))
         return self.order.inverse(u), log_det
 
-    def log_prob(self, z: Float[Tensor, "B N C"]) -> Float[Tensor, " B"]:
+    def log_prob(self, z: Float[Tensor, "B N C"], *, equal_cotangents: bool = False) -> Float[Tensor, " B"]:
         """log p(z) with N(0, I) behind this block, in nats: cheaper than `forward`, for no noise is computed."""
         h = self.order(z)[0]
-        return self.coupling.log_prob(h, self._features(h))
+        return self.coupling.log_prob(h, self._features(h), equal_cotangents=equal_cotangents)
 
     def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
         """Features of the next position, given the latents [B, C] of the one before it (None at the start)."""
@@ -146,10 +146,13 @@ class Prior(Bijection):
             h = block.inverse(h)  # type: ignore[operator]
         return self.patch.inverse(h)
 
-    def log_prob(self, z: Float[Tensor, "B T d"], *, frozen: int = 0) -> Float[Tensor, " B"]:
+    def log_prob(
+        self, z: Float[Tensor, "B T d"], *, frozen: int = 0, equal_cotangents: bool = False
+    ) -> Float[Tensor, " B"]:
         """log p(z) in nats, the last block by its density alone.
 
         The first `frozen` blocks are evaluated without a graph: they get no gradient and keep no activations.
+        `equal_cotangents`: see `Coupling.log_prob`.
         """
         h = self.patch(z)[0]
         log_prob = zero_log_det(z)
@@ -159,4 +162,5 @@ class Prior(Bijection):
             log_prob = log_prob + log_det
         if not len(self.blocks):
             return standard_normal_log_prob(h)
-        return log_prob + self.blocks[-1].log_prob(h)  # type: ignore[operator]
+        last = self.blocks[-1].log_prob(h, equal_cotangents=equal_cotangents)  # type: ignore[operator]
+        return log_prob + last

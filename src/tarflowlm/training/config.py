@@ -92,6 +92,8 @@ class TrainConfig:
     """Steps between evaluations on the validation split."""
     evaluate_windows: int = 64
     """Sequences of the validation split looked at each time."""
+    test_windows: int = 0
+    """Evenly spaced sequences of the test split looked at in the end; 0 is all of it."""
     checkpoint_every: int = 500
     """Steps between checkpoints; every stage ends with one."""
 
@@ -101,6 +103,8 @@ class TrainConfig:
         for name in ("batch_size", "log_every", "evaluate_every", "evaluate_windows", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} {getattr(self, name)}: must be at least 1")
+        if self.test_windows < 0:
+            raise UserError(f"train.test_windows {self.test_windows}: must be at least 0, which is all of them")
 
     @property
     def num_steps(self) -> int:

@@ -118,7 +118,8 @@ def optimizer_step(
     """One step on a batch [B, T]: loss in nats per token and gradient norm, both left on the device."""
     half = run.train.precision == "bfloat16"
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half):
-        loss = negative_bound(model, tokens, generator=generator, frozen=frozen).mean() / tokens.shape[1]
+        bound = negative_bound(model, tokens, generator=generator, frozen=frozen, equal_cotangents=True)
+        loss = bound.mean() / tokens.shape[1]
     loss.backward()
     trained = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(trained, run.optim.grad_clip)

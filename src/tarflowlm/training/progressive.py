@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tarflowlm.checkpoint import Model, build_model, read_run, save_weights, write_run
-from tarflowlm.data import Corpus, WindowSampler, cached_corpus, eval_windows
+from tarflowlm.data import SOURCE_NAMES, Corpus, WindowSampler, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.files import write_json
@@ -30,19 +30,20 @@ def train(
     *,
     device: torch.device,
     reporter: Reporter | None = None,
-    test_windows: int | None = None,
 ) -> dict[str, Any]:
     """Train `run` into the new directory `out` and return its summary (also written to summary.json).
 
-    The test figure is over the whole test split, or over `test_windows` evenly spaced windows of it.
     Raises UserError, before anything is written, when `out` exists and is not empty.
     """
     reporter = reporter or Reporter()
     check_new(out)
     corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
+    if run.data.source not in SOURCE_NAMES:
+        # the run directory is used from other folders too
+        run = replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
     run = replace(run, model=replace(run.model, vocab_size=_checked_vocab_size(run, corpus)))
     _check_lengths(run, corpus)
-    parts = _Run(run, out, corpus, device, reporter, test_windows)
+    parts = _Run(run, out, corpus, device, reporter)
     out.mkdir(parents=True, exist_ok=True)
     write_run(out, run, corpus.tokenizer)
     return parts.go(Counters())
@@ -101,9 +102,7 @@ class _Run:
         corpus: Corpus,
         device: torch.device,
         reporter: Reporter,
-        test_windows: int | None = None,
     ) -> None:
-        self.test_windows = test_windows
         self.run, self.out, self.corpus, self.device, self.reporter = run, out, corpus, device, reporter
         self.sampler = WindowSampler(
             corpus.split("train"), window=run.model.context, batch=run.train.batch_size, seed=run.seed
@@ -211,7 +210,7 @@ class _Run:
 
     def _finish(self, wall: float) -> dict[str, Any]:
         self.model.eval()
-        windows = eval_windows(self.corpus.split("test"), self.run.model.context, self.test_windows)
+        windows = eval_windows(self.corpus.split("test"), self.run.model.context, self.run.train.test_windows or None)
         self.reporter.notice(f"evaluating {len(windows):,} windows of the test split")
         test = evaluate(self.model, windows, self.characters_per_token)
         counters = self.counters

