@@ -32,6 +32,7 @@ from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.generation import generate
+from tarflowlm.generation.stack import Decoder
 from tarflowlm.presets import with_steps
 from tarflowlm.quickstart import QuickstartArgs, run_quickstart
 from tarflowlm.training.config import RunConfig, checked_seed
@@ -127,8 +128,8 @@ class SampleArgs:
     """Keep the k most probable components or tokens."""
     top_p: float | None = None
     """Keep the smallest set of components or tokens that holds this probability."""
-    decoder: Literal["sequential"] = "sequential"
-    """How blocks are inverted."""
+    decoder: Decoder = "auto"
+    """How blocks are inverted: position by position, in parallel sweeps, or by what suits each block."""
     passes: bool = False
     """Show the text decoded after every block."""
     normalize: Literal["text8"] | None = None
@@ -262,6 +263,7 @@ def run_sample(args: SampleArgs) -> None:
     seconds = time.perf_counter() - start
     if args.json:
         samples = samples_to_json(result.tokens, result.passes, tokenizer)
-        print_json({"samples": samples, "seconds": seconds, "tokens_per_second": result.tokens.numel() / seconds})
+        rate = result.tokens.numel() / seconds
+        print_json({"samples": samples, "sweeps": result.sweeps, "seconds": seconds, "tokens_per_second": rate})
     else:
         print_samples(Console(), result.tokens, result.passes, tokenizer)

@@ -71,6 +71,7 @@ def run_quickstart(args: QuickstartArgs, progress: Console, console: Console) ->
             num=NUM_SAMPLES,
             generator=torch.Generator().manual_seed(args.seed),
             return_passes=True,
+            decoder="auto",
             tick=tick,
         )
     seconds = time.perf_counter() - start

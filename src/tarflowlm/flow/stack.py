@@ -67,9 +67,7 @@ class FlowBlock(Bijection):
 
     def _features(self, h: Tensor) -> Tensor:
         """Features [B, N, D] of the past of every position: a start vector, then the inputs shifted by one."""
-        past = widen(self.input(h[:, :-1]))
-        start = self.start.expand(h.shape[0], 1, -1)
-        return self.transformer(torch.cat((start, past), dim=1))
+        return self.features_of(None, h[:, :-1], first=True)
 
     def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
         h = self.order(z)[0]
@@ -85,6 +83,18 @@ class FlowBlock(Bijection):
         """Features of the next position, given the latents [B, C] of the one before it (None at the start)."""
         x = self.start.expand(batch, -1) if previous is None else widen(self.input(previous))
         return self.transformer(x[:, None], cache)[:, 0]
+
+    def features_of(
+        self, cache: KVCache | None, past: Float[Tensor, "B M C"], *, first: bool
+    ) -> Float[Tensor, "B n D"]:
+        """Features of the next positions after the cached ones, given the latents of the position before each.
+
+        n = M, or M + 1 where the `first` of them begins the sequence and has nothing before it.
+        """
+        x = widen(self.input(past))
+        if first:
+            x = torch.cat((self.start.expand(len(past), 1, -1), x), dim=1)
+        return self.transformer(x, cache)
 
     def inverse(
         self,

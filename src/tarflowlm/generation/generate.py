@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,10 +10,9 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.checkpoint import Model
 from tarflowlm.errors import UserError
 from tarflowlm.generation.noise import row_generators, row_normal, row_uniform
-from tarflowlm.generation.sequential import invert_stack, sample_baseline
+from tarflowlm.generation.sequential import sample_baseline
+from tarflowlm.generation.stack import Decoder, invert_stack
 from tarflowlm.generation.weights import adjust_weights
-
-Decoder = Literal["sequential"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,8 @@ class Generation:
     tokens: Tensor
     passes: tuple[Tensor, ...] = ()
     states: tuple[Tensor, ...] = ()
+    sweeps: tuple[int, ...] = ()
+    """Passes over the positions that each block took, block L first; as many as positions where sequential."""
 
 
 @torch.no_grad()
@@ -53,6 +53,8 @@ def generate(
     it scales the standard deviation of the noise. A prompt is exact for a single left-to-right block and
     for the baseline; with more blocks the states above block 1 are sampled without knowing it, an approximation.
     Row b draws its noise from a stream of its own, seeded from `generator`, so rows do not depend on `num`.
+    `decoder`: sequential inverts every block position by position; parallel by Jacobi sweeps, with the same result
+    up to rounding; auto chooses per block (`generation/parallel.py`).
     `tick` is called once per position and block (`num_ticks` says how often).
 
     Raises UserError for sizes that the model cannot generate and for a prompt of tokens it does not know.
@@ -72,13 +74,15 @@ def generate(
     if prompt is not None and len(prompt):
         eps = row_normal(rows, len(prompt), dim).to(book.mean)
         known = book.encode(prompt.expand(num, -1).to(book.mean.device), eps)
-    states = [h[:, :num_tokens] for h in invert_stack(model, noise, known=known, adjust=adjust, tick=tick)]
+    padded_states, sweeps = invert_stack(model, noise, decoder=decoder, known=known, adjust=adjust, tick=tick)
+    states = [h[:, :num_tokens] for h in padded_states]
     tokens = book.decode(states[-1])
     if prompt is not None:
         tokens[:, : len(prompt)] = prompt.to(tokens.device)
     if not return_passes:
-        return Generation(tokens=tokens)
-    return Generation(tokens, passes=tuple(book.decode(h) for h in states), states=tuple(states))
+        return Generation(tokens=tokens, sweeps=sweeps)
+    passes = tuple(book.decode(h) for h in states)
+    return Generation(tokens, passes=passes, states=tuple(states), sweeps=sweeps)
 
 
 def num_ticks(model: Model, num_tokens: int) -> int:

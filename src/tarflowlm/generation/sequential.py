@@ -1,4 +1,4 @@
-"""Exact sampling: the inverse of the stack block by block, position by position with the KV cache."""
+"""Exact sampling position by position with the KV cache."""
 
 from collections.abc import Callable
 
@@ -7,34 +7,8 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.model import TarFlowLM
 
 Tick = Callable[[], None]
-
-
-def invert_stack(
-    model: TarFlowLM,
-    noise: Tensor,
-    *,
-    known: Tensor | None = None,
-    adjust: AdjustWeights | None = None,
-    tick: Tick | None = None,
-) -> list[Tensor]:
-    """States h^(L) = noise, ..., h^(1), h^(0) = z of the inverse pass, each [B, T, d].
-
-    `known` [B, n, d] fixes the latents of the first n tokens in block 1, whose weights then see them. The states
-    above were sampled without that knowledge: exact for one block, an approximation for more (docs/math.md).
-    `adjust` acts on the mixture weights of block 1, which choose the tokens.
-    """
-    prior = model.prior
-    h = prior.patch(noise)[0]
-    states = [noise]
-    for index in reversed(range(len(prior.blocks))):
-        block, first = prior.blocks[index], index == 0
-        prefix = known.flatten(1) if first and known is not None else None
-        h = block.inverse(h, adjust=adjust if first else None, known=prefix, tick=tick)  # type: ignore[operator]
-        states.append(prior.patch.inverse(h))
-    return states
 
 
 def sample_baseline(
