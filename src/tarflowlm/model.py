@@ -1,5 +1,6 @@
 """TarFlowLM: a Gaussian codebook and a prior of stacked autoregressive flows."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,8 @@ class FlowConfig:
     """Tokens per sequence, in training and at most in generation."""
     latent_dim: int = 8
     """Latent channels d per token."""
+    separation: float = 12.0
+    """Typical distance of neighbouring codes over sigma at the start of training."""
     patch: int = 1
     """Tokens P per position; P divides the context."""
     trunk: TransformerConfig = field(default_factory=TransformerConfig)
@@ -58,6 +61,8 @@ class FlowConfig:
         ):  # fmt: skip
             if value < least:
                 raise UserError(f"model.{name} {value}: must be at least {least}")
+        if not 0 < self.separation < math.inf:
+            raise UserError(f"model.separation {self.separation}: must be above 0 and finite")
         if self.context % self.patch:
             raise UserError(
                 f"patch {self.patch} does not divide context {self.context}: choose a patch that does, "
@@ -92,7 +97,7 @@ class TarFlowLM(nn.Module):
         if config.vocab_size < 1:
             raise UserError(f"model.vocab_size {config.vocab_size}: set it to the tokenizer's number of symbols")
         self.config = config
-        self.codebook = Codebook(config.vocab_size, config.latent_dim)
+        self.codebook = Codebook(config.vocab_size, config.latent_dim, separation=config.separation)
         self.prior = Prior(config.patch, ())
         for _ in config.couplings:
             self.append_block()

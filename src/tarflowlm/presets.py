@@ -34,12 +34,12 @@ def mini_ar() -> RunConfig:
 
 def mini_affine() -> RunConfig:
     """Three affine blocks with the depth of the baseline in all."""
-    return _mini_joint("mini-affine", "affine", (1, 1, 1))
+    return _mini_joint("mini-affine", "affine", (1, 1, 1), codebook_lr_scale=1.0)
 
 
 def mini_mix1() -> RunConfig:
     """Three Mix-1 blocks with the depth of the baseline in all."""
-    return _mini_joint("mini-mix1", "mix1", (27, 2, 2))
+    return _mini_joint("mini-mix1", "mix1", (27, 2, 2), codebook_lr_scale=0.05)
 
 
 def mini_mixd() -> RunConfig:
@@ -57,11 +57,14 @@ def mini_mixd_p4() -> RunConfig:
     return _mini_mixd("mini-mixd-p4", 4)
 
 
-def _mini_joint(name: str, coupling: CouplingName, components: tuple[int, ...]) -> RunConfig:
+def _mini_joint(
+    name: str, coupling: CouplingName, components: tuple[int, ...], *, codebook_lr_scale: float
+) -> RunConfig:
     model = FlowConfig(
         context=256, trunk=MINI_TRUNK, couplings=(coupling,) * 3, layers=(4, 1, 1), components=components
     )
-    return RunConfig(name=name, model=model, train=replace(MINI_TRAIN, mode="joint"))
+    optim = OptimConfig(codebook_lr_scale=codebook_lr_scale)
+    return RunConfig(name=name, model=model, train=replace(MINI_TRAIN, mode="joint"), optim=optim)
 
 
 def _mini_mixd(name: str, patch: int) -> RunConfig:
