@@ -23,7 +23,13 @@ PAPER_TRUNK = TransformerConfig(width=768, num_heads=12)
 
 def quickstart() -> RunConfig:
     """A few minutes on two CPU cores: one Mix-d block and two Mix-1 blocks on the built-in corpus."""
-    return replace(mini_mixd(), name="quickstart")
+    model = FlowConfig(context=128, latent_dim=16, trunk=MINI_TRUNK)
+    data = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=1024))
+    # the stages' shares of the time; the command turns them into steps
+    train = TrainConfig(stage_steps=(85, 8, 7), evaluate_every=200, checkpoint_every=10_000, test_windows=1000)
+    return RunConfig(
+        name="quickstart", model=model, data=data, train=train, optim=OptimConfig(codebook_lr_scale=0.5)
+    )
 
 
 def mini_ar() -> RunConfig:
