@@ -24,7 +24,7 @@ PAPER_TRUNK = TransformerConfig(width=768, num_heads=12)
 def quickstart() -> RunConfig:
     """A few minutes on two CPU cores: one Mix-d block and two Mix-1 blocks on the built-in corpus."""
     model = FlowConfig(context=128, latent_dim=16, trunk=MINI_TRUNK)
-    data = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=1024))
+    data = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=2048))
     # the stages' shares of the time; the command turns them into steps
     train = TrainConfig(stage_steps=(85, 8, 7), evaluate_every=200, checkpoint_every=10_000, test_windows=1000)
     return RunConfig(
