@@ -63,7 +63,7 @@ def changed(path: str, value: object) -> dict:
         ("data.source", None, "config.data.source: expected str, found None"),
         ("train.precision", "float16", "config.train.precision: 'float16' is not one of"),
         # contradictions, by the configurations themselves
-        ("model.patch", 3, "patch 3 does not divide context 256"),
+        ("model.patch", 3, "patch 3 does not divide context 128"),
         ("train.stage_steps", [10], r"train.stage_steps \(10,\): 1 entries for 3 stages"),
         ("model.layers", [1], r"couplings .* layers \(1,\) .* need one entry"),
     ],

@@ -64,11 +64,12 @@ def test_it_trains_evaluates_and_samples(tiny, call, tmp_path):
     # known of the corpus: about 4.1 and 2.6 bits, while a model of a few seconds has learned little
     assert 3.9 < result["unigram_bpc"] < 4.3
     assert 2.3 < result["trigram_bpc"] < 2.9
-    assert result["trigram_bpc"] < result["bpc"] < 5.5
+    # a uniform choice among the 2,048 tokens is 11 bits for some four characters
+    assert 1.8 < result["bpc"] < 3.0
     assert 0 < result["seconds"] < 120
     assert len(result["samples"]) == 2
     for sample in result["samples"]:
-        assert len(sample["text"]) == 32
+        assert len(sample["text"]) >= 32
         assert len(sample["passes"]) == 4
         assert sample["passes"][-1] == sample["text"]
     assert "bits per character" in out
