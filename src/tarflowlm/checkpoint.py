@@ -38,8 +38,7 @@ def build_model(config: FlowConfig | BaselineConfig) -> Model:
 def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
     """Write the readable half of a run directory."""
     write_json(directory / CONFIG, to_dict(run))
-    with replacing(directory / TOKENIZER) as temporary:
-        tokenizer.save(temporary)
+    tokenizer.save(directory / TOKENIZER)
 
 
 def save_weights(directory: Path, model: Model, info: dict[str, str]) -> None:

@@ -101,7 +101,7 @@ def run_quickstart(args: QuickstartArgs, progress: Console, console: Console) ->
 def fit_to_time(run: RunConfig, seconds: float, device: torch.device) -> RunConfig:
     """The run with its stages' steps set so that training takes about `seconds`; their shares of time stay.
 
-    A few steps of every stage are timed on a throw-away model, so the steps, and with them the result, depend on the
+    A few steps of every stage are timed on throw-away models, so the steps, and with them the result, depend on the
     machine; the steps chosen stand in config.json.
     """
     corpus = cached_corpus(run.data.source, run.data.tokenizer)
@@ -110,14 +110,12 @@ def fit_to_time(run: RunConfig, seconds: float, device: torch.device) -> RunConf
     sampler = WindowSampler(
         corpus.split("train"), window=model_config.context, batch=run.train.batch_size, seed=run.seed
     )
-    with seeded(run.seed):
-        model = TarFlowLM(model_config).to(device)
     shares = [steps / sum(run.train.stage_steps) for steps in run.train.stage_steps]
     steps = []
     for stage, share in enumerate(shares):
-        part = TarFlowLM(model_config.first_blocks(stage + 1)).to(device)
-        part.load_state_dict(model.state_dict(), strict=False)
-        per_step = _time_stage(part, run, sampler, stage)
+        with seeded(run.seed):
+            model = TarFlowLM(model_config.first_blocks(stage + 1)).to(device)
+        per_step = _time_stage(model, run, sampler, stage)
         steps.append(max(1, int(share * seconds / per_step)))
     return replace(run, train=replace(run.train, stage_steps=tuple(steps)))
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from tarflowlm.data.normalize import NORMALIZATIONS, Normalization, normalize
 from tarflowlm.errors import UserError
+from tarflowlm.files import replacing
 
 FORMAT = "tarflowlm-tokenizer"
 VERSION = 1
@@ -134,7 +134,8 @@ class Tokenizer(ABC):
         if target.is_dir():
             target = target / "tokenizer.json"
         try:
-            write_atomically(target, self.to_json().encode("utf-8"))
+            with replacing(target) as temporary:
+                temporary.write_text(self.to_json(), encoding="utf-8", newline="")
         except OSError as error:
             raise UserError(f"cannot write {target}: {error.strerror or error}") from None
 
@@ -298,21 +299,6 @@ def utf8(text: str) -> bytes:
             f"character {error.start} of the text, {text[error.start]!r}, is half of a surrogate pair and "
             "has no UTF-8 form: remove it"
         ) from None
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """`data` in `path`: complete or not at all, also when killed (temporary name, fsync, rename)."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _printable(token: bytes) -> str:

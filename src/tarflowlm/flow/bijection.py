@@ -8,6 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
+def zero_log_det(z: Tensor) -> Tensor:
+    """log|det| = 0 for every sequence: [B]."""
+    return torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
+
+
 class Bijection(nn.Module):
     """An invertible map between latents z and noise u, both [B, T, C].
 
@@ -32,7 +37,7 @@ class Compose(Bijection):
         self.maps = nn.ModuleList(maps)
 
     def forward(self, z: Float[Tensor, "B T C"]) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
-        log_det = torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
+        log_det = zero_log_det(z)
         for f in self.maps:
             z, step = f(z)
             log_det = log_det + step

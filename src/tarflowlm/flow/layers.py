@@ -5,11 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tarflowlm.errors import UserError
-from tarflowlm.flow.bijection import Bijection
-
-
-def zero_log_det(z: Tensor) -> Tensor:
-    return torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
+from tarflowlm.flow.bijection import Bijection, zero_log_det
 
 
 class Direction(Bijection):

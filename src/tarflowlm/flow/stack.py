@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflowlm.flow.bijection import Bijection, Compose
+from tarflowlm.flow.bijection import Bijection, Compose, zero_log_det
 from tarflowlm.flow.couplings import AdjustWeights, Coupling, standard_normal_log_prob
-from tarflowlm.flow.layers import ChannelMix, Direction, Patch, zero_log_det
+from tarflowlm.flow.layers import ChannelMix, Direction, Patch
 from tarflowlm.flow.precision import widen
 from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig
 
