@@ -30,6 +30,7 @@ from tarflowlm.commands import (
 )
 from tarflowlm.console import ProgressReporter, print_json, print_table
 from tarflowlm.device import pick_device
+from tarflowlm.edit_command import EditArgs, run_edit
 from tarflowlm.errors import UserError
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.quickstart import QuickstartArgs
@@ -75,6 +76,7 @@ def _dispatch(argv: list[str]) -> None:
         "data": (run_data, DataArgs),
         "eval": (run_eval, EvalArgs),
         "sample": (run_sample, SampleArgs),
+        "edit": (run_edit, EditArgs),
     }
     if not argv or argv[0] in ("-h", "--help"):
         _print_help({name: args.__doc__ or "" for name, (_, args) in commands.items()})
@@ -148,9 +150,6 @@ def run_train(argv: list[str]) -> None:
         return
     else:
         raise UserError(f"train needs a preset ({', '.join(PRESETS)}) or --resume DIR")
-    if args.json:
-        print_json(summary)
-        return
     if args.json:
         print_json(summary)
     else:

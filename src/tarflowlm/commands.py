@@ -32,7 +32,8 @@ from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.generation import generate
-from tarflowlm.generation.stack import Decoder
+from tarflowlm.generation.inversion import Decoder
+from tarflowlm.generation.template import encode_template
 from tarflowlm.presets import with_steps
 from tarflowlm.quickstart import QuickstartArgs, run_quickstart
 from tarflowlm.training.config import RunConfig, checked_seed
@@ -119,7 +120,13 @@ class SampleArgs:
     length: int | None = None
     """Tokens per sample, the prompt included; the default is the trained context."""
     prompt: str | None = None
-    """Text to continue. Exact for one block; an approximation for stacks (docs/math.md)."""
+    """Text to continue. Exact for one block; an approximation for stacks, see `particles`."""
+    template: str | None = None
+    """Text with a blank for every token to fill in: "the ____ of ____"."""
+    blank: str = "_"
+    """What stands for a blank in the template."""
+    particles: int = 1
+    """Candidates per sample, weighed by what they give to the given tokens; exact as they grow in number."""
     seed: int = 0
     """Same seed, same text."""
     temperature: float = 1.0
@@ -132,6 +139,8 @@ class SampleArgs:
     """How blocks are inverted: position by position, in parallel sweeps, or by what suits each block."""
     passes: bool = False
     """Show the text decoded after every block."""
+    states: bool = False
+    """With --json: the latents after every block, too."""
     normalize: Literal["text8"] | None = None
     """Normalise the prompt first."""
     device: DeviceName = "auto"
@@ -238,13 +247,17 @@ def run_eval(args: EvalArgs) -> None:
 def run_sample(args: SampleArgs) -> None:
     checkpoint = load_checkpoint(args.directory, pick_device(args.device))
     tokenizer = _with_normalisation(checkpoint.tokenizer, args.normalize)
-    length = checkpoint.run.model.context if args.length is None else args.length
-    prompt = None
+    prompt = template = None
     if args.prompt is not None:
         text = args.prompt if args.normalize is None else tokenizer.prepare(args.prompt)
         if not args.prompt or not text:
             raise UserError("the prompt is empty: leave --prompt out to sample without one")
         prompt = torch.from_numpy(tokenizer.encode(text))
+    if args.template is not None:
+        template = encode_template(tokenizer, args.template, args.blank)
+    context = checkpoint.run.model.context
+    default = context if template is None else max(len(template), 1)
+    length = default if args.length is None else args.length
     start = time.perf_counter()
     with sampling_bar(Console(stderr=True), checkpoint.model, max(length, 1)) as tick:
         result = generate(
@@ -252,18 +265,27 @@ def run_sample(args: SampleArgs) -> None:
             num_tokens=length,
             num=args.num,
             prompt=prompt,
+            template=template,
+            particles=args.particles,
             generator=torch.Generator().manual_seed(checked_seed(args.seed)),
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
-            return_passes=args.passes,
+            return_passes=args.passes or args.states,
             decoder=args.decoder,
             tick=tick,
         )
     seconds = time.perf_counter() - start
-    if args.json:
-        samples = samples_to_json(result.tokens, result.passes, tokenizer)
-        rate = result.tokens.numel() / seconds
-        print_json({"samples": samples, "sweeps": result.sweeps, "seconds": seconds, "tokens_per_second": rate})
-    else:
-        print_samples(Console(), result.tokens, result.passes, tokenizer)
+    if not args.json:
+        print_samples(Console(), result, tokenizer)
+        return
+    rate = result.tokens.numel() / seconds
+    print_json(
+        {
+            "samples": samples_to_json(result, tokenizer, states=args.states),
+            "sweeps": result.sweeps,
+            "decoders": result.decoders,
+            "seconds": seconds,
+            "tokens_per_second": rate,
+        }
+    )

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from tarflowlm.checkpoint import Model
 from tarflowlm.data import Tokenizer
-from tarflowlm.generation.generate import num_ticks
+from tarflowlm.generation.generate import Generation, num_ticks
 from tarflowlm.training.metrics import Reporter
 
 stderr_columns = (
@@ -149,11 +149,8 @@ def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -
     console.print(table)
 
 
-def _print_sample(console: Console, number: int, text: str, passes: Sequence[Sequence[str]] | None) -> None:
-    """A sample, or all its passes: the symbols decoded after each, with those that changed set off."""
-    if passes is None:
-        console.print(Panel(Text(text), title=f"sample {number}", title_align="left"))
-        return
+def _passes_text(passes: Sequence[Sequence[str]]) -> Text:
+    """The symbols decoded after every pass, those that changed set off."""
     body, last = Text(), len(passes) - 1
     before: Sequence[str] | None = None
     for index, symbols in enumerate(passes):
@@ -168,26 +165,51 @@ def _print_sample(console: Console, number: int, text: str, passes: Sequence[Seq
             body.append(symbol, style="dim" if index == 0 else "" if same else "green")
         body.append("" if index == last else "\n")
         before = symbols
-    console.print(Panel(body, title=f"sample {number}", title_align="left"))
+    return body
 
 
-def print_samples(
-    console: Console, tokens: torch.Tensor, passes: tuple[torch.Tensor, ...], tokenizer: Tokenizer
-) -> None:
-    """Every sample in a panel, with its passes where there are any."""
-    symbols = tokenizer.symbols
-    for row in range(len(tokens)):
-        shown = [[symbols[i] for i in state[row].tolist()] for state in passes] or None
-        _print_sample(console, row + 1, tokenizer.decode(tokens[row].tolist()), shown)
+def _symbols(tokenizer: Tokenizer, tokens: torch.Tensor) -> list[str]:
+    return [tokenizer.symbols[i] for i in tokens.tolist()]
 
 
-def samples_to_json(
-    tokens: torch.Tensor, passes: tuple[torch.Tensor, ...], tokenizer: Tokenizer
-) -> list[dict[str, Any]]:
+def print_samples(console: Console, result: Generation, tokenizer: Tokenizer) -> None:
+    """Every sample in a panel, with its passes where there are any, and how its given tokens were met."""
+    for row, tokens in enumerate(result.tokens):
+        shown = [_symbols(tokenizer, state[row]) for state in result.passes]
+        body = _passes_text(shown) if shown else Text(tokenizer.decode(tokens.tolist()))
+        note = None
+        if result.ess is not None and result.log_evidence is not None:
+            evidence = result.log_evidence[row].item()
+            note = f"log p(given) about {evidence:.2f} nats, {result.ess[row].item():.1f} effective particles"
+        console.print(
+            Panel(body, title=f"sample {row + 1}", title_align="left", subtitle=note, subtitle_align="left")
+        )
+
+
+def samples_to_json(result: Generation, tokenizer: Tokenizer, *, states: bool = False) -> list[dict[str, Any]]:
+    """One object per sample: text, passes and states where there are any, weights where tokens were given."""
     samples: list[dict[str, Any]] = []
-    for row in range(len(tokens)):
-        sample: dict[str, Any] = {"text": tokenizer.decode(tokens[row].tolist())}
-        if passes:
-            sample["passes"] = [tokenizer.decode(state[row].tolist()) for state in passes]
+    for row, tokens in enumerate(result.tokens):
+        sample: dict[str, Any] = {"text": tokenizer.decode(tokens.tolist())}
+        if result.passes:
+            sample["passes"] = [tokenizer.decode(state[row].tolist()) for state in result.passes]
+        if states:
+            sample["states"] = [state[row].tolist() for state in result.states]
+        for name in ("log_evidence", "ess", "draws"):
+            value = getattr(result, name)
+            if value is not None:
+                sample[name] = value[row].item()
         samples.append(sample)
     return samples
+
+
+def print_edits(
+    console: Console, before: Sequence[str], edits: Sequence[Sequence[str]], notes: Sequence[str]
+) -> None:
+    """The text, and every edit of it with the tokens that changed set off."""
+    console.print(Panel(Text("".join(before)), title="text", title_align="left"))
+    for number, (symbols, note) in enumerate(zip(edits, notes, strict=True), 1):
+        body = Text()
+        for old, new in zip(before, symbols, strict=True):
+            body.append(new, style="" if old == new else "bold green")
+        console.print(Panel(body, title=f"edit {number}", title_align="left", subtitle=note, subtitle_align="left"))

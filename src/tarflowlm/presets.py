@@ -27,9 +27,7 @@ def quickstart() -> RunConfig:
     data = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=2048))
     # the stages' shares of the time; the command turns them into steps
     train = TrainConfig(stage_steps=(85, 8, 7), evaluate_every=200, checkpoint_every=10_000, test_windows=1000)
-    return RunConfig(
-        name="quickstart", model=model, data=data, train=train, optim=OptimConfig(codebook_lr_scale=0.5)
-    )
+    return RunConfig(name="quickstart", model=model, data=data, train=train, optim=OptimConfig(codebook_lr_scale=0.5))
 
 
 def mini_ar() -> RunConfig:

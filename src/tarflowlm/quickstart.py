@@ -75,9 +75,9 @@ def run_quickstart(args: QuickstartArgs, progress: Console, console: Console) ->
             tick=tick,
         )
     seconds = time.perf_counter() - start
-    samples = samples_to_json(result.tokens, result.passes, tokenizer)
+    samples = samples_to_json(result, tokenizer)
     unigram, trigram = ngram_entropy(text, 1), ngram_entropy(text, 3)
-    print_samples(console, result.tokens, result.passes, tokenizer)
+    print_samples(console, result, tokenizer)
     rows = [
         ("this model, test text", f"<= {test['bpc']:.3f} bits per character"),
         ("unigram entropy of that text", f"{unigram:.3f}"),

@@ -25,9 +25,7 @@ def library_json(**changes) -> str:
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)
-@given(
-    st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("the cat\n ")), max_size=80)
-)
+@given(st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("the cat\n ")), max_size=80))
 def test_byte_level_round_trips_and_counts_characters(text):
     ids = BYTE_LEVEL.encode(text)
     assert ids.dtype == np.int64
@@ -36,9 +34,7 @@ def test_byte_level_round_trips_and_counts_characters(text):
 
 
 def test_smallest_byte_level_vocabulary():
-    tokenizer = build_tokenizer(
-        TokenizerConfig(kind="bpe", vocab_size=257, normalize="none"), ["hello hello"]
-    )
+    tokenizer = build_tokenizer(TokenizerConfig(kind="bpe", vocab_size=257, normalize="none"), ["hello hello"])
     assert tokenizer.vocab_size == len(tokenizer.token_bytes) == 257
     assert tokenizer.decode(tokenizer.encode("hello \x00\U0001f600")) == "hello \x00\U0001f600"
 
@@ -74,9 +70,7 @@ def test_training_is_deterministic_and_ignores_how_text_is_cut(words):
 
 def test_training_refuses_too_little_text_and_foreign_characters():
     config = TokenizerConfig(kind="bpe", vocab_size=64)
-    with pytest.raises(
-        UserError, match=r"vocab_size=64 cannot be reached, the training text gives 29 tokens"
-    ):
+    with pytest.raises(UserError, match=r"vocab_size=64 cannot be reached, the training text gives 29 tokens"):
         build_tokenizer(config, [" aa aa aa"])
     with pytest.raises(UserError, match=r"1 kinds: 'A' x1"):
         build_tokenizer(config, ["a A"])

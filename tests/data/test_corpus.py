@@ -28,9 +28,7 @@ BPE = TokenizerConfig(kind="bpe", vocab_size=40)
 @pytest.mark.parametrize("config", [CHARS, BYTES, BPE], ids=["char", "byte", "bpe"])
 def test_the_splits_are_the_text_cut_in_three(config, text_file, words, tmp_path):
     corpus = prepare_corpus(str(text_file), config, tmp_path / "out")
-    decoded = {
-        name: corpus.tokenizer.decode(np.asarray(corpus.split(name))) for name in ("train", "valid", "test")
-    }
+    decoded = {name: corpus.tokenizer.decode(np.asarray(corpus.split(name))) for name in ("train", "valid", "test")}
     assert "".join(decoded.values()) == words
     for name, percent in (("train", 90), ("valid", 5), ("test", 5)):
         assert abs(len(decoded[name]) - len(words) * percent / 100) <= 1
@@ -232,9 +230,7 @@ def test_another_text_is_encoded_with_a_given_tokenizer(text_file, words, tmp_pa
     whole = np.asarray(tokens["all"])
     assert whole.dtype == np.uint8
     assert tokenizer.decode(whole) == words
-    np.testing.assert_array_equal(
-        whole, np.concatenate([tokens[name] for name in ("train", "valid", "test")])
-    )
+    np.testing.assert_array_equal(whole, np.concatenate([tokens[name] for name in ("train", "valid", "test")]))
     with pytest.raises(UserError, match="characters"):
         encode_text_source(str(text_file), CharTokenizer("abc", "none"))
 

@@ -105,14 +105,32 @@ def test_jacobian_is_block_diagonal_over_positions_and_triangular_inside(request
     assert not by_z[~expected].any()
 
 
-@pytest.mark.parametrize("tokens", [0, 1])
-def test_known_latents_stand_and_the_rest_follows_from_them(coupling, normal, tokens):
-    """With the true noise behind them, known latents change nothing; with any other noise they stay."""
-    n = tokens * getattr(coupling, "latent_dim", 1)
-    u, features = normal(3, C), normal(3, WIDTH, seed=2)
-    z = coupling.invert(u, features)
-    other = torch.cat((normal(3, n, seed=9), u[:, n:]), -1)
-    torch.testing.assert_close(coupling.invert(other, features, known=z[:, :n]), z, rtol=1e-9, atol=1e-9)
+def test_completing_keeps_what_is_given_and_draws_the_rest(coupling, normal):
+    """Rows that give nothing, the first token, all: noise, latents and densities belong together."""
+    P = getattr(coupling, "patch", 2)
+    u, features = normal(4, C), normal(4, WIDTH, seed=2)
+    known = coupling.invert(normal(4, C, seed=9), features)
+    is_known = torch.zeros(4, P, dtype=torch.bool)
+    is_known[1, 0] = is_known[2, -1] = is_known[3] = True
+    z, noise, log_p = coupling.complete(u, features, known, is_known)
+    given = is_known.repeat_interleave(C // P, dim=1)
+    assert torch.equal(z[given], known[given])
+    assert torch.equal(noise[~given], u[~given])
+    assert not log_p[~is_known].any()
+    again, log_det = coupling(z[:, None], features[:, None])
+    torch.testing.assert_close(again[:, 0], noise, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(log_p[3].sum(), (log_det + standard_normal_log_prob(noise[:, None]))[3])
+    # the first token alone: its density is that of the sequence of one token, whatever follows
+    other, _, again_log_p = coupling.complete(normal(4, C, seed=3), features, known, is_known)
+    assert P == 1 or not torch.equal(other[1], z[1])
+    torch.testing.assert_close(again_log_p[1], log_p[1])
+
+
+def test_sweeps_over_channels_equal_the_walk(coupling, normal):
+    u, features = normal(16, C), normal(16, WIDTH, seed=2)
+    with torch.no_grad():
+        swept = coupling.invert(u, features)
+    torch.testing.assert_close(swept, coupling.invert(u, features), rtol=1e-9, atol=1e-9)
 
 
 def test_rows_do_not_influence_each_other(coupling, normal):

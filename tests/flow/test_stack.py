@@ -147,25 +147,6 @@ def test_the_cached_inverse_equals_a_plain_loop(model, normal):
             torch.testing.assert_close(block.inverse(u), block.order.inverse(h), rtol=1e-9, atol=1e-9)
 
 
-def test_known_latents_stand_and_the_rest_follows_from_them(model, latents, normal):
-    for block in list(model.prior.blocks)[:1]:
-        with torch.no_grad():
-            z = model.prior.patch(latents)[0]
-            u, _ = block(z)
-            for tokens in range(T + 1):
-                known = latents[:, :tokens].flatten(1)
-                noise = model.prior.patch(normal(3, T, d, seed=8))[0].flatten(1)
-                noise = torch.cat((noise[:, : tokens * d], u.flatten(1)[:, tokens * d :]), 1).view_as(u)
-                torch.testing.assert_close(block.inverse(noise, known=known), z, rtol=1e-7, atol=1e-7)
-
-
-def test_a_block_that_reorders_cannot_take_known_latents(tiny_flow, normal):
-    model = tiny_flow(couplings=("mix1", "mix1"))
-    assert [block.keeps_order for block in model.prior.blocks] == [True, False]
-    with pytest.raises(AssertionError, match="order of the tokens"):
-        model.prior.blocks[1].inverse(normal(1, T, d), known=normal(1, 2))
-
-
 def test_tick_is_called_once_per_position(tiny_flow, normal):
     block, ticks = tiny_flow(couplings=("mix1",)).prior.blocks[0], []
     block.inverse(normal(2, T, d), tick=lambda: ticks.append(1))
@@ -218,3 +199,25 @@ def test_input_map_keeps_every_channel(randomise, normal):
         layer = randomise(InputMap(3, 8))
     by_x = jacobian(lambda x: layer(x[None])[0], normal(3))
     assert torch.linalg.matrix_rank(by_x) == 3
+
+
+def test_the_density_of_positions_adds_up_and_each_sees_its_own_past(model, normal):
+    z = normal(2, 8 // model.config.patch, 2 * model.config.patch)
+    for block in model.prior.blocks:
+        with torch.no_grad():
+            log_p = block.position_log_prob(z)
+            torch.testing.assert_close(log_p.sum(1), block.log_prob(z))
+            changed = z.clone()
+            changed[:, -1] += 1.0
+            # a block from right to left has the last position in every other's past, one from left to right in none
+            moved = (block.position_log_prob(changed) - log_p).abs()[:, :-1] > 1e-12
+        assert moved.any() == block.direction.reverse
+
+
+def test_the_density_of_a_state_is_that_of_the_blocks_above_it(model, normal):
+    z = normal(2, 8, 2)
+    with torch.no_grad():
+        states, log_dets = model.prior.states(z)
+        for above, state in enumerate(states):
+            expected = model.prior.log_prob(z) - sum(log_dets[:above], start=z.new_zeros(2))
+            torch.testing.assert_close(model.prior.log_prob(state, above=above), expected)

@@ -79,9 +79,7 @@ def run(args: Args) -> dict[str, Any]:
     return {"rows": rows, "device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _contenders(
-    run: RunConfig, args: Args, device: torch.device
-) -> list[tuple[str, Callable[[], None], int]]:
+def _contenders(run: RunConfig, args: Args, device: torch.device) -> list[tuple[str, Callable[[], None], int]]:
     """A training step for every stage of a preset, and the tokens it takes."""
     model_config = replace(run.model, vocab_size=args.vocab_size)
     found = []
@@ -96,9 +94,7 @@ def _contenders(
     return found
 
 
-def _step(
-    model: Model, run: RunConfig, stage: int, args: Args, device: torch.device
-) -> Callable[[], None]:
+def _step(model: Model, run: RunConfig, stage: int, args: Args, device: torch.device) -> Callable[[], None]:
     if isinstance(model, TarFlowLM):
         freeze_below(model, stage)
     optimizers = build_optimizers(run.optim, model)

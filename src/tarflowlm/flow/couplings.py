@@ -7,10 +7,11 @@ C = P d channels of a position, K components. `forward` and `log_prob` take whol
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tarflowlm.codebook import Codebook
@@ -18,17 +19,41 @@ from tarflowlm.flow import numerics
 from tarflowlm.flow.heads import AutoregressiveHead, TokenFeatures
 from tarflowlm.flow.precision import full_precision, widen
 
+_FEW = 512
+"""Latents up to which a channel coupling is inverted in sweeps."""
+
 AdjustWeights = Callable[[Tensor], Tensor]
 """Maps log-weights [..., K] to log-weights: temperature, top-k and top-p of a sampler."""
 
 
+def log_standard_normal(u: Tensor) -> Tensor:
+    """log N(u; 0, 1), elementwise: nats."""
+    return -0.5 * u.square() - 0.5 * math.log(2 * math.pi)
+
+
 def standard_normal_log_prob(u: Tensor) -> Tensor:
     """log N(u; 0, I) over all but the first axis: [B], nats."""
-    return (-0.5 * u.square() - 0.5 * math.log(2 * math.pi)).flatten(1).sum(-1)
+    return log_standard_normal(u).flatten(1).sum(-1)
+
+
+@dataclass(frozen=True)
+class Conditional:
+    """p(z_g | past, earlier groups) of one group of m channels, as a map to its noise and back."""
+
+    forward: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """z_g [B, m] to u_g [B, m] and log|det| [B]."""
+    inverse: Callable[[Tensor], Tensor]
+    """u_g to z_g, under the weights that a sampler may have changed."""
+
+
+Walk = Generator[Conditional, Tensor | None, None]
+"""The conditionals of one position, group after group; it is sent the value z_g of each."""
 
 
 class Coupling(nn.Module):
-    """What a block asks of its coupling."""
+    """What a block asks of its coupling. `group` is the number m of channels that are drawn at once."""
+
+    group: int
 
     @abstractmethod
     def forward(
@@ -46,20 +71,93 @@ class Coupling(nn.Module):
         """
 
     @abstractmethod
+    def walk(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Walk:
+        """The conditionals of one position, from the features of its past."""
+
     def invert(
+        self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
+    ) -> Float[Tensor, "B C"]:
+        """The latents of one position, from its noise and the features of its past."""
+        walk = self.walk(features, adjust)
+        z: list[Tensor] = []
+        for u_g in u.split(self.group, -1):
+            z.append(walk.send(z[-1] if z else None).inverse(u_g))
+        return torch.cat(z, -1)
+
+    def complete(
         self,
         u: Float[Tensor, "B C"],
         features: Float[Tensor, "B D"],
+        known: Float[Tensor, "B C"],
+        is_known: Bool[Tensor, "B P"],
         adjust: AdjustWeights | None = None,
-        known: Float[Tensor, "B n"] | None = None,
-    ) -> Float[Tensor, "B C"]:
-        """The latents of one position, from its noise and the features of its past.
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B P"]]:
+        """One position of which some tokens are given: (z, u, log p).
 
-        `known` gives the first n channels instead of their noise (n a multiple of the channels per token).
+        Given tokens keep their latents `known` and get the noise that belongs to them, the others are inverted from
+        `u`. log p [B, P] is that of the given tokens' latents given all before them, and zero elsewhere.
         """
+        P, channels = is_known.shape[1], u.shape[1]
+        walk = self.walk(features, adjust)
+        z: list[Tensor] = []
+        noise: list[Tensor] = []
+        log_p = u.new_zeros(is_known.shape)
+        # looked at on the host, so that nothing is computed twice where all rows agree
+        some, every = is_known.any(0).tolist(), is_known.all(0).tolist()
+        mask = is_known.to(u.device)
+        for g, (u_g, known_g) in enumerate(zip(u.split(self.group, -1), known.split(self.group, -1), strict=True)):
+            conditional, j = walk.send(z[-1] if z else None), g * self.group * P // channels
+            if not some[j]:
+                z.append(conditional.inverse(u_g))
+                noise.append(u_g)
+                continue
+            given_u, log_det = conditional.forward(known_g)
+            density = log_det + standard_normal_log_prob(given_u)
+            here = mask[:, j, None]
+            z.append(known_g if every[j] else torch.where(here, known_g, conditional.inverse(u_g)))
+            noise.append(torch.where(here, given_u, u_g))
+            log_p[:, j] += torch.where(here[:, 0], density, 0.0)
+        return torch.cat(z, -1), torch.cat(noise, -1), log_p
 
 
-class AffineCoupling(Coupling):
+class ChannelCoupling(Coupling):
+    """A coupling that draws one channel at a time, all its parameters from one autoregressive head."""
+
+    group = 1
+    head: AutoregressiveHead
+
+    @abstractmethod
+    def conditional(self, parameters: list[Tensor], adjust: AdjustWeights | None) -> Conditional:
+        """From parameters [n, O] of n channels, a map of [n, 1]."""
+
+    def walk(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Walk:
+        state = self.head.start(features)
+        for _ in range(self.head.groups):
+            z = yield self.conditional([p[0] for p in self.head.step(state)], adjust)
+            assert z is not None
+            state = self.head.observe(state, z)
+
+    def invert(
+        self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
+    ) -> Float[Tensor, "B C"]:
+        """Few rows are inverted in sweeps over all channels at once, until nothing changes: C always suffice.
+
+        There a call costs the same for one channel as for all of them, and a block near the identity needs about
+        three sweeps, where a walk needs C steps.
+        """
+        B, C = u.shape
+        if torch.is_grad_enabled() or u.numel() > _FEW:
+            return super().invert(u, features, adjust)
+        noise, z = u.T.reshape(-1, 1), u
+        for _ in range(C):
+            parameters = [p.reshape(C * B, -1) for p in self.head(features[:, None], z[:, None])]
+            before, z = z, self.conditional(parameters, adjust).inverse(noise).view(C, B).T
+            if ((z - before).abs() <= 4 * torch.finfo(u.dtype).eps * (1 + z.abs())).all():
+                break
+        return z
+
+
+class AffineCoupling(ChannelCoupling):
     """z_i = exp(s_i) u_i + m_i, with (m_i, s_i) from the past positions and the channels < i (docs/math.md, eq. 7).
 
     The K = 1 case of Mix-1 in closed form. Paper: section 3.2.
@@ -83,25 +181,16 @@ class AffineCoupling(Coupling):
         u, log_det = self(z, features)
         return log_det + standard_normal_log_prob(u)
 
-    def invert(
-        self,
-        u: Float[Tensor, "B C"],
-        features: Float[Tensor, "B D"],
-        adjust: AdjustWeights | None = None,
-        known: Float[Tensor, "B n"] | None = None,
-    ) -> Float[Tensor, "B C"]:
-        state, z = self.head.start(features), []
-        for i in range(u.shape[-1]):
-            if known is not None and i < known.shape[-1]:
-                z.append(known[:, i : i + 1])
-            else:
-                mean, log_std = self.head.step(state)
-                z.append(u[:, i : i + 1] * log_std[0].exp() + mean[0])
-            state = self.head.observe(state, z[-1])
-        return torch.cat(z, -1)
+    def conditional(self, parameters: list[Tensor], adjust: AdjustWeights | None) -> Conditional:
+        mean, log_std = parameters
+
+        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+            return (z - mean) * torch.exp(-log_std), -log_std[:, 0]
+
+        return Conditional(forward, lambda u: u * log_std.exp() + mean)
 
 
-class Mix1Coupling(Coupling):
+class Mix1Coupling(ChannelCoupling):
     r"""Channel-wise mixture-CDF coupling (docs/math.md, eq. 8).
 
         u_i = Phi^-1( sum_k w_k Phi((z_i - m_k) / s_k) ),    log du_i/dz_i = log p(z_i) - log phi(u_i)
@@ -175,23 +264,18 @@ class Mix1Coupling(Coupling):
         with full_precision(z):
             return numerics.mixture_log_density(z_CBT, log_w, mean, log_std).sum((0, 2))
 
-    def invert(
-        self,
-        u: Float[Tensor, "B C"],
-        features: Float[Tensor, "B D"],
-        adjust: AdjustWeights | None = None,
-        known: Float[Tensor, "B n"] | None = None,
-    ) -> Float[Tensor, "B C"]:
-        state, z = self.head.start(features), []
-        for i in range(u.shape[-1]):
-            if known is not None and i < known.shape[-1]:
-                z.append(known[:, i : i + 1])
-            else:
-                log_w, mean, log_std = (p[0] for p in self.head.step(state))
-                log_w = log_w if adjust is None else adjust(log_w)
-                z.append(numerics.mixture_cdf_inverse(u[:, i], log_w, mean, log_std)[:, None])
-            state = self.head.observe(state, z[-1])
-        return torch.cat(z, -1)
+    def conditional(self, parameters: list[Tensor], adjust: AdjustWeights | None) -> Conditional:
+        log_w, mean, log_std = parameters
+
+        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+            u, log_det = numerics.mixture_cdf(z[:, 0], log_w, mean, log_std)
+            return u[:, None], log_det
+
+        def inverse(u: Tensor) -> Tensor:
+            changed = log_w if adjust is None else adjust(log_w)
+            return numerics.mixture_cdf_inverse(u[:, 0], changed, mean, log_std)[:, None]
+
+        return Conditional(forward, inverse)
 
 
 class MixDCoupling(Coupling):
@@ -216,7 +300,7 @@ class MixDCoupling(Coupling):
         in_patch: bool,
     ) -> None:
         super().__init__()
-        self.patch, self.latent_dim = patch, latent_dim
+        self.patch, self.latent_dim, self.group = patch, latent_dim, latent_dim
         self.token_features = TokenFeatures(width=width, patch=patch, latent_dim=latent_dim, in_patch=in_patch)
         self.own = None if tied is not None else Codebook(components, latent_dim, separation=2.0)
         # in a tuple, so that the encoder's parameters are not registered a second time
@@ -261,28 +345,17 @@ class MixDCoupling(Coupling):
         )
         return per_token.flatten(1).sum(-1)
 
-    def invert(
-        self,
-        u: Float[Tensor, "B C"],
-        features: Float[Tensor, "B D"],
-        adjust: AdjustWeights | None = None,
-        known: Float[Tensor, "B n"] | None = None,
-    ) -> Float[Tensor, "B C"]:
-        places, head = self.token_features.place, self.token_features.head
-        state = None if head is None else head.start(features)
-        context = features[:, None] if places is None else places(features).view(len(u), self.patch, -1)
-        z, book = [], self.components
-        given = 0 if known is None else known.shape[-1] // self.latent_dim
-        for j, u_j in enumerate(self._tokens(u).unbind(1)):
-            if known is not None and j < given:
-                z.append(known[:, j * self.latent_dim : (j + 1) * self.latent_dim])
-            else:
-                token_features = context[:, j]
-                if head is not None and state is not None:
-                    token_features = token_features + head.step(state)[0][0]
-                log_w = widen(self.weight_head(token_features))
-                log_w = log_w if adjust is None else adjust(log_w)
-                z.append(numerics.rosenblatt_inverse(u_j, log_w, book.mean, book.log_std))
-            if head is not None and state is not None:
-                state = head.observe(state, z[-1])
-        return torch.cat(z, -1)
+    def walk(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Walk:
+        book, state = self.components, self.token_features.start(features)
+        for _ in range(self.patch):
+            z = yield self._conditional(widen(self.weight_head(self.token_features.step(state))), book, adjust)
+            assert z is not None
+            state = self.token_features.observe(state, z)
+
+    @staticmethod
+    def _conditional(log_w: Tensor, book: Codebook, adjust: AdjustWeights | None) -> Conditional:
+        def inverse(u: Tensor) -> Tensor:
+            changed = log_w if adjust is None else adjust(log_w)
+            return numerics.rosenblatt_inverse(u, changed, book.mean, book.log_std)
+
+        return Conditional(lambda z: numerics.rosenblatt(z, log_w, book.mean, book.log_std), inverse)

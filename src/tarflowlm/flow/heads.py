@@ -138,6 +138,16 @@ class AutoregressiveHead(nn.Module):
         return replace(state, values=(*state.values, z), embedded=(*state.embedded, embedded))
 
 
+@dataclass(frozen=True)
+class PatchState:
+    """What is known inside one patch: the features [B, P, D] of its places, and the walk through its tokens."""
+
+    places: Tensor
+    walk: GroupState | None
+    num_tokens: int = 0
+    """Tokens known so far."""
+
+
 class TokenFeatures(nn.Module):
     """Features of each of the P tokens of a patch: [B, T, D] -> [B, T, P, D] (docs/math.md, eq. 16).
 
@@ -168,3 +178,24 @@ class TokenFeatures(nn.Module):
             return features[:, :, None]
         places = self.place(features).view(B, T, self.patch, D)
         return places if self.head is None else places + self.head(features, z)[0].permute(1, 2, 0, 3)
+
+    def start(self, features: Float[Tensor, "B D"]) -> PatchState:
+        """The state before the first token of a patch; `step` and `observe` then walk through its tokens."""
+        if self.place is None:
+            return PatchState(features[:, None], None)
+        places = self.place(features).view(len(features), self.patch, -1)
+        return PatchState(places, None if self.head is None else self.head.start(features))
+
+    def step(self, state: PatchState) -> Float[Tensor, "B D"]:
+        """Features of the first token not yet observed."""
+        x = state.places[:, state.num_tokens]
+        if self.head is None or state.walk is None:
+            return x
+        return x + self.head.step(state.walk)[0][0]
+
+    def observe(self, state: PatchState, z: Float[Tensor, "B d"]) -> PatchState:
+        """The state after the next token took the value z."""
+        walk = state.walk
+        if self.head is not None and walk is not None:
+            walk = self.head.observe(walk, z)
+        return PatchState(state.places, walk, state.num_tokens + 1)

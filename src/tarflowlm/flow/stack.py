@@ -58,7 +58,8 @@ class FlowBlock(Bijection):
         mix: int,
     ) -> None:
         super().__init__()
-        self.order = Compose((ChannelMix(channels, mix), Direction(reverse)))
+        self.direction = Direction(reverse)
+        self.order = Compose((ChannelMix(channels, mix), self.direction))
         self.keeps_order = not reverse and mix == 0
         self.input = InputMap(channels, trunk.width)
         self.start = nn.Parameter(torch.randn(trunk.width))
@@ -78,6 +79,13 @@ class FlowBlock(Bijection):
         """log p(z) with N(0, I) behind this block, in nats: cheaper than `forward`, for no noise is computed."""
         h = self.order(z)[0]
         return self.coupling.log_prob(h, self._features(h), equal_cotangents=equal_cotangents)
+
+    def position_log_prob(self, z: Float[Tensor, "B N C"]) -> Float[Tensor, "B N"]:
+        """log p(z_n | positions before n in the block's order) with N(0, I) behind this block, in nats."""
+        h = self.order(z)[0]
+        rows = h.flatten(0, 1)[:, None], self._features(h).flatten(0, 1)[:, None]
+        log_p = self.coupling.log_prob(*rows).view(*h.shape[:2], 1)
+        return self.direction.inverse(log_p).squeeze(-1)
 
     def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
         """Features of the next position, given the latents [B, C] of the one before it (None at the start)."""
@@ -101,27 +109,15 @@ class FlowBlock(Bijection):
         u: Float[Tensor, "B N C"],
         *,
         adjust: AdjustWeights | None = None,
-        known: Float[Tensor, "B n"] | None = None,
         tick: Callable[[], None] | None = None,
     ) -> Float[Tensor, "B N C"]:
-        """Latents, position by position with the KV cache: exact.
-
-        `known` gives the first n latent channels of the sequence (row by row, position after position) in place of
-        their noise; it asks for a block that neither reverses nor mixes. `tick` is called after every position.
-        """
-        assert known is None or self.keeps_order, "known latents need a block in the order of the tokens"
+        """Latents, position by position with the KV cache: exact. `tick` is called after every position."""
         noise = self.order(u)[0]
         cache = self.transformer.allocate_cache(len(u), u.shape[1], self.start.to(u.dtype))
         previous: Tensor | None = None
         h: list[Tensor] = []
-        channels = u.shape[2]
-        for t, u_t in enumerate(noise.unbind(1)):
-            here = None if known is None else known[:, t * channels : (t + 1) * channels]
-            features = self.features_at(cache, previous, len(u))
-            if here is not None and here.shape[1] == channels:
-                previous = here
-            else:
-                previous = self.coupling.invert(u_t, features, adjust, here)
+        for u_t in noise.unbind(1):
+            previous = self.coupling.invert(u_t, self.features_at(cache, previous, len(u)), adjust)
             h.append(previous)
             if tick is not None:
                 tick()
@@ -157,20 +153,21 @@ class Prior(Bijection):
         return self.patch.inverse(h)
 
     def log_prob(
-        self, z: Float[Tensor, "B T d"], *, frozen: int = 0, equal_cotangents: bool = False
+        self, z: Float[Tensor, "B T d"], *, frozen: int = 0, equal_cotangents: bool = False, above: int = 0
     ) -> Float[Tensor, " B"]:
-        """log p(z) in nats, the last block by its density alone.
+        """log p(z) in nats, the last block by its density alone; of the state z = h^(above) where that is given.
 
         The first `frozen` blocks are evaluated without a graph: they get no gradient and keep no activations.
         `equal_cotangents`: see `Coupling.log_prob`.
         """
         h = self.patch(z)[0]
         log_prob = zero_log_det(z)
-        for index, block in enumerate(self.blocks[:-1]):
+        blocks = self.blocks[above:]
+        for index, block in enumerate(blocks[:-1], above):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= frozen):
                 h, log_det = block(h)
             log_prob = log_prob + log_det
-        if not len(self.blocks):
+        if not len(blocks):
             return standard_normal_log_prob(h)
-        last = self.blocks[-1].log_prob(h, equal_cotangents=equal_cotangents)  # type: ignore[operator]
+        last = blocks[-1].log_prob(h, equal_cotangents=equal_cotangents)  # type: ignore[operator]
         return log_prob + last

@@ -60,6 +60,11 @@ class KVCache:
             raise ValueError(f"cannot rewind a cache of {self.length} positions to {length}")
         self.length = length
 
+    def select(self, rows: Tensor) -> None:
+        """Continue every row b of the batch from the past of row rows[b]."""
+        for stored in (*self.keys, *self.values):
+            stored[:, :, : self.length] = stored[rows, :, : self.length]
+
 
 def rotary_tables(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin [T, E / 2] of the angles position * base^(-2 i / E) (Su et al. 2021)."""

@@ -1,6 +1,6 @@
-"""One entry to sampling: unconditional or after a prompt, TarFlowLM or baseline, every pass on request."""
+"""One entry to sampling: free or with tokens given, TarFlowLM or baseline, every pass on request."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +9,16 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.checkpoint import Model
 from tarflowlm.errors import UserError
-from tarflowlm.generation.noise import row_generators, row_normal, row_uniform
-from tarflowlm.generation.sequential import sample_baseline
-from tarflowlm.generation.stack import Decoder, invert_stack
+from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.generation.inversion import Decoder, Inverted
+from tarflowlm.generation.noise import row_generators, row_normal
+from tarflowlm.generation.particles import Weights, draw, walk
+from tarflowlm.generation.passage import LatentPassage, Tick, TokenPassage
+from tarflowlm.generation.sources import LatentSource, UniformSource
+from tarflowlm.generation.stack import Decoders, invert_stack
+from tarflowlm.generation.template import BLANK
 from tarflowlm.generation.weights import adjust_weights
+from tarflowlm.model import TarFlowLM
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,15 @@ class Generation:
     passes: tuple[Tensor, ...] = ()
     states: tuple[Tensor, ...] = ()
     sweeps: tuple[int, ...] = ()
-    """Passes over the positions that each block took, block L first; as many as positions where sequential."""
+    """Passes over positions that each block took, block L first; as many as positions where sequential."""
+    decoders: tuple[Decoder, ...] = ()
+    """How each block was inverted, block L first: `decoder=` of the next call, to choose the same."""
+    log_evidence: Tensor | None = None
+    """With given tokens: an estimate of log p(given) [B], nats, whose exponential is unbiased."""
+    ess: Tensor | None = None
+    """With given tokens: effective number of particles [B] in the end."""
+    draws: Tensor | None = None
+    """With given tokens: how often the particles of every sample were drawn anew, [B]."""
 
 
 @torch.no_grad()
@@ -37,52 +51,128 @@ def generate(
     num_tokens: int,
     num: int = 1,
     prompt: Tensor | None = None,
+    template: Tensor | None = None,
+    particles: int = 1,
     generator: torch.Generator | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     return_passes: bool = False,
-    decoder: Decoder = "sequential",
-    tick: Callable[[], None] | None = None,
+    decoder: Decoders = "sequential",
+    tick: Tick | None = None,
 ) -> Generation:
-    """`num` samples of `num_tokens` tokens, the `prompt` [n] included.
+    """`num` samples of `num_tokens` tokens, given ones included.
 
-    Exact samples of the model at temperature 1 without a prompt. `temperature` is the power 1 / temperature on the
+    Exact samples of the model at temperature 1 with nothing given. `temperature` is the power 1 / temperature on the
     mixture weights of block 1, or on the baseline's probabilities. The noise is not scaled: Phi(u) must stay uniform,
     or components would be chosen by their place on the axis. In a stack of affine blocks alone, which has no weights,
-    it scales the standard deviation of the noise. A prompt is exact for a single left-to-right block and
-    for the baseline; with more blocks the states above block 1 are sampled without knowing it, an approximation.
-    Row b draws its noise from a stream of its own, seeded from `generator`, so rows do not depend on `num`.
-    `decoder`: sequential inverts every block position by position; parallel by Jacobi sweeps, with the same result
-    up to rounding; auto chooses per block (`generation/parallel.py`).
-    `tick` is called once per position and block (`num_ticks` says how often).
+    it scales the standard deviation of the noise.
 
-    Raises UserError for sizes that the model cannot generate and for a prompt of tokens it does not know.
+    `prompt` [n] comes first; `template` [n], or [num, n] for a template of its own for every sample, gives tokens
+    anywhere, -1 (BLANK) where one is to be drawn, and what follows its end is drawn too. A prompt is exact for the
+    baseline and for a single left-to-right block. Otherwise the rest is drawn without regard to what is given
+    further right, or in the blocks above: an approximation that `particles` N > 1 corrects (`particles.py`), at N
+    times the cost; it becomes exact as N grows. Changed weights (temperature and so on) apply to what is drawn, not
+    to how given tokens are weighed.
+
+    Row b draws its noise from a stream of its own, seeded from `generator`, so rows do not depend on `num`.
+    `decoder`: sequential inverts every block position by position; parallel by sweeps, with the same result up to
+    rounding; auto times both on the first positions of every block (`inversion.py`). Block 1 is sequential where
+    tokens are given or weights changed. `tick` is called once per position and block (`num_ticks` says how often).
+
+    Raises UserError for sizes that the model cannot generate and for given tokens it does not know.
     """
-    prompt = _check(model, num, num_tokens, prompt)
+    given = _given(model, num, num_tokens, prompt, template, particles)
     adjust = adjust_weights(temperature, top_k, top_p)
     rows = row_generators(num, generator or torch.Generator().manual_seed(torch.seed()))
-    padded = -(-num_tokens // model.config.patch) * model.config.patch
     if isinstance(model, TokenLM):
-        tokens = sample_baseline(model, row_uniform(rows, padded), prompt=prompt, adjust=adjust, tick=tick)
-        return Generation(tokens=tokens[:, :num_tokens])
-    book, dim = model.codebook, model.config.latent_dim
-    noise = row_normal(rows, padded, dim).to(book.mean)
-    if set(model.config.couplings) == {"affine"}:
-        noise = noise * temperature
-    known = None
-    if prompt is not None and len(prompt):
-        eps = row_normal(rows, len(prompt), dim).to(book.mean)
-        known = book.encode(prompt.expand(num, -1).to(book.mean.device), eps)
-    padded_states, sweeps = invert_stack(model, noise, decoder=decoder, known=known, adjust=adjust, tick=tick)
-    states = [h[:, :num_tokens] for h in padded_states]
-    tokens = book.decode(states[-1])
-    if prompt is not None:
-        tokens[:, : len(prompt)] = prompt.to(tokens.device)
-    if not return_passes:
-        return Generation(tokens=tokens, sweeps=sweeps)
-    passes = tuple(book.decode(h) for h in states)
-    return Generation(tokens, passes=passes, states=tuple(states), sweeps=sweeps)
+        return _from_baseline(model, given, num_tokens, particles, rows, adjust, tick)
+    if (given == BLANK).all():
+        scale = temperature if set(model.config.couplings) == {"affine"} else 1.0
+        noise = row_normal(rows, given.shape[1], model.config.latent_dim).to(model.codebook.mean) * scale
+        states, work = invert_stack(model, noise, decoder=decoder, adjust=adjust, tick=tick)
+        tokens = model.codebook.decode(states[-1])
+        return _generation(model, tokens[:, :num_tokens], states, work, return_passes)
+    return _completed(model, given, num_tokens, particles, rows, adjust, decoder, return_passes, tick)
+
+
+def _generation(
+    model: TarFlowLM, tokens: Tensor, states: Sequence[Tensor], work: list[Inverted], passes: bool, **weights: Tensor
+) -> Generation:
+    shown = tuple(h[:, : tokens.shape[1]] for h in states) if passes else ()
+    return Generation(
+        tokens=tokens,
+        passes=tuple(model.codebook.decode(h) for h in shown),
+        states=shown,
+        sweeps=tuple(w.passes for w in work),
+        decoders=tuple(w.decoder for w in work),
+        **weights,
+    )
+
+
+def _completed(
+    model: TarFlowLM,
+    given: Tensor,
+    num_tokens: int,
+    particles: int,
+    generators: list[torch.Generator],
+    adjust: AdjustWeights | None,
+    decoder: Decoders,
+    return_passes: bool,
+    tick: Tick | None,
+) -> Generation:
+    """Some tokens given: block 1 meets the noise of the blocks above where nothing is."""
+    book, num = model.codebook, len(given)
+    spread = given.repeat_interleave(particles, dim=0)
+    is_known = spread != BLANK
+    source = LatentSource(model, generators, particles, is_known, decoder, tick)
+    eps = row_normal(generators, *source.shape).flatten(0, 1).to(book.mean)
+    known = book.encode(spread.clamp_min(0).to(book.mean.device), eps)
+    passage = LatentPassage(model, source.draw, known, is_known, adjust)
+    weights = Weights.uniform(num, particles)
+    weights.add(passage.prefill())
+    if tick is not None:
+        for _ in range(passage.at):
+            tick()
+    walk(passage, weights, generators, source, tick)
+    weights.add(source.log_factor(model.prior.patch.inverse(passage.noise)))
+    chosen = _chosen(weights, generators)
+    z = model.prior.patch.inverse(passage.z)[chosen]
+    tokens = torch.where(given == BLANK, book.decode(z).cpu(), given).to(z.device)
+    # the states of these latents, and not the draws above: what is given has changed them
+    states = model.prior.states(z)[0][::-1] if return_passes else ()
+    work = [*source.work, Inverted(passage.z, "sequential", passage.num_positions)]
+    return _generation(model, tokens[:, :num_tokens], states, work, return_passes, **_summary(weights))
+
+
+def _from_baseline(
+    model: TokenLM,
+    given: Tensor,
+    num_tokens: int,
+    particles: int,
+    generators: list[torch.Generator],
+    adjust: AdjustWeights | None,
+    tick: Tick | None,
+) -> Generation:
+    source = UniformSource(generators, particles, given.shape[1])
+    spread = given.repeat_interleave(particles, dim=0)
+    passage = TokenPassage(model, source.uniform, spread, spread != BLANK, adjust)
+    weights = Weights.uniform(len(given), particles)
+    walk(passage, weights, generators, source, tick)
+    tokens = passage.tokens[_chosen(weights, generators)][:, :num_tokens]
+    if (given == BLANK).all():
+        return Generation(tokens)
+    return Generation(tokens, **_summary(weights))  # type: ignore[arg-type]
+
+
+def _chosen(weights: Weights, generators: list[torch.Generator]) -> Tensor:
+    """The row of one particle of every sample, drawn by weight."""
+    picks = [draw(log_w, 1, g) for log_w, g in zip(weights.log_w, generators, strict=True)]
+    return torch.cat(picks) + torch.arange(len(picks)) * weights.log_w.shape[1]
+
+
+def _summary(weights: Weights) -> dict[str, Tensor]:
+    return {"log_evidence": weights.total(), "ess": weights.effective(), "draws": weights.draws}
 
 
 def num_ticks(model: Model, num_tokens: int) -> int:
@@ -91,21 +181,35 @@ def num_ticks(model: Model, num_tokens: int) -> int:
     return positions * (1 if isinstance(model, TokenLM) else model.num_blocks)
 
 
-def _check(model: Model, num: int, num_tokens: int, prompt: Tensor | None) -> Tensor | None:
-    if num < 1:
-        raise UserError(f"num {num}: ask for at least 1 sample")
-    if num_tokens < 1:
-        raise UserError(f"length {num_tokens}: ask for at least 1 token")
-    if num_tokens > model.config.context:
-        raise UserError(
-            f"length {num_tokens}: the model was trained on {model.config.context} tokens; ask for no more"
-        )
+def _given(
+    model: Model, num: int, num_tokens: int, prompt: Tensor | None, template: Tensor | None, particles: int
+) -> Tensor:
+    """What is given of every sample: [num, T], a whole number of patches, on the CPU, BLANK elsewhere."""
+    context, vocab_size, patch = model.config.context, model.config.vocab_size, model.config.patch
+    for name, value, what in (("num", num, "sample"), ("length", num_tokens, "token"), ("particles", particles, "")):
+        if value < 1:
+            raise UserError(f"{name} {value}: " + (f"ask for at least 1 {what}" if what else "must be at least 1"))
+    if num_tokens > context:
+        raise UserError(f"length {num_tokens}: the model was trained on {context} tokens; ask for no more")
+    given = torch.full((num, -(-num_tokens // patch) * patch), BLANK)
+    if prompt is not None and template is not None:
+        raise UserError("both a prompt and a template: put the prompt at the start of the template")
     if prompt is not None and len(prompt) >= num_tokens:
         raise UserError(
             f"the prompt has {len(prompt)} tokens, which leaves no room in {num_tokens}: "
-            f"shorten it, or raise the length (at most {model.config.context})"
+            f"shorten it, or raise the length (at most {context})"
         )
-    vocab_size = model.config.vocab_size
-    if prompt is not None and ((prompt < 0) | (prompt >= vocab_size)).any():
-        raise UserError(f"the prompt {prompt.tolist()} has tokens outside of 0 to {vocab_size - 1}: encode it anew")
-    return prompt
+    tokens = prompt if template is None else template
+    if tokens is None:
+        return given
+    if tokens.shape[-1] > num_tokens:
+        raise UserError(
+            f"the template has {tokens.shape[-1]} tokens, more than the length of {num_tokens}: "
+            f"shorten it, or raise the length (at most {context})"
+        )
+    least = 0 if template is None else BLANK
+    if ((tokens < least) | (tokens >= vocab_size)).any():
+        name = "prompt" if template is None else "template"
+        raise UserError(f"the {name} {tokens.tolist()} has tokens outside of 0 to {vocab_size - 1}: encode it anew")
+    given[:, : tokens.shape[-1]] = tokens.cpu()
+    return given

@@ -13,11 +13,11 @@ def row_generators(num: int, generator: torch.Generator) -> list[torch.Generator
     return [torch.Generator().manual_seed(seed + row) for row in range(num)]
 
 
-def row_normal(generators: list[torch.Generator], num_tokens: int, dim: int) -> Tensor:
-    """Standard normal noise [B, T, d], float32."""
-    return torch.stack([torch.randn(num_tokens, dim, generator=g) for g in generators])
+def row_normal(generators: list[torch.Generator], *shape: int) -> Tensor:
+    """Standard normal noise [B, *shape], float32."""
+    return torch.stack([torch.randn(*shape, generator=g) for g in generators])
 
 
-def row_uniform(generators: list[torch.Generator], num_tokens: int) -> Tensor:
-    """Uniform numbers [B, T] in [0, 1), float64."""
-    return torch.stack([torch.rand(num_tokens, generator=g, dtype=torch.float64) for g in generators])
+def row_uniform(generators: list[torch.Generator], *shape: int) -> Tensor:
+    """Uniform numbers [B, *shape] in [0, 1), float64."""
+    return torch.stack([torch.rand(*shape, generator=g, dtype=torch.float64) for g in generators])

@@ -1,56 +1,51 @@
 """The inverse of the whole stack, each block by the decoder chosen for it."""
 
-from typing import Literal
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from tarflowlm.flow.couplings import AdjustWeights, MixDCoupling
+from tarflowlm.errors import UserError
+from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.stack import FlowBlock
-from tarflowlm.generation.parallel import invert_parallel
-from tarflowlm.generation.sequential import Tick
+from tarflowlm.generation.inversion import Decoder, Inverted, invert_block
+from tarflowlm.generation.passage import Tick
 from tarflowlm.model import TarFlowLM
 
-Decoder = Literal["sequential", "parallel", "auto"]
+Decoders = Decoder | Sequence[Decoder]
+"""One decoder for all blocks, or one for each, block L first, as `Generation.decoders` has them."""
 
 
 def invert_stack(
     model: TarFlowLM,
     noise: Tensor,
     *,
-    decoder: Decoder = "sequential",
-    known: Tensor | None = None,
+    decoder: Decoders = "sequential",
+    above: int = 0,
     adjust: AdjustWeights | None = None,
     tick: Tick | None = None,
-) -> tuple[list[Tensor], tuple[int, ...]]:
-    """States h^(L) = noise, ..., h^(1), h^(0) = z of the inverse pass, each [B, T, d], and the sweeps of each block.
+) -> tuple[list[Tensor], list[Inverted]]:
+    """States h^(L) = noise, ..., h^(above) of the inverse pass, each [B, T, d], and how each block was inverted.
 
-    Sweeps are in the same order, block L first; a block that was inverted position by position took one per position.
-    `known` [B, n, d] fixes the latents of the first n tokens in block 1, whose weights then see them. The states
-    above were sampled without that knowledge: exact for one block, an approximation for more (docs/math.md, eq. 18).
-    `adjust` acts on the mixture weights of block 1, which choose the tokens. A block with either is inverted
-    position by position, whatever the decoder.
+    Both have block L first. `adjust` acts on the mixture weights of block 1, which choose the tokens.
     """
     prior = model.prior
     h = prior.patch(noise)[0]
-    states, sweeps = [noise], []
-    for index in reversed(range(len(prior.blocks))):
-        block, first = prior.blocks[index], index == 0
+    states, work = [noise], []
+    chosen = per_block(decoder, len(prior.blocks))
+    for index in reversed(range(above, len(prior.blocks))):
+        block = prior.blocks[index]
         assert isinstance(block, FlowBlock)
-        prefix = known.flatten(1) if first and known is not None else None
-        change = adjust if first else None
-        if prefix is None and change is None and in_parallel(block, decoder):
-            h, num_sweeps = invert_parallel(block, h, tick=tick)
-        else:
-            h, num_sweeps = block.inverse(h, adjust=change, known=prefix, tick=tick), h.shape[1]
+        change = adjust if index == 0 else None
+        found = invert_block(block, h, decoder=chosen[-1 - index], adjust=change, tick=tick)
+        h = found.h
         states.append(prior.patch.inverse(h))
-        sweeps.append(num_sweeps)
-    return states, tuple(sweeps)
+        work.append(found)
+    return states, work
 
 
-def in_parallel(block: FlowBlock, decoder: Decoder) -> bool:
-    """Whether a block is inverted by sweeps; `auto` leaves out Mix-d, which is nearly a token language model.
-
-    Its tokens depend on those before them all the way, so its sweeps commit a few positions each and cost more than
-    they save (docs/log.md).
-    """
-    return decoder == "parallel" or (decoder == "auto" and not isinstance(block.coupling, MixDCoupling))
+def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:
+    if isinstance(decoder, str):
+        return (decoder,) * num_blocks
+    if len(decoder) != num_blocks:
+        raise UserError(f"decoder {tuple(decoder)}: the model has {num_blocks} blocks, give one decoder for each")
+    return tuple(decoder)

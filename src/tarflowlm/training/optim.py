@@ -23,14 +23,19 @@ def schedule(config: OptimConfig, step: int, num_steps: int) -> float:
 CODEBOOK = ("codebook.mean", "codebook.log_std", "coupling.own.mean", "coupling.own.log_std")
 
 
+MUON = ("transformer.layers.", "token_features.")
+"""Parts of a model whose matrices Muon takes."""
+
+
 def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
     """Optimisers over the trainable parameters of `model`.
 
-    Weight decay acts on matrices only. Muon (Jordan et al. 2024) takes the 2-D matrices of the Transformers; inputs,
-    heads, codebook, vectors and block-diagonal tensors stay with AdamW.
+    Weight decay acts on matrices only. Muon (Jordan et al. 2024) takes the 2-D matrices of the Transformers and of
+    the features inside a patch; inputs, heads, codebook, vectors and block-diagonal tensors stay with AdamW.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    muon = [p for name, p in named if config.optimizer == "muon" and p.ndim == 2 and "transformer.layers." in name]
+    parts = MUON if config.optimizer == "muon" else ()
+    muon = [p for name, p in named if p.ndim == 2 and any(part in name for part in parts)]
     taken = {id(p) for p in muon}
     rest = [(name, p) for name, p in named if id(p) not in taken]
     codebook = [p for name, p in rest if name.endswith(CODEBOOK)]

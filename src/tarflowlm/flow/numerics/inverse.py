@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from tarflowlm.flow.numerics import forward, gradients, linear
 from tarflowlm.flow.numerics.families import Family, Kind, family
-from tarflowlm.flow.numerics.few import FEW, solve_few
+from tarflowlm.flow.numerics.few import are_few, solve_few
 from tarflowlm.flow.numerics.layout import (
     chunk_rows,
     flatten,
@@ -64,7 +64,7 @@ def _solve_far(u: Tensor, params: tuple[Tensor, ...], f: Family, base: Family) -
 
 def _solve_linear(u: Tensor, params: tuple[Tensor, ...], f: Family, base: Family) -> Tensor:
     num_components = params[1].shape[-1]
-    if u.shape[0] * num_components <= FEW:
+    if are_few(u.shape[0], num_components):
         return solve_few(u, params, f, base)
     z = torch.empty_like(u)
     space = linear.Workspace(5, num_components, chunk_rows(num_components), u.dtype)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tarflowlm.flow.numerics.layout import row_chunks
-from tarflowlm.flow.numerics.rosenblatt_map import flatten_vectors, inverse_rows, solve_normal
+from tarflowlm.flow.numerics.rosenblatt_map import flatten_vectors, solve_rows
 
 
 @torch.no_grad()
@@ -29,5 +29,5 @@ def rosenblatt_inverse_truncated(
         kept, index = log_p.topk(keep, -1)
         # The sum of what is left out, not 1 - the sum of what is kept: that would lose it to rounding.
         dropped[rows] = log_p.scatter(-1, index, -torch.inf).exp().sum(-1)
-        z[rows] = inverse_rows(flat[rows], kept, mean[index], log_std[index], solve_normal)
+        z[rows] = solve_rows(flat[rows], kept, mean[index], log_std[index])
     return z.view(*shape, -1), dropped.view(shape)

@@ -1,0 +1,142 @@
+"""The `edit` command."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+from tarflowlm.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.console import bar, print_edits, print_json
+from tarflowlm.data import Tokenizer
+from tarflowlm.data.normalize import normalize
+from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.editing import Edit, Encoded, encode, interpolate, renoise, substitute
+from tarflowlm.errors import UserError
+from tarflowlm.generation.inversion import Decoder
+from tarflowlm.model import TarFlowLM
+from tarflowlm.training.config import checked_seed
+
+
+@dataclass(frozen=True)
+class EditArgs:
+    """Change a text in latent space: --strength (re-noise), --toward (interpolate) or --replace OLD NEW."""
+
+    directory: tyro.conf.Positional[Path]
+    """Run directory."""
+    text: str
+    """The text to edit."""
+    strength: float | None = None
+    """Re-noise: h -> sqrt(1 - s^2) h + s eps at the state after `level`; 0 is the text itself, 1 forgets it."""
+    toward: str | None = None
+    """Interpolate to this text of the same length."""
+    weight: float = 0.5
+    """With --toward: 0 is the text, 1 the other."""
+    replace: tuple[str, str] | None = None
+    """OLD NEW: change the first OLD into NEW, as many tokens, and regenerate the rest from the noise it had."""
+    level: int | None = None
+    """State to change: 0 the latents, L the noise (the default)."""
+    num: int = 1
+    """Edits, each with noise of its own."""
+    seed: int = 0
+    """Same seed, same edits."""
+    decoder: Decoder = "auto"
+    """How blocks are inverted: position by position, in sweeps, or by what is quicker."""
+    normalize: Literal["text8"] | None = None
+    """Normalise the texts first."""
+    device: DeviceName = "auto"
+    """auto takes cuda, then mps, then cpu."""
+    json: bool = False
+    """Print one JSON object last."""
+
+
+def run_edit(args: EditArgs) -> None:
+    asked = [name for name in ("strength", "toward", "replace") if getattr(args, name) is not None]
+    if len(asked) != 1:
+        raise UserError(f"edit needs one of --strength, --toward and --replace, got {len(asked)}")
+    if args.num < 1:
+        raise UserError(f"num {args.num}: ask for at least 1 edit")
+    checkpoint = load_checkpoint(args.directory, pick_device(args.device))
+    if not isinstance(checkpoint.model, TarFlowLM):
+        raise UserError(f"{args.directory} is a discrete baseline, which has no latents to edit: give a flow")
+    tokenizer = checkpoint.tokenizer
+    generator = torch.Generator().manual_seed(checked_seed(args.seed))
+    tokens = _tokens(args, tokenizer, args.text, "text")
+    with bar(Console(stderr=True), "positions", len(tokens) * checkpoint.model.num_blocks) as update:
+        done = [0]
+
+        def tick() -> None:
+            done[0] += 1
+            update(done[0])
+
+        text = encode(checkpoint.model, tokens.expand(args.num, -1), generator)
+        edit = _edited(args, checkpoint, text, tokens, generator, tick)
+    _show(args, edit, tokenizer)
+
+
+def _tokens(args: EditArgs, tokenizer: Tokenizer, text: str, name: str) -> torch.Tensor:
+    prepared = text if args.normalize is None else normalize(text, args.normalize)
+    if not prepared:
+        raise UserError(f"the {name} is empty: give at least one token")
+    return torch.from_numpy(tokenizer.encode(prepared))
+
+
+def _edited(
+    args: EditArgs, checkpoint: Checkpoint, text: Encoded, tokens: torch.Tensor, generator: torch.Generator, tick: Any
+) -> Edit:
+    model = checkpoint.model
+    assert isinstance(model, TarFlowLM)
+    level = model.num_blocks if args.level is None else args.level
+    if args.strength is not None:
+        return renoise(
+            model, text, level=level, strength=args.strength, generator=generator, decoder=args.decoder, tick=tick
+        )
+    if args.toward is not None:
+        other = encode(
+            model, _tokens(args, checkpoint.tokenizer, args.toward, "other text").expand(args.num, -1), generator
+        )
+        return interpolate(
+            model, text, other, level=level, weight=args.weight, generator=generator, decoder=args.decoder, tick=tick
+        )
+    assert args.replace is not None
+    old, new = (_tokens(args, checkpoint.tokenizer, part, "replacement") for part in args.replace)
+    if len(old) != len(new):
+        raise UserError(f"{args.replace[0]!r} has {len(old)} tokens, {args.replace[1]!r} {len(new)}: they must agree")
+    found = (tokens.unfold(0, len(old), 1) == old).all(-1).nonzero() if len(old) <= len(tokens) else tokens[:0]
+    if not len(found):
+        raise UserError(f"{args.replace[0]!r} does not occur in the text: give a piece of it")
+    at = int(found[0])
+    replacements = torch.full_like(tokens, -1)
+    replacements[at : at + len(new)] = new
+    return substitute(model, text, replacements, generator=generator, tick=tick)
+
+
+def _show(args: EditArgs, edit: Edit, tokenizer: Tokenizer) -> None:
+    def per_character(nats: torch.Tensor, tokens: torch.Tensor) -> list[float]:
+        characters = torch.as_tensor(tokenizer.characters_per_token)[tokens.cpu()].sum(-1)
+        return (nats.cpu() / math.log(2) / characters).tolist()
+
+    texts = [tokenizer.decode(row) for row in edit.tokens.tolist()]
+    old, new = per_character(edit.bound_before, edit.before), per_character(edit.bound, edit.tokens)
+    if args.json:
+        before = tokenizer.decode(edit.before[0].tolist())
+        rows = zip(texts, edit.changed.tolist(), old, new, strict=True)
+        print_json(
+            {
+                "before": before,
+                "edits": [
+                    {"text": text, "changed": changed, "bpc_before": a, "bpc": b} for text, changed, a, b in rows
+                ],
+            }
+        )
+        return
+    symbols = tokenizer.symbols
+    notes = [
+        f"{sum(changed)} of {len(changed)} tokens changed; bits per character <= {a:.3f} before, <= {b:.3f} now"
+        for changed, a, b in zip(edit.changed.tolist(), old, new, strict=True)
+    ]
+    shown = [[symbols[i] for i in row] for row in edit.tokens.tolist()]
+    print_edits(Console(), [symbols[i] for i in edit.before[0].tolist()], shown, notes)

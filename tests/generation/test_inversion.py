@@ -1,0 +1,149 @@
+"""Parallel sweeps give what position-by-position inversion gives, in no more passes than there are positions."""
+
+import pytest
+import torch
+
+from tarflowlm.generation import generate, inversion
+from tarflowlm.generation.inversion import invert_block
+from tarflowlm.generation.stack import invert_stack
+from tarflowlm.model import FlowConfig, TarFlowLM, seeded
+
+STACKS = [("mix1",), ("affine",), ("mixd",), ("affine", "mix1"), ("mixd", "mix1", "affine")]
+
+
+@pytest.mark.parametrize("couplings", STACKS, ids="-".join)
+@pytest.mark.parametrize("patch", [1, 2])
+def test_parallel_equals_sequential(couplings, patch, tiny_flow, normal):
+    """Strongly coupled random blocks of both directions, longer than the first window."""
+    model = tiny_flow(couplings=couplings, patch=patch, context=128)
+    noise = normal(3, 128, 2)
+    with torch.no_grad():
+        slow, one_each = invert_stack(model, noise, decoder="sequential")
+        fast, work = invert_stack(model, noise, decoder="parallel")
+        timed, _ = invert_stack(model, noise, decoder="auto")
+    positions = 128 // patch
+    assert [w.passes for w in one_each] == [positions] * len(couplings)
+    assert all(1 <= w.passes <= positions and w.repeated == 0 for w in work)
+    for a, b, c in zip(slow, fast, timed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(a, c, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 65])
+def test_any_length(length, tiny_flow, normal):
+    block = tiny_flow(couplings=("mix1", "mix1"), context=128).prior.blocks[1]
+    u = normal(2, length, 2)
+    with torch.no_grad():
+        found = invert_block(block, u, decoder="parallel")
+        h, sweeps = found.h, found.passes
+        torch.testing.assert_close(block(h)[0], u, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(h, block.inverse(u), rtol=1e-8, atol=1e-8)
+    assert sweeps <= length
+
+
+def test_a_block_near_the_identity_takes_few_sweeps(normal):
+    with seeded(0):
+        model = TarFlowLM(
+            FlowConfig(vocab_size=5, context=256, latent_dim=2, couplings=("mix1",), layers=(1,), components=(2,))
+        ).double()
+    with torch.no_grad():
+        found = invert_block(model.prior.blocks[0], normal(4, 256, 2), decoder="parallel")
+    assert found.passes < 30
+    assert torch.isfinite(found.h).all()
+
+
+def test_a_row_that_needs_many_sweeps_does_not_spoil_the_others(tiny_flow, normal):
+    block = tiny_flow(couplings=("mix1",), context=64, scale=0.5).prior.blocks[0]
+    u = normal(5, 64, 2)
+    u[0] *= 4
+    with torch.no_grad():
+        together = invert_block(block, u, decoder="parallel").h
+        alone = invert_block(block, u[1:2], decoder="parallel").h
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("decoder", ["sequential", "parallel", "auto"])
+def test_the_result_counts_positions_and_does_not_write_into_the_noise(decoder, tiny_flow, normal):
+    block = tiny_flow(couplings=("mix1",), context=64).prior.blocks[0]
+    u, ticks = normal(2, 64, 2), []
+    before = u.clone()
+    invert_block(block, u, decoder=decoder, tick=lambda: ticks.append(1))
+    assert len(ticks) == 64
+    assert torch.equal(u, before)
+
+
+def test_decoders_write_the_same_text(tiny_flow):
+    model = tiny_flow(couplings=("mixd", "mix1", "mix1"), context=32).float()
+    texts = {}
+    for decoder in ("sequential", "parallel", "auto"):
+        rows = [
+            generate(model, num_tokens=32, num=2, decoder=decoder, generator=torch.Generator().manual_seed(s)).tokens
+            for s in range(25)
+        ]
+        texts[decoder] = torch.stack(rows)
+    assert torch.equal(texts["sequential"], texts["parallel"])
+    assert torch.equal(texts["sequential"], texts["auto"])
+
+
+@pytest.mark.parametrize("num", [1, 7, 63, 64])
+@pytest.mark.parametrize("decoder", ["sequential", "parallel", "auto"])
+def test_settled_positions_stand_and_the_rest_follows(decoder, num, tiny_flow, normal):
+    """In both directions, the first positions in the block's own order."""
+    for block in tiny_flow(couplings=("mix1", "mix1"), context=64).prior.blocks:
+        u = normal(2, 64, 2)
+        with torch.no_grad():
+            h = block.inverse(u)
+            other = torch.where(torch.arange(64)[:, None] < num, normal(2, 64, 2, seed=5), block.order(u)[0])
+            other = block.order.inverse(other)  # wrong noise where it must not be read
+            found = invert_block(block, other, decoder=decoder, settled=h, num_settled=num).h
+        torch.testing.assert_close(found, h, rtol=1e-8, atol=1e-8)
+        same = block.order(found)[0][:, :num]
+        assert torch.equal(same, block.order(h)[0][:, :num])
+
+
+def test_a_position_that_sweeps_got_wrong_is_inverted_again(tiny_flow, normal, monkeypatch):
+    """Sweeps that call everything settled at once leave a wrong answer; the way back to the noise shows it."""
+    block = tiny_flow(couplings=("mix1",), context=64).prior.blocks[0]
+    u = normal(2, 64, 2)
+    monkeypatch.setitem(inversion.TOLERANCE, torch.float64, 1e9)
+    with torch.no_grad():
+        found = invert_block(block, u, decoder="parallel")
+        expected = block.inverse(u)
+    assert 0 < found.repeated < 64
+    torch.testing.assert_close(found.h, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_auto_takes_the_quicker_way_and_says_which(tiny_flow, monkeypatch):
+    """The clock decides: here a step of the Transformer costs one unit, a sweep as many as it has positions."""
+    model = tiny_flow(couplings=("mixd", "mix1"), context=128, log_std=-6.0)
+    clock = [0.0]
+    monkeypatch.setattr(inversion.time, "perf_counter", lambda: clock[0])
+    for block in model.prior.blocks:
+        original = block.features_of
+
+        def counted(cache, past, *, first, original=original, price=block):
+            clock[0] += prices[price]
+            return original(cache, past, first=first)
+
+        monkeypatch.setattr(block, "features_of", counted)
+        single = block.features_at
+
+        def one(cache, previous, batch, single=single):
+            clock[0] += 1.0
+            return single(cache, previous, batch)
+
+        monkeypatch.setattr(block, "features_at", one)
+    for costs, expected in (((0.1, 0.1), ("parallel", "parallel")), ((1e3, 0.1), ("parallel", "sequential"))):
+        prices = dict(zip(model.prior.blocks, costs, strict=True))
+        found = generate(model, num_tokens=128, decoder="auto", generator=torch.Generator().manual_seed(0))
+        assert found.decoders == expected
+        again = generate(model, num_tokens=128, decoder=expected, generator=torch.Generator().manual_seed(0))
+        assert again.decoders == expected
+        assert torch.equal(again.tokens, found.tokens)
+
+
+def test_changed_weights_ask_for_steps(tiny_flow):
+    model = tiny_flow(couplings=("mix1", "mix1"), context=16)
+    found = generate(model, num_tokens=16, decoder="parallel", temperature=0.7)
+    assert found.decoders == ("parallel", "sequential")
+    assert found.sweeps[1] == 16

@@ -1,0 +1,186 @@
+"""Given tokens: particles give the conditional that enumeration gives, and an unbiased estimate of its evidence."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.errors import UserError
+from tarflowlm.generation import generate
+from tarflowlm.generation.generate import BLANK
+from tarflowlm.generation.particles import Weights, draw
+from tarflowlm.model import TarFlowLM
+
+V = 3
+
+
+def texts(length: int) -> Tensor:
+    return torch.tensor(list(itertools.product(range(V), repeat=length)))
+
+
+def probabilities(model: TarFlowLM | TokenLM) -> Tensor:
+    """p(x) of all V^T texts; of a flow with one channel per token, the integral of p(x|z) p(z) on a grid."""
+    T = model.config.context
+    with torch.no_grad():
+        if isinstance(model, TokenLM):
+            return model.log_prob(texts(T)).exp()
+        assert model.config.latent_dim == 1
+        # spacings below the codebook's scale, where sums over a grid are exact for Gaussians
+        axis = torch.linspace(-8, 8, 401) if T == 2 else torch.linspace(-7, 7, 71)
+        z = torch.cartesian_prod(*[axis.double()] * T)[..., None]
+        density = torch.cat([model.prior.log_prob(part) for part in z.split(40_000)]).exp() * (axis[1] - axis[0]) ** T
+        posterior = model.codebook.log_posterior(z).exp()
+    found = [posterior.gather(-1, x.expand(len(z), T)[..., None]).flatten(1).prod(1) for x in texts(T)]
+    return torch.stack([(density * p).sum() for p in found])
+
+
+MODELS = {
+    "ar": {"context": 3},
+    "ar-P3": {"context": 3, "patch": 3, "in_patch": "autoregressive"},
+    "mixd": {"couplings": ("mixd",)},
+    "mix1": {"couplings": ("mix1",)},
+    "mixd-P2": {"couplings": ("mixd",), "patch": 2},
+    "mixd-mix1": {"couplings": ("mixd", "mix1")},
+    "mixd-mix1-mix1": {"couplings": ("mixd", "mix1", "mix1")},
+    "mixd-mix1-long": {"couplings": ("mixd", "mix1"), "context": 3, "log_std": -1.4},
+    "affine-affine": {"couplings": ("affine", "affine")},
+    "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
+}
+
+
+@pytest.fixture(params=MODELS.items(), ids=MODELS.keys())
+def model(request, tiny_flow, tiny_ar) -> TarFlowLM | TokenLM:
+    name, fields = request.param
+    if name.startswith("ar"):
+        return tiny_ar(vocab_size=V, seed=1, **fields)
+    # blocks above far from the identity make weights of infinite variance, which no test can judge
+    scale = 0.3 if len(fields["couplings"]) == 1 else 0.1
+    sizes = {"vocab_size": V, "context": 2, "latent_dim": 1, "log_std": -2.0, "seed": 3, "scale": scale}
+    return tiny_flow(**(sizes | fields))
+
+
+TEMPLATES = {2: [[BLANK, 2], [1, BLANK]], 3: [[BLANK, BLANK, 2], [BLANK, 1, BLANK], [0, BLANK, 1]]}
+
+
+@pytest.mark.parametrize("always", [False, True], ids=["when-uneven", "always"])
+def test_the_conditional_and_its_evidence_are_the_enumerated_ones(model, always, monkeypatch):
+    """With few particles the evidence is still unbiased; with many the texts follow the conditional."""
+    if always:
+        monkeypatch.setattr("tarflowlm.generation.particles.RESAMPLE_BELOW", 1.1)
+    T, joint = model.config.context, probabilities(model)
+    assert joint.sum().item() == pytest.approx(1.0, abs=1e-2)
+    for template in TEMPLATES[T]:
+        wanted = torch.tensor(template)
+        fits = ((texts(T) == wanted) | (wanted == BLANK)).all(-1)
+        evidence = joint[fits].sum().item()
+        generator = torch.Generator().manual_seed(0)
+        few = generate(model, num_tokens=T, num=300, template=wanted, particles=3, generator=generator)
+        estimates = few.log_evidence.exp()
+        error = estimates.std().item() / math.sqrt(300)
+        assert abs(estimates.mean().item() - evidence) < 4.5 * error + 2e-2 * evidence
+        many = generate(model, num_tokens=T, num=300, template=wanted, particles=24, generator=generator)
+        assert ((many.tokens == wanted) | (wanted == BLANK)).all()
+        code = (many.tokens * V ** torch.arange(T).flip(0)).sum(-1)
+        observed = torch.bincount(code, minlength=V**T).double() / 300
+        assert not observed[~fits].any()
+        assert (observed - torch.where(fits, joint, 0.0) / evidence).abs().max() < 4 * math.sqrt(0.25 / 300)
+        assert (many.ess >= 1 - 1e-9).all()
+        assert (many.ess <= 24 * (1 + 1e-9)).all()
+
+
+def test_one_particle_ignores_what_comes_later_and_many_do_not(tiny_flow):
+    """The last token is given; the first is drawn by its own probability, or by its probability given the last."""
+    model = tiny_flow(couplings=("mixd",), vocab_size=V, context=2, latent_dim=1, log_std=-2.0, seed=3)
+    joint = probabilities(model).view(V, V)
+    free, given = joint.sum(1), joint[:, 2] / joint[:, 2].sum()
+    assert (free - given).abs().max() > 0.2
+    for particles, expected in ((1, free), (16, given)):
+        generator = torch.Generator().manual_seed(1)
+        tokens = generate(
+            model,
+            num_tokens=2,
+            num=400,
+            template=torch.tensor([BLANK, 2]),
+            particles=particles,
+            generator=generator,
+        ).tokens
+        observed = torch.bincount(tokens[:, 0], minlength=V).double() / 400
+        assert (observed - expected).abs().max() < 0.1
+
+
+def test_particles_are_drawn_anew_when_their_weights_are_uneven(tiny_flow, tiny_ar):
+    for model in (tiny_flow(couplings=("mixd", "mix1"), log_std=-2.0), tiny_ar()):
+        template = torch.tensor([BLANK, 1, BLANK, 3, BLANK, 0, BLANK, 2])
+        found = generate(
+            model, num_tokens=8, num=20, template=template, particles=8, generator=torch.Generator().manual_seed(0)
+        )
+        assert found.draws.max() > 0
+        assert torch.isfinite(found.log_evidence).all()
+
+
+def test_templates_of_their_own_and_rows_that_do_not_depend_on_each_other(model):
+    T = model.config.context
+    templates = torch.tensor([[BLANK, 1, BLANK], [0, BLANK, 2], [BLANK, BLANK, BLANK]])[:, :T]
+    options = {"num_tokens": T, "particles": 4}
+    together = generate(model, num=3, template=templates, generator=torch.Generator().manual_seed(5), **options)
+    alone = generate(model, num=1, template=templates[:1], generator=torch.Generator().manual_seed(5), **options)
+    assert torch.equal(together.tokens[:1], alone.tokens)
+    torch.testing.assert_close(together.log_evidence[:1], alone.log_evidence)
+    assert ((together.tokens == templates) | (templates == BLANK)).all()
+
+
+def test_a_text_given_whole_is_returned_with_its_likelihood(tiny_flow):
+    model = tiny_flow(couplings=("mixd", "mix1"), vocab_size=V, context=2, latent_dim=1, log_std=-2.0, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    found = generate(model, num_tokens=2, num=V**2, template=texts(2), particles=512, generator=generator)
+    assert torch.equal(found.tokens, texts(2))
+    torch.testing.assert_close(found.log_evidence.exp(), probabilities(model), rtol=0.3, atol=0.01)
+
+
+def test_the_passes_of_a_completion_are_the_states_of_its_latents(tiny_flow):
+    model = tiny_flow(couplings=("mixd", "mix1"), log_std=-4.0)
+    template = torch.tensor([BLANK, 1, BLANK, 3])
+    found = generate(model, num_tokens=8, num=2, template=template, particles=3, return_passes=True)
+    with torch.no_grad():
+        states, _ = model.prior.states(found.states[-1])
+    for ours, theirs in zip(found.states, reversed(states), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert found.decoders[-1] == "sequential"
+
+
+def test_systematic_draws_match_the_weights():
+    log_w = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64).log()
+    counts = torch.bincount(draw(log_w, 16, torch.Generator().manual_seed(0)), minlength=4)
+    assert counts.tolist() == [8, 4, 2, 2]
+    impossible = torch.full((4,), -torch.inf, dtype=torch.float64)
+    assert len(draw(impossible, 8, torch.Generator())) == 8
+
+
+def test_weights_count_particles_and_refuse_what_is_not_a_number():
+    weights = Weights.uniform(2, 4)
+    assert weights.effective().tolist() == [4.0, 4.0]
+    weights.add(torch.tensor([0.0, torch.nan, -torch.inf, 0.0, -1.0, -1.0, -1.0, -1.0]))
+    assert weights.effective().tolist() == pytest.approx([2.0, 4.0])
+    torch.testing.assert_close(weights.total(), torch.tensor([math.log(0.5), -1.0], dtype=torch.float64))
+    weights.close(0)
+    torch.testing.assert_close(weights.total(), torch.tensor([math.log(0.5), -1.0], dtype=torch.float64))
+    assert weights.draws.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"particles": 0}, "particles 0"),
+        ({"template": torch.tensor([BLANK] * 9)}, "template has 9 tokens"),
+        ({"template": torch.tensor([7])}, "the template"),
+        ({"template": torch.tensor([-2])}, "the template"),
+        ({"prompt": torch.tensor([BLANK])}, "the prompt"),
+        ({"prompt": torch.tensor([1]), "template": torch.tensor([1])}, "both a prompt and a template"),
+    ],
+)
+def test_bad_input(options, words, tiny_flow):
+    with pytest.raises(UserError, match=words):
+        generate(tiny_flow(), num_tokens=8, **options)

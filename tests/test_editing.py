@@ -1,0 +1,181 @@
+"""Editing: what is not changed stays to the bit, what is changed follows the formulas, and what is refused."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tarflowlm.editing import encode, interpolate, renoise, substitute
+from tarflowlm.errors import UserError
+from tarflowlm.model import TarFlowLM
+from tarflowlm.objective import elbo
+
+STACKS = {
+    "mixd": {"couplings": ("mixd",)},
+    "mixd-mix1": {"couplings": ("mixd", "mix1", "mix1")},
+    "affine": {"couplings": ("affine", "affine")},
+    "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
+}
+TEXT = torch.tensor([[0, 3, 1, 4, 1, 0, 2], [2, 2, 0, 1, 3, 4, 4]])
+
+
+@pytest.fixture(params=STACKS.values(), ids=STACKS.keys())
+def model(request, tiny_flow) -> TarFlowLM:
+    return tiny_flow(log_std=-3.0, **request.param)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_encoding_gives_the_states_and_fills_the_last_patch(model):
+    text = encode(model, TEXT, generator())
+    assert torch.equal(text.tokens[:, :7], TEXT)
+    assert text.length == 7
+    assert text.tokens.shape[1] == (8 if model.config.patch == 2 else 7)
+    assert torch.equal(model.codebook.decode(text.states[0]), text.tokens)
+    with torch.no_grad():
+        u, _ = model.prior(text.states[0])
+    assert torch.equal(u, text.states[-1])
+
+
+@pytest.mark.parametrize("decoder", ["sequential", "parallel", "auto"])
+def test_strength_zero_returns_the_text_to_the_bit(model, decoder):
+    text = encode(model, TEXT, generator())
+    for level in range(model.num_blocks + 1):
+        edit = renoise(model, text, level=level, strength=0.0, generator=generator(1), decoder=decoder)
+        assert torch.equal(edit.tokens, TEXT)
+        assert not edit.changed.any()
+        assert torch.equal(edit.states[-1], text.states[0][:, :7])
+
+
+def test_strength_one_forgets_the_state_and_less_keeps_more(model):
+    text = encode(model, TEXT, generator())
+    counts = []
+    for strength in (0.05, 0.5, 1.0):
+        changed = [
+            renoise(model, text, level=model.num_blocks, strength=strength, generator=generator(s)).changed.float()
+            for s in range(6)
+        ]
+        counts.append(torch.cat(changed).mean().item())
+    assert counts[0] < counts[1] < counts[2]
+    a = renoise(model, text, level=1, strength=1.0, generator=generator(5))
+    other = encode(model, TEXT.flip(0), generator())
+    b = renoise(model, other, level=1, strength=1.0, generator=generator(5))
+    torch.testing.assert_close(a.states[-1], b.states[-1], rtol=1e-6, atol=1e-6)
+
+
+def test_renoising_follows_its_formula_and_comes_down_the_stack(model):
+    text = encode(model, TEXT, generator())
+    edit = renoise(model, text, level=1, strength=0.6, generator=generator(2))
+    eps = torch.randn(*text.states[1].shape, generator=generator(2)).to(text.states[1])
+    expected = 0.8 * text.states[1] + 0.6 * eps
+    torch.testing.assert_close(edit.states[0], expected[:, :7])
+    with torch.no_grad():
+        z = model.prior.patch.inverse(model.prior.blocks[0].inverse(model.prior.patch(expected)[0]))
+    torch.testing.assert_close(edit.states[-1], z[:, :7], rtol=1e-6, atol=1e-6)
+    assert torch.equal(edit.tokens, model.codebook.decode(z)[:, :7])
+    assert torch.equal(edit.changed, edit.tokens != TEXT)
+
+
+def test_a_change_late_in_the_text_leaves_what_block_1_saw_before_it(model):
+    """At level 1 only block 1 is inverted, from left to right."""
+    text = encode(model, TEXT, generator())
+    where = torch.arange(text.tokens.shape[1]) >= 4
+    edit = renoise(model, text, level=1, strength=1.0, generator=generator(3), where=where)
+    assert torch.equal(edit.states[-1][:, :4], text.states[0][:, :4])
+    assert not edit.changed[:, :4].any()
+
+
+def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    angle = math.acos(float((a * b).sum() / (a.norm() * b.norm())))
+    return (math.sin((1 - weight) * angle) * a + math.sin(weight * angle) * b) / math.sin(angle)
+
+
+def test_interpolation_has_its_ends_and_its_arc(model):
+    first, second = (encode(model, x[None], generator()) for x in TEXT)
+    for level in range(model.num_blocks + 1):
+        for weight, tokens in ((0.0, TEXT[:1]), (1.0, TEXT[1:])):
+            edit = interpolate(model, first, second, level=level, weight=weight, generator=generator())
+            assert torch.equal(edit.tokens, tokens)
+        middle = interpolate(model, first, second, level=level, weight=0.3, generator=generator())
+        expected = slerp(first.states[level], second.states[level], 0.3)
+        torch.testing.assert_close(middle.states[0], expected[:, :7], rtol=1e-6, atol=1e-6)
+    assert torch.equal(middle.changed, middle.tokens != TEXT[:1])
+
+
+def test_interpolation_counts_changes_from_the_first_text(model):
+    first, second = (encode(model, x[None], generator()) for x in TEXT)
+    edit = interpolate(model, first, second, level=1, weight=1.0, generator=generator())
+    assert torch.equal(edit.before, TEXT[:1])
+    assert torch.equal(edit.changed, TEXT[:1] != TEXT[1:])
+
+
+def test_substitution_keeps_the_noise_of_the_rest(model):
+    text = encode(model, TEXT, generator())
+    replacements = torch.tensor([-1, -1, -1, 0, -1, -1, -1])
+    edit = substitute(model, text, replacements, generator=generator(4))
+    assert (edit.tokens[:, 3] == 0).all()
+    assert not edit.changed[:, : 3 - 3 % model.config.patch].any()
+    kept = torch.tensor([True] * 3 + [False] + [True] * 3)
+    # the noise of block 1
+    torch.testing.assert_close(edit.states[-2][:, kept], text.states[1][:, :7][:, kept], rtol=1e-6, atol=1e-6)
+
+
+def test_substituting_a_token_by_itself_with_its_latents_changes_little(tiny_flow):
+    """A sharp codebook: the token's new latents are all but its old ones, and so is all that follows."""
+    model = tiny_flow(log_std=-9.0, couplings=("mixd", "mix1"))
+    text = encode(model, TEXT, generator())
+    edit = substitute(model, text, torch.tensor([-1, 3, -1, -1, -1, -1, -1]), generator=generator(1))
+    assert (~edit.changed[0]).all()
+
+
+def test_bounds_are_means_of_the_negative_elbo(tiny_flow):
+    model = tiny_flow(log_std=-6.0, couplings=("mixd",))
+    text = encode(model, TEXT, generator())
+    edit = renoise(model, text, level=1, strength=1.0, generator=generator(1))
+    with torch.no_grad():
+        for tokens, found in ((TEXT, edit.bound_before), (edit.tokens, edit.bound)):
+            expected = torch.stack([elbo(model, tokens, generator=generator(s)).nelbo for s in range(20)]).mean(0)
+            torch.testing.assert_close(found, expected, rtol=0.01, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"strength": -0.1}, "strength -0.1"),
+        ({"strength": 1.5}, "strength 1.5"),
+        ({"strength": math.nan}, "strength nan"),
+        ({"level": 4}, "block 4"),
+        ({"level": -1}, "block -1"),
+    ],
+)
+def test_renoising_refuses(options, words, tiny_flow):
+    model = tiny_flow(couplings=("mixd", "mix1", "mix1"))
+    text = encode(model, TEXT, generator())
+    with pytest.raises(UserError, match=words):
+        renoise(model, text, **({"level": 1, "strength": 0.5, "generator": generator()} | options))
+
+
+def test_other_refusals(tiny_flow):
+    model = tiny_flow()
+    text = encode(model, TEXT, generator())
+    short = encode(model, TEXT[:, :3], generator())
+    with pytest.raises(UserError, match=r"texts of 7 and 3 tokens"):
+        interpolate(model, text, short, level=1, weight=0.5, generator=generator())
+    with pytest.raises(UserError, match="weight 2"):
+        interpolate(model, text, text, level=1, weight=2.0, generator=generator())
+    with pytest.raises(UserError, match="nothing is replaced"):
+        substitute(model, text, torch.full((7,), -1), generator=generator())
+    with pytest.raises(UserError, match="the text has 7"):
+        substitute(model, text, torch.zeros(3, dtype=torch.long), generator=generator())
+    with pytest.raises(UserError, match="tokens go from 0 to 4"):
+        substitute(model, text, torch.full((7,), 9), generator=generator())
+    with pytest.raises(UserError, match="empty"):
+        encode(model, TEXT[:, :0], generator())
+    with pytest.raises(UserError, match="9 tokens"):
+        encode(model, torch.zeros(1, 9, dtype=torch.long), generator())
+    text.states[1][0, 0, 0] = math.inf
+    with pytest.raises(UserError, match="not finite"):
+        renoise(model, text, level=1, strength=0.5, generator=generator())
