@@ -35,6 +35,7 @@ from tarflowlm.generation import generate
 from tarflowlm.generation.stack import Decoder
 from tarflowlm.presets import with_steps
 from tarflowlm.quickstart import QuickstartArgs, run_quickstart
+from tarflowlm.report import write_report
 from tarflowlm.training.config import RunConfig, checked_seed
 
 
@@ -134,6 +135,20 @@ class SampleArgs:
     """Show the text decoded after every block."""
     normalize: Literal["text8"] | None = None
     """Normalise the prompt first."""
+    device: DeviceName = "auto"
+    """auto takes cuda, then mps, then cpu."""
+    json: bool = False
+    """Print one JSON object last."""
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """Draw curves, blocks, codebook and throughput of runs: PNG figures and one page."""
+
+    directories: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories; several are drawn into the same figures."""
+    out: Path | None = None
+    """Directory to write; DIR/report of a single run is the default. An earlier report there is replaced."""
     device: DeviceName = "auto"
     """auto takes cuda, then mps, then cpu."""
     json: bool = False
@@ -267,3 +282,21 @@ def run_sample(args: SampleArgs) -> None:
         print_json({"samples": samples, "sweeps": result.sweeps, "seconds": seconds, "tokens_per_second": rate})
     else:
         print_samples(Console(), result.tokens, result.passes, tokenizer)
+
+
+def run_report(args: ReportArgs) -> None:
+    with bar(Console(stderr=True), "report", 1) as update:
+        result = write_report(
+            args.directories,
+            args.out,
+            device=pick_device(args.device),
+            progress=lambda _what, done, total: update(done, total),
+        )
+    if args.json:
+        print_json(result)
+        return
+    rows = [("page", result["page"]), ("figures", f"{len(result['figures'])} PNG files beside it")]
+    for run in result["runs"]:
+        rows.append((run["name"], run["status"]))
+        rows += [("", note) for note in run["notes"]]
+    print_table(Console(), "report", rows)
