@@ -69,6 +69,7 @@ def test_unreadable_lines_and_summary_are_told(copy):
     directory = copy()
     path = directory / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines[4:4] = ['{"split": "event", "step": 2}\n']  # of a kind that is not drawn: no mistake
     lines[2:2] = [
         "no json\n",
         '{"split": "train"}\n',
@@ -80,7 +81,7 @@ def test_unreadable_lines_and_summary_are_told(copy):
     (directory / "summary.json").write_text("{}", encoding="utf-8")
     record = read_record(directory)
     assert len(record.train["step"]) == 14
-    assert any("5 of 25 lines of metrics.jsonl could not be read" in note for note in record.notes)
+    assert any("5 of 26 lines of metrics.jsonl could not be read" in note for note in record.notes)
     assert any("summary.json cannot be used" in note for note in record.notes)
     assert record.summary is None
 

@@ -1,6 +1,7 @@
 """Labels that do not overlap, and figures that are saved whole and fit for a page."""
 
 import importlib.util
+import warnings
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from matplotlib.text import Text
 
 from tarflowlm.errors import UserError
-from tarflowlm.report.style import label_points, line_style, render, spread
+from tarflowlm.report.style import label_points, line_style, literal, render, spread
 
 
 @given(
@@ -86,6 +87,24 @@ def test_point_labels_do_not_overlap_and_say_how_many_fit(tmp_path):
     render(draw, tmp_path / "one.png", width=5.0, height=4.0)
     assert counts[0] == counts[1]
     assert 40 < counts[0] < 150
+
+
+def test_symbols_are_shown_letter_by_letter(tmp_path):
+    """No mathematics between dollar signs, no complaint about scripts that the font lacks."""
+    texts = ["$x^2$", "$$", r"\xe2", "あ", "_{a}^$"]
+    shown = []
+
+    def draw(figure):
+        axes = figure.subplots()
+        label_points(axes, np.random.default_rng(0).uniform(0.2, 0.8, size=(5, 2)), texts)
+        figure.draw_without_rendering()
+        shown.extend(text._preprocess_math(text.get_text()) for text in axes.texts)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        render(draw, tmp_path / "one.png", width=5.0, height=4.0)
+    assert shown == [(text, False) for text in texts]
+    assert literal("x" * 99) == "x" * 15 + "…" + "x" * 14
 
 
 def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from tarflowlm.baseline import TokenLM
 from tarflowlm.checkpoint import Model
 from tarflowlm.data import Tokenizer
-from tarflowlm.report.style import COLOURS, MUTED, SMALL, Axes, Figure, label_points
+from tarflowlm.report.style import COLOURS, MUTED, SMALL, Axes, Figure, label_points, literal
 
 Array = npt.NDArray[np.float64]
 
@@ -142,7 +142,7 @@ def _draw_neighbours(axes: Axes, codes: Codes) -> None:
     rows = np.arange(len(order))
     axes.hlines(rows, 0, codes.distance[order], color=COLOURS[0], linewidth=1)
     axes.scatter(codes.distance[order], rows, s=12, color=COLOURS[0], zorder=3)
-    names = [f"{codes.symbols[codes.compared[i]]} → {codes.symbols[codes.nearest[i]]}" for i in order]
+    names = [literal(f"{codes.symbols[codes.compared[i]]} → {codes.symbols[codes.nearest[i]]}") for i in order]
     axes.set_yticks(rows, names, fontsize=SMALL if len(rows) <= 32 else SMALL - 2.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(left=0)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tarflowlm.report.records import RunRecord, Series
-from tarflowlm.report.style import MUTED, PAPER, SMALL, Axes, Figure, label_ends, line_style
+from tarflowlm.report.style import MUTED, PAPER, SMALL, Axes, Figure, label_ends, line_style, literal
 
 
 def draw_bits(figure: Figure, records: Sequence[RunRecord]) -> None:
@@ -23,7 +23,7 @@ def draw_bits(figure: Figure, records: Sequence[RunRecord]) -> None:
             axes.plot(x_valid, r.valid["bpc"], **style, marker="o", markersize=3.5)
         last = r.valid["bpc"] if len(r.valid["bpc"]) else r.train["bpc"]
         sign = "=" if r.is_exact else "≤"
-        ends.append((float(last[-1]), f"{r.name} {sign} {last[-1]:.3f}", style["color"]))
+        ends.append((float(last[-1]), f"{literal(r.name)} {sign} {last[-1]:.3f}", style["color"]))
     _limit_bits(left, records)
     left.set_ylabel("bits per character")
     left.set_xlabel("tokens")
@@ -44,7 +44,7 @@ def draw_optimisation(figure: Figure, records: Sequence[RunRecord]) -> None:
         norm = r.train["grad_norm"]
         right.plot(r.train["tokens"], norm, **style, linewidth=0.6, alpha=0.4)
         right.plot(r.train["tokens"], running_median(norm), **style)
-        ends.append((float(running_median(norm)[-1]), r.name, style["color"]))
+        ends.append((float(running_median(norm)[-1]), literal(r.name), style["color"]))
     left.set_title("learning rate")
     right.set_title("gradient norm before clipping")
     left.set_ylim(bottom=0)
@@ -66,7 +66,7 @@ def draw_throughput(figure: Figure, records: Sequence[RunRecord]) -> None:
         axes.plot(r.train["tokens"], speed, **style, linewidth=0.6, alpha=0.4)
         axes.plot(r.train["tokens"], running_median(speed), **style)
         medians = ", ".join(f"{m:,.0f}" for m in r.stage_medians("tokens_per_second"))
-        ends.append((float(running_median(speed)[-1]), f"{r.name}\n{medians}", style["color"]))
+        ends.append((float(running_median(speed)[-1]), f"{literal(r.name)}\n{medians}", style["color"]))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("tokens per second")
     axes.set_xlabel("tokens")

@@ -137,7 +137,8 @@ def _read_metrics(directory: Path, notes: list[str]) -> tuple[dict[str, Series],
     for number, line in enumerate(lines, 1):
         row = _parsed(line)
         if row is not None:
-            rows[row["split"]].append(row)
+            # other kinds of lines are not drawn
+            rows.get(row["split"], []).append(row)
         elif number < len(lines):  # the last one may just be being written
             bad += 1
     if bad:
@@ -152,7 +153,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
     """A complete line of metrics, or None."""
     try:
         row = json.loads(line)
-        needed = NEEDED[row["split"]]
+        needed = NEEDED.get(row["split"], ())
         return row if all(math.isfinite(row[key]) for key in needed) and row.get("tokens_per_second", 1) > 0 else None
     except (ValueError, KeyError, TypeError):
         return None

@@ -104,6 +104,13 @@ def line_style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": dashes}
 
 
+def literal(text: str, longest: int = 30) -> str:
+    """`text` as matplotlib shows it letter by letter, with its middle left out where it is long."""
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}…{text[-longest // 2 + 1 :]}"
+    return text.replace("$", r"\$")
+
+
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], *, size: float = SMALL) -> None:
     """Name curves at the right border: (y of the curve's end, text, colour), pushed apart until none overlap."""
     if not ends:
@@ -168,6 +175,7 @@ def label_points(axes: Axes, points: npt.NDArray[np.float64], texts: Sequence[st
     taken = [*np.concatenate([centres - 2 * scale, centres + 2 * scale], axis=1)]
     placed = 0
     for centre, point, text in zip(centres, points, texts, strict=True):
+        text = literal(text)
         probe = axes.text(0, 0, text, fontsize=size)
         extent = probe.get_window_extent()
         probe.remove()

@@ -28,7 +28,8 @@ class Sink(Protocol):
 
 def scalars(record: dict[str, Any]) -> dict[str, int | float]:
     """The numbers of a record as trackers name them: train/bpc, valid/nats_per_token, ..."""
-    return {f"{record['split']}/{key}": value for key, value in record.items() if key not in ("split", "step")}
+    numbers = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}
+    return {f"{record['split']}/{key}": value for key, value in numbers.items()}
 
 
 def check_installed(names: tuple[TrackerName, ...]) -> None:
