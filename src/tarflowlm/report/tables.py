@@ -8,7 +8,7 @@ import numpy as np
 
 from tarflowlm.config import to_dict
 from tarflowlm.evaluation.contributions import Contributions
-from tarflowlm.report.blocks import terms
+from tarflowlm.report.blocks import signed, terms
 from tarflowlm.report.codes import Codes
 from tarflowlm.report.page import Table
 from tarflowlm.report.records import RunRecord
@@ -98,7 +98,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 def terms_table(parts: Contributions) -> Table:
     """The terms of the bound, and the bound of the first blocks."""
-    rows = [(name, f"{value:+.5f}", f"{parts.bpc(value):+.5f}") for name, value in terms(parts)]
+    rows = [(name, signed(value, 5), signed(parts.bpc(value), 5)) for name, value in terms(parts)]
     rows.append(("KL(q(z|x) ‖ p(z))", f"{parts.kl:.5f}", f"{parts.bpc(parts.kl):.5f}"))
     for blocks, bound in enumerate(parts.bounds):
         last = blocks == len(parts.bounds) - 1
