@@ -66,7 +66,7 @@ def fake_wandb(monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True if name == "wandb" else find(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find("json" if name == "wandb" else name))
     return fake
 
 
@@ -221,6 +221,14 @@ def test_a_missing_package_is_told_before_anything_is_written(tmp_path, tiny_run
     with pytest.raises(UserError, match=r"pip install 'tarflowlm\[track\]'"):
         go(tiny_run(track=("tensorboard",)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_the_same_name_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(UserError, match="the package is not installed"):
+        tracking.check_installed(("wandb",))
 
 
 def test_a_package_that_is_gone_does_not_stop_a_resumed_run(tmp_path, tiny_run, go, monkeypatch):

@@ -35,7 +35,9 @@ def scalars(record: dict[str, Any]) -> dict[str, int | float]:
 def check_installed(names: tuple[TrackerName, ...]) -> None:
     """UserError for a tracker whose package is not there."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        # without an origin it is a mere folder of that name, such as W&B leaves behind
+        if spec is None or spec.origin is None:
             raise UserError(f"train.track {name}: the package is not installed; pip install 'tarflowlm[track]'")
 
 
