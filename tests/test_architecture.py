@@ -22,6 +22,7 @@ LAYERS = [
     {"generation"},
     {"evaluation", "editing"},
     {"training"},
+    {"report"},
     {""},  # the public names
     {"console"},
     {"quickstart", "bench", "studio"},

@@ -18,6 +18,7 @@ from tarflowlm.bench import train as bench_train
 from tarflowlm.commands import (
     DataArgs,
     EvalArgs,
+    ReportArgs,
     ResumeArgs,
     SampleArgs,
     TrainArgs,
@@ -26,6 +27,7 @@ from tarflowlm.commands import (
     run_data,
     run_eval,
     run_quickstart_command,
+    run_report,
     run_sample,
 )
 from tarflowlm.console import ProgressReporter, print_json, print_table
@@ -77,6 +79,7 @@ def _dispatch(argv: list[str]) -> None:
         "eval": (run_eval, EvalArgs),
         "sample": (run_sample, SampleArgs),
         "edit": (run_edit, EditArgs),
+        "report": (run_report, ReportArgs),
     }
     if not argv or argv[0] in ("-h", "--help"):
         _print_help({name: args.__doc__ or "" for name, (_, args) in commands.items()})

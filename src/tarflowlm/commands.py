@@ -36,6 +36,7 @@ from tarflowlm.generation.inversion import Decoder
 from tarflowlm.generation.template import encode_template
 from tarflowlm.presets import with_steps
 from tarflowlm.quickstart import QuickstartArgs, run_quickstart
+from tarflowlm.report import write_report
 from tarflowlm.training.config import RunConfig, checked_seed
 
 
@@ -143,6 +144,20 @@ class SampleArgs:
     """With --json: the latents after every block, too."""
     normalize: Literal["text8"] | None = None
     """Normalise the prompt first."""
+    device: DeviceName = "auto"
+    """auto takes cuda, then mps, then cpu."""
+    json: bool = False
+    """Print one JSON object last."""
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """Draw curves, blocks, codebook and throughput of runs: PNG figures and one page."""
+
+    directories: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories; several are drawn into the same figures."""
+    out: Path | None = None
+    """Directory to write; DIR/report of a single run is the default. An earlier report there is replaced."""
     device: DeviceName = "auto"
     """auto takes cuda, then mps, then cpu."""
     json: bool = False
@@ -289,3 +304,21 @@ def run_sample(args: SampleArgs) -> None:
             "tokens_per_second": rate,
         }
     )
+
+
+def run_report(args: ReportArgs) -> None:
+    with bar(Console(stderr=True), "report", 1) as update:
+        result = write_report(
+            args.directories,
+            args.out,
+            device=pick_device(args.device),
+            progress=lambda _what, done, total: update(done, total),
+        )
+    if args.json:
+        print_json(result)
+        return
+    rows = [("page", result["page"]), ("figures", f"{len(result['figures'])} PNG files beside it")]
+    for run in result["runs"]:
+        rows.append((run["name"], run["status"]))
+        rows += [("", note) for note in run["notes"]]
+    print_table(Console(), "report", rows)

@@ -9,6 +9,8 @@ from tarflowlm.data import TokenizerConfig
 from tarflowlm.errors import UserError
 from tarflowlm.model import FlowConfig
 
+TrackerName = Literal["tensorboard", "wandb"]
+
 
 def checked_seed(seed: int) -> int:
     """The seed; UserError where random number generators would not take it, or not tell it from another."""
@@ -96,6 +98,8 @@ class TrainConfig:
     """Evenly spaced sequences of the test split looked at in the end; 0 is all of it."""
     checkpoint_every: int = 500
     """Steps between checkpoints; every stage ends with one."""
+    track: tuple[TrackerName, ...] = ()
+    """Where the lines of metrics.jsonl go as well: tensorboard, wandb (extra `track`)."""
 
     def __post_init__(self) -> None:
         if not self.stage_steps or min(self.stage_steps) < 1:

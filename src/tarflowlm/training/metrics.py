@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflowlm.files import replacing
+from tarflowlm.training.tracking import Sinks
 
 METRICS = "metrics.jsonl"
 
@@ -26,10 +27,12 @@ class Reporter:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and tells the reporter; every line is flushed as it is written."""
+    """Appends to metrics.jsonl, tells the reporter and feeds the sinks; every line is flushed as it is written."""
 
-    def __init__(self, directory: Path, reporter: Reporter, *, resume_at: int | None = None) -> None:
-        self.path, self.reporter = directory / METRICS, reporter
+    def __init__(
+        self, directory: Path, reporter: Reporter, *, resume_at: int | None = None, sinks: Sinks | None = None
+    ) -> None:
+        self.path, self.reporter, self.sinks = directory / METRICS, reporter, sinks
         if resume_at is not None and self.path.exists():
             self._drop_after(resume_at)
         self._file = self.path.open("a", encoding="utf-8")
@@ -51,6 +54,10 @@ class MetricsLog:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         self.reporter.record(record)
+        if self.sinks is not None:
+            self.sinks.record(record)
 
     def close(self) -> None:
         self._file.close()
+        if self.sinks is not None:
+            self.sinks.close()

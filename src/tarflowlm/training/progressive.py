@@ -20,6 +20,7 @@ from tarflowlm.training.loop import Counters, StageContext, train_stage
 from tarflowlm.training.metrics import MetricsLog, Reporter
 from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.state import load_state, newest_state, read_counters, save_state
+from tarflowlm.training.tracking import Sinks, check_installed
 
 SUMMARY = "summary.json"
 
@@ -37,6 +38,7 @@ def train(
     """
     reporter = reporter or Reporter()
     check_new(out)
+    check_installed(run.train.track)
     corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
     if run.data.source not in SOURCE_NAMES:
         # the run directory is used from other folders too
@@ -129,7 +131,9 @@ class _Run:
         self, counters: Counters, state: Path | None = None, sampler: dict[str, int] | None = None
     ) -> dict[str, Any]:
         self.counters = counters
-        log = MetricsLog(self.out, self.reporter, resume_at=counters.step if state else None)
+        resume_at = counters.step if state else None
+        sinks = Sinks(self.run, self.out, self.reporter.notice, resume_at=resume_at)
+        log = MetricsLog(self.out, self.reporter, resume_at=resume_at, sinks=sinks)
         context = StageContext(
             run=self.run,
             sampler=self.sampler,

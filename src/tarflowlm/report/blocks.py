@@ -1,0 +1,85 @@
+"""Figure of what every term and every block brings to the bound."""
+
+from tarflowlm.evaluation.contributions import Contributions
+from tarflowlm.report.style import COLOURS, INK, MUTED, SMALL, Axes, Figure
+
+
+def terms(parts: Contributions) -> list[tuple[str, float]]:
+    """Name and nats per token of the terms whose sum is the bound."""
+    blocks = [(f"−log|det J|, block {block}", -value) for block, value in enumerate(parts.log_dets, 1)]
+    return [
+        ("log q(z|x)", parts.log_q),
+        ("−log N(u; 0, I)", -parts.bases[-1]),
+        *blocks,
+        ("−log p(x|z)", -parts.reconstruction),
+    ]
+
+
+def draw_contributions(figure: Figure, parts: Contributions) -> None:
+    """Left: the terms one on top of the other, to the bound. Right: the gain of every block."""
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    _waterfall(left, parts)
+    _gains(right, parts)
+
+
+def _waterfall(axes: Axes, parts: Contributions) -> None:
+    rows = terms(parts)
+    position, edges = 0.0, [0.0]
+    for row, (_, value) in enumerate(rows):
+        axes.barh(row, value, left=position, height=0.62, color=_colour(value))
+        position += value
+        edges.append(position)
+        axes.plot([position, position], [row - 0.31, row + 1.31], color=MUTED, linewidth=0.7)
+    axes.barh(len(rows), position, height=0.62, color=INK)
+    for row, value in enumerate([value for _, value in rows] + [position]):
+        axes.annotate(
+            signed(value) if row < len(rows) else f"≤ {value:.4f}",
+            (1, row),
+            xycoords=("axes fraction", "data"),
+            xytext=(58, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            annotation_clip=False,
+        )
+    axes.set_yticks(range(len(rows) + 1), [*(name for name, _ in rows), "bound"])
+    axes.set_ylim(len(rows) + 0.6, -0.6)
+    axes.use_sticky_edges = False
+    axes.margins(x=0.03)
+    axes.axvline(0, color=MUTED, linewidth=0.8)
+    axes.grid(axis="y", visible=False)
+    axes.set_title("terms of the bound, nats per token")
+
+
+def _gains(axes: Axes, parts: Contributions) -> None:
+    gains = parts.gains
+    room = max([*map(abs, gains), 1e-9])
+    for row, gain in enumerate(gains):
+        axes.barh(row, gain, height=0.62, color=_colour(gain))
+        is_inside = gain > 0.6 * room
+        axes.annotate(
+            f"{signed(gain)} nats\n{signed(parts.bpc(gain))} bits per character",
+            (gain if is_inside else max(gain, 0), row),
+            xytext=(-4 if is_inside else 4, 0),
+            textcoords="offset points",
+            ha="right" if is_inside else "left",
+            va="center",
+            fontsize=SMALL,
+            color="white" if is_inside else INK,
+        )
+    axes.set_yticks(range(len(gains)), [f"block {block}" for block in range(1, len(gains) + 1)])
+    axes.set_ylim(len(gains) - 0.4, -0.6)
+    axes.set_xlim(min(0.0, *gains) - 0.02 * room, 1.05 * room)
+    axes.axvline(0, color=MUTED, linewidth=0.8)
+    axes.grid(axis="y", visible=False)
+    axes.set_title("gain of each block, nats per token")
+
+
+def _colour(value: float) -> str:
+    return COLOURS[0] if value >= 0 else COLOURS[1]
+
+
+def signed(value: float, digits: int = 4) -> str:
+    """With its sign, a real minus, and none of the two on what rounds to zero."""
+    rounded = round(value, digits)
+    return f"{'+' if rounded > 0 else '−' if rounded < 0 else ''}{abs(rounded):.{digits}f}"

@@ -1,0 +1,212 @@
+"""A report: read the runs, look into their models, draw, and write one page."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tarflowlm.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.data import Corpus, cached_corpus, eval_windows
+from tarflowlm.errors import UserError
+from tarflowlm.evaluation.contributions import Contributions, contributions
+from tarflowlm.files import replacing
+from tarflowlm.model import TarFlowLM
+from tarflowlm.report.blocks import draw_contributions
+from tarflowlm.report.codes import FEW, NAMED, Codes, codes_of, draw_codes
+from tarflowlm.report.curves import draw_bits, draw_optimisation, draw_throughput
+from tarflowlm.report.page import GENERATOR, Page, Picture, Section
+from tarflowlm.report.records import RunRecord, read_records
+from tarflowlm.report.style import Figure, check_matplotlib, render
+from tarflowlm.report.tables import codes_table, config_table, summary_table, terms_table
+
+PAGE = "index.html"
+COUNTED = 1 << 22
+"""Tokens of the validation split that are counted to find the frequent ones."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, the parts of it done, and the parts in all."""
+
+
+@dataclass
+class Insight:
+    """What the weights of a run tell; what is missing is said in the notes."""
+
+    codes: Codes | None = None
+    parts: Contributions | None = None
+    step: str = ""
+    """Step of the weights."""
+    notes: list[str] = field(default_factory=list)
+
+
+def write_report(
+    directories: Sequence[Path],
+    out: Path | None = None,
+    *,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write PNG figures and index.html about the runs in `directories` into `out`, and return what was written.
+
+    `out` is DIR/report of a single run unless given. An earlier report there is replaced file by file.
+    UserError, before anything is written, for what is no run directory, for runs without metrics or of the same name,
+    and for an `out` that holds something else.
+    """
+    check_matplotlib()
+    if not directories:
+        raise UserError("report needs a run directory: name one or more")
+    if out is None and len(directories) > 1:
+        raise UserError(f"a report of {len(directories)} runs needs a place: name it with --out")
+    out = directories[0] / "report" if out is None else out
+    records = read_records(directories)
+    _check_out(out)
+    progress = progress or (lambda _what, _done, _total: None)
+    insights = [_look_into(record, device or torch.device("cpu"), progress) for record in records]
+    out.mkdir(parents=True, exist_ok=True)
+    writer = _Writer(out, progress, 3 + sum((i.codes is not None) + (i.parts is not None) for i in insights))
+    page = _page(records, insights, writer)
+    with replacing(out / PAGE) as temporary:
+        temporary.write_text(page.to_html(), encoding="utf-8")
+    return {
+        "page": str(out / PAGE),
+        "figures": [str(path) for path in writer.paths],
+        "runs": [
+            {"name": r.name, "status": r.status, "notes": [*r.notes, *i.notes]}
+            for r, i in zip(records, insights, strict=True)
+        ],
+    }
+
+
+def _check_out(out: Path) -> None:
+    """UserError unless `out` is free, or holds an earlier report."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out} is a file: name a directory with --out")
+    page = out / PAGE
+    ours = page.is_file() and f'content="{GENERATOR}"' in page.read_text(encoding="utf-8", errors="replace")[:1000]
+    if any(out.iterdir()) and not ours:
+        raise UserError(f"{out} exists and holds no report: choose another --out")
+
+
+class _Writer:
+    """Draws figures into a folder and counts them."""
+
+    def __init__(self, out: Path, progress: Progress, total: int) -> None:
+        self.out, self.progress, self.total = out, progress, total
+        self.paths: list[Path] = []
+
+    def draw(self, name: str, caption: str, draw: Callable[[Figure], None], width: float, height: float) -> Picture:
+        path = self.out / f"{name}.png"
+        svg = render(draw, path, width=width, height=height)
+        self.paths.append(path)
+        self.progress("figures", len(self.paths), self.total)
+        return Picture(name, svg, caption)
+
+
+def _look_into(record: RunRecord, device: torch.device, progress: Progress) -> Insight:
+    """The codebook and, where the run's corpus can be had, what every block brings on its validation windows."""
+    insight = Insight()
+    try:
+        checkpoint = load_checkpoint(record.directory, device)
+    except UserError as error:
+        insight.notes.append(f"Neither blocks nor codebook are shown: {error}.")
+        return insight
+    insight.step = checkpoint.info.get("step", "?")
+    corpus = _corpus(record, checkpoint, insight)
+    counts = None
+    if corpus is not None:
+        valid = corpus.split("valid")
+        counts = np.bincount(np.asarray(valid[:COUNTED]), minlength=checkpoint.tokenizer.vocab_size)
+    insight.codes = codes_of(checkpoint.model, checkpoint.tokenizer, counts)
+    if corpus is not None and isinstance(checkpoint.model, TarFlowLM):
+        config = record.run
+        insight.parts = contributions(
+            checkpoint.model,
+            eval_windows(corpus.split("valid"), config.model.context, config.train.evaluate_windows),
+            torch.from_numpy(checkpoint.tokenizer.characters_per_token),
+            progress=lambda done, total: progress(f"validation windows of {record.name}", done, total),
+        )
+    return insight
+
+
+def _corpus(record: RunRecord, checkpoint: Checkpoint, insight: Insight) -> Corpus | None:
+    """The run's corpus in the run's tokens, or None with a note."""
+    problem = None
+    try:
+        corpus = cached_corpus(record.run.data.source, record.run.data.tokenizer)
+    except (UserError, OSError) as error:
+        problem = str(error)
+    else:
+        if corpus.tokenizer.fingerprint == checkpoint.tokenizer.fingerprint:
+            return corpus
+        problem = f"{record.run.data.source} is not the text that the run's tokenizer was trained on"
+    insight.notes.append(f"What each block brings is not shown, for the run's corpus cannot be used: {problem}.")
+    return None
+
+
+def _page(records: Sequence[RunRecord], insights: Sequence[Insight], writer: _Writer) -> Page:
+    names = ", ".join(r.name for r in records)
+    page = Page(f"{'Run' if len(records) == 1 else 'Runs'} {names}")
+    page.sections.append(Section("Summary", notes=_SIGNS, parts=[summary_table(records)]))
+    curves = [
+        writer.draw("bits", _BITS, lambda f: draw_bits(f, records), 9.6, 4.2),
+        writer.draw("optimisation", _OPTIMISATION, lambda f: draw_optimisation(f, records), 9.6, 3.4),
+        writer.draw("throughput", _THROUGHPUT, lambda f: draw_throughput(f, records), 9.6, 3.2),
+    ]
+    page.sections.append(Section("Training", parts=curves))
+    for record, insight in zip(records, insights, strict=True):
+        page.sections.append(_run_section(record, insight, writer))
+    page.sections.append(Section("Configuration", parts=[config_table(records)], is_folded=True))
+    return page
+
+
+def _run_section(record: RunRecord, insight: Insight, writer: _Writer) -> Section:
+    parts: list[Any] = []
+    notes = [*record.notes, *insight.notes]
+    if record.is_exact:
+        notes.append("A discrete model: its likelihood is exact, and it has no blocks and no codebook.")
+    if (found := insight.parts) is not None:
+        caption = _CONTRIBUTIONS.format(windows=found.windows, tokens=found.tokens, step=insight.step)
+        height = 1.6 + 0.34 * (len(found.log_dets) + 4)
+        name = f"blocks-{record.slug}"
+        parts.append(writer.draw(name, caption, lambda f: draw_contributions(f, found), 9.6, height))
+        parts.append(terms_table(found))
+    if (codes := insight.codes) is not None:
+        name = f"codebook-{record.slug}"
+        parts.append(writer.draw(name, _codes_caption(codes, insight.step), lambda f: draw_codes(f, codes), 9.6, 6.2))
+        parts.append(codes_table(codes))
+    return Section(record.name, notes=notes, parts=parts)
+
+
+_SIGNS = ("Figures of flows are upper bounds, marked <=; those of a discrete baseline are exact.",)
+_BITS = (
+    "Bits per character against tokens and against training time. Faint: training batches; with points: the "
+    "validation windows. Flows show upper bounds. The first steps may lie above the frame."
+)
+_OPTIMISATION = (
+    "Learning rate, and gradient norm with its running median. Every stage runs the schedule anew; runs with the "
+    "same rates cover each other."
+)
+_THROUGHPUT = "Training tokens per second with their running median; the numbers are the medians of each stage."
+_CONTRIBUTIONS = (
+    "The bound on {windows:,} validation windows ({tokens:,} tokens) with the weights of step {step}. Left: its "
+    "terms in nats per token, added up from the top. Right: by how much each block lowers the bound of those below "
+    "it, each time with the standard normal on top; block 1 is measured against the bare standard normal. Of blocks "
+    "that were trained jointly only the whole stack is meant to be a good model."
+)
+
+
+def _codes_caption(codes: Codes, step: str) -> str:
+    what = "Every" if len(codes.symbols) <= FEW else f"The {NAMED}"
+    order = "most frequent of the validation text" if codes.is_counted else "first of the vocabulary"
+    named = "Every symbol is named." if what == "Every" else f"Named where there is room: the {NAMED} {order}."
+    text = f"The {codes.noun} at step {step} on its first two principal components. {named}"
+    if codes.std is None:
+        return f"{text} Distances are Euclidean, in units of the root mean square norm of the embeddings."
+    return (
+        f"{text} Distances are measured in all dimensions and in units of the symbol's own σ: a sample is nearer to "
+        f"a neighbour D σ away than to its own code with probability Φ(−D/2), 2 % at D = 4."
+    )

@@ -1,0 +1,165 @@
+"""The codebook in the plane, and how far its codes are apart."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.checkpoint import Model
+from tarflowlm.data import Tokenizer
+from tarflowlm.report.style import COLOURS, MUTED, SMALL, Axes, Figure, label_points, literal
+
+Array = npt.NDArray[np.float64]
+
+FEW = 64
+"""Up to so many symbols every one is named; of more, the most frequent ones."""
+NAMED = 60
+COMPARED = 8192
+"""At most so many codes are compared with all others."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """One vector for every token: mu_k of a codebook, or the input embedding of a baseline."""
+
+    symbols: list[str]
+    """[V]."""
+    points: Array
+    """[V, 2]: coordinates along the two directions of largest variance."""
+    explained: tuple[float, float]
+    """Shares of the variance along these directions."""
+    std: Array | None
+    """[V]: sigma_k; None for an embedding."""
+    compared: npt.NDArray[np.int64]
+    """[M] tokens whose nearest neighbours were looked for, most frequent first."""
+    nearest: npt.NDArray[np.int64]
+    """[M]: the nearest other token of each."""
+    distance: Array
+    """[M]: the distance to it, in sigma_k; for an embedding in units of the root mean square norm."""
+    is_counted: bool
+    """Whether the order of `compared` is that of frequencies in a text, and not that of the token ids."""
+
+    @property
+    def unit(self) -> str:
+        return "σ" if self.std is not None else "r.m.s. norms"
+
+    @property
+    def noun(self) -> str:
+        return "codebook" if self.std is not None else "input embedding"
+
+
+def codes_of(model: Model, tokenizer: Tokenizer, counts: npt.NDArray[np.int64] | None) -> Codes:
+    """The codes of a model; `counts` [V] says how frequent each token is, where that is known."""
+    vectors = model.embedding.weight if isinstance(model, TokenLM) else model.codebook.mean
+    std = None if isinstance(model, TokenLM) else model.codebook.log_std.detach().double().exp().cpu().numpy()
+    mean = vectors.detach().double().cpu().numpy()
+    order = np.arange(len(mean)) if counts is None else np.argsort(-counts, kind="stable")
+    compared = order[:COMPARED]
+    nearest, distance = nearest_neighbours(mean, compared)
+    unit = np.sqrt(np.square(mean).sum(1).mean()) if std is None else std[compared]
+    points, explained = project(mean)
+    symbols = [symbol.replace(" ", "␣") for symbol in tokenizer.symbols]
+    return Codes(symbols, points, explained, std, compared, nearest, distance / unit, counts is not None)
+
+
+def project(vectors: Array) -> tuple[Array, tuple[float, float]]:
+    """Principal components [V, 2] of vectors [V, d], d >= 1, and their shares of the variance.
+
+    The signs are fixed: the entry of largest magnitude in every direction is positive. The directions are
+    orthonormal, so that a sphere of radius sigma becomes a disc of radius sigma.
+    """
+    centred = vectors - vectors.mean(0)
+    _, singular, directions = np.linalg.svd(centred, full_matrices=False)
+    directions = directions[:2]
+    signs = np.sign(directions[np.arange(len(directions)), np.abs(directions).argmax(1)])
+    points = centred @ (directions * signs[:, None]).T
+    shares = np.square(singular) / max(np.square(singular).sum(), 1e-300)
+    missing = 2 - points.shape[1]  # d = 1
+    shares = np.pad(shares, (0, max(0, missing)))
+    return np.pad(points, ((0, 0), (0, missing))), (float(shares[0]), float(shares[1]))
+
+
+def nearest_neighbours(
+    vectors: Array, queries: npt.NDArray[np.int64], chunk: int = 256
+) -> tuple[npt.NDArray[np.int64], Array]:
+    """The nearest other vector of each of the `queries`, and its Euclidean distance."""
+    everything = torch.from_numpy(vectors)
+    nearest, distances = [], []
+    for start in range(0, len(queries), chunk):
+        rows = torch.from_numpy(queries[start : start + chunk])
+        # without the shortcut by matrix products, which loses small distances
+        distance = torch.cdist(everything[rows], everything, compute_mode="donot_use_mm_for_euclid_dist")
+        distance[torch.arange(len(rows)), rows] = torch.inf
+        least = distance.min(1)
+        nearest.append(least.indices.numpy())
+        distances.append(least.values.numpy())
+    return np.concatenate(nearest), np.concatenate(distances)
+
+
+def draw_codes(figure: Figure, codes: Codes) -> None:
+    """Left: the projection, with discs of one sigma. Right: distances of nearest neighbours."""
+    left, right = figure.subplots(1, 2, width_ratios=(13, 5))
+    _draw_plane(left, codes)
+    if len(codes.symbols) <= FEW:
+        _draw_neighbours(right, codes)
+    else:
+        _draw_histogram(right, codes)
+
+
+def _draw_plane(axes: Axes, codes: Codes) -> None:
+    from matplotlib.collections import EllipseCollection
+
+    few = len(codes.symbols) <= FEW
+    shown = codes.compared[: FEW if few else NAMED]
+    rest = np.setdiff1d(np.arange(len(codes.points)), shown)
+    axes.scatter(*codes.points[rest].T, s=4, color=MUTED, alpha=0.5, linewidths=0, rasterized=True)
+    axes.scatter(*codes.points[shown].T, s=9, color=COLOURS[0], linewidths=0, zorder=3)
+    if codes.std is not None:
+        radius = codes.std[shown]
+        discs = EllipseCollection(
+            2 * radius, 2 * radius, np.zeros(len(shown)), units="xy", offsets=codes.points[shown],
+            offset_transform=axes.transData, color=COLOURS[0], alpha=0.14, linewidths=0.8,
+        )  # fmt: skip
+        axes.add_collection(discs)
+        for side in (-1, 1):
+            axes.update_datalim(codes.points[shown] + side * radius[:, None])
+    axes.margins(0.04)
+    axes.autoscale_view()
+    axes.set_aspect("equal", adjustable="datalim")
+    first, second = (f"{100 * share:.0f} % of the variance" for share in codes.explained)
+    axes.set_xlabel(f"first principal component ({first})")
+    axes.set_ylabel(f"second principal component ({second})")
+    label_points(axes, codes.points[shown], [codes.symbols[i] for i in shown], size=10.0 if few else SMALL)
+    discs_of = ", discs of one σ" if codes.std is not None else ""
+    axes.set_title(f"{codes.noun}, {len(codes.symbols):,} symbols{discs_of}")
+
+
+def _draw_neighbours(axes: Axes, codes: Codes) -> None:
+    """Every symbol with its nearest neighbour, closest pairs on top."""
+    order = np.argsort(codes.distance, kind="stable")
+    rows = np.arange(len(order))
+    axes.hlines(rows, 0, codes.distance[order], color=COLOURS[0], linewidth=1)
+    axes.scatter(codes.distance[order], rows, s=12, color=COLOURS[0], zorder=3)
+    names = [literal(f"{codes.symbols[codes.compared[i]]} → {codes.symbols[codes.nearest[i]]}") for i in order]
+    axes.set_yticks(rows, names, fontsize=SMALL if len(rows) <= 32 else SMALL - 2.5)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"distance, {codes.unit}")
+    axes.set_title("nearest neighbours")
+
+
+def _draw_histogram(axes: Axes, codes: Codes) -> None:
+    axes.hist(codes.distance, bins=40, color=COLOURS[0])
+    middle = float(np.median(codes.distance))
+    axes.axvline(middle, color=COLOURS[1])
+    axes.annotate(
+        f"median {middle:.1f}", (middle, 0.99), xycoords=("data", "axes fraction"), xytext=(4, 0),
+        textcoords="offset points", color=COLOURS[1], va="top",
+    )  # fmt: skip
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"distance to the nearest neighbour, {codes.unit}")
+    axes.set_ylabel("symbols")
+    axes.set_title("nearest neighbours")

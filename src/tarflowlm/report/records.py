@@ -1,0 +1,159 @@
+"""A run directory as a report reads it: finished, still in training, or with pieces missing."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tarflowlm.baseline import BaselineConfig
+from tarflowlm.checkpoint import read_run
+from tarflowlm.errors import UserError
+from tarflowlm.files import read_json
+from tarflowlm.training.config import RunConfig
+from tarflowlm.training.metrics import METRICS
+from tarflowlm.training.progressive import SUMMARY
+
+Series = npt.NDArray[np.float64]
+
+NEEDED = {
+    "train": ("step", "tokens", "block", "bpc", "lr", "grad_norm", "tokens_per_second"),
+    "valid": ("step", "tokens", "bpc"),
+}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What is known of a run without its weights."""
+
+    name: str
+    directory: Path
+    run: RunConfig
+    train: dict[str, Series]
+    """Columns of the training lines of metrics.jsonl."""
+    valid: dict[str, Series]
+    """Columns of its validation lines."""
+    summary: dict[str, Any] | None
+    """None until the run is finished."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def slug(self) -> str:
+        """The name, fit for a file name and an id."""
+        return slug(self.name)
+
+    @property
+    def is_exact(self) -> bool:
+        return isinstance(self.run.model, BaselineConfig)
+
+    @property
+    def sign(self) -> str:
+        """How to read the run's numbers: a flow's are upper bounds."""
+        return "=" if self.is_exact else "<="
+
+    @property
+    def last_step(self) -> int:
+        return int(self.train["step"].max())
+
+    @property
+    def status(self) -> str:
+        if self.summary is not None:
+            return "finished"
+        return f"step {self.last_step:,} of {self.run.train.num_steps:,}: in training, or stopped"
+
+    @cached_property
+    def seconds(self) -> Series:
+        """Training time up to every training line, from the speeds that were logged."""
+        tokens = np.diff(self.train["tokens"], prepend=0)
+        return np.cumsum(tokens / self.train["tokens_per_second"])
+
+    @property
+    def valid_seconds(self) -> Series:
+        """Training time at every validation line."""
+        return np.interp(self.valid["step"], self.train["step"], self.seconds)
+
+    @property
+    def stage_starts(self) -> list[tuple[int, float, float]]:
+        """Block, tokens and seconds where each stage after the first began."""
+        block = self.train["block"]
+        return [
+            (int(block[i + 1]), float(self.train["tokens"][i]), float(self.seconds[i]))
+            for i in np.flatnonzero(np.diff(block))
+        ]
+
+    def stage_medians(self, column: str) -> list[float]:
+        """The median of a training column in every stage."""
+        block = self.train["block"]
+        return [float(np.median(self.train[column][block == b])) for b in np.unique(block)]
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def read_records(directories: Sequence[Path]) -> list[RunRecord]:
+    """The runs in `directories`, told apart by the names of these.
+
+    UserError for what is no run directory, for one without metrics, and for two of the same name.
+    """
+    records: dict[str, RunRecord] = {}
+    for directory in directories:
+        record = read_record(directory)
+        if (other := records.get(record.slug)) is not None:
+            raise UserError(
+                f"{other.directory} and {directory} have the same name {record.name!r}: give each run once, "
+                f"or rename one of the directories"
+            )
+        records[record.slug] = record
+    return list(records.values())
+
+
+def read_record(directory: Path) -> RunRecord:
+    run = read_run(directory)
+    notes: list[str] = []
+    train, valid = _read_metrics(directory, notes)
+    summary = None
+    if (directory / SUMMARY).exists():
+        try:
+            summary = read_json(directory / SUMMARY)
+            float(summary["test"]["bpc"])
+        except (UserError, KeyError, TypeError, ValueError) as error:
+            notes.append(f"{SUMMARY} cannot be used ({error}).")
+            summary = None
+    return RunRecord(directory.resolve().name, directory, run, train, valid, summary, notes)
+
+
+def _read_metrics(directory: Path, notes: list[str]) -> tuple[dict[str, Series], dict[str, Series]]:
+    path = directory / METRICS
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    rows: dict[str, list[dict[str, float]]] = {"train": [], "valid": []}
+    bad = 0
+    for number, line in enumerate(lines, 1):
+        row = _parsed(line)
+        if row is not None:
+            # other kinds of lines are not drawn
+            rows.get(row["split"], []).append(row)
+        elif number < len(lines):  # the last one may just be being written
+            bad += 1
+    if bad:
+        notes.append(f"{bad} of {len(lines)} lines of {METRICS} could not be read and are left out.")
+    if not rows["train"]:
+        raise UserError(f"{directory} has no metrics yet: wait until training has logged its first line")
+    columns = [{key: np.array([row[key] for row in rows[s]], float) for key in NEEDED[s]} for s in ("train", "valid")]
+    return columns[0], columns[1]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A complete line of metrics, or None."""
+    try:
+        row = json.loads(line)
+        needed = NEEDED.get(row["split"], ())
+        return row if all(math.isfinite(row[key]) for key in needed) and row.get("tokens_per_second", 1) > 0 else None
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,45 @@
+"""Three tiny runs to report on: progressive, joint and the baseline."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tarflowlm.baseline import BaselineConfig
+from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.model import FlowConfig
+from tarflowlm.training.config import DataConfig, RunConfig, TrainConfig
+from tarflowlm.training.progressive import train
+
+TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_report_cache(tmp_path_factory):
+    """No test reads or fills the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TARFLOWLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, private_report_cache) -> dict[str, Path]:
+    """Finished runs by name; do not change them."""
+    root = tmp_path_factory.mktemp("runs")
+    rng = random.Random(5)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "nine", "old", "men"]
+    text = root / "words.txt"
+    text.write_text(" ".join(rng.choice(words) for _ in range(900)), encoding="utf-8")
+    steps = TrainConfig(
+        stage_steps=(6, 4, 4), batch_size=2, log_every=1, evaluate_every=3, evaluate_windows=5, test_windows=3
+    )
+    flow = FlowConfig(context=16, latent_dim=3, trunk=TRUNK, layers=(1, 1, 1), head_hidden=4)
+    progressive = RunConfig(name="tiny", model=flow, data=DataConfig(source=str(text)), train=steps)
+    joint = replace(progressive, train=replace(steps, mode="joint", stage_steps=(5,)))
+    baseline = replace(joint, model=BaselineConfig(context=16, trunk=TRUNK, layers=1))
+    made = {"progressive": progressive, "joint": joint, "baseline": baseline}
+    for name, run in made.items():
+        train(run, root / name, device=torch.device("cpu"))
+    return {name: root / name for name in made}
