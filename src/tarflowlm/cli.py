@@ -13,6 +13,8 @@ import torch
 import tyro
 from rich.console import Console
 
+from tarflowlm.bench import generation as bench_generation
+from tarflowlm.bench import infilling as bench_infilling
 from tarflowlm.bench import numerics as bench_numerics
 from tarflowlm.bench import train as bench_train
 from tarflowlm.commands import (
@@ -99,7 +101,7 @@ def _dispatch(argv: list[str]) -> None:
 def _print_help(summaries: dict[str, str]) -> None:
     summaries = summaries | {
         "train": f"{TrainArgs.__doc__} Or continue one: train --resume DIR.",
-        "bench": "Speed and accuracy as ratios against something else in the same run: bench numerics, bench train.",
+        "bench": "Speed and accuracy against something else in the same run: numerics, train, generation, infilling.",
     }
     print_table(Console(), "tarflowlm COMMAND --help", [(name, text) for name, text in summaries.items()])
 
@@ -160,7 +162,12 @@ def run_train(argv: list[str]) -> None:
 
 
 def run_bench(argv: list[str]) -> None:
-    benchmarks: dict[str, Any] = {"numerics": bench_numerics, "train": bench_train}
+    benchmarks: dict[str, Any] = {
+        "numerics": bench_numerics,
+        "train": bench_train,
+        "generation": bench_generation,
+        "infilling": bench_infilling,
+    }
     name = argv[0] if argv else ""
     if name not in benchmarks:
         raise UserError(f"benchmark {name!r} is unknown: choose one of {', '.join(benchmarks)}")

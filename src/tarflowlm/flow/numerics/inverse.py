@@ -29,6 +29,8 @@ from tarflowlm.flow.numerics.newton import newton, target
 
 BISECTIONS = {torch.float32: 18, torch.float64: 20}
 NEWTON_STEPS = {torch.float32: 4, torch.float64: 6}
+_SAFE_CELL = 7
+"""Newton's steps may start in a bracket of 2^-7 of the narrowest scale."""
 _WASTE = 0.1
 """Below this share of far rows it is cheaper to solve them twice than to gather the others."""
 
@@ -84,6 +86,11 @@ def _solve_chunk(u: Tensor, params: tuple[Tensor, ...], f: Family, base: Family,
     center = torch.mul(c.mean, spread(side), out=space(4, n))
     torch.div(spread(v), c.inv_std, out=a).add_(center)
     low, high = a.amin(axis), a.amax(axis)
+    # brackets over the narrowest scale, halved until Newton's steps are safe; not a number takes all steps
+    widest = float(((high - low) * c.inv_std.amax(axis)).amax())
+    bisections = BISECTIONS[u.dtype]
+    if widest < 2.0 ** (bisections - _SAFE_CELL):
+        bisections = max(0, math.ceil(math.log2(max(widest, 1e-9))) + _SAFE_CELL)
     inv_std = c.inv_std.mul_(linear.unit(f))
     wanted = tail * c.total / linear.tail_scale(f)
 
@@ -91,7 +98,7 @@ def _solve_chunk(u: Tensor, params: tuple[Tensor, ...], f: Family, base: Family,
         return linear.clamp_in_place(torch.sub(spread(x), center, out=a).mul_(inv_std), f)
 
     above = torch.empty_like(u)
-    for _ in range(BISECTIONS[u.dtype]):
+    for _ in range(bisections):
         x = torch.lerp(low, high, 0.5)
         mass = linear.tail_in_place(scaled(x), f).mul_(c.weight).sum(axis)
         torch.gt(mass, wanted, out=above)

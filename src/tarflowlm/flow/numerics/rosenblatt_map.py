@@ -26,8 +26,9 @@ from tarflowlm.flow.numerics.pullback import Pullback
 Solve = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-_NEARLY_CERTAIN, _WORTH_A_TRY = -1e-5, 0.5
-"""Log posterior of a component, and the share of rows that have reached it, from which certainty is looked into."""
+_NEARLY_CERTAIN, _FEW_ROWS = -1e-5, 64
+"""Log posterior of a component from which certainty is looked into: when half the rows have reached it, or, where
+rows are few and calls are all that costs, every one of them."""
 _BACKWARD_SHARE = 16
 """The backward records about this many [n, K] tensors per channel, so its chunks are that much smaller."""
 
@@ -169,7 +170,8 @@ def solve_rows(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor) -> T
             break
         a = (z_i[:, None] - center) * inv_std
         log_alpha = torch.log_softmax(log_alpha - 0.5 * a * a - log_std, -1)
-        if (log_alpha.amax(-1) > _NEARLY_CERTAIN).sum() < _WORTH_A_TRY * len(u):
+        enough = len(u) if len(u) <= _FEW_ROWS else len(u) // 2
+        if (log_alpha.amax(-1) > _NEARLY_CERTAIN).sum() < enough:
             continue
         rest, certain = _of_one_component(u[:, i + 1 :], log_alpha, mean[..., i + 1 :], log_std)
         done = certain.nonzero().squeeze(-1)

@@ -1,0 +1,226 @@
+"""Speed of generation: sweeps against steps for every block, models against a yardstick; paired, in one run."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from tarflowlm.checkpoint import Model, load_checkpoint
+from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.errors import UserError
+from tarflowlm.flow.stack import FlowBlock
+from tarflowlm.generation import generate
+from tarflowlm.generation.inversion import Decoder, invert_block
+from tarflowlm.generation.stack import invert_stack
+from tarflowlm.model import TarFlowLM
+
+
+@dataclass(frozen=True)
+class Args:
+    """Tokens per second of trained models, and what sweeps save in each block of a flow."""
+
+    directories: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories; the first is the yardstick of tokens per second, say a baseline."""
+    batches: tuple[int, ...] = (1, 16)
+    """Samples at once."""
+    length: int | None = None
+    """Tokens per sample; the default is each model's context."""
+    rounds: int = 3
+    """Rounds; every round times each contender once, in turn."""
+    seeds: int = 100
+    """Samples whose tokens are compared between steps and sweeps; 0 leaves that out."""
+    threads: int | None = None
+    """CPU threads; the default is PyTorch's."""
+    device: DeviceName = "auto"
+    """auto takes cuda, then mps, then cpu."""
+    json: bool = False
+    """Print one JSON object last."""
+
+
+def run(args: Args) -> dict[str, Any]:
+    """{"blocks", "models", "positions", "identical"}: lists of rows, see `print_result`.
+
+    Ratios are medians of the rounds' own ratios, so that a slow moment of the machine touches both sides.
+    """
+    if not args.directories:
+        raise UserError("bench generation needs run directories: name at least one")
+    if args.rounds < 1 or min(args.batches, default=0) < 1 or args.seeds < 0:
+        raise UserError(f"rounds {args.rounds}, batches {args.batches}, seeds {args.seeds}: too few")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    device = pick_device(args.device)
+    models = {str(d): load_checkpoint(d, device).model for d in args.directories}
+    flows = {name: m for name, m in models.items() if isinstance(m, TarFlowLM)}
+    return {
+        "models": [row for batch in args.batches for row in _models(models, args, batch)],
+        "blocks": [
+            row for name, m in flows.items() for batch in args.batches for row in _blocks(name, m, args, batch)
+        ],
+        "positions": [_positions(name, m, args) for name, m in models.items()],
+        "identical": [_identical(name, m, args) for name, m in flows.items()] if args.seeds else [],
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _rounds(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for index in range(rounds + 1):
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if index:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _length(model: Model, args: Args) -> int:
+    return args.length or model.config.context
+
+
+def _decoders(model: Model) -> tuple[Decoder, ...]:
+    return ("sequential", "auto") if isinstance(model, TarFlowLM) else ("sequential",)
+
+
+def _models(models: dict[str, Model], args: Args, batch: int) -> list[dict[str, Any]]:
+    contenders: dict[str, Callable[[], object]] = {}
+    tokens: dict[str, int] = {}
+    chosen: dict[str, tuple[Decoder, ...]] = {}
+    for name, model in models.items():
+        for decoder in _decoders(model):
+
+            def call(model: Model = model, decoder: Decoder = decoder, key: str = f"{name} {decoder}") -> None:
+                found = generate(
+                    model,
+                    num_tokens=_length(model, args),
+                    num=batch,
+                    decoder=decoder,
+                    generator=torch.Generator().manual_seed(0),
+                )
+                chosen[key] = found.decoders
+
+            contenders[f"{name} {decoder}"] = call
+            tokens[f"{name} {decoder}"] = batch * _length(model, args)
+    seconds = _rounds(contenders, args.rounds)
+    per_token = {name: [s / tokens[name] for s in times] for name, times in seconds.items()}
+    yardstick = next(iter(per_token.values()))
+    return [
+        {
+            "name": name,
+            "batch": batch,
+            "tokens_per_second": 1 / statistics.median(times),
+            "ratio": statistics.median(a / b for a, b in zip(yardstick, times, strict=True)),
+            "decoders": chosen[name],
+        }
+        for name, times in per_token.items()
+    ]
+
+
+@torch.no_grad()
+def _blocks(name: str, model: TarFlowLM, args: Args, batch: int) -> list[dict[str, Any]]:
+    padded = -(-_length(model, args) // model.config.patch) * model.config.patch
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(batch, padded, model.config.latent_dim, generator=generator).to(model.codebook.mean)
+    states, work = invert_stack(model, noise, decoder="parallel")
+    rows = []
+    for state, done, index in zip(states, work, reversed(range(model.num_blocks)), strict=False):
+        block, u = model.prior.blocks[index], model.prior.patch(state)[0]
+        assert isinstance(block, FlowBlock)
+        seconds = _rounds(
+            {way: partial(invert_block, block, u, decoder=way) for way in ("sequential", "parallel")}, args.rounds
+        )
+        by_step, by_sweep = seconds["sequential"], seconds["parallel"]
+        rows.append(
+            {
+                "name": name,
+                "block": index + 1,
+                "coupling": model.config.couplings[index],
+                "batch": batch,
+                "steps_seconds": statistics.median(by_step),
+                "sweeps_seconds": statistics.median(by_sweep),
+                "sweeps": done.passes,
+                "repeated": done.repeated,
+                "speedup": statistics.median(a / b for a, b in zip(by_step, by_sweep, strict=True)),
+            }
+        )
+    return rows
+
+
+def _positions(name: str, model: Model, args: Args) -> dict[str, Any]:
+    """Milliseconds per position, block 1 or the baseline, in the four quarters of a sample by steps."""
+    marks: list[float] = []
+    batch = max(args.batches)
+    for _ in range(2):  # the first warms up
+        marks.clear()
+        generate(
+            model,
+            num_tokens=_length(model, args),
+            num=batch,
+            generator=torch.Generator().manual_seed(0),
+            tick=lambda: marks.append(time.perf_counter()),
+        )
+    positions = -(-_length(model, args) // model.config.patch)
+    last = torch.tensor(marks[-positions:], dtype=torch.float64).diff()
+    quarters = [1000 * part.median().item() for part in last.chunk(4)]
+    return {"name": name, "batch": batch, "milliseconds": quarters, "last_over_first": quarters[-1] / quarters[0]}
+
+
+def _identical(name: str, model: TarFlowLM, args: Args) -> dict[str, Any]:
+    """Tokens by sweeps in every block, and by the automatic choice, against tokens by steps."""
+    texts = {}
+    for decoder in ("sequential", "parallel", "auto"):
+        found = generate(
+            model,
+            num_tokens=_length(model, args),
+            num=args.seeds,
+            decoder=decoder,
+            generator=torch.Generator().manual_seed(1),
+        )
+        texts[decoder] = found.tokens
+    return {
+        "name": name,
+        "seeds": args.seeds,
+        "tokens": texts["sequential"].numel(),
+        "differ_parallel": int((texts["parallel"] != texts["sequential"]).sum()),
+        "differ_auto": int((texts["auto"] != texts["sequential"]).sum()),
+    }
+
+
+def print_result(result: dict[str, Any], console: Console) -> None:
+    title = f"generation, {result['device']}, {result['threads']} threads"
+    models = Table("", "batch", "tokens/s", "over the first", "blocks L..1", title=title, title_justify="left")
+    for row in result["models"]:
+        decoders = " ".join(d[:3] for d in row["decoders"])
+        rate, ratio = f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}"
+        models.add_row(row["name"], str(row["batch"]), rate, ratio, decoders)
+    blocks = Table(
+        "", "block", "batch", "steps, s", "sweeps, s", "faster", "sweeps", title="by block", title_justify="left"
+    )
+    for row in result["blocks"]:
+        seconds = (f"{row['steps_seconds']:.3f}", f"{row['sweeps_seconds']:.3f}", f"{row['speedup']:.1f} x")
+        blocks.add_row(
+            row["name"], f"{row['block']} {row['coupling']}", str(row["batch"]), *seconds, str(row["sweeps"])
+        )
+    places = Table("", "ms per position, by quarter", "last / first", title="by position", title_justify="left")
+    for row in result["positions"]:
+        quarters = "  ".join(f"{m:.2f}" for m in row["milliseconds"])
+        places.add_row(row["name"], quarters, f"{row['last_over_first']:.2f}")
+    for table in (models, blocks, places):
+        console.print(table)
+    for row in result["identical"]:
+        console.print(
+            f"{row['name']}: {row['seeds']} samples, {row['tokens']:,} tokens; different from steps: "
+            f"{row['differ_parallel']} by sweeps, {row['differ_auto']} by the automatic choice",
+            markup=False,
+        )

@@ -1,0 +1,205 @@
+"""Infilling and editing of held-out text: what particles bring, and what re-noising changes."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tarflowlm.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.data import encode_text_source, eval_windows
+from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.editing import bound, encode, renoise
+from tarflowlm.errors import UserError
+from tarflowlm.generation import generate
+from tarflowlm.generation.template import BLANK
+from tarflowlm.model import TarFlowLM
+
+
+@dataclass(frozen=True)
+class Args:
+    """Hide tokens in the middle of held-out sentences, fill them in with and without regard to what follows."""
+
+    directories: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories, flows or baselines."""
+    data: str | None = None
+    """Text to take sentences from; the default is each run's own corpus."""
+    sentences: int = 200
+    """Sentences, evenly spaced over the test split."""
+    length: int = 64
+    """Tokens of a sentence."""
+    blanks: int = 12
+    """Hidden tokens in the middle of it."""
+    particles: tuple[int, ...] = (1, 16, 64)
+    """Candidates per sentence; 1 ignores what follows the blanks."""
+    strengths: tuple[float, ...] = (0.0, 0.1, 0.3, 0.6, 1.0)
+    """Of re-noising, at every state of a flow."""
+    examples: int = 5
+    """Sentences to print."""
+    seed: int = 0
+    """Of all noise."""
+    device: DeviceName = "auto"
+    """auto takes cuda, then mps, then cpu."""
+    json: bool = False
+    """Print one JSON object last."""
+
+
+def run(args: Args) -> dict[str, Any]:
+    """{"infilling", "editing", "examples"}; bits per character are upper bounds for flows, exact for baselines."""
+    if not args.directories:
+        raise UserError("bench infilling needs run directories: name at least one")
+    if not 0 < args.blanks < args.length:
+        raise UserError(f"blanks {args.blanks}: must be between 1 and {args.length - 1}, the length less one")
+    if args.sentences < 1 or min(args.particles, default=0) < 1:
+        raise UserError(f"sentences {args.sentences}, particles {args.particles}: each must be at least 1")
+    result: dict[str, Any] = {"infilling": [], "editing": [], "examples": []}
+    for directory in args.directories:
+        checkpoint = load_checkpoint(directory, pick_device(args.device))
+        texts = _sentences(checkpoint, args)
+        filled, shown = _infill(checkpoint, str(directory), texts, args)
+        result["infilling"] += filled
+        result["examples"] += shown
+        if isinstance(checkpoint.model, TarFlowLM):
+            result["editing"] += _edit(checkpoint, str(directory), texts, args)
+    return result
+
+
+def _sentences(checkpoint: Checkpoint, args: Args) -> torch.Tensor:
+    """Windows [S, T] of the test split that begin with a word where the text has spaces."""
+    source = checkpoint.run.data.source if args.data is None else args.data
+    tokens = encode_text_source(source, checkpoint.tokenizer, ("test",))["test"]
+    wide = eval_windows(tokens, 2 * args.length, args.sentences)
+    space = torch.tensor([symbol.startswith((" ", "\u2423")) for symbol in checkpoint.tokenizer.symbols])
+    starts = (space[wide[:, : args.length]].int().argmax(1) + 1).clamp(max=args.length)
+    return wide.gather(1, starts[:, None] + torch.arange(args.length))
+
+
+def _bits(checkpoint: Checkpoint, tokens: torch.Tensor, seed: int) -> float:
+    """Bits per character of texts [S, T], over all of them; the same noise for every call."""
+    nats = bound(checkpoint.model, tokens, torch.Generator().manual_seed(seed)).sum().item()
+    characters = torch.as_tensor(checkpoint.tokenizer.characters_per_token)[tokens.cpu()].sum().item()
+    return nats / math.log(2) / characters
+
+
+def _infill(
+    checkpoint: Checkpoint, name: str, texts: torch.Tensor, args: Args
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    first = (args.length - args.blanks) // 2
+    hidden = torch.zeros(args.length, dtype=torch.bool)
+    hidden[first : first + args.blanks] = True
+    template = torch.where(hidden, torch.tensor(BLANK), texts)
+    rows, filled = [], {}
+    for particles in args.particles:
+        start = time.perf_counter()
+        found = generate(
+            checkpoint.model,
+            num_tokens=args.length,
+            num=len(texts),
+            template=template,
+            particles=particles,
+            decoder="parallel",
+            generator=torch.Generator().manual_seed(args.seed),
+        )
+        seconds = time.perf_counter() - start
+        tokens = found.tokens.cpu()
+        assert found.ess is not None
+        assert found.log_evidence is not None
+        filled[particles] = tokens
+        rows.append(
+            {
+                "name": name,
+                "particles": particles,
+                "kept": (tokens == texts)[:, ~hidden].double().mean().item(),
+                "recovered": (tokens == texts)[:, hidden].double().mean().item(),
+                "bpc": _bits(checkpoint, tokens, args.seed),
+                "bpc_true": _bits(checkpoint, texts, args.seed),
+                "ess": found.ess.mean().item(),
+                "log_evidence": found.log_evidence.mean().item(),
+                "seconds": seconds,
+            }
+        )
+    decode = checkpoint.tokenizer.decode
+    shown = [
+        {
+            "name": name,
+            "before": decode(texts[i, :first].tolist()),
+            "hidden": decode(texts[i, hidden].tolist()),
+            "after": decode(texts[i, first + args.blanks :].tolist()),
+            "filled": {str(n): decode(tokens[i, hidden].tolist()) for n, tokens in filled.items()},
+        }
+        for i in range(min(args.examples, len(texts)))
+    ]
+    return rows, shown
+
+
+def _edit(checkpoint: Checkpoint, name: str, texts: torch.Tensor, args: Args) -> list[dict[str, Any]]:
+    model = checkpoint.model
+    assert isinstance(model, TarFlowLM)
+    text = encode(model, texts, torch.Generator().manual_seed(args.seed))
+    rows = []
+    for level in range(model.num_blocks + 1):
+        for strength in args.strengths:
+            edit = renoise(
+                model,
+                text,
+                level=level,
+                strength=strength,
+                decoder="auto",
+                generator=torch.Generator().manual_seed(args.seed + 1),
+            )
+            rows.append(
+                {
+                    "name": name,
+                    "level": level,
+                    "strength": strength,
+                    "changed": edit.changed.double().mean().item(),
+                    "unchanged_texts": (~edit.changed.any(1)).double().mean().item(),
+                    "bpc": _bits(checkpoint, edit.tokens.cpu(), args.seed),
+                    "bpc_before": _bits(checkpoint, texts, args.seed),
+                }
+            )
+    return rows
+
+
+def print_result(result: dict[str, Any], console: Console) -> None:
+    table = Table(title="infilling", title_justify="left")
+    for column in (
+        "",
+        "particles",
+        "given kept",
+        "hidden met",
+        "bpc",
+        "bpc of the truth",
+        "effective",
+        "log p(given)",
+    ):
+        table.add_column(column, justify="left" if not column else "right")
+    for r in result["infilling"]:
+        table.add_row(
+            r["name"], str(r["particles"]), f"{r['kept']:.1%}", f"{r['recovered']:.1%}", f"{r['bpc']:.3f}",
+            f"{r['bpc_true']:.3f}", f"{r['ess']:.1f}", f"{r['log_evidence']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    for example in result["examples"]:
+        console.print(Text(f"{example['name']}", style="cyan"))
+        for label, middle in (("truth", example["hidden"]), *example["filled"].items()):
+            line = Text(f"  {label:>6}  {example['before']}")
+            line.append(middle, style="bold green")
+            console.print(line.append(example["after"]), soft_wrap=True)
+    if not result["editing"]:
+        return
+    edits = Table(title="re-noising", title_justify="left")
+    for column in ("", "state", "strength", "tokens changed", "texts unchanged", "bpc", "bpc before"):
+        edits.add_column(column, justify="left" if not column else "right")
+    for r in result["editing"]:
+        edits.add_row(
+            r["name"], str(r["level"]), f"{r['strength']:g}", f"{r['changed']:.1%}", f"{r['unchanged_texts']:.1%}",
+            f"{r['bpc']:.3f}", f"{r['bpc_before']:.3f}",
+        )  # fmt: skip
+    console.print(edits)
