@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "tarflowlm"
 LAYERS = [
     {"errors", "flow.numerics", "flow.precision"},
     {"config", "files", "device", "codebook"},
-    {"flow", "data"},
+    {"flow", "data", "manifest"},
     {"model", "baseline"},
     {"objective", "training.config"},
     {"checkpoint", "presets"},
