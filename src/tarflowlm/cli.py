@@ -1,6 +1,7 @@
 """The command line: `tarflowlm COMMAND`. Imported by nothing.
 
-Exit status: 0 on success, 2 for what the user got wrong (one line on stderr), 130 when interrupted.
+Exit status: 0 on success, 2 for what the user got wrong (one line on stderr), 75 when a run was asked to stop and has
+saved itself, 130 when interrupted with nothing saved (docs/reliability.md).
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from tarflowlm.commands import (
     EvalArgs,
     ResumeArgs,
     SampleArgs,
+    SealArgs,
     TrainArgs,
     overridden,
     print_summary,
@@ -27,6 +29,7 @@ from tarflowlm.commands import (
     run_eval,
     run_quickstart_command,
     run_sample,
+    run_seal,
 )
 from tarflowlm.console import ProgressReporter, print_json, print_table
 from tarflowlm.device import pick_device
@@ -34,6 +37,10 @@ from tarflowlm.errors import UserError
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.quickstart import QuickstartArgs
 from tarflowlm.training.progressive import resume, train
+from tarflowlm.training.signals import Stopped, stop_on_signals
+
+STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: try again."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,6 +58,9 @@ def main(argv: list[str] | None = None) -> None:
         if not _is_out_of_memory(error):
             raise
         _fail("out of memory: choose a smaller model, context, batch size or number of samples")
+    except Stopped as stopped:
+        sys.stderr.write(f"tarflowlm: {stopped}\n")
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         sys.stderr.write("tarflowlm: interrupted; a training run continues with `tarflowlm train --resume DIR`\n")
         sys.exit(130)
@@ -75,6 +85,7 @@ def _dispatch(argv: list[str]) -> None:
         "data": (run_data, DataArgs),
         "eval": (run_eval, EvalArgs),
         "sample": (run_sample, SampleArgs),
+        "seal": (run_seal, SealArgs),
     }
     if not argv or argv[0] in ("-h", "--help"):
         _print_help({name: args.__doc__ or "" for name, (_, args) in commands.items()})
@@ -137,11 +148,15 @@ def run_train(argv: list[str]) -> None:
             raise UserError(f"--out is missing: name the directory to write, say --out runs/{name}")
         run = overridden(args)
         with ProgressReporter(console) as reporter:
-            summary = train(run, args.out, device=pick_device(args.device), reporter=reporter)
+            summary = train(
+                run, args.out, device=pick_device(args.device), reporter=reporter, stop_requests=stop_on_signals
+            )
     elif "--resume" in argv:
         args = parse(ResumeArgs, argv, "tarflowlm train --resume DIR")
         with ProgressReporter(console) as reporter:
-            summary = resume(args.resume, device=pick_device(args.device), reporter=reporter)
+            summary = resume(
+                args.resume, device=pick_device(args.device), reporter=reporter, stop_requests=stop_on_signals
+            )
     elif argv and argv[0] in ("-h", "--help"):
         usage = "tarflowlm train PRESET --out DIR [--help for its fields]   or   tarflowlm train --resume DIR"
         print_table(Console(), usage, [(name, make.__doc__ or "") for name, make in PRESETS.items()])

@@ -23,6 +23,7 @@ from tarflowlm.training.config import RunConfig
 from tarflowlm.training.loop import optimizer_step
 from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.progressive import check_new, freeze_below, train
+from tarflowlm.training.signals import stop_on_signals
 
 TRAINING_SHARE = 0.72
 """Of the minutes asked for; the rest is start-up, validation, test, and sampling."""
@@ -59,7 +60,8 @@ def run_quickstart(args: QuickstartArgs, progress: Console, console: Console) ->
     with ProgressReporter(progress) as reporter:
         reporter.notice(f"timing {TIMED_STEPS} steps of every stage on {device}")
         run = fit_to_time(run, 60 * args.minutes * TRAINING_SHARE, device)
-        test = train(run, args.out, device=device, reporter=reporter)["test"]
+        summary = train(run, args.out, device=device, reporter=reporter, stop_requests=stop_on_signals)
+    test = summary["test"]
     checkpoint = load_checkpoint(args.out, device)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     text = tokenizer.decode(np.asarray(corpus.split("test")).tolist())

@@ -3,23 +3,37 @@
 import math
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tarflowlm.checkpoint import Model, build_model, read_run, save_weights, write_run
+from tarflowlm.checkpoint import (
+    BEST,
+    TOKENIZER,
+    Model,
+    build_model,
+    read_run,
+    save_weights,
+    weights_problem,
+    write_run,
+)
 from tarflowlm.data import SOURCE_NAMES, Corpus, WindowSampler, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import evaluate
-from tarflowlm.files import write_json
+from tarflowlm.evaluation.likelihood import Likelihood, evaluate
+from tarflowlm.files import remove_leftovers, write_json
 from tarflowlm.model import FlowConfig, TarFlowLM, seeded
 from tarflowlm.training.config import RunConfig
+from tarflowlm.training.disk import told_when_full
+from tarflowlm.training.guards import NAMED, RunningLoss, broken_parameters
+from tarflowlm.training.lock import LOCK, locked
 from tarflowlm.training.loop import Counters, StageContext, train_stage
 from tarflowlm.training.metrics import MetricsLog, Reporter
 from tarflowlm.training.optim import build_optimizers
-from tarflowlm.training.state import load_state, newest_state, read_counters, save_state
+from tarflowlm.training.signals import Stopped, StopRequests, no_stop_requests
+from tarflowlm.training.state import load_state, newest_state, read_counters, remove_partial, save_state
 
 SUMMARY = "summary.json"
 
@@ -30,10 +44,13 @@ def train(
     *,
     device: torch.device,
     reporter: Reporter | None = None,
+    stop_requests: StopRequests = no_stop_requests,
 ) -> dict[str, Any]:
     """Train `run` into the new directory `out` and return its summary (also written to summary.json).
 
-    Raises UserError, before anything is written, when `out` exists and is not empty.
+    Raises UserError, before anything is written, when `out` exists and is not empty, and later when the disk is full;
+    Stopped, with everything saved, when `stop_requests` asks for it (`signals.stop_on_signals` for a command line);
+    FloatingPointError when the loss stays non-finite.
     """
     reporter = reporter or Reporter()
     check_new(out)
@@ -45,26 +62,49 @@ def train(
     _check_lengths(run, corpus)
     parts = _Run(run, out, corpus, device, reporter)
     out.mkdir(parents=True, exist_ok=True)
-    write_run(out, run, corpus.tokenizer)
-    return parts.go(Counters())
+    with told_when_full(out), locked(out):
+        check_new(out)
+        write_run(out, run, corpus.tokenizer)
+        with stop_requests() as parts.stop_requested:
+            return parts.go()
 
 
-def resume(out: Path, *, device: torch.device, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Continue a stopped run from its newest complete state, to the same weights as if it had never stopped."""
+def resume(
+    out: Path,
+    *,
+    device: torch.device,
+    reporter: Reporter | None = None,
+    stop_requests: StopRequests = no_stop_requests,
+) -> dict[str, Any]:
+    """Continue a stopped run from its newest whole state, to the same weights as if it had never stopped.
+
+    Weights that are damaged are written again from it, in a finished run as well. Raises as `train`.
+    """
     reporter = reporter or Reporter()
     run = read_run(out)
-    if (out / SUMMARY).exists():
-        raise UserError(f"{out} is finished: there is nothing to resume; train anew with another --out")
-    state = newest_state(out)
-    corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
-    saved = read_counters(state)
-    reporter.notice(f"resuming {out} at step {saved['counters']['step']}")
-    return _Run(run, out, corpus, device, reporter).go(Counters(**saved["counters"]), state, saved["sampler"])
+    with told_when_full(out), locked(out):
+        damaged = weights_problem(out)
+        if (out / SUMMARY).exists() and damaged is None:
+            raise UserError(f"{out} is finished: there is nothing to resume; train anew with another --out")
+        state = newest_state(out, reporter.notice)
+        saved = read_counters(state)
+        corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
+        if corpus.fingerprint != saved["corpus"]:
+            raise UserError(f"{run.data.source} is not the text that {out} was trained on: bring that back to resume")
+        if damaged is not None:
+            reporter.notice(f"{damaged}: written again from {state.name}")
+        reporter.notice(f"resuming {out} at step {saved['step']}")
+        remove_partial(out)
+        for folder in (out, out / BEST):
+            remove_leftovers(folder)
+        parts = _Run(run, out, corpus, device, reporter)
+        with stop_requests() as parts.stop_requested:
+            return parts.go(state, weights=damaged is not None)
 
 
 def check_new(out: Path) -> None:
     """UserError unless `out` is free to be written."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise UserError(f"{out} exists already: choose another --out, or continue it with `train --resume {out}`")
 
 
@@ -113,6 +153,8 @@ class _Run:
         self.model = self._initial_model()
         self.optimizers: list[torch.optim.Optimizer] = []
         self.counters = Counters()
+        self.saved_step: int | None = None
+        self.stop_requested: Callable[[], str | None] = lambda: None
 
     def _initial_model(self) -> Model:
         """Block 1 alone where the run is progressive; everything otherwise."""
@@ -125,28 +167,21 @@ class _Run:
         with seeded(self.run.seed):
             return build_model(config).to(self.device)
 
-    def go(
-        self, counters: Counters, state: Path | None = None, sampler: dict[str, int] | None = None
-    ) -> dict[str, Any]:
-        self.counters = counters
-        log = MetricsLog(self.out, self.reporter, resume_at=counters.step if state else None)
-        context = StageContext(
-            run=self.run,
-            sampler=self.sampler,
-            valid=eval_windows(self.corpus.split("valid"), self.run.model.context, self.run.train.evaluate_windows),
-            characters_per_token=self.characters_per_token,
-            characters_ratio=self.corpus.num_characters("train") / self.corpus.num_tokens("train"),
-            generator=self.generator,
-            device=self.device,
-            log=log,
-            checkpoint=self.save,
-        )
-        start = time.perf_counter()
+    def go(self, state: Path | None = None, *, weights: bool = False) -> dict[str, Any]:
+        """All stages from the first step, or from a state; `weights` has the weights written from that at once."""
+        saved = None if state is None else read_counters(state)
+        if saved is not None:
+            self.counters, self.saved_step = Counters.restored(saved["counters"]), saved["step"]
+        counters, start = self.counters, time.perf_counter()
+        self._enter(min(counters.stage, self.run.num_stages - 1))
+        if state is not None and saved is not None:
+            load_state(state, self.model, self.optimizers, self.generator)
+            self.sampler.load_state_dict(saved["sampler"])
+        if weights:
+            self._save_weights(self.out)
+        self.log = MetricsLog(self.out, self.reporter, resume_at=saved["metrics"] if saved else None)
         try:
-            self._enter(min(counters.stage, self.run.num_stages - 1))
-            if state is not None and sampler is not None:
-                load_state(state, self.model, self.optimizers, self.generator)
-                self.sampler.load_state_dict(sampler)
+            context = self._context()
             while counters.stage < self.run.num_stages:
                 self._announce(counters.stage)
                 end = train_stage(self.model, self.optimizers, context, counters, frozen=counters.stage)
@@ -154,7 +189,23 @@ class _Run:
                 self._leave_stage()
             return self._finish(time.perf_counter() - start)
         finally:
-            log.close()
+            self.log.close()
+
+    def _context(self) -> StageContext:
+        return StageContext(
+            run=self.run,
+            sampler=self.sampler,
+            valid=eval_windows(self.corpus.split("valid"), self.run.model.context, self.run.train.evaluate_windows),
+            characters_per_token=self.characters_per_token,
+            characters_ratio=self.corpus.num_characters("train") / self.corpus.num_tokens("train"),
+            generator=self.generator,
+            device=self.device,
+            log=self.log,
+            checkpoint=self.save,
+            keep_best=self._keep_best,
+            stop_requested=self.stop_requested,
+            leave_if_asked=self._leave_if_asked,
+        )
 
     def _enter(self, stage: int) -> None:
         """Grow the model to `stage` + 1 blocks, freeze all but the last, and build fresh optimisers."""
@@ -171,14 +222,18 @@ class _Run:
             self.counters.stage_tokens.append(0)
 
     def _leave_stage(self) -> None:
-        """Save the end of a stage: weights without the next block, and a state that goes on with it."""
+        """On to the next stage. The end of this one is saved already, unless it came early."""
         counters = self.counters
         counters.stage, counters.stage_step = counters.stage + 1, 0
-        counters.best, counters.stalled = math.inf, 0
-        self._save_weights()
+        counters.best = counters.lowest = math.inf
+        counters.stalled, counters.running = 0, RunningLoss()
+        unsaved = self.saved_step != counters.step
+        if unsaved:
+            self._save_weights(self.out)  # without the next block
         if counters.stage < self.run.num_stages:
             self._enter(counters.stage)
-        self._save_state()
+        if unsaved:
+            self._save_state()
 
     def _announce(self, stage: int) -> None:
         steps, done = self.run.train.stage_steps[stage], self.counters.stage_step
@@ -192,27 +247,53 @@ class _Run:
 
     def save(self) -> None:
         """Weights first, so that the directory loads; then the state to resume from."""
-        self._save_weights()
-        self._save_state()
+        if self.saved_step != self.counters.step:
+            self._save_weights(self.out)
+            self._save_state()
 
-    def _save_weights(self) -> None:
+    def _save_weights(self, directory: Path, **more: str) -> None:
+        if broken := broken_parameters(self.model):
+            raise FloatingPointError(
+                f"parameters {', '.join(broken[:NAMED])} are not finite at step {self.counters.step}: lower optim.lr "
+                f"in a new run; the checkpoints before are kept"
+            )
         blocks = self.model.num_blocks if isinstance(self.model, TarFlowLM) else 0
         info = {"step": str(self.counters.step), "tokens": str(self.counters.tokens), "blocks": str(blocks)}
-        save_weights(self.out, self.model, info)
+        save_weights(directory, self.model, info | more)
 
     def _save_state(self) -> None:
         saved = {
             "step": self.counters.step,
             "counters": asdict(self.counters),
             "sampler": self.sampler.state_dict(),
+            "corpus": self.corpus.fingerprint,
+            "metrics": self.log.position(),
         }
-        save_state(self.out, self.model, self.optimizers, self.generator, saved)
+        save_state(self.out, self.model, self.optimizers, self.generator, saved, keep=self.run.train.keep_last)
+        self.saved_step = self.counters.step
+
+    def _keep_best(self, result: Likelihood) -> None:
+        """The weights as a directory that every command takes."""
+        best = self.out / BEST
+        best.mkdir(exist_ok=True)
+        if not (best / TOKENIZER).exists():
+            write_run(best, self.run, self.corpus.tokenizer)
+        self._save_weights(best, nats_per_token=repr(result.nats_per_token))
+
+    def _leave_if_asked(self) -> None:
+        asked = self.stop_requested()
+        if asked is not None:
+            self.save()
+            raise Stopped(
+                f"stopped by {asked} and saved at step {self.counters.step}; go on with "
+                f"`tarflowlm train --resume {self.out}`"
+            )
 
     def _finish(self, wall: float) -> dict[str, Any]:
         self.model.eval()
         windows = eval_windows(self.corpus.split("test"), self.run.model.context, self.run.train.test_windows or None)
         self.reporter.notice(f"evaluating {len(windows):,} windows of the test split")
-        test = evaluate(self.model, windows, self.characters_per_token)
+        test = evaluate(self.model, windows, self.characters_per_token, progress=lambda *_: self._leave_if_asked())
         counters = self.counters
         summary = {
             "preset": self.run.name,
