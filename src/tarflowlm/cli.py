@@ -5,6 +5,7 @@ Exit status: 0 on success, 2 for what the user got wrong (one line on stderr), 1
 
 import contextlib
 import io
+import os
 import re
 import sys
 from typing import Any, NoReturn
@@ -33,6 +34,8 @@ from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.quickstart import QuickstartArgs
+from tarflowlm.training.distributed import Processes, launched
+from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.progressive import resume, train
 
 
@@ -57,9 +60,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    """One line, whatever the names in it hold."""
+    """One line, whatever the names in it hold; under torchrun, from the first process of every machine."""
     line = message.replace("\r", "\\r").replace("\n", "\\n")
-    sys.stderr.write(f"tarflowlm: {line}\n")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write(f"tarflowlm: {line}\n")
     sys.exit(2)
 
 
@@ -136,25 +140,29 @@ def run_train(argv: list[str]) -> None:
         if args.out is None:
             raise UserError(f"--out is missing: name the directory to write, say --out runs/{name}")
         run = overridden(args)
-        with ProgressReporter(console) as reporter:
-            summary = train(run, args.out, device=pick_device(args.device), reporter=reporter)
+        with launched(pick_device(args.device)) as processes, _reporter(console, processes) as reporter:
+            summary = train(run, args.out, device=processes.device, reporter=reporter, processes=processes)
     elif "--resume" in argv:
         args = parse(ResumeArgs, argv, "tarflowlm train --resume DIR")
-        with ProgressReporter(console) as reporter:
-            summary = resume(args.resume, device=pick_device(args.device), reporter=reporter)
+        with launched(pick_device(args.device)) as processes, _reporter(console, processes) as reporter:
+            summary = resume(args.resume, device=processes.device, reporter=reporter, processes=processes)
     elif argv and argv[0] in ("-h", "--help"):
         usage = "tarflowlm train PRESET --out DIR [--help for its fields]   or   tarflowlm train --resume DIR"
         print_table(Console(), usage, [(name, make.__doc__ or "") for name, make in PRESETS.items()])
         return
     else:
         raise UserError(f"train needs a preset ({', '.join(PRESETS)}) or --resume DIR")
-    if args.json:
-        print_json(summary)
+    if not processes.first:
         return
     if args.json:
         print_json(summary)
     else:
         print_summary(summary)
+
+
+def _reporter(console: Console, processes: Processes) -> contextlib.AbstractContextManager[Reporter]:
+    """Progress of the first process; the others are silent."""
+    return ProgressReporter(console) if processes.first else contextlib.nullcontext(Reporter())
 
 
 def run_bench(argv: list[str]) -> None:

@@ -12,12 +12,14 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.checkpoint import Model
 from tarflowlm.data import WindowSampler
-from tarflowlm.evaluation.likelihood import Likelihood, evaluate
+from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.model import TarFlowLM
-from tarflowlm.objective import elbo, negative_bound
+from tarflowlm.objective import elbo
 from tarflowlm.training.config import RunConfig
 from tarflowlm.training.metrics import MetricsLog
 from tarflowlm.training.optim import schedule, set_learning_rate
+from tarflowlm.training.parallel import Engine
+from tarflowlm.training.step import optimizer_step
 
 
 @dataclass
@@ -66,38 +68,37 @@ def train_stage(
     context: StageContext,
     counters: Counters,
     *,
-    frozen: int,
+    engine: Engine,
 ) -> Likelihood:
     """Optimiser steps until the stage's budget is used up, or its validation bound stalls; returns that bound.
 
-    The first `frozen` blocks are evaluated without a graph. Raises FloatingPointError, naming block and term, when
-    the loss is no longer finite.
+    `engine` was made of `model`, with the blocks below the stage frozen. Raises FloatingPointError, naming block and
+    term, when the loss is no longer finite.
     """
     config = context.run.train
     num_steps = config.stage_steps[counters.stage]
-    averages = _Averages(context)
+    averages = _Averages(context, engine)
     while True:
         lr = context.run.optim.lr * schedule(context.run.optim, counters.stage_step, num_steps)
         tokens = context.sampler.next().to(context.device)
         set_learning_rate(optimizers, lr)
-        loss, norm = optimizer_step(
-            model, optimizers, context.run, tokens, frozen=frozen, generator=context.generator
-        )
+        loss, norm = optimizer_step(engine, optimizers, tokens, generator=context.generator)
+        num_tokens = tokens.numel() * engine.processes.world
         counters.step += 1
         counters.stage_step += 1
-        counters.tokens += tokens.numel()
-        counters.stage_tokens[counters.stage] += tokens.numel()
-        context.log.reporter.step(tokens.numel())
-        averages.add(loss, norm, tokens.numel())
+        counters.tokens += num_tokens
+        counters.stage_tokens[counters.stage] += num_tokens
+        context.log.reporter.step(num_tokens)
+        averages.add(loss, norm, num_tokens)
         last = counters.stage_step == num_steps
         look = last or counters.step % config.evaluate_every == 0
         save = counters.step % config.checkpoint_every == 0
         if look or save or counters.step % config.log_every == 0:
-            counters.seconds[counters.stage] += averages.flush(model, tokens, counters, lr)
+            counters.seconds[counters.stage] += averages.flush(tokens, counters, lr)
         # The checkpoint comes after all else that belongs to its step, so that a resumed run leaves nothing out
         # and repeats nothing; the caller saves the end of a stage.
         if look:
-            result = validate(model, context, counters)
+            result = validate(engine, context, counters)
             if last or (config.advance == "stall" and counters.stalled >= config.stall_evaluations):
                 return result
         if save:
@@ -106,39 +107,11 @@ def train_stage(
             averages.restart()
 
 
-def optimizer_step(
-    model: Model,
-    optimizers: list[torch.optim.Optimizer],
-    run: RunConfig,
-    tokens: Tensor,
-    *,
-    frozen: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """One step on a batch [B, T]: loss in nats per token and gradient norm, both left on the device."""
-    half = run.train.precision == "bfloat16"
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half):
-        bound = negative_bound(model, tokens, generator=generator, frozen=frozen, equal_cotangents=True)
-        loss = bound.mean() / tokens.shape[1]
-    loss.backward()
-    trained = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(trained, run.optim.grad_clip)
-    # a gradient that is not finite must not spread: the report is to find where it came from
-    broken = ~torch.isfinite(norm)
-    for p in trained:
-        assert p.grad is not None
-        p.grad.masked_fill_(broken, 0.0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return loss.detach(), norm
-
-
 class _Averages:
     """Sums over the steps since the last line of the log; reads the device once per line."""
 
-    def __init__(self, context: StageContext) -> None:
-        self.context = context
+    def __init__(self, context: StageContext, engine: Engine) -> None:
+        self.context, self.engine = context, engine
         self._reset()
 
     def _reset(self) -> None:
@@ -157,11 +130,12 @@ class _Averages:
         now = time.perf_counter()
         self.elapsed, self.start = self.elapsed + now - self.start, now
 
-    def flush(self, model: Model, tokens: Tensor, counters: Counters, lr: float) -> float:
+    def flush(self, tokens: Tensor, counters: Counters, lr: float) -> float:
         """Write the line; returns the seconds of training it covers."""
         nats, norm, seconds = float(self.loss) / self.steps, float(self.norm) / self.steps, self.elapsed
         if not math.isfinite(nats) or not math.isfinite(norm):
-            raise FloatingPointError(non_finite_report(model, tokens, counters.step))
+            everyones = self.engine.processes.gather(tokens)
+            raise FloatingPointError(non_finite_report(self.engine.whole(), everyones, counters.step))
         self.context.log.write(
             {
                 "split": "train",
@@ -179,9 +153,12 @@ class _Averages:
         return seconds
 
 
-def validate(model: Model, context: StageContext, counters: Counters) -> Likelihood:
+def validate(engine: Engine, context: StageContext, counters: Counters) -> Likelihood:
     """Evaluate on the validation windows, log it, and count the evaluations without an improvement."""
-    result = validation_bound(model, context)
+    engine.model.eval()
+    # the same noise at every call
+    result = engine.evaluate(context.valid, context.characters_per_token)
+    engine.model.train()
     context.log.write(
         {
             "split": "valid",
@@ -197,14 +174,6 @@ def validate(model: Model, context: StageContext, counters: Counters) -> Likelih
         counters.best, counters.stalled = result.nats_per_token, 0
     else:
         counters.stalled += 1
-    return result
-
-
-def validation_bound(model: Model, context: StageContext) -> Likelihood:
-    """The bound on the validation windows; the same noise at every call."""
-    model.eval()
-    result = evaluate(model, context.valid, context.characters_per_token)
-    model.train()
     return result
 
 

@@ -54,3 +54,16 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+class NoLog(MetricsLog):
+    """For the processes that do not write."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.reporter.record(record)
+
+    def close(self) -> None:
+        pass

@@ -12,13 +12,14 @@ import torch
 from tarflowlm.checkpoint import Model, build_model, read_run, save_weights, write_run
 from tarflowlm.data import SOURCE_NAMES, Corpus, WindowSampler, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.files import write_json
 from tarflowlm.model import FlowConfig, TarFlowLM, seeded
 from tarflowlm.training.config import RunConfig
+from tarflowlm.training.distributed import ALONE, Processes
 from tarflowlm.training.loop import Counters, StageContext, train_stage
-from tarflowlm.training.metrics import MetricsLog, Reporter
+from tarflowlm.training.metrics import MetricsLog, NoLog, Reporter
 from tarflowlm.training.optim import build_optimizers
+from tarflowlm.training.parallel import Engine, whole_weights
 from tarflowlm.training.state import load_state, newest_state, read_counters, save_state
 
 SUMMARY = "summary.json"
@@ -30,36 +31,46 @@ def train(
     *,
     device: torch.device,
     reporter: Reporter | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Train `run` into the new directory `out` and return its summary (also written to summary.json).
 
-    Raises UserError, before anything is written, when `out` exists and is not empty.
+    With several `processes` all of them call this, and the first one writes. Raises UserError, before anything is written, when `out` exists and is not empty.
     """
     reporter = reporter or Reporter()
-    check_new(out)
-    corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
+    if processes.first:
+        check_new(out)
+    with processes.first_alone():
+        corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
     if run.data.source not in SOURCE_NAMES:
         # the run directory is used from other folders too
         run = replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
     run = replace(run, model=replace(run.model, vocab_size=_checked_vocab_size(run, corpus)))
     _check_lengths(run, corpus)
-    parts = _Run(run, out, corpus, device, reporter)
-    out.mkdir(parents=True, exist_ok=True)
-    write_run(out, run, corpus.tokenizer)
+    parts = _Run(run, out, corpus, device, reporter, processes)
+    if processes.first:
+        out.mkdir(parents=True, exist_ok=True)
+        write_run(out, run, corpus.tokenizer)
     return parts.go(Counters())
 
 
-def resume(out: Path, *, device: torch.device, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Continue a stopped run from its newest complete state, to the same weights as if it had never stopped."""
+def resume(
+    out: Path, *, device: torch.device, reporter: Reporter | None = None, processes: Processes = ALONE
+) -> dict[str, Any]:
+    """Continue a stopped run from its newest complete state, to the same weights as if it had never stopped.
+
+    The number of processes may be another than before.
+    """
     reporter = reporter or Reporter()
     run = read_run(out)
     if (out / SUMMARY).exists():
         raise UserError(f"{out} is finished: there is nothing to resume; train anew with another --out")
     state = newest_state(out)
-    corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
+    with processes.first_alone():
+        corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
     saved = read_counters(state)
     reporter.notice(f"resuming {out} at step {saved['counters']['step']}")
-    return _Run(run, out, corpus, device, reporter).go(Counters(**saved["counters"]), state, saved["sampler"])
+    return _Run(run, out, corpus, device, reporter, processes).go(Counters(**saved["counters"]), state, saved["sampler"])
 
 
 def check_new(out: Path) -> None:
@@ -73,6 +84,10 @@ def freeze_below(model: Model, stage: int) -> None:
     if stage > 0 and isinstance(model, TarFlowLM):
         model.requires_grad_(False)
         model.prior.blocks[stage].requires_grad_(True)
+    for parameter in model.parameters():
+        if not parameter.numel():
+            # what a head has for earlier channels where there are none: no gradient would ever arrive
+            parameter.requires_grad_(False)
 
 
 def _checked_vocab_size(run: RunConfig, corpus: Corpus) -> int:
@@ -102,15 +117,23 @@ class _Run:
         corpus: Corpus,
         device: torch.device,
         reporter: Reporter,
+        processes: Processes,
     ) -> None:
         self.run, self.out, self.corpus, self.device, self.reporter = run, out, corpus, device, reporter
+        self.processes = processes
         self.sampler = WindowSampler(
-            corpus.split("train"), window=run.model.context, batch=run.train.batch_size, seed=run.seed
+            corpus.split("train"),
+            window=run.model.context,
+            batch=processes.rows_each(run.train.batch_size, run.train.accumulate),
+            seed=run.seed,
+            rank=processes.rank,
+            world=processes.world,
         )
         self.characters_per_token = torch.from_numpy(corpus.tokenizer.characters_per_token)
         self.generator = torch.Generator(device=device).manual_seed(run.seed)
         self.progressive = run.num_stages > 1
         self.model = self._initial_model()
+        self.engine: Engine | None = None
         self.optimizers: list[torch.optim.Optimizer] = []
         self.counters = Counters()
 
@@ -121,15 +144,17 @@ class _Run:
             with seeded(self.run.seed):
                 model = TarFlowLM(config.first_blocks(1))
             model.config = config
-            return model.to(self.device)
+            return model
         with seeded(self.run.seed):
-            return build_model(config).to(self.device)
+            return build_model(config)
 
     def go(
         self, counters: Counters, state: Path | None = None, sampler: dict[str, int] | None = None
     ) -> dict[str, Any]:
         self.counters = counters
-        log = MetricsLog(self.out, self.reporter, resume_at=counters.step if state else None)
+        first = self.processes.first
+        resume_at = counters.step if state else None
+        log = MetricsLog(self.out, self.reporter, resume_at=resume_at) if first else NoLog(self.reporter)
         context = StageContext(
             run=self.run,
             sampler=self.sampler,
@@ -145,11 +170,11 @@ class _Run:
         try:
             self._enter(min(counters.stage, self.run.num_stages - 1))
             if state is not None and sampler is not None:
-                load_state(state, self.model, self.optimizers, self.generator)
+                load_state(state, self.model, self.optimizers, self.generator, processes=self.processes)
                 self.sampler.load_state_dict(sampler)
             while counters.stage < self.run.num_stages:
                 self._announce(counters.stage)
-                end = train_stage(self.model, self.optimizers, context, counters, frozen=counters.stage)
+                end = train_stage(self.model, self.optimizers, context, counters, engine=self._engine())
                 counters.valid_bpc.append(end.bpc)
                 self._leave_stage()
             return self._finish(time.perf_counter() - start)
@@ -158,17 +183,27 @@ class _Run:
 
     def _enter(self, stage: int) -> None:
         """Grow the model to `stage` + 1 blocks, freeze all but the last, and build fresh optimisers."""
-        if self.progressive and isinstance(self.model, TarFlowLM):
-            while self.model.num_blocks < stage + 1:
-                with seeded(self.run.seed + 1000 * self.model.num_blocks):
-                    self.model.append_block()
-                self.optimizers = []
+        if self.progressive and isinstance(self.model, TarFlowLM) and self.model.num_blocks < stage + 1:
+            model = self.engine.whole() if self.engine is not None else self.model
+            assert isinstance(model, TarFlowLM)
+            while model.num_blocks < stage + 1:
+                with seeded(self.run.seed + 1000 * model.num_blocks):
+                    model.append_block()
+            self.model, self.engine = model, None
+        if self.engine is None:
+            if self.processes.world == 1 or self.run.train.parallel == "ddp":
+                # shards move to the device one by one: the whole model need not fit there
+                self.model.to(self.device)
             freeze_below(self.model, stage)
-        if not self.optimizers:
+            self.engine = Engine(self.model, self.run, self.processes, frozen=stage)
             self.optimizers = build_optimizers(self.run.optim, self.model)
         if len(self.counters.seconds) < stage + 1:
             self.counters.seconds.append(0.0)
             self.counters.stage_tokens.append(0)
+
+    def _engine(self) -> Engine:
+        assert self.engine is not None, "no stage was entered yet"
+        return self.engine
 
     def _leave_stage(self) -> None:
         """Save the end of a stage: weights without the next block, and a state that goes on with it."""
@@ -198,7 +233,9 @@ class _Run:
     def _save_weights(self) -> None:
         blocks = self.model.num_blocks if isinstance(self.model, TarFlowLM) else 0
         info = {"step": str(self.counters.step), "tokens": str(self.counters.tokens), "blocks": str(blocks)}
-        save_weights(self.out, self.model, info)
+        weights = whole_weights(self.model, keep=self.processes.first)
+        if self.processes.first:
+            save_weights(self.out, weights, info)
 
     def _save_state(self) -> None:
         saved = {
@@ -206,13 +243,13 @@ class _Run:
             "counters": asdict(self.counters),
             "sampler": self.sampler.state_dict(),
         }
-        save_state(self.out, self.model, self.optimizers, self.generator, saved)
+        save_state(self.out, self.model, self.optimizers, self.generator, saved, processes=self.processes)
 
     def _finish(self, wall: float) -> dict[str, Any]:
         self.model.eval()
         windows = eval_windows(self.corpus.split("test"), self.run.model.context, self.run.train.test_windows or None)
         self.reporter.notice(f"evaluating {len(windows):,} windows of the test split")
-        test = evaluate(self.model, windows, self.characters_per_token)
+        test = self._engine().evaluate(windows, self.characters_per_token)
         counters = self.counters
         summary = {
             "preset": self.run.name,
@@ -230,8 +267,10 @@ class _Run:
             "source": self.run.data.source,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            "processes": self.processes.world,
             "device": str(self.device),
             "machine": platform.machine(),
         }
-        write_json(self.out / SUMMARY, summary)
+        if self.processes.first:
+            write_json(self.out / SUMMARY, summary)
         return summary

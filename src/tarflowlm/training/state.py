@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json, sync_file, sync_folder, write_json
+from tarflowlm.training.distributed import ALONE, Processes
 
 STATE, COUNTERS = "state", "counters.json"
 
@@ -32,28 +33,39 @@ def save_state(
     counters: dict[str, Any],
     *,
     keep: int = 2,
+    processes: Processes = ALONE,
 ) -> None:
-    """Write state/step-N for N = counters["step"]; the `keep` newest are kept."""
+    """Write state/step-N for N = counters["step"]; the `keep` newest are kept.
+
+    All processes take part and write their shards into one folder, which they must share; the first does the rest.
+    """
     root = directory / STATE
-    root.mkdir(exist_ok=True)
     target = root / f"step-{counters['step']:08d}"
     temporary = root / f".{target.name}"
-    for leftover in root.glob(".step-*"):
-        shutil.rmtree(leftover)
-    if target.exists():
+    if processes.first:
+        root.mkdir(exist_ok=True)
+        for leftover in root.glob(".step-*"):
+            shutil.rmtree(leftover)
+    if processes.from_first(target.exists()):
         return
     model_state, optimizer_state = get_state_dict(model, optimizers)
     tensors = {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state()}
     with _one_process():
-        save(tensors, checkpoint_id=temporary, no_dist=True)
+        save(tensors, checkpoint_id=temporary, no_dist=processes.world == 1)
+    if processes.first:
+        _complete(temporary, target, counters)
+        for old in complete_states(directory)[:-keep]:
+            shutil.rmtree(old)
+    processes.wait()
+
+
+def _complete(temporary: Path, target: Path, counters: dict[str, Any]) -> None:
     write_json(temporary / COUNTERS, counters)
     for file in temporary.iterdir():
         sync_file(file)
     sync_folder(temporary)
     temporary.rename(target)
-    sync_folder(root)
-    for old in complete_states(directory)[:-keep]:
-        shutil.rmtree(old)
+    sync_folder(target.parent)
 
 
 @contextmanager
@@ -81,9 +93,17 @@ def read_counters(state: Path) -> dict[str, Any]:
 
 
 def load_state(
-    state: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], generator: torch.Generator
+    state: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    generator: torch.Generator,
+    *,
+    processes: Processes = ALONE,
 ) -> None:
-    """Fill model, optimisers and generator from a state directory; they must be built for the same stage."""
+    """Fill model, optimisers and generator from a state directory; they must be built for the same stage.
+
+    It may have been written by another number of processes: shards are cut anew.
+    """
     model_state, optimizer_state = get_state_dict(model, optimizers)
     tensors: dict[str, Any] = {
         "model": model_state,
@@ -92,7 +112,7 @@ def load_state(
     }
     try:
         with _one_process():
-            load(tensors, checkpoint_id=state, no_dist=True)
+            load(tensors, checkpoint_id=state, no_dist=processes.world == 1)
     except (CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(
