@@ -4,6 +4,7 @@ torchrun starts them and says in the environment which is which; gloo on CPUs, n
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,6 +119,9 @@ def launched(device: torch.device) -> Iterator[Processes]:
     elif device.type != "cpu":
         raise UserError(f"device {device.type}: serves one process; use --device cpu, or train without torchrun")
     dist.init_process_group(backend)
-    yield Processes(dist.get_rank(), dist.get_world_size(), device)
+    with warnings.catch_warnings():
+        # true of heads under FSDP2, and harmless: nothing here is changed in place
+        warnings.filterwarnings("ignore", message=".*returned a view tensor")
+        yield Processes(dist.get_rank(), dist.get_world_size(), device)
     # not after an error: the others may be waiting for this process, and torchrun ends them
     dist.destroy_process_group()

@@ -17,7 +17,7 @@ from tarflowlm.flow.numerics.codebook import (
     pull_component_factors,
     pull_point_factors,
 )
-from tarflowlm.flow.numerics.layout import use_eager_cpu
+from tarflowlm.flow.numerics.layout import autocast_device, use_eager_cpu
 from tarflowlm.flow.numerics.pullback import pull
 from tarflowlm.flow.numerics.tiles import (
     Factors,
@@ -93,7 +93,7 @@ class _MixtureLogProb(Function):
     def forward(ctx: Any, problem: _Problem, *tensors: Tensor | None) -> Tensor:
         codebook, heads = _split(tensors)
         z = codebook[0]
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast(autocast_device(z), enabled=False):
             sums = log_sums(problem.logits(*heads), _factors(*codebook), z.dtype, problem.chunk)
         ctx.problem = problem
         ctx.save_for_backward(*tensors, torch.stack(sums))
@@ -108,7 +108,7 @@ def _pull(problem: _Problem, grad: Tensor, *saved: Tensor | None) -> tuple[Tenso
     codebook, heads = _split(saved[:7])
     sums = saved[7]
     assert sums is not None
-    with torch.autocast(grad.device.type, enabled=False):
+    with torch.autocast(autocast_device(grad), enabled=False):
         factors = _factors(*codebook)
         out = problem.zeros(factors, heads, grad.dtype)
         pull_back(problem.logits(*heads), factors, sums, grad, out, problem.chunk)
@@ -122,7 +122,7 @@ class _EqualMixtureLogProb(Function):
     def forward(ctx: Any, problem: _Problem, *tensors: Tensor | None) -> Tensor:
         codebook, heads = _split(tensors)
         z = codebook[0]
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast(autocast_device(z), enabled=False):
             factors = _factors(*codebook)
             out = problem.zeros(factors, heads, z.dtype)
             sums = log_sums_and_gradients(problem.logits(*heads), factors, z.dtype, out, problem.chunk)
@@ -203,7 +203,7 @@ def mixture_log_prob_from_features(
             "need z [..., d], features [..., E], weight [K, E], mean [K, d]; "
             f"got {tuple(z.shape)}, {tuple(features.shape)}, {tuple(weight.shape)}, {tuple(mean.shape)}"
         )
-    device = z.device.type
+    device = autocast_device(z)
     matmul = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     shape = z.shape[:-1]
     flat_z, flat_features = z.reshape(-1, z.shape[-1]), features.reshape(-1, features.shape[-1])
