@@ -1,6 +1,7 @@
 """What the processes of test_parallel.py do; they import this file anew."""
 
 import functools
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -9,12 +10,16 @@ from pathlib import Path
 import torch
 
 from tarflowlm.baseline import BaselineConfig
+from tarflowlm.checkpoint import build_model
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig
+from tarflowlm.model import FlowConfig, seeded
 from tarflowlm.training import progressive
 from tarflowlm.training.config import DataConfig, RunConfig, TrainConfig
 from tarflowlm.training.distributed import Processes, launched
 from tarflowlm.training.metrics import Reporter
+from tarflowlm.training.optim import build_optimizers
+from tarflowlm.training.parallel import Engine
+from tarflowlm.training.step import optimizer_step
 
 MODES = ("ddp", "fsdp")
 STOP_AT = 14
@@ -42,7 +47,7 @@ def runs(source: str) -> dict[str, RunConfig]:
         "mix1": run(replace(flow, couplings=("mix1",) * 3, components=(27, 2, 2)), joint),
         "mixd": run(flow, staged),
         "patches": run(replace(flow, patch=2), replace(staged, accumulate=2, checkpoint_activations=True)),
-        "one-channel": run(one_channel, replace(joint, stage_steps=(4,))),
+        "one-channel": run(one_channel, replace(joint, stage_steps=(2,))),
     }
 
 
@@ -74,6 +79,8 @@ def work(rank: int, ports: tuple[int, int], source: str, out: Path) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     torch.compile = functools.partial(torch.compile, backend="eager")
+    if rank == 2:
+        compile_all(source, out / "compiled.json")
     if rank < 2:
         join(rank, 2, ports[0])
         with launched(torch.device("cpu")) as processes:
@@ -82,6 +89,46 @@ def work(rank: int, ports: tuple[int, int], source: str, out: Path) -> None:
     with launched(torch.device("cpu")) as processes:
         for mode in MODES:
             progressive.resume(out / f"cut-{mode}-4", device=processes.device, processes=processes)
+
+
+COMPILED = ("joint", "upper stage")
+
+
+def compile_all(source: str, report: Path) -> None:
+    """Two steps with the loss compiled whole and without, for what the tests' shape checks keep from compiling."""
+    every = runs(source)
+    pair = {"layers": (1, 1), "couplings": ("mixd", "mix1"), "components": (0, 2)}
+    model = replace(every["mixd"].model, **pair)
+    found = {}
+    for frozen, name in enumerate(COMPILED):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        train = replace(every["ar"].train, checkpoint_activations=True)
+        plain = replace(every["ar"], model=model, train=replace(train, compile=False))
+        compiled = replace(plain, train=replace(train, compile=True))
+        (left, weights), (right, others) = (steps_of(run, frozen=frozen) for run in (compiled, plain))
+        apart = [abs(a - b) for a, b in zip(left, right, strict=True)]
+        apart += [(weights[key] - others[key]).abs().max().item() for key in weights if weights[key].numel()]
+        counters = torch._dynamo.utils.counters
+        found[name] = {
+            "deviation": max(apart),
+            "breaks": len(counters["graph_break"]),
+            "graphs": counters["stats"]["unique_graphs"],
+        }
+    report.write_text(json.dumps(found), encoding="utf-8")
+
+
+def steps_of(run: RunConfig, *, frozen: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Two steps of a stage on random tokens: losses, and the weights after them."""
+    config = replace(run.model, vocab_size=5)
+    with seeded(0):
+        model = build_model(config)
+    progressive.freeze_below(model, frozen)
+    engine, optimizers = Engine(model, run, frozen=frozen), build_optimizers(run.optim, model)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(5, (run.train.batch_size, config.context), generator=generator)
+    taken = [optimizer_step(engine, optimizers, tokens, generator=generator)[0].item() for _ in range(2)]
+    return taken, model.state_dict()
 
 
 def join(rank: int, world: int, port: int) -> None:
@@ -103,7 +150,7 @@ def train_all(processes: Processes, source: str, out: Path) -> None:
         if processes.first:
             shutil.copytree(cut, out / f"cut-{mode}-4")
             shutil.copytree(cut, out / f"cut-{mode}-1")
-        half = replace(runs(source)["mixd"].train, stage_steps=(2, 1, 1), precision="bfloat16", parallel=mode)
+        half = replace(runs(source)["mixd"].train, stage_steps=(1, 1, 1), precision="bfloat16", parallel=mode)
         progressive.train(replace(runs(source)["mixd"], train=half), out / f"half-{mode}", **options)
         diverge(processes, source, out / f"diverged-{mode}", mode)
 
@@ -112,7 +159,7 @@ def diverge(processes: Processes, source: str, out: Path, mode: str) -> None:
     """A parameter of block 2 becomes NaN as its stage begins."""
     train_stage = progressive.train_stage
     run = runs(source)["mixd"]
-    run = replace(run, train=replace(run.train, stage_steps=(2, 2, 1), parallel=mode))
+    run = replace(run, train=replace(run.train, stage_steps=(1, 1, 1), parallel=mode))
 
     def poisoned(model, *args, **kwargs):
         for name, parameter in model.named_parameters():

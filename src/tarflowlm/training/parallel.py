@@ -42,7 +42,7 @@ class Bound(nn.Module):
 class Engine:
     """One stage's training loss and its gradients, over the processes that take part.
 
-    `model` is used as it is; under FSDP2 its parameters become shards in place (DTensors), until `whole`. The first
+    `module` maps tokens and noise to nats per sequence. `model` is used as it is; under FSDP2 its parameters become shards in place (DTensors), until `whole`. The first
     `frozen` blocks are evaluated without a graph; parameters must be frozen before.
     """
 
@@ -55,9 +55,9 @@ class Engine:
             _shard(bound, processes.device, processes.world)
         elif run.train.compile:
             vars(bound)["forward"] = torch.compile(bound.forward, fullgraph=True)
-        self._module: nn.Module = bound
+        self.module: nn.Module = bound
         if processes.world > 1 and not self.sharded:
-            self._module = DistributedDataParallel(bound, gradient_as_bucket_view=True)
+            self.module = DistributedDataParallel(bound, gradient_as_bucket_view=True)
 
     def _prepare_layers(self, frozen: int) -> None:
         """Activation checkpointing of the Transformer layers that train, and their compilation under FSDP2, whose
@@ -83,7 +83,7 @@ class Engine:
         for index, (part, part_noise) in enumerate(parts):
             with self._reducing(index + 1 == len(parts)):
                 with torch.autocast(tokens.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
-                    bound = self._module(part, part_noise if part_noise.numel() else None)
+                    bound = self.module(part, part_noise if part_noise.numel() else None)
                     loss = bound.mean() / tokens.shape[1] / len(parts)
                 loss.backward()
             total = total + loss.detach()
@@ -100,8 +100,8 @@ class Engine:
     def _reducing(self, last: bool) -> AbstractContextManager[None]:
         """DDP sends gradients with the last part alone. FSDP2 sends them with every part: to hold them back it would
         have to keep them whole."""
-        ddp = isinstance(self._module, DistributedDataParallel)
-        return nullcontext() if last or not ddp else self._module.no_sync()  # type: ignore[operator]
+        ddp = isinstance(self.module, DistributedDataParallel)
+        return nullcontext() if last or not ddp else self.module.no_sync()  # type: ignore[operator]
 
     def evaluate(self, windows: Int[Tensor, "N T"], characters_per_token: Tensor) -> Likelihood:
         """The bound over `windows`, the work shared out over the processes; the same in all of them."""
@@ -119,10 +119,10 @@ class Engine:
         rows = (self.processes.rank * each + torch.arange(each, device=tokens.device)).clamp(max=len(tokens) - 1)
         own = None if noise is None else noise[rows]
         if self.sharded:
-            nats = self._module(tokens[rows], own)
-            assert isinstance(self._module, FSDPModule)
+            nats = self.module(tokens[rows], own)
+            assert isinstance(self.module, FSDPModule)
             # what follows may read parameters
-            self._module.reshard()
+            self.module.reshard()
         else:
             nats = negative_bound(model, tokens[rows], noise=own)
         return self.processes.gather(nats)[: len(tokens)]
