@@ -54,9 +54,10 @@ def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
         tokenizer.save(temporary)
 
 
-def save_weights(directory: Path, model: Model, info: dict[str, str]) -> None:
-    """Replace model.safetensors. `info` travels in the file's header, so that weights and counts cannot disagree."""
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+def save_weights(directory: Path, weights: dict[str, torch.Tensor], info: dict[str, str]) -> None:
+    """Replace model.safetensors by a state dict. `info` travels in the file's header, so that weights and counts
+    cannot disagree."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
     with replacing_listed(directory / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata=info | LISTED)
 

@@ -6,6 +6,7 @@ saved itself, 130 when interrupted with nothing saved (docs/reliability.md).
 
 import contextlib
 import io
+import os
 import re
 import sys
 from typing import Any, NoReturn
@@ -36,6 +37,8 @@ from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.quickstart import QuickstartArgs
+from tarflowlm.training.distributed import Processes, launched
+from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.progressive import resume, train
 from tarflowlm.training.signals import Stopped, stop_on_signals
 
@@ -59,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         _fail("out of memory: choose a smaller model, context, batch size or number of samples")
     except Stopped as stopped:
-        sys.stderr.write(f"tarflowlm: {stopped}\n")
+        _say(str(stopped))
         sys.exit(STOPPED)
     except KeyboardInterrupt:
         sys.stderr.write("tarflowlm: interrupted; a training run continues with `tarflowlm train --resume DIR`\n")
@@ -67,10 +70,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    """One line, whatever the names in it hold."""
-    line = message.replace("\r", "\\r").replace("\n", "\\n")
-    sys.stderr.write(f"tarflowlm: {line}\n")
+    _say(message)
     sys.exit(2)
+
+
+def _say(message: str) -> None:
+    """One line, whatever the names in it hold; under torchrun, from the first process of every machine."""
+    line = message.replace("\r", "\\r").replace("\n", "\\n")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write(f"tarflowlm: {line}\n")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -147,29 +155,35 @@ def run_train(argv: list[str]) -> None:
         if args.out is None:
             raise UserError(f"--out is missing: name the directory to write, say --out runs/{name}")
         run = overridden(args)
-        with ProgressReporter(console) as reporter:
-            summary = train(
-                run, args.out, device=pick_device(args.device), reporter=reporter, stop_requests=stop_on_signals
-            )
+        with launched(pick_device(args.device)) as processes, _reporter(console, processes) as reporter:
+            summary = train(run, args.out, **_options(reporter, processes))
     elif "--resume" in argv:
         args = parse(ResumeArgs, argv, "tarflowlm train --resume DIR")
-        with ProgressReporter(console) as reporter:
-            summary = resume(
-                args.resume, device=pick_device(args.device), reporter=reporter, stop_requests=stop_on_signals
-            )
+        with launched(pick_device(args.device)) as processes, _reporter(console, processes) as reporter:
+            summary = resume(args.resume, **_options(reporter, processes))
     elif argv and argv[0] in ("-h", "--help"):
         usage = "tarflowlm train PRESET --out DIR [--help for its fields]   or   tarflowlm train --resume DIR"
         print_table(Console(), usage, [(name, make.__doc__ or "") for name, make in PRESETS.items()])
         return
     else:
         raise UserError(f"train needs a preset ({', '.join(PRESETS)}) or --resume DIR")
-    if args.json:
-        print_json(summary)
+    if not processes.first:
         return
     if args.json:
         print_json(summary)
     else:
         print_summary(summary)
+
+
+def _reporter(console: Console, processes: Processes) -> contextlib.AbstractContextManager[Reporter]:
+    """Progress of the first process; the others are silent."""
+    return ProgressReporter(console) if processes.first else contextlib.nullcontext(Reporter())
+
+
+def _options(reporter: Reporter, processes: Processes) -> dict[str, Any]:
+    return {
+        "device": processes.device, "reporter": reporter, "processes": processes, "stop_requests": stop_on_signals
+    }  # fmt: skip
 
 
 def run_bench(argv: list[str]) -> None:

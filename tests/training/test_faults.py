@@ -187,7 +187,7 @@ def test_what_does_not_load_is_not_accepted(finished, refused):
 def test_directories_from_before_there_were_manifests_load(finished, monkeypatch):
     model = load_checkpoint(finished).model
     monkeypatch.setattr(checkpoint, "LISTED", {})
-    checkpoint.save_weights(finished, model, {"blocks": "3"})
+    checkpoint.save_weights(finished, model.state_dict(), {"blocks": "3"})
     (finished / "manifest.json").unlink()
     load_checkpoint(finished)
 

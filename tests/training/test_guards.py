@@ -12,9 +12,10 @@ from tarflowlm.checkpoint import build_model, load_checkpoint
 from tarflowlm.errors import UserError
 from tarflowlm.training import loop, progressive
 from tarflowlm.training.guards import Guard, RunningLoss, all_finite, gradient_range
-from tarflowlm.training.loop import optimizer_step
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.optim import build_optimizers
+from tarflowlm.training.parallel import Engine
+from tarflowlm.training.step import optimizer_step
 
 INF, NAN = math.inf, math.nan
 
@@ -57,11 +58,11 @@ def assert_same_states(ours, theirs):
 def test_a_skipped_step_changes_neither_parameters_nor_optimisers(tiny_run, optimizer, value):
     run = tiny_run(optim={"optimizer": optimizer}, mode="joint", stage_steps=(3,))
     model = build_model(replace(run.model, vocab_size=27))
-    optimizers = build_optimizers(run.optim, model)
+    engine, optimizers = Engine(model, run), build_optimizers(run.optim, model)
     tokens, generator, guard = torch.arange(32).view(2, 16) % 27, torch.Generator(), Guard()
 
     def step():
-        return optimizer_step(model, optimizers, run, tokens, frozen=0, generator=generator, guard=guard)
+        return optimizer_step(engine, optimizers, tokens, generator=generator, guard=guard)
 
     step()
     assert guard.broken is None
@@ -102,13 +103,13 @@ def poison(monkeypatch):
     def apply(steps):
         calls, real = [], loop.optimizer_step
 
-        def poisoned(model, *args, **options):
+        def poisoned(engine, *args, **options):
             calls.append(None)
             if len(calls) not in steps:
-                return real(model, *args, **options)
-            start = model.prior.blocks[0].start
+                return real(engine, *args, **options)
+            start = engine.model.prior.blocks[0].start
             hook = start.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), NAN))
-            result = real(model, *args, **options)
+            result = real(engine, *args, **options)
             hook.remove()
             return result
 
@@ -179,10 +180,10 @@ def test_skipped_steps_are_counted_over_a_resume(tmp_path, tiny_run, go, poison)
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path, tiny_run, go, monkeypatch):
     real = loop.optimizer_step
 
-    def overflows(model, *args, **options):
-        result = real(model, *args, **options)
+    def overflows(engine, *args, **options):
+        result = real(engine, *args, **options)
         if len(steps := [*seen, None]) == 4:
-            model.codebook.mean.data[0, 0] = INF
+            engine.model.codebook.mean.data[0, 0] = INF
         seen[:] = steps
         return result
 

@@ -184,10 +184,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_culprit(
 ):
     train_stage = progressive.train_stage
 
-    def poisoned(model, optimizers, context, counters, **options):
+    def poisoned(optimizers, context, counters, *, engine):
         if counters.stage == stage:
-            dict(model.named_parameters())[name].data.fill_(math.nan)
-        return train_stage(model, optimizers, context, counters, **options)
+            dict(engine.model.named_parameters())[name].data.fill_(math.nan)
+        return train_stage(optimizers, context, counters, engine=engine)
 
     monkeypatch.setattr(progressive, "train_stage", poisoned)
     run = tiny_run(mode=mode, stage_steps=(4,) if mode == "joint" else (3, 4, 2), log_every=3, evaluate_every=100)
@@ -210,9 +210,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_culprit(
 def test_a_baseline_that_is_not_finite_stops_too(tmp_path, tiny_baseline, go, monkeypatch):
     train_stage = progressive.train_stage
 
-    def poisoned(model, *args, **options):
-        model.head.bias.data[0] = math.inf
-        return train_stage(model, *args, **options)
+    def poisoned(*args, engine):
+        engine.model.head.bias.data[0] = math.inf
+        return train_stage(*args, engine=engine)
 
     monkeypatch.setattr(progressive, "train_stage", poisoned)
     with pytest.raises(FloatingPointError, match=r"log_prob; parameters head\.bias"):

@@ -8,7 +8,7 @@ import torch
 
 from tarflowlm import cli
 from tarflowlm.checkpoint import load_checkpoint
-from tarflowlm.training import loop
+from tarflowlm.training import parallel
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.progressive import resume, train
 from tarflowlm.training.signals import Stopped, stop_on_signals
@@ -82,7 +82,7 @@ def test_a_stop_in_an_evaluation_that_no_checkpoint_precedes_saves_first(
 ):
     run = tiny_run(stage_steps=(3, 2, 3), evaluate_every=2, checkpoint_every=100, test_windows=3)
     go(run, tmp_path / "whole")
-    evaluate, calls = loop.evaluate, []
+    evaluate, calls = parallel.evaluate, []
 
     def signalled(*args, **options):
         calls.append(None)
@@ -91,7 +91,7 @@ def test_a_stop_in_an_evaluation_that_no_checkpoint_precedes_saves_first(
         return evaluate(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", signalled)
+        patch.setattr(parallel, "evaluate", signalled)
         with pytest.raises(Stopped, match="saved at step 2"):
             train(run, tmp_path / "cut", device=CPU, stop_requests=stop_on_signals)
     resume(tmp_path / "cut", device=CPU)

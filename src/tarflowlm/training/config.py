@@ -83,9 +83,17 @@ class TrainConfig:
     stall_tolerance: float = 0.002
     """With `stall`: nats per token that count as an improvement."""
     batch_size: int = 8
-    """Sequences per optimiser step."""
+    """Sequences per optimiser step, over all processes and accumulation steps."""
+    accumulate: int = 1
+    """Parts of a process's share of the batch that pass through the model one after another."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products; densities, log-dets and inverses are float32 always."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: whole models whose gradients are averaged, or one model cut into shards."""
+    checkpoint_activations: bool = False
+    """Keep the inputs of a Transformer layer alone and compute the layer again in the backward pass."""
+    compile: bool = False
+    """Compile the loss with torch.compile (needs a compiler)."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 500
@@ -106,7 +114,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.stage_steps or min(self.stage_steps) < 1:
             raise UserError(f"train.stage_steps {self.stage_steps}: every stage needs at least 1 step")
-        positive = ("batch_size", "log_every", "evaluate_every", "evaluate_windows", "checkpoint_every", "keep_last")
+        positive = (
+            "batch_size", "accumulate", "log_every", "evaluate_every", "evaluate_windows", "checkpoint_every",
+            "keep_last",
+        )  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} {getattr(self, name)}: must be at least 1")

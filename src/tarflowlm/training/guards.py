@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.checkpoint import Model
@@ -43,9 +44,14 @@ class Guard:
 
 
 def broken_gradients(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """`gradient_range` of every parameter whose gradient is not finite, by name."""
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: gradient_range(g) for name, g in gradients.items() if not torch.isfinite(g).all()}
+    """`gradient_range` of every parameter whose gradient is not finite, by name; all processes take part."""
+    found = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            gradient = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+            if not torch.isfinite(gradient).all():
+                found[name] = gradient_range(gradient)
+    return found
 
 
 def gradient_range(gradient: Tensor) -> dict[str, Any]:

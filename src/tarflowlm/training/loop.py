@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflowlm.checkpoint import Model
 from tarflowlm.data import WindowSampler
-from tarflowlm.evaluation.likelihood import Likelihood, evaluate
-from tarflowlm.objective import negative_bound
+from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.training.config import RunConfig
 from tarflowlm.training.guards import Guard, RunningLoss, in_words, skipped_record
 from tarflowlm.training.metrics import MetricsLog
 from tarflowlm.training.optim import schedule, set_learning_rate
+from tarflowlm.training.parallel import Engine
+from tarflowlm.training.step import optimizer_step
 
 
 @dataclass
@@ -84,23 +84,22 @@ class StageContext:
     keep_best: Callable[[Likelihood], None]
     """Saves the weights as those of the best validation bound."""
     stop_requested: Callable[[], str | None]
-    """By what the run was asked to stop."""
+    """By what the run was asked to stop, in any of its processes."""
     leave_if_asked: Callable[[], None]
     """Saves the run and raises Stopped, if it was asked to stop."""
 
 
 def train_stage(
-    model: Model,
     optimizers: list[torch.optim.Optimizer],
     context: StageContext,
     counters: Counters,
     *,
-    frozen: int,
+    engine: Engine,
 ) -> Likelihood:
     """Optimiser steps until the stage's budget is used up, or its validation bound stalls; returns that bound.
 
-    The first `frozen` blocks are evaluated without a graph. Raises FloatingPointError, naming terms and parameters,
-    when too many steps in a row had a loss or gradient that is not finite, and Stopped when asked to stop.
+    `engine` has the model, with the blocks below the stage frozen. Raises FloatingPointError, naming terms and
+    parameters, when the loss or gradient of too many steps in a row is not finite, and Stopped when asked to stop.
     """
     config = context.run.train
     num_steps = config.stage_steps[counters.stage]
@@ -108,14 +107,14 @@ def train_stage(
     while True:
         # checkpoints are made before this: a kill in a long evaluation loses nothing, a resumed run begins with it
         if counters.due:
-            result = validate(model, context, counters)
+            result = validate(engine, context, counters)
             stalled = config.advance == "stall" and counters.stalled >= config.stall_evaluations
             if counters.stage_step == num_steps or stalled:
                 return result
             steps.restart()
         lr = context.run.optim.lr * schedule(context.run.optim, counters.stage_step, num_steps)
         set_learning_rate(optimizers, lr)
-        _step(model, optimizers, context, counters, steps, frozen=frozen)
+        _step(engine, optimizers, context, counters, steps)
         last = counters.stage_step == num_steps
         counters.due = last or counters.step % config.evaluate_every == 0
         asked = context.stop_requested() is not None
@@ -133,27 +132,24 @@ def train_stage(
 
 
 def _step(
-    model: Model,
+    engine: Engine,
     optimizers: list[torch.optim.Optimizer],
     context: StageContext,
     counters: Counters,
     steps: "_StepLog",
-    *,
-    frozen: int,
 ) -> None:
     """One step on the next batch, counted; one that must not be taken is recorded, too many of them are an error."""
     tokens = context.sampler.next().to(context.device)
     before = context.generator.get_state()
     guard = Guard()
-    loss, norm = optimizer_step(
-        model, optimizers, context.run, tokens, frozen=frozen, generator=context.generator, guard=guard
-    )
+    loss, norm = optimizer_step(engine, optimizers, tokens, generator=context.generator, guard=guard)
+    num_tokens = tokens.numel() * engine.processes.world
     counters.step += 1
     counters.stage_step += 1
-    counters.tokens += tokens.numel()
-    counters.stage_tokens[counters.stage] += tokens.numel()
-    context.log.reporter.step(tokens.numel())
-    steps.count(tokens.numel())
+    counters.tokens += num_tokens
+    counters.stage_tokens[counters.stage] += num_tokens
+    context.log.reporter.step(num_tokens)
+    steps.count(num_tokens)
     if guard.broken is None:
         counters.skipped = 0
         steps.add(loss, norm)
@@ -161,7 +157,9 @@ def _step(
     counters.skipped += 1
     noise = torch.Generator(device=context.device)
     noise.set_state(before)
-    record = {"split": "skipped", **_place(counters)} | skipped_record(model, tokens, noise, guard.broken, loss)
+    everyones = engine.processes.gather(tokens)
+    told = skipped_record(engine.whole(), everyones, noise, guard.broken, loss)
+    record = {"split": "skipped", **_place(counters)} | told
     context.log.write(record)
     if counters.skipped > context.run.train.max_skipped:
         raise FloatingPointError(
@@ -174,36 +172,6 @@ def _step(
 def _place(counters: Counters) -> dict[str, int]:
     """Where a line of the log belongs."""
     return {"step": counters.step, "tokens": counters.tokens, "block": counters.stage + 1}
-
-
-def optimizer_step(
-    model: Model,
-    optimizers: list[torch.optim.Optimizer],
-    run: RunConfig,
-    tokens: Tensor,
-    *,
-    frozen: int,
-    generator: torch.Generator,
-    guard: Guard | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One step on a batch [B, T]: loss in nats per token and gradient norm, both left on the device.
-
-    Where `guard` does not allow it, parameters and optimisers stay as they are.
-    """
-    half = run.train.precision == "bfloat16"
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half):
-        bound = negative_bound(model, tokens, generator=generator, frozen=frozen, equal_cotangents=True)
-        loss = bound.mean() / tokens.shape[1]
-    loss.backward()
-    trained = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    if guard is None or guard.allows(model, loss, norm):
-        torch.nn.utils.clip_grads_with_norm_(trained, run.optim.grad_clip, norm)
-        for optimizer in optimizers:
-            optimizer.step()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    return loss.detach(), norm
 
 
 class _StepLog:
@@ -260,9 +228,14 @@ class _StepLog:
         )
 
 
-def validate(model: Model, context: StageContext, counters: Counters) -> Likelihood:
+def validate(engine: Engine, context: StageContext, counters: Counters) -> Likelihood:
     """Evaluate on the validation windows, log it, keep the best, and count what did not improve enough."""
-    result = validation_bound(model, context)
+    engine.model.eval()
+    # the same noise at every call
+    result = engine.evaluate(
+        context.valid, context.characters_per_token, progress=lambda *_: context.leave_if_asked()
+    )
+    engine.model.train()
     context.log.write(
         {
             "split": "valid",
@@ -280,14 +253,4 @@ def validate(model: Model, context: StageContext, counters: Counters) -> Likelih
         counters.lowest = result.nats_per_token
         context.keep_best(result)
     counters.due = False
-    return result
-
-
-def validation_bound(model: Model, context: StageContext) -> Likelihood:
-    """The bound on the validation windows; the same noise at every call."""
-    model.eval()
-    result = evaluate(
-        model, context.valid, context.characters_per_token, progress=lambda *_: context.leave_if_asked()
-    )
-    model.train()
     return result

@@ -48,3 +48,19 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+class NoLog(MetricsLog):
+    """For the processes that do not write."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.reporter.record(record)
+
+    def position(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass

@@ -22,6 +22,7 @@ from tarflowlm.checkpoint import COUNTERS, STATE
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json, sync_file, sync_folder, write_json
 from tarflowlm.manifest import is_whole, write_manifest
+from tarflowlm.training.distributed import ALONE, Processes
 
 
 def save_state(
@@ -32,31 +33,45 @@ def save_state(
     counters: dict[str, Any],
     *,
     keep: int = 2,
+    processes: Processes = ALONE,
 ) -> None:
-    """Write state/step-N for N = counters["step"]; the `keep` newest are kept."""
+    """Write state/step-N for N = counters["step"]; the `keep` newest are kept.
+
+    All processes take part and write their shards into one folder, which they must share; the first does the rest.
+    """
     root = directory / STATE
-    root.mkdir(exist_ok=True)
     target = root / f"step-{counters['step']:08d}"
     temporary = root / f".{target.name}"
+    if processes.first:
+        root.mkdir(exist_ok=True)
+    processes.wait()
     model_state, optimizer_state = get_state_dict(model, optimizers)
     tensors = {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state()}
     try:
         with _one_process():
-            save(tensors, checkpoint_id=temporary, no_dist=True)
-        write_json(temporary / COUNTERS, counters)
-        write_manifest(temporary, [file.name for file in temporary.iterdir()])
-        for file in temporary.iterdir():
-            sync_file(file)
-        sync_folder(temporary)
+            save(tensors, checkpoint_id=temporary, no_dist=processes.world == 1)
+        if processes.first:
+            _complete(temporary, target, counters)
     except BaseException:
         # on a full disk it would be in the way of everything else
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    if processes.first:
+        for old in sorted(root.glob("step-*"))[:-keep]:
+            # renamed first, so that a state is never there in part
+            shutil.rmtree(old.rename(root / f".{old.name}"))
+    processes.wait()
+
+
+def _complete(temporary: Path, target: Path, counters: dict[str, Any]) -> None:
+    """Counters and manifest, and the name under which it counts."""
+    write_json(temporary / COUNTERS, counters)
+    write_manifest(temporary, [file.name for file in temporary.iterdir()])
+    for file in temporary.iterdir():
+        sync_file(file)
+    sync_folder(temporary)
     temporary.rename(target)
-    sync_folder(root)
-    for old in sorted(root.glob("step-*"))[:-keep]:
-        # renamed first, so that a state is never there in part
-        shutil.rmtree(old.rename(root / f".{old.name}"))
+    sync_folder(target.parent)
 
 
 @contextmanager
@@ -94,9 +109,17 @@ def read_counters(state: Path) -> dict[str, Any]:
 
 
 def load_state(
-    state: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], generator: torch.Generator
+    state: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    generator: torch.Generator,
+    *,
+    processes: Processes = ALONE,
 ) -> None:
-    """Fill model, optimisers and generator from a state directory; they must be built for the same stage."""
+    """Fill model, optimisers and generator from a state directory; they must be built for the same stage.
+
+    It may have been written by another number of processes: shards are cut anew.
+    """
     model_state, optimizer_state = get_state_dict(model, optimizers)
     tensors: dict[str, Any] = {
         "model": model_state,
@@ -105,7 +128,7 @@ def load_state(
     }
     try:
         with _one_process():
-            load(tensors, checkpoint_id=state, no_dist=True)
+            load(tensors, checkpoint_id=state, no_dist=processes.world == 1)
     except (CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{state} does not fit this run ({reason}): is it of another run?") from None
