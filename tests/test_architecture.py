@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "tarflowlm"
 LAYERS = [
     {"errors", "flow.numerics", "flow.precision"},
     {"config", "files", "device", "codebook"},
-    {"flow", "data"},
+    {"flow", "data", "manifest"},
     {"model", "baseline"},
     {"objective", "training.config"},
     {"checkpoint", "presets"},
@@ -28,6 +28,7 @@ LAYERS = [
     {"quickstart", "bench", "studio"},
     {"commands", "edit_command"},
     {"cli"},
+    {"__main__"},
 ]
 """Bottom to top: maths, model, objective, then what uses them, then the command line. A unit imports from itself and
 from the layers below it, never from a neighbour in its layer. A module belongs to the longest name that fits."""
@@ -112,7 +113,7 @@ def test_the_lower_parts_know_only_what_they_must(module, allowed):
 
 
 def test_the_command_line_is_imported_by_nothing():
-    assert not [name for name, path in MODULES.items() if "cli" in ours(path) and name.split(".")[0] != "cli"]
+    assert not [name for name, path in MODULES.items() if "cli" in ours(path) and name not in ("cli", "__main__")]
 
 
 def test_no_module_defers_its_annotations():

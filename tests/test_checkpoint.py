@@ -15,6 +15,7 @@ from tarflowlm.checkpoint import build_model, load_checkpoint, save_weights, wri
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.manifest import write_manifest
 from tarflowlm.model import FlowConfig, TarFlowLM
 from tarflowlm.training.config import RunConfig, TrainConfig
 
@@ -28,6 +29,7 @@ CONFIGS = {
     "ar-patch": BaselineConfig(context=8, patch=2, in_patch="autoregressive", trunk=TRUNK, layers=1),
 }
 INFO = {"step": "5", "tokens": "160"}
+FILES = {"config.json", "model.safetensors", "tokenizer.json"}
 
 
 def write_checkpoint(out: Path, config: FlowConfig | BaselineConfig, blocks: int | None = None):
@@ -41,7 +43,8 @@ def write_checkpoint(out: Path, config: FlowConfig | BaselineConfig, blocks: int
             parameter += 0.1 * torch.randn_like(parameter)
     out.mkdir(exist_ok=True)
     write_run(out, run, tokenizer)
-    save_weights(out, model, INFO | {"blocks": str(model.num_blocks if isinstance(model, TarFlowLM) else 0)})
+    num_blocks = model.num_blocks if isinstance(model, TarFlowLM) else 0
+    save_weights(out, model.state_dict(), INFO | {"blocks": str(num_blocks)})
     return model
 
 
@@ -99,7 +102,7 @@ def test_the_tied_codebook_is_stored_once_and_stays_tied(directory):
 
 
 def test_the_files_are_readable_and_nothing_else_is_needed(directory):
-    assert {path.name for path in directory.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in directory.iterdir()} == FILES | {"manifest.json"}
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     assert config["model"]["couplings"] == ["mixd", "mix1", "mix1"]
 
@@ -145,10 +148,12 @@ def test_a_broken_header_is_named(directory, damage):
 
 
 def alter(directory: Path, change) -> None:
+    """Other weights, that the manifest vouches for."""
     path = directory / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata=INFO | {"blocks": "3"})
+    write_manifest(directory, FILES)
 
 
 ALTERED = {
@@ -175,6 +180,7 @@ def edit_config(directory: Path, change) -> None:
     value = json.loads(path.read_text(encoding="utf-8"))
     change(value)
     path.write_text(json.dumps(value), encoding="utf-8")
+    write_manifest(directory, FILES)
 
 
 BROKEN_CONFIGS = {
@@ -210,6 +216,7 @@ def test_a_missing_file_is_named(directory, name):
 
 def test_another_tokenizer_does_not_fit_the_weights(directory):
     CharTokenizer("ab", "none").save(directory / "tokenizer.json")
+    write_manifest(directory, FILES)
     with pytest.raises(UserError, match=r"codebook\.log_std has shape \[27\], config.json asks for \[2\]"):
         load_checkpoint(directory)
 
@@ -229,7 +236,8 @@ def test_a_failed_save_keeps_the_old_weights(directory, monkeypatch):
 
     monkeypatch.setattr("tarflowlm.checkpoint.save_file", fails)
     with pytest.raises(OSError, match="no space"):
-        save_weights(directory, build_model(replace(FLOW, vocab_size=3)), INFO)
+        save_weights(directory, build_model(replace(FLOW, vocab_size=3)).state_dict(), INFO)
     after = load_file(directory / "model.safetensors")
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    assert len(list(directory.iterdir())) == 3
+    assert {path.name for path in directory.iterdir()} == FILES | {"manifest.json"}
+    load_checkpoint(directory)

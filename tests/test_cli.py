@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tarflowlm.cli import main
+from tarflowlm.manifest import write_manifest
 
 TINY = ["--model.context", "32", "--model.trunk.width", "32", "--train.batch-size", "4", "--device", "cpu"]
 ONE_LAYER = ["--model.layers", "1", "1", "1"]
@@ -25,6 +26,7 @@ FAMILIES = {
 }
 EVAL_KEYS = {"bpc", "ppl", "nats_per_token", "bound", "samples", "stderr", "tokens", "characters", "windows"}
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"
+CHECKPOINT = {"config.json", "model.safetensors", "tokenizer.json"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -126,7 +128,8 @@ def listing(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_train_writes_a_complete_run_directory(models, name):
     files = {path.name for path in models[name].iterdir()}
-    assert files == {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "summary.json", "state"}
+    others = {"manifest.json", "metrics.jsonl", "summary.json", "state", "best", ".lock"}
+    assert files == CHECKPOINT | others
     config = json.loads((models[name] / "config.json").read_text(encoding="utf-8"))
     assert config["name"] == name
     assert sum(config["train"]["stage_steps"]) == 6
@@ -372,7 +375,7 @@ def test_missing_texts_are_named(refused, model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_unknown_characters_are_counted_and_shown(refused, run_json, model, tmp_path, text_file):
+def test_unknown_characters_are_counted_and_shown(refused, run, run_json, model, tmp_path, text_file):
     text = tmp_path / "upper.txt"
     text.write_text("Hello World " * 100, encoding="utf-8")
     argv = ["--data", text, "--data.tokenizer.normalize", "none", *TINY, *ONE_LAYER]
@@ -383,6 +386,8 @@ def test_unknown_characters_are_counted_and_shown(refused, run_json, model, tmp_
     shutil.copytree(model, plain, ignore=shutil.ignore_patterns("state"))
     tokenizer = json.loads((plain / "tokenizer.json").read_text(encoding="utf-8"))
     (plain / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalize": "none"}), encoding="utf-8")
+    refused("eval", plain, names=["tokenizer.json is damaged", "tarflowlm seal"])
+    assert run("seal", plain).status == 0
     refused("eval", plain, "--data", text, "--split", "all", names=["'H' x", "--normalize text8"])
     assert run_json("eval", plain, "--data", text, "--split", "all", "--normalize", "text8")["tokens"] > 1000
 
@@ -433,24 +438,32 @@ def truncate(run: Path) -> None:
 def reshape(run: Path) -> None:
     tensors = load_file(run / "model.safetensors")
     save_file(tensors | {"codebook.mean": torch.zeros(3, 3)}, run / "model.safetensors", metadata={"blocks": "3"})
+    write_manifest(run, CHECKPOINT)
 
 
 def rename(run: Path) -> None:
     tensors = load_file(run / "model.safetensors")
     tensors["other"] = tensors.pop("codebook.mean")
     save_file(tensors, run / "model.safetensors", metadata={"blocks": "3"})
+    write_manifest(run, CHECKPOINT)
+
+
+def put_config(run: Path, text: str) -> None:
+    (run / "config.json").write_text(text, encoding="utf-8")
+    write_manifest(run, CHECKPOINT)
 
 
 DAMAGES = {
-    "broken-config": (lambda run: (run / "config.json").write_text("{broken", encoding="utf-8"), "config.json"),
-    "config-of-another": (lambda run: (run / "config.json").write_text('{"lr": 1}', encoding="utf-8"), "lr"),
+    "broken-config": (lambda run: put_config(run, "{broken"), "config.json"),
+    "config-of-another": (lambda run: put_config(run, '{"lr": 1}'), "lr"),
     "no-config": (lambda run: (run / "config.json").unlink(), "config.json"),
     "truncated": (truncate, "model.safetensors is damaged"),
     "reshaped": (reshape, "codebook.mean has shape [3, 3]"),
     "renamed": (rename, "no tensor codebook.mean"),
     "no-weights": (lambda run: (run / "model.safetensors").unlink(), "model.safetensors"),
     "no-tokenizer": (lambda run: (run / "tokenizer.json").unlink(), "tokenizer.json"),
-    "foreign": (lambda run: [path.unlink() for path in run.glob("*.json")], "config.json"),
+    "no-manifest": (lambda run: (run / "manifest.json").unlink(), "manifest.json"),
+    "foreign": (lambda run: [path.unlink() for path in run.glob("*") if path.is_file()], "config.json"),
 }
 
 
@@ -586,5 +599,5 @@ def test_no_config_breaks_sampling(run, models, path, value, tmp_path_factory):
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = value
-    (broken / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    put_config(broken, json.dumps(config))
     assert_no_traceback(run("sample", broken, "--length", 4))

@@ -1,5 +1,9 @@
-"""A run directory as a model: config.json, model.safetensors, tokenizer.json. Reading one never unpickles."""
+"""A run directory as a model: config.json, model.safetensors, tokenizer.json. Reading one never unpickles.
 
+manifest.json beside them holds their hashes, which are checked on load (docs/reliability.md).
+"""
+
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +16,18 @@ from tarflowlm.baseline import BaselineConfig, TokenLM
 from tarflowlm.config import from_dict, to_dict
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.files import read_json, replacing, write_json
+from tarflowlm.files import read_json
+from tarflowlm.manifest import MANIFEST, is_whole, problem_of, replacing_listed, write_manifest
 from tarflowlm.model import FlowConfig, TarFlowLM, seeded
 from tarflowlm.training.config import RunConfig
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+BEST = "best"
+"""Inside a run directory: the weights of the best validation bound, with all that is needed to load them."""
+STATE, COUNTERS = "state", "counters.json"
+"""Inside a run directory: what is resumed, in a folder per step; the part of it that is readable."""
+LISTED = {"manifest": "sha256"}
+"""In the header of weights that have a manifest beside them: theirs is not to be missing."""
 
 Model = TarFlowLM | TokenLM
 
@@ -37,20 +48,26 @@ def build_model(config: FlowConfig | BaselineConfig) -> Model:
 
 def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
     """Write the readable half of a run directory."""
-    write_json(directory / CONFIG, to_dict(run))
-    tokenizer.save(directory / TOKENIZER)
+    with replacing_listed(directory / CONFIG) as temporary:
+        temporary.write_text(json.dumps(to_dict(run), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with replacing_listed(directory / TOKENIZER) as temporary:
+        tokenizer.save(temporary)
 
 
-def save_weights(directory: Path, model: Model, info: dict[str, str]) -> None:
-    """Replace model.safetensors. `info` travels in the file's header, so that weights and counts cannot disagree."""
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-    with replacing(directory / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata=info)
+def save_weights(directory: Path, weights: dict[str, torch.Tensor], info: dict[str, str]) -> None:
+    """Replace model.safetensors by a state dict. `info` travels in the file's header, so that weights and counts
+    cannot disagree."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
+    with replacing_listed(directory / WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata=info | LISTED)
 
 
-def read_run(directory: Path) -> RunConfig:
+def read_run(directory: Path, *, check: bool = True) -> RunConfig:
+    """What the run of a directory was asked to do. UserError also where config.json is not as it was written."""
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory: give a run directory made by `tarflowlm train`")
+    if check:
+        _check(directory, CONFIG)
     return from_dict(RunConfig, read_json(directory / CONFIG), where=str(directory / CONFIG))
 
 
@@ -61,7 +78,23 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     file, for a directory that is missing, incomplete, damaged, or not one of ours.
     """
     directory = Path(directory)
-    run = read_run(directory)
+    for name in (CONFIG, TOKENIZER, WEIGHTS):
+        _check(directory, name)
+    return _load(directory, device)
+
+
+def seal(directory: str | Path) -> None:
+    """Accept the files of a run directory as they are: load them unchecked, and write manifest.json anew.
+
+    For one that was edited by hand, or whose manifest was lost. Raises UserError where they do not load.
+    """
+    directory = Path(directory)
+    _load(directory, "cpu")
+    write_manifest(directory, (CONFIG, TOKENIZER, WEIGHTS))
+
+
+def _load(directory: Path, device: str | torch.device) -> Checkpoint:
+    run = read_run(directory, check=False)
     tokenizer = load_tokenizer(directory / TOKENIZER)
     tensors, info = _read_weights(directory / WEIGHTS)
     config: Any = replace(run.model, vocab_size=tokenizer.vocab_size)
@@ -82,12 +115,55 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> tuple[Mod
     return checkpoint.model, checkpoint.tokenizer
 
 
-def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def whole_states(directory: Path) -> list[Path]:
+    """The states of a run that are complete and as they were written, oldest first."""
+    return [state for state in sorted((directory / STATE).glob("step-*")) if is_whole(state, COUNTERS)]
+
+
+def weights_problem(directory: Path) -> str | None:
+    """What is wrong with the weights of a run directory, in words; None where they are whole, or not there yet."""
+    return problem_of(directory, [WEIGHTS])
+
+
+def _check(directory: Path, name: str) -> None:
+    """UserError where the file is not as it was written; it says what is still whole, and how to use it."""
+    if not (directory / MANIFEST).exists() and not _wants_manifest(directory):
+        return  # written before there were manifests
+    try:
+        problem = problem_of(directory, [name])
+    except UserError as error:
+        raise UserError(f"{error}; or accept the files as they are with `tarflowlm seal {directory}`") from None
+    if problem is not None:
+        raise UserError(f"{problem}: {_remedies(directory, name)}")
+
+
+def _wants_manifest(directory: Path) -> bool:
+    try:
+        return "manifest" in _read_weights(directory / WEIGHTS, header_alone=True)[1]
+    except UserError:
+        return False
+
+
+def _remedies(directory: Path, name: str) -> str:
+    """What can be done about a damaged file: the checkpoints around it that are whole, or accepting it."""
+    found = []
+    if name == WEIGHTS and (states := whole_states(directory)):
+        found.append(f"`tarflowlm train --resume {directory}` writes it again from {STATE}/{states[-1].name}")
+    other = directory.parent if directory.name == BEST else directory / BEST
+    if is_whole(other, WEIGHTS):
+        found.append(f"{other} is whole")
+    if name != WEIGHTS:
+        found.append(f"`tarflowlm seal {directory}` accepts a change of your own")
+    return "; ".join(found or ["restore it or train anew"])
+
+
+def _read_weights(path: Path, *, header_alone: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"{path} is missing: {path.parent} holds no trained weights yet")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            names = [] if header_alone else file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it or train anew") from None
 

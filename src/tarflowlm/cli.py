@@ -1,10 +1,12 @@
 """The command line: `tarflowlm COMMAND`. Imported by nothing.
 
-Exit status: 0 on success, 2 for what the user got wrong (one line on stderr), 130 when interrupted.
+Exit status: 0 on success, 2 for what the user got wrong (one line on stderr), 75 when a run was asked to stop and has
+saved itself, 130 when interrupted with nothing saved (docs/reliability.md).
 """
 
 import contextlib
 import io
+import os
 import re
 import sys
 from typing import Any, NoReturn
@@ -23,6 +25,7 @@ from tarflowlm.commands import (
     ReportArgs,
     ResumeArgs,
     SampleArgs,
+    SealArgs,
     TrainArgs,
     overridden,
     print_summary,
@@ -31,6 +34,7 @@ from tarflowlm.commands import (
     run_quickstart_command,
     run_report,
     run_sample,
+    run_seal,
 )
 from tarflowlm.console import ProgressReporter, print_json, print_table
 from tarflowlm.device import pick_device
@@ -38,7 +42,13 @@ from tarflowlm.edit_command import EditArgs, run_edit
 from tarflowlm.errors import UserError
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.quickstart import QuickstartArgs
+from tarflowlm.training.distributed import Processes, launched
+from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.progressive import resume, train
+from tarflowlm.training.signals import Stopped, stop_on_signals
+
+STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: try again."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,16 +66,24 @@ def main(argv: list[str] | None = None) -> None:
         if not _is_out_of_memory(error):
             raise
         _fail("out of memory: choose a smaller model, context, batch size or number of samples")
+    except Stopped as stopped:
+        _say(str(stopped))
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         sys.stderr.write("tarflowlm: interrupted; a training run continues with `tarflowlm train --resume DIR`\n")
         sys.exit(130)
 
 
 def _fail(message: str) -> NoReturn:
-    """One line, whatever the names in it hold."""
-    line = message.replace("\r", "\\r").replace("\n", "\\n")
-    sys.stderr.write(f"tarflowlm: {line}\n")
+    _say(message)
     sys.exit(2)
+
+
+def _say(message: str) -> None:
+    """One line, whatever the names in it hold; under torchrun, from the first process of every machine."""
+    line = message.replace("\r", "\\r").replace("\n", "\\n")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write(f"tarflowlm: {line}\n")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -82,6 +100,7 @@ def _dispatch(argv: list[str]) -> None:
         "sample": (run_sample, SampleArgs),
         "edit": (run_edit, EditArgs),
         "report": (run_report, ReportArgs),
+        "seal": (run_seal, SealArgs),
     }
     if not argv or argv[0] in ("-h", "--help"):
         _print_help({name: args.__doc__ or "" for name, (_, args) in commands.items()})
@@ -143,22 +162,35 @@ def run_train(argv: list[str]) -> None:
         if args.out is None:
             raise UserError(f"--out is missing: name the directory to write, say --out runs/{name}")
         run = overridden(args)
-        with ProgressReporter(console) as reporter:
-            summary = train(run, args.out, device=pick_device(args.device), reporter=reporter)
+        with launched(pick_device(args.device)) as processes, _reporter(console, processes) as reporter:
+            summary = train(run, args.out, **_options(reporter, processes))
     elif "--resume" in argv:
         args = parse(ResumeArgs, argv, "tarflowlm train --resume DIR")
-        with ProgressReporter(console) as reporter:
-            summary = resume(args.resume, device=pick_device(args.device), reporter=reporter)
+        with launched(pick_device(args.device)) as processes, _reporter(console, processes) as reporter:
+            summary = resume(args.resume, **_options(reporter, processes))
     elif argv and argv[0] in ("-h", "--help"):
         usage = "tarflowlm train PRESET --out DIR [--help for its fields]   or   tarflowlm train --resume DIR"
         print_table(Console(), usage, [(name, make.__doc__ or "") for name, make in PRESETS.items()])
         return
     else:
         raise UserError(f"train needs a preset ({', '.join(PRESETS)}) or --resume DIR")
+    if not processes.first:
+        return
     if args.json:
         print_json(summary)
     else:
         print_summary(summary)
+
+
+def _reporter(console: Console, processes: Processes) -> contextlib.AbstractContextManager[Reporter]:
+    """Progress of the first process; the others are silent."""
+    return ProgressReporter(console) if processes.first else contextlib.nullcontext(Reporter())
+
+
+def _options(reporter: Reporter, processes: Processes) -> dict[str, Any]:
+    return {
+        "device": processes.device, "reporter": reporter, "processes": processes, "stop_requests": stop_on_signals
+    }  # fmt: skip
 
 
 def run_bench(argv: list[str]) -> None:

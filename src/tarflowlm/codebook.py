@@ -19,6 +19,8 @@ def spread_means(num_components: int, dim: int, generator: torch.Generator | Non
         points = torch.randn(num_components, dim, generator=generator)
     else:
         candidates = torch.randn(8 * num_components, dim, generator=generator)
+        if candidates.is_meta:
+            return candidates[:num_components]
         chosen = [0]
         distance = (candidates - candidates[0]).norm(dim=-1)
         for _ in range(num_components - 1):
@@ -33,7 +35,7 @@ def spread_means(num_components: int, dim: int, generator: torch.Generator | Non
 
 def typical_neighbour_distance(points: Tensor) -> float:
     """Median distance from a point to its nearest neighbour (over at most 1,024 of the points)."""
-    if len(points) < 2:
+    if len(points) < 2 or points.is_meta:
         return 2.0
     sample = points[: min(len(points), 1024)]
     distance = torch.cdist(sample, points)

@@ -11,7 +11,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from tarflowlm.checkpoint import load_checkpoint
+from tarflowlm.checkpoint import load_checkpoint, read_run, seal
 from tarflowlm.console import (
     bar,
     print_json,
@@ -38,6 +38,7 @@ from tarflowlm.presets import with_steps
 from tarflowlm.quickstart import QuickstartArgs, run_quickstart
 from tarflowlm.report import write_report
 from tarflowlm.training.config import RunConfig, checked_seed
+from tarflowlm.training.lock import locked
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,20 @@ class ReportArgs:
     """auto takes cuda, then mps, then cpu."""
     json: bool = False
     """Print one JSON object last."""
+
+
+@dataclass(frozen=True)
+class SealArgs:
+    """Accept the files of a run as they are, after a change by hand: check that they load, write manifest.json."""
+
+    directory: tyro.conf.Positional[Path]
+    """Run directory."""
+
+
+def run_seal(args: SealArgs) -> None:
+    read_run(args.directory, check=False)
+    with locked(args.directory):
+        seal(args.directory)
 
 
 def run_quickstart_command(args: QuickstartArgs) -> None:

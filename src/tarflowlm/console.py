@@ -84,7 +84,7 @@ class ProgressReporter(Reporter):
         if record["split"] == "train":
             self._bpc = f"train {record['bpc']:.3f}"
             self._rate = f"{record['tokens_per_second']:,.0f} tok/s"
-        else:
+        elif record["split"] == "valid":
             self._valid = f"valid {record['bpc']:.3f}"
         self.progress.update(self._task, note=self._note())
 

@@ -10,6 +10,14 @@ from typing import Any
 
 from tarflowlm.errors import UserError
 
+TEMPORARY = ".tmp"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `replacing` left when it was killed. For the one process that writes to `folder`."""
+    for leftover in folder.glob(f".*{TEMPORARY}"):
+        leftover.unlink()
+
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable."""
@@ -28,7 +36,7 @@ def sync_file(path: Path) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write; on success it takes the place of `path`, on failure it is removed."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     os.close(descriptor)
     temporary = Path(name)
     try:

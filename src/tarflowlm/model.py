@@ -80,6 +80,12 @@ class FlowConfig:
         if coupling == "mixd" and (components < 0 or (components == 0 and index > 0)):
             raise UserError(f"{where}: {components}; 0 (tied to the codebook) is for block 1, others need K >= 1")
 
+    @property
+    def head_features(self) -> int:
+        """E of the masked autoregressive head (the paper's appendix H with D_m = 2 head_hidden)."""
+        channels = self.patch * self.latent_dim
+        return min(max(1, int(9 * 2 * self.head_hidden / (16 * max(channels - 1, 1)))), 96)
+
     def first_blocks(self, num_blocks: int) -> "FlowConfig":
         """The same model cut to its first blocks: what a progressive stage trains."""
         n = num_blocks
@@ -123,9 +129,7 @@ class TarFlowLM(nn.Module):
 
     def _coupling(self, index: int, channels: int) -> Coupling:
         config, width = self.config, self.config.trunk.width
-        name, components = config.couplings[index], config.components[index]
-        # E of the paper's head (appendix H) with D_m = 2 head_hidden
-        features = min(max(1, int(9 * 2 * config.head_hidden / (16 * max(channels - 1, 1)))), 96)
+        name, components, features = config.couplings[index], config.components[index], config.head_features
         if name == "affine":
             return AffineCoupling(width=width, channels=channels, hidden=config.head_hidden, features=features)
         if name == "mix1":

@@ -20,9 +20,11 @@ from tarflowlm.generation import generate
 from tarflowlm.model import FlowConfig, TarFlowLM, seeded
 from tarflowlm.presets import preset
 from tarflowlm.training.config import RunConfig
-from tarflowlm.training.loop import optimizer_step
 from tarflowlm.training.optim import build_optimizers
+from tarflowlm.training.parallel import Engine
 from tarflowlm.training.progressive import check_new, freeze_below, train
+from tarflowlm.training.signals import stop_on_signals
+from tarflowlm.training.step import optimizer_step
 
 TRAINING_SHARE = 0.72
 """Of the minutes asked for; the rest is start-up, validation, test, and sampling."""
@@ -59,7 +61,8 @@ def run_quickstart(args: QuickstartArgs, progress: Console, console: Console) ->
     with ProgressReporter(progress) as reporter:
         reporter.notice(f"timing {TIMED_STEPS} steps of every stage on {device}")
         run = fit_to_time(run, 60 * args.minutes * TRAINING_SHARE, device)
-        test = train(run, args.out, device=device, reporter=reporter)["test"]
+        summary = train(run, args.out, device=device, reporter=reporter, stop_requests=stop_on_signals)
+    test = summary["test"]
     checkpoint = load_checkpoint(args.out, device)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     text = tokenizer.decode(np.asarray(corpus.split("test")).tolist())
@@ -123,13 +126,13 @@ def fit_to_time(run: RunConfig, seconds: float, device: torch.device) -> RunConf
 def _time_stage(model: TarFlowLM, run: RunConfig, sampler: WindowSampler, stage: int) -> float:
     """Median seconds per optimiser step of a stage."""
     freeze_below(model, stage)
-    optimizers = build_optimizers(run.optim, model)
+    engine, optimizers = Engine(model, run, frozen=stage), build_optimizers(run.optim, model)
     generator = torch.Generator(device=model.codebook.mean.device)
     durations = []
     for _ in range(TIMED_STEPS):
         start = time.perf_counter()
         tokens = sampler.next().to(model.codebook.mean.device)
-        loss, _ = optimizer_step(model, optimizers, run, tokens, frozen=stage, generator=generator)
+        loss, _ = optimizer_step(engine, optimizers, tokens, generator=generator)
         loss.item()
         durations.append(time.perf_counter() - start)
     return sorted(durations)[len(durations) // 2]

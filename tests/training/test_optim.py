@@ -71,12 +71,13 @@ def test_every_trainable_parameter_is_in_exactly_one_group(model, optimizer):
     assert found.keys() == {name for name, _ in model.named_parameters()}
 
 
-def test_muon_takes_the_matrices_of_the_transformers_alone(model):
+def test_muon_takes_the_matrices_of_transformers_and_of_patches_alone(model):
     found = groups_of(model, OptimConfig(optimizer="muon"))
     with_muon = {name for name, (optimizer, _) in found.items() if isinstance(optimizer, torch.optim.Muon)}
-    kinds = {name.split("transformer.layers.0.")[1] for name in with_muon}
-    assert kinds == {"attention.qkv.weight", "attention.out.weight", "up.weight", "down.weight"}
-    assert len(with_muon) == 4 * model.num_blocks
+    kinds = {name.split("transformer.layers.0.")[-1].split("token_features.")[-1] for name in with_muon}
+    in_patches = {"place.weight", "head.context.weight"} if model.config.patch > 1 else set()
+    assert kinds == {"attention.qkv.weight", "attention.out.weight", "up.weight", "down.weight"} | in_patches
+    assert len(with_muon) == 4 * model.num_blocks + len(in_patches)
     assert not any(
         isinstance(optimizer, torch.optim.Muon)
         for optimizer, _ in groups_of(model, OptimConfig(optimizer="adamw")).values()

@@ -15,8 +15,14 @@ from tarflowlm.model import TarFlowLM, seeded
 from tarflowlm.training import progressive
 from tarflowlm.training.metrics import Reporter
 
-FILES = {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "summary.json", "state"}
-TRAIN_KEYS = {"split", "step", "tokens", "block", "nats_per_token", "bpc", "lr", "grad_norm", "tokens_per_second"}
+FILES = {
+    "config.json", "model.safetensors", "tokenizer.json", "manifest.json", "metrics.jsonl", "summary.json", "state",
+    "best", ".lock",
+}  # fmt: skip
+TRAIN_KEYS = {
+    "split", "step", "tokens", "block", "nats_per_token", "bpc", "lr", "grad_norm", "grad_norm_max",
+    "tokens_per_second",
+}  # fmt: skip
 VALID_KEYS = {"split", "step", "tokens", "block", "nats_per_token", "bpc", "stderr"}
 
 
@@ -178,20 +184,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_culprit(
 ):
     train_stage = progressive.train_stage
 
-    def poisoned(model, optimizers, context, counters, **options):
+    def poisoned(optimizers, context, counters, *, engine):
         if counters.stage == stage:
-            dict(model.named_parameters())[name].data.fill_(math.nan)
-        return train_stage(model, optimizers, context, counters, **options)
+            dict(engine.model.named_parameters())[name].data.fill_(math.nan)
+        return train_stage(optimizers, context, counters, engine=engine)
 
     monkeypatch.setattr(progressive, "train_stage", poisoned)
-    # the check comes with the log, and must find the cause though more steps were taken
     run = tiny_run(mode=mode, stage_steps=(4,) if mode == "joint" else (3, 4, 2), log_every=3, evaluate_every=100)
+    run = replace(run, train=replace(run.train, checkpoint_every=100))
     with pytest.raises(FloatingPointError) as raised:
         go(run, tmp_path / "run")
     message = str(raised.value)
     terms, parameters = message.split("; ")[:2]
     assert "\n" not in message
     assert blamed in terms
+    assert "4 in a row" in message
     assert "reconstruction" not in terms
     assert "log_q" not in terms
     assert parameters == f"parameters {name}"
@@ -203,13 +210,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_culprit(
 def test_a_baseline_that_is_not_finite_stops_too(tmp_path, tiny_baseline, go, monkeypatch):
     train_stage = progressive.train_stage
 
-    def poisoned(model, *args, **options):
-        model.head.bias.data[0] = math.inf
-        return train_stage(model, *args, **options)
+    def poisoned(*args, engine):
+        engine.model.head.bias.data[0] = math.inf
+        return train_stage(*args, engine=engine)
 
     monkeypatch.setattr(progressive, "train_stage", poisoned)
     with pytest.raises(FloatingPointError, match=r"log_prob; parameters head\.bias"):
-        go(tiny_baseline(), tmp_path / "run")
+        go(tiny_baseline(checkpoint_every=100), tmp_path / "run")
 
 
 def test_what_cannot_start_leaves_no_directory(tmp_path, tiny_run, go):

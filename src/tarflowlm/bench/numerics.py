@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tarflowlm.bench.memory import high_water_mark
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import mixture_cdf, mixture_cdf_inverse, mixture_log_prob_from_features
 
@@ -338,21 +338,9 @@ def peak_memory(args: Args, name: str) -> float:
     small = Args(vocabulary=64, head_tokens=8, width=args.width, latent_dim=args.latent_dim)
     _LOSSES[name](_head_inputs(small))
     inputs = _head_inputs(args)
-    before = _high_water_mark()
+    before = high_water_mark()
     _LOSSES[name](inputs)
-    return _high_water_mark() - before
-
-
-def _high_water_mark() -> float:
-    """Largest resident size of this process so far, GB."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage: its mark survives exec, so a child would start with that of its parent.
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    return high_water_mark() - before
 
 
 def _scientific(error: float | None) -> str:

@@ -1,29 +1,44 @@
-"""Training speed of presets against the discrete baseline: paired, interleaved, in one run."""
+"""Training: speed and peak memory of presets against the discrete baseline, scaling to two processes, and what the
+large presets ask for."""
 
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from tarflowlm.bench.memory import high_water_mark
+from tarflowlm.bench.scaling import scaling
+from tarflowlm.bench.sizes import sizes
 from tarflowlm.checkpoint import Model, build_model
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
-from tarflowlm.model import FlowConfig, TarFlowLM, seeded
+from tarflowlm.evaluation.flops import training_flops
+from tarflowlm.model import FlowConfig, seeded
 from tarflowlm.presets import preset
 from tarflowlm.training.config import RunConfig
-from tarflowlm.training.loop import optimizer_step
 from tarflowlm.training.optim import build_optimizers
+from tarflowlm.training.parallel import Engine
 from tarflowlm.training.progressive import freeze_below
+from tarflowlm.training.step import optimizer_step
+
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
+    "RTX 4090": 165.0, "V100": 125.0,
+}  # fmt: skip
+"""Of matrix products in half precision with float32 sums, dense, as the maker states them; by a part of the name."""
 
 
 @dataclass(frozen=True)
 class Args:
-    """Tokens per second of a training step, as ratios to the first preset, from interleaved rounds."""
+    """Tokens per second of a training step, as ratios to the first preset, from interleaved rounds; peak memory,
+    scaling to two processes, and the needs of the large presets."""
 
     presets: tuple[str, ...] = ("mini-ar", "mini-mixd", "mini-mix1", "mini-affine")
     """The first is the yardstick. Progressive presets are timed stage by stage."""
@@ -37,77 +52,116 @@ class Args:
     """CPU threads; the default is PyTorch's."""
     compile: bool = False
     """Compile the step with torch.compile (needs a compiler)."""
+    memory: bool = True
+    """Measure the peak memory of every preset, each in a process of its own."""
+    scaling: bool = True
+    """Time the presets in two processes, DDP and FSDP2, against one."""
+    scaling_presets: tuple[str, ...] = ("mini-ar", "mini-mixd")
+    """Presets of that comparison; a progressive one trains its first stage."""
+    sizes: bool = True
+    """State parameters, memory and FLOPs of the large presets, from their shapes alone."""
     device: DeviceName = "auto"
     """auto takes cuda, then mps, then cpu."""
+    peak_tflops: float | None = None
+    """Peak of the accelerator in TFLOP/s, for the model FLOPs utilisation; the default knows some devices."""
     json: bool = False
     """Print one JSON object last."""
 
 
+@dataclass(frozen=True)
+class _Contender:
+    step: Callable[[], None]
+    num_tokens: int
+    flops: int
+    """Of one step."""
+
+
 def run(args: Args) -> dict[str, Any]:
-    """{"rows": [{"name", "tokens_per_second", "ratio", "milliseconds"}], ...}; ratio is to the first row.
+    """{"rows": [{"name", "tokens_per_second", "ratio", "milliseconds", ...}], ...}; ratio is to the first row.
 
     Medians over rounds; the ratio is the median of the rounds' own ratios, so that a slow moment of the machine
     touches both sides of it.
     """
     if args.rounds < 1 or args.steps < 1 or not args.presets:
         raise UserError(f"rounds {args.rounds}, steps {args.steps}, presets {args.presets}: each needs at least 1")
+    runs = {name: preset(name) for name in (*args.presets, *args.scaling_presets)}
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
+    result = {"rows": _speed(args, device), "device": _device_name(device), "threads": torch.get_num_threads()}
+    result["torch"] = torch.__version__
+    if args.memory:
+        result["memory"] = [{"name": name, "peak_gb": _peak(name, args)} for name in args.presets]
+    if args.scaling:
+        chosen = [runs[name] for name in args.scaling_presets]
+        result["scaling"] = scaling(chosen, args.vocab_size, rounds=args.rounds, steps=args.steps, device=device)
+    if args.sizes:
+        result["sizes"] = sizes()
+    return result
+
+
+def _speed(args: Args, device: torch.device) -> list[dict[str, Any]]:
     contenders = {}
-    for name in args.presets:
-        for label, step, num_tokens in _contenders(preset(name), args, device):
-            contenders[label] = (step, num_tokens)
-    for step, _ in contenders.values():
-        step()
-        step()
+    for run in map(preset, args.presets):
+        for stage in range(run.num_stages):
+            label = run.name if run.num_stages == 1 else f"{run.name} stage {stage + 1}"
+            contenders[label] = _contender(run, stage, args, device)
+    for contender in contenders.values():
+        contender.step()
+        contender.step()
     seconds: dict[str, list[float]] = {label: [] for label in contenders}
     for _ in range(args.rounds):
-        for label, (step, _) in contenders.items():
-            seconds[label].append(_time(step, args.steps, device))
+        for label, contender in contenders.items():
+            seconds[label].append(_time(contender.step, args.steps, device))
     yardstick = next(iter(contenders))
-    per_token = {label: [s / contenders[label][1] for s in times] for label, times in seconds.items()}
-    rows = [
+    per_token = {label: [s / contenders[label].num_tokens for s in times] for label, times in seconds.items()}
+    peak = args.peak_tflops or _known_peak(device)
+    return [
         {
             "name": label,
             "tokens_per_second": 1 / statistics.median(times),
             "milliseconds": 1000 * statistics.median(seconds[label]),
             "ratio": statistics.median(a / b for a, b in zip(per_token[yardstick], times, strict=True)),
+            "tflops": contenders[label].flops / statistics.median(seconds[label]) / 1e12,
+            "mfu": contenders[label].flops / statistics.median(seconds[label]) / 1e12 / peak if peak else None,
         }
         for label, times in per_token.items()
     ]
-    return {"rows": rows, "device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _contenders(run: RunConfig, args: Args, device: torch.device) -> list[tuple[str, Callable[[], None], int]]:
-    """A training step for every stage of a preset, and the tokens it takes."""
-    model_config = replace(run.model, vocab_size=args.vocab_size)
-    found = []
-    for stage in range(run.num_stages):
-        config = model_config
-        if run.num_stages > 1 and isinstance(config, FlowConfig):
-            config = config.first_blocks(stage + 1)
-        with seeded(run.seed):
-            model = build_model(config).to(device)
-        label = run.name if run.num_stages == 1 else f"{run.name} stage {stage + 1}"
-        found.append((label, _step(model, run, stage, args, device), run.train.batch_size * config.context))
-    return found
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def _step(model: Model, run: RunConfig, stage: int, args: Args, device: torch.device) -> Callable[[], None]:
-    if isinstance(model, TarFlowLM):
-        freeze_below(model, stage)
-    optimizers = build_optimizers(run.optim, model)
-    generator = torch.Generator(device=device).manual_seed(0)
-    tokens = torch.randint(
-        args.vocab_size, (run.train.batch_size, run.model.context), generator=generator, device=device
+def _known_peak(device: torch.device) -> float | None:
+    name = _device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def _contender(run: RunConfig, stage: int, args: Args, device: torch.device) -> _Contender:
+    """A training step of one stage of a preset."""
+    run = replace(run, model=replace(run.model, vocab_size=args.vocab_size))
+    run = replace(run, train=replace(run.train, compile=args.compile))
+    config = run.model
+    if run.num_stages > 1 and isinstance(config, FlowConfig):
+        config = config.first_blocks(stage + 1)
+    with seeded(run.seed):
+        model = build_model(config).to(device)
+    return _Contender(
+        step=training_step(model, run, stage, device),
+        num_tokens=run.train.batch_size * config.context,
+        flops=run.train.batch_size * training_flops(config, frozen=stage),
     )
-    take_step = torch.compile(optimizer_step) if args.compile else optimizer_step
 
-    def step() -> None:
-        take_step(model, optimizers, run, tokens, frozen=stage, generator=generator)
 
-    return step
+def training_step(model: Model, run: RunConfig, stage: int, device: torch.device) -> Callable[[], None]:
+    """Optimiser steps on one batch of random tokens."""
+    freeze_below(model, stage)
+    engine, optimizers = Engine(model, run, frozen=stage), build_optimizers(run.optim, model)
+    generator = torch.Generator(device=device).manual_seed(0)
+    shape = (run.train.batch_size, run.model.context)
+    tokens = torch.randint(run.model.vocab_size, shape, generator=generator, device=device)
+    return lambda: (optimizer_step(engine, optimizers, tokens, generator=generator), None)[1]
 
 
 def _time(step: Callable[[], None], steps: int, device: torch.device) -> float:
@@ -125,12 +179,81 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def _peak(name: str, args: Args) -> float:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        return fresh.submit(peak_memory, name, args).result()
+
+
+def peak_memory(name: str, args: Args) -> float:
+    """GB (1e9 bytes) by which training raises this process's peak: model, gradients, optimisers, activations.
+
+    The stage that needs most. On a GPU its own allocator is asked, elsewhere the operating system, for which this
+    must be a fresh process.
+    """
+    device = pick_device(args.device)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    # libraries load their kernels at first use; a tiny problem takes that out of the difference
+    run = preset(name)
+    tiny = replace(run, model=replace(run.model, context=8), train=replace(run.train, batch_size=1))
+    for stage in range(run.num_stages):
+        _contender(tiny, stage, args, device).step()
+    before = high_water_mark()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 1e9
+    for stage in range(run.num_stages):
+        contender = _contender(run, stage, args, device)
+        for _ in range(3):
+            contender.step()
+        del contender
+    after = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else high_water_mark()
+    return after - before
+
+
 def print_result(result: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"training step, {result['device']}, {result['threads']} threads", title_justify="left")
-    for column in ("", "tokens/s", "ms per step", "tokens/s over the first"):
-        table.add_column(column, justify="left" if not column else "right")
+    """The tables of `run`'s result."""
+    table = _table(
+        f"training step, {result['device']}, {result['threads']} threads",
+        ("", "tokens/s", "ms per step", "tokens/s over the first", "TFLOP/s", "of the peak"),
+    )
     for row in result["rows"]:
+        mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
         table.add_row(
-            row["name"], f"{row['tokens_per_second']:,.0f}", f"{row['milliseconds']:.0f}", f"{row['ratio']:.2f}"
-        )
+            row["name"], f"{row['tokens_per_second']:,.0f}", f"{row['milliseconds']:.0f}", f"{row['ratio']:.2f}",
+            f"{row['tflops']:.3f}", mfu,
+        )  # fmt: skip
     console.print(table)
+    if "memory" in result:
+        table = _table("peak memory of training, GB", ("", "GB"))
+        for row in result["memory"]:
+            table.add_row(row["name"], f"{row['peak_gb']:.2f}")
+        console.print(table)
+    if "scaling" in result:
+        table = _table("the same global batch in processes of one thread each", ("", "tokens/s", "over one process"))
+        for row in result["scaling"]:
+            table.add_row(row["name"], f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}")
+        console.print(table)
+    if "sizes" in result:
+        _print_sizes(result["sizes"], console)
+
+
+def _print_sizes(rows: list[dict[str, Any]], console: Console) -> None:
+    columns = (
+        "", "parameters", "parameters, GB", "gradients", "optimiser", "activations a sequence", "checkpointed",
+        "training GFLOP a token", "paper's forward",
+    )  # fmt: skip
+    table = _table("float32, from shapes alone; the stage that needs most", columns)
+    for row in rows:
+        gigabytes = (f"{row[name]:.2f}" for name in ("weights_gb", "gradients_gb", "optimizer_gb"))
+        activations = (f"{row[name]:.3f}" for name in ("activations_gb", "checkpointed_gb"))
+        flops = (f"{row[name] / 1e9:.2f}" for name in ("training_flops", "paper_flops"))
+        table.add_row(row["name"], f"{row['parameters'] / 1e6:,.1f} M", *gigabytes, *activations, *flops)
+    console.print(table)
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if not column else "right")
+    return table

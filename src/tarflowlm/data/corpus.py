@@ -1,5 +1,7 @@
 """Prepared corpora: a text as hash-checked token shards, split into train, valid and test."""
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -46,6 +48,12 @@ class Corpus:
     def num_characters(self, name: str) -> int:
         """Characters of the normalised text of a split."""
         return self.meta.splits[self._checked(name)].characters
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over those of all shards: equal for equal tokens in equal splits."""
+        hashes = [[shard.sha256 for shard in self.meta.splits[split].shards] for split in SPLITS]
+        return hashlib.sha256(json.dumps(hashes).encode("ascii")).hexdigest()
 
     def check_source(self) -> None:
         """UserError where a source file changed since; one that is gone is fine, the shards stand alone."""

@@ -50,12 +50,14 @@ def evaluate(
     samples: int = 1,
     seed: int = 0,
     batch: int | None = None,
+    bound: Callable[..., Tensor] = importance_weighted_bound,
     progress: Callable[[int, int], None] | None = None,
 ) -> Likelihood:
     """Bound over `windows` [N, T] of token ids, each with a fresh context.
 
     With `samples` K = 1 this is the ELBO (docs/math.md, eq. 3), with K > 1 the importance-weighted bound (eq. 13).
-    `characters_per_token` [V] turns nats per token into bits per character. Same seed, same result.
+    `characters_per_token` [V] turns nats per token into bits per character. Same seed, same result. `bound` may give
+    the values of a batch in another way, such as over several processes.
     """
     if samples < 1:
         raise UserError(f"samples {samples}: must be at least 1")
@@ -67,8 +69,8 @@ def evaluate(
     nats = []
     for start in range(0, len(windows), batch):
         tokens = windows[start : start + batch].to(device)
-        bound = importance_weighted_bound(model, tokens, samples=1 if exact else samples, generator=generator)
-        nats.append(bound.cpu().double())
+        values = bound(model, tokens, samples=1 if exact else samples, generator=generator)
+        nats.append(values.cpu().double())
         if progress is not None:
             progress(min(start + batch, len(windows)), len(windows))
     per_window = torch.cat(nats)

@@ -220,7 +220,7 @@ class Mix1Coupling(ChannelCoupling):
         variance = (1.0 - means.square().mean()).clamp_min((1.0 / components) ** 2)
         with torch.no_grad():
             self.head.biases[1].copy_(means.float().expand(channels, -1))
-            self.head.biases[2].fill_(0.5 * float(variance.log()))
+            self.head.biases[2].fill_(0.5 * variance.log())
 
     @torch.no_grad()
     def start_from(self, codebook: Codebook) -> None:

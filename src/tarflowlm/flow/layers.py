@@ -55,12 +55,12 @@ class ChannelMix(Bijection):
 
     def __init__(self, num_channels: int, times: int = 1) -> None:
         super().__init__()
-        order = torch.arange(num_channels)
+        order = list(range(num_channels))
         for _ in range(times):
-            order = torch.cat((order[0::2], order[1::2]))
-        self.is_identity = bool((order == torch.arange(num_channels)).all())
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("undo", order.argsort(), persistent=False)
+            order = order[0::2] + order[1::2]
+        self.is_identity = order == sorted(order)
+        self.register_buffer("order", torch.tensor(order), persistent=False)
+        self.register_buffer("undo", torch.tensor(order).argsort(), persistent=False)
 
     def forward(self, z: Float[Tensor, "B T C"]) -> tuple[Float[Tensor, "B T C"], Float[Tensor, " B"]]:
         return (z if self.is_identity else z[..., self.order]), zero_log_det(z)

@@ -11,4 +11,5 @@ def widen(x: Tensor) -> Tensor:
 
 def full_precision(like: Tensor) -> torch.autocast:
     """A context that turns autocast off on the device of `like`: couplings, densities, log-dets and inverses."""
-    return torch.autocast(like.device.type, enabled=False)
+    # autocast knows no meta tensors
+    return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)

@@ -85,9 +85,17 @@ class TrainConfig:
     stall_tolerance: float = 0.002
     """With `stall`: nats per token that count as an improvement."""
     batch_size: int = 8
-    """Sequences per optimiser step."""
+    """Sequences per optimiser step, over all processes and accumulation steps."""
+    accumulate: int = 1
+    """Parts of a process's share of the batch that pass through the model one after another."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products; densities, log-dets and inverses are float32 always."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: whole models whose gradients are averaged, or one model cut into shards."""
+    checkpoint_activations: bool = False
+    """Keep the inputs of a Transformer layer alone and compute the layer again in the backward pass."""
+    compile: bool = False
+    """Compile the loss with torch.compile (needs a compiler)."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 500
@@ -98,15 +106,29 @@ class TrainConfig:
     """Evenly spaced sequences of the test split looked at in the end; 0 is all of it."""
     checkpoint_every: int = 500
     """Steps between checkpoints; every stage ends with one."""
+    keep_last: int = 2
+    """States to resume from that are kept, besides the weights of the best validation bound."""
+    max_skipped: int = 3
+    """Steps in a row that are left out because loss or gradient is not finite; one more stops the run."""
+    spike_sigma: float = 6.0
+    """Standard deviations above its running mean from which on a loss is recorded as a spike."""
     track: tuple[TrackerName, ...] = ()
     """Where the lines of metrics.jsonl go as well: tensorboard, wandb (extra `track`)."""
 
     def __post_init__(self) -> None:
         if not self.stage_steps or min(self.stage_steps) < 1:
             raise UserError(f"train.stage_steps {self.stage_steps}: every stage needs at least 1 step")
-        for name in ("batch_size", "log_every", "evaluate_every", "evaluate_windows", "checkpoint_every"):
+        positive = (
+            "batch_size", "accumulate", "log_every", "evaluate_every", "evaluate_windows", "checkpoint_every",
+            "keep_last",
+        )  # fmt: skip
+        for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} {getattr(self, name)}: must be at least 1")
+        if self.max_skipped < 0:
+            raise UserError(f"train.max_skipped {self.max_skipped}: must be at least 0")
+        if not self.spike_sigma > 0:
+            raise UserError(f"train.spike_sigma {self.spike_sigma}: must be above 0")
         if self.test_windows < 0:
             raise UserError(f"train.test_windows {self.test_windows}: must be at least 0, which is all of them")
 

@@ -9,15 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflowlm.baseline import TokenLM
-from tarflowlm.checkpoint import Model
 from tarflowlm.data import WindowSampler
-from tarflowlm.evaluation.likelihood import Likelihood, evaluate
-from tarflowlm.model import TarFlowLM
-from tarflowlm.objective import elbo, negative_bound
+from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.training.config import RunConfig
+from tarflowlm.training.guards import Guard, RunningLoss, in_words, skipped_record
 from tarflowlm.training.metrics import MetricsLog
 from tarflowlm.training.optim import schedule, set_learning_rate
+from tarflowlm.training.parallel import Engine
+from tarflowlm.training.step import optimizer_step
+
+
+@dataclass
+class Window:
+    """Steps since the last line of the log."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -25,20 +34,34 @@ class Counters:
     """Where a run stands. All of it is saved, so that a resumed run goes on as if it had never stopped."""
 
     step: int = 0
-    """Optimiser steps of all stages."""
+    """Optimiser steps of all stages, those that were skipped included."""
     tokens: int = 0
     stage: int = 0
     stage_step: int = 0
     """Steps of the current stage."""
+    due: bool = False
+    """An evaluation comes before the next step: checkpoints are made before evaluations."""
     best: float = math.inf
-    """Best validation bound of the stage, in nats per token."""
+    """Validation bound of the stage at its last improvement of `stall_tolerance`, in nats per token."""
+    lowest: float = math.inf
+    """Lowest validation bound of the stage: that of best/."""
     stalled: int = 0
-    """Evaluations since it improved."""
+    """Evaluations since `best`."""
+    skipped: int = 0
+    """Steps in a row that were skipped."""
     seconds: list[float] = field(default_factory=list)
     """Training time of every stage."""
     stage_tokens: list[int] = field(default_factory=list)
     valid_bpc: list[float] = field(default_factory=list)
     """Validation bound at the end of every finished stage, bits per character."""
+    window: Window = field(default_factory=Window)
+    running: RunningLoss = field(default_factory=RunningLoss)
+
+    @classmethod
+    def restored(cls, saved: dict[str, Any]) -> "Counters":
+        """From `dataclasses.asdict`."""
+        nested = {"window": Window(**saved["window"]), "running": RunningLoss(**saved["running"])}
+        return cls(**(saved | nested))
 
 
 @dataclass(frozen=True)
@@ -58,136 +81,165 @@ class StageContext:
     log: MetricsLog
     checkpoint: Callable[[], None]
     """Saves the run as it stands."""
+    keep_best: Callable[[Likelihood], None]
+    """Saves the weights as those of the best validation bound."""
+    stop_requested: Callable[[], str | None]
+    """By what the run was asked to stop, in any of its processes."""
+    leave_if_asked: Callable[[], None]
+    """Saves the run and raises Stopped, if it was asked to stop."""
 
 
 def train_stage(
-    model: Model,
     optimizers: list[torch.optim.Optimizer],
     context: StageContext,
     counters: Counters,
     *,
-    frozen: int,
+    engine: Engine,
 ) -> Likelihood:
     """Optimiser steps until the stage's budget is used up, or its validation bound stalls; returns that bound.
 
-    The first `frozen` blocks are evaluated without a graph. Raises FloatingPointError, naming block and term, when
-    the loss is no longer finite.
+    `engine` has the model, with the blocks below the stage frozen. Raises FloatingPointError, naming terms and
+    parameters, when the loss or gradient of too many steps in a row is not finite, and Stopped when asked to stop.
     """
     config = context.run.train
     num_steps = config.stage_steps[counters.stage]
-    averages = _Averages(context)
+    steps = _StepLog(context, counters)
     while True:
-        lr = context.run.optim.lr * schedule(context.run.optim, counters.stage_step, num_steps)
-        tokens = context.sampler.next().to(context.device)
-        set_learning_rate(optimizers, lr)
-        loss, norm = optimizer_step(
-            model, optimizers, context.run, tokens, frozen=frozen, generator=context.generator
-        )
-        counters.step += 1
-        counters.stage_step += 1
-        counters.tokens += tokens.numel()
-        counters.stage_tokens[counters.stage] += tokens.numel()
-        context.log.reporter.step(tokens.numel())
-        averages.add(loss, norm, tokens.numel())
-        last = counters.stage_step == num_steps
-        look = last or counters.step % config.evaluate_every == 0
-        save = counters.step % config.checkpoint_every == 0
-        if look or save or counters.step % config.log_every == 0:
-            counters.seconds[counters.stage] += averages.flush(model, tokens, counters, lr)
-        # The checkpoint comes after all else that belongs to its step, so that a resumed run leaves nothing out
-        # and repeats nothing; the caller saves the end of a stage.
-        if look:
-            result = validate(model, context, counters)
-            if last or (config.advance == "stall" and counters.stalled >= config.stall_evaluations):
+        # checkpoints are made before this: a kill in a long evaluation loses nothing, a resumed run begins with it
+        if counters.due:
+            result = validate(engine, context, counters)
+            stalled = config.advance == "stall" and counters.stalled >= config.stall_evaluations
+            if counters.stage_step == num_steps or stalled:
                 return result
+            steps.restart()
+        lr = context.run.optim.lr * schedule(context.run.optim, counters.stage_step, num_steps)
+        set_learning_rate(optimizers, lr)
+        _step(engine, optimizers, context, counters, steps)
+        last = counters.stage_step == num_steps
+        counters.due = last or counters.step % config.evaluate_every == 0
+        asked = context.stop_requested() is not None
+        save = last or asked or counters.step % config.checkpoint_every == 0
+        line = counters.due or counters.step % config.log_every == 0
+        if line or save:
+            steps.read()
+        if line:
+            steps.write_line(lr)
         if save:
             context.checkpoint()
-        if look or save:
-            averages.restart()
+            steps.restart()
+        if asked:
+            context.leave_if_asked()
 
 
-def optimizer_step(
-    model: Model,
+def _step(
+    engine: Engine,
     optimizers: list[torch.optim.Optimizer],
-    run: RunConfig,
-    tokens: Tensor,
-    *,
-    frozen: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """One step on a batch [B, T]: loss in nats per token and gradient norm, both left on the device."""
-    half = run.train.precision == "bfloat16"
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half):
-        bound = negative_bound(model, tokens, generator=generator, frozen=frozen, equal_cotangents=True)
-        loss = bound.mean() / tokens.shape[1]
-    loss.backward()
-    trained = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(trained, run.optim.grad_clip)
-    # a gradient that is not finite must not spread: the report is to find where it came from
-    broken = ~torch.isfinite(norm)
-    for p in trained:
-        assert p.grad is not None
-        p.grad.masked_fill_(broken, 0.0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return loss.detach(), norm
+    context: StageContext,
+    counters: Counters,
+    steps: "_StepLog",
+) -> None:
+    """One step on the next batch, counted; one that must not be taken is recorded, too many of them are an error."""
+    tokens = context.sampler.next().to(context.device)
+    before = context.generator.get_state()
+    guard = Guard()
+    loss, norm = optimizer_step(engine, optimizers, tokens, generator=context.generator, guard=guard)
+    num_tokens = tokens.numel() * engine.processes.world
+    counters.step += 1
+    counters.stage_step += 1
+    counters.tokens += num_tokens
+    counters.stage_tokens[counters.stage] += num_tokens
+    context.log.reporter.step(num_tokens)
+    steps.count(num_tokens)
+    if guard.broken is None:
+        counters.skipped = 0
+        steps.add(loss, norm)
+        return
+    counters.skipped += 1
+    noise = torch.Generator(device=context.device)
+    noise.set_state(before)
+    everyones = engine.processes.gather(tokens)
+    told = skipped_record(engine.whole(), everyones, noise, guard.broken, loss)
+    record = {"split": "skipped", **_place(counters)} | told
+    context.log.write(record)
+    if counters.skipped > context.run.train.max_skipped:
+        raise FloatingPointError(
+            f"{in_words(record)}; {counters.skipped} in a row: lower optim.lr or optim.grad_clip in a new run; "
+            f"the checkpoints before are kept"
+        )
+    context.log.reporter.notice(f"skipped: {in_words(record)}")
 
 
-class _Averages:
-    """Sums over the steps since the last line of the log; reads the device once per line."""
+def _place(counters: Counters) -> dict[str, int]:
+    """Where a line of the log belongs."""
+    return {"step": counters.step, "tokens": counters.tokens, "block": counters.stage + 1}
 
-    def __init__(self, context: StageContext) -> None:
-        self.context = context
-        self._reset()
 
-    def _reset(self) -> None:
-        self.loss: Tensor | float = 0.0
-        self.norm: Tensor | float = 0.0
-        self.steps = self.tokens = 0
-        self.elapsed, self.start = 0.0, time.perf_counter()
+class _StepLog:
+    """Losses and norms on their way to the log; the device is read once per line or checkpoint."""
+
+    def __init__(self, context: StageContext, counters: Counters) -> None:
+        self.context, self.counters = context, counters
+        self.unread: list[tuple[int, Tensor]] = []
+        self.start = time.perf_counter()
 
     def restart(self) -> None:
         """Time spent since the last step was not training."""
         self.start = time.perf_counter()
 
-    def add(self, loss: Tensor, norm: Tensor, tokens: int) -> None:
-        self.loss, self.norm = self.loss + loss, self.norm + norm
-        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
-        now = time.perf_counter()
-        self.elapsed, self.start = self.elapsed + now - self.start, now
+    def count(self, tokens: int) -> None:
+        self.counters.window.tokens += tokens
 
-    def flush(self, model: Model, tokens: Tensor, counters: Counters, lr: float) -> float:
-        """Write the line; returns the seconds of training it covers."""
-        nats, norm, seconds = float(self.loss) / self.steps, float(self.norm) / self.steps, self.elapsed
-        if not math.isfinite(nats) or not math.isfinite(norm):
-            raise FloatingPointError(non_finite_report(model, tokens, counters.step))
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        self.unread.append((self.counters.step, torch.stack((loss, norm))))
+
+    def read(self) -> None:
+        """Move what is unread to the counters, and record the losses that jumped."""
+        counters, window = self.counters, self.counters.window
+        values = torch.stack([pair for _, pair in self.unread]).tolist() if self.unread else []
+        for (step, _), (loss, norm) in zip(self.unread, values, strict=True):
+            window.losses.append(loss)
+            window.norms.append(norm)
+            mean, sigmas = counters.running.mean, counters.running.take_in(loss)
+            if sigmas > self.context.run.train.spike_sigma:
+                figures = {"nats_per_token": loss, "mean": mean, "sigmas": sigmas, "grad_norm": norm}
+                self.context.log.write({"split": "spike", "step": step, "block": counters.stage + 1, **figures})
+        self.unread = []
+        now = time.perf_counter()
+        window.seconds += now - self.start
+        counters.seconds[counters.stage] += now - self.start
+        self.start = now
+
+    def write_line(self, lr: float) -> None:
+        window, self.counters.window = self.counters.window, Window()
+        if not window.losses:
+            return  # every step was skipped
+        nats = sum(window.losses) / len(window.losses)
         self.context.log.write(
             {
                 "split": "train",
-                "step": counters.step,
-                "tokens": counters.tokens,
-                "block": counters.stage + 1,
+                **_place(self.counters),
                 "nats_per_token": nats,
                 "bpc": nats / math.log(2) / self.context.characters_ratio,
                 "lr": lr,
-                "grad_norm": norm,
-                "tokens_per_second": self.tokens / max(seconds, 1e-9),
+                "grad_norm": sum(window.norms) / len(window.norms),
+                "grad_norm_max": max(window.norms),
+                "tokens_per_second": window.tokens / max(window.seconds, 1e-9),
             }
         )
-        self._reset()
-        return seconds
 
 
-def validate(model: Model, context: StageContext, counters: Counters) -> Likelihood:
-    """Evaluate on the validation windows, log it, and count the evaluations without an improvement."""
-    result = validation_bound(model, context)
+def validate(engine: Engine, context: StageContext, counters: Counters) -> Likelihood:
+    """Evaluate on the validation windows, log it, keep the best, and count what did not improve enough."""
+    engine.model.eval()
+    # the same noise at every call
+    result = engine.evaluate(
+        context.valid, context.characters_per_token, progress=lambda *_: context.leave_if_asked()
+    )
+    engine.model.train()
     context.log.write(
         {
             "split": "valid",
-            "step": counters.step,
-            "tokens": counters.tokens,
-            "block": counters.stage + 1,
+            **_place(counters),
             "nats_per_token": result.nats_per_token,
             "bpc": result.bpc,
             "stderr": result.stderr,
@@ -197,30 +249,8 @@ def validate(model: Model, context: StageContext, counters: Counters) -> Likelih
         counters.best, counters.stalled = result.nats_per_token, 0
     else:
         counters.stalled += 1
+    if result.nats_per_token < counters.lowest:
+        counters.lowest = result.nats_per_token
+        context.keep_best(result)
+    counters.due = False
     return result
-
-
-def validation_bound(model: Model, context: StageContext) -> Likelihood:
-    """The bound on the validation windows; the same noise at every call."""
-    model.eval()
-    result = evaluate(model, context.valid, context.characters_per_token)
-    model.train()
-    return result
-
-
-@torch.no_grad()
-def non_finite_report(model: Model, tokens: Tensor, step: int) -> str:
-    """One line that names the block, the term and the parameters that are no longer finite."""
-    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    terms: dict[str, Any] = {}
-    if isinstance(model, TokenLM):
-        terms = {"log_prob": model.log_prob(tokens)}
-    elif isinstance(model, TarFlowLM):
-        parts = elbo(model, tokens)
-        terms = {"reconstruction": parts.reconstruction, "log_q": parts.log_q, "base": parts.base}
-        terms |= {f"log-det of block {i + 1}": value for i, value in enumerate(parts.log_dets)}
-    broken = [name for name, value in terms.items() if not torch.isfinite(value).all()]
-    return (
-        f"the loss or gradient is not finite at step {step}: terms {', '.join(broken) or 'all finite now'}; "
-        f"parameters {', '.join(bad[:5]) or 'all finite'}; lower optim.lr, or resume from the last checkpoint"
-    )

@@ -1,10 +1,10 @@
 """metrics.jsonl, one object a line, and the reporter through which a front end follows a run."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from tarflowlm.files import replacing
 from tarflowlm.training.tracking import Sinks
 
 METRICS = "metrics.jsonl"
@@ -32,23 +32,13 @@ class MetricsLog:
     def __init__(
         self, directory: Path, reporter: Reporter, *, resume_at: int | None = None, sinks: Sinks | None = None
     ) -> None:
+        """`resume_at`: the `position` at the checkpoint that is resumed; what was written after it is dropped."""
         self.path, self.reporter, self.sinks = directory / METRICS, reporter, sinks
         if resume_at is not None and self.path.exists():
-            self._drop_after(resume_at)
+            # a machine that lost power may have lost a part of what came before, too
+            kept = self.path.read_bytes()[:resume_at]
+            os.truncate(self.path, kept.rfind(b"\n") + 1)
         self._file = self.path.open("a", encoding="utf-8")
-
-    def _drop_after(self, step: int) -> None:
-        """Forget lines written after the checkpoint that is resumed, and a last line cut short by a kill."""
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if record["step"] <= step:
-                kept.append(line + "\n")
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
@@ -57,7 +47,28 @@ class MetricsLog:
         if self.sinks is not None:
             self.sinks.record(record)
 
+    def position(self) -> int:
+        """Bytes written so far, and now safe on disk."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
     def close(self) -> None:
         self._file.close()
         if self.sinks is not None:
             self.sinks.close()
+
+
+class NoLog(MetricsLog):
+    """For the processes that do not write."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.reporter.record(record)
+
+    def position(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from tarflowlm.training.config import OptimConfig
+from tarflowlm.training.muon import muon_optimizer
 
 
 def schedule(config: OptimConfig, step: int, num_steps: int) -> float:
@@ -59,7 +60,7 @@ def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if muon:
         optimizers.append(
-            torch.optim.Muon(
+            muon_optimizer(
                 [{"params": muon, "lr_scale": 1.0}],
                 lr=config.lr,
                 weight_decay=config.weight_decay,

@@ -3,23 +3,40 @@
 import math
 import platform
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tarflowlm.checkpoint import Model, build_model, read_run, save_weights, write_run
+from tarflowlm.checkpoint import (
+    BEST,
+    TOKENIZER,
+    Model,
+    build_model,
+    read_run,
+    save_weights,
+    weights_problem,
+    write_run,
+)
 from tarflowlm.data import SOURCE_NAMES, Corpus, WindowSampler, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import evaluate
-from tarflowlm.files import write_json
+from tarflowlm.evaluation.likelihood import Likelihood
+from tarflowlm.files import remove_leftovers, write_json
 from tarflowlm.model import FlowConfig, TarFlowLM, seeded
 from tarflowlm.training.config import RunConfig
+from tarflowlm.training.disk import told_when_full
+from tarflowlm.training.distributed import ALONE, Processes
+from tarflowlm.training.guards import NAMED, RunningLoss
+from tarflowlm.training.lock import LOCK, locked
 from tarflowlm.training.loop import Counters, StageContext, train_stage
-from tarflowlm.training.metrics import MetricsLog, Reporter
+from tarflowlm.training.metrics import MetricsLog, NoLog, Reporter
 from tarflowlm.training.optim import build_optimizers
-from tarflowlm.training.state import load_state, newest_state, read_counters, save_state
+from tarflowlm.training.parallel import Engine, whole_weights
+from tarflowlm.training.signals import Stopped, StopRequests, no_stop_requests
+from tarflowlm.training.state import load_state, newest_state, read_counters, remove_partial, save_state
 from tarflowlm.training.tracking import Sinks, check_installed
 
 SUMMARY = "summary.json"
@@ -31,42 +48,84 @@ def train(
     *,
     device: torch.device,
     reporter: Reporter | None = None,
+    processes: Processes = ALONE,
+    stop_requests: StopRequests = no_stop_requests,
 ) -> dict[str, Any]:
     """Train `run` into the new directory `out` and return its summary (also written to summary.json).
 
-    Raises UserError, before anything is written, when `out` exists and is not empty.
+    With several `processes` all of them call this, and the first one writes.
+
+    Raises UserError, before anything is written, when `out` exists and is not empty, and later when the disk is full;
+    Stopped, with everything saved, when `stop_requests` asks for it (`signals.stop_on_signals` for a command line);
+    FloatingPointError when the loss stays non-finite.
     """
     reporter = reporter or Reporter()
-    check_new(out)
+    if processes.first:
+        check_new(out)
     check_installed(run.train.track)
-    corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
+    with processes.first_alone():
+        corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
     if run.data.source not in SOURCE_NAMES:
         # the run directory is used from other folders too
         run = replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
     run = replace(run, model=replace(run.model, vocab_size=_checked_vocab_size(run, corpus)))
     _check_lengths(run, corpus)
-    parts = _Run(run, out, corpus, device, reporter)
-    out.mkdir(parents=True, exist_ok=True)
-    write_run(out, run, corpus.tokenizer)
-    return parts.go(Counters())
+    parts = _Run(run, out, corpus, device, reporter, processes)
+    if processes.first:
+        out.mkdir(parents=True, exist_ok=True)
+    with told_when_full(out), locked(out) if processes.first else nullcontext():
+        if processes.first:
+            check_new(out)
+            write_run(out, run, corpus.tokenizer)
+        with stop_requests() as parts.stop_signal:
+            return parts.go()
 
 
-def resume(out: Path, *, device: torch.device, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Continue a stopped run from its newest complete state, to the same weights as if it had never stopped."""
+def resume(
+    out: Path,
+    *,
+    device: torch.device,
+    reporter: Reporter | None = None,
+    processes: Processes = ALONE,
+    stop_requests: StopRequests = no_stop_requests,
+) -> dict[str, Any]:
+    """Continue a stopped run from its newest whole state, to the same weights as if it had never stopped.
+
+    The number of processes may be another than before. Weights that are damaged are written again from the state,
+    those of a finished run as well. Raises as `train`.
+    """
     reporter = reporter or Reporter()
     run = read_run(out)
-    if (out / SUMMARY).exists():
+    with told_when_full(out), locked(out) if processes.first else nullcontext():
+        state, damaged = processes.from_first(_prepared(out, reporter) if processes.first else (out, None))
+        saved = read_counters(state)
+        with processes.first_alone():
+            corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
+        if corpus.fingerprint != saved["corpus"]:
+            raise UserError(f"{run.data.source} is not the text that {out} was trained on: bring that back to resume")
+        if damaged is not None:
+            reporter.notice(f"{damaged}: written again from {state.name}")
+        reporter.notice(f"resuming {out} at step {saved['step']}")
+        parts = _Run(run, out, corpus, device, reporter, processes)
+        with stop_requests() as parts.stop_signal:
+            return parts.go(state, weights=damaged is not None)
+
+
+def _prepared(out: Path, reporter: Reporter) -> tuple[Path, str | None]:
+    """The state to resume, and what is wrong with the weights; what a kill left in part is removed."""
+    damaged = weights_problem(out)
+    if (out / SUMMARY).exists() and damaged is None:
         raise UserError(f"{out} is finished: there is nothing to resume; train anew with another --out")
-    state = newest_state(out)
-    corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
-    saved = read_counters(state)
-    reporter.notice(f"resuming {out} at step {saved['counters']['step']}")
-    return _Run(run, out, corpus, device, reporter).go(Counters(**saved["counters"]), state, saved["sampler"])
+    state = newest_state(out, reporter.notice)
+    remove_partial(out)
+    for folder in (out, out / BEST):
+        remove_leftovers(folder)
+    return state, damaged
 
 
 def check_new(out: Path) -> None:
     """UserError unless `out` is free to be written."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise UserError(f"{out} exists already: choose another --out, or continue it with `train --resume {out}`")
 
 
@@ -75,6 +134,10 @@ def freeze_below(model: Model, stage: int) -> None:
     if stage > 0 and isinstance(model, TarFlowLM):
         model.requires_grad_(False)
         model.prior.blocks[stage].requires_grad_(True)
+    for parameter in model.parameters():
+        if not parameter.numel():
+            # what a head has for earlier channels where there are none: no gradient would ever arrive
+            parameter.requires_grad_(False)
 
 
 def _checked_vocab_size(run: RunConfig, corpus: Corpus) -> int:
@@ -104,17 +167,27 @@ class _Run:
         corpus: Corpus,
         device: torch.device,
         reporter: Reporter,
+        processes: Processes,
     ) -> None:
         self.run, self.out, self.corpus, self.device, self.reporter = run, out, corpus, device, reporter
+        self.processes = processes
         self.sampler = WindowSampler(
-            corpus.split("train"), window=run.model.context, batch=run.train.batch_size, seed=run.seed
+            corpus.split("train"),
+            window=run.model.context,
+            batch=processes.rows_each(run.train.batch_size, run.train.accumulate),
+            seed=run.seed,
+            rank=processes.rank,
+            world=processes.world,
         )
         self.characters_per_token = torch.from_numpy(corpus.tokenizer.characters_per_token)
         self.generator = torch.Generator(device=device).manual_seed(run.seed)
         self.progressive = run.num_stages > 1
         self.model = self._initial_model()
+        self.engine: Engine | None = None
         self.optimizers: list[torch.optim.Optimizer] = []
         self.counters = Counters()
+        self.saved_step: int | None = None
+        self.stop_signal: Callable[[], str | None] = lambda: None
 
     def _initial_model(self) -> Model:
         """Block 1 alone where the run is progressive; everything otherwise."""
@@ -123,18 +196,44 @@ class _Run:
             with seeded(self.run.seed):
                 model = TarFlowLM(config.first_blocks(1))
             model.config = config
-            return model.to(self.device)
+            return model
         with seeded(self.run.seed):
-            return build_model(config).to(self.device)
+            return build_model(config)
 
-    def go(
-        self, counters: Counters, state: Path | None = None, sampler: dict[str, int] | None = None
-    ) -> dict[str, Any]:
-        self.counters = counters
-        resume_at = counters.step if state else None
-        sinks = Sinks(self.run, self.out, self.reporter.notice, resume_at=resume_at)
-        log = MetricsLog(self.out, self.reporter, resume_at=resume_at, sinks=sinks)
-        context = StageContext(
+    def go(self, state: Path | None = None, *, weights: bool = False) -> dict[str, Any]:
+        """All stages from the first step, or from a state; `weights` has the weights written from that at once."""
+        saved = None if state is None else read_counters(state)
+        if saved is not None:
+            self.counters, self.saved_step = Counters.restored(saved["counters"]), saved["step"]
+        counters, start = self.counters, time.perf_counter()
+        self._enter(min(counters.stage, self.run.num_stages - 1))
+        if state is not None and saved is not None:
+            load_state(state, self.model, self.optimizers, self.generator, processes=self.processes)
+            self.sampler.load_state_dict(saved["sampler"])
+        if weights:
+            self._save_weights(self.out)
+        self.log = self._open_log(saved)
+        try:
+            context = self._context()
+            while counters.stage < self.run.num_stages:
+                self._announce(counters.stage)
+                end = train_stage(self.optimizers, context, counters, engine=self._engine())
+                counters.valid_bpc.append(end.bpc)
+                self._leave_stage()
+            return self._finish(time.perf_counter() - start)
+        finally:
+            self.log.close()
+
+    def _open_log(self, saved: dict[str, Any] | None) -> MetricsLog:
+        """From the checkpoint on, where there is one."""
+        if not self.processes.first:
+            return NoLog(self.reporter)
+        step, position = (saved["step"], saved["metrics"]) if saved else (None, None)
+        sinks = Sinks(self.run, self.out, self.reporter.notice, resume_at=step)
+        return MetricsLog(self.out, self.reporter, resume_at=position, sinks=sinks)
+
+    def _context(self) -> StageContext:
+        return StageContext(
             run=self.run,
             sampler=self.sampler,
             valid=eval_windows(self.corpus.split("valid"), self.run.model.context, self.run.train.evaluate_windows),
@@ -142,47 +241,50 @@ class _Run:
             characters_ratio=self.corpus.num_characters("train") / self.corpus.num_tokens("train"),
             generator=self.generator,
             device=self.device,
-            log=log,
+            log=self.log,
             checkpoint=self.save,
+            keep_best=self._keep_best,
+            stop_requested=self._stop_requested,
+            leave_if_asked=self._leave_if_asked,
         )
-        start = time.perf_counter()
-        try:
-            self._enter(min(counters.stage, self.run.num_stages - 1))
-            if state is not None and sampler is not None:
-                load_state(state, self.model, self.optimizers, self.generator)
-                self.sampler.load_state_dict(sampler)
-            while counters.stage < self.run.num_stages:
-                self._announce(counters.stage)
-                end = train_stage(self.model, self.optimizers, context, counters, frozen=counters.stage)
-                counters.valid_bpc.append(end.bpc)
-                self._leave_stage()
-            return self._finish(time.perf_counter() - start)
-        finally:
-            log.close()
 
     def _enter(self, stage: int) -> None:
         """Grow the model to `stage` + 1 blocks, freeze all but the last, and build fresh optimisers."""
-        if self.progressive and isinstance(self.model, TarFlowLM):
-            while self.model.num_blocks < stage + 1:
-                with seeded(self.run.seed + 1000 * self.model.num_blocks):
-                    self.model.append_block()
-                self.optimizers = []
+        if self.progressive and isinstance(self.model, TarFlowLM) and self.model.num_blocks < stage + 1:
+            model = self.engine.whole() if self.engine is not None else self.model
+            assert isinstance(model, TarFlowLM)
+            while model.num_blocks < stage + 1:
+                with seeded(self.run.seed + 1000 * model.num_blocks):
+                    model.append_block()
+            self.model, self.engine = model, None
+        if self.engine is None:
+            if self.processes.world == 1 or self.run.train.parallel == "ddp":
+                # shards move to the device one by one: the whole model need not fit there
+                self.model.to(self.device)
             freeze_below(self.model, stage)
-        if not self.optimizers:
+            self.engine = Engine(self.model, self.run, self.processes, frozen=stage)
             self.optimizers = build_optimizers(self.run.optim, self.model)
         if len(self.counters.seconds) < stage + 1:
             self.counters.seconds.append(0.0)
             self.counters.stage_tokens.append(0)
 
+    def _engine(self) -> Engine:
+        assert self.engine is not None, "no stage was entered yet"
+        return self.engine
+
     def _leave_stage(self) -> None:
-        """Save the end of a stage: weights without the next block, and a state that goes on with it."""
+        """On to the next stage. The end of this one is saved already, unless it came early."""
         counters = self.counters
         counters.stage, counters.stage_step = counters.stage + 1, 0
-        counters.best, counters.stalled = math.inf, 0
-        self._save_weights()
+        counters.best = counters.lowest = math.inf
+        counters.stalled, counters.running = 0, RunningLoss()
+        unsaved = self.saved_step != counters.step
+        if unsaved:
+            self._save_weights(self.out)  # without the next block
         if counters.stage < self.run.num_stages:
             self._enter(counters.stage)
-        self._save_state()
+        if unsaved:
+            self._save_state()
 
     def _announce(self, stage: int) -> None:
         steps, done = self.run.train.stage_steps[stage], self.counters.stage_step
@@ -196,27 +298,70 @@ class _Run:
 
     def save(self) -> None:
         """Weights first, so that the directory loads; then the state to resume from."""
-        self._save_weights()
-        self._save_state()
+        if self.saved_step != self.counters.step:
+            self._save_weights(self.out)
+            self._save_state()
 
-    def _save_weights(self) -> None:
+    def _save_weights(self, directory: Path, **more: str) -> None:
+        weights = whole_weights(self.model, keep=self.processes.first)
+        broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+        if broken := self.processes.from_first(broken):
+            raise FloatingPointError(
+                f"parameters {', '.join(broken[:NAMED])} are not finite at step {self.counters.step}: lower optim.lr "
+                f"in a new run; the checkpoints before are kept"
+            )
         blocks = self.model.num_blocks if isinstance(self.model, TarFlowLM) else 0
         info = {"step": str(self.counters.step), "tokens": str(self.counters.tokens), "blocks": str(blocks)}
-        save_weights(self.out, self.model, info)
+        if self.processes.first:
+            save_weights(directory, weights, info | more)
 
     def _save_state(self) -> None:
         saved = {
             "step": self.counters.step,
             "counters": asdict(self.counters),
             "sampler": self.sampler.state_dict(),
+            "corpus": self.corpus.fingerprint,
+            "metrics": self.log.position(),
         }
-        save_state(self.out, self.model, self.optimizers, self.generator, saved)
+        save_state(
+            self.out,
+            self.model,
+            self.optimizers,
+            self.generator,
+            saved,
+            keep=self.run.train.keep_last,
+            processes=self.processes,
+        )
+        self.saved_step = self.counters.step
+
+    def _keep_best(self, result: Likelihood) -> None:
+        """The weights as a directory that every command takes."""
+        best = self.out / BEST
+        if self.processes.first:
+            best.mkdir(exist_ok=True)
+            if not (best / TOKENIZER).exists():
+                write_run(best, self.run, self.corpus.tokenizer)
+        self._save_weights(best, nats_per_token=repr(result.nats_per_token))
+
+    def _stop_requested(self) -> str | None:
+        """By what this process or another one was asked to stop; all of them look at the same instants."""
+        asked = self.stop_signal()
+        return (asked or "a signal to another process") if self.processes.any(asked is not None) else None
+
+    def _leave_if_asked(self) -> None:
+        asked = self._stop_requested()
+        if asked is not None:
+            self.save()
+            raise Stopped(
+                f"stopped by {asked} and saved at step {self.counters.step}; go on with "
+                f"`tarflowlm train --resume {self.out}`"
+            )
 
     def _finish(self, wall: float) -> dict[str, Any]:
         self.model.eval()
         windows = eval_windows(self.corpus.split("test"), self.run.model.context, self.run.train.test_windows or None)
         self.reporter.notice(f"evaluating {len(windows):,} windows of the test split")
-        test = evaluate(self.model, windows, self.characters_per_token)
+        test = self._engine().evaluate(windows, self.characters_per_token, progress=lambda *_: self._leave_if_asked())
         counters = self.counters
         summary = {
             "preset": self.run.name,
@@ -234,8 +379,10 @@ class _Run:
             "source": self.run.data.source,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            "processes": self.processes.world,
             "device": str(self.device),
             "machine": platform.machine(),
         }
-        write_json(self.out / SUMMARY, summary)
+        if self.processes.first:
+            write_json(self.out / SUMMARY, summary)
         return summary

@@ -1,12 +1,12 @@
 """What `train --resume` needs beyond the weights: optimisers, counters, random states. Trusted data.
 
-state/step-NNNNNNNN/ is written by PyTorch's distributed checkpoint under a temporary name and renamed when complete;
-the newest complete one is resumed.
+state/step-NNNNNNNN/ is written by PyTorch's distributed checkpoint under a temporary name, with a manifest.json, and
+renamed when complete; the newest whole one is resumed.
 """
 
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from tarflowlm.checkpoint import COUNTERS, STATE
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json, sync_file, sync_folder, write_json
-
-STATE, COUNTERS = "state", "counters.json"
+from tarflowlm.manifest import is_whole, write_manifest
+from tarflowlm.training.distributed import ALONE, Processes
 
 
 def save_state(
@@ -32,28 +33,45 @@ def save_state(
     counters: dict[str, Any],
     *,
     keep: int = 2,
+    processes: Processes = ALONE,
 ) -> None:
-    """Write state/step-N for N = counters["step"]; the `keep` newest are kept."""
+    """Write state/step-N for N = counters["step"]; the `keep` newest are kept.
+
+    All processes take part and write their shards into one folder, which they must share; the first does the rest.
+    """
     root = directory / STATE
-    root.mkdir(exist_ok=True)
     target = root / f"step-{counters['step']:08d}"
     temporary = root / f".{target.name}"
-    for leftover in root.glob(".step-*"):
-        shutil.rmtree(leftover)
-    if target.exists():
-        return
+    if processes.first:
+        root.mkdir(exist_ok=True)
+    processes.wait()
     model_state, optimizer_state = get_state_dict(model, optimizers)
     tensors = {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state()}
-    with _one_process():
-        save(tensors, checkpoint_id=temporary, no_dist=True)
+    try:
+        with _one_process():
+            save(tensors, checkpoint_id=temporary, no_dist=processes.world == 1)
+        if processes.first:
+            _complete(temporary, target, counters)
+    except BaseException:
+        # on a full disk it would be in the way of everything else
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if processes.first:
+        for old in sorted(root.glob("step-*"))[:-keep]:
+            # renamed first, so that a state is never there in part
+            shutil.rmtree(old.rename(root / f".{old.name}"))
+    processes.wait()
+
+
+def _complete(temporary: Path, target: Path, counters: dict[str, Any]) -> None:
+    """Counters and manifest, and the name under which it counts."""
     write_json(temporary / COUNTERS, counters)
+    write_manifest(temporary, [file.name for file in temporary.iterdir()])
     for file in temporary.iterdir():
         sync_file(file)
     sync_folder(temporary)
     temporary.rename(target)
-    sync_folder(root)
-    for old in complete_states(directory)[:-keep]:
-        shutil.rmtree(old)
+    sync_folder(target.parent)
 
 
 @contextmanager
@@ -64,16 +82,26 @@ def _one_process() -> Iterator[None]:
         yield
 
 
-def complete_states(directory: Path) -> list[Path]:
-    """Complete states of a run, oldest first."""
-    return sorted((directory / STATE).glob("step-*"))
+def remove_partial(directory: Path) -> None:
+    """Remove what a kill left of states that were being written or deleted."""
+    for partial in (directory / STATE).glob(".step-*"):
+        shutil.rmtree(partial)
 
 
-def newest_state(directory: Path) -> Path:
-    states = complete_states(directory)
-    if not states:
-        raise UserError(f"{directory} has no state to resume from: start it anew with another --out")
-    return states[-1]
+def newest_state(directory: Path, notice: Callable[[str], None]) -> Path:
+    """The newest state that is whole. Newer ones are set aside as state/damaged-step-N, which `notice` says."""
+    states = sorted((directory / STATE).glob("step-*"))
+    whole = next((state for state in reversed(states) if is_whole(state, COUNTERS)), None)
+    if whole is None:
+        rest = f"; none of {', '.join(state.name for state in states)} is whole" if states else ""
+        raise UserError(f"{directory} has no state to resume from{rest}: start it anew with another --out")
+    for state in states[states.index(whole) + 1 :]:
+        aside = state.with_name(f"damaged-{state.name}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        state.rename(aside)
+        notice(f"{state} is damaged, set aside as {aside.name}: going on from {whole.name}")
+    return whole
 
 
 def read_counters(state: Path) -> dict[str, Any]:
@@ -81,9 +109,17 @@ def read_counters(state: Path) -> dict[str, Any]:
 
 
 def load_state(
-    state: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], generator: torch.Generator
+    state: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    generator: torch.Generator,
+    *,
+    processes: Processes = ALONE,
 ) -> None:
-    """Fill model, optimisers and generator from a state directory; they must be built for the same stage."""
+    """Fill model, optimisers and generator from a state directory; they must be built for the same stage.
+
+    It may have been written by another number of processes: shards are cut anew.
+    """
     model_state, optimizer_state = get_state_dict(model, optimizers)
     tensors: dict[str, Any] = {
         "model": model_state,
@@ -92,12 +128,10 @@ def load_state(
     }
     try:
         with _one_process():
-            load(tensors, checkpoint_id=state, no_dist=True)
+            load(tensors, checkpoint_id=state, no_dist=processes.world == 1)
     except (CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{state} cannot be resumed ({first_line}): remove it to fall back to the one before"
-        ) from None
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"{state} does not fit this run ({reason}): is it of another run?") from None
     set_state_dict(
         model,
         optimizers,

@@ -36,6 +36,22 @@ def component_factors(mean: Tensor, log_std: Tensor) -> Tensor:
     return torch.cat([mean * precision, -0.5 * precision, constant], -1)
 
 
+def pull_point_factors(z: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of z from that of A, in the wide format."""
+    d = z.shape[-1]
+    return grad[:, :d] + 2.0 * z.to(grad.dtype) * grad[:, d : d + 1]
+
+
+def pull_component_factors(mean: Tensor, log_std: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of mean and log_std from that of B, in the wide format."""
+    d = mean.shape[-1]
+    mean, precision = mean.to(grad.dtype), torch.exp(-2.0 * log_std.to(grad.dtype))
+    of_linear, of_square, of_constant = grad[:, :d], grad[:, d], grad[:, d + 1]
+    of_mean = precision[:, None] * (of_linear - mean * of_constant[:, None])
+    of_precision = (of_linear * mean).sum(-1) - 0.5 * (of_square + (mean * mean).sum(-1) * of_constant)
+    return of_mean, -2.0 * precision * of_precision - d * of_constant
+
+
 def log_component_densities(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log N(z; mean_k, exp(log_std_k)^2 I) of every component, without weights.
 

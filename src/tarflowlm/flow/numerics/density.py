@@ -18,7 +18,7 @@ from tarflowlm.flow.numerics.layout import (
     take_rows,
     use_eager_cpu,
 )
-from tarflowlm.flow.numerics.pullback import Pullback
+from tarflowlm.flow.numerics.pullback import pull
 
 
 class _Shares:
@@ -113,7 +113,7 @@ class _MixtureLogDensity(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, *params = ctx.saved_tensors
-        return *Pullback.apply(partial(_pull, f=family(ctx.kind)), 2, z, grad, *params), None
+        return *pull(partial(_pull, f=family(ctx.kind)), 2, z, grad, *params), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:

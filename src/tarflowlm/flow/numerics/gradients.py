@@ -19,7 +19,7 @@ from torch import Tensor
 from tarflowlm.flow.numerics import linear
 from tarflowlm.flow.numerics.families import Family
 from tarflowlm.flow.numerics.layout import chunk_rows, row_chunks, take_rows, use_eager_cpu
-from tarflowlm.flow.numerics.pullback import Pullback
+from tarflowlm.flow.numerics.pullback import pull
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -36,7 +36,7 @@ def pullback(
 ) -> Grads:
     """Gradients of (z, log_w, mean, log_std), shaped like them; rows [N], parameters [N or 1, K]."""
     compute = partial(_pull, f=f, base=base)
-    return Pullback.apply(compute, 5, z, u, log_det, grad_u, grad_log_p, *params)
+    return pull(compute, 5, z, u, log_det, grad_u, grad_log_p, *params)
 
 
 def _pull(*tensors: Tensor, f: Family, base: Family) -> Grads:

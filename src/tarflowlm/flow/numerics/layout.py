@@ -65,6 +65,11 @@ def use_eager_cpu(t: Tensor) -> bool:
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def autocast_device(t: Tensor) -> str:
+    """The device whose autocast concerns t; meta tensors, which autocast does not know, follow the CPU's."""
+    return "cpu" if t.is_meta else t.device.type
+
+
 def merge_batch(size: int, dims: tuple[int | None, ...], args: tuple[Tensor, ...]) -> list[Tensor]:
     """The arguments of a vmapped flat call as those of one flat call with `size` times the rows.
 

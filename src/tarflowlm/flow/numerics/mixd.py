@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tarflowlm.flow.numerics.codebook import check_codebook, component_factors, point_factors
-from tarflowlm.flow.numerics.pullback import Pullback
+from tarflowlm.flow.numerics.codebook import (
+    check_codebook,
+    component_factors,
+    point_factors,
+    pull_component_factors,
+    pull_point_factors,
+)
+from tarflowlm.flow.numerics.layout import autocast_device, use_eager_cpu
+from tarflowlm.flow.numerics.pullback import pull
 from tarflowlm.flow.numerics.tiles import (
     Factors,
     Gradients,
@@ -59,14 +66,15 @@ def _to_inputs(
     gradients: Gradients, codebook: tuple[Tensor, Tensor, Tensor], heads: Heads
 ) -> tuple[Tensor | None, ...]:
     """From gradients of the factors to those of z, mean, log_std (wide: there they cancel), and casts."""
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in codebook]
-        outputs = [(t, g) for t, g in zip(_factors(*leaves), gradients[:2], strict=True) if g is not None]
-    of_codebook: tuple[Tensor | None, ...] = (None, None, None)
-    if outputs:
-        of_codebook = torch.autograd.grad([t for t, _ in outputs], leaves, [g for _, g in outputs], allow_unused=True)
+    z, mean, log_std = codebook
+    of_points, of_components = gradients[:2]
+    of_z = None if of_points is None else pull_point_factors(z, of_points).to(z.dtype)
+    of_mean, of_log_std = None, None
+    if of_components is not None:
+        pulled = pull_component_factors(mean, log_std, of_components)
+        of_mean, of_log_std = pulled[0].to(mean.dtype), pulled[1].to(log_std.dtype)
     of_heads = (None if g is None or t is None else g.to(t.dtype) for t, g in zip(heads, gradients[2:], strict=True))
-    return *of_codebook, *of_heads
+    return of_z, of_mean, of_log_std, *of_heads
 
 
 def _split(tensors: tuple[Tensor | None, ...]) -> tuple[tuple[Tensor, Tensor, Tensor], Heads]:
@@ -85,7 +93,7 @@ class _MixtureLogProb(Function):
     def forward(ctx: Any, problem: _Problem, *tensors: Tensor | None) -> Tensor:
         codebook, heads = _split(tensors)
         z = codebook[0]
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast(autocast_device(z), enabled=False):
             sums = log_sums(problem.logits(*heads), _factors(*codebook), z.dtype, problem.chunk)
         ctx.problem = problem
         ctx.save_for_backward(*tensors, torch.stack(sums))
@@ -93,14 +101,14 @@ class _MixtureLogProb(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *Pullback.apply(partial(_pull, ctx.problem), 0, grad.contiguous(), *ctx.saved_tensors)
+        return None, *pull(partial(_pull, ctx.problem), 0, grad.contiguous(), *ctx.saved_tensors)
 
 
 def _pull(problem: _Problem, grad: Tensor, *saved: Tensor | None) -> tuple[Tensor | None, ...]:
     codebook, heads = _split(saved[:7])
     sums = saved[7]
     assert sums is not None
-    with torch.autocast(grad.device.type, enabled=False):
+    with torch.autocast(autocast_device(grad), enabled=False):
         factors = _factors(*codebook)
         out = problem.zeros(factors, heads, grad.dtype)
         pull_back(problem.logits(*heads), factors, sums, grad, out, problem.chunk)
@@ -114,7 +122,7 @@ class _EqualMixtureLogProb(Function):
     def forward(ctx: Any, problem: _Problem, *tensors: Tensor | None) -> Tensor:
         codebook, heads = _split(tensors)
         z = codebook[0]
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast(autocast_device(z), enabled=False):
             factors = _factors(*codebook)
             out = problem.zeros(factors, heads, z.dtype)
             sums = log_sums_and_gradients(problem.logits(*heads), factors, z.dtype, out, problem.chunk)
@@ -124,13 +132,17 @@ class _EqualMixtureLogProb(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *Pullback.apply(_scale, 0, grad, *ctx.saved_tensors)
+        return None, *pull(_scale, 0, grad, *ctx.saved_tensors)
 
 
 def _scale(grad: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad.numel() and not bool((grad == grad.view(-1)[0]).all()):
-        raise RuntimeError("equal_cotangents was promised, but the loss weights the elements of log p differently")
     factor = grad.view(-1)[0] if grad.numel() else grad.new_zeros(())
+    equal = (grad == factor).all()
+    if not use_eager_cpu(grad):
+        # reading the answer would break the graph, and make a device wait at every step
+        factor = torch.where(equal, factor, torch.nan)
+    elif not bool(equal):
+        raise RuntimeError("equal_cotangents was promised, but the loss weights the elements of log p differently")
     return tuple(None if g is None else g * factor for g in grads)
 
 
@@ -181,7 +193,8 @@ def mixture_log_prob_from_features(
     nats, in z's dtype. Under autocast the head's products run in the autocast format; densities and logsumexps keep
     z's. Backward recomputes the tiles: one product more than a head that keeps its logits, and no [tokens, K] tensor.
     `equal_cotangents` promises a loss that weights all elements alike, such as a mean: gradients are then formed in
-    the forward, which saves that product; a broken promise raises RuntimeError in the backward.
+    the forward, which saves that product; a broken promise raises RuntimeError in the backward (on an accelerator and
+    when compiled, where the check must not wait, it makes the gradients NaN).
     First derivatives only. Errors: ValueError for shapes that do not fit.
     """
     check_codebook(z, mean, log_std)
@@ -190,7 +203,7 @@ def mixture_log_prob_from_features(
             "need z [..., d], features [..., E], weight [K, E], mean [K, d]; "
             f"got {tuple(z.shape)}, {tuple(features.shape)}, {tuple(weight.shape)}, {tuple(mean.shape)}"
         )
-    device = z.device.type
+    device = autocast_device(z)
     matmul = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     shape = z.shape[:-1]
     flat_z, flat_features = z.reshape(-1, z.shape[-1]), features.reshape(-1, features.shape[-1])

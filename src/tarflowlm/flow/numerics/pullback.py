@@ -14,6 +14,14 @@ from torch.autograd import Function
 Compute = Callable[..., tuple[Tensor | None, ...]]
 
 
+def pull(compute: Compute, rows: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """`Pullback.apply`; under torch.compile, which does not trace a Function inside a backward, the plain call."""
+    if torch.compiler.is_compiling():
+        with torch.no_grad():
+            return compute(*tensors)
+    return Pullback.apply(compute, rows, *tensors)
+
+
 class Pullback(Function):
     """Pullback.apply(compute, rows, *tensors) = compute(*tensors); its own backward raises RuntimeError.
 

@@ -21,7 +21,7 @@ from tarflowlm.flow.numerics.families import NORMAL
 from tarflowlm.flow.numerics.forward import mixture_cdf
 from tarflowlm.flow.numerics.inverse import mixture_cdf_inverse, solve
 from tarflowlm.flow.numerics.layout import LOWEST_EXPONENT, chunk_rows, row_chunks, take_rows, use_eager_cpu
-from tarflowlm.flow.numerics.pullback import Pullback
+from tarflowlm.flow.numerics.pullback import pull
 
 Solve = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -134,7 +134,7 @@ class _Rosenblatt(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        return Pullback.apply(_pull, 0, *ctx.saved_tensors, grad_u, grad_log_det)
+        return pull(_pull, 0, *ctx.saved_tensors, grad_u, grad_log_det)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Any, Any]:
@@ -259,7 +259,9 @@ def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple
     Errors: ValueError for shapes that do not fit.
     """
     shape, flat, weights = flatten_vectors(z, log_w, mean, log_std)
-    u, log_det = _Rosenblatt.apply(flat, weights, mean, log_std)
+    # a compiler derives the backward itself, and keeps what the Function would compute again
+    function = traced if torch.compiler.is_compiling() else _Rosenblatt.apply
+    u, log_det = function(flat, weights, mean, log_std)
     return u.view(*shape, -1), log_det.view(shape)
 
 

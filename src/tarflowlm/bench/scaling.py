@@ -1,0 +1,100 @@
+"""The same global batch in one process and in two: DDP and FSDP2 over gloo, one thread each."""
+
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.multiprocessing
+
+from tarflowlm.checkpoint import build_model
+from tarflowlm.model import FlowConfig, seeded
+from tarflowlm.training.config import RunConfig
+from tarflowlm.training.distributed import Processes, launched
+from tarflowlm.training.optim import build_optimizers
+from tarflowlm.training.parallel import Engine
+from tarflowlm.training.progressive import freeze_below
+from tarflowlm.training.step import optimizer_step
+
+
+def scaling(
+    runs: list[RunConfig], vocab_size: int, *, rounds: int, steps: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Rows {"name", "tokens_per_second", "ratio"}; the ratio is to one process of one thread."""
+    runs = [replace(run, model=replace(run.model, vocab_size=vocab_size)) for run in runs]
+    context = torch.multiprocessing.get_context("spawn")
+    seconds = {}
+    for world in (1, 2):
+        answers = context.SimpleQueue()
+        arguments = (world, _free_port(), runs, rounds, steps, device.type, answers)
+        torch.multiprocessing.spawn(_time_in_process, arguments, nprocs=world)
+        seconds.update(answers.get())
+    rows = []
+    for run in runs:
+        alone = seconds[run.name, "1 process"]
+        for label in ("1 process", "2 processes, ddp", "2 processes, fsdp"):
+            num_tokens = run.train.batch_size * run.model.context
+            rows.append(
+                {
+                    "name": f"{run.name}, {label}",
+                    "tokens_per_second": num_tokens / seconds[run.name, label],
+                    "ratio": alone / seconds[run.name, label],
+                }
+            )
+    return rows
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _time_in_process(
+    rank: int, world: int, port: int, runs: list[RunConfig], rounds: int, steps: int, device: str, answers: Any
+) -> None:
+    """Median seconds per step of every run and mode, from interleaved rounds; the first process answers."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    with launched(torch.device(device)) as processes:
+        contenders = {}
+        for run in runs:
+            for mode in ("ddp", "fsdp") if world > 1 else ("ddp",):
+                label = f"{world} processes, {mode}" if world > 1 else "1 process"
+                changed = replace(run, train=replace(run.train, parallel=mode))
+                contenders[run.name, label] = _step(changed, processes)
+        for step in contenders.values():
+            step()
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
+        for _ in range(rounds):
+            for key, step in contenders.items():
+                processes.wait()
+                start = time.perf_counter()
+                for _ in range(steps):
+                    step()
+                times[key].append((time.perf_counter() - start) / steps)
+        if processes.first:
+            answers.put({key: statistics.median(values) for key, values in times.items()})
+
+
+def _step(run: RunConfig, processes: Processes) -> Callable[[], float]:
+    config: Any = run.model
+    if run.num_stages > 1 and isinstance(config, FlowConfig):
+        config = config.first_blocks(1)
+    with seeded(run.seed):
+        model = build_model(config)
+    if processes.world == 1 or run.train.parallel == "ddp":
+        model = model.to(processes.device)
+    freeze_below(model, 0)
+    engine, optimizers = Engine(model, run, processes), build_optimizers(run.optim, model)
+    generator = torch.Generator(device=processes.device).manual_seed(0)
+    rows = processes.rows_each(run.train.batch_size, run.train.accumulate)
+    tokens = torch.randint(config.vocab_size, (rows, config.context), device=processes.device)
+    # reading the loss waits for the device
+    return lambda: optimizer_step(engine, optimizers, tokens, generator=generator)[0].item()

@@ -1,0 +1,132 @@
+"""What watches over the optimiser steps: steps that must not be taken, and losses that jump."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.checkpoint import Model
+from tarflowlm.objective import elbo
+
+NAMED = 8
+"""Parameters listed in a record; the rest are counted."""
+MEMORY = 100
+"""Steps that weigh in the running loss; a jump is judged once half as many are in."""
+
+
+def all_finite(loss: Tensor, norm: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> bool:
+    """Whether loss and gradient norm are finite. Reads the device once.
+
+    `reduce` takes the bool of this process to that of all processes (a logical and), so that all decide alike.
+    """
+    finite = torch.isfinite(loss).all() & torch.isfinite(norm)
+    return bool(finite if reduce is None else reduce(finite))
+
+
+class Guard:
+    """Says before every optimiser step whether it may be taken, and keeps what was wrong with one that may not."""
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.reduce = reduce
+        self.broken: dict[str, dict[str, Any]] | None = None
+        """Of the last step: for every parameter whose gradient is not finite, its `gradient_range`; None if it
+        could be taken."""
+
+    def allows(self, model: nn.Module, loss: Tensor, norm: Tensor) -> bool:
+        """Call it between the backward pass and everything that changes gradients, parameters or optimisers."""
+        self.broken = None if all_finite(loss, norm, self.reduce) else broken_gradients(model)
+        return self.broken is None
+
+
+def broken_gradients(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """`gradient_range` of every parameter whose gradient is not finite, by name; all processes take part."""
+    found = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            gradient = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+            if not torch.isfinite(gradient).all():
+                found[name] = gradient_range(gradient)
+    return found
+
+
+def gradient_range(gradient: Tensor) -> dict[str, Any]:
+    """How many elements are not finite, of how many, and the range [min, max] of the others (None without any)."""
+    finite = gradient[torch.isfinite(gradient)]
+    return {
+        "not_finite": gradient.numel() - finite.numel(),
+        "of": gradient.numel(),
+        "range": [finite.min().item(), finite.max().item()] if finite.numel() else None,
+    }
+
+
+@torch.no_grad()
+def broken_terms(model: Model, tokens: Tensor, generator: torch.Generator) -> list[str]:
+    """The terms of the loss that are not finite on a batch; `generator` as it was before the step."""
+    if isinstance(model, TokenLM):
+        terms = {"log_prob": model.log_prob(tokens)}
+    else:
+        parts = elbo(model, tokens, generator=generator)
+        terms = {"reconstruction": parts.reconstruction, "log_q": parts.log_q, "base": parts.base}
+        terms |= {f"log-det of block {i + 1}": value for i, value in enumerate(parts.log_dets)}
+    return [name for name, value in terms.items() if not torch.isfinite(value).all()]
+
+
+def broken_parameters(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+
+
+def skipped_record(
+    model: Model, tokens: Tensor, generator: torch.Generator, gradients: dict[str, dict[str, Any]], loss: Tensor
+) -> dict[str, Any]:
+    """What metrics.jsonl holds about a step that was not taken, besides its place."""
+    value = loss.item()
+    return {
+        "nats_per_token": value if math.isfinite(value) else None,
+        "terms": broken_terms(model, tokens, generator),
+        "parameters": broken_parameters(model)[:NAMED],
+        "gradients": dict(list(gradients.items())[:NAMED]),
+        "num_gradients": len(gradients),
+    }
+
+
+def in_words(record: dict[str, Any]) -> str:
+    """The record of a skipped step in one line: terms, parameters, gradients with their ranges."""
+    gradients = []
+    for name, g in list(record["gradients"].items())[:2]:
+        rest = "" if g["range"] is None else ", the others in [{:.3g}, {:.3g}]".format(*g["range"])
+        gradients.append(f"{name} ({g['not_finite']} of {g['of']}{rest})")
+    if record["num_gradients"] > len(gradients):
+        gradients.append(f"{record['num_gradients'] - len(gradients)} more")
+    return (
+        f"the loss or gradient is not finite at step {record['step']}: "
+        f"terms {', '.join(record['terms']) or 'all finite'}; "
+        f"parameters {', '.join(record['parameters']) or 'all finite'}; "
+        f"gradients {', '.join(gradients) or 'all finite'}"
+    )
+
+
+@dataclass
+class RunningLoss:
+    """Mean and variance of the loss, exponentially weighted; it is saved with a run."""
+
+    mean: float = 0.0
+    variance: float = 0.0
+    count: int = 0
+
+    def take_in(self, loss: float) -> float:
+        """By how many standard deviations `loss` lies above the mean of those before it; 0 while they are few."""
+        deviation = loss - self.mean
+        sigmas = 0.0
+        if self.count >= MEMORY // 2 and self.variance > 0:
+            sigmas = deviation / math.sqrt(self.variance)
+        # a plain average until there is enough for a weighted one
+        weight = max(1 / (self.count + 1), 1 / MEMORY)
+        self.mean += weight * deviation
+        self.variance = (1 - weight) * (self.variance + weight * deviation**2)
+        self.count += 1
+        return sigmas
