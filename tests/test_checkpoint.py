@@ -41,7 +41,8 @@ def write_checkpoint(out: Path, config: FlowConfig | BaselineConfig, blocks: int
             parameter += 0.1 * torch.randn_like(parameter)
     out.mkdir(exist_ok=True)
     write_run(out, run, tokenizer)
-    save_weights(out, model.state_dict(), INFO | {"blocks": str(model.num_blocks if isinstance(model, TarFlowLM) else 0)})
+    blocks = model.num_blocks if isinstance(model, TarFlowLM) else 0
+    save_weights(out, model.state_dict(), INFO | {"blocks": str(blocks)})
     return model
 
 

@@ -108,7 +108,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.stage_steps or min(self.stage_steps) < 1:
             raise UserError(f"train.stage_steps {self.stage_steps}: every stage needs at least 1 step")
-        for name in ("batch_size", "accumulate", "log_every", "evaluate_every", "evaluate_windows", "checkpoint_every"):
+        counts = ("batch_size", "accumulate", "log_every", "evaluate_every", "evaluate_windows", "checkpoint_every")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} {getattr(self, name)}: must be at least 1")
         if self.test_windows < 0:

@@ -35,7 +35,8 @@ def train(
 ) -> dict[str, Any]:
     """Train `run` into the new directory `out` and return its summary (also written to summary.json).
 
-    With several `processes` all of them call this, and the first one writes. Raises UserError, before anything is written, when `out` exists and is not empty.
+    With several `processes` all of them call this, and the first one writes. Raises UserError, before anything is
+    written, when `out` exists and is not empty.
     """
     reporter = reporter or Reporter()
     if processes.first:
@@ -70,7 +71,8 @@ def resume(
         corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
     saved = read_counters(state)
     reporter.notice(f"resuming {out} at step {saved['counters']['step']}")
-    return _Run(run, out, corpus, device, reporter, processes).go(Counters(**saved["counters"]), state, saved["sampler"])
+    parts = _Run(run, out, corpus, device, reporter, processes)
+    return parts.go(Counters(**saved["counters"]), state, saved["sampler"])
 
 
 def check_new(out: Path) -> None:
