@@ -37,7 +37,9 @@ def train(
     """
     reporter = reporter or Reporter()
     check_new(out)
-    corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
+    corpus = cached_corpus(
+        run.data.source, run.data.tokenizer, progress=reporter.preparing, notice=reporter.notice
+    )
     if run.data.source not in SOURCE_NAMES:
         # the run directory is used from other folders too
         run = replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
@@ -56,7 +58,9 @@ def resume(out: Path, *, device: torch.device, reporter: Reporter | None = None)
     if (out / SUMMARY).exists():
         raise UserError(f"{out} is finished: there is nothing to resume; train anew with another --out")
     state = newest_state(out)
-    corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
+    corpus = cached_corpus(
+        run.data.source, run.data.tokenizer, progress=reporter.preparing, notice=reporter.notice
+    )
     saved = read_counters(state)
     reporter.notice(f"resuming {out} at step {saved['counters']['step']}")
     return _Run(run, out, corpus, device, reporter).go(Counters(**saved["counters"]), state, saved["sampler"])
