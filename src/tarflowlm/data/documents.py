@@ -36,7 +36,7 @@ class DocumentsSpec:
     repository: str
     """On the hub; its split `train` is read."""
     column: str = "text"
-    percent: dict[Split, float] = field(default_factory=lambda: {"train": 98, "valid": 1, "test": 1})
+    percent: dict[Split, int] = field(default_factory=lambda: {"train": 98, "valid": 1, "test": 1})
     """Shares of the splits; a document goes to one by the sha256 of its text."""
     block: int = 1 << 20
     """Characters between two places where reading can be gone on with."""

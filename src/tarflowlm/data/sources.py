@@ -16,7 +16,7 @@ from tarflowlm.errors import UserError
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-PERCENT: dict[Split, float] = {"train": 90, "valid": 5, "test": 5}
+PERCENT: dict[Split, int] = {"train": 90, "valid": 5, "test": 5}
 
 BLOCK = 1 << 20
 """Characters of a batch, about."""
@@ -177,7 +177,7 @@ def split_ranges(total: int) -> dict[Split, tuple[int, int]]:
     return {"train": (0, first), "valid": (first, second), "test": (second, total)}
 
 
-def split_of_document(key: str, percent: dict[Split, float] = PERCENT) -> Split:
+def split_of_document(key: str, percent: dict[Split, int] = PERCENT) -> Split:
     """The split of a document, by the sha256 of its `key` (file name, or text), so that it never changes."""
     place = int(hashlib.sha256(key.encode("utf-8")).hexdigest()[:8], 16) * 100 / 2**32
     if place < percent["train"]:
