@@ -156,6 +156,8 @@ class _Writing:
         if self.state.cursor is None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
+        for unfinished in self.folder.glob(".*"):
+            unfinished.unlink()  # of a kill while a file was replaced
         tokenizer = self._tokenizer()
         dtype = token_dtype(tokenizer.vocab_size)
         with ExitStack() as stack:
