@@ -13,6 +13,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from tarflowlm.bench import data as bench_data
 from tarflowlm.bench import numerics as bench_numerics
 from tarflowlm.bench import train as bench_train
 from tarflowlm.commands import (
@@ -94,7 +95,7 @@ def _dispatch(argv: list[str]) -> None:
 def _print_help(summaries: dict[str, str]) -> None:
     summaries = summaries | {
         "train": f"{TrainArgs.__doc__} Or continue one: train --resume DIR.",
-        "bench": "Speed and accuracy as ratios against something else in the same run: bench numerics, bench train.",
+        "bench": "Speed and accuracy as ratios against something else in the same run: bench data, numerics, train.",
     }
     print_table(Console(), "tarflowlm COMMAND --help", [(name, text) for name, text in summaries.items()])
 
@@ -158,7 +159,7 @@ def run_train(argv: list[str]) -> None:
 
 
 def run_bench(argv: list[str]) -> None:
-    benchmarks: dict[str, Any] = {"numerics": bench_numerics, "train": bench_train}
+    benchmarks: dict[str, Any] = {"data": bench_data, "numerics": bench_numerics, "train": bench_train}
     name = argv[0] if argv else ""
     if name not in benchmarks:
         raise UserError(f"benchmark {name!r} is unknown: choose one of {', '.join(benchmarks)}")

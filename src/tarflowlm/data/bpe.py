@@ -36,18 +36,18 @@ class BPETokenizer(Tokenizer):
     def __init__(self, library_json: str, normalization: Normalization = "none") -> None:
         super().__init__(normalization)
         try:
-            self._library = tokenizers.Tokenizer.from_str(library_json)
+            self.library: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(library_json)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"not a tokenizer of the `tokenizers` library ({error})") from None
-        self._library.no_truncation()
-        self._library.no_padding()
-        self._specification: dict[str, Any] = json.loads(self._library.to_str())
+        self.library.no_truncation()
+        self.library.no_padding()
+        self._specification: dict[str, Any] = json.loads(self.library.to_str())
         _check_invertible(self._specification)
         self.is_byte_level = _has_byte_level(self._specification)
 
     @cached_property
     def token_bytes(self) -> Sequence[bytes]:
-        vocabulary = self._library.get_vocab(with_added_tokens=True)
+        vocabulary = self.library.get_vocab(with_added_tokens=True)
         added = {token["id"] for token in self._specification["added_tokens"]}
         table = [b""] * (max(vocabulary.values()) + 1)
         from_unicode = {character: byte for byte, character in _byte_characters().items()}
@@ -68,7 +68,7 @@ class BPETokenizer(Tokenizer):
             utf8(text)  # for its message; the library would raise TypeError
         parts: list[npt.NDArray[np.int64]] = []
         for batch in _batches(piece for text in texts for piece in text_pieces(text, _PIECE)):
-            for encoding in self._library.encode_batch_fast(batch, add_special_tokens=False):
+            for encoding in self.library.encode_batch_fast(batch, add_special_tokens=False):
                 # by way of `array`, which takes a list of int in less than half of numpy's time
                 parts.append(np.frombuffer(array("I", encoding.ids), dtype=np.uintc).astype(np.int64))
         ids = joined(parts)

@@ -1,7 +1,7 @@
 """OpenWebText: documents streamed with the `datasets` library, from local parquet files or the hub."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ class Documents(Source):
                     size = 0
             yield from _flushed(texts, dataset.state_dict())
 
-    def _documents(self, dataset: Any) -> Iterator[str]:
+    def _documents(self, dataset: Any) -> Generator[str, None, None]:
         rows = iter(dataset)
         try:
             for row in rows:

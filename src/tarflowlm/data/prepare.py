@@ -139,14 +139,17 @@ class _Writing:
         self.tokenizer: Tokenizer | None = None
         """None for one that is yet to be trained."""
         if isinstance(wanted, Tokenizer):
-            self.tokenizer = wanted
-        elif not wanted.needs_training:
+            self.tokenizer, made_by = wanted, wanted.fingerprint
+        elif wanted.needs_training:
+            made_by = json.dumps(asdict(wanted))
+        else:
             self.tokenizer = build_tokenizer(wanted)
+            made_by = self.tokenizer.fingerprint
         plan = {
             "identity": source.identity,
             "settings": source.settings,
             "files": [file.sha256 for file in files],
-            "tokenizer": asdict(wanted) if self.tokenizer is None else self.tokenizer.fingerprint,
+            "tokenizer": made_by,
             "shard_tokens": shard_tokens,
         }
         self.state = _read_state(folder, plan) or _State(plan, None, {split: _SplitState() for split in SPLITS})
