@@ -15,6 +15,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from tarflowlm.bench import data as bench_data
 from tarflowlm.bench import generation as bench_generation
 from tarflowlm.bench import infilling as bench_infilling
 from tarflowlm.bench import numerics as bench_numerics
@@ -120,7 +121,7 @@ def _dispatch(argv: list[str]) -> None:
 def _print_help(summaries: dict[str, str]) -> None:
     summaries = summaries | {
         "train": f"{TrainArgs.__doc__} Or continue one: train --resume DIR.",
-        "bench": "Speed and accuracy against something else in the same run: numerics, train, generation, infilling.",
+        "bench": "Speed and accuracy, paired in one run: data, numerics, train, generation, infilling.",
     }
     print_table(Console(), "tarflowlm COMMAND --help", [(name, text) for name, text in summaries.items()])
 
@@ -195,6 +196,7 @@ def _options(reporter: Reporter, processes: Processes) -> dict[str, Any]:
 
 def run_bench(argv: list[str]) -> None:
     benchmarks: dict[str, Any] = {
+        "data": bench_data,
         "numerics": bench_numerics,
         "train": bench_train,
         "generation": bench_generation,

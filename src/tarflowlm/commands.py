@@ -3,6 +3,7 @@
 import copy
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,13 +15,16 @@ from rich.console import Console
 from tarflowlm.checkpoint import load_checkpoint, read_run, seal
 from tarflowlm.console import (
     bar,
+    corpus_bar,
     print_json,
+    print_notice,
     print_samples,
     print_table,
     samples_to_json,
     sampling_bar,
 )
 from tarflowlm.data import (
+    SOURCE_NAMES,
     Tokenizer,
     TokenizerConfig,
     cached_corpus,
@@ -187,9 +191,9 @@ def run_quickstart_command(args: QuickstartArgs) -> None:
 
 def run_data(args: DataArgs) -> None:
     console = Console(stderr=True)
-    with bar(console, f"characters of {args.source}", 1) as update:
+    with corpus_bar(console, args.source) as progress:
         corpus = prepare_corpus(
-            args.source, args.tokenizer, args.out, progress=lambda _part, done, total: update(done, total)
+            args.source, args.tokenizer, args.out, progress=progress, notice=partial(print_notice, console)
         )
     counts = {name: corpus.num_tokens(name) for name in ("train", "valid", "test")}
     result = {"out": str(args.out), "vocab_size": corpus.tokenizer.vocab_size, "tokens": counts}
@@ -231,6 +235,7 @@ def _with_normalisation(tokenizer: Tokenizer, normalize: Literal["text8"] | None
         return tokenizer
     changed = copy.copy(tokenizer)
     changed.normalization = normalize
+    changed.__dict__.pop("fingerprint", None)  # of the original, if it was asked for before
     return changed
 
 
@@ -240,10 +245,13 @@ def run_eval(args: EvalArgs) -> None:
     checkpoint = load_checkpoint(args.directory, device)
     tokenizer = _with_normalisation(checkpoint.tokenizer, args.normalize)
     source = checkpoint.run.data.source if args.data is None else args.data
-    if Path(source).is_dir() and args.split != "all":
-        tokens = cached_corpus(source, tokenizer).split(args.split)
-    else:
-        tokens = encode_text_source(source, tokenizer, (args.split,))[args.split]
+    notice = partial(print_notice, console)
+    with corpus_bar(console, source) as progress:
+        if args.split != "all" and (source in SOURCE_NAMES or Path(source).is_dir()):
+            tokens = cached_corpus(source, tokenizer, progress=progress, notice=notice).split(args.split)
+        else:
+            found = encode_text_source(source, tokenizer, (args.split,), progress=progress, notice=notice)
+            tokens = found[args.split]
     windows = eval_windows(tokens, checkpoint.run.model.context, args.windows)
     characters = torch.from_numpy(np.asarray(tokenizer.characters_per_token))
     start = time.perf_counter()

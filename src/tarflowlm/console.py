@@ -6,8 +6,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tarflowlm.checkpoint import Model
-from tarflowlm.data import Tokenizer
+from tarflowlm.data import CorpusProgress, Tokenizer
 from tarflowlm.generation.generate import Generation, num_ticks
 from tarflowlm.training.metrics import Reporter
 
@@ -39,10 +39,16 @@ stderr_columns = (
 )
 
 
-class Update(Protocol):
-    """Sets what a bar shows as completed, and on request its total."""
+Update = Callable[[int], None]
+"""Sets what a bar shows as completed."""
 
-    def __call__(self, completed: int, total: int | None = None) -> None: ...
+STAGES = {
+    "fetch": "fetching {}, bytes",
+    "count": "reading {}, characters",
+    "bpe": "text for the tokenizer of {}, characters",
+    "encode": "encoding {}, characters",
+}
+"""What a bar says about the stages of preparing a corpus."""
 
 
 class ProgressReporter(Reporter):
@@ -54,15 +60,24 @@ class ProgressReporter(Reporter):
         self._task: Any = None
         self._bpc, self._valid, self._rate = "", "", ""
         self._start, self._tokens = time.perf_counter(), 0
+        self._preparing = ExitStack()
+        self._corpus: CorpusProgress | None = None
 
     def __enter__(self) -> "ProgressReporter":
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._preparing.close()
         if self._task is not None:
             self.progress.stop()
 
+    def preparing(self, stage: str, done: int, total: int | None) -> None:
+        if self._corpus is None:
+            self._corpus = self._preparing.enter_context(corpus_bar(self.console, "the corpus"))
+        self._corpus(stage, done, total)
+
     def stage(self, index: int, num_stages: int, num_steps: int, done: int, description: str) -> None:
+        self._preparing.close()
         if self._task is None:
             # not before, so that an error at the start prints its one line alone
             self.progress.start()
@@ -93,11 +108,16 @@ class ProgressReporter(Reporter):
         return f"{self._rate}  {bits + ' bpc' if bits else ''}"
 
     def notice(self, text: str) -> None:
-        self.console.print(text, style="dim", highlight=False, markup=False)
+        print_notice(self.console, text)
+
+
+def print_notice(console: Console, text: str) -> None:
+    """A line beside the results."""
+    console.print(text, style="dim", highlight=False, markup=False)
 
 
 @contextmanager
-def bar(console: Console, description: str, total: int) -> Iterator["Update"]:
+def bar(console: Console, description: str, total: int) -> Iterator[Update]:
     """A progress bar; the function it yields sets what is completed, and on request a new total."""
     progress = Progress(*stderr_columns, console=console, transient=True)
     task = progress.add_task(description, total=total, note="")
@@ -108,6 +128,31 @@ def bar(console: Console, description: str, total: int) -> Iterator["Update"]:
         progress.start()
         rate = completed / max(time.perf_counter() - start, 1e-9)
         progress.update(task, completed=completed, total=total, note=f"{rate:,.0f}/s")
+
+    try:
+        yield update
+    finally:
+        if progress.live.is_started:
+            progress.stop()
+
+
+@contextmanager
+def corpus_bar(console: Console, source: str) -> Iterator[CorpusProgress]:
+    """A bar for every stage of preparing a corpus; yields the `progress` of `prepare_corpus`."""
+    progress = Progress(*stderr_columns, console=console, transient=True)
+    starts: dict[str, float] = {}
+    tasks: dict[str, Any] = {}
+
+    def update(stage: str, completed: int, total: int | None) -> None:
+        if stage not in tasks:
+            for task in tasks.values():
+                progress.update(task, visible=False)
+            tasks[stage] = progress.add_task(STAGES[stage].format(source), total=total, note="")
+            starts[stage] = time.perf_counter()
+            # not before, so that an error at the start prints its one line alone
+            progress.start()
+        rate = completed / max(time.perf_counter() - starts[stage], 1e-9)
+        progress.update(tasks[stage], completed=completed, total=total, note=f"{rate:,.0f}/s")
 
     try:
         yield update

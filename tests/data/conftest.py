@@ -2,6 +2,7 @@
 
 import lzma
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,19 @@ def text_file(tmp_path: Path, words: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def english27() -> str:
+def shared_data() -> Callable[[str], Path]:
+    """shared_data(name): the path of a shared corpus; the test is skipped where it is not here."""
+
+    def find(name: str) -> Path:
+        if not (SHARED_DATA / name).exists():
+            pytest.skip(f"the corpus {name} is not here")
+        return SHARED_DATA / name
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def english27(shared_data) -> str:
     """The first 200,000 characters of english27, up to the end of a word."""
-    path = SHARED_DATA / "english27.txt.xz"
-    if not path.exists():
-        pytest.skip("the corpus english27 is not here")
-    with lzma.open(path, "rt", encoding="utf-8") as file:
+    with lzma.open(shared_data("english27.txt.xz"), "rt", encoding="utf-8") as file:
         return file.read(200_000).rstrip()

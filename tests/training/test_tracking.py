@@ -80,7 +80,7 @@ def interrupted(tiny_run, go):
         with pytest.raises(Killed):
             go(run, out, watcher)
         assert max(line["step"] for line in lines(out)) == 5
-        assert newest_state(out).name == "step-00000003"
+        assert newest_state(out, print).name == "step-00000003"
         return watcher
 
     return start

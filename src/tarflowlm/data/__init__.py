@@ -3,11 +3,13 @@
 from tarflowlm.data.bpe import BPETokenizer
 from tarflowlm.data.cache import cached_corpus
 from tarflowlm.data.config import TokenizerConfig, build_tokenizer
-from tarflowlm.data.corpus import Corpus, encode_text_source, open_corpus, prepare_corpus
+from tarflowlm.data.corpus import Corpus, encode_text_source, open_corpus
 from tarflowlm.data.normalize import TEXT8_ALPHABET, normalize_text8
+from tarflowlm.data.prepare import prepare_corpus
 from tarflowlm.data.read import read_text
+from tarflowlm.data.registry import SOURCE_NAMES
 from tarflowlm.data.shards import TokenArray
-from tarflowlm.data.sources import SOURCE_NAMES
+from tarflowlm.data.sources import CorpusProgress
 from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from tarflowlm.data.windows import WindowSampler, eval_windows
 
@@ -18,6 +20,7 @@ __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "Corpus",
+    "CorpusProgress",
     "TokenArray",
     "Tokenizer",
     "TokenizerConfig",

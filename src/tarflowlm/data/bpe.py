@@ -1,11 +1,8 @@
 """Byte-pair encoding through the `tokenizers` library: from a file, from a hub name, or trained here."""
 
 import json
-import logging
 import os
-import socket
-import urllib.parse
-import urllib.request
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from tarflowlm.data.hub import check_reachable, quiet_hub
 from tarflowlm.data.normalize import Normalization
 from tarflowlm.data.pieces import text_pieces
-from tarflowlm.data.tokenizer import FORMAT, Tokenizer, load_tokenizer, unknown_characters, utf8
+from tarflowlm.data.tokenizer import FORMAT, Tokenizer, first_line, joined, load_tokenizer, unknown_characters, utf8
 from tarflowlm.errors import UserError
 
-_PIECE = 1 << 17  # characters handed to the library at once: its per-token bookkeeping needs much memory
-_BATCH = 8
+_PIECE = 1 << 15  # characters of one unit of the library's work; it shares the units among threads
+_BATCH = 1 << 20  # characters handed to the library at once: its per-token bookkeeping needs much memory
 
 
 class BPETokenizer(Tokenizer):
@@ -38,18 +36,18 @@ class BPETokenizer(Tokenizer):
     def __init__(self, library_json: str, normalization: Normalization = "none") -> None:
         super().__init__(normalization)
         try:
-            self._library = tokenizers.Tokenizer.from_str(library_json)
+            self.library: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(library_json)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"not a tokenizer of the `tokenizers` library ({error})") from None
-        self._library.no_truncation()
-        self._library.no_padding()
-        self._specification: dict[str, Any] = json.loads(self._library.to_str())
+        self.library.no_truncation()
+        self.library.no_padding()
+        self._specification: dict[str, Any] = json.loads(self.library.to_str())
         _check_invertible(self._specification)
         self.is_byte_level = _has_byte_level(self._specification)
 
     @cached_property
     def token_bytes(self) -> Sequence[bytes]:
-        vocabulary = self._library.get_vocab(with_added_tokens=True)
+        vocabulary = self.library.get_vocab(with_added_tokens=True)
         added = {token["id"] for token in self._specification["added_tokens"]}
         table = [b""] * (max(vocabulary.values()) + 1)
         from_unicode = {character: byte for byte, character in _byte_characters().items()}
@@ -63,15 +61,20 @@ class BPETokenizer(Tokenizer):
         return table
 
     def encode(self, text: str) -> npt.NDArray[np.int64]:
-        utf8(text)  # for its message; the library would raise TypeError
+        return self.encode_each([text])
+
+    def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+        for text in texts:
+            utf8(text)  # for its message; the library would raise TypeError
         parts: list[npt.NDArray[np.int64]] = []
-        for batch in _batches(text_pieces(text, _PIECE), _BATCH):
-            for encoding in self._library.encode_batch_fast(batch, add_special_tokens=False):
-                parts.append(np.array(encoding.ids, dtype=np.int64))
-        ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+        for batch in _batches(piece for text in texts for piece in text_pieces(text, _PIECE)):
+            for encoding in self.library.encode_batch_fast(batch, add_special_tokens=False):
+                # by way of `array`, which takes a list of int in less than half of numpy's time
+                parts.append(np.frombuffer(array("I", encoding.ids), dtype=np.uintc).astype(np.int64))
+        ids = joined(parts)
         # the library drops characters that it does not know, without a word
-        if int(self.characters_per_token[ids].sum()) != len(text):
-            raise UserError(self._why_lossy(text))
+        if int(self.characters_per_token[ids].sum()) != sum(map(len, texts)):
+            raise UserError(self._why_lossy("".join(texts)))
         return ids
 
     def _why_lossy(self, text: str) -> str:
@@ -164,32 +167,18 @@ def _hub_tokenizer(name: str) -> str:
     """JSON of the hub's tokenizer `name`, from the local hub cache where it is there."""
     import huggingface_hub
 
-    remedy = "check the name and the connection, or download its tokenizer.json and give that file"
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
-    log.setLevel(logging.ERROR)  # its retry warnings would bury the one line that matters
     try:
-        cached = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
-        if isinstance(cached, str):
-            return Path(cached).read_text(encoding="utf-8")
-        _check_reachable(huggingface_hub.constants.ENDPOINT)
-        return tokenizers.Tokenizer.from_pretrained(name).to_str()
+        with quiet_hub():
+            cached = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
+            if isinstance(cached, str):
+                return Path(cached).read_text(encoding="utf-8")
+            check_reachable()
+            return tokenizers.Tokenizer.from_pretrained(name).to_str()
     except Exception as error:  # hub, network and library errors share no base class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot get the tokenizer {name!r} from the hub ({reason}): {remedy}") from None
-    finally:
-        log.setLevel(level)
-
-
-def _check_reachable(endpoint: str) -> None:
-    """Fails at once where the hub's name cannot be resolved; the hub client would retry for half a minute."""
-    if urllib.request.getproxies():
-        return  # the proxy resolves names
-    host = urllib.parse.urlsplit(endpoint).hostname or endpoint
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        raise ConnectionError(f"offline: {host} cannot be resolved") from None
+        raise UserError(
+            f"cannot get the tokenizer {name!r} from the hub ({first_line(error)}): check the name and the "
+            "connection, or download its tokenizer.json and give that file"
+        ) from None
 
 
 def _checked_pieces(pieces: Iterable[str], alphabet: str | None) -> Iterator[str]:
@@ -201,13 +190,15 @@ def _checked_pieces(pieces: Iterable[str], alphabet: str | None) -> Iterator[str
         yield from text_pieces(piece, _PIECE)
 
 
-def _batches(pieces: Iterable[str], size: int) -> Iterator[list[str]]:
+def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
+    size = 0
     for piece in pieces:
         batch.append(piece)
-        if len(batch) == size:
+        size += len(piece)
+        if size >= _BATCH:
             yield batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch
 

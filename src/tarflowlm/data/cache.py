@@ -3,26 +3,17 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from tarflowlm.data.config import TokenizerConfig, build_tokenizer
-from tarflowlm.data.corpus import (
-    Corpus,
-    Progress,
-    check_tokenizer,
-    is_prepared,
-    open_corpus,
-    write_corpus,
-)
+from tarflowlm.data.corpus import Corpus, check_tokenizer, is_prepared, open_corpus
 from tarflowlm.data.meta import VERSION
-from tarflowlm.data.sources import cache_root, resolve_source
+from tarflowlm.data.prepare import write_corpus
+from tarflowlm.data.registry import resolve_source
+from tarflowlm.data.sources import CorpusProgress, Notice, cache_root
 from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.errors import UserError
-
-Notice = Callable[[str], None]
-"""Called with one line that the user should read."""
 
 
 def cached_corpus(
@@ -30,7 +21,7 @@ def cached_corpus(
     tokenizer: TokenizerConfig | Tokenizer | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     *,
-    progress: Progress | None = None,
+    progress: CorpusProgress | None = None,
     notice: Notice | None = None,
 ) -> Corpus:
     """`source` prepared for `tokenizer`: from the cache if it is there, else prepared now and kept.
@@ -42,7 +33,7 @@ def cached_corpus(
     name or path and the tokenizer; one whose source changed, or that is damaged, is prepared again, which
     `notice` says.
 
-    Of several processes that start at once all may prepare and one wins; let one go first where that costs.
+    A preparation that was killed is gone on with. Of several processes one prepares, the others wait.
     """
     if is_prepared(source):
         corpus = open_corpus(source)
@@ -67,7 +58,7 @@ def cached_corpus(
             stale = f"{changed} changed since it was last prepared; preparing {found.name} again"
         if notice is not None:
             notice(stale)
-    return write_corpus(found, wanted, target, replace=stale is not None, progress=progress)
+    return write_corpus(found, wanted, target, replace=stale is not None, progress=progress, notice=notice)
 
 
 def _cache_key(identity: str, tokenizer: TokenizerConfig | Tokenizer) -> str:

@@ -3,29 +3,24 @@
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tarflowlm.data.config import TokenizerConfig, build_tokenizer
-from tarflowlm.data.meta import CorpusMeta, FileRecord, ShardRecord, SplitRecord
-from tarflowlm.data.pieces import text_pieces
+from tarflowlm.data.encode import encode_in_order
+from tarflowlm.data.meta import CorpusMeta
 from tarflowlm.data.read import sha256_of
-from tarflowlm.data.shards import ShardWriter, TokenArray, map_shard, token_dtype
-from tarflowlm.data.sources import SOURCE_NAMES, SPLITS, Source, Split, Texts, resolve_source
+from tarflowlm.data.registry import SOURCE_NAMES, resolve_source
+from tarflowlm.data.shards import TokenArray, map_shard, token_dtype
+from tarflowlm.data.sources import SPLITS, CorpusProgress, Notice, Split
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done ("bpe", "train", "valid", "test"), characters done, characters in all."""
-
-SHARD_TOKENS = 1 << 26
-_PIECE = 1 << 22  # characters encoded at once: int64 ids of a whole corpus would not fit
 
 
 class Corpus:
@@ -114,77 +109,14 @@ def open_corpus(path: str | os.PathLike[str]) -> Corpus:
     return Corpus(folder, meta, tokenizer)
 
 
-def prepare_corpus(
+def encode_text_source(
     source: str,
-    tokenizer: TokenizerConfig | Tokenizer,
-    out: str | os.PathLike[str],
+    tokenizer: Tokenizer,
+    splits: Sequence[str] = SPLITS,
     *,
-    progress: Progress | None = None,
-    shard_tokens: int = SHARD_TOKENS,
-) -> Corpus:
-    """Reads, normalises, splits and encodes `source` (a corpus name or a text file) into the directory `out`.
-
-    `out` appears complete or not at all. If it already holds this very corpus it is opened as it is;
-    UserError if it holds anything else, and for every problem with the source, its characters or the
-    tokenizer.
-    """
-    target = Path(out)
-    found = resolve_source(source)
-    if target.exists() and not is_empty_dir(target):
-        corpus = open_corpus(target) if (target / "meta.json").is_file() else None
-        if corpus is None or corpus.meta.identity != found.identity:
-            raise UserError(f"{target} already exists and holds something else: remove it or choose another --out")
-        if changed := corpus.meta.changed_file(found.files):
-            raise UserError(f"{target} holds this corpus as it was before {changed} changed: remove {target} first")
-        check_tokenizer(corpus, tokenizer)
-        return corpus
-    return write_corpus(found, tokenizer, target, progress=progress, shard_tokens=shard_tokens)
-
-
-def write_corpus(
-    source: Source,
-    tokenizer: TokenizerConfig | Tokenizer,
-    target: Path,
-    *,
-    replace: bool = False,
-    progress: Progress | None = None,
-    shard_tokens: int = SHARD_TOKENS,
-) -> Corpus:
-    """As `prepare_corpus`, for a resolved source; `replace` puts it in the place of what `target` holds."""
-    files = tuple(FileRecord.of(path) for path in source.files)
-    texts = source.read(tokenizer.normalization if isinstance(tokenizer, Tokenizer) else tokenizer.normalize)
-    for split, text in texts.items():
-        if not text.strip():
-            raise UserError(f"{source.name} is too short: its {split} split holds no text")
-    built = tokenizer if isinstance(tokenizer, Tokenizer) else _build(tokenizer, texts["train"], progress)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise UserError(f"cannot write to {target.parent}: {error.strerror or error}") from None
-    try:
-        splits = _encode_splits(texts, built, temporary, progress, shard_tokens)
-        meta = CorpusMeta(
-            source=source.name,
-            identity=source.identity,
-            files=files,
-            tokenizer_fingerprint=built.fingerprint,
-            tokenizer_config=None if isinstance(tokenizer, Tokenizer) else asdict(tokenizer),
-            vocab_size=built.vocab_size,
-            splits=splits,
-        )
-        built.save(temporary / "tokenizer.json")
-        (temporary / "meta.json").write_text(meta.to_json(), encoding="utf-8")
-        temporary.chmod(0o755)  # mkdtemp makes directories that only their owner can enter
-        _install(temporary, target, replace)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return open_corpus(target)
-
-
-def encode_text_source(source: str, tokenizer: Tokenizer, splits: Sequence[str] = SPLITS) -> dict[str, TokenArray]:
+    progress: CorpusProgress | None = None,
+    notice: Notice | None = None,
+) -> dict[str, TokenArray]:
     """Tokens of another text under a given tokenizer (say, a checkpoint's), which also normalises it.
 
     `source`: a corpus name, a text file, or a directory that was prepared with this very tokenizer. `splits`
@@ -200,14 +132,16 @@ def encode_text_source(source: str, tokenizer: Tokenizer, splits: Sequence[str] 
         check_tokenizer(corpus, tokenizer)
         whole = [np.asarray(corpus.split(split)) for split in SPLITS] if "all" in splits else []
         return {n: TokenArray.of(np.concatenate(whole)) if n == "all" else corpus.split(n) for n in splits}
-    texts = resolve_source(source).read(tokenizer.normalization)
-    result = {}
-    for name in splits:
-        pieces = (piece for split in SPLITS if name in (split, "all") for piece in text_pieces(texts[split], _PIECE))
-        dtype = token_dtype(tokenizer.vocab_size)
-        parts = [tokenizer.encode(piece).astype(dtype) for piece in pieces]
-        result[name] = TokenArray.of(np.concatenate(parts) if parts else np.zeros(0, dtype))
-    return result
+    found = resolve_source(source)
+    found.obtain(progress, notice)
+    dtype = token_dtype(tokenizer.vocab_size)
+    parts: dict[str, list[npt.NDArray[Any]]] = {split: [np.zeros(0, dtype)] for split in SPLITS}
+    batches = found.stream(tokenizer.normalization).batches
+    wanted = (batch for batch in batches if "all" in splits or batch.split in splits)
+    for batch, tokens in encode_in_order(wanted, tokenizer, dtype):
+        parts[batch.split].append(tokens)
+    parts["all"] = [part for split in SPLITS for part in parts[split]]
+    return {name: TokenArray.of(np.concatenate(parts[name])) for name in splits}
 
 
 def check_tokenizer(corpus: Corpus, wanted: TokenizerConfig | Tokenizer) -> None:
@@ -251,48 +185,3 @@ def _describe(wanted: TokenizerConfig | Tokenizer) -> str:
     size = f", vocab_size={wanted.vocab_size}" if wanted.vocab_size else ""
     source = f", source={wanted.source!r}" if wanted.source else ""
     return f"kind={wanted.kind!r}{size}{source}, normalize={wanted.normalize!r}"
-
-
-def _build(config: TokenizerConfig, text: str, progress: Progress | None) -> Tokenizer:
-    def pieces() -> Iterator[str]:
-        done = 0
-        for piece in text_pieces(text, _PIECE):
-            yield piece
-            done += len(piece)
-            if progress is not None:
-                progress("bpe", done, len(text))
-
-    return build_tokenizer(config, pieces())
-
-
-def _encode_splits(
-    texts: Texts, tokenizer: Tokenizer, folder: Path, progress: Progress | None, shard_tokens: int
-) -> dict[Split, SplitRecord]:
-    records: dict[Split, SplitRecord] = {}
-    for split, text in texts.items():
-        done = 0
-        with ShardWriter(folder, split, token_dtype(tokenizer.vocab_size), shard_tokens) as writer:
-            for piece in text_pieces(text, _PIECE):
-                writer.write(tokenizer.encode(piece))
-                done += len(piece)
-                if progress is not None:
-                    progress(split, done, len(text))
-        shards = tuple(ShardRecord(**shard) for shard in writer.shards)
-        records[split] = SplitRecord(sum(shard.tokens for shard in shards), len(text), shards)
-    return records
-
-
-def _install(temporary: Path, target: Path, replace: bool) -> None:
-    """Renames `temporary` to `target`. Where another process was faster, what it wrote stays."""
-    if replace and target.exists():
-        # renamed away before it is deleted, so that `target` is never there in part
-        retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-        try:
-            os.rename(target, retired / target.name)
-        finally:
-            shutil.rmtree(retired, ignore_errors=True)
-    try:
-        os.rename(temporary, target)
-    except OSError:
-        if not (target / "meta.json").is_file():
-            raise

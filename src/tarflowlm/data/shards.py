@@ -9,6 +9,8 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from tarflowlm.errors import UserError
+
 Array = npt.NDArray[Any]
 
 
@@ -104,15 +106,25 @@ class ShardWriter:
     tokens.
 
     At least one file is written, an empty one for no tokens. Use as a context manager; `shards` then lists
-    the files and their tokens.
+    the files and their tokens. Given the `shards` of an earlier writer as of its last `sync`, it goes on from there.
     """
 
-    def __init__(self, folder: Path, stem: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stem: str,
+        dtype: np.dtype[Any],
+        shard_tokens: int,
+        shards: Sequence[dict[str, Any]] = (),
+    ) -> None:
         assert shard_tokens > 0, shard_tokens
         self._folder, self._stem, self._dtype, self._shard_tokens = folder, stem, dtype, shard_tokens
-        self.shards: list[dict[str, Any]] = []
+        self.shards: list[dict[str, Any]] = [dict(shard) for shard in shards]
         """For every file its name ("file"), "tokens", and, once it is complete, "sha256"."""
-        self._open_next()
+        if self.shards:
+            self._reopen_last()
+        else:
+            self._open_next()
 
     def write(self, tokens: Array) -> None:
         """Appends `tokens` [N], ids below the vocabulary size that `dtype` was chosen for."""
@@ -129,6 +141,21 @@ class ShardWriter:
             self.shards[-1]["tokens"] += len(data[:room])
             data = data[room:]
 
+    def sync(self) -> None:
+        """Returns once all tokens are on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _reopen_last(self) -> None:
+        sizes = [shard["tokens"] * self._dtype.itemsize for shard in self.shards]
+        paths = [self._folder / shard["file"] for shard in self.shards]
+        for path, size in zip(paths, sizes, strict=True):
+            if not path.is_file() or path.stat().st_size < size:
+                raise UserError(f"{path} lost some of its {size:,} bytes: remove {self._folder} and prepare again")
+        os.truncate(paths[-1], sizes[-1])
+        self._digest = hashlib.sha256(paths[-1].read_bytes())
+        self._file = paths[-1].open("ab")
+
     def _open_next(self) -> None:
         name = f"{self._stem}-{len(self.shards):05d}.bin"
         self._file = (self._folder / name).open("wb")
@@ -136,8 +163,7 @@ class ShardWriter:
         self.shards.append({"file": name, "tokens": 0})
 
     def _close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.sync()
         self._file.close()
         self.shards[-1]["sha256"] = self._digest.hexdigest()
 

@@ -51,6 +51,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> npt.NDArray[np.int64]:
         """Token ids [N] of `text`, not normalised. UserError for characters outside the vocabulary."""
 
+    def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Token ids [N] of `texts`, each encoded on its own, one after the other."""
+        return joined([self.encode(text) for text in texts])
+
     @abstractmethod
     def _payload(self) -> dict[str, Any]:
         """What JSON must hold beside kind and normalisation."""
@@ -106,7 +110,7 @@ class Tokenizer(ABC):
         try:
             document = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{name} is not valid JSON ({_first_line(error)}); save the tokenizer again") from None
+            raise UserError(f"{name} is not valid JSON ({first_line(error)}); save the tokenizer again") from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise UserError(f'{name} is not a tarflowlm tokenizer (no "format": "{FORMAT}" in it)')
         if document.get("version") != VERSION:
@@ -125,7 +129,7 @@ class Tokenizer(ABC):
             raise UserError(f"{name}: {error}") from None
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{name} is damaged ({type(error).__name__}: {_first_line(error)}); save it again"
+                f"{name} is damaged ({type(error).__name__}: {first_line(error)}); save it again"
             ) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -259,8 +263,13 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     except FileNotFoundError:
         raise UserError(f"{source} does not exist: give a tokenizer.json or the directory that holds one") from None
     except _UNREADABLE as error:
-        raise UserError(f"cannot read the tokenizer {source}: {_first_line(error)}") from None
+        raise UserError(f"cannot read the tokenizer {source}: {first_line(error)}") from None
     return Tokenizer.from_json(text, name=str(source))
+
+
+def joined(parts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """`numpy.concatenate`, for no parts as well."""
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
 def check_alphabet(alphabet: str) -> None:
@@ -309,5 +318,6 @@ def _printable(token: bytes) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,9 @@ METRICS = "metrics.jsonl"
 class Reporter:
     """What a run tells the outside. This one is silent; a front end overrides what it shows."""
 
+    def preparing(self, stage: str, done: int, total: int | None) -> None:
+        """The corpus is being prepared; as `data.CorpusProgress`."""
+
     def stage(self, index: int, num_stages: int, num_steps: int, done: int, description: str) -> None:
         """Stage `index` (0-based) begins, `done` of its `num_steps` steps already taken."""
 

@@ -36,7 +36,7 @@ def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parts = MUON if config.optimizer == "muon" else ()
-    muon = [p for name, p in named if p.ndim == 2 and any(part in name for part in parts)]
+    muon = [p for name, p in named if p.ndim == 2 and name.endswith(".weight") and any(x in name for x in parts)]
     taken = {id(p) for p in muon}
     rest = [(name, p) for name, p in named if id(p) not in taken]
     codebook = [p for name, p in rest if name.endswith(CODEBOOK)]

@@ -64,7 +64,7 @@ def train(
         check_new(out)
     check_installed(run.train.track)
     with processes.first_alone():
-        corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
+        corpus = _corpus(run, reporter)
     if run.data.source not in SOURCE_NAMES:
         # the run directory is used from other folders too
         run = replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
@@ -100,7 +100,7 @@ def resume(
         state, damaged = processes.from_first(_prepared(out, reporter) if processes.first else (out, None))
         saved = read_counters(state)
         with processes.first_alone():
-            corpus = cached_corpus(run.data.source, run.data.tokenizer, notice=reporter.notice)
+            corpus = _corpus(run, reporter)
         if corpus.fingerprint != saved["corpus"]:
             raise UserError(f"{run.data.source} is not the text that {out} was trained on: bring that back to resume")
         if damaged is not None:
@@ -121,6 +121,10 @@ def _prepared(out: Path, reporter: Reporter) -> tuple[Path, str | None]:
     for folder in (out, out / BEST):
         remove_leftovers(folder)
     return state, damaged
+
+
+def _corpus(run: RunConfig, reporter: Reporter) -> Corpus:
+    return cached_corpus(run.data.source, run.data.tokenizer, progress=reporter.preparing, notice=reporter.notice)
 
 
 def check_new(out: Path) -> None:

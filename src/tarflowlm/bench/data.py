@@ -1,0 +1,209 @@
+"""Preparing a corpus: its speed beside the `tokenizers` library alone, its memory at two sizes, the loader's cost."""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from rich.console import Console
+
+from tarflowlm.bench import train as bench_train
+from tarflowlm.console import print_table
+from tarflowlm.data import (
+    BPETokenizer,
+    TokenizerConfig,
+    WindowSampler,
+    build_tokenizer,
+    load_tokenizer,
+    open_corpus,
+    prepare_corpus,
+)
+from tarflowlm.data.pieces import text_pieces
+from tarflowlm.data.read import text_blocks
+from tarflowlm.data.registry import resolve_source
+from tarflowlm.errors import UserError
+from tarflowlm.presets import preset
+
+
+@dataclass(frozen=True)
+class Args:
+    """Text to BPE shards: speed as a ratio to the tokenizers library alone, peak memory, and the loader's cost."""
+
+    text: Path | None = None
+    """Text file to repeat to the sizes below; the default is the built-in corpus."""
+    tokenizer: str = ""
+    """BPE: a tokenizer.json or a hub name; the default trains one of 16,384 tokens on the small text."""
+    rounds: int = 3
+    """Rounds of preparing a text, and of the library alone, in turn."""
+    speed_mb: int = 50
+    """Megabytes (10^6 bytes) of that text."""
+    small_mb: int = 10
+    """Of a text that is prepared once, for its peak memory."""
+    large_mb: int = 100
+    """Of another, to see whether memory grows."""
+    preset: str = "mini-ar"
+    """The training step that the loader's cost is compared with."""
+    json: bool = False
+    """Print one JSON object last."""
+
+
+VOCAB_SIZE = 16_384
+LOADER_BATCHES = 2000
+
+
+def run(args: Args) -> dict[str, Any]:
+    """{"mb_per_second", "library_mb_per_second", "ratio", "memory": [{"mb", "peak_mb", "mb_per_second"}],
+    "loader_share", ...}.
+
+    Speeds are medians over rounds, the ratio is the median of the rounds' own ratios: over 1 is faster than the
+    library. Peaks are those of fresh processes, everything that they imported included.
+    """
+    sizes = {"small": args.small_mb, "large": args.large_mb, "speed": args.speed_mb}
+    if args.rounds < 1 or min(sizes.values()) < 1:
+        raise UserError(f"rounds {args.rounds}, megabytes {sizes}: each needs at least 1")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for label, size in sizes.items():
+            _write_text(args.text, folder / f"{label}.txt", size * 10**6)
+        tokenizer = _bpe(args.tokenizer, folder / "small.txt")
+        tokenizer.save(folder / "tokenizer.json")
+        ours, alone = _speeds(tokenizer, folder, args.rounds)
+        memory = [
+            {"mb": size} | _in_fresh_process(folder / f"{label}.txt", folder / "tokenizer.json", folder / label)
+            for label, size in sizes.items()
+            if label != "speed"
+        ]
+        loader = _seconds_per_batch(folder / "large", args.preset)
+    step = bench_train.run(bench_train.Args(presets=(args.preset,), rounds=3, vocab_size=27))
+    milliseconds = step["rows"][0]["milliseconds"]
+    return {
+        "mb_per_second": args.speed_mb / statistics.median(ours),
+        "library_mb_per_second": args.speed_mb / statistics.median(alone),
+        "ratio": statistics.median(b / a for a, b in zip(ours, alone, strict=True)),
+        "memory": memory,
+        "loader_milliseconds": 1000 * loader,
+        "step_milliseconds": milliseconds,
+        "loader_share": 1000 * loader / milliseconds,
+        "preset": args.preset,
+        "tokenizers": tokenizers.__version__,
+    }
+
+
+def _write_text(text: Path | None, path: Path, size: int) -> None:
+    """The text, over and over, in `size` bytes or a few less."""
+    with path.open("wb") as file:
+        room = size
+        while room:
+            before = room
+            for block in _blocks(text):
+                # a cut character at the end is left out
+                data = block.encode("utf-8")[:room].decode("utf-8", errors="ignore").encode("utf-8")
+                file.write(data)
+                room -= len(data)
+                if room < 4:
+                    return
+            assert room < before
+
+
+def _blocks(text: Path | None) -> Iterator[str]:
+    if text is not None:
+        yield from text_blocks(text)
+        return
+    for batch in resolve_source("english").stream("none").batches:
+        yield from batch.texts
+
+
+def _bpe(source: str, text: Path) -> BPETokenizer:
+    if source:
+        config = TokenizerConfig(kind="bpe", source=source, normalize="none")
+    else:
+        config = TokenizerConfig(kind="bpe", vocab_size=VOCAB_SIZE, normalize="none")
+    built = build_tokenizer(config, text_blocks(text))
+    assert isinstance(built, BPETokenizer)
+    return built
+
+
+def _speeds(tokenizer: BPETokenizer, folder: Path, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of preparing a text, and of the library encoding it from memory, in every round."""
+    # lines as a user of the library would hand them over, and stretches as we do: the faster counts
+    text = (folder / "speed.txt").read_text(encoding="utf-8")
+    cuts = [text.splitlines(keepends=True), list(text_pieces(text, 1 << 15))]
+    ours, alone = [], []
+    for i in range(rounds):
+        start = time.perf_counter()
+        prepare_corpus(str(folder / "speed.txt"), tokenizer, folder / f"round{i}")
+        ours.append(time.perf_counter() - start)
+        alone.append(min(_library_seconds(tokenizer, texts) for texts in cuts))
+    return ours, alone
+
+
+def _library_seconds(tokenizer: BPETokenizer, texts: list[str], batch: int = 1 << 20) -> float:
+    """Seconds of `encode_batch_fast` on all of `texts`, in batches of a megabyte, and of taking the ids out."""
+    per_batch = max(1, batch * len(texts) // max(1, sum(map(len, texts))))
+    start = time.perf_counter()
+    for i in range(0, len(texts), per_batch):
+        for encoding in tokenizer.library.encode_batch_fast(texts[i : i + per_batch], add_special_tokens=False):
+            encoding.ids  # noqa: B018
+    return time.perf_counter() - start
+
+
+def _in_fresh_process(text: Path, tokenizer: Path, out: Path) -> dict[str, float]:
+    code = f"from {__name__} import prepare_and_measure; prepare_and_measure()"
+    command = [sys.executable, "-c", code, str(text), str(tokenizer), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def prepare_and_measure() -> None:
+    """In a process of its own: prepares argv[1] with tokenizer argv[2] in argv[3]; prints speed and peak memory."""
+    text, tokenizer, out = sys.argv[1:]
+    start = time.perf_counter()
+    prepare_corpus(text, load_tokenizer(tokenizer), out)
+    seconds = time.perf_counter() - start
+    megabytes = Path(text).stat().st_size / 1e6
+    sys.stdout.write(json.dumps({"peak_mb": _peak_bytes() / 1e6, "mb_per_second": megabytes / seconds}))
+
+
+def _peak_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        # not ru_maxrss, which counts what the parent had at the time of the fork
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def _seconds_per_batch(corpus: Path, name: str) -> float:
+    """Of the sampler, at the sizes of a preset."""
+    run_config = preset(name)
+    tokens = open_corpus(corpus).split("train")
+    sampler = WindowSampler(tokens, window=run_config.model.context, batch=run_config.train.batch_size, seed=0)
+    start = time.perf_counter()
+    for _ in range(LOADER_BATCHES):
+        sampler.next()
+    return (time.perf_counter() - start) / LOADER_BATCHES
+
+
+def print_result(result: dict[str, Any], console: Console) -> None:
+    small, large = result["memory"]
+    rows = [
+        ("text to shards", f"{result['mb_per_second']:.2f} MB/s"),
+        ("the library alone", f"{result['library_mb_per_second']:.2f} MB/s (tokenizers {result['tokenizers']})"),
+        ("ratio", f"{result['ratio']:.3f}"),
+        (f"peak memory, {small['mb']} MB", f"{small['peak_mb']:.0f} MB"),
+        (f"peak memory, {large['mb']} MB", f"{large['peak_mb']:.0f} MB at {large['mb_per_second']:.2f} MB/s"),
+        ("a batch of windows", f"{result['loader_milliseconds']:.3f} ms"),
+        (
+            f"a step of {result['preset']}",
+            f"{result['step_milliseconds']:.0f} ms: the loader takes {result['loader_share']:.2%} of it",
+        ),
+    ]
+    print_table(console, "preparing a corpus", rows)
