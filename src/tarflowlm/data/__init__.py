@@ -9,7 +9,7 @@ from tarflowlm.data.read import read_text
 from tarflowlm.data.shards import TokenArray
 from tarflowlm.data.sources import SOURCE_NAMES
 from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
-from tarflowlm.data.windows import WindowSampler, eval_windows
+from tarflowlm.data.windows import WindowSampler, eval_windows, sliding_windows
 
 __all__ = [
     "SOURCE_NAMES",
@@ -31,4 +31,5 @@ __all__ = [
     "open_corpus",
     "prepare_corpus",
     "read_text",
+    "sliding_windows",
 ]
