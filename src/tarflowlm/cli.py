@@ -17,20 +17,19 @@ from tarflowlm.bench import numerics as bench_numerics
 from tarflowlm.bench import train as bench_train
 from tarflowlm.commands import (
     DataArgs,
-    EvalArgs,
     ResumeArgs,
     SampleArgs,
     TrainArgs,
     overridden,
     print_summary,
     run_data,
-    run_eval,
     run_quickstart_command,
     run_sample,
 )
 from tarflowlm.console import ProgressReporter, print_json, print_table
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
+from tarflowlm.eval_command import EvalArgs, run_eval
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.quickstart import QuickstartArgs
 from tarflowlm.training.progressive import resume, train

@@ -124,7 +124,7 @@ def conditional_bound(
     """
     T, patch = tokens.shape[1], model.config.patch
     if not 0 <= given < T or given % patch:
-        raise UserError(f"given {given}: must be at least 0, below the {T} tokens, and a multiple of the patch {patch}")
+        raise UserError(f"given {given}: must be 0 .. {T - 1} and a multiple of the patch {patch}")
     if isinstance(model, TokenLM):
         return -model.token_log_prob(tokens)[:, given:].sum(-1)
     if given and model.num_blocks > 1:

@@ -172,7 +172,7 @@ def _hub_tokenizer(name: str) -> str:
         cached = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
         if isinstance(cached, str):
             return Path(cached).read_text(encoding="utf-8")
-        _check_reachable(huggingface_hub.constants.ENDPOINT)
+        check_reachable(huggingface_hub.constants.ENDPOINT)
         return tokenizers.Tokenizer.from_pretrained(name).to_str()
     except Exception as error:  # hub, network and library errors share no base class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -181,7 +181,7 @@ def _hub_tokenizer(name: str) -> str:
         log.setLevel(level)
 
 
-def _check_reachable(endpoint: str) -> None:
+def check_reachable(endpoint: str) -> None:
     """Fails at once where the hub's name cannot be resolved; the hub client would retry for half a minute."""
     if urllib.request.getproxies():
         return  # the proxy resolves names

@@ -70,9 +70,9 @@ def evaluate(
 ) -> Likelihood:
     """Bound over `windows` [N, T] of token ids, each with a fresh context.
 
-    With `samples` K = 1 this is the ELBO (docs/math.md, eq. 3), with K > 1 the importance-weighted bound (eq. 13), and
-    the ELBO of the same samples beside it. `given` [N]: tokens at the head of each window that are its context and not
-    scored (`sliding_windows`); the baseline and flows of one block take it (`conditional_bound`).
+    With `samples` K = 1 this is the ELBO (docs/math.md, eq. 3), with K > 1 the importance-weighted bound (eq. 13)
+    with the ELBO of the same samples beside it. `given` [N]: tokens at the head of each window that are context and
+    not scored (`sliding_windows`); the baseline and flows of one block take it (`conditional_bound`).
     `characters_per_token` and `bytes_per_token` [V] turn nats per token into bits per character and per byte.
     Same seed, same result.
     """
