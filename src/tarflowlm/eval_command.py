@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.checkpoint import Checkpoint, load_checkpoint
-from tarflowlm.console import Update, bar, print_json, print_table
+from tarflowlm.console import bar, print_json, print_table
 from tarflowlm.data import TokenArray, Tokenizer, cached_corpus, encode_text_source, eval_windows, sliding_windows
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
@@ -102,7 +102,9 @@ def run_eval(args: EvalArgs) -> None:
         assert isinstance(checkpoint.model, TarFlowLM)
         windows = eval_windows(tokens, checkpoint.run.model.context, args.windows)
         with bar(console, f"latents of {source}", len(windows)) as update:
-            states = latent_report(checkpoint.model, windows, seed=args.seed, progress=_done(update))
+            states = latent_report(
+                checkpoint.model, windows, seed=args.seed, progress=lambda done, _total: update(done)
+            )
     if sampling is not None and judge is not None:
         length = checkpoint.run.model.context if sampling.length is None else sampling.length
         text = eval_windows(tokens, max(length, 1), sampling.num)
@@ -166,7 +168,7 @@ def _likelihood(
             given=given,
             samples=args.samples,
             seed=args.seed,
-            progress=_done(update),
+            progress=lambda done, _total: update(done),
         )
     extra = {
         "source": source,
@@ -177,10 +179,6 @@ def _likelihood(
         "seconds": time.perf_counter() - start,
     }
     return result, extra
-
-
-def _done(update: Update) -> Any:
-    return lambda done, _total: update(done)
 
 
 def _print_likelihood(console: Console, title: str, result: Likelihood, extra: dict[str, Any]) -> None:
@@ -222,24 +220,24 @@ def _columns(console: Console, title: str, header: list[str], rows: list[list[st
 
 def _print_latents(console: Console, states: list[StateReport]) -> None:
     """Two rows per state: mean over sequences, and standard deviation."""
-    names = {
-        "norm": "norm",
-        "cosine": "cosine",
+    geometry = {
+        "norm": "L2 norm",
+        "cosine": "pairwise cosine",
         "participation_ratio": "part. ratio",
-        "centroid_shift": "shift",
-        "log_det": "log-det",
-        "kl": "KL",
-        "kl_gain": "KL gain",
-        "nelbo": "-ELBO",
+        "centroid_shift": "centroid shift",
     }
-    rows = []
-    for state in states:
-        spreads: list[Spread | None] = [getattr(state, name) for name in names]
-        label = "z" if state.block == 0 else f"block {state.block}"
-        rows.append([label, *("" if s is None else f"{s.mean:.4f}" for s in spreads)])
-        rows.append(["  ±", *("" if s is None else f"{s.std:.4f}" for s in spreads)])
-    title = "state after every block; log-det, KL to a prior that ends there, and bound (<=) in nats per token"
-    _columns(console, title, ["", *names.values()], rows)
+    shares = {"log_det": "log-det", "kl": "KL to the prior", "kl_gain": "KL taken off", "nelbo": "<= -ELBO"}
+    for title, names in (
+        ("state after every block", geometry),
+        ("with a prior that ends after the block, nats per token", shares),
+    ):
+        rows = []
+        for state in states:
+            spreads: list[Spread | None] = [getattr(state, name) for name in names]
+            label = "z" if state.block == 0 else f"block {state.block}"
+            rows.append([label, *("" if s is None else f"{s.mean:.4f}" for s in spreads)])
+            rows.append(["  ±", *("" if s is None else f"{s.std:.4f}" for s in spreads)])
+        _columns(console, title, ["", *names.values()], rows)
 
 
 def _print_quality(console: Console, quality: Quality) -> None:

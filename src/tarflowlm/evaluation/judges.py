@@ -158,7 +158,7 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
     """
     path = Path(name).expanduser()
     try:
-        is_dir = path.is_dir()
+        is_dir = name != "" and path.is_dir()
     except OSError:  # a name too long
         is_dir = False
     if is_dir and not _is_transformers(path):
