@@ -24,7 +24,7 @@ LAYERS = [
     {"training"},
     {""},  # the public names
     {"console"},
-    {"quickstart", "bench", "studio", "eval_command"},
+    {"quickstart", "bench", "studio", "eval_command", "reproduce"},
     {"commands"},
     {"cli"},
 ]
@@ -134,7 +134,7 @@ def test_optional_packages_are_imported_where_used(module):
 
 
 def test_terminal_libraries_stay_with_the_command_line():
-    top = {"console", "quickstart", "bench", "studio", "eval_command", "commands", "cli"}
+    top = {"console", "quickstart", "bench", "studio", "eval_command", "reproduce", "commands", "cli"}
     for name, path in MODULES.items():
         if name.split(".")[0] not in top:
             assert not {"rich", "tyro"} & {i.split(".")[0] for i in imports(path)}, name

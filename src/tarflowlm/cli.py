@@ -32,6 +32,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.eval_command import EvalArgs, run_eval
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.quickstart import QuickstartArgs
+from tarflowlm.reproduce.command import ReproduceArgs, run_reproduce
 from tarflowlm.training.progressive import resume, train
 
 
@@ -74,6 +75,7 @@ def _dispatch(argv: list[str]) -> None:
         "data": (run_data, DataArgs),
         "eval": (run_eval, EvalArgs),
         "sample": (run_sample, SampleArgs),
+        "reproduce": (run_reproduce, ReproduceArgs),
     }
     if not argv or argv[0] in ("-h", "--help"):
         _print_help({name: args.__doc__ or "" for name, (_, args) in commands.items()})
