@@ -172,6 +172,8 @@ WRONG = {
     "top-p-alone": (["--top-p", "0.9"], ["--top-p", "--quality"]),
     "judge": (["--quality", "--judge", "/no/such/judge"], ["/no/such/judge", "no directory"]),
     "num": (["--quality", "--num", "1"], ["num 1"]),
+    "length": (["--quality", "--length", "17"], ["length 17", "16"]),
+    "temperature": (["--quality", "--temperature", "0"], ["temperature 0.0"]),
 }
 
 

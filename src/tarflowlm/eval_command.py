@@ -91,6 +91,10 @@ def run_eval(args: EvalArgs) -> None:
     checkpoint = load_checkpoint(args.directory, device)
     if args.latents and isinstance(checkpoint.model, TokenLM):
         raise UserError(f"{args.directory} is the discrete baseline, which has no latents: leave --latents out")
+    context = checkpoint.run.model.context
+    length = context if args.length is None else args.length
+    if not 1 <= length <= context:
+        raise UserError(f"length {length}: must be at least 1 and at most the trained context of {context} tokens")
     # before anything that takes time, so that a judge that is not there costs none
     judge = load_judge(args.judge or DEFAULT_JUDGE, device) if sampling is not None else None
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
@@ -100,14 +104,13 @@ def run_eval(args: EvalArgs) -> None:
     states, quality = None, None
     if args.latents:
         assert isinstance(checkpoint.model, TarFlowLM)
-        windows = eval_windows(tokens, checkpoint.run.model.context, args.windows)
+        windows = eval_windows(tokens, context, args.windows)
         with bar(console, f"latents of {source}", len(windows)) as update:
             states = latent_report(
                 checkpoint.model, windows, seed=args.seed, progress=lambda done, _total: update(done)
             )
     if sampling is not None and judge is not None:
-        length = checkpoint.run.model.context if sampling.length is None else sampling.length
-        text = eval_windows(tokens, max(length, 1), sampling.num)
+        text = eval_windows(tokens, length, sampling.num)
         with bar(console, "quality", 1) as update:
             quality = measure_quality(
                 checkpoint.model,

@@ -121,6 +121,13 @@ def test_what_may_not_be_compared_is_said(model, windows):
     assert "same text" in remarks[2]
 
 
+def test_a_missing_package_costs_no_samples(model, windows, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    monkeypatch.setattr("tarflowlm.evaluation.quality.draw_samples", lambda *_: pytest.fail("it sampled first"))
+    with pytest.raises(UserError, match="quality"):
+        measure_quality(model, TOKENIZER, LetterJudge(), windows, CONFIG)
+
+
 def test_samples_repeat_themselves_in_any_number_of_batches(model, monkeypatch):
     first = draw_samples(model, CONFIG)
     assert first.shape == (20, 8)

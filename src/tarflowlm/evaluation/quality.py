@@ -15,6 +15,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge
 from tarflowlm.generation import generate
 from tarflowlm.generation.stack import Decoder
+from tarflowlm.generation.weights import adjust_weights
 
 MAUVE_SCALING = 5
 """The paper's; everything else is mauve-text's default."""
@@ -70,14 +71,18 @@ def mauve(text: Tensor, samples: Tensor) -> float:
     """
     if min(len(text), len(samples)) < 2:
         raise UserError(f"MAUVE compares two sets of texts, not {len(text)} with {len(samples)}: use more of both")
+    result = _compute_mauve()(
+        p_features=text.numpy(), q_features=samples.numpy(), mauve_scaling_factor=MAUVE_SCALING, verbose=False
+    )
+    return float(result.mauve)
+
+
+def _compute_mauve() -> Callable[..., Any]:
     try:
         from mauve import compute_mauve
     except ImportError:
         raise UserError("MAUVE needs mauve-text: pip install 'tarflowlm[quality]'") from None
-    result = compute_mauve(
-        p_features=text.numpy(), q_features=samples.numpy(), mauve_scaling_factor=MAUVE_SCALING, verbose=False
-    )
-    return float(result.mauve)
+    return compute_mauve
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.num < 2:
             raise UserError(f"num {self.num}: MAUVE needs at least 2 samples, and hundreds to mean anything")
+        adjust_weights(self.temperature, self.top_k, self.top_p)  # for its errors, before anything takes time
 
 
 def measure_quality(
@@ -158,6 +164,7 @@ def measure_quality(
     Same configuration, same samples. `trained_on` is the model's corpus: a judge that shares it is remarked on.
     Errors as `generate`, `Judge.read` and `mauve`.
     """
+    _compute_mauve()  # a missing package must not cost the samples
     samples = draw_samples(model, config, progress)
     measured = []
     for name, tokens in (("samples", samples), ("text", text)):
