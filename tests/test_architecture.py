@@ -25,7 +25,7 @@ LAYERS = [
     {"report"},
     {""},  # the public names
     {"console"},
-    {"quickstart", "bench", "studio"},
+    {"quickstart", "bench", "studio", "eval_command", "reproduce"},
     {"commands", "edit_command"},
     {"cli"},
     {"__main__"},
@@ -136,7 +136,7 @@ def test_optional_packages_are_imported_where_used(module):
 
 
 def test_terminal_libraries_stay_with_the_command_line():
-    top = {"console", "quickstart", "bench", "studio", "commands", "edit_command", "cli"}
+    top = {"console", "quickstart", "bench", "studio", "eval_command", "reproduce", "commands", "edit_command", "cli"}
     for name, path in MODULES.items():
         if name.split(".")[0] not in top:
             assert not {"rich", "tyro"} & {i.split(".")[0] for i in imports(path)}, name

@@ -419,7 +419,7 @@ def test_wrong_requests_for_samples_are_named(refused, model, wrong, names):
 
 WRONG_EVALS = {
     "samples": (["--samples", "0"], ["samples 0"]),
-    "windows": (["--windows", "0"], ["limit=0"]),
+    "windows": (["--windows", "0"], ["windows 0"]),
     "seed": (["--seed", "-1"], ["seed -1"]),
     "split": (["--split", "trian"], ["'trian'", "train"]),
 }

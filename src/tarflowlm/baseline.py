@@ -95,8 +95,17 @@ class TokenLM(nn.Module):
 
     def log_prob(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
         """log p(x) per sequence, in nats: exact."""
+        return self.token_log_prob(tokens).sum(-1)
+
+    def token_log_prob(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """log p(x_t | x_<t) of every token, in nats: exact."""
         nll = F.cross_entropy(self.logits(tokens).flatten(0, 1), tokens.flatten(), reduction="none")
-        return -nll.view(tokens.shape).sum(-1)
+        return -nll.view(tokens.shape)
+
+    def states(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B n D"]:
+        """Features after the start and after every position, the last of the whole text: n = T / P + 1."""
+        start = self.start.expand(tokens.shape[0], 1, -1)
+        return self.transformer(torch.cat((start, self._positions(tokens)), dim=1))
 
     def features_at(self, cache: KVCache, previous: Int[Tensor, "B P"] | None, batch: int) -> Float[Tensor, "B D"]:
         """Features of the next position, given the tokens of the one before it (None at the start)."""

@@ -22,7 +22,6 @@ from tarflowlm.bench import numerics as bench_numerics
 from tarflowlm.bench import train as bench_train
 from tarflowlm.commands import (
     DataArgs,
-    EvalArgs,
     ReportArgs,
     ResumeArgs,
     SampleArgs,
@@ -31,7 +30,6 @@ from tarflowlm.commands import (
     overridden,
     print_summary,
     run_data,
-    run_eval,
     run_quickstart_command,
     run_report,
     run_sample,
@@ -41,8 +39,10 @@ from tarflowlm.console import ProgressReporter, print_json, print_table
 from tarflowlm.device import pick_device
 from tarflowlm.edit_command import EditArgs, run_edit
 from tarflowlm.errors import UserError
+from tarflowlm.eval_command import EvalArgs, run_eval
 from tarflowlm.presets import PRESETS, preset
 from tarflowlm.quickstart import QuickstartArgs
+from tarflowlm.reproduce.command import ReproduceArgs, run_reproduce
 from tarflowlm.training.distributed import Processes, launched
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.progressive import resume, train
@@ -102,6 +102,7 @@ def _dispatch(argv: list[str]) -> None:
         "edit": (run_edit, EditArgs),
         "report": (run_report, ReportArgs),
         "seal": (run_seal, SealArgs),
+        "reproduce": (run_reproduce, ReproduceArgs),
     }
     if not argv or argv[0] in ("-h", "--help"):
         _print_help({name: args.__doc__ or "" for name, (_, args) in commands.items()})

@@ -1,13 +1,11 @@
 """What each command takes and does; `cli` finds the command and reports what went wrong."""
 
-import copy
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from rich.console import Console
@@ -23,18 +21,9 @@ from tarflowlm.console import (
     samples_to_json,
     sampling_bar,
 )
-from tarflowlm.data import (
-    SOURCE_NAMES,
-    Tokenizer,
-    TokenizerConfig,
-    cached_corpus,
-    encode_text_source,
-    eval_windows,
-    prepare_corpus,
-)
+from tarflowlm.data import TokenizerConfig, prepare_corpus
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import Decoder
 from tarflowlm.generation.template import encode_template
@@ -85,30 +74,6 @@ class ResumeArgs:
 
     resume: Path
     """Run directory to continue."""
-    device: DeviceName = "auto"
-    """auto takes cuda, then mps, then cpu."""
-    json: bool = False
-    """Print one JSON object last."""
-
-
-@dataclass(frozen=True)
-class EvalArgs:
-    """Likelihood of a text under a trained model."""
-
-    directory: tyro.conf.Positional[Path]
-    """Run directory."""
-    data: str | None = None
-    """Another text: corpus name, file or prepared directory; the default is the run's own corpus."""
-    split: Literal["train", "valid", "test", "all"] = "test"
-    """Part of the text; a file is cut 90/5/5."""
-    samples: int = 1
-    """Posterior samples: 1 gives the ELBO, more the importance-weighted bound."""
-    windows: int | None = None
-    """At most this many windows, evenly spaced; the default is all of them."""
-    normalize: Literal["text8"] | None = None
-    """Normalise the text first, whatever the checkpoint's tokenizer does."""
-    seed: int = 0
-    """Of the posterior samples."""
     device: DeviceName = "auto"
     """auto takes cuda, then mps, then cpu."""
     json: bool = False
@@ -230,61 +195,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     print_table(Console(), summary["preset"], rows)
 
 
-def _with_normalisation(tokenizer: Tokenizer, normalize: Literal["text8"] | None) -> Tokenizer:
-    if normalize is None:
-        return tokenizer
-    changed = copy.copy(tokenizer)
-    changed.normalization = normalize
-    changed.__dict__.pop("fingerprint", None)  # of the original, if it was asked for before
-    return changed
-
-
-def run_eval(args: EvalArgs) -> None:
-    console = Console(stderr=True)
-    device = pick_device(args.device)
-    checkpoint = load_checkpoint(args.directory, device)
-    tokenizer = _with_normalisation(checkpoint.tokenizer, args.normalize)
-    source = checkpoint.run.data.source if args.data is None else args.data
-    notice = partial(print_notice, console)
-    with corpus_bar(console, source) as progress:
-        if args.split != "all" and (source in SOURCE_NAMES or Path(source).is_dir()):
-            tokens = cached_corpus(source, tokenizer, progress=progress, notice=notice).split(args.split)
-        else:
-            found = encode_text_source(source, tokenizer, (args.split,), progress=progress, notice=notice)
-            tokens = found[args.split]
-    windows = eval_windows(tokens, checkpoint.run.model.context, args.windows)
-    characters = torch.from_numpy(np.asarray(tokenizer.characters_per_token))
-    start = time.perf_counter()
-    with bar(console, f"windows of {source}", len(windows)) as update:
-        result = evaluate(
-            checkpoint.model,
-            windows,
-            characters,
-            samples=args.samples,
-            seed=checked_seed(args.seed),
-            progress=lambda done, _total: update(done),
-        )
-    seconds = time.perf_counter() - start
-    if args.json:
-        print_json(result.to_json() | {"source": source, "split": args.split, "seconds": seconds})
-        return
-    rows = [
-        ("bits per character", f"{result.sign} {result.bpc:.4f}"),
-        ("nats per token", f"{result.sign} {result.nats_per_token:.4f} (standard error {result.stderr:.4f})"),
-        ("perplexity per token", f"{result.sign} {result.ppl:.4f}"),
-        ("bound", result.bound),
-        (
-            "text",
-            f"{result.tokens:,} tokens, {result.characters:,} characters, {result.windows:,} fresh contexts",
-        ),
-        ("seconds", f"{seconds:.1f}"),
-    ]
-    print_table(Console(), f"{args.directory} on {source}, {args.split}", rows)
-
-
 def run_sample(args: SampleArgs) -> None:
     checkpoint = load_checkpoint(args.directory, pick_device(args.device))
-    tokenizer = _with_normalisation(checkpoint.tokenizer, args.normalize)
+    tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
     prompt = template = None
     if args.prompt is not None:
         text = args.prompt if args.normalize is None else tokenizer.prepare(args.prompt)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -39,8 +39,11 @@ stderr_columns = (
 )
 
 
-Update = Callable[[int], None]
-"""Sets what a bar shows as completed."""
+class Update(Protocol):
+    """Sets what a bar shows as completed, and on request its total."""
+
+    def __call__(self, completed: int, total: int | None = None) -> None: ...
+
 
 STAGES = {
     "fetch": "fetching {}, bytes",

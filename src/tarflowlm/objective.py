@@ -100,6 +100,62 @@ def negative_bound(
     return log_normaliser - model.prior.log_prob(z, frozen=frozen, equal_cotangents=equal_cotangents)
 
 
+def conditional_bound(
+    model: TarFlowLM | TokenLM,
+    tokens: Int[Tensor, "B T"],
+    given: int,
+    *,
+    generator: torch.Generator | None = None,
+    noise: Float[Tensor, "B T d"] | None = None,
+) -> Float[Tensor, " B"]:
+    r"""-log p(y | c) of the baseline, or one sample of its upper bound; c the first `given` tokens, y the rest.
+
+    With one left-to-right block, p(z_y | z_c) = p(z_c, z_y) / p(z_c) is known, and
+
+        -log p(y | c) <= E_q[ log q(z_y | y) - log p(y | z_y) - log p(z_y | z_c) ],
+        p(y | c) = E_{q(z_c | c)} int p(z_y | z_c) p(y | z_y) dz_y
+
+    by Jensen's inequality. p(y | c) sums to one over y: it is what a sampler predicts after the prompt c, whose
+    latents come from the encoder (docs/evaluation.md, with the proof). By causality one sample is a difference of two
+    samples of `negative_bound` with the same noise. Between different noises, or with more blocks, that difference
+    bounds nothing: blocks that run right to left let the latents of c depend on y.
+
+    Raises UserError for a flow of several blocks, and where `given` is outside 0 .. T - 1 or cuts a patch.
+    """
+    T, patch = tokens.shape[1], model.config.patch
+    if not 0 <= given < T or given % patch:
+        raise UserError(f"given {given}: must be 0 .. {T - 1} and a multiple of the patch {patch}")
+    if isinstance(model, TokenLM):
+        return -model.token_log_prob(tokens)[:, given:].sum(-1)
+    if given and model.num_blocks > 1:
+        raise UserError(
+            f"a flow of {model.num_blocks} blocks has no known bound on new tokens given earlier ones (only one of a "
+            f"single block has): evaluate it in fresh contexts"
+        )
+    eps = posterior_noise(model, tokens, generator) if noise is None else noise
+    bound = negative_bound(model, tokens, noise=eps)
+    return bound - negative_bound(model, tokens[:, :given], noise=eps[:, :given]) if given else bound
+
+
+def log_importance_weights(
+    model: TarFlowLM | TokenLM,
+    tokens: Int[Tensor, "B T"],
+    *,
+    samples: int,
+    generator: torch.Generator | None = None,
+    given: int = 0,
+) -> Float[Tensor, "K B"]:
+    """log p(x, z_k) / q(z_k | x) in nats for z_1, ..., z_K ~ q; of the tokens after the first `given`, given those.
+
+    Their mean over k is the ELBO, the logarithm of the mean of their exponentials the importance-weighted bound. The
+    baseline has one row, which is exact. Errors as `conditional_bound`.
+    """
+    if samples < 1:
+        raise UserError(f"samples {samples}: must be at least 1")
+    draws = 1 if isinstance(model, TokenLM) else samples
+    return -torch.stack([conditional_bound(model, tokens, given, generator=generator) for _ in range(draws)])
+
+
 def importance_weighted_bound(
     model: TarFlowLM | TokenLM,
     tokens: Int[Tensor, "B T"],
@@ -111,9 +167,5 @@ def importance_weighted_bound(
 
     An upper bound on -log p(x) in expectation that falls with K; K = 1 is the negative ELBO (Burda et al. 2016).
     """
-    if samples < 1:
-        raise UserError(f"samples {samples}: must be at least 1")
-    if isinstance(model, TokenLM):
-        return negative_bound(model, tokens)
-    log_weights = [-negative_bound(model, tokens, generator=generator) for _ in range(samples)]
-    return math.log(samples) - torch.stack(log_weights).logsumexp(0)
+    log_weights = log_importance_weights(model, tokens, samples=samples, generator=generator)
+    return math.log(len(log_weights)) - log_weights.logsumexp(0)

@@ -17,18 +17,15 @@ from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.ngram import ngram_entropy
 from tarflowlm.generation import generate
-from tarflowlm.model import FlowConfig, TarFlowLM, seeded
+from tarflowlm.model import FlowConfig
 from tarflowlm.presets import preset
 from tarflowlm.training.config import RunConfig
-from tarflowlm.training.optim import build_optimizers
-from tarflowlm.training.parallel import Engine
-from tarflowlm.training.progressive import check_new, freeze_below, train
+from tarflowlm.training.progressive import check_new, train
 from tarflowlm.training.signals import stop_on_signals
-from tarflowlm.training.step import optimizer_step
+from tarflowlm.training.timing import TIMED_STEPS, seconds_per_step
 
 TRAINING_SHARE = 0.72
 """Of the minutes asked for; the rest is start-up, validation, test, and sampling."""
-TIMED_STEPS = 6
 NUM_SAMPLES = 2
 SAMPLE_LENGTH = 192
 
@@ -116,23 +113,6 @@ def fit_to_time(run: RunConfig, seconds: float, device: torch.device) -> RunConf
     shares = [steps / sum(run.train.stage_steps) for steps in run.train.stage_steps]
     steps = []
     for stage, share in enumerate(shares):
-        with seeded(run.seed):
-            model = TarFlowLM(model_config.first_blocks(stage + 1)).to(device)
-        per_step = _time_stage(model, run, sampler, stage)
+        per_step = seconds_per_step(replace(run, model=model_config), stage, sampler.next, device)
         steps.append(max(1, int(share * seconds / per_step)))
     return replace(run, train=replace(run.train, stage_steps=tuple(steps)))
-
-
-def _time_stage(model: TarFlowLM, run: RunConfig, sampler: WindowSampler, stage: int) -> float:
-    """Median seconds per optimiser step of a stage."""
-    freeze_below(model, stage)
-    engine, optimizers = Engine(model, run, frozen=stage), build_optimizers(run.optim, model)
-    generator = torch.Generator(device=model.codebook.mean.device)
-    durations = []
-    for _ in range(TIMED_STEPS):
-        start = time.perf_counter()
-        tokens = sampler.next().to(model.codebook.mean.device)
-        loss, _ = optimizer_step(engine, optimizers, tokens, generator=generator)
-        loss.item()
-        durations.append(time.perf_counter() - start)
-    return sorted(durations)[len(durations) // 2]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tarflowlm.data import TokenArray, WindowSampler, eval_windows
+from tarflowlm.data import TokenArray, WindowSampler, eval_windows, sliding_windows
 from tarflowlm.errors import UserError
 
 TOKENS = np.arange(1003, dtype=np.uint16)
@@ -122,9 +122,31 @@ def test_eval_windows_with_a_limit_are_spread_evenly():
     windows = eval_windows(TOKENS, 10, limit=4)
     assert windows[:, 0].tolist() == [0, 250, 500, 750]
     assert len(eval_windows(TOKENS, 10, limit=500)) == 100
-    for window, limit in ((0, None), (10, 0)):
-        with pytest.raises(UserError, match=f"window={window} and limit={limit}"):
+    for window, limit, message in ((0, None, "window=0"), (10, 0, "windows 0")):
+        with pytest.raises(UserError, match=message):
             eval_windows(TOKENS, window, limit)
+
+
+@pytest.mark.parametrize("stride", [1, 4, 9, 10])
+def test_sliding_windows_cover_the_text_once(stride):
+    windows, context = sliding_windows(TOKENS, 10, stride)
+    scored = torch.cat([window[head:] for window, head in zip(windows, context, strict=True)])
+    assert torch.equal(scored, torch.arange(len(scored)))
+    assert len(TOKENS) - stride < len(scored) <= len(TOKENS)
+    assert context.tolist() == [0] + [10 - stride] * (len(windows) - 1)
+
+
+def test_a_limit_on_sliding_windows_keeps_those_with_context():
+    windows, context = sliding_windows(TOKENS, 10, 3, limit=4)
+    assert windows[:, 0].tolist() == [0, 249, 498, 747]
+    assert context.tolist() == [7] * 4
+    assert torch.equal(windows[1], torch.arange(249, 259))
+
+
+@pytest.mark.parametrize("stride", [-1, 0, 11])
+def test_strides_outside_the_window_are_refused(stride):
+    with pytest.raises(UserError, match=f"stride {stride}: .* 10 tokens"):
+        sliding_windows(TOKENS, 10, stride)
 
 
 def parts_of(length: int) -> TokenArray:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tarflowlm.data import sliding_windows
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.objective import negative_bound
@@ -114,8 +115,83 @@ def test_the_baseline_needs_no_samples(tiny_ar, windows):
 def test_json_holds_the_documented_keys(tiny_ar, windows):
     result = evaluate(tiny_ar(), windows, ONE_EACH).to_json()
     assert result.keys() == {
-        "bound", "nats_per_token", "bpc", "ppl", "stderr", "samples", "windows", "tokens", "characters"
+        "bound", "nats_per_token", "bpc", "ppl", "stderr", "samples", "windows", "tokens", "characters", "bytes",
+        "bits_per_byte", "elbo", "elbo_stderr", "elbo_sampling_stderr", "gap", "gap_stderr",
     }  # fmt: skip
+
+
+def test_bits_per_byte(tiny_ar, windows):
+    """Of a text whose characters take two bytes each."""
+    result = evaluate(tiny_ar(), windows, ONE_EACH, bytes_per_token=2 * ONE_EACH)
+    assert (result.characters, result.bytes) == (56, 112)
+    assert result.bits_per_byte == pytest.approx(result.bpc / 2)
+    assert evaluate(tiny_ar(), windows, ONE_EACH).bits_per_byte is None
+
+
+def test_several_samples_give_the_elbo_and_the_gap_as_well(tiny_flow, windows):
+    model = tiny_flow(log_std=0.2).eval()
+    result = evaluate(model, windows, ONE_EACH, samples=6, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        draws = torch.stack([negative_bound(model, windows, generator=generator) for _ in range(6)]) / 8
+    assert result.elbo == pytest.approx(draws.mean().item())
+    assert result.elbo_stderr == pytest.approx(draws.mean(0).std().item() / math.sqrt(7))
+    assert result.elbo_sampling_stderr == pytest.approx(draws.var(0).mean().sqrt().item() / math.sqrt(7 * 6))
+    assert result.gap == pytest.approx(result.elbo - result.nats_per_token)
+    assert result.gap > 0
+    one = evaluate(model, windows, ONE_EACH)
+    assert (one.elbo, one.gap, one.elbo_sampling_stderr) == (one.nats_per_token, None, None)
+
+
+def test_the_sampling_error_is_what_another_seed_changes(tiny_flow, windows):
+    model = tiny_flow(log_std=0.2).eval()
+    results = [evaluate(model, windows, ONE_EACH, samples=2, seed=seed) for seed in range(60)]
+    spread = torch.tensor([r.elbo for r in results]).std().item()
+    stated = torch.tensor([r.elbo_sampling_stderr for r in results]).square().mean().sqrt().item()
+    assert stated == pytest.approx(spread, rel=0.3)
+
+
+# --- windows that slide
+
+
+def text(num_tokens: int) -> torch.Tensor:
+    return torch.randint(5, (num_tokens,), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+@pytest.mark.parametrize("batch", [None, 2])
+def test_sliding_windows_score_every_token_once_with_all_the_context_there_is(tiny_ar, stride, batch):
+    model, tokens, T = tiny_ar().eval(), text(33), 8
+    windows, given = sliding_windows(tokens.numpy(), T, stride)
+    result = evaluate(model, windows, ONE_EACH, given=given, batch=batch)
+    scored = T + (33 - T) // stride * stride
+    nats = 0.0
+    for t in range(scored):
+        start = max(0, -(-(t + 1 - T) // stride)) * stride  # of the first window that holds token t
+        context = tokens[start : t + 1]
+        logits = model.logits(torch.nn.functional.pad(context, (0, 1))[None])[0, t - start]
+        nats -= logits.log_softmax(-1)[tokens[t]].item()
+    assert (result.tokens, result.characters) == (scored, scored)
+    assert result.nats_per_token == pytest.approx(nats / scored)
+
+
+def test_the_spread_of_windows_with_unequal_tokens_is_that_of_a_ratio(tiny_ar):
+    """Against the jackknife."""
+    model = tiny_ar().eval()
+    windows, given = sliding_windows(text(330).numpy(), 8, 3)
+    whole = evaluate(model, windows, ONE_EACH, given=given)
+    left_out = []
+    for i in range(len(windows)):
+        keep = torch.arange(len(windows)) != i
+        left_out.append(evaluate(model, windows[keep], ONE_EACH, given=given[keep]).nats_per_token)
+    jackknife = torch.tensor(left_out, dtype=torch.float64).var(unbiased=False).mul(len(windows) - 1).sqrt().item()
+    assert whole.stderr == pytest.approx(jackknife, rel=0.02)
+
+
+def test_flows_of_several_blocks_do_not_slide(tiny_flow):
+    windows, given = sliding_windows(text(33).numpy(), 8, 4)
+    with pytest.raises(UserError, match="2 blocks"):
+        evaluate(tiny_flow(), windows, ONE_EACH, given=given)
 
 
 @pytest.mark.parametrize("samples", [0, -1])

@@ -11,7 +11,7 @@ from tarflowlm.data.registry import SOURCE_NAMES
 from tarflowlm.data.shards import TokenArray
 from tarflowlm.data.sources import CorpusProgress
 from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
-from tarflowlm.data.windows import WindowSampler, eval_windows
+from tarflowlm.data.windows import WindowSampler, eval_windows, sliding_windows
 
 __all__ = [
     "SOURCE_NAMES",
@@ -34,4 +34,5 @@ __all__ = [
     "open_corpus",
     "prepare_corpus",
     "read_text",
+    "sliding_windows",
 ]

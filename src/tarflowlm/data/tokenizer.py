@@ -77,6 +77,12 @@ class Tokenizer(ABC):
         """The same as `prepare`."""
         return self.prepare(text)
 
+    def with_normalization(self, normalization: Normalization | None) -> "Tokenizer":
+        """This tokenizer with another normalisation of texts; itself for None."""
+        if normalization is None:
+            return self
+        return Tokenizer.from_json(json.dumps(self._document() | {"normalize": normalization}))
+
     def decode(self, ids: Any) -> str:
         """Text of 1-d integer `ids` (list, array or tensor); incomplete UTF-8 shows as U+FFFD.
 
@@ -94,6 +100,11 @@ class Tokenizer(ABC):
         """
         # a continuation byte is 0b10xxxxxx
         return np.array([sum((b & 0xC0) != 0x80 for b in token) for token in self.token_bytes], dtype=np.int64)
+
+    @cached_property
+    def bytes_per_token(self) -> npt.NDArray[np.int64]:
+        """[V]: UTF-8 bytes of each token."""
+        return np.array([len(token) for token in self.token_bytes], dtype=np.int64)
 
     @cached_property
     def symbols(self) -> list[str]:

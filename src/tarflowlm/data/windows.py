@@ -110,14 +110,37 @@ def eval_windows(tokens: TokenArray | npt.NDArray[Any], window: int, limit: int 
     The incomplete last window is left out. `limit` keeps at most that many, evenly spaced over the text.
     UserError for a text shorter than a window.
     """
+    if window < 1:
+        raise UserError(f"window={window} must be 1 or more")
+    return sliding_windows(tokens, window, window, limit)[0]
+
+
+def sliding_windows(
+    tokens: TokenArray | npt.NDArray[Any], window: int, stride: int, limit: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows every `stride` tokens, and how many tokens at the head of each are context alone: [N, window], [N].
+
+    The tokens after the context of a window follow on those of the window before, so every token counts once; the
+    first window has no context. `limit` keeps at most that many, evenly spaced over the text; all of these have
+    `window - stride` tokens of context, as nearly all of the whole text has. Fewer than `stride` tokens at the end
+    are left out. UserError for a text shorter than a window, and a stride outside 1 .. window.
+    """
+    if not 1 <= stride <= window:
+        raise UserError(f"stride {stride}: must be at least 1 and at most the context of {window} tokens")
+    if limit is not None and limit < 1:
+        raise UserError(f"windows {limit}: must be at least 1")
     view = TokenArray.of(tokens)
-    if window < 1 or (limit is not None and limit < 1):
-        raise UserError(f"window={window} and limit={limit} must be 1 or more")
     check_length(len(view), window)
-    chosen = np.arange(len(view) // window)
-    if limit is not None and limit < len(chosen):
-        chosen = np.arange(limit) * len(chosen) // limit
-    return torch.from_numpy(view.windows(chosen * window, window).astype(np.int64))
+    num_windows = (len(view) - window) // stride + 1
+    if limit is None or limit >= num_windows:
+        # a view: windows that overlap share their tokens
+        windows = torch.from_numpy(np.asarray(view).astype(np.int64)).unfold(0, window, stride)
+        context = torch.full((num_windows,), window - stride)
+        context[0] = 0
+        return windows, context
+    starts = np.arange(limit) * num_windows // limit * stride
+    windows = torch.from_numpy(view.windows(starts, window).astype(np.int64))
+    return windows, torch.full((limit,), window - stride)
 
 
 def check_length(num_tokens: int, window: int) -> None:

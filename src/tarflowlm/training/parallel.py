@@ -23,7 +23,7 @@ from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.model import FlowConfig, TarFlowLM, seeded
-from tarflowlm.objective import importance_weighted_bound, negative_bound, posterior_noise
+from tarflowlm.objective import log_importance_weights, negative_bound, posterior_noise
 from tarflowlm.training.config import RunConfig
 from tarflowlm.training.distributed import ALONE, Processes
 
@@ -110,14 +110,15 @@ class Engine:
         progress: Callable[[int, int], None] | None = None,
     ) -> Likelihood:
         """The bound over `windows`, the work shared out over the processes; the same in all of them."""
-        bound = importance_weighted_bound if self.processes.world == 1 else self._shared_bound
-        return evaluate(self.model, windows, characters_per_token, bound=bound, progress=progress)
+        weigh = log_importance_weights if self.processes.world == 1 else self._shared_weights
+        return evaluate(self.model, windows, characters_per_token, weigh=weigh, progress=progress)
 
-    def _shared_bound(
-        self, model: Model, tokens: Int[Tensor, "B T"], *, samples: int, generator: torch.Generator
-    ) -> Float[Tensor, " B"]:
-        """`importance_weighted_bound` for one sample, its rows shared out over the processes."""
+    def _shared_weights(
+        self, model: Model, tokens: Int[Tensor, "B T"], *, samples: int, generator: torch.Generator, given: int
+    ) -> Float[Tensor, "1 B"]:
+        """`log_importance_weights` for one sample, its rows shared out over the processes."""
         assert samples == 1, "training looks at one sample"
+        assert given == 0, "and at fresh contexts"
         noise = None if isinstance(model, TokenLM) else posterior_noise(model, tokens, generator)
         each = -(-len(tokens) // self.processes.world)
         # the last process may have fewer: it repeats a row, for all must take part in every collective
@@ -130,7 +131,7 @@ class Engine:
             self.module.reshard()
         else:
             nats = negative_bound(model, tokens[rows], noise=own)
-        return self.processes.gather(nats)[: len(tokens)]
+        return -self.processes.gather(nats)[None, : len(tokens)]
 
     def whole(self) -> Model:
         """The model with whole parameters: itself, or under FSDP2 a copy in memory. All processes take part."""

@@ -1,0 +1,282 @@
+"""`tarflowlm eval`: likelihood of a text, on request the latents of every block and the quality of samples."""
+
+import time
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.console import bar, corpus_bar, print_json, print_notice, print_table
+from tarflowlm.data import (
+    SOURCE_NAMES,
+    TokenArray,
+    Tokenizer,
+    cached_corpus,
+    encode_text_source,
+    eval_windows,
+    sliding_windows,
+)
+from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.errors import UserError
+from tarflowlm.evaluation.judges import load_judge
+from tarflowlm.evaluation.latents import Spread, StateReport, latent_report
+from tarflowlm.evaluation.likelihood import Likelihood, evaluate
+from tarflowlm.evaluation.quality import Quality, SamplingConfig, TextStatistics, measure_quality
+from tarflowlm.generation.inversion import Decoder
+from tarflowlm.model import TarFlowLM
+from tarflowlm.training.config import checked_seed
+
+DEFAULT_JUDGE = "gpt2-large"
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Likelihood of a text under a trained model; what its blocks do; how good its samples are."""
+
+    directory: tyro.conf.Positional[Path]
+    """Run directory."""
+    data: str | None = None
+    """Another text: corpus name, file or prepared directory; the default is the run's own corpus."""
+    split: Literal["train", "valid", "test", "all"] = "test"
+    """Part of the text; a file is cut 90/5/5."""
+    samples: int = 1
+    """Posterior samples: 1 gives the ELBO, more the importance-weighted bound and the ELBO beside it."""
+    windows: int | None = None
+    """At most this many windows, evenly spaced; the default is all of them."""
+    stride: int | None = None
+    """Tokens between windows; the default is the context: every window starts afresh. Less lets windows slide, for
+    the baseline and flows of one block."""
+    latents: bool = False
+    """Also the state after every block: norms, cosines, participation ratio, centroid, log-det, KL."""
+    quality: bool = False
+    """Also samples: generative perplexity, MAUVE, entropy, distinct n-grams, repetition, beside those of the text."""
+    judge: str | None = None
+    """With --quality: a run directory of the baseline, a directory of transformers, or a hub name (gpt2-large)."""
+    num: int | None = None
+    """With --quality: samples; 5000 as in the paper."""
+    length: int | None = None
+    """With --quality: tokens per sample; the default is the trained context."""
+    decoder: Decoder | None = None
+    """With --quality: how blocks are inverted (auto)."""
+    temperature: float | None = None
+    """With --quality: power 1 / temperature on the mixture weights of block 1; 1 is the model itself."""
+    top_k: int | None = None
+    """With --quality: keep the k most probable components or tokens."""
+    top_p: float | None = None
+    """With --quality: keep the smallest set of components or tokens that holds this probability."""
+    normalize: Literal["text8"] | None = None
+    """Normalise the text first, whatever the checkpoint's tokenizer does."""
+    seed: int = 0
+    """Of the posterior samples, and of the samples that --quality draws."""
+    device: DeviceName = "auto"
+    """auto takes cuda, then mps, then cpu."""
+    json: bool = False
+    """Print one JSON object last."""
+
+    def sampling(self) -> SamplingConfig | None:
+        """How --quality samples; None without it. UserError for its options without it."""
+        given = {f.name: getattr(self, f.name) for f in fields(SamplingConfig) if f.name != "seed"}
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.quality:
+            return SamplingConfig(**given, seed=self.seed)
+        for name in (*given, *(["judge"] if self.judge is not None else [])):
+            raise UserError(f"--{name.replace('_', '-')} has no effect without --quality: add it, or leave this out")
+        return None
+
+
+def run_eval(args: EvalArgs) -> None:
+    console = Console(stderr=True)
+    checked_seed(args.seed)
+    sampling = args.sampling()
+    device = pick_device(args.device)
+    checkpoint = load_checkpoint(args.directory, device)
+    if args.latents and isinstance(checkpoint.model, TokenLM):
+        raise UserError(f"{args.directory} is the discrete baseline, which has no latents: leave --latents out")
+    context = checkpoint.run.model.context
+    length = context if args.length is None else args.length
+    if not 1 <= length <= context:
+        raise UserError(f"length {length}: must be at least 1 and at most the trained context of {context} tokens")
+    # before anything that takes time, so that a judge that is not there costs none
+    judge = load_judge(args.judge or DEFAULT_JUDGE, device) if sampling is not None else None
+    tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
+    source = checkpoint.run.data.source if args.data is None else args.data
+    tokens = _tokens(args, checkpoint, tokenizer, source)
+    result, extra = _likelihood(args, checkpoint, tokenizer, tokens, source, console)
+    states, quality = None, None
+    if args.latents:
+        assert isinstance(checkpoint.model, TarFlowLM)
+        windows = eval_windows(tokens, context, args.windows)
+        with bar(console, f"latents of {source}", len(windows)) as update:
+            states = latent_report(
+                checkpoint.model, windows, seed=args.seed, progress=lambda done, _total: update(done)
+            )
+    if sampling is not None and judge is not None:
+        text = eval_windows(tokens, length, sampling.num)
+        with bar(console, "quality", 1) as update:
+            quality = measure_quality(
+                checkpoint.model,
+                tokenizer,
+                judge,
+                text,
+                sampling,
+                trained_on=checkpoint.run.data.source,
+                progress=lambda _name, done, total: update(done, total),
+            )
+    if args.json:
+        latents = {"latents": [state.to_json() for state in states]} if states is not None else {}
+        print_json(result.to_json() | extra | latents | ({"quality": quality.to_json()} if quality else {}))
+        return
+    _print_likelihood(Console(), f"{args.directory} on {source}, {args.split}", result, extra)
+    if states is not None:
+        _print_latents(Console(), states)
+    if quality is not None:
+        _print_quality(Console(), quality)
+
+
+def _tokens(args: EvalArgs, checkpoint: Checkpoint, tokenizer: Tokenizer, source: str) -> TokenArray:
+    console = Console(stderr=True)
+    notice = partial(print_notice, console)
+    with corpus_bar(console, source) as progress:
+        if args.split != "all" and (source in SOURCE_NAMES or Path(source).is_dir()):
+            tokens = cached_corpus(source, tokenizer, progress=progress, notice=notice).split(args.split)
+        else:
+            found = encode_text_source(source, tokenizer, (args.split,), progress=progress, notice=notice)
+            tokens = found[args.split]
+    context = checkpoint.run.model.context
+    if len(tokens) < context:
+        whole = "" if args.split == "all" else ", or --split all"
+        raise UserError(
+            f"{args.split} of {source} has {len(tokens)} tokens, fewer than one context of {context}: "
+            f"use a longer text{whole}"
+        )
+    return tokens
+
+
+def _likelihood(
+    args: EvalArgs, checkpoint: Checkpoint, tokenizer: Tokenizer, tokens: TokenArray, source: str, console: Console
+) -> tuple[Likelihood, dict[str, Any]]:
+    """The likelihood, and what else belongs beside it in the JSON object."""
+    model, context = checkpoint.model, checkpoint.run.model.context
+    stride = context if args.stride is None else args.stride
+    windows, given = sliding_windows(tokens, context, stride, args.windows)
+    if stride % model.config.patch:
+        raise UserError(f"stride {stride}: must be a multiple of the patch of {model.config.patch} tokens")
+    if stride < context and not isinstance(model, TokenLM) and model.num_blocks > 1:
+        raise UserError(
+            f"stride {stride}: windows can slide for the baseline and for flows of one block; no bound is known for "
+            f"the {model.num_blocks} blocks of {args.directory}: leave --stride out"
+        )
+    start = time.perf_counter()
+    with bar(console, f"windows of {source}", len(windows)) as update:
+        result = evaluate(
+            model,
+            windows,
+            torch.from_numpy(tokenizer.characters_per_token),
+            bytes_per_token=torch.from_numpy(tokenizer.bytes_per_token),
+            given=given,
+            samples=args.samples,
+            seed=args.seed,
+            progress=lambda done, _total: update(done),
+        )
+    extra = {
+        "source": source,
+        "split": args.split,
+        "context": context,
+        "stride": stride,
+        "text_tokens": len(tokens),
+        "seconds": time.perf_counter() - start,
+    }
+    return result, extra
+
+
+def _print_likelihood(console: Console, title: str, result: Likelihood, extra: dict[str, Any]) -> None:
+    sign = result.sign
+    rows = [
+        ("bits per character", f"{sign} {result.bpc:.4f}"),
+        ("bits per byte", f"{sign} {result.bits_per_byte:.4f}"),
+        ("nats per token", f"{sign} {result.nats_per_token:.4f} (standard error {result.stderr:.4f})"),
+        ("perplexity per token", f"{sign} {result.ppl:.4f}"),
+        ("bound", result.bound),
+    ]
+    if result.gap is not None:
+        sampling = f", {result.elbo_sampling_stderr:.5f} of it from sampling"
+        rows += [
+            ("ELBO, nats per token", f"<= {result.elbo:.4f} (standard error {result.elbo_stderr:.4f}{sampling})"),
+            ("gap to the ELBO", f"{result.gap:.5f} nats per token (standard error {result.gap_stderr:.5f})"),
+        ]
+    fresh = extra["stride"] == extra["context"]
+    how = "fresh contexts" if fresh else f"windows, {extra['context'] - extra['stride']} tokens of context each"
+    rows += [
+        (
+            "text",
+            f"{result.tokens:,} of {extra['text_tokens']:,} tokens, {result.characters:,} characters; "
+            f"{result.windows:,} {how}, stride {extra['stride']}",
+        ),
+        ("seconds", f"{extra['seconds']:.1f}"),
+    ]
+    print_table(console, title, rows)
+
+
+def _columns(console: Console, title: str, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", style="cyan" if index == 0 else None)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def _print_latents(console: Console, states: list[StateReport]) -> None:
+    """Two rows per state: mean over sequences, and standard deviation."""
+    geometry = {
+        "norm": "L2 norm",
+        "cosine": "pairwise cosine",
+        "participation_ratio": "part. ratio",
+        "centroid_shift": "centroid shift",
+    }
+    shares = {"log_det": "log-det", "kl": "KL to the prior", "kl_gain": "KL taken off", "nelbo": "<= -ELBO"}
+    for title, names in (
+        ("state after every block", geometry),
+        ("with a prior that ends after the block, nats per token", shares),
+    ):
+        rows = []
+        for state in states:
+            spreads: list[Spread | None] = [getattr(state, name) for name in names]
+            label = "z" if state.block == 0 else f"block {state.block}"
+            rows.append([label, *("" if s is None else f"{s.mean:.4f}" for s in spreads)])
+            rows.append(["  ±", *("" if s is None else f"{s.std:.4f}" for s in spreads)])
+        _columns(console, title, ["", *names.values()], rows)
+
+
+def _print_quality(console: Console, quality: Quality) -> None:
+    def column(s: TextStatistics) -> list[str]:
+        shares = (s.distinct_1, s.distinct_2, s.distinct_3, s.repetition)
+        return [
+            f"{s.perplexity:.3f}",
+            f"{s.entropy:.4f}",
+            f"{s.word_entropy:.4f}",
+            *("-" if share is None else f"{share:.4f}" for share in shares),
+            f"{s.texts:,}",
+        ]
+
+    labels = ["generative perplexity", "entropy of tokens, nats", "entropy of words, nats"]
+    labels += ["distinct 1-grams", "distinct 2-grams", "distinct 3-grams", "repeated 4-grams", "texts"]
+    rows = [list(row) for row in zip(labels, column(quality.samples), column(quality.text), strict=True)]
+    rows.insert(1, ["MAUVE, scaling 5", f"{quality.mauve:.4f}", ""])
+    cuts = f", top-k {quality.top_k}" if quality.top_k else ""
+    cuts += f", top-p {quality.top_p}" if quality.top_p else ""
+    title = (
+        f"{quality.length} tokens each, decoder {quality.decoder}, {quality.dtype}, temperature "
+        f"{quality.temperature}{cuts}, seed {quality.seed}; judge {quality.judge} ({quality.judge_kind})"
+    )
+    _columns(console, title, ["", "samples", "real text"], rows)
+    for remark in quality.remarks:
+        console.print(Text(remark, style="dim"))

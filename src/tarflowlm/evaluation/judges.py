@@ -1,0 +1,225 @@
+"""Language models that judge samples: any causal one of `transformers`, or a discrete baseline trained here."""
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.data.hub import check_reachable
+from tarflowlm.errors import UserError
+from tarflowlm.flow.precision import widen
+
+LONGEST = 1024
+"""Tokens that a judge of `transformers` reads at once: GPT-2's context, and where MAUVE cuts texts."""
+PAPER_JUDGES = ("gpt2-large", "openai-community/gpt2-large")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a judge makes of N texts."""
+
+    nats: float
+    """Negative log-likelihood of all scored tokens."""
+    tokens: int
+    """Scored tokens of the judge."""
+    features: Tensor
+    """[N, D], float32: the last layer's state after the last token of each text (of its first chunk)."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp of nats per token of the judge, over all texts together."""
+        return math.exp(self.nats / self.tokens) if self.tokens else math.nan
+
+
+class Judge(ABC):
+    """A causal language model of texts. Texts longer than `context` are read in chunks with a fresh context each."""
+
+    name: str
+    kind: str
+    """What its tokens are and where it comes from, for the report."""
+    context: int
+    source: str | None = None
+    """What it was trained on, where that is known."""
+
+    @abstractmethod
+    def encode(self, text: str) -> Sequence[int]:
+        """Token ids of a text. UserError for characters that the judge does not know."""
+
+    @abstractmethod
+    def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood in nats [B, T] of every token, NaN where it is not scored, and states [B, T, D].
+
+        Both of a token depend on it and those before it alone, so padding on the right is harmless.
+        """
+
+    def read(self, texts: Sequence[str], progress: Progress | None = None) -> Reading:
+        """Score of all texts and features of each."""
+        chunks: list[list[int]] = []
+        first = []
+        for text in texts:
+            ids = list(self.encode(text))
+            if not ids:
+                raise UserError(f"the judge {self.name} makes no tokens of the text {text!r}: choose another judge")
+            first.append(len(chunks))
+            chunks += [ids[i : i + self.context] for i in range(0, len(ids), self.context)]
+        features: dict[int, Tensor] = {}
+        nats, count, batch = 0.0, 0, max(1, 8192 // self.context)
+        for start in range(0, len(chunks), batch):
+            part = chunks[start : start + batch]
+            lengths = torch.tensor([len(ids) for ids in part])
+            padded = torch.zeros(len(part), int(lengths.max()), dtype=torch.int64)
+            for row, ids in enumerate(part):
+                padded[row, : len(ids)] = torch.tensor(ids)
+            losses, states = self.score(padded)
+            scored = (torch.arange(padded.shape[1]) < lengths[:, None]) & ~losses.isnan().cpu()
+            nats += losses.cpu().double()[scored].sum().item()
+            count += int(scored.sum())
+            last = states.cpu()[torch.arange(len(part)), lengths - 1].float()
+            features |= {start + row: last[row] for row in range(len(part))}
+            if progress is not None:
+                progress(min(start + batch, len(chunks)), len(chunks))
+        return Reading(nats, count, torch.stack([features[i] for i in first]))
+
+
+class BaselineJudge(Judge):
+    """A discrete baseline trained here. Every token is scored, the first one too, from the learned start."""
+
+    def __init__(self, name: str, checkpoint: Checkpoint) -> None:
+        model = checkpoint.model
+        if not isinstance(model, TokenLM):
+            raise UserError(
+                f"the judge {name} is a flow, whose likelihood is a bound: give a run of the baseline (mini-ar)"
+            )
+        if model.config.patch > 1:
+            raise UserError(
+                f"the judge {name} predicts {model.config.patch} tokens at once: give one that predicts one"
+            )
+        self.name, self.model, self.tokenizer = name, model, checkpoint.tokenizer
+        self.kind = f"baseline trained here, {self.tokenizer.kind} tokens"
+        self.context, self.source = model.config.context, checkpoint.run.data.source
+
+    def encode(self, text: str) -> Sequence[int]:
+        try:
+            return self.tokenizer.encode(text).tolist()
+        except UserError as error:
+            raise UserError(f"the judge {self.name} cannot read the samples: {error}") from None
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.model
+        tokens = tokens.to(model.start.device)
+        states = model.states(tokens)
+        logits = widen(model.head(states[:, :-1]))
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+        return losses, states[:, 1:]
+
+
+class HubJudge(Judge):
+    """A causal language model of `transformers`, by hub name or directory. A first token without context is not
+    scored, as in the literature; a start token that its tokenizer adds is context."""
+
+    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
+        self.name, self.model, self.tokenizer = name, model, tokenizer
+        self.kind = f"{type(model).__name__} of transformers, {model.config.vocab_size:,} tokens"
+        self.context = min(LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST)
+
+    def encode(self, text: str) -> Sequence[int]:
+        # the tokenizer warns of texts longer than the model's context, which are read in chunks
+        return self.tokenizer(text, verbose=False)["input_ids"]
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = tokens.to(self.model.device)
+        out = self.model(input_ids=tokens, output_hidden_states=True)
+        losses = torch.full(tokens.shape, math.nan, device=tokens.device)
+        logits = out.logits[:, :-1].float()
+        losses[:, 1:] = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(
+            len(tokens), -1
+        )
+        return losses, out.hidden_states[-1]
+
+
+def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
+    """The judge `name`: a run directory of the baseline, a directory of `transformers`, or a hub name.
+
+    UserError, in one line, for what is not there, is not an autoregressive model, or needs a package.
+    """
+    path = Path(name).expanduser()
+    try:
+        is_dir = name != "" and path.is_dir()
+    except OSError:  # a name too long
+        is_dir = False
+    if is_dir and not _is_transformers(path):
+        return BaselineJudge(name, load_checkpoint(path, device))
+    if not is_dir and (name.startswith((".", "/", "~")) or not name or len(path.parts) > 2):
+        raise UserError(f"the judge {name!r} is no directory: give a run of the baseline, or a hub name")
+    model, tokenizer = _from_transformers(str(path) if is_dir else name, is_dir)
+    return HubJudge(name, model.float().to(device).eval(), tokenizer)
+
+
+def _is_transformers(path: Path) -> bool:
+    """Whether a directory holds a model of `transformers` and not a run of ours."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # the error is left to the reader of run directories
+    return isinstance(config, dict) and "model_type" in config
+
+
+def _from_transformers(name: str, local: bool) -> tuple[Any, Any]:
+    """Model and tokenizer; what is in the local cache needs no network."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("judging samples needs transformers: pip install 'tarflowlm[quality]'") from None
+
+    def get(only_local: bool) -> tuple[Any, Any]:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=only_local)
+        # safetensors alone: nothing is unpickled
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, local_files_only=only_local, use_safetensors=True
+        )
+        return model, tokenizer
+
+    with _quiet(transformers):
+        try:
+            try:
+                return get(True)
+            except (OSError, ValueError):
+                if local:
+                    raise
+            check_reachable()
+            return get(False)
+        except Exception as error:  # hub, network and library errors share no base class
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"cannot load the judge {name!r} ({reason}): give a run of the baseline, a directory of "
+                f"transformers, or a hub name that can be reached"
+            ) from None
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without the library's warnings and its bar over a model's tensors; both are as before afterwards."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

@@ -1,0 +1,244 @@
+"""Quality of unconditional samples: numbers that mislead alone, reported together, for samples and for real text."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.checkpoint import Model
+from tarflowlm.data import Tokenizer
+from tarflowlm.errors import UserError
+from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge
+from tarflowlm.generation import generate
+from tarflowlm.generation.inversion import Decoder
+from tarflowlm.generation.weights import adjust_weights
+
+MAUVE_SCALING = 5
+"""The paper's; everything else is mauve-text's default."""
+PAPER_SAMPLES = 5000
+BATCH_TOKENS = 16_384
+REPETITION_ORDER = 4
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it, and of how much."""
+
+
+def sequence_entropy(sequences: Sequence[Sequence[Any]]) -> float:
+    """Mean over the sequences of the entropy of their own symbol counts, in nats: -sum_v p_v log p_v."""
+    total = 0.0
+    for sequence in sequences:
+        counts = torch.tensor(list(Counter(sequence).values()), dtype=torch.float64)
+        p = counts / counts.sum()
+        total -= (p * p.log()).sum().item()
+    return total / len(sequences)
+
+
+def ngrams(sequence: Sequence[str], order: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(sequence[i:] for i in range(order)), strict=False)
+
+
+def distinct(sequences: Sequence[Sequence[str]], order: int) -> float | None:
+    """Different n-grams over all n-grams, of all sequences together (Li et al. 2016). None without n-grams.
+
+    It falls with the amount of text: compare equal amounts.
+    """
+    counts = Counter(gram for sequence in sequences for gram in ngrams(sequence, order))
+    return len(counts) / counts.total() if counts else None
+
+
+def repetition(sequences: Sequence[Sequence[str]], order: int) -> float | None:
+    """1 - different n-grams over n-grams of a sequence, mean over the sequences (seq-rep-n, Welleck et al. 2020).
+
+    Sequences without an n-gram are left out; None where no one has any.
+    """
+    shares = []
+    for sequence in sequences:
+        grams = list(ngrams(sequence, order))
+        if grams:
+            shares.append(1 - len(set(grams)) / len(grams))
+    return sum(shares) / len(shares) if shares else None
+
+
+def mauve(text: Tensor, samples: Tensor) -> float:
+    """MAUVE (Pillutla et al. 2021) between features [N, D] of real text and of samples: 0 .. 1, higher is nearer.
+
+    mauve-text with scaling factor 5 and its defaults: N / 10 clusters, 90 % of the variance kept, seed 25. UserError
+    where the package is missing, or for fewer than two texts on a side.
+    """
+    if min(len(text), len(samples)) < 2:
+        raise UserError(f"MAUVE compares two sets of texts, not {len(text)} with {len(samples)}: use more of both")
+    result = _compute_mauve()(
+        p_features=text.numpy(), q_features=samples.numpy(), mauve_scaling_factor=MAUVE_SCALING, verbose=False
+    )
+    return float(result.mauve)
+
+
+def _compute_mauve() -> Callable[..., Any]:
+    try:
+        from mauve import compute_mauve
+    except ImportError:
+        raise UserError("MAUVE needs mauve-text: pip install 'tarflowlm[quality]'") from None
+    return compute_mauve
+
+
+@dataclass(frozen=True)
+class TextStatistics:
+    """What a set of texts of equal length looks like."""
+
+    texts: int
+    perplexity: float
+    """Generative perplexity: that of the judge, per token of the judge."""
+    judge_tokens: int
+    entropy: float
+    """Average sequence entropy over the model's tokens, nats (the paper's)."""
+    word_entropy: float
+    """The same over words: for models of characters, whose own entropy says little."""
+    distinct_1: float | None
+    """Of words."""
+    distinct_2: float | None
+    distinct_3: float | None
+    repetition: float | None
+    """Share of 4-grams of words that occurred before in the same text."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Statistics of samples and of real text, with all that one must know to read or repeat them."""
+
+    samples: TextStatistics
+    text: TextStatistics
+    mauve: float
+    judge: str
+    judge_kind: str
+    remarks: tuple[str, ...]
+    """What the numbers may not be compared with."""
+    length: int
+    """Tokens of the model per sample."""
+    decoder: str
+    dtype: str
+    """Of the weights in sampling; maps between noise and latents have no less than float32."""
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How samples are drawn."""
+
+    num: int = PAPER_SAMPLES
+    length: int | None = None
+    """Tokens per sample; None is the trained context."""
+    decoder: Decoder = "auto"
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num < 2:
+            raise UserError(f"num {self.num}: MAUVE needs at least 2 samples, and hundreds to mean anything")
+        adjust_weights(self.temperature, self.top_k, self.top_p)  # for its errors, before anything takes time
+
+
+def measure_quality(
+    model: Model,
+    tokenizer: Tokenizer,
+    judge: Judge,
+    text: Tensor,
+    config: SamplingConfig,
+    *,
+    trained_on: str | None = None,
+    progress: Progress | None = None,
+) -> Quality:
+    """Samples of `model` against real `text` [N, T], windows of token ids of the samples' length.
+
+    Same configuration, same samples. `trained_on` is the model's corpus: a judge that shares it is remarked on.
+    Errors as `generate`, `Judge.read` and `mauve`.
+    """
+    _compute_mauve()  # a missing package must not cost the samples
+    samples = draw_samples(model, config, progress)
+    measured = []
+    for name, tokens in (("samples", samples), ("text", text)):
+        texts = [tokenizer.decode(row.tolist()) for row in tokens]
+        reading = judge.read(texts, _named(progress, f"judge, {name}"))
+        measured.append((_statistics(tokens, texts, reading.perplexity, reading.tokens), reading.features))
+    (of_samples, sample_features), (of_text, text_features) = measured
+    return Quality(
+        samples=of_samples,
+        text=of_text,
+        mauve=mauve(text_features, sample_features),
+        judge=judge.name,
+        judge_kind=judge.kind,
+        remarks=_remarks(judge, config.num, trained_on),
+        length=samples.shape[1],
+        decoder="sequential" if isinstance(model, TokenLM) else config.decoder,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
+
+
+def draw_samples(model: Model, config: SamplingConfig, progress: Progress | None = None) -> Tensor:
+    """Token ids [num, length] on the CPU, in batches whose size depends on the length alone."""
+    length = model.config.context if config.length is None else config.length
+    batch = max(1, BATCH_TOKENS // max(length, 1))
+    generator = torch.Generator().manual_seed(config.seed)
+    parts = []
+    for start in range(0, config.num, batch):
+        result = generate(
+            model,
+            num_tokens=length,
+            num=min(batch, config.num - start),
+            generator=generator,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            decoder=config.decoder,
+        )
+        parts.append(result.tokens.cpu())
+        if progress is not None:
+            progress("samples", min(start + batch, config.num), config.num)
+    return torch.cat(parts)
+
+
+def _statistics(tokens: Tensor, texts: Sequence[str], perplexity: float, judge_tokens: int) -> TextStatistics:
+    words = [text.split() for text in texts]
+    return TextStatistics(
+        texts=len(texts),
+        perplexity=perplexity,
+        judge_tokens=judge_tokens,
+        entropy=sequence_entropy(tokens.tolist()),
+        word_entropy=sequence_entropy(words),
+        distinct_1=distinct(words, 1),
+        distinct_2=distinct(words, 2),
+        distinct_3=distinct(words, 3),
+        repetition=repetition(words, REPETITION_ORDER),
+    )
+
+
+def _remarks(judge: Judge, num: int, trained_on: str | None) -> tuple[str, ...]:
+    remarks = []
+    if judge.name not in PAPER_JUDGES:
+        remarks.append(
+            f"perplexity and MAUVE by {judge.name}: not comparable with published ones, which are GPT-2 Large's"
+        )
+    if num < PAPER_SAMPLES:
+        remarks.append(f"MAUVE of {num:,} samples: not comparable with published ones, which have {PAPER_SAMPLES:,}")
+    if judge.source is not None and judge.source == trained_on:
+        remarks.append("the judge was trained on the same text as the model: it favours what both have learned")
+    return tuple(remarks)
+
+
+def _named(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(name, done, total)

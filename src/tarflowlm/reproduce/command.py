@@ -1,0 +1,98 @@
+"""`tarflowlm reproduce NAME`: plan, train what is missing, measure, write."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from tarflowlm.console import ProgressReporter, print_json, print_table
+from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.errors import UserError
+from tarflowlm.reproduce import fig2, fig3, fig4, fig5, fig6, fig7, table2, table6
+from tarflowlm.reproduce.recipe import Recipe, Scale, Settings
+from tarflowlm.reproduce.runs import Planned, estimate, finish
+from tarflowlm.reproduce.write import write_results
+
+RECIPES: dict[str, Recipe] = {
+    module.RECIPE.name: module.RECIPE for module in (table2, fig2, fig3, fig4, fig5, fig6, fig7, table6)
+}
+
+
+@dataclass(frozen=True)
+class ReproduceArgs:
+    """A table or figure of the paper: table2, fig2, fig3, fig4, fig5, fig6, fig7, table6."""
+
+    name: tyro.conf.Positional[str]
+    """Which one."""
+    scale: Scale = "mini"
+    """mini runs on a CPU; paper is the published size on TEXT8 and OpenWebText."""
+    out: Path = Path("reproduced")
+    """Directory of runs and results; recipes share the runs in it, and what is done there is not done again."""
+    data: str | None = None
+    """Text of the mini scale: corpus name or file; the default is the built-in corpus."""
+    judge_data: str = "english"
+    """Text that the judge of samples is trained on at mini scale; it should be another one than --data."""
+    second_text: str | None = None
+    """table2: measure the likelihood of this whole text as well."""
+    seeds: int = 1
+    """Trainings of each model, with seeds 0, 1, ..."""
+    steps: int | None = None
+    """Optimiser steps of every training, in place of the recipe's, for a quick look."""
+    dry_run: bool = False
+    """Print the trainings with a rough time for each, from a few timed steps, and train nothing."""
+    device: DeviceName = "auto"
+    """auto takes cuda, then mps, then cpu."""
+    json: bool = False
+    """Print one JSON object last."""
+
+
+def run_reproduce(args: ReproduceArgs) -> None:
+    recipe = RECIPES.get(args.name)
+    if recipe is None:
+        raise UserError(f"{args.name!r} is no table or figure: choose one of {', '.join(RECIPES)}")
+    if args.seeds < 1:
+        raise UserError(f"seeds {args.seeds}: must be at least 1")
+    settings = Settings(
+        scale=args.scale,
+        out=args.out,
+        data=args.data,
+        judge_data=args.judge_data,
+        second_text=args.second_text,
+        seeds=args.seeds,
+        steps=args.steps,
+        device=pick_device(args.device),
+    )
+    plan = recipe.plan(settings)
+    if args.dry_run:
+        _print_plan(args, recipe, estimate(settings, plan))
+        return
+    with ProgressReporter(Console(stderr=True)) as reporter:
+        finished = finish(settings, plan, reporter)
+    rows = recipe.measure(settings, finished)
+    written = write_results(recipe, settings, rows, finished, command=["tarflowlm", *sys.argv[1:]])
+    if args.json:
+        print_json({"name": recipe.name, "rows": rows, "files": [str(path) for path in written]})
+    else:
+        print_table(Console(), recipe.title, [(path.suffix[1:], str(path)) for path in written])
+
+
+def _print_plan(args: ReproduceArgs, recipe: Recipe, planned: list[Planned]) -> None:
+    missing = sum((p.seconds for p in planned if p.state != "finished"), start=0.0)
+    if args.json:
+        runs: list[dict[str, Any]] = [
+            {"run": p.training.name, "state": p.state, "tokens": p.tokens, "seconds": p.seconds} for p in planned
+        ]
+        print_json({"name": recipe.name, "runs": runs, "seconds": missing})
+        return
+    rows = [(p.training.name, f"{p.state}: {p.tokens:,} tokens, about {_time(p.seconds)}") for p in planned]
+    rows.append(("to do", f"about {_time(missing)}, and the measurements"))
+    print_table(Console(), f"{recipe.title} ({args.scale}), in {args.out}", rows)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 5400:
+        return f"{seconds / 60:,.1f} minutes"
+    return f"{seconds / 3600:,.1f} hours" if seconds < 72 * 3600 else f"{seconds / 86400:,.0f} days"

@@ -1,0 +1,79 @@
+"""Measurements that several recipes share."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tarflowlm.checkpoint import Checkpoint
+from tarflowlm.data import TokenArray, eval_windows
+from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
+from tarflowlm.evaluation.likelihood import Likelihood, evaluate
+from tarflowlm.evaluation.quality import Quality, SamplingConfig, measure_quality
+from tarflowlm.presets import mini_ar
+from tarflowlm.reproduce.recipe import Finished, Row, Settings, Training
+
+SIGNS = {"exact": "="}
+
+
+def summary_row(done: Finished) -> Row:
+    """What the run itself measured on its test split."""
+    summary = done.summary
+    test = summary["test"]
+    return {
+        "model": done.training.label,
+        "seed": summary["seed"],
+        "": SIGNS.get(test["bound"], "<="),
+        "test bpc": test["bpc"],
+        "ppl": test["ppl"],
+        "stderr, nats": test["stderr"],
+        "tokens seen": summary["tokens"],
+        "seconds": summary["seconds"],
+    }
+
+
+def likelihood(checkpoint: Checkpoint, tokens: TokenArray, *, windows: int, samples: int = 1) -> Likelihood:
+    """The bound over some evenly spaced fresh contexts."""
+    tokenizer = checkpoint.tokenizer
+    return evaluate(
+        checkpoint.model,
+        eval_windows(tokens, checkpoint.run.model.context, windows),
+        torch.from_numpy(tokenizer.characters_per_token),
+        samples=samples,
+    )
+
+
+def judge_training(settings: Settings) -> list[Training]:
+    """The judge of the mini scale: the baseline on another text. The paper's judge needs no training."""
+    if settings.scale == "paper":
+        return []
+    run = settings.adapt(mini_ar())
+    run = replace(run, name="judge", data=replace(run.data, source=settings.judge_data))
+    return [Training("judge", run, "judge")]
+
+
+def judge_of(settings: Settings, finished: Sequence[Finished]) -> tuple[Judge, list[Finished]]:
+    """The judge, and the trainings that are to be judged."""
+    if settings.scale == "paper":
+        return load_judge(PAPER_JUDGES[0], settings.device), list(finished)
+    [judge] = [done for done in finished if done.training.label == "judge"]
+    return load_judge(str(judge.directory), settings.device), [d for d in finished if d is not judge]
+
+
+def quality(done: Finished, judge: Judge, *, num: int) -> Quality:
+    checkpoint = done.load()
+    text = eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, num)
+    source = checkpoint.run.data.source
+    config = SamplingConfig(num=num)
+    return measure_quality(checkpoint.model, checkpoint.tokenizer, judge, text, config, trained_on=source)
+
+
+def dots(axes: Any, rows: Sequence[Row], value: str, *, unit: str) -> None:
+    """One dot per seed for every model, in the order of the rows."""
+    labels = list(dict.fromkeys(row["model"] for row in rows))
+    for row in rows:
+        axes.plot(labels.index(row["model"]), row[value], "o", color="tab:blue")
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylabel(unit)
+    axes.grid(axis="y", alpha=0.3)

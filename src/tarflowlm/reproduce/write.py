@@ -1,0 +1,121 @@
+"""Results on disk: CSV, Markdown with all that is needed to repeat them, and a plot."""
+
+import csv
+import io
+import platform
+import shlex
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tarflowlm.checkpoint import CONFIG, WEIGHTS
+from tarflowlm.data import cached_corpus, load_tokenizer
+from tarflowlm.data.read import sha256_of
+from tarflowlm.errors import UserError
+from tarflowlm.files import replacing
+from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings
+
+
+def write_results(
+    recipe: Recipe, settings: Settings, rows: Sequence[Row], finished: Sequence[Finished], *, command: Sequence[str]
+) -> list[Path]:
+    """NAME.csv, NAME.md and, where the recipe draws, NAME.png in `settings.out`; returns their paths."""
+    written = [_text(settings.out / f"{recipe.name}.csv", _csv(rows))]
+    plot = settings.out / f"{recipe.name}.png"
+    if recipe.draw is not None:
+        _plot(plot, recipe, rows)
+        written.append(plot)
+    parts = [
+        f"# {recipe.title}\n",
+        f"The paper: {recipe.claim}\n",
+        _markdown(rows),
+        f"![{recipe.title}]({plot.name})\n" if recipe.draw is not None else "",
+        recipe.text(settings, finished) if recipe.text is not None else "",
+        _provenance(settings, finished, command),
+    ]
+    written.append(_text(settings.out / f"{recipe.name}.md", "\n".join(part for part in parts if part)))
+    return written
+
+
+def _text(path: Path, text: str) -> Path:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, _columns(rows), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    def cell(value: Any) -> str:
+        if value is None:
+            return ""
+        return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+    columns = _columns(rows)
+    lines = [columns, ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _plot(path: Path, recipe: Recipe, rows: Sequence[Row]) -> None:
+    assert recipe.draw is not None
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots need matplotlib: pip install 'tarflowlm[plots]'") from None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    recipe.draw(axes, rows)
+    axes.set_title(recipe.title, fontsize=10)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _provenance(settings: Settings, finished: Sequence[Finished], command: Sequence[str]) -> str:
+    """Command, seeds, hashes, hardware."""
+    lines = ["## How it was made\n", f"```\n{shlex.join(command)}\n```\n"]
+    lines.append("| run | seed | steps | tokens | seconds | config.json | model.safetensors |\n| " + "--- | " * 7)
+    for done in finished:
+        summary = done.summary
+        hashes = [f"`{sha256_of(done.directory / name)[:12]}`" for name in (CONFIG, WEIGHTS)]
+        counts = [f"{summary[name]:,.0f}" for name in ("seed", "steps", "tokens", "seconds")]
+        lines.append(f"| {' | '.join([done.training.name, *counts, *hashes])} |")
+    lines.append("\nHashes are the first 12 digits of sha256. Texts:\n")
+    lines += sorted(_texts(finished))
+    versions = f"tarflowlm {version('tarflowlm')}, PyTorch {torch.__version__}, Python {platform.python_version()}"
+    lines.append(f"\nMachine: {_hardware(settings.device)}; {versions}.\n")
+    return "\n".join(lines)
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, {device.type}"
+
+
+def _texts(finished: Sequence[Finished]) -> set[str]:
+    found = set()
+    for done in finished:
+        source = done.summary["source"]
+        meta = cached_corpus(source, load_tokenizer(done.directory)).meta
+        digests = ", ".join(f"`{record.sha256[:12]}`" for record in meta.files[:3])
+        more = f" and {len(meta.files) - 3} more files" if len(meta.files) > 3 else ""
+        found.add(f"- {Path(source).name}: {digests}{more}")
+    return found

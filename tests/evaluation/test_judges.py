@@ -1,0 +1,213 @@
+"""Judges: a tiny GPT-2 made here stands for the hub's, and a tiny baseline for ours."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.checkpoint import save_weights, write_run
+from tarflowlm.data import CharTokenizer, load_tokenizer
+from tarflowlm.errors import UserError
+from tarflowlm.evaluation import judges
+from tarflowlm.evaluation.judges import load_judge
+from tarflowlm.training.config import RunConfig, TrainConfig
+
+ALPHABET = " abcde"
+TEXTS = ["bad cab dad", " a bee", "e", "abcde " * 30]
+
+
+def save_run(folder: Path, model, **fields) -> Path:
+    folder.mkdir()
+    stages = TrainConfig(mode="joint", stage_steps=(1,))
+    write_run(
+        folder, RunConfig(name="tiny", model=model.config, train=stages, **fields), CharTokenizer(ALPHABET, "none")
+    )
+    save_weights(folder, model.float(), {"blocks": str(getattr(model, "num_blocks", 0))})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def baseline_run(tmp_path_factory, tiny_ar) -> Path:
+    return save_run(tmp_path_factory.mktemp("judges") / "ar", tiny_ar(vocab_size=6, context=12))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> Path:
+    """A randomly initialised GPT-2 of 32 positions with a byte-level tokenizer trained on a few words."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("judges") / "gpt2"
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    library.train_from_iterator(TEXTS * 5, trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=library, eos_token="<|endoftext|>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=280, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+# --- models of transformers
+
+
+def test_perplexity_is_that_of_the_models_own_loss(gpt2):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(gpt2).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
+    texts, nats, count = TEXTS[:2], 0.0, 0
+    for text in texts:
+        ids = torch.tensor([tokenizer.encode(text)])
+        with torch.no_grad():
+            loss = model(input_ids=ids, labels=ids).loss.item()
+        nats, count = nats + loss * (ids.shape[1] - 1), count + ids.shape[1] - 1
+    reading = load_judge(str(gpt2)).read(texts)
+    assert reading.tokens == count
+    assert reading.nats == pytest.approx(nats, rel=1e-5)
+    assert reading.perplexity == pytest.approx(math.exp(nats / count), rel=1e-5)
+
+
+def test_features_are_what_mauve_text_takes_itself(gpt2):
+    utils = pytest.importorskip("mauve.utils")
+    import transformers
+
+    model = transformers.AutoModel.from_pretrained(gpt2).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
+    tokens = [tokenizer.encode(text, return_tensors="pt", truncation=True, max_length=32) for text in TEXTS]
+    expected = utils.featurize_tokens_from_model(model, tokens, batch_size=1)
+    torch.testing.assert_close(load_judge(str(gpt2)).read(TEXTS).features, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_single_token_has_nothing_to_score_and_still_features(gpt2):
+    reading = load_judge(str(gpt2)).read(["e"])
+    assert (reading.tokens, reading.nats) == (0, 0.0)
+    assert math.isnan(reading.perplexity)
+    assert reading.features.shape == (1, 16)
+
+
+def test_a_start_token_that_the_tokenizer_adds_is_context(gpt2):
+    judge = load_judge(str(gpt2))
+    plain, text = judge.read(["bad cab"]), "<|endoftext|>bad cab"
+    assert judge.read([text]).tokens == plain.tokens + 1
+
+
+def test_nothing_is_unpickled(gpt2, tmp_path):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((gpt2 / name).read_bytes())
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot load the judge"):
+        load_judge(str(tmp_path))
+
+
+# --- baselines of ours
+
+
+def test_a_baseline_scores_every_token(baseline_run):
+    judge = load_judge(str(baseline_run))
+    tokens = torch.from_numpy(load_tokenizer(baseline_run).encode("bad cab dad"))[None]
+    with torch.no_grad():
+        expected = -judge.model.log_prob(tokens).item()
+    reading = judge.read(["bad cab dad"])
+    assert (reading.tokens, judge.source) == (11, "english")
+    assert reading.nats == pytest.approx(expected, rel=1e-5)
+
+
+def test_features_of_a_baseline_are_what_it_would_go_on_from(baseline_run):
+    """Those of the next position in sampling, the last token included."""
+    judge, tokenizer = load_judge(str(baseline_run)), load_tokenizer(baseline_run)
+    model = judge.model
+    assert isinstance(model, TokenLM)
+    cache = model.transformer.allocate_cache(1, 12, model.start)
+    with torch.no_grad():
+        features = model.features_at(cache, None, 1)
+        for token in tokenizer.encode("bad cab"):
+            features = model.features_at(cache, torch.tensor([[token]]), 1)
+    torch.testing.assert_close(judge.read(["bad cab"]).features, features, rtol=1e-4, atol=1e-5)
+
+
+# --- both
+
+
+@pytest.fixture(params=["gpt2", "baseline_run"])
+def judge(request):
+    return load_judge(str(request.getfixturevalue(request.param)))
+
+
+def test_texts_do_not_influence_each_other_and_long_ones_are_read_in_chunks(judge):
+    together = judge.read(TEXTS)
+    alone = [judge.read([text]) for text in TEXTS]
+    assert together.nats == pytest.approx(sum(reading.nats for reading in alone), rel=1e-5)
+    assert together.tokens == sum(reading.tokens for reading in alone)
+    features = torch.cat([reading.features for reading in alone])
+    torch.testing.assert_close(together.features, features, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_begin_afresh(judge):
+    ids = list(judge.encode(TEXTS[3] * 3))
+    assert len(ids) > 2 * judge.context
+    losses = [
+        judge.score(torch.tensor([ids[start : start + judge.context]]))[0]
+        for start in range(0, len(ids), judge.context)
+    ]
+    reading = judge.read([TEXTS[3] * 3])
+    assert reading.nats == pytest.approx(torch.cat(losses, dim=1).nansum().item(), rel=1e-5)
+
+
+# --- what the user got wrong
+
+
+def refused(name: object, *parts: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_judge(str(name))
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_judges_that_are_not_there(tmp_path, monkeypatch):
+    refused(tmp_path / "missing", "missing", "no directory")
+    refused("./missing", "./missing")
+    refused("", "no directory")
+    refused(tmp_path, "config.json")
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(
+        judges, "check_reachable", lambda _: (_ for _ in ()).throw(ConnectionError("offline: no hub"))
+    )
+    refused("no-one/no-such-model", "'no-one/no-such-model'", "offline: no hub", "baseline")
+    refused("x" * 5000, "xxx")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    refused("gpt2-large", "pip install 'tarflowlm[quality]'")
+
+
+def test_models_that_cannot_judge(tmp_path, tiny_flow, tiny_ar, gpt2):
+    refused(save_run(tmp_path / "flow", tiny_flow(vocab_size=6, couplings=("mixd",))), "flow", "mini-ar")
+    refused(save_run(tmp_path / "two", tiny_ar(vocab_size=6, patch=2)), "2 tokens at once")
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "config.json").write_text(json.dumps({"model_type": "vit"}), encoding="utf-8")
+    refused(encoder, "encoder", "cannot load the judge")
+
+
+def test_samples_that_the_judge_cannot_read(baseline_run):
+    with pytest.raises(UserError, match=r"the judge .*ar cannot read the samples: .*'x' x1"):
+        load_judge(str(baseline_run)).read(["xab"])
+    with pytest.raises(UserError, match="no tokens"):
+        load_judge(str(baseline_run)).read([""])

@@ -1,0 +1,132 @@
+"""Latent metrics on sets of vectors whose answers are known, and the likelihood's shares against truncated models."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from tarflowlm.evaluation.latents import (
+    centroid_shift,
+    latent_report,
+    mean_cosine,
+    mean_norm,
+    participation_ratio,
+    state_metrics,
+)
+from tarflowlm.model import TarFlowLM
+from tarflowlm.objective import elbo
+
+FLOWS = {
+    "affine": {"couplings": ("affine", "affine")},
+    "mixd-mix1-mix1": {"couplings": ("mixd", "mix1", "mix1")},
+    "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
+}
+
+
+def test_the_norm_is_that_of_the_vectors_not_of_their_mean():
+    states = torch.tensor([[[3.0, 4.0], [-3.0, -4.0]], [[0.0, 2.0], [0.0, 0.0]]])
+    assert mean_norm(states).tolist() == [5.0, 1.0]
+
+
+def test_cosines_of_parallel_orthogonal_and_opposite_vectors():
+    same = torch.tensor([1.0, 2.0, 2.0]) * torch.tensor([0.1, 1.0, 7.0, 30.0])[:, None]
+    three = torch.cat((torch.eye(3), torch.zeros(1, 3)))  # a zero vector has cosine 0 with everything
+    opposite = torch.tensor([[1.0, 0, 0], [-2, 0, 0], [0, 5, 0], [0, -1, 0]])
+    found = mean_cosine(torch.stack((same, three, opposite)))
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.0, -2 / 6]))
+    assert math.isnan(mean_cosine(torch.ones(1, 1, 3)).item())
+
+
+def test_cosines_against_all_pairs(normal):
+    states = normal(2, 9, 4) + 0.5
+    for row, value in zip(states, mean_cosine(states), strict=True):
+        pairs = [torch.cosine_similarity(a, b, dim=0) for a, b in itertools.combinations(row, 2)]
+        assert value.item() == pytest.approx(torch.stack(pairs).mean().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("directions", [1, 2, 5])
+def test_the_participation_ratio_counts_directions(directions):
+    """Points at +-1 on some axes, whatever their centre and size."""
+    axes = torch.eye(5, dtype=torch.float64)[:directions]
+    states = 3.0 * torch.cat((axes, -axes))[None] + 7.0
+    assert participation_ratio(states).item() == pytest.approx(directions)
+
+
+def test_the_participation_ratio_against_eigenvalues(normal):
+    states = normal(3, 20, 6) @ torch.diag(torch.tensor([1.0, 2.0, 0.1, 4.0, 1.0, 0.5], dtype=torch.float64))
+    for row, value in zip(states, participation_ratio(states), strict=True):
+        eigenvalues = torch.linalg.eigvalsh(torch.cov(row.T))
+        assert value.item() == pytest.approx((eigenvalues.sum() ** 2 / eigenvalues.square().sum()).item())
+
+
+def test_the_centroid_moves_by_what_is_added_and_not_by_a_permutation(normal):
+    before = normal(2, 6, 3)
+    after = before.flip(1) + torch.tensor([[[3.0, 0.0, 4.0]], [[0.0, 0.0, 0.0]]], dtype=torch.float64)
+    torch.testing.assert_close(centroid_shift(before, after), torch.tensor([5.0, 0.0], dtype=torch.float64))
+
+
+@pytest.fixture(params=FLOWS.values(), ids=FLOWS.keys())
+def model(request, tiny_flow) -> TarFlowLM:
+    return tiny_flow(**request.param).eval()
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(5, (6, 8), generator=torch.Generator().manual_seed(2))
+
+
+def first_blocks(model: TarFlowLM, num_blocks: int) -> TarFlowLM:
+    """The model with the prior cut off after some blocks."""
+    cut = TarFlowLM(model.config.first_blocks(num_blocks)).double()
+    cut.load_state_dict(model.state_dict(), strict=False)
+    return cut
+
+
+def test_the_bound_after_every_block_is_that_of_the_model_cut_off_there(model, windows):
+    report = latent_report(model, windows, seed=3)
+    assert [state.block for state in report] == list(range(model.num_blocks + 1))
+    for state in report[1:]:
+        with torch.no_grad():
+            terms = elbo(first_blocks(model, state.block), windows, generator=torch.Generator().manual_seed(3))
+        nelbo, log_det = terms.nelbo / 8, terms.log_dets[-1] / 8
+        kl = (terms.log_q - terms.log_prior) / 8
+        for spread, values in ((state.nelbo, nelbo), (state.log_det, log_det), (state.kl, kl)):
+            assert (spread.mean, spread.std) == pytest.approx((values.mean().item(), values.std().item()))
+
+
+def test_the_gains_add_up_to_what_the_prior_takes_off(model, windows):
+    report = latent_report(model, windows)
+    assert sum(state.kl_gain.mean for state in report[1:]) == pytest.approx(report[0].kl.mean - report[-1].kl.mean)
+    first = report[0]
+    assert (first.centroid_shift, first.log_det, first.kl_gain) == (None, None, None)
+
+
+def test_without_blocks_the_divergence_is_the_closed_one(tiny_flow, windows):
+    """KL( N(mu, sigma^2) || N(0, 1) ) per channel, from many draws of the posterior."""
+    model = tiny_flow(couplings=("affine",), log_std=-0.7)
+    report = latent_report(model, windows.repeat(500, 1))
+    mean = model.codebook.mean[windows]
+    variance = math.exp(-1.4)
+    expected = 0.5 * (mean.square() + variance - 1 + 1.4).sum(-1).mean().item()
+    assert report[0].kl.mean == pytest.approx(expected, abs=0.02)
+
+
+def test_the_states_measured_are_those_of_the_prior(model, windows, normal):
+    z = normal(6, 8, 2)
+    states = model.prior.states(z)[0]
+    metrics = state_metrics(states)
+    torch.testing.assert_close(metrics[-1]["norm"], states[-1].norm(dim=-1).mean(-1))
+    torch.testing.assert_close(metrics[1]["centroid_shift"], (states[1] - states[0]).mean(1).norm(dim=-1))
+    assert "centroid_shift" not in metrics[0]
+
+
+def test_batches_change_nothing_but_the_draws_and_are_reported(tiny_flow, windows):
+    model, seen = tiny_flow(log_std=-12.0), []
+    whole = latent_report(model, windows)
+    parts = latent_report(model, windows, batch=4, progress=lambda *p: seen.append(p))
+    # with sigma this small all draws have the same states
+    assert parts[-1].norm.mean == pytest.approx(whole[-1].norm.mean, abs=1e-3)
+    assert parts[0].norm.std == pytest.approx(whole[0].norm.std, abs=1e-4)
+    assert seen == [(4, 6), (6, 6)]
+    assert latent_report(model, windows, seed=1) == latent_report(model, windows, seed=1)

@@ -1,0 +1,144 @@
+"""Sample statistics on texts whose answers are known, MAUVE at its ends, and the whole of it on a tiny model."""
+
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tarflowlm.data import CharTokenizer
+from tarflowlm.errors import UserError
+from tarflowlm.evaluation.judges import Judge
+from tarflowlm.evaluation.quality import (
+    SamplingConfig,
+    distinct,
+    draw_samples,
+    mauve,
+    measure_quality,
+    repetition,
+    sequence_entropy,
+)
+
+TOKENIZER = CharTokenizer(" abcd", "none")
+
+
+def test_the_entropy_is_that_of_each_sequence_alone():
+    """Not of all together, which would be log 4."""
+    assert sequence_entropy([[0, 1] * 4, [2, 3] * 4]) == pytest.approx(math.log(2))
+    assert sequence_entropy([[7] * 5, [1, 2, 3, 4]]) == pytest.approx(math.log(4) / 2)
+    counts = torch.tensor([3.0, 1.0, 4.0])
+    sequence = ["a"] * 3 + ["b"] + ["c"] * 4
+    expected = torch.distributions.Categorical(counts / 8).entropy().item()
+    assert sequence_entropy([sequence]) == pytest.approx(expected)
+    assert sequence_entropy([[]]) == 0
+
+
+def test_distinct_counts_over_all_texts_repetition_within_one():
+    same = [["the", "cat", "sat"]] * 4
+    assert distinct(same, 1) == 3 / 12
+    assert distinct(same, 2) == 2 / 8
+    assert repetition(same, 2) == 0
+    loop = [list("ababab"), list("abcdef"), ["short"]]
+    assert repetition(loop, 2) == pytest.approx((1 - 2 / 5) / 2)
+    assert distinct(loop, 4) == 5 / 6
+    assert repetition([["short"]], 4) is None
+    assert distinct([[]], 1) is None
+
+
+def test_mauve_is_high_for_one_source_and_low_for_two():
+    pytest.importorskip("mauve")
+    draws = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    shifted = draws[200:] + torch.tensor([6.0] + [0.0] * 7)
+    assert mauve(draws[:200], draws[200:]) > 0.9
+    assert mauve(draws[:200], shifted) < 0.1
+    assert mauve(draws[:200], draws[200:]) == mauve(draws[:200], draws[200:])
+
+
+def test_mauve_needs_its_package_and_texts(monkeypatch):
+    with pytest.raises(UserError, match="not 1 with 5"):
+        mauve(torch.zeros(1, 2), torch.zeros(5, 2))
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    with pytest.raises(UserError, match=r"pip install 'tarflowlm\[quality\]'"):
+        mauve(torch.zeros(5, 2), torch.zeros(5, 2))
+
+
+class LetterJudge(Judge):
+    """Gives every letter a probability of its own, whatever stands before it."""
+
+    name, kind, context, source = "letters", "a table", 6, "some text"
+    log_p = torch.tensor([0.4, 0.3, 0.1, 0.1, 0.1]).log()
+
+    def encode(self, text):
+        return TOKENIZER.encode(text).tolist()
+
+    def score(self, tokens):
+        return -self.log_p[tokens], torch.nn.functional.one_hot(tokens, 5).float()
+
+
+@pytest.fixture(params=["flow", "ar"])
+def model(request, tiny_flow, tiny_ar):
+    return (tiny_flow(log_std=-2.0) if request.param == "flow" else tiny_ar()).float().eval()
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(5, (30, 8), generator=torch.Generator().manual_seed(2))
+
+
+CONFIG = SamplingConfig(num=20, seed=3)
+
+
+def test_everything_is_reported_together(model, windows):
+    pytest.importorskip("mauve")
+    config, seen = replace(CONFIG, temperature=0.8, top_k=3), []
+    result = measure_quality(
+        model, TOKENIZER, LetterJudge(), windows, config, trained_on="other", progress=lambda *p: seen.append(p)
+    )
+    samples = draw_samples(model, config)
+    for tokens, statistics in ((samples, result.samples), (windows, result.text)):
+        assert statistics.texts == len(tokens)
+        assert statistics.judge_tokens == tokens.numel()
+        assert statistics.perplexity == pytest.approx((-LetterJudge.log_p[tokens].mean()).exp().item(), rel=1e-5)
+        assert statistics.entropy == pytest.approx(sequence_entropy(tokens.tolist()))
+        words = [TOKENIZER.decode(row).split() for row in tokens.tolist()]
+        assert statistics.word_entropy == pytest.approx(sequence_entropy(words))
+        assert statistics.distinct_2 == distinct(words, 2)
+    features = [torch.nn.functional.one_hot(tokens[:, 5], 5).float() for tokens in (windows, samples)]
+    assert result.mauve == mauve(*features)  # of the first chunk, which ends after six tokens
+    assert (result.temperature, result.top_k, result.top_p, result.seed, result.length) == (0.8, 3, None, 3, 8)
+    assert (result.dtype, result.judge) == ("float32", "letters")
+    assert result.decoder == ("auto" if hasattr(model, "codebook") else "sequential")
+    assert {name for name, _, _ in seen} == {"samples", "judge, samples", "judge, text"}
+
+
+def test_what_may_not_be_compared_is_said(model, windows):
+    pytest.importorskip("mauve")
+    remarks = measure_quality(model, TOKENIZER, LetterJudge(), windows, CONFIG, trained_on="some text").remarks
+    assert len(remarks) == 3
+    assert "letters" in remarks[0]
+    assert "20 samples" in remarks[1]
+    assert "same text" in remarks[2]
+
+
+def test_a_missing_package_costs_no_samples(model, windows, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    monkeypatch.setattr("tarflowlm.evaluation.quality.draw_samples", lambda *_: pytest.fail("it sampled first"))
+    with pytest.raises(UserError, match="quality"):
+        measure_quality(model, TOKENIZER, LetterJudge(), windows, CONFIG)
+
+
+def test_samples_repeat_themselves_in_any_number_of_batches(model, monkeypatch):
+    first = draw_samples(model, CONFIG)
+    assert first.shape == (20, 8)
+    assert torch.equal(draw_samples(model, CONFIG), first)
+    assert not torch.equal(draw_samples(model, replace(CONFIG, seed=4)), first)
+    monkeypatch.setattr("tarflowlm.evaluation.quality.BATCH_TOKENS", 7 * 8)
+    several = draw_samples(model, replace(CONFIG, length=5))
+    assert several.shape == (20, 5)
+    assert not torch.equal(several[:10], several[10:])
+
+
+def test_too_few_samples_are_refused():
+    with pytest.raises(UserError, match="num 1"):
+        SamplingConfig(num=1)

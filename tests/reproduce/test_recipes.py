@@ -1,0 +1,91 @@
+"""Every recipe measures, draws and writes: on untrained miniatures of its trainings."""
+
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tarflowlm.checkpoint import build_model, save_weights, write_run
+from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
+from tarflowlm.files import write_json
+from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.model import FlowConfig
+from tarflowlm.reproduce import fig5, fig6, fig7, table2, table6
+from tarflowlm.reproduce.command import RECIPES
+from tarflowlm.reproduce.recipe import Finished, Settings, Training
+from tarflowlm.reproduce.write import write_results
+
+CONTEXT = 16
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Settings:
+    folder = tmp_path_factory.mktemp("recipes")
+    text = folder / "text.txt"
+    text.write_text("".join(random.Random(1).choices(TEXT8_ALPHABET, k=4000)), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TARFLOWLM_CACHE", str(folder / "cache"))
+        for module, name, value in (
+            (table2, "WINDOWS", 3), (table2, "SAMPLES", 2), (table2, "SECOND_WINDOWS", 3), (fig5, "PROMPTS", 2),
+            (fig5, "PREFIXES", (0, 4)), (fig6, "NUM", 2), (fig7, "WINDOWS", 4), (table6, "MINI_SAMPLES", 20),
+        ):  # fmt: skip
+            patch.setattr(module, name, value)
+        yield Settings(scale="mini", out=folder / "out", data=str(text), judge_data=str(text), second_text=str(text))
+
+
+def untrained(settings: Settings, training: Training) -> Finished:
+    """A directory as `train` leaves it, of a small model that was not trained."""
+    directory = settings.out / "runs" / training.name
+    run = training.run
+    small = {"context": CONTEXT, "trunk": TransformerConfig(width=8, num_heads=2, mlp_ratio=1)}
+    if isinstance(run.model, FlowConfig):
+        layers = (1,) * len(run.model.layers)
+        model = replace(run.model, vocab_size=27, layers=layers, head_hidden=2, latent_dim=2, **small)
+    else:
+        model = replace(run.model, vocab_size=27, layers=1, **small)
+    run = replace(run, model=model)
+    if not directory.exists():
+        directory.mkdir(parents=True)
+        write_run(directory, run, CharTokenizer(TEXT8_ALPHABET))
+        built = build_model(model)
+        save_weights(directory, built, {"blocks": str(getattr(built, "num_blocks", 0))})
+        exact = "exact" if run.model.family == "ar" else "elbo"
+        test = {"bound": exact, "bpc": 4.5, "ppl": math.exp(3), "stderr": 0.01}
+        counts = {"seed": run.seed, "steps": 1, "tokens": 16, "seconds": 1.0, "source": run.data.source}
+        write_json(directory / "summary.json", counts | {"test": test})
+    return Finished(replace(training, run=run), directory, settings.device)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_measures_draws_and_writes(settings, name):
+    pytest.importorskip("matplotlib")
+    if name == "table6":
+        pytest.importorskip("mauve")
+    recipe = RECIPES[name]
+    finished = [untrained(settings, training) for training in recipe.plan(settings)]
+    rows = recipe.measure(settings, finished)
+    labels = {done.training.label for done in finished} - {"judge"}
+    assert labels <= {row["model"] for row in rows}
+    numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
+    assert numbers
+    assert all(math.isfinite(value) for value in numbers)
+    written = write_results(recipe, settings, rows, finished, command=["tarflowlm", "reproduce", name])
+    assert [path.suffix for path in written] == ([".csv", ".png", ".md"] if recipe.draw else [".csv", ".md"])
+    page = Path(written[-1]).read_text(encoding="utf-8")
+    assert recipe.claim in page
+    assert f"tarflowlm reproduce {name}" in page
+    assert all(done.training.name in page for done in finished)
+
+
+def test_table2_sets_our_numbers_beside_the_papers(settings):
+    finished = [untrained(settings, training) for training in table2.plan(settings)]
+    rows = {row["model"]: row for row in table2.measure(settings, finished)}
+    assert rows["AR"][""] == "="
+    assert rows["Mix-d"][""] == "<="
+    # the baseline is exact, whatever the number of samples
+    assert rows["AR"]["3 windows: bpc"] == rows["AR"]["iw-2 bpc"]
+    for label in ("affine", "Mix-1", "Mix-d"):
+        assert rows[label]["iw-2 bpc"] < rows[label]["3 windows: bpc"]
+    assert [rows[label]["paper, text8"] for label in rows] == [1.23, 1.54, 1.37, 1.30]

@@ -1,0 +1,217 @@
+"""Recipes: their plans, and on a tiny training that work is done once, goes on, and is written down."""
+
+import csv
+import json
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tarflowlm.cli import main
+from tarflowlm.data import TEXT8_ALPHABET
+from tarflowlm.errors import UserError
+from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.model import FlowConfig
+from tarflowlm.reproduce import command, fig6, runs
+from tarflowlm.reproduce.command import RECIPES
+from tarflowlm.reproduce.measures import summary_row
+from tarflowlm.reproduce.recipe import Recipe, Settings, trainings
+from tarflowlm.training.config import RunConfig, TrainConfig
+from tarflowlm.training.metrics import Reporter
+
+NAMES = {"table2", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "table6"}
+
+
+def test_every_table_and_figure_has_a_recipe():
+    assert RECIPES.keys() == NAMES
+
+
+@pytest.mark.parametrize("scale", ["mini", "paper"])
+def test_plans_share_a_run_only_where_it_is_the_same(scale):
+    settings, known = Settings(scale=scale, out=Path("out"), seeds=2), {}
+    for recipe in RECIPES.values():
+        plan = recipe.plan(settings)
+        assert len({training.name for training in plan}) == len(plan) > 1
+        for training in plan:
+            assert known.setdefault(training.name, training.run) == training.run
+    sizes = {run.model.trunk.width for run in known.values()}
+    assert sizes == {128 if scale == "mini" else 768}
+
+
+def test_the_users_text_and_steps_reach_the_mini_runs_and_not_the_papers():
+    for scale, source in (("mini", "mine.txt"), ("paper", "openwebtext")):
+        plan = fig6.plan(Settings(scale=scale, out=Path("out"), data="mine.txt", steps=9))
+        assert {training.run.data.source for training in plan} == {source}
+        assert {training.run.train.num_steps for training in plan} == {9}
+
+
+TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
+TINY = RunConfig(
+    name="tiny",
+    model=FlowConfig(
+        context=16, latent_dim=2, trunk=TRUNK, couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)
+    ),
+    train=TrainConfig(stage_steps=(3, 3), batch_size=2, evaluate_windows=2, checkpoint_every=2, log_every=1),
+)
+
+
+def tiny_plan(settings: Settings):
+    return trainings(settings, {"tiny": TINY})
+
+
+TINY_RECIPE = Recipe(
+    name="tiny",
+    title="A tiny table",
+    claim="nothing.",
+    plan=tiny_plan,
+    measure=lambda _settings, finished: [summary_row(done) for done in finished],
+    text=lambda _settings, finished: f"{len(finished)} runs.\n",
+)
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("TARFLOWLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def settings(tmp_path) -> Settings:
+    rng = random.Random(1)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(rng.choices(TEXT8_ALPHABET, k=1500)), encoding="utf-8")
+    return Settings(scale="mini", out=tmp_path / "out", data=str(text), seeds=2)
+
+
+class Notices(Reporter):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_what_is_done_is_not_done_again(settings):
+    first, second = Notices(), Notices()
+    done = runs.finish(settings, tiny_plan(settings), first)
+    weights = [(d.directory / "model.safetensors").read_bytes() for d in done]
+    again = runs.finish(settings, tiny_plan(settings), second)
+    assert [d.directory.name for d in again] == ["tiny-s0", "tiny-s1"]
+    assert weights[0] != weights[1]
+    assert second.said == ["tiny-s0 is done", "tiny-s1 is done"]
+    assert [(d.directory / "model.safetensors").read_bytes() for d in again] == weights
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAt(Reporter):
+    def __init__(self, step: int) -> None:
+        self.at = step
+
+    def record(self, record) -> None:
+        if record["step"] == self.at:
+            raise Stop
+
+
+@pytest.mark.parametrize(("step", "state"), [(1, "new"), (5, "stopped")])
+def test_what_was_stopped_goes_on_to_the_same_end(settings, tmp_path, step, state):
+    [training, _] = tiny_plan(settings)
+    with pytest.raises(Stop):
+        runs.finish(settings, [training], StopAt(step))
+    assert runs.state_of(settings, training) == state
+    [done] = runs.finish(settings, [training], Reporter())
+    [whole] = runs.finish(replace(settings, out=tmp_path / "whole"), [training], Reporter())
+    assert runs.state_of(settings, training) == "finished"
+    # not byte by byte: the order of the file's metadata is free
+    ours, theirs = (load_file(d.directory / "model.safetensors") for d in (done, whole))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_run_of_another_configuration_is_left_alone(settings):
+    [done, _] = runs.finish(settings, tiny_plan(settings), Reporter())
+    before = (done.directory / "model.safetensors").read_bytes()
+    other = replace(TINY, optim=replace(TINY.optim, lr=1e-3))
+    with pytest.raises(UserError, match=r"tiny-s0 .*another configuration"):
+        runs.finish(settings, trainings(settings, {"tiny": other}), Reporter())
+    assert (done.directory / "model.safetensors").read_bytes() == before
+
+
+def test_estimates_count_all_tokens_and_time_every_shape_once(settings, monkeypatch):
+    timed = []
+
+    def two_seconds(run, stage, batches, device, *, num_steps):
+        timed.append((stage, tuple(batches().shape)))
+        return 2.0
+
+    monkeypatch.setattr(runs, "seconds_per_step", two_seconds)
+    planned = runs.estimate(settings, tiny_plan(settings))
+    assert [(p.state, p.tokens, p.seconds) for p in planned] == [("new", 6 * 2 * 16, 12.0)] * 2
+    assert timed == [(0, (2, 16)), (1, (2, 16))]
+    paper = replace(settings, scale="paper")
+    # of one sequence, so for two of them twice as long
+    assert runs.estimate(paper, tiny_plan(paper))[0].seconds == 24.0
+
+
+def test_estimates_are_timed_on_the_models_themselves(settings):
+    [planned, _] = runs.estimate(settings, tiny_plan(settings))
+    assert 0 < planned.seconds < 60
+    assert not settings.out.exists()
+
+
+def run_cli(capsys, *argv: object):
+    status = 0
+    try:
+        main(["reproduce", *map(str, argv)])
+    except SystemExit as stop:
+        status = stop.code or 0
+    finally:
+        torch.set_flush_denormal(False)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_results_say_how_they_were_made(settings, capsys, monkeypatch):
+    recipe = replace(TINY_RECIPE, draw=lambda axes, rows: axes.plot([row["test bpc"] for row in rows]))
+    if "matplotlib" not in sys.modules:
+        pytest.importorskip("matplotlib")
+    monkeypatch.setitem(command.RECIPES, "tiny", recipe)
+    argv = ["tiny", "--out", settings.out, "--data", settings.data, "--seeds", 2, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["tarflowlm", "reproduce", *map(str, argv)])
+    status, out, _ = run_cli(capsys, *argv, "--json")
+    assert status == 0
+    result = json.loads(out.splitlines()[-1])
+    assert [Path(p).name for p in result["files"]] == ["tiny.csv", "tiny.png", "tiny.md"]
+    with (settings.out / "tiny.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["test bpc"]) for row in table] == [row["test bpc"] for row in result["rows"]]
+    page = (settings.out / "tiny.md").read_text(encoding="utf-8")
+    for part in ("| tiny | 0 | <= |", "2 runs.", "tarflowlm reproduce tiny", "tiny-s1", "text.txt: `", "PyTorch"):
+        assert part in page
+    assert (settings.out / "tiny.png").read_bytes()[:4] == b"\x89PNG"
+    # the plan says what is done, and a second run needs no training
+    status, out, _ = run_cli(capsys, *argv, "--dry-run")
+    assert status == 0
+    assert out.count("finished") == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        (["fig9"], ["'fig9'", "table2"]),
+        (["fig3", "--seeds", "0"], ["seeds 0"]),
+        (["fig3", "--steps", "0"], ["steps 0"]),
+        (["fig3", "--scale", "huge"], ["'huge'", "mini"]),
+        (["fig3", "--data", "no-such.txt"], ["'no-such.txt'"]),
+    ],
+)
+def test_wrong_requests_are_named(capsys, tmp_path, argv, names):
+    status, out, err = run_cli(capsys, *argv, "--out", tmp_path / "out")
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1, err
+    for name in names:
+        assert name in err

@@ -1,0 +1,203 @@
+"""`tarflowlm eval` in process: what it adds to the likelihood, and that what the user got wrong costs one line."""
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tarflowlm.checkpoint import load, save_weights, write_run
+from tarflowlm.cli import main
+from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
+from tarflowlm.objective import negative_bound
+from tarflowlm.training.config import DataConfig, RunConfig, TrainConfig
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """Lines of a known length."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory) -> Path:
+    rng = random.Random(1)
+    words = ["".join(rng.choices(TEXT8_ALPHABET[1:], k=rng.randint(1, 6))) for _ in range(40)]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(rng.choice(words) for _ in range(1500)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, text_file, tiny_flow, tiny_ar) -> dict[str, Path]:
+    """Untrained run directories: what they hold is random, what is said of it must be right all the same."""
+    root, fields = tmp_path_factory.mktemp("runs"), {"vocab_size": 27, "context": 16}
+    models = {
+        "one": tiny_flow(couplings=("mixd",), **fields),
+        "two": tiny_flow(**fields),
+        "ar": tiny_ar(**fields),
+        "patches": tiny_ar(patch=2, **fields),
+    }
+    for name, model in models.items():
+        (root / name).mkdir()
+        stages = TrainConfig(mode="joint", stage_steps=(1,))
+        run = RunConfig(name=name, model=model.config, train=stages, data=DataConfig(source=str(text_file)))
+        write_run(root / name, run, CharTokenizer(TEXT8_ALPHABET))
+        save_weights(root / name, model.float(), {"blocks": str(getattr(model, "num_blocks", 0))})
+    return {name: root / name for name in models}
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*argv: object) -> SimpleNamespace:
+        status = 0
+        try:
+            main(["eval", *map(str, argv), "--device", "cpu"])
+        except SystemExit as stop:
+            status = stop.code or 0
+        finally:
+            torch.set_flush_denormal(False)
+        out, err = capsys.readouterr()
+        return SimpleNamespace(status=status, out=out, err=err)
+
+    return call
+
+
+@pytest.fixture
+def run_json(run):
+    def call(*argv: object) -> dict:
+        result = run(*argv, "--json")
+        assert result.status == 0, result.err
+        return json.loads(result.out.splitlines()[-1])
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    def call(*argv: object, names: list[str]) -> None:
+        result = run(*argv)
+        assert result.status == 2, (result.status, result.err)
+        assert result.out == ""
+        assert result.err.count("\n") == 1, result.err
+        for name in names:
+            assert name in result.err
+
+    return call
+
+
+def test_every_unit_with_bound_stride_and_what_was_left_out(run_json, run, runs):
+    result = run_json(runs["two"], "--samples", 3)
+    assert (result["bound"], result["context"], result["stride"]) == ("iw-3", 16, 16)
+    assert result["text_tokens"] - 16 < result["tokens"] <= result["text_tokens"]
+    assert result["bits_per_byte"] == result["bpc"]
+    assert result["gap"] == pytest.approx(result["elbo"] - result["nats_per_token"])
+    shown = run(runs["two"], "--samples", 3).out
+    lines = [line for line in shown.splitlines() if any(u in line for u in ("bits per", "nats per token", "perplex"))]
+    assert len(lines) >= 4
+    assert all("<=" in line for line in lines if "gap" not in line)
+    assert "stride 16" in shown
+    assert "gap" not in run(runs["two"]).out
+
+
+@pytest.mark.parametrize("name", ["one", "ar"])
+def test_windows_slide(run_json, run, runs, name):
+    whole = run_json(runs[name], "--stride", 4, "--split", "all")
+    assert whole["text_tokens"] - whole["tokens"] < 4
+    assert whole["windows"] == (whole["text_tokens"] - 16) // 4 + 1
+    fresh = run_json(runs[name], "--stride", 16)
+    assert {**fresh, "seconds": 0} == {**run_json(runs[name]), "seconds": 0}
+    assert "12 tokens of context" in run(runs[name], "--stride", 4).out
+
+
+def test_a_sliding_window_says_what_the_model_says_of_its_last_tokens(run_json, runs, tmp_path):
+    model, tokenizer = load(runs["ar"])
+    text = " abc def ghij kl mn"
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    tokens = torch.from_numpy(tokenizer.encode(text))[None]
+    with torch.no_grad():
+        nats = negative_bound(model, tokens[:, :16]) - model.token_log_prob(tokens[:, 3:19])[:, 13:].sum()
+    result = run_json(runs["ar"], "--data", tmp_path / "t.txt", "--split", "all", "--stride", 3)
+    assert (result["tokens"], result["windows"]) == (19, 2)
+    assert result["nats_per_token"] == pytest.approx(nats.item() / 19, rel=1e-5)
+
+
+def test_latents_stand_beside_the_likelihood(run_json, run, runs):
+    result = run_json(runs["two"], "--latents", "--windows", 5)
+    states = result["latents"]
+    assert [state["block"] for state in states] == [0, 1, 2]
+    assert states[0]["log_det"] is None
+    assert states[-1]["nelbo"]["mean"] == pytest.approx(result["elbo"], rel=1e-4)
+    assert {"norm", "cosine", "participation_ratio", "centroid_shift", "kl", "kl_gain"} <= states[1].keys()
+    shown = run(runs["two"], "--latents", "--windows", 5).out
+    assert "block 2" in shown
+    assert f"{states[-1]['kl']['mean']:.4f}" in shown
+
+
+def test_quality_is_printed_together(run_json, run, runs):
+    pytest.importorskip("mauve")
+    argv = ["--quality", "--judge", runs["ar"], "--num", 30, "--windows", 2, "--temperature", 0.9, "--length", 12]
+    quality = run_json(runs["two"], *argv)["quality"]
+    assert (quality["length"], quality["temperature"], quality["seed"], quality["dtype"]) == (12, 0.9, 0, "float32")
+    assert (quality["samples"]["texts"], quality["samples"]["judge_tokens"]) == (30, 360)
+    assert len(quality["remarks"]) == 3
+    shown = run(runs["two"], *argv).out
+    for name in (
+        "perplexity",
+        "MAUVE",
+        "entropy",
+        "distinct",
+        "repeated",
+        "decoder auto",
+        "temperature 0.9",
+        "seed 0",
+    ):
+        assert name in " ".join(shown.split())
+    assert f"{quality['samples']['perplexity']:.3f}" in shown
+    assert f"{quality['mauve']:.4f}" in shown
+    assert run_json(runs["ar"], *argv)["quality"]["decoder"] == "sequential"
+
+
+WRONG = {
+    "samples": (["--samples", "0"], ["samples 0"]),
+    "windows": (["--windows", "-2"], ["windows -2"]),
+    "stride-zero": (["--stride", "0"], ["stride 0", "16"]),
+    "stride-long": (["--stride", "17"], ["stride 17", "16"]),
+    "slides": (["--stride", "8"], ["stride 8", "2 blocks"]),
+    "seed": (["--seed", "-1"], ["seed -1"]),
+    "judge-alone": (["--judge", "gpt2"], ["--judge", "--quality"]),
+    "num-alone": (["--num", "3"], ["--num", "--quality"]),
+    "top-p-alone": (["--top-p", "0.9"], ["--top-p", "--quality"]),
+    "judge": (["--quality", "--judge", "/no/such/judge"], ["/no/such/judge", "no directory"]),
+    "num": (["--quality", "--num", "1"], ["num 1"]),
+    "length": (["--quality", "--length", "17"], ["length 17", "16"]),
+    "temperature": (["--quality", "--temperature", "0"], ["temperature 0.0"]),
+}
+
+
+@pytest.mark.parametrize(("wrong", "names"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_requests_are_named(refused, runs, wrong, names):
+    refused(runs["two"], *wrong, names=names)
+
+
+def test_what_the_model_cannot_do_is_said(refused, runs):
+    refused(runs["ar"], "--latents", names=["baseline", "--latents"])
+    refused(runs["patches"], "--stride", 3, names=["stride 3", "patch of 2"])
+    refused(runs["two"], "--quality", "--judge", runs["one"], names=["flow", "mini-ar"])
+
+
+def test_texts_that_cannot_be_scored(refused, runs, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("a few words of text", encoding="utf-8")
+    refused(runs["ar"], "--data", short, names=["fewer than one context of 16", "--split all"])
+    short.write_text("a b", encoding="utf-8")
+    refused(runs["ar"], "--data", short, "--split", "all", names=["4 tokens", "longer text"])
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for file in runs["ar"].iterdir():
+        (plain / file.name).write_bytes(file.read_bytes())
+    CharTokenizer(TEXT8_ALPHABET, "none").save(plain / "tokenizer.json")
+    short.write_text("Text of Another Alphabet, 1790!", encoding="utf-8")
+    refused(plain, "--data", short, "--split", "all", names=["'T' x1", "--normalize text8"])
