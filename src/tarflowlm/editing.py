@@ -2,7 +2,7 @@ r"""Editing in latent space: a text is encoded, its state changed at some block,
 
 A text x has latents z ~ q(z|x) and states h^(0) = z, ..., h^(L) = u; every change of a state is a new text, for the
 flow is invertible. What a change leaves as it was stays as it was: in each block, positions before the first changed
-one (in the order of the block) keep their latents to the bit. Paper: section 4 (docs/math.md, section 9).
+one (in the order of the block) keep their latents to the bit. Paper: section 4 (docs/math.md, section 10).
 """
 
 from dataclasses import dataclass

@@ -77,7 +77,7 @@ def test_muon_takes_the_matrices_of_transformers_and_of_patches_alone(model):
     kinds = {name.split("transformer.layers.0.")[-1].split("token_features.")[-1] for name in with_muon}
     in_patches = {"place.weight", "head.context.weight"} if model.config.patch > 1 else set()
     assert kinds == {"attention.qkv.weight", "attention.out.weight", "up.weight", "down.weight"} | in_patches
-    assert len(with_muon) == 4 * model.num_blocks + len(in_patches)
+    assert len(with_muon) == 4 * model.num_blocks + len(in_patches) * model.config.couplings.count("mixd")
     assert not any(
         isinstance(optimizer, torch.optim.Muon)
         for optimizer, _ in groups_of(model, OptimConfig(optimizer="adamw")).values()

@@ -1,4 +1,4 @@
-r"""Samples given some of their tokens: sequential Monte Carlo over the positions (docs/math.md, section 8).
+r"""Samples given some of their tokens: sequential Monte Carlo over the positions (docs/math.md, section 9).
 
 Every sample has N particles, candidates that agree on the given tokens. Wherever a token is given, a particle's
 weight is multiplied by the probability it gave to that token; when the weights of a sample become uneven, its

@@ -1,0 +1,195 @@
+"""The generation benchmarks on tiny random models: their rows, and what they refuse."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from tarflowlm import cli
+from tarflowlm.baseline import BaselineConfig
+from tarflowlm.bench import generation, infilling
+from tarflowlm.checkpoint import build_model, save_weights, write_run
+from tarflowlm.data import CharTokenizer
+from tarflowlm.errors import UserError
+from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.model import FlowConfig, TarFlowLM, seeded
+from tarflowlm.training.config import RunConfig, TrainConfig
+
+TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
+FLOW = FlowConfig(context=32, latent_dim=2, trunk=TRUNK, couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2))
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory) -> list[Path]:
+    """A baseline and a flow."""
+    root, tokenizer = tmp_path_factory.mktemp("runs"), CharTokenizer(" abcdefghijklmnopqrstuvwxyz")
+    configs = {"ar": BaselineConfig(context=32, trunk=TRUNK, layers=1), "flow": replace(FLOW, head_hidden=4)}
+    for name, config in configs.items():
+        run = RunConfig(name=name, model=config, train=TrainConfig(stage_steps=(3,), mode="joint"))
+        with seeded(0):
+            model = build_model(replace(config, vocab_size=27))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.1 * torch.randn_like(parameter)
+        (root / name).mkdir()
+        write_run(root / name, run, tokenizer)
+        blocks = model.num_blocks if isinstance(model, TarFlowLM) else 0
+        save_weights(root / name, model.state_dict(), {"step": "1", "tokens": "1", "blocks": str(blocks)})
+    return [root / name for name in configs]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(rng.choice(["the", "cat", "sat", "on", "mats"]) for _ in range(3000)), encoding="utf-8")
+    return path
+
+
+def test_generation_rows(directories):
+    result = generation.run(generation.Args(tuple(directories), batches=(2,), rounds=1, seeds=3))
+    assert [row["name"].split()[-1] for row in result["models"]] == ["sequential", "sequential", "auto"]
+    assert result["models"][0]["ratio"] == 1.0
+    assert all(row["tokens_per_second"] > 0 for row in result["models"])
+    assert [(row["block"], row["coupling"]) for row in result["blocks"]] == [(2, "mix1"), (1, "mixd")]
+    assert all(1 <= row["sweeps"] <= 32 for row in result["blocks"])
+    assert [len(row["milliseconds"]) for row in result["positions"]] == [4, 4]
+    (same,) = result["identical"]
+    assert (same["tokens"], same["differ_parallel"], same["differ_auto"]) == (96, 0, 0)
+    console = Console(record=True, width=120)
+    generation.print_result(result, console)
+    assert "3 samples, 96 tokens" in console.export_text()
+
+
+def test_infilling_keeps_what_is_given_and_editing_with_strength_zero_changes_nothing(directories, text):
+    args = infilling.Args(
+        tuple(directories), data=str(text), sentences=6, length=16, blanks=4, particles=(1, 3), strengths=(0.0, 1.0)
+    )
+    result = infilling.run(args)
+    assert [row["particles"] for row in result["infilling"]] == [1, 3, 1, 3]
+    assert all(row["kept"] == 1.0 for row in result["infilling"])
+    assert all(1 <= row["ess"] <= row["particles"] + 1e-9 for row in result["infilling"])
+    assert [(row["level"], row["strength"]) for row in result["editing"]] == [
+        (level, strength) for level in (0, 1, 2) for strength in (0.0, 1.0)
+    ]
+    for row in result["editing"]:
+        if row["strength"] == 0.0:
+            assert (row["changed"], row["unchanged_texts"], row["bpc"]) == (0.0, 1.0, row["bpc_before"])
+    assert len(result["examples"]) == 10
+    assert all(len(e["hidden"]) == 4 and len(e["before"]) == 6 for e in result["examples"])
+    console = Console(record=True, width=120)
+    infilling.print_result(result, console)
+    assert "infilling" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "words"),
+    [
+        (generation, {"rounds": 0}, "rounds 0"),
+        (generation, {"batches": (0,)}, "batches"),
+        (generation, {"directories": ()}, "name at least one"),
+        (infilling, {"blanks": 64}, "blanks 64"),
+        (infilling, {"particles": (0,)}, "particles"),
+        (infilling, {"directories": ()}, "name at least one"),
+    ],
+)
+def test_refusals(module, options, words, directories):
+    with pytest.raises(UserError, match=words):
+        module.run(module.Args(**({"directories": tuple(directories)} | options)))
+
+
+def run_cli(capsys, *argv: object) -> tuple[int, str, str]:
+    try:
+        cli.main([str(a) for a in argv])
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def test_templates_on_the_command_line(directories, capsys):
+    for directory in directories:
+        status, out, _ = run_cli(
+            capsys, "sample", directory, "--template", "a_b__", "--particles", 3, "--num", 2, "--json"
+        )
+        result = json.loads(out.splitlines()[-1])
+        assert status == 0
+        for sample in result["samples"]:
+            assert (sample["text"][0], sample["text"][2], len(sample["text"])) == ("a", "b", 5)
+            assert 1 <= sample["ess"] <= 3.0001
+            assert isinstance(sample["log_evidence"], float)
+    status, out, _ = run_cli(
+        capsys, "sample", directories[1], "--template", "a?b", "--blank", "?", "--states", "--json"
+    )
+    (sample,) = json.loads(out.splitlines()[-1])["samples"]
+    assert [len(state) for state in sample["states"]] == [3, 3, 3]
+    assert len(sample["passes"]) == 3
+    assert run_cli(capsys, "sample", directories[1], "--template", "a_", "--passes")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--template", ""], "template is empty"),
+        (["--template", "A_"], "'A' x1"),
+        (["--template", "a__", "--blank", "a"], "alphabet"),
+        (["--template", "a__", "--blank", "__"], "single character"),
+        (["--template", "_" * 40], "length 40"),
+        (["--template", "a_", "--prompt", "a"], "both a prompt and a template"),
+        (["--template", "a_", "--particles", "0"], "particles 0"),
+    ],
+)
+def test_bad_templates_are_one_line(directories, capsys, options, words):
+    status, _, err = run_cli(capsys, "sample", directories[1], *options)
+    assert status == 2
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_edits_on_the_command_line(directories, capsys):
+    text = "the cat sat on"
+    for options in (["--strength", "0"], ["--toward", "a dog ran away"], ["--replace", "cat", "dog"]):
+        status, out, _ = run_cli(capsys, "edit", directories[1], "--text", text, *options, "--num", 2, "--json")
+        result = json.loads(out.splitlines()[-1])
+        assert status == 0
+        assert result["before"] == text
+        for edit in result["edits"]:
+            assert len(edit["text"]) == len(text)
+            assert edit["changed"] == [a != b for a, b in zip(text, edit["text"], strict=True)]
+            assert options[0] != "--strength" or (edit["text"], edit["bpc"]) == (text, edit["bpc_before"])
+            assert options[0] != "--replace" or edit["text"][:7] == "the dog"
+        assert run_cli(capsys, "edit", directories[1], "--text", text, *options)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "needs one of"),
+        (["--strength", "0.1", "--toward", "a"], "needs one of"),
+        (["--strength", "1.5"], "strength 1.5"),
+        (["--strength", "0.5", "--level", "3"], "block 3"),
+        (["--toward", "abc"], "same length"),
+        (["--replace", "cat", "horse"], "must agree"),
+        (["--replace", "dog", "cat"], "does not occur"),
+        (["--strength", "0.5", "--num", "0"], "num 0"),
+        (["--strength", "0.5", "--text", ""], "empty"),
+        (["--strength", "0.5", "--text", "X"], "'X' x1"),
+        (["--strength", "0.5", "--text", "a" * 33], "33 tokens"),
+    ],
+)
+def test_bad_edits_are_one_line(directories, capsys, options, words):
+    status, _, err = run_cli(capsys, "edit", directories[1], "--text", "the cat sat", *options)
+    assert status == 2
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_baseline_has_nothing_to_edit(directories, capsys):
+    status, _, err = run_cli(capsys, "edit", directories[0], "--text", "a cat", "--strength", "0.5")
+    assert status == 2
+    assert "discrete baseline" in err
