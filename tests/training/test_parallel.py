@@ -1,4 +1,4 @@
-"""Several processes do what one does: the same losses in float64, step by step, and checkpoints that any number reads."""
+"""Several processes do what one does: the same losses in float64, step by step; and any number reads a checkpoint."""
 
 import json
 import os
@@ -149,7 +149,7 @@ def assert_same_steps(left, right) -> None:
 
 @pytest.mark.parametrize("name", cases.COMPILED)
 def test_the_compiled_loss_is_one_graph(out, name):
-    """`fullgraph` raises at the first break, in the loss or in the backward of the numerics, which is traced with it."""
+    """`fullgraph` raises at the first break, in the loss or in the backward of the numerics, which is traced too."""
     found = json.loads((out / "compiled.json").read_text(encoding="utf-8"))[name]
     assert found["graphs"] >= 1
     assert found["breaks"] == 0

@@ -6,10 +6,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import get_context
 from typing import Any
 
 import torch
-import torch.multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from tarflowlm.checkpoint import build_model
 from tarflowlm.model import FlowConfig, seeded
@@ -26,12 +27,12 @@ def scaling(
 ) -> list[dict[str, Any]]:
     """Rows {"name", "tokens_per_second", "ratio"}; the ratio is to one process of one thread."""
     runs = [replace(run, model=replace(run.model, vocab_size=vocab_size)) for run in runs]
-    context = torch.multiprocessing.get_context("spawn")
+    context = get_context("spawn")
     seconds = {}
     for world in (1, 2):
         answers = context.SimpleQueue()
         arguments = (world, _free_port(), runs, rounds, steps, device.type, answers)
-        torch.multiprocessing.spawn(_time_in_process, arguments, nprocs=world)
+        spawn(_time_in_process, arguments, nprocs=world)
         seconds.update(answers.get())
     rows = []
     for run in runs:

@@ -1,4 +1,4 @@
-"""What the large presets ask for, from their shapes alone: the real modules on meta tensors, which hold no numbers."""
+"""What the large presets ask for, from their shapes alone: the real modules on meta tensors, which hold nothing."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,10 +34,11 @@ def _runs() -> Iterator[RunConfig]:
         if not name.startswith("owt-"):
             continue
         run = preset(name)
-        layers = run.model.layers
+        model: Any = run.model
+        layers = model.layers
         more = 4 * layers if isinstance(layers, int) else tuple(4 * n for n in layers)
-        large: Any = replace(run.model, vocab_size=VOCABULARY["owt"], trunk=XL_TRUNK, layers=more)
-        yield replace(run, name=f"{name} 1.5 B", model=large)
+        model = replace(model, vocab_size=VOCABULARY["owt"], trunk=XL_TRUNK, layers=more)
+        yield replace(run, name=f"{name} 1.5 B", model=model)
 
 
 def size(run: RunConfig) -> dict[str, Any]:

@@ -82,7 +82,9 @@ def generation_flops(config: Config, convention: Convention = "full") -> int:
     return sum(blocks) + _codebook(config).total()
 
 
-def _body(trunk: TransformerConfig, num_layers: int, positions: int, convention: Convention, cached: bool) -> Counter:
+def _body(
+    trunk: TransformerConfig, num_layers: int, positions: int, convention: Convention, cached: bool
+) -> Counter[str]:
     D, L, N = trunk.width, num_layers, positions
     square = N * (N + 1) // 2 if cached else N * N
     return Counter(

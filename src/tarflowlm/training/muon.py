@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 class ShardedMuon(torch.optim.Muon):
     """torch.optim.Muon over DTensors: the update that one process would make, to rounding.
 
-    Orthogonalisation needs whole matrices. Momentum stays cut like the parameters; each matrix is gathered, one process
-    (they take turns) orthogonalises it, and the result is cut again. PyTorch's own step on DTensors would communicate
-    inside every one of the iterations, and round differently.
+    Orthogonalisation needs whole matrices. Momentum stays cut like the parameters; each matrix is gathered, one
+    process (they take turns) orthogonalises it, and the result is cut again. PyTorch's own step on DTensors would
+    communicate inside every one of the iterations, and round differently.
     """
 
     @torch.no_grad()

@@ -43,8 +43,9 @@ class Bound(nn.Module):
 class Engine:
     """One stage's training loss and its gradients, over the processes that take part.
 
-    `module` maps tokens and noise to nats per sequence. `model` is used as it is; under FSDP2 its parameters become shards in place (DTensors), until `whole`. The first
-    `frozen` blocks are evaluated without a graph; parameters must be frozen before.
+    `module` maps tokens and noise to nats per sequence. `model` is used as it is; under FSDP2 its parameters become
+    shards in place (DTensors). The first `frozen` blocks are evaluated without a graph; their parameters, and with
+    them the codebook, must be frozen before.
     """
 
     def __init__(self, model: Model, run: RunConfig, processes: Processes = ALONE, *, frozen: int = 0) -> None:
@@ -165,7 +166,7 @@ def _shard(bound: Bound, device: torch.device, world: int) -> None:
 
 
 def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """The state dict on the CPU, shards put together one tensor at a time; without `keep`, only taking part in that."""
+    """The state dict on the CPU, shards put together one tensor at a time; without `keep`, just taking part in it."""
     weights = {}
     for name, tensor in model.state_dict().items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

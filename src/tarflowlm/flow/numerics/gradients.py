@@ -12,6 +12,7 @@ T and t_k belong to one tail, so nothing cancels in the far tails.
 """
 
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def pullback(
 ) -> Grads:
     """Gradients of (z, log_w, mean, log_std), shaped like them; rows [N], parameters [N or 1, K]."""
     compute = partial(_pull, f=f, base=base)
-    return pull(compute, 5, z, u, log_det, grad_u, grad_log_p, *params)
+    return cast(Grads, pull(compute, 5, z, u, log_det, grad_u, grad_log_p, *params))
 
 
 def _pull(*tensors: Tensor, f: Family, base: Family) -> Grads:
