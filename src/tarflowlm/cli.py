@@ -62,11 +62,12 @@ def main(argv: list[str] | None = None) -> None:
     except (UserError, FloatingPointError) as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"cannot use {error.filename}: {error.strerror or error}; check the path, its permissions and the disk")
+        place = f"cannot use {error.filename}: {error.strerror or error}"
+        _fail(f"{place}; check the path, its permissions and the disk", everywhere=True)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        _fail("out of memory: choose a smaller model, context, batch size or number of samples")
+        _fail("out of memory: choose a smaller model, context, batch size or number of samples", everywhere=True)
     except Stopped as stopped:
         _say(str(stopped))
         sys.exit(STOPPED)
@@ -75,15 +76,16 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _fail(message: str) -> NoReturn:
-    _say(message)
+def _fail(message: str, *, everywhere: bool = False) -> NoReturn:
+    _say(message, everywhere=everywhere)
     sys.exit(2)
 
 
-def _say(message: str) -> None:
-    """One line, whatever the names in it hold; under torchrun, from the first process of every machine."""
+def _say(message: str, *, everywhere: bool = False) -> None:
+    """One line, whatever the names in it hold; under torchrun, from the first process of every machine, or from every
+    process that has something of its own to say."""
     line = message.replace("\r", "\\r").replace("\n", "\\n")
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write(f"tarflowlm: {line}\n")
 
 
