@@ -214,6 +214,13 @@ def test_a_missing_file_is_named(directory, name):
         load_checkpoint(directory)
 
 
+def test_a_directory_that_was_only_begun_says_that_it_has_no_weights_yet(directory):
+    for name in ("model.safetensors", "tokenizer.json"):
+        (directory / name).unlink()
+        with pytest.raises(UserError, match="holds no trained weights yet"):
+            load_checkpoint(directory)
+
+
 def test_another_tokenizer_does_not_fit_the_weights(directory):
     CharTokenizer("ab", "none").save(directory / "tokenizer.json")
     write_manifest(directory, FILES)

@@ -95,8 +95,9 @@ def seal(directory: str | Path) -> None:
 
 def _load(directory: Path, device: str | torch.device) -> Checkpoint:
     run = read_run(directory, check=False)
-    tokenizer = load_tokenizer(directory / TOKENIZER)
+    # the weights are what is written last: without them nothing else is to be blamed
     tensors, info = _read_weights(directory / WEIGHTS)
+    tokenizer = load_tokenizer(directory / TOKENIZER)
     config: Any = replace(run.model, vocab_size=tokenizer.vocab_size)
     if isinstance(config, FlowConfig) and info.get("blocks", "").isdigit():
         config = config.first_blocks(int(info["blocks"]))
