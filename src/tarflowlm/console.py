@@ -142,7 +142,8 @@ def bar(console: Console, description: str, total: int) -> Iterator[Update]:
 @contextmanager
 def corpus_bar(console: Console, source: str) -> Iterator[CorpusProgress]:
     """A bar for every stage of preparing a corpus; yields the `progress` of `prepare_corpus`."""
-    progress = Progress(*stderr_columns, console=console, transient=True)
+    # without a terminal a transient bar would leave an empty line before an error's one line
+    progress = Progress(*stderr_columns, console=console, transient=True, disable=not console.is_terminal)
     starts: dict[str, float] = {}
     tasks: dict[str, Any] = {}
 
@@ -152,7 +153,6 @@ def corpus_bar(console: Console, source: str) -> Iterator[CorpusProgress]:
                 progress.update(task, visible=False)
             tasks[stage] = progress.add_task(STAGES[stage].format(source), total=total, note="")
             starts[stage] = time.perf_counter()
-            # not before, so that an error at the start prints its one line alone
             progress.start()
         rate = completed / max(time.perf_counter() - starts[stage], 1e-9)
         progress.update(tasks[stage], completed=completed, total=total, note=f"{rate:,.0f}/s")

@@ -251,7 +251,7 @@ def _read_state(folder: Path, plan: dict[str, Any]) -> _State | None:
         document = json.loads((folder / PARTIAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if document["plan"] != json.loads(json.dumps(plan)):
+    if not isinstance(document, dict) or document.get("plan") != json.loads(json.dumps(plan)):
         return None
     splits = {split: _SplitState(**document["splits"][split]) for split in SPLITS}
     return _State(plan, document["cursor"], splits)
