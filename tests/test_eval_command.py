@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tarflowlm.checkpoint import load, save_weights, write_run
+from tarflowlm.checkpoint import load, save_weights, seal, write_run
 from tarflowlm.cli import main
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.objective import negative_bound
@@ -45,7 +45,7 @@ def runs(tmp_path_factory, text_file, tiny_flow, tiny_ar) -> dict[str, Path]:
         stages = TrainConfig(mode="joint", stage_steps=(1,))
         run = RunConfig(name=name, model=model.config, train=stages, data=DataConfig(source=str(text_file)))
         write_run(root / name, run, CharTokenizer(TEXT8_ALPHABET))
-        save_weights(root / name, model.float(), {"blocks": str(getattr(model, "num_blocks", 0))})
+        save_weights(root / name, model.float().state_dict(), {"blocks": str(getattr(model, "num_blocks", 0))})
     return {name: root / name for name in models}
 
 
@@ -199,5 +199,6 @@ def test_texts_that_cannot_be_scored(refused, runs, tmp_path):
     for file in runs["ar"].iterdir():
         (plain / file.name).write_bytes(file.read_bytes())
     CharTokenizer(TEXT8_ALPHABET, "none").save(plain / "tokenizer.json")
+    seal(plain)
     short.write_text("Text of Another Alphabet, 1790!", encoding="utf-8")
     refused(plain, "--data", short, "--split", "all", names=["'T' x1", "--normalize text8"])

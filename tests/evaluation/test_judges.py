@@ -26,7 +26,7 @@ def save_run(folder: Path, model, **fields) -> Path:
     write_run(
         folder, RunConfig(name="tiny", model=model.config, train=stages, **fields), CharTokenizer(ALPHABET, "none")
     )
-    save_weights(folder, model.float(), {"blocks": str(getattr(model, "num_blocks", 0))})
+    save_weights(folder, model.float().state_dict(), {"blocks": str(getattr(model, "num_blocks", 0))})
     return folder
 
 
@@ -185,9 +185,7 @@ def test_judges_that_are_not_there(tmp_path, monkeypatch):
     refused("", "no directory")
     refused(tmp_path, "config.json")
     pytest.importorskip("transformers")
-    monkeypatch.setattr(
-        judges, "check_reachable", lambda _: (_ for _ in ()).throw(ConnectionError("offline: no hub"))
-    )
+    monkeypatch.setattr(judges, "check_reachable", lambda: (_ for _ in ()).throw(ConnectionError("offline: no hub")))
     refused("no-one/no-such-model", "'no-one/no-such-model'", "offline: no hub", "baseline")
     refused("x" * 5000, "xxx")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tarflowlm.checkpoint import seal
 from tarflowlm.cli import main
 from tarflowlm.errors import UserError
 from tarflowlm.report import build, write_report
@@ -157,6 +158,7 @@ def test_without_the_corpus_blocks_are_left_out_and_codes_stay(runs, tmp_path, u
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config["data"]["source"] = "/nowhere/words.txt"
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    seal(directory)
     result = write_report([directory])
     assert {Path(path).stem for path in result["figures"]} >= {"codebook-moved", "bits"}
     assert "blocks-moved" not in {Path(path).stem for path in result["figures"]}

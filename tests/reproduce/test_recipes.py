@@ -50,7 +50,7 @@ def untrained(settings: Settings, training: Training) -> Finished:
         directory.mkdir(parents=True)
         write_run(directory, run, CharTokenizer(TEXT8_ALPHABET))
         built = build_model(model)
-        save_weights(directory, built, {"blocks": str(getattr(built, "num_blocks", 0))})
+        save_weights(directory, built.state_dict(), {"blocks": str(getattr(built, "num_blocks", 0))})
         exact = "exact" if run.model.family == "ar" else "elbo"
         test = {"bound": exact, "bpc": 4.5, "ppl": math.exp(3), "stderr": 0.01}
         counts = {"seed": run.seed, "steps": 1, "tokens": 16, "seconds": 1.0, "source": run.data.source}
