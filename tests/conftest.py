@@ -21,6 +21,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def subnormal_numbers():
+    """The command line flushes them to zero, for the whole process."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def normal() -> Callable[..., Tensor]:
     """normal(*shape, seed=0): float64 noise."""

@@ -147,12 +147,6 @@ def test_the_cached_inverse_equals_a_plain_loop(model, normal):
             torch.testing.assert_close(block.inverse(u), block.order.inverse(h), rtol=1e-9, atol=1e-9)
 
 
-def test_tick_is_called_once_per_position(tiny_flow, normal):
-    block, ticks = tiny_flow(couplings=("mix1",)).prior.blocks[0], []
-    block.inverse(normal(2, T, d), tick=lambda: ticks.append(1))
-    assert len(ticks) == T
-
-
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_channels_are_mixed_once_more_in_every_block(tiny_flow, patch):
     model = tiny_flow(couplings=("mix1",) * 3, patch=patch)

@@ -81,7 +81,7 @@ def test_summary_says_what_was_done(finished):
     model = load_checkpoint(out).model
     assert summary["parameters"] == sum(p.numel() for p in model.parameters())
     assert 0 < summary["trunk_parameters"] < summary["parameters"]
-    assert summary["test"].keys() == {
+    assert summary["test"].keys() >= {
         "bound", "nats_per_token", "bpc", "ppl", "stderr", "samples", "windows", "tokens", "characters"
     }  # fmt: skip
     assert (summary["test"]["bound"], summary["test"]["windows"], summary["test"]["tokens"]) == ("elbo", 3, 48)

@@ -3,7 +3,7 @@
 Shape legend: B batch, T tokens, P patch, N = T / P positions, d latent channels per token, C = P d, D width.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflowlm.flow.bijection import Bijection, Compose, zero_log_det
-from tarflowlm.flow.couplings import AdjustWeights, Coupling, standard_normal_log_prob
+from tarflowlm.flow.couplings import Coupling, standard_normal_log_prob
 from tarflowlm.flow.layers import ChannelMix, Direction, Patch
 from tarflowlm.flow.precision import widen
 from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig
@@ -104,23 +104,15 @@ class FlowBlock(Bijection):
             x = torch.cat((self.start.expand(len(past), 1, -1), x), dim=1)
         return self.transformer(x, cache)
 
-    def inverse(
-        self,
-        u: Float[Tensor, "B N C"],
-        *,
-        adjust: AdjustWeights | None = None,
-        tick: Callable[[], None] | None = None,
-    ) -> Float[Tensor, "B N C"]:
-        """Latents, position by position with the KV cache: exact. `tick` is called after every position."""
+    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
+        """Latents, position by position with the KV cache: exact. See also `generation/inversion.py`."""
         noise = self.order(u)[0]
         cache = self.transformer.allocate_cache(len(u), u.shape[1], self.start.to(u.dtype))
         previous: Tensor | None = None
         h: list[Tensor] = []
         for u_t in noise.unbind(1):
-            previous = self.coupling.invert(u_t, self.features_at(cache, previous, len(u)), adjust)
+            previous = self.coupling.invert(u_t, self.features_at(cache, previous, len(u)))
             h.append(previous)
-            if tick is not None:
-                tick()
         return self.order.inverse(torch.stack(h, dim=1))
 
 
