@@ -36,7 +36,7 @@ class Args:
     """Tokens of a sentence."""
     blanks: int = 12
     """Hidden tokens in the middle of it."""
-    particles: tuple[int, ...] = (1, 16, 64)
+    particles: tuple[int, ...] = (1, 16)
     """Candidates per sentence; 1 ignores what follows the blanks."""
     strengths: tuple[float, ...] = (0.0, 0.1, 0.3, 0.6, 1.0)
     """Of re-noising, at every state of a flow."""
