@@ -51,7 +51,7 @@ def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
     with replacing_listed(directory / CONFIG) as temporary:
         temporary.write_text(json.dumps(to_dict(run), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     with replacing_listed(directory / TOKENIZER) as temporary:
-        tokenizer.save(temporary)
+        temporary.write_text(tokenizer.to_json(), encoding="utf-8", newline="")
 
 
 def save_weights(directory: Path, weights: dict[str, torch.Tensor], info: dict[str, str]) -> None:
