@@ -47,17 +47,16 @@ def whole(tmp_path_factory, tiny_run, go):
 
 
 EVENTS = {
-    "first-step": ("step", 1, 1),
-    "between-lines": ("step", 4, 4),
-    "before-an-evaluation": ("step", 6, 6),
-    "last-step": ("step", 8, 8),
-    "after-an-evaluation": ("valid", 2, 4),
-    "in-the-test-evaluation": ("evaluating", 1, 8),
+    "first-step": ("step", 1, 1, signal.SIGTERM),
+    "between-lines": ("step", 4, 4, signal.SIGINT),
+    "before-an-evaluation": ("step", 6, 6, signal.SIGTERM),
+    "last-step": ("step", 8, 8, signal.SIGINT),
+    "after-an-evaluation": ("valid", 2, 4, signal.SIGTERM),
+    "in-the-test-evaluation": ("evaluating", 1, 8, signal.SIGINT),
 }
 
 
-@pytest.mark.parametrize(("event", "at", "step"), EVENTS.values(), ids=EVENTS.keys())
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("event", "at", "step", "number"), EVENTS.values(), ids=EVENTS.keys())
 def test_a_stopped_run_is_saved_and_goes_on_to_the_same_bits(
     tmp_path, whole, same_weights, read_metrics, event, at, step, number
 ):
