@@ -296,6 +296,7 @@ def test_a_file_too_large_is_one_line_and_loses_nothing(tmp_path, whole, go, ass
     process = context.Process(target=limited, args=(run, out, kilobytes, result))
     process.start()
     process.join()
+    assert not result.empty()
     assert_says_what_survives(result.get(), out, os.strerror(errno.EFBIG))
     load_checkpoint(out)
     assert_goes_on(out)
