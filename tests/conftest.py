@@ -70,7 +70,7 @@ def tiny_flow(randomise, tiny_trunk) -> Callable[..., TarFlowLM]:
 
     def build(*, log_std: float = -0.5, seed: int = 0, scale: float = 0.3, **fields: Any) -> TarFlowLM:
         couplings = fields.get("couplings", ("mixd", "mix1"))
-        components = {"affine": 1, "mix1": 3, "mixd": 4}
+        components = {"token-affine": 1, "affine": 1, "mix1": 3, "mixd": 4}
         defaults = {
             "vocab_size": 5,
             "context": 8,

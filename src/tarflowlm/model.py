@@ -15,7 +15,8 @@ from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling, Mix
 from tarflowlm.flow.stack import FlowBlock, Prior
 from tarflowlm.flow.transformer import TransformerConfig
 
-CouplingName = Literal["affine", "mix1", "mixd"]
+CouplingName = Literal["token-affine", "affine", "mix1", "mixd"]
+"""token-affine and affine: one Gaussian, for all channels of a token at once or channel after channel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class FlowConfig:
 
     def _check_components(self, index: int, coupling: CouplingName, components: int) -> None:
         where = f"components of block {index + 1} ({coupling})"
-        if coupling == "affine" and components not in (0, 1):
+        if "affine" in coupling and components not in (0, 1):
             raise UserError(f"{where}: {components} has no effect, an affine coupling has one Gaussian; use 1")
         if coupling == "mix1" and components < 1:
             raise UserError(f"{where}: {components} must be at least 1")
@@ -130,8 +131,14 @@ class TarFlowLM(nn.Module):
     def _coupling(self, index: int, channels: int) -> Coupling:
         config, width = self.config, self.config.trunk.width
         name, components, features = config.couplings[index], config.components[index], config.head_features
-        if name == "affine":
-            return AffineCoupling(width=width, channels=channels, hidden=config.head_hidden, features=features)
+        if name == "affine" or name == "token-affine":
+            return AffineCoupling(
+                width=width,
+                channels=channels,
+                hidden=config.head_hidden,
+                features=features,
+                group=1 if name == "affine" else config.latent_dim,
+            )
         if name == "mix1":
             coupling = Mix1Coupling(
                 width=width,

@@ -74,10 +74,10 @@ def test_counts_on_a_cpu(name):
 
 
 @pytest.mark.parametrize("changes", [{}, {"patch": 2}, {"patch": 2, "in_patch": "independent"}])
-@pytest.mark.parametrize("family", ["flow", "ar"])
-def test_generation_counts(family, changes, tiny_flow, tiny_ar):
-    couplings = {"couplings": ("mixd", "mix1", "affine"), "context": 12}
-    model = (tiny_flow(**couplings, **changes) if family == "flow" else tiny_ar(context=12, **changes)).eval()
+@pytest.mark.parametrize("couplings", [("mixd", "mix1", "affine"), ("token-affine",), None])
+def test_generation_counts(couplings, changes, tiny_flow, tiny_ar):
+    flow = {"couplings": couplings, "context": 12}
+    model = (tiny_ar(context=12, **changes) if couplings is None else tiny_flow(**flow, **changes)).eval()
     model.requires_grad_(False)
     # enough rows for the elementwise way to invert a mixture: the other one is written as small matrix products
     num = 600

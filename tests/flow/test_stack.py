@@ -14,6 +14,7 @@ T, d = 4, 2
 STACKS = {
     "no-blocks": {"couplings": ("affine",)},  # cut below
     "affine": {"couplings": ("affine",)},
+    "token-affine": {"couplings": ("token-affine", "token-affine"), "patch": 2},
     "affine-both-ways": {"couplings": ("affine", "affine", "affine")},
     "mix1-K1": {"couplings": ("mix1",), "components": (1,)},
     "mix1": {"couplings": ("mix1", "mix1")},
@@ -104,9 +105,12 @@ def in_block_order(block: FlowBlock, matrix: Tensor) -> Tensor:
 def earlier_channels(model, index: int, num_channels: int) -> Tensor:
     """[C, C]: what a channel of a block sees in its own position, itself included."""
     lower = torch.ones(num_channels, num_channels, dtype=torch.bool).tril()
+    token = torch.arange(num_channels) // d
+    same = token[:, None] == token
     if model.config.couplings[index] == "mixd" and model.config.in_patch == "independent":
-        token = torch.arange(num_channels) // d
-        lower &= token[:, None] == token
+        lower &= same
+    if model.config.couplings[index] == "token-affine":
+        lower &= ~same | torch.eye(num_channels, dtype=torch.bool)
     return lower
 
 

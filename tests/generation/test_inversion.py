@@ -8,7 +8,7 @@ from tarflowlm.generation.inversion import invert_block
 from tarflowlm.generation.stack import invert_stack
 from tarflowlm.model import FlowConfig, TarFlowLM, seeded
 
-STACKS = [("mix1",), ("affine",), ("mixd",), ("affine", "mix1"), ("mixd", "mix1", "affine")]
+STACKS = [("mix1",), ("affine",), ("token-affine",), ("mixd",), ("affine", "mix1"), ("mixd", "mix1", "affine")]
 
 
 @pytest.mark.parametrize("couplings", STACKS, ids="-".join)

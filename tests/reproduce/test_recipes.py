@@ -1,5 +1,6 @@
 """Every recipe measures, draws and writes: on untrained miniatures of its trainings."""
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -12,7 +13,8 @@ from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.files import write_json
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig
-from tarflowlm.reproduce import fig5, fig6, fig7, table2, table6
+from tarflowlm.report.records import read_record
+from tarflowlm.reproduce import fig5, fig6, fig7, progressive, table2, table6
 from tarflowlm.reproduce.command import RECIPES
 from tarflowlm.reproduce.recipe import Finished, Settings, Training
 from tarflowlm.reproduce.write import write_results
@@ -29,7 +31,8 @@ def settings(tmp_path_factory) -> Settings:
         patch.setenv("TARFLOWLM_CACHE", str(folder / "cache"))
         for module, name, value in (
             (table2, "WINDOWS", 3), (table2, "SAMPLES", 2), (table2, "SECOND_WINDOWS", 3), (fig5, "PROMPTS", 2),
-            (fig5, "PREFIXES", (0, 4)), (fig6, "NUM", 2), (fig7, "WINDOWS", 4), (table6, "MINI_SAMPLES", 20),
+            (fig5, "PREFIXES", (0, 4)), (fig6, "NUM", 2), (fig7, "WINDOWS", 4), (progressive, "WINDOWS", 4),
+            (table6, "MINI_SAMPLES", 20),
         ):  # fmt: skip
             patch.setattr(module, name, value)
         yield Settings(scale="mini", out=folder / "out", data=str(text), judge_data=str(text), second_text=str(text))
@@ -55,6 +58,11 @@ def untrained(settings: Settings, training: Training) -> Finished:
         test = {"bound": exact, "bpc": 4.5, "ppl": math.exp(3), "stderr": 0.01}
         counts = {"seed": run.seed, "steps": 1, "tokens": 16, "seconds": 1.0, "source": run.data.source}
         write_json(directory / "summary.json", counts | {"test": test})
+        names = ("tokens", "block", "lr", "grad_norm", "tokens_per_second")
+        lines = [
+            {"split": "train", "step": 20 * i, "bpc": 5.0 - i / 10} | dict.fromkeys(names, 1) for i in range(1, 41)
+        ]
+        (directory / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     return Finished(replace(training, run=run), directory, settings.device)
 
 
@@ -89,3 +97,22 @@ def test_table2_sets_our_numbers_beside_the_papers(settings):
     for label in ("affine", "Mix-1", "Mix-d"):
         assert rows[label]["iw-2 bpc"] < rows[label]["3 windows: bpc"]
     assert [rows[label]["paper, text8"] for label in rows] == [1.23, 1.54, 1.37, 1.30]
+
+
+def test_progressive_says_when_the_mean_of_the_last_lines_reached_the_bound(settings):
+    finished = [untrained(settings, training) for training in progressive.plan(settings)]
+    rows = progressive.measure(settings, finished)
+    # lines fall by 0.1 every 20 steps; the mean of five lies 0.2 above the last: 5 - 0.1 n + 0.2 <= 2.1 at n = 31
+    assert [row["steps to 2.1"] for row in rows] == [620, 620]
+    points = progressive.curve(read_record(finished[0].directory))
+    assert next(iter(points)) == 100
+    assert points[100] == pytest.approx(4.7)
+    assert rows[0]["bpc at 800"] == pytest.approx(1.2)
+
+
+def test_fig7_counts_operations_of_all_models(settings):
+    page = fig7.flops_table(settings, [untrained(settings, training) for training in fig7.plan(settings)])
+    table = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in page.splitlines() if line.startswith("|")}
+    for name in ("AR", "affine", "Mix-1", "Mix-d"):
+        paper, full, training, _ = map(float, table[name])
+        assert 0 < paper < full < training

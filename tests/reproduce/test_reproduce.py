@@ -23,7 +23,7 @@ from tarflowlm.reproduce.recipe import Recipe, Settings, trainings
 from tarflowlm.training.config import RunConfig, TrainConfig
 from tarflowlm.training.metrics import Reporter
 
-NAMES = {"table2", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "table6"}
+NAMES = {"table2", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "table6", "progressive", "patches", "one-block"}
 
 
 def test_every_table_and_figure_has_a_recipe():
@@ -176,7 +176,7 @@ def run_cli(capsys, *argv: object):
 
 
 def test_results_say_how_they_were_made(settings, capsys, monkeypatch):
-    recipe = replace(TINY_RECIPE, draw=lambda axes, rows: axes.plot([row["test bpc"] for row in rows]))
+    recipe = replace(TINY_RECIPE, draw=lambda figure, rows: figure.subplots().plot([row["test bpc"] for row in rows]))
     if "matplotlib" not in sys.modules:
         pytest.importorskip("matplotlib")
     monkeypatch.setitem(command.RECIPES, "tiny", recipe)

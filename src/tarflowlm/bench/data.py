@@ -82,7 +82,9 @@ def run(args: Args) -> dict[str, Any]:
             if label != "speed"
         ]
         loader = _seconds_per_batch(folder / "large", args.preset)
-    step = bench_train.run(bench_train.Args(presets=(args.preset,), rounds=3, vocab_size=27))
+    step = bench_train.run(
+        bench_train.Args(presets=(args.preset,), rounds=3, vocab_size=27, memory=False, scaling=False, sizes=False)
+    )
     milliseconds = step["rows"][0]["milliseconds"]
     return {
         "mb_per_second": args.speed_mb / statistics.median(ours),

@@ -119,9 +119,9 @@ def _block(config: FlowConfig, index: int, convention: Convention, *, cached: bo
         last = index == len(config.couplings) - 1
         parts["codebook"] = 2 * (config.latent_dim + 2) * components * config.context if last and not cached else 0
         return parts
-    each = 1 if coupling == "affine" else components
-    outputs = 2 if coupling == "affine" else 3 * components
-    head = Head(channels, 1, config.head_hidden, config.head_features, outputs, each)
+    group = config.latent_dim if coupling == "token-affine" else 1
+    each, outputs = (components, 3 * components) if coupling == "mix1" else (group, 2 * group)
+    head = Head(channels // group, group, group * config.head_hidden, config.head_features, outputs, each)
     parts["head"] = N * head.flops(D, cached=cached)
     return parts
 
@@ -132,8 +132,9 @@ def _paper_head(config: FlowConfig, index: int) -> int:
     D, c = config.trunk.width, config.patch * config.latent_dim
     if coupling == "mixd":
         return 2 * D * components * config.patch
-    E, D_m = config.head_features, 2 * config.head_hidden
-    outputs = 2 if coupling == "affine" else 3 * components
+    # all channels at once: nothing of a token's own channels is seen
+    E, D_m = 0 if coupling == "token-affine" else config.head_features, 2 * config.head_hidden
+    outputs = 3 * components if coupling == "mix1" else 2
     return 6 * E * (c - 1) ** 2 + D_m * c * (D + E * (c - 1)) + D_m * c * c * outputs
 
 

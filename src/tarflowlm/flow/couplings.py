@@ -121,14 +121,14 @@ class Coupling(nn.Module):
 
 
 class ChannelCoupling(Coupling):
-    """A coupling that draws one channel at a time, all its parameters from one autoregressive head."""
+    """A coupling that draws one channel at a time, or m, all their parameters from one autoregressive head."""
 
     group = 1
     head: AutoregressiveHead
 
     @abstractmethod
     def conditional(self, parameters: list[Tensor], adjust: AdjustWeights | None) -> Conditional:
-        """From parameters [n, O] of n channels, a map of [n, 1]."""
+        """From parameters [n, O] of n groups of channels, a map of [n, m]."""
 
     def walk(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Walk:
         state = self.head.start(features)
@@ -140,18 +140,22 @@ class ChannelCoupling(Coupling):
     def invert(
         self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
     ) -> Float[Tensor, "B C"]:
-        """Few rows are inverted in sweeps over all channels at once, until nothing changes: C always suffice.
+        """Few rows are inverted in sweeps over all G groups at once, until nothing changes: G always suffice.
 
-        There a call costs the same for one channel as for all of them, and a block near the identity needs about
-        three sweeps, where a walk needs C steps.
+        There a call costs the same for one group as for all of them, and a block near the identity needs about
+        three sweeps, where a walk needs G steps.
         """
-        B, C = u.shape
+        B = len(u)
         if torch.is_grad_enabled() or u.numel() > _FEW:
             return super().invert(u, features, adjust)
-        noise, z = u.T.reshape(-1, 1), u
-        for _ in range(C):
-            parameters = [p.reshape(C * B, -1) for p in self.head(features[:, None], z[:, None])]
-            before, z = z, self.conditional(parameters, adjust).inverse(noise).view(C, B).T
+        G, m = self.head.groups, self.group
+        noise, z = u.view(B, G, m).transpose(0, 1).reshape(-1, m), u
+        for _ in range(G):
+            parameters = [p.reshape(G * B, -1) for p in self.head(features[:, None], z[:, None])]
+            before, z = (
+                z,
+                self.conditional(parameters, adjust).inverse(noise).view(G, B, m).transpose(0, 1).flatten(1),
+            )
             if ((z - before).abs() <= 4 * torch.finfo(u.dtype).eps * (1 + z.abs())).all():
                 break
         return z
@@ -160,19 +164,27 @@ class ChannelCoupling(Coupling):
 class AffineCoupling(ChannelCoupling):
     """z_i = exp(s_i) u_i + m_i, with (m_i, s_i) from the past positions and the channels < i (docs/math.md, eq. 7).
 
-    The K = 1 case of Mix-1 in closed form. Paper: section 3.2.
+    The K = 1 case of Mix-1 in closed form. With a `group` of m channels, i counts groups of m: all channels of a
+    token at once for m = d, TarFlow's coupling at one token per position. Paper: section 3.2.
     """
 
-    def __init__(self, *, width: int, channels: int, hidden: int, features: int) -> None:
+    def __init__(self, *, width: int, channels: int, hidden: int, features: int, group: int = 1) -> None:
         super().__init__()
+        self.group = group
         self.head = AutoregressiveHead(
-            width=width, groups=channels, channels=1, hidden=hidden, outputs=(1, 1), features=features, skip=True
+            width=width,
+            groups=channels // group,
+            channels=group,
+            hidden=hidden * group,
+            outputs=(group, group),
+            features=features,
+            skip=True,
         )
 
     def forward(
         self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]
     ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, " B"]]:
-        mean, log_std = (p.squeeze(-1).permute(1, 2, 0) for p in self.head(features, z))
+        mean, log_std = (p.permute(1, 2, 0, 3).flatten(2) for p in self.head(features, z))
         return (z - mean) * torch.exp(-log_std), -log_std.flatten(1).sum(-1)
 
     def log_prob(
@@ -185,7 +197,7 @@ class AffineCoupling(ChannelCoupling):
         mean, log_std = parameters
 
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
-            return (z - mean) * torch.exp(-log_std), -log_std[:, 0]
+            return (z - mean) * torch.exp(-log_std), -log_std.sum(-1)
 
         return Conditional(forward, lambda u: u * log_std.exp() + mean)
 

@@ -88,7 +88,7 @@ def generate(
     if isinstance(model, TokenLM):
         return _from_baseline(model, given, num_tokens, particles, rows, adjust, tick)
     if (given == BLANK).all():
-        scale = temperature if set(model.config.couplings) == {"affine"} else 1.0
+        scale = temperature if set(model.config.couplings) <= {"affine", "token-affine"} else 1.0
         noise = row_normal(rows, given.shape[1], model.config.latent_dim).to(model.codebook.mean) * scale
         states, work = invert_stack(model, noise, decoder=decoder, adjust=adjust, tick=tick)
         tokens = model.codebook.decode(states[-1])

@@ -11,19 +11,33 @@ from rich.console import Console
 from tarflowlm.console import ProgressReporter, print_json, print_table
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
-from tarflowlm.reproduce import fig2, fig3, fig4, fig5, fig6, fig7, table2, table6
+from tarflowlm.reproduce import (
+    fig2,
+    fig3,
+    fig4,
+    fig5,
+    fig6,
+    fig7,
+    one_block,
+    patches,
+    progressive,
+    table2,
+    table6,
+)
 from tarflowlm.reproduce.recipe import Recipe, Scale, Settings
 from tarflowlm.reproduce.runs import Planned, estimate, finish
 from tarflowlm.reproduce.write import write_results
 
 RECIPES: dict[str, Recipe] = {
-    module.RECIPE.name: module.RECIPE for module in (table2, fig2, fig3, fig4, fig5, fig6, fig7, table6)
+    module.RECIPE.name: module.RECIPE
+    for module in (table2, fig2, fig3, fig4, fig5, fig6, fig7, table6, progressive, patches, one_block)
 }
 
 
 @dataclass(frozen=True)
 class ReproduceArgs:
-    """A table or figure of the paper: table2, fig2, fig3, fig4, fig5, fig6, fig7, table6."""
+    """A table or figure of the paper: table2, fig2, fig3, fig4, fig5, fig6, fig7, table6. Or a question of ours:
+    progressive, patches, one-block."""
 
     name: tyro.conf.Positional[str]
     """Which one."""
@@ -52,7 +66,7 @@ class ReproduceArgs:
 def run_reproduce(args: ReproduceArgs) -> None:
     recipe = RECIPES.get(args.name)
     if recipe is None:
-        raise UserError(f"{args.name!r} is no table or figure: choose one of {', '.join(RECIPES)}")
+        raise UserError(f"{args.name!r} is no recipe: choose one of {', '.join(RECIPES)}")
     if args.seeds < 1:
         raise UserError(f"seeds {args.seeds}: must be at least 1")
     settings = Settings(

@@ -37,5 +37,5 @@ RECIPE = Recipe(
     claim="with six blocks of two layers, Mix-1 reaches a clearly better bound than affine couplings.",
     plan=plan,
     measure=measure,
-    draw=lambda axes, rows: dots(axes, rows, "test bpc", unit="bits per character, <="),
+    draw=lambda figure, rows: dots(figure, rows, "test bpc", unit="bits per character, <="),
 )

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tarflowlm.model import FlowConfig
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.reproduce.measures import summary_row
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COMPONENTS = (1, 2, 4, 8, 16, 27)
 MINI_STEPS = 1000
@@ -36,7 +39,8 @@ def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     return rows
 
 
-def draw(axes: Any, rows: Sequence[Row]) -> None:
+def draw(figure: "Figure", rows: Sequence[Row]) -> None:
+    axes = figure.subplots()
     axes.plot([row["K"] for row in rows], [row["test bpc"] for row in rows], "o")
     axes.set_xscale("log", base=2)
     axes.set_xticks(COMPONENTS, [str(k) for k in COMPONENTS])

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +13,9 @@ from tarflowlm.model import FlowConfig
 from tarflowlm.presets import preset
 from tarflowlm.reproduce.measures import judge_of, judge_training
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PREFIXES = (0, 16, 64, 128)
 PROMPTS = 32
@@ -54,7 +57,8 @@ def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     return rows
 
 
-def draw(axes: Any, rows: Sequence[Row]) -> None:
+def draw(figure: "Figure", rows: Sequence[Row]) -> None:
+    axes = figure.subplots()
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == model]
         axes.plot([row["prefix"] for row in of_model], [row["perplexity"] for row in of_model], "o-", label=model)

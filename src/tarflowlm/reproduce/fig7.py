@@ -1,13 +1,21 @@
-"""Figure 7: the latents after every block."""
+"""Figure 7: the latents after every block, and floating-point operations."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from tarflowlm.checkpoint import Checkpoint
 from tarflowlm.data import eval_windows
+from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
 from tarflowlm.evaluation.latents import latent_report
 from tarflowlm.model import TarFlowLM
 from tarflowlm.presets import preset
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.reproduce.write import markdown_table
+from tarflowlm.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WINDOWS = 256
 METRICS = ("norm", "cosine", "participation_ratio", "centroid_shift", "log_det", "kl", "kl_gain", "nelbo")
@@ -16,7 +24,13 @@ METRICS = ("norm", "cosine", "participation_ratio", "centroid_shift", "log_det",
 def plan(settings: Settings) -> list[Training]:
     prefix = "mini" if settings.scale == "mini" else "owt"
     names = {"affine": "affine", "Mix-1": "mix1", "Mix-d": "mixd"}
-    return trainings(settings, {label: preset(f"{prefix}-{kind}") for label, kind in names.items()})
+    runs = {label: preset(f"{prefix}-{kind}") for label, kind in names.items()}
+    if settings.scale == "mini":
+        # upper blocks have more to do where tokens of a patch are independent given the past
+        patched = preset("mini-mixd-p2")
+        model = replace(patched.model, in_patch="independent")
+        runs["Mix-d, P = 2"] = replace(patched, name=f"{patched.name}-paper", model=model)
+    return trainings(settings, runs)
 
 
 def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
@@ -34,22 +48,46 @@ def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     return rows
 
 
-def draw(axes: Any, rows: Sequence[Row]) -> None:
-    for model in dict.fromkeys(row["model"] for row in rows):
-        of_model = [row for row in rows if row["model"] == model and row["seed"] == 0]
-        axes.errorbar(
-            [row["block"] for row in of_model],
-            [row["participation_ratio"] for row in of_model],
-            [row["participation_ratio ±"] for row in of_model],
-            marker="o",
-            capsize=3,
-            label=model,
-        )
-    axes.set_xlabel("blocks passed (0: latents of the text)")
-    axes.set_ylabel("participation ratio")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    axes.grid(alpha=0.3)
+def flops_table(settings: Settings, finished: Sequence[Finished]) -> str:
+    checkpoints = {done.training.label: done.load() for done in finished}
+    baseline = preset("mini-ar" if settings.scale == "mini" else "owt-ar")
+    first: Checkpoint = next(iter(checkpoints.values()))
+    vocab_size = first.run.model.vocab_size
+    runs = {"AR": baseline} | {label: checkpoint.run for label, checkpoint in checkpoints.items()}
+    rows = [_flops_row(label, run, vocab_size) for label, run in runs.items()]
+    return (
+        "## Floating-point operations\n\nMillions per token, a multiply-add counted as two; "
+        "`tarflowlm.evaluation.flops` has the formulas of both conventions.\n\n" + markdown_table(rows)
+    )
+
+
+def _flops_row(label: str, run: RunConfig, vocab_size: int) -> Row:
+    config = replace(run.model, vocab_size=vocab_size)
+    scale = 1e-6 / config.context
+    return {
+        "model": label,
+        "forward, the paper's": scale * forward_flops(config, "paper").total(),
+        "forward, full": scale * forward_flops(config).total(),
+        "training step of all blocks": scale * training_flops(config),
+        "generation": scale * generation_flops(config),
+    }
+
+
+def draw(figure: "Figure", rows: Sequence[Row]) -> None:
+    metrics = {"norm": "norm", "cosine": "cosine", "participation_ratio": "participation ratio",
+               "centroid_shift": "movement of the centroid"}  # fmt: skip
+    panels = figure.subplots(2, 2, sharex=True)
+    for axes, (name, title) in zip(panels.flat, metrics.items(), strict=True):
+        for model in dict.fromkeys(row["model"] for row in rows):
+            of_model = [r for r in rows if r["model"] == model and r["seed"] == 0 and r[name] is not None]
+            values, spreads = ([r[column] for r in of_model] for column in (name, f"{name} ±"))
+            axes.errorbar([r["block"] for r in of_model], values, spreads, marker="o", capsize=3, label=model)
+        axes.set_title(title, fontsize=9)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    for axes in panels[1]:
+        axes.set_xlabel("blocks passed (0: latents of the text)")
+    panels[0, 0].legend(fontsize=8)
 
 
 RECIPE = Recipe(
@@ -59,4 +97,5 @@ RECIPE = Recipe(
     plan=plan,
     measure=measure,
     draw=draw,
+    text=flops_table,
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +13,9 @@ from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.evaluation.quality import Quality, SamplingConfig, measure_quality
 from tarflowlm.presets import mini_ar
 from tarflowlm.reproduce.recipe import Finished, Row, Settings, Training
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SIGNS = {"exact": "="}
 
@@ -69,8 +72,9 @@ def quality(done: Finished, judge: Judge, *, num: int) -> Quality:
     return measure_quality(checkpoint.model, checkpoint.tokenizer, judge, text, config, trained_on=source)
 
 
-def dots(axes: Any, rows: Sequence[Row], value: str, *, unit: str) -> None:
+def dots(figure: "Figure", rows: Sequence[Row], value: str, *, unit: str) -> None:
     """One dot per seed for every model, in the order of the rows."""
+    axes = figure.subplots()
     labels = list(dict.fromkeys(row["model"] for row in rows))
     for row in rows:
         axes.plot(labels.index(row["model"]), row[value], "o", color="tab:blue")

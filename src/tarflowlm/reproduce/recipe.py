@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -14,11 +14,14 @@ from tarflowlm.presets import with_steps
 from tarflowlm.training.config import RunConfig
 from tarflowlm.training.progressive import SUMMARY
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Scale = Literal["mini", "paper"]
 Row = dict[str, Any]
 """One line of the CSV and of the Markdown table: column name -> number or text."""
-Draw = Callable[[Any, Sequence[Row]], None]
-"""Draws the rows into matplotlib axes."""
+Draw = Callable[["Figure", Sequence[Row]], None]
+"""Draws the rows into a matplotlib figure."""
 
 
 @dataclass(frozen=True)

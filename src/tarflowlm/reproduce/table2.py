@@ -54,5 +54,5 @@ RECIPE = Recipe(
     "(17.54, 22.64, 27.11, 148.21) put the families in the order Mix-d, Mix-1, affine, all above the baseline.",
     plan=plan,
     measure=measure,
-    draw=lambda axes, rows: dots(axes, rows, "test bpc", unit="bits per character (bounds, AR exact)"),
+    draw=lambda figure, rows: dots(figure, rows, "test bpc", unit="bits per character (bounds, AR exact)"),
 )

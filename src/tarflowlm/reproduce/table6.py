@@ -52,5 +52,5 @@ RECIPE = Recipe(
     "and entropy, and Mix-1 less so.",
     plan=plan,
     measure=measure,
-    draw=lambda axes, rows: dots(axes, rows, "perplexity", unit="generative perplexity"),
+    draw=lambda figure, rows: dots(figure, rows, "perplexity", unit="generative perplexity"),
 )

@@ -31,7 +31,7 @@ def write_results(
     parts = [
         f"# {recipe.title}\n",
         f"The paper: {recipe.claim}\n",
-        _markdown(rows),
+        markdown_table(rows),
         f"![{recipe.title}]({plot.name})\n" if recipe.draw is not None else "",
         recipe.text(settings, finished) if recipe.text is not None else "",
         _provenance(settings, finished, command),
@@ -58,7 +58,7 @@ def _csv(rows: Sequence[Row]) -> str:
     return buffer.getvalue()
 
 
-def _markdown(rows: Sequence[Row]) -> str:
+def markdown_table(rows: Sequence[Row]) -> str:
     def cell(value: Any) -> str:
         if value is None:
             return ""
@@ -76,9 +76,8 @@ def _plot(path: Path, recipe: Recipe, rows: Sequence[Row]) -> None:
     except ImportError:
         raise UserError("plots need matplotlib: pip install 'tarflowlm[plots]'") from None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    recipe.draw(axes, rows)
-    axes.set_title(recipe.title, fontsize=10)
+    recipe.draw(figure, rows)
+    figure.suptitle(recipe.title, fontsize=10)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 

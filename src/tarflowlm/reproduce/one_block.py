@@ -1,0 +1,42 @@
+"""One Mix-1 block with few components: a sanity check."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tarflowlm.model import FlowConfig
+from tarflowlm.presets import preset, with_steps
+from tarflowlm.reproduce.fig4 import MINI_STEPS
+from tarflowlm.reproduce.measures import dots, summary_row
+from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.training.config import RunConfig
+
+COMPONENTS = (2, 3, 4)
+
+
+def plan(settings: Settings) -> list[Training]:
+    return trainings(settings, {f"K = {k}": _run(settings, k) for k in COMPONENTS})
+
+
+def _run(settings: Settings, components: int) -> RunConfig:
+    """All layers of the three blocks in one."""
+    mini = settings.scale == "mini"
+    run = preset("mini-mix1" if mini else "text8-mix1")
+    assert isinstance(run.model, FlowConfig)
+    model = replace(run.model, couplings=("mix1",), layers=(sum(run.model.layers),), components=(components,))
+    optim = replace(run.optim, codebook_lr_scale=1.0)
+    run = replace(run, name=f"{run.name}-one-k{components}", model=model, optim=optim)
+    return with_steps(run, MINI_STEPS) if mini else run
+
+
+def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    return [summary_row(done) for done in finished]
+
+
+RECIPE = Recipe(
+    name="one-block",
+    title="One Mix-1 block with few components",
+    claim="K = 1 is far worse than any K above 1, which all work: so two to four components should do in one block.",
+    plan=plan,
+    measure=measure,
+    draw=lambda figure, rows: dots(figure, rows, "test bpc", unit="bits per character, <="),
+)

@@ -1,0 +1,56 @@
+"""Patch size 1, 2, 4 and 8 at one depth."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from tarflowlm.model import FlowConfig
+from tarflowlm.presets import preset
+from tarflowlm.reproduce.measures import summary_row
+from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PATCHES = (1, 2, 4, 8)
+
+
+def plan(settings: Settings) -> list[Training]:
+    return trainings(settings, {f"P = {patch}": _run(settings, patch) for patch in PATCHES})
+
+
+def _run(settings: Settings, patch: int) -> RunConfig:
+    """In-patch weights; everything but the patch as with one token at a time."""
+    run = preset("mini-mixd" if settings.scale == "mini" else "text8-mixd")
+    assert isinstance(run.model, FlowConfig)
+    name = run.name if patch == 1 else f"{run.name}-p{patch}"
+    return replace(run, name=name, model=replace(run.model, patch=patch))
+
+
+def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    rows = []
+    for done in finished:
+        assert isinstance(done.training.run.model, FlowConfig)
+        rows.append({"P": done.training.run.model.patch, **summary_row(done)})
+    return rows
+
+
+def draw(figure: "Figure", rows: Sequence[Row]) -> None:
+    axes = figure.subplots()
+    axes.plot([row["P"] for row in rows], [row["test bpc"] for row in rows], "o")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(PATCHES, [str(patch) for patch in PATCHES])
+    axes.set_xlabel("tokens per position P")
+    axes.set_ylabel("bits per character, <=")
+    axes.grid(alpha=0.3)
+
+
+RECIPE = Recipe(
+    name="patches",
+    title="Patch size at one depth",
+    claim="patches of several tokens shorten the sequence; which size costs how much is not in the paper.",
+    plan=plan,
+    measure=measure,
+    draw=draw,
+)
