@@ -1,6 +1,8 @@
 """Fixtures shared by the tests of the model: sizes are tiny and everything random comes from a seed."""
 
+import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,3 +104,53 @@ def tiny_ar(randomise, tiny_trunk) -> Callable[..., TokenLM]:
         return randomise(model, seed, scale)
 
     return build
+
+
+@pytest.fixture
+def run(capsys):
+    """run(*argv): exit status, stdout and stderr of the command line."""
+    # not at the top: most tests need no command line, and it imports everything
+    from tarflowlm.cli import main
+
+    def call(*argv: object) -> SimpleNamespace:
+        status = 0
+        try:
+            main([str(a) for a in argv])
+        except SystemExit as stop:
+            status = stop.code or 0
+        finally:
+            # the command line flushes subnormal numbers to zero, which must not reach the rest of the test
+            torch.set_flush_denormal(False)
+        out, err = capsys.readouterr()
+        return SimpleNamespace(status=status, out=out, err=err)
+
+    return call
+
+
+@pytest.fixture
+def run_json(run):
+    """run_json(*argv): the object that --json prints last."""
+
+    def call(*argv: object) -> dict:
+        result = run(*argv, "--json")
+        assert result.status == 0, result.err
+        return json.loads(result.out.splitlines()[-1])
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """refused(*argv, names=[...]): the command ends with status 2 and one line on stderr that holds all `names`."""
+
+    def call(*argv: object, names: list[str]) -> str:
+        result = run(*argv)
+        assert result.status == 2, (result.status, result.err)
+        assert result.out == ""
+        assert result.err.startswith("tarflowlm: ")
+        assert result.err.count("\n") == 1, result.err
+        for name in names:
+            assert name in result.err
+        return result.err
+
+    return call

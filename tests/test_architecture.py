@@ -14,7 +14,7 @@ PACKAGE = ROOT / "src" / "tarflowlm"
 
 LAYERS = [
     {"errors", "flow.numerics", "flow.precision"},
-    {"config", "files", "device", "codebook"},
+    {"config", "files", "device", "codebook", "released"},
     {"flow", "data", "manifest"},
     {"model", "baseline"},
     {"objective", "training.config"},

@@ -48,54 +48,6 @@ def text_file(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def run(capsys):
-    """run(*argv): exit status, stdout and stderr of the command."""
-
-    def call(*argv: object) -> SimpleNamespace:
-        status = 0
-        try:
-            main([str(a) for a in argv])
-        except SystemExit as stop:
-            status = stop.code or 0
-        finally:
-            # the command line's mode must not reach other tests
-            torch.set_flush_denormal(False)
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=status, out=out, err=err)
-
-    return call
-
-
-@pytest.fixture
-def run_json(run):
-    """run_json(*argv): the object that --json prints last."""
-
-    def call(*argv: object) -> dict:
-        result = run(*argv, "--json")
-        assert result.status == 0, result.err
-        return json.loads(result.out.splitlines()[-1])
-
-    return call
-
-
-@pytest.fixture
-def refused(run):
-    """refused(*argv, names=[...]): the command ends with status 2 and one line on stderr that holds all `names`."""
-
-    def call(*argv: object, names: list[str]) -> str:
-        result = run(*argv)
-        assert result.status == 2, (result.status, result.err)
-        assert result.out == ""
-        assert result.err.startswith("tarflowlm: ")
-        assert result.err.count("\n") == 1, result.err
-        for name in names:
-            assert name in result.err
-        return result.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, text_file) -> dict[str, Path]:
     """One tiny run of every family, made by the command line."""
@@ -480,7 +432,7 @@ def test_directories_that_are_none_or_foreign(refused, tmp_path):
     for command in ("eval", "sample"):
         refused(command, tmp_path / "missing", names=["missing", "tarflowlm train"])
         refused(command, tmp_path, names=["config.json"])
-        refused(command, names=["PATH"])
+        refused(command, names=["run directory", "--model"])
         refused(command, "x" * 5000, names=["name too long"])
     refused("train", "--resume", tmp_path / "missing", names=["missing"])
     refused("train", "--resume", names=["--resume"])

@@ -1,15 +1,12 @@
 """`tarflowlm eval` in process: what it adds to the likelihood, and that what the user got wrong costs one line."""
 
-import json
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tarflowlm.checkpoint import load, save_weights, seal, write_run
-from tarflowlm.cli import main
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.objective import negative_bound
 from tarflowlm.training.config import DataConfig, RunConfig, TrainConfig
@@ -50,42 +47,9 @@ def runs(tmp_path_factory, text_file, tiny_flow, tiny_ar) -> dict[str, Path]:
 
 
 @pytest.fixture
-def run(capsys):
-    def call(*argv: object) -> SimpleNamespace:
-        status = 0
-        try:
-            main(["eval", *map(str, argv), "--device", "cpu"])
-        except SystemExit as stop:
-            status = stop.code or 0
-        finally:
-            torch.set_flush_denormal(False)
-        out, err = capsys.readouterr()
-        return SimpleNamespace(status=status, out=out, err=err)
-
-    return call
-
-
-@pytest.fixture
-def run_json(run):
-    def call(*argv: object) -> dict:
-        result = run(*argv, "--json")
-        assert result.status == 0, result.err
-        return json.loads(result.out.splitlines()[-1])
-
-    return call
-
-
-@pytest.fixture
-def refused(run):
-    def call(*argv: object, names: list[str]) -> None:
-        result = run(*argv)
-        assert result.status == 2, (result.status, result.err)
-        assert result.out == ""
-        assert result.err.count("\n") == 1, result.err
-        for name in names:
-            assert name in result.err
-
-    return call
+def run(run):
+    """run(*argv): of `tarflowlm eval`."""
+    return lambda *argv: run("eval", *argv, "--device", "cpu")
 
 
 def test_every_unit_with_bound_stride_and_what_was_left_out(run_json, run, runs):

@@ -19,6 +19,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
 from tarflowlm.manifest import MANIFEST, is_whole, problem_of, replacing_listed, write_manifest
 from tarflowlm.model import FlowConfig, TarFlowLM, seeded
+from tarflowlm.released import locate, released
 from tarflowlm.training.config import RunConfig
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -65,19 +66,22 @@ def save_weights(directory: Path, weights: dict[str, torch.Tensor], info: dict[s
 def read_run(directory: Path, *, check: bool = True) -> RunConfig:
     """What the run of a directory was asked to do. UserError also where config.json is not as it was written."""
     if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory: give a run directory made by `tarflowlm train`")
+        names = ", ".join(released())
+        raise UserError(
+            f"{directory} is not a directory: give a run directory made by `tarflowlm train`, or one of {names}"
+        )
     if check:
         _check(directory, CONFIG)
     return from_dict(RunConfig, read_json(directory / CONFIG), where=str(directory / CONFIG))
 
 
 def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """The model of a run directory, in eval mode on `device`.
+    """The model of a run directory, or of one that comes with the package by its name, in eval mode on `device`.
 
     A run that was stopped inside a progressive stage gives the blocks it had by then. Raises UserError, naming the
     file, for a directory that is missing, incomplete, damaged, or not one of ours.
     """
-    directory = Path(directory)
+    directory = locate(directory)
     for name in (CONFIG, TOKENIZER, WEIGHTS):
         _check(directory, name)
     return _load(directory, device)
@@ -91,6 +95,29 @@ def seal(directory: str | Path) -> None:
     directory = Path(directory)
     _load(directory, "cpu")
     write_manifest(directory, (CONFIG, TOKENIZER, WEIGHTS))
+
+
+def export(directory: str | Path, out: str | Path, *, half: bool = False) -> Path:
+    """Copy what is needed to load a model into the new directory `out`, and nothing that was needed to train it.
+
+    `half` keeps weight matrices in bfloat16; they are float32 again when loaded. The codebook and everything with
+    fewer than two axes stay as they are. The name of the training text loses its folders.
+    """
+    checkpoint, out = load_checkpoint(directory), Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists already: choose a new directory")
+    out.mkdir(parents=True)
+    source = Path(checkpoint.run.data.source).name
+    write_run(out, replace(checkpoint.run, data=replace(checkpoint.run.data, source=source)), checkpoint.tokenizer)
+    weights = checkpoint.model.state_dict()
+    if half:
+        weights = {name: w.bfloat16() if _is_matrix(name, w) else w for name, w in weights.items()}
+    save_weights(out, weights, checkpoint.info)
+    return out
+
+
+def _is_matrix(name: str, weight: torch.Tensor) -> bool:
+    return weight.ndim > 1 and not name.startswith("codebook.")
 
 
 def _load(directory: Path, device: str | torch.device) -> Checkpoint:

@@ -22,6 +22,7 @@ from tarflowlm.bench import numerics as bench_numerics
 from tarflowlm.bench import train as bench_train
 from tarflowlm.commands import (
     DataArgs,
+    ExportArgs,
     ReportArgs,
     ResumeArgs,
     SampleArgs,
@@ -30,6 +31,7 @@ from tarflowlm.commands import (
     overridden,
     print_summary,
     run_data,
+    run_export,
     run_quickstart_command,
     run_report,
     run_sample,
@@ -104,6 +106,7 @@ def _dispatch(argv: list[str]) -> None:
         "edit": (run_edit, EditArgs),
         "report": (run_report, ReportArgs),
         "seal": (run_seal, SealArgs),
+        "export": (run_export, ExportArgs),
         "reproduce": (run_reproduce, ReproduceArgs),
     }
     if not argv or argv[0] in ("-h", "--help"):

@@ -10,7 +10,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from tarflowlm.checkpoint import load_checkpoint, read_run, seal
+from tarflowlm.checkpoint import export, load_checkpoint, read_run, seal
 from tarflowlm.console import (
     bar,
     corpus_bar,
@@ -29,6 +29,7 @@ from tarflowlm.generation.inversion import Decoder
 from tarflowlm.generation.template import encode_template
 from tarflowlm.presets import with_steps
 from tarflowlm.quickstart import QuickstartArgs, run_quickstart
+from tarflowlm.released import chosen
 from tarflowlm.report import write_report
 from tarflowlm.training.config import RunConfig, checked_seed
 from tarflowlm.training.lock import locked
@@ -84,8 +85,10 @@ class ResumeArgs:
 class SampleArgs:
     """Let a trained model write."""
 
-    directory: tyro.conf.Positional[Path]
+    directory: tyro.conf.Positional[Path | None] = None
     """Run directory."""
+    model: str | None = None
+    """In place of a directory: a model that comes with the package, english-mini or english-mini-ar."""
     num: int = 1
     """Samples."""
     length: int | None = None
@@ -148,6 +151,24 @@ def run_seal(args: SealArgs) -> None:
         seal(args.directory)
 
 
+@dataclass(frozen=True)
+class ExportArgs:
+    """Copy a model out of its run directory: configuration, tokenizer and weights, and nothing of its training."""
+
+    directory: tyro.conf.Positional[Path]
+    """Run directory."""
+    out: Path
+    """Directory to write; it must not exist."""
+    half: bool = False
+    """Keep weight matrices in bfloat16: half the size."""
+
+
+def run_export(args: ExportArgs) -> None:
+    out = export(args.directory, args.out, half=args.half)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print_table(Console(), str(out), [("size", f"{size / 1e6:.2f} MB")])
+
+
 def run_quickstart_command(args: QuickstartArgs) -> None:
     result = run_quickstart(args, Console(stderr=True), Console())
     if args.json:
@@ -196,7 +217,7 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def run_sample(args: SampleArgs) -> None:
-    checkpoint = load_checkpoint(args.directory, pick_device(args.device))
+    checkpoint = load_checkpoint(chosen(args.directory, args.model), pick_device(args.device))
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
     prompt = template = None
     if args.prompt is not None:

@@ -1,23 +1,24 @@
 """The `edit` command."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
 from rich.console import Console
 
-from tarflowlm.checkpoint import Checkpoint, load_checkpoint
-from tarflowlm.console import bar, print_edits, print_json
+from tarflowlm.checkpoint import load_checkpoint
+from tarflowlm.console import print_edits, print_json, sampling_bar
 from tarflowlm.data import Tokenizer
-from tarflowlm.data.normalize import normalize
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.editing import Edit, Encoded, encode, interpolate, renoise, substitute
 from tarflowlm.errors import UserError
 from tarflowlm.generation.inversion import Decoder
 from tarflowlm.model import TarFlowLM
+from tarflowlm.released import chosen
 from tarflowlm.training.config import checked_seed
 
 
@@ -25,10 +26,12 @@ from tarflowlm.training.config import checked_seed
 class EditArgs:
     """Change a text in latent space: --strength (re-noise), --toward (interpolate) or --replace OLD NEW."""
 
-    directory: tyro.conf.Positional[Path]
-    """Run directory."""
     text: str
     """The text to edit."""
+    directory: tyro.conf.Positional[Path | None] = None
+    """Run directory."""
+    model: str | None = None
+    """In place of a directory: a model that comes with the package, say english-mini."""
     strength: float | None = None
     """Re-noise: h -> sqrt(1 - s^2) h + s eps at the state after `level`; 0 is the text itself, 1 forgets it."""
     toward: str | None = None
@@ -59,50 +62,48 @@ def run_edit(args: EditArgs) -> None:
         raise UserError(f"edit needs one of --strength, --toward and --replace, got {len(asked)}")
     if args.num < 1:
         raise UserError(f"num {args.num}: ask for at least 1 edit")
-    checkpoint = load_checkpoint(args.directory, pick_device(args.device))
+    directory = chosen(args.directory, args.model)
+    checkpoint = load_checkpoint(directory, pick_device(args.device))
     if not isinstance(checkpoint.model, TarFlowLM):
-        raise UserError(f"{args.directory} is a discrete baseline, which has no latents to edit: give a flow")
-    tokenizer = checkpoint.tokenizer
+        raise UserError(f"{directory} is a discrete baseline, which has no latents to edit: give a flow")
+    tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
     generator = torch.Generator().manual_seed(checked_seed(args.seed))
     tokens = _tokens(args, tokenizer, args.text, "text")
-    with bar(Console(stderr=True), "positions", len(tokens) * checkpoint.model.num_blocks) as update:
-        done = [0]
-
-        def tick() -> None:
-            done[0] += 1
-            update(done[0])
-
+    with sampling_bar(Console(stderr=True), checkpoint.model, len(tokens)) as tick:
         text = encode(checkpoint.model, tokens.expand(args.num, -1), generator)
-        edit = _edited(args, checkpoint, text, tokens, generator, tick)
+        edit = _edited(args, checkpoint.model, tokenizer, text, tokens, generator, tick)
     _show(args, edit, tokenizer)
 
 
 def _tokens(args: EditArgs, tokenizer: Tokenizer, text: str, name: str) -> torch.Tensor:
-    prepared = text if args.normalize is None else normalize(text, args.normalize)
+    prepared = text if args.normalize is None else tokenizer.prepare(text)
     if not prepared:
         raise UserError(f"the {name} is empty: give at least one token")
     return torch.from_numpy(tokenizer.encode(prepared))
 
 
 def _edited(
-    args: EditArgs, checkpoint: Checkpoint, text: Encoded, tokens: torch.Tensor, generator: torch.Generator, tick: Any
+    args: EditArgs,
+    model: TarFlowLM,
+    tokenizer: Tokenizer,
+    text: Encoded,
+    tokens: torch.Tensor,
+    generator: torch.Generator,
+    tick: Callable[[], None],
 ) -> Edit:
-    model = checkpoint.model
-    assert isinstance(model, TarFlowLM)
     level = model.num_blocks if args.level is None else args.level
     if args.strength is not None:
         return renoise(
             model, text, level=level, strength=args.strength, generator=generator, decoder=args.decoder, tick=tick
         )
     if args.toward is not None:
-        other = encode(
-            model, _tokens(args, checkpoint.tokenizer, args.toward, "other text").expand(args.num, -1), generator
-        )
+        toward = _tokens(args, tokenizer, args.toward, "other text")
+        other = encode(model, toward.expand(args.num, -1), generator)
         return interpolate(
             model, text, other, level=level, weight=args.weight, generator=generator, decoder=args.decoder, tick=tick
         )
     assert args.replace is not None
-    old, new = (_tokens(args, checkpoint.tokenizer, part, "replacement") for part in args.replace)
+    old, new = (_tokens(args, tokenizer, part, "replacement") for part in args.replace)
     if len(old) != len(new):
         raise UserError(f"{args.replace[0]!r} has {len(old)} tokens, {args.replace[1]!r} {len(new)}: they must agree")
     found = (tokens.unfold(0, len(old), 1) == old).all(-1).nonzero() if len(old) <= len(tokens) else tokens[:0]

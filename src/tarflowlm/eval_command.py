@@ -32,6 +32,7 @@ from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.evaluation.quality import Quality, SamplingConfig, TextStatistics, measure_quality
 from tarflowlm.generation.inversion import Decoder
 from tarflowlm.model import TarFlowLM
+from tarflowlm.released import chosen
 from tarflowlm.training.config import checked_seed
 
 DEFAULT_JUDGE = "gpt2-large"
@@ -41,8 +42,10 @@ DEFAULT_JUDGE = "gpt2-large"
 class EvalArgs:
     """Likelihood of a text under a trained model; what its blocks do; how good its samples are."""
 
-    directory: tyro.conf.Positional[Path]
+    directory: tyro.conf.Positional[Path | None] = None
     """Run directory."""
+    model: str | None = None
+    """In place of a directory: a model that comes with the package, english-mini or english-mini-ar."""
     data: str | None = None
     """Another text: corpus name, file or prepared directory; the default is the run's own corpus."""
     split: Literal["train", "valid", "test", "all"] = "test"
@@ -97,9 +100,10 @@ def run_eval(args: EvalArgs) -> None:
     checked_seed(args.seed)
     sampling = args.sampling()
     device = pick_device(args.device)
-    checkpoint = load_checkpoint(args.directory, device)
+    directory = chosen(args.directory, args.model)
+    checkpoint = load_checkpoint(directory, device)
     if args.latents and isinstance(checkpoint.model, TokenLM):
-        raise UserError(f"{args.directory} is the discrete baseline, which has no latents: leave --latents out")
+        raise UserError(f"{directory} is the discrete baseline, which has no latents: leave --latents out")
     context = checkpoint.run.model.context
     length = context if args.length is None else args.length
     if not 1 <= length <= context:
@@ -134,7 +138,7 @@ def run_eval(args: EvalArgs) -> None:
         latents = {"latents": [state.to_json() for state in states]} if states is not None else {}
         print_json(result.to_json() | extra | latents | ({"quality": quality.to_json()} if quality else {}))
         return
-    _print_likelihood(Console(), f"{args.directory} on {source}, {args.split}", result, extra)
+    _print_likelihood(Console(), f"{directory} on {source}, {args.split}", result, extra)
     if states is not None:
         _print_latents(Console(), states)
     if quality is not None:
@@ -172,7 +176,7 @@ def _likelihood(
     if stride < context and not isinstance(model, TokenLM) and model.num_blocks > 1:
         raise UserError(
             f"stride {stride}: windows can slide for the baseline and for flows of one block; no bound is known for "
-            f"the {model.num_blocks} blocks of {args.directory}: leave --stride out"
+            f"the {model.num_blocks} blocks of this model: leave --stride out"
         )
     start = time.perf_counter()
     with bar(console, f"windows of {source}", len(windows)) as update:

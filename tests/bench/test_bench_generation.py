@@ -1,6 +1,5 @@
 """The generation benchmarks on tiny random models: their rows, and what they refuse."""
 
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from tarflowlm import cli
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.bench import generation, infilling
 from tarflowlm.checkpoint import build_model, save_weights, write_run
@@ -102,34 +100,17 @@ def test_refusals(module, options, words, directories):
         module.run(module.Args(**({"directories": tuple(directories)} | options)))
 
 
-def run_cli(capsys, *argv: object) -> tuple[int, str, str]:
-    try:
-        cli.main([str(a) for a in argv])
-        status = 0
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    out = capsys.readouterr()
-    return status, out.out, out.err
-
-
-def test_templates_on_the_command_line(directories, capsys):
+def test_templates_on_the_command_line(directories, run, run_json):
     for directory in directories:
-        status, out, _ = run_cli(
-            capsys, "sample", directory, "--template", "a_b__", "--particles", 3, "--num", 2, "--json"
-        )
-        result = json.loads(out.splitlines()[-1])
-        assert status == 0
+        result = run_json("sample", directory, "--template", "a_b__", "--particles", 3, "--num", 2)
         for sample in result["samples"]:
             assert (sample["text"][0], sample["text"][2], len(sample["text"])) == ("a", "b", 5)
             assert 1 <= sample["ess"] <= 3.0001
             assert isinstance(sample["log_evidence"], float)
-    status, out, _ = run_cli(
-        capsys, "sample", directories[1], "--template", "a?b", "--blank", "?", "--states", "--json"
-    )
-    (sample,) = json.loads(out.splitlines()[-1])["samples"]
+    (sample,) = run_json("sample", directories[1], "--template", "a?b", "--blank", "?", "--states")["samples"]
     assert [len(state) for state in sample["states"]] == [3, 3, 3]
     assert len(sample["passes"]) == 3
-    assert run_cli(capsys, "sample", directories[1], "--template", "a_", "--passes")[0] == 0
+    assert run("sample", directories[1], "--template", "a_", "--passes").status == 0
 
 
 @pytest.mark.parametrize(
@@ -144,26 +125,21 @@ def test_templates_on_the_command_line(directories, capsys):
         (["--template", "a_", "--particles", "0"], "particles 0"),
     ],
 )
-def test_bad_templates_are_one_line(directories, capsys, options, words):
-    status, _, err = run_cli(capsys, "sample", directories[1], *options)
-    assert status == 2
-    assert words in err
-    assert len(err.strip().splitlines()) == 1
+def test_bad_templates_are_one_line(directories, refused, options, words):
+    refused("sample", directories[1], *options, names=[words])
 
 
-def test_edits_on_the_command_line(directories, capsys):
+def test_edits_on_the_command_line(directories, run, run_json):
     text = "the cat sat on"
     for options in (["--strength", "0"], ["--toward", "a dog ran away"], ["--replace", "cat", "dog"]):
-        status, out, _ = run_cli(capsys, "edit", directories[1], "--text", text, *options, "--num", 2, "--json")
-        result = json.loads(out.splitlines()[-1])
-        assert status == 0
+        result = run_json("edit", directories[1], "--text", text, *options, "--num", 2)
         assert result["before"] == text
         for edit in result["edits"]:
             assert len(edit["text"]) == len(text)
             assert edit["changed"] == [a != b for a, b in zip(text, edit["text"], strict=True)]
             assert options[0] != "--strength" or (edit["text"], edit["bpc"]) == (text, edit["bpc_before"])
             assert options[0] != "--replace" or edit["text"][:7] == "the dog"
-        assert run_cli(capsys, "edit", directories[1], "--text", text, *options)[0] == 0
+        assert run("edit", directories[1], "--text", text, *options).status == 0
 
 
 @pytest.mark.parametrize(
@@ -182,14 +158,15 @@ def test_edits_on_the_command_line(directories, capsys):
         (["--strength", "0.5", "--text", "a" * 33], "33 tokens"),
     ],
 )
-def test_bad_edits_are_one_line(directories, capsys, options, words):
-    status, _, err = run_cli(capsys, "edit", directories[1], "--text", "the cat sat", *options)
-    assert status == 2
-    assert words in err
-    assert len(err.strip().splitlines()) == 1
+def test_bad_edits_are_one_line(directories, refused, options, words):
+    refused("edit", directories[1], "--text", "the cat sat", *options, names=[words])
 
 
-def test_a_baseline_has_nothing_to_edit(directories, capsys):
-    status, _, err = run_cli(capsys, "edit", directories[0], "--text", "a cat", "--strength", "0.5")
-    assert status == 2
-    assert "discrete baseline" in err
+def test_a_baseline_has_nothing_to_edit(directories, refused):
+    refused("edit", directories[0], "--text", "a cat", "--strength", "0.5", names=["discrete baseline"])
+
+
+def test_edits_normalise_all_texts(directories, run_json):
+    options = ["--toward", "A Dog, ran B", "--weight", "1", "--normalize", "text8"]
+    result = run_json("edit", directories[1], "--text", "The CAT sat", *options)
+    assert result["before"] == " the cat sat"

@@ -12,14 +12,9 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from tarflowlm.checkpoint import build_model
-from tarflowlm.model import FlowConfig, seeded
 from tarflowlm.training.config import RunConfig
 from tarflowlm.training.distributed import Processes, launched
-from tarflowlm.training.optim import build_optimizers
-from tarflowlm.training.parallel import Engine
-from tarflowlm.training.progressive import freeze_below
-from tarflowlm.training.step import optimizer_step
+from tarflowlm.training.timing import training_step
 
 
 def scaling(
@@ -58,44 +53,41 @@ def _free_port() -> int:
 def _time_in_process(
     rank: int, world: int, port: int, runs: list[RunConfig], rounds: int, steps: int, device: str, answers: Any
 ) -> None:
-    """Median seconds per step of every run and mode, from interleaved rounds; the first process answers."""
+    """One of `world` processes: the first one answers with the median seconds per step of every run and mode."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     with launched(torch.device(device)) as processes:
-        contenders = {}
-        for run in runs:
-            for mode in ("ddp", "fsdp") if world > 1 else ("ddp",):
-                label = f"{world} processes, {mode}" if world > 1 else "1 process"
-                changed = replace(run, train=replace(run.train, parallel=mode))
-                contenders[run.name, label] = _step(changed, processes)
-        for step in contenders.values():
-            step()
-        times: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
-        for _ in range(rounds):
-            for key, step in contenders.items():
-                processes.wait()
-                start = time.perf_counter()
-                for _ in range(steps):
-                    step()
-                times[key].append((time.perf_counter() - start) / steps)
+        # in a function of its own, so that no model outlives the process group
+        seconds = _times(runs, processes, rounds, steps)
         if processes.first:
-            answers.put({key: statistics.median(values) for key, values in times.items()})
+            answers.put(seconds)
+
+
+def _times(runs: list[RunConfig], processes: Processes, rounds: int, steps: int) -> dict[tuple[str, str], float]:
+    contenders = {}
+    for run in runs:
+        for mode in ("ddp", "fsdp") if processes.world > 1 else ("ddp",):
+            label = f"{processes.world} processes, {mode}" if processes.world > 1 else "1 process"
+            changed = replace(run, train=replace(run.train, parallel=mode))
+            contenders[run.name, label] = _step(changed, processes)
+    for step in contenders.values():
+        step()
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
+    for _ in range(rounds):
+        for key, step in contenders.items():
+            processes.wait()
+            start = time.perf_counter()
+            for _ in range(steps):
+                step()
+            times[key].append((time.perf_counter() - start) / steps)
+    return {key: statistics.median(values) for key, values in times.items()}
 
 
 def _step(run: RunConfig, processes: Processes) -> Callable[[], float]:
-    config: Any = run.model
-    if run.num_stages > 1 and isinstance(config, FlowConfig):
-        config = config.first_blocks(1)
-    with seeded(run.seed):
-        model = build_model(config)
-    if processes.world == 1 or run.train.parallel == "ddp":
-        model = model.to(processes.device)
-    freeze_below(model, 0)
-    engine, optimizers = Engine(model, run, processes), build_optimizers(run.optim, model)
-    generator = torch.Generator(device=processes.device).manual_seed(0)
+    step = training_step(run, 0, processes.device, processes)
     rows = processes.rows_each(run.train.batch_size, run.train.accumulate)
-    tokens = torch.randint(config.vocab_size, (rows, config.context), device=processes.device)
+    tokens = torch.randint(run.model.vocab_size, (rows, run.model.context), device=processes.device)
     # reading the loss waits for the device
-    return lambda: optimizer_step(engine, optimizers, tokens, generator=generator)[0].item()
+    return lambda: step(tokens).item()

@@ -57,9 +57,7 @@ def size(run: RunConfig) -> dict[str, Any]:
 
 
 def _stage(run: RunConfig, stage: int) -> dict[str, float]:
-    config: Any = run.model
-    if run.num_stages > 1 and isinstance(config, FlowConfig):
-        config = config.first_blocks(stage + 1)
+    config = run.model_of_stage(stage)
     with torch.device("meta"):
         model = build_model(config)
     freeze_below(model, stage)

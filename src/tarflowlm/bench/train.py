@@ -16,17 +16,12 @@ from rich.table import Table
 from tarflowlm.bench.memory import high_water_mark
 from tarflowlm.bench.scaling import scaling
 from tarflowlm.bench.sizes import sizes
-from tarflowlm.checkpoint import Model, build_model
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.flops import training_flops
-from tarflowlm.model import FlowConfig, seeded
 from tarflowlm.presets import preset
 from tarflowlm.training.config import RunConfig
-from tarflowlm.training.optim import build_optimizers
-from tarflowlm.training.parallel import Engine
-from tarflowlm.training.progressive import freeze_below
-from tarflowlm.training.step import optimizer_step
+from tarflowlm.training.timing import training_step
 
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
@@ -142,26 +137,16 @@ def _contender(run: RunConfig, stage: int, args: Args, device: torch.device) -> 
     """A training step of one stage of a preset."""
     run = replace(run, model=replace(run.model, vocab_size=args.vocab_size))
     run = replace(run, train=replace(run.train, compile=args.compile))
-    config = run.model
-    if run.num_stages > 1 and isinstance(config, FlowConfig):
-        config = config.first_blocks(stage + 1)
-    with seeded(run.seed):
-        model = build_model(config).to(device)
+    config = run.model_of_stage(stage)
+    step = training_step(run, stage, device)
+    generator = torch.Generator(device=device).manual_seed(0)
+    shape = (run.train.batch_size, config.context)
+    tokens = torch.randint(config.vocab_size, shape, generator=generator, device=device)
     return _Contender(
-        step=training_step(model, run, stage, device),
+        step=lambda: (step(tokens), None)[1],
         num_tokens=run.train.batch_size * config.context,
         flops=run.train.batch_size * training_flops(config, frozen=stage),
     )
-
-
-def training_step(model: Model, run: RunConfig, stage: int, device: torch.device) -> Callable[[], None]:
-    """Optimiser steps on one batch of random tokens."""
-    freeze_below(model, stage)
-    engine, optimizers = Engine(model, run, frozen=stage), build_optimizers(run.optim, model)
-    generator = torch.Generator(device=device).manual_seed(0)
-    shape = (run.train.batch_size, run.model.context)
-    tokens = torch.randint(run.model.vocab_size, shape, generator=generator, device=device)
-    return lambda: (optimizer_step(engine, optimizers, tokens, generator=generator), None)[1]
 
 
 def _time(step: Callable[[], None], steps: int, device: torch.device) -> float:
@@ -255,5 +240,6 @@ def _print_sizes(rows: list[dict[str, Any]], console: Console) -> None:
 def _table(title: str, columns: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if not column else "right")
+        # a name that is cut short says nothing
+        table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
     return table

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tarflowlm.model import CouplingName, FlowConfig
-from tarflowlm.presets import preset
+from tarflowlm.presets import preset, with_steps
 from tarflowlm.reproduce.measures import dots, summary_row
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.training.config import RunConfig
 
 BLOCKS = 6
+MINI_STEPS = 400
 
 
 def plan(settings: Settings) -> list[Training]:
@@ -24,7 +25,8 @@ def _six(settings: Settings, coupling: CouplingName) -> RunConfig:
     components = (1,) * BLOCKS if coupling == "affine" else (27, *[2 if mini else 27] * (BLOCKS - 1))
     layers = (1 if mini else 2,) * BLOCKS
     model = replace(run.model, couplings=(coupling,) * BLOCKS, layers=layers, components=components)
-    return replace(run, name=f"{run.name}-six", model=model)
+    run = replace(run, name=f"{run.name}-six", model=model)
+    return with_steps(run, MINI_STEPS) if mini else run
 
 
 def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:

@@ -42,17 +42,18 @@ def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
         context = checkpoint.run.model.context
         text = eval_windows(done.tokens(checkpoint), context, PROMPTS)
         for prefix in PREFIXES:
-            generator = torch.Generator().manual_seed(0)
-            samples = [
-                generate(
-                    checkpoint.model, num_tokens=context, prompt=row[:prefix], generator=generator, decoder="auto"
-                ).tokens[0]
-                for row in text
-            ]
-            reading = judge.read([checkpoint.tokenizer.decode(sample.tolist()) for sample in samples])
+            samples = generate(
+                checkpoint.model,
+                num=len(text),
+                num_tokens=context,
+                template=text[:, :prefix],
+                generator=torch.Generator().manual_seed(0),
+                decoder="auto",
+            )
+            reading = judge.read([checkpoint.tokenizer.decode(row) for row in samples.tokens.tolist()])
             row = {"model": done.training.label, "seed": done.training.run.seed, "prefix": prefix}
             rows.append(row | {"perplexity": reading.perplexity, "judge": judge.name})
-        real = judge.read([checkpoint.tokenizer.decode(row.tolist()) for row in text]).perplexity
+        real = judge.read([checkpoint.tokenizer.decode(row) for row in text.tolist()]).perplexity
     rows += [{"model": "real text", "prefix": prefix, "perplexity": real, "judge": judge.name} for prefix in PREFIXES]
     return rows
 

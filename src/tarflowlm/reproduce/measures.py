@@ -11,13 +11,14 @@ from tarflowlm.data import TokenArray, eval_windows
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.evaluation.quality import Quality, SamplingConfig, measure_quality
-from tarflowlm.presets import mini_ar
+from tarflowlm.presets import mini_ar, with_steps
 from tarflowlm.reproduce.recipe import Finished, Row, Settings, Training
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIGNS = {"exact": "="}
+JUDGE_STEPS = 1300
 
 
 def summary_row(done: Finished) -> Row:
@@ -51,7 +52,7 @@ def judge_training(settings: Settings) -> list[Training]:
     """The judge of the mini scale: the baseline on another text. The paper's judge needs no training."""
     if settings.scale == "paper":
         return []
-    run = settings.adapt(mini_ar())
+    run = settings.adapt(with_steps(mini_ar(), JUDGE_STEPS))
     run = replace(run, name="judge", data=replace(run.data, source=settings.judge_data))
     return [Training("judge", run, "judge")]
 

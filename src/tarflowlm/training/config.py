@@ -168,3 +168,9 @@ class RunConfig:
         if isinstance(self.model, FlowConfig) and self.train.mode == "progressive":
             return len(self.model.couplings)
         return 1
+
+    def model_of_stage(self, stage: int) -> FlowConfig | BaselineConfig:
+        """What stage `stage` (0-based) trains: in progressive training, the blocks up to its own."""
+        if isinstance(self.model, FlowConfig) and self.num_stages > 1:
+            return self.model.first_blocks(stage + 1)
+        return self.model

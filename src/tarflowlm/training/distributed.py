@@ -3,6 +3,7 @@
 torchrun starts them and says in the environment which is which; gloo on CPUs, nccl on GPUs.
 """
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -123,5 +124,7 @@ def launched(device: torch.device) -> Iterator[Processes]:
         # true of heads under FSDP2, and harmless: nothing here is changed in place
         warnings.filterwarnings("ignore", message=".*returned a view tensor")
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
+    # sharded modules refer to the group in cycles; one that outlives it here can abort the process at its end
+    gc.collect()
     # not after an error: the others may be waiting for this process, and torchrun ends them
     dist.destroy_process_group()

@@ -1,0 +1,108 @@
+"""Models that come with the package, and `export`, which makes one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tarflowlm.checkpoint import export, load, save_weights, write_run
+from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
+from tarflowlm.errors import UserError
+from tarflowlm.generation import generate
+from tarflowlm.released import FOLDER, released
+from tarflowlm.training.config import DataConfig, RunConfig, TrainConfig
+
+
+@pytest.fixture
+def trained(tmp_path, tiny_flow):
+    """A run directory with more in it than a model, trained on a file in a folder of its own."""
+    model = tiny_flow(vocab_size=27, context=16).float()
+    run = RunConfig(
+        name="tiny",
+        model=model.config,
+        data=DataConfig(source="/somewhere/else/text.txt"),
+        train=TrainConfig(stage_steps=(1,), mode="joint"),
+    )
+    (tmp_path / "run").mkdir()
+    write_run(tmp_path / "run", run, CharTokenizer(TEXT8_ALPHABET))
+    save_weights(tmp_path / "run", model.state_dict(), {"blocks": "2"})
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def shelf(tmp_path, trained, monkeypatch):
+    """A shelf of released models with one on it, by the name of tiny."""
+    export(trained, tmp_path / "shelf" / "tiny")
+    monkeypatch.setattr("tarflowlm.released.FOLDER", tmp_path / "shelf")
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_an_export_loads_and_knows_nothing_of_the_training(tmp_path, trained, half):
+    out = export(trained, tmp_path / "out", half=half)
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "manifest.json", "model.safetensors", "tokenizer.json"
+    }  # fmt: skip
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["data"]["source"] == "text.txt"
+    (ours, _), (theirs, _) = load(out), load(trained)
+    stored = load_file(out / "model.safetensors")
+    for name, weight in theirs.state_dict().items():
+        kept = ours.state_dict()[name]
+        assert kept.dtype == torch.float32
+        is_matrix = weight.ndim > 1 and not name.startswith("codebook")
+        assert stored[name].dtype == (torch.bfloat16 if half and is_matrix else torch.float32)
+        assert torch.equal(kept, weight.bfloat16().float() if half and is_matrix else weight)
+
+
+def test_an_export_overwrites_nothing(tmp_path, trained):
+    with pytest.raises(UserError, match="exists already"):
+        export(trained, tmp_path)
+
+
+def test_a_released_model_is_found_by_name(shelf, trained, run_json, run):
+    assert released() == ["tiny"]
+    model, _ = load("tiny")
+    (by_name,) = run_json("sample", "--model", "tiny", "--length", 8)["samples"]
+    (by_path,) = run_json("sample", trained, "--length", 8)["samples"]
+    assert by_name == by_path
+    assert run("edit", "--model", "tiny", "--text", "abc", "--strength", "0.5").status == 0
+    sample = generate(model, num_tokens=8, generator=torch.Generator().manual_seed(0))
+    assert sample.tokens.shape == (1, 8)
+
+
+def test_a_directory_of_that_name_comes_first(shelf, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "tiny")
+    (tmp_path / "tiny" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="is missing"):
+        load("tiny")
+
+
+@pytest.mark.parametrize("command", [["sample"], ["eval"], ["edit", "--text", "a", "--strength", "1"]])
+def test_one_model_at_a_time(shelf, trained, refused, command):
+    refused(*command, names=["--model", "tiny"])
+    refused(*command, trained, "--model", "tiny", names=["--model"])
+    refused(*command, "--model", "big", names=["'big'", "tiny"])
+    refused(*command, "no-such-run", names=["no-such-run", "tiny"])
+
+
+def test_exports_from_the_command_line(trained, tmp_path, run, refused):
+    out = tmp_path / "small"
+    assert run("export", trained, "--out", out, "--half").status == 0
+    load(out)
+    refused("export", trained, "--out", out, names=["small", "exists already"])
+    refused("export", tmp_path / "none", "--out", tmp_path / "other", names=["none", "is not a directory"])
+
+
+@pytest.mark.parametrize("name", [path.parent.name for path in FOLDER.glob("*/config.json")])
+def test_what_is_released_is_whole_and_says_what_it_is(name):
+    model, tokenizer = load(name)
+    text = tokenizer.decode(generate(model, num_tokens=64, generator=torch.Generator().manual_seed(0)).tokens[0])
+    assert len(text) == 64
+    assert name in (FOLDER / name / "README.md").read_text(encoding="utf-8")
+
+
+def test_releases_are_small():
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*.safetensors")) < 8e6
