@@ -1,12 +1,11 @@
 """Figure 2: the ladder of ablations."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from tarflowlm.model import CouplingName, FlowConfig
 from tarflowlm.presets import preset
-from tarflowlm.reproduce.measures import dots, summary_row
-from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.reproduce.measures import dots, summaries
+from tarflowlm.reproduce.recipe import Recipe, Settings, Training, trainings
 from tarflowlm.training.config import RunConfig
 
 
@@ -34,16 +33,12 @@ def joint(progressive: RunConfig) -> RunConfig:
     return replace(progressive, name=f"{progressive.name}-joint", train=train)
 
 
-def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    return [summary_row(done) for done in finished]
-
-
 RECIPE = Recipe(
     name="fig2",
     title="Ladder of ablations",
     claim="each rung is better than the last: base (one affine map for all channels of a token), + channel-wise "
     "affine, + Mix-1, + Mix-d, + progressive training.",
     plan=plan,
-    measure=measure,
+    measure=summaries,
     draw=lambda figure, rows: dots(figure, rows, "test bpc", unit="bits per character, <="),
 )

@@ -1,16 +1,14 @@
 """Figure 3: affine against Mix-1 in six blocks."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from tarflowlm.model import CouplingName, FlowConfig
-from tarflowlm.presets import preset, with_steps
-from tarflowlm.reproduce.measures import dots, summary_row
-from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.presets import preset
+from tarflowlm.reproduce.measures import dots, short, summaries
+from tarflowlm.reproduce.recipe import Recipe, Settings, Training, trainings
 from tarflowlm.training.config import RunConfig
 
 BLOCKS = 6
-MINI_STEPS = 400
 
 
 def plan(settings: Settings) -> list[Training]:
@@ -26,11 +24,7 @@ def _six(settings: Settings, coupling: CouplingName) -> RunConfig:
     layers = (1 if mini else 2,) * BLOCKS
     model = replace(run.model, couplings=(coupling,) * BLOCKS, layers=layers, components=components)
     run = replace(run, name=f"{run.name}-six", model=model)
-    return with_steps(run, MINI_STEPS) if mini else run
-
-
-def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    return [summary_row(done) for done in finished]
+    return short(run) if mini else run
 
 
 RECIPE = Recipe(
@@ -38,6 +32,6 @@ RECIPE = Recipe(
     title="Affine against Mix-1, six blocks",
     claim="with six blocks of two layers, Mix-1 reaches a clearly better bound than affine couplings.",
     plan=plan,
-    measure=measure,
+    measure=summaries,
     draw=lambda figure, rows: dots(figure, rows, "test bpc", unit="bits per character, <="),
 )

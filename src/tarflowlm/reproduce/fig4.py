@@ -2,20 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from tarflowlm.model import FlowConfig
-from tarflowlm.presets import preset, with_steps
-from tarflowlm.reproduce.measures import summary_row
+from tarflowlm.presets import preset
+from tarflowlm.reproduce.measures import bits_by, short, summary_row
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.training.config import RunConfig
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 COMPONENTS = (1, 2, 4, 8, 16, 27)
-MINI_STEPS = 400
-"""The order shows early: K = 1 and K > 1 are whole bits apart."""
 
 
 def plan(settings: Settings) -> list[Training]:
@@ -29,7 +23,7 @@ def _run(settings: Settings, components: int) -> RunConfig:
     assert isinstance(run.model, FlowConfig)
     model = replace(run.model, components=(components,) * len(run.model.couplings))
     run = replace(run, name=f"{run.name}-k{components}", model=model, optim=replace(run.optim, codebook_lr_scale=1.0))
-    return with_steps(run, MINI_STEPS) if mini else run
+    return short(run) if mini else run
 
 
 def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
@@ -40,16 +34,6 @@ def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     return rows
 
 
-def draw(figure: "Figure", rows: Sequence[Row]) -> None:
-    axes = figure.subplots()
-    axes.plot([row["K"] for row in rows], [row["test bpc"] for row in rows], "o")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(COMPONENTS, [str(k) for k in COMPONENTS])
-    axes.set_xlabel("mixture components K")
-    axes.set_ylabel("bits per character, <=")
-    axes.grid(alpha=0.3)
-
-
 RECIPE = Recipe(
     name="fig4",
     title="Mixture components",
@@ -57,5 +41,5 @@ RECIPE = Recipe(
     "the codebook here, and with other K it does not.)",
     plan=plan,
     measure=measure,
-    draw=draw,
+    draw=lambda figure, rows: bits_by(figure, rows, "K", "mixture components K"),
 )

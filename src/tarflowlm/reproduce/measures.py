@@ -13,12 +13,15 @@ from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.evaluation.quality import Quality, SamplingConfig, measure_quality
 from tarflowlm.presets import mini_ar, with_steps
 from tarflowlm.reproduce.recipe import Finished, Row, Settings, Training
+from tarflowlm.training.config import RunConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIGNS = {"exact": "="}
 JUDGE_STEPS = 1300
+SHORT_STEPS, SHORT_WINDOWS = 400, 1024
+"""Of the mini trainings whose order shows early."""
 
 
 def summary_row(done: Finished) -> Row:
@@ -37,6 +40,11 @@ def summary_row(done: Finished) -> Row:
     }
 
 
+def summaries(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """A recipe's rows where the runs themselves measured all of them."""
+    return [summary_row(done) for done in finished]
+
+
 def likelihood(checkpoint: Checkpoint, tokens: TokenArray, *, windows: int, samples: int = 1) -> Likelihood:
     """The bound over some evenly spaced fresh contexts."""
     tokenizer = checkpoint.tokenizer
@@ -46,6 +54,12 @@ def likelihood(checkpoint: Checkpoint, tokens: TokenArray, *, windows: int, samp
         torch.from_numpy(tokenizer.characters_per_token),
         samples=samples,
     )
+
+
+def short(run: RunConfig) -> RunConfig:
+    """A mini run cut to fewer steps and a smaller test."""
+    run = with_steps(run, SHORT_STEPS)
+    return replace(run, train=replace(run.train, test_windows=SHORT_WINDOWS))
 
 
 def judge_training(settings: Settings) -> list[Training]:
@@ -71,6 +85,17 @@ def quality(done: Finished, judge: Judge, *, num: int) -> Quality:
     source = checkpoint.run.data.source
     config = SamplingConfig(num=num)
     return measure_quality(checkpoint.model, checkpoint.tokenizer, judge, text, config, trained_on=source)
+
+
+def bits_by(figure: "Figure", rows: Sequence[Row], column: str, label: str) -> None:
+    """Test bits per character over a column of whole numbers, on a logarithmic axis."""
+    axes, places = figure.subplots(), sorted({row[column] for row in rows})
+    axes.plot([row[column] for row in rows], [row["test bpc"] for row in rows], "o")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [str(place) for place in places])
+    axes.set_xlabel(label)
+    axes.set_ylabel("bits per character, <=")
+    axes.grid(alpha=0.3)
 
 
 def dots(figure: "Figure", rows: Sequence[Row], value: str, *, unit: str) -> None:

@@ -1,13 +1,11 @@
 """One Mix-1 block with few components: a sanity check."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from tarflowlm.model import FlowConfig
-from tarflowlm.presets import preset, with_steps
-from tarflowlm.reproduce.fig4 import MINI_STEPS
-from tarflowlm.reproduce.measures import dots, summary_row
-from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.presets import preset
+from tarflowlm.reproduce.measures import dots, short, summaries
+from tarflowlm.reproduce.recipe import Recipe, Settings, Training, trainings
 from tarflowlm.training.config import RunConfig
 
 COMPONENTS = (2, 3, 4)
@@ -25,11 +23,7 @@ def _run(settings: Settings, components: int) -> RunConfig:
     model = replace(run.model, couplings=("mix1",), layers=(sum(run.model.layers),), components=(components,))
     optim = replace(run.optim, codebook_lr_scale=1.0)
     run = replace(run, name=f"{run.name}-one-k{components}", model=model, optim=optim)
-    return with_steps(run, MINI_STEPS) if mini else run
-
-
-def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    return [summary_row(done) for done in finished]
+    return short(run) if mini else run
 
 
 RECIPE = Recipe(
@@ -37,6 +31,6 @@ RECIPE = Recipe(
     title="One Mix-1 block with few components",
     claim="K = 1 is far worse than any K above 1, which all work: so two to four components should do in one block.",
     plan=plan,
-    measure=measure,
+    measure=summaries,
     draw=lambda figure, rows: dots(figure, rows, "test bpc", unit="bits per character, <="),
 )

@@ -2,16 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from tarflowlm.model import FlowConfig
 from tarflowlm.presets import preset
-from tarflowlm.reproduce.measures import summary_row
+from tarflowlm.reproduce.measures import bits_by, summary_row
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.training.config import RunConfig
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PATCHES = (1, 2, 4, 8)
 
@@ -36,21 +32,11 @@ def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     return rows
 
 
-def draw(figure: "Figure", rows: Sequence[Row]) -> None:
-    axes = figure.subplots()
-    axes.plot([row["P"] for row in rows], [row["test bpc"] for row in rows], "o")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(PATCHES, [str(patch) for patch in PATCHES])
-    axes.set_xlabel("tokens per position P")
-    axes.set_ylabel("bits per character, <=")
-    axes.grid(alpha=0.3)
-
-
 RECIPE = Recipe(
     name="patches",
     title="Patch size at one depth",
     claim="patches of several tokens shorten the sequence; which size costs how much is not in the paper.",
     plan=plan,
     measure=measure,
-    draw=draw,
+    draw=lambda figure, rows: bits_by(figure, rows, "P", "tokens per position P"),
 )
