@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -13,6 +13,7 @@ from tarflowlm.model import FlowConfig
 from tarflowlm.presets import preset
 from tarflowlm.reproduce.measures import judge_of, judge_training
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.training.config import RunConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,15 +23,24 @@ PROMPTS = 32
 
 
 def plan(settings: Settings) -> list[Training]:
-    mini = settings.scale == "mini"
-    flow, foil = preset("mini-mixd-p2" if mini else "owt-mixd"), preset("mini-ar" if mini else "owt-ar")
-    assert isinstance(flow.model, FlowConfig)
+    foil = preset("mini-ar" if settings.scale == "mini" else "owt-ar")
     assert isinstance(foil.model, BaselineConfig)
-    paper = replace(flow, name=f"{flow.name}-paper", model=replace(flow.model, patch=2, in_patch="independent"))
-    flow = replace(flow, name=flow.name if mini else "owt-mixd-p2", model=replace(flow.model, patch=2))
     foil = replace(foil, name=f"{foil.name}-p2", model=replace(foil.model, patch=2, in_patch="independent"))
-    runs = {"flow, in-patch weights": flow, "flow, the paper's": paper, "two-token AR": foil}
+    runs = {
+        "flow, in-patch weights": two_tokens(settings, "autoregressive"),
+        "flow, the paper's": two_tokens(settings, "independent"),
+        "two-token AR": foil,
+    }
     return trainings(settings, runs) + judge_training(settings)
+
+
+def two_tokens(settings: Settings, in_patch: Literal["autoregressive", "independent"]) -> RunConfig:
+    """Mix-d with two tokens per position; independent given the past in the paper."""
+    run = preset("mini-mixd-p2" if settings.scale == "mini" else "owt-mixd")
+    assert isinstance(run.model, FlowConfig)
+    name = run.name if settings.scale == "mini" else f"{run.name}-p2"
+    name += "-paper" if in_patch == "independent" else ""
+    return replace(run, name=name, model=replace(run.model, patch=2, in_patch=in_patch))
 
 
 def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:

@@ -6,6 +6,7 @@ import torch
 
 from tarflowlm.generation import Generation, generate
 from tarflowlm.presets import preset
+from tarflowlm.reproduce.fig5 import two_tokens
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 
 NUM, LENGTH = 8, 128
@@ -14,6 +15,8 @@ NUM, LENGTH = 8, 128
 def plan(settings: Settings) -> list[Training]:
     prefix = "mini" if settings.scale == "mini" else "owt"
     runs = {"Mix-d": preset(f"{prefix}-mixd"), "Mix-1": preset(f"{prefix}-mix1")}
+    if settings.scale == "mini":
+        runs["Mix-d, P = 2"] = two_tokens(settings, "independent")
     return trainings(settings, runs)
 
 

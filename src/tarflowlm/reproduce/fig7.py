@@ -10,6 +10,7 @@ from tarflowlm.evaluation.flops import forward_flops, generation_flops, training
 from tarflowlm.evaluation.latents import latent_report
 from tarflowlm.model import TarFlowLM
 from tarflowlm.presets import preset
+from tarflowlm.reproduce.fig5 import two_tokens
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.reproduce.write import markdown_table
 from tarflowlm.training.config import RunConfig
@@ -27,9 +28,7 @@ def plan(settings: Settings) -> list[Training]:
     runs = {label: preset(f"{prefix}-{kind}") for label, kind in names.items()}
     if settings.scale == "mini":
         # upper blocks have more to do where tokens of a patch are independent given the past
-        patched = preset("mini-mixd-p2")
-        model = replace(patched.model, in_patch="independent")
-        runs["Mix-d, P = 2"] = replace(patched, name=f"{patched.name}-paper", model=model)
+        runs["Mix-d, P = 2"] = two_tokens(settings, "independent")
     return trainings(settings, runs)
 
 
