@@ -224,17 +224,19 @@ def print_result(result: dict[str, Any], console: Console) -> None:
 
 
 def _print_sizes(rows: list[dict[str, Any]], console: Console) -> None:
-    columns = (
-        "", "parameters", "parameters, GB", "gradients", "optimiser", "activations a sequence", "checkpointed",
-        "training GFLOP a token", "paper's forward",
-    )  # fmt: skip
-    table = _table("float32, from shapes alone; the stage that needs most", columns)
+    # fits 80 columns
+    memory = _table(
+        "GB in float32, from shapes alone: the stage that needs most; activations of one sequence",
+        ("", "weights", "grads", "optim", "acts", "recomputed"),
+    )
+    work = _table("", ("", "M parameters", "GFLOP a token, training", "forward, the paper's"))
     for row in rows:
         gigabytes = (f"{row[name]:.2f}" for name in ("weights_gb", "gradients_gb", "optimizer_gb"))
         activations = (f"{row[name]:.3f}" for name in ("activations_gb", "checkpointed_gb"))
+        memory.add_row(row["name"], *gigabytes, *activations)
         flops = (f"{row[name] / 1e9:.2f}" for name in ("training_flops", "paper_flops"))
-        table.add_row(row["name"], f"{row['parameters'] / 1e6:,.1f} M", *gigabytes, *activations, *flops)
-    console.print(table)
+        work.add_row(row["name"], f"{row['parameters'] / 1e6:,.1f}", *flops)
+    console.print(memory, work)
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:
