@@ -181,6 +181,19 @@ def test_results_say_how_they_were_made(settings, run, run_json, monkeypatch):
     assert run(*argv, "--dry-run").out.count("finished") == 2
 
 
+def test_all_recipes_are_run_and_what_they_share_is_planned_once(settings, run_json, monkeypatch):
+    for name in list(RECIPES):
+        monkeypatch.delitem(command.RECIPES, name)
+    for name in ("first", "second"):
+        monkeypatch.setitem(command.RECIPES, name, replace(TINY_RECIPE, name=name))
+    argv = ["reproduce", "all", "--out", settings.out, "--data", settings.data, "--device", "cpu"]
+    assert [planned["run"] for planned in run_json(*argv, "--dry-run")["runs"]] == ["tiny-s0"]
+    results = run_json(*argv)["recipes"]
+    assert [result["name"] for result in results] == ["first", "second"]
+    assert results[0]["rows"] == results[1]["rows"]
+    assert all(Path(path).is_file() for result in results for path in result["files"])
+
+
 @pytest.mark.parametrize(
     ("argv", "names"),
     [

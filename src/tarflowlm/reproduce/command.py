@@ -34,10 +34,13 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+ALL = "all"
+
+
 @dataclass(frozen=True)
 class ReproduceArgs:
     """A table or figure of the paper: table2, fig2, fig3, fig4, fig5, fig6, fig7, table6. Or a question of ours:
-    progressive, patches, one-block."""
+    progressive, patches, one-block. Or all of them."""
 
     name: tyro.conf.Positional[str]
     """Which one."""
@@ -64,11 +67,11 @@ class ReproduceArgs:
 
 
 def run_reproduce(args: ReproduceArgs) -> None:
-    recipe = RECIPES.get(args.name)
-    if recipe is None:
-        raise UserError(f"{args.name!r} is no recipe: choose one of {', '.join(RECIPES)}")
+    if args.name != ALL and args.name not in RECIPES:
+        raise UserError(f"{args.name!r} is no recipe: choose one of {', '.join(RECIPES)}, or {ALL}")
     if args.seeds < 1:
         raise UserError(f"seeds {args.seeds}: must be at least 1")
+    recipes = list(RECIPES.values()) if args.name == ALL else [RECIPES[args.name]]
     settings = Settings(
         scale=args.scale,
         out=args.out,
@@ -79,31 +82,38 @@ def run_reproduce(args: ReproduceArgs) -> None:
         steps=args.steps,
         device=pick_device(args.device),
     )
-    plan = recipe.plan(settings)
     if args.dry_run:
-        _print_plan(args, recipe, estimate(settings, plan))
+        # what recipes share is trained once
+        plan = {training.name: training for recipe in recipes for training in recipe.plan(settings)}
+        title = recipes[0].title if len(recipes) == 1 else "All recipes"
+        _print_plan(args, title, estimate(settings, list(plan.values())))
         return
+    results = [_reproduce(recipe, settings, args) for recipe in recipes]
+    if args.json:
+        print_json(results[0] if args.name != ALL else {"name": ALL, "recipes": results})
+
+
+def _reproduce(recipe: Recipe, settings: Settings, args: ReproduceArgs) -> dict[str, Any]:
     with ProgressReporter(Console(stderr=True)) as reporter:
-        finished = finish(settings, plan, reporter)
+        finished = finish(settings, recipe.plan(settings), reporter)
     rows = recipe.measure(settings, finished)
     written = write_results(recipe, settings, rows, finished, command=["tarflowlm", *sys.argv[1:]])
-    if args.json:
-        print_json({"name": recipe.name, "rows": rows, "files": [str(path) for path in written]})
-    else:
+    if not args.json:
         print_table(Console(), recipe.title, [(path.suffix[1:], str(path)) for path in written])
+    return {"name": recipe.name, "rows": rows, "files": [str(path) for path in written]}
 
 
-def _print_plan(args: ReproduceArgs, recipe: Recipe, planned: list[Planned]) -> None:
+def _print_plan(args: ReproduceArgs, title: str, planned: list[Planned]) -> None:
     missing = sum((p.seconds for p in planned if p.state != "finished"), start=0.0)
     if args.json:
         runs: list[dict[str, Any]] = [
             {"run": p.training.name, "state": p.state, "tokens": p.tokens, "seconds": p.seconds} for p in planned
         ]
-        print_json({"name": recipe.name, "runs": runs, "seconds": missing})
+        print_json({"name": args.name, "runs": runs, "seconds": missing})
         return
     rows = [(p.training.name, f"{p.state}: {p.tokens:,} tokens, about {_time(p.seconds)}") for p in planned]
     rows.append(("to do", f"about {_time(missing)}, and the measurements"))
-    print_table(Console(), f"{recipe.title} ({args.scale}), in {args.out}", rows)
+    print_table(Console(), f"{title} ({args.scale}), in {args.out}", rows)
 
 
 def _time(seconds: float) -> str:
