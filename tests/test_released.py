@@ -45,15 +45,18 @@ def test_an_export_loads_and_knows_nothing_of_the_training(tmp_path, trained, ha
     assert {path.name for path in out.iterdir()} == {
         "config.json", "manifest.json", "model.safetensors", "tokenizer.json"
     }  # fmt: skip
-    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["data"]["source"] == "text.txt"
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["data"]["source"] == "./text.txt"
     (ours, _), (theirs, _) = load(out), load(trained)
     stored = load_file(out / "model.safetensors")
     for name, weight in theirs.state_dict().items():
         kept = ours.state_dict()[name]
         assert kept.dtype == torch.float32
-        is_matrix = weight.ndim > 1 and not name.startswith("codebook")
-        assert stored[name].dtype == (torch.bfloat16 if half and is_matrix else torch.float32)
-        assert torch.equal(kept, weight.bfloat16().float() if half and is_matrix else weight)
+        rounded = half and stored[name].dtype == torch.bfloat16
+        assert torch.equal(kept, weight.bfloat16().float() if rounded else weight)
+    halves = {name for name, weight in stored.items() if weight.dtype == torch.bfloat16}
+    assert ("prior.blocks.0.transformer.layers.0.up.weight" in halves) == half
+    exact = ("codebook.", "biases", "evidence", "norm", "start", "bias")
+    assert not any(part in name for name in halves for part in exact)
 
 
 def test_an_export_overwrites_nothing(tmp_path, trained):

@@ -66,10 +66,7 @@ def save_weights(directory: Path, weights: dict[str, torch.Tensor], info: dict[s
 def read_run(directory: Path, *, check: bool = True) -> RunConfig:
     """What the run of a directory was asked to do. UserError also where config.json is not as it was written."""
     if not directory.is_dir():
-        names = ", ".join(released())
-        raise UserError(
-            f"{directory} is not a directory: give a run directory made by `tarflowlm train`, or one of {names}"
-        )
+        raise UserError(f"{directory} is not a directory: give a run directory made by `tarflowlm train`")
     if check:
         _check(directory, CONFIG)
     return from_dict(RunConfig, read_json(directory / CONFIG), where=str(directory / CONFIG))
@@ -82,6 +79,11 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     file, for a directory that is missing, incomplete, damaged, or not one of ours.
     """
     directory = locate(directory)
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory} is not a directory: give a run directory made by `tarflowlm train`, or one of "
+            + ", ".join(released())
+        )
     for name in (CONFIG, TOKENIZER, WEIGHTS):
         _check(directory, name)
     return _load(directory, device)
@@ -100,24 +102,31 @@ def seal(directory: str | Path) -> None:
 def export(directory: str | Path, out: str | Path, *, half: bool = False) -> Path:
     """Copy what is needed to load a model into the new directory `out`, and nothing that was needed to train it.
 
-    `half` keeps weight matrices in bfloat16; they are float32 again when loaded. The codebook and everything with
-    fewer than two axes stay as they are. The name of the training text loses its folders.
+    `half` keeps the matrices of linear maps in bfloat16; they are float32 again when loaded. Codebooks, and what
+    couplings start from and add up (biases, evidence), stay as they are. Files named in the configuration lose their
+    folders.
     """
     checkpoint, out = load_checkpoint(directory), Path(out)
     if out.exists():
         raise UserError(f"{out} exists already: choose a new directory")
     out.mkdir(parents=True)
-    source = Path(checkpoint.run.data.source).name
-    write_run(out, replace(checkpoint.run, data=replace(checkpoint.run.data, source=source)), checkpoint.tokenizer)
+    data = checkpoint.run.data
+    tokenizer = replace(data.tokenizer, source=_without_folders(data.tokenizer.source))
+    data = replace(data, source=_without_folders(data.source), tokenizer=tokenizer)
+    write_run(out, replace(checkpoint.run, data=data), checkpoint.tokenizer)
     weights = checkpoint.model.state_dict()
     if half:
-        weights = {name: w.bfloat16() if _is_matrix(name, w) else w for name, w in weights.items()}
+        weights = {
+            name: w.bfloat16() if w.ndim == 2 and name.endswith(".weight") else w for name, w in weights.items()
+        }
     save_weights(out, weights, checkpoint.info)
     return out
 
 
-def _is_matrix(name: str, weight: torch.Tensor) -> bool:
-    return weight.ndim > 1 and not name.startswith("codebook.")
+def _without_folders(source: str) -> str:
+    """A path as ./NAME, which no corpus or hub is named; names stay."""
+    path = Path(source)
+    return f"./{path.name}" if path.is_absolute() else source
 
 
 def _load(directory: Path, device: str | torch.device) -> Checkpoint:

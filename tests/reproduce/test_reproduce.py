@@ -19,6 +19,7 @@ from tarflowlm.reproduce.command import RECIPES
 from tarflowlm.reproduce.measures import summary_row
 from tarflowlm.reproduce.recipe import Recipe, Settings, trainings
 from tarflowlm.training.config import RunConfig, TrainConfig
+from tarflowlm.training.lock import locked
 from tarflowlm.training.metrics import Reporter
 
 NAMES = {"table2", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "table6", "progressive", "patches", "one-block"}
@@ -137,6 +138,32 @@ def test_a_run_of_another_configuration_is_left_alone(settings):
     with pytest.raises(UserError, match=r"tiny-s0 .*another configuration"):
         runs.finish(settings, trainings(settings, {"tiny": other}), Reporter())
     assert (done.directory / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_that_another_process_has_just_begun_is_left_alone(settings):
+    [training, _] = tiny_plan(settings)
+    with pytest.raises(Stop):
+        runs.finish(settings, [training], StopAt(1))
+    directory = runs.directory_of(settings, training)
+    with locked(directory), pytest.raises(UserError, match="being written"):
+        runs.finish(settings, [training], Reporter())
+    assert (directory / "config.json").is_file()
+
+
+def test_what_would_stop_a_later_recipe_stops_all_of_them_at_once(settings, refused, monkeypatch):
+    runs.finish(settings, tiny_plan(settings)[:1], Reporter())
+    other = replace(TINY, optim=replace(TINY.optim, lr=1e-3))
+    good = replace(TINY_RECIPE, plan=lambda settings: trainings(settings, {"good": replace(TINY, name="good")}))
+    bad = replace(TINY_RECIPE, plan=lambda settings: trainings(settings, {"tiny": other}))
+    foreign = replace(TINY_RECIPE, needs=(("no_such_module", "quality"),))
+    for name in list(RECIPES):
+        monkeypatch.delitem(command.RECIPES, name)
+    monkeypatch.setitem(command.RECIPES, "good", good)
+    argv = ["reproduce", "all", "--out", settings.out, "--data", settings.data, "--device", "cpu"]
+    for recipe, words in ((bad, "another configuration"), (foreign, "tarflowlm[quality]")):
+        monkeypatch.setitem(command.RECIPES, "later", recipe)
+        refused(*argv, names=[words])
+    assert [path.name for path in (settings.out / "runs").iterdir()] == ["tiny-s0"]
 
 
 def test_estimates_count_all_tokens_and_time_every_shape_once(settings, monkeypatch):

@@ -132,8 +132,9 @@ def _paper_head(config: FlowConfig, index: int) -> int:
     D, c = config.trunk.width, config.patch * config.latent_dim
     if coupling == "mixd":
         return 2 * D * components * config.patch
-    # all channels at once: nothing of a token's own channels is seen
-    E, D_m = 0 if coupling == "token-affine" else config.head_features, 2 * config.head_hidden
+    # token-affine with one token per position sees none of its channels; with more, it is counted as affine is
+    blind = coupling == "token-affine" and config.patch == 1
+    E, D_m = 0 if blind else config.head_features, 2 * config.head_hidden
     outputs = 3 * components if coupling == "mix1" else 2
     return 6 * E * (c - 1) ** 2 + D_m * c * (D + E * (c - 1)) + D_m * c * c * outputs
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -235,7 +236,7 @@ def _remarks(judge: Judge, num: int, trained_on: str | None) -> tuple[str, ...]:
         )
     if num < PAPER_SAMPLES:
         remarks.append(f"MAUVE of {num:,} samples: not comparable with published ones, which have {PAPER_SAMPLES:,}")
-    if judge.source is not None and judge.source == trained_on:
+    if judge.source is not None and trained_on is not None and Path(judge.source).name == Path(trained_on).name:
         remarks.append("the judge was trained on the same text as the model: it favours what both have learned")
     return tuple(remarks)
 

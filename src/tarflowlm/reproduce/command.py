@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tarflowlm.reproduce import (
     table6,
 )
 from tarflowlm.reproduce.recipe import Recipe, Scale, Settings
-from tarflowlm.reproduce.runs import Planned, estimate, finish
+from tarflowlm.reproduce.runs import Planned, estimate, finish, state_of
 from tarflowlm.reproduce.write import write_results
 
 RECIPES: dict[str, Recipe] = {
@@ -88,9 +89,22 @@ def run_reproduce(args: ReproduceArgs) -> None:
         title = recipes[0].title if len(recipes) == 1 else "All recipes"
         _print_plan(args, title, estimate(settings, list(plan.values())))
         return
+    # before anything that takes hours
+    for recipe in recipes:
+        _check(recipe, settings)
     results = [_reproduce(recipe, settings, args) for recipe in recipes]
     if args.json:
         print_json(results[0] if args.name != ALL else {"name": ALL, "recipes": results})
+
+
+def _check(recipe: Recipe, settings: Settings) -> None:
+    """UserError for what would stop the recipe later: a missing package, a run of another configuration."""
+    plots = (("matplotlib", "plots"),) if recipe.draw is not None else ()
+    for module, extra in (*plots, *recipe.needs):
+        if find_spec(module) is None:
+            raise UserError(f"{recipe.name} needs {module}: pip install 'tarflowlm[{extra}]'")
+    for training in recipe.plan(settings):
+        state_of(settings, training)
 
 
 def _reproduce(recipe: Recipe, settings: Settings, args: ReproduceArgs) -> dict[str, Any]:

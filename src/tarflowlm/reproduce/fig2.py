@@ -36,8 +36,8 @@ def joint(progressive: RunConfig) -> RunConfig:
 RECIPE = Recipe(
     name="fig2",
     title="Ladder of ablations",
-    claim="each rung is better than the last: base (one affine map for all channels of a token), + channel-wise "
-    "affine, + Mix-1, + Mix-d, + progressive training.",
+    claim="The paper: each rung is better than the last: base (one affine map for all channels of a token), + "
+    "channel-wise affine, + Mix-1, + Mix-d, + progressive training.",
     plan=plan,
     measure=summaries,
     draw=lambda figure, rows: dots(figure, rows, "test bpc", unit="bits per character, <="),

@@ -30,7 +30,7 @@ def _six(settings: Settings, coupling: CouplingName) -> RunConfig:
 RECIPE = Recipe(
     name="fig3",
     title="Affine against Mix-1, six blocks",
-    claim="with six blocks of two layers, Mix-1 reaches a clearly better bound than affine couplings.",
+    claim="The paper: with six blocks of two layers, Mix-1 reaches a clearly better bound than affine couplings.",
     plan=plan,
     measure=summaries,
     draw=lambda figure, rows: dots(figure, rows, "test bpc", unit="bits per character, <="),

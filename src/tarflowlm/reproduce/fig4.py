@@ -37,8 +37,8 @@ def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
 RECIPE = Recipe(
     name="fig4",
     title="Mixture components",
-    claim="K = 1 is far worse than any K above 1, which all work. (With K = 27, the vocabulary, block 1 starts from "
-    "the codebook here, and with other K it does not.)",
+    claim="The paper: K = 1 is far worse than any K above 1, which all work. (With K = 27, the vocabulary, "
+    "block 1 starts from the codebook here, and with other K it does not.)",
     plan=plan,
     measure=measure,
     draw=lambda figure, rows: bits_by(figure, rows, "K", "mixture components K"),

@@ -55,7 +55,7 @@ def text(settings: Settings, finished: Sequence[Finished]) -> str:
 RECIPE = Recipe(
     name="fig6",
     title="Text after each pass",
-    claim="every intermediate state decodes to text, which each pass refines from coarse to fine.",
+    claim="The paper: every intermediate state decodes to text, which each pass refines from coarse to fine.",
     plan=plan,
     measure=measure,
     text=text,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tarflowlm.checkpoint import Checkpoint
+from tarflowlm.checkpoint import read_run
 from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
 from tarflowlm.evaluation.latents import latent_report
@@ -48,11 +48,9 @@ def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
 
 
 def flops_table(settings: Settings, finished: Sequence[Finished]) -> str:
-    checkpoints = {done.training.label: done.load() for done in finished}
-    baseline = preset("mini-ar" if settings.scale == "mini" else "owt-ar")
-    first: Checkpoint = next(iter(checkpoints.values()))
-    vocab_size = first.run.model.vocab_size
-    runs = {"AR": baseline} | {label: checkpoint.run for label, checkpoint in checkpoints.items()}
+    flows = {done.training.label: read_run(done.directory) for done in finished}
+    vocab_size = next(iter(flows.values())).model.vocab_size
+    runs = {"AR": preset("mini-ar" if settings.scale == "mini" else "owt-ar")} | flows
     rows = [_flops_row(label, run, vocab_size) for label, run in runs.items()]
     return (
         "## Floating-point operations\n\nMillions per token, a multiply-add counted as two; "
@@ -92,7 +90,8 @@ def draw(figure: "Figure", rows: Sequence[Row]) -> None:
 RECIPE = Recipe(
     name="fig7",
     title="Latents after every block",
-    claim="norms, cosines, participation ratio and centroid movement of the states show what each block does.",
+    claim="The paper: norms, cosines, participation ratio and centroid movement of the states show what each "
+    "block does.",
     plan=plan,
     measure=measure,
     draw=draw,

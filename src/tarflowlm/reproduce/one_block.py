@@ -29,7 +29,7 @@ def _run(settings: Settings, components: int) -> RunConfig:
 RECIPE = Recipe(
     name="one-block",
     title="One Mix-1 block with few components",
-    claim="K = 1 is far worse than any K above 1, which all work: so two to four components should do in one block.",
+    claim="In the paper any K above 1 works in three blocks. Do two to four components do in one?",
     plan=plan,
     measure=summaries,
     draw=lambda figure, rows: dots(figure, rows, "test bpc", unit="bits per character, <="),

@@ -35,7 +35,7 @@ def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
 RECIPE = Recipe(
     name="patches",
     title="Patch size at one depth",
-    claim="patches of several tokens shorten the sequence; which size costs how much is not in the paper.",
+    claim="Patches of several tokens shorten the sequence. What does each size cost? The paper does not say.",
     plan=plan,
     measure=measure,
     draw=lambda figure, rows: bits_by(figure, rows, "P", "tokens per position P"),

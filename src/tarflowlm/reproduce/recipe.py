@@ -96,9 +96,11 @@ class Recipe:
     name: str
     title: str
     claim: str
-    """What the paper says, with its numbers."""
+    """What the paper says, with its numbers; or what is asked where it says nothing."""
     plan: Callable[[Settings], list[Training]]
     measure: Callable[[Settings, Sequence[Finished]], list[Row]]
     draw: Draw | None = None
+    needs: tuple[tuple[str, str], ...] = ()
+    """Modules that measuring takes, each with the extra of the package that has it."""
     text: Callable[[Settings, Sequence[Finished]], str] | None = None
     """Markdown to stand below the table: samples, say."""

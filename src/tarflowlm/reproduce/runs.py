@@ -13,6 +13,7 @@ from tarflowlm.data import SOURCE_NAMES, TokenizerConfig, build_tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.reproduce.recipe import Finished, Settings, Training
 from tarflowlm.training.config import RunConfig
+from tarflowlm.training.lock import locked
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.progressive import SUMMARY, resume, train
 from tarflowlm.training.timing import seconds_per_step
@@ -63,7 +64,8 @@ def finish(settings: Settings, plan: Sequence[Training], reporter: Reporter) -> 
             resume(directory, device=settings.device, reporter=reporter)
         else:
             if (directory / CONFIG).exists():
-                shutil.rmtree(directory)  # ours, and stopped before its first checkpoint
+                with locked(directory):  # or another process has only just begun it
+                    shutil.rmtree(directory)  # ours, and stopped before its first checkpoint
             train(training.run, directory, device=settings.device, reporter=reporter)
         done.append(Finished(training, directory, settings.device))
     return done

@@ -14,7 +14,6 @@ import torch
 from tarflowlm.checkpoint import CONFIG, WEIGHTS
 from tarflowlm.data import cached_corpus, load_tokenizer
 from tarflowlm.data.read import sha256_of
-from tarflowlm.errors import UserError
 from tarflowlm.files import replacing
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings
 
@@ -30,7 +29,7 @@ def write_results(
         written.append(plot)
     parts = [
         f"# {recipe.title}\n",
-        f"The paper: {recipe.claim}\n",
+        f"{recipe.claim}\n",
         markdown_table(rows),
         f"![{recipe.title}]({plot.name})\n" if recipe.draw is not None else "",
         recipe.text(settings, finished) if recipe.text is not None else "",
@@ -71,10 +70,8 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 def _plot(path: Path, recipe: Recipe, rows: Sequence[Row]) -> None:
     assert recipe.draw is not None
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("plots need matplotlib: pip install 'tarflowlm[plots]'") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     recipe.draw(figure, rows)
     figure.suptitle(recipe.title, fontsize=10)
