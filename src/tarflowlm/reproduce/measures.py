@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SIGNS = {"exact": "="}
 JUDGE_STEPS = 1300
-SHORT_STEPS, SHORT_WINDOWS = 400, 1024
+SHORT_STEPS, SHORT_WINDOWS = 300, 1024
 """Of the mini trainings whose order shows early."""
 
 
