@@ -188,8 +188,9 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
-    # Text, for names may hold what rich takes for markup
-    table = Table(title=Text(title), show_header=False, title_justify="left", title_style="bold")
+    # Text, for names may hold what rich takes for markup; not a title of the table, which would wrap to its width
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    table = Table(show_header=False)
     table.add_column(style="cyan")
     table.add_column()
     for row in rows:
