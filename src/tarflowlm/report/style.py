@@ -32,6 +32,7 @@ _STYLE: Any = {
     "figure.constrained_layout.use": True,
     "axes.facecolor": PAPER,
     "axes.edgecolor": MUTED,
+    "axes.prop_cycle": f"cycler(color={COLOURS})",
     "axes.labelcolor": INK,
     "axes.titlelocation": "left",
     "axes.titlesize": 10,

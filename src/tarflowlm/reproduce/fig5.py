@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
@@ -11,12 +11,10 @@ from tarflowlm.data import eval_windows
 from tarflowlm.generation import generate
 from tarflowlm.model import FlowConfig
 from tarflowlm.presets import preset
+from tarflowlm.report.style import Figure
 from tarflowlm.reproduce.measures import judge_of, judge_training
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.training.config import RunConfig
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PREFIXES = (0, 16, 64, 128)
 PROMPTS = 32
@@ -68,7 +66,7 @@ def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     return rows
 
 
-def draw(figure: "Figure", rows: Sequence[Row]) -> None:
+def draw(figure: Figure, rows: Sequence[Row]) -> None:
     axes = figure.subplots()
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == model]
@@ -76,7 +74,6 @@ def draw(figure: "Figure", rows: Sequence[Row]) -> None:
     axes.set_xlabel("tokens of real text before the continuation")
     axes.set_ylabel("generative perplexity")
     axes.legend()
-    axes.grid(alpha=0.3)
 
 
 RECIPE = Recipe(

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from tarflowlm.checkpoint import read_run
 from tarflowlm.data import eval_windows
@@ -10,13 +9,11 @@ from tarflowlm.evaluation.flops import forward_flops, generation_flops, training
 from tarflowlm.evaluation.latents import latent_report
 from tarflowlm.model import TarFlowLM
 from tarflowlm.presets import preset
+from tarflowlm.report.style import Figure
 from tarflowlm.reproduce.fig5 import two_tokens
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.reproduce.write import markdown_table
 from tarflowlm.training.config import RunConfig
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 WINDOWS = 256
 METRICS = ("norm", "cosine", "participation_ratio", "centroid_shift", "log_det", "kl", "kl_gain", "nelbo")
@@ -70,7 +67,7 @@ def _flops_row(label: str, run: RunConfig, vocab_size: int) -> Row:
     }
 
 
-def draw(figure: "Figure", rows: Sequence[Row]) -> None:
+def draw(figure: Figure, rows: Sequence[Row]) -> None:
     metrics = {"norm": "norm", "cosine": "cosine", "participation_ratio": "participation ratio",
                "centroid_shift": "movement of the centroid"}  # fmt: skip
     panels = figure.subplots(2, 2, sharex=True)
@@ -81,7 +78,6 @@ def draw(figure: "Figure", rows: Sequence[Row]) -> None:
             axes.errorbar([r["block"] for r in of_model], values, spreads, marker="o", capsize=3, label=model)
         axes.set_title(title, fontsize=9)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
     for axes in panels[1]:
         axes.set_xlabel("blocks passed (0: latents of the text)")
     panels[0, 0].legend(fontsize=8)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,11 +11,9 @@ from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.evaluation.quality import Quality, SamplingConfig, measure_quality
 from tarflowlm.presets import mini_ar, with_steps
+from tarflowlm.report.style import COLOURS, SMALL, Axes, Figure
 from tarflowlm.reproduce.recipe import Finished, Row, Settings, Training
 from tarflowlm.training.config import RunConfig
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SIGNS = {"exact": "="}
 JUDGE_STEPS = 1300
@@ -87,23 +84,30 @@ def quality(done: Finished, judge: Judge, *, num: int) -> Quality:
     return measure_quality(checkpoint.model, checkpoint.tokenizer, judge, text, config, trained_on=source)
 
 
-def bits_by(figure: "Figure", rows: Sequence[Row], column: str, label: str) -> None:
+def bits_by(figure: Figure, rows: Sequence[Row], column: str, label: str) -> None:
     """Test bits per character over a column of whole numbers, on a logarithmic axis."""
     axes, places = figure.subplots(), sorted({row[column] for row in rows})
-    axes.plot([row[column] for row in rows], [row["test bpc"] for row in rows], "o")
+    for row in rows:
+        _point(axes, row[column], row["test bpc"])
     axes.set_xscale("log", base=2)
     axes.set_xticks(places, [str(place) for place in places])
+    axes.margins(x=0.12, y=0.1)
     axes.set_xlabel(label)
     axes.set_ylabel("bits per character, <=")
-    axes.grid(alpha=0.3)
 
 
-def dots(figure: "Figure", rows: Sequence[Row], value: str, *, unit: str) -> None:
+def dots(figure: Figure, rows: Sequence[Row], value: str, *, unit: str) -> None:
     """One dot per seed for every model, in the order of the rows."""
     axes = figure.subplots()
     labels = list(dict.fromkeys(row["model"] for row in rows))
     for row in rows:
-        axes.plot(labels.index(row["model"]), row[value], "o", color="tab:blue")
+        _point(axes, labels.index(row["model"]), row[value])
     axes.set_xticks(range(len(labels)), labels)
+    axes.margins(x=0.15, y=0.1)
     axes.set_ylabel(unit)
-    axes.grid(axis="y", alpha=0.3)
+
+
+def _point(axes: Axes, x: int, y: float) -> None:
+    """A dot with its value beside it."""
+    axes.plot(x, y, "o", color=COLOURS[0])
+    axes.annotate(f"{y:.3f}", (x, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=SMALL)

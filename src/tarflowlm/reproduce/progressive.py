@@ -2,19 +2,16 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.latents import latent_report
 from tarflowlm.model import TarFlowLM
 from tarflowlm.presets import preset
 from tarflowlm.report.records import RunRecord, read_record
+from tarflowlm.report.style import Figure
 from tarflowlm.reproduce.fig2 import joint
 from tarflowlm.reproduce.measures import summary_row
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 WINDOWS = 256
 MINI_BOUND, PAPER_BOUND = 2.1, 1.4
@@ -62,7 +59,7 @@ def _distance(at: float, step: int) -> float:
     return abs(step - at)
 
 
-def draw(figure: "Figure", rows: Sequence[Row]) -> None:
+def draw(figure: Figure, rows: Sequence[Row]) -> None:
     axes = figure.subplots()
     for row in rows:
         points = {int(name[7:].replace(",", "")): value for name, value in row.items() if name.startswith("bpc at ")}
@@ -70,7 +67,6 @@ def draw(figure: "Figure", rows: Sequence[Row]) -> None:
     axes.set_xlabel("optimiser steps")
     axes.set_ylabel("training bits per character, <=")
     axes.legend()
-    axes.grid(alpha=0.3)
 
 
 RECIPE = Recipe(

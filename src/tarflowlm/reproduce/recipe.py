@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -11,16 +11,14 @@ from tarflowlm.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.data import TokenArray, cached_corpus, encode_text_source
 from tarflowlm.files import read_json
 from tarflowlm.presets import with_steps
+from tarflowlm.report.style import Figure
 from tarflowlm.training.config import RunConfig
 from tarflowlm.training.progressive import SUMMARY
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Scale = Literal["mini", "paper"]
 Row = dict[str, Any]
 """One line of the CSV and of the Markdown table: column name -> number or text."""
-Draw = Callable[["Figure", Sequence[Row]], None]
+Draw = Callable[[Figure, Sequence[Row]], None]
 """Draws the rows into a matplotlib figure."""
 
 

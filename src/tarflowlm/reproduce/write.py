@@ -15,6 +15,7 @@ from tarflowlm.checkpoint import CONFIG, WEIGHTS
 from tarflowlm.data import cached_corpus, load_tokenizer
 from tarflowlm.data.read import sha256_of
 from tarflowlm.files import replacing
+from tarflowlm.report.style import Figure, render
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings
 
 
@@ -69,14 +70,12 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def _plot(path: Path, recipe: Recipe, rows: Sequence[Row]) -> None:
-    assert recipe.draw is not None
-    from matplotlib.figure import Figure
+    def draw(figure: Figure) -> None:
+        assert recipe.draw is not None
+        recipe.draw(figure, rows)
+        figure.suptitle(recipe.title, fontsize=10, x=0.01, ha="left")
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    recipe.draw(figure, rows)
-    figure.suptitle(recipe.title, fontsize=10)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    render(draw, path, width=7.0, height=4.5)
 
 
 def _provenance(settings: Settings, finished: Sequence[Finished], command: Sequence[str]) -> str:
