@@ -1,23 +1,37 @@
 """Figure 6: text after each pass."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from tarflowlm.generation import Generation, generate
-from tarflowlm.presets import preset
+from tarflowlm.model import FlowConfig
+from tarflowlm.presets import preset, with_steps
 from tarflowlm.reproduce.fig5 import two_tokens
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.training.config import RunConfig
 
 NUM, LENGTH = 8, 128
+DEEP_STEPS = 1300
 
 
 def plan(settings: Settings) -> list[Training]:
     prefix = "mini" if settings.scale == "mini" else "owt"
     runs = {"Mix-d": preset(f"{prefix}-mixd"), "Mix-1": preset(f"{prefix}-mix1")}
     if settings.scale == "mini":
-        runs["Mix-d, P = 2"] = two_tokens(settings, "independent")
+        runs |= more_for_upper_blocks(settings)
     return trainings(settings, runs)
+
+
+def more_for_upper_blocks(settings: Settings) -> dict[str, RunConfig]:
+    """Mini flows whose upper blocks have more to do than in the presets."""
+    run = preset("mini-mix1")
+    assert isinstance(run.model, FlowConfig)
+    # the published proportions; of the presets' blocks the first is the deepest
+    model = replace(run.model, layers=(1, 1, 4), components=(27, 27, 27))
+    deep = with_steps(replace(run, name="mini-mix1-deep-last", model=model), DEEP_STEPS)
+    return {"Mix-1, last block deepest": deep, "Mix-d, P = 2": two_tokens(settings, "independent")}
 
 
 def _passes(done: Finished) -> tuple[Generation, list[list[str]]]:

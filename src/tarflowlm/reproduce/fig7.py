@@ -9,8 +9,8 @@ from tarflowlm.evaluation.flops import forward_flops, generation_flops, training
 from tarflowlm.evaluation.latents import latent_report
 from tarflowlm.model import TarFlowLM
 from tarflowlm.presets import preset
-from tarflowlm.report.style import Figure
-from tarflowlm.reproduce.fig5 import two_tokens
+from tarflowlm.report.style import SMALL, Figure
+from tarflowlm.reproduce.fig6 import more_for_upper_blocks
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.reproduce.write import markdown_table
 from tarflowlm.training.config import RunConfig
@@ -24,8 +24,7 @@ def plan(settings: Settings) -> list[Training]:
     names = {"affine": "affine", "Mix-1": "mix1", "Mix-d": "mixd"}
     runs = {label: preset(f"{prefix}-{kind}") for label, kind in names.items()}
     if settings.scale == "mini":
-        # upper blocks have more to do where tokens of a patch are independent given the past
-        runs["Mix-d, P = 2"] = two_tokens(settings, "independent")
+        runs |= more_for_upper_blocks(settings)
     return trainings(settings, runs)
 
 
@@ -72,15 +71,17 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
                "centroid_shift": "movement of the centroid"}  # fmt: skip
     panels = figure.subplots(2, 2, sharex=True)
     for axes, (name, title) in zip(panels.flat, metrics.items(), strict=True):
-        for model in dict.fromkeys(row["model"] for row in rows):
+        for index, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
             of_model = [r for r in rows if r["model"] == model and r["seed"] == 0 and r[name] is not None]
             values, spreads = ([r[column] for r in of_model] for column in (name, f"{name} ±"))
-            axes.errorbar([r["block"] for r in of_model], values, spreads, marker="o", capsize=3, label=model)
+            # side by side, so that no model hides another
+            places = [r["block"] + 0.05 * index for r in of_model]
+            axes.errorbar(places, values, spreads, marker="o", markersize=4, capsize=2, label=model)
         axes.set_title(title, fontsize=9)
         axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in panels[1]:
         axes.set_xlabel("blocks passed (0: latents of the text)")
-    panels[0, 0].legend(fontsize=8)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=SMALL)
 
 
 RECIPE = Recipe(

@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -59,13 +58,17 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    def cell(value: Any) -> str:
+    """A column `X ±` is written into the cells of column `X`."""
+
+    def cell(row: Row, name: str) -> str:
+        value, spread = row.get(name), row.get(f"{name} ±")
         if value is None:
             return ""
-        return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
+        return text if spread is None else f"{text} ± {spread:.4f}"
 
-    columns = _columns(rows)
-    lines = [columns, ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
+    columns = [name for name in _columns(rows) if not name.endswith(" ±")]
+    lines = [columns, ["---"] * len(columns), *([cell(row, name) for name in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -102,7 +105,8 @@ def _hardware(device: torch.device) -> str:
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration, IndexError):
         name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, {device.type}"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}, {device.type}"
 
 
 def _texts(finished: Sequence[Finished]) -> set[str]:
