@@ -13,7 +13,7 @@ from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training
 from tarflowlm.training.config import RunConfig
 
 NUM, LENGTH = 8, 128
-DEEP_STEPS = 1300
+DEEP_STEPS = 1000
 
 
 def plan(settings: Settings) -> list[Training]:
