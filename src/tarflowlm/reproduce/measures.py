@@ -87,8 +87,8 @@ def quality(done: Finished, judge: Judge, *, num: int) -> Quality:
 def bits_by(figure: Figure, rows: Sequence[Row], column: str, label: str) -> None:
     """Test bits per character over a column of whole numbers, on a logarithmic axis."""
     axes, places = figure.subplots(), sorted({row[column] for row in rows})
-    for row in rows:
-        _point(axes, row[column], row["test bpc"])
+    for place in places:
+        _points(axes, place, [row["test bpc"] for row in rows if row[column] == place])
     axes.set_xscale("log", base=2)
     axes.set_xticks(places, [str(place) for place in places])
     axes.margins(x=0.12, y=0.1)
@@ -100,14 +100,16 @@ def dots(figure: Figure, rows: Sequence[Row], value: str, *, unit: str) -> None:
     """One dot per seed for every model, in the order of the rows."""
     axes = figure.subplots()
     labels = list(dict.fromkeys(row["model"] for row in rows))
-    for row in rows:
-        _point(axes, labels.index(row["model"]), row[value])
+    for place, label in enumerate(labels):
+        _points(axes, place, [row[value] for row in rows if row["model"] == label])
     axes.set_xticks(range(len(labels)), labels)
     axes.margins(x=0.15, y=0.1)
     axes.set_ylabel(unit)
 
 
-def _point(axes: Axes, x: int, y: float) -> None:
-    """A dot with its value beside it."""
-    axes.plot(x, y, "o", color=COLOURS[0])
-    axes.annotate(f"{y:.3f}", (x, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=SMALL)
+def _points(axes: Axes, x: int, values: Sequence[float]) -> None:
+    """Dots of all seeds, with the value beside them, or their mean."""
+    axes.plot([x] * len(values), values, "o", color=COLOURS[0])
+    mean = sum(values) / len(values)
+    text = f"{mean:.3f}" if len(values) == 1 else f"mean {mean:.3f}"
+    axes.annotate(text, (x, mean), xytext=(6, 0), textcoords="offset points", va="center", fontsize=SMALL)

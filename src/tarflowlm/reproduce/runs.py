@@ -74,7 +74,8 @@ def finish(settings: Settings, plan: Sequence[Training], reporter: Reporter) -> 
 def estimate(settings: Settings, plan: Sequence[Training]) -> list[Planned]:
     """The plan with times from a few steps of every stage; at paper scale of one short sequence, scaled up.
 
-    Sequences that share a shape are timed once.
+    That overstates the optimiser, whose part of a step does not grow with the batch. Trainings that share a shape are
+    timed once.
     """
     known: dict[RunConfig, float] = {}
     planned = []
