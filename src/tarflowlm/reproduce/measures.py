@@ -103,7 +103,7 @@ def dots(figure: Figure, rows: Sequence[Row], value: str, *, unit: str) -> None:
     for place, label in enumerate(labels):
         _points(axes, place, [row[value] for row in rows if row["model"] == label])
     axes.set_xticks(range(len(labels)), labels)
-    axes.margins(x=0.15, y=0.1)
+    axes.margins(x=0.2, y=0.1)
     axes.set_ylabel(unit)
 
 
