@@ -54,7 +54,7 @@ def changed(path: str, value: object) -> dict:
         ("model.latent_dim", None, "config.model.latent_dim: expected int, found None"),
         ("model.channel_mix", 1, "config.model.channel_mix: expected bool, found 1"),
         ("model.couplings", "mixd", "config.model.couplings: expected a list"),
-        ("model.couplings", ["mixd", "mixx"], r"config.model.couplings\[1\]: 'mixx' is not one of 'token-affine'"),
+        ("model.couplings", ["mixd", "mixx", "mix1"], r"config.model.couplings\[1\]: 'mixx' is not one of 'affine'"),
         ("model.layers", [1, 2.0, 1], r"config.model.layers\[1\]: expected int, found 2.0"),
         ("train.batch_size", 1.5, "config.train.batch_size: expected int, found 1.5"),
         ("train.batch_size", True, "config.train.batch_size: expected int, found True"),

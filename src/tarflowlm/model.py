@@ -15,8 +15,8 @@ from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling, Mix
 from tarflowlm.flow.stack import FlowBlock, Prior
 from tarflowlm.flow.transformer import TransformerConfig
 
-CouplingName = Literal["token-affine", "affine", "mix1", "mixd"]
-"""token-affine and affine: one Gaussian, for all channels of a token at once or channel after channel."""
+CouplingName = Literal["affine", "token-affine", "mix1", "mixd"]
+"""affine and token-affine: one Gaussian, channel after channel or for all channels of a token at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
