@@ -65,7 +65,7 @@ class Args:
 
 @dataclass(frozen=True)
 class _Contender:
-    step: Callable[[], None]
+    step: Callable[[], object]
     num_tokens: int
     flops: int
     """Of one step."""
@@ -143,13 +143,13 @@ def _contender(run: RunConfig, stage: int, args: Args, device: torch.device) -> 
     shape = (run.train.batch_size, config.context)
     tokens = torch.randint(config.vocab_size, shape, generator=generator, device=device)
     return _Contender(
-        step=lambda: (step(tokens), None)[1],
+        step=lambda: step(tokens),
         num_tokens=run.train.batch_size * config.context,
         flops=run.train.batch_size * training_flops(config, frozen=stage),
     )
 
 
-def _time(step: Callable[[], None], steps: int, device: torch.device) -> float:
+def _time(step: Callable[[], object], steps: int, device: torch.device) -> float:
     """Seconds per step."""
     _synchronize(device)
     start = time.perf_counter()
