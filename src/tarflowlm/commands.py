@@ -59,6 +59,8 @@ class TrainArgs:
     """Corpus name, text file, or directory made by `tarflowlm data`."""
     steps: int | None = None
     """Optimiser steps in all, stages included; the stages keep their proportion."""
+    minutes: float | None = None
+    """Train for this time instead, evaluation and saving included; the stages keep their shares of it."""
     device: DeviceName = "auto"
     """auto takes cuda, then mps, then cpu."""
     checkpoint_every: int | None = None
@@ -200,6 +202,12 @@ def overridden(args: TrainArgs) -> RunConfig:
         run = replace(run, data=replace(run.data, source=args.data))
     if args.checkpoint_every is not None:
         run = replace(run, train=replace(run.train, checkpoint_every=args.checkpoint_every))
+    if args.minutes is not None:
+        if args.steps is not None:
+            raise UserError(f"--steps {args.steps} with --minutes {args.minutes}: give one of them")
+        if not args.minutes > 0:
+            raise UserError(f"minutes {args.minutes}: must be above 0 and finite")
+        return replace(run, train=replace(run.train, minutes=args.minutes))
     return run if args.steps is None else with_steps(run, args.steps)
 
 

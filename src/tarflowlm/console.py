@@ -91,7 +91,7 @@ class ProgressReporter(Reporter):
         self._bpc = self._valid = self._rate = ""
         self._start, self._tokens = time.perf_counter(), 0
 
-    def step(self, num_tokens: int) -> None:
+    def step(self, num_tokens: int, share: float | None = None) -> None:
         self._tokens += num_tokens
         seconds = time.perf_counter() - self._start
         if seconds > 0.5 and not self._rate:

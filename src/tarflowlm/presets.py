@@ -25,8 +25,7 @@ def quickstart() -> RunConfig:
     """A few minutes on two CPU cores: one Mix-d block and two Mix-1 blocks on the built-in corpus."""
     model = FlowConfig(context=128, latent_dim=16, trunk=MINI_TRUNK)
     data = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=2048))
-    # the stages' shares of the time; the command turns them into steps
-    train = TrainConfig(stage_steps=(85, 8, 7), evaluate_every=200, checkpoint_every=10_000, test_windows=1000)
+    train = TrainConfig(stage_steps=(85, 8, 7), minutes=5.0, evaluate_every=200, test_windows=1000)
     return RunConfig(name="quickstart", model=model, data=data, train=train, optim=OptimConfig(codebook_lr_scale=0.5))
 
 
@@ -134,10 +133,10 @@ def preset(name: str) -> RunConfig:
 
 
 def with_steps(run: RunConfig, num_steps: int) -> RunConfig:
-    """The run with `num_steps` optimiser steps in all, its stages in the same proportion."""
+    """The run with `num_steps` optimiser steps in all instead of a time, its stages in the same proportion."""
     stages = run.train.stage_steps
     if num_steps < len(stages):
         raise UserError(f"steps {num_steps}: the run has {len(stages)} stages, each needs at least 1 step")
     scaled = [max(1, round(s * num_steps / sum(stages))) for s in stages]
     scaled[scaled.index(max(scaled))] += num_steps - sum(scaled)
-    return replace(run, train=replace(run.train, stage_steps=tuple(scaled)))
+    return replace(run, train=replace(run.train, stage_steps=tuple(scaled), minutes=0.0))

@@ -117,7 +117,7 @@ class StopAt(Reporter):
             raise Stop
 
 
-@pytest.mark.parametrize(("step", "state"), [(1, "new"), (5, "stopped")])
+@pytest.mark.parametrize(("step", "state"), [(1, "stopped"), (5, "stopped")])
 def test_what_was_stopped_goes_on_to_the_same_end(settings, tmp_path, step, state):
     [training, _] = tiny_plan(settings)
     with pytest.raises(Stop):

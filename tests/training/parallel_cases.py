@@ -64,7 +64,7 @@ class Stopper(Reporter):
     def __init__(self) -> None:
         self.steps = 0
 
-    def step(self, num_tokens: int) -> None:
+    def step(self, num_tokens: int, share: float | None = None) -> None:
         self.steps += 1
         if self.steps == STOP_AT:
             raise Stop

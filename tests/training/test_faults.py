@@ -36,7 +36,7 @@ class Listener(Reporter):
     def __init__(self, at: int = 0, action=None, stop: int = 0) -> None:
         self.at, self.action, self.stop, self.steps, self.notices = at, action, stop, 0, []
 
-    def step(self, num_tokens):
+    def step(self, num_tokens, share=None):
         self.steps += 1
         if self.steps == self.at:
             self.action()

@@ -143,6 +143,83 @@ def test_nan_in_a_gradient_is_skipped_recorded_and_told(tmp_path, tiny_run, go, 
     assert all(math.isfinite(record["grad_norm_max"]) for record in lines(tmp_path / "run", "train"))
 
 
+@pytest.fixture
+def looks_seldom(monkeypatch):
+    """The CPU is looked at every fourth step, as an accelerator is every few."""
+    monkeypatch.setattr(loop, "steps_between_looks", lambda device: 4)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_deferred_guard_leaves_the_step_to_the_device(tiny_run, optimizer):
+    run = tiny_run(optim={"optimizer": optimizer}, mode="joint", stage_steps=(3,))
+    model = build_model(replace(run.model, vocab_size=27))
+    engine, optimizers = Engine(model, run), build_optimizers(run.optim, model)
+    tokens, guard = torch.arange(32).view(2, 16) % 27, Guard(deferred=True)
+    optimizer_step(engine, optimizers, tokens, generator=torch.Generator(), guard=guard)
+    assert guard.found_inf == 0
+    parameters, states = snapshot(model, optimizers)
+    hook = model.prior.blocks[1].start.register_hook(lambda gradient: gradient * NAN)
+    optimizer_step(engine, optimizers, tokens, generator=torch.Generator(), guard=guard)
+    hook.remove()
+    assert guard.found_inf == 1
+    assert all(torch.equal(p, parameters[name]) for name, p in model.named_parameters())
+    for optimizer_, before in zip(optimizers, states, strict=True):
+        assert_same_states(optimizer_.state_dict()["state"], before)
+    optimizer_step(engine, optimizers, tokens, generator=torch.Generator(), guard=guard)
+    assert not torch.equal(model.prior.blocks[1].start, parameters["prior.blocks.1.start"])
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_step_that_is_looked_at_later_is_still_named(tmp_path, tiny_run, go, poison, looks_seldom):
+    poison({2, 6, 7})
+    seen = Notices()
+    run = tiny_run(mode="joint", stage_steps=(12,), max_skipped=2, log_every=100, evaluate_every=100)
+    go(replace(run, train=replace(run.train, checkpoint_every=100)), tmp_path / "run", seen)
+    skipped = lines(tmp_path / "run", "skipped")
+    assert [record["step"] for record in skipped] == [2, 6, 7]
+    # this gradient was only broken by hand: repeated, all is well
+    assert all(record["num_gradients"] == 0 for record in skipped)
+    told = [text for text in seen.notices if text.startswith("skipped: ")]
+    assert ["step 2:" in told[0], "step 6:" in told[1], "step 7:" in told[2]] == [True] * 3
+
+
+def test_what_recurs_is_named_with_its_parameter(tmp_path, tiny_run, go, monkeypatch, looks_seldom):
+    real = Engine.backward
+
+    def breaks(engine, tokens, generator):
+        loss = real(engine, tokens, generator)
+        if not hasattr(engine, "first"):
+            engine.first = tokens
+        if torch.equal(tokens, engine.first):
+            engine.model.prior.blocks[0].start.grad[3] = NAN
+        return loss
+
+    monkeypatch.setattr(Engine, "backward", breaks)
+    run = tiny_run(mode="joint", stage_steps=(6,), log_every=100, evaluate_every=100)
+    go(run, tmp_path / "run")
+    (record,) = lines(tmp_path / "run", "skipped")
+    assert record["step"] == 1
+    assert record["gradients"]["prior.blocks.0.start"]["not_finite"] == 1
+
+
+def test_too_many_in_a_row_that_are_looked_at_later_stop_the_run(tmp_path, tiny_run, go, poison, looks_seldom):
+    poison(set(range(3, 100)))
+    with pytest.raises(FloatingPointError, match=r"step 5: .* 3 in a row"):
+        go(tiny_run(mode="joint", stage_steps=(20,), max_skipped=2, checkpoint_every=100), tmp_path / "run")
+
+
+def test_looking_seldom_changes_nothing(tmp_path, tiny_run, go, read_metrics, monkeypatch):
+    run = tiny_run(log_every=3, stage_steps=(9, 4, 4))
+    go(run, tmp_path / "often")
+    monkeypatch.setattr(loop, "steps_between_looks", lambda device: 4)
+    go(run, tmp_path / "seldom")
+    often, seldom = read_metrics(tmp_path / "often"), read_metrics(tmp_path / "seldom")
+    assert [list(line) for line in often] == [list(line) for line in seldom]
+    for ours, theirs in zip(often, seldom, strict=True):
+        numbers = {name for name, value in ours.items() if isinstance(value, (int, float))}
+        assert {n: ours[n] for n in numbers} == pytest.approx({n: theirs[n] for n in numbers}, rel=1e-5)
+
+
 def test_too_many_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path, tiny_run, go, poison):
     poison({5, 6, 7})
     out = tmp_path / "run"
@@ -165,7 +242,7 @@ def test_skipped_steps_are_counted_over_a_resume(tmp_path, tiny_run, go, poison)
         pass
 
     class Stopper(Reporter):
-        def step(self, num_tokens):
+        def step(self, num_tokens, share=None):
             self.steps = getattr(self, "steps", 0) + 1
             if self.steps == 7:
                 raise Stop

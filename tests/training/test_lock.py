@@ -33,7 +33,7 @@ def test_a_run_cannot_be_begun_or_resumed_twice(tmp_path, tiny_run, go, same_wei
     out, run, refused = tmp_path / "run", tiny_run(), []
 
     class Second(Reporter):
-        def step(self, num_tokens):
+        def step(self, num_tokens, share=None):
             for again in (lambda: resume(out, device=torch.device("cpu")), lambda: go(run, out)):
                 with pytest.raises(UserError) as raised:
                     again()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tarflowlm.checkpoint import load_checkpoint
+from tarflowlm.checkpoint import export, load_checkpoint
 from tarflowlm.errors import UserError
 from tarflowlm.training import state
 from tarflowlm.training.metrics import Reporter
@@ -34,7 +34,7 @@ class Killer(Reporter):
     def stage(self, index, num_stages, num_steps, done, description):
         self._event()
 
-    def step(self, num_tokens):
+    def step(self, num_tokens, share=None):
         self._event()
 
     def record(self, record):
@@ -95,11 +95,7 @@ def test_killed_anywhere_and_resumed_equals_never_stopped(tmp_path, whole, go, a
         out = tmp_path / str(at)
         killed_run(go, run, out, at)
         loads = assert_loads_or_is_new(out)
-        if not state_names(out):
-            with pytest.raises(UserError, match="no state to resume from"):
-                resume(out, device=CPU)
-            assert not loads
-            continue
+        assert loads or not state_names(out)
         resume(out, device=CPU)
         assert_same_run(never_stopped, out)
 
@@ -178,3 +174,36 @@ def test_resuming_what_is_no_run_says_so(tmp_path):
         resume(tmp_path / "nothing", device=CPU)
     with pytest.raises(UserError, match=r"config\.json is missing"):
         resume(tmp_path, device=CPU)
+
+
+def test_a_run_without_a_checkpoint_begins_again(tmp_path, whole, go, assert_same_run):
+    run, never_stopped, _ = whole
+    out = tmp_path / "run"
+    killed_run(go, run, out, 2)
+    assert not state_names(out)
+    # a log that an earlier beginning left, and a tokenizer that it did not come to
+    with (out / "metrics.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"split": "train", "step": 1}\n')
+    (out / "tokenizer.json").unlink()
+    resume(out, device=CPU)
+    assert_same_run(never_stopped, out)
+
+
+def test_a_run_that_had_not_even_written_its_configuration_is_no_obstacle(tmp_path, whole, go, assert_same_run):
+    run, never_stopped, _ = whole
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".config.json.x1.tmp").write_text("{", encoding="utf-8")
+    (out / ".lock").touch()
+    go(run, out)
+    assert_same_run(never_stopped, out)
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_a_model_without_its_training_is_not_begun_again(tmp_path, whole):
+    _, never_stopped, _ = whole
+    export(never_stopped, tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="no state to resume from"):
+        resume(tmp_path / "model", device=CPU)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before

@@ -29,7 +29,7 @@ class Sender(Reporter):
                 for _ in range(self.times):
                     os.kill(os.getpid(), self.number)
 
-    def step(self, num_tokens):
+    def step(self, num_tokens, share=None):
         self._event("step")
 
     def record(self, record):
@@ -111,7 +111,7 @@ def test_a_second_signal_leaves_at_once(tmp_path, whole, number):
 
 def test_without_stop_requests_no_handler_is_touched(tmp_path, tiny_baseline, go):
     class Looks(Reporter):
-        def step(self, num_tokens):
+        def step(self, num_tokens, share=None):
             seen.append(signal.getsignal(signal.SIGTERM))
 
     seen, before = [], signal.getsignal(signal.SIGTERM)
@@ -124,8 +124,8 @@ def test_the_command_line_has_a_status_of_its_own_for_it(tmp_path, corpus_file, 
     out = tmp_path / "run"
     step, sender = cli.ProgressReporter.step, Sender("step", 1, signal.SIGTERM, times)
 
-    def signalled(self, num_tokens):
-        step(self, num_tokens)
+    def signalled(self, num_tokens, share):
+        step(self, num_tokens, share)
         sender.step(num_tokens)
 
     monkeypatch.setattr(cli.ProgressReporter, "step", signalled)

@@ -34,7 +34,7 @@ class Watcher(Reporter):
     def __init__(self, at: int = 0) -> None:
         self.at, self.steps, self.notices = at, 0, []
 
-    def step(self, num_tokens):
+    def step(self, num_tokens, share=None):
         self.steps += 1
         if self.steps == self.at:
             raise Killed

@@ -1,6 +1,5 @@
 """Trainings of a recipe: what is done is skipped, what was stopped goes on, the rest is begun."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,12 +7,11 @@ from typing import Literal
 
 import torch
 
-from tarflowlm.checkpoint import CONFIG, read_run, whole_states
+from tarflowlm.checkpoint import CONFIG, read_run
 from tarflowlm.data import SOURCE_NAMES, TokenizerConfig, build_tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.reproduce.recipe import Finished, Settings, Training
 from tarflowlm.training.config import RunConfig
-from tarflowlm.training.lock import locked
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.progressive import SUMMARY, resume, train
 from tarflowlm.training.timing import seconds_per_step
@@ -50,7 +48,7 @@ def state_of(settings: Settings, training: Training) -> State:
         )
     if (directory / SUMMARY).exists():
         return "finished"
-    return "stopped" if whole_states(directory) else "new"
+    return "stopped"
 
 
 def finish(settings: Settings, plan: Sequence[Training], reporter: Reporter) -> list[Finished]:
@@ -63,9 +61,6 @@ def finish(settings: Settings, plan: Sequence[Training], reporter: Reporter) -> 
         elif state == "stopped":
             resume(directory, device=settings.device, reporter=reporter)
         else:
-            if (directory / CONFIG).exists():
-                with locked(directory):  # or another process has only just begun it
-                    shutil.rmtree(directory)  # ours, and stopped before its first checkpoint
             train(training.run, directory, device=settings.device, reporter=reporter)
         done.append(Finished(training, directory, settings.device))
     return done
@@ -112,9 +107,10 @@ def _vocab_size(tokenizer: TokenizerConfig) -> int:
 
 
 def _as_written(run: RunConfig, found: RunConfig) -> RunConfig:
-    """The configuration as `train` writes it: with the vocabulary's size and an absolute path."""
+    """The configuration as `train` writes it: with the vocabulary's size, Muon's precision and an absolute path."""
     source = run.data.source
     if source not in SOURCE_NAMES:
         source = str(Path(source).expanduser().resolve())
     model = replace(run.model, vocab_size=found.model.vocab_size)
-    return replace(run, model=model, data=replace(run.data, source=source))
+    optim = replace(run.optim, muon_precision=found.optim.muon_precision)
+    return replace(run, model=model, optim=optim, data=replace(run.data, source=source))

@@ -25,6 +25,8 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "muon"] = "muon"
     """Muon for the matrices of the Transformer and AdamW for the rest, or AdamW for all."""
+    muon_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of Muon's matrix products; auto takes what is quicker on the device, and config.json records it."""
     lr: float = 6e-3
     """Peak learning rate (Muon's updates are scaled to the size of AdamW's, so one rate serves both)."""
     codebook_lr_scale: float = 0.05
@@ -75,7 +77,10 @@ class TrainConfig:
     """Length, batches, stages, and how often to look."""
 
     stage_steps: tuple[int, ...] = (1000,)
-    """Optimiser steps of each stage: one entry per block when progressive, one in all otherwise."""
+    """Optimiser steps of each stage: one entry per block when progressive, one otherwise. With `minutes`, the stages'
+    shares of the time."""
+    minutes: float = 0.0
+    """Wall-clock time of the whole run, saving and evaluation included; 0 counts steps instead."""
     mode: Literal["progressive", "joint"] = "progressive"
     """One block after another on the frozen ones below, or every block at once. The baseline has one stage."""
     advance: Literal["budget", "stall"] = "budget"
@@ -125,6 +130,8 @@ class TrainConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.minutes < math.inf:
+            raise UserError(f"train.minutes {self.minutes}: must be above 0 and finite, or 0 to train by steps")
         if self.max_skipped < 0:
             raise UserError(f"train.max_skipped {self.max_skipped}: must be at least 0")
         if not self.spike_sigma > 0:

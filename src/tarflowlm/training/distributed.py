@@ -77,6 +77,14 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def first_number(self, value: float) -> float:
+        """The first process's number, in all of them."""
+        if self.world == 1:
+            return value
+        number = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(number, src=0)
+        return number.item()
+
     def wait(self) -> None:
         """Until all are here."""
         if self.world > 1:

@@ -28,17 +28,30 @@ def all_finite(loss: Tensor, norm: Tensor, reduce: Callable[[Tensor], Tensor] | 
     return bool(finite if reduce is None else reduce(finite))
 
 
-class Guard:
-    """Says before every optimiser step whether it may be taken, and keeps what was wrong with one that may not."""
+POLL = 16
+"""Steps between two looks at an accelerator: it would wait for the host, and the host for it, at every look."""
 
-    def __init__(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.reduce = reduce
+
+class Guard:
+    """Says before every optimiser step whether it may be taken, and keeps what was wrong with one that may not.
+
+    A `deferred` guard never waits for the device. It allows every step and leaves a number in `found_inf`, by which
+    the optimisers take the step or leave everything as it was; the number is read when the host next looks.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor] | None = None, *, deferred: bool = False) -> None:
+        self.reduce, self.deferred = reduce, deferred
+        self.found_inf: Tensor | None = None
+        """On the device: 1 where the step must not be taken, otherwise 0. None where the host has decided."""
         self.broken: dict[str, dict[str, Any]] | None = None
         """Of the last step: for every parameter whose gradient is not finite, its `gradient_range`; None if it
         could be taken."""
 
     def allows(self, model: nn.Module, loss: Tensor, norm: Tensor) -> bool:
         """Call it between the backward pass and everything that changes gradients, parameters or optimisers."""
+        if self.deferred:
+            self.found_inf = (~(torch.isfinite(loss).all() & torch.isfinite(norm))).float()
+            return True
         self.broken = None if all_finite(loss, norm, self.reduce) else broken_gradients(model)
         return self.broken is None
 

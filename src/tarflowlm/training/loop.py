@@ -12,9 +12,10 @@ from torch import Tensor
 from tarflowlm.data import WindowSampler
 from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.training.config import RunConfig
-from tarflowlm.training.guards import Guard, RunningLoss, in_words, skipped_record
+from tarflowlm.training.guards import POLL, Guard, RunningLoss, broken_gradients, in_words, skipped_record
 from tarflowlm.training.metrics import MetricsLog
 from tarflowlm.training.optim import schedule, set_learning_rate
+from tarflowlm.training.pace import Clock, Pace, StepPace, TimePace, TimeSpent
 from tarflowlm.training.parallel import Engine
 from tarflowlm.training.step import optimizer_step
 
@@ -51,17 +52,21 @@ class Counters:
     """Steps in a row that were skipped."""
     seconds: list[float] = field(default_factory=list)
     """Training time of every stage."""
+    stage_steps: list[int] = field(default_factory=list)
+    """Steps of every finished stage."""
     stage_tokens: list[int] = field(default_factory=list)
     valid_bpc: list[float] = field(default_factory=list)
     """Validation bound at the end of every finished stage, bits per character."""
     window: Window = field(default_factory=Window)
     running: RunningLoss = field(default_factory=RunningLoss)
+    spent: TimeSpent = field(default_factory=TimeSpent)
 
     @classmethod
     def restored(cls, saved: dict[str, Any]) -> "Counters":
         """From `dataclasses.asdict`."""
         nested = {"window": Window(**saved["window"]), "running": RunningLoss(**saved["running"])}
-        return cls(**(saved | nested))
+        spent = TimeSpent(**saved.get("spent", {}))
+        return cls(**(saved | nested | {"spent": spent}))
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,10 @@ class StageContext:
     """Characters per token of the training split."""
     generator: torch.Generator
     device: torch.device
+    clock: Clock
+    """Of the whole run."""
+    num_test_windows: int
+    """What the test split will be judged by, where there is time for it."""
     log: MetricsLog
     checkpoint: Callable[[], None]
     """Saves the run as it stands."""
@@ -102,25 +111,30 @@ def train_stage(
     parameters, when the loss or gradient of too many steps in a row is not finite, and Stopped when asked to stop.
     """
     config = context.run.train
-    num_steps = config.stage_steps[counters.stage]
-    steps = _StepLog(context, counters)
+    every = steps_between_looks(context.device)
+    pace = stage_pace(context, counters, every)
+    steps = _StepLog(engine, context, counters)
     while True:
         # checkpoints are made before this: a kill in a long evaluation loses nothing, a resumed run begins with it
         if counters.due:
             result = validate(engine, context, counters)
+            pace.look(0)
             stalled = config.advance == "stall" and counters.stalled >= config.stall_evaluations
-            if counters.stage_step == num_steps or stalled:
+            if pace.over(counters.stage_step) or stalled:
                 return result
             steps.restart()
-        lr = context.run.optim.lr * schedule(context.run.optim, counters.stage_step, num_steps)
+        lr = context.run.optim.lr * schedule(context.run.optim, *pace.steps(counters.stage_step))
         set_learning_rate(optimizers, lr)
-        _step(engine, optimizers, context, counters, steps)
-        last = counters.stage_step == num_steps
+        _step(optimizers, counters, steps, deferred=every > 1)
+        pace.look(counters.stage_step)
+        context.log.reporter.step(steps.step_tokens, pace.share)
+        last = pace.over(counters.stage_step)
         counters.due = last or counters.step % config.evaluate_every == 0
-        asked = context.stop_requested() is not None
-        save = last or asked or counters.step % config.checkpoint_every == 0
+        # in all processes at the same steps, and no oftener than the device is looked at
+        asked = counters.stage_step % every == 0 and context.stop_requested() is not None
+        save = last or asked or counters.step % config.checkpoint_every == 0 or pace.save_due()
         line = counters.due or counters.step % config.log_every == 0
-        if line or save:
+        if line or save or counters.stage_step % every == 0:
             steps.read()
         if line:
             steps.write_line(lr)
@@ -131,42 +145,34 @@ def train_stage(
             context.leave_if_asked()
 
 
+def steps_between_looks(device: torch.device) -> int:
+    """A CPU can be read at any time; an accelerator would have to wait."""
+    return 1 if device.type == "cpu" else POLL
+
+
+def stage_pace(context: StageContext, counters: Counters, every: int) -> Pace:
+    """Steps or time, as the run has it."""
+    train = context.run.train
+    if not train.minutes:
+        return StepPace(train.stage_steps[counters.stage])
+    return TimePace(train, counters.stage, counters.spent, context.clock, context.num_test_windows, every)
+
+
 def _step(
-    engine: Engine,
-    optimizers: list[torch.optim.Optimizer],
-    context: StageContext,
-    counters: Counters,
-    steps: "_StepLog",
+    optimizers: list[torch.optim.Optimizer], counters: Counters, steps: "_StepLog", *, deferred: bool
 ) -> None:
-    """One step on the next batch, counted; one that must not be taken is recorded, too many of them are an error."""
+    """One step on the next batch, counted; what came of it goes to `steps`, which may read it later."""
+    engine, context = steps.engine, steps.context
     tokens = context.sampler.next().to(context.device)
     before = context.generator.get_state()
-    guard = Guard()
+    guard = Guard(deferred=deferred)
     loss, norm = optimizer_step(engine, optimizers, tokens, generator=context.generator, guard=guard)
     num_tokens = tokens.numel() * engine.processes.world
     counters.step += 1
     counters.stage_step += 1
     counters.tokens += num_tokens
     counters.stage_tokens[counters.stage] += num_tokens
-    context.log.reporter.step(num_tokens)
-    steps.count(num_tokens)
-    if guard.broken is None:
-        counters.skipped = 0
-        steps.add(loss, norm)
-        return
-    counters.skipped += 1
-    noise = torch.Generator(device=context.device)
-    noise.set_state(before)
-    everyones = engine.processes.gather(tokens)
-    told = skipped_record(engine.whole(), everyones, noise, guard.broken, loss)
-    record = {"split": "skipped", **_place(counters)} | told
-    context.log.write(record)
-    if counters.skipped > context.run.train.max_skipped:
-        raise FloatingPointError(
-            f"{in_words(record)}; {counters.skipped} in a row: lower optim.lr or optim.grad_clip in a new run; "
-            f"the checkpoints before are kept"
-        )
-    context.log.reporter.notice(f"skipped: {in_words(record)}")
+    steps.add(_Taken(counters.step, loss, norm, tokens, before, guard), num_tokens)
 
 
 def _place(counters: Counters) -> dict[str, int]:
@@ -174,40 +180,92 @@ def _place(counters: Counters) -> dict[str, int]:
     return {"step": counters.step, "tokens": counters.tokens, "block": counters.stage + 1}
 
 
-class _StepLog:
-    """Losses and norms on their way to the log; the device is read once per line or checkpoint."""
+@dataclass(frozen=True)
+class _Taken:
+    """A step that the host has not looked at yet, and what it takes to repeat it."""
 
-    def __init__(self, context: StageContext, counters: Counters) -> None:
-        self.context, self.counters = context, counters
-        self.unread: list[tuple[int, Tensor]] = []
+    step: int
+    loss: Tensor
+    norm: Tensor
+    tokens: Tensor
+    noise: Tensor
+    """State of the generator before it."""
+    guard: Guard
+
+    def values(self) -> Tensor:
+        """Loss, norm, and 1 where the step was not taken."""
+        known = float(self.guard.broken is not None)
+        found = torch.full_like(self.loss, known) if self.guard.found_inf is None else self.guard.found_inf
+        return torch.stack((self.loss, self.norm, found.to(self.loss.dtype)))
+
+
+class _StepLog:
+    """Losses and norms on their way to the log, and steps that were left out on their way to the user."""
+
+    def __init__(self, engine: Engine, context: StageContext, counters: Counters) -> None:
+        self.engine, self.context, self.counters = engine, context, counters
+        self.unread: list[_Taken] = []
+        self.step_tokens = 0
+        """Tokens of the newest step."""
         self.start = time.perf_counter()
 
     def restart(self) -> None:
         """Time spent since the last step was not training."""
         self.start = time.perf_counter()
 
-    def count(self, tokens: int) -> None:
-        self.counters.window.tokens += tokens
-
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        self.unread.append((self.counters.step, torch.stack((loss, norm))))
+    def add(self, taken: _Taken, num_tokens: int) -> None:
+        self.step_tokens = num_tokens
+        self.counters.window.tokens += num_tokens
+        self.unread.append(taken)
+        if taken.guard.broken is not None:
+            self.read()
 
     def read(self) -> None:
-        """Move what is unread to the counters, and record the losses that jumped."""
+        """Move what is unread to the counters, record losses that jumped, and tell of steps that were left out.
+
+        Looks at the device once.
+        """
         counters, window = self.counters, self.counters.window
-        values = torch.stack([pair for _, pair in self.unread]).tolist() if self.unread else []
-        for (step, _), (loss, norm) in zip(self.unread, values, strict=True):
+        unread, self.unread = self.unread, []
+        values = torch.stack([taken.values() for taken in unread]).tolist() if unread else []
+        for taken, (loss, norm, left_out) in zip(unread, values, strict=True):
+            if left_out:
+                self._tell(taken)
+                continue
+            counters.skipped = 0
             window.losses.append(loss)
             window.norms.append(norm)
             mean, sigmas = counters.running.mean, counters.running.take_in(loss)
             if sigmas > self.context.run.train.spike_sigma:
                 figures = {"nats_per_token": loss, "mean": mean, "sigmas": sigmas, "grad_norm": norm}
-                self.context.log.write({"split": "spike", "step": step, "block": counters.stage + 1, **figures})
-        self.unread = []
+                self.context.log.write({"split": "spike", "step": taken.step, "block": counters.stage + 1, **figures})
         now = time.perf_counter()
         window.seconds += now - self.start
         counters.seconds[counters.stage] += now - self.start
         self.start = now
+
+    def _tell(self, taken: _Taken) -> None:
+        """Record a step that was left out; too many in a row are an error."""
+        counters, engine, noise = self.counters, self.engine, torch.Generator(device=self.context.device)
+        counters.skipped += 1
+        gradients = taken.guard.broken
+        if gradients is None:
+            # the parameters may have moved on since; the batch is the same, and mostly so is what is wrong with it
+            noise.set_state(taken.noise)
+            engine.backward(taken.tokens, noise)
+            gradients = broken_gradients(engine.model)
+            engine.model.zero_grad(set_to_none=True)
+        noise.set_state(taken.noise)
+        everyones = engine.processes.gather(taken.tokens)
+        told = skipped_record(engine.whole(), everyones, noise, gradients, taken.loss)
+        record = {"split": "skipped", **_place(counters), "step": taken.step} | told
+        self.context.log.write(record)
+        if counters.skipped > self.context.run.train.max_skipped:
+            raise FloatingPointError(
+                f"{in_words(record)}; {counters.skipped} in a row: lower optim.lr or optim.grad_clip in a new run; "
+                f"the checkpoints before are kept"
+            )
+        self.context.log.reporter.notice(f"skipped: {in_words(record)}")
 
     def write_line(self, lr: float) -> None:
         window, self.counters.window = self.counters.window, Window()
@@ -231,6 +289,7 @@ class _StepLog:
 def validate(engine: Engine, context: StageContext, counters: Counters) -> Likelihood:
     """Evaluate on the validation windows, log it, keep the best, and count what did not improve enough."""
     engine.model.eval()
+    start = context.clock.seconds()
     # the same noise at every call
     result = engine.evaluate(
         context.valid, context.characters_per_token, progress=lambda *_: context.leave_if_asked()
@@ -253,4 +312,6 @@ def validate(engine: Engine, context: StageContext, counters: Counters) -> Likel
         counters.lowest = result.nats_per_token
         context.keep_best(result)
     counters.due = False
+    counters.spent.evaluation = context.clock.seconds() - start
+    counters.spent.per_window = counters.spent.evaluation / len(context.valid)
     return result

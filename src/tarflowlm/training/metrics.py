@@ -17,10 +17,10 @@ class Reporter:
         """The corpus is being prepared; as `data.CorpusProgress`."""
 
     def stage(self, index: int, num_stages: int, num_steps: int, done: int, description: str) -> None:
-        """Stage `index` (0-based) begins, `done` of its `num_steps` steps already taken."""
+        """Stage `index` (0-based) begins, `done` of its `num_steps` steps (0: it has time instead) already taken."""
 
-    def step(self, num_tokens: int) -> None:
-        """One optimiser step was taken over this many tokens."""
+    def step(self, num_tokens: int, share: float | None = None) -> None:
+        """One optimiser step was taken over this many tokens; `share`: of the stage's time, where it has time."""
 
     def record(self, record: dict[str, Any]) -> None:
         """A line was written to metrics.jsonl."""

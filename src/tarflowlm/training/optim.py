@@ -1,16 +1,20 @@
 """Optimisers and learning-rate schedules."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from tarflowlm.training.config import OptimConfig
-from tarflowlm.training.muon import muon_optimizer
+from tarflowlm.training.muon import Muon, quicker_precision
 
 
-def schedule(config: OptimConfig, step: int, num_steps: int) -> float:
-    """Learning rate over the peak at `step` (0-based) of a stage of `num_steps` steps, in (0, 1]."""
+def schedule(config: OptimConfig, step: int | float, num_steps: int | float) -> float:
+    """Learning rate over the peak at `step` (0-based) of a stage of `num_steps` steps, in (0, 1].
+
+    A stage that is given time instead of steps counts in steps of its present speed, which need not be whole.
+    """
     warmup = max(1, round(config.warmup * num_steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -28,6 +32,21 @@ MUON = ("transformer.layers.", "token_features.")
 """Parts of a model whose matrices Muon takes."""
 
 
+def muon_matrices(config: OptimConfig, model: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters of `model` that Muon takes."""
+    parts = MUON if config.optimizer == "muon" else ()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [p for name, p in named if p.ndim == 2 and name.endswith(".weight") and any(x in name for x in parts)]
+
+
+def with_precision(config: OptimConfig, model: nn.Module, device: torch.device) -> OptimConfig:
+    """The configuration with `auto` replaced by what suits the matrices of `model` on `device`."""
+    if config.muon_precision != "auto":
+        return config
+    shapes = [p.shape for p in muon_matrices(config, model)]
+    return replace(config, muon_precision=quicker_precision(shapes, device))
+
+
 def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
     """Optimisers over the trainable parameters of `model`.
 
@@ -35,8 +54,7 @@ def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.
     the features inside a patch; inputs, heads, codebook, vectors and block-diagonal tensors stay with AdamW.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    parts = MUON if config.optimizer == "muon" else ()
-    muon = [p for name, p in named if p.ndim == 2 and name.endswith(".weight") and any(x in name for x in parts)]
+    muon = muon_matrices(config, model)
     taken = {id(p) for p in muon}
     rest = [(name, p) for name, p in named if id(p) not in taken]
     codebook = [p for name, p in rest if name.endswith(CODEBOOK)]
@@ -59,14 +77,11 @@ def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.
     )
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if muon:
+        precision = with_precision(config, model, muon[0].device).muon_precision
+        assert precision != "auto"
+        groups = [{"params": muon, "lr_scale": 1.0}]
         optimizers.append(
-            muon_optimizer(
-                [{"params": muon, "lr_scale": 1.0}],
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                momentum=0.95,
-                adjust_lr_fn="match_rms_adamw",
-            )
+            Muon(groups, precision=precision, lr=config.lr, weight_decay=config.weight_decay, momentum=0.95)
         )
     return optimizers
 

@@ -13,7 +13,10 @@ import torch
 
 from tarflowlm.checkpoint import (
     BEST,
+    CONFIG,
+    STATE,
     TOKENIZER,
+    WEIGHTS,
     Model,
     build_model,
     read_run,
@@ -33,13 +36,16 @@ from tarflowlm.training.guards import NAMED, RunningLoss
 from tarflowlm.training.lock import LOCK, locked
 from tarflowlm.training.loop import Counters, StageContext, train_stage
 from tarflowlm.training.metrics import MetricsLog, NoLog, Reporter
-from tarflowlm.training.optim import build_optimizers
+from tarflowlm.training.optim import build_optimizers, with_precision
+from tarflowlm.training.pace import Clock, test_seconds
 from tarflowlm.training.parallel import Engine, whole_weights
 from tarflowlm.training.signals import Stopped, StopRequests, no_stop_requests
 from tarflowlm.training.state import load_state, newest_state, read_counters, remove_partial, save_state
 from tarflowlm.training.tracking import Sinks, check_installed
 
 SUMMARY = "summary.json"
+LEAST_TEST_WINDOWS = 32
+"""That a run by minutes ends with, however little of its time is left."""
 
 
 def train(
@@ -59,6 +65,7 @@ def train(
     Stopped, with everything saved, when `stop_requests` asks for it (`signals.stop_on_signals` for a command line);
     FloatingPointError when the loss stays non-finite.
     """
+    begun = time.monotonic()
     reporter = reporter or Reporter()
     if processes.first:
         check_new(out)
@@ -70,13 +77,15 @@ def train(
         run = replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
     run = replace(run, model=replace(run.model, vocab_size=_checked_vocab_size(run, corpus)))
     _check_lengths(run, corpus)
-    parts = _Run(run, out, corpus, device, reporter, processes)
+    parts = _Run(run, out, corpus, device, reporter, processes, begun)
+    run = parts.run
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
     with told_when_full(out), locked(out) if processes.first else nullcontext():
         if processes.first:
             check_new(out)
-            write_run(out, run, corpus.tokenizer)
+            remove_leftovers(out)
+            _begin(out, run, corpus)
         with stop_requests() as parts.stop_signal:
             return parts.go()
 
@@ -91,32 +100,52 @@ def resume(
 ) -> dict[str, Any]:
     """Continue a stopped run from its newest whole state, to the same weights as if it had never stopped.
 
-    The number of processes may be another than before. Weights that are damaged are written again from the state,
-    those of a finished run as well. Raises as `train`.
+    One that was stopped before its first checkpoint begins again from its configuration. A run by `minutes` goes on
+    with the time that its newest state had left. The number of processes may be another than before. Weights that are
+    damaged are written again from the state, those of a finished run as well. Raises as `train`.
     """
+    begun = time.monotonic()
     reporter = reporter or Reporter()
     run = read_run(out)
+    if run.optim.muon_precision == "auto":
+        # written before there was a choice
+        run = replace(run, optim=replace(run.optim, muon_precision="bfloat16"))
     with told_when_full(out), locked(out) if processes.first else nullcontext():
         state, damaged = processes.from_first(_prepared(out, reporter) if processes.first else (out, None))
-        saved = read_counters(state)
         with processes.first_alone():
             corpus = _corpus(run, reporter)
-        if corpus.fingerprint != saved["corpus"]:
-            raise UserError(f"{run.data.source} is not the text that {out} was trained on: bring that back to resume")
-        if damaged is not None:
-            reporter.notice(f"{damaged}: written again from {state.name}")
-        reporter.notice(f"resuming {out} at step {saved['step']}")
-        parts = _Run(run, out, corpus, device, reporter, processes)
+        if state is None:
+            if processes.first:
+                _begin(out, run, corpus)
+            reporter.notice(f"{out} has no checkpoint yet: beginning again at step 0")
+        else:
+            saved = read_counters(state)
+            if corpus.fingerprint != saved["corpus"]:
+                raise UserError(
+                    f"{run.data.source} is not the text that {out} was trained on: bring that back to resume"
+                )
+            if damaged is not None:
+                reporter.notice(f"{damaged}: written again from {state.name}")
+            reporter.notice(f"resuming {out} at step {saved['step']}")
+        parts = _Run(run, out, corpus, device, reporter, processes, begun)
         with stop_requests() as parts.stop_signal:
-            return parts.go(state, weights=damaged is not None)
+            return parts.go(state, weights=damaged is not None, afresh=state is None)
 
 
-def _prepared(out: Path, reporter: Reporter) -> tuple[Path, str | None]:
-    """The state to resume, and what is wrong with the weights; what a kill left in part is removed."""
+def _begin(out: Path, run: RunConfig, corpus: Corpus) -> None:
+    """What a run directory holds before the first step. An empty folder of states tells it from an exported model."""
+    write_run(out, run, corpus.tokenizer)
+    (out / STATE).mkdir(exist_ok=True)
+
+
+def _prepared(out: Path, reporter: Reporter) -> tuple[Path | None, str | None]:
+    """The state to resume (None: there never was one), and what is wrong with the weights; what a kill left in part
+    is removed."""
     damaged = weights_problem(out)
     if (out / SUMMARY).exists() and damaged is None:
         raise UserError(f"{out} is finished: there is nothing to resume; train anew with another --out")
-    state = newest_state(out, reporter.notice)
+    unsaved = not list((out / STATE).glob("*step-*")) and ((out / STATE).exists() or not (out / WEIGHTS).exists())
+    state = None if unsaved else newest_state(out, reporter.notice)
     remove_partial(out)
     for folder in (out, out / BEST):
         remove_leftovers(folder)
@@ -129,7 +158,8 @@ def _corpus(run: RunConfig, reporter: Reporter) -> Corpus:
 
 def check_new(out: Path) -> None:
     """UserError unless `out` is free to be written."""
-    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
+    leftovers = (LOCK, f".{CONFIG}.")  # of a run that was killed before it had written anything
+    if out.exists() and (not out.is_dir() or not all(path.name.startswith(leftovers) for path in out.iterdir())):
         raise UserError(f"{out} exists already: choose another --out, or continue it with `train --resume {out}`")
 
 
@@ -172,9 +202,10 @@ class _Run:
         device: torch.device,
         reporter: Reporter,
         processes: Processes,
+        begun: float,
     ) -> None:
         self.run, self.out, self.corpus, self.device, self.reporter = run, out, corpus, device, reporter
-        self.processes = processes
+        self.processes, self.begun = processes, begun
         self.sampler = WindowSampler(
             corpus.split("train"),
             window=run.model.context,
@@ -187,6 +218,9 @@ class _Run:
         self.generator = torch.Generator(device=device).manual_seed(run.seed)
         self.progressive = run.num_stages > 1
         self.model = self._initial_model()
+        # one process decides, and the configuration keeps what it found
+        self.run = replace(run, optim=processes.from_first(with_precision(run.optim, self.model, device)))
+        self.num_test_windows = len(self._test_windows(run.train.test_windows or None))
         self.engine: Engine | None = None
         self.optimizers: list[torch.optim.Optimizer] = []
         self.counters = Counters()
@@ -204,19 +238,25 @@ class _Run:
         with seeded(self.run.seed):
             return build_model(config)
 
-    def go(self, state: Path | None = None, *, weights: bool = False) -> dict[str, Any]:
-        """All stages from the first step, or from a state; `weights` has the weights written from that at once."""
+    def go(self, state: Path | None = None, *, weights: bool = False, afresh: bool = False) -> dict[str, Any]:
+        """All stages from the first step, or from a state; `weights` has the weights written from that at once.
+
+        `afresh`: what an earlier beginning left in the log is not this run's.
+        """
         saved = None if state is None else read_counters(state)
         if saved is not None:
             self.counters, self.saved_step = Counters.restored(saved["counters"]), saved["step"]
-        counters, start = self.counters, time.perf_counter()
+        counters = self.counters
+        self.clock = Clock(counters.spent.total, since=self.begun, processes=self.processes)
         self._enter(min(counters.stage, self.run.num_stages - 1))
         if state is not None and saved is not None:
             load_state(state, self.model, self.optimizers, self.generator, processes=self.processes)
             self.sampler.load_state_dict(saved["sampler"])
         if weights:
             self._save_weights(self.out)
-        self.log = self._open_log(saved)
+        self.log = self._open_log({"step": 0, "metrics": 0} if afresh else saved)
+        if not counters.step:
+            counters.spent.stage_start = self.clock.seconds()
         try:
             context = self._context()
             while counters.stage < self.run.num_stages:
@@ -224,7 +264,7 @@ class _Run:
                 end = train_stage(self.optimizers, context, counters, engine=self._engine())
                 counters.valid_bpc.append(end.bpc)
                 self._leave_stage()
-            return self._finish(time.perf_counter() - start)
+            return self._finish()
         finally:
             self.log.close()
 
@@ -245,6 +285,8 @@ class _Run:
             characters_ratio=self.corpus.num_characters("train") / self.corpus.num_tokens("train"),
             generator=self.generator,
             device=self.device,
+            clock=self.clock,
+            num_test_windows=self.num_test_windows,
             log=self.log,
             checkpoint=self.save,
             keep_best=self._keep_best,
@@ -279,6 +321,7 @@ class _Run:
     def _leave_stage(self) -> None:
         """On to the next stage. The end of this one is saved already, unless it came early."""
         counters = self.counters
+        counters.stage_steps.append(counters.stage_step)
         counters.stage, counters.stage_step = counters.stage + 1, 0
         counters.best = counters.lowest = math.inf
         counters.stalled, counters.running = 0, RunningLoss()
@@ -287,11 +330,13 @@ class _Run:
             self._save_weights(self.out)  # without the next block
         if counters.stage < self.run.num_stages:
             self._enter(counters.stage)
+        counters.spent.stage_start = self.clock.seconds()
         if unsaved:
             self._save_state()
 
     def _announce(self, stage: int) -> None:
         steps, done = self.run.train.stage_steps[stage], self.counters.stage_step
+        steps = 0 if self.run.train.minutes else steps
         self.reporter.stage(stage, self.run.num_stages, steps, done, self._describe(stage))
 
     def _describe(self, stage: int) -> str:
@@ -303,8 +348,10 @@ class _Run:
     def save(self) -> None:
         """Weights first, so that the directory loads; then the state to resume from."""
         if self.saved_step != self.counters.step:
+            start = self.clock.seconds()
             self._save_weights(self.out)
             self._save_state()
+            self.counters.spent.save = self.clock.seconds() - start
 
     def _save_weights(self, directory: Path, **more: str) -> None:
         weights = whole_weights(self.model, keep=self.processes.first)
@@ -320,6 +367,7 @@ class _Run:
             save_weights(directory, weights, info | more)
 
     def _save_state(self) -> None:
+        self.counters.spent.total = self.clock.seconds()
         saved = {
             "step": self.counters.step,
             "counters": asdict(self.counters),
@@ -361,9 +409,28 @@ class _Run:
                 f"`tarflowlm train --resume {self.out}`"
             )
 
-    def _finish(self, wall: float) -> dict[str, Any]:
+    def _test_windows(self, count: int | None) -> torch.Tensor:
+        return eval_windows(self.corpus.split("test"), self.run.model.context, count)
+
+    def _settle(self) -> None:
+        """A run by minutes has ended: its configuration becomes that of the same run by steps."""
+        train, spent = self.run.train, self.counters.spent
+        total = 60 * train.minutes
+        seconds = max(total - self.clock.seconds(), 0.0)
+        fitting = int(min(seconds, test_seconds(total, self.num_test_windows, spent)) / max(spent.per_window, 1e-9))
+        count = self.processes.from_first(min(self.num_test_windows, max(LEAST_TEST_WINDOWS, fitting)))
+        steps = tuple(self.counters.stage_steps)
+        self.run = replace(self.run, train=replace(train, minutes=0.0, stage_steps=steps, test_windows=count))
+        for directory in (self.out, self.out / BEST) if self.processes.first else ():
+            if directory.exists():
+                write_run(directory, self.run, self.corpus.tokenizer)
+
+    def _finish(self) -> dict[str, Any]:
         self.model.eval()
-        windows = eval_windows(self.corpus.split("test"), self.run.model.context, self.run.train.test_windows or None)
+        minutes = self.run.train.minutes
+        if minutes:
+            self._settle()
+        windows = self._test_windows(self.run.train.test_windows or None)
         self.reporter.notice(f"evaluating {len(windows):,} windows of the test split")
         test = self._engine().evaluate(windows, self.characters_per_token, progress=lambda *_: self._leave_if_asked())
         counters = self.counters
@@ -376,7 +443,8 @@ class _Run:
             "stage_seconds": [round(s, 2) for s in counters.seconds],
             "stage_valid_bpc": counters.valid_bpc,
             "seconds": round(sum(counters.seconds), 2),
-            "wall_seconds": round(wall, 2),
+            "wall_seconds": round(self.clock.seconds(), 2),
+            "minutes": minutes,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trunk_parameters": sum(p.numel() for n, p in self.model.named_parameters() if "transformer." in n),
             "test": test.to_json(),

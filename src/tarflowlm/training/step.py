@@ -21,7 +21,8 @@ def optimizer_step(
     """One step on a global batch, of which `tokens` are this process's rows.
 
     Loss in nats per token and gradient norm, of the whole batch, both left on the device. Where `guard` does not
-    allow it, parameters and optimisers stay as they are; it decides by these two, so that all processes agree.
+    allow it, parameters and optimisers stay as they are; it decides by these two, so that all processes agree. A
+    deferred guard decides on the device (fused AdamW knows `found_inf` from torch.amp, ours does as well).
     """
     loss = engine.backward(tokens, generator)
     trained = [p for p in engine.model.parameters() if p.grad is not None]
@@ -32,6 +33,7 @@ def optimizer_step(
     if guard is None or guard.allows(engine.model, loss, norm):
         clip_grads_with_norm_(trained, engine.run.optim.grad_clip, norm)
         for optimizer in optimizers:
+            optimizer.found_inf = None if guard is None else guard.found_inf  # type: ignore[attr-defined]
             optimizer.step()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
