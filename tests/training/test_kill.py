@@ -1,12 +1,15 @@
 """kill -9 at random instants, in saves too: the run that was resumed is the run that was never killed.
 
 More kills, or the same ones again: TARFLOWLM_KILLS=200 TARFLOWLM_KILL_SEED=7 pytest -s tests/training/test_kill.py
+The command line, killed after these seconds and at ten random instants more:
+    TARFLOWLM_KILL_SECONDS=1,3,8,20 TARFLOWLM_KILLS=10 pytest -s tests/training/test_kill.py -k command
 """
 
 import multiprocessing
 import os
 import random
-import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -26,12 +29,10 @@ def work(run: RunConfig, out: Path, cache: str) -> None:
     """In a process of its own: begin the run, or go on with it, as a user would."""
     os.environ["TARFLOWLM_CACHE"] = cache
     torch.set_num_threads(1)
-    if list((out / "state").glob("step-*")):
+    if (out / "config.json").exists():
         resume(out, device=torch.device("cpu"))
-        return
-    # killed before there was anything to resume from
-    shutil.rmtree(out, ignore_errors=True)
-    train(run, out, device=torch.device("cpu"))
+    else:
+        train(run, out, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +99,33 @@ def test_killed_at_random_instants(tmp_path, tiny_run, start, same_weights, read
             if directory.exists():
                 assert_loads_or_says_so(directory)
     assert hit, "no kill came while something was written"
+
+
+def test_the_command_line_killed_and_resumed(tmp_path, corpus_file, same_weights):
+    """As a user does: `train`, and after every kill `train --resume`, or `train` where nothing was written yet."""
+    instants = [float(s) for s in os.environ.get("TARFLOWLM_KILL_SECONDS", "").split(",") if s]
+    rng, whole, out = random.Random(SEED), tmp_path / "whole", tmp_path / "run"
+    options = ["--data", str(corpus_file), "--steps", "200" if instants else "20", "--checkpoint-every", "5"]
+    options += ["--model.context", "64", "--train.test-windows", "8", "--train.evaluate-every", "10", "--device", "cpu"]
+
+    def command(folder: Path) -> list[str]:
+        resumed = ["--resume", str(folder)] if (folder / "config.json").exists() else None
+        return [sys.executable, "-m", "tarflowlm", "train", *(resumed or ["mini-ar", "--out", str(folder), *options])]
+
+    begun = time.monotonic()
+    subprocess.run(command(whole), check=True, capture_output=True)
+    seconds = time.monotonic() - begun
+    instants += [rng.uniform(0.2, 1.0) * seconds for _ in range(KILLS if instants else 2)]
+    for instant in instants:
+        process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            _, told = process.communicate(timeout=instant)
+            # it came to its end, or says that it had done so before
+            assert process.returncode == 0 or "is finished" in told, told
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            print(f"killed after {instant:.1f} s with {len(list((out / 'state').glob('step-*')))} states")
+    if not (out / "summary.json").exists():
+        subprocess.run(command(out), check=True, capture_output=True)
+    assert same_weights(whole, out)
