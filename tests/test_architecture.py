@@ -24,6 +24,7 @@ LAYERS = [
     {"training"},
     {"report"},
     {""},  # the public names
+    {"progress"},
     {"console"},
     {"quickstart", "bench", "studio", "eval_command", "reproduce"},
     {"commands", "edit_command"},
@@ -136,7 +137,8 @@ def test_optional_packages_are_imported_where_used(module):
 
 
 def test_terminal_libraries_stay_with_the_command_line():
-    top = {"console", "quickstart", "bench", "studio", "eval_command", "reproduce", "commands", "edit_command", "cli"}
+    top = {"progress", "console", "quickstart", "bench", "studio", "eval_command", "reproduce"}
+    top |= {"commands", "edit_command", "cli"}
     for name, path in MODULES.items():
         if name.split(".")[0] not in top:
             assert not {"rich", "tyro"} & {i.split(".")[0] for i in imports(path)}, name

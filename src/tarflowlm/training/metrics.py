@@ -19,7 +19,7 @@ class Reporter:
     def stage(self, index: int, num_stages: int, num_steps: int, done: int, description: str) -> None:
         """Stage `index` (0-based) begins, `done` of its `num_steps` steps already taken."""
 
-    def step(self, num_tokens: int) -> None:
+    def step(self, num_tokens: int, share: float | None = None) -> None:
         """One optimiser step was taken over this many tokens."""
 
     def record(self, record: dict[str, Any]) -> None:
