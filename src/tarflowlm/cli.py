@@ -37,7 +37,7 @@ from tarflowlm.commands import (
     run_sample,
     run_seal,
 )
-from tarflowlm.console import ProgressReporter, print_json, print_table
+from tarflowlm.console import ProgressReporter, print_json, print_table, stages_bar
 from tarflowlm.device import pick_device
 from tarflowlm.edit_command import EditArgs, run_edit
 from tarflowlm.errors import UserError
@@ -213,7 +213,8 @@ def run_bench(argv: list[str]) -> None:
         raise UserError(f"benchmark {name!r} is unknown: choose one of {', '.join(benchmarks)}")
     module = benchmarks[name]
     args = parse(module.Args, argv[1:], f"tarflowlm bench {name}")
-    result = module.run(args)
+    with stages_bar(Console(stderr=True), is_timing=True) as progress:
+        result = module.run(args, progress)
     if args.json:
         print_json(result)
     else:
