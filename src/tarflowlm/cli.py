@@ -11,6 +11,11 @@ import re
 import sys
 from typing import Any, NoReturn
 
+from tarflowlm.threads import yielding_threads
+
+# before torch is imported, which reads the environment once
+yielding_threads()
+
 import torch
 import tyro
 from rich.console import Console
