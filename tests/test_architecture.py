@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "tarflowlm"
 
 LAYERS = [
-    {"errors", "threads", "flow.numerics", "flow.precision"},
+    {"errors", "interrupts", "threads", "flow.numerics", "flow.precision"},
     {"config", "files", "device", "codebook", "released"},
     {"flow", "data", "manifest"},
     {"model", "baseline"},

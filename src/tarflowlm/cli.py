@@ -11,10 +11,12 @@ import re
 import sys
 from typing import Any, NoReturn
 
+from tarflowlm.interrupts import INTERRUPTED, one_line_on_interrupt
 from tarflowlm.threads import yielding_threads
 
-# before torch is imported, which reads the environment once
+# before torch is imported: it takes seconds, and reads the environment once
 yielding_threads()
+_imported = one_line_on_interrupt()
 
 import torch
 import tyro
@@ -55,6 +57,8 @@ from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.progressive import resume, train
 from tarflowlm.training.signals import Stopped, stop_on_signals
 
+_imported()
+
 STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
 
@@ -79,8 +83,9 @@ def main(argv: list[str] | None = None) -> None:
         _say(str(stopped))
         sys.exit(STOPPED)
     except KeyboardInterrupt:
-        sys.stderr.write("tarflowlm: interrupted; a training run continues with `tarflowlm train --resume DIR`\n")
-        sys.exit(130)
+        more = "; a training run continues with `tarflowlm train --resume DIR`" if argv[:1] == ["train"] else ""
+        _say(f"interrupted{more}")
+        sys.exit(INTERRUPTED)
 
 
 def _fail(message: str, *, everywhere: bool = False) -> NoReturn:
