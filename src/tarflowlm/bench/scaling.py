@@ -24,7 +24,7 @@ def scaling(
     rounds: int,
     steps: int,
     device: torch.device,
-    progress: Callable[[int, int], None],
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[dict[str, Any]]:
     """Rows {"name", "tokens_per_second", "ratio"}; the ratio is to one process of one thread."""
     runs = [replace(run, model=replace(run.model, vocab_size=vocab_size)) for run in runs]
