@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "tarflowlm"
 
 LAYERS = [
-    {"errors", "flow.numerics", "flow.precision"},
+    {"errors", "interrupts", "threads", "flow.numerics", "flow.precision"},
     {"config", "files", "device", "codebook", "released"},
     {"flow", "data", "manifest"},
     {"model", "baseline"},
@@ -24,6 +24,7 @@ LAYERS = [
     {"training"},
     {"report"},
     {""},  # the public names
+    {"progress"},
     {"console"},
     {"quickstart", "bench", "studio", "eval_command", "reproduce"},
     {"commands", "edit_command"},
@@ -136,7 +137,8 @@ def test_optional_packages_are_imported_where_used(module):
 
 
 def test_terminal_libraries_stay_with_the_command_line():
-    top = {"console", "quickstart", "bench", "studio", "eval_command", "reproduce", "commands", "edit_command", "cli"}
+    top = {"progress", "console", "quickstart", "bench", "studio", "eval_command", "reproduce"}
+    top |= {"commands", "edit_command", "cli"}
     for name, path in MODULES.items():
         if name.split(".")[0] not in top:
             assert not {"rich", "tyro"} & {i.split(".")[0] for i in imports(path)}, name

@@ -1,13 +1,17 @@
 """TarFlowLM: language modelling in continuous space with Transformer autoregressive flows (arXiv 2507.00425)."""
 
-from tarflowlm.baseline import BaselineConfig, TokenLM
-from tarflowlm.checkpoint import load
-from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import evaluate
-from tarflowlm.generation import generate
-from tarflowlm.model import FlowConfig, TarFlowLM
-from tarflowlm.objective import elbo, importance_weighted_bound
-from tarflowlm.training.progressive import resume, train
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tarflowlm.baseline import BaselineConfig, TokenLM
+    from tarflowlm.checkpoint import load
+    from tarflowlm.errors import UserError
+    from tarflowlm.evaluation.likelihood import evaluate
+    from tarflowlm.generation import generate
+    from tarflowlm.model import FlowConfig, TarFlowLM
+    from tarflowlm.objective import elbo, importance_weighted_bound
+    from tarflowlm.training.progressive import resume, train
 
 __all__ = [
     "BaselineConfig",
@@ -23,3 +27,32 @@ __all__ = [
     "resume",
     "train",
 ]
+
+_HOMES = {
+    "BaselineConfig": "baseline",
+    "FlowConfig": "model",
+    "TarFlowLM": "model",
+    "TokenLM": "baseline",
+    "UserError": "errors",
+    "elbo": "objective",
+    "evaluate": "evaluation.likelihood",
+    "generate": "generation",
+    "importance_weighted_bound": "objective",
+    "load": "checkpoint",
+    "resume": "training.progressive",
+    "train": "training.progressive",
+}
+"""Module of every public name. They are imported when asked for: PyTorch reads some environment variables as it is
+imported, and the command line sets them first."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value  # asked for once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

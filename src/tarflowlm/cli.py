@@ -11,6 +11,13 @@ import re
 import sys
 from typing import Any, NoReturn
 
+from tarflowlm.interrupts import INTERRUPTED, one_line_on_interrupt
+from tarflowlm.threads import yielding_threads
+
+# before torch is imported: it takes seconds, and reads the environment once
+yielding_threads()
+_imported = one_line_on_interrupt()
+
 import torch
 import tyro
 from rich.console import Console
@@ -37,7 +44,7 @@ from tarflowlm.commands import (
     run_sample,
     run_seal,
 )
-from tarflowlm.console import ProgressReporter, print_json, print_table
+from tarflowlm.console import ProgressReporter, print_json, print_table, stages_bar
 from tarflowlm.device import pick_device
 from tarflowlm.edit_command import EditArgs, run_edit
 from tarflowlm.errors import UserError
@@ -50,8 +57,12 @@ from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.progressive import resume, train
 from tarflowlm.training.signals import Stopped, stop_on_signals
 
+_imported()
+
 STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
+UNREAD = 141
+"""What a shell says of a program whose output nobody reads any more: 128 and the number of SIGPIPE."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,11 +71,21 @@ def main(argv: list[str] | None = None) -> None:
     # denormal numbers make these densities many times slower on CPUs
     torch.set_flush_denormal(True)
     try:
-        _dispatch(argv)
+        try:
+            _dispatch(argv)
+        finally:
+            # here, where a closed pipe can be told from other errors
+            sys.stdout.flush()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # rich's way to say so
+            _leave_unread()
+        raise
+    except BrokenPipeError:
+        _leave_unread()
     except (UserError, FloatingPointError) as error:
         _fail(str(error))
     except OSError as error:
-        place = f"cannot use {error.filename}: {error.strerror or error}"
+        place = f"cannot use {error.filename or 'the output'}: {error.strerror or error}"
         _fail(f"{place}; check the path, its permissions and the disk", everywhere=True)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
@@ -74,8 +95,9 @@ def main(argv: list[str] | None = None) -> None:
         _say(str(stopped))
         sys.exit(STOPPED)
     except KeyboardInterrupt:
-        sys.stderr.write("tarflowlm: interrupted; a training run continues with `tarflowlm train --resume DIR`\n")
-        sys.exit(130)
+        more = "; a training run continues with `tarflowlm train --resume DIR`" if argv[:1] == ["train"] else ""
+        _say(f"interrupted{more}")
+        sys.exit(INTERRUPTED)
 
 
 def _fail(message: str, *, everywhere: bool = False) -> NoReturn:
@@ -88,7 +110,16 @@ def _say(message: str, *, everywhere: bool = False) -> None:
     process that has something of its own to say."""
     line = message.replace("\r", "\\r").replace("\n", "\\n")
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        sys.stderr.write(f"tarflowlm: {line}\n")
+        with contextlib.suppress(BrokenPipeError):
+            sys.stderr.write(f"tarflowlm: {line}\n")
+
+
+def _leave_unread() -> NoReturn:
+    """Whoever read the output has had enough: no error, and no word about it."""
+    with contextlib.suppress(OSError, ValueError):
+        # Python flushes once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(UNREAD)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -129,7 +160,11 @@ def _print_help(summaries: dict[str, str]) -> None:
         "train": f"{TrainArgs.__doc__} Or continue one: train --resume DIR.",
         "bench": "Speed and accuracy, paired in one run: data, numerics, train, generation, infilling.",
     }
-    print_table(Console(), "tarflowlm COMMAND --help", [(name, text) for name, text in summaries.items()])
+    print_table(Console(), "tarflowlm COMMAND --help", [(name, _unwrapped(text)) for name, text in summaries.items()])
+
+
+def _unwrapped(docstring: str | None) -> str:
+    return " ".join((docstring or "").split())
 
 
 def parse(cls: type[Any], argv: list[str], prog: str, default: Any = None) -> Any:
@@ -177,7 +212,7 @@ def run_train(argv: list[str]) -> None:
             summary = resume(args.resume, **_options(reporter, processes))
     elif argv and argv[0] in ("-h", "--help"):
         usage = "tarflowlm train PRESET --out DIR [--help for its fields]   or   tarflowlm train --resume DIR"
-        print_table(Console(), usage, [(name, make.__doc__ or "") for name, make in PRESETS.items()])
+        print_table(Console(), usage, [(name, _unwrapped(make.__doc__)) for name, make in PRESETS.items()])
         return
     else:
         raise UserError(f"train needs a preset ({', '.join(PRESETS)}) or --resume DIR")
@@ -209,11 +244,16 @@ def run_bench(argv: list[str]) -> None:
         "infilling": bench_infilling,
     }
     name = argv[0] if argv else ""
+    if name in ("-h", "--help"):
+        rows = [(name, _unwrapped(module.Args.__doc__)) for name, module in benchmarks.items()]
+        print_table(Console(), "tarflowlm bench NAME [--help for its options]", rows)
+        return
     if name not in benchmarks:
         raise UserError(f"benchmark {name!r} is unknown: choose one of {', '.join(benchmarks)}")
     module = benchmarks[name]
     args = parse(module.Args, argv[1:], f"tarflowlm bench {name}")
-    result = module.run(args)
+    with stages_bar(Console(stderr=True), is_timing=True) as progress:
+        result = module.run(args, progress)
     if args.json:
         print_json(result)
     else:

@@ -12,7 +12,6 @@ from rich.console import Console
 
 from tarflowlm.checkpoint import export, load_checkpoint, read_run, seal
 from tarflowlm.console import (
-    bar,
     corpus_bar,
     print_json,
     print_notice,
@@ -20,6 +19,7 @@ from tarflowlm.console import (
     print_table,
     samples_to_json,
     sampling_bar,
+    stages_bar,
 )
 from tarflowlm.data import TokenizerConfig, prepare_corpus
 from tarflowlm.device import DeviceName, pick_device
@@ -272,12 +272,12 @@ def run_sample(args: SampleArgs) -> None:
 
 
 def run_report(args: ReportArgs) -> None:
-    with bar(Console(stderr=True), "report", 1) as update:
+    with stages_bar(Console(stderr=True)) as progress:
         result = write_report(
             args.directories,
             args.out,
             device=pick_device(args.device),
-            progress=lambda _what, done, total: update(done, total),
+            progress=progress,
         )
     if args.json:
         print_json(result)

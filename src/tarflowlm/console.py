@@ -6,43 +6,40 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 from tarflowlm.checkpoint import Model
 from tarflowlm.data import CorpusProgress, Tokenizer
 from tarflowlm.generation.generate import Generation, num_ticks
+from tarflowlm.progress import Bars, Clock, FittingProgress, PlainLines, is_live
 from tarflowlm.training.metrics import Reporter
-
-stderr_columns = (
-    SpinnerColumn(),
-    TextColumn("{task.description}", markup=False),
-    BarColumn(bar_width=None),
-    MofNCompleteColumn(),
-    TextColumn("{task.fields[note]}", markup=False),
-    TextColumn("eta"),
-    TimeRemainingColumn(elapsed_when_finished=True),
-)
 
 
 class Update(Protocol):
     """Sets what a bar shows as completed, and on request its total."""
 
     def __call__(self, completed: int, total: int | None = None) -> None: ...
+
+
+StageProgress = Callable[[str, int, int | None], None]
+"""Called with what is being done, the parts of it done, and the parts in all where they are known."""
+
+
+def no_progress(stage: str, completed: int, total: int | None) -> None:
+    """A `StageProgress` that shows nothing."""
+
+
+def ticker(progress: StageProgress, stage: str, total: int) -> Callable[[], None]:
+    """Every call says that one more of the stage's parts is done."""
+    done = itertools.count(1)
+    return lambda: progress(stage, next(done), total)
 
 
 STAGES = {
@@ -55,16 +52,27 @@ STAGES = {
 
 
 class ProgressReporter(Reporter):
-    """A bar per stage with tokens per second, bits per character and the time left. Use as a context."""
+    """Every stage with its share done, bits per character, tokens per second and the time left. Use as a context."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.progress = Progress(*stderr_columns, console=console)
+    patience = 10.0
+    """Seconds that the first plain line of a stage waits for a loss."""
+
+    def __init__(self, console: Console, *, clock: Clock = time.monotonic) -> None:
+        self.console, self.clock = console, clock
+        self.progress = FittingProgress(console)
+        self.lines = None if is_live(console) else PlainLines(console, clock=clock)
         self._task: Any = None
-        self._bpc, self._valid, self._rate = "", "", ""
-        self._start, self._tokens = time.perf_counter(), 0
         self._preparing = ExitStack()
         self._corpus: CorpusProgress | None = None
+        self._share: float | None = None
+        self._rate: float | None = None
+        self._begin(0, 0)
+
+    def _begin(self, num_steps: int, done: int) -> None:
+        self._steps, self._num_steps = done, num_steps
+        self._share = done / num_steps if num_steps else None
+        self._bpc, self._valid, self._rate = "", "", None
+        self._start, self._tokens = self.clock(), 0
 
     def __enter__(self) -> "ProgressReporter":
         return self
@@ -76,39 +84,75 @@ class ProgressReporter(Reporter):
 
     def preparing(self, stage: str, done: int, total: int | None) -> None:
         if self._corpus is None:
-            self._corpus = self._preparing.enter_context(corpus_bar(self.console, "the corpus"))
+            if self._task is not None:
+                # of the training before: there is room for one display at a time
+                self.progress.stop()
+                self.progress, self._task = FittingProgress(self.console), None
+            self._corpus = self._preparing.enter_context(corpus_bar(self.console, "the corpus", clock=self.clock))
         self._corpus(stage, done, total)
 
     def stage(self, index: int, num_stages: int, num_steps: int, done: int, description: str) -> None:
         self._preparing.close()
+        self._corpus = None
+        self._begin(num_steps, done)
+        number = f"{index + 1}/{num_stages}"
+        if self.lines is not None:
+            label = f"stage {number} {description}" if num_stages > 1 else description
+            self.lines.begin(label, self._share or 0.0)
+            return
         if self._task is None:
             # not before, so that an error at the start prints its one line alone
             self.progress.start()
         else:
+            # a stage may end early
             self.progress.update(self._task, completed=self.progress.tasks[self._task].total)
-        label = f"stage {index + 1}/{num_stages}: {description}" if num_stages > 1 else description
-        self._task = self.progress.add_task(label, total=num_steps, completed=done, note="")
-        self._bpc = self._valid = self._rate = ""
-        self._start, self._tokens = time.perf_counter(), 0
+        label, short = (
+            (f"stage {number}: {description}", f"{number} {description}") if num_stages > 1 else (description, None)
+        )
+        self._task = self.progress.add(label, short=short, total=num_steps or None, completed=done)
 
     def step(self, num_tokens: int, share: float | None = None) -> None:
+        self._steps += 1
         self._tokens += num_tokens
-        seconds = time.perf_counter() - self._start
-        if seconds > 0.5 and not self._rate:
-            self._rate = f"{self._tokens / seconds:,.0f} tok/s"
-        self.progress.update(self._task, advance=1, note=self._note())
+        if share is not None:
+            self._share = share
+        elif self._num_steps:
+            self._share = self._steps / self._num_steps
+        seconds = self.clock() - self._start
+        if seconds > 0.5 and self._rate is None:
+            self._rate = self._tokens / seconds
+        if self.lines is None:
+            self._draw(advance=1)
+        elif not self.lines.has_written and (self.lines.overdue() or 0.0) > self.patience:
+            self._write_line()
 
     def record(self, record: dict[str, Any]) -> None:
         if record["split"] == "train":
-            self._bpc = f"train {record['bpc']:.3f}"
-            self._rate = f"{record['tokens_per_second']:,.0f} tok/s"
+            self._bpc = f"train {record['bpc']:.3f} bpc"
+            self._rate = record["tokens_per_second"]
         elif record["split"] == "valid":
             self._valid = f"valid {record['bpc']:.3f}"
-        self.progress.update(self._task, note=self._note())
+        if self.lines is None:
+            self._draw(advance=0)
+        elif record["split"] == "train" and self.lines.overdue() is not None:
+            self._write_line()
 
-    def _note(self) -> str:
-        bits = " ".join(part for part in (self._bpc, self._valid) if part)
-        return f"{self._rate}  {bits + ' bpc' if bits else ''}"
+    def _draw(self, *, advance: int) -> None:
+        rate = "" if self._rate is None else f"{self._rate:,.0f} tok/s"
+        self.progress.update(self._task, rate=rate, train=self._bpc, valid=self._valid)
+        if self._num_steps:
+            self.progress.update(self._task, advance=advance)
+        elif self._share is not None:
+            count = f"step {self._steps:,}, {int(100 * self._share)} %"
+            self.progress.update(self._task, total=1.0, completed=self._share, count=count)
+        else:
+            self.progress.update(self._task, count=f"step {self._steps:,}")
+
+    def _write_line(self) -> None:
+        assert self.lines is not None
+        count = f"step {self._steps:,}" + (f" of {self._num_steps:,}" if self._num_steps else "")
+        rate = "" if self._rate is None else f"{self._rate:,.0f} tokens/s"
+        self.lines.write(count, self._share, self._bpc, self._valid, rate)
 
     def notice(self, text: str) -> None:
         print_notice(self.console, text)
@@ -116,57 +160,52 @@ class ProgressReporter(Reporter):
 
 def print_notice(console: Console, text: str) -> None:
     """A line beside the results."""
-    console.print(text, style="dim", highlight=False, markup=False)
+    # a line in a log file, whatever its width
+    console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def bar(console: Console, description: str, total: int) -> Iterator[Update]:
-    """A progress bar; the function it yields sets what is completed, and on request a new total."""
-    progress = Progress(*stderr_columns, console=console, transient=True)
-    task = progress.add_task(description, total=total, note="")
-    start = time.perf_counter()
+def bar(console: Console, description: str, total: int, *, clock: Clock = time.monotonic) -> Iterator[Update]:
+    """Progress of one thing; the function it yields sets what is completed, and on request a new total."""
+    bars, whole = Bars(console, clock=clock), total
+    bars.begin(description)
 
     def update(completed: int, total: int | None = None) -> None:
-        # the display starts here, so that an error at the start prints its one line alone
-        progress.start()
-        rate = completed / max(time.perf_counter() - start, 1e-9)
-        progress.update(task, completed=completed, total=total, note=f"{rate:,.0f}/s")
+        nonlocal whole
+        whole = whole if total is None else total
+        bars.show(description, completed, whole)
 
     try:
         yield update
     finally:
-        if progress.live.is_started:
-            progress.stop()
+        bars.close()
 
 
 @contextmanager
-def corpus_bar(console: Console, source: str) -> Iterator[CorpusProgress]:
-    """A bar for every stage of preparing a corpus; yields the `progress` of `prepare_corpus`."""
-    # without a terminal a transient bar would leave an empty line before an error's one line
-    progress = Progress(*stderr_columns, console=console, transient=True, disable=not console.is_terminal)
-    starts: dict[str, float] = {}
-    tasks: dict[str, Any] = {}
+def stages_bar(
+    console: Console, label: Callable[[str], str] = str, *, clock: Clock = time.monotonic, is_timing: bool = False
+) -> Iterator[StageProgress]:
+    """Progress of stages, one after the other; yields what is told a stage's name, the parts done and those in all.
 
-    def update(stage: str, completed: int, total: int | None) -> None:
-        if stage not in tasks:
-            for task in tasks.values():
-                progress.update(task, visible=False)
-            tasks[stage] = progress.add_task(STAGES[stage].format(source), total=total, note="")
-            starts[stage] = time.perf_counter()
-            progress.start()
-        rate = completed / max(time.perf_counter() - starts[stage], 1e-9)
-        progress.update(tasks[stage], completed=completed, total=total, note=f"{rate:,.0f}/s")
-
+    `label` turns a name into what is shown; with `is_timing` no thread draws beside what is being timed.
+    """
+    bars = Bars(console, clock=clock, auto_refresh=not is_timing)
     try:
-        yield update
+        yield lambda stage, completed, total: bars.show(label(stage), completed, total)
     finally:
-        if progress.live.is_started:
-            progress.stop()
+        bars.close()
+
+
+def corpus_bar(
+    console: Console, source: str, *, clock: Clock = time.monotonic
+) -> AbstractContextManager[CorpusProgress]:
+    """Progress of every stage of preparing a corpus; yields the `progress` of `prepare_corpus`."""
+    return stages_bar(console, lambda stage: STAGES[stage].format(source), clock=clock)
 
 
 @contextmanager
 def sampling_bar(console: Console, model: Model, num_tokens: int) -> Iterator[Callable[[], None]]:
-    """A bar over the positions that `generate` inverts; yields its `tick`."""
+    """Progress over the positions that `generate` inverts; yields its `tick`."""
     total = num_ticks(model, num_tokens)
     done = itertools.count(1)
     with bar(console, "sampling, positions", total) as update:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.checkpoint import Checkpoint, load_checkpoint
-from tarflowlm.console import bar, corpus_bar, print_json, print_notice, print_table
+from tarflowlm.console import bar, corpus_bar, print_json, print_notice, print_table, stages_bar
 from tarflowlm.data import (
     SOURCE_NAMES,
     TokenArray,
@@ -118,13 +118,13 @@ def run_eval(args: EvalArgs) -> None:
     if args.latents:
         assert isinstance(checkpoint.model, TarFlowLM)
         windows = eval_windows(tokens, context, args.windows)
-        with bar(console, f"latents of {source}", len(windows)) as update:
+        with bar(console, "latents", len(windows)) as update:
             states = latent_report(
                 checkpoint.model, windows, seed=args.seed, progress=lambda done, _total: update(done)
             )
     if sampling is not None and judge is not None:
         text = eval_windows(tokens, length, sampling.num)
-        with bar(console, "quality", 1) as update:
+        with stages_bar(console, lambda stage: f"quality: {stage}") as progress:
             quality = measure_quality(
                 checkpoint.model,
                 tokenizer,
@@ -132,7 +132,7 @@ def run_eval(args: EvalArgs) -> None:
                 text,
                 sampling,
                 trained_on=checkpoint.run.data.source,
-                progress=lambda _name, done, total: update(done, total),
+                progress=progress,
             )
     if args.json:
         latents = {"latents": [state.to_json() for state in states]} if states is not None else {}
@@ -178,8 +178,14 @@ def _likelihood(
             f"stride {stride}: windows can slide for the baseline and for flows of one block; no bound is known for "
             f"the {model.num_blocks} blocks of this model: leave --stride out"
         )
+    if args.samples < 1:
+        # what is said below would come before it
+        raise UserError(f"samples {args.samples}: must be at least 1")
     start = time.perf_counter()
-    with bar(console, f"windows of {source}", len(windows)) as update:
+    samples = f", {args.samples} samples each" if args.samples > 1 else ""
+    print_notice(console, f"evaluating {len(windows):,} windows of {context} tokens{samples}: {source}, {args.split}")
+    with bar(console, "evaluating", len(windows)) as update:
+        update(0)
         result = evaluate(
             model,
             windows,

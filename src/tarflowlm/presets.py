@@ -3,7 +3,6 @@ difference between their results is the model's."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.data import TokenizerConfig
@@ -111,7 +110,24 @@ def _paper(name: str) -> RunConfig:
     return RunConfig(name=name, model=flow, data=data, optim=optim, train=train)
 
 
-PAPER_PRESETS = tuple(f"{corpus}-{kind}" for corpus in ("text8", "owt") for kind in ("ar", "affine", "mix1", "mixd"))
+PAPER_CORPORA = {"text8": "TEXT8", "owt": "OpenWebText"}
+PAPER_KINDS = {
+    "ar": "the discrete baseline",
+    "affine": "three affine blocks",
+    "mix1": "three Mix-1 blocks",
+    "mixd": "a Mix-d block, then two Mix-1 blocks",
+}
+PAPER_PRESETS = tuple(f"{corpus}-{kind}" for corpus in PAPER_CORPORA for kind in PAPER_KINDS)
+
+
+def _paper_preset(name: str) -> Callable[[], RunConfig]:
+    def make() -> RunConfig:
+        return _paper(name)
+
+    corpus, kind = name.split("-")
+    make.__doc__ = f"The paper's set-up on {PAPER_CORPORA[corpus]}, at the size of GPT-2 small: {PAPER_KINDS[kind]}."
+    return make
+
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "quickstart": quickstart,
@@ -121,7 +137,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "mini-mixd": mini_mixd,
     "mini-mixd-p2": mini_mixd_p2,
     "mini-mixd-p4": mini_mixd_p4,
-    **{name: partial(_paper, name) for name in PAPER_PRESETS},
+    **{name: _paper_preset(name) for name in PAPER_PRESETS},
 }
 
 

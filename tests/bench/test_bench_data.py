@@ -12,7 +12,7 @@ def test_speed_memory_and_loader_are_measured(tmp_path, monkeypatch):
     text = "It was the best of times, it was the worst of times \u2014 caf\u00e9.\n" * 400
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     train_bpe([text], 280, alphabet=None, normalization="none").save(tmp_path)
-    monkeypatch.setattr(bench_train, "run", lambda args: {"rows": [{"milliseconds": 50.0}]})
+    monkeypatch.setattr(bench_train, "run", lambda *_: {"rows": [{"milliseconds": 50.0}]})
     args = bench_data.Args(
         text=tmp_path / "text.txt", tokenizer=str(tmp_path), rounds=1, speed_mb=1, small_mb=1, large_mb=2
     )

@@ -106,7 +106,7 @@ def test_the_command_line_killed_and_resumed(tmp_path, corpus_file, same_weights
     instants = [float(s) for s in os.environ.get("TARFLOWLM_KILL_SECONDS", "").split(",") if s]
     rng, whole, out = random.Random(SEED), tmp_path / "whole", tmp_path / "run"
     options = ["--data", str(corpus_file), "--steps", "200" if instants else "20", "--checkpoint-every", "5"]
-    options += ["--model.context", "64", "--train.test-windows", "8", "--train.evaluate-every", "10", "--device", "cpu"]
+    options += ["--model.context", "64", "--train.test-windows", "8", "--train.evaluate-every", "10"]
 
     def command(folder: Path) -> list[str]:
         resumed = ["--resume", str(folder)] if (folder / "config.json").exists() else None

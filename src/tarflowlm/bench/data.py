@@ -16,7 +16,7 @@ import tokenizers
 from rich.console import Console
 
 from tarflowlm.bench import train as bench_train
-from tarflowlm.console import print_table
+from tarflowlm.console import StageProgress, no_progress, print_table
 from tarflowlm.data import (
     BPETokenizer,
     TokenizerConfig,
@@ -59,7 +59,7 @@ VOCAB_SIZE = 16_384
 LOADER_BATCHES = 2000
 
 
-def run(args: Args) -> dict[str, Any]:
+def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     """{"mb_per_second", "library_mb_per_second", "ratio", "memory": [{"mb", "peak_mb", "mb_per_second"}],
     "loader_share", ...}.
 
@@ -71,19 +71,22 @@ def run(args: Args) -> dict[str, Any]:
         raise UserError(f"rounds {args.rounds}, megabytes {sizes}: each needs at least 1")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for label, size in sizes.items():
+        for i, (label, size) in enumerate(sizes.items()):
+            progress("texts", i, len(sizes))
             _write_text(args.text, folder / f"{label}.txt", size * 10**6)
+        progress("tokenizer", 0, 1)
         tokenizer = _bpe(args.tokenizer, folder / "small.txt")
         tokenizer.save(folder / "tokenizer.json")
-        ours, alone = _speeds(tokenizer, folder, args.rounds)
-        memory = [
-            {"mb": size} | _in_fresh_process(folder / f"{label}.txt", folder / "tokenizer.json", folder / label)
-            for label, size in sizes.items()
-            if label != "speed"
-        ]
+        ours, alone = _speeds(tokenizer, folder, args.rounds, progress)
+        memory = []
+        for i, label in enumerate(("small", "large")):
+            progress("peak memory, texts", i, 2)
+            found = _in_fresh_process(folder / f"{label}.txt", folder / "tokenizer.json", folder / label)
+            memory.append({"mb": sizes[label]} | found)
         loader = _seconds_per_batch(folder / "large", args.preset)
     step = bench_train.run(
-        bench_train.Args(presets=(args.preset,), rounds=3, vocab_size=27, memory=False, scaling=False, sizes=False)
+        bench_train.Args(presets=(args.preset,), rounds=3, vocab_size=27, memory=False, scaling=False, sizes=False),
+        progress,
     )
     milliseconds = step["rows"][0]["milliseconds"]
     return {
@@ -133,13 +136,16 @@ def _bpe(source: str, text: Path) -> BPETokenizer:
     return built
 
 
-def _speeds(tokenizer: BPETokenizer, folder: Path, rounds: int) -> tuple[list[float], list[float]]:
+def _speeds(
+    tokenizer: BPETokenizer, folder: Path, rounds: int, progress: StageProgress
+) -> tuple[list[float], list[float]]:
     """Seconds of preparing a text, and of the library encoding it from memory, in every round."""
     # lines as a user of the library would hand them over, and stretches as we do: the faster counts
     text = (folder / "speed.txt").read_text(encoding="utf-8")
     cuts = [text.splitlines(keepends=True), list(text_pieces(text, 1 << 15))]
     ours, alone = [], []
     for i in range(rounds):
+        progress("preparing a text, rounds", i, rounds)
         start = time.perf_counter()
         prepare_corpus(str(folder / "speed.txt"), tokenizer, folder / f"round{i}")
         ours.append(time.perf_counter() - start)

@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from tarflowlm.checkpoint import Model, load_checkpoint
+from tarflowlm.console import StageProgress, no_progress, ticker
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.generation import generate
+from tarflowlm.generation.generate import num_ticks
 from tarflowlm.generation.inversion import Decoder, invert_block
 from tarflowlm.generation.stack import invert_stack
 from tarflowlm.model import TarFlowLM
@@ -45,7 +47,7 @@ class Args:
     """Print one JSON object last."""
 
 
-def run(args: Args) -> dict[str, Any]:
+def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     """{"blocks", "models", "positions", "identical"}: lists of rows, see `print_result`.
 
     Ratios are medians of the rounds' own ratios, so that a slow moment of the machine touches both sides.
@@ -60,21 +62,27 @@ def run(args: Args) -> dict[str, Any]:
     models = {str(d): load_checkpoint(d, device).model for d in args.directories}
     flows = {name: m for name, m in models.items() if isinstance(m, TarFlowLM)}
     return {
-        "models": [row for batch in args.batches for row in _models(models, args, batch)],
+        "models": [row for batch in args.batches for row in _models(models, args, batch, progress)],
         "blocks": [
-            row for name, m in flows.items() for batch in args.batches for row in _blocks(name, m, args, batch)
+            row
+            for name, m in flows.items()
+            for batch in args.batches
+            for row in _blocks(name, m, args, batch, progress)
         ],
-        "positions": [_positions(name, m, args) for name, m in models.items()],
-        "identical": [_identical(name, m, args) for name, m in flows.items()] if args.seeds else [],
+        "positions": [_positions(name, m, args, progress) for name, m in models.items()],
+        "identical": [_identical(name, m, args, progress) for name, m in flows.items()] if args.seeds else [],
         "device": str(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
 
-def _rounds(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def _rounds(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, progress: Callable[[int, int], None]
+) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(rounds + 1):
+        progress(index, rounds + 1)
         for name, call in contenders.items():
             start = time.perf_counter()
             call()
@@ -93,7 +101,7 @@ def _decoders(model: Model) -> tuple[Decoder, ...]:
     return ("sequential", "auto") if isinstance(model, TarFlowLM) else ("sequential",)
 
 
-def _models(models: dict[str, Model], args: Args, batch: int) -> list[dict[str, Any]]:
+def _models(models: dict[str, Model], args: Args, batch: int, progress: StageProgress) -> list[dict[str, Any]]:
     contenders: dict[str, Callable[[], object]] = {}
     tokens: dict[str, int] = {}
     chosen: dict[str, tuple[Decoder, ...]] = {}
@@ -112,7 +120,7 @@ def _models(models: dict[str, Model], args: Args, batch: int) -> list[dict[str, 
 
             contenders[f"{name} {decoder}"] = call
             tokens[f"{name} {decoder}"] = batch * _length(model, args)
-    seconds = _rounds(contenders, args.rounds)
+    seconds = _rounds(contenders, args.rounds, partial(progress, f"models, batch {batch}, rounds"))
     per_token = {name: [s / tokens[name] for s in times] for name, times in seconds.items()}
     yardstick = next(iter(per_token.values()))
     return [
@@ -128,7 +136,9 @@ def _models(models: dict[str, Model], args: Args, batch: int) -> list[dict[str, 
 
 
 @torch.no_grad()
-def _blocks(name: str, model: TarFlowLM, args: Args, batch: int) -> list[dict[str, Any]]:
+def _blocks(
+    name: str, model: TarFlowLM, args: Args, batch: int, progress: StageProgress
+) -> list[dict[str, Any]]:
     padded = -(-_length(model, args) // model.config.patch) * model.config.patch
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(batch, padded, model.config.latent_dim, generator=generator).to(model.codebook.mean)
@@ -138,7 +148,9 @@ def _blocks(name: str, model: TarFlowLM, args: Args, batch: int) -> list[dict[st
         block, u = model.prior.blocks[index], model.prior.patch(state)[0]
         assert isinstance(block, FlowBlock)
         seconds = _rounds(
-            {way: partial(invert_block, block, u, decoder=way) for way in ("sequential", "parallel")}, args.rounds
+            {way: partial(invert_block, block, u, decoder=way) for way in ("sequential", "parallel")},
+            args.rounds,
+            partial(progress, f"block {index + 1} of {name}, batch {batch}, rounds"),
         )
         by_step, by_sweep = seconds["sequential"], seconds["parallel"]
         rows.append(
@@ -157,11 +169,12 @@ def _blocks(name: str, model: TarFlowLM, args: Args, batch: int) -> list[dict[st
     return rows
 
 
-def _positions(name: str, model: Model, args: Args) -> dict[str, Any]:
+def _positions(name: str, model: Model, args: Args, progress: StageProgress) -> dict[str, Any]:
     """Milliseconds per position, block 1 or the baseline, in the four quarters of a sample by steps."""
     marks: list[float] = []
     batch = max(args.batches)
-    for _ in range(2):  # the first warms up
+    for i in range(2):  # the first warms up
+        progress(f"positions of {name}, samples", i, 2)
         marks.clear()
         generate(
             model,
@@ -176,16 +189,18 @@ def _positions(name: str, model: Model, args: Args) -> dict[str, Any]:
     return {"name": name, "batch": batch, "milliseconds": quarters, "last_over_first": quarters[-1] / quarters[0]}
 
 
-def _identical(name: str, model: TarFlowLM, args: Args) -> dict[str, Any]:
+def _identical(name: str, model: TarFlowLM, args: Args, progress: StageProgress) -> dict[str, Any]:
     """Tokens by sweeps in every block, and by the automatic choice, against tokens by steps."""
     texts = {}
     for decoder in ("sequential", "parallel", "auto"):
+        what = f"{args.seeds} samples of {name}, {decoder}, positions"
         found = generate(
             model,
             num_tokens=_length(model, args),
             num=args.seeds,
             decoder=decoder,
             generator=torch.Generator().manual_seed(1),
+            tick=ticker(progress, what, num_ticks(model, _length(model, args))),
         )
         texts[decoder] = found.tokens
     return {

@@ -13,11 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from tarflowlm.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.console import StageProgress, no_progress, ticker
 from tarflowlm.data import encode_text_source, eval_windows
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.editing import bound, encode, renoise
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
+from tarflowlm.generation.generate import num_ticks
 from tarflowlm.generation.template import BLANK
 from tarflowlm.model import TarFlowLM
 
@@ -50,7 +52,7 @@ class Args:
     """Print one JSON object last."""
 
 
-def run(args: Args) -> dict[str, Any]:
+def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     """{"infilling", "editing", "examples"}; bits per character are upper bounds for flows, exact for baselines."""
     if not args.directories:
         raise UserError("bench infilling needs run directories: name at least one")
@@ -62,11 +64,11 @@ def run(args: Args) -> dict[str, Any]:
     for directory in args.directories:
         checkpoint = load_checkpoint(directory, pick_device(args.device))
         texts = _sentences(checkpoint, args)
-        filled, shown = _infill(checkpoint, str(directory), texts, args)
+        filled, shown = _infill(checkpoint, str(directory), texts, args, progress)
         result["infilling"] += filled
         result["examples"] += shown
         if isinstance(checkpoint.model, TarFlowLM):
-            result["editing"] += _edit(checkpoint, str(directory), texts, args)
+            result["editing"] += _edit(checkpoint, str(directory), texts, args, progress)
     return result
 
 
@@ -88,23 +90,25 @@ def _bits(checkpoint: Checkpoint, tokens: torch.Tensor, seed: int) -> float:
 
 
 def _infill(
-    checkpoint: Checkpoint, name: str, texts: torch.Tensor, args: Args
+    checkpoint: Checkpoint, name: str, texts: torch.Tensor, args: Args, progress: StageProgress
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    first = (args.length - args.blanks) // 2
+    model, first = checkpoint.model, (args.length - args.blanks) // 2
     hidden = torch.zeros(args.length, dtype=torch.bool)
     hidden[first : first + args.blanks] = True
     template = torch.where(hidden, torch.tensor(BLANK), texts)
     rows, filled = [], {}
     for particles in args.particles:
+        what = f"infilling by {name}, {particles} particles, positions"
         start = time.perf_counter()
         found = generate(
-            checkpoint.model,
+            model,
             num_tokens=args.length,
             num=len(texts),
             template=template,
             particles=particles,
             decoder="parallel",
             generator=torch.Generator().manual_seed(args.seed),
+            tick=ticker(progress, what, num_ticks(model, args.length)),
         )
         seconds = time.perf_counter() - start
         tokens = found.tokens.cpu()
@@ -138,13 +142,16 @@ def _infill(
     return rows, shown
 
 
-def _edit(checkpoint: Checkpoint, name: str, texts: torch.Tensor, args: Args) -> list[dict[str, Any]]:
+def _edit(
+    checkpoint: Checkpoint, name: str, texts: torch.Tensor, args: Args, progress: StageProgress
+) -> list[dict[str, Any]]:
     model = checkpoint.model
     assert isinstance(model, TarFlowLM)
     text = encode(model, texts, torch.Generator().manual_seed(args.seed))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for level in range(model.num_blocks + 1):
         for strength in args.strengths:
+            progress(f"editing by {name}", len(rows), (model.num_blocks + 1) * len(args.strengths))
             edit = renoise(
                 model,
                 text,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.bench.memory import high_water_mark
+from tarflowlm.console import StageProgress, no_progress
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import mixture_cdf, mixture_cdf_inverse, mixture_log_prob_from_features
 
@@ -73,7 +75,7 @@ class Contender:
     """True where the implementation has no weights: it is then held to the mixture it can express."""
 
 
-def run(args: Args) -> dict[str, Any]:
+def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     """{"maps": [...], "head": [...], ...}: one row per contender and mixture size, one per loss.
 
     Ratios are medians of the rounds' own ratios, to `ours f32` for the maps and to the faster
@@ -85,8 +87,8 @@ def run(args: Args) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
-        maps = [row for k in args.components for row in _maps(args, k)]
-        head = _heads(args) if args.head else []
+        maps = [row for k in args.components for row in _maps(args, k, progress)]
+        head = _heads(args, progress) if args.head else []
     finally:
         torch.set_num_threads(threads)
     return {
@@ -173,7 +175,7 @@ def _hard(rows: int, k: int, generator: torch.Generator) -> tuple[Tensor, Params
     return u, (-12 * uniform[2], apart - apart.mean(-1, keepdim=True), log_std)
 
 
-def _maps(args: Args, k: int) -> list[dict[str, Any]]:
+def _maps(args: Args, k: int, progress: StageProgress) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(args.seed)
     u, params = _ordinary((args.tokens, args.channels), k, generator)
     with torch.no_grad():
@@ -184,7 +186,7 @@ def _maps(args: Args, k: int) -> list[dict[str, Any]]:
             cast = tuple(p.to(c.dtype) for p in params)
             jobs[c.name, "forward"] = _job(c.forward, z.to(c.dtype), cast)
             jobs[c.name, "inverse"] = _job(c.inverse, u.to(c.dtype), cast)
-        seconds = _interleave(jobs, args.rounds)
+        seconds = _interleave(jobs, args.rounds, partial(progress, f"maps of {k} components, rounds"))
         ordinary = _ordinary((args.accuracy_rows // 2,), k, generator)
         hard = _hard(args.accuracy_rows // 2, k, generator)
         rows = []
@@ -206,12 +208,15 @@ def _job(function: Map, x: Tensor, params: Any) -> Callable[[], Any]:
     return lambda: function(x, params)
 
 
-def _interleave(jobs: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
+def _interleave(
+    jobs: dict[Any, Callable[[], Any]], rounds: int, progress: Callable[[int, int], None]
+) -> dict[Any, list[float]]:
     """Seconds of every job in every round, one job after the other within a round."""
     for job in jobs.values():
         job()
     seconds: dict[Any, list[float]] = {name: [] for name in jobs}
-    for _ in range(rounds):
+    for i in range(rounds):
+        progress(i, rounds)
         for name, job in jobs.items():
             start = time.perf_counter()
             job()
@@ -304,7 +309,7 @@ _LOSSES: dict[str, Callable[[dict[str, Tensor]], None]] = {
 }
 
 
-def _heads(args: Args) -> list[dict[str, Any]]:
+def _heads(args: Args, progress: StageProgress) -> list[dict[str, Any]]:
     inputs = _head_inputs(args)
 
     def job(loss: Callable[[dict[str, Tensor]], None]) -> Callable[[], None]:
@@ -315,10 +320,12 @@ def _heads(args: Args) -> list[dict[str, Any]]:
 
         return call
 
-    seconds = _interleave({name: job(loss) for name, loss in _LOSSES.items()}, args.head_rounds)
+    jobs = {name: job(loss) for name, loss in _LOSSES.items()}
+    seconds = _interleave(jobs, args.head_rounds, partial(progress, "losses, rounds"))
     recomputed, fastest = seconds["cross-entropy, recomputed"], seconds["cross-entropy, gradient in forward"]
     rows = []
-    for name, times in seconds.items():
+    for i, (name, times) in enumerate(seconds.items()):
+        progress("peak memory, losses", i, len(seconds))
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
             peak = fresh.submit(peak_memory, args, name).result()
         row = {"name": name, "seconds": statistics.median(times), "peak_gb": peak}

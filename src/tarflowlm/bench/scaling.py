@@ -18,13 +18,20 @@ from tarflowlm.training.timing import training_step
 
 
 def scaling(
-    runs: list[RunConfig], vocab_size: int, *, rounds: int, steps: int, device: torch.device
+    runs: list[RunConfig],
+    vocab_size: int,
+    *,
+    rounds: int,
+    steps: int,
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[dict[str, Any]]:
     """Rows {"name", "tokens_per_second", "ratio"}; the ratio is to one process of one thread."""
     runs = [replace(run, model=replace(run.model, vocab_size=vocab_size)) for run in runs]
     context = get_context("spawn")
     seconds = {}
     for world in (1, 2):
+        progress(world - 1, 2)
         answers = context.SimpleQueue()
         arguments = (world, _free_port(), runs, rounds, steps, device.type, answers)
         spawn(_time_in_process, arguments, nprocs=world)

@@ -16,6 +16,7 @@ from rich.table import Table
 from tarflowlm.bench.memory import high_water_mark
 from tarflowlm.bench.scaling import scaling
 from tarflowlm.bench.sizes import sizes
+from tarflowlm.console import StageProgress, no_progress
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.flops import training_flops
@@ -71,7 +72,7 @@ class _Contender:
     """Of one step."""
 
 
-def run(args: Args) -> dict[str, Any]:
+def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     """{"rows": [{"name", "tokens_per_second", "ratio", "milliseconds", ...}], ...}; ratio is to the first row.
 
     Medians over rounds; the ratio is the median of the rounds' own ratios, so that a slow moment of the machine
@@ -83,19 +84,29 @@ def run(args: Args) -> dict[str, Any]:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
-    result = {"rows": _speed(args, device), "device": _device_name(device), "threads": torch.get_num_threads()}
-    result["torch"] = torch.__version__
+    result: dict[str, Any] = {"rows": _speed(args, device, progress), "device": _device_name(device)}
+    result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     if args.memory:
-        result["memory"] = [{"name": name, "peak_gb": _peak(name, args)} for name in args.presets]
+        result["memory"] = []
+        for i, name in enumerate(args.presets):
+            progress("peak memory, presets", i, len(args.presets))
+            result["memory"].append({"name": name, "peak_gb": _peak(name, args)})
     if args.scaling:
         chosen = [runs[name] for name in args.scaling_presets]
-        result["scaling"] = scaling(chosen, args.vocab_size, rounds=args.rounds, steps=args.steps, device=device)
+        result["scaling"] = scaling(
+            chosen,
+            args.vocab_size,
+            rounds=args.rounds,
+            steps=args.steps,
+            device=device,
+            progress=lambda done, total: progress("one process, then two", done, total),
+        )
     if args.sizes:
         result["sizes"] = sizes()
     return result
 
 
-def _speed(args: Args, device: torch.device) -> list[dict[str, Any]]:
+def _speed(args: Args, device: torch.device, progress: StageProgress) -> list[dict[str, Any]]:
     contenders = {}
     for run in map(preset, args.presets):
         for stage in range(run.num_stages):
@@ -105,7 +116,8 @@ def _speed(args: Args, device: torch.device) -> list[dict[str, Any]]:
         contender.step()
         contender.step()
     seconds: dict[str, list[float]] = {label: [] for label in contenders}
-    for _ in range(args.rounds):
+    for i in range(args.rounds):
+        progress("training steps, rounds", i, args.rounds)
         for label, contender in contenders.items():
             seconds[label].append(_time(contender.step, args.steps, device))
     yardstick = next(iter(contenders))

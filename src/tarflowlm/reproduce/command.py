@@ -1,7 +1,8 @@
 """`tarflowlm reproduce NAME`: plan, train what is missing, measure, write."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from tarflowlm.console import ProgressReporter, print_json, print_table
+from tarflowlm.console import ProgressReporter, print_json, print_notice, print_table, stages_bar
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.reproduce import (
@@ -87,7 +88,8 @@ def run_reproduce(args: ReproduceArgs) -> None:
         # what recipes share is trained once
         plan = {training.name: training for recipe in recipes for training in recipe.plan(settings)}
         title = recipes[0].title if len(recipes) == 1 else "All recipes"
-        _print_plan(args, title, estimate(settings, list(plan.values())))
+        notice = partial(print_notice, Console(stderr=True))
+        _print_plan(args, title, estimate(settings, list(plan.values()), notice))
         return
     # before anything that takes hours
     for recipe in recipes:
@@ -108,10 +110,13 @@ def _check(recipe: Recipe, settings: Settings) -> None:
 
 
 def _reproduce(recipe: Recipe, settings: Settings, args: ReproduceArgs) -> dict[str, Any]:
-    with ProgressReporter(Console(stderr=True)) as reporter:
+    console = Console(stderr=True)
+    with ProgressReporter(console) as reporter:
         finished = finish(settings, recipe.plan(settings), reporter)
-    rows = recipe.measure(settings, finished)
-    written = write_results(recipe, settings, rows, finished, command=["tarflowlm", *sys.argv[1:]])
+    with stages_bar(console) as progress:
+        finished = [replace(done, progress=progress) for done in finished]
+        rows = recipe.measure(settings, finished)
+        written = write_results(recipe, settings, rows, finished, command=["tarflowlm", *sys.argv[1:]])
     if not args.json:
         print_table(Console(), recipe.title, [(path.suffix[1:], str(path)) for path in written])
     return {"name": recipe.name, "rows": rows, "files": [str(path) for path in written]}

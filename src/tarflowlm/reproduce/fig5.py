@@ -9,6 +9,7 @@ import torch
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.data import eval_windows
 from tarflowlm.generation import generate
+from tarflowlm.generation.generate import num_ticks
 from tarflowlm.model import FlowConfig
 from tarflowlm.presets import preset
 from tarflowlm.report.style import Figure
@@ -57,6 +58,7 @@ def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
                 template=text[:, :prefix],
                 generator=torch.Generator().manual_seed(0),
                 decoder="auto",
+                tick=done.ticking(f"prefix {prefix}, positions", num_ticks(checkpoint.model, context)),
             )
             reading = judge.read([checkpoint.tokenizer.decode(row) for row in samples.tokens.tolist()])
             row = {"model": done.training.label, "seed": done.training.run.seed, "prefix": prefix}

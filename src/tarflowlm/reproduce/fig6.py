@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from tarflowlm.generation import Generation, generate
+from tarflowlm.generation.generate import num_ticks
 from tarflowlm.model import FlowConfig
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.reproduce.fig5 import two_tokens
@@ -40,7 +41,13 @@ def _passes(done: Finished) -> tuple[Generation, list[list[str]]]:
     length = min(LENGTH, checkpoint.run.model.context)
     generator = torch.Generator().manual_seed(0)
     result = generate(
-        checkpoint.model, num_tokens=length, num=NUM, generator=generator, return_passes=True, decoder="auto"
+        checkpoint.model,
+        num_tokens=length,
+        num=NUM,
+        generator=generator,
+        return_passes=True,
+        decoder="auto",
+        tick=done.ticking("sampling, positions", num_ticks(checkpoint.model, length)),
     )
     decode = checkpoint.tokenizer.decode
     return result, [[decode(state[i].tolist()) for state in result.passes] for i in range(NUM)]

@@ -34,7 +34,7 @@ def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
         checkpoint = done.load()
         assert isinstance(checkpoint.model, TarFlowLM)
         windows = eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, WINDOWS)
-        for state in latent_report(checkpoint.model, windows):
+        for state in latent_report(checkpoint.model, windows, progress=done.counting("latents of windows")):
             row: Row = {"model": done.training.label, "seed": done.training.run.seed, "block": state.block}
             for name in METRICS:
                 spread = getattr(state, name)

@@ -1,6 +1,6 @@
 """Measurements that several recipes share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -42,7 +42,14 @@ def summaries(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     return [summary_row(done) for done in finished]
 
 
-def likelihood(checkpoint: Checkpoint, tokens: TokenArray, *, windows: int, samples: int = 1) -> Likelihood:
+def likelihood(
+    checkpoint: Checkpoint,
+    tokens: TokenArray,
+    *,
+    windows: int,
+    samples: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Likelihood:
     """The bound over some evenly spaced fresh contexts."""
     tokenizer = checkpoint.tokenizer
     return evaluate(
@@ -50,6 +57,7 @@ def likelihood(checkpoint: Checkpoint, tokens: TokenArray, *, windows: int, samp
         eval_windows(tokens, checkpoint.run.model.context, windows),
         torch.from_numpy(tokenizer.characters_per_token),
         samples=samples,
+        progress=progress,
     )
 
 
@@ -81,7 +89,15 @@ def quality(done: Finished, judge: Judge, *, num: int) -> Quality:
     text = eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, num)
     source = checkpoint.run.data.source
     config = SamplingConfig(num=num)
-    return measure_quality(checkpoint.model, checkpoint.tokenizer, judge, text, config, trained_on=source)
+    return measure_quality(
+        checkpoint.model,
+        checkpoint.tokenizer,
+        judge,
+        text,
+        config,
+        trained_on=source,
+        progress=lambda what, at, total: done.counting(what)(at, total),
+    )
 
 
 def bits_by(figure: Figure, rows: Sequence[Row], column: str, label: str) -> None:

@@ -46,7 +46,7 @@ def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
         checkpoint = done.load()
         assert isinstance(checkpoint.model, TarFlowLM)
         windows = eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, WINDOWS)
-        states = latent_report(checkpoint.model, windows)
+        states = latent_report(checkpoint.model, windows, progress=done.counting("latents of windows"))
         row |= {f"kl after block {state.block}": state.kl.mean for state in states[1:]}
         for at in (i * done.training.run.train.num_steps / POINTS for i in range(1, POINTS + 1)):
             step = min(points, key=partial(_distance, at))

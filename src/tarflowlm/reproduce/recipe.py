@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from tarflowlm.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.console import StageProgress, no_progress, ticker
 from tarflowlm.data import TokenArray, cached_corpus, encode_text_source
 from tarflowlm.files import read_json
 from tarflowlm.presets import with_steps
@@ -72,6 +74,16 @@ class Finished:
     training: Training
     directory: Path
     device: torch.device
+    progress: StageProgress = no_progress
+    """Told what is being measured."""
+
+    def counting(self, what: str) -> Callable[[int, int], None]:
+        """A progress over one of the measurements of this training."""
+        return partial(self.progress, f"{self.training.name}, {what}")
+
+    def ticking(self, what: str, total: int) -> Callable[[], None]:
+        """The same where every call is one more part done."""
+        return ticker(self.progress, f"{self.training.name}, {what}", total)
 
     @property
     def summary(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Trainings of a recipe: what is done is skipped, what was stopped goes on, the rest is begun."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -66,18 +66,21 @@ def finish(settings: Settings, plan: Sequence[Training], reporter: Reporter) -> 
     return done
 
 
-def estimate(settings: Settings, plan: Sequence[Training]) -> list[Planned]:
+def estimate(
+    settings: Settings, plan: Sequence[Training], notice: Callable[[str], None] = lambda _text: None
+) -> list[Planned]:
     """The plan with times from a few steps of every stage; at paper scale of one short sequence, scaled up.
 
     That overstates the optimiser, whose part of a step does not grow with the batch. Trainings that share a shape are
-    timed once.
+    timed once, and `notice` is told before each.
     """
     known: dict[RunConfig, float] = {}
-    planned = []
+    planned: list[Planned] = []
     for training in plan:
         run, state = training.run, state_of(settings, training)
         shape = replace(run, seed=0, name="")
         if shape not in known:
+            notice(f"timing a few steps of {training.name}, {len(planned) + 1} of {len(plan)} trainings")
             known[shape] = _seconds(run, settings)
         per_step = run.train.batch_size * run.model.context
         planned.append(Planned(training, state, run.train.num_steps * per_step, known[shape]))

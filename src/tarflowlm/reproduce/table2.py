@@ -29,11 +29,19 @@ def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     for done in finished:
         row = summary_row(done)
         checkpoint = done.load()
-        weighted = likelihood(checkpoint, done.tokens(checkpoint), windows=WINDOWS, samples=SAMPLES)
+        weighted = likelihood(
+            checkpoint,
+            done.tokens(checkpoint),
+            windows=WINDOWS,
+            samples=SAMPLES,
+            progress=done.counting(f"windows, {SAMPLES} samples each"),
+        )
         row |= {f"{WINDOWS} windows: bpc": _elbo_bpc(weighted), f"iw-{SAMPLES} bpc": weighted.bpc}
         if settings.second_text is not None:
             second = done.tokens(checkpoint, source=settings.second_text)
-            row["second text bpc"] = likelihood(checkpoint, second, windows=SECOND_WINDOWS).bpc
+            row["second text bpc"] = likelihood(
+                checkpoint, second, windows=SECOND_WINDOWS, progress=done.counting("windows of the second text")
+            ).bpc
         label = done.training.label.split(",")[0]
         corpora = [done.training.run.name.split("-")[0]] if settings.scale == "paper" else list(PAPER)
         row |= {f"paper, {corpus}": PAPER[corpus][label] for corpus in corpora}

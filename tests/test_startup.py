@@ -1,0 +1,111 @@
+"""What happens before torch is imported, and how the command line ends when it is cut short."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import tarflowlm
+from tarflowlm import threads
+
+FAKE_TORCH = """
+import os
+print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+if "INTERRUPT" in os.environ:
+    import signal, time
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(20)
+os._exit(0)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(code, **environment): a Python in which `torch` says what it finds when it is imported, and ends."""
+
+    def call(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "torch.py").write_text(FAKE_TORCH, encoding="utf-8")
+        inherited = {name: value for name, value in os.environ.items() if name not in threads.CHOICES}
+        inherited["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return subprocess.run(
+            [sys.executable, *argv], env=inherited | environment, capture_output=True, text=True, timeout=60
+        )
+
+    return call
+
+
+@pytest.mark.parametrize("argv", [("-c", "import tarflowlm.cli"), ("-m", "tarflowlm", "--help")])
+def test_threads_are_told_to_yield_before_torch_is_imported(start, argv):
+    assert start(*argv).stdout == f"{threads.WAITING.get('OMP_WAIT_POLICY')}\n"
+    assert start(*argv, OMP_WAIT_POLICY="ACTIVE").stdout == "ACTIVE\n"
+    assert start(*argv, GOMP_SPINCOUNT="100").stdout == "None\n"
+    assert start(*argv, KMP_BLOCKTIME="1").stdout == "None\n"
+
+
+def test_it_is_too_late_once_torch_is_there(monkeypatch):
+    for name in threads.CHOICES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    threads.yielding_threads()
+    assert not any(name in os.environ for name in threads.CHOICES)
+
+
+def test_an_interrupt_during_the_imports_costs_one_line(start):
+    done = start("-m", "tarflowlm", "--help", INTERRUPT="1")
+    assert done.returncode == 130
+    assert done.stderr == "tarflowlm: interrupted\n"
+
+
+def test_the_handler_of_before_comes_back():
+    import tarflowlm.cli  # noqa: F401
+
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_importing_the_package_does_not_import_torch(start):
+    done = start("-c", "import tarflowlm; print(sorted(set(tarflowlm.__all__) - set(dir(tarflowlm))))")
+    assert done.stdout == "[]\n"
+
+
+def test_every_public_name_is_there_and_has_a_home():
+    for name in tarflowlm.__all__:
+        assert getattr(tarflowlm, name).__name__ == name
+    assert set(tarflowlm._HOMES) == set(tarflowlm.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        tarflowlm.no_such_name  # noqa: B018
+
+
+COMMAND = [sys.executable, "-m", "tarflowlm", "sample", "--model", "english-mini-ar", "--length", "20"]
+
+
+@pytest.mark.parametrize("more", [(), ("--json",), ("--help",)])
+def test_output_that_nobody_reads_is_no_error(more):
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run([*COMMAND, *more], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_an_interrupted_command_that_cannot_be_resumed_does_not_say_so(run, monkeypatch):
+    def interrupted(*_args: object, **_more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tarflowlm.commands.generate", interrupted)
+    done = run("sample", "--model", "english-mini-ar", "--length", "4")
+    assert (done.status, done.err) == (130, "tarflowlm: interrupted\n")
+
+
+def test_help_lists_the_benchmarks_and_describes_every_preset(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    benchmarks = run("bench", "--help")
+    assert benchmarks.status == 0
+    for name in ("data", "numerics", "train", "generation", "infilling"):
+        assert name in benchmarks.out
+    presets = run("train", "--help").out
+    assert "partial" not in presets
+    assert "The paper's set-up on OpenWebText, at the size of GPT-2 small: three Mix-1 blocks." in presets
