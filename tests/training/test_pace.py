@@ -15,6 +15,7 @@ from tarflowlm.training.optim import schedule
 from tarflowlm.training.pace import Clock, StepPace, TimePace, TimeSpent
 
 CPU = torch.device("cpu")
+QUICK = {"evaluation": 1e-6}
 
 
 class Hand(Clock):
@@ -33,7 +34,7 @@ def stage():
     """stage(number, spent): a pace over 100 minutes in shares of 8, 1 and 1, its clock, and what was spent."""
 
     def build(number: int, **spent: float) -> tuple[TimePace, Hand, TimeSpent]:
-        train, hand, used = TrainConfig(stage_steps=(8, 1, 1), minutes=100.0), Hand(), TimeSpent(**spent)
+        train, hand, used = TrainConfig(stage_steps=(8, 1, 1), minutes=100.0, evaluate_windows=64), Hand(), TimeSpent(**spent)
         hand.now = used.stage_start
         return TimePace(train, number, used, hand, 10), hand, used
 
@@ -50,7 +51,7 @@ def test_steps_are_counted():
 
 def test_a_stage_has_its_share_of_what_is_left(stage):
     # 6,000 seconds, of which 0.15 are kept for a test of unknown length
-    first, hand, _ = stage(0)
+    first, hand, _ = stage(0, **QUICK)
     hand.now = 0.8 * 5100 / 2
     first.look(1)
     assert first.share == pytest.approx(0.5)
@@ -59,20 +60,23 @@ def test_a_stage_has_its_share_of_what_is_left(stage):
     first.look(2)
     assert first.over(2)
     # a stage that came late has half of what the two that are left have
-    late, hand, _ = stage(1, stage_start=5000.0)
+    late, hand, _ = stage(1, stage_start=5000.0, **QUICK)
     hand.now = 5000 + 50 / 2
     late.look(1)
     assert late.share == pytest.approx(0.5)
 
 
 def test_evaluations_and_checkpoints_come_out_of_the_stage(stage):
-    last, hand, spent = stage(2, stage_start=4000.0)
-    hand.now = 4550.0
-    last.look(1)
-    assert last.share == pytest.approx(550 / 1100)
     # ten windows at 1.2 times two seconds are 24 seconds
-    spent.per_window, spent.evaluation, spent.save = 2.0, 100.0, 50.0
-    assert last.share == pytest.approx(550 / (6000 - 24 - 4000 - 150))
+    middle, hand, _ = stage(1, stage_start=4000.0, per_window=2.0, evaluation=100.0, save=50.0)
+    hand.now = 4500.0
+    middle.look(1)
+    assert middle.share == pytest.approx(500 / ((6000 - 24 - 4000 - 2 * 150) / 2))
+    # nothing is known of an evaluation yet: 64 windows are 8 steps of 8, without their gradients
+    fresh, hand, _ = stage(2, stage_start=4000.0)
+    hand.now = 4300.0
+    fresh.look(10)
+    assert fresh.share == pytest.approx(300 / (1100 - 30 * 8 / 3))
 
 
 def test_a_stage_takes_a_step_even_where_no_time_is_left(stage):
@@ -86,7 +90,7 @@ def test_a_stage_takes_a_step_even_where_no_time_is_left(stage):
 
 def test_the_rate_follows_the_share_of_the_time(stage):
     config = OptimConfig(warmup=0.1, decay=0.4)
-    timed, hand, _ = stage(0)
+    timed, hand, _ = stage(0, **QUICK)
     num_steps = 400
     rates = []
     for step in range(num_steps):

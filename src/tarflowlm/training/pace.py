@@ -69,8 +69,9 @@ class StepPace:
 class TimePace:
     """A stage that has its share of what is left of the run's time.
 
-    `train.stage_steps` are the shares. Out of a stage's time come its evaluations and checkpoints, those at its end
-    included; out of the run's time, before it is shared out, the evaluation of `test_windows` windows at the end.
+    `train.stage_steps` are the shares. Before the time is shared out, what comes at the end of every stage is taken
+    off, an evaluation and a checkpoint, and the evaluation of `test_windows` windows at the end of the run. Other
+    evaluations and checkpoints come out of the stage's own time.
     """
 
     train: TrainConfig
@@ -81,19 +82,25 @@ class TimePace:
     every: int = 1
     """Steps between looks at the clock."""
     now: float = field(init=False)
+    evaluation: float = field(init=False)
+    """Seconds of the evaluation at the end of the stage, as far as known."""
 
     def __post_init__(self) -> None:
-        self.now = self.clock.seconds()
+        self.now, self.evaluation = self.clock.seconds(), self.spent.evaluation
 
     def look(self, stage_step: int) -> None:
         if stage_step % self.every == 0:
             self.now = self.clock.seconds()
+            # before the first one: a window without its gradient takes a third of the time
+            step = (self.now - self.spent.stage_start) / max(stage_step, 1)
+            guess = step * self.train.evaluate_windows / self.train.batch_size / 3
+            self.evaluation = self.spent.evaluation or guess
 
     @property
     def share(self) -> float:
         total, ahead = 60 * self.train.minutes, self.train.stage_steps[self.stage :]
         left = total - test_seconds(total, self.test_windows, self.spent) - self.spent.stage_start
-        seconds = left * ahead[0] / sum(ahead) - self.spent.evaluation - self.spent.save
+        seconds = (left - len(ahead) * (self.evaluation + self.spent.save)) * ahead[0] / sum(ahead)
         return min(1.0, (self.now - self.spent.stage_start) / seconds) if seconds > 0 else 1.0
 
     def steps(self, stage_step: int) -> tuple[int, float]:
