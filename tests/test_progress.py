@@ -93,6 +93,16 @@ def test_a_stage_given_by_time(pipe, clock):
     ]
 
 
+def test_a_resumed_stage_given_by_time(pipe, clock):
+    with ProgressReporter(pipe, clock=clock) as reporter:
+        reporter.stage(0, 1, 0, 300, "baseline")
+        for share in (0.5, 0.5625, 0.625, 0.6875):
+            clock.now += 4
+            reporter.step(2048, share)
+        reporter.record(TRAIN)
+    assert lines(pipe) == ["baseline: step 304 (68 %), 512 tokens/s, 0:20 left"]
+
+
 def test_a_bar_writes_lines(pipe, clock):
     with bar(pipe, "evaluating", 2090, clock=clock) as update:
         for done in range(0, 2091, 10):

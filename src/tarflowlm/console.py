@@ -106,15 +106,18 @@ class ProgressReporter(Reporter):
         else:
             # a stage may end early
             self.progress.update(self._task, completed=self.progress.tasks[self._task].total)
-        label, short = (
-            (f"stage {number}: {description}", f"{number} {description}") if num_stages > 1 else (description, None)
-        )
+        label, short = f"stage {number}: {description}", f"{number} {description}"
+        if num_stages == 1:
+            label = short = description
         self._task = self.progress.add(label, short=short, total=num_steps or None, completed=done)
 
     def step(self, num_tokens: int, share: float | None = None) -> None:
         self._steps += 1
         self._tokens += num_tokens
         if share is not None:
+            if self._share is None and self.lines is not None:
+                # a resumed stage does not say where it begins
+                self.lines.pace_from(share)
             self._share = share
         elif self._num_steps:
             self._share = self._steps / self._num_steps

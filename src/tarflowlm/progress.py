@@ -58,9 +58,13 @@ class PlainLines:
 
     def begin(self, label: str, share: float = 0.0) -> None:
         """Something new begins, of which `share` is done already."""
-        self.label, self._start_share, self._start = label, share, self.clock()
-        self._next = self._start + self.first
-        self.has_written = False
+        self.label, self.has_written = label, False
+        self._next = self.clock() + self.first
+        self.pace_from(share)
+
+    def pace_from(self, share: float) -> None:
+        """The time left is told by the pace from here on."""
+        self._start_share, self._start = share, self.clock()
 
     def overdue(self) -> float | None:
         """Seconds since a line was due; None while there is time."""
@@ -82,7 +86,7 @@ class PlainLines:
             self._next = float("inf")
 
     def _left(self, share: float | None) -> float | None:
-        """Seconds to go at the pace since `begin`."""
+        """Seconds to go at the pace since `pace_from`."""
         if share is None or not self._start_share < share < 1:
             return None
         return (self.clock() - self._start) * (1 - share) / (share - self._start_share)
