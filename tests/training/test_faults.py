@@ -20,6 +20,7 @@ from tarflowlm import checkpoint, cli
 from tarflowlm.checkpoint import load_checkpoint
 from tarflowlm.data import TokenizerConfig, prepare_corpus
 from tarflowlm.errors import UserError
+from tarflowlm.training import progressive
 from tarflowlm.training.metrics import MetricsLog, Reporter
 from tarflowlm.training.progressive import resume
 
@@ -384,6 +385,25 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path, whole, go, monkeypat
             go(whole[0], tmp_path / "run", listener)
     assert_says_what_survives(str(raised.value), tmp_path / "run", os.strerror(errno.ENOSPC))
     assert_goes_on(tmp_path / "run")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_disk_that_is_full_from_the_start_is_no_dead_end(tmp_path, whole, go, monkeypatch, assert_goes_on, begun):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(progressive, "save_weights" if begun else "write_run", full)
+        with pytest.raises(UserError) as raised:
+            go(whole[0], out)
+    remedy = f"go on with `tarflowlm train --resume {out}`" if begun else "start it again"
+    assert os.strerror(errno.ENOSPC) in str(raised.value)
+    assert str(raised.value).endswith(f"make room and {remedy}")
+    if begun:
+        assert_goes_on(out)
+    else:
+        assert go(whole[0], out)["steps"] == 8
 
 
 def test_every_row_of_the_table_names_tests_that_are_there():

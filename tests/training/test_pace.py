@@ -34,7 +34,7 @@ def stage():
     """stage(number, spent): a pace over 100 minutes in shares of 8, 1 and 1, its clock, and what was spent."""
 
     def build(number: int, **spent: float) -> tuple[TimePace, Hand, TimeSpent]:
-        train, hand, used = TrainConfig(stage_steps=(8, 1, 1), minutes=100.0, evaluate_windows=64), Hand(), TimeSpent(**spent)
+        train, hand, used = TrainConfig(stage_steps=(8, 1, 1), minutes=100.0), Hand(), TimeSpent(**spent)
         hand.now = used.stage_start
         return TimePace(train, number, used, hand, 10), hand, used
 

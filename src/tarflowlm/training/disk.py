@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tarflowlm.checkpoint import CONFIG
 from tarflowlm.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -21,9 +22,10 @@ def told_when_full(directory: Path) -> Iterator[None]:
         reason = _full(error)
         if reason is None:
             raise
+        begun = (directory / CONFIG).exists()
+        remedy = f"go on with `tarflowlm train --resume {directory}`" if begun else "start it again"
         raise UserError(
-            f"cannot write to {directory} ({reason}): what was saved before is kept; make room and go on with "
-            f"`tarflowlm train --resume {directory}`"
+            f"cannot write to {directory} ({reason}): what was saved before is kept; make room and {remedy}"
         ) from error
 
 
