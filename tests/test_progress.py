@@ -103,6 +103,16 @@ def test_a_resumed_stage_given_by_time(pipe, clock):
     assert lines(pipe) == ["baseline: step 304 (68 %), 512 tokens/s, 0:20 left"]
 
 
+def test_the_test_split_follows_the_stages(pipe, clock):
+    with ProgressReporter(pipe, clock=clock) as reporter:
+        reporter.stage(0, 1, 10, 0, "baseline")
+        train(reporter, clock, steps=10)
+        for done in (0, 32, 64, 96):
+            reporter.testing(done, 96)
+            clock.now += 2
+    assert lines(pipe) == ["evaluating the test split: 64 of 96 (66 %), 16/s, 0:02 left"]
+
+
 def test_a_bar_writes_lines(pipe, clock):
     with bar(pipe, "evaluating", 2090, clock=clock) as update:
         for done in range(0, 2091, 10):

@@ -62,6 +62,7 @@ class ProgressReporter(Reporter):
         self.progress = FittingProgress(console)
         self.lines = None if is_live(console) else PlainLines(console, clock=clock)
         self._task: Any = None
+        self._bars: Bars | None = None
         self._preparing = ExitStack()
         self._corpus: CorpusProgress | None = None
         self._share: float | None = None
@@ -79,15 +80,11 @@ class ProgressReporter(Reporter):
 
     def __exit__(self, *error: object) -> None:
         self._preparing.close()
-        if self._task is not None:
-            self.progress.stop()
+        self._stop()
 
     def preparing(self, stage: str, done: int, total: int | None) -> None:
         if self._corpus is None:
-            if self._task is not None:
-                # of the training before: there is room for one display at a time
-                self.progress.stop()
-                self.progress, self._task = FittingProgress(self.console), None
+            self._stop()
             self._corpus = self._preparing.enter_context(corpus_bar(self.console, "the corpus", clock=self.clock))
         self._corpus(stage, done, total)
 
@@ -139,6 +136,23 @@ class ProgressReporter(Reporter):
             self._draw(advance=0)
         elif record["split"] == "train" and self.lines.overdue() is not None:
             self._write_line()
+
+    def testing(self, done: int, total: int) -> None:
+        if self._bars is None:
+            self._stop()
+            self._bars = Bars(self.console, clock=self.clock)
+        self._bars.show("evaluating the test split", done, total)
+        if done == total:
+            self._stop()
+
+    def _stop(self) -> None:
+        """End what is displayed: there is room for one display at a time."""
+        if self._task is not None:
+            self.progress.stop()
+            self.progress, self._task = FittingProgress(self.console), None
+        if self._bars is not None:
+            self._bars.close()
+            self._bars = None
 
     def _draw(self, *, advance: int) -> None:
         rate = "" if self._rate is None else f"{self._rate:,.0f} tok/s"

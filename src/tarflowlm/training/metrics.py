@@ -22,6 +22,9 @@ class Reporter:
     def step(self, num_tokens: int, share: float | None = None) -> None:
         """One optimiser step was taken over this many tokens; `share`: of the stage's time, where it has time."""
 
+    def testing(self, done: int, total: int) -> None:
+        """So many windows of the test split are evaluated, after all stages."""
+
     def record(self, record: dict[str, Any]) -> None:
         """A line was written to metrics.jsonl."""
 

@@ -432,7 +432,13 @@ class _Run:
             self._settle()
         windows = self._test_windows(self.run.train.test_windows or None)
         self.reporter.notice(f"evaluating {len(windows):,} windows of the test split")
-        test = self._engine().evaluate(windows, self.characters_per_token, progress=lambda *_: self._leave_if_asked())
+
+        def progress(done: int, total: int) -> None:
+            self._leave_if_asked()
+            self.reporter.testing(done, total)
+
+        self.reporter.testing(0, len(windows))
+        test = self._engine().evaluate(windows, self.characters_per_token, progress=progress)
         counters = self.counters
         summary = {
             "preset": self.run.name,
