@@ -51,11 +51,13 @@ def run_quickstart(args: QuickstartArgs, progress: Console, console: Console) ->
     check_new(args.out)
     device = pick_device(args.device)
     run = replace(preset("quickstart"), seed=args.seed)
-    corpus = cached_corpus(run.data.source, run.data.tokenizer)
-    left = args.minutes * (1 - SAMPLING_SHARE) - (time.perf_counter() - start) / 60
-    # whatever is left: every stage takes a step at least
-    run = replace(run, train=replace(run.train, minutes=max(left, args.minutes / 100)))
     with ProgressReporter(progress) as reporter:
+        corpus = cached_corpus(
+            run.data.source, run.data.tokenizer, progress=reporter.preparing, notice=reporter.notice
+        )
+        left = args.minutes * (1 - SAMPLING_SHARE) - (time.perf_counter() - start) / 60
+        # whatever is left: every stage takes a step at least
+        run = replace(run, train=replace(run.train, minutes=max(left, args.minutes / 100)))
         summary = train(run, args.out, device=device, reporter=reporter, stop_requests=stop_on_signals)
     test = summary["test"]
     checkpoint = load_checkpoint(args.out, device)
