@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tarflowlm.bench.memory import high_water_mark
+from tarflowlm.bench.peers import peers, peers_table
 from tarflowlm.bench.scaling import scaling
 from tarflowlm.bench.sizes import sizes
 from tarflowlm.device import DeviceName, pick_device
@@ -55,6 +56,8 @@ class Args:
     """Presets of that comparison; a progressive one trains its first stage."""
     sizes: bool = True
     """State parameters, memory and FLOPs of the large presets, from their shapes alone."""
+    peers: bool = False
+    """Time the first preset, with AdamW, beside a GPT-2 and a Llama of its shape (extra `quality`)."""
     device: DeviceName = "auto"
     """auto takes cuda, then mps, then cpu."""
     peak_tflops: float | None = None
@@ -85,11 +88,14 @@ def run(args: Args) -> dict[str, Any]:
     device = pick_device(args.device)
     result = {"rows": _speed(args, device), "device": _device_name(device), "threads": torch.get_num_threads()}
     result["torch"] = torch.__version__
+    if args.peers:
+        chosen = runs[args.presets[0]]
+        result["peers"] = peers(chosen, args.vocab_size, rounds=args.rounds, steps=args.steps, device=device)
     if args.memory:
         result["memory"] = [{"name": name, "peak_gb": _peak(name, args)} for name in args.presets]
     if args.scaling:
-        chosen = [runs[name] for name in args.scaling_presets]
-        result["scaling"] = scaling(chosen, args.vocab_size, rounds=args.rounds, steps=args.steps, device=device)
+        several = [runs[name] for name in args.scaling_presets]
+        result["scaling"] = scaling(several, args.vocab_size, rounds=args.rounds, steps=args.steps, device=device)
     if args.sizes:
         result["sizes"] = sizes()
     return result
@@ -209,6 +215,8 @@ def print_result(result: dict[str, Any], console: Console) -> None:
             f"{row['tflops']:.3f}", mfu,
         )  # fmt: skip
     console.print(table)
+    if "peers" in result:
+        console.print(peers_table(result["peers"]))
     if "memory" in result:
         table = _table("peak memory of training, GB", ("", "GB"))
         for row in result["memory"]:
