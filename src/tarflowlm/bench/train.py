@@ -46,8 +46,8 @@ class Args:
     """Symbols of the random tokens that are trained on."""
     threads: int | None = None
     """CPU threads; the default is PyTorch's."""
-    compile: bool = False
-    """Compile the step with torch.compile (needs a compiler)."""
+    compile: bool | None = None
+    """Compile the step with torch.compile; the default does as training does."""
     memory: bool = True
     """Measure the peak memory of every preset, each in a process of its own."""
     scaling: bool = True
