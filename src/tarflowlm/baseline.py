@@ -72,7 +72,8 @@ class TokenLM(nn.Module):
     def _positions(self, tokens: Tensor) -> Tensor:
         """Inputs [B, N, D] of N positions of P tokens."""
         B, T = tokens.shape
-        return widen(self.join(self.embedding(tokens).view(B, T // self.config.patch, -1)))
+        P = self.config.patch
+        return widen(self.join(self.embedding(tokens).view(B, T // P, P * self.config.trunk.width)))
 
     def _in_patch(self, tokens: Tensor) -> Tensor:
         """What the in-patch head sees of the tokens: [B, N, P m] (empty where there is none)."""
@@ -86,7 +87,7 @@ class TokenLM(nn.Module):
         if tokens.shape[1] % self.config.patch:
             raise UserError(f"patch {self.config.patch} does not divide the {tokens.shape[1]} tokens of the sequence")
         start = self.start.expand(tokens.shape[0], 1, -1)
-        features = self.transformer(torch.cat((start, self._positions(tokens)[:, :-1]), dim=1))
+        features = self.transformer(torch.cat((start, self._positions(tokens[:, : -self.config.patch])), dim=1))
         return self.patch_logits(features, tokens).flatten(1, 2)
 
     def patch_logits(self, features: Float[Tensor, "B N D"], tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B N P V"]:

@@ -40,12 +40,14 @@ def test_sizes_count_what_a_real_model_holds():
 
 def test_kept_activations_are_those_of_the_real_kernels():
     run_config = small("mini-ar")
+    # not as long as a head is wide
+    run_config = replace(run_config, model=replace(run_config.model, context=96))
     with torch.device("meta"):
         shapes = build_model(run_config.model)
     real = build_model(run_config.model)
     for checkpointed in (False, True):
         ours = kept_bytes(shapes, run_config, 0, checkpointed=checkpointed)
-        assert ours == pytest.approx(kept_bytes(real, run_config, 0, checkpointed=checkpointed), rel=0.05)
+        assert ours == pytest.approx(kept_bytes(real, run_config, 0, checkpointed=checkpointed), rel=0.01)
 
 
 def test_speed_rows_and_utilisation():

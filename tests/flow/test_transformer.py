@@ -5,7 +5,7 @@ import torch
 from torch.autograd.functional import jacobian
 
 from tarflowlm.errors import UserError
-from tarflowlm.flow.transformer import Transformer, TransformerConfig, rotary_tables, rotate
+from tarflowlm.flow.transformer import Transformer, TransformerConfig, rotary_tables, rotate_
 from tarflowlm.model import seeded
 
 T = 7
@@ -64,8 +64,8 @@ def test_a_full_cache_says_so(transformer, normal):
 
 def test_attention_sees_distances_not_places(normal):
     """Scores of rotated queries and keys depend on the difference of their positions alone."""
-    cos, sin = rotary_tables(torch.arange(20), 4, 100.0)
-    q, k = (rotate(normal(1, 1, 1, 4, seed=s).expand(1, 1, 20, 4), cos, sin)[0, 0] for s in (0, 1))
+    tables = rotary_tables(torch.arange(20), 1, 4, 100.0)
+    q, k = (rotate_(normal(1, 1, 1, 4, seed=s).repeat(1, 20, 1, 1), *tables)[0, :, 0] for s in (0, 1))
     scores = q @ k.T
     for distance in (0, 1, 5):
         along = scores.diagonal(-distance)
@@ -73,10 +73,13 @@ def test_attention_sees_distances_not_places(normal):
     assert (scores[:, 0] - scores[0, 0]).abs().max() > 1e-2
 
 
-def test_rotation_keeps_norms(normal):
-    x = normal(1, 1, 20, 4)
-    turned = rotate(x, *rotary_tables(torch.arange(20), 4, 100.0))
-    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=1e-6)
+def test_rotation_turns_channel_pairs(normal):
+    x = normal(2, 20, 3, 6)
+    turned = rotate_(x.clone(), *rotary_tables(torch.arange(20), 3, 6, 100.0))
+    wavelengths = 100.0 ** (torch.arange(3, dtype=torch.float64) / 3)
+    angle = (torch.arange(20)[:, None] / wavelengths)[:, None]
+    expected = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones_like(angle), angle)
+    torch.testing.assert_close(turned, torch.cat((expected.real, expected.imag), -1), rtol=1e-5, atol=1e-5)
 
 
 def test_a_new_trunk_passes_its_input_through(tiny_trunk, normal):

@@ -92,30 +92,40 @@ def work(rank: int, ports: tuple[int, int], source: str, out: Path) -> None:
 
 
 COMPILED = ("joint", "upper stage")
+COMPILED_HALF = ("ar", "affine", "mix1", "mixd stage 1", "mixd stage 2", "mixd stage 3", "patches stage 2")
 
 
 def compile_all(source: str, report: Path) -> None:
-    """Two steps with the loss compiled whole and without, for what the tests' shape checks keep from compiling."""
+    """Two steps with the loss compiled whole and without, for what the tests' shape checks keep from compiling: in
+    float64, and, as the large presets train, in bfloat16 over float32."""
     every = runs(source)
     pair = {"layers": (1, 1), "couplings": ("mixd", "mix1"), "components": (0, 2)}
     model = replace(every["mixd"].model, **pair)
-    found = {}
-    for frozen, name in enumerate(COMPILED):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        train = replace(every["ar"].train, checkpoint_activations=True)
-        plain = replace(every["ar"], model=model, train=replace(train, compile=False))
-        compiled = replace(plain, train=replace(train, compile=True))
-        (left, weights), (right, others) = (steps_of(run, frozen=frozen) for run in (compiled, plain))
-        apart = [abs(a - b) for a, b in zip(left, right, strict=True)]
-        apart += [(weights[key] - others[key]).abs().max().item() for key in weights if weights[key].numel()]
-        counters = torch._dynamo.utils.counters
-        found[name] = {
-            "deviation": max(apart),
-            "breaks": len(counters["graph_break"]),
-            "graphs": counters["stats"]["unique_graphs"],
-        }
+    joint = replace(every["ar"], model=model, train=replace(every["ar"].train, checkpoint_activations=True))
+    found = {name: compile_one(joint, frozen) for frozen, name in enumerate(COMPILED)}
+    torch.set_default_dtype(torch.float32)
+    for name in COMPILED_HALF:
+        family, _, stage = name.partition(" stage ")
+        frozen = int(stage or 1) - 1
+        train = replace(every["ar"].train, precision="bfloat16")
+        run = replace(every["ar"], model=every[family].model_of_stage(frozen), train=train)
+        found[name] = compile_one(run, frozen)
+    torch.set_default_dtype(torch.float64)
     report.write_text(json.dumps(found), encoding="utf-8")
+
+
+def compile_one(run: RunConfig, frozen: int) -> dict[str, float]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = (replace(run, train=replace(run.train, compile=compile)) for compile in (False, True))
+    (left, weights), (right, others) = (steps_of(run, frozen=frozen) for run in (compiled, plain))
+    counters = torch._dynamo.utils.counters
+    return {
+        "losses": max(abs(a - b) for a, b in zip(left, right, strict=True)),
+        "weights": max((weights[key] - others[key]).abs().max().item() for key in weights if weights[key].numel()),
+        "breaks": len(counters["graph_break"]),
+        "graphs": counters["stats"]["unique_graphs"],
+    }
 
 
 def steps_of(run: RunConfig, *, frozen: int) -> tuple[list[float], dict[str, torch.Tensor]]:

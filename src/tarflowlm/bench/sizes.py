@@ -80,8 +80,8 @@ def _stage(run: RunConfig, stage: int) -> dict[str, float]:
 def kept_bytes(model: Model, run: RunConfig, frozen: int, *, checkpointed: bool) -> int:
     """What autograd keeps of the forward pass of one sequence, parameters aside; every storage once.
 
-    Meta tensors fall back to plain attention, which keeps its probabilities. Real kernels keep their output in their
-    place, and so it is counted.
+    Meta tensors fall back to plain attention, which keeps its probabilities. Real kernels do not, so they are left
+    out; heads as wide as the sequence is long cannot be told from them, and there they count.
     """
     run = replace(run, train=replace(run.train, checkpoint_activations=checkpointed, parallel="ddp"))
     engine = Engine(model, run, frozen=frozen)
@@ -93,11 +93,9 @@ def kept_bytes(model: Model, run: RunConfig, frozen: int, *, checkpointed: bool)
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
-            size = storage.nbytes()
-            if tensor.shape[-2:] == (positions, positions):
-                size = size * head_width // positions
+            probabilities = tensor.shape[-2:] == (positions, positions) and positions != head_width
             # with the storage, whose address could be used again
-            kept[storage._cdata] = (storage, size)
+            kept[storage._cdata] = (storage, 0 if probabilities else storage.nbytes())
         return tensor
 
     device = next(model.parameters()).device

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tarflowlm.bench.memory import high_water_mark
+from tarflowlm.bench.peers import peers, peers_table
 from tarflowlm.bench.scaling import scaling
 from tarflowlm.bench.sizes import sizes
 from tarflowlm.console import StageProgress, no_progress
@@ -46,8 +47,8 @@ class Args:
     """Symbols of the random tokens that are trained on."""
     threads: int | None = None
     """CPU threads; the default is PyTorch's."""
-    compile: bool = False
-    """Compile the step with torch.compile (needs a compiler)."""
+    compile: bool | None = None
+    """Compile the step with torch.compile; the default does as training does."""
     memory: bool = True
     """Measure the peak memory of every preset, each in a process of its own."""
     scaling: bool = True
@@ -56,6 +57,8 @@ class Args:
     """Presets of that comparison; a progressive one trains its first stage."""
     sizes: bool = True
     """State parameters, memory and FLOPs of the large presets, from their shapes alone."""
+    peers: bool = False
+    """Time the first preset, with AdamW, beside a GPT-2 and a Llama of its shape (extra `quality`)."""
     device: DeviceName = "auto"
     """auto takes cuda, then mps, then cpu."""
     peak_tflops: float | None = None
@@ -86,15 +89,19 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     device = pick_device(args.device)
     result: dict[str, Any] = {"rows": _speed(args, device, progress), "device": _device_name(device)}
     result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    if args.peers:
+        progress("peers of other makers", 0, 1)
+        chosen = runs[args.presets[0]]
+        result["peers"] = peers(chosen, args.vocab_size, rounds=args.rounds, steps=args.steps, device=device)
     if args.memory:
         result["memory"] = []
         for i, name in enumerate(args.presets):
             progress("peak memory, presets", i, len(args.presets))
             result["memory"].append({"name": name, "peak_gb": _peak(name, args)})
     if args.scaling:
-        chosen = [runs[name] for name in args.scaling_presets]
+        several = [runs[name] for name in args.scaling_presets]
         result["scaling"] = scaling(
-            chosen,
+            several,
             args.vocab_size,
             rounds=args.rounds,
             steps=args.steps,
@@ -221,6 +228,8 @@ def print_result(result: dict[str, Any], console: Console) -> None:
             f"{row['tflops']:.3f}", mfu,
         )  # fmt: skip
     console.print(table)
+    if "peers" in result:
+        console.print(peers_table(result["peers"]))
     if "memory" in result:
         table = _table("peak memory of training, GB", ("", "GB"))
         for row in result["memory"]:

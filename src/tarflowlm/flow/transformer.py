@@ -66,18 +66,22 @@ class KVCache:
             stored[:, :, : self.length] = stored[rows, :, : self.length]
 
 
-def rotary_tables(positions: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, E / 2] of the angles position * base^(-2 i / E) (Su et al. 2021)."""
+def rotary_tables(positions: Tensor, num_heads: int, head_width: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and signed sin [T, H, E], for `rotate_`, of the angles position * base^(-2 i / E) (Su et al. 2021)."""
     exponent = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
     angle = positions.float()[:, None] * torch.exp(-math.log(base) * exponent)[None, :]
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    # one row for every head, so that the product with a batch runs through memory without a jump
+    shape = (len(positions), num_heads, head_width)
+    tables = (torch.cat(pair, dim=-1)[:, None].expand(shape).contiguous() for pair in ((cos, cos), (-sin, sin)))
+    return next(tables), next(tables)
 
 
-def rotate(x_BHTE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + E/2) by the angle of their position."""
-    a, b = x_BHTE.chunk(2, dim=-1)
-    cos, sin = cos.to(x_BHTE.dtype), sin.to(x_BHTE.dtype)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+def rotate_(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn, in place, channel pairs (i, i + E/2) by the angle of their position: (a, b) becomes
+    (a cos - b sin, a sin + b cos)."""
+    swapped = x_BTHE.roll(x_BTHE.shape[-1] // 2, dims=-1)
+    return x_BTHE.mul_(cos.to(x_BTHE.dtype)).add_(swapped.mul_(sin.to(x_BTHE.dtype)))
 
 
 class Attention(nn.Module):
@@ -94,9 +98,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, self.head_width).permute(2, 0, 3, 1, 4).unbind(0)
-        q = rotate(F.layer_norm(q, (self.head_width,), self.query_scale.to(q.dtype)), *tables)
-        k = rotate(F.layer_norm(k, (self.head_width,), self.key_scale.to(k.dtype)), *tables)
+        if cache is None:
+            # three products: normalising q and k, and the gradients of all three, then need no copies
+            parts = tuple(F.linear(x, weight) for weight in self.qkv.weight.chunk(3))
+        else:
+            # one product: with a cache, operations are small and their number counts
+            parts = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (part.view(B, T, self.num_heads, self.head_width) for part in parts)
+        q = rotate_(F.layer_norm(q, (self.head_width,), self.query_scale.to(q.dtype)), *tables).transpose(1, 2)
+        k = rotate_(F.layer_norm(k, (self.head_width,), self.key_scale.to(k.dtype)), *tables).transpose(1, 2)
+        v = v.transpose(1, 2)
         mask, causal = None, T > 1
         if cache is not None:
             past = cache.length
@@ -164,7 +175,8 @@ class Transformer(nn.Module):
         if cache is not None and past + num_new > cache.capacity:
             raise ValueError(f"cache of {cache.capacity} positions is full: {past} used, {num_new} more asked for")
         positions = torch.arange(past, past + num_new, device=x.device)
-        tables = rotary_tables(positions, self.config.width // self.config.num_heads, self.config.rotary_base)
+        num_heads = self.config.num_heads
+        tables = rotary_tables(positions, num_heads, self.config.width // num_heads, self.config.rotary_base)
         for index, layer in enumerate(self.layers):
             x = layer(x, tables, cache, index)
         if cache is not None:

@@ -99,8 +99,8 @@ class TrainConfig:
     """With several processes: whole models whose gradients are averaged, or one model cut into shards."""
     checkpoint_activations: bool = False
     """Keep the inputs of a Transformer layer alone and compute the layer again in the backward pass."""
-    compile: bool = False
-    """Compile the loss with torch.compile (needs a compiler)."""
+    compile: bool | None = None
+    """Compile the loss with torch.compile; None: where `precision` is bfloat16, on a CUDA GPU with a compiler."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 500

@@ -4,6 +4,10 @@ The same global batch gives the same step however it is divided: every process d
 uses its own rows, the loss is a mean over equal parts, and gradients are averaged.
 """
 
+import importlib.util
+import os
+import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -24,7 +28,7 @@ from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.model import FlowConfig, TarFlowLM, seeded
 from tarflowlm.objective import log_importance_weights, negative_bound, posterior_noise
-from tarflowlm.training.config import RunConfig
+from tarflowlm.training.config import RunConfig, TrainConfig
 from tarflowlm.training.distributed import ALONE, Processes
 
 
@@ -40,6 +44,30 @@ class Bound(nn.Module):
         return negative_bound(self.model, tokens, noise=noise, frozen=self.frozen, equal_cotangents=True)
 
 
+def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> bool:
+    """Whether the loss is compiled on `device`: `train.compile`, decided where it is None.
+
+    Warns where a compiler would help and none is at hand.
+    """
+    if train.compile is not None:
+        return train.compile
+    if train.precision != "bfloat16" or device.type != "cuda":
+        return False
+    missing = _missing_for_compilation()
+    if missing and processes.first:
+        warnings.warn(f"torch.compile needs {missing}, which is not here: training goes on without it", stacklevel=3)
+    return not missing
+
+
+def _missing_for_compilation() -> str | None:
+    """What the compiler for CUDA GPUs needs and does not find: triton, and a C compiler that builds its launchers."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton"
+    if os.environ.get("CC") or any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        return None
+    return "a C compiler"
+
+
 class Engine:
     """One stage's training loss and its gradients, over the processes that take part.
 
@@ -51,11 +79,14 @@ class Engine:
     def __init__(self, model: Model, run: RunConfig, processes: Processes = ALONE, *, frozen: int = 0) -> None:
         self.model, self.run, self.processes = model, run, processes
         self.sharded = processes.world > 1 and run.train.parallel == "fsdp"
+        # shards are not on their device yet
+        device = processes.device if self.sharded else next(model.parameters()).device
+        self.compiled = compiles(run.train, processes, device)
         bound = Bound(model, frozen)
         self._prepare_layers(frozen)
         if self.sharded:
             _shard(bound, processes.device, processes.world)
-        elif run.train.compile:
+        elif self.compiled:
             vars(bound)["forward"] = torch.compile(bound.forward, fullgraph=True)
         self.module: nn.Module = bound
         if processes.world > 1 and not self.sharded:
@@ -67,7 +98,7 @@ class Engine:
         train = self.run.train
         for layer in _layers(self.model):
             vars(layer).pop("forward", None)
-            if train.compile and self.sharded:
+            if self.compiled and self.sharded:
                 vars(layer)["forward"] = torch.compile(layer.forward, fullgraph=True)
         trained = self.model.prior.blocks[frozen:] if isinstance(self.model, TarFlowLM) else self.model
         for layer in _layers(trained) if train.checkpoint_activations else ():

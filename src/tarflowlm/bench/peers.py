@@ -1,0 +1,176 @@
+"""The baseline's training step beside a GPT-2 and a Llama of `transformers` of the same shape, all with AdamW.
+
+The same for all: layers, width, heads, vocabulary, batch, context, optimiser settings, gradient clipping. Theirs are
+the published architectures with random weights, no dropout and no KV cache, attention by
+`scaled_dot_product_attention`; where their configuration leaves a choice that costs nothing but time, the faster one.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from rich.table import Table
+from torch import Tensor, nn
+
+from tarflowlm.baseline import BaselineConfig, TokenLM
+from tarflowlm.errors import UserError
+from tarflowlm.model import seeded
+from tarflowlm.training.config import RunConfig
+from tarflowlm.training.optim import build_optimizers
+
+PARTS = ("forward", "backward", "step")
+"""Of a training step; the last is clipping, the optimiser, and the release of the gradients."""
+
+
+@dataclass(frozen=True)
+class _Contender:
+    model: nn.Module
+    loss: Callable[[Int[Tensor, "B T"]], Tensor]
+    """Mean nats per token."""
+    optimizers: list[torch.optim.Optimizer]
+    grad_clip: float
+
+
+def peers(run: RunConfig, vocab_size: int, *, rounds: int, steps: int, device: torch.device) -> list[dict[str, Any]]:
+    """Rows {"name", "milliseconds", "forward", "backward", "step", "ratio", "parameters"} at the shape of `run`.
+
+    Ours comes first. Milliseconds are those of a training step, and of its parts, which are timed in steps of their
+    own, for on a GPU the waiting between them counts. Medians over rounds that time each model in turn; the ratio is
+    our time over that model's, the median of the rounds' own.
+
+    Raises UserError where `run` is not a baseline of one token per position, or `transformers` is missing.
+    """
+    config = run.model
+    if not isinstance(config, BaselineConfig) or config.patch > 1:
+        raise UserError(f"--peers compares a baseline without patches: put one, like mini-ar, in place of {run.name}")
+    config = replace(config, vocab_size=vocab_size)
+    run = replace(run, model=config, optim=replace(run.optim, optimizer="adamw"))
+    with seeded(run.seed):
+        models = {run.name: TokenLM(config), "GPT-2": gpt2(config), "Llama": llama(config)}
+    contenders = {name: _contender(model.to(device).train(), run) for name, model in models.items()}
+    generator = torch.Generator(device=device).manual_seed(0)
+    shape = (run.train.batch_size, config.context)
+    tokens = torch.randint(vocab_size, shape, generator=generator, device=device)
+    whole: dict[str, list[float]] = {name: [] for name in contenders}
+    parts: dict[str, list[tuple[float, ...]]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            # the allocator finds its way back to this model's sizes
+            _train(contender, tokens, 1)
+            whole[name].append(_train(contender, tokens, steps))
+            parts[name].append(_train_in_parts(contender, tokens, steps))
+    return [
+        {
+            "name": name,
+            "milliseconds": 1000 * statistics.median(whole[name]),
+            **{part: 1000 * statistics.median(times[at] for times in parts[name]) for at, part in enumerate(PARTS)},
+            "ratio": statistics.median(a / b for a, b in zip(whole[run.name], whole[name], strict=True)),
+            "parameters": sum(p.numel() for p in models[name].parameters()),
+        }
+        for name in contenders
+    ]
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("--peers needs transformers: pip install 'tarflowlm[quality]'") from None
+    return transformers
+
+
+def gpt2(config: BaselineConfig) -> nn.Module:
+    """A GPT-2 of our shape: learned positions, biases, output weights tied to the embedding.
+
+    Its tanh form of GELU is PyTorch's one kernel, where the default takes eight operations for the same numbers.
+    """
+    transformers = _transformers()
+    trunk = config.trunk
+    theirs = transformers.GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.context, n_embd=trunk.width, n_layer=config.layers,
+        n_head=trunk.num_heads, n_inner=trunk.mlp_ratio * trunk.width, activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(theirs)
+
+
+def llama(config: BaselineConfig) -> nn.Module:
+    """A Llama of our shape. Its MLP has three matrices where ours has two: its hidden width makes up for that, 2/3 of
+    ours, rounded down to a multiple of 16, so that it has no more parameters and keeps to whole vector registers."""
+    transformers = _transformers()
+    trunk = config.trunk
+    hidden = 2 * trunk.mlp_ratio * trunk.width // 3
+    theirs = transformers.LlamaConfig(
+        vocab_size=config.vocab_size, max_position_embeddings=config.context, hidden_size=trunk.width,
+        num_hidden_layers=config.layers, num_attention_heads=trunk.num_heads, num_key_value_heads=trunk.num_heads,
+        intermediate_size=max(16, hidden - hidden % 16), attention_dropout=0.0, use_cache=False,
+        bos_token_id=0, eos_token_id=0, attn_implementation="sdpa",
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(theirs)
+
+
+def _contender(model: nn.Module, run: RunConfig) -> _Contender:
+    def loss(tokens: Tensor) -> Tensor:
+        if isinstance(model, TokenLM):
+            return -model.log_prob(tokens).mean() / tokens.shape[1]
+        # without a start vector, the first token has nothing to be predicted from
+        logits = model(input_ids=tokens).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    return _Contender(model, loss, build_optimizers(run.optim, model), run.optim.grad_clip)
+
+
+def _finish(contender: _Contender) -> None:
+    nn.utils.clip_grad_norm_(contender.model.parameters(), contender.grad_clip)
+    for optimizer in contender.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _train(contender: _Contender, tokens: Tensor, steps: int) -> float:
+    """Seconds per training step."""
+    start = _now(tokens.device)
+    for _ in range(steps):
+        contender.loss(tokens).backward()
+        _finish(contender)
+    return (_now(tokens.device) - start) / steps
+
+
+def _train_in_parts(contender: _Contender, tokens: Tensor, steps: int) -> tuple[float, ...]:
+    """Seconds per training step of each of `PARTS`."""
+    totals = [0.0, 0.0, 0.0]
+    for _ in range(steps):
+        times = [_now(tokens.device)]
+        loss = contender.loss(tokens)
+        times.append(_now(tokens.device))
+        loss.backward()
+        times.append(_now(tokens.device))
+        _finish(contender)
+        times.append(_now(tokens.device))
+        totals = [total + b - a for total, (a, b) in zip(totals, pairwise(times), strict=True)]
+    return tuple(total / steps for total in totals)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peers_table(rows: list[dict[str, Any]]) -> Table:
+    """`peers`' rows as a table."""
+    table = Table(title="training step with AdamW beside transformers', milliseconds", title_justify="left")
+    columns = ("", "M parameters", *PARTS, "together", "ours over it")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
+    for row in rows:
+        milliseconds = (f"{row[name]:.0f}" for name in (*PARTS, "milliseconds"))
+        table.add_row(row["name"], f"{row['parameters'] / 1e6:.2f}", *milliseconds, f"{row['ratio']:.2f}")
+    return table
