@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import spawn
 
 from tarflowlm.training.config import RunConfig
 from tarflowlm.training.distributed import Processes, launched
-from tarflowlm.training.timing import training_step
+from tarflowlm.training.timing import TrainingStep
 
 
 def scaling(
@@ -93,7 +93,7 @@ def _times(runs: list[RunConfig], processes: Processes, rounds: int, steps: int)
 
 
 def _step(run: RunConfig, processes: Processes) -> Callable[[], float]:
-    step = training_step(run, 0, processes.device, processes)
+    step = TrainingStep(run, 0, processes.device, processes)
     rows = processes.rows_each(run.train.batch_size, run.train.accumulate)
     tokens = torch.randint(run.model.vocab_size, (rows, run.model.context), device=processes.device)
     # reading the loss waits for the device

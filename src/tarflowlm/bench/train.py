@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -23,7 +24,8 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.flops import training_flops
 from tarflowlm.presets import preset
 from tarflowlm.training.config import RunConfig
-from tarflowlm.training.timing import training_step
+from tarflowlm.training.muon import Muon
+from tarflowlm.training.timing import TrainingStep
 
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
@@ -47,6 +49,8 @@ class Args:
     """Symbols of the random tokens that are trained on."""
     threads: int | None = None
     """CPU threads; the default is PyTorch's."""
+    muon: tuple[Literal["auto", "float32", "bfloat16"], ...] = ("auto",)
+    """Precisions of Muon's products, each timed; torch.optim.Muon has bfloat16 alone."""
     compile: bool | None = None
     """Compile the step with torch.compile; the default does as training does."""
     memory: bool = True
@@ -69,10 +73,22 @@ class Args:
 
 @dataclass(frozen=True)
 class _Contender:
-    step: Callable[[], object]
+    training: TrainingStep
+    tokens: torch.Tensor
     num_tokens: int
     flops: int
     """Of one step."""
+
+    def step(self) -> object:
+        return self.training(self.tokens)
+
+    def muon_seconds(self, device: torch.device) -> float:
+        """Of Muon's part of a step; the gradients are those of a backward pass before it."""
+        muon = [optimizer for optimizer in self.training.optimizers if isinstance(optimizer, Muon)]
+        self.training.engine.backward(self.tokens, self.training.generator)
+        seconds = sum(_time(optimizer.step, 1, device) for optimizer in muon)
+        self.training.engine.model.zero_grad(set_to_none=True)
+        return seconds
 
 
 def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
@@ -115,18 +131,22 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
 
 def _speed(args: Args, device: torch.device, progress: StageProgress) -> list[dict[str, Any]]:
     contenders = {}
-    for run in map(preset, args.presets):
+    for run, precision in product(map(preset, args.presets), args.muon):
+        run = replace(run, optim=replace(run.optim, muon_precision=precision))
         for stage in range(run.num_stages):
             label = run.name if run.num_stages == 1 else f"{run.name} stage {stage + 1}"
+            label = label if len(args.muon) == 1 else f"{label}, {precision}"
             contenders[label] = _contender(run, stage, args, device)
     for contender in contenders.values():
         contender.step()
         contender.step()
     seconds: dict[str, list[float]] = {label: [] for label in contenders}
+    muon: dict[str, list[float]] = {label: [] for label in contenders}
     for i in range(args.rounds):
         progress("training steps, rounds", i, args.rounds)
         for label, contender in contenders.items():
             seconds[label].append(_time(contender.step, args.steps, device))
+            muon[label].append(contender.muon_seconds(device))
     yardstick = next(iter(contenders))
     per_token = {label: [s / contenders[label].num_tokens for s in times] for label, times in seconds.items()}
     peak = args.peak_tflops or _known_peak(device)
@@ -136,6 +156,7 @@ def _speed(args: Args, device: torch.device, progress: StageProgress) -> list[di
             "tokens_per_second": 1 / statistics.median(times),
             "milliseconds": 1000 * statistics.median(seconds[label]),
             "ratio": statistics.median(a / b for a, b in zip(per_token[yardstick], times, strict=True)),
+            "muon_share": statistics.median(a / b for a, b in zip(muon[label], seconds[label], strict=True)),
             "tflops": contenders[label].flops / statistics.median(seconds[label]) / 1e12,
             "mfu": contenders[label].flops / statistics.median(seconds[label]) / 1e12 / peak if peak else None,
         }
@@ -157,12 +178,13 @@ def _contender(run: RunConfig, stage: int, args: Args, device: torch.device) -> 
     run = replace(run, model=replace(run.model, vocab_size=args.vocab_size))
     run = replace(run, train=replace(run.train, compile=args.compile))
     config = run.model_of_stage(stage)
-    step = training_step(run, stage, device)
+    training = TrainingStep(run, stage, device)
     generator = torch.Generator(device=device).manual_seed(0)
     shape = (run.train.batch_size, config.context)
     tokens = torch.randint(config.vocab_size, shape, generator=generator, device=device)
     return _Contender(
-        step=lambda: step(tokens),
+        training=training,
+        tokens=tokens,
         num_tokens=run.train.batch_size * config.context,
         flops=run.train.batch_size * training_flops(config, frozen=stage),
     )
@@ -217,16 +239,18 @@ def peak_memory(name: str, args: Args) -> float:
 
 def print_result(result: dict[str, Any], console: Console) -> None:
     """The tables of `run`'s result."""
+    columns = ("", "tokens/s", "ms per step", "over the first", "Muon's share")
+    known = any(row["mfu"] is not None for row in result["rows"])
     table = _table(
         f"training step, {result['device']}, {result['threads']} threads",
-        ("", "tokens/s", "ms per step", "tokens/s over the first", "TFLOP/s", "of the peak"),
+        (*columns, "TFLOP/s", "of the peak") if known else columns,
     )
     for row in result["rows"]:
-        mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
-        table.add_row(
-            row["name"], f"{row['tokens_per_second']:,.0f}", f"{row['milliseconds']:.0f}", f"{row['ratio']:.2f}",
-            f"{row['tflops']:.3f}", mfu,
-        )  # fmt: skip
+        cells = [row["name"], f"{row['tokens_per_second']:,.0f}", f"{row['milliseconds']:.0f}", f"{row['ratio']:.2f}"]
+        cells.append(f"{row['muon_share']:.0%}")
+        if known:
+            cells += [f"{row['tflops']:.3f}", "" if row["mfu"] is None else f"{row['mfu']:.1%}"]
+        table.add_row(*cells)
     console.print(table)
     if "peers" in result:
         console.print(peers_table(result["peers"]))

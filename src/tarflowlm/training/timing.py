@@ -18,28 +18,32 @@ from tarflowlm.training.step import optimizer_step
 TIMED_STEPS = 6
 
 
-def training_step(
-    run: RunConfig, stage: int, device: torch.device, processes: Processes = ALONE
-) -> Callable[[Tensor], Tensor]:
-    """A function that takes an optimiser step of `stage` over this process's tokens and returns the loss.
+class TrainingStep:
+    """Optimiser steps of `stage` of a run on a throw-away model, over this process's tokens.
 
     `run.model.vocab_size` must be set.
     """
-    with seeded(run.seed):
-        model = build_model(run.model_of_stage(stage))
-    if processes.world == 1 or run.train.parallel == "ddp":
-        model = model.to(device)
-    freeze_below(model, stage)
-    engine, optimizers = Engine(model, run, processes, frozen=stage), build_optimizers(run.optim, model)
-    generator = torch.Generator(device=device).manual_seed(0)
-    return lambda tokens: optimizer_step(engine, optimizers, tokens, generator=generator)[0]
+
+    def __init__(self, run: RunConfig, stage: int, device: torch.device, processes: Processes = ALONE) -> None:
+        with seeded(run.seed):
+            model = build_model(run.model_of_stage(stage))
+        if processes.world == 1 or run.train.parallel == "ddp":
+            model = model.to(device)
+        freeze_below(model, stage)
+        self.engine = Engine(model, run, processes, frozen=stage)
+        self.optimizers = build_optimizers(run.optim, model)
+        self.generator = torch.Generator(device=device).manual_seed(0)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Takes a step and returns the loss."""
+        return optimizer_step(self.engine, self.optimizers, tokens, generator=self.generator)[0]
 
 
 def seconds_per_step(
     run: RunConfig, stage: int, batches: Callable[[], Tensor], device: torch.device, *, num_steps: int = TIMED_STEPS
 ) -> float:
     """Median seconds of an optimiser step of `stage` over `batches`. `run.model.vocab_size` must be set."""
-    step = training_step(run, stage, device)
+    step = TrainingStep(run, stage, device)
     durations = []
     for _ in range(num_steps):
         start = time.perf_counter()
