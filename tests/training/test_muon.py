@@ -1,12 +1,13 @@
 """Muon in a precision of its choice equals PyTorch's, and can be told on the device to leave a step out."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from tarflowlm.checkpoint import read_run, seal
+from tarflowlm.checkpoint import build_model, read_run, seal
 from tarflowlm.training import optim, progressive
 from tarflowlm.training.config import OptimConfig
 from tarflowlm.training.muon import Muon, orthogonalised, quicker_precision
@@ -56,6 +57,27 @@ def test_singular_vectors_stay_and_values_come_near_one(precision):
     assert off_diagonal.abs().max() < (1e-4 if precision == "float32" else 0.05)
     # the polynomial of five steps maps (0.01, 1] into this interval
     assert ((inside.diagonal() > 0.6) & (inside.diagonal() < 1.3)).all()
+
+
+def test_stacked_matrices_are_orthogonalised_apart():
+    generator = torch.Generator().manual_seed(0)
+    parts = [nn.Parameter(torch.randn(4, 5, generator=generator)) for _ in range(3)]
+    stack = nn.Parameter(torch.cat([p.detach() for p in parts]))
+    apart = Muon(parts, precision="float32", lr=0.01)
+    together = Muon([stack], precision="float32", stacked=[stack], lr=0.01)
+    for p in parts:
+        p.grad = torch.randn(p.shape, generator=generator)
+    stack.grad = torch.cat([p.grad for p in parts])
+    apart.step()
+    together.step()
+    torch.testing.assert_close(stack, torch.cat(list(parts)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("qkv", "num_stacked"), [("apart", 2), ("together", 0)])
+def test_queries_keys_and_values_are_stacked_in_every_layer(tiny_run, qkv, num_stacked):
+    model = build_model(replace(tiny_run(model={"layers": (2, 1, 1)}).model.first_blocks(1), vocab_size=5))
+    _, muon = optim.build_optimizers(OptimConfig(muon_qkv=qkv, muon_precision="float32"), model)
+    assert len(muon._stacked) == num_stacked
 
 
 def test_a_step_that_the_device_refuses_changes_nothing():
@@ -110,11 +132,11 @@ def test_a_run_records_what_it_took_and_keeps_it(tmp_path, tiny_run, go, monkeyp
     assert len(asked) == 1
 
 
-def test_a_run_from_before_there_was_a_choice_resumes_in_bfloat16(tmp_path, tiny_run, go, monkeypatch):
+def test_a_run_from_before_there_was_a_choice_resumes_as_it_began(tmp_path, tiny_run, go, monkeypatch):
     built = []
 
     def watched(config: OptimConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
-        built.append(config.muon_precision)
+        built.append((config.muon_precision, config.muon_qkv))
         return optim.build_optimizers(config, model)
 
     class Killed(Exception):
@@ -130,10 +152,10 @@ def test_a_run_from_before_there_was_a_choice_resumes_in_bfloat16(tmp_path, tiny
     with pytest.raises(Killed):
         go(tiny_run(), out, Killer())
     config = (out / "config.json").read_text(encoding="utf-8")
-    older = "\n".join(line for line in config.splitlines() if "muon_precision" not in line)
+    older = "\n".join(line for line in config.splitlines() if "muon_" not in line)
     (out / "config.json").write_text(older, encoding="utf-8")
     (out / "manifest.json").unlink()
     seal(out)
     monkeypatch.setattr(progressive, "build_optimizers", watched)
     progressive.resume(out, device=torch.device("cpu"))
-    assert set(built) == {"bfloat16"}
+    assert set(built) == {("bfloat16", "together")}

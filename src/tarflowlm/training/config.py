@@ -27,6 +27,8 @@ class OptimConfig:
     """Muon for the matrices of the Transformer and AdamW for the rest, or AdamW for all."""
     muon_precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of Muon's matrix products; auto takes what is quicker on the device, and config.json records it."""
+    muon_qkv: Literal["apart", "together"] = "apart"
+    """To Muon the projections to queries, keys and values are three matrices, or one."""
     lr: float = 6e-3
     """Peak learning rate (Muon's updates are scaled to the size of AdamW's, so one rate serves both)."""
     codebook_lr_scale: float = 0.05

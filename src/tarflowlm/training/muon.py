@@ -42,14 +42,19 @@ class Muon(torch.optim.Muon):
     matrix is gathered, one process (they take turns) orthogonalises it, and the result is cut again: the update that
     one process would make, to rounding. PyTorch's own step on DTensors would communicate inside every iteration.
     Updates have the root mean square of AdamW's (`match_rms_adamw`), so that one learning rate serves both.
+
+    `stacked` are parameters of which each third of the rows is a matrix of its own: queries, keys and values.
     """
 
     found_inf: Tensor | None = None
     """A scalar; where it is 1 the step changes nothing, and the host need not know. As in torch.amp."""
 
-    def __init__(self, params: Iterable[Any], *, precision: Precision, **options: Any) -> None:
+    def __init__(
+        self, params: Iterable[Any], *, precision: Precision, stacked: Iterable[Tensor] = (), **options: Any
+    ) -> None:
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **options)
         self.precision = precision
+        self._stacked = {id(p) for p in stacked}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -78,34 +83,39 @@ class Muon(torch.optim.Muon):
         self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any], taken: Tensor | None
     ) -> None:
         lr, decay = group["lr"], group["lr"] * group["weight_decay"]
-        for p, change in zip(params, self._orthogonalised(updates, group), strict=True):
+        for p, change in zip(params, self._changes(params, updates, group), strict=True):
             if taken is not None:
                 change = change * taken
             p.mul_(1 - decay if taken is None else 1 - decay * taken)
-            p.add_(change, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
+            p.add_(change, alpha=-lr)
 
-    def _orthogonalised(self, updates: list[Tensor], group: dict[str, Any]) -> Iterator[Tensor]:
-        def of(matrix: Tensor) -> Tensor:
-            dtype = torch.float64 if matrix.dtype == torch.float64 else _DTYPES[self.precision]
+    def _changes(self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> Iterator[Tensor]:
+        """What the learning rate multiplies, for every parameter in turn."""
+        if not isinstance(updates[0], DTensor):
+            for p, update in zip(params, updates, strict=True):
+                yield self._change(p, update, group)
+            return
+        mesh, own = updates[0].device_mesh, {}
+        turns = [index % mesh.size() for index in range(len(params))]
+        for index, (p, update) in enumerate(zip(params, updates, strict=True)):
+            whole = update.full_tensor()  # type: ignore[attr-defined]
+            if turns[index] == mesh.get_rank():
+                own[index] = self._change(p, whole, group)
+        for index, update in enumerate(updates):
+            change = own.pop(index, None)
+            change = torch.empty(update.shape, dtype=update.dtype, device=update.device) if change is None else change
+            yield distribute_tensor(change, mesh, update.placements, src_data_rank=turns[index])  # type: ignore[attr-defined]
+
+    def _change(self, p: Tensor, update: Tensor, group: dict[str, Any]) -> Tensor:
+        """The orthogonalised update of a whole parameter, at a root mean square of 0.2."""
+        dtype = torch.float64 if update.dtype == torch.float64 else _DTYPES[self.precision]
+        parts = []
+        for matrix in update.chunk(3 if id(p) in self._stacked else 1):
             found = orthogonalised(
                 matrix, coefficients=group["ns_coefficients"], steps=group["ns_steps"], eps=group["eps"], dtype=dtype
             )
-            return found.to(matrix.dtype)
-
-        shards = [update for update in updates if isinstance(update, DTensor)]
-        if not shards:
-            yield from map(of, updates)
-            return
-        mesh = shards[0].device_mesh
-        own = {}
-        for index, update in enumerate(shards):
-            whole = update.full_tensor()
-            if index % mesh.size() == mesh.get_rank():
-                own[index] = of(whole)
-        for index, update in enumerate(shards):
-            change = own.pop(index, None)
-            change = torch.empty(update.shape, dtype=update.dtype, device=update.device) if change is None else change
-            yield distribute_tensor(change, mesh, update.placements, src_data_rank=index % mesh.size())
+            parts.append(found.to(update.dtype).mul_(0.2 * max(matrix.shape) ** 0.5))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def quicker_precision(shapes: Iterable[torch.Size], device: torch.device) -> Precision:

@@ -30,6 +30,8 @@ CODEBOOK = ("codebook.mean", "codebook.log_std", "coupling.own.mean", "coupling.
 
 MUON = ("transformer.layers.", "token_features.")
 """Parts of a model whose matrices Muon takes."""
+STACKED = "attention.qkv.weight"
+"""Three matrices of the same shape, one below the other."""
 
 
 def muon_matrices(config: OptimConfig, model: nn.Module) -> list[nn.Parameter]:
@@ -80,9 +82,9 @@ def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.
         precision = with_precision(config, model, muon[0].device).muon_precision
         assert precision != "auto"
         groups = [{"params": muon, "lr_scale": 1.0}]
-        optimizers.append(
-            Muon(groups, precision=precision, lr=config.lr, weight_decay=config.weight_decay, momentum=0.95)
-        )
+        stacked = [p for name, p in named if name.endswith(STACKED)] if config.muon_qkv == "apart" else []
+        options = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": 0.95}
+        optimizers.append(Muon(groups, precision=precision, stacked=stacked, **options))
     return optimizers
 
 

@@ -109,7 +109,7 @@ def resume(
     run = read_run(out)
     if run.optim.muon_precision == "auto":
         # written before there was a choice
-        run = replace(run, optim=replace(run.optim, muon_precision="bfloat16"))
+        run = replace(run, optim=replace(run.optim, muon_precision="bfloat16", muon_qkv="together"))
     with told_when_full(out), locked(out) if processes.first else nullcontext():
         state, damaged = processes.from_first(_prepared(out, reporter) if processes.first else (out, None))
         with processes.first_alone():
