@@ -6,7 +6,6 @@ from tarflowlm.flow.numerics.forward import mixture_cdf
 from tarflowlm.flow.numerics.inverse import mixture_cdf_inverse
 from tarflowlm.flow.numerics.mixd import mixture_log_prob, mixture_log_prob_from_features
 from tarflowlm.flow.numerics.rosenblatt_map import rosenblatt, rosenblatt_inverse
-from tarflowlm.flow.numerics.truncated import rosenblatt_inverse_truncated
 
 __all__ = [
     "log_component_densities",
@@ -17,5 +16,4 @@ __all__ = [
     "mixture_log_prob_from_features",
     "rosenblatt",
     "rosenblatt_inverse",
-    "rosenblatt_inverse_truncated",
 ]
