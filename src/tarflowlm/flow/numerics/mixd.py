@@ -36,6 +36,7 @@ class _Problem(NamedTuple):
 
     matmul: torch.dtype | None
     chunk: int | None
+    relative: bool
     needs: tuple[bool, ...]
     """Which of z, mean, log_std, log_w, features, weight, bias want a gradient."""
 
@@ -45,6 +46,10 @@ class _Problem(NamedTuple):
         if features is None or weight is None:
             return Logits(log_w=log_w)
         return Logits(None, features.to(self.matmul), weight.to(self.matmul), bias)
+
+    def value(self, sums: Tensor) -> Tensor:
+        log_p = sums[0] - sums[1]
+        return log_p - sums[2] if self.relative else log_p
 
     def zeros(self, factors: Factors, heads: Heads, dtype: torch.dtype) -> Gradients:
         of_heads = (
@@ -94,10 +99,10 @@ class _MixtureLogProb(Function):
         codebook, heads = _split(tensors)
         z = codebook[0]
         with torch.autocast(autocast_device(z), enabled=False):
-            sums = log_sums(problem.logits(*heads), _factors(*codebook), z.dtype, problem.chunk)
+            sums = log_sums(problem.logits(*heads), _factors(*codebook), z.dtype, problem.chunk, problem.relative)
         ctx.problem = problem
-        ctx.save_for_backward(*tensors, torch.stack(sums))
-        return sums[0] - sums[1]
+        ctx.save_for_backward(*tensors, sums)
+        return problem.value(sums)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -111,7 +116,7 @@ def _pull(problem: _Problem, grad: Tensor, *saved: Tensor | None) -> tuple[Tenso
     with torch.autocast(autocast_device(grad), enabled=False):
         factors = _factors(*codebook)
         out = problem.zeros(factors, heads, grad.dtype)
-        pull_back(problem.logits(*heads), factors, sums, grad, out, problem.chunk)
+        pull_back(problem.logits(*heads), factors, sums, grad, out, problem.chunk, problem.relative)
         return _to_inputs(out, codebook, heads)
 
 
@@ -125,10 +130,11 @@ class _EqualMixtureLogProb(Function):
         with torch.autocast(autocast_device(z), enabled=False):
             factors = _factors(*codebook)
             out = problem.zeros(factors, heads, z.dtype)
-            sums = log_sums_and_gradients(problem.logits(*heads), factors, z.dtype, out, problem.chunk)
+            logits = problem.logits(*heads)
+            sums = log_sums_and_gradients(logits, factors, z.dtype, out, problem.chunk, problem.relative)
             grads = _to_inputs(out, codebook, heads)
         ctx.save_for_backward(*grads)
-        return sums[0] - sums[1]
+        return problem.value(sums)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -173,7 +179,7 @@ def mixture_log_prob(
         log_w = log_w.expand(*shape, num_components).reshape(-1, num_components)
     flat = z.expand(*shape, d).reshape(-1, d)
     tensors = (flat, mean, log_std, log_w, None, None, None)
-    return _apply(_Problem(None, chunk, _needs(*tensors)), tensors, equal=False).view(shape)
+    return _apply(_Problem(None, chunk, False, _needs(*tensors)), tensors, equal=False).view(shape)
 
 
 def mixture_log_prob_from_features(
@@ -186,6 +192,7 @@ def mixture_log_prob_from_features(
     *,
     chunk: int | None = None,
     equal_cotangents: bool = False,
+    relative: bool = False,
 ) -> Tensor:
     r"""`mixture_log_prob` with log_w = features @ weight.T + bias, which is never materialised beyond a tile.
 
@@ -195,6 +202,8 @@ def mixture_log_prob_from_features(
     `equal_cotangents` promises a loss that weights all elements alike, such as a mean: gradients are then formed in
     the forward, which saves that product; a broken promise raises RuntimeError in the backward (on an accelerator and
     when compiled, where the check must not wait, it makes the gradients NaN).
+    `relative` returns log p_mix(z) - log sum_k N(z; mu_k, s_k^2 I), which is log sum_k w_k p(k | z) under the decoder
+    (docs/math.md, eq. 12), in nats: one sweep over the codebook serves both terms and their gradients.
     First derivatives only. Errors: ValueError for shapes that do not fit.
     """
     check_codebook(z, mean, log_std)
@@ -208,4 +217,4 @@ def mixture_log_prob_from_features(
     shape = z.shape[:-1]
     flat_z, flat_features = z.reshape(-1, z.shape[-1]), features.reshape(-1, features.shape[-1])
     tensors = (flat_z, mean, log_std, None, flat_features, weight, bias)
-    return _apply(_Problem(matmul, chunk, _needs(*tensors)), tensors, equal_cotangents).view(shape)
+    return _apply(_Problem(matmul, chunk, relative, _needs(*tensors)), tensors, equal_cotangents).view(shape)
