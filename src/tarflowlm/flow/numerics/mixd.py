@@ -13,6 +13,7 @@ from torch.autograd import Function
 from tarflowlm.flow.numerics.codebook import (
     check_codebook,
     component_factors,
+    log_component_densities,
     point_factors,
     pull_component_factors,
     pull_point_factors,
@@ -23,9 +24,11 @@ from tarflowlm.flow.numerics.tiles import (
     Factors,
     Gradients,
     Logits,
+    column_slices,
     log_sums,
     log_sums_and_gradients,
     pull_back,
+    row_slices,
 )
 
 Heads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -218,3 +221,26 @@ def mixture_log_prob_from_features(
     flat_z, flat_features = z.reshape(-1, z.shape[-1]), features.reshape(-1, features.shape[-1])
     tensors = (flat_z, mean, log_std, None, flat_features, weight, bias)
     return _apply(_Problem(matmul, chunk, relative, _needs(*tensors)), tensors, equal_cotangents).view(shape)
+
+
+@torch.no_grad()
+def most_probable_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """argmax_k N(z; mu_k, s_k^2 I), the first of equals, tile by tile.
+
+    Shapes: z [..., d]; mean [K, d]; log_std [K]; returns [...], int64. NaN in a row gives component 0.
+    Errors: ValueError for shapes that do not fit.
+    """
+    check_codebook(z, mean, log_std)
+    flat = z.reshape(-1, z.shape[-1])
+    best = torch.full((len(flat),), -torch.inf, dtype=z.dtype, device=z.device)
+    index = torch.zeros(len(flat), dtype=torch.int64, device=z.device)
+    for rows in row_slices(len(flat), len(mean), z.device, None):
+        for columns in column_slices(len(mean), z.device):
+            log_n = log_component_densities(flat[rows], mean[columns], log_std[columns])
+            place = log_n.argmax(1)
+            value = log_n.gather(1, place[:, None]).squeeze(1)
+            # strictly: of equals the first stays, and what is not a number is never taken
+            larger = value > best[rows]
+            index[rows] = torch.where(larger, place + columns.start, index[rows])
+            best[rows] = torch.where(larger, value, best[rows])
+    return index.view(z.shape[:-1])

@@ -9,7 +9,7 @@ two running logsumexps per token, the backward recomputes each tile and spends i
 
 Where the density is wanted `relative` to the codebook's normaliser, the same tiles serve a third logsumexp:
 
-    log p_n - logsumexp_k log N_nk,    d / d (A . B)_nk = r_nk - q_nk     (q the softmax of log N, which is the decoder)
+    log p_n - logsumexp_k log N_nk,    d / d (A . B)_nk = r_nk - q_nk     (q the softmax of log N: the decoder)
 """
 
 from collections.abc import Iterator
