@@ -62,18 +62,24 @@ def elbo(
 
     `noise` fixes the sample; without it, it is drawn with `generator`.
     """
-    eps = posterior_noise(model, tokens, generator) if noise is None else noise
-    with full_precision(eps):
-        z = model.codebook.encode(tokens, eps)
-        log_posterior = model.codebook.log_posterior(z)
-    reconstruction = log_posterior.gather(-1, tokens[..., None]).squeeze(-1).sum(-1)
+    return elbo_and_states(model, tokens, posterior_noise(model, tokens, generator) if noise is None else noise)[0]
+
+
+def elbo_and_states(
+    model: TarFlowLM, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]
+) -> tuple[ElboTerms, list[Tensor]]:
+    """The terms of `elbo`, and the states h^(0) = z, ..., h^(L) = u [B, T, d] that they are of."""
+    with full_precision(noise):
+        z = model.codebook.encode(tokens, noise)
+        reconstruction = model.codebook.log_likelihood(tokens, z).sum(-1)
     states, log_dets = model.prior.states(z)
-    return ElboTerms(
+    terms = ElboTerms(
         reconstruction=reconstruction,
-        log_q=model.codebook.log_q(tokens, eps).sum(-1),
+        log_q=model.codebook.log_q(tokens, noise).sum(-1),
         base=standard_normal_log_prob(states[-1]),
         log_dets=tuple(log_dets),
     )
+    return terms, states
 
 
 def negative_bound(
