@@ -323,6 +323,11 @@ class MixDCoupling(Coupling):
         nn.init.zeros_(self.weight_head.bias)
 
     @property
+    def is_tied(self) -> bool:
+        """True where the components are the encoder's codebook."""
+        return self.own is None
+
+    @property
     def components(self) -> Codebook:
         components = self._tied[0] if self.own is None else self.own
         assert components is not None
@@ -342,8 +347,14 @@ class MixDCoupling(Coupling):
         return u.reshape(z.shape), log_det.flatten(1).sum(-1)
 
     def log_prob(
-        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"], *, equal_cotangents: bool = False
+        self,
+        z: Float[Tensor, "B T C"],
+        features: Float[Tensor, "B T D"],
+        *,
+        equal_cotangents: bool = False,
+        relative: bool = False,
     ) -> Float[Tensor, " B"]:
+        """`relative` takes off log sum_k N_k of every token, the decoder's normaliser where components are tied."""
         token_features = self.token_features(features, z)
         head, book = self.weight_head, self.components
         per_token = numerics.mixture_log_prob_from_features(
@@ -354,6 +365,7 @@ class MixDCoupling(Coupling):
             book.mean,
             book.log_std,
             equal_cotangents=equal_cotangents,
+            relative=relative,
         )
         return per_token.flatten(1).sum(-1)
 
