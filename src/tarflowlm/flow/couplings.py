@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.codebook import Codebook
 from tarflowlm.flow import numerics
@@ -340,11 +341,23 @@ class MixDCoupling(Coupling):
     def forward(
         self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]
     ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, " B"]]:
-        log_w = widen(self.weight_head(self.token_features(features, z)))
-        book = self.components
+        tokens = self._tokens(z).reshape(-1, self.latent_dim)
+        token_features = self.token_features(features, z).flatten(0, -2)
+        rows = numerics.held_rows(self.weight_head.out_features, z.device)
+        parts = list(zip(tokens.split(rows), token_features.split(rows), strict=True))
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            mapped = [self._map(*part) for part in parts]
+        else:
+            # the weights of one part at a time: no [tokens, K] tensor waits for the backward
+            mapped = [checkpoint(self._map, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        u, log_det = (torch.cat(list(column)) for column in zip(*mapped, strict=True))
+        return u.reshape(z.shape), log_det.view(len(z), -1).sum(-1)
+
+    def _map(self, z: Tensor, token_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise [n, d] and log|det| [n] of tokens [n, d], from the features [n, D] of their weights."""
+        log_w, book = widen(self.weight_head(token_features)), self.components
         with full_precision(z):
-            u, log_det = numerics.rosenblatt(self._tokens(z), log_w, book.mean, book.log_std)
-        return u.reshape(z.shape), log_det.flatten(1).sum(-1)
+            return numerics.rosenblatt(z, log_w, book.mean, book.log_std)
 
     def log_prob(
         self,
@@ -368,6 +381,14 @@ class MixDCoupling(Coupling):
             relative=relative,
         )
         return per_token.flatten(1).sum(-1)
+
+    def invert(
+        self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
+    ) -> Float[Tensor, "B C"]:
+        """A sweep of a decoder inverts many positions at once: the weights of some at a time."""
+        rows = numerics.held_rows(self.weight_head.out_features, u.device)
+        parts = zip(u.split(rows), features.split(rows), strict=True)
+        return torch.cat([super(MixDCoupling, self).invert(*part, adjust) for part in parts])
 
     def walk(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Walk:
         book, state = self.components, self.token_features.start(features)
