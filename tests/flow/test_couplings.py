@@ -176,6 +176,7 @@ def test_the_weights_of_a_mixd_block_come_a_few_rows_at_a_time(patch, normal, ra
         coupling = randomise(mixd(patch, True, components=300))
     z, features, u = normal(4, 6, C), normal(4, 6, WIDTH, seed=1), normal(24, C, seed=2)
     sizes, tokens = [], 24 * patch
+    is_known = torch.arange(24)[:, None].remainder(7).expand(-1, patch) < 4
     coupling.weight_head.register_forward_hook(lambda m, x, y: sizes.append(y.numel()))
 
     def results():
@@ -183,7 +184,9 @@ def test_the_weights_of_a_mixd_block_come_a_few_rows_at_a_time(patch, normal, ra
         noise, log_det = coupling(z, features)
         grads = torch.autograd.grad(noise.square().sum() + log_det.sum(), list(coupling.parameters()))
         with torch.no_grad():
-            return noise, log_det, coupling.invert(u, features.flatten(0, 1)), *grads
+            drawn = coupling.invert(u, features.flatten(0, 1))
+            completed = coupling.complete(u, features.flatten(0, 1), z.flatten(0, 1), is_known)
+        return noise, log_det, drawn, *completed, *grads
 
     expected = results()
     assert max(sizes) == tokens * 300

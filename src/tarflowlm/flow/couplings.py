@@ -390,6 +390,21 @@ class MixDCoupling(Coupling):
         parts = zip(u.split(rows), features.split(rows), strict=True)
         return torch.cat([super(MixDCoupling, self).invert(*part, adjust) for part in parts])
 
+    def complete(
+        self,
+        u: Float[Tensor, "B C"],
+        features: Float[Tensor, "B D"],
+        known: Float[Tensor, "B C"],
+        is_known: Bool[Tensor, "B P"],
+        adjust: AdjustWeights | None = None,
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B P"]]:
+        """So it is with many particles."""
+        rows = numerics.held_rows(self.weight_head.out_features, u.device)
+        parts = zip(u.split(rows), features.split(rows), known.split(rows), is_known.split(rows), strict=True)
+        done = [super(MixDCoupling, self).complete(*part, adjust) for part in parts]
+        z, noise, log_p = (torch.cat(column) for column in zip(*done, strict=True))
+        return z, noise, log_p
+
     def walk(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Walk:
         book, state = self.components, self.token_features.start(features)
         for _ in range(self.patch):
