@@ -8,7 +8,8 @@ from torch.autograd.functional import jacobian
 
 from tarflowlm.codebook import Codebook
 from tarflowlm.flow import numerics
-from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling, MixDCoupling, standard_normal_log_prob
+from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling, standard_normal_log_prob
+from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import layout
 from tarflowlm.model import seeded
 
