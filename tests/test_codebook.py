@@ -44,6 +44,34 @@ def test_the_posterior_is_bayes_rule_with_a_uniform_prior(book, normal):
     assert torch.equal(book.decode(z), posterior.argmax(-1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("log_std", [-0.5, -2.0, -7.0])
+def test_the_likelihood_of_a_token_keeps_its_small_values(log_std, dtype):
+    """No worse in float32 than a softmax over all densities, though log N alone is rounded to 1e-5."""
+    with seeded(0):
+        book = Codebook(27, 8)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        book.log_std.fill_(log_std).add_(0.1 * torch.randn(27, generator=generator))
+        book = book.to(dtype)
+        tokens = torch.randint(27, (20, 30), generator=generator)
+        z = book.encode(tokens, torch.randn(20, 30, 8, generator=generator).to(dtype))
+        found, softmax = book.log_likelihood(tokens, z), book.log_posterior(z).gather(-1, tokens[..., None])[..., 0]
+        exact = book.double().log_posterior(z.double()).gather(-1, tokens[..., None])[..., 0]
+    assert found.dtype == dtype
+    assert found.max() <= 0
+    assert (found - exact).abs().max() <= (softmax - exact).abs().max() + 1e-8
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-8)
+
+
+def test_the_likelihood_is_differentiable(book, normal):
+    tokens, z = torch.tensor([[1, 4, 1]]), normal(1, 3, d)
+    parameters = [z.requires_grad_(), book.mean, book.log_std]
+    expected = torch.autograd.grad(book.log_posterior(z).gather(-1, tokens[..., None]).sum(), parameters)
+    found = torch.autograd.grad(book.log_likelihood(tokens, z).sum(), parameters)
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_posterior_is_normalised_far_from_every_component(book):
     z = torch.full((2, d), 1e4, dtype=torch.float64)
     torch.testing.assert_close(book.log_posterior(z).exp().sum(-1), torch.ones(2, dtype=torch.float64))

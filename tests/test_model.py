@@ -8,7 +8,8 @@ import torch
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics
-from tarflowlm.flow.couplings import AffineCoupling, Mix1Coupling, MixDCoupling
+from tarflowlm.flow.couplings import AffineCoupling, Mix1Coupling
+from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.model import FlowConfig, TarFlowLM, seeded
 from tarflowlm.objective import elbo, negative_bound
 

@@ -6,7 +6,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tarflowlm.flow.numerics import log_component_densities, mixture_log_prob
+from tarflowlm.flow.numerics import (
+    log_component_densities,
+    log_own_density,
+    mixture_log_prob,
+    most_probable_component,
+    wide_dtype,
+)
 
 
 def spread_means(num_components: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
@@ -85,17 +91,32 @@ class Codebook(nn.Module):
         return -0.5 * noise.square().sum(-1) - d * (log_std + 0.5 * math.log(2 * math.pi))
 
     def log_components(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
-        """log N_k(z) for every token k, in nats."""
+        """log N_k(z) for every token k, in nats: a [tokens, V] tensor, for small vocabularies."""
         return log_component_densities(z, self.mean, self.log_std)
 
     def log_normaliser(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """log sum_k N_k(z) in nats, tile by tile: log q(z|x) - log p(x|z) for whatever x; no [tokens, V] tensor."""
         return mixture_log_prob(z, None, self.mean, self.log_std)
 
+    def log_likelihood(self, tokens: Int[Tensor, "*batch"], z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        """log p(x_t | z_t) = log N_x(z) - log sum_j N_j(z) in nats, tile by tile: no [tokens, V] tensor.
+
+        Near zero it is a small difference of large numbers, so both are computed in float64 (float32 where the device
+        has no other) and rounded in the end.
+        """
+        wide, flat = wide_dtype(z), tokens.flatten()
+        z_wide, mean, log_std = z.to(wide), self.mean.to(wide), self.log_std.to(wide)
+        # at z itself: once z is rounded, the noise that it was drawn with no longer fits
+        rows = z_wide.reshape(-1, z.shape[-1])
+        own = log_own_density(rows, mean.index_select(0, flat), log_std.index_select(0, flat))
+        difference = own.view_as(tokens) - mixture_log_prob(z_wide, None, mean, log_std)
+        # no rounding makes a probability larger than one
+        return difference.clamp(max=0.0).to(z.dtype)
+
     def log_posterior(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
-        """log p(x = k | z) in nats."""
+        """log p(x = k | z) of every token k, in nats: a [tokens, V] tensor, for small vocabularies."""
         return torch.log_softmax(self.log_components(z), dim=-1)
 
     def decode(self, z: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
-        """The most probable token of every latent vector."""
-        return self.log_components(z).argmax(-1)
+        """The most probable token of every latent vector, the first of equals."""
+        return most_probable_component(z, self.mean, self.log_std)

@@ -11,7 +11,8 @@ from torch import nn
 
 from tarflowlm.codebook import Codebook
 from tarflowlm.errors import UserError
-from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling, MixDCoupling
+from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling
+from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.stack import FlowBlock, Prior
 from tarflowlm.flow.transformer import TransformerConfig
 

@@ -62,18 +62,24 @@ def elbo(
 
     `noise` fixes the sample; without it, it is drawn with `generator`.
     """
-    eps = posterior_noise(model, tokens, generator) if noise is None else noise
-    with full_precision(eps):
-        z = model.codebook.encode(tokens, eps)
-        log_posterior = model.codebook.log_posterior(z)
-    reconstruction = log_posterior.gather(-1, tokens[..., None]).squeeze(-1).sum(-1)
+    return elbo_and_states(model, tokens, posterior_noise(model, tokens, generator) if noise is None else noise)[0]
+
+
+def elbo_and_states(
+    model: TarFlowLM, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]
+) -> tuple[ElboTerms, list[Tensor]]:
+    """The terms of `elbo`, and the states h^(0) = z, ..., h^(L) = u [B, T, d] that they are of."""
+    with full_precision(noise):
+        z = model.codebook.encode(tokens, noise)
+        reconstruction = model.codebook.log_likelihood(tokens, z).sum(-1)
     states, log_dets = model.prior.states(z)
-    return ElboTerms(
+    terms = ElboTerms(
         reconstruction=reconstruction,
-        log_q=model.codebook.log_q(tokens, eps).sum(-1),
+        log_q=model.codebook.log_q(tokens, noise).sum(-1),
         base=standard_normal_log_prob(states[-1]),
         log_dets=tuple(log_dets),
     )
+    return terms, states
 
 
 def negative_bound(
@@ -87,7 +93,8 @@ def negative_bound(
 ) -> Float[Tensor, " B"]:
     """-log p(x) of the baseline, or one sample of its upper bound (the nelbo of `elbo`, by the shortest way).
 
-    log p(x|z) - log q(z|x) = -log sum_j N_j(z) for every token, and the last block needs its density alone.
+    log p(x|z) - log q(z|x) = -log sum_j N_j(z) for every token, and the last block needs its density alone. Where
+    that is a mixture of the same components (eq. 12), one sweep over the codebook gives both.
     The first `frozen` blocks, and with them the codebook, get no gradient.
     `equal_cotangents` promises a loss that weights all sequences alike, such as a mean (`Coupling.log_prob`).
     """
@@ -96,8 +103,11 @@ def negative_bound(
     eps = posterior_noise(model, tokens, generator) if noise is None else noise
     with torch.set_grad_enabled(torch.is_grad_enabled() and frozen == 0), full_precision(eps):
         z = model.codebook.encode(tokens, eps)
-        log_normaliser = model.codebook.log_normaliser(z).sum(-1)
-    return log_normaliser - model.prior.log_prob(z, frozen=frozen, equal_cotangents=equal_cotangents)
+        relative = model.prior.is_one_tied_mixture and frozen == 0
+        log_normaliser = 0.0 if relative else model.codebook.log_normaliser(z).sum(-1)
+    return log_normaliser - model.prior.log_prob(
+        z, frozen=frozen, equal_cotangents=equal_cotangents, relative=relative
+    )
 
 
 def conditional_bound(

@@ -8,7 +8,9 @@ from torch.autograd.functional import jacobian
 
 from tarflowlm.codebook import Codebook
 from tarflowlm.flow import numerics
-from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling, MixDCoupling, standard_normal_log_prob
+from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling, standard_normal_log_prob
+from tarflowlm.flow.mixd import MixDCoupling
+from tarflowlm.flow.numerics import layout
 from tarflowlm.model import seeded
 
 WIDTH, P, d, T = 6, 2, 2, 2
@@ -166,6 +168,33 @@ def test_mix1_with_one_component_is_affine(normal, randomise):
     z, features = normal(4, T, C), normal(4, T, WIDTH, seed=2)
     for ours, theirs in zip(mixture(z, features), affine(z, features), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_the_weights_of_a_mixd_block_come_a_few_rows_at_a_time(patch, normal, randomise, monkeypatch):
+    """Forward, with its gradients, and inverse: as many rows as are held, and the same numbers."""
+    with seeded(0):
+        coupling = randomise(mixd(patch, True, components=300))
+    z, features, u = normal(4, 6, C), normal(4, 6, WIDTH, seed=1), normal(24, C, seed=2)
+    sizes, tokens = [], 24 * patch
+    is_known = torch.arange(24)[:, None].remainder(7).expand(-1, patch) < 4
+    coupling.weight_head.register_forward_hook(lambda m, x, y: sizes.append(y.numel()))
+
+    def results():
+        sizes.clear()
+        noise, log_det = coupling(z, features)
+        grads = torch.autograd.grad(noise.square().sum() + log_det.sum(), list(coupling.parameters()))
+        with torch.no_grad():
+            drawn = coupling.invert(u, features.flatten(0, 1))
+            completed = coupling.complete(u, features.flatten(0, 1), z.flatten(0, 1), is_known)
+        return noise, log_det, drawn, *completed, *grads
+
+    expected = results()
+    assert max(sizes) == tokens * 300
+    monkeypatch.setitem(layout.HELD_ELEMENTS, "cpu", 5 * 300)
+    for one, other in zip(results(), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert max(sizes) == 5 * 300
 
 
 def test_mixd_of_one_channel_is_mix1(normal, randomise):

@@ -11,6 +11,7 @@ from tarflowlm.flow.numerics import (
     log_component_densities,
     mixture_log_prob,
     mixture_log_prob_from_features,
+    most_probable_component,
     tiles,
 )
 
@@ -57,6 +58,51 @@ def test_without_weights_it_is_the_normaliser_of_the_decoder():
     z, _, mean, log_std = codebook_case(6, 7, 3, 0)
     expected = torch.logsumexp(log_component_densities(z, mean, log_std), -1)
     torch.testing.assert_close(mixture_log_prob(z, None, mean, log_std), expected)
+
+
+def test_relative_to_the_normaliser_in_one_sweep(tile_size):
+    """Eq. 12 of docs/math.md: log sum_k pi_k p(k | z)."""
+    inputs = [t.requires_grad_() for t in head_case(6, 7, 3, 4)]
+    log_pi = torch.log_softmax(inputs[1] @ inputs[2].T + inputs[3], -1)
+    log_posterior = torch.log_softmax(log_component_densities(inputs[0], *inputs[4:]), -1)
+    found = mixture_log_prob_from_features(*inputs, relative=True)
+    torch.testing.assert_close(found, torch.logsumexp(log_pi + log_posterior, -1))
+    assert torch.autograd.gradcheck(lambda *a: mixture_log_prob_from_features(*a, relative=True), inputs)
+    assert torch.autograd.gradcheck(
+        lambda *a: mixture_log_prob_from_features(*a, relative=True, equal_cotangents=True).mean(), inputs
+    )
+
+
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("frozen", [(), (0, 4, 5), (1, 2, 3)], ids=["all", "head alone", "codebook alone"])
+def test_one_sweep_equals_two(equal, frozen, tile_size):
+    inputs = head_case(40, 27, 8, 16, dtype=torch.float32)
+    wanted = [t.requires_grad_() for i, t in enumerate(inputs) if i not in frozen]
+
+    def results(log_p):
+        return log_p, *torch.autograd.grad(log_p.mean(), wanted, allow_unused=True)
+
+    z, mean, log_std = inputs[0], *inputs[4:]
+    one = results(mixture_log_prob_from_features(*inputs, equal_cotangents=equal, relative=True))
+    two = results(
+        mixture_log_prob_from_features(*inputs, equal_cotangents=equal) - mixture_log_prob(z, None, mean, log_std)
+    )
+    for found, expected in zip(one, two, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_most_probable_component_is_the_first_of_the_largest(dtype, tile_size):
+    z, _, mean, log_std = codebook_case(50, 40, 3, 5, dtype)
+    z[7, 1] = math.nan
+    if dtype == torch.float32:
+        # each component twice, in different tiles; in float64 their products may differ by a rounding
+        mean, log_std = mean[:20].repeat(2, 1), log_std[:20].repeat(2)
+    expected = log_component_densities(z, mean, log_std).argmax(-1)
+    assert torch.equal(most_probable_component(z, mean, log_std), expected)
+    assert torch.equal(most_probable_component(z.view(5, 10, 3), mean, log_std), expected.view(5, 10))
+    assert dtype == torch.float64 or expected.max() < 20
+    assert most_probable_component(z[:0], mean, log_std).shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

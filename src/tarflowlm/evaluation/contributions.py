@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from tarflowlm.flow.couplings import standard_normal_log_prob
-from tarflowlm.flow.precision import full_precision
 from tarflowlm.model import TarFlowLM
-from tarflowlm.objective import posterior_noise
+from tarflowlm.objective import elbo_and_states, posterior_noise
 
 
 @dataclass(frozen=True)
@@ -71,14 +70,9 @@ def contributions(
     for start in range(0, len(windows), batch):
         tokens = windows[start : start + batch].to(device)
         eps = posterior_noise(model, tokens, generator)
-        with full_precision(eps):
-            z = model.codebook.encode(tokens, eps)
-            log_q = model.codebook.log_q(tokens, eps).sum(-1)
-            # log p(x|z) = log N_x(z) - log sum_j N_j(z), and N_x(z) is q(z|x)
-            reconstruction = log_q - model.codebook.log_normaliser(z).sum(-1)
-        states, log_dets = model.prior.states(z)
+        terms, states = elbo_and_states(model, tokens, eps)
         bases = [standard_normal_log_prob(state) for state in states]
-        rows.append(torch.stack([reconstruction, log_q, *log_dets, *bases]).double().cpu())
+        rows.append(torch.stack([terms.reconstruction, terms.log_q, *terms.log_dets, *bases]).double().cpu())
         if progress is not None:
             progress(min(start + batch, len(windows)), len(windows))
     means = (torch.cat(rows, dim=1).mean(1) / windows.shape[1]).tolist()

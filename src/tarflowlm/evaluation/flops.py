@@ -54,7 +54,9 @@ def forward_flops(config: Config, convention: Convention = "full") -> Counter[st
     """One evaluation of the training loss over a sequence of `config.context` tokens, by part."""
     if isinstance(config, BaselineConfig):
         return _baseline(config, convention, cached=False)
-    total = _codebook(config) if convention == "full" else Counter()
+    # the sweep over the codebook that the density of a single tied Mix-d block takes gives the normaliser as well
+    is_shared = config.couplings == ("mixd",) and config.components == (0,)
+    total = _codebook(config) if convention == "full" and not is_shared else Counter()
     for index in range(len(config.couplings)):
         total += _block(config, index, convention, cached=False)
     return total

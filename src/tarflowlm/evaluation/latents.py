@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tarflowlm.flow.couplings import standard_normal_log_prob
 from tarflowlm.model import TarFlowLM
-from tarflowlm.objective import posterior_noise
+from tarflowlm.objective import elbo_and_states, posterior_noise
 
 
 def mean_norm(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
@@ -121,19 +121,16 @@ def state_metrics(states: Sequence[Tensor]) -> list[dict[str, Tensor]]:
 def _measure(model: TarFlowLM, tokens: Tensor, noise: Tensor) -> list[dict[str, Tensor]]:
     """All quantities [B] of every state, for one batch."""
     T = tokens.shape[1]
-    z = model.codebook.encode(tokens, noise)
-    log_q = model.codebook.log_q(tokens, noise).sum(-1)
-    reconstruction = model.codebook.log_posterior(z).gather(-1, tokens[..., None]).sum((1, 2))
-    states, log_dets = model.prior.states(z)
+    terms, states = elbo_and_states(model, tokens, noise)
     metrics = state_metrics(states)
-    log_det_sum = torch.zeros_like(log_q)
+    log_det_sum = torch.zeros_like(terms.log_q)
     for index, values in enumerate(metrics):
         if index:
-            log_det_sum = log_det_sum + log_dets[index - 1]
-        kl = (log_q - log_det_sum - standard_normal_log_prob(states[index])) / T
-        values |= {"kl": kl, "nelbo": kl - reconstruction / T}
+            log_det_sum = log_det_sum + terms.log_dets[index - 1]
+        kl = (terms.log_q - log_det_sum - standard_normal_log_prob(states[index])) / T
+        values |= {"kl": kl, "nelbo": kl - terms.reconstruction / T}
         if index:
-            values |= {"log_det": log_dets[index - 1] / T, "kl_gain": metrics[index - 1]["kl"] - kl}
+            values |= {"log_det": terms.log_dets[index - 1] / T, "kl_gain": metrics[index - 1]["kl"] - kl}
     return metrics
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tarflowlm.codebook import Codebook
 from tarflowlm.flow import numerics
-from tarflowlm.flow.heads import AutoregressiveHead, TokenFeatures
-from tarflowlm.flow.precision import full_precision, widen
+from tarflowlm.flow.heads import AutoregressiveHead
+from tarflowlm.flow.precision import full_precision
 
 _FEW = 512
 """Latents up to which a channel coupling is inverted in sweeps."""
@@ -288,86 +288,3 @@ class Mix1Coupling(ChannelCoupling):
             return numerics.mixture_cdf_inverse(u[:, 0], changed, mean, log_std)[:, None]
 
         return Conditional(forward, inverse)
-
-
-class MixDCoupling(Coupling):
-    r"""Token-wise mixture-Rosenblatt coupling (docs/math.md, eq. 9).
-
-        p(z_t | past) = sum_k pi_k(past) N(z_t; mu_k, sigma_k^2 I_d),   u_t the Rosenblatt transform of z_t
-
-    One codebook of components for all positions; the network predicts the K weights alone. `tied` to the encoder's
-    codebook in block 1, otherwise a codebook of its own. With patches, the P tokens of a position have weights of
-    their own, independent given the past or in-patch autoregressive (`TokenFeatures`).
-    Paper: section 3.2.2, appendix B.
-    """
-
-    def __init__(
-        self,
-        *,
-        width: int,
-        patch: int,
-        latent_dim: int,
-        components: int,
-        tied: Codebook | None,
-        in_patch: bool,
-    ) -> None:
-        super().__init__()
-        self.patch, self.latent_dim, self.group = patch, latent_dim, latent_dim
-        self.token_features = TokenFeatures(width=width, patch=patch, latent_dim=latent_dim, in_patch=in_patch)
-        self.own = None if tied is not None else Codebook(components, latent_dim, separation=2.0)
-        # in a tuple, so that the encoder's parameters are not registered a second time
-        self._tied = (tied,)
-        num_components = tied.vocab_size if tied is not None else components
-        self.weight_head = nn.Linear(width, num_components)
-        nn.init.zeros_(self.weight_head.weight)
-        nn.init.zeros_(self.weight_head.bias)
-
-    @property
-    def components(self) -> Codebook:
-        components = self._tied[0] if self.own is None else self.own
-        assert components is not None
-        return components
-
-    def _tokens(self, z: Tensor) -> Tensor:
-        """[..., P d] -> [..., P, d]."""
-        return z.reshape(*z.shape[:-1], self.patch, self.latent_dim)
-
-    def forward(
-        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]
-    ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, " B"]]:
-        log_w = widen(self.weight_head(self.token_features(features, z)))
-        book = self.components
-        with full_precision(z):
-            u, log_det = numerics.rosenblatt(self._tokens(z), log_w, book.mean, book.log_std)
-        return u.reshape(z.shape), log_det.flatten(1).sum(-1)
-
-    def log_prob(
-        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"], *, equal_cotangents: bool = False
-    ) -> Float[Tensor, " B"]:
-        token_features = self.token_features(features, z)
-        head, book = self.weight_head, self.components
-        per_token = numerics.mixture_log_prob_from_features(
-            self._tokens(z),
-            token_features,
-            head.weight,
-            head.bias,
-            book.mean,
-            book.log_std,
-            equal_cotangents=equal_cotangents,
-        )
-        return per_token.flatten(1).sum(-1)
-
-    def walk(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Walk:
-        book, state = self.components, self.token_features.start(features)
-        for _ in range(self.patch):
-            z = yield self._conditional(widen(self.weight_head(self.token_features.step(state))), book, adjust)
-            assert z is not None
-            state = self.token_features.observe(state, z)
-
-    @staticmethod
-    def _conditional(log_w: Tensor, book: Codebook, adjust: AdjustWeights | None) -> Conditional:
-        def inverse(u: Tensor) -> Tensor:
-            changed = log_w if adjust is None else adjust(log_w)
-            return numerics.rosenblatt_inverse(u, changed, book.mean, book.log_std)
-
-        return Conditional(lambda z: numerics.rosenblatt(z, log_w, book.mean, book.log_std), inverse)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tarflowlm.flow.bijection import Bijection, Compose, zero_log_det
 from tarflowlm.flow.couplings import Coupling, standard_normal_log_prob
 from tarflowlm.flow.layers import ChannelMix, Direction, Patch
+from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.precision import widen
 from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig
 
@@ -75,9 +76,18 @@ class FlowBlock(Bijection):
         u, log_det = self.coupling(h, self._features(h))
         return self.order.inverse(u), log_det
 
-    def log_prob(self, z: Float[Tensor, "B N C"], *, equal_cotangents: bool = False) -> Float[Tensor, " B"]:
-        """log p(z) with N(0, I) behind this block, in nats: cheaper than `forward`, for no noise is computed."""
+    def log_prob(
+        self, z: Float[Tensor, "B N C"], *, equal_cotangents: bool = False, relative: bool = False
+    ) -> Float[Tensor, " B"]:
+        """log p(z) with N(0, I) behind this block, in nats: cheaper than `forward`, for no noise is computed.
+
+        `relative`, of a tied Mix-d block alone: log p(z) - sum_t log sum_k N_k(z_t), in one sweep over the codebook.
+        """
         h = self.order(z)[0]
+        if relative:
+            assert isinstance(self.coupling, MixDCoupling)
+            assert self.coupling.is_tied
+            return self.coupling.log_prob(h, self._features(h), equal_cotangents=equal_cotangents, relative=True)
         return self.coupling.log_prob(h, self._features(h), equal_cotangents=equal_cotangents)
 
     def position_log_prob(self, z: Float[Tensor, "B N C"]) -> Float[Tensor, "B N"]:
@@ -124,6 +134,12 @@ class Prior(Bijection):
         self.patch = Patch(patch)
         self.blocks = nn.ModuleList(blocks)
 
+    @property
+    def is_one_tied_mixture(self) -> bool:
+        """True for a single block that is Mix-d over the encoder's codebook: the decoder has the same components."""
+        coupling = self.blocks[0].coupling if len(self.blocks) == 1 else None
+        return isinstance(coupling, MixDCoupling) and coupling.is_tied
+
     def states(self, z: Float[Tensor, "B T d"]) -> tuple[list[Tensor], list[Tensor]]:
         """h^(0) = z, h^(1), ..., h^(L) = u, each [B, T, d], and the L log-determinants [B]."""
         h = self.patch(z)[0]
@@ -145,13 +161,21 @@ class Prior(Bijection):
         return self.patch.inverse(h)
 
     def log_prob(
-        self, z: Float[Tensor, "B T d"], *, frozen: int = 0, equal_cotangents: bool = False, above: int = 0
+        self,
+        z: Float[Tensor, "B T d"],
+        *,
+        frozen: int = 0,
+        equal_cotangents: bool = False,
+        above: int = 0,
+        relative: bool = False,
     ) -> Float[Tensor, " B"]:
         """log p(z) in nats, the last block by its density alone; of the state z = h^(above) where that is given.
 
         The first `frozen` blocks are evaluated without a graph: they get no gradient and keep no activations.
-        `equal_cotangents`: see `Coupling.log_prob`.
+        `equal_cotangents`: see `Coupling.log_prob`. `relative` (see `FlowBlock.log_prob`) takes off the decoder's
+        normaliser as well, for a stack that `is_one_tied_mixture`.
         """
+        assert self.is_one_tied_mixture or not relative
         h = self.patch(z)[0]
         log_prob = zero_log_det(z)
         blocks = self.blocks[above:]
@@ -161,5 +185,5 @@ class Prior(Bijection):
             log_prob = log_prob + log_det
         if not len(blocks):
             return standard_normal_log_prob(h)
-        last = blocks[-1].log_prob(h, equal_cotangents=equal_cotangents)  # type: ignore[operator]
+        last = blocks[-1].log_prob(h, equal_cotangents=equal_cotangents, relative=relative)  # type: ignore[operator]
         return log_prob + last

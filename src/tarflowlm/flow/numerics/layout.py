@@ -13,6 +13,11 @@ from torch import Tensor
 CHUNK_ELEMENTS = 65_536
 """Elements (rows x components) of one buffer of a chunk, per thread: 256 KiB of float32, five to a 2 MiB cache."""
 
+HELD_ELEMENTS = {"cpu": 2**22}
+HELD_ELEMENTS_ACCELERATOR = 2**26
+"""Elements (rows x components) of a tensor that is held whole: 16 MiB of float32 on a CPU; on an accelerator 256 MiB,
+which fill it, and few enough that a large vocabulary costs it a few gigabytes in all."""
+
 LOWEST_EXPONENT = {torch.float32: -50.0, torch.float64: -100.0}
 """Floor for exponents whose sum is at least 1. On a CPU exp is 30 times slower where it underflows, and so is every
 product with a subnormal number; what the floor adds is 1e-22 (1e-44) per component."""
@@ -51,6 +56,18 @@ def chunk_rows(num_components: int) -> int:
 def row_chunks(rows: int, num_components: int) -> Iterator[slice]:
     """Slices of the row axis, `chunk_rows` long."""
     step = chunk_rows(num_components)
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
+
+
+def held_rows(num_components: int, device: torch.device) -> int:
+    """Rows of which a [rows, K] tensor is held whole: a constant, so no device waits for it."""
+    return max(1, HELD_ELEMENTS.get(device.type, HELD_ELEMENTS_ACCELERATOR) // max(1, num_components))
+
+
+def static_chunks(rows: int, num_components: int) -> Iterator[slice]:
+    """Row ranges for an accelerator, or for a compiler, which unrolls them."""
+    step = max(1, HELD_ELEMENTS_ACCELERATOR // max(1, num_components))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
 

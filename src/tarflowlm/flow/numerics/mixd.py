@@ -13,6 +13,7 @@ from torch.autograd import Function
 from tarflowlm.flow.numerics.codebook import (
     check_codebook,
     component_factors,
+    log_component_densities,
     point_factors,
     pull_component_factors,
     pull_point_factors,
@@ -23,9 +24,11 @@ from tarflowlm.flow.numerics.tiles import (
     Factors,
     Gradients,
     Logits,
+    column_slices,
     log_sums,
     log_sums_and_gradients,
     pull_back,
+    row_slices,
 )
 
 Heads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -36,6 +39,7 @@ class _Problem(NamedTuple):
 
     matmul: torch.dtype | None
     chunk: int | None
+    relative: bool
     needs: tuple[bool, ...]
     """Which of z, mean, log_std, log_w, features, weight, bias want a gradient."""
 
@@ -45,6 +49,10 @@ class _Problem(NamedTuple):
         if features is None or weight is None:
             return Logits(log_w=log_w)
         return Logits(None, features.to(self.matmul), weight.to(self.matmul), bias)
+
+    def value(self, sums: Tensor) -> Tensor:
+        log_p = sums[0] - sums[1]
+        return log_p - sums[2] if self.relative else log_p
 
     def zeros(self, factors: Factors, heads: Heads, dtype: torch.dtype) -> Gradients:
         of_heads = (
@@ -94,10 +102,10 @@ class _MixtureLogProb(Function):
         codebook, heads = _split(tensors)
         z = codebook[0]
         with torch.autocast(autocast_device(z), enabled=False):
-            sums = log_sums(problem.logits(*heads), _factors(*codebook), z.dtype, problem.chunk)
+            sums = log_sums(problem.logits(*heads), _factors(*codebook), z.dtype, problem.chunk, problem.relative)
         ctx.problem = problem
-        ctx.save_for_backward(*tensors, torch.stack(sums))
-        return sums[0] - sums[1]
+        ctx.save_for_backward(*tensors, sums)
+        return problem.value(sums)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -111,7 +119,7 @@ def _pull(problem: _Problem, grad: Tensor, *saved: Tensor | None) -> tuple[Tenso
     with torch.autocast(autocast_device(grad), enabled=False):
         factors = _factors(*codebook)
         out = problem.zeros(factors, heads, grad.dtype)
-        pull_back(problem.logits(*heads), factors, sums, grad, out, problem.chunk)
+        pull_back(problem.logits(*heads), factors, sums, grad, out, problem.chunk, problem.relative)
         return _to_inputs(out, codebook, heads)
 
 
@@ -125,10 +133,11 @@ class _EqualMixtureLogProb(Function):
         with torch.autocast(autocast_device(z), enabled=False):
             factors = _factors(*codebook)
             out = problem.zeros(factors, heads, z.dtype)
-            sums = log_sums_and_gradients(problem.logits(*heads), factors, z.dtype, out, problem.chunk)
+            logits = problem.logits(*heads)
+            sums = log_sums_and_gradients(logits, factors, z.dtype, out, problem.chunk, problem.relative)
             grads = _to_inputs(out, codebook, heads)
         ctx.save_for_backward(*grads)
-        return sums[0] - sums[1]
+        return problem.value(sums)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -173,7 +182,7 @@ def mixture_log_prob(
         log_w = log_w.expand(*shape, num_components).reshape(-1, num_components)
     flat = z.expand(*shape, d).reshape(-1, d)
     tensors = (flat, mean, log_std, log_w, None, None, None)
-    return _apply(_Problem(None, chunk, _needs(*tensors)), tensors, equal=False).view(shape)
+    return _apply(_Problem(None, chunk, False, _needs(*tensors)), tensors, equal=False).view(shape)
 
 
 def mixture_log_prob_from_features(
@@ -186,6 +195,7 @@ def mixture_log_prob_from_features(
     *,
     chunk: int | None = None,
     equal_cotangents: bool = False,
+    relative: bool = False,
 ) -> Tensor:
     r"""`mixture_log_prob` with log_w = features @ weight.T + bias, which is never materialised beyond a tile.
 
@@ -195,6 +205,8 @@ def mixture_log_prob_from_features(
     `equal_cotangents` promises a loss that weights all elements alike, such as a mean: gradients are then formed in
     the forward, which saves that product; a broken promise raises RuntimeError in the backward (on an accelerator and
     when compiled, where the check must not wait, it makes the gradients NaN).
+    `relative` returns log p_mix(z) - log sum_k N(z; mu_k, s_k^2 I), which is log sum_k w_k p(k | z) under the decoder
+    (docs/math.md, eq. 12), in nats: one sweep over the codebook serves both terms and their gradients.
     First derivatives only. Errors: ValueError for shapes that do not fit.
     """
     check_codebook(z, mean, log_std)
@@ -208,4 +220,27 @@ def mixture_log_prob_from_features(
     shape = z.shape[:-1]
     flat_z, flat_features = z.reshape(-1, z.shape[-1]), features.reshape(-1, features.shape[-1])
     tensors = (flat_z, mean, log_std, None, flat_features, weight, bias)
-    return _apply(_Problem(matmul, chunk, _needs(*tensors)), tensors, equal_cotangents).view(shape)
+    return _apply(_Problem(matmul, chunk, relative, _needs(*tensors)), tensors, equal_cotangents).view(shape)
+
+
+@torch.no_grad()
+def most_probable_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """argmax_k N(z; mu_k, s_k^2 I), the first of equals, tile by tile.
+
+    Shapes: z [..., d]; mean [K, d]; log_std [K]; returns [...], int64. NaN in a row gives component 0.
+    Errors: ValueError for shapes that do not fit.
+    """
+    check_codebook(z, mean, log_std)
+    flat = z.reshape(-1, z.shape[-1])
+    best = torch.full((len(flat),), -torch.inf, dtype=z.dtype, device=z.device)
+    index = torch.zeros(len(flat), dtype=torch.int64, device=z.device)
+    for rows in row_slices(len(flat), len(mean), z.device, None):
+        for columns in column_slices(len(mean), z.device):
+            log_n = log_component_densities(flat[rows], mean[columns], log_std[columns])
+            place = log_n.argmax(1)
+            value = log_n.gather(1, place[:, None]).squeeze(1)
+            # strictly: of equals the first stays, and what is not a number is never taken
+            larger = value > best[rows]
+            index[rows] = torch.where(larger, place + columns.start, index[rows])
+            best[rows] = torch.where(larger, value, best[rows])
+    return index.view(z.shape[:-1])

@@ -8,19 +8,20 @@ is what the last ones sum to. Differs from algorithm 1 of the paper only there: 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
 
-from tarflowlm.flow.numerics import forward, linear
+from tarflowlm.flow.numerics import forward, linear, logspace
 from tarflowlm.flow.numerics.codebook import check_codebook
 from tarflowlm.flow.numerics.families import NORMAL
 from tarflowlm.flow.numerics.forward import mixture_cdf
 from tarflowlm.flow.numerics.inverse import mixture_cdf_inverse, solve
-from tarflowlm.flow.numerics.layout import LOWEST_EXPONENT, chunk_rows, row_chunks, take_rows, use_eager_cpu
+from tarflowlm.flow.numerics.layout import LOWEST_EXPONENT, chunk_rows, row_chunks, static_chunks, use_eager_cpu
 from tarflowlm.flow.numerics.pullback import pull
 
 Solve = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -31,19 +32,30 @@ _NEARLY_CERTAIN, _FEW_ROWS = -1e-5, 64
 rows are few and calls are all that costs, every one of them."""
 _BACKWARD_SHARE = 16
 """The backward records about this many [n, K] tensors per channel, so its chunks are that much smaller."""
+_BACKWARD_SHARE_STATIC = 4
+"""And on an accelerator, where every chunk is some hundred launches, or as many nodes of a compiler's graph."""
 
 
 def _base_log_density(u: Tensor) -> Tensor:
     return -0.5 * (u * u).sum(-1) - u.shape[-1] * _HALF_LOG_2PI
 
 
+def _chunks(like: Tensor, num_components: int, *, backward: bool = False) -> Iterable[slice]:
+    """Row ranges that bound the [rows, K] temporaries."""
+    if use_eager_cpu(like):
+        return row_chunks(like.shape[0], num_components * (_BACKWARD_SHARE if backward else 1))
+    return static_chunks(like.shape[0], num_components * (_BACKWARD_SHARE_STATIC if backward else 1))
+
+
 def evaluate(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
     """u [N, d] and log_det [N] for z [N, d], log_w [N, K]; no autograd."""
-    if not use_eager_cpu(z):
-        return traced(z, log_w, mean, log_std)
-    u = torch.empty(z.shape, dtype=z.dtype)
+    u = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     log_p, tail = torch.empty_like(z[:, 0]), torch.empty_like(z[:, 0])
     num_components = mean.shape[0]
+    if not use_eager_cpu(z):
+        for rows in _chunks(z, num_components):
+            u[rows], log_p[rows] = _log_space_chunk(z[rows], log_w[rows], mean, log_std)
+        return u, log_p - _base_log_density(u)
     space = linear.Workspace(4, num_components, chunk_rows(num_components), z.dtype)
     for rows in row_chunks(z.shape[0], num_components):
         log_p[rows] = _chunk(z[rows], log_w[rows], mean, log_std, space, u[rows], tail[rows])
@@ -91,8 +103,23 @@ def _chunk(
     return log_p.add_(torch.log(total))
 
 
+def _log_space_chunk(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """u [n, d] and log p_mix [n] of one chunk in log space, without a branch on data: the path of accelerators."""
+    inv_std, drop = torch.exp(-log_std), log_std + _HALF_LOG_2PI
+    log_alpha, channels = torch.log_softmax(log_w, -1), []
+    log_p = torch.zeros_like(z[:, 0])
+    for i in range(z.shape[-1]):
+        a = (z[:, i, None] - mean[:, i]) * inv_std
+        channels.append(logspace.noise_of_normals(a, log_alpha))
+        log_alpha.addcmul_(a, a, value=-0.5).sub_(drop)
+        scale = torch.logsumexp(log_alpha, -1)
+        log_alpha.sub_(scale[:, None])
+        log_p = log_p + scale
+    return torch.stack(channels, -1), log_p
+
+
 def traced(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """The same map from differentiable pieces: what the backward records, and the path of accelerators."""
+    """The same map from differentiable pieces: what the backward records."""
     log_w = torch.log_softmax(log_w, -1)
     inv_std = torch.exp(-log_std)
     log_alpha, channels = log_w, []
@@ -108,11 +135,26 @@ def traced(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Ten
     return u, log_p - _base_log_density(u)
 
 
+def _compiled(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """A compiler derives the backward itself: it is told to compute again what does not fit one chunk."""
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (z, log_w, mean, log_std))
+    if not needs_grad:
+        return evaluate(z, log_w, mean, log_std)
+    chunks = list(_chunks(z, mean.shape[0], backward=True))
+    if len(chunks) == 1:
+        return traced(z, log_w, mean, log_std)
+    parts = [
+        checkpoint(traced, z[rows], log_w[rows], mean, log_std, use_reentrant=False, preserve_rng_state=False)
+        for rows in chunks
+    ]
+    return torch.cat([u for u, _ in parts]), torch.cat([log_det for _, log_det in parts])
+
+
 def _pull(
     z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, grad_u: Tensor, grad_log_det: Tensor
 ) -> tuple[Tensor, ...]:
     out = tuple(torch.zeros_like(t) for t in (z, log_w, mean, log_std))
-    for rows in row_chunks(z.shape[0], mean.shape[0] * _BACKWARD_SHARE):
+    for rows in _chunks(z, mean.shape[0], backward=True):
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (z[rows], log_w[rows], mean, log_std)]
             outputs = traced(*leaves)
@@ -144,7 +186,7 @@ class _Rosenblatt(Function):
 
 
 def inverse_rows(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor, solve_one: Solve) -> Tensor:
-    """z [N, d] for u [N, d], log_alpha [N, K], mean [N or 1, K, d], log_std [N or 1, K]."""
+    """z [N, d] for u [N, d], log_alpha [N, K], mean [1, K, d], log_std [1, K]."""
     channels = []
     inv_std = torch.exp(-log_std)
     for i in range(u.shape[-1]):
@@ -180,7 +222,6 @@ def solve_rows(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor) -> T
             break
         kept = (~certain).nonzero().squeeze(-1)
         open_rows, u, log_alpha = open_rows[kept], u[kept], log_alpha[kept]
-        mean, log_std, inv_std = (take_rows(p, kept) for p in (mean, log_std, inv_std))
     return z
 
 
@@ -215,10 +256,8 @@ class _RosenblattInverse(Function):
 
     @staticmethod
     def forward(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-        if not use_eager_cpu(u):
-            return inverse_rows(u, log_w, mean[None], log_std[None], solve_normal)
         z = torch.empty_like(u)
-        for rows in row_chunks(u.shape[0], mean.shape[0]):
+        for rows in _chunks(u, mean.shape[0]):
             z[rows] = solve_rows(u[rows], log_w[rows], mean[None], log_std[None])
         return z
 
@@ -254,13 +293,12 @@ def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple
     r"""Token-wise mixture-Rosenblatt map (paper sec. 3.2.2, app. B): u ~ N(0, I) iff z ~ sum_k w_k N(mu_k, s_k^2 I).
 
     Shapes: z [..., d]; log_w [..., K], unnormalised; mean [K, d]; log_std [K] (one shared codebook); u [..., d],
-    log_det [...], nats. Float32 or float64; exact in both tails of every channel. Memory: a chunk x K, whatever the
-    number of rows; the backward recomputes chunk by chunk. NaN in a row gives NaN there. First derivatives only.
-    Errors: ValueError for shapes that do not fit.
+    log_det [...], nats. Float32 or float64; exact in both tails of every channel. Memory: some tensors of a chunk x K
+    (see `layout`), whatever the number of rows; the backward recomputes chunk by chunk. NaN in a row gives NaN there.
+    First derivatives only. Errors: ValueError for shapes that do not fit.
     """
     shape, flat, weights = flatten_vectors(z, log_w, mean, log_std)
-    # a compiler derives the backward itself, and keeps what the Function would compute again
-    function = traced if torch.compiler.is_compiling() else _Rosenblatt.apply
+    function = _compiled if torch.compiler.is_compiling() else _Rosenblatt.apply
     u, log_det = function(flat, weights, mean, log_std)
     return u.view(*shape, -1), log_det.view(shape)
 
@@ -269,7 +307,7 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     r"""Inverse of `rosenblatt`: the same recursion, solving one scalar mixture per channel.
 
     Shapes: u [..., d]; log_w [..., K], unnormalised; mean [K, d]; log_std [K]; z [..., d]. Gradients are implicit,
-    channel by channel, and hold d tensors [..., K]; under no_grad memory is a chunk x K.
+    channel by channel, and hold d tensors [..., K]; under no_grad memory is as in `rosenblatt`.
     Errors: ValueError for shapes that do not fit.
     """
     shape, flat, weights = flatten_vectors(u, log_w, mean, log_std)

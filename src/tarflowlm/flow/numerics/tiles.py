@@ -6,6 +6,10 @@ with logits x from a `Logits` source and log N from the codebook's factors A . B
 two running logsumexps per token, the backward recomputes each tile and spends it at once:
 
     d log p_n / d x_nk = r_nk - pi_nk,    d log p_n / d (A . B)_nk = r_nk     (posterior r, prior pi)
+
+Where the density is wanted `relative` to the codebook's normaliser, the same tiles serve a third logsumexp:
+
+    log p_n - logsumexp_k log N_nk,    d / d (A . B)_nk = r_nk - q_nk     (q the softmax of log N: the decoder)
 """
 
 from collections.abc import Iterator
@@ -133,75 +137,84 @@ class _RunningLogSumExp:
         return torch.where(torch.isneginf(self._top), self._top, self._top + torch.log(self._sum))
 
 
-def log_sums(logits: Logits, factors: Factors, dtype: torch.dtype, chunk: int | None) -> tuple[Tensor, Tensor]:
-    """logsumexp(x + log N) and logsumexp(x) over K, [N] each (the second is zero without logits)."""
-    return _sweep(logits, factors, dtype, chunk, None)
+def log_sums(logits: Logits, factors: Factors, dtype: torch.dtype, chunk: int | None, relative: bool) -> Tensor:
+    """logsumexp over K of x + log N, of x, and of log N: [3, N].
+
+    The second is zero without logits, the third unless `relative`: log p is the first less the other two.
+    """
+    return _sweep(logits, factors, dtype, chunk, relative, None)
 
 
 def log_sums_and_gradients(
-    logits: Logits, factors: Factors, dtype: torch.dtype, out: Gradients, chunk: int | None
-) -> tuple[Tensor, Tensor]:
+    logits: Logits, factors: Factors, dtype: torch.dtype, out: Gradients, chunk: int | None, relative: bool
+) -> Tensor:
     """`log_sums`, and in the same sweep the gradients of sum_n log p_n, added to `out`.
 
     One product with the head's weight less than `log_sums` and `pull_back`; holds two [chunk, K] tensors at a time.
     """
-    return _sweep(logits, factors, dtype, chunk, out)
+    return _sweep(logits, factors, dtype, chunk, relative, out)
 
 
 def _tile_pair(
     logits: Logits, factors: Factors, rows: slice, columns: slice, dtype: torch.dtype, buffers: Buffers, index: int
 ) -> tuple[Tensor, Tensor | None]:
-    """x + log N, and x where there are logits."""
+    """log N, and x where there are logits."""
     shape = (rows.stop - rows.start, columns.stop - columns.start)
-    v = buffers("joint", shape, dtype, index)
-    factors.tile(rows, columns, v, buffers)
+    log_n = buffers("log_n", shape, dtype, index)
+    factors.tile(rows, columns, log_n, buffers)
     if logits.empty:
-        return v, None
-    x = buffers("prior", shape, dtype, index)
+        return log_n, None
+    x = buffers("logits", shape, dtype, index)
     logits.tile(rows, columns, x, buffers)
-    return v.add_(x), x
+    return log_n, x
 
 
 def _sweep(
-    logits: Logits, factors: Factors, dtype: torch.dtype, chunk: int | None, out: Gradients | None
-) -> tuple[Tensor, Tensor]:
+    logits: Logits, factors: Factors, dtype: torch.dtype, chunk: int | None, relative: bool, out: Gradients | None
+) -> Tensor:
     points, num_components = factors.points, factors.components.shape[0]
-    sums = torch.zeros(2, points.shape[0], dtype=dtype, device=points.device)
+    sums = torch.zeros(3, points.shape[0], dtype=dtype, device=points.device)
     buffers = Buffers(points.device)
     for rows in row_slices(points.shape[0], num_components, points.device, chunk):
-        joint, prior = (_RunningLogSumExp(rows.stop - rows.start, points, dtype) for _ in range(2))
+        joint, prior, code = (_RunningLogSumExp(rows.stop - rows.start, points, dtype) for _ in range(3))
         kept = []
         for j, columns in enumerate(column_slices(num_components, points.device)):
-            v, x = _tile_pair(logits, factors, rows, columns, dtype, buffers, 0 if out is None else j)
-            kept.append((columns, v, x))
-            scratch = v if out is None else buffers("scratch", (v.shape[0], v.shape[1]), dtype)
-            if x is not None:
-                prior.add_(x, x if out is None else scratch)
-            joint.add_(v, scratch)
+            log_n, x = _tile_pair(logits, factors, rows, columns, dtype, buffers, 0 if out is None else j)
+            scratch = buffers("scratch", (log_n.shape[0], log_n.shape[1]), dtype)
+            if relative:
+                code.add_(log_n, scratch)
+            if x is None:
+                joint.add_(log_n, scratch)
+            else:
+                prior.add_(x, scratch)
+                joint.add_(torch.add(log_n, x, out=scratch), scratch)
+            kept.append((columns, log_n, x))
         sums[0, rows] = joint.value()
         if not logits.empty:
             sums[1, rows] = prior.value()
+        if relative:
+            sums[2, rows] = code.value()
         if out is not None:
             scale = torch.ones_like(sums[0, rows])
-            for columns, v, x in kept:
-                _spend(v, x, sums[:, rows], scale, logits, factors, rows, columns, out, buffers)
-    return sums[0], sums[1]
+            for columns, log_n, x in kept:
+                _spend(log_n, x, sums[:, rows], scale, logits, factors, rows, columns, relative, out, buffers)
+    return sums
 
 
 def pull_back(
-    logits: Logits, factors: Factors, sums: Tensor, grad: Tensor, out: Gradients, chunk: int | None
+    logits: Logits, factors: Factors, sums: Tensor, grad: Tensor, out: Gradients, chunk: int | None, relative: bool
 ) -> None:
-    """Adds the gradients of sum_n grad_n log p_n to `out`, tile by tile; `sums` [2, N] are the two of `log_sums`."""
+    """Adds the gradients of sum_n grad_n log p_n to `out`, tile by tile; `sums` [3, N] are those of `log_sums`."""
     points, num_components = factors.points, factors.components.shape[0]
     buffers = Buffers(points.device)
     for rows in row_slices(points.shape[0], num_components, points.device, chunk):
         for columns in column_slices(num_components, points.device):
-            v, x = _tile_pair(logits, factors, rows, columns, grad.dtype, buffers, 0)
-            _spend(v, x, sums[:, rows], grad[rows], logits, factors, rows, columns, out, buffers)
+            log_n, x = _tile_pair(logits, factors, rows, columns, grad.dtype, buffers, 0)
+            _spend(log_n, x, sums[:, rows], grad[rows], logits, factors, rows, columns, relative, out, buffers)
 
 
 def _spend(
-    v: Tensor,
+    log_n: Tensor,
     x: Tensor | None,
     sums: Tensor,
     scale: Tensor,
@@ -209,21 +222,28 @@ def _spend(
     factors: Factors,
     rows: slice,
     columns: slice,
+    relative: bool,
     out: Gradients,
     buffers: Buffers,
 ) -> None:
-    """Turns a tile of x + log N and of x (both overwritten) into gradients."""
-    lowest, scale = LOWEST_EXPONENT[v.dtype], scale[:, None]
-    share = v.sub_(sums[0, :, None]).clamp_(min=lowest).exp_().mul_(scale)
+    """Turns a tile of log N and of x (both overwritten) into gradients."""
+    scale, shape = scale[:, None], (log_n.shape[0], log_n.shape[1])
+
+    def share(v: Tensor, log_sum: Tensor) -> Tensor:
+        """The softmax of v, in its place, times the cotangent."""
+        return v.sub_(log_sum[:, None]).clamp_(min=LOWEST_EXPONENT[v.dtype]).exp_().mul_(scale)
+
+    v = buffers("scratch", shape, log_n.dtype).copy_(log_n) if relative else log_n
+    joint = share(v if x is None else v.add_(x), sums[0])
     if out.points is not None or out.components is not None:
-        wide = buffers("wide", (share.shape[0], share.shape[1]), factors.points.dtype).copy_(share)
+        of_product = torch.sub(joint, share(log_n, sums[2]), out=log_n) if relative else joint
+        wide = buffers("wide", shape, factors.points.dtype).copy_(of_product)
         if out.points is not None:
             out.points[rows].addmm_(wide, factors.components[columns])
         if out.components is not None:
             out.components[columns].addmm_(wide.T, factors.points[rows])
     if x is not None:
-        prior = x.sub_(sums[1, :, None]).clamp_(min=lowest).exp_().mul_(scale)
-        _pull_logits(share.sub_(prior), logits, rows, columns, out)
+        _pull_logits(joint.sub_(share(x, sums[1])), logits, rows, columns, out)
 
 
 def _pull_logits(x_grad: Tensor, logits: Logits, rows: slice, columns: slice, out: Gradients) -> None:

@@ -1,0 +1,121 @@
+"""With 50,257 tokens no path may hold a tensor of tokens x vocabulary: the largest one that any operation makes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tarflowlm.evaluation.latents import latent_report
+from tarflowlm.flow.numerics import layout
+from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.model import FlowConfig, TarFlowLM, seeded
+from tarflowlm.objective import elbo, negative_bound, posterior_noise
+
+VOCABULARY, BATCH, LENGTH, DIM = 50_257, 4, 64, 4
+TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
+HELD = layout.HELD_ELEMENTS["cpu"]
+"""Elements that may be held, a third of tokens x vocabulary."""
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returns, forward and backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(t, torch.Tensor):
+                self.elements = max(self.elements, t.numel())
+        return result
+
+
+def largest(run: Callable[[], object]) -> int:
+    with Largest() as watch:
+        run()
+    return watch.elements
+
+
+@pytest.fixture(scope="module")
+def model() -> TarFlowLM:
+    """One tied Mix-d block under one of Mix-1, as in the OpenWebText presets, with a trunk of almost nothing."""
+    config = FlowConfig(
+        vocab_size=VOCABULARY, context=LENGTH, latent_dim=DIM, trunk=TRUNK, couplings=("mixd", "mix1"),
+        layers=(1, 1), components=(0, 2), head_hidden=4,
+    )  # fmt: skip
+    with seeded(0):
+        return TarFlowLM(config)
+
+
+@pytest.fixture
+def first(model):
+    """Stage 1: the Mix-d block alone."""
+    with seeded(0):
+        alone = TarFlowLM(model.config.first_blocks(1))
+    alone.load_state_dict(model.state_dict(), strict=False)
+    return alone
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def noise(model, tokens):
+    return posterior_noise(model, tokens, torch.Generator().manual_seed(1))
+
+
+def test_the_watch_sees_what_it_should(model, tokens):
+    z = model.codebook.encode(tokens, torch.zeros(BATCH, LENGTH, DIM))
+    assert largest(lambda: model.codebook.log_posterior(z)) == BATCH * LENGTH * VOCABULARY > 3 * HELD
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_stage_1(first, tokens, noise, equal):
+    def step():
+        negative_bound(first, tokens, noise=noise, equal_cotangents=equal).mean().backward()
+
+    assert largest(step) <= HELD
+
+
+@pytest.mark.parametrize("frozen", [1, 0], ids=["stage 2", "joint"])
+def test_the_block_above(model, tokens, noise, frozen):
+    def step():
+        # half of them is enough, and the backward of the whole map is slow
+        half = tokens[:2], noise[:2]
+        negative_bound(model, half[0], noise=half[1], frozen=frozen, equal_cotangents=True).mean().backward()
+
+    assert largest(step) <= HELD < 2 * LENGTH * VOCABULARY
+
+
+@pytest.mark.parametrize("frozen", [1, 0], ids=["stage 2", "joint"])
+def test_the_block_above_on_an_accelerator(model, tokens, noise, frozen, monkeypatch):
+    """Its log-space path, with chunks as much smaller as the batch is here."""
+    for module in ("forward", "inverse", "gradients", "rosenblatt_map"):
+        monkeypatch.setattr(f"tarflowlm.flow.numerics.{module}.use_eager_cpu", lambda t: False)
+    limit = 4 * VOCABULARY
+    monkeypatch.setattr(layout, "HELD_ELEMENTS_ACCELERATOR", limit)
+    monkeypatch.setitem(layout.HELD_ELEMENTS, "cpu", limit)
+
+    def step():
+        short = tokens[:1, :16], noise[:1, :16]
+        negative_bound(model, short[0], noise=short[1], frozen=frozen).mean().backward()
+
+    # the head's own weight is larger than four rows
+    parameters = VOCABULARY * max(TRUNK.width, DIM + 2)
+    assert largest(step) <= max(limit, parameters) < 16 * VOCABULARY
+
+
+def test_evaluation(model, tokens, noise):
+    with torch.no_grad():
+        assert largest(lambda: elbo(model, tokens, noise=noise)) <= HELD
+    assert largest(lambda: latent_report(model, tokens, batch=BATCH)) <= HELD
+
+
+def test_decoding(model, tokens, noise):
+    with torch.no_grad():
+        z = model.codebook.encode(tokens, 0.1 * noise)
+        assert largest(lambda: model.codebook.decode(z)) <= HELD
+        assert torch.equal(model.codebook.decode(z[:, :4]), model.codebook.log_components(z[:, :4]).argmax(-1))
