@@ -83,7 +83,7 @@ def run(args: Args) -> dict[str, Any]:
         ]
         loader = _seconds_per_batch(folder / "large", args.preset)
     step = bench_train.run(
-        bench_train.Args(presets=(args.preset,), rounds=3, vocab_size=27, memory=False, scaling=False, sizes=False)
+        bench_train.Args(presets=(args.preset,), rounds=3, vocab_size=27, memory=False, scaling=False)
     )
     milliseconds = step["rows"][0]["milliseconds"]
     return {
