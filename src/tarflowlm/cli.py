@@ -26,6 +26,7 @@ from tarflowlm.bench import data as bench_data
 from tarflowlm.bench import generation as bench_generation
 from tarflowlm.bench import infilling as bench_infilling
 from tarflowlm.bench import numerics as bench_numerics
+from tarflowlm.bench import sizes as bench_sizes
 from tarflowlm.bench import train as bench_train
 from tarflowlm.commands import (
     DataArgs,
@@ -158,7 +159,7 @@ def _dispatch(argv: list[str]) -> None:
 def _print_help(summaries: dict[str, str]) -> None:
     summaries = summaries | {
         "train": f"{TrainArgs.__doc__} Or continue one: train --resume DIR.",
-        "bench": "Speed and accuracy, paired in one run: data, numerics, train, generation, infilling.",
+        "bench": "Speed and accuracy, paired in one run: data, numerics, train, sizes, generation, infilling.",
     }
     print_table(Console(), "tarflowlm COMMAND --help", [(name, _unwrapped(text)) for name, text in summaries.items()])
 
@@ -240,6 +241,7 @@ def run_bench(argv: list[str]) -> None:
         "data": bench_data,
         "numerics": bench_numerics,
         "train": bench_train,
+        "sizes": bench_sizes,
         "generation": bench_generation,
         "infilling": bench_infilling,
     }

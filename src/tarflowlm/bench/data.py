@@ -85,8 +85,7 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
             memory.append({"mb": sizes[label]} | found)
         loader = _seconds_per_batch(folder / "large", args.preset)
     step = bench_train.run(
-        bench_train.Args(presets=(args.preset,), rounds=3, vocab_size=27, memory=False, scaling=False, sizes=False),
-        progress,
+        bench_train.Args(presets=(args.preset,), rounds=3, vocab_size=27, memory=False, scaling=False), progress
     )
     milliseconds = step["rows"][0]["milliseconds"]
     return {

@@ -1,109 +1,261 @@
-"""What the large presets ask for, from their shapes alone: the real modules on meta tensors, which hold nothing."""
+"""What the large presets ask for: memory per GPU, the batch that fits, FLOPs, hours. Nothing is computed.
 
-from collections.abc import Iterator
-from dataclasses import replace
+How memory is found. A whole training step (forward, backward, clipping, Muon and AdamW) of the real modules runs on
+fake tensors (`standin.py`), cut by FSDP2 itself among simulated processes, in the preset's precision. Every storage
+counts from the operator that makes it to its release, rounded up to 512 bytes as the CUDA allocator does
+(`tracking.py`): weights, gradients, optimiser states, gathered weights, activations, temporaries. Not counted are the
+CUDA context, the buffers of NCCL, what the allocator loses to fragmentation, and autocast's cache of weights.
+Attention counts as fused. Memory is affine in the batch, once that is large enough for activations to set the peak:
+two batches give the line, and a third one between them checks it.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from tarflowlm.checkpoint import Model, build_model
+from tarflowlm.bench.standin import device, nothing_computed, placed, simulated
+from tarflowlm.bench.tracking import Usage, tracked
+from tarflowlm.checkpoint import build_model
+from tarflowlm.console import StageProgress, no_progress
+from tarflowlm.errors import UserError
 from tarflowlm.evaluation.flops import forward_flops, training_flops
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig
 from tarflowlm.presets import PAPER_PRESETS, preset
 from tarflowlm.training.config import RunConfig
+from tarflowlm.training.distributed import Processes
 from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.parallel import Engine
 from tarflowlm.training.progressive import freeze_below
+from tarflowlm.training.step import optimizer_step
 
 VOCABULARY = {"text8": 27, "owt": 50_257}
+WORLDS = (1, 8, 64)
 XL_TRUNK = TransformerConfig(width=1600, num_heads=25)
 """The body of GPT-2 XL, which has 48 layers: four times those of the presets."""
 
 
-def sizes() -> list[dict[str, Any]]:
-    """A row for every paper preset, and for those of OpenWebText with a body of 1.5 B parameters."""
-    return [size(run) for run in _runs()]
+@dataclass(frozen=True)
+class Args:
+    """Memory per GPU under FSDP2, the largest batch, FLOPs per token and hours of the large presets, stage by stage,
+    from shapes alone: it needs no GPU."""
+
+    presets: tuple[str, ...] = PAPER_PRESETS
+    """Presets whose names begin with text8- or owt-."""
+    gpus: int = 8
+    """GPUs that the hours are for."""
+    utilisation: float = 0.4
+    """Share of the peak that training reaches (model FLOPs utilisation)."""
+    peak_tflops: float = 989.0
+    """Peak of one GPU in TFLOP/s; the default is an H100 in bfloat16."""
+    memory: float = 80.0
+    """Memory of one GPU in GB (1e9 bytes)."""
+    xl: bool = False
+    """The presets of OpenWebText with the body of GPT-2 XL (1.5 B parameters) as well."""
+    json: bool = False
+    """Print one JSON object last."""
 
 
-def _runs() -> Iterator[RunConfig]:
-    for name in PAPER_PRESETS:
-        run = preset(name)
-        yield replace(run, model=replace(run.model, vocab_size=VOCABULARY[name.split("-")[0]]))
-    for name in PAPER_PRESETS:
-        if not name.startswith("owt-"):
-            continue
-        run = preset(name)
-        model: Any = run.model
-        layers = model.layers
-        more = 4 * layers if isinstance(layers, int) else tuple(4 * n for n in layers)
-        model = replace(model, vocab_size=VOCABULARY["owt"], trunk=XL_TRUNK, layers=more)
-        yield replace(run, name=f"{name} 1.5 B", model=model)
+def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
+    """{"rows": [a row for every stage], ...}; see `stage_size`."""
+    if not 0 < args.utilisation <= 1 or args.gpus < 1 or args.memory <= 0 or args.peak_tflops <= 0:
+        raise UserError(
+            f"utilisation {args.utilisation}, gpus {args.gpus}, memory {args.memory}, peak-tflops "
+            f"{args.peak_tflops}: all must be above 0, and the utilisation at most 1"
+        )
+    rows = []
+    stages = [(config, stage) for config in _runs(args) for stage in range(config.num_stages)]
+    for done, (config, stage) in enumerate(stages):
+        progress("stages of the large presets", done, len(stages))
+        row = stage_size(config, stage, memory=args.memory)
+        tokens = config.train.stage_steps[stage] * config.train.batch_size * config.model.context
+        speed = args.gpus * args.peak_tflops * 1e12 * args.utilisation
+        rows.append(row | {"tokens": tokens, "hours": tokens * row["training_flops"] / speed / 3600})
+    given = {"gpus": args.gpus, "utilisation": args.utilisation, "memory": args.memory}
+    return {"rows": rows, **given, "peak_tflops": args.peak_tflops, "torch": torch.__version__}
 
 
-def size(run: RunConfig) -> dict[str, Any]:
-    """Parameters; GB (1e9 bytes) of float32 for the stage that needs most; FLOPs per token of that stage.
+def _runs(args: Args) -> Iterator[RunConfig]:
+    for name in args.presets:
+        config, corpus = preset(name), name.split("-")[0]
+        if corpus not in VOCABULARY:
+            raise UserError(f"preset {name}: choose among {', '.join(PAPER_PRESETS)}")
+        model: Any = replace(config.model, vocab_size=VOCABULARY[corpus])
+        yield replace(config, model=model)
+        if args.xl and corpus == "owt":
+            layers = model.layers
+            more = 4 * layers if isinstance(layers, int) else tuple(4 * n for n in layers)
+            yield replace(config, name=f"{name} 1.5 B", model=replace(model, trunk=XL_TRUNK, layers=more))
 
-    Activations are what autograd keeps of one sequence, less what was there before.
+
+def stage_size(config: RunConfig, stage: int, *, memory: float, worlds: tuple[int, ...] = WORLDS) -> dict[str, Any]:
+    """One stage of a run; GB are 1e9 bytes.
+
+    Parameters, and what one process alone would hold: weights, gradients, optimiser states. Activations per sequence
+    with and without checkpointing. `off_line`: by how much the third batch misses the line. For every number of GPUs:
+    sequences of one pass on one GPU, passes of an optimiser step, the peak, and the largest number of sequences that
+    fit `memory`. FLOPs per token in full and the paper's. The largest tensor of a step on the second number of GPUs,
+    without accumulation.
     """
-    stages = [_stage(run, stage) for stage in range(run.num_stages)]
-    largest = max(stages, key=lambda row: row["weights_gb"] + row["gradients_gb"] + row["optimizer_gb"])
-    with torch.device("meta"):
-        whole = build_model(run.model)
-    trunk = sum(p.numel() for name, p in whole.named_parameters() if "transformer." in name)
-    paper = forward_flops(run.model, "paper").total() / run.model.context
-    counts = {"parameters": sum(p.numel() for p in whole.parameters()), "trunk_parameters": trunk}
-    return {"name": run.name, **counts, **largest, "paper_flops": paper, "stages": stages}
-
-
-def _stage(run: RunConfig, stage: int) -> dict[str, float]:
-    config = run.model_of_stage(stage)
-    with torch.device("meta"):
-        model = build_model(config)
-    freeze_below(model, stage)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    moments = 0
-    for optimizer in build_optimizers(run.optim, model):
-        count = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-        moments += count * (1 if isinstance(optimizer, torch.optim.Muon) else 2)
-    gigabyte = 4 / 1e9
+    model = config.model_of_stage(stage)
+    whole, middle = config.train.batch_size, worlds[len(worlds) // 2]
+    share = max(4, whole // middle)
+    _, *found = measured(config, stage, middle, (share // 2, share, 3 * share // 4))
+    fixed, alone = measured(config, stage, 1, (share // 2,))
+    line = _line(share, found[0].peak, found[1].peak)
+    slope = line(1) - line(0)
+    _, *less = measured(config, stage, middle, (share // 2, share), checkpointed=True)
+    checkpointed = _line(share, less[0].peak, less[1].peak)
+    rows = []
+    at = share // 2
+    for world in worlds:
+        known, own = {1: [alone], middle: found}.get(world), max(1, whole // world)
+        half, *full = known or measured(config, stage, world, (at, own))[1:]
+        on = _on(world, whole, half.peak - slope * at, slope, memory * 1e9, fixed.gradients / world)
+        if world > middle and on["accumulate"] == 1:
+            # so few sequences that activations may not set the peak
+            on["peak_gb"] = full[0].peak / 1e9
+        rows.append(on)
     return {
-        "weights_gb": sum(p.numel() for p in model.parameters()) * gigabyte,
-        "gradients_gb": sum(p.numel() for p in trained) * gigabyte,
-        "optimizer_gb": moments * gigabyte,
-        "activations_gb": kept_bytes(model, run, stage, checkpointed=False) / 1e9,
-        "checkpointed_gb": kept_bytes(model, run, stage, checkpointed=True) / 1e9,
-        "training_flops": training_flops(config, frozen=stage) / config.context,
-    }
+        "name": config.name,
+        "stage": stage + 1,
+        "stages": config.num_stages,
+        "parameters": fixed.parameters,
+        "weights_gb": fixed.weights / 1e9,
+        "gradients_gb": fixed.gradients / 1e9,
+        "optimizer_gb": fixed.optimizer / 1e9,
+        "gb_per_sequence": slope / 1e9,
+        "checkpointed_gb_per_sequence": (checkpointed(1) - checkpointed(0)) / 1e9,
+        "checkpointed_largest_batch": _fits(checkpointed(0), checkpointed(1) - checkpointed(0), memory * 1e9),
+        "off_line": abs(line(3 * share // 4) / found[2].peak - 1),
+        "worlds": rows,
+        "training_flops": training_flops(model, frozen=stage) / model.context,
+        "paper_flops": forward_flops(model, "paper").total() / model.context,
+        "largest": {
+            "gb": found[1].largest / 1e9, "shape": found[1].shape, "operator": found[1].operator, "sequences": share,
+        },
+    }  # fmt: skip
 
 
-def kept_bytes(model: Model, run: RunConfig, frozen: int, *, checkpointed: bool) -> int:
-    """What autograd keeps of the forward pass of one sequence, parameters aside; every storage once.
+def _line(share: int, half: int, full: int) -> Callable[[int], float]:
+    """Bytes by sequences, through the peaks at half and all of `share`."""
+    slope = (full - half) / (share - share // 2)
+    return lambda batch: full + slope * (batch - share)
 
-    Meta tensors fall back to plain attention, which keeps its probabilities. Real kernels do not, so they are left
-    out; heads as wide as the sequence is long cannot be told from them, and there they count.
-    """
-    run = replace(run, train=replace(run.train, checkpoint_activations=checkpointed, parallel="ddp"))
-    engine = Engine(model, run, frozen=frozen)
-    known = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, tuple[torch.UntypedStorage, int]] = {}
-    positions = model.config.context // model.config.patch
-    head_width = model.config.trunk.width // model.config.trunk.num_heads
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            probabilities = tensor.shape[-2:] == (positions, positions) and positions != head_width
-            # with the storage, whose address could be used again
-            kept[storage._cdata] = (storage, 0 if probabilities else storage.nbytes())
-        return tensor
+def _fits(fixed: float, slope: float, memory: float) -> int:
+    return max(0, int((memory - fixed) // slope))
 
-    device = next(model.parameters()).device
-    tokens = torch.zeros(1, model.config.context, dtype=torch.long, device=device)
-    config = model.config
-    noise = torch.zeros(*tokens.shape, config.latent_dim, device=device) if isinstance(config, FlowConfig) else None
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        # what is kept is counted while its graph is alive
-        bound = engine.module(tokens, noise)
-    assert bound.requires_grad
-    return sum(size for _, size in kept.values())
+
+def _on(world: int, batch: int, fixed: float, slope: float, memory: float, gradients: float) -> dict[str, Any]:
+    """On `world` GPUs: the share of the global batch in as few passes as fit. Gradients of earlier passes stay."""
+    share = max(1, batch // world)
+    largest = _fits(fixed, slope, memory)
+    passes, each = 1, share
+    if share > largest:
+        room = _fits(fixed + gradients, slope, memory)
+        each = max((n for n in range(1, room + 1) if share % n == 0), default=1)
+        passes, fixed = share // each, fixed + gradients
+    peak = (fixed + slope * each) / 1e9
+    return {"gpus": world, "batch": each, "accumulate": passes, "peak_gb": peak, "largest_batch": largest}
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that one process holds between steps (its shards), and how many parameters the whole model has."""
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def measured(
+    config: RunConfig, stage: int, world: int, batches: tuple[int, ...], *, checkpointed: bool = False
+) -> tuple[Any, ...]:
+    """What is held between steps (`Held`), then for every batch of a process the `Usage` of an optimiser step."""
+    train = replace(config.train, parallel="fsdp", checkpoint_activations=checkpointed, compile=False, accumulate=1)
+    config = replace(config, train=train)
+    # before any backward pass of this process: only then does autograd take notice of the device
+    place = device()
+    with torch.device("meta"):
+        model = build_model(config.model_of_stage(stage))
+    count = sum(p.numel() for p in model.parameters())
+    with simulated(world) as mesh, nothing_computed():
+        freeze_below(placed(model, place), stage)
+        engine = Engine(model, config, Processes(0, world, place), frozen=stage, mesh=mesh)
+        optimizers = build_optimizers(config.optim, model)
+
+        def step(batch: int) -> None:
+            tokens = torch.zeros(batch, config.model.context, dtype=torch.long, device=place)
+            # there are no generators on this device, nor is one needed
+            optimizer_step(engine, optimizers, tokens, generator=None)  # type: ignore[arg-type]
+
+        step(1)
+        weights = [_local(p) for p in model.parameters()]
+        states = [
+            _local(value)
+            for optimizer in optimizers
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        ]
+        usages: list[Usage] = []
+        for batch in batches:
+            # what cycles keep alive would count for the next one
+            gc.collect()
+            with tracked(place, [weights, states, list(model.buffers())]) as usage:
+                step(batch)
+            usages.append(usage)
+        gradients = [_local(p) for p in model.parameters() if p.requires_grad]
+        held = Held(count, *map(_bytes, (weights, gradients, states)))
+    return held, *usages
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def print_result(result: dict[str, Any], console: Console) -> None:
+    """The tables of `run`'s result."""
+    worlds = [row["gpus"] for row in result["rows"][0]["worlds"]]
+    memory = _table(
+        f"GB per GPU under FSDP2, of {result['memory']:g}: peak (passes x sequences of a step on each GPU)",
+        ("", *(f"{n} GPU{'s' if n > 1 else ''}" for n in worlds), "a sequence", "most sequences", "recomputed"),
+    )
+    work = _table(
+        f"on {result['gpus']} GPUs at {result['utilisation']:.0%} of {result['peak_tflops']:g} TFLOP/s",
+        ("", "M parameters", "GFLOP a token", "hours", "largest tensor, GB", "its shape"),
+    )
+    for row in result["rows"]:
+        label = row["name"] if row["stages"] == 1 else f"{row['name']} {row['stage']}"
+        peaks = (f"{on['peak_gb']:.1f} ({on['accumulate']}x{on['batch']})" for on in row["worlds"])
+        middle = row["worlds"][len(worlds) // 2]
+        memory.add_row(
+            label, *peaks, f"{row['gb_per_sequence']:.3f}", str(middle["largest_batch"]),
+            str(row["checkpointed_largest_batch"]),
+        )  # fmt: skip
+        shape = "x".join(str(n) for n in row["largest"]["shape"])
+        work.add_row(
+            label, f"{row['parameters'] / 1e6:,.1f}", f"{row['training_flops'] / 1e9:.2f}", f"{row['hours']:.1f}",
+            f"{row['largest']['gb']:.2f}", shape,
+        )  # fmt: skip
+    worst = max(row["off_line"] for row in result["rows"])
+    console.print(memory, f"memory by batch is a line; the batch that checks it misses it by at most {worst:.1%}", work)
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
+    return table

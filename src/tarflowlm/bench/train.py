@@ -1,5 +1,4 @@
-"""Training: speed and peak memory of presets against the discrete baseline, scaling to two processes, and what the
-large presets ask for."""
+"""Training: speed and peak memory of presets against the discrete baseline, and scaling to two processes."""
 
 import statistics
 import time
@@ -17,7 +16,6 @@ from rich.table import Table
 from tarflowlm.bench.memory import high_water_mark
 from tarflowlm.bench.peers import peers, peers_table
 from tarflowlm.bench.scaling import scaling
-from tarflowlm.bench.sizes import sizes
 from tarflowlm.console import StageProgress, no_progress
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
@@ -37,7 +35,7 @@ PEAK_TFLOPS = {
 @dataclass(frozen=True)
 class Args:
     """Tokens per second of a training step, as ratios to the first preset, from interleaved rounds; peak memory,
-    scaling to two processes, and the needs of the large presets."""
+    and scaling to two processes."""
 
     presets: tuple[str, ...] = ("mini-ar", "mini-mixd", "mini-mix1", "mini-affine")
     """The first is the yardstick. Progressive presets are timed stage by stage."""
@@ -59,8 +57,6 @@ class Args:
     """Time the presets in two processes, DDP and FSDP2, against one."""
     scaling_presets: tuple[str, ...] = ("mini-ar", "mini-mixd")
     """Presets of that comparison; a progressive one trains its first stage."""
-    sizes: bool = True
-    """State parameters, memory and FLOPs of the large presets, from their shapes alone."""
     peers: bool = False
     """Time the first preset, with AdamW, beside a GPT-2 and a Llama of its shape (extra `quality`)."""
     device: DeviceName = "auto"
@@ -124,8 +120,6 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
             device=device,
             progress=lambda done, total: progress("one process, then two", done, total),
         )
-    if args.sizes:
-        result["sizes"] = sizes()
     return result
 
 
@@ -264,24 +258,6 @@ def print_result(result: dict[str, Any], console: Console) -> None:
         for row in result["scaling"]:
             table.add_row(row["name"], f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}")
         console.print(table)
-    if "sizes" in result:
-        _print_sizes(result["sizes"], console)
-
-
-def _print_sizes(rows: list[dict[str, Any]], console: Console) -> None:
-    # fits 80 columns
-    memory = _table(
-        "GB in float32, from shapes alone: the stage that needs most; activations of one sequence",
-        ("", "weights", "grads", "optim", "acts", "recomputed"),
-    )
-    work = _table("", ("", "M parameters", "GFLOP a token, training", "forward, the paper's"))
-    for row in rows:
-        gigabytes = (f"{row[name]:.2f}" for name in ("weights_gb", "gradients_gb", "optimizer_gb"))
-        activations = (f"{row[name]:.3f}" for name in ("activations_gb", "checkpointed_gb"))
-        memory.add_row(row["name"], *gigabytes, *activations)
-        flops = (f"{row[name] / 1e9:.2f}" for name in ("training_flops", "paper_flops"))
-        work.add_row(row["name"], f"{row['parameters'] / 1e6:,.1f}", *flops)
-    console.print(memory, work)
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -73,10 +73,18 @@ class Engine:
 
     `module` maps tokens and noise to nats per sequence. `model` is used as it is; under FSDP2 its parameters become
     shards in place (DTensors). The first `frozen` blocks are evaluated without a graph; their parameters, and with
-    them the codebook, must be frozen before.
+    them the codebook, must be frozen before. FSDP2 cuts over `mesh`, by default all processes.
     """
 
-    def __init__(self, model: Model, run: RunConfig, processes: Processes = ALONE, *, frozen: int = 0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        run: RunConfig,
+        processes: Processes = ALONE,
+        *,
+        frozen: int = 0,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
         self.model, self.run, self.processes = model, run, processes
         self.sharded = processes.world > 1 and run.train.parallel == "fsdp"
         # shards are not on their device yet
@@ -85,7 +93,7 @@ class Engine:
         bound = Bound(model, frozen)
         self._prepare_layers(frozen)
         if self.sharded:
-            _shard(bound, processes.device, processes.world)
+            _shard(bound, mesh or init_device_mesh(processes.device.type, (processes.world,)))
         elif self.compiled:
             vars(bound)["forward"] = torch.compile(bound.forward, fullgraph=True)
         self.module: nn.Module = bound
@@ -182,10 +190,9 @@ def _layers(module: nn.Module) -> list[Layer]:
     return [m for m in module.modules() if isinstance(m, Layer)]
 
 
-def _shard(bound: Bound, device: torch.device, world: int) -> None:
+def _shard(bound: Bound, mesh: DeviceMesh) -> None:
     """FSDP2, in place: a Transformer layer or a head is gathered when its turn comes, the small rest for the whole
     step."""
-    mesh = init_device_mesh(device.type, (world,))
     heads = [bound.model.head] if isinstance(bound.model, TokenLM) else []
     for module in [*_layers(bound), *(m for m in bound.modules() if isinstance(m, Coupling)), *heads]:
         fully_shard(module, mesh=mesh)

@@ -1,0 +1,96 @@
+"""examples/train.sbatch: starts a run, saves it and goes back into the queue before its time is up, and resumes it.
+
+Run by bash, with a stand-in for SLURM on one machine: `srun` executes its command here, `scontrol` notes what it is
+asked. torchrun, the two processes and their signals are real.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "train.sbatch"
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+echo "$@" >> "$NOTES"
+[ "$1 $2" = "show hostnames" ] && printf '127.0.0.1\\nnever-asked\\n'
+exit 0
+"""
+FIELDS = (
+    "--steps", "150", "--model.context", "16", "--model.trunk.width", "8", "--model.layers", "1",
+    "--train.batch-size", "4", "--train.log-every", "1", "--train.test-windows", "2",
+    "--train.evaluate-every", "1000", "--train.parallel", "fsdp",
+)  # fmt: skip
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """The environment of a job with one machine of two `GPUs`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).chmod(0o755)
+    path = os.pathsep.join((str(folder), str(Path(sys.executable).parent), os.environ["PATH"]))
+    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
+    numbers = range(os.getpid(), os.getpid() + 100)
+    job["SLURM_JOB_ID"] = str(next(number for number in numbers if is_free(20000 + number % 20000)))
+    return {**os.environ, **job, "PATH": path, "NOTES": str(tmp_path / "notes"), "OMP_NUM_THREADS": "1"}
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def submitted(slurm: dict[str, str], *args: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        ["bash", str(SCRIPT), *map(str, args)], env=slurm, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_the_script_parses_and_says_how_it_is_used(slurm):
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+    job = submitted(slurm)
+    assert "usage: sbatch" in job.communicate(timeout=60)[0]
+    assert job.returncode == 2
+
+
+def test_a_job_saves_itself_requeues_and_resumes(slurm, tmp_path, corpus_file):
+    run = tmp_path / "run"
+    job = submitted(slurm, "mini-ar", run, "--data", corpus_file, *FIELDS)
+    deadline = time.monotonic() + 120
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size) and job.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    out = job.communicate(timeout=120)[0]
+    assert job.returncode == 0, out
+    assert "back into the queue" in out
+    notes = Path(slurm["NOTES"]).read_text(encoding="utf-8")
+    assert f"requeue {slurm['SLURM_JOB_ID']}" in notes
+    assert not (run / "summary.json").exists()
+    assert list((run / "state").glob("step-*"))
+
+    job = submitted(slurm, "mini-ar", run, "--data", corpus_file, *FIELDS)
+    out = job.communicate(timeout=120)[0]
+    assert job.returncode == 0, out
+    assert "resuming" in out
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["steps"], summary["processes"]) == (150, 2)
+    steps = [line["step"] for line in map(json.loads, metrics.read_text(encoding="utf-8").splitlines())]
+    assert steps == sorted(steps)
+
+    job = submitted(slurm, "mini-ar", run)
+    assert "is finished" in job.communicate(timeout=60)[0]
+    assert job.returncode == 0
