@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tarflowlm import baseline
+from tarflowlm.baseline import BaselineConfig, TokenLM
 from tarflowlm.evaluation.latents import latent_report
 from tarflowlm.flow.numerics import layout
 from tarflowlm.flow.transformer import TransformerConfig
@@ -119,3 +121,27 @@ def test_decoding(model, tokens, noise):
         z = model.codebook.encode(tokens, 0.1 * noise)
         assert largest(lambda: model.codebook.decode(z)) <= HELD
         assert torch.equal(model.codebook.decode(z[:, :4]), model.codebook.log_components(z[:, :4]).argmax(-1))
+
+
+def test_the_baseline(tokens, monkeypatch):
+    """Its logits come a few tokens at a time, with the value and gradients of all at once."""
+    with seeded(0):
+        lm = TokenLM(BaselineConfig(vocab_size=VOCABULARY, context=LENGTH, trunk=TRUNK, layers=1))
+        torch.nn.init.normal_(lm.head.weight, std=0.5)
+
+    def step():
+        lm.zero_grad()
+        loss = -lm.log_prob(tokens).mean()
+        loss.backward()
+        return loss.item(), {name: p.grad.clone() for name, p in lm.named_parameters()}
+
+    loss, gradients = step()
+    assert largest(step) == BATCH * LENGTH * VOCABULARY
+    monkeypatch.setattr(baseline, "LARGEST_LOGITS", HELD)
+    assert largest(step) <= HELD
+    with torch.no_grad():
+        assert largest(lambda: lm.log_prob(tokens)) <= HELD
+    again, others = step()
+    assert again == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6)

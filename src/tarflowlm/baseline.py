@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow.heads import TokenFeatures
@@ -14,6 +15,8 @@ from tarflowlm.flow.precision import widen
 from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig
 
 IN_PATCH_CHANNELS = 32
+LARGEST_LOGITS = 2**27
+"""Logits [tokens, V] that may be held at once: half a gigabyte in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +87,14 @@ class TokenLM(nn.Module):
 
     def logits(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         """Unnormalised log p(x_t | x_<t) for every t of the sequence, in nats."""
+        return self.patch_logits(self._features(tokens), tokens).flatten(1, 2)
+
+    def _features(self, tokens: Tensor) -> Tensor:
+        """Features [B, N, D] of the past of every position."""
         if tokens.shape[1] % self.config.patch:
             raise UserError(f"patch {self.config.patch} does not divide the {tokens.shape[1]} tokens of the sequence")
         start = self.start.expand(tokens.shape[0], 1, -1)
-        features = self.transformer(torch.cat((start, self._positions(tokens[:, : -self.config.patch])), dim=1))
-        return self.patch_logits(features, tokens).flatten(1, 2)
+        return self.transformer(torch.cat((start, self._positions(tokens[:, : -self.config.patch])), dim=1))
 
     def patch_logits(self, features: Float[Tensor, "B N D"], tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B N P V"]:
         """Logits of the P tokens of each position, from the features of its past and its earlier tokens."""
@@ -99,9 +105,23 @@ class TokenLM(nn.Module):
         return self.token_log_prob(tokens).sum(-1)
 
     def token_log_prob(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """log p(x_t | x_<t) of every token, in nats: exact."""
-        nll = F.cross_entropy(self.logits(tokens).flatten(0, 1), tokens.flatten(), reduction="none")
-        return -nll.view(tokens.shape)
+        """log p(x_t | x_<t) of every token, in nats: exact.
+
+        No more than `LARGEST_LOGITS` are there at once; beyond, they are computed again in the backward pass.
+        """
+        inputs = self.token_features(self._features(tokens), self._in_patch(tokens)).flatten(0, 2)
+        targets = tokens.flatten()
+        rows = max(1, LARGEST_LOGITS // self.config.vocab_size)
+        if len(inputs) <= rows:
+            return -self._nll(inputs, targets).view(tokens.shape)
+        parts = [
+            checkpoint(self._nll, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(inputs.split(rows), targets.split(rows), strict=True)
+        ]
+        return -torch.cat(parts).view(tokens.shape)
+
+    def _nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(widen(self.head(inputs)), targets, reduction="none")
 
     def states(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B n D"]:
         """Features after the start and after every position, the last of the whole text: n = T / P + 1."""

@@ -251,7 +251,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
             f"{row['largest']['gb']:.2f}", shape,
         )  # fmt: skip
     worst = max(row["off_line"] for row in result["rows"])
-    console.print(memory, f"memory by batch is a line; the batch that checks it misses it by at most {worst:.1%}", work)
+    console.print(memory, f"memory is a line in the batch; a third batch misses it by at most {worst:.1%}", work)
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:
