@@ -18,7 +18,7 @@ from tarflowlm.presets import preset
 from tarflowlm.training.config import RunConfig
 from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.parallel import Engine
-from tarflowlm.training.progressive import freeze_below
+from tarflowlm.training.run import freeze_below
 from tarflowlm.training.step import optimizer_step
 
 PRESETS = ("quickstart", "mini-mixd-p2", "text8-ar", "text8-affine", "text8-mix1", "text8-mixd")

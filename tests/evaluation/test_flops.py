@@ -16,7 +16,7 @@ from tarflowlm.generation import generate
 from tarflowlm.model import FlowConfig
 from tarflowlm.objective import negative_bound
 from tarflowlm.presets import PRESETS, preset
-from tarflowlm.training.progressive import freeze_below
+from tarflowlm.training.run import freeze_below
 
 VOCAB = {"text8": 27, "mini": 27, "owt": 50_257, "quickstart": 2048}
 

@@ -14,6 +14,7 @@ from tarflowlm.checkpoint import build_model
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, seeded
 from tarflowlm.training import progressive
+from tarflowlm.training import run as training_run
 from tarflowlm.training.config import DataConfig, RunConfig, TrainConfig
 from tarflowlm.training.distributed import Processes, launched
 from tarflowlm.training.metrics import Reporter
@@ -133,7 +134,7 @@ def steps_of(run: RunConfig, *, frozen: int) -> tuple[list[float], dict[str, tor
     config = replace(run.model, vocab_size=5)
     with seeded(0):
         model = build_model(config)
-    progressive.freeze_below(model, frozen)
+    training_run.freeze_below(model, frozen)
     engine, optimizers = Engine(model, run, frozen=frozen), build_optimizers(run.optim, model)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(5, (run.train.batch_size, config.context), generator=generator)
@@ -167,7 +168,7 @@ def train_all(processes: Processes, source: str, out: Path) -> None:
 
 def diverge(processes: Processes, source: str, out: Path, mode: str) -> None:
     """A parameter of block 2 becomes NaN as its stage begins."""
-    train_stage = progressive.train_stage
+    train_stage = training_run.train_stage
     run = runs(source)["mixd"]
     run = replace(run, train=replace(run.train, stage_steps=(1, 1, 1), max_skipped=0, parallel=mode))
 
@@ -177,10 +178,10 @@ def diverge(processes: Processes, source: str, out: Path, mode: str) -> None:
                 parameter.data.fill_(torch.nan)
         return train_stage(*args, engine=engine)
 
-    progressive.train_stage = poisoned
+    training_run.train_stage = poisoned
     try:
         progressive.train(run, out, device=processes.device, processes=processes)
     except FloatingPointError as error:
         out.with_name(f"{out.name}-{processes.rank}.txt").write_text(str(error), encoding="utf-8")
     finally:
-        progressive.train_stage = train_stage
+        training_run.train_stage = train_stage

@@ -21,6 +21,7 @@ from tarflowlm.checkpoint import load_checkpoint
 from tarflowlm.data import TokenizerConfig, prepare_corpus
 from tarflowlm.errors import UserError
 from tarflowlm.training import progressive
+from tarflowlm.training import run as training_run
 from tarflowlm.training.metrics import MetricsLog, Reporter
 from tarflowlm.training.progressive import resume
 
@@ -394,7 +395,8 @@ def test_a_disk_that_is_full_from_the_start_is_no_dead_end(tmp_path, whole, go, 
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(progressive, "save_weights" if begun else "write_run", full)
+        module, name = (training_run, "save_weights") if begun else (progressive, "write_run")
+        patch.setattr(module, name, full)
         with pytest.raises(UserError) as raised:
             go(whole[0], out)
     remedy = f"go on with `tarflowlm train --resume {out}`" if begun else "start it again"

@@ -9,7 +9,9 @@ from torch import nn
 
 from tarflowlm.checkpoint import build_model, read_run, seal
 from tarflowlm.training import optim, progressive
+from tarflowlm.training import run as training_run
 from tarflowlm.training.config import OptimConfig
+from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.muon import Muon, orthogonalised, quicker_precision
 
 SETTINGS = {"coefficients": (3.4445, -4.7750, 2.0315), "steps": 5, "eps": 1e-7}
@@ -142,7 +144,7 @@ def test_a_run_from_before_there_was_a_choice_resumes_as_it_began(tmp_path, tiny
     class Killed(Exception):
         pass
 
-    class Killer(progressive.Reporter):
+    class Killer(Reporter):
         def step(self, num_tokens, share=None):
             self.steps = getattr(self, "steps", 0) + 1
             if self.steps == 4:
@@ -156,6 +158,6 @@ def test_a_run_from_before_there_was_a_choice_resumes_as_it_began(tmp_path, tiny
     (out / "config.json").write_text(older, encoding="utf-8")
     (out / "manifest.json").unlink()
     seal(out)
-    monkeypatch.setattr(progressive, "build_optimizers", watched)
+    monkeypatch.setattr(training_run, "build_optimizers", watched)
     progressive.resume(out, device=torch.device("cpu"))
     assert set(built) == {("bfloat16", "together")}

@@ -10,7 +10,7 @@ from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, TarFlowLM
 from tarflowlm.training.config import OptimConfig
 from tarflowlm.training.optim import build_optimizers, schedule, set_learning_rate
-from tarflowlm.training.progressive import freeze_below
+from tarflowlm.training.run import freeze_below
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
 

@@ -32,7 +32,7 @@ from tarflowlm.training.config import RunConfig
 from tarflowlm.training.distributed import Processes
 from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.parallel import Engine
-from tarflowlm.training.progressive import freeze_below
+from tarflowlm.training.run import freeze_below
 from tarflowlm.training.step import optimizer_step
 
 VOCABULARY = {"text8": 27, "owt": 50_257}

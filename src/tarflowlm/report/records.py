@@ -18,7 +18,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
 from tarflowlm.training.config import RunConfig
 from tarflowlm.training.metrics import METRICS
-from tarflowlm.training.progressive import SUMMARY
+from tarflowlm.training.run import SUMMARY
 
 Series = npt.NDArray[np.float64]
 

@@ -15,7 +15,7 @@ from tarflowlm.files import read_json
 from tarflowlm.presets import with_steps
 from tarflowlm.report.style import Figure
 from tarflowlm.training.config import RunConfig
-from tarflowlm.training.progressive import SUMMARY
+from tarflowlm.training.run import SUMMARY
 
 Scale = Literal["mini", "paper"]
 Row = dict[str, Any]

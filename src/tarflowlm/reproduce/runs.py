@@ -13,7 +13,8 @@ from tarflowlm.errors import UserError
 from tarflowlm.reproduce.recipe import Finished, Settings, Training
 from tarflowlm.training.config import RunConfig
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.progressive import SUMMARY, resume, train
+from tarflowlm.training.progressive import resume, train
+from tarflowlm.training.run import SUMMARY
 from tarflowlm.training.timing import seconds_per_step
 
 State = Literal["finished", "stopped", "new"]
