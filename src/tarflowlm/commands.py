@@ -22,7 +22,7 @@ from tarflowlm.console import (
     stages_bar,
 )
 from tarflowlm.data import TokenizerConfig, prepare_corpus
-from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.device import DeviceName, pick_device, threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import Decoder
@@ -239,7 +239,8 @@ def run_sample(args: SampleArgs) -> None:
     default = context if template is None else max(len(template), 1)
     length = default if args.length is None else args.length
     start = time.perf_counter()
-    with sampling_bar(Console(stderr=True), checkpoint.model, max(length, 1)) as tick:
+    bar_of = sampling_bar(Console(stderr=True), checkpoint.model, max(length, 1))
+    with threads_for(args.num * args.particles), bar_of as tick:
         result = generate(
             checkpoint.model,
             num_tokens=length,

@@ -1,5 +1,7 @@
 """Where a command runs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -18,3 +20,14 @@ def pick_device(name: DeviceName = "auto") -> torch.device:
         usable = ", ".join(candidate for candidate, there in available.items() if there)
         raise UserError(f"device {name}: not available on this machine; use one of auto, {usable}")
     return torch.device(name)
+
+
+@contextmanager
+def threads_for(rows: int) -> Iterator[None]:
+    """One CPU thread while a single row is sampled, whose operations are too small to share; otherwise all of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if rows == 1 else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
