@@ -24,7 +24,7 @@ def pick_device(name: DeviceName = "auto") -> torch.device:
 
 @contextmanager
 def threads_for(rows: int) -> Iterator[None]:
-    """One CPU thread while a single row is sampled, whose operations are too small to share; otherwise all of them."""
+    """One CPU thread while a single row is sampled, whose operations are too small to share; otherwise all."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if rows == 1 else before)
     try:

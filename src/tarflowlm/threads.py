@@ -41,7 +41,7 @@ def cores() -> int:
 
 
 def running_elsewhere(looks: int = 5) -> int | None:
-    """Threads of other programs that want a core now, the least of several looks; None where the system cannot say."""
+    """Threads of other programs that want a core now, the least of several looks; None where nobody can say."""
     found = []
     try:
         for look in range(looks):
