@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tarflowlm.checkpoint import build_model, read_run, seal
-from tarflowlm.training import optim, progressive
+from tarflowlm.training import muon, optim, progressive
 from tarflowlm.training import run as training_run
 from tarflowlm.training.config import OptimConfig
 from tarflowlm.training.metrics import Reporter
@@ -45,7 +45,7 @@ def test_in_float32_it_is_that_of_float64(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     found = orthogonalised(matrix, dtype=torch.float32, **SETTINGS)
     exact = orthogonalised(matrix, dtype=torch.float64, **SETTINGS)
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -59,6 +59,21 @@ def test_singular_vectors_stay_and_values_come_near_one(precision):
     assert off_diagonal.abs().max() < (1e-4 if precision == "float32" else 0.05)
     # the polynomial of five steps maps (0.01, 1] into this interval
     assert ((inside.diagonal() > 0.6) & (inside.diagonal() < 1.3)).all()
+
+
+@pytest.mark.parametrize("smallest", [-1, -4, -8])
+def test_long_rows_take_a_short_cut_to_the_same(smallest):
+    """Singular values from 1 down to 10^smallest."""
+    generator = torch.Generator().manual_seed(4)
+    left, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(64, 16, generator=generator, dtype=torch.float64))
+    matrix = left @ torch.logspace(0, smallest, 16, dtype=torch.float64).diag() @ right.T
+    plain = muon._iterate(matrix / matrix.norm(), SETTINGS["coefficients"], SETTINGS["steps"])
+    for given in (matrix, matrix.T):
+        expected = plain if given is matrix else plain.T
+        for dtype, atol in ((torch.float64, 1e-10), (torch.float32, 1e-3)):
+            found = orthogonalised(given, dtype=dtype, **SETTINGS).double()
+            torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 def test_stacked_matrices_are_orthogonalised_apart():
@@ -78,8 +93,8 @@ def test_stacked_matrices_are_orthogonalised_apart():
 @pytest.mark.parametrize(("qkv", "num_stacked"), [("apart", 2), ("together", 0)])
 def test_queries_keys_and_values_are_stacked_in_every_layer(tiny_run, qkv, num_stacked):
     model = build_model(replace(tiny_run(model={"layers": (2, 1, 1)}).model.first_blocks(1), vocab_size=5))
-    _, muon = optim.build_optimizers(OptimConfig(muon_qkv=qkv, muon_precision="float32"), model)
-    assert len(muon._stacked) == num_stacked
+    _, optimizer = optim.build_optimizers(OptimConfig(muon_qkv=qkv, muon_precision="float32"), model)
+    assert len(optimizer._stacked) == num_stacked
 
 
 def test_a_step_that_the_device_refuses_changes_nothing():

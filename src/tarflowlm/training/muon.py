@@ -19,20 +19,43 @@ def orthogonalised(
 ) -> Tensor:
     r"""U S' V^T for matrix = U S V^T [m, n], the singular values S' near 1: Newton-Schulz iteration (Jordan 2024).
 
-        X <- X / |X|_F,   then `steps` times   X <- a X + (b A + c A^2) X,   A = X X^T
+        X <- X / |X|_F,   then `steps` times   X <- P X,   P = a I + b A + c A^2,   A = X X^T
 
     Products are taken in `dtype`, which the result has. Equal to what torch.optim.Muon computes, where that is
     bfloat16: PyTorch knows no other, and emulates it at a thirtieth of the speed on CPUs without such products.
     """
-    a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.to(dtype)
     x = x.T if tall else x
     x = x / x.norm().clamp(min=eps)
+    oblong = x.shape[1] >= 2 * x.shape[0]
+    iterate = _iterate_products if oblong and dtype != torch.bfloat16 else _iterate
+    x = iterate(x, coefficients, steps)
+    return x.T if tall else x
+
+
+def _iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    a, b, c = coefficients
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+    return x
+
+
+def _iterate_products(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """The same from the product of all P alone, for A becomes P A P: half the time where rows are long.
+
+    Rounding grows to some 1e-4 in float32, a hundredth of bfloat16's own.
+    """
+    a, b, c = coefficients
+    gram, product = x @ x.T, None
+    for step in range(steps):
+        p = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal().add_(a)
+        product = p if product is None else p @ product
+        if step + 1 < steps:
+            gram = p @ gram @ p
+    return x if product is None else product @ x
 
 
 class Muon(torch.optim.Muon):
