@@ -5,8 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-SPINNING = {"GOMP_SPINCOUNT": "10000"}
-"""Where there is a core for every thread: waiting threads spin for some ten microseconds, then sleep. OpenMP's own
+SPINNING = {"GOMP_SPINCOUNT": "20000"}
+"""Where there is a core for every thread: waiting threads spin for a fraction of a millisecond, then sleep. OpenMP's own
 default is to spin without end, which gains nothing over this on an idle machine (docs/log.md)."""
 SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Where other programs want the cores: a thread that spins takes them from the thread that it waits for. On an idle
