@@ -99,12 +99,14 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
-    result: dict[str, Any] = {"rows": _speed(args, device, progress), "device": _device_name(device)}
-    result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    result: dict[str, Any] = {"device": _device_name(device), "threads": torch.get_num_threads()}
+    result["torch"] = torch.__version__
     if args.peers:
-        progress("peers of other makers", 0, 1)
+        # first, for it may refuse the preset
+        progress("GPT-2 and Llama", 0, 1)
         chosen = runs[args.presets[0]]
         result["peers"] = peers(chosen, args.vocab_size, rounds=args.rounds, steps=args.steps, device=device)
+    result["rows"] = _speed(args, device, progress)
     if args.memory:
         result["memory"] = []
         for i, name in enumerate(args.presets):
