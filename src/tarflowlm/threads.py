@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 SPINNING = {"GOMP_SPINCOUNT": "20000"}
-"""Where there is a core for every thread: waiting threads spin for a fraction of a millisecond, then sleep. OpenMP's own
-default is to spin without end, which gains nothing over this on an idle machine (docs/log.md)."""
+"""Where there is a core for every thread: waiting threads spin for a fraction of a millisecond, then sleep. To spin
+without end, OpenMP's own default, is a few percent faster still, and many times slower once others want the cores."""
 SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Where other programs want the cores: a thread that spins takes them from the thread that it waits for. On an idle
 machine this would cost a third of the speed, for waking up takes as long as a small operation."""
