@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 SPINNING = {"GOMP_SPINCOUNT": "20000"}
-"""Where there is a core for every thread: waiting threads spin for a fraction of a millisecond, then sleep. To spin
-without end, OpenMP's own default, is a few percent faster still, and many times slower once others want the cores."""
+"""Where there is a core for every thread: waiting threads spin for a fraction of a millisecond, then sleep. The
+default of OpenMP is milliseconds: a few percent faster still, and several times slower once others want the cores."""
 SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Where other programs want the cores: a thread that spins takes them from the thread that it waits for. On an idle
 machine this would cost a third of the speed, for waking up takes as long as a small operation."""
@@ -23,9 +23,12 @@ def yielding_threads() -> None:
     """
     if "torch" in sys.modules or any(name in os.environ for name in CHOICES):
         return
-    busy = running_elsewhere()
-    if busy is not None:
-        os.environ.update(waiting(busy, cores()))
+    busy, cores = running_elsewhere(), os.cpu_count() or 1
+    if busy is None:
+        return
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < cores:
+        busy = 0  # this process has cores of its own, and nobody says who else may use them
+    os.environ.update(waiting(busy, cores))
 
 
 def waiting(busy: int, cores: int) -> dict[str, str]:
@@ -33,11 +36,6 @@ def waiting(busy: int, cores: int) -> dict[str, str]:
     asked = os.environ.get("OMP_NUM_THREADS", "")
     threads = int(asked) if asked.isdigit() else cores
     return SLEEPING if busy + threads > cores else SPINNING
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def running_elsewhere(looks: int = 5) -> int | None:

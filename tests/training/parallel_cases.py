@@ -17,6 +17,7 @@ from tarflowlm.training import progressive
 from tarflowlm.training import run as training_run
 from tarflowlm.training.config import DataConfig, RunConfig, TrainConfig
 from tarflowlm.training.distributed import Processes, launched
+from tarflowlm.training.guards import Guard
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.parallel import Engine
@@ -164,6 +165,44 @@ def train_all(processes: Processes, source: str, out: Path) -> None:
         half = replace(runs(source)["mixd"].train, stage_steps=(1, 1, 1), precision="bfloat16", parallel=mode)
         progressive.train(replace(runs(source)["mixd"], train=half), out / f"half-{mode}", **options)
         diverge(processes, source, out / f"diverged-{mode}", mode)
+        left_out(processes, source, mode)
+
+
+def left_out(processes: Processes, source: str, mode: str) -> None:
+    """A deferred guard has the shards of all processes leave a step out: parameters and optimiser states stay."""
+    run = with_mode(runs(source)["mixd"], mode)
+    run = replace(run, model=replace(run.model, vocab_size=5))
+    with seeded(0):
+        model = build_model(run.model_of_stage(0))
+    training_run.freeze_below(model, 0)
+    engine, optimizers = Engine(model, run, processes), build_optimizers(run.optim, model)
+    tokens, guard = torch.zeros(2, run.model.context, dtype=torch.long), Guard(deferred=True)
+
+    def held() -> list[torch.Tensor]:
+        states = [t for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+        return [getattr(t, "to_local", t.detach)().clone() for t in (*model.parameters(), *states)]
+
+    def step() -> None:
+        optimizer_step(engine, optimizers, tokens, generator=torch.Generator().manual_seed(0), guard=guard)
+
+    step()
+    before = held()
+    backward = engine.backward
+
+    def broken(*args: object) -> torch.Tensor:
+        loss = backward(*args)  # type: ignore[arg-type]
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(torch.nan)
+        return loss
+
+    engine.backward = broken  # type: ignore[method-assign]
+    step()
+    engine.backward = backward  # type: ignore[method-assign]
+    assert guard.found_inf == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, held(), strict=True))
+    step()
+    assert not all(torch.equal(a, b) for a, b in zip(before, held(), strict=True))
 
 
 def diverge(processes: Processes, source: str, out: Path, mode: str) -> None:

@@ -26,16 +26,6 @@ def test_a_step_needs_a_finite_loss_and_norm(loss, norm):
     assert all_finite(torch.tensor(loss), torch.tensor(norm)) == (loss == norm == 1.0)
 
 
-def test_processes_decide_alike():
-    def and_of_another(finite):
-        asked.append(bool(finite))
-        return finite & torch.tensor(False)
-
-    asked = []
-    assert not all_finite(torch.tensor(1.0), torch.tensor(1.0), and_of_another)
-    assert asked == [True]
-
-
 def test_the_range_is_that_of_the_finite_part():
     gradient = torch.tensor([[1.0, NAN], [-2.5, INF]])
     assert gradient_range(gradient) == {"not_finite": 2, "of": 4, "range": [-2.5, 1.0]}

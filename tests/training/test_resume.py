@@ -207,3 +207,38 @@ def test_a_model_without_its_training_is_not_begun_again(tmp_path, whole):
     with pytest.raises(UserError, match="no state to resume from"):
         resume(tmp_path / "model", device=CPU)
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_killed_while_its_first_state_is_written(tmp_path, whole, go, assert_same_run):
+    run, never_stopped, _ = whole
+    out = tmp_path / "run"
+    killed_run(go, run, out, 2)
+    (out / "state" / ".step-00000002").mkdir()
+    (out / "state" / ".step-00000002" / "__0_0.distcp").write_bytes(b"a part")
+    resume(out, device=CPU)
+    assert_same_run(never_stopped, out)
+
+
+def test_weights_whose_states_are_gone_are_set_aside(tmp_path, whole, go, assert_same_run):
+    run, never_stopped, num_events = whole
+    out = tmp_path / "run"
+    killed_run(go, run, out, num_events // 2)
+    before = [(out / name).read_bytes() for name in ("model.safetensors", "best/model.safetensors")]
+    for kept in (out / "state").iterdir():
+        shutil.rmtree(kept)
+    resume(out, device=CPU)
+    assert_same_run(never_stopped, out)
+    aside = out / "before-restart-1"
+    assert [(aside / name).read_bytes() for name in ("model.safetensors", "best/model.safetensors")] == before
+    load_checkpoint(aside / "best")
+
+
+def test_a_finished_run_without_states_is_not_begun_again(tmp_path, whole):
+    out = tmp_path / "run"
+    shutil.copytree(whole[1], out)
+    for kept in (out / "state").iterdir():
+        shutil.rmtree(kept)
+    (out / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="no state to resume from"):
+        resume(out, device=CPU)
+    load_checkpoint(out / "best")

@@ -30,6 +30,7 @@ from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.presets import PAPER_PRESETS, preset
 from tarflowlm.training.config import RunConfig
 from tarflowlm.training.distributed import Processes
+from tarflowlm.training.guards import Guard
 from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.parallel import Engine
 from tarflowlm.training.run import freeze_below
@@ -181,7 +182,8 @@ def measured(
 ) -> tuple[Any, ...]:
     """What is held between steps (`Held`), then for every batch of a process the `Usage` of an optimiser step."""
     train = replace(config.train, parallel="fsdp", checkpoint_activations=checkpointed, compile=False, accumulate=1)
-    config = replace(config, train=train)
+    # what they take on an H100
+    config = replace(config, train=train, optim=replace(config.optim, muon_precision="bfloat16"))
     # before any backward pass of this process: only then does autograd take notice of the device
     place = device()
     with torch.device("meta"):
@@ -195,7 +197,7 @@ def measured(
         def step(batch: int) -> None:
             tokens = torch.zeros(batch, config.model.context, dtype=torch.long, device=place)
             # there are no generators on this device, nor is one needed
-            optimizer_step(engine, optimizers, tokens, generator=None)  # type: ignore[arg-type]
+            optimizer_step(engine, optimizers, tokens, generator=None, guard=Guard(deferred=True))  # type: ignore[arg-type]
 
         step(1)
         weights = [_local(p) for p in model.parameters()]

@@ -57,7 +57,8 @@ class Processes:
         """Whether the flag is set in any of them."""
         if self.world == 1:
             return flag
-        raised = torch.tensor([int(flag)], device=self.device)
+        # on the CPU, by gloo: no device has to wait
+        raised = torch.tensor([int(flag)])
         dist.all_reduce(raised, dist.ReduceOp.MAX)
         return bool(raised)
 
@@ -81,7 +82,7 @@ class Processes:
         """The first process's number, in all of them."""
         if self.world == 1:
             return value
-        number = torch.tensor(value, dtype=torch.float64, device=self.device)
+        number = torch.tensor(value, dtype=torch.float64)
         dist.broadcast(number, src=0)
         return number.item()
 

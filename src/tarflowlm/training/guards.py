@@ -1,7 +1,6 @@
 """What watches over the optimiser steps: steps that must not be taken, and losses that jump."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +18,9 @@ MEMORY = 100
 """Steps that weigh in the running loss; a jump is judged once half as many are in."""
 
 
-def all_finite(loss: Tensor, norm: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> bool:
-    """Whether loss and gradient norm are finite. Reads the device once.
-
-    `reduce` takes the bool of this process to that of all processes (a logical and), so that all decide alike.
-    """
-    finite = torch.isfinite(loss).all() & torch.isfinite(norm)
-    return bool(finite if reduce is None else reduce(finite))
+def all_finite(loss: Tensor, norm: Tensor) -> Tensor:
+    """Whether loss and gradient norm are finite, as a bool on the device."""
+    return torch.isfinite(loss).all() & torch.isfinite(norm)
 
 
 POLL = 16
@@ -39,8 +34,8 @@ class Guard:
     the optimisers take the step or leave everything as it was; the number is read when the host next looks.
     """
 
-    def __init__(self, reduce: Callable[[Tensor], Tensor] | None = None, *, deferred: bool = False) -> None:
-        self.reduce, self.deferred = reduce, deferred
+    def __init__(self, *, deferred: bool = False) -> None:
+        self.deferred = deferred
         self.found_inf: Tensor | None = None
         """On the device: 1 where the step must not be taken, otherwise 0. None where the host has decided."""
         self.broken: dict[str, dict[str, Any]] | None = None
@@ -50,9 +45,9 @@ class Guard:
     def allows(self, model: nn.Module, loss: Tensor, norm: Tensor) -> bool:
         """Call it between the backward pass and everything that changes gradients, parameters or optimisers."""
         if self.deferred:
-            self.found_inf = (~(torch.isfinite(loss).all() & torch.isfinite(norm))).float()
+            self.found_inf = (~all_finite(loss, norm)).float()
             return True
-        self.broken = None if all_finite(loss, norm, self.reduce) else broken_gradients(model)
+        self.broken = None if all_finite(loss, norm) else broken_gradients(model)
         return self.broken is None
 
 
@@ -80,6 +75,8 @@ def gradient_range(gradient: Tensor) -> dict[str, Any]:
 @torch.no_grad()
 def broken_terms(model: Model, tokens: Tensor, generator: torch.Generator) -> list[str]:
     """The terms of the loss that are not finite on a batch; `generator` as it was before the step."""
+    # a sharded model was put together on the CPU for this
+    tokens = tokens.to(next(model.parameters()).device)
     if isinstance(model, TokenLM):
         terms = {"log_prob": model.log_prob(tokens)}
     else:

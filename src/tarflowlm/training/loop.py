@@ -126,15 +126,17 @@ def train_stage(
         lr = context.run.optim.lr * schedule(context.run.optim, *pace.steps(counters.stage_step))
         set_learning_rate(optimizers, lr)
         _step(optimizers, counters, steps, deferred=every > 1)
+        look = counters.stage_step % every == 0
+        if look:
+            steps.read()
         pace.look(counters.stage_step)
         context.log.reporter.step(steps.step_tokens, pace.share)
         last = pace.over(counters.stage_step)
         counters.due = last or counters.step % config.evaluate_every == 0
-        # in all processes at the same steps, and no oftener than the device is looked at
-        asked = counters.stage_step % every == 0 and context.stop_requested() is not None
+        asked = context.stop_requested() is not None
         save = last or asked or counters.step % config.checkpoint_every == 0 or pace.save_due()
         line = counters.due or counters.step % config.log_every == 0
-        if line or save or counters.stage_step % every == 0:
+        if line or save:
             steps.read()
         if line:
             steps.write_line(lr)
@@ -146,8 +148,8 @@ def train_stage(
 
 
 def steps_between_looks(device: torch.device) -> int:
-    """A CPU can be read at any time; an accelerator would have to wait."""
-    return 1 if device.type == "cpu" else POLL
+    """A CPU can be read at any time; a GPU would have to wait. (On mps fused AdamW cannot leave a step out.)"""
+    return POLL if device.type == "cuda" else 1
 
 
 def stage_pace(context: StageContext, counters: Counters, every: int) -> Pace:
@@ -163,7 +165,11 @@ def _step(
 ) -> None:
     """One step on the next batch, counted; what came of it goes to `steps`, which may read it later."""
     engine, context = steps.engine, steps.context
-    tokens = context.sampler.next().to(context.device)
+    tokens = context.sampler.next()
+    if context.device.type == "cuda":
+        # from pageable memory the host would wait until the device has all before it done
+        tokens = tokens.pin_memory()
+    tokens = tokens.to(context.device, non_blocking=True)
     before = context.generator.get_state()
     guard = Guard(deferred=deferred)
     loss, norm = optimizer_step(engine, optimizers, tokens, generator=context.generator, guard=guard)
@@ -172,7 +178,7 @@ def _step(
     counters.stage_step += 1
     counters.tokens += num_tokens
     counters.stage_tokens[counters.stage] += num_tokens
-    steps.add(_Taken(counters.step, loss, norm, tokens, before, guard), num_tokens)
+    steps.add(_Taken(_place(counters), loss, norm, tokens, before, guard), num_tokens)
 
 
 def _place(counters: Counters) -> dict[str, int]:
@@ -184,7 +190,7 @@ def _place(counters: Counters) -> dict[str, int]:
 class _Taken:
     """A step that the host has not looked at yet, and what it takes to repeat it."""
 
-    step: int
+    place: dict[str, int]
     loss: Tensor
     norm: Tensor
     tokens: Tensor
@@ -217,8 +223,6 @@ class _StepLog:
         self.step_tokens = num_tokens
         self.counters.window.tokens += num_tokens
         self.unread.append(taken)
-        if taken.guard.broken is not None:
-            self.read()
 
     def read(self) -> None:
         """Move what is unread to the counters, record losses that jumped, and tell of steps that were left out.
@@ -238,7 +242,8 @@ class _StepLog:
             mean, sigmas = counters.running.mean, counters.running.take_in(loss)
             if sigmas > self.context.run.train.spike_sigma:
                 figures = {"nats_per_token": loss, "mean": mean, "sigmas": sigmas, "grad_norm": norm}
-                self.context.log.write({"split": "spike", "step": taken.step, "block": counters.stage + 1, **figures})
+                place = {name: taken.place[name] for name in ("step", "block")}
+                self.context.log.write({"split": "spike", **place, **figures})
         now = time.perf_counter()
         window.seconds += now - self.start
         counters.seconds[counters.stage] += now - self.start
@@ -258,7 +263,7 @@ class _StepLog:
         noise.set_state(taken.noise)
         everyones = engine.processes.gather(taken.tokens)
         told = skipped_record(engine.whole(), everyones, noise, gradients, taken.loss)
-        record = {"split": "skipped", **_place(counters), "step": taken.step} | told
+        record = {"split": "skipped", **taken.place} | told
         self.context.log.write(record)
         if counters.skipped > self.context.run.train.max_skipped:
             raise FloatingPointError(

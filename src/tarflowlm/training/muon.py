@@ -84,50 +84,52 @@ class Muon(torch.optim.Muon):
         taken = None if self.found_inf is None else 1 - self.found_inf
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._take(params, self._updates(params, group, taken), group, taken)
+            if not params:
+                continue
+            self._move_momentum(params, group["momentum"], taken)
+            lr, decay = group["lr"], group["lr"] * group["weight_decay"]
+            for p, change in zip(params, self._changes(params, group), strict=True):
+                if taken is not None:
+                    change = change * taken
+                p.mul_(1 - decay if taken is None else 1 - decay * taken)
+                p.add_(change, alpha=-lr)
 
-    def _updates(self, params: list[Tensor], group: dict[str, Any], taken: Tensor | None) -> list[Tensor]:
-        """The momentum with this step's gradients in it."""
-        momentum, grads = group["momentum"], [p.grad for p in params if p.grad is not None]
+    def _move_momentum(self, params: list[Tensor], momentum: float, taken: Tensor | None) -> None:
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         if taken is None:
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        else:
-            grads = [g.nan_to_num(0.0, 0.0, 0.0) for g in grads]
-            for buffer, g in zip(buffers, grads, strict=True):
-                buffer.add_((g - buffer) * taken, alpha=1 - momentum)
-        return list(torch._foreach_lerp(grads, buffers, momentum)) if group["nesterov"] else buffers
-
-    def _take(
-        self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any], taken: Tensor | None
-    ) -> None:
-        lr, decay = group["lr"], group["lr"] * group["weight_decay"]
-        for p, change in zip(params, self._changes(params, updates, group), strict=True):
-            if taken is not None:
-                change = change * taken
-            p.mul_(1 - decay if taken is None else 1 - decay * taken)
-            p.add_(change, alpha=-lr)
-
-    def _changes(self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> Iterator[Tensor]:
-        """What the learning rate multiplies, for every parameter in turn."""
-        if not isinstance(updates[0], DTensor):
-            for p, update in zip(params, updates, strict=True):
-                yield self._change(p, update, group)
             return
-        mesh, own = updates[0].device_mesh, {}
+        for buffer, grad in zip(buffers, grads, strict=True):
+            # nothing times infinity would be NaN; a step that is left out has no other use for its gradients
+            grad.nan_to_num_(0.0, 0.0, 0.0)
+            buffer.add_((grad - buffer) * taken, alpha=1 - momentum)
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """What is to be orthogonalised."""
+        buffer: Tensor = self.state[p]["momentum_buffer"]
+        assert p.grad is not None
+        return p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+
+    def _changes(self, params: list[Tensor], group: dict[str, Any]) -> Iterator[Tensor]:
+        """What the learning rate multiplies, for every parameter in turn."""
+        if not isinstance(params[0], DTensor):
+            for p in params:
+                yield self._change(p, self._update(p, group), group)
+            return
+        mesh, own = params[0].device_mesh, {}
         turns = [index % mesh.size() for index in range(len(params))]
-        for index, (p, update) in enumerate(zip(params, updates, strict=True)):
-            whole = update.full_tensor()  # type: ignore[attr-defined]
+        for index, p in enumerate(params):
+            whole = self._update(p, group).full_tensor()  # type: ignore[attr-defined]
             if turns[index] == mesh.get_rank():
                 own[index] = self._change(p, whole, group)
-        for index, update in enumerate(updates):
+        for index, p in enumerate(params):
             change = own.pop(index, None)
-            change = torch.empty(update.shape, dtype=update.dtype, device=update.device) if change is None else change
-            yield distribute_tensor(change, mesh, update.placements, src_data_rank=turns[index])  # type: ignore[attr-defined]
+            change = torch.empty(p.shape, dtype=p.dtype, device=p.device) if change is None else change
+            yield distribute_tensor(change, mesh, p.placements, src_data_rank=turns[index])  # type: ignore[attr-defined]
 
     def _change(self, p: Tensor, update: Tensor, group: dict[str, Any]) -> Tensor:
         """The orthogonalised update of a whole parameter, at a root mean square of 0.2."""

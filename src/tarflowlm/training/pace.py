@@ -104,8 +104,8 @@ class TimePace:
         return min(1.0, (self.now - self.spent.stage_start) / seconds) if seconds > 0 else 1.0
 
     def steps(self, stage_step: int) -> tuple[int, float]:
-        if not stage_step:
-            return 0, 1000.0  # nothing is known of a step's length yet: take it as one of many
+        if stage_step < self.every:
+            return stage_step, 1000.0  # nothing is known of a step's length yet: take it as one of many
         return stage_step, max(stage_step + 1.0, stage_step / max(self.share, 1e-9))
 
     def over(self, stage_step: int) -> bool:

@@ -1,5 +1,6 @@
 """Starting a run, and going on with one that was stopped."""
 
+import itertools
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -40,13 +41,13 @@ def train(
     Stopped, with everything saved, when `stop_requests` asks for it (`signals.stop_on_signals` for a command line);
     FloatingPointError when the loss stays non-finite.
     """
-    begun = time.monotonic()
     reporter = reporter or Reporter()
     if processes.first:
         check_new(out)
     check_installed(run.train.track)
     with processes.first_alone():
         corpus = _corpus(run, reporter)
+    begun = time.monotonic()
     if run.data.source not in SOURCE_NAMES:
         # the run directory is used from other folders too
         run = replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
@@ -79,7 +80,6 @@ def resume(
     with the time that its newest state had left. The number of processes may be another than before. Weights that are
     damaged are written again from the state, those of a finished run as well. Raises as `train`.
     """
-    begun = time.monotonic()
     reporter = reporter or Reporter()
     run = read_run(out)
     if run.optim.muon_precision == "auto":
@@ -89,8 +89,10 @@ def resume(
         state, damaged = processes.from_first(_prepared(out, reporter) if processes.first else (out, None))
         with processes.first_alone():
             corpus = _corpus(run, reporter)
+        begun = time.monotonic()
         if state is None:
             if processes.first:
+                _set_aside(out, reporter)
                 _begin(out, run, corpus)
             reporter.notice(f"{out} has no checkpoint yet: beginning again at step 0")
         else:
@@ -113,15 +115,28 @@ def _begin(out: Path, run: RunConfig, corpus: Corpus) -> None:
     (out / STATE).mkdir(exist_ok=True)
 
 
+def _set_aside(out: Path, reporter: Reporter) -> None:
+    """Keep weights that were written before the first state, or whose states somebody deleted."""
+    found = [out / name for name in (WEIGHTS, BEST) if (out / name).exists()]
+    if found:
+        aside = next(path for n in itertools.count(1) if not (path := out / f"before-restart-{n}").exists())
+        aside.mkdir()
+        for path in found:
+            path.rename(aside / path.name)
+        reporter.notice(f"{' and '.join(path.name for path in found)} are kept in {aside}")
+
+
 def _prepared(out: Path, reporter: Reporter) -> tuple[Path | None, str | None]:
     """The state to resume (None: there never was one), and what is wrong with the weights; what a kill left in part
     is removed."""
     damaged = weights_problem(out)
     if (out / SUMMARY).exists() and damaged is None:
         raise UserError(f"{out} is finished: there is nothing to resume; train anew with another --out")
-    unsaved = not list((out / STATE).glob("*step-*")) and ((out / STATE).exists() or not (out / WEIGHTS).exists())
-    state = None if unsaved else newest_state(out, reporter.notice)
     remove_partial(out)
+    states = [path for kind in ("step-*", "damaged-step-*") for path in (out / STATE).glob(kind)]
+    begun = (out / STATE).exists() or not (out / WEIGHTS).exists()
+    never_saved = not states and begun and not (out / SUMMARY).exists()
+    state = None if never_saved else newest_state(out, reporter.notice)
     for folder in (out, out / BEST):
         remove_leftovers(folder)
     return state, damaged

@@ -218,7 +218,8 @@ class Run:
             save_weights(directory, weights, info | more)
 
     def _save_state(self) -> None:
-        self.counters.spent.total = self.clock.seconds()
+        # and what this will take, as far as known
+        self.counters.spent.total = self.clock.seconds() + self.counters.spent.save
         saved = {
             "step": self.counters.step,
             "counters": asdict(self.counters),

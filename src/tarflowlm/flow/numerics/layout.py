@@ -67,7 +67,7 @@ def held_rows(num_components: int, device: torch.device) -> int:
 
 def static_chunks(rows: int, num_components: int) -> Iterator[slice]:
     """Row ranges for an accelerator, or for a compiler, which unrolls them."""
-    step = max(1, HELD_ELEMENTS_ACCELERATOR // max(1, num_components))
+    step = held_rows(num_components, torch.device("cuda"))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
 
