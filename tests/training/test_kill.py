@@ -105,7 +105,7 @@ def test_the_command_line_killed_and_resumed(tmp_path, corpus_file, same_weights
     """As a user does: `train`, and after every kill `train --resume`, or `train` where nothing was written yet."""
     instants = [float(s) for s in os.environ.get("TARFLOWLM_KILL_SECONDS", "").split(",") if s]
     rng, whole, out = random.Random(SEED), tmp_path / "whole", tmp_path / "run"
-    options = ["--data", str(corpus_file), "--steps", "200" if instants else "20", "--checkpoint-every", "5"]
+    options = ["--data", str(corpus_file), "--steps", "600" if instants else "20", "--checkpoint-every", "5"]
     options += ["--model.context", "64", "--train.test-windows", "8", "--train.evaluate-every", "10"]
 
     def command(folder: Path) -> list[str]:
@@ -115,7 +115,9 @@ def test_the_command_line_killed_and_resumed(tmp_path, corpus_file, same_weights
     begun = time.monotonic()
     subprocess.run(command(whole), check=True, capture_output=True)
     seconds = time.monotonic() - begun
-    instants += [rng.uniform(0.2, 1.0) * seconds for _ in range(KILLS if instants else 2)]
+    # a start takes some seconds; a long run is not to be over before its last kill
+    low, high, kills = (0.5, 10.0, KILLS) if instants else (0.2 * seconds, seconds, 2)
+    instants += [rng.uniform(low, high) for _ in range(kills)]
     for instant in instants:
         process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:
@@ -125,7 +127,8 @@ def test_the_command_line_killed_and_resumed(tmp_path, corpus_file, same_weights
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            print(f"killed after {instant:.1f} s with {len(list((out / 'state').glob('step-*')))} states")
+            states = sorted(path.name for path in (out / "state").glob("step-*"))
+            print(f"killed after {instant:.1f} s, newest state {states[-1] if states else 'none'}")
     if not (out / "summary.json").exists():
         subprocess.run(command(out), check=True, capture_output=True)
     assert same_weights(whole, out)
