@@ -105,7 +105,7 @@ def test_the_command_line_killed_and_resumed(tmp_path, corpus_file, same_weights
     """As a user does: `train`, and after every kill `train --resume`, or `train` where nothing was written yet."""
     instants = [float(s) for s in os.environ.get("TARFLOWLM_KILL_SECONDS", "").split(",") if s]
     rng, whole, out = random.Random(SEED), tmp_path / "whole", tmp_path / "run"
-    options = ["--data", str(corpus_file), "--steps", "600" if instants else "20", "--checkpoint-every", "5"]
+    options = ["--data", str(corpus_file), "--steps", "1500" if instants else "20", "--checkpoint-every", "5"]
     options += ["--model.context", "64", "--train.test-windows", "8", "--train.evaluate-every", "10"]
 
     def command(folder: Path) -> list[str]:
