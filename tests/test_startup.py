@@ -21,6 +21,14 @@ os._exit(0)
 """
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell that runs the tests in the background has them, and what they start, ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def start(tmp_path):
     """start(code, **environment): a Python in which `torch` says what it finds when it is imported, and ends."""

@@ -85,8 +85,12 @@ class TimePace:
     evaluation: float = field(init=False)
     """Seconds of the evaluation at the end of the stage, as far as known."""
 
+    share: float = field(init=False, default=0.0)
+    """Of the stage's time. It never falls, though an evaluation may turn out shorter than was thought."""
+
     def __post_init__(self) -> None:
         self.now, self.evaluation = self.clock.seconds(), self.spent.evaluation
+        self.share = self._share()
 
     def look(self, stage_step: int) -> None:
         if stage_step % self.every == 0:
@@ -95,9 +99,9 @@ class TimePace:
             step = (self.now - self.spent.stage_start) / max(stage_step, 1)
             guess = step * self.train.evaluate_windows / self.train.batch_size / 3
             self.evaluation = self.spent.evaluation or guess
+            self.share = max(self.share, self._share())
 
-    @property
-    def share(self) -> float:
+    def _share(self) -> float:
         total, ahead = 60 * self.train.minutes, self.train.stage_steps[self.stage :]
         left = total - test_seconds(total, self.test_windows, self.spent) - self.spent.stage_start
         seconds = (left - len(ahead) * (self.evaluation + self.spent.save)) * ahead[0] / sum(ahead)
