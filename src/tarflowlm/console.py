@@ -243,6 +243,14 @@ def print_json(value: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def column_table(title: str, columns: Sequence[str]) -> Table:
+    """A table of numbers under headings; the column without one holds the names, which are never cut short."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
+    return table
+
+
 def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
     # Text, for names may hold what rich takes for markup; not a title of the table, which would wrap to its width
     console.print(Text(title, style="bold"), soft_wrap=True)

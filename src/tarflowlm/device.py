@@ -31,3 +31,9 @@ def threads_for(rows: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; there is nothing to wait for elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()

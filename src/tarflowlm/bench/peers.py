@@ -19,6 +19,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tarflowlm.baseline import BaselineConfig, TokenLM
+from tarflowlm.console import column_table
+from tarflowlm.device import synchronize
 from tarflowlm.errors import UserError
 from tarflowlm.model import seeded
 from tarflowlm.training.config import RunConfig
@@ -159,17 +161,14 @@ def _train_in_parts(contender: _Contender, tokens: Tensor, steps: int) -> tuple[
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter()
 
 
 def peers_table(rows: list[dict[str, Any]]) -> Table:
     """`peers`' rows as a table."""
-    table = Table(title="training step with AdamW beside transformers', milliseconds", title_justify="left")
     columns = ("", "M parameters", *PARTS, "together", "ours over it")
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
+    table = column_table("training step with AdamW beside transformers', milliseconds", columns)
     for row in rows:
         milliseconds = (f"{row[name]:.0f}" for name in (*PARTS, "milliseconds"))
         table.add_row(row["name"], f"{row['parameters'] / 1e6:.2f}", *milliseconds, f"{row['ratio']:.2f}")

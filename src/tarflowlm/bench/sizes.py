@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tarflowlm.bench.standin import device, nothing_computed, placed, simulated
 from tarflowlm.bench.tracking import Usage, tracked
 from tarflowlm.checkpoint import build_model
-from tarflowlm.console import StageProgress, no_progress
+from tarflowlm.console import StageProgress, column_table, no_progress
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.flops import forward_flops, training_flops
 from tarflowlm.flow.transformer import TransformerConfig
@@ -231,11 +230,11 @@ def _bytes(tensors: list[Tensor]) -> int:
 def print_result(result: dict[str, Any], console: Console) -> None:
     """The tables of `run`'s result."""
     worlds = [row["gpus"] for row in result["rows"][0]["worlds"]]
-    memory = _table(
+    memory = column_table(
         f"GB per GPU under FSDP2, of {result['memory']:g}: peak (passes x sequences of a step on each GPU)",
         ("", *(f"{n} GPU{'s' if n > 1 else ''}" for n in worlds), "a sequence", "most sequences", "recomputed"),
     )
-    work = _table(
+    work = column_table(
         f"on {result['gpus']} GPUs at {result['utilisation']:.0%} of {result['peak_tflops']:g} TFLOP/s",
         ("", "M parameters", "GFLOP a token", "hours", "largest tensor, GB", "its shape"),
     )
@@ -254,10 +253,3 @@ def print_result(result: dict[str, Any], console: Console) -> None:
         )  # fmt: skip
     worst = max(row["off_line"] for row in result["rows"])
     console.print(memory, f"memory is a line in the batch; a third batch misses it by at most {worst:.1%}", work)
-
-
-def _table(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
-    return table

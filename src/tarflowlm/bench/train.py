@@ -11,13 +11,12 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from tarflowlm.bench.memory import high_water_mark
 from tarflowlm.bench.peers import peers, peers_table
 from tarflowlm.bench.scaling import scaling
-from tarflowlm.console import StageProgress, no_progress
-from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.console import StageProgress, column_table, no_progress
+from tarflowlm.device import DeviceName, pick_device, synchronize
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.flops import training_flops
 from tarflowlm.presets import preset
@@ -188,17 +187,12 @@ def _contender(run: RunConfig, stage: int, args: Args, device: torch.device) -> 
 
 def _time(step: Callable[[], object], steps: int, device: torch.device) -> float:
     """Seconds per step."""
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(steps):
         step()
-    _synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - start) / steps
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _peak(name: str, args: Args) -> float:
@@ -237,7 +231,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     """The tables of `run`'s result."""
     columns = ("", "tokens/s", "ms per step", "over the first", "Muon's share")
     known = any(row["mfu"] is not None for row in result["rows"])
-    table = _table(
+    table = column_table(
         f"training step, {result['device']}, {result['threads']} threads",
         (*columns, "TFLOP/s", "of the peak") if known else columns,
     )
@@ -251,20 +245,12 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     if "peers" in result:
         console.print(peers_table(result["peers"]))
     if "memory" in result:
-        table = _table("peak memory of training, GB", ("", "GB"))
+        table = column_table("peak memory of training, GB", ("", "GB"))
         for row in result["memory"]:
             table.add_row(row["name"], f"{row['peak_gb']:.2f}")
         console.print(table)
     if "scaling" in result:
-        table = _table("the same global batch in processes of one thread each", ("", "tokens/s", "over one process"))
+        table = column_table("the same batch in processes of one thread each", ("", "tokens/s", "over one process"))
         for row in result["scaling"]:
             table.add_row(row["name"], f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}")
         console.print(table)
-
-
-def _table(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        # a name that is cut short says nothing
-        table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
-    return table

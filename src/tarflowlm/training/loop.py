@@ -125,12 +125,11 @@ def train_stage(
             steps.restart()
         lr = context.run.optim.lr * schedule(context.run.optim, *pace.steps(counters.stage_step))
         set_learning_rate(optimizers, lr)
-        _step(optimizers, counters, steps, deferred=every > 1)
-        look = counters.stage_step % every == 0
-        if look:
+        num_tokens = _step(optimizers, counters, steps, deferred=every > 1)
+        if counters.stage_step % every == 0:
             steps.read()
         pace.look(counters.stage_step)
-        context.log.reporter.step(steps.step_tokens, pace.share)
+        context.log.reporter.step(num_tokens, pace.share)
         last = pace.over(counters.stage_step)
         counters.due = last or counters.step % config.evaluate_every == 0
         asked = context.stop_requested() is not None
@@ -162,8 +161,8 @@ def stage_pace(context: StageContext, counters: Counters, every: int) -> Pace:
 
 def _step(
     optimizers: list[torch.optim.Optimizer], counters: Counters, steps: "_StepLog", *, deferred: bool
-) -> None:
-    """One step on the next batch, counted; what came of it goes to `steps`, which may read it later."""
+) -> int:
+    """One step on the next batch, counted; what came of it goes to `steps`, which may read it later. Its tokens."""
     engine, context = steps.engine, steps.context
     tokens = context.sampler.next()
     if context.device.type == "cuda":
@@ -179,6 +178,7 @@ def _step(
     counters.tokens += num_tokens
     counters.stage_tokens[counters.stage] += num_tokens
     steps.add(_Taken(_place(counters), loss, norm, tokens, before, guard), num_tokens)
+    return num_tokens
 
 
 def _place(counters: Counters) -> dict[str, int]:
@@ -211,8 +211,6 @@ class _StepLog:
     def __init__(self, engine: Engine, context: StageContext, counters: Counters) -> None:
         self.engine, self.context, self.counters = engine, context, counters
         self.unread: list[_Taken] = []
-        self.step_tokens = 0
-        """Tokens of the newest step."""
         self.start = time.perf_counter()
 
     def restart(self) -> None:
@@ -220,7 +218,6 @@ class _StepLog:
         self.start = time.perf_counter()
 
     def add(self, taken: _Taken, num_tokens: int) -> None:
-        self.step_tokens = num_tokens
         self.counters.window.tokens += num_tokens
         self.unread.append(taken)
 

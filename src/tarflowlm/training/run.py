@@ -71,7 +71,8 @@ class Run:
         self.model = self._initial_model()
         # one process decides, and the configuration keeps what it found
         self.run = replace(run, optim=processes.from_first(with_precision(run.optim, self.model, device)))
-        self.num_test_windows = len(self._test_windows(run.train.test_windows or None))
+        available = corpus.num_tokens("test") // run.model.context
+        self.num_test_windows = min(run.train.test_windows or available, available)
         self.engine: Engine | None = None
         self.optimizers: list[torch.optim.Optimizer] = []
         self.counters = Counters()
@@ -261,9 +262,6 @@ class Run:
                 f"`tarflowlm train --resume {self.out}`"
             )
 
-    def _test_windows(self, count: int | None) -> torch.Tensor:
-        return eval_windows(self.corpus.split("test"), self.run.model.context, count)
-
     def _settle(self) -> None:
         """A run by minutes has ended: its configuration becomes that of the same run by steps."""
         train, spent = self.run.train, self.counters.spent
@@ -282,7 +280,8 @@ class Run:
         minutes = self.run.train.minutes
         if minutes:
             self._settle()
-        windows = self._test_windows(self.run.train.test_windows or None)
+        count = self.run.train.test_windows or None
+        windows = eval_windows(self.corpus.split("test"), self.run.model.context, count)
         self.reporter.notice(f"evaluating {len(windows):,} windows of the test split")
 
         def progress(done: int, total: int) -> None:
