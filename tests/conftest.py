@@ -110,7 +110,7 @@ def tiny_ar(randomise, tiny_trunk) -> Callable[..., TokenLM]:
 def run(capsys):
     """run(*argv): exit status, stdout and stderr of the command line."""
     # not at the top: most tests need no command line, and it imports everything
-    from tarflowlm.cli import main
+    from tarflowlm.cli.main import main
 
     def call(*argv: object) -> SimpleNamespace:
         status = 0

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 import tarflowlm
 from tarflowlm.baseline import BaselineConfig
-from tarflowlm.checkpoint import build_model, load_checkpoint, save_weights, write_run
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.manifest import write_manifest
 from tarflowlm.model import FlowConfig, TarFlowLM
-from tarflowlm.training.config import RunConfig, TrainConfig
+from tarflowlm.runs.checkpoint import build_model, load_checkpoint, save_weights, write_run
+from tarflowlm.runs.config import RunConfig, TrainConfig
+from tarflowlm.runs.manifest import write_manifest
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
 FLOW = FlowConfig(context=8, latent_dim=2, trunk=TRUNK, layers=(1, 1, 1), head_hidden=4)
@@ -241,7 +241,7 @@ def test_a_failed_save_keeps_the_old_weights(directory, monkeypatch):
     def fails(*args, **options):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("tarflowlm.checkpoint.save_file", fails)
+    monkeypatch.setattr("tarflowlm.runs.checkpoint.save_file", fails)
     with pytest.raises(OSError, match="no space"):
         save_weights(directory, build_model(replace(FLOW, vocab_size=3)).state_dict(), INFO)
     after = load_file(directory / "model.safetensors")

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tarflowlm.cli import main
-from tarflowlm.manifest import write_manifest
+from tarflowlm.cli.main import main
+from tarflowlm.runs.manifest import write_manifest
 
 TINY = ["--model.context", "32", "--model.trunk.width", "32", "--train.batch-size", "4", "--device", "cpu"]
 ONE_LAYER = ["--model.layers", "1", "1", "1"]
@@ -227,7 +227,7 @@ def test_a_stopped_run_continues(run, run_json, model, text_file, tmp_path, monk
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tarflowlm.console.ProgressReporter.record", interrupted)
+        patch.setattr("tarflowlm.terminal.console.ProgressReporter.record", interrupted)
         stopped = run("train", "mini-mixd", "--out", out, *argv, *TINY, *ONE_LAYER)
     assert stopped.status == 130
     assert "train --resume" in stopped.err

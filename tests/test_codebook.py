@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal
 
-from tarflowlm.codebook import Codebook, spread_means, typical_neighbour_distance
+from tarflowlm.flow.codebook import Codebook, spread_means, typical_neighbour_distance
 from tarflowlm.model import seeded
 
 V, d = 7, 3

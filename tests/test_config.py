@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from tarflowlm.baseline import BaselineConfig
-from tarflowlm.config import from_dict, to_dict
 from tarflowlm.errors import UserError
 from tarflowlm.model import FlowConfig
-from tarflowlm.presets import PRESETS, preset, with_steps
-from tarflowlm.training.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from tarflowlm.runs.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from tarflowlm.runs.presets import PRESETS, preset, with_steps
+from tarflowlm.runs.strict_json import from_dict, to_dict
 
 
 @pytest.mark.parametrize("name", PRESETS)

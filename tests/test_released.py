@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tarflowlm.checkpoint import export, load, save_weights, write_run
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
-from tarflowlm.released import FOLDER, released
-from tarflowlm.training.config import DataConfig, RunConfig, TrainConfig
+from tarflowlm.runs.checkpoint import export, load, save_weights, write_run
+from tarflowlm.runs.config import DataConfig, RunConfig, TrainConfig
+from tarflowlm.runs.released import FOLDER, released
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def trained(tmp_path, tiny_flow):
 def shelf(tmp_path, trained, monkeypatch):
     """A shelf of released models with one on it, by the name of tiny."""
     export(trained, tmp_path / "shelf" / "tiny")
-    monkeypatch.setattr("tarflowlm.released.FOLDER", tmp_path / "shelf")
+    monkeypatch.setattr("tarflowlm.runs.released.FOLDER", tmp_path / "shelf")
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import tarflowlm
-from tarflowlm import threads
+from tarflowlm.cli import threads
 
 FAKE_TORCH = """
 import os
@@ -44,7 +44,7 @@ def start(tmp_path):
     return call
 
 
-@pytest.mark.parametrize("argv", [("-c", "import tarflowlm.cli"), ("-m", "tarflowlm", "--help")])
+@pytest.mark.parametrize("argv", [("-c", "import tarflowlm.cli.main"), ("-m", "tarflowlm", "--help")])
 def test_threads_are_told_to_yield_before_torch_is_imported(start, argv):
     # what it is told depends on what else runs on this machine
     assert start(*argv).stdout in ("PASSIVE None\n", "None 20000\n")
@@ -94,7 +94,7 @@ def test_an_interrupt_during_the_imports_costs_one_line(start):
 
 
 def test_the_handler_of_before_comes_back():
-    import tarflowlm.cli  # noqa: F401
+    import tarflowlm.cli.main  # noqa: F401
 
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -108,7 +108,7 @@ def test_every_public_name_is_there_and_has_a_home():
     for name in tarflowlm.__all__:
         assert getattr(tarflowlm, name).__name__ == name
     assert set(tarflowlm._HOMES) == set(tarflowlm.__all__)
-    assert tarflowlm.threads is threads
+    assert tarflowlm.cli.threads is threads
     with pytest.raises(AttributeError, match="no_such_name"):
         tarflowlm.no_such_name  # noqa: B018
 
@@ -131,7 +131,7 @@ def test_an_interrupted_command_that_cannot_be_resumed_does_not_say_so(run, monk
     def interrupted(*_args: object, **_more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tarflowlm.commands.generate", interrupted)
+    monkeypatch.setattr("tarflowlm.cli.commands.generate", interrupted)
     done = run("sample", "--model", "english-mini-ar", "--length", "4")
     assert (done.status, done.err) == (130, "tarflowlm: interrupted\n")
 

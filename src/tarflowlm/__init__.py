@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tarflowlm.baseline import BaselineConfig, TokenLM
-    from tarflowlm.checkpoint import load
     from tarflowlm.errors import UserError
     from tarflowlm.evaluation.likelihood import evaluate
     from tarflowlm.generation import generate
     from tarflowlm.model import FlowConfig, TarFlowLM
     from tarflowlm.objective import elbo, importance_weighted_bound
+    from tarflowlm.runs.checkpoint import load
     from tarflowlm.training.progressive import resume, train
 
 __all__ = [
@@ -39,7 +39,7 @@ _HOMES = {
     "evaluate": "evaluation.likelihood",
     "generate": "generation",
     "importance_weighted_bound": "objective",
-    "load": "checkpoint",
+    "load": "runs.checkpoint",
     "resume": "training.progressive",
     "train": "training.progressive",
 }

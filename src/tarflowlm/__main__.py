@@ -1,6 +1,6 @@
 """`python -m tarflowlm`, the form that torchrun starts: `torchrun --nproc-per-node 2 -m tarflowlm train ...`."""
 
-from tarflowlm.cli import main
+from tarflowlm.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tarflowlm.checkpoint import Model
 from tarflowlm.errors import UserError
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.generation import generate
@@ -20,6 +19,7 @@ from tarflowlm.generation.passage import LatentPassage, Tick
 from tarflowlm.generation.stack import Decoders, per_block
 from tarflowlm.model import TarFlowLM
 from tarflowlm.objective import negative_bound
+from tarflowlm.runs.checkpoint import Model
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from tarflowlm.codebook import Codebook
 from tarflowlm.errors import UserError
+from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.stack import FlowBlock, Prior

@@ -11,11 +11,11 @@ import torch
 from tarflowlm.baseline import BaselineConfig, TokenLM
 from tarflowlm.bench.sizes import measured, stage_size
 from tarflowlm.bench.standin import nothing_computed, placed
-from tarflowlm.checkpoint import build_model
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.objective import conditional_bound, elbo, negative_bound
-from tarflowlm.presets import preset
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.checkpoint import build_model
+from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.presets import preset
 from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.parallel import Engine
 from tarflowlm.training.run import freeze_below

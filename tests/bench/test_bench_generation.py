@@ -10,12 +10,12 @@ from rich.console import Console
 
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.bench import generation, infilling
-from tarflowlm.checkpoint import build_model, save_weights, write_run
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, TarFlowLM, seeded
-from tarflowlm.training.config import RunConfig, TrainConfig
+from tarflowlm.runs.checkpoint import build_model, save_weights, write_run
+from tarflowlm.runs.config import RunConfig, TrainConfig
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
 FLOW = FlowConfig(context=32, latent_dim=2, trunk=TRUNK, couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2))

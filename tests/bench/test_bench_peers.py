@@ -12,8 +12,8 @@ from tarflowlm.baseline import BaselineConfig, TokenLM
 from tarflowlm.bench.peers import PARTS, gpt2, llama, peers, peers_table
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.presets import preset
-from tarflowlm.training.config import RunConfig, TrainConfig
+from tarflowlm.runs.config import RunConfig, TrainConfig
+from tarflowlm.runs.presets import preset
 
 TINY = BaselineConfig(
     vocab_size=5, context=16, trunk=TransformerConfig(width=24, num_heads=2, mlp_ratio=2), layers=2

@@ -8,8 +8,8 @@ import torch
 from tarflowlm.bench.scaling import scaling
 from tarflowlm.bench.train import Args, run
 from tarflowlm.evaluation.flops import training_flops
-from tarflowlm.presets import preset
-from tarflowlm.training.config import TrainConfig
+from tarflowlm.runs.config import TrainConfig
+from tarflowlm.runs.presets import preset
 
 
 def small(name, **changes):

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import standin_cases as cases
 
-from tarflowlm.checkpoint import build_model
 from tarflowlm.evaluation.flops import training_flops
+from tarflowlm.runs.checkpoint import build_model
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tarflowlm.baseline import BaselineConfig
-from tarflowlm.checkpoint import Model, build_model
 from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
 from tarflowlm.flow.numerics.few import are_few
 from tarflowlm.generation import generate
 from tarflowlm.model import FlowConfig
 from tarflowlm.objective import negative_bound
-from tarflowlm.presets import PRESETS, preset
+from tarflowlm.runs.checkpoint import Model, build_model
+from tarflowlm.runs.presets import PRESETS, preset
 from tarflowlm.training.run import freeze_below
 
 VOCAB = {"text8": 27, "mini": 27, "owt": 50_257, "quickstart": 2048}

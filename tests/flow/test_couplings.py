@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from tarflowlm.codebook import Codebook
 from tarflowlm.flow import numerics
+from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling, standard_normal_log_prob
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import layout

@@ -10,7 +10,7 @@ import torch
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig
-from tarflowlm.training.config import DataConfig, RunConfig, TrainConfig
+from tarflowlm.runs.config import DataConfig, RunConfig, TrainConfig
 from tarflowlm.training.progressive import train
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)

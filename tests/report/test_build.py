@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tarflowlm.checkpoint import seal
-from tarflowlm.cli import main
+from tarflowlm.cli.main import main
 from tarflowlm.errors import UserError
 from tarflowlm.report import build, write_report
+from tarflowlm.runs.checkpoint import seal
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tarflowlm.checkpoint import load_checkpoint
 from tarflowlm.report.codes import codes_of, nearest_neighbours, project
+from tarflowlm.runs.checkpoint import load_checkpoint
 
 
 @pytest.fixture

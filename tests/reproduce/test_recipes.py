@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tarflowlm.checkpoint import build_model, save_weights, write_run
+from tarflowlm.cli.reproduce import RECIPES
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.files import write_json
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig
 from tarflowlm.report.records import read_record
 from tarflowlm.reproduce import fig5, fig6, fig7, progressive, table2, table6
-from tarflowlm.reproduce.command import RECIPES
 from tarflowlm.reproduce.recipe import Finished, Settings, Training
 from tarflowlm.reproduce.write import write_results
+from tarflowlm.runs.checkpoint import build_model, save_weights, write_run
 
 CONTEXT = 16
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tarflowlm.cli.reproduce import RECIPES
 from tarflowlm.data import TEXT8_ALPHABET
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig
 from tarflowlm.reproduce import command, fig6, runs
-from tarflowlm.reproduce.command import RECIPES
 from tarflowlm.reproduce.measures import summary_row
 from tarflowlm.reproduce.recipe import Recipe, Settings, trainings
-from tarflowlm.training.config import RunConfig, TrainConfig
+from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.training.lock import locked
 from tarflowlm.training.metrics import Reporter
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig
-from tarflowlm.training.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from tarflowlm.runs.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.progressive import train
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from tarflowlm.baseline import BaselineConfig
-from tarflowlm.checkpoint import build_model
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, seeded
+from tarflowlm.runs.checkpoint import build_model
+from tarflowlm.runs.config import DataConfig, RunConfig, TrainConfig
 from tarflowlm.training import progressive
 from tarflowlm.training import run as training_run
-from tarflowlm.training.config import DataConfig, RunConfig, TrainConfig
 from tarflowlm.training.distributed import Processes, launched
 from tarflowlm.training.guards import Guard
 from tarflowlm.training.metrics import Reporter

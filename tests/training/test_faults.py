@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tarflowlm import checkpoint, cli
-from tarflowlm.checkpoint import load_checkpoint
+from tarflowlm.cli import main as cli
 from tarflowlm.data import TokenizerConfig, prepare_corpus
 from tarflowlm.errors import UserError
+from tarflowlm.runs import checkpoint
+from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import progressive
 from tarflowlm.training import run as training_run
 from tarflowlm.training.metrics import MetricsLog, Reporter

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tarflowlm.checkpoint import build_model, load_checkpoint
 from tarflowlm.errors import UserError
+from tarflowlm.runs.checkpoint import build_model, load_checkpoint
 from tarflowlm.training import loop, progressive
 from tarflowlm.training.guards import Guard, RunningLoss, all_finite, gradient_range
 from tarflowlm.training.metrics import Reporter

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tarflowlm.checkpoint import load_checkpoint
 from tarflowlm.errors import UserError
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.progressive import resume, train
 
 KILLS = int(os.environ.get("TARFLOWLM_KILLS", "20"))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from tarflowlm.checkpoint import build_model, read_run, seal
+from tarflowlm.runs.checkpoint import build_model, read_run, seal
+from tarflowlm.runs.config import OptimConfig
 from tarflowlm.training import muon, optim, progressive
 from tarflowlm.training import run as training_run
-from tarflowlm.training.config import OptimConfig
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.muon import Muon, orthogonalised, quicker_precision
 

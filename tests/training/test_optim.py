@@ -8,7 +8,7 @@ import torch
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, TarFlowLM
-from tarflowlm.training.config import OptimConfig
+from tarflowlm.runs.config import OptimConfig
 from tarflowlm.training.optim import build_optimizers, schedule, set_learning_rate
 from tarflowlm.training.run import freeze_below
 

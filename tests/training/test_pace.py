@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from tarflowlm.checkpoint import read_run
 from tarflowlm.errors import UserError
+from tarflowlm.runs.checkpoint import read_run
+from tarflowlm.runs.config import OptimConfig, TrainConfig
 from tarflowlm.training import progressive
-from tarflowlm.training.config import OptimConfig, TrainConfig
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.optim import schedule
 from tarflowlm.training.pace import Clock, StepPace, TimePace, TimeSpent

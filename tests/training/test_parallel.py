@@ -15,11 +15,11 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
 
-from tarflowlm.checkpoint import build_model, load_checkpoint
-from tarflowlm.config import from_dict
 from tarflowlm.errors import UserError
+from tarflowlm.runs.checkpoint import build_model, load_checkpoint
+from tarflowlm.runs.config import TrainConfig
+from tarflowlm.runs.strict_json import from_dict
 from tarflowlm.training import parallel
-from tarflowlm.training.config import TrainConfig
 from tarflowlm.training.distributed import ALONE, Processes, launched
 from tarflowlm.training.parallel import Engine
 from tarflowlm.training.progressive import resume, train

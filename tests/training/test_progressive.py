@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tarflowlm.checkpoint import load_checkpoint
 from tarflowlm.errors import UserError
 from tarflowlm.model import TarFlowLM, seeded
+from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import run as training_run
 from tarflowlm.training.metrics import Reporter
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tarflowlm.checkpoint import export, load_checkpoint
 from tarflowlm.errors import UserError
+from tarflowlm.runs.checkpoint import export, load_checkpoint
 from tarflowlm.training import state
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.progressive import resume

@@ -6,12 +6,13 @@ import signal
 import pytest
 import torch
 
-from tarflowlm import cli
-from tarflowlm.checkpoint import load_checkpoint
+from tarflowlm.cli import main as cli
+from tarflowlm.cli.signals import stop_on_signals
+from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import parallel
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.progressive import resume, train
-from tarflowlm.training.signals import Stopped, stop_on_signals
+from tarflowlm.training.run import Stopped
 
 CPU = torch.device("cpu")
 

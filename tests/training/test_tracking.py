@@ -12,11 +12,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from tarflowlm.checkpoint import read_run
-from tarflowlm.config import from_dict, to_dict
 from tarflowlm.errors import UserError
+from tarflowlm.runs.checkpoint import read_run
+from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.strict_json import from_dict, to_dict
 from tarflowlm.training import tracking
-from tarflowlm.training.config import RunConfig
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.progressive import resume
 from tarflowlm.training.state import newest_state

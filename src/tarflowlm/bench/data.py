@@ -16,7 +16,6 @@ import tokenizers
 from rich.console import Console
 
 from tarflowlm.bench import train as bench_train
-from tarflowlm.console import StageProgress, no_progress, print_table
 from tarflowlm.data import (
     BPETokenizer,
     TokenizerConfig,
@@ -30,7 +29,8 @@ from tarflowlm.data.pieces import text_pieces
 from tarflowlm.data.read import text_blocks
 from tarflowlm.data.registry import resolve_source
 from tarflowlm.errors import UserError
-from tarflowlm.presets import preset
+from tarflowlm.runs.presets import preset
+from tarflowlm.terminal.console import StageProgress, no_progress, print_table
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from tarflowlm.checkpoint import Model, load_checkpoint
-from tarflowlm.console import StageProgress, no_progress, ticker
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.flow.stack import FlowBlock
@@ -23,6 +21,8 @@ from tarflowlm.generation.generate import num_ticks
 from tarflowlm.generation.inversion import Decoder, invert_block
 from tarflowlm.generation.stack import invert_stack
 from tarflowlm.model import TarFlowLM
+from tarflowlm.runs.checkpoint import Model, load_checkpoint
+from tarflowlm.terminal.console import StageProgress, no_progress, ticker
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tarflowlm.baseline import BaselineConfig, TokenLM
-from tarflowlm.console import column_table
 from tarflowlm.device import synchronize
 from tarflowlm.errors import UserError
 from tarflowlm.model import seeded
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.config import RunConfig
+from tarflowlm.terminal.console import column_table
 from tarflowlm.training.optim import build_optimizers
 
 PARTS = ("forward", "backward", "step")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.distributed import Processes, launched
 from tarflowlm.training.timing import TrainingStep
 

@@ -21,13 +21,13 @@ from torch.distributed.tensor import DTensor
 
 from tarflowlm.bench.standin import device, nothing_computed, placed, simulated
 from tarflowlm.bench.tracking import Usage, tracked
-from tarflowlm.checkpoint import build_model
-from tarflowlm.console import StageProgress, column_table, no_progress
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.flops import forward_flops, training_flops
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.presets import PAPER_PRESETS, preset
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.checkpoint import build_model
+from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.presets import PAPER_PRESETS, preset
+from tarflowlm.terminal.console import StageProgress, column_table, no_progress
 from tarflowlm.training.distributed import Processes
 from tarflowlm.training.guards import Guard
 from tarflowlm.training.optim import build_optimizers

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tarflowlm.checkpoint import Model
 from tarflowlm.errors import UserError
+from tarflowlm.runs.checkpoint import Model
 
 NAME = "standin"
 

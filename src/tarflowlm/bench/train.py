@@ -15,12 +15,12 @@ from rich.console import Console
 from tarflowlm.bench.memory import high_water_mark
 from tarflowlm.bench.peers import peers, peers_table
 from tarflowlm.bench.scaling import scaling
-from tarflowlm.console import StageProgress, column_table, no_progress
 from tarflowlm.device import DeviceName, pick_device, synchronize
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.flops import training_flops
-from tarflowlm.presets import preset
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.presets import preset
+from tarflowlm.terminal.console import StageProgress, column_table, no_progress
 from tarflowlm.training.muon import Muon
 from tarflowlm.training.timing import TrainingStep
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.data.hub import check_reachable
 from tarflowlm.errors import UserError
 from tarflowlm.flow.precision import widen
+from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 
 LONGEST = 1024
 """Tokens that a judge of `transformers` reads at once: GPT-2's context, and where MAUVE cuts texts."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.checkpoint import Model
 from tarflowlm.errors import UserError
 from tarflowlm.objective import log_importance_weights
+from tarflowlm.runs.checkpoint import Model
 
 
 @dataclass(frozen=True)

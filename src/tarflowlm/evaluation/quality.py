@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.checkpoint import Model
 from tarflowlm.data import Tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import Decoder
 from tarflowlm.generation.weights import adjust_weights
+from tarflowlm.runs.checkpoint import Model
 
 MAUVE_SCALING = 5
 """The paper's; everything else is mauve-text's default."""

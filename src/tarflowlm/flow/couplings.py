@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tarflowlm.codebook import Codebook
 from tarflowlm.flow import numerics
+from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.heads import AutoregressiveHead
 from tarflowlm.flow.precision import full_precision
 

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tarflowlm.codebook import Codebook
 from tarflowlm.flow import numerics
+from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights, Conditional, Coupling, Walk
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.precision import full_precision, widen

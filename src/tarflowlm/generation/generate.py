@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.checkpoint import Model
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.inversion import Decoder, Inverted
@@ -19,6 +18,7 @@ from tarflowlm.generation.stack import Decoders, invert_stack
 from tarflowlm.generation.template import BLANK
 from tarflowlm.generation.weights import adjust_weights
 from tarflowlm.model import TarFlowLM
+from tarflowlm.runs.checkpoint import Model
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tarflowlm.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.data import Corpus, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.contributions import Contributions, contributions
@@ -21,6 +20,7 @@ from tarflowlm.report.page import GENERATOR, Page, Picture, Section
 from tarflowlm.report.records import RunRecord, read_records
 from tarflowlm.report.style import Figure, check_matplotlib, render
 from tarflowlm.report.tables import codes_table, config_table, summary_table, terms_table
+from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 
 PAGE = "index.html"
 COUNTED = 1 << 22

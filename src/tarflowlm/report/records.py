@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tarflowlm.baseline import BaselineConfig
-from tarflowlm.checkpoint import read_run
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.checkpoint import read_run
+from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.metrics import METRICS
 from tarflowlm.training.run import SUMMARY
 

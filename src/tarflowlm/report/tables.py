@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from tarflowlm.config import to_dict
 from tarflowlm.evaluation.contributions import Contributions
 from tarflowlm.report.blocks import signed, terms
 from tarflowlm.report.codes import Codes
 from tarflowlm.report.page import Table
 from tarflowlm.report.records import RunRecord
+from tarflowlm.runs.strict_json import to_dict
 
 MISSING = "–"
 

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from tarflowlm.model import CouplingName, FlowConfig
-from tarflowlm.presets import preset
 from tarflowlm.reproduce.measures import dots, short, summaries
 from tarflowlm.reproduce.recipe import Recipe, Settings, Training, trainings
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.presets import preset
 
 BLOCKS = 6
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tarflowlm.model import FlowConfig
-from tarflowlm.presets import preset
 from tarflowlm.reproduce.measures import bits_by, short, summary_row
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.presets import preset
 
 COMPONENTS = (1, 2, 4, 8, 16, 27)
 

@@ -11,11 +11,11 @@ from tarflowlm.data import eval_windows
 from tarflowlm.generation import generate
 from tarflowlm.generation.generate import num_ticks
 from tarflowlm.model import FlowConfig
-from tarflowlm.presets import preset
 from tarflowlm.report.style import Figure
 from tarflowlm.reproduce.measures import judge_of, judge_training
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.presets import preset
 
 PREFIXES = (0, 16, 64, 128)
 PROMPTS = 32

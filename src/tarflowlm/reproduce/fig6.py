@@ -8,10 +8,10 @@ import torch
 from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.generate import num_ticks
 from tarflowlm.model import FlowConfig
-from tarflowlm.presets import preset, with_steps
 from tarflowlm.reproduce.fig5 import two_tokens
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.presets import preset, with_steps
 
 NUM, LENGTH = 8, 128
 DEEP_STEPS = 1000

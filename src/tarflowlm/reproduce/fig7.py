@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tarflowlm.checkpoint import read_run
 from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
 from tarflowlm.evaluation.latents import latent_report
 from tarflowlm.model import TarFlowLM
-from tarflowlm.presets import preset
 from tarflowlm.report.style import SMALL, Figure
 from tarflowlm.reproduce.fig6 import more_for_upper_blocks
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.reproduce.write import markdown_table
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.checkpoint import read_run
+from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.presets import preset
 
 WINDOWS = 256
 METRICS = ("norm", "cosine", "participation_ratio", "centroid_shift", "log_det", "kl", "kl_gain", "nelbo")

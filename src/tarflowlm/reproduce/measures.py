@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import torch
 
-from tarflowlm.checkpoint import Checkpoint
 from tarflowlm.data import TokenArray, eval_windows
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.evaluation.quality import Quality, SamplingConfig, measure_quality
-from tarflowlm.presets import mini_ar, with_steps
 from tarflowlm.report.style import COLOURS, SMALL, Axes, Figure
 from tarflowlm.reproduce.recipe import Finished, Row, Settings, Training
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.presets import mini_ar, with_steps
 
 SIGNS = {"exact": "="}
 JUDGE_STEPS = 1300

@@ -6,12 +6,12 @@ from functools import partial
 from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.latents import latent_report
 from tarflowlm.model import TarFlowLM
-from tarflowlm.presets import preset
 from tarflowlm.report.records import RunRecord, read_record
 from tarflowlm.report.style import Figure
 from tarflowlm.reproduce.fig2 import joint
 from tarflowlm.reproduce.measures import summary_row
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.runs.presets import preset
 
 WINDOWS = 256
 MINI_BOUND, PAPER_BOUND = 2.1, 1.4

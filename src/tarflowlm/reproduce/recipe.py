@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import torch
 
-from tarflowlm.checkpoint import Checkpoint, load_checkpoint
-from tarflowlm.console import StageProgress, no_progress, ticker
 from tarflowlm.data import TokenArray, cached_corpus, encode_text_source
 from tarflowlm.files import read_json
-from tarflowlm.presets import with_steps
 from tarflowlm.report.style import Figure
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.presets import with_steps
+from tarflowlm.terminal.console import StageProgress, no_progress, ticker
 from tarflowlm.training.run import SUMMARY
 
 Scale = Literal["mini", "paper"]

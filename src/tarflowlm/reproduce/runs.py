@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 
-from tarflowlm.checkpoint import CONFIG, read_run
 from tarflowlm.data import SOURCE_NAMES, TokenizerConfig, build_tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.reproduce.recipe import Finished, Settings, Training
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.checkpoint import CONFIG, read_run
+from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.progressive import resume, train
 from tarflowlm.training.run import SUMMARY

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from tarflowlm.evaluation.likelihood import Likelihood
-from tarflowlm.presets import preset
 from tarflowlm.reproduce.measures import dots, likelihood, summary_row
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.runs.presets import preset
 
 FAMILIES = {"AR": "ar", "affine": "affine", "Mix-1": "mix1", "Mix-d": "mixd"}
 PAPER = {

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from tarflowlm.evaluation.quality import PAPER_SAMPLES, TextStatistics
-from tarflowlm.presets import preset
 from tarflowlm.reproduce.measures import dots, judge_of, judge_training, quality
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.runs.presets import preset
 
 MINI_SAMPLES = 500
 PAPER: dict[str, dict[str, float]] = {

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from tarflowlm.checkpoint import CONFIG, WEIGHTS
 from tarflowlm.data import cached_corpus, load_tokenizer
 from tarflowlm.data.read import sha256_of
 from tarflowlm.files import replacing
 from tarflowlm.report.style import Figure, render
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings
+from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS
 
 
 def write_results(

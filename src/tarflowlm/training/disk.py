@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tarflowlm.checkpoint import CONFIG
 from tarflowlm.errors import UserError
+from tarflowlm.runs.checkpoint import CONFIG
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.checkpoint import Model
 from tarflowlm.objective import elbo
+from tarflowlm.runs.checkpoint import Model
 
 NAMED = 8
 """Parameters listed in a record; the rest are counted."""

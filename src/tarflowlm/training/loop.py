@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tarflowlm.data import WindowSampler
 from tarflowlm.evaluation.likelihood import Likelihood
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.guards import POLL, Guard, RunningLoss, broken_gradients, in_words, skipped_record
 from tarflowlm.training.metrics import MetricsLog
 from tarflowlm.training.optim import schedule, set_learning_rate

@@ -22,13 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.checkpoint import Model, build_model
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.model import FlowConfig, TarFlowLM, seeded
 from tarflowlm.objective import log_importance_weights, negative_bound, posterior_noise
-from tarflowlm.training.config import RunConfig, TrainConfig
+from tarflowlm.runs.checkpoint import Model, build_model
+from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.training.distributed import ALONE, Processes
 
 

@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 
-from tarflowlm.checkpoint import BEST, CONFIG, STATE, WEIGHTS, read_run, weights_problem, write_run
 from tarflowlm.data import SOURCE_NAMES, Corpus, cached_corpus
 from tarflowlm.errors import UserError
 from tarflowlm.files import remove_leftovers
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.checkpoint import BEST, CONFIG, STATE, WEIGHTS, read_run, weights_problem, write_run
+from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.disk import told_when_full
 from tarflowlm.training.distributed import ALONE, Processes
 from tarflowlm.training.lock import LOCK, locked
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.run import SUMMARY, Run
-from tarflowlm.training.signals import StopRequests, no_stop_requests
+from tarflowlm.training.run import SUMMARY, Run, StopRequests, no_stop_requests
 from tarflowlm.training.state import newest_state, read_counters, remove_partial
 from tarflowlm.training.tracking import check_installed
 

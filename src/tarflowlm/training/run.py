@@ -2,19 +2,20 @@
 
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tarflowlm.checkpoint import BEST, TOKENIZER, Model, build_model, save_weights, write_run
 from tarflowlm.data import Corpus, WindowSampler, eval_windows
 from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.files import write_json
 from tarflowlm.model import FlowConfig, TarFlowLM, seeded
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.checkpoint import BEST, TOKENIZER, Model, build_model, save_weights, write_run
+from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.distributed import Processes
 from tarflowlm.training.guards import NAMED, RunningLoss
 from tarflowlm.training.loop import Counters, StageContext, train_stage
@@ -22,9 +23,22 @@ from tarflowlm.training.metrics import MetricsLog, NoLog, Reporter
 from tarflowlm.training.optim import build_optimizers, with_precision
 from tarflowlm.training.pace import Clock, test_seconds
 from tarflowlm.training.parallel import Engine, whole_weights
-from tarflowlm.training.signals import Stopped
 from tarflowlm.training.state import load_state, read_counters, save_state
 from tarflowlm.training.tracking import Sinks
+
+StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
+"""A context in which a run can be asked to stop. It yields a function that names what asked, or returns None."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop and has saved itself; the message says how to continue."""
+
+
+@contextmanager
+def no_stop_requests() -> Iterator[Callable[[], str | None]]:
+    """Signals do what they did before."""
+    yield lambda: None
+
 
 SUMMARY = "summary.json"
 LEAST_TEST_WINDOWS = 32

@@ -18,10 +18,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from tarflowlm.checkpoint import COUNTERS, STATE
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json, sync_file, sync_folder, write_json
-from tarflowlm.manifest import is_whole, write_manifest
+from tarflowlm.runs.checkpoint import COUNTERS, STATE
+from tarflowlm.runs.manifest import is_whole, write_manifest
 from tarflowlm.training.distributed import ALONE, Processes
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tarflowlm.checkpoint import build_model
 from tarflowlm.model import seeded
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.checkpoint import build_model
+from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.distributed import ALONE, Processes
 from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.parallel import Engine

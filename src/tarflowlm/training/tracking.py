@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from tarflowlm.config import to_dict
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json, write_json
-from tarflowlm.training.config import RunConfig, TrackerName
+from tarflowlm.runs.config import RunConfig, TrackerName
+from tarflowlm.runs.strict_json import to_dict
 
 TENSORBOARD, WANDB = "tensorboard", "wandb.json"
 

@@ -15,10 +15,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tarflowlm.checkpoint import Model
 from tarflowlm.data import CorpusProgress, Tokenizer
 from tarflowlm.generation.generate import Generation, num_ticks
-from tarflowlm.progress import Bars, Clock, FittingProgress, PlainLines, is_live
+from tarflowlm.runs.checkpoint import Model
+from tarflowlm.terminal.progress import Bars, Clock, FittingProgress, PlainLines, is_live
 from tarflowlm.training.metrics import Reporter
 
 

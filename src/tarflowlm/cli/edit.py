@@ -10,16 +10,16 @@ import torch
 import tyro
 from rich.console import Console
 
-from tarflowlm.checkpoint import load_checkpoint
-from tarflowlm.console import print_edits, print_json, sampling_bar
 from tarflowlm.data import Tokenizer
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.editing import Edit, Encoded, encode, interpolate, renoise, substitute
 from tarflowlm.errors import UserError
 from tarflowlm.generation.inversion import Decoder
 from tarflowlm.model import TarFlowLM
-from tarflowlm.released import chosen
-from tarflowlm.training.config import checked_seed
+from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.runs.config import checked_seed
+from tarflowlm.runs.released import chosen
+from tarflowlm.terminal.console import print_edits, print_json, sampling_bar
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.checkpoint import Checkpoint, load_checkpoint
-from tarflowlm.console import bar, corpus_bar, print_json, print_notice, print_table, stages_bar
 from tarflowlm.data import (
     SOURCE_NAMES,
     TokenArray,
@@ -32,8 +30,10 @@ from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.evaluation.quality import Quality, SamplingConfig, TextStatistics, measure_quality
 from tarflowlm.generation.inversion import Decoder
 from tarflowlm.model import TarFlowLM
-from tarflowlm.released import chosen
-from tarflowlm.training.config import checked_seed
+from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.runs.config import checked_seed
+from tarflowlm.runs.released import chosen
+from tarflowlm.terminal.console import bar, corpus_bar, print_json, print_notice, print_table, stages_bar
 
 DEFAULT_JUDGE = "gpt2-large"
 

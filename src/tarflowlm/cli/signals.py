@@ -3,24 +3,10 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
-"""A context in which a run can be asked to stop; it yields what says by what it was asked to, None if by nothing."""
-
-
-class Stopped(Exception):
-    """A run was asked to stop and has saved itself; the message says how to go on."""
-
-
-@contextmanager
-def no_stop_requests() -> Iterator[Callable[[], str | None]]:
-    """Signals do what they did before."""
-    yield lambda: None
-
 
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], str | None]]:

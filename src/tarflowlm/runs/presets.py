@@ -9,7 +9,7 @@ from tarflowlm.data import TokenizerConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import CouplingName, FlowConfig
-from tarflowlm.training.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from tarflowlm.runs.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2)
 MINI_STEPS = 2600

@@ -10,7 +10,6 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from tarflowlm.console import ProgressReporter, print_json, print_notice, print_table, stages_bar
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.reproduce import (
@@ -29,6 +28,7 @@ from tarflowlm.reproduce import (
 from tarflowlm.reproduce.recipe import Recipe, Scale, Settings
 from tarflowlm.reproduce.runs import Planned, estimate, finish, state_of
 from tarflowlm.reproduce.write import write_results
+from tarflowlm.terminal.console import ProgressReporter, print_json, print_notice, print_table, stages_bar
 
 RECIPES: dict[str, Recipe] = {
     module.RECIPE.name: module.RECIPE

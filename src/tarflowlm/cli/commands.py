@@ -10,8 +10,19 @@ import torch
 import tyro
 from rich.console import Console
 
-from tarflowlm.checkpoint import export, load_checkpoint, read_run, seal
-from tarflowlm.console import (
+from tarflowlm.cli.quickstart import QuickstartArgs, run_quickstart
+from tarflowlm.data import TokenizerConfig, prepare_corpus
+from tarflowlm.device import DeviceName, pick_device, threads_for
+from tarflowlm.errors import UserError
+from tarflowlm.generation import generate
+from tarflowlm.generation.inversion import Decoder
+from tarflowlm.generation.template import encode_template
+from tarflowlm.report import write_report
+from tarflowlm.runs.checkpoint import export, load_checkpoint, read_run, seal
+from tarflowlm.runs.config import RunConfig, checked_seed
+from tarflowlm.runs.presets import with_steps
+from tarflowlm.runs.released import chosen
+from tarflowlm.terminal.console import (
     corpus_bar,
     print_json,
     print_notice,
@@ -21,17 +32,6 @@ from tarflowlm.console import (
     sampling_bar,
     stages_bar,
 )
-from tarflowlm.data import TokenizerConfig, prepare_corpus
-from tarflowlm.device import DeviceName, pick_device, threads_for
-from tarflowlm.errors import UserError
-from tarflowlm.generation import generate
-from tarflowlm.generation.inversion import Decoder
-from tarflowlm.generation.template import encode_template
-from tarflowlm.presets import with_steps
-from tarflowlm.quickstart import QuickstartArgs, run_quickstart
-from tarflowlm.released import chosen
-from tarflowlm.report import write_report
-from tarflowlm.training.config import RunConfig, checked_seed
 from tarflowlm.training.lock import locked
 
 

@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tarflowlm.baseline import BaselineConfig, TokenLM
-from tarflowlm.config import from_dict, to_dict
+from tarflowlm.runs.strict_json import from_dict, to_dict
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
-from tarflowlm.manifest import MANIFEST, is_whole, problem_of, replacing_listed, write_manifest
+from tarflowlm.runs.manifest import MANIFEST, is_whole, problem_of, replacing_listed, write_manifest
 from tarflowlm.model import FlowConfig, TarFlowLM, seeded
-from tarflowlm.released import locate, released
-from tarflowlm.training.config import RunConfig
+from tarflowlm.runs.released import locate, released
+from tarflowlm.runs.config import RunConfig
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 BEST = "best"

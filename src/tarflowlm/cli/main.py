@@ -11,8 +11,8 @@ import re
 import sys
 from typing import Any, NoReturn
 
-from tarflowlm.interrupts import INTERRUPTED, one_line_on_interrupt
-from tarflowlm.threads import yielding_threads
+from tarflowlm.cli.interrupts import INTERRUPTED, one_line_on_interrupt
+from tarflowlm.cli.threads import yielding_threads
 
 # before torch is imported: it takes seconds, and reads the environment once
 yielding_threads()
@@ -28,7 +28,7 @@ from tarflowlm.bench import infilling as bench_infilling
 from tarflowlm.bench import numerics as bench_numerics
 from tarflowlm.bench import sizes as bench_sizes
 from tarflowlm.bench import train as bench_train
-from tarflowlm.commands import (
+from tarflowlm.cli.commands import (
     DataArgs,
     ExportArgs,
     ReportArgs,
@@ -45,18 +45,19 @@ from tarflowlm.commands import (
     run_sample,
     run_seal,
 )
-from tarflowlm.console import ProgressReporter, print_json, print_table, stages_bar
+from tarflowlm.cli.edit import EditArgs, run_edit
+from tarflowlm.cli.evaluate import EvalArgs, run_eval
+from tarflowlm.cli.quickstart import QuickstartArgs
+from tarflowlm.cli.reproduce import ReproduceArgs, run_reproduce
+from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.device import pick_device
-from tarflowlm.edit_command import EditArgs, run_edit
 from tarflowlm.errors import UserError
-from tarflowlm.eval_command import EvalArgs, run_eval
-from tarflowlm.presets import PRESETS, preset
-from tarflowlm.quickstart import QuickstartArgs
-from tarflowlm.reproduce.command import ReproduceArgs, run_reproduce
+from tarflowlm.runs.presets import PRESETS, preset
+from tarflowlm.terminal.console import ProgressReporter, print_json, print_table, stages_bar
 from tarflowlm.training.distributed import Processes, launched
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.progressive import resume, train
-from tarflowlm.training.signals import Stopped, stop_on_signals
+from tarflowlm.training.run import Stopped
 
 _imported()
 

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from tarflowlm.checkpoint import load_checkpoint
-from tarflowlm.console import ProgressReporter, print_samples, print_table, samples_to_json, sampling_bar
+from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.data import cached_corpus
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.ngram import ngram_entropy
 from tarflowlm.generation import generate
-from tarflowlm.presets import preset
+from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.runs.presets import preset
+from tarflowlm.terminal.console import ProgressReporter, print_samples, print_table, samples_to_json, sampling_bar
 from tarflowlm.training.progressive import check_new, train
-from tarflowlm.training.signals import stop_on_signals
 
 SAMPLING_SHARE = 0.06
 """Of the minutes asked for; the run has the rest, with its validation and test."""
