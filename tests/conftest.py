@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tarflowlm.baseline import BaselineConfig, TokenLM
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig, TarFlowLM, seeded
+from tarflowlm.language_model import seeded
+from tarflowlm.model import FlowConfig, TarFlowLM, stack
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -71,16 +72,16 @@ def tiny_flow(randomise, tiny_trunk) -> Callable[..., TarFlowLM]:
     """
 
     def build(*, log_std: float = -0.5, seed: int = 0, scale: float = 0.3, **fields: Any) -> TarFlowLM:
-        couplings = fields.get("couplings", ("mixd", "mix1"))
-        components = {"token-affine": 1, "affine": 1, "mix1": 3, "mixd": 4}
+        couplings = fields.pop("couplings", ("mixd", "mix1"))
+        usual = {"token-affine": 1, "affine": 1, "mix1": 3, "mixd": 4}
+        components = tuple(0 if (i, c) == (0, "mixd") else usual[c] for i, c in enumerate(couplings))
+        layers = fields.pop("layers", (1,) * len(couplings))
         defaults = {
             "vocab_size": 5,
             "context": 8,
             "latent_dim": 2,
             "trunk": tiny_trunk,
-            "couplings": couplings,
-            "layers": (1,) * len(couplings),
-            "components": tuple(0 if (i, c) == (0, "mixd") else components[c] for i, c in enumerate(couplings)),
+            "blocks": stack(couplings, layers, fields.pop("components", components)),
             "head_hidden": 4,
         }
         with seeded(seed):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tarflowlm.baseline import BaselineConfig, TokenLM
 from tarflowlm.errors import UserError
-from tarflowlm.model import seeded
+from tarflowlm.language_model import seeded
 
 FORMS = {
     "P1": {"patch": 1},

@@ -14,17 +14,19 @@ from tarflowlm.baseline import BaselineConfig
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig, TarFlowLM
-from tarflowlm.runs.checkpoint import build_model, load_checkpoint, save_weights, write_run
+from tarflowlm.model import FlowConfig, TarFlowLM, stack
+from tarflowlm.runs.checkpoint import load_checkpoint, save_weights, write_run
 from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.runs.manifest import write_manifest
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
-FLOW = FlowConfig(context=8, latent_dim=2, trunk=TRUNK, layers=(1, 1, 1), head_hidden=4)
+FLOW = FlowConfig(
+    context=8, latent_dim=2, trunk=TRUNK, blocks=stack(("mixd", "mix1", "mix1"), (1, 1, 1), (0, 2, 2)), head_hidden=4
+)
 CONFIGS = {
     "flow": FLOW,
     "flow-patch": replace(FLOW, patch=2, in_patch="independent", channel_mix=False),
-    "own-components": replace(FLOW, couplings=("affine", "mixd", "mix1"), components=(1, 4, 3)),
+    "own-components": replace(FLOW, blocks=stack(("affine", "mixd", "mix1"), (1, 1, 1), (1, 4, 3))),
     "ar": BaselineConfig(context=8, trunk=TRUNK, layers=1),
     "ar-patch": BaselineConfig(context=8, patch=2, in_patch="autoregressive", trunk=TRUNK, layers=1),
 }
@@ -37,14 +39,13 @@ def write_checkpoint(out: Path, config: FlowConfig | BaselineConfig, blocks: int
     run = RunConfig(name="tiny", model=config, train=TrainConfig(stage_steps=(3,), mode="joint"))
     tokenizer = CharTokenizer(" abcdefghijklmnopqrstuvwxyz")
     full = replace(config, vocab_size=tokenizer.vocab_size)
-    model = build_model(full if blocks is None or not isinstance(full, FlowConfig) else full.first_blocks(blocks))
+    model = (full if blocks is None else full.first_blocks(blocks)).build()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     out.mkdir(exist_ok=True)
     write_run(out, run, tokenizer)
-    num_blocks = model.num_blocks if isinstance(model, TarFlowLM) else 0
-    save_weights(out, model.state_dict(), INFO | {"blocks": str(num_blocks)})
+    save_weights(out, model.state_dict(), INFO | {"blocks": str(model.num_blocks)})
     return model
 
 
@@ -104,7 +105,7 @@ def test_the_tied_codebook_is_stored_once_and_stays_tied(directory):
 def test_the_files_are_readable_and_nothing_else_is_needed(directory):
     assert {path.name for path in directory.iterdir()} == FILES | {"manifest.json"}
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    assert config["model"]["couplings"] == ["mixd", "mix1", "mix1"]
+    assert [block["coupling"] for block in config["model"]["blocks"]] == ["mixd", "mix1", "mix1"]
 
 
 class Exploit:
@@ -189,7 +190,7 @@ BROKEN_CONFIGS = {
     "wrong-type": (lambda c: c["model"].update(context="long"), r"model\.context: expected int"),
     "bool-for-int": (lambda c: c["model"].update(context=True), r"model\.context: expected int"),
     "null": (lambda c: c.update(seed=None), r"seed: expected int"),
-    "unknown-coupling": (lambda c: c["model"].update(couplings=["mixq"]), r"'mixq' is not one of"),
+    "unknown-coupling": (lambda c: c["model"]["blocks"][0].update(coupling="mixq"), r"'mixq' is not one of"),
     "unknown-family": (lambda c: c["model"].update(family="gan"), r"family: 'gan'"),
     "family-no-string": (lambda c: c["model"].update(family=[]), r"family: \[\]"),
     "contradiction": (lambda c: c["model"].update(patch=3), "patch 3 does not divide context 8"),
@@ -243,8 +244,23 @@ def test_a_failed_save_keeps_the_old_weights(directory, monkeypatch):
 
     monkeypatch.setattr("tarflowlm.runs.checkpoint.save_file", fails)
     with pytest.raises(OSError, match="no space"):
-        save_weights(directory, build_model(replace(FLOW, vocab_size=3)).state_dict(), INFO)
+        save_weights(directory, replace(FLOW, vocab_size=3).build().state_dict(), INFO)
     after = load_file(directory / "model.safetensors")
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert {path.name for path in directory.iterdir()} == FILES | {"manifest.json"}
     load_checkpoint(directory)
+
+
+def test_a_run_of_an_earlier_version_still_loads(tmp_path):
+    """There, couplings, layers and components were three parallel lists."""
+    directory = tmp_path / "run"
+    model = write_checkpoint(directory, CONFIGS["own-components"])
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    blocks = config["model"].pop("blocks")
+    names = {"couplings": "coupling", "layers": "layers", "components": "components"}
+    config["model"] |= {old: [block[new] for block in blocks] for old, new in names.items()}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_manifest(directory, FILES)
+    again = load_checkpoint(directory).model
+    assert again.config == replace(model.config, vocab_size=again.config.vocab_size)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))

@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Independent, Normal
 
 from tarflowlm.flow.codebook import Codebook, spread_means, typical_neighbour_distance
-from tarflowlm.model import seeded
+from tarflowlm.language_model import seeded
 
 V, d = 7, 3
 

@@ -8,7 +8,7 @@ import pytest
 
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.errors import UserError
-from tarflowlm.model import FlowConfig
+from tarflowlm.model import FlowConfig, stack
 from tarflowlm.runs.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from tarflowlm.runs.presets import PRESETS, preset, with_steps
 from tarflowlm.runs.strict_json import from_dict, to_dict
@@ -53,9 +53,10 @@ def changed(path: str, value: object) -> dict:
         ("model.latent_dim", "5", "config.model.latent_dim: expected int, found '5'"),
         ("model.latent_dim", None, "config.model.latent_dim: expected int, found None"),
         ("model.channel_mix", 1, "config.model.channel_mix: expected bool, found 1"),
-        ("model.couplings", "mixd", "config.model.couplings: expected a list"),
-        ("model.couplings", ["mixd", "mixx", "mix1"], r"config.model.couplings\[1\]: 'mixx' is not one of 'affine'"),
-        ("model.layers", [1, 2.0, 1], r"config.model.layers\[1\]: expected int, found 2.0"),
+        ("model.blocks", "mixd", "config.model.blocks: expected a list"),
+        ("model.blocks", [{"coupling": "mixx"}], r"config.model.blocks\[0\].coupling: 'mixx' is not one of 'affine'"),
+        ("model.blocks", [{}, {"layers": 2.0}], r"config.model.blocks\[1\].layers: expected int, found 2.0"),
+        ("model.blocks", [{"layer": 2}], r"config.model.blocks\[0\].layer: unknown key"),
         ("train.batch_size", 1.5, "config.train.batch_size: expected int, found 1.5"),
         ("train.batch_size", True, "config.train.batch_size: expected int, found True"),
         ("optim.lr", "fast", "config.optim.lr: expected float, found 'fast'"),
@@ -65,7 +66,7 @@ def changed(path: str, value: object) -> dict:
         # contradictions, by the configurations themselves
         ("model.patch", 3, "patch 3 does not divide context 128"),
         ("train.stage_steps", [10], r"train.stage_steps \(10,\): 1 entries for 3 stages"),
-        ("model.layers", [1], r"couplings .* layers \(1,\) .* need one entry"),
+        ("model.blocks", [], "model.blocks .*: needs at least one block"),
     ],
 )
 def test_what_is_wrong_is_named(path, value, message):
@@ -115,7 +116,11 @@ def test_the_input_is_left_alone():
     assert data == before
 
 
-FLOW = {"couplings": ("mixd", "mix1"), "layers": (1, 1), "components": (0, 2)}
+FLOW = {"blocks": stack(("mixd", "mix1"), (1, 1), (0, 2))}
+
+
+def blocks(couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)):
+    return {"blocks": stack(couplings, layers, components)}
 
 
 @pytest.mark.parametrize(
@@ -127,13 +132,12 @@ FLOW = {"couplings": ("mixd", "mix1"), "layers": (1, 1), "components": (0, 2)}
         (FlowConfig, FLOW | {"patch": 0}, "model.patch 0"),
         (FlowConfig, FLOW | {"head_hidden": 0}, "model.head_hidden 0"),
         (FlowConfig, FLOW | {"vocab_size": -1}, "model.vocab_size -1"),
-        (FlowConfig, FLOW | {"layers": (1, 0)}, "model.layers 0"),
-        (FlowConfig, FLOW | {"layers": (1,)}, "one entry per block"),
-        (FlowConfig, {"couplings": (), "layers": (), "components": ()}, "at least one block"),
-        (FlowConfig, FLOW | {"components": (0, 0)}, r"components of block 2 \(mix1\): 0 must be at least 1"),
-        (FlowConfig, FLOW | {"components": (-1, 2)}, r"components of block 1 \(mixd\): -1"),
-        (FlowConfig, FLOW | {"couplings": ("mix1", "mixd"), "components": (2, 0)}, r"block 2 \(mixd\): 0; 0 \(tied"),
-        (FlowConfig, FLOW | {"couplings": ("mixd", "affine")}, r"block 2 \(affine\): 2 has no effect"),
+        (FlowConfig, blocks(layers=(1, 0)), "model.blocks.1.layers 0"),
+        (FlowConfig, {"blocks": ()}, "at least one block"),
+        (FlowConfig, blocks(components=(0, 0)), r"blocks.1.components \(mix1\): 0 must be at least 1"),
+        (FlowConfig, blocks(components=(-1, 2)), r"blocks.0.components \(mixd\): -1"),
+        (FlowConfig, blocks(("mix1", "mixd"), components=(2, 0)), r"blocks.1.components \(mixd\): 0; 0 \(tied"),
+        (FlowConfig, blocks(("mixd", "affine")), r"blocks.1.components \(affine\): 2 has no effect"),
         (BaselineConfig, {"context": 10, "patch": 4}, "patch 4 does not divide context 10: choose"),
         (BaselineConfig, {"layers": 0}, "model.layers 0"),
         (BaselineConfig, {"context": 0}, "model.context 0"),

@@ -11,8 +11,9 @@ from tarflowlm.baseline import BaselineConfig, TokenLM
 from tarflowlm.evaluation.latents import latent_report
 from tarflowlm.flow.numerics import layout
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig, TarFlowLM, seeded
-from tarflowlm.objective import elbo, negative_bound, posterior_noise
+from tarflowlm.language_model import seeded
+from tarflowlm.model import FlowConfig, TarFlowLM, stack
+from tarflowlm.objective import elbo, negative_bound
 
 VOCABULARY, BATCH, LENGTH, DIM = 50_257, 4, 64, 4
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
@@ -43,8 +44,8 @@ def largest(run: Callable[[], object]) -> int:
 def model() -> TarFlowLM:
     """One tied Mix-d block under one of Mix-1, as in the OpenWebText presets, with a trunk of almost nothing."""
     config = FlowConfig(
-        vocab_size=VOCABULARY, context=LENGTH, latent_dim=DIM, trunk=TRUNK, couplings=("mixd", "mix1"),
-        layers=(1, 1), components=(0, 2), head_hidden=4,
+        vocab_size=VOCABULARY, context=LENGTH, latent_dim=DIM, trunk=TRUNK, head_hidden=4,
+        blocks=stack(("mixd", "mix1"), (1, 1), (0, 2)),
     )  # fmt: skip
     with seeded(0):
         return TarFlowLM(config)
@@ -66,7 +67,7 @@ def tokens():
 
 @pytest.fixture
 def noise(model, tokens):
-    return posterior_noise(model, tokens, torch.Generator().manual_seed(1))
+    return model.draw_noise(tokens, torch.Generator().manual_seed(1))
 
 
 def test_the_watch_sees_what_it_should(model, tokens):

@@ -10,7 +10,8 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics
 from tarflowlm.flow.couplings import AffineCoupling, Mix1Coupling
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.model import FlowConfig, TarFlowLM, seeded
+from tarflowlm.language_model import seeded
+from tarflowlm.model import FlowConfig, TarFlowLM, stack
 from tarflowlm.objective import elbo, negative_bound
 
 
@@ -164,4 +165,4 @@ def test_bfloat16_products_leave_densities_in_float32(name, model, tokens, norma
 
 def test_first_blocks_cut_every_tuple():
     config = FlowConfig(vocab_size=3)
-    assert config.first_blocks(2) == replace(config, couplings=("mixd", "mix1"), layers=(6, 1), components=(0, 2))
+    assert config.first_blocks(2) == replace(config, blocks=stack(("mixd", "mix1"), (6, 1), (0, 2)))

@@ -11,14 +11,14 @@ from torch import Tensor
 from tarflowlm.baseline import IN_PATCH_CHANNELS, BaselineConfig, TokenLM
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig, TarFlowLM, seeded
+from tarflowlm.language_model import seeded
+from tarflowlm.model import FlowConfig, TarFlowLM, stack
 from tarflowlm.objective import (
     conditional_bound,
     elbo,
     importance_weighted_bound,
     log_importance_weights,
     negative_bound,
-    posterior_noise,
 )
 
 MODELS = {
@@ -89,7 +89,7 @@ def test_noise_comes_from_the_generator(model, tokens):
 
     assert torch.equal(bound(1), bound(1))
     assert not torch.equal(bound(1), bound(2))
-    noise = posterior_noise(model, tokens, torch.Generator().manual_seed(1))
+    noise = model.draw_noise(tokens, torch.Generator().manual_seed(1))
     assert noise.shape == (3, 8, 2)
     assert torch.equal(elbo(model, tokens, noise=noise).nelbo, bound(1))
 
@@ -168,7 +168,7 @@ def token_lm_of(model: TarFlowLM) -> TokenLM:
     lm = TokenLM(
         BaselineConfig(
             vocab_size=config.vocab_size, context=config.context, patch=P, in_patch=config.in_patch,
-            trunk=config.trunk, layers=config.layers[0],
+            trunk=config.trunk, layers=config.blocks[0].layers,
         )
     ).double()  # fmt: skip
     with torch.no_grad():
@@ -382,11 +382,11 @@ TRUNK = TransformerConfig(width=32, num_heads=2, mlp_ratio=2)
 SMALL_FLOW = {"vocab_size": 4, "context": 16, "latent_dim": 4, "trunk": TRUNK, "head_hidden": 16}
 FITS = {
     "ar": (BaselineConfig(vocab_size=4, context=16, trunk=TRUNK, layers=2), 0.05),
-    "mixd": (FlowConfig(couplings=("mixd",), layers=(2,), components=(0,), **SMALL_FLOW), 0.05),
-    "mixd-mix1": (FlowConfig(couplings=("mixd", "mix1"), layers=(2, 1), components=(0, 2), **SMALL_FLOW), 0.05),
-    "mixd-P2": (FlowConfig(couplings=("mixd",), layers=(2,), components=(0,), patch=2, **SMALL_FLOW), 0.05),
-    "mix1": (FlowConfig(couplings=("mix1", "mix1"), layers=(2, 1), components=(4, 2), **SMALL_FLOW), 0.4),
-    "affine": (FlowConfig(couplings=("affine", "affine"), layers=(1, 1), components=(1, 1), **SMALL_FLOW), 0.9),
+    "mixd": (FlowConfig(blocks=stack(("mixd",), (2,), (0,)), **SMALL_FLOW), 0.05),
+    "mixd-mix1": (FlowConfig(blocks=stack(("mixd", "mix1"), (2, 1), (0, 2)), **SMALL_FLOW), 0.05),
+    "mixd-P2": (FlowConfig(blocks=stack(("mixd",), (2,), (0,)), patch=2, **SMALL_FLOW), 0.05),
+    "mix1": (FlowConfig(blocks=stack(("mix1", "mix1"), (2, 1), (4, 2)), **SMALL_FLOW), 0.4),
+    "affine": (FlowConfig(blocks=stack(("affine", "affine"), (1, 1), (1, 1)), **SMALL_FLOW), 0.9),
 }
 """Configuration, and how near the entropy the bound must come, in nats per token."""
 

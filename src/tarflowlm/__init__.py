@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tarflowlm.model import FlowConfig, TarFlowLM
     from tarflowlm.objective import elbo, importance_weighted_bound
     from tarflowlm.runs.checkpoint import load
-    from tarflowlm.training.progressive import resume, train
+    from tarflowlm.training.lifecycle import resume, train
 
 __all__ = [
     "BaselineConfig",
@@ -40,8 +40,8 @@ _HOMES = {
     "generate": "generation",
     "importance_weighted_bound": "objective",
     "load": "runs.checkpoint",
-    "resume": "training.progressive",
-    "train": "training.progressive",
+    "resume": "training.lifecycle",
+    "train": "training.lifecycle",
 }
 """Module of every public name. They are imported when asked for: PyTorch reads some environment variables as it is
 imported, and the command line sets them first."""

@@ -1,4 +1,4 @@
-"""The discrete autoregressive language model on the very same Transformer: the yardstick of everything."""
+"""The discrete autoregressive language model on the same Transformer: what every result is compared with."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from tarflowlm.errors import UserError
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.precision import widen
-from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig
+from tarflowlm.flow.transformer import KVCache, Transformer
+from tarflowlm.language_model import LanguageModel, LanguageModelConfig
 
 IN_PATCH_CHANNELS = 32
 LARGEST_LOGITS = 2**27
@@ -20,40 +21,29 @@ LARGEST_LOGITS = 2**27
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaselineConfig:
+class BaselineConfig(LanguageModelConfig):
     """Shape of the discrete baseline."""
 
-    family: Literal["ar"] = "ar"
-    """Kind of model; do not change it."""
-    vocab_size: int = 0
-    """Token types V; 0 takes it from the tokenizer."""
-    context: int = 256
-    """Tokens per sequence, in training and at most in generation."""
-    patch: int = 1
-    """Tokens P predicted at once; P divides the context."""
+    family: Literal["ar"] = field(default="ar", init=False)
+    """Kind of model, in config.json."""
     in_patch: Literal["autoregressive", "independent"] = "independent"
     """Inside a patch: every token by a head of its own (the paper's foil), or token j given tokens < j."""
-    trunk: TransformerConfig = field(default_factory=TransformerConfig)
-    """The Transformer."""
     layers: int = 6
     """Transformer layers."""
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("context", self.context, 2), ("patch", self.patch, 1), ("layers", self.layers, 1),
-            ("vocab_size", self.vocab_size, 0),
-        ):  # fmt: skip
-            if value < least:
-                raise UserError(f"model.{name} {value}: must be at least {least}")
-        if self.context % self.patch:
-            raise UserError(
-                f"patch {self.patch} does not divide context {self.context}: choose a patch that does, "
-                f"or a context that is a multiple of {self.patch}"
-            )
+        super().__post_init__()
+        self.check_at_least("layers", self.layers, 1)
+
+    def build(self) -> "TokenLM":
+        return TokenLM(self)
 
 
-class TokenLM(nn.Module):
+class TokenLM(LanguageModel):
     """p(x) = prod_t p(x_t | x_<t), P tokens at a time; a learned start vector comes first."""
+
+    is_exact = True
+    config: BaselineConfig
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__()
@@ -123,12 +113,44 @@ class TokenLM(nn.Module):
     def _nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(widen(self.head(inputs)), targets, reduction="none")
 
+    def draw_noise(
+        self, tokens: Int[Tensor, "B T"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "B T d"]:
+        """Nothing is drawn: d = 0."""
+        return torch.empty(*tokens.shape, 0, device=tokens.device)
+
+    def negative_bound(
+        self,
+        tokens: Int[Tensor, "B T"],
+        noise: Float[Tensor, "B T d"],
+        *,
+        frozen: int = 0,
+        equal_cotangents: bool = False,
+    ) -> Float[Tensor, " B"]:
+        return -self.log_prob(tokens)
+
+    def conditional_bound(
+        self, tokens: Int[Tensor, "B T"], given: int, noise: Float[Tensor, "B T d"]
+    ) -> Float[Tensor, " B"]:
+        return -self.token_log_prob(tokens)[:, given:].sum(-1)
+
+    def terms(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> dict[str, Tensor]:
+        return {"log_prob": self.log_prob(tokens)}
+
+    def token_vectors(self) -> tuple[Float[Tensor, "V m"], Float[Tensor, " V"] | None]:
+        return self.embedding.weight, None
+
+    def heads(self) -> list[nn.Module]:
+        return [self.head]
+
+    def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
+        return self.transformer.allocate_cache(batch, num_positions, self.start)
+
     def states(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B n D"]:
         """Features after the start and after every position, the last of the whole text: n = T / P + 1."""
         start = self.start.expand(tokens.shape[0], 1, -1)
         return self.transformer(torch.cat((start, self._positions(tokens)), dim=1))
 
-    def features_at(self, cache: KVCache, previous: Int[Tensor, "B P"] | None, batch: int) -> Float[Tensor, "B D"]:
-        """Features of the next position, given the tokens of the one before it (None at the start)."""
+    def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
         x = self.start.expand(batch, -1) if previous is None else self._positions(previous)[:, 0]
         return self.transformer(x[:, None], cache)[:, 0]

@@ -12,14 +12,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tarflowlm.errors import UserError
-from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.generation import generate
-from tarflowlm.generation.inversion import invert_block
-from tarflowlm.generation.passage import LatentPassage, Tick
-from tarflowlm.generation.stack import Decoders, per_block
+from tarflowlm.generation.inversion import Decoders, Tick, invert_block, per_block
+from tarflowlm.generation.passage import LatentPassage
+from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
 from tarflowlm.objective import negative_bound
-from tarflowlm.runs.checkpoint import Model
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,7 @@ def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: torch.Genera
         ).tokens.cpu()
     book = model.codebook
     tokens = tokens.to(book.mean.device)
-    noise = torch.randn(*tokens.shape, model.config.latent_dim, generator=generator, device=generator.device)
-    z = book.encode(tokens, noise.to(book.mean))
+    z = book.encode(tokens, model.draw_noise(tokens, generator))
     z = torch.where((book.decode(z) == tokens)[..., None], z, book.mean[tokens])
     return Encoded(tokens, length, tuple(model.prior.states(z)[0]))
 
@@ -171,7 +168,7 @@ def substitute(
         passage.step()
         if tick is not None:
             tick()
-    z = model.prior.patch.inverse(passage.z)
+    z = model.prior.patch.inverse(passage.values)
     tokens = torch.where(wanted >= 0, wanted, model.codebook.decode(z).cpu()).to(z.device)
     return _edit(model, text, tokens, tuple(model.prior.states(z)[0][::-1]), generator)
 
@@ -190,16 +187,16 @@ def _descend(
     if not torch.isfinite(state).all():
         raise UserError("the state is not finite: lower the strength, or use another checkpoint")
     prior, chosen = model.prior, per_block(decoder, model.num_blocks)
-    h, states = prior.patch(state)[0], [state]
-    for index in reversed(range(level)):
-        block = prior.blocks[index]
-        assert isinstance(block, FlowBlock)
+
+    def invert(index: int, u: Tensor) -> Tensor:
+        block = prior.block(index)
         above, below = (prior.patch(text.states[i])[0] for i in (index + 1, index))
         # in the block's order; both directions come out with the axis of positions second
-        same = (block.order(h)[0] == block.order(above)[0]).all(2).all(0)
+        same = (block.order(u)[0] == block.order(above)[0]).all(2).all(0)
         settled = int(same.long().cumprod(0).sum())
-        h = invert_block(block, h, decoder=chosen[-1 - index], settled=below, num_settled=settled, tick=tick).h
-        states.append(prior.patch.inverse(h))
+        return invert_block(block, u, decoder=chosen[-1 - index], settled=below, num_settled=settled, tick=tick).h
+
+    states = prior.descend(state, invert, top=level)
     return _edit(model, before or text, model.codebook.decode(states[-1]), tuple(states), generator)
 
 
@@ -223,12 +220,11 @@ def _edit(
 
 @torch.no_grad()
 def bound(
-    model: Model, tokens: Int[Tensor, "B T"], generator: torch.Generator, *, samples: int = 8
+    model: LanguageModel, tokens: Int[Tensor, "B T"], generator: torch.Generator, *, samples: int = 8
 ) -> Float[Tensor, " B"]:
     """The negative ELBO of texts, a mean over posterior samples; exact for the baseline: [B], nats."""
-    if not isinstance(model, TarFlowLM):
-        return negative_bound(model, tokens)
-    return torch.stack([negative_bound(model, tokens, generator=generator) for _ in range(samples)]).mean(0)
+    draws = 1 if model.is_exact else samples
+    return torch.stack([negative_bound(model, tokens, generator=generator) for _ in range(draws)]).mean(0)
 
 
 def _checked_level(model: TarFlowLM, level: int) -> int:

@@ -1,49 +1,70 @@
-"""TarFlowLM: a Gaussian codebook and a prior of stacked autoregressive flows."""
+"""TarFlowLM: a Gaussian codebook and a prior of stacked autoregressive flows, trained by the ELBO."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow.codebook import Codebook
-from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling
+from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling, standard_normal_log_prob
 from tarflowlm.flow.mixd import MixDCoupling
+from tarflowlm.flow.precision import full_precision
 from tarflowlm.flow.stack import FlowBlock, Prior
-from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.flow.transformer import KVCache
+from tarflowlm.language_model import LanguageModel, LanguageModelConfig
 
 CouplingName = Literal["affine", "token-affine", "mix1", "mixd"]
 """affine and token-affine: one Gaussian, channel after channel or for all channels of a token at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowConfig:
-    """Shape of a TarFlowLM. The three tuples have one entry per block, block 1 (next to the tokens) first."""
+class BlockConfig:
+    """One block of the stack."""
 
-    family: Literal["flow"] = "flow"
-    """Kind of model; do not change it."""
-    vocab_size: int = 0
-    """Token types V; 0 takes it from the tokenizer."""
-    context: int = 256
-    """Tokens per sequence, in training and at most in generation."""
+    coupling: CouplingName = "mix1"
+    """The map of a position, given its past."""
+    layers: int = 1
+    """Transformer layers."""
+    components: int = 2
+    """Mixture components K; 0 ties those of a mixd block 1 to the encoder's codebook; 1 for affine couplings."""
+
+
+def stack(
+    couplings: Sequence[CouplingName], layers: Sequence[int], components: Sequence[int]
+) -> tuple[BlockConfig, ...]:
+    """Blocks from their couplings, layers and components, block 1 first; UserError for unequal lengths."""
+    if not len(couplings) == len(layers) == len(components):
+        raise UserError(
+            f"couplings {tuple(couplings)}, layers {tuple(layers)} and components {tuple(components)} need one entry "
+            f"per block each"
+        )
+    return tuple(
+        BlockConfig(coupling=name, layers=depth, components=count)
+        for name, depth, count in zip(couplings, layers, components, strict=True)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig(LanguageModelConfig):
+    """Shape of a TarFlowLM."""
+
+    family: Literal["flow"] = field(default="flow", init=False)
+    """Kind of model, in config.json."""
     latent_dim: int = 8
     """Latent channels d per token."""
     separation: float = 12.0
     """Typical distance of neighbouring codes over sigma at the start of training."""
-    patch: int = 1
-    """Tokens P per position; P divides the context."""
-    trunk: TransformerConfig = field(default_factory=TransformerConfig)
-    """The Transformer that all blocks share in shape, not in weights."""
-    couplings: tuple[CouplingName, ...] = ("mixd", "mix1", "mix1")
-    """Coupling of each block."""
-    layers: tuple[int, ...] = (6, 1, 1)
-    """Transformer layers of each block."""
-    components: tuple[int, ...] = (0, 2, 2)
-    """Mixture components K of each block; 0 in a mixd block ties them to the encoder's codebook."""
+    blocks: tuple[BlockConfig, ...] = (
+        BlockConfig(coupling="mixd", layers=6, components=0),
+        BlockConfig(),
+        BlockConfig(),
+    )
+    """Blocks of the stack, block 1 (next to the tokens) first."""
     head_hidden: int = 64
     """Hidden units per channel of the masked autoregressive head (D_m / 2 in the paper)."""
     channel_mix: bool = True
@@ -52,35 +73,34 @@ class FlowConfig:
     """Mixture weights inside a patch of a mixd block: token j sees the latents of tokens < j, or none."""
 
     def __post_init__(self) -> None:
-        if not len(self.couplings) == len(self.layers) == len(self.components) >= 1:
-            raise UserError(
-                f"couplings {self.couplings}, layers {self.layers} and components {self.components} need one entry "
-                f"per block each, and at least one block"
-            )
-        for name, value, least in (
-            ("context", self.context, 2), ("latent_dim", self.latent_dim, 1), ("patch", self.patch, 1),
-            ("head_hidden", self.head_hidden, 1), ("layers", min(self.layers), 1), ("vocab_size", self.vocab_size, 0),
-        ):  # fmt: skip
-            if value < least:
-                raise UserError(f"model.{name} {value}: must be at least {least}")
+        super().__post_init__()
+        self.check_at_least("latent_dim", self.latent_dim, 1)
+        self.check_at_least("head_hidden", self.head_hidden, 1)
         if not 0 < self.separation < math.inf:
             raise UserError(f"model.separation {self.separation}: must be above 0 and finite")
-        if self.context % self.patch:
-            raise UserError(
-                f"patch {self.patch} does not divide context {self.context}: choose a patch that does, "
-                f"or a context that is a multiple of {self.patch}"
-            )
-        for index, (coupling, components) in enumerate(zip(self.couplings, self.components, strict=True)):
-            self._check_components(index, coupling, components)
+        if not self.blocks:
+            raise UserError("model.blocks (): needs at least one block")
+        for index, block in enumerate(self.blocks):
+            self.check_at_least(f"blocks.{index}.layers", block.layers, 1)
+            self._check_components(index, block)
 
-    def _check_components(self, index: int, coupling: CouplingName, components: int) -> None:
-        where = f"components of block {index + 1} ({coupling})"
-        if "affine" in coupling and components not in (0, 1):
+    def _check_components(self, index: int, block: BlockConfig) -> None:
+        where, components = f"model.blocks.{index}.components ({block.coupling})", block.components
+        if "affine" in block.coupling and components not in (0, 1):
             raise UserError(f"{where}: {components} has no effect, an affine coupling has one Gaussian; use 1")
-        if coupling == "mix1" and components < 1:
+        if block.coupling == "mix1" and components < 1:
             raise UserError(f"{where}: {components} must be at least 1")
-        if coupling == "mixd" and (components < 0 or (components == 0 and index > 0)):
+        if block.coupling == "mixd" and (components < 0 or (components == 0 and index > 0)):
             raise UserError(f"{where}: {components}; 0 (tied to the codebook) is for block 1, others need K >= 1")
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether no block has mixture weights."""
+        return all("affine" in block.coupling for block in self.blocks)
 
     @property
     def head_features(self) -> int:
@@ -89,16 +109,50 @@ class FlowConfig:
         return min(max(1, int(9 * 2 * self.head_hidden / (16 * max(channels - 1, 1)))), 96)
 
     def first_blocks(self, num_blocks: int) -> "FlowConfig":
-        """The same model cut to its first blocks: what a progressive stage trains."""
-        n = num_blocks
-        return replace(self, couplings=self.couplings[:n], layers=self.layers[:n], components=self.components[:n])
+        return replace(self, blocks=self.blocks[:num_blocks])
+
+    def describe(self, block: int) -> str:
+        return f"block {block + 1} {self.blocks[block].coupling}"
+
+    def build(self) -> "TarFlowLM":
+        return TarFlowLM(self)
 
 
-class TarFlowLM(nn.Module):
+@dataclass(frozen=True)
+class ElboTerms:
+    """One sample of the bound for every sequence of a batch (docs/math.md, eqs. 3 and 11); tensors [B], nats.
+
+    log p(x) >= E[ reconstruction - log_q + base + sum_l log_dets[l] ] = E[ -nelbo ].
+    """
+
+    reconstruction: Tensor
+    """log p(x | z): near zero where the codebook is well separated."""
+    log_q: Tensor
+    """log q(z | x)."""
+    base: Tensor
+    """log N(u; 0, I)."""
+    log_dets: tuple[Tensor, ...]
+    """log|det J| of every block, block 1 first."""
+
+    @property
+    def log_prior(self) -> Tensor:
+        """log p(z) = base + sum of log-dets."""
+        return self.base + sum(self.log_dets, start=torch.zeros_like(self.base))
+
+    @property
+    def nelbo(self) -> Tensor:
+        """The negative bound: -log p(x) is at most this in expectation."""
+        return -(self.reconstruction - self.log_q + self.log_prior)
+
+
+class TarFlowLM(LanguageModel):
     """A language model in continuous space: q(z|x) and p(x|z) by `codebook`, p(z) by `prior` (docs/math.md).
 
     Construction draws its initial weights from PyTorch's global generator; wrap it in `seeded` to repeat it.
     """
+
+    is_exact = False
+    config: FlowConfig
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
@@ -107,7 +161,7 @@ class TarFlowLM(nn.Module):
         self.config = config
         self.codebook = Codebook(config.vocab_size, config.latent_dim, separation=config.separation)
         self.prior = Prior(config.patch, ())
-        for _ in config.couplings:
+        for _ in config.blocks:
             self.append_block()
 
     @property
@@ -117,54 +171,126 @@ class TarFlowLM(nn.Module):
     def append_block(self) -> FlowBlock:
         """Build the next block of the configuration and put it on top of the stack."""
         config, index = self.config, self.num_blocks
-        channels = config.patch * config.latent_dim
         block = FlowBlock(
             trunk=config.trunk,
-            num_layers=config.layers[index],
-            channels=channels,
-            coupling=self._coupling(index, channels),
+            num_layers=config.blocks[index].layers,
+            channels=config.patch * config.latent_dim,
+            coupling=self._coupling(index),
             reverse=index % 2 == 1,
             mix=index if config.channel_mix else 0,
         )
         self.prior.blocks.append(block.to(self.codebook.mean.device))
         return block
 
-    def _coupling(self, index: int, channels: int) -> Coupling:
-        config, width = self.config, self.config.trunk.width
-        name, components, features = config.couplings[index], config.components[index], config.head_features
-        if name == "affine" or name == "token-affine":
+    def _coupling(self, index: int) -> Coupling:
+        config, block = self.config, self.config.blocks[index]
+        width, channels, features = config.trunk.width, config.patch * config.latent_dim, config.head_features
+        if block.coupling == "affine" or block.coupling == "token-affine":
             return AffineCoupling(
                 width=width,
                 channels=channels,
                 hidden=config.head_hidden,
                 features=features,
-                group=1 if name == "affine" else config.latent_dim,
+                group=1 if block.coupling == "affine" else config.latent_dim,
             )
-        if name == "mix1":
+        if block.coupling == "mix1":
             coupling = Mix1Coupling(
                 width=width,
                 channels=channels,
-                components=components,
+                components=block.components,
                 hidden=config.head_hidden,
                 features=features,
                 spread=0.95 if index == 0 else 0.3,
             )
-            if index == 0 and components == config.vocab_size:
+            if index == 0 and block.components == config.vocab_size:
                 coupling.start_from(self.codebook)
             return coupling
         return MixDCoupling(
             width=width,
             patch=config.patch,
             latent_dim=config.latent_dim,
-            components=components,
-            tied=self.codebook if components == 0 else None,
+            components=block.components,
+            tied=self.codebook if block.components == 0 else None,
             in_patch=config.in_patch == "autoregressive",
         )
 
+    def draw_noise(
+        self, tokens: Int[Tensor, "B T"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "B T d"]:
+        mean = self.codebook.mean
+        where = generator.device if generator is not None else mean.device
+        shape = (*tokens.shape, self.config.latent_dim)
+        return torch.randn(shape, generator=generator, dtype=mean.dtype, device=where).to(mean.device)
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """A context in which PyTorch's global CPU generator starts from `seed`; it is as before afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
+    def elbo(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> tuple[ElboTerms, list[Tensor]]:
+        """Eq. 11 of docs/math.md term by term, and the states h^(0) = z, ..., h^(L) = u [B, T, d] it is made of."""
+        with full_precision(noise):
+            z = self.codebook.encode(tokens, noise)
+            reconstruction = self.codebook.log_likelihood(tokens, z).sum(-1)
+        states, log_dets = self.prior.states(z)
+        terms = ElboTerms(
+            reconstruction=reconstruction,
+            log_q=self.codebook.log_q(tokens, noise).sum(-1),
+            base=standard_normal_log_prob(states[-1]),
+            log_dets=tuple(log_dets),
+        )
+        return terms, states
+
+    def negative_bound(
+        self,
+        tokens: Int[Tensor, "B T"],
+        noise: Float[Tensor, "B T d"],
+        *,
+        frozen: int = 0,
+        equal_cotangents: bool = False,
+    ) -> Float[Tensor, " B"]:
+        """One sample of the negative ELBO: that of `elbo` without its parts.
+
+        log p(x|z) - log q(z|x) = -log sum_j N_j(z) for every token, and the last block needs its density alone. Where
+        that is a mixture of the same components (eq. 12), one sweep over the codebook gives both.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and frozen == 0), full_precision(noise):
+            z = self.codebook.encode(tokens, noise)
+            relative = self.prior.is_one_tied_mixture and frozen == 0
+            log_normaliser = 0.0 if relative else self.codebook.log_normaliser(z).sum(-1)
+        return log_normaliser - self.prior.log_prob(
+            z, frozen=frozen, equal_cotangents=equal_cotangents, relative=relative
+        )
+
+    def conditional_bound(
+        self, tokens: Int[Tensor, "B T"], given: int, noise: Float[Tensor, "B T d"]
+    ) -> Float[Tensor, " B"]:
+        if given and self.num_blocks > 1:
+            raise UserError(
+                f"a flow of {self.num_blocks} blocks has no known bound on new tokens given earlier ones (only one "
+                f"of a single block has): evaluate it in fresh contexts"
+            )
+        bound = self.negative_bound(tokens, noise)
+        return bound - self.negative_bound(tokens[:, :given], noise[:, :given]) if given else bound
+
+    def terms(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> dict[str, Tensor]:
+        terms = self.elbo(tokens, noise)[0]
+        log_dets = {f"log-det of block {i + 1}": value for i, value in enumerate(terms.log_dets)}
+        return {"reconstruction": terms.reconstruction, "log_q": terms.log_q, "base": terms.base} | log_dets
+
+    def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
+        return self.prior.block(0).allocate_cache(batch, num_positions)
+
+    def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
+        return self.prior.block(0).features_at(cache, previous, batch)
+
+    def token_vectors(self) -> tuple[Float[Tensor, "V m"], Float[Tensor, " V"] | None]:
+        return self.codebook.mean, self.codebook.log_std
+
+    def heads(self) -> list[nn.Module]:
+        return [block.coupling for block in self.prior.blocks]  # type: ignore[misc]
+
+    def blocks_from(self, first: int) -> Iterable[nn.Module]:
+        return self.prior.blocks[first:] if first else (self,)
+
+
+def as_flow(model: LanguageModel, wanted_for: str) -> TarFlowLM:
+    """The model, where it is a TarFlowLM. UserError for the baseline: `wanted_for` needs latents."""
+    if not isinstance(model, TarFlowLM):
+        raise UserError(f"{wanted_for} needs a TarFlowLM: this model is the discrete baseline, which has no latents")
+    return model

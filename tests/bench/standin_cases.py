@@ -13,12 +13,10 @@ from tarflowlm.bench.sizes import measured, stage_size
 from tarflowlm.bench.standin import nothing_computed, placed
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.objective import conditional_bound, elbo, negative_bound
-from tarflowlm.runs.checkpoint import build_model
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import preset
 from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.parallel import Engine
-from tarflowlm.training.run import freeze_below
 from tarflowlm.training.step import optimizer_step
 
 PRESETS = ("quickstart", "mini-mixd-p2", "text8-ar", "text8-affine", "text8-mix1", "text8-mixd")
@@ -39,11 +37,12 @@ def small(name: str, **fields: Any) -> RunConfig:
     """A preset cut down in width, depth, context and vocabulary; its family, couplings and stages as they are."""
     run = preset(name)
     model: Any = run.model
-    layers = 1 if isinstance(model.layers, int) else (1,) * len(model.layers)
     trunk = TransformerConfig(width=32, num_heads=2)
-    model = replace(model, vocab_size=27, context=16, trunk=trunk, layers=layers, **fields)
-    if not isinstance(model, BaselineConfig):
-        model = replace(model, latent_dim=4)
+    model = replace(model, vocab_size=27, context=16, trunk=trunk, **fields)
+    if isinstance(model, BaselineConfig):
+        model = replace(model, layers=1)
+    else:
+        model = replace(model, latent_dim=4, blocks=tuple(replace(block, layers=1) for block in model.blocks))
     return replace(run, model=model, train=replace(run.train, batch_size=2))
 
 
@@ -57,7 +56,7 @@ def train(name: str, stage: int, optimizer: str, checkpointed: bool, misplaced: 
     train_config = replace(run.train, checkpoint_activations=checkpointed)
     run = replace(run, train=train_config, optim=replace(run.optim, optimizer=optimizer))
     with torch.device("meta"):
-        model = build_model(run.model_of_stage(stage))
+        model = run.model_of_stage(stage).build()
     with nothing_computed() as place:
         freeze_below(placed(model, place), stage)
         if misplaced:
@@ -74,7 +73,7 @@ def train(name: str, stage: int, optimizer: str, checkpointed: bool, misplaced: 
 def evaluate(name: str, stage: int) -> set[str]:
     """The bounds without gradients, and their parts."""
     with torch.device("meta"):
-        model = build_model(small(name).model_of_stage(stage))
+        model = small(name).model_of_stage(stage).build()
     with nothing_computed() as place, torch.no_grad():
         placed(model, place)
         tokens = torch.zeros(2, 16, dtype=torch.long, device=place)
@@ -90,7 +89,7 @@ def evaluate(name: str, stage: int) -> set[str]:
 def sample(name: str) -> set[str]:
     """Two positions of every block, the second with what the first left in the cache."""
     with torch.device("meta"):
-        model = build_model(small(name).model)
+        model = small(name).model.build()
     made = []
     with nothing_computed() as place, torch.no_grad():
         placed(model, place)

@@ -13,12 +13,13 @@ from tarflowlm.bench import generation, infilling
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig, TarFlowLM, seeded
-from tarflowlm.runs.checkpoint import build_model, save_weights, write_run
+from tarflowlm.language_model import seeded
+from tarflowlm.model import FlowConfig, TarFlowLM, stack
+from tarflowlm.runs.checkpoint import save_weights, write_run
 from tarflowlm.runs.config import RunConfig, TrainConfig
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
-FLOW = FlowConfig(context=32, latent_dim=2, trunk=TRUNK, couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2))
+FLOW = FlowConfig(context=32, latent_dim=2, trunk=TRUNK, blocks=stack(("mixd", "mix1"), (1, 1), (0, 2)))
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def directories(tmp_path_factory) -> list[Path]:
     for name, config in configs.items():
         run = RunConfig(name=name, model=config, train=TrainConfig(stage_steps=(3,), mode="joint"))
         with seeded(0):
-            model = build_model(replace(config, vocab_size=27))
+            model = replace(config, vocab_size=27).build()
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter += 0.1 * torch.randn_like(parameter)

@@ -9,7 +9,6 @@ import pytest
 import standin_cases as cases
 
 from tarflowlm.evaluation.flops import training_flops
-from tarflowlm.runs.checkpoint import build_model
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,7 @@ def test_a_number_that_the_host_reads_is_found(elsewhere):
 @pytest.mark.parametrize("world", [1, 4])
 @pytest.mark.parametrize("name", ["text8-ar", "text8-mixd"])
 def test_what_is_held_between_steps(elsewhere, name, world):
-    model = build_model(cases.small(name).model_of_stage(0))
+    model = cases.small(name).model_of_stage(0).build()
     muon = sum(p.numel() for n, p in model.named_parameters() if "transformer.layers." in n and p.ndim == 2)
     count = sum(p.numel() for p in model.parameters())
     held = elsewhere(cases.held, name, world)

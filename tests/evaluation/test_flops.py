@@ -14,9 +14,7 @@ from tarflowlm.flow.numerics.few import are_few
 from tarflowlm.generation import generate
 from tarflowlm.model import FlowConfig
 from tarflowlm.objective import negative_bound
-from tarflowlm.runs.checkpoint import Model, build_model
 from tarflowlm.runs.presets import PRESETS, preset
-from tarflowlm.training.run import freeze_below
 
 VOCAB = {"text8": 27, "mini": 27, "owt": 50_257, "quickstart": 2048}
 
@@ -48,10 +46,10 @@ def test_training_counts_of_every_preset(name):
     for stage in range(stages):
         part = config.first_blocks(stage + 1) if stages > 1 else config
         with torch.device("meta"):
-            model = build_model(part)
+            model = part.build()
             tokens = torch.zeros(1, config.context, dtype=torch.long)
         if stages > 1:
-            freeze_below(model, stage)
+            model.train_only(stage)
         both = counted(lambda model=model, tokens=tokens, stage=stage: loss_of(model, tokens, stage).backward())
         trained = training_flops(part, frozen=stage)
         assert trained == pytest.approx(both, rel=0.02), (stage, trained / both)
@@ -68,7 +66,7 @@ def counted_without_graph(model: Model, tokens: torch.Tensor) -> int:
 def test_counts_on_a_cpu(name):
     """With numbers in the tensors the numerics take another path: the same products."""
     config = replace(configured(name), context=32)
-    model, tokens = build_model(config), torch.zeros(2, 32, dtype=torch.long)
+    model, tokens = config.build(), torch.zeros(2, 32, dtype=torch.long)
     both = counted(lambda: loss_of(model, tokens, 0).backward())
     assert 2 * training_flops(config) == pytest.approx(both, rel=0.02)
 

@@ -11,7 +11,7 @@ from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling, standard_normal_log_prob
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import layout
-from tarflowlm.model import seeded
+from tarflowlm.language_model import seeded
 
 WIDTH, P, d, T = 6, 2, 2, 2
 C = P * d

@@ -5,7 +5,7 @@ import torch
 from torch.autograd.functional import jacobian
 
 from tarflowlm.flow.heads import AutoregressiveHead, TokenFeatures
-from tarflowlm.model import seeded
+from tarflowlm.language_model import seeded
 
 WIDTH = 6
 

@@ -7,7 +7,7 @@ from torch.autograd.functional import jacobian
 
 from tarflowlm.flow.couplings import standard_normal_log_prob
 from tarflowlm.flow.stack import FlowBlock, InputMap, Prior
-from tarflowlm.model import seeded
+from tarflowlm.language_model import seeded
 
 T, d = 4, 2
 
@@ -107,9 +107,9 @@ def earlier_channels(model, index: int, num_channels: int) -> Tensor:
     lower = torch.ones(num_channels, num_channels, dtype=torch.bool).tril()
     token = torch.arange(num_channels) // d
     same = token[:, None] == token
-    if model.config.couplings[index] == "mixd" and model.config.in_patch == "independent":
+    if model.config.blocks[index].coupling == "mixd" and model.config.in_patch == "independent":
         lower &= same
-    if model.config.couplings[index] == "token-affine":
+    if model.config.blocks[index].coupling == "token-affine":
         lower &= ~same | torch.eye(num_channels, dtype=torch.bool)
     return lower
 

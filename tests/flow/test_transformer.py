@@ -6,7 +6,7 @@ from torch.autograd.functional import jacobian
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import Transformer, TransformerConfig, rotary_tables, rotate_
-from tarflowlm.model import seeded
+from tarflowlm.language_model import seeded
 
 T = 7
 

@@ -8,7 +8,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.generate import num_ticks
-from tarflowlm.model import FlowConfig, TarFlowLM
+from tarflowlm.model import FlowConfig, TarFlowLM, stack
 
 MODELS = {
     "ar": ("ar", {}),
@@ -148,7 +148,9 @@ def test_a_low_temperature_repeats_itself(tiny_ar, tiny_flow):
 
 def test_texts_of_a_new_model_are_no_error():
     """Zero heads, equal weights: the start of training."""
-    fresh = TarFlowLM(FlowConfig(vocab_size=5, context=8, layers=(1, 1, 1)))
+    fresh = TarFlowLM(
+        FlowConfig(vocab_size=5, context=8, blocks=stack(("mixd", "mix1", "mix1"), (1, 1, 1), (0, 2, 2)))
+    )
     assert sample(fresh).tokens.shape == (3, 8)
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tarflowlm.generation import generate, inversion
-from tarflowlm.generation.inversion import invert_block
-from tarflowlm.generation.stack import invert_stack
-from tarflowlm.model import FlowConfig, TarFlowLM, seeded
+from tarflowlm.generation.inversion import invert_block, invert_stack
+from tarflowlm.language_model import seeded
+from tarflowlm.model import FlowConfig, TarFlowLM, stack
 
 STACKS = [("mix1",), ("affine",), ("token-affine",), ("mixd",), ("affine", "mix1"), ("mixd", "mix1", "affine")]
 
@@ -44,7 +44,7 @@ def test_any_length(length, tiny_flow, normal):
 def test_a_block_near_the_identity_takes_few_sweeps(normal):
     with seeded(0):
         model = TarFlowLM(
-            FlowConfig(vocab_size=5, context=256, latent_dim=2, couplings=("mix1",), layers=(1,), components=(2,))
+            FlowConfig(vocab_size=5, context=256, latent_dim=2, blocks=stack(("mix1",), (1,), (2,)))
         ).double()
     with torch.no_grad():
         found = invert_block(model.prior.blocks[0], normal(4, 256, 2), decoder="parallel")

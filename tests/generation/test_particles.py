@@ -11,7 +11,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.generation.generate import BLANK
-from tarflowlm.generation.particles import Weights, draw
+from tarflowlm.generation.particles import Weights, resample
 from tarflowlm.model import TarFlowLM
 
 V = 3
@@ -153,10 +153,10 @@ def test_the_passes_of_a_completion_are_the_states_of_its_latents(tiny_flow):
 
 def test_systematic_draws_match_the_weights():
     log_w = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64).log()
-    counts = torch.bincount(draw(log_w, 16, torch.Generator().manual_seed(0)), minlength=4)
+    counts = torch.bincount(resample(log_w, 16, torch.Generator().manual_seed(0)), minlength=4)
     assert counts.tolist() == [8, 4, 2, 2]
     impossible = torch.full((4,), -torch.inf, dtype=torch.float64)
-    assert len(draw(impossible, 8, torch.Generator())) == 8
+    assert len(resample(impossible, 8, torch.Generator())) == 8
 
 
 def test_weights_count_particles_and_refuse_what_is_not_a_number():
@@ -165,7 +165,7 @@ def test_weights_count_particles_and_refuse_what_is_not_a_number():
     weights.add(torch.tensor([0.0, torch.nan, -torch.inf, 0.0, -1.0, -1.0, -1.0, -1.0]))
     assert weights.effective().tolist() == pytest.approx([2.0, 4.0])
     torch.testing.assert_close(weights.total(), torch.tensor([math.log(0.5), -1.0], dtype=torch.float64))
-    weights.close(0)
+    weights.reset(0)
     torch.testing.assert_close(weights.total(), torch.tensor([math.log(0.5), -1.0], dtype=torch.float64))
     assert weights.draws.tolist() == [1, 0]
 

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.generation import generate
-from tarflowlm.generation.noise import row_generators, row_normal, row_uniform
+from tarflowlm.generation.inversion import invert_stack
 from tarflowlm.generation.passage import TokenPassage
-from tarflowlm.generation.stack import invert_stack
-from tarflowlm.generation.weights import adjust_weights
+from tarflowlm.generation.sampling import adjust_weights, row_generators, row_normal, row_uniform
 from tarflowlm.model import TarFlowLM
 
 NUM = 4000
@@ -70,7 +69,7 @@ def test_the_baseline_inverts_its_cumulative_distribution(prompt, fields, tiny_a
         passage = TokenPassage(lm, uniform, tokens * is_known, is_known, None)
         log_p = sum(passage.step() for _ in range(passage.num_positions))
         expected = lm.logits(tokens).log_softmax(-1).gather(-1, tokens[..., None])[:, : len(given)]
-    assert torch.equal(passage.tokens, tokens)
+    assert torch.equal(passage.values.flatten(1), tokens)
     torch.testing.assert_close(log_p, expected.sum((1, 2)))
 
 

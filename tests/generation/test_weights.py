@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tarflowlm.errors import UserError
-from tarflowlm.generation.weights import adjust_weights
+from tarflowlm.generation.sampling import adjust_weights
 
 PROBABILITIES = torch.tensor([[0.3, 0.05, 0.5, 0.15]], dtype=torch.float64)
 

@@ -9,9 +9,9 @@ import torch
 
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig
+from tarflowlm.model import FlowConfig, stack
 from tarflowlm.runs.config import DataConfig, RunConfig, TrainConfig
-from tarflowlm.training.progressive import train
+from tarflowlm.training.lifecycle import train
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
 
@@ -35,7 +35,13 @@ def runs(tmp_path_factory, private_report_cache) -> dict[str, Path]:
     steps = TrainConfig(
         stage_steps=(6, 4, 4), batch_size=2, log_every=1, evaluate_every=3, evaluate_windows=5, test_windows=3
     )
-    flow = FlowConfig(context=16, latent_dim=3, trunk=TRUNK, layers=(1, 1, 1), head_hidden=4)
+    flow = FlowConfig(
+        context=16,
+        latent_dim=3,
+        trunk=TRUNK,
+        blocks=stack(("mixd", "mix1", "mix1"), (1, 1, 1), (0, 2, 2)),
+        head_hidden=4,
+    )
     progressive = RunConfig(name="tiny", model=flow, data=DataConfig(source=str(text)), train=steps)
     joint = replace(progressive, train=replace(steps, mode="joint", stage_steps=(5,)))
     baseline = replace(joint, model=BaselineConfig(context=16, trunk=TRUNK, layers=1))

@@ -17,7 +17,7 @@ from tarflowlm.report.records import read_record
 from tarflowlm.reproduce import fig5, fig6, fig7, progressive, table2, table6
 from tarflowlm.reproduce.recipe import Finished, Settings, Training
 from tarflowlm.reproduce.write import write_results
-from tarflowlm.runs.checkpoint import build_model, save_weights, write_run
+from tarflowlm.runs.checkpoint import save_weights, write_run
 
 CONTEXT = 16
 
@@ -44,15 +44,15 @@ def untrained(settings: Settings, training: Training) -> Finished:
     run = training.run
     small = {"context": CONTEXT, "trunk": TransformerConfig(width=8, num_heads=2, mlp_ratio=1)}
     if isinstance(run.model, FlowConfig):
-        layers = (1,) * len(run.model.layers)
-        model = replace(run.model, vocab_size=27, layers=layers, head_hidden=2, latent_dim=2, **small)
+        blocks = tuple(replace(block, layers=1) for block in run.model.blocks)
+        model = replace(run.model, vocab_size=27, blocks=blocks, head_hidden=2, latent_dim=2, **small)
     else:
         model = replace(run.model, vocab_size=27, layers=1, **small)
     run = replace(run, model=model)
     if not directory.exists():
         directory.mkdir(parents=True)
         write_run(directory, run, CharTokenizer(TEXT8_ALPHABET))
-        built = build_model(model)
+        built = model.build()
         save_weights(directory, built.state_dict(), {"blocks": str(getattr(built, "num_blocks", 0))})
         exact = "exact" if run.model.family == "ar" else "elbo"
         test = {"bound": exact, "bpc": 4.5, "ppl": math.exp(3), "stderr": 0.01}

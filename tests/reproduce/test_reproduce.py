@@ -14,7 +14,7 @@ from tarflowlm.cli.reproduce import RECIPES
 from tarflowlm.data import TEXT8_ALPHABET
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig
+from tarflowlm.model import FlowConfig, stack
 from tarflowlm.reproduce import command, fig6, runs
 from tarflowlm.reproduce.measures import summary_row
 from tarflowlm.reproduce.recipe import Recipe, Settings, trainings
@@ -51,9 +51,7 @@ def test_the_users_text_and_steps_reach_the_mini_runs_and_not_the_papers():
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
 TINY = RunConfig(
     name="tiny",
-    model=FlowConfig(
-        context=16, latent_dim=2, trunk=TRUNK, couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)
-    ),
+    model=FlowConfig(context=16, latent_dim=2, trunk=TRUNK, blocks=stack(("mixd", "mix1"), (1, 1), (0, 2))),
     train=TrainConfig(stage_steps=(3, 3), batch_size=2, evaluate_windows=2, checkpoint_every=2, log_every=1),
 )
 

@@ -13,10 +13,10 @@ from safetensors import safe_open
 
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig
+from tarflowlm.model import FlowConfig, stack
 from tarflowlm.runs.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from tarflowlm.training.lifecycle import train
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.progressive import train
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
 
@@ -44,14 +44,20 @@ def tiny_run(corpus_file) -> Callable[..., RunConfig]:
     """tiny_run(model={...}, optim={...}, **TrainConfig fields): three progressive stages of 3, 2, 2 steps."""
 
     def build(*, model: dict[str, Any] | None = None, optim: dict[str, Any] | None = None, seed: int = 0, **fields):
-        flow = FlowConfig(context=16, latent_dim=3, trunk=TRUNK, layers=(1, 1, 1), head_hidden=4)
+        fields_of_model = dict(model or {})
+        couplings = fields_of_model.pop("couplings", ("mixd", "mix1", "mix1"))
+        layers = fields_of_model.pop("layers", (1,) * len(couplings))
+        components = fields_of_model.pop("components", (0, 2, 2)[: len(couplings)])
+        flow = FlowConfig(
+            context=16, latent_dim=3, trunk=TRUNK, blocks=stack(couplings, layers, components), head_hidden=4
+        )
         defaults = {
             "stage_steps": (3, 2, 2), "batch_size": 2, "log_every": 1, "evaluate_every": 2,
             "evaluate_windows": 3, "checkpoint_every": 2,
         }  # fmt: skip
         return RunConfig(
             name="tiny",
-            model=replace(flow, **(model or {})),
+            model=replace(flow, **fields_of_model),
             data=DataConfig(source=str(corpus_file)),
             optim=OptimConfig(**(optim or {})),
             train=TrainConfig(**(defaults | fields)),

@@ -10,17 +10,18 @@ from pathlib import Path
 import torch
 
 from tarflowlm.baseline import BaselineConfig
+from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig, seeded
-from tarflowlm.runs.checkpoint import build_model
+from tarflowlm.language_model import seeded
+from tarflowlm.model import FlowConfig, stack
 from tarflowlm.runs.config import DataConfig, RunConfig, TrainConfig
-from tarflowlm.training import progressive
-from tarflowlm.training import run as training_run
+from tarflowlm.training import lifecycle
 from tarflowlm.training.distributed import Processes, launched
 from tarflowlm.training.guards import Guard
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.parallel import Engine
+from tarflowlm.training.run import Run
 from tarflowlm.training.step import optimizer_step
 
 MODES = ("ddp", "fsdp")
@@ -32,7 +33,13 @@ POISONED = "prior.blocks.1.coupling.head.biases.0"
 def runs(source: str) -> dict[str, RunConfig]:
     """Every family of presets, 20 steps each; the progressive ones in three stages."""
     trunk = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
-    flow = FlowConfig(context=16, latent_dim=3, trunk=trunk, layers=(1, 1, 1), head_hidden=4)
+    flow = FlowConfig(
+        context=16,
+        latent_dim=3,
+        trunk=trunk,
+        blocks=stack(("mixd", "mix1", "mix1"), (1, 1, 1), (0, 2, 2)),
+        head_hidden=4,
+    )
     staged = TrainConfig(
         stage_steps=(10, 6, 4), batch_size=4, log_every=1, evaluate_every=10, evaluate_windows=3,
         checkpoint_every=100, test_windows=3,
@@ -42,11 +49,11 @@ def runs(source: str) -> dict[str, RunConfig]:
     def run(model: FlowConfig | BaselineConfig, train: TrainConfig) -> RunConfig:
         return RunConfig(name="tiny", model=model, train=train, data=DataConfig(source=source))
 
-    one_channel = replace(flow, latent_dim=1, couplings=("mix1", "affine", "mix1"), components=(3, 1, 2))
+    one_channel = replace(flow, latent_dim=1, blocks=stack(("mix1", "affine", "mix1"), (1, 1, 1), (3, 1, 2)))
     return {
         "ar": run(BaselineConfig(context=16, trunk=trunk, layers=2), replace(joint, compile=True)),
-        "affine": run(replace(flow, couplings=("affine",) * 3, components=(1, 1, 1)), joint),
-        "mix1": run(replace(flow, couplings=("mix1",) * 3, components=(27, 2, 2)), joint),
+        "affine": run(replace(flow, blocks=stack(("affine",) * 3, (1, 1, 1), (1, 1, 1))), joint),
+        "mix1": run(replace(flow, blocks=stack(("mix1",) * 3, (1, 1, 1), (27, 2, 2))), joint),
         "mixd": run(flow, staged),
         "patches": run(replace(flow, patch=2), replace(staged, accumulate=2, checkpoint_activations=True)),
         "one-channel": run(one_channel, replace(joint, stage_steps=(2,))),
@@ -90,7 +97,7 @@ def work(rank: int, ports: tuple[int, int], source: str, out: Path) -> None:
     join(rank, 4, ports[1])
     with launched(torch.device("cpu")) as processes:
         for mode in MODES:
-            progressive.resume(out / f"cut-{mode}-4", device=processes.device, processes=processes)
+            lifecycle.resume(out / f"cut-{mode}-4", device=processes.device, processes=processes)
 
 
 COMPILED = ("joint", "upper stage")
@@ -101,7 +108,7 @@ def compile_all(source: str, report: Path) -> None:
     """Two steps with the loss compiled whole and without, for what the tests' shape checks keep from compiling: in
     float64, and, as the large presets train, in bfloat16 over float32."""
     every = runs(source)
-    pair = {"layers": (1, 1), "couplings": ("mixd", "mix1"), "components": (0, 2)}
+    pair = {"blocks": stack(("mixd", "mix1"), (1, 1), (0, 2))}
     model = replace(every["mixd"].model, **pair)
     joint = replace(every["ar"], model=model, train=replace(every["ar"].train, checkpoint_activations=True))
     found = {name: compile_one(joint, frozen) for frozen, name in enumerate(COMPILED)}
@@ -134,8 +141,8 @@ def steps_of(run: RunConfig, *, frozen: int) -> tuple[list[float], dict[str, tor
     """Two steps of a stage on random tokens: losses, and the weights after them."""
     config = replace(run.model, vocab_size=5)
     with seeded(0):
-        model = build_model(config)
-    training_run.freeze_below(model, frozen)
+        model = config.build()
+    model.train_only(frozen)
     engine, optimizers = Engine(model, run, frozen=frozen), build_optimizers(run.optim, model)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(5, (run.train.batch_size, config.context), generator=generator)
@@ -153,17 +160,17 @@ def train_all(processes: Processes, source: str, out: Path) -> None:
     options = {"device": processes.device, "processes": processes}
     for mode in MODES:
         for name, run in runs(source).items():
-            progressive.train(with_mode(run, mode), out / f"{name}-{mode}", **options)
+            lifecycle.train(with_mode(run, mode), out / f"{name}-{mode}", **options)
         cut = out / f"cut-{mode}"
         try:
-            progressive.train(with_mode(interrupted(source), mode), cut, reporter=Stopper(), **options)
+            lifecycle.train(with_mode(interrupted(source), mode), cut, reporter=Stopper(), **options)
         except Stop:
             processes.wait()
         if processes.first:
             shutil.copytree(cut, out / f"cut-{mode}-4")
             shutil.copytree(cut, out / f"cut-{mode}-1")
         half = replace(runs(source)["mixd"].train, stage_steps=(1, 1, 1), precision="bfloat16", parallel=mode)
-        progressive.train(replace(runs(source)["mixd"], train=half), out / f"half-{mode}", **options)
+        lifecycle.train(replace(runs(source)["mixd"], train=half), out / f"half-{mode}", **options)
         diverge(processes, source, out / f"diverged-{mode}", mode)
         left_out(processes, source, mode)
 
@@ -173,8 +180,8 @@ def left_out(processes: Processes, source: str, mode: str) -> None:
     run = with_mode(runs(source)["mixd"], mode)
     run = replace(run, model=replace(run.model, vocab_size=5))
     with seeded(0):
-        model = build_model(run.model_of_stage(0))
-    training_run.freeze_below(model, 0)
+        model = run.model_of_stage(0).build()
+    model.train_only(0)
     engine, optimizers = Engine(model, run, processes), build_optimizers(run.optim, model)
     tokens, guard = torch.zeros(2, run.model.context, dtype=torch.long), Guard(deferred=True)
 
@@ -207,20 +214,20 @@ def left_out(processes: Processes, source: str, mode: str) -> None:
 
 def diverge(processes: Processes, source: str, out: Path, mode: str) -> None:
     """A parameter of block 2 becomes NaN as its stage begins."""
-    train_stage = training_run.train_stage
+    train_stage = lifecycle.train_stage
     run = runs(source)["mixd"]
     run = replace(run, train=replace(run.train, stage_steps=(1, 1, 1), max_skipped=0, parallel=mode))
 
-    def poisoned(*args, engine):
-        for name, parameter in engine.model.named_parameters():
+    def poisoned(training: Run) -> Likelihood:
+        for name, parameter in training.model.named_parameters():
             if name == POISONED:
                 parameter.data.fill_(torch.nan)
-        return train_stage(*args, engine=engine)
+        return train_stage(training)
 
-    training_run.train_stage = poisoned
+    lifecycle.train_stage = poisoned
     try:
-        progressive.train(run, out, device=processes.device, processes=processes)
+        lifecycle.train(run, out, device=processes.device, processes=processes)
     except FloatingPointError as error:
         out.with_name(f"{out.name}-{processes.rank}.txt").write_text(str(error), encoding="utf-8")
     finally:
-        training_run.train_stage = train_stage
+        lifecycle.train_stage = train_stage

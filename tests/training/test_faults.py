@@ -21,10 +21,10 @@ from tarflowlm.data import TokenizerConfig, prepare_corpus
 from tarflowlm.errors import UserError
 from tarflowlm.runs import checkpoint
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.training import progressive
+from tarflowlm.training import lifecycle
 from tarflowlm.training import run as training_run
+from tarflowlm.training.lifecycle import resume
 from tarflowlm.training.metrics import MetricsLog, Reporter
-from tarflowlm.training.progressive import resume
 
 CPU = torch.device("cpu")
 
@@ -285,7 +285,7 @@ def limited(run, out, kilobytes, result) -> None:
 
 
 def train_it(run, out, reporter) -> None:
-    from tarflowlm.training.progressive import train
+    from tarflowlm.training.lifecycle import train
 
     train(run, out, device=CPU, reporter=reporter)
 
@@ -293,7 +293,7 @@ def train_it(run, out, reporter) -> None:
 @pytest.mark.parametrize("kilobytes", [0, 20])
 def test_a_file_too_large_is_one_line_and_loses_nothing(tmp_path, whole, go, assert_goes_on, kilobytes):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "tarflowlm.training.progressive"])
+    context.set_forkserver_preload(["pytest", "tarflowlm.training.lifecycle"])
     result, out, run = context.SimpleQueue(), tmp_path / "run", whole[0]
     run = replace(run, train=replace(run.train, test_windows=3))
     process = context.Process(target=limited, args=(run, out, kilobytes, result))
@@ -396,7 +396,7 @@ def test_a_disk_that_is_full_from_the_start_is_no_dead_end(tmp_path, whole, go, 
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        module, name = (training_run, "save_weights") if begun else (progressive, "write_run")
+        module, name = (training_run, "save_weights") if begun else (lifecycle, "write_run")
         patch.setattr(module, name, full)
         with pytest.raises(UserError) as raised:
             go(whole[0], out)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tarflowlm.errors import UserError
-from tarflowlm.runs.checkpoint import build_model, load_checkpoint
-from tarflowlm.training import loop, progressive
+from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.training import lifecycle, loop
 from tarflowlm.training.guards import Guard, RunningLoss, all_finite, gradient_range
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.optim import build_optimizers
@@ -47,7 +47,7 @@ def assert_same_states(ours, theirs):
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_a_skipped_step_changes_neither_parameters_nor_optimisers(tiny_run, optimizer, value):
     run = tiny_run(optim={"optimizer": optimizer}, mode="joint", stage_steps=(3,))
-    model = build_model(replace(run.model, vocab_size=27))
+    model = replace(run.model, vocab_size=27).build()
     engine, optimizers = Engine(model, run), build_optimizers(run.optim, model)
     tokens, generator, guard = torch.arange(32).view(2, 16) % 27, torch.Generator(), Guard()
 
@@ -142,7 +142,7 @@ def looks_seldom(monkeypatch):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_deferred_guard_leaves_the_step_to_the_device(tiny_run, optimizer):
     run = tiny_run(optim={"optimizer": optimizer}, mode="joint", stage_steps=(3,))
-    model = build_model(replace(run.model, vocab_size=27))
+    model = replace(run.model, vocab_size=27).build()
     engine, optimizers = Engine(model, run), build_optimizers(run.optim, model)
     tokens, guard = torch.arange(32).view(2, 16) % 27, Guard(deferred=True)
     optimizer_step(engine, optimizers, tokens, generator=torch.Generator(), guard=guard)
@@ -241,7 +241,7 @@ def test_skipped_steps_are_counted_over_a_resume(tmp_path, tiny_run, go, poison)
         go(tiny_run(mode="joint", stage_steps=(20,), max_skipped=3, checkpoint_every=1), out, Stopper())
     # steps 5 and 6 are in the state, and 7 and 8 follow
     with pytest.raises(FloatingPointError, match=r"step 8: .* 4 in a row"):
-        progressive.resume(out, device=torch.device("cpu"))
+        lifecycle.resume(out, device=torch.device("cpu"))
 
 
 def test_parameters_that_are_not_finite_are_never_saved(tmp_path, tiny_run, go, monkeypatch):

@@ -19,7 +19,7 @@ import torch
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.config import RunConfig
-from tarflowlm.training.progressive import resume, train
+from tarflowlm.training.lifecycle import resume, train
 
 KILLS = int(os.environ.get("TARFLOWLM_KILLS", "20"))
 SEED = int(os.environ.get("TARFLOWLM_KILL_SEED", "0")) or random.randrange(1, 10**6)
@@ -39,7 +39,7 @@ def work(run: RunConfig, out: Path, cache: str) -> None:
 def start():
     """start(run, out): a process that trains. It is forked from one that has PyTorch loaded and no threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "tarflowlm.training.progressive"])
+    context.set_forkserver_preload(["pytest", "tarflowlm.training.lifecycle"])
 
     def begin(run: RunConfig, out: Path) -> multiprocessing.Process:
         process = context.Process(target=work, args=(run, out, os.environ["TARFLOWLM_CACHE"]))

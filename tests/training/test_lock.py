@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tarflowlm.errors import UserError
+from tarflowlm.training.lifecycle import resume, train
 from tarflowlm.training.lock import LOCK, locked
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.progressive import resume, train
 
 
 def test_the_second_is_refused_and_told_who_has_it(tmp_path):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from tarflowlm.runs.checkpoint import build_model, read_run, seal
+from tarflowlm.runs.checkpoint import read_run, seal
 from tarflowlm.runs.config import OptimConfig
-from tarflowlm.training import muon, optim, progressive
+from tarflowlm.training import lifecycle, muon, optim
 from tarflowlm.training import run as training_run
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.muon import Muon, orthogonalised, quicker_precision
@@ -92,7 +92,7 @@ def test_stacked_matrices_are_orthogonalised_apart():
 
 @pytest.mark.parametrize(("qkv", "num_stacked"), [("apart", 2), ("together", 0)])
 def test_queries_keys_and_values_are_stacked_in_every_layer(tiny_run, qkv, num_stacked):
-    model = build_model(replace(tiny_run(model={"layers": (2, 1, 1)}).model.first_blocks(1), vocab_size=5))
+    model = replace(tiny_run(model={"layers": (2, 1, 1)}).model.first_blocks(1), vocab_size=5).build()
     _, optimizer = optim.build_optimizers(OptimConfig(muon_qkv=qkv, muon_precision="float32"), model)
     assert len(optimizer._stacked) == num_stacked
 
@@ -174,5 +174,5 @@ def test_a_run_from_before_there_was_a_choice_resumes_as_it_began(tmp_path, tiny
     (out / "manifest.json").unlink()
     seal(out)
     monkeypatch.setattr(training_run, "build_optimizers", watched)
-    progressive.resume(out, device=torch.device("cpu"))
+    lifecycle.resume(out, device=torch.device("cpu"))
     assert set(built) == {("bfloat16", "together")}

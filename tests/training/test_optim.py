@@ -7,10 +7,9 @@ import torch
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig, TarFlowLM
+from tarflowlm.model import FlowConfig, TarFlowLM, stack
 from tarflowlm.runs.config import OptimConfig
 from tarflowlm.training.optim import build_optimizers, schedule, set_learning_rate
-from tarflowlm.training.run import freeze_below
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
 
@@ -48,7 +47,7 @@ def model() -> TarFlowLM:
     """All couplings, a codebook of its own in a later block, and patches."""
     config = FlowConfig(
         vocab_size=5, context=8, latent_dim=2, patch=2, trunk=TRUNK, head_hidden=4,
-        couplings=("mixd", "mix1", "affine", "mixd"), layers=(1, 1, 1, 1), components=(0, 3, 1, 4),
+        blocks=stack(("mixd", "mix1", "affine", "mixd"), (1, 1, 1, 1), (0, 3, 1, 4)),
     )  # fmt: skip
     return TarFlowLM(config)
 
@@ -77,7 +76,9 @@ def test_muon_takes_the_matrices_of_transformers_and_of_patches_alone(model):
     kinds = {name.split("transformer.layers.0.")[-1].split("token_features.")[-1] for name in with_muon}
     in_patches = {"place.weight", "head.context.weight"} if model.config.patch > 1 else set()
     assert kinds == {"attention.qkv.weight", "attention.out.weight", "up.weight", "down.weight"} | in_patches
-    assert len(with_muon) == 4 * model.num_blocks + len(in_patches) * model.config.couplings.count("mixd")
+    assert len(with_muon) == 4 * model.num_blocks + len(in_patches) * [
+        block.coupling for block in model.config.blocks
+    ].count("mixd")
     assert not any(
         isinstance(optimizer, torch.optim.Muon)
         for optimizer, _ in groups_of(model, OptimConfig(optimizer="adamw")).values()
@@ -113,7 +114,7 @@ def test_the_rate_of_codebooks_is_their_own(model):
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_later_stage_trains_its_block_alone(model, stage):
-    freeze_below(model, stage)
+    model.train_only(stage)
     found = groups_of(model, OptimConfig())
     expected = {
         name for name, _ in model.named_parameters() if stage == 0 or name.startswith(f"prior.blocks.{stage}.")

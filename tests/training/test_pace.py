@@ -9,7 +9,7 @@ import torch
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import read_run
 from tarflowlm.runs.config import OptimConfig, TrainConfig
-from tarflowlm.training import progressive
+from tarflowlm.training import lifecycle
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.optim import schedule
 from tarflowlm.training.pace import Clock, StepPace, TimePace, TimeSpent
@@ -170,7 +170,7 @@ def test_a_killed_run_by_minutes_goes_on_with_the_time_that_is_left(tmp_path, ti
     spent = counters["spent"]["total"]
     assert spent > 0
     after = Killer(10**9)
-    summary = progressive.resume(out, device=CPU, reporter=after)
+    summary = lifecycle.resume(out, device=CPU, reporter=after)
     assert summary["wall_seconds"] > spent
     assert after.shares[0] > 0
     assert sum(read_run(out).train.stage_steps) == summary["steps"]

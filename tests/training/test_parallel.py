@@ -16,13 +16,13 @@ import torch.multiprocessing
 from safetensors.torch import load_file
 
 from tarflowlm.errors import UserError
-from tarflowlm.runs.checkpoint import build_model, load_checkpoint
+from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.config import TrainConfig
 from tarflowlm.runs.strict_json import from_dict
 from tarflowlm.training import parallel
 from tarflowlm.training.distributed import ALONE, Processes, launched
+from tarflowlm.training.lifecycle import resume, train
 from tarflowlm.training.parallel import Engine
-from tarflowlm.training.progressive import resume, train
 from tarflowlm.training.state import newest_state
 
 CPU = torch.device("cpu")
@@ -203,7 +203,7 @@ def test_accumulation_and_checkpointing_change_nothing(tiny_run, fields):
 def test_checkpointed_layers_keep_their_inputs_alone(tiny_run):
     def kept(checkpoint: bool) -> int:
         run = tiny_run(mode="joint", stage_steps=(2,), checkpoint_activations=checkpoint, model={"layers": (3, 1, 1)})
-        engine = Engine(build_model(replace(run.model, vocab_size=5)), run)
+        engine = Engine(replace(run.model, vocab_size=5).build(), run)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
             noise = torch.zeros(2, 16, 3)

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from tarflowlm.errors import UserError
-from tarflowlm.model import TarFlowLM, seeded
+from tarflowlm.language_model import seeded
+from tarflowlm.model import TarFlowLM
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.training import run as training_run
+from tarflowlm.training import lifecycle
 from tarflowlm.training.metrics import Reporter
 
 FILES = {
@@ -182,14 +183,14 @@ def test_bfloat16_products_leave_weights_and_bounds_in_float32(tmp_path, tiny_ru
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_culprit(
     tmp_path, tiny_run, go, monkeypatch, mode, stage, name, blamed
 ):
-    train_stage = training_run.train_stage
+    train_stage = lifecycle.train_stage
 
-    def poisoned(optimizers, context, counters, *, engine):
-        if counters.stage == stage:
-            dict(engine.model.named_parameters())[name].data.fill_(math.nan)
-        return train_stage(optimizers, context, counters, engine=engine)
+    def poisoned(run):
+        if run.counters.stage == stage:
+            dict(run.model.named_parameters())[name].data.fill_(math.nan)
+        return train_stage(run)
 
-    monkeypatch.setattr(training_run, "train_stage", poisoned)
+    monkeypatch.setattr(lifecycle, "train_stage", poisoned)
     run = tiny_run(mode=mode, stage_steps=(4,) if mode == "joint" else (3, 4, 2), log_every=3, evaluate_every=100)
     run = replace(run, train=replace(run.train, checkpoint_every=100))
     with pytest.raises(FloatingPointError) as raised:
@@ -208,13 +209,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_culprit(
 
 
 def test_a_baseline_that_is_not_finite_stops_too(tmp_path, tiny_baseline, go, monkeypatch):
-    train_stage = training_run.train_stage
+    train_stage = lifecycle.train_stage
 
-    def poisoned(*args, engine):
-        engine.model.head.bias.data[0] = math.inf
-        return train_stage(*args, engine=engine)
+    def poisoned(run):
+        run.model.head.bias.data[0] = math.inf
+        return train_stage(run)
 
-    monkeypatch.setattr(training_run, "train_stage", poisoned)
+    monkeypatch.setattr(lifecycle, "train_stage", poisoned)
     with pytest.raises(FloatingPointError, match=r"log_prob; parameters head\.bias"):
         go(tiny_baseline(checkpoint_every=100), tmp_path / "run")
 

@@ -10,8 +10,8 @@ import torch
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import export, load_checkpoint
 from tarflowlm.training import state
+from tarflowlm.training.lifecycle import resume
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.progressive import resume
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ from tarflowlm.cli import main as cli
 from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import parallel
+from tarflowlm.training.lifecycle import resume, train
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.progressive import resume, train
 from tarflowlm.training.run import Stopped
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ from tarflowlm.runs.checkpoint import read_run
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.strict_json import from_dict, to_dict
 from tarflowlm.training import tracking
+from tarflowlm.training.lifecycle import resume
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.progressive import resume
 from tarflowlm.training.state import newest_state
 
 CPU = torch.device("cpu")

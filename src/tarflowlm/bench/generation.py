@@ -18,8 +18,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.generation import generate
 from tarflowlm.generation.generate import num_ticks
-from tarflowlm.generation.inversion import Decoder, invert_block
-from tarflowlm.generation.stack import invert_stack
+from tarflowlm.generation.inversion import Decoder, invert_block, invert_stack
 from tarflowlm.model import TarFlowLM
 from tarflowlm.runs.checkpoint import Model, load_checkpoint
 from tarflowlm.terminal.console import StageProgress, no_progress, ticker

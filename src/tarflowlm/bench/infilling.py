@@ -18,7 +18,7 @@ from tarflowlm.editing import bound, encode, renoise
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.generation.generate import num_ticks
-from tarflowlm.generation.template import BLANK
+from tarflowlm.generation.sampling import BLANK
 from tarflowlm.model import TarFlowLM
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.terminal.console import StageProgress, no_progress, ticker

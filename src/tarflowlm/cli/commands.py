@@ -16,7 +16,7 @@ from tarflowlm.device import DeviceName, pick_device, threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import Decoder
-from tarflowlm.generation.template import encode_template
+from tarflowlm.generation.sampling import encode_template
 from tarflowlm.report import write_report
 from tarflowlm.runs.checkpoint import export, load_checkpoint, read_run, seal
 from tarflowlm.runs.config import RunConfig, checked_seed

@@ -56,7 +56,7 @@ from tarflowlm.runs.presets import PRESETS, preset
 from tarflowlm.terminal.console import ProgressReporter, print_json, print_table, stages_bar
 from tarflowlm.training.distributed import Processes, launched
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.progressive import resume, train
+from tarflowlm.training.lifecycle import resume, train
 from tarflowlm.training.run import Stopped
 
 _imported()

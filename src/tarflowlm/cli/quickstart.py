@@ -19,7 +19,7 @@ from tarflowlm.generation import generate
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.presets import preset
 from tarflowlm.terminal.console import ProgressReporter, print_samples, print_table, samples_to_json, sampling_bar
-from tarflowlm.training.progressive import check_new, train
+from tarflowlm.training.lifecycle import check_new, train
 
 SAMPLING_SHARE = 0.06
 """Of the minutes asked for; the run has the rest, with its validation and test."""

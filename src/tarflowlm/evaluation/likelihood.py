@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
-from tarflowlm.objective import log_importance_weights
-from tarflowlm.runs.checkpoint import Model
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.objective import importance_weighted, log_importance_weights
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Likelihood:
 
 @torch.no_grad()
 def evaluate(
-    model: Model,
+    model: LanguageModel,
     windows: Tensor,
     characters_per_token: Tensor,
     *,
@@ -81,7 +80,7 @@ def evaluate(
         raise UserError(f"samples {samples}: must be at least 1")
     given = torch.zeros(len(windows), dtype=torch.int64) if given is None else given
     batch = batch or max(1, 8192 // windows.shape[1])  # 8,192 tokens keep two cores or a small GPU busy
-    device = next(model.parameters()).device
+    device = model.device
     generator = torch.Generator(device=device).manual_seed(seed)
     parts, characters, num_bytes = [], 0, 0
     for start, end, head in _batches(given, batch):
@@ -96,7 +95,7 @@ def evaluate(
     return _summary(
         torch.cat(parts, dim=1),
         windows.shape[1] - given.double(),
-        exact=isinstance(model, TokenLM),
+        exact=model.is_exact,
         characters=characters,
         num_bytes=num_bytes if bytes_per_token is not None else None,
     )
@@ -119,7 +118,7 @@ def _summary(
     """All numbers from the log-weights [K, N] of the windows and their scored tokens [N]."""
     num_samples, num_windows = log_weights.shape
     num_tokens = tokens.sum().item()
-    weighted = math.log(num_samples) - log_weights.logsumexp(0)
+    weighted = importance_weighted(log_weights)
     elbo = -log_weights.mean(0)
     nats, stderr = _per_token(weighted, tokens)
     bits = weighted.sum().item() / math.log(2)

@@ -15,7 +15,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import Decoder
-from tarflowlm.generation.weights import adjust_weights
+from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.runs.checkpoint import Model
 
 MAUVE_SCALING = 5

@@ -46,7 +46,7 @@ class Conditional:
     """u_g to z_g, under the weights that a sampler may have changed."""
 
 
-Walk = Generator[Conditional, Tensor | None, None]
+Conditionals = Generator[Conditional, Tensor | None, None]
 """The conditionals of one position, group after group; it is sent the value z_g of each."""
 
 
@@ -71,17 +71,17 @@ class Coupling(nn.Module):
         """
 
     @abstractmethod
-    def walk(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Walk:
+    def conditionals(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Conditionals:
         """The conditionals of one position, from the features of its past."""
 
     def invert(
         self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
     ) -> Float[Tensor, "B C"]:
         """The latents of one position, from its noise and the features of its past."""
-        walk = self.walk(features, adjust)
+        conditionals = self.conditionals(features, adjust)
         z: list[Tensor] = []
         for u_g in u.split(self.group, -1):
-            z.append(walk.send(z[-1] if z else None).inverse(u_g))
+            z.append(conditionals.send(z[-1] if z else None).inverse(u_g))
         return torch.cat(z, -1)
 
     def complete(
@@ -98,7 +98,7 @@ class Coupling(nn.Module):
         `u`. log p [B, P] is that of the given tokens' latents given all before them, and zero elsewhere.
         """
         P, channels = is_known.shape[1], u.shape[1]
-        walk = self.walk(features, adjust)
+        conditionals = self.conditionals(features, adjust)
         z: list[Tensor] = []
         noise: list[Tensor] = []
         log_p = u.new_zeros(is_known.shape)
@@ -106,7 +106,7 @@ class Coupling(nn.Module):
         some, every = is_known.any(0).tolist(), is_known.all(0).tolist()
         mask = is_known.to(u.device)
         for g, (u_g, known_g) in enumerate(zip(u.split(self.group, -1), known.split(self.group, -1), strict=True)):
-            conditional, j = walk.send(z[-1] if z else None), g * self.group * P // channels
+            conditional, j = conditionals.send(z[-1] if z else None), g * self.group * P // channels
             if not some[j]:
                 z.append(conditional.inverse(u_g))
                 noise.append(u_g)
@@ -130,7 +130,7 @@ class ChannelCoupling(Coupling):
     def conditional(self, parameters: list[Tensor], adjust: AdjustWeights | None) -> Conditional:
         """From parameters [n, O] of n groups of channels, a map of [n, m]."""
 
-    def walk(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Walk:
+    def conditionals(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Conditionals:
         state = self.head.start(features)
         for _ in range(self.head.groups):
             z = yield self.conditional([p[0] for p in self.head.step(state)], adjust)
@@ -143,7 +143,7 @@ class ChannelCoupling(Coupling):
         """Few rows are inverted in sweeps over all G groups at once, until nothing changes: G always suffice.
 
         There a call costs the same for one group as for all of them, and a block near the identity needs about
-        three sweeps, where a walk needs G steps.
+        three sweeps, where a conditionals needs G steps.
         """
         B = len(u)
         if torch.is_grad_enabled() or u.numel() > _FEW:

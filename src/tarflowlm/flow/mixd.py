@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.flow import numerics
 from tarflowlm.flow.codebook import Codebook
-from tarflowlm.flow.couplings import AdjustWeights, Conditional, Coupling, Walk
+from tarflowlm.flow.couplings import AdjustWeights, Conditional, Conditionals, Coupling
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.precision import full_precision, widen
 
@@ -130,7 +130,7 @@ class MixDCoupling(Coupling):
         z, noise, log_p = (torch.cat(column) for column in zip(*done, strict=True))
         return z, noise, log_p
 
-    def walk(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Walk:
+    def conditionals(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Conditionals:
         book, state = self.components, self.token_features.start(features)
         for _ in range(self.patch):
             z = yield self._conditional(widen(self.weight_head(self.token_features.step(state))), book, adjust)

@@ -3,7 +3,7 @@
 Shape legend: B batch, T tokens, P patch, N = T / P positions, d latent channels per token, C = P d, D width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflowlm.flow.bijection import Bijection, Compose, zero_log_det
-from tarflowlm.flow.couplings import Coupling, standard_normal_log_prob
+from tarflowlm.flow.couplings import AdjustWeights, Coupling, standard_normal_log_prob
 from tarflowlm.flow.layers import ChannelMix, Direction, Patch
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.precision import widen
@@ -114,16 +114,33 @@ class FlowBlock(Bijection):
             x = torch.cat((self.start.expand(len(past), 1, -1), x), dim=1)
         return self.transformer(x, cache)
 
+    def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
+        """An empty cache for a pass over the positions of the block, one by one."""
+        return self.transformer.allocate_cache(batch, num_positions, self.start)
+
+    def invert_position(
+        self,
+        u: Float[Tensor, "B C"],
+        cache: KVCache,
+        previous: Tensor | None,
+        adjust: AdjustWeights | None = None,
+    ) -> Float[Tensor, "B C"]:
+        """Latents of the next position in the block's order, given those of the one before it (None at the start)."""
+        return self.coupling.invert(u, self.features_at(cache, previous, len(u)), adjust)
+
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
         """Latents, position by position with the KV cache: exact. See also `generation/inversion.py`."""
-        noise = self.order(u)[0]
-        cache = self.transformer.allocate_cache(len(u), u.shape[1], self.start.to(u.dtype))
+        cache = self.allocate_cache(len(u), u.shape[1])
         previous: Tensor | None = None
         h: list[Tensor] = []
-        for u_t in noise.unbind(1):
-            previous = self.coupling.invert(u_t, self.features_at(cache, previous, len(u)))
+        for u_n in self.order(u)[0].unbind(1):
+            previous = self.invert_position(u_n, cache, previous)
             h.append(previous)
         return self.order.inverse(torch.stack(h, dim=1))
+
+
+Invert = Callable[[int, Tensor], Tensor]
+"""Latents [B, N, C] of a block, from its index (0-based) and its noise."""
 
 
 class Prior(Bijection):
@@ -133,6 +150,12 @@ class Prior(Bijection):
         super().__init__()
         self.patch = Patch(patch)
         self.blocks = nn.ModuleList(blocks)
+
+    def block(self, index: int) -> FlowBlock:
+        """Block `index`, 0-based."""
+        block = self.blocks[index]
+        assert isinstance(block, FlowBlock)
+        return block
 
     @property
     def is_one_tied_mixture(self) -> bool:
@@ -154,11 +177,21 @@ class Prior(Bijection):
         states, log_dets = self.states(z)
         return states[-1], sum(log_dets, start=zero_log_det(z))
 
+    def descend(
+        self, state: Float[Tensor, "B T d"], invert: Invert, *, top: int | None = None, bottom: int = 0
+    ) -> list[Tensor]:
+        """The way down the stack: h^(top) = `state`, ..., h^(bottom), each [B, T, d]; top is L by default.
+
+        `invert` is asked for the inverse of one block after the other.
+        """
+        h, states = self.patch(state)[0], [state]
+        for index in reversed(range(bottom, len(self.blocks) if top is None else top)):
+            h = invert(index, h)
+            states.append(self.patch.inverse(h))
+        return states
+
     def inverse(self, u: Float[Tensor, "B T d"]) -> Float[Tensor, "B T d"]:
-        h = self.patch(u)[0]
-        for block in reversed(self.blocks):
-            h = block.inverse(h)  # type: ignore[operator]
-        return self.patch.inverse(h)
+        return self.descend(u, lambda index, h: self.block(index).inverse(h))[-1]
 
     def log_prob(
         self,

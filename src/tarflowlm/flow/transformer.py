@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.errors import UserError
 
@@ -124,6 +125,9 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
+    keeps_activations = True
+    """False: keep the input alone for the backward pass, and compute the rest again."""
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.width, bias=False)
@@ -133,6 +137,11 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.mlp_ratio * config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
+        if self.keeps_activations:
+            return self._compute(x, tables, cache, layer)
+        return checkpoint(self._compute, x, tables, cache, layer, use_reentrant=False, preserve_rng_state=False)
+
+    def _compute(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
         x = x + self.attention(self.attention_norm(x), tables, cache, layer)
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 

@@ -9,16 +9,12 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.generation.inversion import Decoder, Inverted
-from tarflowlm.generation.noise import row_generators, row_normal
-from tarflowlm.generation.particles import Weights, draw, walk
-from tarflowlm.generation.passage import LatentPassage, Tick, TokenPassage
-from tarflowlm.generation.sources import LatentSource, UniformSource
-from tarflowlm.generation.stack import Decoders, invert_stack
-from tarflowlm.generation.template import BLANK
-from tarflowlm.generation.weights import adjust_weights
+from tarflowlm.generation.inversion import Decoder, Decoders, Inverted, Tick, invert_stack
+from tarflowlm.generation.particles import LatentSource, UniformSource, Weights, particle_filter, resample
+from tarflowlm.generation.passage import LatentPassage, TokenPassage
+from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators, row_normal
+from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
-from tarflowlm.runs.checkpoint import Model
 
 
 @dataclass(frozen=True)
@@ -41,12 +37,12 @@ class Generation:
     ess: Tensor | None = None
     """With given tokens: effective number of particles [B] in the end."""
     draws: Tensor | None = None
-    """With given tokens: how often the particles of every sample were drawn anew, [B]."""
+    """With given tokens: how often the particles of every sample were resampled, [B]."""
 
 
 @torch.no_grad()
 def generate(
-    model: Model,
+    model: LanguageModel,
     *,
     num_tokens: int,
     num: int = 1,
@@ -87,8 +83,9 @@ def generate(
     rows = row_generators(num, generator or torch.Generator().manual_seed(torch.seed()))
     if isinstance(model, TokenLM):
         return _from_baseline(model, given, num_tokens, particles, rows, adjust, tick)
+    assert isinstance(model, TarFlowLM)
     if (given == BLANK).all():
-        scale = temperature if set(model.config.couplings) <= {"affine", "token-affine"} else 1.0
+        scale = temperature if model.config.is_affine else 1.0
         noise = row_normal(rows, given.shape[1], model.config.latent_dim).to(model.codebook.mean) * scale
         states, work = invert_stack(model, noise, decoder=decoder, adjust=adjust, tick=tick)
         tokens = model.codebook.decode(states[-1])
@@ -134,14 +131,14 @@ def _completed(
     if tick is not None:
         for _ in range(passage.at):
             tick()
-    walk(passage, weights, generators, source, tick)
+    particle_filter(passage, weights, generators, source, tick)
     weights.add(source.log_factor(model.prior.patch.inverse(passage.noise)))
     chosen = _chosen(weights, generators)
-    z = model.prior.patch.inverse(passage.z)[chosen]
+    z = model.prior.patch.inverse(passage.values)[chosen]
     tokens = torch.where(given == BLANK, book.decode(z).cpu(), given).to(z.device)
     # the states of these latents, and not the draws above: what is given has changed them
     states = model.prior.states(z)[0][::-1] if return_passes else ()
-    work = [*source.work, Inverted(passage.z, "sequential", passage.num_positions)]
+    work = [*source.work, Inverted(passage.values, "sequential", passage.num_positions)]
     return _generation(model, tokens[:, :num_tokens], states, work, return_passes, **_summary(weights))
 
 
@@ -158,8 +155,8 @@ def _from_baseline(
     spread = given.repeat_interleave(particles, dim=0)
     passage = TokenPassage(model, source.uniform, spread, spread != BLANK, adjust)
     weights = Weights.uniform(len(given), particles)
-    walk(passage, weights, generators, source, tick)
-    tokens = passage.tokens[_chosen(weights, generators)][:, :num_tokens]
+    particle_filter(passage, weights, generators, source, tick)
+    tokens = passage.values.flatten(1)[_chosen(weights, generators)][:, :num_tokens]
     if (given == BLANK).all():
         return Generation(tokens)
     return Generation(tokens, **_summary(weights))  # type: ignore[arg-type]
@@ -167,7 +164,7 @@ def _from_baseline(
 
 def _chosen(weights: Weights, generators: list[torch.Generator]) -> Tensor:
     """The row of one particle of every sample, drawn by weight."""
-    picks = [draw(log_w, 1, g) for log_w, g in zip(weights.log_w, generators, strict=True)]
+    picks = [resample(log_w, 1, g) for log_w, g in zip(weights.log_w, generators, strict=True)]
     return torch.cat(picks) + torch.arange(len(picks)) * weights.log_w.shape[1]
 
 
@@ -175,14 +172,14 @@ def _summary(weights: Weights) -> dict[str, Tensor]:
     return {"log_evidence": weights.total(), "ess": weights.effective(), "draws": weights.draws}
 
 
-def num_ticks(model: Model, num_tokens: int) -> int:
+def num_ticks(model: LanguageModel, num_tokens: int) -> int:
     """How often `generate` calls `tick`."""
     positions = -(-num_tokens // model.config.patch)
-    return positions * (1 if isinstance(model, TokenLM) else model.num_blocks)
+    return positions * model.num_blocks
 
 
 def _given(
-    model: Model, num: int, num_tokens: int, prompt: Tensor | None, template: Tensor | None, particles: int
+    model: LanguageModel, num: int, num_tokens: int, prompt: Tensor | None, template: Tensor | None, particles: int
 ) -> Tensor:
     """What is given of every sample: [num, T], a whole number of patches, on the CPU, BLANK elsewhere."""
     context, vocab_size, patch = model.config.context, model.config.vocab_size, model.config.patch

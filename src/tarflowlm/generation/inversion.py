@@ -1,20 +1,26 @@
-"""The inverse of one block: by steps, by sweeps, or by whichever the first positions show to be quicker.
+"""The inverse of one block: by steps, by sweeps, or by the quicker of the two; and of a stack.
 
 Both ways work on the same guess and the same KV cache, so a block can change from one to the other at any position.
 """
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.stack import FlowBlock
-from tarflowlm.generation.passage import Tick
+from tarflowlm.model import TarFlowLM
 
 Decoder = Literal["sequential", "parallel", "auto"]
+Decoders = Decoder | Sequence[Decoder]
+"""One decoder for all blocks, or one for each, block L first, as `Generation.decoders` has them."""
+Tick = Callable[[], None]
+"""Called once for every position and block, to show progress."""
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 """Change of a latent, over 1 + its size, that counts as none: some roundings of the format."""
@@ -93,7 +99,7 @@ class _Inversion:
         self.noise = block.order(u)[0]
         self.h = self.noise.clone()
         B, self.num_positions, _ = u.shape
-        self.cache = block.transformer.allocate_cache(B, self.num_positions, block.start.to(u.dtype))
+        self.cache = block.allocate_cache(B, self.num_positions)
         self.at = self.passes = 0
         self.swept_from: int | None = None
 
@@ -116,8 +122,8 @@ class _Inversion:
         self.cache.rewind(self.at)
         while self.at < until:
             previous = self.h[:, self.at - 1] if self.at else None
-            features = self.block.features_at(self.cache, previous, len(self.h))
-            self.h[:, self.at] = self.block.coupling.invert(self.noise[:, self.at], features, self.adjust)
+            noise = self.noise[:, self.at]
+            self.h[:, self.at] = self.block.invert_position(noise, self.cache, previous, self.adjust)
             self.passes += 1
             self._advance(1)
 
@@ -195,3 +201,35 @@ class _Inversion:
         # not within the bound, NaN included
         bad = ~(off[self.swept_from :] <= RESIDUAL[off.dtype])
         return self.swept_from + int(torch.cat((bad, bad.new_ones(1))).int().argmax())
+
+
+def invert_stack(
+    model: TarFlowLM,
+    noise: Tensor,
+    *,
+    decoder: Decoders = "sequential",
+    above: int = 0,
+    adjust: AdjustWeights | None = None,
+    tick: Tick | None = None,
+) -> tuple[list[Tensor], list[Inverted]]:
+    """States h^(L) = noise, ..., h^(above) of the inverse pass, each [B, T, d], and how each block was inverted.
+
+    Both have block L first. `adjust` acts on the mixture weights of block 1, which choose the tokens.
+    """
+    chosen, work = per_block(decoder, model.num_blocks), []
+
+    def invert(index: int, u: Tensor) -> Tensor:
+        change = adjust if index == 0 else None
+        work.append(invert_block(model.prior.block(index), u, decoder=chosen[-1 - index], adjust=change, tick=tick))
+        return work[-1].h
+
+    return model.prior.descend(noise, invert, bottom=above), work
+
+
+def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:
+    """One decoder for every block, block L first; UserError for another number of them."""
+    if isinstance(decoder, str):
+        return (decoder,) * num_blocks
+    if len(decoder) != num_blocks:
+        raise UserError(f"decoder {tuple(decoder)}: the model has {num_blocks} blocks, give one decoder for each")
+    return tuple(decoder)

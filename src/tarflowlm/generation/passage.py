@@ -1,42 +1,61 @@
-"""One passage through a sequence, position by position with the KV cache, some of its tokens given.
+"""One pass over a sequence, position by position with the KV cache, some of its tokens given.
 
-Rows are samples or particles. Every step returns the log-probability it found for the given tokens, which is what
-`particles` weighs rows by; `select` and `renew` let it copy rows and refresh the noise ahead of them.
+Rows are samples or particles. Every step returns the log-probability it found for the given tokens, by which
+`particles` weights the rows; `select` and `renew` let it copy rows and refresh the noise ahead of them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.flow.couplings import AdjustWeights, standard_normal_log_prob
-from tarflowlm.flow.stack import FlowBlock
-from tarflowlm.flow.transformer import KVCache
+from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
-
-Tick = Callable[[], None]
 
 
 class Passage(ABC):
-    """Positions before `at` are done."""
+    """A pass over N positions; the first `at` of them are done. Both models have the same pass over other values.
 
-    at: int
-    num_positions: int
-    cache: KVCache
+    `noise` [B, N, ...] is read, and replaced where tokens are given; `values` [B, N, ...] is what it becomes.
+    `is_known` [B, N, P] on the CPU says which tokens are given.
+    """
 
-    @abstractmethod
+    def __init__(
+        self, model: LanguageModel, noise: Tensor, values: Tensor, is_known: Tensor, adjust: AdjustWeights | None
+    ) -> None:
+        self.noise, self.values, self.adjust = noise, values, adjust
+        self.is_known = is_known.view(len(noise), -1, model.config.patch)
+        self.num_positions, self.at = noise.shape[1], 0
+        self.cache = model.allocate_cache(len(noise), self.num_positions)
+        self._features_at = model.features_at
+
     def step(self) -> Tensor:
-        """Go one position on: log-probability [B], nats, of the tokens given there, given all before them."""
+        """Do the next position: log-probability [B], nats, of the tokens given there, given all before them."""
+        previous = self.values[:, self.at - 1] if self.at else None
+        features = self._features_at(self.cache, previous, len(self.values))
+        log_p = self.complete(self.at, features)
+        self.at += 1
+        return log_p
 
     @abstractmethod
+    def complete(self, n: int, features: Tensor) -> Tensor:
+        """Fill position n from the features [B, D] of its past; returns as `step`."""
+
     def select(self, rows: Tensor) -> None:
         """Continue with the pasts of these rows [B]; what lies ahead stays as it is."""
+        self.values[:, : self.at] = self.values[rows, : self.at]
+        self.noise[:, : self.at] = self.noise[rows, : self.at]
+        self.cache.select(rows)
 
-    @abstractmethod
     def renew(self, rows: Tensor, noise: Tensor) -> None:
         """Noise [n, T, ...] for what lies ahead of these rows [n]."""
+        self.noise[rows, self.at :] = self.positions(noise)[:, self.at :].to(self.noise)
+
+    @abstractmethod
+    def positions(self, x: Tensor) -> Tensor:
+        """[B, T, ...] of tokens as [B, N, ...] of positions."""
 
 
 class LatentPassage(Passage):
@@ -50,20 +69,18 @@ class LatentPassage(Passage):
         self, model: TarFlowLM, noise: Tensor, known: Tensor, is_known: Tensor, adjust: AdjustWeights | None
     ) -> None:
         """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU."""
-        block = model.prior.blocks[0]
-        assert isinstance(block, FlowBlock)
-        assert block.keeps_order, "given latents need a block in the order of the tokens"
-        self.model, self.block, self.adjust = model, block, adjust
-        self.noise, self.known = model.prior.patch(noise)[0].clone(), model.prior.patch(known)[0]
-        self.is_known = is_known.view(len(noise), -1, model.config.patch)
+        self.block, self.patch = model.prior.block(0), model.prior.patch
+        assert self.block.keeps_order, "given latents need a block in the order of the tokens"
+        noise, self.known = self.positions(noise).clone(), self.positions(known)
+        super().__init__(model, noise, torch.zeros_like(noise), is_known, adjust)
         mask = self.is_known.to(noise.device)
         self.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask
-        self.num_positions, self.at = self.noise.shape[1], 0
-        self.z = torch.zeros_like(self.noise)
-        self.cache = block.transformer.allocate_cache(len(noise), self.num_positions, block.start.to(noise.dtype))
+
+    def positions(self, x: Tensor) -> Tensor:
+        return self.patch(x)[0]
 
     def prefill(self) -> Tensor:
-        """The leading positions that are given in all rows, in one parallel pass; as `step`."""
+        """The leading positions that are given in all rows, in one parallel pass; returns as `step`."""
         num = int(self.is_known.all(2).all(0).long().cumprod(0).sum())
         if num == 0:
             return self.noise.new_zeros(len(self.noise))
@@ -74,71 +91,48 @@ class LatentPassage(Passage):
 
     def settle(self, z: Tensor, num: int) -> Tensor:
         """Take the first `num` positions from z [B, N, C], in one parallel pass; returns their features."""
-        self.z[:, :num], self.at = z[:, :num], num
+        self.values[:, :num], self.at = z[:, :num], num
         if num == 0:
-            return self.z.new_zeros(len(z), 0, 0)
+            return self.values.new_zeros(len(z), 0, 0)
         return self.block.features_of(self.cache, z[:, : num - 1], first=True)
 
-    def step(self) -> Tensor:
-        n = self.at
-        features = self.block.features_at(self.cache, self.z[:, n - 1] if n else None, len(self.z))
+    def complete(self, n: int, features: Tensor) -> Tensor:
         z, u, log_p = self.block.coupling.complete(
             self.noise[:, n], features, self.known[:, n], self.is_known[:, n], self.adjust
         )
-        self.z[:, n], self.noise[:, n], self.at = z, u, n + 1
+        self.values[:, n], self.noise[:, n] = z, u
         return (log_p - self.log_normaliser[:, n]).sum(-1)
-
-    def select(self, rows: Tensor) -> None:
-        self.z[:, : self.at] = self.z[rows, : self.at]
-        self.noise[:, : self.at] = self.noise[rows, : self.at]
-        self.cache.select(rows)
-
-    def renew(self, rows: Tensor, noise: Tensor) -> None:
-        self.noise[rows, self.at :] = self.model.prior.patch(noise)[0][:, self.at :]
 
 
 class TokenPassage(Passage):
-    """The discrete baseline: token t of row b is the inverse of its cumulative distribution at `uniform` [B, T]."""
+    """The discrete baseline: a token is the inverse of its cumulative distribution at a uniform number."""
 
     def __init__(
         self, model: TokenLM, uniform: Tensor, given: Tensor, is_known: Tensor, adjust: AdjustWeights | None
     ) -> None:
-        """`given` tokens [B, T], read where `is_known` [B, T], on the CPU."""
-        self.model, self.adjust = model, adjust
-        device = model.start.device
+        """`uniform` [B, T]; `given` tokens [B, T], read where `is_known` [B, T], on the CPU."""
+        self.model, device = model, model.device
         # some devices have no float64
-        self.wide = torch.float32 if device.type == "mps" else torch.float64
-        self.uniform, self.is_known = uniform.to(device, self.wide), is_known
-        self.tokens = (given * is_known).to(device)
-        self.num_positions, self.at = uniform.shape[1] // model.config.patch, 0
-        self.cache = model.transformer.allocate_cache(len(uniform), self.num_positions, model.start)
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        noise, values = (self.positions(x) for x in (uniform.to(device, wide), (given * is_known).to(device)))
+        super().__init__(model, noise, values, is_known, adjust)
 
-    def step(self) -> Tensor:
-        P, start = self.model.config.patch, self.at * self.model.config.patch
-        previous = self.tokens[:, start - P : start] if start else None
-        features = self.model.features_at(self.cache, previous, len(self.tokens))[:, None]
+    def positions(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1, self.model.config.patch)
+
+    def complete(self, n: int, features: Tensor) -> Tensor:
         # a view: the in-patch weights of token j see tokens < j, those after it have no effect
-        patch = self.tokens[:, start : start + P]
-        log_p = self.uniform.new_zeros(len(patch))
-        for j in range(P):
-            known = self.is_known[:, start + j]
-            logits = self.model.patch_logits(features, patch)[:, 0, j]
+        patch, uniform = self.values[:, n], self.noise[:, n]
+        log_p = uniform.new_zeros(len(patch))
+        for j in range(patch.shape[1]):
+            known = self.is_known[:, n, j]
+            logits = self.model.patch_logits(features[:, None], patch)[:, 0, j]
             if known.any():
-                here = logits.to(self.wide).log_softmax(-1).gather(-1, patch[:, j, None])[:, 0]
+                here = logits.to(uniform.dtype).log_softmax(-1).gather(-1, patch[:, j, None])[:, 0]
                 log_p += here * known.to(here.device)
             if not known.all():
                 changed = logits if self.adjust is None else self.adjust(logits)
-                cumulative = changed.to(self.wide).softmax(-1).cumsum(-1)
-                drawn = (cumulative < self.uniform[:, start + j, None] * cumulative[:, -1:]).sum(-1)
+                cumulative = changed.to(uniform.dtype).softmax(-1).cumsum(-1)
+                drawn = (cumulative < uniform[:, j, None] * cumulative[:, -1:]).sum(-1)
                 patch[:, j] = torch.where(known.to(drawn.device), patch[:, j], drawn)
-        self.at += 1
         return log_p
-
-    def select(self, rows: Tensor) -> None:
-        done = self.at * self.model.config.patch
-        self.tokens[:, :done] = self.tokens[rows, :done]
-        self.cache.select(rows)
-
-    def renew(self, rows: Tensor, uniform: Tensor) -> None:
-        done = self.at * self.model.config.patch
-        self.uniform[rows, done:] = uniform[:, done:].to(self.uniform)

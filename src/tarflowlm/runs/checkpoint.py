@@ -6,23 +6,23 @@ manifest.json beside them holds their hashes, which are checked on load (docs/re
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tarflowlm.baseline import BaselineConfig, TokenLM
-from tarflowlm.runs.strict_json import from_dict, to_dict
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
+from tarflowlm.language_model import LanguageModel, seeded
+from tarflowlm.runs.config import RunConfig, current_form
 from tarflowlm.runs.manifest import MANIFEST, is_whole, problem_of, replacing_listed, write_manifest
-from tarflowlm.model import FlowConfig, TarFlowLM, seeded
 from tarflowlm.runs.released import locate, released
-from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.strict_json import from_dict, to_dict
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+SUMMARY = "summary.json"
+"""Written at the end of a run: what it came to."""
 BEST = "best"
 """Inside a run directory: the weights of the best validation bound, with all that is needed to load them."""
 STATE, COUNTERS = "state", "counters.json"
@@ -30,21 +30,15 @@ STATE, COUNTERS = "state", "counters.json"
 LISTED = {"manifest": "sha256"}
 """In the header of weights that have a manifest beside them: theirs is not to be missing."""
 
-Model = TarFlowLM | TokenLM
-
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A model with what it was made from. `info` holds step, tokens and blocks, as strings."""
 
-    model: Model
+    model: LanguageModel
     tokenizer: Tokenizer
     run: RunConfig
     info: dict[str, str]
-
-
-def build_model(config: FlowConfig | BaselineConfig) -> Model:
-    return TarFlowLM(config) if isinstance(config, FlowConfig) else TokenLM(config)
 
 
 def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
@@ -69,7 +63,7 @@ def read_run(directory: Path, *, check: bool = True) -> RunConfig:
         raise UserError(f"{directory} is not a directory: give a run directory made by `tarflowlm train`")
     if check:
         _check(directory, CONFIG)
-    return from_dict(RunConfig, read_json(directory / CONFIG), where=str(directory / CONFIG))
+    return from_dict(RunConfig, current_form(read_json(directory / CONFIG)), where=str(directory / CONFIG))
 
 
 def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
@@ -134,19 +128,20 @@ def _load(directory: Path, device: str | torch.device) -> Checkpoint:
     # the weights are what is written last: without them nothing else is to be blamed
     tensors, info = _read_weights(directory / WEIGHTS)
     tokenizer = load_tokenizer(directory / TOKENIZER)
-    config: Any = replace(run.model, vocab_size=tokenizer.vocab_size)
-    if isinstance(config, FlowConfig) and info.get("blocks", "").isdigit():
-        config = config.first_blocks(int(info["blocks"]))
+    config = replace(run.model, vocab_size=tokenizer.vocab_size)
+    blocks = info.get("blocks", "")
+    if blocks.isdigit() and int(blocks) > 0:
+        config = config.first_blocks(int(blocks))
     # the initial weights are overwritten: the caller's random numbers must not depend on them
     with seeded(0):
-        model = build_model(config)
+        model = config.build()
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     _check_names_and_shapes(directory / WEIGHTS, expected, tensors)
     model.load_state_dict(tensors)
     return Checkpoint(model=model.to(device).eval(), tokenizer=tokenizer, run=run, info=info)
 
 
-def load(directory: str | Path, device: str | torch.device = "cpu") -> tuple[Model, Tokenizer]:
+def load(directory: str | Path, device: str | torch.device = "cpu") -> tuple[LanguageModel, Tokenizer]:
     """The model and tokenizer of a run directory; the model is in eval mode. Errors as `load_checkpoint`."""
     checkpoint = load_checkpoint(directory, device)
     return checkpoint.model, checkpoint.tokenizer

@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import zip_longest
+from typing import Any, Literal
 
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.data import TokenizerConfig
@@ -174,12 +175,22 @@ class RunConfig:
 
     @property
     def num_stages(self) -> int:
-        if isinstance(self.model, FlowConfig) and self.train.mode == "progressive":
-            return len(self.model.couplings)
-        return 1
+        return self.model.num_blocks if self.train.mode == "progressive" else 1
 
     def model_of_stage(self, stage: int) -> FlowConfig | BaselineConfig:
         """What stage `stage` (0-based) trains: in progressive training, the blocks up to its own."""
-        if isinstance(self.model, FlowConfig) and self.num_stages > 1:
-            return self.model.first_blocks(stage + 1)
-        return self.model
+        return self.model.first_blocks(stage + 1) if self.num_stages > 1 else self.model
+
+
+def current_form(document: Any) -> Any:
+    """config.json as it is written today, from one of an earlier version: three parallel tuples became `blocks`.
+
+    What is not such a document is returned as it is, for `from_dict` to say what is wrong with it.
+    """
+    model = document.get("model") if isinstance(document, dict) else None
+    old = ("couplings", "layers", "components")
+    if not isinstance(model, dict) or not all(isinstance(model.get(name), list) for name in old):
+        return document
+    rows = zip_longest(*(model[name] for name in old))
+    blocks = [dict(zip(("coupling", "layers", "components"), row, strict=True)) for row in rows]
+    return document | {"model": {k: v for k, v in model.items() if k not in old} | {"blocks": blocks}}

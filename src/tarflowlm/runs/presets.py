@@ -8,7 +8,7 @@ from tarflowlm.baseline import BaselineConfig
 from tarflowlm.data import TokenizerConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import CouplingName, FlowConfig
+from tarflowlm.model import CouplingName, FlowConfig, stack
 from tarflowlm.runs.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2)
@@ -62,9 +62,7 @@ def mini_mixd_p4() -> RunConfig:
 def _mini_joint(
     name: str, coupling: CouplingName, components: tuple[int, ...], *, codebook_lr_scale: float
 ) -> RunConfig:
-    model = FlowConfig(
-        context=256, trunk=MINI_TRUNK, couplings=(coupling,) * 3, layers=(4, 1, 1), components=components
-    )
+    model = FlowConfig(context=256, trunk=MINI_TRUNK, blocks=stack((coupling,) * 3, (4, 1, 1), components))
     optim = OptimConfig(codebook_lr_scale=codebook_lr_scale)
     return RunConfig(name=name, model=model, train=replace(MINI_TRAIN, mode="joint"), optim=optim)
 
@@ -101,12 +99,12 @@ def _paper(name: str) -> RunConfig:
     flow = FlowConfig(context=context, latent_dim=5 if text8 else 16, trunk=PAPER_TRUNK)
     if kind == "mixd":
         upper = 2 if text8 else 64
-        flow = replace(flow, layers=(8, 2, 2), components=(0, upper, upper))
+        flow = replace(flow, blocks=stack(("mixd", "mix1", "mix1"), (8, 2, 2), (0, upper, upper)))
         train = replace(train, mode="progressive", stage_steps=(steps, steps // 5, steps // 5))
     else:
         coupling: CouplingName = "affine" if kind == "affine" else "mix1"
         components = (1 if kind == "affine" else num_components,) * 3
-        flow = replace(flow, couplings=(coupling,) * 3, layers=(2, 2, 8), components=components)
+        flow = replace(flow, blocks=stack((coupling,) * 3, (2, 2, 8), components))
     return RunConfig(name=name, model=flow, data=data, optim=optim, train=train)
 
 

@@ -35,7 +35,10 @@ def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
             raise UserError(f"{where}.{key}: unknown key; known keys are {', '.join(sorted(fields))}")
     values = {}
     for name, field in fields.items():
-        if name in data:
+        if not field.init:
+            if data.get(name, field.default) != field.default:
+                raise UserError(f"{where}.{name}: {data[name]!r} is not {field.default!r}")
+        elif name in data:
             values[name] = _value(hints[name], data[name], f"{where}.{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{where}.{name}: missing key")

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from tarflowlm.data import CorpusProgress, Tokenizer
 from tarflowlm.generation.generate import Generation, num_ticks
-from tarflowlm.runs.checkpoint import Model
+from tarflowlm.language_model import LanguageModel
 from tarflowlm.terminal.progress import Bars, Clock, FittingProgress, PlainLines, is_live
 from tarflowlm.training.metrics import Reporter
 
@@ -221,7 +221,7 @@ def corpus_bar(
 
 
 @contextmanager
-def sampling_bar(console: Console, model: Model, num_tokens: int) -> Iterator[Callable[[], None]]:
+def sampling_bar(console: Console, model: LanguageModel, num_tokens: int) -> Iterator[Callable[[], None]]:
     """Progress over the positions that `generate` inverts; yields its `tick`."""
     total = num_ticks(model, num_tokens)
     done = itertools.count(1)

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tarflowlm.baseline import TokenLM
-from tarflowlm.objective import elbo
-from tarflowlm.runs.checkpoint import Model
+from tarflowlm.language_model import LanguageModel
 
 NAMED = 8
 """Parameters listed in a record; the rest are counted."""
@@ -73,16 +71,11 @@ def gradient_range(gradient: Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def broken_terms(model: Model, tokens: Tensor, generator: torch.Generator) -> list[str]:
+def broken_terms(model: LanguageModel, tokens: Tensor, generator: torch.Generator) -> list[str]:
     """The terms of the loss that are not finite on a batch; `generator` as it was before the step."""
     # a sharded model was put together on the CPU for this
-    tokens = tokens.to(next(model.parameters()).device)
-    if isinstance(model, TokenLM):
-        terms = {"log_prob": model.log_prob(tokens)}
-    else:
-        parts = elbo(model, tokens, generator=generator)
-        terms = {"reconstruction": parts.reconstruction, "log_q": parts.log_q, "base": parts.base}
-        terms |= {f"log-det of block {i + 1}": value for i, value in enumerate(parts.log_dets)}
+    tokens = tokens.to(model.device)
+    terms = model.terms(tokens, model.draw_noise(tokens, generator))
     return [name for name, value in terms.items() if not torch.isfinite(value).all()]
 
 
@@ -91,7 +84,11 @@ def broken_parameters(model: nn.Module) -> list[str]:
 
 
 def skipped_record(
-    model: Model, tokens: Tensor, generator: torch.Generator, gradients: dict[str, dict[str, Any]], loss: Tensor
+    model: LanguageModel,
+    tokens: Tensor,
+    generator: torch.Generator,
+    gradients: dict[str, dict[str, Any]],
+    loss: Tensor,
 ) -> dict[str, Any]:
     """What metrics.jsonl holds about a step that was not taken, besides its place."""
     value = loss.item()

@@ -10,7 +10,6 @@ import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -19,29 +18,26 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
-from tarflowlm.baseline import TokenLM
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.transformer import Layer
-from tarflowlm.model import FlowConfig, TarFlowLM, seeded
-from tarflowlm.objective import log_importance_weights, negative_bound, posterior_noise
-from tarflowlm.runs.checkpoint import Model, build_model
+from tarflowlm.language_model import LanguageModel, seeded
+from tarflowlm.objective import log_importance_weights
 from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.training.distributed import ALONE, Processes
 
 
 class Bound(nn.Module):
-    """`negative_bound` as a module, which is what DDP, FSDP2 and torch.compile take hold of."""
+    """`negative_bound` as a module's forward, which is what DDP, FSDP2 and torch.compile work on."""
 
-    def __init__(self, model: Model, frozen: int) -> None:
+    def __init__(self, model: LanguageModel, frozen: int) -> None:
         super().__init__()
         self.model, self.frozen = model, frozen
 
-    def forward(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"] | None) -> Float[Tensor, " B"]:
+    def forward(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
         """Nats per sequence, for a loss that weights all of them alike."""
-        return negative_bound(self.model, tokens, noise=noise, frozen=self.frozen, equal_cotangents=True)
+        return self.model.negative_bound(tokens, noise, frozen=self.frozen, equal_cotangents=True)
 
 
 def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> bool:
@@ -78,7 +74,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        model: LanguageModel,
         run: RunConfig,
         processes: Processes = ALONE,
         *,
@@ -88,53 +84,45 @@ class Engine:
         self.model, self.run, self.processes = model, run, processes
         self.sharded = processes.world > 1 and run.train.parallel == "fsdp"
         # shards are not on their device yet
-        device = processes.device if self.sharded else next(model.parameters()).device
+        device = processes.device if self.sharded else model.device
         self.compiled = compiles(run.train, processes, device)
         bound = Bound(model, frozen)
         self._prepare_layers(frozen)
         if self.sharded:
             _shard(bound, mesh or init_device_mesh(processes.device.type, (processes.world,)))
         elif self.compiled:
-            vars(bound)["forward"] = torch.compile(bound.forward, fullgraph=True)
+            bound.compile(fullgraph=True)
         self.module: nn.Module = bound
         if processes.world > 1 and not self.sharded:
             self.module = DistributedDataParallel(bound, gradient_as_bucket_view=True)
 
     def _prepare_layers(self, frozen: int) -> None:
         """Activation checkpointing of the Transformer layers that train, and their compilation under FSDP2, whose
-        hooks between layers no graph can cross. It is `forward` that is replaced: names and hooks stay."""
-        train = self.run.train
+        hooks between layers no graph can cross."""
+        trained = [layer for part in self.model.blocks_from(frozen) for layer in _layers(part)]
         for layer in _layers(self.model):
-            vars(layer).pop("forward", None)
+            layer.keeps_activations = not (self.run.train.checkpoint_activations and layer in trained)
             if self.compiled and self.sharded:
-                vars(layer)["forward"] = torch.compile(layer.forward, fullgraph=True)
-        trained = self.model.prior.blocks[frozen:] if isinstance(self.model, TarFlowLM) else self.model
-        for layer in _layers(trained) if train.checkpoint_activations else ():
-            vars(layer)["forward"] = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+                layer.compile(fullgraph=True)
 
     def backward(self, tokens: Int[Tensor, "b T"], generator: torch.Generator) -> Tensor:
         """Gradients of the mean over the global batch, of which `tokens` are this process's rows; returns that mean,
         in nats per token."""
         train, processes = self.run.train, self.processes
-        noise = self._noise(tokens, generator)
+        rows = self.processes.rank * len(tokens)
+        # every process draws the noise of the whole batch, and uses its own rows
+        everyone = tokens.new_empty(processes.world * len(tokens), tokens.shape[1])
+        noise = self.model.draw_noise(everyone, generator)[rows : rows + len(tokens)]
         parts = list(zip(tokens.chunk(train.accumulate), noise.chunk(train.accumulate), strict=True))
         total = torch.zeros((), device=tokens.device)
         for index, (part, part_noise) in enumerate(parts):
             with self._reducing(index + 1 == len(parts)):
                 with torch.autocast(tokens.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
-                    bound = self.module(part, part_noise if part_noise.numel() else None)
+                    bound = self.module(part, part_noise)
                     loss = bound.mean() / tokens.shape[1] / len(parts)
                 loss.backward()
             total = total + loss.detach()
         return processes.mean(total)
-
-    def _noise(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        """This process's rows of the noise of the global batch; [b, 0] for the baseline, which has none."""
-        if isinstance(self.model, TokenLM):
-            return torch.empty(len(tokens), 0, device=tokens.device)
-        rows, rank = len(tokens), self.processes.rank
-        everyone = tokens.new_empty(self.processes.world * rows, tokens.shape[1])
-        return posterior_noise(self.model, everyone, generator)[rank * rows : (rank + 1) * rows]
 
     def _reducing(self, last: bool) -> AbstractContextManager[None]:
         """DDP sends gradients with the last part alone. FSDP2 sends them with every part: to hold them back it would
@@ -153,36 +141,38 @@ class Engine:
         return evaluate(self.model, windows, characters_per_token, weigh=weigh, progress=progress)
 
     def _shared_weights(
-        self, model: Model, tokens: Int[Tensor, "B T"], *, samples: int, generator: torch.Generator, given: int
+        self,
+        model: LanguageModel,
+        tokens: Int[Tensor, "B T"],
+        *,
+        samples: int,
+        generator: torch.Generator,
+        given: int,
     ) -> Float[Tensor, "1 B"]:
         """`log_importance_weights` for one sample, its rows shared out over the processes."""
         assert samples == 1, "training looks at one sample"
         assert given == 0, "and at fresh contexts"
-        noise = None if isinstance(model, TokenLM) else posterior_noise(model, tokens, generator)
+        noise = model.draw_noise(tokens, generator)
         each = -(-len(tokens) // self.processes.world)
         # the last process may have fewer: it repeats a row, for all must take part in every collective
         rows = (self.processes.rank * each + torch.arange(each, device=tokens.device)).clamp(max=len(tokens) - 1)
-        own = None if noise is None else noise[rows]
         if self.sharded:
-            nats = self.module(tokens[rows], own)
+            nats = self.module(tokens[rows], noise[rows])
             assert isinstance(self.module, FSDPModule)
             # what follows may read parameters
             self.module.reshard()
         else:
-            nats = negative_bound(model, tokens[rows], noise=own)
+            nats = model.negative_bound(tokens[rows], noise[rows])
         return -self.processes.gather(nats)[None, : len(tokens)]
 
-    def whole(self) -> Model:
+    def whole(self) -> LanguageModel:
         """The model with whole parameters: itself, or under FSDP2 a copy in memory. All processes take part."""
         if not self.sharded:
             return self.model
-        config = self.model.config
-        blocks = self.model.num_blocks if isinstance(self.model, TarFlowLM) else 0
         with seeded(0):
-            copy = build_model(config.first_blocks(blocks) if isinstance(config, FlowConfig) else config)
+            copy = self.model.config.first_blocks(self.model.num_blocks).build()
         copy.load_state_dict(whole_weights(self.model))
-        if isinstance(copy, TarFlowLM) and isinstance(config, FlowConfig):
-            copy.config = config
+        copy.config = self.model.config
         return copy
 
 
@@ -193,8 +183,7 @@ def _layers(module: nn.Module) -> list[Layer]:
 def _shard(bound: Bound, mesh: DeviceMesh) -> None:
     """FSDP2, in place: a Transformer layer or a head is gathered when its turn comes, the small rest for the whole
     step."""
-    heads = [bound.model.head] if isinstance(bound.model, TokenLM) else []
-    for module in [*_layers(bound), *(m for m in bound.modules() if isinstance(m, Coupling)), *heads]:
+    for module in [*_layers(bound), *bound.model.heads()]:
         fully_shard(module, mesh=mesh)
         if isinstance(module, Coupling):
             # the last block is asked for its density alone

@@ -4,10 +4,12 @@ state/step-NNNNNNNN/ is written by PyTorch's distributed checkpoint under a temp
 renamed when complete; the newest whole one is resumed.
 """
 
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,57 @@ from tarflowlm.files import read_json, sync_file, sync_folder, write_json
 from tarflowlm.runs.checkpoint import COUNTERS, STATE
 from tarflowlm.runs.manifest import is_whole, write_manifest
 from tarflowlm.training.distributed import ALONE, Processes
+from tarflowlm.training.guards import RunningLoss
+from tarflowlm.training.pace import TimeSpent
+
+
+@dataclass
+class Window:
+    """Steps since the last line of the log."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Counters:
+    """Where a run stands. All of it is saved, so that a resumed run goes on as if it had never stopped."""
+
+    step: int = 0
+    """Optimiser steps of all stages, those that were skipped included."""
+    tokens: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    """Steps of the current stage."""
+    due: bool = False
+    """An evaluation comes before the next step: checkpoints are made before evaluations."""
+    best: float = math.inf
+    """Validation bound of the stage at its last improvement of `stall_tolerance`, in nats per token."""
+    lowest: float = math.inf
+    """Lowest validation bound of the stage: that of best/."""
+    stalled: int = 0
+    """Evaluations since `best`."""
+    skipped: int = 0
+    """Steps in a row that were skipped."""
+    seconds: list[float] = field(default_factory=list)
+    """Training time of every stage."""
+    stage_steps: list[int] = field(default_factory=list)
+    """Steps of every finished stage."""
+    stage_tokens: list[int] = field(default_factory=list)
+    valid_bpc: list[float] = field(default_factory=list)
+    """Validation bound at the end of every finished stage, bits per character."""
+    window: Window = field(default_factory=Window)
+    running: RunningLoss = field(default_factory=RunningLoss)
+    spent: TimeSpent = field(default_factory=TimeSpent)
+
+    @classmethod
+    def restored(cls, saved: dict[str, Any]) -> "Counters":
+        """From `dataclasses.asdict`."""
+        nested = {"window": Window(**saved["window"]), "running": RunningLoss(**saved["running"])}
+        spent = TimeSpent(**saved.get("spent", {}))
+        return cls(**(saved | nested | {"spent": spent}))
 
 
 def save_state(

@@ -1,4 +1,7 @@
-"""One optimiser step."""
+"""One optimiser step, and steps on a throw-away model, to see how long they take."""
+
+import time
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Int
@@ -6,8 +9,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from tarflowlm.language_model import seeded
+from tarflowlm.runs.config import RunConfig
+from tarflowlm.training.distributed import ALONE, Processes
 from tarflowlm.training.guards import Guard
+from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.parallel import Engine
+
+TIMED_STEPS = 6
 
 
 def optimizer_step(
@@ -38,3 +47,37 @@ def optimizer_step(
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     return loss, norm
+
+
+class TrainingStep:
+    """Optimiser steps of `stage` of a run on a throw-away model, over this process's tokens.
+
+    `run.model.vocab_size` must be set.
+    """
+
+    def __init__(self, run: RunConfig, stage: int, device: torch.device, processes: Processes = ALONE) -> None:
+        with seeded(run.seed):
+            model = run.model_of_stage(stage).build()
+        if processes.world == 1 or run.train.parallel == "ddp":
+            model = model.to(device)
+        model.train_only(stage)
+        self.engine = Engine(model, run, processes, frozen=stage)
+        self.optimizers = build_optimizers(run.optim, model)
+        self.generator = torch.Generator(device=device).manual_seed(0)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Takes a step and returns the loss."""
+        return optimizer_step(self.engine, self.optimizers, tokens, generator=self.generator)[0]
+
+
+def seconds_per_step(
+    run: RunConfig, stage: int, batches: Callable[[], Tensor], device: torch.device, *, num_steps: int = TIMED_STEPS
+) -> float:
+    """Median seconds of an optimiser step of `stage` over `batches`. `run.model.vocab_size` must be set."""
+    step = TrainingStep(run, stage, device)
+    durations = []
+    for _ in range(num_steps):
+        start = time.perf_counter()
+        step(batches().to(device)).item()
+        durations.append(time.perf_counter() - start)
+    return sorted(durations)[len(durations) // 2]

@@ -1,6 +1,7 @@
-"""Starting a run, and going on with one that was stopped."""
+"""A run from start to end: begin or resume it, train its stages, evaluate the test split, and write the summary."""
 
 import itertools
+import platform
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -9,18 +10,23 @@ from typing import Any
 
 import torch
 
-from tarflowlm.data import SOURCE_NAMES, Corpus, cached_corpus
+from tarflowlm.data import SOURCE_NAMES, Corpus, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
-from tarflowlm.files import remove_leftovers
-from tarflowlm.runs.checkpoint import BEST, CONFIG, STATE, WEIGHTS, read_run, weights_problem, write_run
+from tarflowlm.files import remove_leftovers, write_json
+from tarflowlm.runs.checkpoint import BEST, CONFIG, STATE, SUMMARY, WEIGHTS, read_run, weights_problem, write_run
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.disk import told_when_full
 from tarflowlm.training.distributed import ALONE, Processes
 from tarflowlm.training.lock import LOCK, locked
+from tarflowlm.training.loop import train_stage
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.run import SUMMARY, Run, StopRequests, no_stop_requests
+from tarflowlm.training.pace import test_seconds
+from tarflowlm.training.run import Run, StopRequests, no_stop_requests
 from tarflowlm.training.state import newest_state, read_counters, remove_partial
 from tarflowlm.training.tracking import check_installed
+
+LEAST_TEST_WINDOWS = 32
+"""Test windows of a run by minutes, however little of its time is left."""
 
 
 def train(
@@ -52,17 +58,16 @@ def train(
         run = replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
     run = replace(run, model=replace(run.model, vocab_size=_checked_vocab_size(run, corpus)))
     _check_lengths(run, corpus)
-    parts = Run(run, out, corpus, device, reporter, processes, begun)
-    run = parts.run
+    new = Run(run, out, corpus, device, reporter, processes, begun)
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
     with told_when_full(out), locked(out) if processes.first else nullcontext():
         if processes.first:
             check_new(out)
             remove_leftovers(out)
-            _begin(out, run, corpus)
-        with stop_requests() as parts.stop_signal:
-            return parts.go()
+            _begin(out, new.config, corpus)
+        with stop_requests() as new.stop_signal:
+            return _through(new)
 
 
 def resume(
@@ -103,9 +108,82 @@ def resume(
             if damaged is not None:
                 reporter.notice(f"{damaged}: written again from {state.name}")
             reporter.notice(f"resuming {out} at step {saved['step']}")
-        parts = Run(run, out, corpus, device, reporter, processes, begun)
-        with stop_requests() as parts.stop_signal:
-            return parts.go(state, weights=damaged is not None, afresh=state is None)
+        resumed = Run(run, out, corpus, device, reporter, processes, begun)
+        with stop_requests() as resumed.stop_signal:
+            return _through(resumed, state, repair=damaged is not None, afresh=state is None)
+
+
+def _through(run: Run, state: Path | None = None, *, repair: bool = False, afresh: bool = False) -> dict[str, Any]:
+    """All stages of a run, from its first step or a state, and its end; returns the summary.
+
+    `repair` writes the weights from the state at once. `afresh`: see `Run.begin`.
+    """
+    run.begin(state, None if state is None else read_counters(state), afresh=afresh)
+    try:
+        if repair:
+            run.save_weights(run.out)
+        while run.counters.stage < run.config.num_stages:
+            run.announce_stage()
+            run.leave_stage(train_stage(run))
+        return _finish(run)
+    finally:
+        run.log.close()
+
+
+def _finish(run: Run) -> dict[str, Any]:
+    """Evaluate the test split and write summary.json."""
+    run.model.eval()
+    minutes = run.config.train.minutes
+    if minutes:
+        _settle(run)
+    windows = eval_windows(run.corpus.split("test"), run.config.model.context, run.config.train.test_windows or None)
+    run.reporter.notice(f"evaluating {len(windows):,} windows of the test split")
+
+    def progress(done: int, total: int) -> None:
+        run.stop_if_asked()
+        run.reporter.testing(done, total)
+
+    run.reporter.testing(0, len(windows))
+    test = run.engine.evaluate(windows, run.characters_per_token, progress=progress)
+    counters, parameters = run.counters, dict(run.model.named_parameters())
+    summary = {
+        "preset": run.config.name,
+        "seed": run.config.seed,
+        "steps": counters.step,
+        "tokens": counters.tokens,
+        "stage_tokens": counters.stage_tokens,
+        "stage_seconds": [round(s, 2) for s in counters.seconds],
+        "stage_valid_bpc": counters.valid_bpc,
+        "seconds": round(sum(counters.seconds), 2),
+        "wall_seconds": round(run.clock.seconds(), 2),
+        "minutes": minutes,
+        "parameters": sum(p.numel() for p in parameters.values()),
+        "trunk_parameters": sum(p.numel() for name, p in parameters.items() if "transformer." in name),
+        "test": test.to_json(),
+        "source": run.config.data.source,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processes": run.processes.world,
+        "device": str(run.device),
+        "machine": platform.machine(),
+    }
+    if run.processes.first:
+        write_json(run.out / SUMMARY, summary)
+    return summary
+
+
+def _settle(run: Run) -> None:
+    """A run by minutes has ended: its configuration becomes that of the same run by steps."""
+    train, spent = run.config.train, run.counters.spent
+    total = 60 * train.minutes
+    seconds = max(total - run.clock.seconds(), 0.0)
+    fitting = int(min(seconds, test_seconds(total, run.num_test_windows, spent)) / max(spent.per_window, 1e-9))
+    count = run.processes.from_first(min(run.num_test_windows, max(LEAST_TEST_WINDOWS, fitting)))
+    steps = tuple(run.counters.stage_steps)
+    run.config = replace(run.config, train=replace(train, minutes=0.0, stage_steps=steps, test_windows=count))
+    for directory in (run.out, run.out / BEST) if run.processes.first else ():
+        if directory.exists():
+            write_run(directory, run.config, run.corpus.tokenizer)
 
 
 def _begin(out: Path, run: RunConfig, corpus: Corpus) -> None:
