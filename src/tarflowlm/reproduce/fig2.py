@@ -36,7 +36,7 @@ def joint(progressive: RunConfig) -> RunConfig:
 RECIPE = Recipe(
     name="fig2",
     title="Ladder of ablations",
-    claim="The paper: each rung is better than the last: base (one affine map for all channels of a token), + "
+    claim="The paper: every addition improves the model: base (one affine map for all channels of a token), + "
     "channel-wise affine, + Mix-1, + Mix-d, + progressive training.",
     plan=plan,
     measure=summaries,

@@ -37,8 +37,8 @@ def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
 RECIPE = Recipe(
     name="fig4",
     title="Mixture components",
-    claim="The paper: K = 1 is far worse than any K above 1, which all work. (With K = 27, the vocabulary, "
-    "block 1 starts from the codebook here, and with other K it does not.)",
+    claim="The paper: K = 1 is far worse than any K above 1, and all of those work. (Here block 1 starts from the "
+    "codebook with K = 27, the size of the vocabulary, but not with other K.)",
     plan=plan,
     measure=measure,
     draw=lambda figure, rows: bits_by(figure, rows, "K", "mixture components K"),

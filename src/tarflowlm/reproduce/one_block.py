@@ -29,7 +29,7 @@ def _run(settings: Settings, components: int) -> RunConfig:
 RECIPE = Recipe(
     name="one-block",
     title="One Mix-1 block with few components",
-    claim="In the paper any K above 1 works in three blocks. Do two to four components do in one?",
+    claim="In the paper any K above 1 works in three blocks. Are two to four components enough in one?",
     plan=plan,
     measure=summaries,
     draw=lambda figure, rows: dots(figure, rows, "test bpc", unit="bits per character, <="),

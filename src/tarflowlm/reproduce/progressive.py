@@ -72,9 +72,8 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
 RECIPE = Recipe(
     name="progressive",
     title="Progressive and joint training",
-    claim="The paper: progressive training is the best rung of the ladder. (The KL divergences are nats per "
-    "token, to a prior that ends after that block. Training steps of the first block alone cost less than "
-    "joint ones.)",
+    claim="The paper: the ablation is best with progressive training. (KL divergences are in nats per token, to a "
+    "prior that ends after that block. A training step of the first block alone costs less than a joint step.)",
     plan=plan,
     measure=measure,
     draw=draw,

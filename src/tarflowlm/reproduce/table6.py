@@ -48,8 +48,8 @@ def _row(label: str, seed: int | None, s: TextStatistics, mauve: float | None) -
 RECIPE = Recipe(
     name="table6",
     title="Sample quality",
-    claim="The paper: on OpenWebText, by GPT-2 Large, Mix-d comes close to the baseline and to real text in "
-    "perplexity, MAUVE and entropy, and Mix-1 less so.",
+    claim="The paper: on OpenWebText, judged by GPT-2 Large, Mix-d comes close to the baseline and to real text in "
+    "perplexity, MAUVE and entropy; Mix-1 less so.",
     plan=plan,
     measure=measure,
     needs=(("mauve", "quality"),),
