@@ -86,7 +86,9 @@ def spec(server, words) -> TextSpec:
 
 
 def cached() -> list[str]:
-    return sorted(path.name for path in sources_dir().iterdir()) if sources_dir().exists() else []
+    """What the cache of raw texts holds, lock files left out."""
+    found = sources_dir().iterdir() if sources_dir().exists() else ()
+    return sorted(path.name for path in found if path.suffix != ".lock")
 
 
 def changed(text: str, at: int) -> str:

@@ -1,7 +1,6 @@
 """Preparing a corpus: its speed beside the `tokenizers` library alone, its memory at two sizes, the loader's cost."""
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import tokenizers
 from rich.console import Console
 
 from tarflowlm.bench import train as bench_train
+from tarflowlm.bench.memory import high_water_mark
 from tarflowlm.data import (
     BPETokenizer,
     TokenizerConfig,
@@ -176,16 +176,7 @@ def prepare_and_measure() -> None:
     prepare_corpus(text, load_tokenizer(tokenizer), out)
     seconds = time.perf_counter() - start
     megabytes = Path(text).stat().st_size / 1e6
-    sys.stdout.write(json.dumps({"peak_mb": _peak_bytes() / 1e6, "mb_per_second": megabytes / seconds}))
-
-
-def _peak_bytes() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        # not ru_maxrss, which counts what the parent had at the time of the fork
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    sys.stdout.write(json.dumps({"peak_mb": 1000 * high_water_mark(), "mb_per_second": megabytes / seconds}))
 
 
 def _seconds_per_batch(corpus: Path, name: str) -> float:

@@ -7,8 +7,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from tarflowlm.data.locks import locked
-from tarflowlm.files import sync_folder
+from tarflowlm.files import sync_folder, waiting_lock
 
 TIMEOUT = 30.0
 """Seconds without an answer."""
@@ -32,7 +31,7 @@ def fetch(
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.stem}.part{target.suffix}")
-    with locked(target):
+    with waiting_lock(target):
         if target.exists():
             return
         # what was gone on with may be of two different files: then once more from the start

@@ -17,14 +17,13 @@ from typing import Any
 from tarflowlm.data.config import TokenizerConfig, build_tokenizer
 from tarflowlm.data.corpus import Corpus, check_tokenizer, is_empty_dir, open_corpus
 from tarflowlm.data.encode import encode_in_order
-from tarflowlm.data.locks import locked
 from tarflowlm.data.meta import CorpusMeta, FileRecord, ShardRecord, SplitRecord
 from tarflowlm.data.registry import resolve_source
 from tarflowlm.data.shards import ShardWriter, token_dtype
 from tarflowlm.data.sources import SPLITS, Batch, CorpusProgress, Cursor, Notice, Source, Split
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.files import replacing, sync_folder, write_json
+from tarflowlm.files import replacing, sync_folder, waiting_lock, write_json
 
 SHARD_TOKENS = 1 << 26
 COMMIT_CHARACTERS = 1 << 26
@@ -88,7 +87,7 @@ def write_corpus(
     folder = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with locked(target):
+        with waiting_lock(target):
             if not replace and (target / "meta.json").is_file():
                 return open_corpus(target)  # another process was faster
             writing = _Writing(source, tokenizer, files, folder, shard_tokens, progress)
