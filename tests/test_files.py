@@ -29,7 +29,8 @@ from tarflowlm.files import (
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """What is in a folder, lock files left out: not every version of filelock keeps them."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != LOCK and path.name != LOCK)
 
 
 def test_the_new_content_takes_the_place_of_the_old(tmp_path):
@@ -184,7 +185,7 @@ def test_the_second_writer_is_refused_and_told_who_is_first(tmp_path):
             pass
     with writer_lock(tmp_path):
         pass
-    assert names(tmp_path) == [LOCK]
+    assert names(tmp_path) == []
 
 
 def test_a_writer_lock_is_released_after_an_error(tmp_path):
@@ -202,11 +203,11 @@ def test_a_writer_in_another_process_is_named_until_it_ends(ends, tmp_path, othe
         pass
     process.kill() if ends == "killed" else process.communicate("")
     process.wait()
-    assert names(tmp_path) == [LOCK] if ends == "by itself" else [LOCK, f"{LOCK}.holder"]
+    assert names(tmp_path) == ([] if ends == "by itself" else [f"{LOCK}.holder"])
     with writer_lock(tmp_path):
         # the name that a killed process left is replaced
         assert (tmp_path / f"{LOCK}.holder").read_text(encoding="utf-8").startswith(f"process {os.getpid()} on ")
-    assert names(tmp_path) == [LOCK]
+    assert names(tmp_path) == []
 
 
 def test_a_holder_that_has_not_yet_written_its_name_is_another_process(tmp_path):
@@ -234,7 +235,7 @@ def test_a_waiting_lock_is_held_by_one_thread_at_a_time(tmp_path):
     for thread in threads:
         thread.join()
     assert seen == [1] * 80
-    assert names(tmp_path) == [".x.lock"]
+    assert names(tmp_path) == []
 
 
 def test_a_waiting_lock_waits_for_another_process_and_outlives_its_death(tmp_path, other_process):

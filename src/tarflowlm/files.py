@@ -92,7 +92,8 @@ def read_json(path: Path) -> Any:
 # locks: the system drops them with the process that holds them, however it ends
 #
 # Lock files stay on disk. Removing one would let two processes lock two files of the same name: the first still holds
-# the removed file while the second creates and locks a new one.
+# the removed file while the second creates and locks a new one. (filelock removes them itself where it knows better: on
+# Windows, and in its versions 3.21 to 3.28.)
 
 
 @contextmanager
