@@ -30,7 +30,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write; on success it replaces `path`, on failure it is removed.
 
-    The temporary file lies in the same folder and is synced before the rename, so a kill or a power failure leaves
+    The temporary file is in the same folder and is synced before the rename, so a kill or a power failure leaves
     the old file or the new one. OSError from the system, such as a missing folder, passes through.
     """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
@@ -86,14 +86,14 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {path.parent} is not a complete run directory") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): restore it or train anew") from None
+        raise UserError(f"{path} cannot be read as JSON ({error}): restore it or train again") from None
 
 
 # locks: the system drops them with the process that holds them, however it ends
 #
 # Lock files stay on disk. Removing one would let two processes lock two files of the same name: the first still holds
-# the removed file while the second creates and locks a new one. (filelock removes them itself where it knows better: on
-# Windows, and in its versions 3.21 to 3.28.)
+# the removed file while the second creates and locks a new one. (filelock itself removes them on Windows, and in its
+# versions 3.21 to 3.28 everywhere.)
 
 
 @contextmanager

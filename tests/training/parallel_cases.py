@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from tarflowlm.baseline import BaselineConfig
+from tarflowlm.data import DataConfig
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, seeded
 from tarflowlm.runs.checkpoint import build_model
-from tarflowlm.runs.config import DataConfig, RunConfig, TrainConfig
+from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.training import progressive
 from tarflowlm.training import run as training_run
 from tarflowlm.training.distributed import Processes, launched

@@ -21,8 +21,9 @@ from tarflowlm.data import (
     prepare_corpus,
 )
 from tarflowlm.data.bpe import train_bpe
-from tarflowlm.data.documents import OPENWEBTEXT, SEPARATOR, Documents
-from tarflowlm.data.sources import SPLITS, sources_dir, split_of_document
+from tarflowlm.data.download import sources_dir
+from tarflowlm.data.openwebtext import OPENWEBTEXT, SEPARATOR, Documents
+from tarflowlm.data.stream import SPLITS, split_of_document
 from tarflowlm.errors import UserError
 
 datasets = pytest.importorskip("datasets")
