@@ -1,6 +1,7 @@
 """Layers point one way, and the core needs no optional package: read from the imports themselves."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 import tomllib
@@ -87,6 +88,10 @@ def test_imports_point_down(module):
     for imported in ours(MODULES[module]):
         below, other = place(imported)
         assert other == unit or below < level, f"{module or 'tarflowlm'} (layer {level}) imports {imported} ({below})"
+
+
+def test_modules_do_not_import_each_other_in_circles():
+    graphlib.TopologicalSorter({name: ours(path) for name, path in MODULES.items()}).prepare()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Preparing a corpus: speed relative to the `tokenizers` library alone, peak memory at two sizes, the loader's cost."""
+"""Preparing a corpus: speed relative to the `tokenizers` library alone, peak memory, and the loader's cost."""
 
 import json
 import statistics
@@ -59,7 +59,7 @@ LOADER_BATCHES = 2000
 
 
 def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
-    """Run the benchmark: {"mb_per_second", "library_mb_per_second", "ratio", "memory": [{"mb", "peak_mb", "mb_per_second"}],
+    """{"mb_per_second", "library_mb_per_second", "ratio", "memory": [{"mb", "peak_mb", "mb_per_second"}],
     "loader_share", ...}.
 
     Speeds are medians over rounds, in 10^6 bytes per second; the ratio is the median of the ratios of each round, and
