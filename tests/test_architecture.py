@@ -1,6 +1,7 @@
 """Layers point one way, and the core needs no optional package: read from the imports themselves."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 import tomllib
@@ -89,6 +90,10 @@ def test_imports_point_down(module):
         assert other == unit or below < level, f"{module or 'tarflowlm'} (layer {level}) imports {imported} ({below})"
 
 
+def test_modules_do_not_import_each_other_in_circles():
+    graphlib.TopologicalSorter({name: ours(path) for name, path in MODULES.items()}).prepare()
+
+
 @pytest.mark.parametrize(
     ("module", "allowed"),
     [
@@ -147,3 +152,17 @@ def test_importing_the_package_loads_no_optional_package():
     code = f"import sys, tarflowlm; print([name for name in {optional} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_module_imports_without_posix():
+    """As on Windows, where these modules of the standard library do not exist. Other packages see to themselves."""
+    absent = ["fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"]
+    names = [f"tarflowlm.{name}" if name else "tarflowlm" for name in MODULES]
+    code = (
+        "import importlib, sys\n"
+        "import filelock, rich.console, rich.progress, rich.table, safetensors.torch, tokenizers, torch, tyro\n"
+        f"sys.modules.update(dict.fromkeys({absent}))\n"
+        f"for name in {names}: importlib.import_module(name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

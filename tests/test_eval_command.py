@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
+from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, DataConfig
 from tarflowlm.objective import negative_bound
 from tarflowlm.runs.checkpoint import load, save_weights, seal, write_run
-from tarflowlm.runs.config import DataConfig, RunConfig, TrainConfig
+from tarflowlm.runs.config import RunConfig, TrainConfig
 
 
 @pytest.fixture(autouse=True)

@@ -1,19 +1,36 @@
-"""A file that is replaced is the old one or the new one, never a part of either."""
+"""A replaced file is the old one or the new one, a lock has one holder, and a full disk is one line."""
 
+import contextlib
+import errno
 import json
 import os
 import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tarflowlm import files
 from tarflowlm.errors import UserError
-from tarflowlm.files import read_json, replacing, write_json
+from tarflowlm.files import (
+    LOCK,
+    full_disk_as_user_error,
+    read_json,
+    replacing,
+    sync_folder,
+    waiting_lock,
+    write_json,
+    writer_lock,
+)
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """What is in a folder, lock files left out: not every version of filelock keeps them."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != LOCK and path.name != LOCK)
 
 
 def test_the_new_content_takes_the_place_of_the_old(tmp_path):
@@ -87,6 +104,17 @@ def test_the_data_is_synced_before_the_rename_and_the_folder_after(tmp_path, mon
     assert done == ["file", "rename", "folder"]
 
 
+def test_folders_are_not_synced_where_they_cannot_be_opened(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(PermissionError):
+        sync_folder(tmp_path)
+    monkeypatch.setattr(os, "name", "nt")
+    sync_folder(tmp_path)
+
+
 def test_a_folder_that_is_missing_is_an_error_of_the_system(tmp_path):
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "missing" / "a.txt"):
         pass
@@ -123,3 +151,131 @@ def test_missing_json_and_folders_are_named(tmp_path):
     (tmp_path / "a.json").mkdir()
     with pytest.raises(UserError, match=r"a\.json cannot be read"):
         read_json(tmp_path / "a.json")
+
+
+# locks
+
+
+@pytest.fixture
+def other_process() -> Iterator[Callable[[str, Path], subprocess.Popen]]:
+    """Starts a process that takes the lock of that function and path, says so, and holds it until its stdin ends."""
+    with contextlib.ExitStack() as stack:
+
+        def start(lock: str, path: Path) -> subprocess.Popen:
+            code = (
+                f"import sys, pathlib; from tarflowlm.files import {lock}\n"
+                f"with {lock}(pathlib.Path({str(path)!r})):\n    print('locked', flush=True); sys.stdin.read()"
+            )
+            process = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+def test_the_second_writer_is_refused_and_told_who_is_first(tmp_path):
+    with writer_lock(tmp_path):
+        with pytest.raises(UserError, match=f"is being written by process {os.getpid()} on "), writer_lock(tmp_path):
+            pass
+        # and is still held
+        with pytest.raises(UserError, match=f"by process {os.getpid()} on "), writer_lock(tmp_path):
+            pass
+    with writer_lock(tmp_path):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_a_writer_lock_is_released_after_an_error(tmp_path):
+    with pytest.raises(KeyError), writer_lock(tmp_path):
+        raise KeyError
+    with writer_lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("ends", ["by itself", "killed"])
+def test_a_writer_in_another_process_is_named_until_it_ends(ends, tmp_path, other_process):
+    process = other_process("writer_lock", tmp_path)
+    assert process.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match=f"is being written by process {process.pid} on "), writer_lock(tmp_path):
+        pass
+    process.kill() if ends == "killed" else process.communicate("")
+    process.wait()
+    assert names(tmp_path) == ([] if ends == "by itself" else [f"{LOCK}.holder"])
+    with writer_lock(tmp_path):
+        # the name that a killed process left is replaced
+        assert (tmp_path / f"{LOCK}.holder").read_text(encoding="utf-8").startswith(f"process {os.getpid()} on ")
+    assert names(tmp_path) == []
+
+
+def test_a_holder_that_has_not_yet_written_its_name_is_another_process(tmp_path):
+    with writer_lock(tmp_path):
+        (tmp_path / f"{LOCK}.holder").unlink()
+        with pytest.raises(UserError, match="is being written by another process: "), writer_lock(tmp_path):
+            pass
+
+
+def test_a_waiting_lock_is_held_by_one_thread_at_a_time(tmp_path):
+    inside, seen = 0, []
+
+    def work():
+        nonlocal inside
+        for _ in range(20):
+            with waiting_lock(tmp_path / "x"):
+                inside += 1
+                seen.append(inside)
+                time.sleep(0.0005)
+                inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [1] * 80
+    assert names(tmp_path) == []
+
+
+def test_a_waiting_lock_waits_for_another_process_and_outlives_its_death(tmp_path, other_process):
+    first = other_process("waiting_lock", tmp_path / "x")
+    assert first.stdout.readline() == "locked\n"
+    second = other_process("waiting_lock", tmp_path / "x")
+    said = []
+    reader = threading.Thread(target=lambda: said.append(second.stdout.readline()))
+    reader.start()
+    reader.join(timeout=2)
+    assert said == []
+    first.kill()
+    reader.join(timeout=60)
+    assert said == ["locked\n"]
+
+
+# full disks
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        lambda number: OSError(number, os.strerror(number)),
+        lambda number: RuntimeError(f"SafetensorError: I/O error: it failed (os error {number})"),
+    ],
+    ids=["system", "safetensors"],
+)
+def test_a_full_disk_names_the_place_the_reason_and_the_remedy(tmp_path, number, failure):
+    message = f"cannot write to {tmp_path} ({os.strerror(number)}): what was saved before is kept; make room and wait"
+    with pytest.raises(UserError) as raised, full_disk_as_user_error(tmp_path, lambda: "wait"):
+        raise failure(number)
+    assert str(raised.value) == message
+    with pytest.raises(UserError) as raised, full_disk_as_user_error(tmp_path, lambda: "wait"):
+        raise ValueError("wrapped by a library") from failure(number)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "no"), ValueError("no"), KeyboardInterrupt()], ids=repr)
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path, error):
+    with pytest.raises(type(error)) as raised, full_disk_as_user_error(tmp_path, lambda: "wait"):
+        raise error
+    assert raised.value is error

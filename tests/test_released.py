@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
+from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, DataConfig
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.runs.checkpoint import export, load, save_weights, write_run
-from tarflowlm.runs.config import DataConfig, RunConfig, TrainConfig
+from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.runs.released import FOLDER, released
 
 

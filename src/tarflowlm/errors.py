@@ -1,4 +1,4 @@
-"""The one exception for what a user got wrong."""
+"""The one exception for what a user got wrong, and the first line of any other."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,8 @@ class UserError(ValueError):
     The command line prints the message without a traceback and exits with status 2. Library callers may catch
     it as a `ValueError`. Violations of our own invariants are `AssertionError`, never this.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none: to be quoted in a one-line message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tarflowlm.data import BPETokenizer, ByteTokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
 from tarflowlm.data.bpe import train_bpe
-from tarflowlm.data.pieces import pieces_of, text_pieces
+from tarflowlm.data.text import text_pieces
 from tarflowlm.errors import UserError
 
 CASED = "It's the Cat, the cats' 12 hats \u2014 caf\u00e9 na\u00efve \U0001f600!\n\n  And so on;\tmore. " * 20
@@ -95,31 +95,6 @@ def test_long_texts_encode_as_if_whole(monkeypatch):
     whole = BYTE_LEVEL.encode(CASED)
     monkeypatch.setattr("tarflowlm.data.bpe._PIECE", 16)
     assert (BYTE_LEVEL.encode(CASED) == whole).all()
-
-
-def test_pieces_are_cut_between_words():
-    text = "one two, three  four 5 \u4e2d\u6587\nsix" * 3
-    pieces = list(text_pieces(text, 5))
-    assert "".join(pieces) == text
-    assert len(pieces) == 9
-    assert all(re.match(r"[ \n]\w", piece) for piece in pieces[1:])
-    assert all(re.search(r"\w$", piece) for piece in pieces)
-    assert list(text_pieces("", 5)) == []
-
-
-@pytest.mark.parametrize("size", [1, 3, 40, 10_000])
-def test_pieces_do_not_depend_on_blocks(size):
-    text = CASED + "x" * 500 + " and_so 1 on" * 50 + "." * 900 + CASED
-    whole = list(text_pieces(text, size))
-    assert "".join(whole) == text
-    for block in (1, 2, 7, 100):
-        blocks = (text[i : i + block] for i in range(0, len(text), block))
-        assert list(pieces_of(blocks, size)) == whole
-
-
-def test_text_without_words_is_cut_after_a_while():
-    pieces = list(text_pieces("." * 1000, 10))
-    assert [len(piece) for piece in pieces] == [160] * 6 + [40]
 
 
 def test_several_texts_are_encoded_each_on_its_own():

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tarflowlm.data import TokenizerConfig, cached_corpus, prepare_corpus
-from tarflowlm.data.sources import sources_dir
-from tarflowlm.data.text8 import TEXT8, Text8, TextSpec
+from tarflowlm.data.download import sources_dir
+from tarflowlm.data.sources import TEXT8, Text8, Text8Spec
 from tarflowlm.errors import UserError
 
 CHARS = TokenizerConfig()
@@ -78,15 +78,17 @@ def server(words, monkeypatch) -> Iterator[Server]:
 
 
 @pytest.fixture
-def spec(server, words) -> TextSpec:
+def spec(server, words) -> Text8Spec:
     def digest(n):
         return hashlib.sha256(words[:n].encode()).hexdigest()
 
-    return TextSpec(server.url, len(words), 1000, digest(1000), 3000, digest(3000))
+    return Text8Spec(server.url, len(words), 1000, digest(1000), 3000, digest(3000))
 
 
 def cached() -> list[str]:
-    return sorted(path.name for path in sources_dir().iterdir()) if sources_dir().exists() else []
+    """What the cache of raw texts holds, lock files left out."""
+    found = sources_dir().iterdir() if sources_dir().exists() else ()
+    return sorted(path.name for path in found if path.suffix != ".lock")
 
 
 def changed(text: str, at: int) -> str:
@@ -109,7 +111,7 @@ def test_it_is_fetched_once_and_cut_90_5_5(server, spec, words, tmp_path):
 
 
 def test_what_is_prepared_needs_neither_file_nor_server(server, spec, monkeypatch):
-    monkeypatch.setattr("tarflowlm.data.registry._REGISTRY", {"text8": lambda: Text8(spec)})
+    monkeypatch.setattr("tarflowlm.data.sources._REGISTRY", {"text8": lambda: Text8(spec)})
     first = cached_corpus("text8")
     (sources_dir() / "text8.zip").unlink()
     server.status = 404
@@ -125,7 +127,7 @@ def test_the_text_is_taken_as_it_is(server, spec, words, tmp_path):
     assert sum(corpus.num_characters(name) for name in ("train", "valid", "test")) == spec.size
 
 
-def test_a_broken_connection_is_gone_on_with(server, spec, words, tmp_path):
+def test_an_interrupted_download_is_resumed(server, spec, words, tmp_path):
     half = server.stop_after = len(server.content) // 2
     message = rf"cannot fetch http://.*ended after {half:,} of {len(server.content):,} bytes.*: put text8 or"
     with pytest.raises(UserError, match=message) as caught:

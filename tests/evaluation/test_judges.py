@@ -185,7 +185,9 @@ def test_judges_that_are_not_there(tmp_path, monkeypatch):
     refused("", "no directory")
     refused(tmp_path, "config.json")
     pytest.importorskip("transformers")
-    monkeypatch.setattr(judges, "check_reachable", lambda: (_ for _ in ()).throw(ConnectionError("offline: no hub")))
+    monkeypatch.setattr(
+        judges, "check_hub_reachable", lambda: (_ for _ in ()).throw(ConnectionError("offline: no hub"))
+    )
     refused("no-one/no-such-model", "'no-one/no-such-model'", "offline: no hub", "baseline")
     refused("x" * 5000, "xxx")
 

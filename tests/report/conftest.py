@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tarflowlm.baseline import BaselineConfig
+from tarflowlm.data import DataConfig
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, stack
-from tarflowlm.runs.config import DataConfig, RunConfig, TrainConfig
+from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.training.lifecycle import train
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from tarflowlm.cli.reproduce import RECIPES
 from tarflowlm.data import TEXT8_ALPHABET
 from tarflowlm.errors import UserError
+from tarflowlm.files import writer_lock
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, stack
 from tarflowlm.reproduce import command, fig6, runs
 from tarflowlm.reproduce.measures import summary_row
 from tarflowlm.reproduce.recipe import Recipe, Settings, trainings
 from tarflowlm.runs.config import RunConfig, TrainConfig
-from tarflowlm.training.lock import locked
 from tarflowlm.training.metrics import Reporter
 
 NAMES = {"table2", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "table6", "progressive", "patches", "one-block"}
@@ -143,7 +143,7 @@ def test_a_run_that_another_process_has_just_begun_is_left_alone(settings):
     with pytest.raises(Stop):
         runs.finish(settings, [training], StopAt(1))
     directory = runs.directory_of(settings, training)
-    with locked(directory), pytest.raises(UserError, match="being written"):
+    with writer_lock(directory), pytest.raises(UserError, match="being written"):
         runs.finish(settings, [training], Reporter())
     assert (directory / "config.json").is_file()
 

@@ -1,7 +1,6 @@
-"""Preparing a corpus: its speed beside the `tokenizers` library alone, its memory at two sizes, the loader's cost."""
+"""Preparing a corpus: speed relative to the `tokenizers` library alone, peak memory, and the loader's cost."""
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import tokenizers
 from rich.console import Console
 
 from tarflowlm.bench import train as bench_train
+from tarflowlm.bench.memory import high_water_mark
 from tarflowlm.data import (
     BPETokenizer,
     TokenizerConfig,
@@ -25,9 +25,8 @@ from tarflowlm.data import (
     open_corpus,
     prepare_corpus,
 )
-from tarflowlm.data.pieces import text_pieces
-from tarflowlm.data.read import text_blocks
-from tarflowlm.data.registry import resolve_source
+from tarflowlm.data.sources import resolve_source
+from tarflowlm.data.text import text_blocks, text_pieces
 from tarflowlm.errors import UserError
 from tarflowlm.runs.presets import preset
 from tarflowlm.terminal.console import StageProgress, no_progress, print_table
@@ -38,19 +37,19 @@ class Args:
     """Text to BPE shards: speed as a ratio to the tokenizers library alone, peak memory, and the loader's cost."""
 
     text: Path | None = None
-    """Text file to repeat to the sizes below; the default is the built-in corpus."""
+    """Text file, repeated to the sizes below; the default is the corpus english."""
     tokenizer: str = ""
-    """BPE: a tokenizer.json or a hub name; the default trains one of 16,384 tokens on the small text."""
+    """BPE: a tokenizer.json or a hub name. The default trains one of 16,384 tokens on the small text."""
     rounds: int = 3
-    """Rounds of preparing a text, and of the library alone, in turn."""
+    """Rounds; each prepares a text and then runs the library alone."""
     speed_mb: int = 50
-    """Megabytes (10^6 bytes) of that text."""
+    """Size of that text, in megabytes (10^6 bytes)."""
     small_mb: int = 10
-    """Of a text that is prepared once, for its peak memory."""
+    """Size of the smaller text whose peak memory is measured, in megabytes."""
     large_mb: int = 100
-    """Of another, to see whether memory grows."""
+    """Size of the larger one, in megabytes: does memory grow with the text?"""
     preset: str = "mini-ar"
-    """The training step that the loader's cost is compared with."""
+    """Preset whose training step the loader's cost is compared with."""
     json: bool = False
     """Print one JSON object last."""
 
@@ -63,8 +62,9 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     """{"mb_per_second", "library_mb_per_second", "ratio", "memory": [{"mb", "peak_mb", "mb_per_second"}],
     "loader_share", ...}.
 
-    Speeds are medians over rounds, the ratio is the median of the rounds' own ratios: over 1 is faster than the
-    library. Peaks are those of fresh processes, everything that they imported included.
+    Speeds are medians over rounds, in 10^6 bytes per second; the ratio is the median of the ratios of each round, and
+    above 1 means faster than the library. Peak memory is that of fresh processes, including all they import.
+    UserError for sizes or rounds below 1.
     """
     sizes = {"small": args.small_mb, "large": args.large_mb, "speed": args.speed_mb}
     if args.rounds < 1 or min(sizes.values()) < 1:
@@ -102,13 +102,13 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
 
 
 def _write_text(text: Path | None, path: Path, size: int) -> None:
-    """The text, over and over, in `size` bytes or a few less."""
+    """Write the text repeatedly, up to `size` bytes; at most 3 bytes fewer, so as not to cut a character."""
     with path.open("wb") as file:
         room = size
         while room:
             before = room
             for block in _blocks(text):
-                # a cut character at the end is left out
+                # without a cut character at the end
                 data = block.encode("utf-8")[:room].decode("utf-8", errors="ignore").encode("utf-8")
                 file.write(data)
                 room -= len(data)
@@ -139,7 +139,7 @@ def _speeds(
     tokenizer: BPETokenizer, folder: Path, rounds: int, progress: StageProgress
 ) -> tuple[list[float], list[float]]:
     """Seconds of preparing a text, and of the library encoding it from memory, in every round."""
-    # lines as a user of the library would hand them over, and stretches as we do: the faster counts
+    # lines, as a user of the library would pass them, and pieces, as we do: the faster counts
     text = (folder / "speed.txt").read_text(encoding="utf-8")
     cuts = [text.splitlines(keepends=True), list(text_pieces(text, 1 << 15))]
     ours, alone = [], []
@@ -153,7 +153,7 @@ def _speeds(
 
 
 def _library_seconds(tokenizer: BPETokenizer, texts: list[str], batch: int = 1 << 20) -> float:
-    """Seconds of `encode_batch_fast` on all of `texts`, in batches of a megabyte, and of taking the ids out."""
+    """Seconds of `encode_batch_fast` on all `texts`, in batches of a megabyte, including reading the ids."""
     per_batch = max(1, batch * len(texts) // max(1, sum(map(len, texts))))
     start = time.perf_counter()
     for i in range(0, len(texts), per_batch):
@@ -170,26 +170,17 @@ def _in_fresh_process(text: Path, tokenizer: Path, out: Path) -> dict[str, float
 
 
 def prepare_and_measure() -> None:
-    """In a process of its own: prepares argv[1] with tokenizer argv[2] in argv[3]; prints speed and peak memory."""
+    """Entry point of a fresh process: prepare the text argv[1] with the tokenizer argv[2] in argv[3]; print JSON."""
     text, tokenizer, out = sys.argv[1:]
     start = time.perf_counter()
     prepare_corpus(text, load_tokenizer(tokenizer), out)
     seconds = time.perf_counter() - start
     megabytes = Path(text).stat().st_size / 1e6
-    sys.stdout.write(json.dumps({"peak_mb": _peak_bytes() / 1e6, "mb_per_second": megabytes / seconds}))
-
-
-def _peak_bytes() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        # not ru_maxrss, which counts what the parent had at the time of the fork
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    sys.stdout.write(json.dumps({"peak_mb": 1000 * high_water_mark(), "mb_per_second": megabytes / seconds}))
 
 
 def _seconds_per_batch(corpus: Path, name: str) -> float:
-    """Of the sampler, at the sizes of a preset."""
+    """Seconds per batch of the sampler, at the sizes of a preset."""
     run_config = preset(name)
     tokens = open_corpus(corpus).split("train")
     sampler = WindowSampler(tokens, window=run_config.model.context, batch=run_config.train.batch_size, seed=0)
@@ -200,6 +191,7 @@ def _seconds_per_batch(corpus: Path, name: str) -> float:
 
 
 def print_result(result: dict[str, Any], console: Console) -> None:
+    """Print what `run` returned as a table."""
     small, large = result["memory"]
     rows = [
         ("text to shards", f"{result['mb_per_second']:.2f} MB/s"),

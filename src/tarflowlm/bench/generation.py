@@ -20,7 +20,7 @@ from tarflowlm.generation import generate
 from tarflowlm.generation.generate import num_ticks
 from tarflowlm.generation.inversion import Decoder, invert_block, invert_stack
 from tarflowlm.model import TarFlowLM
-from tarflowlm.runs.checkpoint import Model, load_checkpoint
+from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.terminal.console import StageProgress, no_progress, ticker
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tarflowlm.baseline import BaselineConfig, TokenLM
 from tarflowlm.device import synchronize
 from tarflowlm.errors import UserError
-from tarflowlm.model import seeded
+from tarflowlm.language_model import seeded
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.terminal.console import column_table
 from tarflowlm.training.optim import build_optimizers

@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import spawn
 
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.distributed import Processes, launched
-from tarflowlm.training.timing import TrainingStep
+from tarflowlm.training.step import TrainingStep
 
 
 def scaling(

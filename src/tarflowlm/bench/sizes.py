@@ -24,7 +24,6 @@ from tarflowlm.bench.tracking import Usage, tracked
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.flops import forward_flops, training_flops
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.runs.checkpoint import build_model
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import PAPER_PRESETS, preset
 from tarflowlm.terminal.console import StageProgress, column_table, no_progress
@@ -32,7 +31,6 @@ from tarflowlm.training.distributed import Processes
 from tarflowlm.training.guards import Guard
 from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.parallel import Engine
-from tarflowlm.training.run import freeze_below
 from tarflowlm.training.step import optimizer_step
 
 VOCABULARY = {"text8": 27, "owt": 50_257}

@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tarflowlm.errors import UserError
-from tarflowlm.runs.checkpoint import Model
 
 NAME = "standin"
 

@@ -22,7 +22,7 @@ from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import preset
 from tarflowlm.terminal.console import StageProgress, column_table, no_progress
 from tarflowlm.training.muon import Muon
-from tarflowlm.training.timing import TrainingStep
+from tarflowlm.training.step import TrainingStep
 
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,

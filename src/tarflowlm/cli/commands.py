@@ -14,6 +14,7 @@ from tarflowlm.cli.quickstart import QuickstartArgs, run_quickstart
 from tarflowlm.data import TokenizerConfig, prepare_corpus
 from tarflowlm.device import DeviceName, pick_device, threads_for
 from tarflowlm.errors import UserError
+from tarflowlm.files import writer_lock
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import Decoder
 from tarflowlm.generation.sampling import encode_template
@@ -32,7 +33,6 @@ from tarflowlm.terminal.console import (
     sampling_bar,
     stages_bar,
 )
-from tarflowlm.training.lock import locked
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class SealArgs:
 
 def run_seal(args: SealArgs) -> None:
     read_run(args.directory, check=False)
-    with locked(args.directory):
+    with writer_lock(args.directory):
         seal(args.directory)
 
 

@@ -55,8 +55,8 @@ from tarflowlm.errors import UserError
 from tarflowlm.runs.presets import PRESETS, preset
 from tarflowlm.terminal.console import ProgressReporter, print_json, print_table, stages_bar
 from tarflowlm.training.distributed import Processes, launched
-from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.lifecycle import resume, train
+from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.run import Stopped
 
 _imported()

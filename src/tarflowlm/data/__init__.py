@@ -1,15 +1,14 @@
 """Texts as tokens: tokenizers, prepared corpora, and windows for training and evaluation."""
 
 from tarflowlm.data.bpe import BPETokenizer
-from tarflowlm.data.cache import cached_corpus
-from tarflowlm.data.config import TokenizerConfig, build_tokenizer
-from tarflowlm.data.corpus import Corpus, encode_text_source, open_corpus
-from tarflowlm.data.normalize import TEXT8_ALPHABET, normalize_text8
+from tarflowlm.data.corpus import Corpus, open_corpus
+from tarflowlm.data.load import DataConfig, cached_corpus, encode_text_source
 from tarflowlm.data.prepare import prepare_corpus
-from tarflowlm.data.read import read_text
-from tarflowlm.data.registry import SOURCE_NAMES
 from tarflowlm.data.shards import TokenArray
-from tarflowlm.data.sources import CorpusProgress
+from tarflowlm.data.sources import SOURCE_NAMES
+from tarflowlm.data.stream import CorpusProgress
+from tarflowlm.data.text import TEXT8_ALPHABET, normalize_text8, read_text
+from tarflowlm.data.tokenization import TokenizerConfig, build_tokenizer
 from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from tarflowlm.data.windows import WindowSampler, eval_windows, sliding_windows
 
@@ -21,6 +20,7 @@ __all__ = [
     "CharTokenizer",
     "Corpus",
     "CorpusProgress",
+    "DataConfig",
     "TokenArray",
     "Tokenizer",
     "TokenizerConfig",

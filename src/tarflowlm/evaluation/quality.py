@@ -16,7 +16,6 @@ from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import Decoder
 from tarflowlm.generation.sampling import adjust_weights
-from tarflowlm.runs.checkpoint import Model
 
 MAUVE_SCALING = 5
 """The paper's; everything else is mauve-text's default."""

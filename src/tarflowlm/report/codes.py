@@ -9,7 +9,6 @@ import torch
 from tarflowlm.baseline import TokenLM
 from tarflowlm.data import Tokenizer
 from tarflowlm.report.style import COLOURS, MUTED, SMALL, Axes, Figure, label_points, literal
-from tarflowlm.runs.checkpoint import Model
 
 Array = npt.NDArray[np.float64]
 

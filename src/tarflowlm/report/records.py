@@ -15,10 +15,9 @@ import numpy.typing as npt
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
-from tarflowlm.runs.checkpoint import read_run
+from tarflowlm.runs.checkpoint import SUMMARY, read_run
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.metrics import METRICS
-from tarflowlm.training.run import SUMMARY
 
 Series = npt.NDArray[np.float64]
 

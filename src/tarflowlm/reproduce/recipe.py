@@ -11,11 +11,10 @@ import torch
 from tarflowlm.data import TokenArray, cached_corpus, encode_text_source
 from tarflowlm.files import read_json
 from tarflowlm.report.style import Figure
-from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.runs.checkpoint import SUMMARY, Checkpoint, load_checkpoint
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import with_steps
 from tarflowlm.terminal.console import StageProgress, no_progress, ticker
-from tarflowlm.training.run import SUMMARY
 
 Scale = Literal["mini", "paper"]
 Row = dict[str, Any]

@@ -10,12 +10,11 @@ import torch
 from tarflowlm.data import SOURCE_NAMES, TokenizerConfig, build_tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.reproduce.recipe import Finished, Settings, Training
-from tarflowlm.runs.checkpoint import CONFIG, read_run
+from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, read_run
 from tarflowlm.runs.config import RunConfig
+from tarflowlm.training.lifecycle import resume, train
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.progressive import resume, train
-from tarflowlm.training.run import SUMMARY
-from tarflowlm.training.timing import seconds_per_step
+from tarflowlm.training.step import seconds_per_step
 
 State = Literal["finished", "stopped", "new"]
 GPT2_VOCAB = 50_257

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tarflowlm.data import cached_corpus, load_tokenizer
-from tarflowlm.data.read import sha256_of
+from tarflowlm.data.text import sha256_of
 from tarflowlm.files import replacing
 from tarflowlm.report.style import Figure, render
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings

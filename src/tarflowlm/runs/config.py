@@ -6,7 +6,7 @@ from itertools import zip_longest
 from typing import Any, Literal
 
 from tarflowlm.baseline import BaselineConfig
-from tarflowlm.data import TokenizerConfig
+from tarflowlm.data import DataConfig
 from tarflowlm.errors import UserError
 from tarflowlm.model import FlowConfig
 
@@ -63,16 +63,6 @@ class OptimConfig:
         for name, share in (("warmup", self.warmup), ("decay", self.decay)):
             if not 0 <= share <= 1:
                 raise UserError(f"optim.{name} {share}: must be between 0 and 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Text and tokens."""
-
-    source: str = "english"
-    """A corpus name (english, text8, openwebtext), a text file, or a directory made by `tarflowlm data`."""
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """How text becomes tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tarflowlm.baseline import BaselineConfig
-from tarflowlm.data import TokenizerConfig
+from tarflowlm.data import DataConfig, TokenizerConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import CouplingName, FlowConfig, stack
-from tarflowlm.runs.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from tarflowlm.runs.config import OptimConfig, RunConfig, TrainConfig
+from tarflowlm.data import DataConfig
+from tarflowlm.model import CouplingName, FlowConfig
+from tarflowlm.runs.config import OptimConfig, RunConfig, TrainConfig
 
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2)
 MINI_STEPS = 2600

@@ -12,12 +12,10 @@ import torch
 
 from tarflowlm.data import SOURCE_NAMES, Corpus, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
-from tarflowlm.files import remove_leftovers, write_json
+from tarflowlm.files import LOCK, full_disk_as_user_error, remove_leftovers, write_json, writer_lock
 from tarflowlm.runs.checkpoint import BEST, CONFIG, STATE, SUMMARY, WEIGHTS, read_run, weights_problem, write_run
 from tarflowlm.runs.config import RunConfig
-from tarflowlm.training.disk import told_when_full
 from tarflowlm.training.distributed import ALONE, Processes
-from tarflowlm.training.lock import LOCK, locked
 from tarflowlm.training.loop import train_stage
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.pace import test_seconds
@@ -61,7 +59,7 @@ def train(
     new = Run(run, out, corpus, device, reporter, processes, begun)
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
-    with told_when_full(out), locked(out) if processes.first else nullcontext():
+    with full_disk_as_user_error(out, lambda: _remedy(out)), writer_lock(out) if processes.first else nullcontext():
         if processes.first:
             check_new(out)
             remove_leftovers(out)
@@ -89,7 +87,7 @@ def resume(
     if run.optim.muon_precision == "auto":
         # written before there was a choice
         run = replace(run, optim=replace(run.optim, muon_precision="bfloat16", muon_qkv="together"))
-    with told_when_full(out), locked(out) if processes.first else nullcontext():
+    with full_disk_as_user_error(out, lambda: _remedy(out)), writer_lock(out) if processes.first else nullcontext():
         state, damaged = processes.from_first(_prepared(out, reporter) if processes.first else (out, None))
         with processes.first_alone():
             corpus = _corpus(run, reporter)
@@ -217,6 +215,11 @@ def _prepared(out: Path, reporter: Reporter) -> tuple[Path | None, str | None]:
     for folder in (out, out / BEST):
         remove_leftovers(folder)
     return state, damaged
+
+
+def _remedy(out: Path) -> str:
+    """How to go on after a full disk."""
+    return f"go on with `tarflowlm train --resume {out}`" if (out / CONFIG).exists() else "start it again"
 
 
 def _corpus(run: RunConfig, reporter: Reporter) -> Corpus:

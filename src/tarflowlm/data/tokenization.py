@@ -1,11 +1,11 @@
-"""Which tokenizer a run uses, and how it is built from that choice."""
+"""The tokenizer of a run: its configuration, and how it is built from it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tarflowlm.data.bpe import bpe_from, train_bpe
-from tarflowlm.data.normalize import NORMALIZATIONS, TEXT8_ALPHABET, Normalization
+from tarflowlm.data.text import NORMALIZATIONS, TEXT8_ALPHABET, Normalization
 from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, check_alphabet
 from tarflowlm.errors import UserError
 
@@ -19,11 +19,11 @@ class TokenizerConfig:
     kind: Kind = "char"
     """Units of text: characters of `alphabet`, UTF-8 bytes, or byte-pair encoding."""
     alphabet: str = TEXT8_ALPHABET
-    """Characters (char), or those that BPE starts from (bpe trained here on text8-normalised text)."""
+    """The characters of kind char, or those that BPE starts from if it is trained here on text8-normalised text."""
     vocab_size: int = 0
-    """Tokens of a BPE trained here; 0 for every other kind."""
+    """Number of tokens of a BPE trained here; 0 for every other tokenizer."""
     source: str = ""
-    """BPE only: a tokenizer.json or a hub name such as gpt2; empty trains one on the training split."""
+    """BPE only: a tokenizer.json or a hub name such as gpt2. Empty: train one on the training split."""
     normalize: Normalization = "text8"
     """Normalisation of the text: none, or text8 (a-z and single spaces; digits are spelled out)."""
 
@@ -37,10 +37,10 @@ class TokenizerConfig:
         if self.kind != "bpe" or self.source:
             self._check_unused_bpe_fields()
         else:
-            least = len(self.alphabet) + 1 if self.uses_alphabet else 257
-            if self.vocab_size < least:
+            minimum = len(self.alphabet) + 1 if self.uses_alphabet else 257
+            if self.vocab_size < minimum:
                 raise UserError(
-                    f"vocab_size={self.vocab_size} is too small for a BPE trained here: it needs {least} or "
+                    f"vocab_size={self.vocab_size} is too small for a BPE trained here: it needs {minimum} or "
                     "more (or set source to a tokenizer.json or hub name)"
                 )
         if self.uses_alphabet:
@@ -78,11 +78,10 @@ class TokenizerConfig:
 
 
 def build_tokenizer(config: TokenizerConfig, training_text_iter: Iterable[str] | None = None) -> Tokenizer:
-    """The tokenizer that `config` asks for.
+    """The tokenizer that `config` describes.
 
-    `training_text_iter` yields pieces of the training split, already normalised; it is read only where BPE is
-    trained here, and needed there. UserError for a source that cannot be had, or a text too small to train
-    on.
+    `training_text_iter` yields pieces of the training split, already normalised. It is required, and read, only if
+    BPE is trained here. UserError for a source that cannot be loaded, or a text too small to train on.
     """
     if config.kind == "char":
         return CharTokenizer(config.alphabet, config.normalize)

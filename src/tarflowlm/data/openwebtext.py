@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tarflowlm.data.hub import check_reachable, quiet_hub
-from tarflowlm.data.normalize import Normalization, normalize
-from tarflowlm.data.sources import (
+from tarflowlm.data.download import check_hub_reachable, quiet_hub, sources_dir
+from tarflowlm.data.stream import (
     SPLITS,
     Batch,
     CorpusProgress,
@@ -17,41 +16,41 @@ from tarflowlm.data.sources import (
     Source,
     Split,
     Stream,
-    sources_dir,
     split_of_document,
 )
-from tarflowlm.data.tokenizer import first_line
-from tarflowlm.errors import UserError
+from tarflowlm.data.text import Normalization, normalize
+from tarflowlm.errors import UserError, first_line
 
 SEPARATOR = "<|endoftext|>"
-"""Follows every document; one token where the tokenizer has it, as GPT-2's does."""
+"""Follows every document. One token if the tokenizer has it, as GPT-2's does."""
 
 
 @dataclass(frozen=True)
 class DocumentsSpec:
-    """A data set of documents, and how it is split."""
+    """A data set of documents on the hub, and how it is split."""
 
     name: str
-    """Of the corpus."""
+    """Name of the corpus."""
     repository: str
-    """On the hub; its split `train` is read."""
+    """Name on the hub. Only its split `train` is read."""
     column: str = "text"
+    """Column that holds the documents."""
     percent: dict[Split, int] = field(default_factory=lambda: {"train": 98, "valid": 1, "test": 1})
-    """Shares of the splits; a document goes to one by the sha256 of its text."""
+    """Shares of the splits. A document's split is decided by the sha256 of its text."""
     block: int = 1 << 20
-    """Characters between two places where reading can be gone on with."""
+    """Characters between two cursors, from which reading can be resumed."""
 
 
 OPENWEBTEXT = DocumentsSpec(name="openwebtext", repository="Skylion007/openwebtext")
-"""About 8 million documents, 40 GB of text. One percent held out for each of validation and test is 80,000 documents
-each, near the 100,000 that are customary."""
+"""About 8 million documents, 40 GB of text. One percent each for validation and test makes 80,000 documents each,
+close to the customary 100,000."""
 
 
 class Documents(Source):
-    """A corpus of documents; each is encoded on its own and followed by `SEPARATOR`.
+    """A corpus of documents, each encoded on its own and followed by `SEPARATOR`.
 
-    Read from the parquet files in the folder `<cache>/sources/<name>` if there are any, else streamed from the hub,
-    where nothing is kept but the tokens. Under text8 normalisation a separator is a space.
+    Read from the parquet files in `<cache>/sources/<name>` if there are any, else streamed from the hub; only the
+    tokens are kept. Under text8 normalisation a separator is a space.
     """
 
     def __init__(self, spec: DocumentsSpec = OPENWEBTEXT) -> None:
@@ -74,7 +73,7 @@ class Documents(Source):
             raise UserError(f"{self.name} needs the datasets package: pip install 'tarflowlm[data]'") from None
         if self.files is None:
             try:
-                check_reachable()
+                check_hub_reachable()
             except ConnectionError as error:
                 raise self._failure(error) from None
         return self.files or ()
@@ -94,7 +93,7 @@ class Documents(Source):
             found = ", ".join(columns)
             raise UserError(f"{self.name} has no column {self.spec.column!r} but {found}: {self._remedy}")
         split = (dataset.info.splits or {}).get("train")
-        # bytes, but it only serves to show how far it is
+        # bytes, but it only serves to show progress
         return Stream(self._batches(dataset, normalization), split.num_bytes if split is not None else None)
 
     def _load(self) -> Any:
@@ -119,9 +118,9 @@ class Documents(Source):
                 texts[split_of_document(document, self.spec.percent)].append(text)
                 size += len(text)
                 if size >= self.spec.block:
-                    yield from _flushed(texts, dataset.state_dict())
+                    yield from _flush(texts, dataset.state_dict())
                     size = 0
-            yield from _flushed(texts, dataset.state_dict())
+            yield from _flush(texts, dataset.state_dict())
 
     def _documents(self, dataset: Any) -> Generator[str, None, None]:
         rows = iter(dataset)
@@ -149,8 +148,8 @@ class Documents(Source):
         )
 
 
-def _flushed(texts: dict[Split, list[str]], cursor: Cursor) -> Iterator[Batch]:
-    """What was gathered, and an empty place for more; the last batch has the cursor."""
+def _flush(texts: dict[Split, list[str]], cursor: Cursor) -> Iterator[Batch]:
+    """Yields the gathered texts, one batch per split, and empties `texts`. Only the last batch has the cursor."""
     full = [split for split in SPLITS if texts[split]]
     for split in full:
         yield Batch(split, texts[split], cursor if split == full[-1] else None)

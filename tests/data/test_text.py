@@ -1,15 +1,19 @@
-"""Reading text files: suffixes, and one line for every way a file can be wrong."""
+"""Text files are read whatever their suffix, cut between words, and normalised as the reference does."""
 
 import builtins
 import gzip
 import lzma
 import os
+import re
 import zipfile
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tarflowlm.data import read_text
+from tarflowlm.data import TEXT8_ALPHABET, normalize_text8, read_text
+from tarflowlm.data.text import text_pieces
 from tarflowlm.errors import UserError
 
 TEXT = "héllo\r\nworld \U0001f600\x00\n" * 50
@@ -110,3 +114,75 @@ def test_zst_without_the_package_names_the_remedy(tmp_path, monkeypatch):
     path.write_bytes(COMPRESSED[".zst"])
     with pytest.raises(UserError, match=r"pip install 'tarflowlm\[data\]'"):
         read_text(path)
+
+
+# cutting
+
+WORDS = "It's the Cat, the cats' 12 hats \u2014 caf\u00e9 na\u00efve \U0001f600!\n\n  And so on;\tmore. " * 20
+
+
+def test_pieces_are_cut_between_words():
+    text = "one two, three  four 5 \u4e2d\u6587\nsix" * 3
+    pieces = list(text_pieces(text, 5))
+    assert "".join(pieces) == text
+    assert len(pieces) == 9
+    assert all(re.match(r"[ \n]\w", piece) for piece in pieces[1:])
+    assert all(re.search(r"\w$", piece) for piece in pieces)
+    assert list(text_pieces("", 5)) == []
+
+
+@pytest.mark.parametrize("size", [1, 3, 40, 10_000])
+def test_pieces_do_not_depend_on_blocks(size):
+    text = WORDS + "x" * 500 + " and_so 1 on" * 50 + "." * 900 + WORDS
+    whole = list(text_pieces(text, size))
+    assert "".join(whole) == text
+    for block in (1, 2, 7, 100):
+        blocks = (text[i : i + block] for i in range(0, len(text), block))
+        assert list(text_pieces(blocks, size)) == whole
+
+
+def test_text_without_words_is_cut_after_a_while():
+    pieces = list(text_pieces("." * 1000, 10))
+    assert [len(piece) for piece in pieces] == [160] * 6 + [40]
+
+
+# normalising
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+DIGITS = str.maketrans({str(i): f" {word} " for i, word in enumerate(NAMES)})
+UPPER = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz")
+
+
+def reference(text: str) -> str:
+    text = text.replace("<|endoftext|>", " ").translate(UPPER).translate(DIGITS)
+    return " " + re.sub("[^a-z]+", " ", text).strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", " "),
+        (" \n\t.", " "),
+        ("The Cat!", " the cat"),
+        ("in 1984,", " in one nine eight four"),
+        ("naïve Ünder", " na ve nder"),
+        ("a<|endoftext|>b", " a b"),
+        ("x\ud800y \x00 \U0001f600z", " x y z"),
+        ("\u0130\u212a", " "),  # str.lower() would turn these into an ASCII i and k
+    ],
+)
+def test_text8_examples(text, expected):
+    assert normalize_text8(text) == expected
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(st.text(st.one_of(st.characters(), st.sampled_from("aZ 09.\n<|endoftext|>")), max_size=60))
+def test_text8_equals_the_two_line_reference_and_is_idempotent(text):
+    result = normalize_text8(text)
+    assert result == reference(text)
+    assert normalize_text8(result) == result
+    assert set(result) <= set(TEXT8_ALPHABET)
+
+
+def test_english27_is_its_own_normal_form(english27):
+    assert normalize_text8(english27) == english27
