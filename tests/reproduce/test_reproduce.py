@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tarflowlm.cli import reproduce as command
 from tarflowlm.cli.reproduce import RECIPES
 from tarflowlm.data import TEXT8_ALPHABET
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig
-from tarflowlm.reproduce import command, fig6, runs
+from tarflowlm.reproduce import fig6, runs
 from tarflowlm.reproduce.measures import summary_row
 from tarflowlm.reproduce.recipe import Recipe, Settings, trainings
 from tarflowlm.runs.config import RunConfig, TrainConfig

@@ -1,6 +1,5 @@
 """Infilling and editing of held-out text: what particles bring, and what re-noising changes."""
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from tarflowlm.data import encode_text_source, eval_windows
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.editing import bound, encode, renoise
 from tarflowlm.errors import UserError
+from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.generation import generate
 from tarflowlm.generation.generate import num_ticks
 from tarflowlm.generation.template import BLANK
@@ -86,7 +86,7 @@ def _bits(checkpoint: Checkpoint, tokens: torch.Tensor, seed: int) -> float:
     """Bits per character of texts [S, T], over all of them; the same noise for every call."""
     nats = bound(checkpoint.model, tokens, torch.Generator().manual_seed(seed)).sum().item()
     characters = torch.as_tensor(checkpoint.tokenizer.characters_per_token)[tokens.cpu()].sum().item()
-    return nats / math.log(2) / characters
+    return bits(nats) / characters
 
 
 def _infill(

@@ -1,10 +1,10 @@
 """Figure of what every term and every block brings to the bound."""
 
-from tarflowlm.evaluation.contributions import Contributions
+from tarflowlm.evaluation.blocks import BoundParts
 from tarflowlm.report.style import COLOURS, INK, MUTED, SMALL, Axes, Figure
 
 
-def terms(parts: Contributions) -> list[tuple[str, float]]:
+def terms(parts: BoundParts) -> list[tuple[str, float]]:
     """Name and nats per token of the terms whose sum is the bound."""
     blocks = [(f"−log|det J|, block {block}", -value) for block, value in enumerate(parts.log_dets, 1)]
     return [
@@ -15,14 +15,14 @@ def terms(parts: Contributions) -> list[tuple[str, float]]:
     ]
 
 
-def draw_contributions(figure: Figure, parts: Contributions) -> None:
+def draw_contributions(figure: Figure, parts: BoundParts) -> None:
     """Left: the terms one on top of the other, to the bound. Right: the gain of every block."""
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _waterfall(left, parts)
     _gains(right, parts)
 
 
-def _waterfall(axes: Axes, parts: Contributions) -> None:
+def _waterfall(axes: Axes, parts: BoundParts) -> None:
     rows = terms(parts)
     position, edges = 0.0, [0.0]
     for row, (_, value) in enumerate(rows):
@@ -51,7 +51,7 @@ def _waterfall(axes: Axes, parts: Contributions) -> None:
     axes.set_title("terms of the bound, nats per token")
 
 
-def _gains(axes: Axes, parts: Contributions) -> None:
+def _gains(axes: Axes, parts: BoundParts) -> None:
     gains = parts.gains
     room = max([*map(abs, gains), 1e-9])
     for row, gain in enumerate(gains):

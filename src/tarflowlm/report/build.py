@@ -10,7 +10,7 @@ import torch
 
 from tarflowlm.data import Corpus, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.contributions import Contributions, contributions
+from tarflowlm.evaluation.blocks import BoundParts, bound_parts
 from tarflowlm.files import replacing
 from tarflowlm.model import TarFlowLM
 from tarflowlm.report.blocks import draw_contributions
@@ -35,7 +35,7 @@ class Insight:
     """What the weights of a run tell; what is missing is said in the notes."""
 
     codes: Codes | None = None
-    parts: Contributions | None = None
+    parts: BoundParts | None = None
     step: str = ""
     """Step of the weights."""
     notes: list[str] = field(default_factory=list)
@@ -123,7 +123,7 @@ def _look_into(record: RunRecord, device: torch.device, progress: Progress) -> I
     insight.codes = codes_of(checkpoint.model, checkpoint.tokenizer, counts)
     if corpus is not None and isinstance(checkpoint.model, TarFlowLM):
         config = record.run
-        insight.parts = contributions(
+        insight.parts = bound_parts(
             checkpoint.model,
             eval_windows(corpus.split("valid"), config.model.context, config.train.evaluate_windows),
             torch.from_numpy(checkpoint.tokenizer.characters_per_token),

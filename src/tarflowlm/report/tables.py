@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tarflowlm.evaluation.contributions import Contributions
+from tarflowlm.evaluation.blocks import BoundParts
 from tarflowlm.report.blocks import signed, terms
 from tarflowlm.report.codes import Codes
 from tarflowlm.report.page import Table
@@ -96,7 +96,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def terms_table(parts: Contributions) -> Table:
+def terms_table(parts: BoundParts) -> Table:
     """The terms of the bound, and the bound of the first blocks."""
     rows = [(name, signed(value, 5), signed(parts.bpc(value), 5)) for name, value in terms(parts)]
     rows.append(("KL(q(z|x) ‖ p(z))", f"{parts.kl:.5f}", f"{parts.bpc(parts.kl):.5f}"))

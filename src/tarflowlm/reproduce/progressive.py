@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from tarflowlm.data import eval_windows
-from tarflowlm.evaluation.latents import latent_report
+from tarflowlm.evaluation.blocks import latent_report
 from tarflowlm.model import TarFlowLM
 from tarflowlm.report.records import RunRecord, read_record
 from tarflowlm.report.style import Figure
