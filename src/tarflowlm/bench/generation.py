@@ -136,9 +136,7 @@ def _models(models: dict[str, Model], args: Args, batch: int, progress: StagePro
 
 
 @torch.no_grad()
-def _blocks(
-    name: str, model: TarFlowLM, args: Args, batch: int, progress: StageProgress
-) -> list[dict[str, Any]]:
+def _blocks(name: str, model: TarFlowLM, args: Args, batch: int, progress: StageProgress) -> list[dict[str, Any]]:
     padded = -(-_length(model, args) // model.config.patch) * model.config.patch
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(batch, padded, model.config.latent_dim, generator=generator).to(model.codebook.mean)

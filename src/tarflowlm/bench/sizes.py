@@ -136,7 +136,7 @@ def stage_size(config: RunConfig, stage: int, *, memory: float, worlds: tuple[in
         "off_line": abs(line(3 * share // 4) / found[2].peak - 1),
         "worlds": rows,
         "training_flops": training_flops(model, frozen=stage) / model.context,
-        "paper_flops": forward_flops(model, "paper").total() / model.context,
+        "paper_flops": forward_flops(model, "paper") / model.context,
         "largest": {
             "gb": found[1].largest / 1e9, "shape": found[1].shape, "operator": found[1].operator, "sequences": share,
         },

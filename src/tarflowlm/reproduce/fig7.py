@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tarflowlm.data import eval_windows
+from tarflowlm.evaluation.blocks import latent_report
 from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
-from tarflowlm.evaluation.latents import latent_report
 from tarflowlm.model import TarFlowLM
 from tarflowlm.report.style import SMALL, Figure
 from tarflowlm.reproduce.fig6 import more_for_upper_blocks
@@ -59,8 +59,8 @@ def _flops_row(label: str, run: RunConfig, vocab_size: int) -> Row:
     scale = 1e-6 / config.context
     return {
         "model": label,
-        "forward, the paper's": scale * forward_flops(config, "paper").total(),
-        "forward, full": scale * forward_flops(config).total(),
+        "forward, the paper's": scale * forward_flops(config, "paper"),
+        "forward, full": scale * forward_flops(config),
         "training step of all blocks": scale * training_flops(config),
         "generation": scale * generation_flops(config),
     }
