@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tarflowlm import baseline
 from tarflowlm.baseline import BaselineConfig, TokenLM
-from tarflowlm.evaluation.latents import latent_report
+from tarflowlm.evaluation.blocks import latent_report
 from tarflowlm.flow.numerics import layout
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.language_model import seeded

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -110,6 +110,10 @@ class FlowConfig(LanguageModelConfig):
 
     def first_blocks(self, num_blocks: int) -> "FlowConfig":
         return replace(self, blocks=self.blocks[:num_blocks])
+
+    def each_block(self, **fields: Any) -> "FlowConfig":
+        """The same model with these fields of `BlockConfig` in every block."""
+        return replace(self, blocks=tuple(replace(block, **fields) for block in self.blocks))
 
     def describe(self, block: int) -> str:
         return f"block {block + 1} {self.blocks[block].coupling}"
@@ -287,6 +291,12 @@ class TarFlowLM(LanguageModel):
 
     def blocks_from(self, first: int) -> Iterable[nn.Module]:
         return self.prior.blocks[first:] if first else (self,)
+
+
+def as_flow_config(config: LanguageModelConfig) -> FlowConfig:
+    """The configuration, which is known to be that of a TarFlowLM."""
+    assert isinstance(config, FlowConfig), config
+    return config
 
 
 def as_flow(model: LanguageModel, wanted_for: str) -> TarFlowLM:

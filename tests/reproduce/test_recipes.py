@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tarflowlm.cli.reproduce import RECIPES
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.files import write_json
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig
 from tarflowlm.report.records import read_record
-from tarflowlm.reproduce import fig5, fig6, fig7, progressive, table2, table6
+from tarflowlm.reproduce import RECIPES, ablations, measures, passes, questions, tables
 from tarflowlm.reproduce.recipe import Finished, Settings, Training
 from tarflowlm.reproduce.write import write_results
 from tarflowlm.runs.checkpoint import save_weights, write_run
@@ -30,9 +29,9 @@ def settings(tmp_path_factory) -> Settings:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TARFLOWLM_CACHE", str(folder / "cache"))
         for module, name, value in (
-            (table2, "WINDOWS", 3), (table2, "SAMPLES", 2), (table2, "SECOND_WINDOWS", 3), (fig5, "PROMPTS", 2),
-            (fig5, "PREFIXES", (0, 4)), (fig6, "NUM", 2), (fig7, "WINDOWS", 4), (progressive, "WINDOWS", 4),
-            (table6, "MINI_SAMPLES", 20),
+            (tables, "WINDOWS", 3), (tables, "SAMPLES", 2), (tables, "SECOND_WINDOWS", 3),
+            (tables, "MINI_SAMPLES", 20), (ablations, "PROMPTS", 2), (ablations, "PREFIXES", (0, 4)),
+            (passes, "NUM", 2), (measures, "LATENT_WINDOWS", 4),
         ):  # fmt: skip
             patch.setattr(module, name, value)
         yield Settings(scale="mini", out=folder / "out", data=str(text), judge_data=str(text), second_text=str(text))
@@ -88,8 +87,8 @@ def test_a_recipe_measures_draws_and_writes(settings, name):
 
 
 def test_table2_sets_our_numbers_beside_the_papers(settings):
-    finished = [untrained(settings, training) for training in table2.plan(settings)]
-    rows = {row["model"]: row for row in table2.measure(settings, finished)}
+    finished = [untrained(settings, training) for training in tables.plan_table2(settings)]
+    rows = {row["model"]: row for row in tables.measure_table2(settings, finished)}
     assert rows["AR"][""] == "="
     assert rows["Mix-d"][""] == "<="
     # the baseline is exact, whatever the number of samples
@@ -100,18 +99,18 @@ def test_table2_sets_our_numbers_beside_the_papers(settings):
 
 
 def test_progressive_says_when_the_mean_of_the_last_lines_reached_the_bound(settings):
-    finished = [untrained(settings, training) for training in progressive.plan(settings)]
-    rows = progressive.measure(settings, finished)
+    finished = [untrained(settings, training) for training in questions.plan_progressive(settings)]
+    rows = questions.measure_progressive(settings, finished)
     # lines fall by 0.1 every 20 steps; the mean of five lies 0.2 above the last: 5 - 0.1 n + 0.2 <= 2.1 at n = 31
     assert [row["steps to 2.1"] for row in rows] == [620, 620]
-    points = progressive.curve(read_record(finished[0].directory))
+    points = questions.training_curve(read_record(finished[0].directory))
     assert next(iter(points)) == 100
     assert points[100] == pytest.approx(4.7)
     assert rows[0]["bpc at 800"] == pytest.approx(1.2)
 
 
 def test_fig7_counts_operations_of_all_models(settings):
-    page = fig7.flops_table(settings, [untrained(settings, training) for training in fig7.plan(settings)])
+    page = passes.flops_table(settings, [untrained(settings, training) for training in passes.plan_fig7(settings)])
     table = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in page.splitlines() if line.startswith("|")}
     for name in ("AR", "affine", "Mix-1", "Mix-d"):
         paper, full, training, _ = map(float, table[name])

@@ -10,15 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tarflowlm.cli.reproduce import RECIPES
 from tarflowlm.data import TEXT8_ALPHABET
 from tarflowlm.errors import UserError
-from tarflowlm.files import writer_lock
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig, stack
-from tarflowlm.reproduce import command, fig6, runs
+from tarflowlm.model import FlowConfig
+from tarflowlm.reproduce import RECIPES, passes
 from tarflowlm.reproduce.measures import summary_row
-from tarflowlm.reproduce.recipe import Recipe, Settings, trainings
+from tarflowlm.reproduce.recipe import Recipe, Settings, directory_of, estimate, finish, state_of, trainings
 from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.training.metrics import Reporter
 
@@ -43,7 +41,7 @@ def test_plans_share_a_run_only_where_it_is_the_same(scale):
 
 def test_the_users_text_and_steps_reach_the_mini_runs_and_not_the_papers():
     for scale, source in (("mini", "mine.txt"), ("paper", "openwebtext")):
-        plan = fig6.plan(Settings(scale=scale, out=Path("out"), data="mine.txt", steps=9))
+        plan = passes.plan_fig6(Settings(scale=scale, out=Path("out"), data="mine.txt", steps=9))
         assert {training.run.data.source for training in plan} == {source}
         assert {training.run.train.num_steps for training in plan} == {9}
 
@@ -93,9 +91,9 @@ class Notices(Reporter):
 
 def test_what_is_done_is_not_done_again(settings):
     first, second = Notices(), Notices()
-    done = runs.finish(settings, tiny_plan(settings), first)
+    done = finish(settings, tiny_plan(settings), first)
     weights = [(d.directory / "model.safetensors").read_bytes() for d in done]
-    again = runs.finish(settings, tiny_plan(settings), second)
+    again = finish(settings, tiny_plan(settings), second)
     assert [d.directory.name for d in again] == ["tiny-s0", "tiny-s1"]
     assert weights[0] != weights[1]
     assert second.said == ["tiny-s0 is done", "tiny-s1 is done"]
@@ -119,47 +117,47 @@ class StopAt(Reporter):
 def test_what_was_stopped_goes_on_to_the_same_end(settings, tmp_path, step, state):
     [training, _] = tiny_plan(settings)
     with pytest.raises(Stop):
-        runs.finish(settings, [training], StopAt(step))
-    assert runs.state_of(settings, training) == state
-    [done] = runs.finish(settings, [training], Reporter())
-    [whole] = runs.finish(replace(settings, out=tmp_path / "whole"), [training], Reporter())
-    assert runs.state_of(settings, training) == "finished"
+        finish(settings, [training], StopAt(step))
+    assert state_of(settings, training) == state
+    [done] = finish(settings, [training], Reporter())
+    [whole] = finish(replace(settings, out=tmp_path / "whole"), [training], Reporter())
+    assert state_of(settings, training) == "finished"
     # not byte by byte: the order of the file's metadata is free
     ours, theirs = (load_file(d.directory / "model.safetensors") for d in (done, whole))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_a_run_of_another_configuration_is_left_alone(settings):
-    [done, _] = runs.finish(settings, tiny_plan(settings), Reporter())
+    [done, _] = finish(settings, tiny_plan(settings), Reporter())
     before = (done.directory / "model.safetensors").read_bytes()
     other = replace(TINY, optim=replace(TINY.optim, lr=1e-3))
     with pytest.raises(UserError, match=r"tiny-s0 .*another configuration"):
-        runs.finish(settings, trainings(settings, {"tiny": other}), Reporter())
+        finish(settings, trainings(settings, {"tiny": other}), Reporter())
     assert (done.directory / "model.safetensors").read_bytes() == before
 
 
 def test_a_run_that_another_process_has_just_begun_is_left_alone(settings):
     [training, _] = tiny_plan(settings)
     with pytest.raises(Stop):
-        runs.finish(settings, [training], StopAt(1))
-    directory = runs.directory_of(settings, training)
-    with writer_lock(directory), pytest.raises(UserError, match="being written"):
-        runs.finish(settings, [training], Reporter())
+        finish(settings, [training], StopAt(1))
+    directory = directory_of(settings, training)
+    with locked(directory), pytest.raises(UserError, match="being written"):
+        finish(settings, [training], Reporter())
     assert (directory / "config.json").is_file()
 
 
 def test_what_would_stop_a_later_recipe_stops_all_of_them_at_once(settings, refused, monkeypatch):
-    runs.finish(settings, tiny_plan(settings)[:1], Reporter())
+    finish(settings, tiny_plan(settings)[:1], Reporter())
     other = replace(TINY, optim=replace(TINY.optim, lr=1e-3))
     good = replace(TINY_RECIPE, plan=lambda settings: trainings(settings, {"good": replace(TINY, name="good")}))
     bad = replace(TINY_RECIPE, plan=lambda settings: trainings(settings, {"tiny": other}))
     foreign = replace(TINY_RECIPE, needs=(("no_such_module", "quality"),))
     for name in list(RECIPES):
-        monkeypatch.delitem(command.RECIPES, name)
-    monkeypatch.setitem(command.RECIPES, "good", good)
+        monkeypatch.delitem(RECIPES, name)
+    monkeypatch.setitem(RECIPES, "good", good)
     argv = ["reproduce", "all", "--out", settings.out, "--data", settings.data, "--device", "cpu"]
     for recipe, words in ((bad, "another configuration"), (foreign, "tarflowlm[quality]")):
-        monkeypatch.setitem(command.RECIPES, "later", recipe)
+        monkeypatch.setitem(RECIPES, "later", recipe)
         refused(*argv, names=[words])
     assert [path.name for path in (settings.out / "runs").iterdir()] == ["tiny-s0"]
 
@@ -171,17 +169,17 @@ def test_estimates_count_all_tokens_and_time_every_shape_once(settings, monkeypa
         timed.append((stage, tuple(batches().shape)))
         return 2.0
 
-    monkeypatch.setattr(runs, "seconds_per_step", two_seconds)
-    planned = runs.estimate(settings, tiny_plan(settings))
+    monkeypatch.setattr("tarflowlm.reproduce.recipe.seconds_per_step", two_seconds)
+    planned = estimate(settings, tiny_plan(settings))
     assert [(p.state, p.tokens, p.seconds) for p in planned] == [("new", 6 * 2 * 16, 12.0)] * 2
     assert timed == [(0, (2, 16)), (1, (2, 16))]
     paper = replace(settings, scale="paper")
     # of one sequence, so for two of them twice as long
-    assert runs.estimate(paper, tiny_plan(paper))[0].seconds == 24.0
+    assert estimate(paper, tiny_plan(paper))[0].seconds == 24.0
 
 
 def test_estimates_are_timed_on_the_models_themselves(settings):
-    [planned, _] = runs.estimate(settings, tiny_plan(settings))
+    [planned, _] = estimate(settings, tiny_plan(settings))
     assert 0 < planned.seconds < 60
     assert not settings.out.exists()
 
@@ -190,7 +188,7 @@ def test_results_say_how_they_were_made(settings, run, run_json, monkeypatch):
     recipe = replace(TINY_RECIPE, draw=lambda figure, rows: figure.subplots().plot([row["test bpc"] for row in rows]))
     if "matplotlib" not in sys.modules:
         pytest.importorskip("matplotlib")
-    monkeypatch.setitem(command.RECIPES, "tiny", recipe)
+    monkeypatch.setitem(RECIPES, "tiny", recipe)
     argv = ["reproduce", "tiny", "--out", settings.out, "--data", settings.data, "--seeds", 2, "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["tarflowlm", *map(str, argv)])
     result = run_json(*argv)
@@ -208,9 +206,9 @@ def test_results_say_how_they_were_made(settings, run, run_json, monkeypatch):
 
 def test_all_recipes_are_run_and_what_they_share_is_planned_once(settings, run_json, monkeypatch):
     for name in list(RECIPES):
-        monkeypatch.delitem(command.RECIPES, name)
+        monkeypatch.delitem(RECIPES, name)
     for name in ("first", "second"):
-        monkeypatch.setitem(command.RECIPES, name, replace(TINY_RECIPE, name=name))
+        monkeypatch.setitem(RECIPES, name, replace(TINY_RECIPE, name=name))
     argv = ["reproduce", "all", "--out", settings.out, "--data", settings.data, "--device", "cpu"]
     assert [planned["run"] for planned in run_json(*argv, "--dry-run")["runs"]] == ["tiny-s0"]
     results = run_json(*argv)["recipes"]

@@ -15,11 +15,11 @@ from rich.table import Table
 
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
-from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.generation import generate
 from tarflowlm.generation.generate import num_ticks
 from tarflowlm.generation.inversion import Decoder, invert_block, invert_stack
-from tarflowlm.model import TarFlowLM
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.terminal.console import StageProgress, no_progress, ticker
 
@@ -59,7 +59,7 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
     models = {str(d): load_checkpoint(d, device).model for d in args.directories}
-    flows = {name: m for name, m in models.items() if isinstance(m, TarFlowLM)}
+    flows = {name: as_flow(m, "inversion") for name, m in models.items() if not m.is_exact}
     return {
         "models": [row for batch in args.batches for row in _models(models, args, batch, progress)],
         "blocks": [
@@ -92,22 +92,26 @@ def _rounds(
     return seconds
 
 
-def _length(model: Model, args: Args) -> int:
+def _length(model: LanguageModel, args: Args) -> int:
     return args.length or model.config.context
 
 
-def _decoders(model: Model) -> tuple[Decoder, ...]:
-    return ("sequential", "auto") if isinstance(model, TarFlowLM) else ("sequential",)
+def _decoders(model: LanguageModel) -> tuple[Decoder, ...]:
+    return ("sequential",) if model.is_exact else ("sequential", "auto")
 
 
-def _models(models: dict[str, Model], args: Args, batch: int, progress: StageProgress) -> list[dict[str, Any]]:
+def _models(
+    models: dict[str, LanguageModel], args: Args, batch: int, progress: StageProgress
+) -> list[dict[str, Any]]:
     contenders: dict[str, Callable[[], object]] = {}
     tokens: dict[str, int] = {}
     chosen: dict[str, tuple[Decoder, ...]] = {}
     for name, model in models.items():
         for decoder in _decoders(model):
 
-            def call(model: Model = model, decoder: Decoder = decoder, key: str = f"{name} {decoder}") -> None:
+            def call(
+                model: LanguageModel = model, decoder: Decoder = decoder, key: str = f"{name} {decoder}"
+            ) -> None:
                 found = generate(
                     model,
                     num_tokens=_length(model, args),
@@ -135,17 +139,14 @@ def _models(models: dict[str, Model], args: Args, batch: int, progress: StagePro
 
 
 @torch.no_grad()
-def _blocks(
-    name: str, model: TarFlowLM, args: Args, batch: int, progress: StageProgress
-) -> list[dict[str, Any]]:
+def _blocks(name: str, model: TarFlowLM, args: Args, batch: int, progress: StageProgress) -> list[dict[str, Any]]:
     padded = -(-_length(model, args) // model.config.patch) * model.config.patch
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(batch, padded, model.config.latent_dim, generator=generator).to(model.codebook.mean)
     states, work = invert_stack(model, noise, decoder="parallel")
     rows = []
     for state, done, index in zip(states, work, reversed(range(model.num_blocks)), strict=False):
-        block, u = model.prior.blocks[index], model.prior.patch(state)[0]
-        assert isinstance(block, FlowBlock)
+        block, u = model.prior.block(index), model.prior.patch(state)[0]
         seconds = _rounds(
             {way: partial(invert_block, block, u, decoder=way) for way in ("sequential", "parallel")},
             args.rounds,
@@ -156,7 +157,7 @@ def _blocks(
             {
                 "name": name,
                 "block": index + 1,
-                "coupling": model.config.couplings[index],
+                "coupling": model.config.blocks[index].coupling,
                 "batch": batch,
                 "steps_seconds": statistics.median(by_step),
                 "sweeps_seconds": statistics.median(by_sweep),
@@ -168,7 +169,7 @@ def _blocks(
     return rows
 
 
-def _positions(name: str, model: Model, args: Args, progress: StageProgress) -> dict[str, Any]:
+def _positions(name: str, model: LanguageModel, args: Args, progress: StageProgress) -> dict[str, Any]:
     """Milliseconds per position, block 1 or the baseline, in the four quarters of a sample by steps."""
     marks: list[float] = []
     batch = max(args.batches)

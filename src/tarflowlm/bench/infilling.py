@@ -1,6 +1,5 @@
 """Infilling and editing of held-out text: what particles bring, and what re-noising changes."""
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from tarflowlm.data import encode_text_source, eval_windows
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.editing import bound, encode, renoise
 from tarflowlm.errors import UserError
+from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.generation import generate
 from tarflowlm.generation.generate import num_ticks
 from tarflowlm.generation.sampling import BLANK
-from tarflowlm.model import TarFlowLM
+from tarflowlm.model import as_flow
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.terminal.console import StageProgress, no_progress, ticker
 
@@ -67,7 +67,7 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
         filled, shown = _infill(checkpoint, str(directory), texts, args, progress)
         result["infilling"] += filled
         result["examples"] += shown
-        if isinstance(checkpoint.model, TarFlowLM):
+        if not checkpoint.model.is_exact:
             result["editing"] += _edit(checkpoint, str(directory), texts, args, progress)
     return result
 
@@ -86,7 +86,7 @@ def _bits(checkpoint: Checkpoint, tokens: torch.Tensor, seed: int) -> float:
     """Bits per character of texts [S, T], over all of them; the same noise for every call."""
     nats = bound(checkpoint.model, tokens, torch.Generator().manual_seed(seed)).sum().item()
     characters = torch.as_tensor(checkpoint.tokenizer.characters_per_token)[tokens.cpu()].sum().item()
-    return nats / math.log(2) / characters
+    return bits(nats) / characters
 
 
 def _infill(
@@ -145,8 +145,7 @@ def _infill(
 def _edit(
     checkpoint: Checkpoint, name: str, texts: torch.Tensor, args: Args, progress: StageProgress
 ) -> list[dict[str, Any]]:
-    model = checkpoint.model
-    assert isinstance(model, TarFlowLM)
+    model = as_flow(checkpoint.model, "editing")
     text = encode(model, texts, torch.Generator().manual_seed(args.seed))
     rows: list[dict[str, Any]] = []
     for level in range(model.num_blocks + 1):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tarflowlm.baseline import BaselineConfig, TokenLM
 from tarflowlm.device import synchronize
 from tarflowlm.errors import UserError
-from tarflowlm.language_model import seeded
+from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.terminal.console import column_table
 from tarflowlm.training.optim import build_optimizers
@@ -120,8 +120,8 @@ def llama(config: BaselineConfig) -> nn.Module:
 
 def _contender(model: nn.Module, run: RunConfig) -> _Contender:
     def loss(tokens: Tensor) -> Tensor:
-        if isinstance(model, TokenLM):
-            return -model.log_prob(tokens).mean() / tokens.shape[1]
+        if isinstance(model, LanguageModel):
+            return model.negative_bound(tokens, model.draw_noise(tokens)).mean() / tokens.shape[1]
         # without a start vector, the first token has nothing to be predicted from
         logits = model(input_ids=tokens).logits[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())

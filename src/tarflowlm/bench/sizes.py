@@ -19,11 +19,13 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tarflowlm.baseline import BaselineConfig
 from tarflowlm.bench.standin import device, nothing_computed, placed, simulated
 from tarflowlm.bench.tracking import Usage, tracked
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.flops import forward_flops, training_flops
 from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.model import FlowConfig
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import PAPER_PRESETS, preset
 from tarflowlm.terminal.console import StageProgress, column_table, no_progress
@@ -87,9 +89,15 @@ def _runs(args: Args) -> Iterator[RunConfig]:
         model: Any = replace(config.model, vocab_size=VOCABULARY[corpus])
         yield replace(config, model=model)
         if args.xl and corpus == "owt":
-            layers = model.layers
-            more = 4 * layers if isinstance(layers, int) else tuple(4 * n for n in layers)
-            yield replace(config, name=f"{name} 1.5 B", model=replace(model, trunk=XL_TRUNK, layers=more))
+            yield replace(config, name=f"{name} 1.5 B", model=_xl(model))
+
+
+def _xl(model: FlowConfig | BaselineConfig) -> FlowConfig | BaselineConfig:
+    """Four times the layers, of GPT-2 XL's width."""
+    if isinstance(model, BaselineConfig):
+        return replace(model, trunk=XL_TRUNK, layers=4 * model.layers)
+    blocks = tuple(replace(block, layers=4 * block.layers) for block in model.blocks)
+    return replace(model, trunk=XL_TRUNK, blocks=blocks)
 
 
 def stage_size(config: RunConfig, stage: int, *, memory: float, worlds: tuple[int, ...] = WORLDS) -> dict[str, Any]:
@@ -134,7 +142,7 @@ def stage_size(config: RunConfig, stage: int, *, memory: float, worlds: tuple[in
         "off_line": abs(line(3 * share // 4) / found[2].peak - 1),
         "worlds": rows,
         "training_flops": training_flops(model, frozen=stage) / model.context,
-        "paper_flops": forward_flops(model, "paper").total() / model.context,
+        "paper_flops": forward_flops(model, "paper") / model.context,
         "largest": {
             "gb": found[1].largest / 1e9, "shape": found[1].shape, "operator": found[1].operator, "sequences": share,
         },
@@ -184,10 +192,10 @@ def measured(
     # before any backward pass of this process: only then does autograd take notice of the device
     place = device()
     with torch.device("meta"):
-        model = build_model(config.model_of_stage(stage))
+        model = config.model_of_stage(stage).build()
     count = sum(p.numel() for p in model.parameters())
     with simulated(world) as mesh, nothing_computed():
-        freeze_below(placed(model, place), stage)
+        placed(model, place).train_only(stage)
         engine = Engine(model, config, Processes(0, world, place), frozen=stage, mesh=mesh)
         optimizers = build_optimizers(config.optim, model)
 

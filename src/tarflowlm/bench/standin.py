@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tarflowlm.errors import UserError
+from tarflowlm.language_model import LanguageModel
 
 NAME = "standin"
 
@@ -119,7 +120,7 @@ def simulated(world: int) -> Iterator[DeviceMesh | None]:
         dist.destroy_process_group()
 
 
-def placed(model: Model, place: torch.device) -> Model:
+def placed(model: LanguageModel, place: torch.device) -> LanguageModel:
     """A model that was built on the meta device, its parameters and buffers replaced by fake ones on `place`."""
     for module in model.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):

@@ -24,8 +24,8 @@ from tarflowlm.data import (
 )
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
+from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report
 from tarflowlm.evaluation.judges import load_judge
-from tarflowlm.evaluation.latents import Spread, StateReport, latent_report
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.evaluation.quality import Quality, SamplingConfig, TextStatistics, measure_quality
 from tarflowlm.generation.inversion import Decoder

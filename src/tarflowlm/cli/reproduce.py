@@ -12,29 +12,10 @@ from rich.console import Console
 
 from tarflowlm.device import DeviceName, pick_device
 from tarflowlm.errors import UserError
-from tarflowlm.reproduce import (
-    fig2,
-    fig3,
-    fig4,
-    fig5,
-    fig6,
-    fig7,
-    one_block,
-    patches,
-    progressive,
-    table2,
-    table6,
-)
-from tarflowlm.reproduce.recipe import Recipe, Scale, Settings
-from tarflowlm.reproduce.runs import Planned, estimate, finish, state_of
+from tarflowlm.reproduce import RECIPES
+from tarflowlm.reproduce.recipe import Planned, Recipe, Scale, Settings, estimate, finish, state_of
 from tarflowlm.reproduce.write import write_results
 from tarflowlm.terminal.console import ProgressReporter, print_json, print_notice, print_table, stages_bar
-
-RECIPES: dict[str, Recipe] = {
-    module.RECIPE.name: module.RECIPE
-    for module in (table2, fig2, fig3, fig4, fig5, fig6, fig7, table6, progressive, patches, one_block)
-}
-
 
 ALL = "all"
 

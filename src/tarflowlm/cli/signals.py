@@ -8,6 +8,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], str | None]]:
     """The first SIGTERM or SIGINT is a request to stop, the second is a KeyboardInterrupt.

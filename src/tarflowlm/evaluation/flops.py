@@ -1,165 +1,184 @@
-r"""Floating-point operations of a model, from its configuration; a multiply-add counts two.
+r"""Floating-point operations of a model of a given configuration. A multiply-add counts as two.
 
-Two conventions, both per sequence, forward:
+All counts are per sequence of `context` tokens. There are two conventions:
 
-- `paper`: the terms of the paper's appendix H. Per block of L layers and width D over N = T / P positions
-      4 D N + L (6 D^2 N + 2 D N^2 + 2 D^2 N + 16 D^2 N),    an LM head 2 D V T,
-  and per position of a block with a masked autoregressive head, c = P d channels, D_m = 2 `head_hidden`,
-      6 E (c - 1)^2 + D_m c (D + E (c - 1)) + D_m c^2 (outputs per channel: 3 K, affine 2).
-  The product of attention and values is left out there. A Mix-d block, of which the appendix does not speak, is
-  given its weight head, 2 D K per token.
-- `full`: every matrix product of the modules as they are here, attention over the whole square of positions. What is
-  computed a second time (attention scores and codebook tiles in the backward, checkpointed layers) does not count,
-  nor do elementwise operations.
+- `paper`: the terms of the paper's appendix H. A Transformer of L layers and width D over N = T / P positions costs
+      4 D N + L (6 D^2 N + 2 D N^2 + 2 D^2 N + 16 D^2 N),    and an LM head 2 D V T.
+  A masked autoregressive head costs, per position of c = P d channels and with D_m = 2 `head_hidden`,
+      6 E (c - 1)^2 + D_m c (D + E (c - 1)) + D_m c^2 (outputs per channel: 3 K; 2 for affine).
+  The product of attention weights and values is left out. The appendix does not cover Mix-d blocks; they are given
+  their weight head, 2 D K per token.
+- `full`: every matrix product of the real modules, counted by PyTorch on meta tensors (shapes without numbers).
+  Attention counts over the whole square of positions. Elementwise operations do not count.
 
-Training costs three times the forward of what is trained, and once that of the frozen blocks.
+Training costs three forward passes of what is trained, and one of the frozen blocks. What the backward pass computes
+a second time (attention weights, codebook tiles, checkpointed layers) does not count.
 """
 
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Literal
 
-from tarflowlm.baseline import IN_PATCH_CHANNELS, BaselineConfig
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tarflowlm.baseline import BaselineConfig, TokenLM
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import FlowConfig, TarFlowLM, as_flow, as_flow_config
 
 Convention = Literal["paper", "full"]
 Config = FlowConfig | BaselineConfig
 
 
-@dataclass(frozen=True)
-class Head:
-    """Sizes of an `AutoregressiveHead`."""
-
-    groups: int
-    channels: int
-    hidden: int
-    features: int
-    outputs: int
-    """Of all output tensors together."""
-    skip: int
-    """Of the first of them, where it has linear paths; else 0."""
-
-    def flops(self, width: int, *, cached: bool) -> int:
-        """Per position. All groups at once use whole matrices under a mask, one by one what they need of them."""
-        G, known = self.groups, self.groups - 1
-        pairs = G * known // 2 if cached else G * known
-        context = 2 * width * (G * self.hidden + self.skip)
-        earlier = 2 * known * 3 * self.channels * self.features
-        earlier += 2 * pairs * (self.hidden * self.features + self.channels * self.skip)
-        return context + earlier + 2 * G * self.hidden * self.outputs
-
-
-def forward_flops(config: Config, convention: Convention = "full") -> Counter[str]:
-    """One evaluation of the training loss over a sequence of `config.context` tokens, by part."""
+def forward_flops(config: Config, convention: Convention = "full") -> int:
+    """One evaluation of the training loss over a sequence of `config.context` tokens."""
+    if convention == "full":
+        return _counted_forward(config)
     if isinstance(config, BaselineConfig):
-        return _baseline(config, convention, cached=False)
-    # the sweep over the codebook that the density of a single tied Mix-d block takes gives the normaliser as well
-    is_shared = config.couplings == ("mixd",) and config.components == (0,)
-    total = _codebook(config) if convention == "full" and not is_shared else Counter()
-    for index in range(len(config.couplings)):
-        total += _block(config, index, convention, cached=False)
-    return total
+        D, T = config.trunk.width, config.context
+        body = _paper_transformer(config.trunk, config.layers, T // config.patch)
+        return 4 * D * T + body + 2 * D * config.vocab_size * T
+    return sum(_paper_block(config, index) for index in range(config.num_blocks))
 
 
 def training_flops(config: Config, *, frozen: int = 0, convention: Convention = "full") -> int:
-    """Forward and backward of the training loss over one sequence; the first `frozen` blocks are not trained."""
-    if isinstance(config, BaselineConfig):
-        return 3 * forward_flops(config, convention).total()
-    below = sum(_block(config, i, convention, cached=False).total() for i in range(frozen))
-    codebook = _codebook(config).total() if frozen and convention == "full" else 0
-    return 3 * forward_flops(config, convention).total() - 2 * (below + codebook)
+    """Forward and backward pass of the training loss over one sequence; the first `frozen` blocks are not trained."""
+    whole = 3 * forward_flops(config, convention)
+    if not frozen:
+        return whole
+    config = as_flow_config(config)
+    if convention == "paper":
+        return whole - 2 * sum(_paper_block(config, index) for index in range(frozen))
+    return whole - 2 * _counted_below(config, frozen)
 
 
 def generation_flops(config: Config, convention: Convention = "full") -> int:
-    """`config.context` tokens, position by position with a cache of keys and values, and their decoding.
+    """`config.context` tokens, generated position by position with a KV cache, and decoded.
 
-    The paper's convention has no terms of its own for this: it is that of the forward pass.
+    The paper has no count of its own for this: its convention takes the forward pass.
     """
-    if convention == "paper":
-        return forward_flops(config, convention).total()
-    if isinstance(config, BaselineConfig):
-        return _baseline(config, convention, cached=True).total()
-    blocks = (_block(config, i, convention, cached=True).total() for i in range(len(config.couplings)))
-    return sum(blocks) + _codebook(config).total()
+    return forward_flops(config, "paper") if convention == "paper" else _counted_generation(config)
 
 
-def _body(
-    trunk: TransformerConfig, num_layers: int, positions: int, convention: Convention, cached: bool
-) -> Counter[str]:
+def _paper_transformer(trunk: TransformerConfig, num_layers: int, positions: int) -> int:
     D, L, N = trunk.width, num_layers, positions
-    square = N * (N + 1) // 2 if cached else N * N
-    return Counter(
-        {
-            "projections": 8 * L * D * D * N,
-            "scores": 2 * L * D * square,
-            "values": 0 if convention == "paper" else 2 * L * D * square,
-            "mlp": 4 * trunk.mlp_ratio * L * D * D * N,
-        }
-    )
+    return L * (6 * D * D * N + 2 * D * N * N + 2 * D * D * N + 4 * trunk.mlp_ratio * D * D * N)
 
 
-def _codebook(config: FlowConfig) -> Counter[str]:
-    """The densities of all tokens at every latent vector."""
-    return Counter({"codebook": 2 * (config.latent_dim + 2) * config.vocab_size * config.context})
-
-
-def _block(config: FlowConfig, index: int, convention: Convention, *, cached: bool) -> Counter[str]:
-    """One flow block; the last one is asked for its density alone."""
-    N, D = config.context // config.patch, config.trunk.width
-    channels = config.patch * config.latent_dim
-    parts = _body(config.trunk, config.layers[index], N, convention, cached)
-    coupling, components = config.couplings[index], config.components[index] or config.vocab_size
-    if convention == "paper":
-        parts["input"] = 4 * D * N
-        parts["head"] = N * _paper_head(config, index)
-        return parts
-    parts["input"] = 2 * (2 * channels * D + D * D) * (N - 1)
+def _paper_block(config: FlowConfig, index: int) -> int:
+    """One flow block: input map, Transformer and head."""
+    N, D, c = config.context // config.patch, config.trunk.width, config.patch * config.latent_dim
+    block = config.blocks[index]
+    body = 4 * D * N + _paper_transformer(config.trunk, block.layers, N)
+    coupling, components = block.coupling, block.components or config.vocab_size
     if coupling == "mixd":
-        parts["head"] = N * _token_features(config.patch, config.latent_dim, D, config.in_patch, cached)
-        parts["head"] += 2 * D * components * config.context
-        last = index == len(config.couplings) - 1
-        parts["codebook"] = 2 * (config.latent_dim + 2) * components * config.context if last and not cached else 0
-        return parts
-    group = config.latent_dim if coupling == "token-affine" else 1
-    each, outputs = (components, 3 * components) if coupling == "mix1" else (group, 2 * group)
-    head = Head(channels // group, group, group * config.head_hidden, config.head_features, outputs, each)
-    parts["head"] = N * head.flops(D, cached=cached)
-    return parts
-
-
-def _paper_head(config: FlowConfig, index: int) -> int:
-    """Per position."""
-    coupling, components = config.couplings[index], config.components[index] or config.vocab_size
-    D, c = config.trunk.width, config.patch * config.latent_dim
-    if coupling == "mixd":
-        return 2 * D * components * config.patch
-    # token-affine with one token per position sees none of its channels; with more, it is counted as affine is
-    blind = coupling == "token-affine" and config.patch == 1
-    E, D_m = 0 if blind else config.head_features, 2 * config.head_hidden
+        return body + 2 * D * components * config.context
+    # with one token per position, token-affine sees none of the position's channels; with more it counts as affine
+    sees_channels = coupling != "token-affine" or config.patch > 1
+    E, D_m = config.head_features if sees_channels else 0, 2 * config.head_hidden
     outputs = 3 * components if coupling == "mix1" else 2
-    return 6 * E * (c - 1) ** 2 + D_m * c * (D + E * (c - 1)) + D_m * c * c * outputs
+    return body + N * (6 * E * (c - 1) ** 2 + D_m * c * (D + E * (c - 1)) + D_m * c * c * outputs)
 
 
-def _token_features(patch: int, channels: int, width: int, in_patch: str, cached: bool) -> int:
-    """Per position: the features of each token of a patch."""
-    if patch == 1:
-        return 0
-    head = Head(patch, channels, 2 * width, width, width, 0)
-    own = head.flops(width, cached=cached) if in_patch == "autoregressive" else 0
-    return 2 * patch * width * width + own
+@cache
+def _counted_forward(config: Config) -> int:
+    model, tokens = _on_meta(config)
+    return _count(lambda: model.negative_bound(tokens, model.draw_noise(tokens), equal_cotangents=True))
 
 
-def _baseline(config: BaselineConfig, convention: Convention, *, cached: bool) -> Counter[str]:
-    N, P, D = config.context // config.patch, config.patch, config.trunk.width
-    parts = _body(config.trunk, config.layers, N, convention, cached)
-    parts["head"] = 2 * D * config.vocab_size * config.context
-    if convention == "paper":
-        parts["input"] = 4 * D * config.context
-        return parts
-    parts["input"] = 2 * P * D * D * (N - 1 if cached else N) if P > 1 else 0
-    parts["head"] += N * _token_features(P, IN_PATCH_CHANNELS, D, config.in_patch, cached=False)
-    if cached:
-        # the sampler runs the head for the whole patch at each of its tokens
-        parts["head"] *= P
-    return parts
+@cache
+def _counted_below(config: FlowConfig, frozen: int) -> int:
+    """What progressive training does not train of the forward pass: the codebook and the first blocks."""
+    model = as_flow(_on_meta(config)[0], "a frozen block")
+    z = _latents(model, config.context)
+
+    def forward() -> None:
+        model.codebook.log_normaliser(z)
+        h = model.prior.patch(z)[0]
+        for block in model.prior.blocks[:frozen]:
+            h = block(h)[0]
+
+    return _count(forward)
+
+
+@cache
+def _counted_generation(config: Config) -> int:
+    """The features of a position cost an amount affine in the number of keys, all else is the same for each."""
+    model, tokens = _on_meta(config)
+    num_positions, patch = config.context // config.patch, tokens[:, : config.patch]
+    parts = _FlowPosition(model, patch) if isinstance(model, TarFlowLM) else _BaselinePosition(model, patch)
+    choose = _count(parts.choose)
+    first, second, last = (_count(partial(parts.features, n)) for n in (0, 1, num_positions - 1))
+    return num_positions * choose + first + (num_positions - 1) * (second + last) // 2
+
+
+class _FlowPosition:
+    """The work of a TarFlowLM for one position of P tokens, all blocks."""
+
+    def __init__(self, model: TarFlowLM, patch: Tensor) -> None:
+        self.model, self.z = model, _latents(model, patch.shape[1])
+        [self.h] = model.prior.patch(self.z)[0].unbind(1)
+        self.blocks = [model.prior.block(index) for index in range(model.num_blocks)]
+
+    def features(self, num_cached: int) -> None:
+        """The Transformers' step after `num_cached` positions."""
+        for block in self.blocks:
+            cache = block.allocate_cache(1, num_cached + 1)
+            cache.length = num_cached
+            block.features_at(cache, self.h if num_cached else None, 1)
+
+    def choose(self) -> None:
+        """From features to tokens: the heads, and the decoding of latents."""
+        features = torch.zeros(1, self.model.config.trunk.width, device="meta")
+        for block in self.blocks:
+            conditionals = block.coupling.conditionals(features)
+            next(conditionals)
+            for group in self.h.split(block.coupling.group, -1)[:-1]:
+                conditionals.send(group)
+        self.model.codebook.decode(self.z)
+
+
+class _BaselinePosition:
+    """The work of the baseline for one position of P tokens."""
+
+    def __init__(self, model: LanguageModel, patch: Tensor) -> None:
+        assert isinstance(model, TokenLM)
+        self.model, self.patch = model, patch
+
+    def features(self, num_cached: int) -> None:
+        """The Transformer's step after `num_cached` positions."""
+        cache = self.model.allocate_cache(1, num_cached + 1)
+        cache.length = num_cached
+        self.model.features_at(cache, self.patch if num_cached else None, 1)
+
+    def choose(self) -> None:
+        """From features to tokens."""
+        features = torch.zeros(1, 1, self.model.config.trunk.width, device="meta")
+        for _ in range(self.patch.shape[1]):
+            # the sampler runs the head for the whole patch at each of its tokens
+            self.model.patch_logits(features, self.patch)
+
+
+def _on_meta(config: Config) -> tuple[LanguageModel, Tensor]:
+    """The model and a sequence of tokens [1, T], as shapes alone."""
+    with torch.device("meta"):
+        # the counter fails on views of parameters that ask for a gradient and have no graph
+        return config.build().requires_grad_(False), torch.zeros(1, config.context, dtype=torch.long)
+
+
+def _latents(model: TarFlowLM, num_tokens: int) -> Tensor:
+    return torch.zeros(1, num_tokens, model.config.latent_dim, device="meta")
+
+
+def _count(work: Callable[[], object]) -> int:
+    """Operations of the matrix products in `work`, without a graph; attention by its definition, two products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # PyTorch's table lacks the product that adds in place
+    in_place = {torch.ops.aten.addmm_: lambda _, left, right, **rest: 2 * left[0] * left[1] * right[1]}
+    counter = FlopCounterMode(display=False, custom_mapping=in_place)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        work()
+    return counter.get_total_flops()

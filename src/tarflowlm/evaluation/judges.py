@@ -16,6 +16,7 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.data.download import check_hub_reachable
 from tarflowlm.errors import UserError
+from tarflowlm.evaluation.likelihood import windows_per_batch
 from tarflowlm.flow.precision import widen
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 
@@ -28,18 +29,18 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Reading:
-    """What a judge makes of N texts."""
+    """Scores and features of some texts."""
 
     nats: float
     """Negative log-likelihood of all scored tokens."""
     tokens: int
     """Scored tokens of the judge."""
     features: Tensor
-    """[N, D], float32: the last layer's state after the last token of each text (of its first chunk)."""
+    """[texts, D], float32: the last layer's state after the last token of each text (of its first chunk)."""
 
     @property
     def perplexity(self) -> float:
-        """exp of nats per token of the judge, over all texts together."""
+        """exp of the nats per scored token, over all texts together. NaN without scored tokens."""
         return math.exp(self.nats / self.tokens) if self.tokens else math.nan
 
 
@@ -48,34 +49,37 @@ class Judge(ABC):
 
     name: str
     kind: str
-    """What its tokens are and where it comes from, for the report."""
+    """Kind of model and of tokens, to be printed."""
     context: int
     source: str | None = None
-    """What it was trained on, where that is known."""
+    """Its training text, where that is known."""
 
     @abstractmethod
     def encode(self, text: str) -> Sequence[int]:
-        """Token ids of a text. UserError for characters that the judge does not know."""
+        """Token ids of a text. Raises UserError for characters that the judge does not know."""
 
     @abstractmethod
     def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood in nats [B, T] of every token, NaN where it is not scored, and states [B, T, D].
+        """Negative log-likelihood in nats of every token [B, T], NaN where it is not scored; last states [B, T, D].
 
-        Both of a token depend on it and those before it alone, so padding on the right is harmless.
+        Both depend only on the token and those before it, so padding on the right does no harm.
         """
 
     def read(self, texts: Sequence[str], progress: Progress | None = None) -> Reading:
-        """Score of all texts and features of each."""
+        """Score all texts and take the features of each. `progress` gets the chunks done and their total.
+
+        Raises UserError for texts without tokens, and as `encode`.
+        """
         chunks: list[list[int]] = []
         first = []
         for text in texts:
             ids = list(self.encode(text))
             if not ids:
-                raise UserError(f"the judge {self.name} makes no tokens of the text {text!r}: choose another judge")
+                raise UserError(f"the judge {self.name} has no tokens for the text {text!r}: choose another judge")
             first.append(len(chunks))
             chunks += [ids[i : i + self.context] for i in range(0, len(ids), self.context)]
         features: dict[int, Tensor] = {}
-        nats, count, batch = 0.0, 0, max(1, 8192 // self.context)
+        nats, count, batch = 0.0, 0, windows_per_batch(self.context)
         for start in range(0, len(chunks), batch):
             part = chunks[start : start + batch]
             lengths = torch.tensor([len(ids) for ids in part])
@@ -94,7 +98,7 @@ class Judge(ABC):
 
 
 class BaselineJudge(Judge):
-    """A discrete baseline trained here. Every token is scored, the first one too, from the learned start."""
+    """A discrete baseline trained here. It scores every token, the first one from its learned start."""
 
     def __init__(self, name: str, checkpoint: Checkpoint) -> None:
         model = checkpoint.model
@@ -127,8 +131,10 @@ class BaselineJudge(Judge):
 
 
 class HubJudge(Judge):
-    """A causal language model of `transformers`, by hub name or directory. A first token without context is not
-    scored, as in the literature; a start token that its tokenizer adds is context."""
+    """A causal language model of `transformers`, by hub name or directory.
+
+    A first token without context is not scored, as in the literature. A start token of its tokenizer is context.
+    """
 
     def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
         self.name, self.model, self.tokenizer = name, model, tokenizer
@@ -136,7 +142,7 @@ class HubJudge(Judge):
         self.context = min(LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST)
 
     def encode(self, text: str) -> Sequence[int]:
-        # the tokenizer warns of texts longer than the model's context, which are read in chunks
+        # not verbose: it would warn of texts longer than the context, which are read in chunks
         return self.tokenizer(text, verbose=False)["input_ids"]
 
     @torch.no_grad()
@@ -154,12 +160,12 @@ class HubJudge(Judge):
 def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
     """The judge `name`: a run directory of the baseline, a directory of `transformers`, or a hub name.
 
-    UserError, in one line, for what is not there, is not an autoregressive model, or needs a package.
+    Raises UserError for a model that cannot be found, is not autoregressive, or needs a package that is missing.
     """
     path = Path(name).expanduser()
     try:
         is_dir = name != "" and path.is_dir()
-    except OSError:  # a name too long
+    except OSError:  # the name is too long for a path
         is_dir = False
     if is_dir and not _is_transformers(path):
         return BaselineJudge(name, load_checkpoint(path, device))
@@ -179,7 +185,7 @@ def _is_transformers(path: Path) -> bool:
 
 
 def _from_transformers(name: str, local: bool) -> tuple[Any, Any]:
-    """Model and tokenizer; what is in the local cache needs no network."""
+    """Model and tokenizer, from the local cache if possible, else from the hub."""
     try:
         import transformers
     except ImportError:
@@ -187,7 +193,7 @@ def _from_transformers(name: str, local: bool) -> tuple[Any, Any]:
 
     def get(only_local: bool) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=only_local)
-        # safetensors alone: nothing is unpickled
+        # safetensors only: nothing is unpickled
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, local_files_only=only_local, use_safetensors=True
         )
@@ -212,7 +218,7 @@ def _from_transformers(name: str, local: bool) -> tuple[Any, Any]:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the library's warnings and its bar over a model's tensors; both are as before afterwards."""
+    """Turn off the library's warnings and progress bars, and restore both afterwards."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

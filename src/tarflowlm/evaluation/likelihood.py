@@ -1,24 +1,40 @@
-"""Likelihood of a text: the ELBO and the importance-weighted bound over its windows, in every usual unit."""
+"""Likelihood of a text: the ELBO and the importance-weighted bound over its windows, in every usual unit.
+
+Shape legend: W windows of T tokens, S posterior samples for each, V token types.
+"""
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.objective import importance_weighted, log_importance_weights
 
+Nats = TypeVar("Nats", float, Tensor)
+
+
+def bits(nats: Nats) -> Nats:
+    """Nats as bits: divided by ln 2."""
+    return nats / math.log(2)
+
+
+def windows_per_batch(num_tokens: int) -> int:
+    """Windows that are evaluated at once: 8,192 tokens keep two cores or a small GPU busy."""
+    return max(1, 8192 // num_tokens)
+
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What a model gives a text. Bounds are upper bounds on the exact value: read each number with "<="."""
+    """Negative log-likelihood of a text under a model. Unless `bound` is exact, every number is an upper bound."""
 
     bound: str
-    """exact (the baseline), elbo, or iw-K."""
+    """exact (the baseline), elbo, or iw-S."""
     nats_per_token: float
     bpc: float
     """Bits per character of the text."""
@@ -33,21 +49,22 @@ class Likelihood:
     """Tokens that were scored, each once."""
     characters: int
     bytes: int | None = None
-    """UTF-8 bytes of the text; None where they were not asked for."""
+    """UTF-8 bytes of the text; None without `bytes_per_token`."""
     bits_per_byte: float | None = None
     elbo: float | None = None
     """Negative ELBO in nats per token, the mean over all samples; None for the baseline, which needs no bound."""
     elbo_stderr: float | None = None
     """Its standard error over the windows."""
     elbo_sampling_stderr: float | None = None
-    """The part of it that posterior sampling causes: what another seed would change. Needs 2 samples."""
+    """The part of it that comes from posterior sampling, and would change with the seed. Needs 2 samples."""
     gap: float | None = None
-    """elbo - nats_per_token, at least 0: what the importance weights bring. Needs 2 samples."""
+    """elbo - nats_per_token, at least 0: how much the importance weights tighten the bound. Needs 2 samples."""
     gap_stderr: float | None = None
     """Its standard error over the windows."""
 
     @property
     def sign(self) -> str:
+        """How to print the numbers: = for exact ones, <= for bounds."""
         return "=" if self.bound == "exact" else "<="
 
     def to_json(self) -> dict[str, Any]:
@@ -57,29 +74,32 @@ class Likelihood:
 @torch.no_grad()
 def evaluate(
     model: LanguageModel,
-    windows: Tensor,
+    windows: Int[Tensor, "W T"],
     characters_per_token: Tensor,
     *,
     bytes_per_token: Tensor | None = None,
-    given: Tensor | None = None,
+    given: Int[Tensor, " W"] | None = None,
     samples: int = 1,
     seed: int = 0,
     batch: int | None = None,
     weigh: Callable[..., Tensor] = log_importance_weights,
     progress: Callable[[int, int], None] | None = None,
 ) -> Likelihood:
-    """Bound over `windows` [N, T] of token ids, each with a fresh context.
+    """Likelihood of the windows of a text, in nats and bits; each window has a fresh context.
 
-    With `samples` K = 1 this is the ELBO (docs/math.md, eq. 3), with K > 1 the importance-weighted bound (eq. 13)
-    with the ELBO of the same samples beside it. `given` [N]: tokens at the head of each window that are context and
-    not scored (`sliding_windows`); the baseline and flows of one block take it (`conditional_bound`).
-    `characters_per_token` and `bytes_per_token` [V] turn nats per token into bits per character and per byte.
-    Same seed, same result. `weigh` may give the log-weights of a batch in another way, as over several processes.
+    With one sample this is the ELBO (docs/math.md, eq. 3). With S > 1 it is the importance-weighted bound (eq. 13),
+    and the ELBO of the same samples beside it. The first `given` tokens of a window are context and are not scored
+    (`sliding_windows`): the baseline and flows of one block allow this (`conditional_bound`).
+    `characters_per_token` and `bytes_per_token` [V] give bits per character and per byte. `batch` windows are
+    evaluated at once. `weigh` replaces the function that computes the log-weights of a batch, for instance by a
+    parallel one. `progress` gets the number of windows done and their total. Same seed, same result.
+
+    Raises UserError for `samples` below 1, and as `conditional_bound`.
     """
     if samples < 1:
         raise UserError(f"samples {samples}: must be at least 1")
     given = torch.zeros(len(windows), dtype=torch.int64) if given is None else given
-    batch = batch or max(1, 8192 // windows.shape[1])  # 8,192 tokens keep two cores or a small GPU busy
+    batch = batch or windows_per_batch(windows.shape[1])
     device = model.device
     generator = torch.Generator(device=device).manual_seed(seed)
     parts, characters, num_bytes = [], 0, 0
@@ -102,7 +122,7 @@ def evaluate(
 
 
 def _batches(given: Tensor, batch: int) -> Iterator[tuple[int, int, int]]:
-    """Runs (start, end, context) of at most `batch` neighbouring windows of one length of context."""
+    """(start, end, given) of runs of at most `batch` neighbouring windows with the same number of given tokens."""
     heads, start = given.tolist(), 0
     while start < len(heads):
         end = start + 1
@@ -115,13 +135,13 @@ def _batches(given: Tensor, batch: int) -> Iterator[tuple[int, int, int]]:
 def _summary(
     log_weights: Tensor, tokens: Tensor, *, exact: bool, characters: int, num_bytes: int | None
 ) -> Likelihood:
-    """All numbers from the log-weights [K, N] of the windows and their scored tokens [N]."""
+    """All numbers from the log-weights [S, W] of the windows and the number of scored tokens [W] of each."""
     num_samples, num_windows = log_weights.shape
     num_tokens = tokens.sum().item()
     weighted = importance_weighted(log_weights)
     elbo = -log_weights.mean(0)
     nats, stderr = _per_token(weighted, tokens)
-    bits = weighted.sum().item() / math.log(2)
+    total_bits = bits(weighted.sum().item())
     several = num_samples > 1
     elbo_nats, elbo_stderr = _per_token(elbo, tokens)
     gap, gap_stderr = _per_token(elbo - weighted, tokens)
@@ -129,7 +149,7 @@ def _summary(
     return Likelihood(
         bound="exact" if exact else f"iw-{num_samples}" if several else "elbo",
         nats_per_token=nats,
-        bpc=bits / characters,
+        bpc=total_bits / characters,
         ppl=math.exp(nats),
         stderr=stderr,
         samples=num_samples,
@@ -137,7 +157,7 @@ def _summary(
         tokens=round(num_tokens),
         characters=characters,
         bytes=num_bytes,
-        bits_per_byte=bits / num_bytes if num_bytes is not None else None,
+        bits_per_byte=total_bits / num_bytes if num_bytes is not None else None,
         elbo=None if exact else elbo_nats,
         elbo_stderr=None if exact else elbo_stderr,
         elbo_sampling_stderr=sampling,
@@ -147,7 +167,10 @@ def _summary(
 
 
 def _per_token(nats: Tensor, tokens: Tensor) -> tuple[float, float]:
-    """Nats per token over all windows, and its standard error (of a ratio; NaN for one window)."""
+    """Nats per token over all windows, and the standard error of this ratio (NaN for one window).
+
+    `nats` [W]; `tokens` [W] counts the scored tokens of each window.
+    """
     count, total = len(nats), tokens.sum().item()
     mean = nats.sum().item() / total
     if count < 2:

@@ -1,4 +1,4 @@
-"""Empirical n-gram entropy of a text: the yardstick for what context is worth."""
+"""Empirical n-gram entropy of a text: a reference for how much a model gains from context."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ _DENSE = 1 << 24  # counts up to here are an array over all n-grams, beyond it a
 
 
 def ngram_entropy(ids_or_text: str | npt.NDArray[Any], order: int) -> float:
-    r"""Entropy of a symbol given the `order - 1` before it, as counted in this very text; bits per symbol.
+    r"""Entropy of a symbol given the `order - 1` symbols before it, from the counts of this text; bits per symbol.
 
-    H_n = - 1/M  sum_{w, a}  c(w a)  log2( c(w a) / c(w) ),      c(w) = sum_a c(w a),   M = N - n + 1
+        H_n = - 1/M  sum_{w, a}  c(w a)  log2( c(w a) / c(w) ),      c(w) = sum_a c(w a),   M = T - n + 1
 
-    over the contexts w of n - 1 symbols and the next symbol a; c counts the M n-grams of the text of N
-    symbols. `order` n = 1 is the unigram entropy, 3 the trigram one. No model of this order does better on
-    this text; one fitted elsewhere does worse, much worse where M is small.
+    over the contexts w of n - 1 symbols and the next symbol a. c counts the M n-grams of the text of T symbols.
+    `order` n = 1 is the unigram entropy, n = 3 the trigram entropy. No n-gram model of this order does better on this
+    text. A model fitted to other text does worse, much worse if M is small.
 
-    `ids_or_text`: a string (symbols are its characters) or integers [N].
-    UserError for an order below 1 or a text shorter than `order`.
+    `ids_or_text`: a string, whose characters are the symbols, or integers [T].
+    Raises UserError for an order below 1 or a text shorter than `order`.
     """
     symbols = _symbols(ids_or_text)
     if order < 1:
@@ -50,13 +50,13 @@ def _symbols(ids_or_text: str | npt.NDArray[Any]) -> npt.NDArray[Any]:
 def _append(
     contexts: npt.NDArray[np.int64], num_contexts: int, ids: npt.NDArray[np.int64], num_kinds: int
 ) -> tuple[npt.NDArray[np.int64], int]:
-    """Contexts made one symbol longer: (codes, bound above them); renumbered before they could overflow."""
+    """Contexts extended by one symbol: (codes, an upper bound on them). They are renumbered before they overflow."""
     codes, bound = contexts * num_kinds + ids, num_contexts * num_kinds
     return (codes, bound) if bound <= _DENSE else _renumber(codes)
 
 
 def _renumber(codes: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], int]:
-    """Codes as 0, 1, ... in their order, and how many differ."""
+    """Codes replaced by their ranks 0, 1, ..., and the number of different codes."""
     if int(codes.min()) >= 0 and int(codes.max()) < _DENSE:
         occurs = np.bincount(codes) > 0
         return (np.cumsum(occurs) - 1)[codes], int(occurs.sum())

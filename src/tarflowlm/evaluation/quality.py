@@ -1,4 +1,4 @@
-"""Quality of unconditional samples: numbers that mislead alone, reported together, for samples and for real text."""
+"""Quality of unconditional samples: several numbers, none of which suffices alone, for samples and for real text."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflowlm.baseline import TokenLM
 from tarflowlm.data import Tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import Decoder
 from tarflowlm.generation.sampling import adjust_weights
+from tarflowlm.language_model import LanguageModel
 
 MAUVE_SCALING = 5
 """The paper's; everything else is mauve-text's default."""
@@ -24,7 +24,7 @@ BATCH_TOKENS = 16_384
 REPETITION_ORDER = 4
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it, and of how much."""
+"""Called with the name of a step, how much of it is done, and the total."""
 
 
 def sequence_entropy(sequences: Sequence[Sequence[Any]]) -> float:
@@ -38,13 +38,14 @@ def sequence_entropy(sequences: Sequence[Sequence[Any]]) -> float:
 
 
 def ngrams(sequence: Sequence[str], order: int) -> Iterator[tuple[str, ...]]:
+    """All runs of `order` neighbouring symbols of a sequence."""
     return zip(*(sequence[i:] for i in range(order)), strict=False)
 
 
 def distinct(sequences: Sequence[Sequence[str]], order: int) -> float | None:
     """Different n-grams over all n-grams, of all sequences together (Li et al. 2016). None without n-grams.
 
-    It falls with the amount of text: compare equal amounts.
+    It falls with the amount of text, so compare equal amounts.
     """
     counts = Counter(gram for sequence in sequences for gram in ngrams(sequence, order))
     return len(counts) / counts.total() if counts else None
@@ -53,7 +54,7 @@ def distinct(sequences: Sequence[Sequence[str]], order: int) -> float | None:
 def repetition(sequences: Sequence[Sequence[str]], order: int) -> float | None:
     """1 - different n-grams over n-grams of a sequence, mean over the sequences (seq-rep-n, Welleck et al. 2020).
 
-    Sequences without an n-gram are left out; None where no one has any.
+    Sequences without an n-gram are left out. None if no sequence has one.
     """
     shares = []
     for sequence in sequences:
@@ -64,10 +65,10 @@ def repetition(sequences: Sequence[Sequence[str]], order: int) -> float | None:
 
 
 def mauve(text: Tensor, samples: Tensor) -> float:
-    """MAUVE (Pillutla et al. 2021) between features [N, D] of real text and of samples: 0 .. 1, higher is nearer.
+    """MAUVE (Pillutla et al. 2021) between features [texts, D] of real text and of samples: 0 to 1, higher is closer.
 
-    mauve-text with scaling factor 5 and its defaults: N / 10 clusters, 90 % of the variance kept, seed 25. UserError
-    where the package is missing, or for fewer than two texts on a side.
+    Computed by mauve-text with scaling factor 5 and its defaults: a tenth as many clusters as texts, 90 % of the
+    variance kept, seed 25. Raises UserError if the package is missing, or for fewer than two texts on a side.
     """
     if min(len(text), len(samples)) < 2:
         raise UserError(f"MAUVE compares two sets of texts, not {len(text)} with {len(samples)}: use more of both")
@@ -87,7 +88,7 @@ def _compute_mauve() -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class TextStatistics:
-    """What a set of texts of equal length looks like."""
+    """Statistics of a set of texts of equal length."""
 
     texts: int
     perplexity: float
@@ -96,7 +97,7 @@ class TextStatistics:
     entropy: float
     """Average sequence entropy over the model's tokens, nats (the paper's)."""
     word_entropy: float
-    """The same over words: for models of characters, whose own entropy says little."""
+    """The same over words. For models of characters, whose token entropy says little."""
     distinct_1: float | None
     """Of words."""
     distinct_2: float | None
@@ -107,7 +108,7 @@ class TextStatistics:
 
 @dataclass(frozen=True)
 class Quality:
-    """Statistics of samples and of real text, with all that one must know to read or repeat them."""
+    """Statistics of samples and of real text, and everything needed to interpret or repeat them."""
 
     samples: TextStatistics
     text: TextStatistics
@@ -115,12 +116,12 @@ class Quality:
     judge: str
     judge_kind: str
     remarks: tuple[str, ...]
-    """What the numbers may not be compared with."""
+    """Limits on what the numbers can be compared with."""
     length: int
     """Tokens of the model per sample."""
     decoder: str
     dtype: str
-    """Of the weights in sampling; maps between noise and latents have no less than float32."""
+    """Of the weights in sampling. Maps between noise and latents use float32 or wider."""
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -132,7 +133,7 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How samples are drawn."""
+    """How samples are drawn. Raises UserError for fewer than 2 samples, and as `adjust_weights`."""
 
     num: int = PAPER_SAMPLES
     length: int | None = None
@@ -146,11 +147,11 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.num < 2:
             raise UserError(f"num {self.num}: MAUVE needs at least 2 samples, and hundreds to mean anything")
-        adjust_weights(self.temperature, self.top_k, self.top_p)  # for its errors, before anything takes time
+        adjust_weights(self.temperature, self.top_k, self.top_p)  # only to raise its errors early
 
 
 def measure_quality(
-    model: Model,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     judge: Judge,
     text: Tensor,
@@ -159,12 +160,12 @@ def measure_quality(
     trained_on: str | None = None,
     progress: Progress | None = None,
 ) -> Quality:
-    """Samples of `model` against real `text` [N, T], windows of token ids of the samples' length.
+    """Samples of `model` against real `text` [W, T]: windows of token ids, as long as the samples.
 
-    Same configuration, same samples. `trained_on` is the model's corpus: a judge that shares it is remarked on.
-    Errors as `generate`, `Judge.read` and `mauve`.
+    Same configuration, same samples. `trained_on` names the model's corpus; a remark says so if the judge shares it.
+    Raises errors as `generate`, `Judge.read` and `mauve`.
     """
-    _compute_mauve()  # a missing package must not cost the samples
+    _compute_mauve()  # a missing package is reported before the samples are drawn
     samples = draw_samples(model, config, progress)
     measured = []
     for name, tokens in (("samples", samples), ("text", text)):
@@ -180,7 +181,7 @@ def measure_quality(
         judge_kind=judge.kind,
         remarks=_remarks(judge, config.num, trained_on),
         length=samples.shape[1],
-        decoder="sequential" if isinstance(model, TokenLM) else config.decoder,
+        decoder="sequential" if model.is_exact else config.decoder,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         temperature=config.temperature,
         top_k=config.top_k,
@@ -189,8 +190,8 @@ def measure_quality(
     )
 
 
-def draw_samples(model: Model, config: SamplingConfig, progress: Progress | None = None) -> Tensor:
-    """Token ids [num, length] on the CPU, in batches whose size depends on the length alone."""
+def draw_samples(model: LanguageModel, config: SamplingConfig, progress: Progress | None = None) -> Tensor:
+    """Token ids [num, length] on the CPU. The batch size depends only on the length. Raises errors as `generate`."""
     length = model.config.context if config.length is None else config.length
     batch = max(1, BATCH_TOKENS // max(length, 1))
     generator = torch.Generator().manual_seed(config.seed)

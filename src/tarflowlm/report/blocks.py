@@ -1,11 +1,12 @@
-"""Figure of what every term and every block brings to the bound."""
+"""Figure and table of the terms of the bound and of the gain of every block (`evaluation/blocks.py`)."""
 
-from tarflowlm.evaluation.contributions import Contributions
+from tarflowlm.evaluation.blocks import BoundParts
+from tarflowlm.report.page import Table
 from tarflowlm.report.style import COLOURS, INK, MUTED, SMALL, Axes, Figure
 
 
-def terms(parts: Contributions) -> list[tuple[str, float]]:
-    """Name and nats per token of the terms whose sum is the bound."""
+def terms(parts: BoundParts) -> list[tuple[str, float]]:
+    """Name and nats per token of each term; their sum is the bound."""
     blocks = [(f"−log|det J|, block {block}", -value) for block, value in enumerate(parts.log_dets, 1)]
     return [
         ("log q(z|x)", parts.log_q),
@@ -15,14 +16,25 @@ def terms(parts: Contributions) -> list[tuple[str, float]]:
     ]
 
 
-def draw_contributions(figure: Figure, parts: Contributions) -> None:
-    """Left: the terms one on top of the other, to the bound. Right: the gain of every block."""
+def draw_blocks(figure: Figure, parts: BoundParts) -> None:
+    """Left: a waterfall of the terms, down to the bound. Right: the gain of every block."""
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _waterfall(left, parts)
     _gains(right, parts)
 
 
-def _waterfall(axes: Axes, parts: Contributions) -> None:
+def terms_table(parts: BoundParts) -> Table:
+    """The terms of the bound, and the bound after each block."""
+    rows = [(name, signed(value, 5), signed(parts.bpc(value), 5)) for name, value in terms(parts)]
+    rows.append(("KL(q(z|x) ‖ p(z))", f"{parts.kl:.5f}", f"{parts.bpc(parts.kl):.5f}"))
+    for blocks, bound in enumerate(parts.bounds):
+        last = blocks == len(parts.bounds) - 1
+        name = "bound of the model" if last else f"bound of blocks 1 to {blocks}" if blocks else "bound of no block"
+        rows.append((name, f"<= {bound:.5f}", f"<= {parts.bpc(bound):.5f}"))
+    return Table(["", "nats per token", "bits per character"], rows)
+
+
+def _waterfall(axes: Axes, parts: BoundParts) -> None:
     rows = terms(parts)
     position, edges = 0.0, [0.0]
     for row, (_, value) in enumerate(rows):
@@ -51,7 +63,7 @@ def _waterfall(axes: Axes, parts: Contributions) -> None:
     axes.set_title("terms of the bound, nats per token")
 
 
-def _gains(axes: Axes, parts: Contributions) -> None:
+def _gains(axes: Axes, parts: BoundParts) -> None:
     gains = parts.gains
     room = max([*map(abs, gains), 1e-9])
     for row, gain in enumerate(gains):
@@ -80,6 +92,6 @@ def _colour(value: float) -> str:
 
 
 def signed(value: float, digits: int = 4) -> str:
-    """With its sign, a real minus, and none of the two on what rounds to zero."""
+    """A number with its sign, without one if it rounds to zero."""
     rounded = round(value, digits)
     return f"{'+' if rounded > 0 else '−' if rounded < 0 else ''}{abs(rounded):.{digits}f}"

@@ -1,4 +1,4 @@
-"""A report: read the runs, look into their models, draw, and write one page."""
+"""Building a report: read the runs and their models, draw figures, and write one page."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,34 +10,33 @@ import torch
 
 from tarflowlm.data import Corpus, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.contributions import Contributions, contributions
+from tarflowlm.evaluation.blocks import BoundParts, bound_parts
 from tarflowlm.files import replacing
-from tarflowlm.model import TarFlowLM
-from tarflowlm.report.blocks import draw_contributions
-from tarflowlm.report.codes import FEW, NAMED, Codes, codes_of, draw_codes
+from tarflowlm.model import as_flow
+from tarflowlm.report.blocks import draw_blocks, terms_table
+from tarflowlm.report.codes import FEW, NAMED, Codes, codes_of, codes_table, draw_codes
 from tarflowlm.report.curves import draw_bits, draw_optimisation, draw_throughput
-from tarflowlm.report.page import GENERATOR, Page, Picture, Section
+from tarflowlm.report.page import GENERATOR, Page, Picture, Section, config_table, summary_table
 from tarflowlm.report.records import RunRecord, read_records
 from tarflowlm.report.style import Figure, check_matplotlib, render
-from tarflowlm.report.tables import codes_table, config_table, summary_table, terms_table
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 
 PAGE = "index.html"
 COUNTED = 1 << 22
-"""Tokens of the validation split that are counted to find the frequent ones."""
+"""Tokens of the validation split whose frequencies are counted."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the parts of it done, and the parts in all."""
+"""Called with the name of a step, how much of it is done, and the total."""
 
 
 @dataclass
 class Insight:
-    """What the weights of a run tell; what is missing is said in the notes."""
+    """What the weights of a run show; the notes say what is missing and why."""
 
     codes: Codes | None = None
-    parts: Contributions | None = None
+    parts: BoundParts | None = None
     step: str = ""
-    """Step of the weights."""
+    """Training step of the weights."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -50,9 +49,11 @@ def write_report(
 ) -> dict[str, Any]:
     """Write PNG figures and index.html about the runs in `directories` into `out`, and return what was written.
 
-    `out` is DIR/report of a single run unless given. An earlier report there is replaced file by file.
-    UserError, before anything is written, for what is no run directory, for runs without metrics or of the same name,
-    and for an `out` that holds something else.
+    `out` defaults to DIR/report for a single run. An earlier report there is replaced file by file. `device` computes
+    the terms of the bound.
+
+    Raises UserError, before anything is written, if a directory is not a run or has no metrics, if two runs have the
+    same name, if `out` holds something other than a report, or if matplotlib is missing.
     """
     check_matplotlib()
     if not directories:
@@ -63,7 +64,7 @@ def write_report(
     records = read_records(directories)
     _check_out(out)
     progress = progress or (lambda _what, _done, _total: None)
-    insights = [_look_into(record, device or torch.device("cpu"), progress) for record in records]
+    insights = [_inspect(record, device or torch.device("cpu"), progress) for record in records]
     out.mkdir(parents=True, exist_ok=True)
     writer = _Writer(out, progress, 3 + sum((i.codes is not None) + (i.parts is not None) for i in insights))
     page = _page(records, insights, writer)
@@ -80,7 +81,7 @@ def write_report(
 
 
 def _check_out(out: Path) -> None:
-    """UserError unless `out` is free, or holds an earlier report."""
+    """Raises UserError unless `out` is new or empty, or holds an earlier report."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -92,7 +93,7 @@ def _check_out(out: Path) -> None:
 
 
 class _Writer:
-    """Draws figures into a folder and counts them."""
+    """Draws figures into a directory and reports progress."""
 
     def __init__(self, out: Path, progress: Progress, total: int) -> None:
         self.out, self.progress, self.total = out, progress, total
@@ -106,8 +107,8 @@ class _Writer:
         return Picture(name, svg, caption)
 
 
-def _look_into(record: RunRecord, device: torch.device, progress: Progress) -> Insight:
-    """The codebook and, where the run's corpus can be had, what every block brings on its validation windows."""
+def _inspect(record: RunRecord, device: torch.device, progress: Progress) -> Insight:
+    """The codebook and, if the run's corpus is available, the terms of the bound on its validation windows."""
     insight = Insight()
     try:
         checkpoint = load_checkpoint(record.directory, device)
@@ -121,10 +122,10 @@ def _look_into(record: RunRecord, device: torch.device, progress: Progress) -> I
         valid = corpus.split("valid")
         counts = np.bincount(np.asarray(valid[:COUNTED]), minlength=checkpoint.tokenizer.vocab_size)
     insight.codes = codes_of(checkpoint.model, checkpoint.tokenizer, counts)
-    if corpus is not None and isinstance(checkpoint.model, TarFlowLM):
+    if corpus is not None and not checkpoint.model.is_exact:
         config = record.run
-        insight.parts = contributions(
-            checkpoint.model,
+        insight.parts = bound_parts(
+            as_flow(checkpoint.model, "its parts"),
             eval_windows(corpus.split("valid"), config.model.context, config.train.evaluate_windows),
             torch.from_numpy(checkpoint.tokenizer.characters_per_token),
             progress=lambda done, total: progress(f"validation windows of {record.name}", done, total),
@@ -169,10 +170,10 @@ def _run_section(record: RunRecord, insight: Insight, writer: _Writer) -> Sectio
     if record.is_exact:
         notes.append("A discrete model: its likelihood is exact, and it has no blocks and no codebook.")
     if (found := insight.parts) is not None:
-        caption = _CONTRIBUTIONS.format(windows=found.windows, tokens=found.tokens, step=insight.step)
+        caption = _BLOCKS.format(windows=found.windows, tokens=found.tokens, step=insight.step)
         height = 1.6 + 0.34 * (len(found.log_dets) + 4)
         name = f"blocks-{record.slug}"
-        parts.append(writer.draw(name, caption, lambda f: draw_contributions(f, found), 9.6, height))
+        parts.append(writer.draw(name, caption, lambda f: draw_blocks(f, found), 9.6, height))
         parts.append(terms_table(found))
     if (codes := insight.codes) is not None:
         name = f"codebook-{record.slug}"
@@ -183,19 +184,19 @@ def _run_section(record: RunRecord, insight: Insight, writer: _Writer) -> Sectio
 
 _SIGNS = ("Figures of flows are upper bounds, marked <=; those of a discrete baseline are exact.",)
 _BITS = (
-    "Bits per character against tokens and against training time. Faint: training batches; with points: the "
+    "Bits per character against tokens and against training time. Faint lines: training batches; with markers: "
     "validation windows. Flows show upper bounds. The first steps may lie above the frame."
 )
 _OPTIMISATION = (
-    "Learning rate, and gradient norm with its running median. Every stage runs the schedule anew; runs with the "
+    "Learning rate, and gradient norm with its running median. Every stage restarts the schedule; runs with the "
     "same rates cover each other."
 )
 _THROUGHPUT = "Training tokens per second with their running median; the numbers are the medians of each stage."
-_CONTRIBUTIONS = (
+_BLOCKS = (
     "The bound on {windows:,} validation windows ({tokens:,} tokens) with the weights of step {step}. Left: its "
     "terms in nats per token, added up from the top. Right: by how much each block lowers the bound of those below "
-    "it, each time with the standard normal on top; block 1 is measured against the bare standard normal. Of blocks "
-    "that were trained jointly only the whole stack is meant to be a good model."
+    "it, each time with the standard normal on top; block 1 is measured against the bare standard normal. Of jointly "
+    "trained blocks, only the whole stack is trained to be a good model."
 )
 
 

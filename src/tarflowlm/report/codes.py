@@ -1,4 +1,4 @@
-"""The codebook in the plane, and how far its codes are apart."""
+"""The codes of a model: projected to the plane, their nearest neighbours, figure and table of both."""
 
 from dataclasses import dataclass
 
@@ -6,17 +6,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tarflowlm.baseline import TokenLM
 from tarflowlm.data import Tokenizer
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.report.page import Table
 from tarflowlm.report.style import COLOURS, MUTED, SMALL, Axes, Figure, label_points, literal
 
 Array = npt.NDArray[np.float64]
 
 FEW = 64
-"""Up to so many symbols every one is named; of more, the most frequent ones."""
+"""With at most this many symbols, all are named."""
 NAMED = 60
+"""With more, this many of the most frequent ones are."""
 COMPARED = 8192
-"""At most so many codes are compared with all others."""
+"""At most this many codes are compared with all others."""
 
 
 @dataclass(frozen=True)
@@ -32,27 +34,29 @@ class Codes:
     std: Array | None
     """[V]: sigma_k; None for an embedding."""
     compared: npt.NDArray[np.int64]
-    """[M] tokens whose nearest neighbours were looked for, most frequent first."""
+    """[M]: the tokens whose nearest neighbours are known, most frequent first."""
     nearest: npt.NDArray[np.int64]
     """[M]: the nearest other token of each."""
     distance: Array
-    """[M]: the distance to it, in sigma_k; for an embedding in units of the root mean square norm."""
+    """[M]: the distance to it in units of sigma_k, or of the root mean square norm of an embedding."""
     is_counted: bool
-    """Whether the order of `compared` is that of frequencies in a text, and not that of the token ids."""
+    """Whether `compared` is ordered by frequency in a text; otherwise by token id."""
 
     @property
     def unit(self) -> str:
+        """Of the distances."""
         return "σ" if self.std is not None else "r.m.s. norms"
 
     @property
     def noun(self) -> str:
+        """What the vectors are."""
         return "codebook" if self.std is not None else "input embedding"
 
 
-def codes_of(model: Model, tokenizer: Tokenizer, counts: npt.NDArray[np.int64] | None) -> Codes:
-    """The codes of a model; `counts` [V] says how frequent each token is, where that is known."""
-    vectors = model.embedding.weight if isinstance(model, TokenLM) else model.codebook.mean
-    std = None if isinstance(model, TokenLM) else model.codebook.log_std.detach().double().exp().cpu().numpy()
+def codes_of(model: LanguageModel, tokenizer: Tokenizer, counts: npt.NDArray[np.int64] | None) -> Codes:
+    """The codes of a model. `counts` [V] are the frequencies of the tokens, if known."""
+    vectors, log_std = model.token_vectors()
+    std = None if log_std is None else log_std.detach().double().exp().cpu().numpy()
     mean = vectors.detach().double().cpu().numpy()
     order = np.arange(len(mean)) if counts is None else np.argsort(-counts, kind="stable")
     compared = order[:COMPARED]
@@ -64,10 +68,10 @@ def codes_of(model: Model, tokenizer: Tokenizer, counts: npt.NDArray[np.int64] |
 
 
 def project(vectors: Array) -> tuple[Array, tuple[float, float]]:
-    """Principal components [V, 2] of vectors [V, d], d >= 1, and their shares of the variance.
+    """Coordinates [V, 2] of vectors [V, d], d >= 1, on their first two principal axes; shares of the variance.
 
-    The signs are fixed: the entry of largest magnitude in every direction is positive. The directions are
-    orthonormal, so that a sphere of radius sigma becomes a disc of radius sigma.
+    Signs are fixed: the entry of largest magnitude of each axis is positive. The axes are orthonormal, so a sphere
+    of radius sigma becomes a disc of radius sigma.
     """
     centred = vectors - vectors.mean(0)
     _, singular, directions = np.linalg.svd(centred, full_matrices=False)
@@ -83,12 +87,12 @@ def project(vectors: Array) -> tuple[Array, tuple[float, float]]:
 def nearest_neighbours(
     vectors: Array, queries: npt.NDArray[np.int64], chunk: int = 256
 ) -> tuple[npt.NDArray[np.int64], Array]:
-    """The nearest other vector of each of the `queries`, and its Euclidean distance."""
+    """The nearest other one of vectors [V, d] to each of the `queries` [M]: indices and Euclidean distances."""
     everything = torch.from_numpy(vectors)
     nearest, distances = [], []
     for start in range(0, len(queries), chunk):
         rows = torch.from_numpy(queries[start : start + chunk])
-        # without the shortcut by matrix products, which loses small distances
+        # not by matrix products, which lose the precision of small distances
         distance = torch.cdist(everything[rows], everything, compute_mode="donot_use_mm_for_euclid_dist")
         distance[torch.arange(len(rows)), rows] = torch.inf
         least = distance.min(1)
@@ -98,13 +102,36 @@ def nearest_neighbours(
 
 
 def draw_codes(figure: Figure, codes: Codes) -> None:
-    """Left: the projection, with discs of one sigma. Right: distances of nearest neighbours."""
+    """Left: the projection, with discs of radius sigma. Right: distances to nearest neighbours."""
     left, right = figure.subplots(1, 2, width_ratios=(13, 5))
     _draw_plane(left, codes)
     if len(codes.symbols) <= FEW:
         _draw_neighbours(right, codes)
     else:
         _draw_histogram(right, codes)
+
+
+def codes_table(codes: Codes, num_pairs: int = 8) -> Table:
+    """Distances and scales, and the `num_pairs` closest pairs."""
+    distance = np.sort(codes.distance)
+    middle = float(np.median(distance))
+    rows = [
+        (f"distance to the nearest neighbour, {codes.unit}: least, median, largest",
+         f"{distance[0]:.2f}, {middle:.2f}, {distance[-1]:.2f}"),
+    ]  # fmt: skip
+    if codes.std is not None:
+        rows.append(
+            ("σ: least, median, largest", ", ".join(f"{f(codes.std):.4f}" for f in (np.min, np.median, np.max)))
+        )
+    closest: dict[frozenset[int], str] = {}
+    for i in np.argsort(codes.distance, kind="stable").tolist():
+        pair = int(codes.compared[i]), int(codes.nearest[i])
+        name = " – ".join(codes.symbols[token] for token in pair)
+        closest.setdefault(frozenset(pair), f"{name} {codes.distance[i]:.2f}")
+        if len(closest) == num_pairs:
+            break
+    rows.append(("closest", ",  ".join(closest.values())))
+    return Table(["", ""], rows)
 
 
 def _draw_plane(axes: Axes, codes: Codes) -> None:
@@ -136,7 +163,7 @@ def _draw_plane(axes: Axes, codes: Codes) -> None:
 
 
 def _draw_neighbours(axes: Axes, codes: Codes) -> None:
-    """Every symbol with its nearest neighbour, closest pairs on top."""
+    """Every symbol with its nearest neighbour, the closest pairs on top."""
     order = np.argsort(codes.distance, kind="stable")
     rows = np.arange(len(order))
     axes.hlines(rows, 0, codes.distance[order], color=COLOURS[0], linewidth=1)

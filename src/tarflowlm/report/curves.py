@@ -1,4 +1,4 @@
-"""Figures of how runs went: bits per character, learning rate and gradient norm, throughput."""
+"""Training curves: bits per character, learning rate and gradient norm, throughput."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from tarflowlm.report.style import MUTED, PAPER, SMALL, Axes, Figure, label_ends
 
 
 def draw_bits(figure: Figure, records: Sequence[RunRecord]) -> None:
-    """Bits per character against tokens and against seconds; training faint, validation with its points."""
+    """Bits per character against tokens and against seconds; training faint, validation with markers."""
     left, right = figure.subplots(1, 2, sharey=True)
     ends = []
     for index, r in enumerate(records):
@@ -58,7 +58,7 @@ def draw_optimisation(figure: Figure, records: Sequence[RunRecord]) -> None:
 
 
 def draw_throughput(figure: Figure, records: Sequence[RunRecord]) -> None:
-    """Tokens per second against tokens, with the median of every stage."""
+    """Tokens per second against tokens; labels give the median of every stage."""
     axes = figure.subplots()
     ends = []
     for index, r in enumerate(records):
@@ -76,13 +76,13 @@ def draw_throughput(figure: Figure, records: Sequence[RunRecord]) -> None:
 
 
 def running_median(values: Series, width: int = 9) -> npt.NDArray[np.float64]:
-    """The median of the `width` values around each one, fewer at the ends."""
+    """The median of the `width` values around each value, of fewer at the ends."""
     reach = width // 2
     return np.array([np.median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))])
 
 
 def _limit_bits(axes: Axes, records: Sequence[RunRecord]) -> None:
-    """Show what was learned rather than the first steps; in logarithmic steps where runs are far apart."""
+    """Leave the first steps out of the frame; use a logarithmic axis if the runs are far apart."""
     every = np.concatenate([np.concatenate([r.train["bpc"], r.valid["bpc"]]) for r in records])
     tops = []
     for r in records:
@@ -113,7 +113,7 @@ def _thousands(axes: Axes, *, y: bool = False) -> None:
 
 
 def _mark_stages(axes: Axes, starts: Sequence[Sequence[tuple[int, float]]], *, height: float | None = 0.98) -> None:
-    """A line where a stage of any run began, its name at `height`; runs that switch at about one place share it."""
+    """A line where a stage of any run begins, labelled at `height`; runs that switch at about one place share it."""
     span = axes.get_xlim()[1]
     marked: list[tuple[int, float]] = []
     for block, x in (start for run in starts for start in run):

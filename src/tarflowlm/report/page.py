@@ -1,12 +1,18 @@
-"""One self-contained HTML page: no script, nothing from the network, readable in light and dark."""
+"""One self-contained HTML page, light or dark, without scripts or network access; and the tables about runs on it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
+from typing import Any
 
+from tarflowlm.report.records import RunRecord
 from tarflowlm.report.style import COLOURS, GRID, INK, MUTED, PAPER
+from tarflowlm.runs.strict_json import to_dict
 
 GENERATOR = "tarflowlm report"
+MISSING = "–"
+"""In a cell without a value."""
 
 _CSS = f"""
 :root {{ --ink: {INK}; --muted: {MUTED}; --grid: {GRID}; --paper: {PAPER}; --blue: {COLOURS[0]};
@@ -30,7 +36,7 @@ summary {{ cursor: pointer; }}
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure on the page."""
+    """A figure on the page; its name becomes the id."""
 
     name: str
     svg: str
@@ -39,7 +45,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a head; the first cell of a row names it."""
+    """Rows of cells under a head; the first cell of a row is its name."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -47,19 +53,24 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
+    """Notes, then figures and tables, under a title."""
+
     title: str
     notes: Sequence[str] = ()
     parts: Sequence[Picture | Table] = ()
     is_folded: bool = False
-    """Shown on request only."""
+    """Closed until the reader opens it."""
 
 
 @dataclass(frozen=True)
 class Page:
+    """A title and its sections."""
+
     title: str
     sections: list[Section] = field(default_factory=list)
 
     def to_html(self) -> str:
+        """The whole document. Text is escaped; figures are inlined as SVG."""
         body = "\n".join(_section(section) for section in self.sections)
         return (
             f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" '
@@ -92,3 +103,83 @@ def _table(table: Table) -> str:
         for row in table.rows
     )
     return f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
+
+
+def summary_table(records: Sequence[RunRecord]) -> Table:
+    """One column per run: results, text, size and machine."""
+    rows = [
+        ("status", lambda r: r.status),
+        ("test, bits per character", _test_bits),
+        ("test, nats per token, standard error", _test_nats),
+        ("validation, bits per character", _valid_bits),
+        ("validation after each stage", _stages),
+        ("preset, seed", lambda r: f"{r.run.name}, {r.run.seed}"),
+        ("text", lambda r: Path(r.run.data.source).name),
+        ("steps", lambda r: f"{r.last_step:,}"),
+        ("tokens", lambda r: f"{int(r.train['tokens'].max()):,}"),
+        ("training, seconds", lambda r: f"{r.seconds[-1]:,.0f}"),
+        ("tokens per second, median of each stage", _speeds),
+        ("parameters", lambda r: _count(r, "parameters")),
+        ("of them in Transformers", lambda r: _count(r, "trunk_parameters")),
+        ("device", lambda r: _plain(r, "device")),
+        ("threads", lambda r: _plain(r, "threads")),
+        ("machine", lambda r: _plain(r, "machine")),
+        ("PyTorch", lambda r: _plain(r, "torch")),
+    ]
+    return Table(["", *(r.name for r in records)], [(name, *(value(r) for r in records)) for name, value in rows])
+
+
+def _test_bits(record: RunRecord) -> str:
+    if record.summary is None:
+        return MISSING
+    test = record.summary["test"]
+    return f"{record.sign} {test['bpc']:.4f} ({test.get('bound', 'bound unknown')})"
+
+
+def _test_nats(record: RunRecord) -> str:
+    test = {} if record.summary is None else record.summary["test"]
+    if not {"nats_per_token", "stderr"} <= test.keys():
+        return MISSING
+    return f"{record.sign} {test['nats_per_token']:.4f} ± {test['stderr']:.4f}"
+
+
+def _valid_bits(record: RunRecord) -> str:
+    bits = record.valid["bpc"]
+    return f"{record.sign} {bits[-1]:.4f} at step {int(record.valid['step'][-1]):,}" if len(bits) else MISSING
+
+
+def _stages(record: RunRecord) -> str:
+    found = [] if record.summary is None else record.summary.get("stage_valid_bpc", [])
+    return f"{record.sign} {', '.join(f'{bits:.4f}' for bits in found)}" if found else MISSING
+
+
+def _speeds(record: RunRecord) -> str:
+    return ", ".join(f"{speed:,.0f}" for speed in record.stage_medians("tokens_per_second"))
+
+
+def _count(record: RunRecord, key: str) -> str:
+    value = None if record.summary is None else record.summary.get(key)
+    return MISSING if value is None else f"{value:,}"
+
+
+def _plain(record: RunRecord, key: str) -> str:
+    return MISSING if record.summary is None else str(record.summary.get(key, MISSING))
+
+
+def config_table(records: Sequence[RunRecord]) -> Table:
+    """Every field of the configurations by its dotted name; fields in which the runs differ come first."""
+    flat = [_flat(to_dict(r.run)) for r in records]
+    names = list(dict.fromkeys(name for one in flat for name in one))
+    rows = [(name, *(one.get(name, MISSING) for one in flat)) for name in names]
+    rows.sort(key=lambda row: len(set(row[1:])) == 1)
+    return Table(["", *(r.name for r in records)], rows)
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            found |= _flat(item, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = ", ".join(map(str, item)) if isinstance(item, list) else str(item)
+    return found

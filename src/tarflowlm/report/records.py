@@ -1,4 +1,4 @@
-"""A run directory as a report reads it: finished, still in training, or with pieces missing."""
+"""Reading a run directory for a report: finished, still in training, or incomplete."""
 
 import json
 import math
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tarflowlm.baseline import BaselineConfig
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
 from tarflowlm.runs.checkpoint import SUMMARY, read_run
@@ -29,7 +28,7 @@ NEEDED = {
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is known of a run without its weights."""
+    """All of a run but its weights."""
 
     name: str
     directory: Path
@@ -44,31 +43,34 @@ class RunRecord:
 
     @property
     def slug(self) -> str:
-        """The name, fit for a file name and an id."""
+        """The name as part of file names and ids."""
         return slug(self.name)
 
     @property
     def is_exact(self) -> bool:
-        return isinstance(self.run.model, BaselineConfig)
+        """Whether the likelihood is exact and not a bound."""
+        return self.run.model.family == "ar"
 
     @property
     def sign(self) -> str:
-        """How to read the run's numbers: a flow's are upper bounds."""
+        """How to print the run's numbers: = for exact ones, <= for upper bounds."""
         return "=" if self.is_exact else "<="
 
     @property
     def last_step(self) -> int:
+        """The last step with a training line."""
         return int(self.train["step"].max())
 
     @property
     def status(self) -> str:
+        """Finished, or how far the training is."""
         if self.summary is not None:
             return "finished"
         return f"step {self.last_step:,} of {self.run.train.num_steps:,}: in training, or stopped"
 
     @cached_property
     def seconds(self) -> Series:
-        """Training time up to every training line, from the speeds that were logged."""
+        """Training time up to every training line, from the logged speeds."""
         tokens = np.diff(self.train["tokens"], prepend=0)
         return np.cumsum(tokens / self.train["tokens_per_second"])
 
@@ -79,7 +81,7 @@ class RunRecord:
 
     @property
     def stage_starts(self) -> list[tuple[int, float, float]]:
-        """Block, tokens and seconds where each stage after the first began."""
+        """Block, tokens and seconds at the start of each stage but the first."""
         block = self.train["block"]
         return [
             (int(block[i + 1]), float(self.train["tokens"][i]), float(self.seconds[i]))
@@ -93,13 +95,14 @@ class RunRecord:
 
 
 def slug(name: str) -> str:
+    """A name without the characters that file names and ids cannot have."""
     return re.sub(r"[^\w.-]+", "_", name)
 
 
 def read_records(directories: Sequence[Path]) -> list[RunRecord]:
-    """The runs in `directories`, told apart by the names of these.
+    """The runs in `directories`, named after these.
 
-    UserError for what is no run directory, for one without metrics, and for two of the same name.
+    Raises UserError if one is not a run directory or has no metrics, or if two have the same name.
     """
     records: dict[str, RunRecord] = {}
     for directory in directories:
@@ -114,6 +117,7 @@ def read_records(directories: Sequence[Path]) -> list[RunRecord]:
 
 
 def read_record(directory: Path) -> RunRecord:
+    """The run in a directory. Raises UserError if it is not a run directory or has no metrics."""
     run = read_run(directory)
     notes: list[str] = []
     train, valid = _read_metrics(directory, notes)
@@ -138,7 +142,7 @@ def _read_metrics(directory: Path, notes: list[str]) -> tuple[dict[str, Series],
         if row is not None:
             # other kinds of lines are not drawn
             rows.get(row["split"], []).append(row)
-        elif number < len(lines):  # the last one may just be being written
+        elif number < len(lines):  # the last one may still be incomplete
             bad += 1
     if bad:
         notes.append(f"{bad} of {len(lines)} lines of {METRICS} could not be read and are left out.")
@@ -149,7 +153,7 @@ def _read_metrics(directory: Path, notes: list[str]) -> tuple[dict[str, Series],
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
-    """A complete line of metrics, or None."""
+    """A line of metrics, or None if it is incomplete or not finite."""
     try:
         row = json.loads(line)
         needed = NEEDED.get(row["split"], ())

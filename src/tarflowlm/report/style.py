@@ -1,4 +1,4 @@
-"""The look of every figure: colours that colour-blind readers can tell apart, direct labels, one way to save."""
+"""The style of every figure: colours safe for colour-blind readers, direct labels, and how figures are saved."""
 
 import importlib.util
 import io
@@ -19,12 +19,12 @@ Figure = Any
 Axes = Any
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's, without the two that vanish on white or black."""
+"""Okabe and Ito's, without yellow and black, which vanish on white or on dark."""
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)))
 INK, MUTED, GRID, PAPER = "#1b1f24", "#68707a", "#e3e6ea", "#fefefe"
 SMALL = 8.0
 
-# an SVG takes these from the page, which has them for light and dark
+# colours that an SVG takes from the page, which has one set for light and one for dark
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper", COLOURS[0]: "--blue"}
 
 _STYLE: Any = {
@@ -61,25 +61,27 @@ _STYLE: Any = {
 
 
 def check_matplotlib() -> None:
+    """Raises UserError if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("drawing needs the package matplotlib: pip install 'tarflowlm[plots]'")
 
 
 def render(draw: Callable[[Figure], None], path: Path, *, width: float, height: float) -> str:
-    """Draw a figure of that many inches; it is saved to the PNG file `path`, and returned as SVG for a page.
+    """Draw a figure of `width` x `height` inches, save it to the PNG file `path`, and return it as SVG for a page.
 
-    `draw` gets an empty figure. Nothing global is touched; the file appears complete or not at all.
+    `draw` gets an empty figure. No global state changes, and the file is replaced atomically. Raises UserError if
+    matplotlib is missing.
     """
     check_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure as New
 
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # symbols of a vocabulary may be in scripts that the font lacks: they show as boxes
+        # symbols of a vocabulary may be missing from the font; they show as boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = New(figsize=(width, height))
         draw(figure)
-        # the layout is half of the work of saving: found once
+        # the layout takes half of the time of saving, so compute it once
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         with replacing(path) as temporary:
@@ -90,7 +92,7 @@ def render(draw: Callable[[Figure], None], path: Path, *, width: float, height: 
 
 
 def _embeddable(svg: str, name: str) -> str:
-    """An SVG document as part of a page: without prolog, with ids of its own, and with the page's colours."""
+    """An SVG document for use in a page: no prolog, ids prefixed by `name`, colours taken from the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'((?<= )id="|url\(#|href="#)', lambda m: f"{m[1]}{name}-", svg)
@@ -100,20 +102,20 @@ def _embeddable(svg: str, name: str) -> str:
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour and dashes of the curve of that number; 18 can be told apart."""
+    """Colour and dashes of curve number `index`; 18 curves differ."""
     dashes = DASHES[index // len(COLOURS) % len(DASHES)]
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": dashes}
 
 
 def literal(text: str, longest: int = 30) -> str:
-    """`text` as matplotlib shows it letter by letter, with its middle left out where it is long."""
+    """`text` escaped for matplotlib; the middle of a long text is left out."""
     if len(text) > longest:
         text = f"{text[: longest // 2]}…{text[-longest // 2 + 1 :]}"
     return text.replace("$", r"\$")
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], *, size: float = SMALL) -> None:
-    """Name curves at the right border: (y of the curve's end, text, colour), pushed apart until none overlap."""
+    """Label curves at the right border, without overlaps: (y of the curve's end, text, colour) for each."""
     if not ends:
         return
     figure = axes.figure
@@ -141,7 +143,7 @@ def spread(
 ) -> npt.NDArray[np.float64]:
     """Ascending `centres` moved apart so that intervals of lengths `spans` do not overlap, inside [low, high].
 
-    Where they do not all fit, they still do not overlap, and run over the upper end.
+    If they do not fit, they extend beyond the upper end.
     """
     placed = np.array(centres, dtype=float)
     for _ in range(2):
@@ -163,10 +165,10 @@ _ANGLE = np.tile(np.linspace(0, 2 * np.pi, 16, endpoint=False), 4)
 
 
 def label_points(axes: Axes, points: npt.NDArray[np.float64], texts: Sequence[str], *, size: float = SMALL) -> int:
-    """Write `texts` beside their `points` [N, 2], in that order of importance; returns how many found room.
+    """Write `texts` beside their `points` [labels, 2], most important first; returns how many were placed.
 
-    Every label takes the nearest place where it covers no earlier label and no labelled point, with a thin line where
-    that is not right beside its point; one without such a place is left out.
+    Each label takes the nearest free place, where it covers no earlier label and no labelled point. A thin line
+    connects it with its point if they are not adjacent. Labels without a free place are left out.
     """
     figure = axes.figure
     figure.draw_without_rendering()
@@ -203,12 +205,12 @@ def label_points(axes: Axes, points: npt.NDArray[np.float64], texts: Sequence[st
 
 
 def _inside(boxes: npt.NDArray[np.float64], frame: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """Which of the boxes [N, 4] (left, low, right, high) lie in the frame [4]: [N]."""
+    """Which of the boxes [boxes, 4] (left, low, right, high) lie in the frame [4]."""
     return np.asarray(np.all(boxes[:, :2] >= frame[:2], axis=1) & np.all(boxes[:, 2:] <= frame[2:], axis=1))
 
 
 def _overlaps(boxes: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """Which of the boxes [N, 4] overlap any of the others [M, 4]: [N]."""
+    """Which of the boxes [boxes, 4] overlap any of the others [others, 4]."""
     below = np.all(boxes[:, None, :2] < others[None, :, 2:], axis=-1)
     above = np.all(others[None, :, :2] < boxes[:, None, 2:], axis=-1)
     return np.asarray(np.any(below & above, axis=1))

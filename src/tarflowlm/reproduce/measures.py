@@ -1,4 +1,4 @@
-"""Measurements that several recipes share."""
+"""Measurements and plots that several recipes share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -6,29 +6,32 @@ from dataclasses import replace
 import torch
 
 from tarflowlm.data import TokenArray, eval_windows
+from tarflowlm.evaluation.blocks import StateReport, latent_report
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.evaluation.quality import Quality, SamplingConfig, measure_quality
+from tarflowlm.model import FlowConfig, as_flow, as_flow_config
 from tarflowlm.report.style import COLOURS, SMALL, Axes, Figure
-from tarflowlm.reproduce.recipe import Finished, Row, Settings, Training
+from tarflowlm.reproduce.recipe import Draw, Finished, Row, Settings, Training
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import mini_ar, with_steps
 
-SIGNS = {"exact": "="}
 JUDGE_STEPS = 1300
 SHORT_STEPS, SHORT_WINDOWS = 300, 1024
-"""Of the mini trainings whose order shows early."""
+"""Of mini trainings whose ranking shows early."""
+LATENT_WINDOWS = 256
+"""Windows whose states are measured."""
 
 
 def summary_row(done: Finished) -> Row:
-    """What the run itself measured on its test split."""
+    """The run's own measurement on its test split."""
     summary = done.summary
     test = summary["test"]
     return {
         "model": done.training.label,
         "seed": summary["seed"],
-        "": SIGNS.get(test["bound"], "<="),
+        "": "=" if test["bound"] == "exact" else "<=",
         "test bpc": test["bpc"],
         "ppl": test["ppl"],
         "stderr, nats": test["stderr"],
@@ -38,8 +41,23 @@ def summary_row(done: Finished) -> Row:
 
 
 def summaries(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """A recipe's rows where the runs themselves measured all of them."""
+    """The rows of a recipe that needs only the runs' own measurements."""
     return [summary_row(done) for done in finished]
+
+
+def summaries_by(
+    column: str, value: Callable[[FlowConfig], int]
+) -> Callable[[Settings, Sequence[Finished]], list[Row]]:
+    """`summaries` of flows with a number of their configuration as the first column."""
+
+    def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+        rows: list[Row] = []
+        for done in finished:
+            config = as_flow_config(done.training.run.model)
+            rows.append({column: value(config), **summary_row(done)})
+        return rows
+
+    return measure
 
 
 def likelihood(
@@ -50,7 +68,7 @@ def likelihood(
     samples: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Likelihood:
-    """The bound over some evenly spaced fresh contexts."""
+    """The bound over some evenly spaced windows with fresh contexts."""
     tokenizer = checkpoint.tokenizer
     return evaluate(
         checkpoint.model,
@@ -61,8 +79,16 @@ def likelihood(
     )
 
 
-def short(run: RunConfig) -> RunConfig:
-    """A mini run cut to fewer steps and a smaller test."""
+def latents(done: Finished) -> list[StateReport]:
+    """The states of a flow on `LATENT_WINDOWS` evenly spaced windows of its test split."""
+    checkpoint = done.load()
+    model = as_flow(checkpoint.model, "a report of latents")
+    windows = eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, LATENT_WINDOWS)
+    return latent_report(model, windows, progress=done.progress_of("latents of windows"))
+
+
+def shortened(run: RunConfig) -> RunConfig:
+    """A mini run with fewer steps and a smaller test."""
     run = with_steps(run, SHORT_STEPS)
     return replace(run, train=replace(run.train, test_windows=SHORT_WINDOWS))
 
@@ -77,7 +103,7 @@ def judge_training(settings: Settings) -> list[Training]:
 
 
 def judge_of(settings: Settings, finished: Sequence[Finished]) -> tuple[Judge, list[Finished]]:
-    """The judge, and the trainings that are to be judged."""
+    """The judge, and the other trainings, which it is to judge. Raises UserError as `load_judge`."""
     if settings.scale == "paper":
         return load_judge(PAPER_JUDGES[0], settings.device), list(finished)
     [judge] = [done for done in finished if done.training.label == "judge"]
@@ -85,46 +111,53 @@ def judge_of(settings: Settings, finished: Sequence[Finished]) -> tuple[Judge, l
 
 
 def quality(done: Finished, judge: Judge, *, num: int) -> Quality:
+    """Quality of `num` samples of a model. Raises errors as `measure_quality`."""
     checkpoint = done.load()
     text = eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, num)
-    source = checkpoint.run.data.source
-    config = SamplingConfig(num=num)
     return measure_quality(
         checkpoint.model,
         checkpoint.tokenizer,
         judge,
         text,
-        config,
-        trained_on=source,
-        progress=lambda what, at, total: done.counting(what)(at, total),
+        SamplingConfig(num=num),
+        trained_on=checkpoint.run.data.source,
+        progress=lambda what, at, total: done.progress_of(what)(at, total),
     )
 
 
-def bits_by(figure: Figure, rows: Sequence[Row], column: str, label: str) -> None:
+def plot_over(column: str, label: str) -> Draw:
     """Test bits per character over a column of whole numbers, on a logarithmic axis."""
-    axes, places = figure.subplots(), sorted({row[column] for row in rows})
-    for place in places:
-        _points(axes, place, [row["test bpc"] for row in rows if row[column] == place])
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(places, [str(place) for place in places])
-    axes.margins(x=0.12, y=0.1)
-    axes.set_xlabel(label)
-    axes.set_ylabel("bits per character, <=")
+
+    def draw(figure: Figure, rows: Sequence[Row]) -> None:
+        axes, places = figure.subplots(), sorted({row[column] for row in rows})
+        for place in places:
+            _plot_seeds(axes, place, [row["test bpc"] for row in rows if row[column] == place])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [str(place) for place in places])
+        axes.margins(x=0.12, y=0.1)
+        axes.set_xlabel(label)
+        axes.set_ylabel("bits per character, <=")
+
+    return draw
 
 
-def dots(figure: Figure, rows: Sequence[Row], value: str, *, unit: str) -> None:
-    """One dot per seed for every model, in the order of the rows."""
-    axes = figure.subplots()
-    labels = list(dict.fromkeys(row["model"] for row in rows))
-    for place, label in enumerate(labels):
-        _points(axes, place, [row[value] for row in rows if row["model"] == label])
-    axes.set_xticks(range(len(labels)), labels)
-    axes.margins(x=0.2, y=0.1)
-    axes.set_ylabel(unit)
+def plot_models(column: str = "test bpc", label: str = "bits per character, <=") -> Draw:
+    """A column for every model, in the order of the rows: one dot per seed."""
+
+    def draw(figure: Figure, rows: Sequence[Row]) -> None:
+        axes = figure.subplots()
+        models = list(dict.fromkeys(row["model"] for row in rows))
+        for place, model in enumerate(models):
+            _plot_seeds(axes, place, [row[column] for row in rows if row["model"] == model])
+        axes.set_xticks(range(len(models)), models)
+        axes.margins(x=0.2, y=0.1)
+        axes.set_ylabel(label)
+
+    return draw
 
 
-def _points(axes: Axes, x: int, values: Sequence[float]) -> None:
-    """Dots of all seeds, with the value beside them, or their mean."""
+def _plot_seeds(axes: Axes, x: int, values: Sequence[float]) -> None:
+    """One dot per seed, labelled with the value or the mean."""
     axes.plot([x] * len(values), values, "o", color=COLOURS[0])
     mean = sum(values) / len(values)
     text = f"{mean:.3f}" if len(values) == 1 else f"mean {mean:.3f}"

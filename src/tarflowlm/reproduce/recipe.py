@@ -1,4 +1,4 @@
-"""What a recipe is: named trainings, then rows of numbers measured on them, and how they are drawn."""
+"""Recipes: named trainings, numbers measured on them, and a plot. Runs the trainings, or estimates their time."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,40 +8,59 @@ from typing import Any, Literal
 
 import torch
 
-from tarflowlm.data import TokenArray, cached_corpus, encode_text_source
+from tarflowlm.data import (
+    SOURCE_NAMES,
+    TokenArray,
+    TokenizerConfig,
+    build_tokenizer,
+    cached_corpus,
+    encode_text_source,
+)
+from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
 from tarflowlm.report.style import Figure
-from tarflowlm.runs.checkpoint import SUMMARY, Checkpoint, load_checkpoint
+from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, Checkpoint, load_checkpoint, read_run
 from tarflowlm.runs.config import RunConfig
-from tarflowlm.runs.presets import with_steps
+from tarflowlm.runs.presets import preset, with_steps
 from tarflowlm.terminal.console import StageProgress, no_progress, ticker
+from tarflowlm.training.lifecycle import resume, train
+from tarflowlm.training.metrics import Reporter
+from tarflowlm.training.step import seconds_per_step
 
 Scale = Literal["mini", "paper"]
+State = Literal["finished", "stopped", "new"]
 Row = dict[str, Any]
-"""One line of the CSV and of the Markdown table: column name -> number or text."""
+"""One row of the CSV and of the Markdown table: column name -> number or text."""
 Draw = Callable[[Figure, Sequence[Row]], None]
 """Draws the rows into a matplotlib figure."""
+
+GPT2_VOCAB = 50_257
+"""So that a plan needs no network."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose."""
+    """The user's choices."""
 
     scale: Scale
     out: Path
     data: str | None = None
     """Text of the mini scale; the default is that of the presets."""
     judge_data: str = "english"
-    """What the judge of samples is trained on: another text than `data`."""
+    """Text that the judge of samples is trained on; it should differ from `data`."""
     second_text: str | None = None
-    """Another text that the likelihood is measured on as well."""
+    """Another text to measure the likelihood on."""
     seeds: int = 1
     steps: int | None = None
     """Optimiser steps of every training, in place of the recipe's: for a quick look."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
+    def preset(self, kind: str, corpus: Literal["text8", "owt"]) -> RunConfig:
+        """The preset of a kind of model (ar, affine, mix1, mixd): the mini one, or the paper's on `corpus`."""
+        return preset(f"{'mini' if self.scale == 'mini' else corpus}-{kind}")
+
     def adapt(self, run: RunConfig) -> RunConfig:
-        """The run on the text, and with the steps, that the user gave. The paper's texts stay as they are."""
+        """The run with the user's text and number of steps. The paper scale keeps its texts."""
         if self.data is not None and self.scale == "mini":
             run = replace(run, data=replace(run.data, source=self.data))
         return run if self.steps is None else with_steps(run, self.steps)
@@ -58,41 +77,43 @@ class Training:
 
 
 def trainings(settings: Settings, runs: Mapping[str, RunConfig]) -> list[Training]:
-    """A training for every label and seed, in the order of the labels; directories are named after the runs."""
-    found = []
-    for label, run in runs.items():
-        for seed in range(settings.seeds):
-            found.append(Training(f"{run.name}-s{seed}", replace(settings.adapt(run), seed=seed), label))
-    return found
+    """One training per label and seed, in the order of the labels; directories are named after the runs."""
+    return [
+        Training(f"{run.name}-s{seed}", replace(settings.adapt(run), seed=seed), label)
+        for label, run in runs.items()
+        for seed in range(settings.seeds)
+    ]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A training that is done."""
+    """A finished training."""
 
     training: Training
     directory: Path
     device: torch.device
     progress: StageProgress = no_progress
-    """Told what is being measured."""
+    """Called with the name of a measurement, how much of it is done, and the total."""
 
-    def counting(self, what: str) -> Callable[[int, int], None]:
-        """A progress over one of the measurements of this training."""
+    def progress_of(self, what: str) -> Callable[[int, int], None]:
+        """Progress (done, total) of one measurement of this training."""
         return partial(self.progress, f"{self.training.name}, {what}")
 
-    def ticking(self, what: str, total: int) -> Callable[[], None]:
-        """The same where every call is one more part done."""
+    def tick_of(self, what: str, total: int) -> Callable[[], None]:
+        """The same as a function that counts its calls, up to `total`."""
         return ticker(self.progress, f"{self.training.name}, {what}", total)
 
     @property
     def summary(self) -> dict[str, Any]:
+        """summary.json of the run."""
         return read_json(self.directory / SUMMARY)
 
     def load(self) -> Checkpoint:
+        """The trained model."""
         return load_checkpoint(self.directory, self.device)
 
     def tokens(self, checkpoint: Checkpoint, split: str = "test", source: str | None = None) -> TokenArray:
-        """A split of the run's own text, or the whole of another."""
+        """A split of the run's own text, or all of the text `source`."""
         if source is not None:
             return encode_text_source(source, checkpoint.tokenizer, ("all",))["all"]
         return cached_corpus(checkpoint.run.data.source, checkpoint.tokenizer).split(split)
@@ -105,11 +126,113 @@ class Recipe:
     name: str
     title: str
     claim: str
-    """What the paper says, with its numbers; or what is asked where it says nothing."""
+    """The paper's claim with its numbers, or the question where the paper makes none."""
     plan: Callable[[Settings], list[Training]]
     measure: Callable[[Settings, Sequence[Finished]], list[Row]]
     draw: Draw | None = None
     needs: tuple[tuple[str, str], ...] = ()
-    """Modules that measuring takes, each with the extra of the package that has it."""
+    """Modules that measuring needs, each with the extra of the package that installs it."""
     text: Callable[[Settings, Sequence[Finished]], str] | None = None
-    """Markdown to stand below the table: samples, say."""
+    """Markdown to print below the table, for instance samples."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A training, its state, and its estimated time."""
+
+    training: Training
+    state: State
+    tokens: int
+    seconds: float
+    """Of the whole training on this machine: a rough estimate."""
+
+
+def directory_of(settings: Settings, training: Training) -> Path:
+    """The run directory of a training."""
+    return settings.out / "runs" / training.name
+
+
+def state_of(settings: Settings, training: Training) -> State:
+    """State of a training on disk. Raises UserError if its directory holds a run of another configuration."""
+    directory = directory_of(settings, training)
+    if not (directory / CONFIG).exists():
+        return "new"
+    found = read_run(directory)
+    if found != _as_written(training.run, found):
+        raise UserError(
+            f"{directory} holds a run of another configuration: choose another --out, or remove that directory"
+        )
+    return "finished" if (directory / SUMMARY).exists() else "stopped"
+
+
+def finish(settings: Settings, plan: Sequence[Training], reporter: Reporter) -> list[Finished]:
+    """Run the trainings of a plan one after the other: skip finished ones, resume stopped ones.
+
+    Raises UserError as `state_of`, `train` and `resume`.
+    """
+    done = []
+    for training in plan:
+        directory, state = directory_of(settings, training), state_of(settings, training)
+        if state == "finished":
+            reporter.notice(f"{training.name} is done")
+        elif state == "stopped":
+            resume(directory, device=settings.device, reporter=reporter)
+        else:
+            train(training.run, directory, device=settings.device, reporter=reporter)
+        done.append(Finished(training, directory, settings.device))
+    return done
+
+
+def estimate(
+    settings: Settings, plan: Sequence[Training], notice: Callable[[str], None] = lambda _text: None
+) -> list[Planned]:
+    """The plan with times, from a few timed steps of every stage.
+
+    The mini scale times whole batches. The paper scale times one short sequence and scales up, which overstates the
+    optimiser, whose share of a step does not grow with the batch. Trainings of the same shape are timed once, and
+    `notice` is called before each.
+    """
+    known: dict[RunConfig, float] = {}
+    planned: list[Planned] = []
+    for training in plan:
+        run, state = training.run, state_of(settings, training)
+        shape = replace(run, seed=0, name="")
+        if shape not in known:
+            notice(f"timing a few steps of {training.name}, {len(planned) + 1} of {len(plan)} trainings")
+            known[shape] = _seconds(run, settings)
+        tokens_per_step = run.train.batch_size * run.model.context
+        planned.append(Planned(training, state, run.train.num_steps * tokens_per_step, known[shape]))
+    return planned
+
+
+def _seconds(run: RunConfig, settings: Settings) -> float:
+    """Estimated seconds of a training."""
+    run = replace(run, model=replace(run.model, vocab_size=_vocab_size(run.data.tokenizer)))
+    whole = (run.train.batch_size, run.model.context)
+    rows, length = whole if settings.scale == "mini" else (1, min(whole[1], 128))
+    length -= length % run.model.patch
+    generator = torch.Generator().manual_seed(0)
+
+    def batch() -> torch.Tensor:
+        return torch.randint(run.model.vocab_size, (rows, length), generator=generator)
+
+    steps = 3 if settings.scale == "mini" else 1
+    scale = whole[0] * whole[1] / (rows * length)
+    times = [seconds_per_step(run, s, batch, settings.device, num_steps=steps) for s in range(run.num_stages)]
+    return scale * sum(t * n for t, n in zip(times, run.train.stage_steps, strict=True))
+
+
+def _vocab_size(tokenizer: TokenizerConfig) -> int:
+    if tokenizer.needs_training:
+        return tokenizer.vocab_size
+    return GPT2_VOCAB if tokenizer.source == "gpt2" else build_tokenizer(tokenizer).vocab_size
+
+
+def _as_written(run: RunConfig, found: RunConfig) -> RunConfig:
+    """The configuration as `train` writes it: with the vocabulary size, Muon's precision and an absolute path."""
+    source = run.data.source
+    if source not in SOURCE_NAMES:
+        source = str(Path(source).expanduser().resolve())
+    model = replace(run.model, vocab_size=found.model.vocab_size)
+    optim = replace(run.optim, muon_precision=found.optim.muon_precision)
+    return replace(run, model=model, optim=optim, data=replace(run.data, source=source))

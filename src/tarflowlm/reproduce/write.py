@@ -1,4 +1,4 @@
-"""Results on disk: CSV, Markdown with all that is needed to repeat them, and a plot."""
+"""Results on disk: CSV, a plot, and Markdown with everything needed to repeat them."""
 
 import csv
 import io
@@ -21,8 +21,11 @@ from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS
 def write_results(
     recipe: Recipe, settings: Settings, rows: Sequence[Row], finished: Sequence[Finished], *, command: Sequence[str]
 ) -> list[Path]:
-    """NAME.csv, NAME.md and, where the recipe draws, NAME.png in `settings.out`; returns their paths."""
-    written = [_text(settings.out / f"{recipe.name}.csv", _csv(rows))]
+    """Write NAME.csv, NAME.md and, if the recipe has a plot, NAME.png to `settings.out`; returns their paths.
+
+    `command` is printed as what made them.
+    """
+    written = [_write(settings.out / f"{recipe.name}.csv", _csv(rows))]
     plot = settings.out / f"{recipe.name}.png"
     if recipe.draw is not None:
         _plot(plot, recipe, rows)
@@ -35,11 +38,11 @@ def write_results(
         recipe.text(settings, finished) if recipe.text is not None else "",
         _provenance(settings, finished, command),
     ]
-    written.append(_text(settings.out / f"{recipe.name}.md", "\n".join(part for part in parts if part)))
+    written.append(_write(settings.out / f"{recipe.name}.md", "\n".join(part for part in parts if part)))
     return written
 
 
-def _text(path: Path, text: str) -> Path:
+def _write(path: Path, text: str) -> Path:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
@@ -58,7 +61,7 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """A column `X ±` is written into the cells of column `X`."""
+    """The rows as a Markdown table. Values of a column `X ±` are printed in the cells of column `X`."""
 
     def cell(row: Row, name: str) -> str:
         value, spread = row.get(name), row.get(f"{name} ±")
@@ -82,7 +85,7 @@ def _plot(path: Path, recipe: Recipe, rows: Sequence[Row]) -> None:
 
 
 def _provenance(settings: Settings, finished: Sequence[Finished], command: Sequence[str]) -> str:
-    """Command, seeds, hashes, hardware."""
+    """Markdown: command, seeds, hashes and hardware."""
     lines = ["## How it was made\n", f"```\n{shlex.join(command)}\n```\n"]
     lines.append("| run | seed | steps | tokens | seconds | config.json | model.safetensors |\n| " + "--- | " * 7)
     for done in finished:

@@ -1,12 +1,14 @@
-"""Latent metrics on sets of vectors whose answers are known, and the likelihood's shares against truncated models."""
+"""Geometry of states against known answers; terms of the bound against the objective and against truncated models."""
 
+import copy
 import itertools
 import math
 
 import pytest
 import torch
 
-from tarflowlm.evaluation.latents import (
+from tarflowlm.evaluation.blocks import (
+    bound_parts,
     centroid_shift,
     latent_report,
     mean_cosine,
@@ -14,14 +16,17 @@ from tarflowlm.evaluation.latents import (
     participation_ratio,
     state_metrics,
 )
+from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.model import TarFlowLM
-from tarflowlm.objective import elbo
+from tarflowlm.objective import elbo, posterior_noise
 
 FLOWS = {
     "affine": {"couplings": ("affine", "affine")},
     "mixd-mix1-mix1": {"couplings": ("mixd", "mix1", "mix1")},
+    "mix1": {"couplings": ("mix1", "mix1")},
     "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
 }
+CHARACTERS = torch.tensor([1, 0, 2, 3, 7])
 
 
 def test_the_norm_is_that_of_the_vectors_not_of_their_mean():
@@ -130,3 +135,50 @@ def test_batches_change_nothing_but_the_draws_and_are_reported(tiny_flow, window
     assert parts[0].norm.std == pytest.approx(whole[0].norm.std, abs=1e-4)
     assert seen == [(4, 6), (6, 6)]
     assert latent_report(model, windows, seed=1) == latent_report(model, windows, seed=1)
+
+
+def test_the_terms_are_those_of_the_elbo(model, windows):
+    parts = bound_parts(model, windows, CHARACTERS)
+    noise = posterior_noise(model, windows, torch.Generator().manual_seed(0))
+    terms = elbo(model, windows, noise=noise)
+
+    def per_token(value):
+        return pytest.approx(value.detach().mean().item() / 8, rel=1e-9, abs=1e-12)
+
+    assert parts.reconstruction == per_token(terms.reconstruction)
+    assert parts.log_q == per_token(terms.log_q)
+    assert parts.bases[-1] == per_token(terms.base)
+    assert list(parts.log_dets) == [per_token(value) for value in terms.log_dets]
+    assert parts.kl == per_token(terms.log_q - terms.log_prior)
+    assert parts.bounds[-1] == per_token(terms.nelbo)
+    assert (parts.windows, parts.tokens, parts.characters) == (6, 48, int(CHARACTERS[windows].sum()))
+
+
+def test_bounds_of_the_first_blocks_are_those_of_shorter_models(model, windows):
+    parts = bound_parts(model, windows, CHARACTERS)
+    assert len(parts.bounds) == model.num_blocks + 1
+    for blocks, bound in enumerate(parts.bounds):
+        shorter = copy.deepcopy(model)
+        shorter.prior.blocks = shorter.prior.blocks[:blocks]
+        result = evaluate(shorter, windows, CHARACTERS)
+        assert bound == pytest.approx(result.nats_per_token, rel=1e-9)
+        assert parts.bpc(bound) == pytest.approx(result.bpc, rel=1e-9)
+    assert sum(parts.gains) == pytest.approx(parts.bounds[0] - parts.bounds[-1])
+
+
+def test_the_bound_in_batches_is_that_of_the_evaluation(tiny_flow):
+    model = tiny_flow().eval()
+    windows = torch.randint(5, (1500, 8), generator=torch.Generator().manual_seed(4))
+    seen = []
+    parts = bound_parts(model, windows, CHARACTERS, seed=3, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1024, 1500), (1500, 1500)]
+    assert parts.bounds[-1] == pytest.approx(evaluate(model, windows, CHARACTERS, seed=3).nats_per_token, rel=1e-9)
+
+
+def test_both_results_agree(model, windows):
+    """They come from one pass; the report of states divides before it sums, in the precision of the model."""
+    parts, report = bound_parts(model, windows, CHARACTERS, seed=5), latent_report(model, windows, seed=5)
+    assert parts.bounds == pytest.approx([state.nelbo.mean for state in report])
+    assert parts.gains == pytest.approx([state.kl_gain.mean for state in report[1:]])
+    assert parts.log_dets == pytest.approx([state.log_det.mean for state in report[1:]])
+    assert parts.kl == pytest.approx(report[-1].kl.mean)

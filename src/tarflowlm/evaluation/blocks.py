@@ -1,0 +1,247 @@
+"""What each block of a flow does: its share of the bound, and the geometry of the state that it leaves.
+
+Both come from one pass over the windows of a text, with one posterior sample z ~ q(z|x) for each. The states are
+h^(0) = z, h^(1), ..., h^(L) = u, each [B, T, d] in the order of the tokens. "After block l" means with the standard
+normal on top of the first l blocks, so l = 0 is a prior without any block.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tarflowlm.evaluation.likelihood import bits, windows_per_batch
+from tarflowlm.flow.couplings import standard_normal_log_prob
+from tarflowlm.model import TarFlowLM
+
+Progress = Callable[[int, int], None]
+
+
+def mean_norm(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
+    """(1/T) sum_t |h_t|: the mean L2 norm of the token vectors."""
+    return states.norm(dim=-1).mean(-1)
+
+
+def mean_cosine(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
+    """Mean of cos(h_s, h_t) over the pairs s < t of a sequence. A zero vector has cosine 0. NaN for T = 1."""
+    T = states.shape[1]
+    unit = F.normalize(states, dim=-1)
+    # |sum_t n_t|^2 = sum_t |n_t|^2 + 2 sum_{s<t} n_s n_t
+    pairs = (unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))) / 2
+    return pairs / (T * (T - 1) / 2) if T > 1 else pairs * torch.nan
+
+
+def participation_ratio(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
+    """(sum_i l_i)^2 / sum_i l_i^2, l the eigenvalues of the d x d covariance of the T centred vectors.
+
+    The number of directions over which a sequence spreads evenly, from 1 to d. NaN where all vectors are equal.
+    """
+    centred = states - states.mean(1, keepdim=True)
+    covariance = centred.mT @ centred
+    # the trace is the sum of the eigenvalues, the squared Frobenius norm that of their squares
+    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return trace.square() / covariance.square().sum((-2, -1))
+
+
+def centroid_shift(before: Float[Tensor, "B T d"], after: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
+    """|mean_t after_t - mean_t before_t|: how far a block moves the centre of a sequence."""
+    return (after.mean(1) - before.mean(1)).norm(dim=-1)
+
+
+def state_metrics(states: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """The four metrics [B] of each of some consecutive states [B, T, d], of texts or of samples.
+
+    Keys: norm, cosine, participation_ratio and, but for the first state, centroid_shift.
+    """
+    metrics = []
+    for index, h in enumerate(states):
+        values = {"norm": mean_norm(h), "cosine": mean_cosine(h), "participation_ratio": participation_ratio(h)}
+        if index:
+            values["centroid_shift"] = centroid_shift(states[index - 1], h)
+        metrics.append(values)
+    return metrics
+
+
+@dataclass(frozen=True)
+class BoundParts:
+    """The ELBO of docs/math.md, eq. 11, term by term: nats per token, means over the windows.
+
+    bound = -reconstruction + log_q - bases[L] - sum_l log_dets[l]
+    """
+
+    reconstruction: float
+    """log p(x | z)."""
+    log_q: float
+    """log q(z | x)."""
+    log_dets: tuple[float, ...]
+    """log|det J| of every block, block 1 first."""
+    bases: tuple[float, ...]
+    """log N(h^(l); 0, I) of the state after l = 0, ..., L blocks; the last is the base of the whole model."""
+    windows: int
+    tokens: int
+    characters: int
+
+    @cached_property
+    def bounds(self) -> tuple[float, ...]:
+        """The bound after l = 0, ..., L blocks; the last is the model's."""
+        encoding = -self.reconstruction + self.log_q
+        return tuple(encoding - base - sum(self.log_dets[:blocks]) for blocks, base in enumerate(self.bases))
+
+    @property
+    def gains(self) -> tuple[float, ...]:
+        """By how much each block lowers the bound."""
+        return tuple(before - after for before, after in zip(self.bounds, self.bounds[1:], strict=False))
+
+    @property
+    def kl(self) -> float:
+        """log q(z|x) - log p(z): a sample of the KL divergence from posterior to prior."""
+        return self.log_q - self.bases[-1] - sum(self.log_dets)
+
+    def bpc(self, nats_per_token: float) -> float:
+        """Nats per token of this text as bits per character."""
+        return bits(nats_per_token * self.tokens / self.characters)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over sequences and their standard deviation (NaN for one sequence)."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class StateReport:
+    """State h^(l) after l blocks (0: the latents z) over a set of sequences."""
+
+    block: int
+    norm: Spread
+    cosine: Spread
+    participation_ratio: Spread
+    centroid_shift: Spread | None
+    """From the state before; None for z."""
+    log_det: Spread | None
+    """log|det J| of block l, nats per token; None for z."""
+    kl: Spread
+    """E_q[ log q(z|x) - log p_l(z) ], nats per token: the KL divergence to a prior that ends after block l."""
+    kl_gain: Spread | None
+    """By how much block l lowers it: log|det J_l| + log N(h^(l); 0, I) - log N(h^(l-1); 0, I). None for z."""
+    nelbo: Spread
+    """Negative ELBO with a prior that ends after block l, nats per token: kl - E_q[ log p(x|z) ]."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Terms of the bound in nats and metrics of every state, for each of W windows of T tokens; on the CPU."""
+
+    num_tokens: int
+    """T."""
+    reconstruction: Tensor
+    """[W]."""
+    log_q: Tensor
+    """[W]."""
+    log_dets: list[Tensor]
+    """[W] for each of the L blocks."""
+    bases: list[Tensor]
+    """log N(h; 0, I), [W] for each of the L + 1 states."""
+    metrics: list[dict[str, Tensor]]
+    """`state_metrics`."""
+
+
+def bound_parts(
+    model: TarFlowLM,
+    windows: Int[Tensor, "W T"],
+    characters_per_token: Tensor,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> BoundParts:
+    """The terms of the bound over the windows of a text, with the noise that `evaluate` draws for the same seed.
+
+    `characters_per_token` [V]. `progress` gets the number of windows done and their total.
+    """
+    found = _measure(model, windows, seed, None, progress)
+    terms = torch.stack([found.reconstruction, found.log_q, *found.log_dets, *found.bases]).double()
+    means = (terms.mean(1) / found.num_tokens).tolist()
+    return BoundParts(
+        reconstruction=means[0],
+        log_q=means[1],
+        log_dets=tuple(means[2 : 2 + model.num_blocks]),
+        bases=tuple(means[2 + model.num_blocks :]),
+        windows=len(windows),
+        tokens=windows.numel(),
+        characters=int(characters_per_token[windows].sum()),
+    )
+
+
+def latent_report(
+    model: TarFlowLM,
+    windows: Int[Tensor, "W T"],
+    *,
+    seed: int = 0,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> list[StateReport]:
+    """Every state h^(0) = z, ..., h^(L) = u of the windows of a text: geometry, and share of the likelihood.
+
+    The last entry's `nelbo` is that of the model; the gains add up to kl(0) - kl(L). Same seed, same result.
+    `batch` windows are encoded at once. `progress` gets the number of windows done and their total.
+    """
+    found = _measure(model, windows, seed, batch, progress)
+    T, reports = found.num_tokens, []
+    log_det_sum, kl_before = torch.zeros_like(found.log_q), torch.zeros_like(found.log_q)
+    for block, (metrics, base) in enumerate(zip(found.metrics, found.bases, strict=True)):
+        values: dict[str, Tensor | None] = dict.fromkeys(("centroid_shift", "log_det", "kl_gain"))
+        values |= metrics
+        if block:
+            log_det_sum = log_det_sum + found.log_dets[block - 1]
+        kl = (found.log_q - log_det_sum - base) / T
+        values |= {"kl": kl, "nelbo": kl - found.reconstruction / T}
+        if block:
+            values |= {"log_det": found.log_dets[block - 1] / T, "kl_gain": kl_before - kl}
+        kl_before = kl
+        spreads: dict[str, Any] = {name: None if v is None else _spread(v) for name, v in values.items()}
+        reports.append(StateReport(block=block, **spreads))
+    return reports
+
+
+@torch.no_grad()
+def _measure(model: TarFlowLM, windows: Tensor, seed: int, batch: int | None, progress: Progress | None) -> _Measured:
+    """The one pass: every window once through the blocks, with the noise of `seed`."""
+    batch = batch or windows_per_batch(windows.shape[1])  # as `evaluate`, so that both draw the same noise
+    device = model.codebook.mean.device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    terms, metrics = [], []
+    for start in range(0, len(windows), batch):
+        tokens = windows[start : start + batch].to(device)
+        found, states = model.elbo(tokens, model.draw_noise(tokens, generator))
+        bases = [standard_normal_log_prob(state) for state in states]
+        terms.append(torch.stack([found.reconstruction, found.log_q, *found.log_dets, *bases]).cpu())
+        metrics.append([{name: v.cpu() for name, v in state.items()} for state in state_metrics(states)])
+        if progress is not None:
+            progress(min(start + batch, len(windows)), len(windows))
+    reconstruction, log_q, *rest = torch.cat(terms, dim=1)
+    return _Measured(
+        num_tokens=windows.shape[1],
+        reconstruction=reconstruction,
+        log_q=log_q,
+        log_dets=rest[: model.num_blocks],
+        bases=rest[model.num_blocks :],
+        metrics=[
+            {name: torch.cat([part[block][name] for part in metrics]) for name in metrics[0][block]}
+            for block in range(model.num_blocks + 1)
+        ],
+    )
+
+
+def _spread(values: Tensor) -> Spread:
+    values = values.double()
+    return Spread(values.mean().item(), values.std().item() if len(values) > 1 else float("nan"))

@@ -1,0 +1,174 @@
+"""Figures 2 to 5 of the paper: training ladder, couplings, mixture components, and two tokens at a time."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from tarflowlm.data import eval_windows
+from tarflowlm.generation import generate
+from tarflowlm.generation.generate import num_ticks
+from tarflowlm.model import as_flow_config, stack
+from tarflowlm.report.style import Figure
+from tarflowlm.reproduce.measures import (
+    judge_of,
+    judge_training,
+    plot_models,
+    plot_over,
+    shortened,
+    summaries,
+    summaries_by,
+)
+from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.runs.config import RunConfig
+
+SIX = 6
+COMPONENTS = (1, 2, 4, 8, 16, 27)
+PREFIXES = (0, 16, 64, 128)
+"""Tokens of real text that a continuation is given."""
+PROMPTS = 32
+
+
+def plan_fig2(settings: Settings) -> list[Training]:
+    affine, progressive = settings.preset("affine", "text8"), settings.preset("mixd", "text8")
+    model = as_flow_config(affine.model).each_block(coupling="token-affine")
+    base = replace(affine, name=affine.name.replace("affine", "base"), model=model)
+    return trainings(
+        settings,
+        {
+            "base": base,
+            "+ channel-wise": affine,
+            "+ Mix-1": settings.preset("mix1", "text8"),
+            "+ Mix-d": joint(progressive),
+            "+ progressive": progressive,
+        },
+    )
+
+
+def joint(progressive: RunConfig) -> RunConfig:
+    """The same number of steps, each of which trains all blocks."""
+    train = replace(progressive.train, mode="joint", stage_steps=(sum(progressive.train.stage_steps),))
+    return replace(progressive, name=f"{progressive.name}-joint", train=train)
+
+
+def plan_fig3(settings: Settings) -> list[Training]:
+    return trainings(settings, {"affine": _six_blocks(settings, "affine"), "Mix-1": _six_blocks(settings, "mix1")})
+
+
+def _six_blocks(settings: Settings, coupling: Literal["affine", "mix1"]) -> RunConfig:
+    """Six blocks of two layers; of one layer at mini scale, the depth of the baseline."""
+    mini = settings.scale == "mini"
+    run = settings.preset(coupling, "text8")
+    components = (1,) * SIX if coupling == "affine" else (27, *[2 if mini else 27] * (SIX - 1))
+    blocks = stack((coupling,) * SIX, (1 if mini else 2,) * SIX, components)
+    run = replace(run, name=f"{run.name}-six", model=replace(as_flow_config(run.model), blocks=blocks))
+    return shortened(run) if mini else run
+
+
+def plan_fig4(settings: Settings) -> list[Training]:
+    return trainings(settings, {f"K = {k}": _components(settings, k) for k in COMPONENTS})
+
+
+def _components(settings: Settings, components: int) -> RunConfig:
+    """Mix-1 with K components in every block; the learning rate of the codebook is the same for all K."""
+    run = settings.preset("mix1", "text8")
+    model = as_flow_config(run.model).each_block(components=components)
+    optim = replace(run.optim, codebook_lr_scale=1.0)
+    run = replace(run, name=f"{run.name}-k{components}", model=model, optim=optim)
+    return shortened(run) if settings.scale == "mini" else run
+
+
+def plan_fig5(settings: Settings) -> list[Training]:
+    foil = settings.preset("ar", "owt")
+    foil = replace(foil, name=f"{foil.name}-p2", model=replace(foil.model, patch=2, in_patch="independent"))
+    runs = {
+        "flow, in-patch weights": two_tokens(settings, "autoregressive"),
+        "flow, the paper's": two_tokens(settings, "independent"),
+        "two-token AR": foil,
+    }
+    return trainings(settings, runs) + judge_training(settings)
+
+
+def two_tokens(settings: Settings, in_patch: Literal["autoregressive", "independent"]) -> RunConfig:
+    """Mix-d with two tokens per position; in the paper they are independent given the past."""
+    run = settings.preset("mixd-p2" if settings.scale == "mini" else "mixd", "owt")
+    name = run.name if settings.scale == "mini" else f"{run.name}-p2"
+    name += "-paper" if in_patch == "independent" else ""
+    return replace(run, name=name, model=replace(run.model, patch=2, in_patch=in_patch))
+
+
+def measure_fig5(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """Perplexity under the judge of prefix and continuation, by model and prefix; real text last."""
+    judge, models = judge_of(settings, finished)
+    rows: list[Row] = []
+    for done in models:
+        checkpoint = done.load()
+        context = checkpoint.run.model.context
+        text = eval_windows(done.tokens(checkpoint), context, PROMPTS)
+        for prefix in PREFIXES:
+            samples = generate(
+                checkpoint.model,
+                num=len(text),
+                num_tokens=context,
+                template=text[:, :prefix],
+                generator=torch.Generator().manual_seed(0),
+                decoder="auto",
+                tick=done.tick_of(f"prefix {prefix}, positions", num_ticks(checkpoint.model, context)),
+            )
+            reading = judge.read([checkpoint.tokenizer.decode(row) for row in samples.tokens.tolist()])
+            row = {"model": done.training.label, "seed": done.training.run.seed, "prefix": prefix}
+            rows.append(row | {"perplexity": reading.perplexity, "judge": judge.name})
+        real = judge.read([checkpoint.tokenizer.decode(row) for row in text.tolist()]).perplexity
+    rows += [{"model": "real text", "prefix": prefix, "perplexity": real, "judge": judge.name} for prefix in PREFIXES]
+    return rows
+
+
+def draw_fig5(figure: Figure, rows: Sequence[Row]) -> None:
+    axes = figure.subplots()
+    for model in dict.fromkeys(row["model"] for row in rows):
+        of_model = [row for row in rows if row["model"] == model]
+        axes.plot([row["prefix"] for row in of_model], [row["perplexity"] for row in of_model], "o-", label=model)
+    axes.set_xlabel("tokens of real text before the continuation")
+    axes.set_ylabel("generative perplexity")
+    axes.legend()
+
+
+FIG2 = Recipe(
+    name="fig2",
+    title="Ladder of ablations",
+    claim="The paper: every addition improves the model: base (one affine map for all channels of a token), + "
+    "channel-wise affine, + Mix-1, + Mix-d, + progressive training.",
+    plan=plan_fig2,
+    measure=summaries,
+    draw=plot_models(),
+)
+
+FIG3 = Recipe(
+    name="fig3",
+    title="Affine against Mix-1, six blocks",
+    claim="The paper: with six blocks of two layers, Mix-1 reaches a clearly better bound than affine couplings.",
+    plan=plan_fig3,
+    measure=summaries,
+    draw=plot_models(),
+)
+
+FIG4 = Recipe(
+    name="fig4",
+    title="Mixture components",
+    claim="The paper: K = 1 is far worse than any K above 1, and all of those work. (Here block 1 starts from the "
+    "codebook with K = 27, the size of the vocabulary, but not with other K.)",
+    plan=plan_fig4,
+    measure=summaries_by("K", lambda config: config.blocks[0].components),
+    draw=plot_over("K", "mixture components K"),
+)
+
+FIG5 = Recipe(
+    name="fig5",
+    title="Two tokens at a time",
+    claim="The paper: at patch size 2 the flow's generative perplexity stays good over all prefix lengths; a "
+    "baseline that predicts two tokens at once breaks down.",
+    plan=plan_fig5,
+    measure=measure_fig5,
+    draw=draw_fig5,
+)
