@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow.codebook import Codebook
-from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling, standard_normal_log_prob
+from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling
 from tarflowlm.flow.mixd import MixDCoupling
+from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.precision import full_precision
 from tarflowlm.flow.stack import FlowBlock, Prior
 from tarflowlm.flow.transformer import KVCache

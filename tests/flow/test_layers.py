@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from tarflowlm.errors import UserError
-from tarflowlm.flow.bijection import Compose
-from tarflowlm.flow.layers import ChannelMix, Direction, Patch
+from tarflowlm.flow.bijection import ChannelMix, Compose, Direction, Patch
 
 T, C = 6, 5
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics_cases import nasty_mixtures, wide_noise
+from tarflowlm.flow.numerics.families import LOGISTIC, NORMAL, family
 
 from tarflowlm.flow.numerics import inverse, linear, logspace, mixture_cdf, mixture_cdf_inverse, mixture_log_density
-from tarflowlm.flow.numerics.families import LOGISTIC, NORMAL, family
 
 KINDS = ["normal", "logistic"]
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm.evaluation.likelihood import bits, windows_per_batch
-from tarflowlm.flow.couplings import standard_normal_log_prob
+from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.model import TarFlowLM
 
 Progress = Callable[[int, int], None]

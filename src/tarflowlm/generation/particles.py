@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tarflowlm.flow.couplings import log_standard_normal
+from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.generation.inversion import Decoders, Inverted, Tick, invert_stack
 from tarflowlm.generation.passage import Passage
 from tarflowlm.generation.sampling import row_normal, row_uniform
