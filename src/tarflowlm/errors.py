@@ -1,4 +1,4 @@
-"""The one exception for what a user got wrong."""
+"""What ends a command early, other than a bug."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The command line prints the message without a traceback and exits with status 2. Library callers may catch
     it as a `ValueError`. Violations of our own invariants are `AssertionError`, never this.
     """
+
+
+class Stopped(Exception):
+    """A run was asked to stop and has saved itself; the message says how to continue."""

@@ -30,7 +30,8 @@ from tarflowlm.data.read import text_blocks
 from tarflowlm.data.registry import resolve_source
 from tarflowlm.errors import UserError
 from tarflowlm.runs.presets import preset
-from tarflowlm.terminal.console import StageProgress, no_progress, print_table
+from tarflowlm.terminal.bars import StageProgress, no_progress
+from tarflowlm.terminal.tables import print_table
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,17 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.choices import Decoder, DeviceName
+from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.generation import generate
 from tarflowlm.generation.generate import num_ticks
-from tarflowlm.generation.inversion import Decoder, invert_block
+from tarflowlm.generation.inversion import invert_block
 from tarflowlm.generation.stack import invert_stack
 from tarflowlm.model import TarFlowLM
 from tarflowlm.runs.checkpoint import Model, load_checkpoint
-from tarflowlm.terminal.console import StageProgress, no_progress, ticker
+from tarflowlm.terminal.bars import StageProgress, no_progress, ticker
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,7 @@ def _models(models: dict[str, Model], args: Args, batch: int, progress: StagePro
 
 
 @torch.no_grad()
-def _blocks(
-    name: str, model: TarFlowLM, args: Args, batch: int, progress: StageProgress
-) -> list[dict[str, Any]]:
+def _blocks(name: str, model: TarFlowLM, args: Args, batch: int, progress: StageProgress) -> list[dict[str, Any]]:
     padded = -(-_length(model, args) // model.config.patch) * model.config.patch
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(batch, padded, model.config.latent_dim, generator=generator).to(model.codebook.mean)

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tarflowlm.choices import DeviceName
 from tarflowlm.data import encode_text_source, eval_windows
-from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.device import pick_device
 from tarflowlm.editing import bound, encode, renoise
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
@@ -21,7 +22,7 @@ from tarflowlm.generation.generate import num_ticks
 from tarflowlm.generation.template import BLANK
 from tarflowlm.model import TarFlowLM
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
-from tarflowlm.terminal.console import StageProgress, no_progress, ticker
+from tarflowlm.terminal.bars import StageProgress, no_progress, ticker
 
 
 @dataclass(frozen=True)

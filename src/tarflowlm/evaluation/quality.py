@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
+from tarflowlm.choices import Decoder
 from tarflowlm.data import Tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge
 from tarflowlm.generation import generate
-from tarflowlm.generation.inversion import Decoder
 from tarflowlm.generation.weights import adjust_weights
 from tarflowlm.runs.checkpoint import Model
 

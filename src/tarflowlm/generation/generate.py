@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
+from tarflowlm.choices import Decoder
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.generation.inversion import Decoder, Inverted
+from tarflowlm.generation.inversion import Inverted
 from tarflowlm.generation.noise import row_generators, row_normal
 from tarflowlm.generation.particles import Weights, draw, walk
 from tarflowlm.generation.passage import LatentPassage, Tick, TokenPassage

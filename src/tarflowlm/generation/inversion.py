@@ -5,16 +5,14 @@ Both ways work on the same guess and the same KV cache, so a block can change fr
 
 import time
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tarflowlm.choices import Decoder
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.generation.passage import Tick
-
-Decoder = Literal["sequential", "parallel", "auto"]
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 """Change of a latent, over 1 + its size, that counts as none: some roundings of the format."""

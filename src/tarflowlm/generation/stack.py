@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from tarflowlm.choices import Decoder
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.stack import FlowBlock
-from tarflowlm.generation.inversion import Decoder, Inverted, invert_block
+from tarflowlm.generation.inversion import Inverted, invert_block
 from tarflowlm.generation.passage import Tick
 from tarflowlm.model import TarFlowLM
 

@@ -14,7 +14,7 @@ from tarflowlm.report.style import Figure
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import with_steps
-from tarflowlm.terminal.console import StageProgress, no_progress, ticker
+from tarflowlm.terminal.bars import StageProgress, no_progress, ticker
 from tarflowlm.training.run import SUMMARY
 
 Scale = Literal["mini", "paper"]

@@ -196,9 +196,7 @@ class Bars:
             self._task = self.progress.add(label, total=total, completed=completed)
         # not before, so that an error at the start prints its one line alone
         self.progress.start()
-        self.progress.update(
-            self._task, completed=completed, total=total, rate=rate, refresh=not self.auto_refresh
-        )
+        self.progress.update(self._task, completed=completed, total=total, rate=rate, refresh=not self.auto_refresh)
 
     def close(self) -> None:
         if self.progress.live.is_started:

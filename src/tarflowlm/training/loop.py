@@ -159,9 +159,7 @@ def stage_pace(context: StageContext, counters: Counters, every: int) -> Pace:
     return TimePace(train, counters.stage, counters.spent, context.clock, context.num_test_windows, every)
 
 
-def _step(
-    optimizers: list[torch.optim.Optimizer], counters: Counters, steps: "_StepLog", *, deferred: bool
-) -> int:
+def _step(optimizers: list[torch.optim.Optimizer], counters: Counters, steps: "_StepLog", *, deferred: bool) -> int:
     """One step on the next batch, counted; what came of it goes to `steps`, which may read it later. Its tokens."""
     engine, context = steps.engine, steps.context
     tokens = context.sampler.next()
