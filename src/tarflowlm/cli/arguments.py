@@ -98,7 +98,7 @@ class EvalArgs:
     windows: int | None = None
     """At most this many windows, evenly spaced; the default is all of them."""
     stride: int | None = None
-    """Tokens between window starts (default: the context). Less lets windows overlap: baseline and one-block flows."""
+    """Tokens between window starts (default: the context). Less lets windows overlap: baseline, one-block flows."""
     latents: bool = False
     """Also the state after every block: norms, cosines, participation ratio, centroid, log-det, KL."""
     quality: bool = False

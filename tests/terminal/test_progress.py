@@ -6,8 +6,9 @@ import re
 import pytest
 from rich.console import Console
 
-from tarflowlm.terminal.console import ProgressReporter, bar, corpus_bar, stages_bar
+from tarflowlm.terminal.bars import bar, corpus_bar, stages_bar
 from tarflowlm.terminal.progress import PlainLines, minutes, per_second
+from tarflowlm.terminal.training import ProgressReporter
 
 TRAIN = {"split": "train", "bpc": 2.3114, "tokens_per_second": 6945.2}
 VALID = {"split": "valid", "bpc": 2.402}
@@ -88,9 +89,7 @@ def test_a_stage_given_by_time(pipe, clock):
     with ProgressReporter(pipe, clock=clock) as reporter:
         reporter.stage(1, 2, 0, 0, "block 2 mix1")
         train(reporter, clock, steps=20, shares=0.25)
-    assert lines(pipe) == [
-        "stage 2/2 block 2 mix1: step 20 (25 %), train 2.311 bpc, 6,945 tokens/s, 0:15 left"
-    ]
+    assert lines(pipe) == ["stage 2/2 block 2 mix1: step 20 (25 %), train 2.311 bpc, 6,945 tokens/s, 0:15 left"]
 
 
 def test_a_resumed_stage_given_by_time(pipe, clock):
