@@ -15,7 +15,7 @@ from tarflowlm.data import TEXT8_ALPHABET
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig
-from tarflowlm.reproduce import command, fig6, runs
+from tarflowlm.reproduce import fig6, runs
 from tarflowlm.reproduce.measures import summary_row
 from tarflowlm.reproduce.recipe import Recipe, Settings, trainings
 from tarflowlm.runs.config import RunConfig, TrainConfig
@@ -157,11 +157,11 @@ def test_what_would_stop_a_later_recipe_stops_all_of_them_at_once(settings, refu
     bad = replace(TINY_RECIPE, plan=lambda settings: trainings(settings, {"tiny": other}))
     foreign = replace(TINY_RECIPE, needs=(("no_such_module", "quality"),))
     for name in list(RECIPES):
-        monkeypatch.delitem(command.RECIPES, name)
-    monkeypatch.setitem(command.RECIPES, "good", good)
+        monkeypatch.delitem(RECIPES, name)
+    monkeypatch.setitem(RECIPES, "good", good)
     argv = ["reproduce", "all", "--out", settings.out, "--data", settings.data, "--device", "cpu"]
     for recipe, words in ((bad, "another configuration"), (foreign, "tarflowlm[quality]")):
-        monkeypatch.setitem(command.RECIPES, "later", recipe)
+        monkeypatch.setitem(RECIPES, "later", recipe)
         refused(*argv, names=[words])
     assert [path.name for path in (settings.out / "runs").iterdir()] == ["tiny-s0"]
 
@@ -192,7 +192,7 @@ def test_results_say_how_they_were_made(settings, run, run_json, monkeypatch):
     recipe = replace(TINY_RECIPE, draw=lambda figure, rows: figure.subplots().plot([row["test bpc"] for row in rows]))
     if "matplotlib" not in sys.modules:
         pytest.importorskip("matplotlib")
-    monkeypatch.setitem(command.RECIPES, "tiny", recipe)
+    monkeypatch.setitem(RECIPES, "tiny", recipe)
     argv = ["reproduce", "tiny", "--out", settings.out, "--data", settings.data, "--seeds", 2, "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["tarflowlm", *map(str, argv)])
     result = run_json(*argv)
@@ -210,9 +210,9 @@ def test_results_say_how_they_were_made(settings, run, run_json, monkeypatch):
 
 def test_all_recipes_are_run_and_what_they_share_is_planned_once(settings, run_json, monkeypatch):
     for name in list(RECIPES):
-        monkeypatch.delitem(command.RECIPES, name)
+        monkeypatch.delitem(RECIPES, name)
     for name in ("first", "second"):
-        monkeypatch.setitem(command.RECIPES, name, replace(TINY_RECIPE, name=name))
+        monkeypatch.setitem(RECIPES, name, replace(TINY_RECIPE, name=name))
     argv = ["reproduce", "all", "--out", settings.out, "--data", settings.data, "--device", "cpu"]
     assert [planned["run"] for planned in run_json(*argv, "--dry-run")["runs"]] == ["tiny-s0"]
     results = run_json(*argv)["recipes"]
