@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "tarflowlm"
 
 LAYERS = [
-    {"errors"},
+    {"errors", "choices"},
     {"files", "device"},
     {"flow", "data"},
     {"language_model"},

@@ -1,4 +1,4 @@
-"""The one exception for what a user got wrong, and the first line of any other."""
+"""What ends a command early, other than a bug, and how an error is quoted in one line."""
 
 
 class UserError(ValueError):
@@ -12,3 +12,7 @@ class UserError(ValueError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none: to be quoted in a one-line message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class Stopped(Exception):
+    """A run was asked to stop and has saved itself; the message says how to continue."""

@@ -6,13 +6,14 @@ import signal
 import pytest
 import torch
 
-from tarflowlm.cli import main as cli
+from tarflowlm.cli.main import main
 from tarflowlm.cli.signals import stop_on_signals
+from tarflowlm.errors import Stopped
 from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.terminal.training import ProgressReporter
 from tarflowlm.training import parallel
 from tarflowlm.training.lifecycle import resume, train
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.run import Stopped
 
 CPU = torch.device("cpu")
 
@@ -123,17 +124,17 @@ def test_without_stop_requests_no_handler_is_touched(tmp_path, tiny_baseline, go
 @pytest.mark.parametrize(("times", "status"), [(1, 75), (2, 130)])
 def test_the_command_line_has_a_status_of_its_own_for_it(tmp_path, corpus_file, monkeypatch, capsys, times, status):
     out = tmp_path / "run"
-    step, sender = cli.ProgressReporter.step, Sender("step", 1, signal.SIGTERM, times)
+    step, sender = ProgressReporter.step, Sender("step", 1, signal.SIGTERM, times)
 
     def signalled(self, num_tokens, share):
         step(self, num_tokens, share)
         sender.step(num_tokens)
 
-    monkeypatch.setattr(cli.ProgressReporter, "step", signalled)
+    monkeypatch.setattr(ProgressReporter, "step", signalled)
     argv = ["train", "mini-ar", "--out", str(out), "--data", str(corpus_file), "--steps", "3", "--device", "cpu"]
     argv += ["--model.context", "16", "--model.trunk.width", "32", "--model.layers", "1"]
     with pytest.raises(SystemExit) as stopped:
-        cli.main(argv)
+        main(argv)
     torch.set_flush_denormal(False)
     assert stopped.value.code == status
     last = capsys.readouterr().err.splitlines()[-1]
@@ -142,6 +143,6 @@ def test_the_command_line_has_a_status_of_its_own_for_it(tmp_path, corpus_file, 
     if status == 75:
         assert f"saved at step 1; go on with `tarflowlm train --resume {out}`" in last
         monkeypatch.undo()
-        cli.main(["train", "--resume", str(out), "--device", "cpu", "--json"])
+        main(["train", "--resume", str(out), "--device", "cpu", "--json"])
         torch.set_flush_denormal(False)
         assert (out / "summary.json").exists()

@@ -29,7 +29,8 @@ from tarflowlm.data.sources import resolve_source
 from tarflowlm.data.text import text_blocks, text_pieces
 from tarflowlm.errors import UserError
 from tarflowlm.runs.presets import preset
-from tarflowlm.terminal.console import StageProgress, no_progress, print_table
+from tarflowlm.terminal.bars import StageProgress, no_progress
+from tarflowlm.terminal.tables import print_table
 
 
 @dataclass(frozen=True)

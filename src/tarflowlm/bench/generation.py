@@ -13,15 +13,16 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.choices import Decoder, DeviceName
+from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.generation.generate import num_ticks
-from tarflowlm.generation.inversion import Decoder, invert_block, invert_stack
+from tarflowlm.generation.inversion import invert_block, invert_stack
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.terminal.console import StageProgress, no_progress, ticker
+from tarflowlm.terminal.bars import StageProgress, no_progress, ticker
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tarflowlm.choices import DeviceName
 from tarflowlm.data import encode_text_source, eval_windows
-from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.device import pick_device
 from tarflowlm.editing import bound, encode, renoise
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
@@ -21,7 +22,7 @@ from tarflowlm.generation.generate import num_ticks
 from tarflowlm.generation.sampling import BLANK
 from tarflowlm.model import as_flow
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
-from tarflowlm.terminal.console import StageProgress, no_progress, ticker
+from tarflowlm.terminal.bars import StageProgress, no_progress, ticker
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tarflowlm.bench.memory import high_water_mark
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import mixture_cdf, mixture_cdf_inverse, mixture_log_prob_from_features
-from tarflowlm.terminal.console import StageProgress, no_progress
+from tarflowlm.terminal.bars import StageProgress, no_progress
 
 Params = tuple[Tensor, Tensor, Tensor]
 Map = Callable[[Tensor, Params], Tensor]

@@ -23,7 +23,7 @@ from tarflowlm.device import synchronize
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.runs.config import RunConfig
-from tarflowlm.terminal.console import column_table
+from tarflowlm.terminal.tables import column_table
 from tarflowlm.training.optim import build_optimizers
 
 PARTS = ("forward", "backward", "step")

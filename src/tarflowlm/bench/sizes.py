@@ -28,7 +28,8 @@ from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import PAPER_PRESETS, preset
-from tarflowlm.terminal.console import StageProgress, column_table, no_progress
+from tarflowlm.terminal.bars import StageProgress, no_progress
+from tarflowlm.terminal.tables import column_table
 from tarflowlm.training.distributed import Processes
 from tarflowlm.training.guards import Guard
 from tarflowlm.training.optim import build_optimizers

@@ -15,12 +15,14 @@ from rich.console import Console
 from tarflowlm.bench.memory import high_water_mark
 from tarflowlm.bench.peers import peers, peers_table
 from tarflowlm.bench.scaling import scaling
-from tarflowlm.device import DeviceName, pick_device, synchronize
+from tarflowlm.choices import DeviceName
+from tarflowlm.device import pick_device, synchronize
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.flops import training_flops
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import preset
-from tarflowlm.terminal.console import StageProgress, column_table, no_progress
+from tarflowlm.terminal.bars import StageProgress, no_progress
+from tarflowlm.terminal.tables import column_table
 from tarflowlm.training.muon import Muon
 from tarflowlm.training.step import TrainingStep
 

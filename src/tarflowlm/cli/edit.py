@@ -1,67 +1,26 @@
-"""The `edit` command."""
+"""`tarflowlm edit`: a text changed in latent space."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
-import tyro
 from rich.console import Console
 
+from tarflowlm.cli.arguments import EditArgs
 from tarflowlm.data import Tokenizer
-from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.device import pick_device
 from tarflowlm.editing import Edit, Encoded, encode, interpolate, renoise, substitute
 from tarflowlm.errors import UserError
-from tarflowlm.generation.inversion import Decoder
 from tarflowlm.model import TarFlowLM
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.released import chosen
-from tarflowlm.terminal.console import print_edits, print_json, sampling_bar
-
-
-@dataclass(frozen=True)
-class EditArgs:
-    """Change a text in latent space: --strength (re-noise), --toward (interpolate) or --replace OLD NEW."""
-
-    text: str
-    """The text to edit."""
-    directory: tyro.conf.Positional[Path | None] = None
-    """Run directory."""
-    model: str | None = None
-    """In place of a directory: a model that comes with the package, say english-mini."""
-    strength: float | None = None
-    """Re-noise: h -> sqrt(1 - s^2) h + s eps at the state after `level`; 0 is the text itself, 1 forgets it."""
-    toward: str | None = None
-    """Interpolate to this text of the same length."""
-    weight: float = 0.5
-    """With --toward: 0 is the text, 1 the other."""
-    replace: tuple[str, str] | None = None
-    """OLD NEW: change the first OLD into NEW, as many tokens, and regenerate the rest from the noise it had."""
-    level: int | None = None
-    """State to change: 0 the latents, L the noise (the default)."""
-    num: int = 1
-    """Edits, each with noise of its own."""
-    seed: int = 0
-    """Same seed, same edits."""
-    decoder: Decoder = "auto"
-    """How blocks are inverted: position by position, in sweeps, or by what is quicker."""
-    normalize: Literal["text8"] | None = None
-    """Normalise the texts first."""
-    device: DeviceName = "auto"
-    """auto takes cuda, then mps, then cpu."""
-    json: bool = False
-    """Print one JSON object last."""
+from tarflowlm.terminal.bars import sampling_bar
+from tarflowlm.terminal.tables import print_json
+from tarflowlm.terminal.texts import print_edits
 
 
 def run_edit(args: EditArgs) -> None:
-    asked = [name for name in ("strength", "toward", "replace") if getattr(args, name) is not None]
-    if len(asked) != 1:
-        raise UserError(f"edit needs one of --strength, --toward and --replace, got {len(asked)}")
-    if args.num < 1:
-        raise UserError(f"num {args.num}: ask for at least 1 edit")
     directory = chosen(args.directory, args.model)
     checkpoint = load_checkpoint(directory, pick_device(args.device))
     if not isinstance(checkpoint.model, TarFlowLM):

@@ -1,18 +1,16 @@
-"""`tarflowlm eval`: likelihood of a text, on request the latents of every block and the quality of samples."""
+"""`tarflowlm eval`: the likelihood of a text; on request the latents after every block and the quality of samples."""
 
 import time
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from tarflowlm.baseline import TokenLM
+from tarflowlm.cli.arguments import SAMPLING, EvalArgs
 from tarflowlm.data import (
     SOURCE_NAMES,
     TokenArray,
@@ -22,83 +20,26 @@ from tarflowlm.data import (
     eval_windows,
     sliding_windows,
 )
-from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report
 from tarflowlm.evaluation.judges import load_judge
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.evaluation.quality import Quality, SamplingConfig, TextStatistics, measure_quality
-from tarflowlm.generation.inversion import Decoder
 from tarflowlm.model import TarFlowLM
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.released import chosen
-from tarflowlm.terminal.console import bar, corpus_bar, print_json, print_notice, print_table, stages_bar
+from tarflowlm.terminal.bars import bar, corpus_bar, stages_bar
+from tarflowlm.terminal.tables import column_table, print_json, print_notice, print_table
 
 DEFAULT_JUDGE = "gpt2-large"
-
-
-@dataclass(frozen=True)
-class EvalArgs:
-    """Likelihood of a text under a trained model; what its blocks do; how good its samples are."""
-
-    directory: tyro.conf.Positional[Path | None] = None
-    """Run directory."""
-    model: str | None = None
-    """In place of a directory: a model that comes with the package, english-mini or english-mini-ar."""
-    data: str | None = None
-    """Another text: corpus name, file or prepared directory; the default is the run's own corpus."""
-    split: Literal["train", "valid", "test", "all"] = "test"
-    """Part of the text; a file is cut 90/5/5."""
-    samples: int = 1
-    """Posterior samples: 1 gives the ELBO, more the importance-weighted bound and the ELBO beside it."""
-    windows: int | None = None
-    """At most this many windows, evenly spaced; the default is all of them."""
-    stride: int | None = None
-    """Tokens between windows; the default is the context: every window starts afresh. Less lets windows slide, for
-    the baseline and flows of one block."""
-    latents: bool = False
-    """Also the state after every block: norms, cosines, participation ratio, centroid, log-det, KL."""
-    quality: bool = False
-    """Also samples: generative perplexity, MAUVE, entropy, distinct n-grams, repetition, beside those of the text."""
-    judge: str | None = None
-    """With --quality: a run directory of the baseline, a directory of transformers, or a hub name (gpt2-large)."""
-    num: int | None = None
-    """With --quality: samples; 5000 as in the paper."""
-    length: int | None = None
-    """With --quality: tokens per sample; the default is the trained context."""
-    decoder: Decoder | None = None
-    """With --quality: how blocks are inverted (auto)."""
-    temperature: float | None = None
-    """With --quality: power 1 / temperature on the mixture weights of block 1; 1 is the model itself."""
-    top_k: int | None = None
-    """With --quality: keep the k most probable components or tokens."""
-    top_p: float | None = None
-    """With --quality: keep the smallest set of components or tokens that holds this probability."""
-    normalize: Literal["text8"] | None = None
-    """Normalise the text first, whatever the checkpoint's tokenizer does."""
-    seed: int = 0
-    """Of the posterior samples, and of the samples that --quality draws."""
-    device: DeviceName = "auto"
-    """auto takes cuda, then mps, then cpu."""
-    json: bool = False
-    """Print one JSON object last."""
-
-    def sampling(self) -> SamplingConfig | None:
-        """How --quality samples; None without it. UserError for its options without it."""
-        given = {f.name: getattr(self, f.name) for f in fields(SamplingConfig) if f.name != "seed"}
-        given = {name: value for name, value in given.items() if value is not None}
-        if self.quality:
-            return SamplingConfig(**given, seed=self.seed)
-        for name in (*given, *(["judge"] if self.judge is not None else [])):
-            raise UserError(f"--{name.replace('_', '-')} has no effect without --quality: add it, or leave this out")
-        return None
 
 
 def run_eval(args: EvalArgs) -> None:
     console = Console(stderr=True)
     checked_seed(args.seed)
-    sampling = args.sampling()
+    sampling = _sampling(args)
     device = pick_device(args.device)
     directory = chosen(args.directory, args.model)
     checkpoint = load_checkpoint(directory, device)
@@ -145,6 +86,12 @@ def run_eval(args: EvalArgs) -> None:
         _print_quality(Console(), quality)
 
 
+def _sampling(args: EvalArgs) -> SamplingConfig | None:
+    """How --quality samples; None without it."""
+    given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    return SamplingConfig(**given, seed=args.seed) if args.quality else None
+
+
 def _tokens(args: EvalArgs, checkpoint: Checkpoint, tokenizer: Tokenizer, source: str) -> TokenArray:
     console = Console(stderr=True)
     notice = partial(print_notice, console)
@@ -178,9 +125,6 @@ def _likelihood(
             f"stride {stride}: windows can slide for the baseline and for flows of one block; no bound is known for "
             f"the {model.num_blocks} blocks of this model: leave --stride out"
         )
-    if args.samples < 1:
-        # what is said below would come before it
-        raise UserError(f"samples {args.samples}: must be at least 1")
     start = time.perf_counter()
     samples = f", {args.samples} samples each" if args.samples > 1 else ""
     print_notice(console, f"evaluating {len(windows):,} windows of {context} tokens{samples}: {source}, {args.split}")
@@ -235,15 +179,6 @@ def _print_likelihood(console: Console, title: str, result: Likelihood, extra: d
     print_table(console, title, rows)
 
 
-def _columns(console: Console, title: str, header: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=Text(title), title_justify="left", title_style="bold")
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", style="cyan" if index == 0 else None)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
-
-
 def _print_latents(console: Console, states: list[StateReport]) -> None:
     """Two rows per state: mean over sequences, and standard deviation."""
     geometry = {
@@ -263,7 +198,7 @@ def _print_latents(console: Console, states: list[StateReport]) -> None:
             label = "z" if state.block == 0 else f"block {state.block}"
             rows.append([label, *("" if s is None else f"{s.mean:.4f}" for s in spreads)])
             rows.append(["  ±", *("" if s is None else f"{s.std:.4f}" for s in spreads)])
-        _columns(console, title, ["", *names.values()], rows)
+        console.print(column_table(title, ["", *names.values()], rows))
 
 
 def _print_quality(console: Console, quality: Quality) -> None:
@@ -287,6 +222,6 @@ def _print_quality(console: Console, quality: Quality) -> None:
         f"{quality.length} tokens each, decoder {quality.decoder}, {quality.dtype}, temperature "
         f"{quality.temperature}{cuts}, seed {quality.seed}; judge {quality.judge} ({quality.judge_kind})"
     )
-    _columns(console, title, ["", "samples", "real text"], rows)
+    console.print(column_table(title, ["", "samples", "real text"], rows))
     for remark in quality.remarks:
         console.print(Text(remark, style="dim"))

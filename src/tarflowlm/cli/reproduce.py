@@ -1,59 +1,61 @@
-"""`tarflowlm reproduce NAME`: plan, train what is missing, measure, write."""
+"""`tarflowlm reproduce NAME`: plan, train what is missing, measure, write the results."""
 
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from tarflowlm.device import DeviceName, pick_device
+from tarflowlm.cli.arguments import Device, PrintJson
+from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.reproduce import RECIPES
 from tarflowlm.reproduce.recipe import Planned, Recipe, Scale, Settings, estimate, finish, state_of
 from tarflowlm.reproduce.write import write_results
-from tarflowlm.terminal.console import ProgressReporter, print_json, print_notice, print_table, stages_bar
+from tarflowlm.terminal.bars import stages_bar
+from tarflowlm.terminal.tables import print_json, print_notice, print_table
+from tarflowlm.terminal.training import ProgressReporter
 
 ALL = "all"
+NAMES = ", ".join([*RECIPES, ALL])
 
 
 @dataclass(frozen=True)
 class ReproduceArgs:
-    """A table or figure of the paper: table2, fig2, fig3, fig4, fig5, fig6, fig7, table6. Or a question of ours:
-    progressive, patches, one-block. Or all of them."""
+    """Of `tarflowlm reproduce`."""
 
-    name: tyro.conf.Positional[str]
-    """Which one."""
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"One of {NAMES}.")]
     scale: Scale = "mini"
-    """mini runs on a CPU; paper is the published size on TEXT8 and OpenWebText."""
+    """mini runs on a CPU; paper is the published size, on TEXT8 and OpenWebText."""
     out: Path = Path("reproduced")
-    """Directory of runs and results; recipes share the runs in it, and what is done there is not done again."""
+    """Directory of runs and results. Recipes share the runs in it, and finished work is not repeated."""
     data: str | None = None
-    """Text of the mini scale: corpus name or file; the default is the built-in corpus."""
+    """Text for mini scale: corpus name or file; the default is the built-in corpus."""
     judge_data: str = "english"
-    """Text that the judge of samples is trained on at mini scale; it should be another one than --data."""
+    """Text on which the judge of samples is trained at mini scale; it should differ from --data."""
     second_text: str | None = None
-    """table2: measure the likelihood of this whole text as well."""
+    """table2: also measure the likelihood of this whole text."""
     seeds: int = 1
-    """Trainings of each model, with seeds 0, 1, ..."""
+    """Train each model this many times, with seeds 0, 1, ..."""
     steps: int | None = None
-    """Optimiser steps of every training, in place of the recipe's, for a quick look."""
+    """Optimiser steps of every training in place of the recipe's, for a quick look."""
     dry_run: bool = False
-    """Print the trainings with a rough time for each, from a few timed steps, and train nothing."""
-    device: DeviceName = "auto"
-    """auto takes cuda, then mps, then cpu."""
-    json: bool = False
-    """Print one JSON object last."""
+    """Train nothing: list the trainings with a rough time for each, from a few timed steps."""
+    device: Device = "auto"
+    json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        if self.name != ALL and self.name not in RECIPES:
+            raise UserError(f"{self.name!r} is no recipe: choose one of {NAMES}")
+        if self.seeds < 1:
+            raise UserError(f"seeds {self.seeds}: must be at least 1")
 
 
 def run_reproduce(args: ReproduceArgs) -> None:
-    if args.name != ALL and args.name not in RECIPES:
-        raise UserError(f"{args.name!r} is no recipe: choose one of {', '.join(RECIPES)}, or {ALL}")
-    if args.seeds < 1:
-        raise UserError(f"seeds {args.seeds}: must be at least 1")
     recipes = list(RECIPES.values()) if args.name == ALL else [RECIPES[args.name]]
     settings = Settings(
         scale=args.scale,

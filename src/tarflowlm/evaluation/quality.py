@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflowlm.choices import Decoder
 from tarflowlm.data import Tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge
 from tarflowlm.generation import generate
-from tarflowlm.generation.inversion import Decoder
 from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.language_model import LanguageModel
 

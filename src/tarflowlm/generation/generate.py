@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
+from tarflowlm.choices import Decoder
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.generation.inversion import Decoder, Decoders, Inverted, Tick, invert_stack
+from tarflowlm.generation.inversion import Decoders, Inverted, Tick, invert_stack
 from tarflowlm.generation.particles import LatentSource, UniformSource, Weights, particle_filter, resample
 from tarflowlm.generation.passage import LatentPassage, TokenPassage
 from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators, row_normal

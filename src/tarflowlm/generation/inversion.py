@@ -6,17 +6,16 @@ Both ways work on the same guess and the same KV cache, so a block can change fr
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tarflowlm.choices import Decoder
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.model import TarFlowLM
 
-Decoder = Literal["sequential", "parallel", "auto"]
 Decoders = Decoder | Sequence[Decoder]
 """One decoder for all blocks, or one for each, block L first, as `Generation.decoders` has them."""
 Tick = Callable[[], None]

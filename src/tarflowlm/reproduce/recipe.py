@@ -22,7 +22,7 @@ from tarflowlm.report.style import Figure
 from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, Checkpoint, load_checkpoint, read_run
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import preset, with_steps
-from tarflowlm.terminal.console import StageProgress, no_progress, ticker
+from tarflowlm.terminal.bars import StageProgress, no_progress, ticker
 from tarflowlm.training.lifecycle import resume, train
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.step import seconds_per_step

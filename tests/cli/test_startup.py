@@ -1,14 +1,17 @@
-"""What happens before torch is imported, and how the command line ends when it is cut short."""
+"""What happens before torch is imported, what is imported at all, and how the command line ends when cut short."""
 
 import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
 import tarflowlm
 from tarflowlm.cli import threads
+from tarflowlm.cli.main import COMMANDS
+from tarflowlm.cli.signals import exit_on_interrupt
 
 FAKE_TORCH = """
 import os
@@ -44,8 +47,9 @@ def start(tmp_path):
     return call
 
 
-@pytest.mark.parametrize("argv", [("-c", "import tarflowlm.cli.main"), ("-m", "tarflowlm", "--help")])
-def test_threads_are_told_to_yield_before_torch_is_imported(start, argv):
+@pytest.mark.parametrize("command", [("sample", "--model", "x"), ("train", "mini-ar"), ("data", "english")])
+def test_threads_are_told_to_yield_before_torch_is_imported(start, command):
+    argv = ("-m", "tarflowlm", *command)
     # what it is told depends on what else runs on this machine
     assert start(*argv).stdout in ("PASSIVE None\n", "None 20000\n")
     assert start(*argv, OMP_WAIT_POLICY="ACTIVE").stdout == "ACTIVE None\n"
@@ -83,20 +87,62 @@ def test_it_is_too_late_once_torch_is_there(monkeypatch):
     for name in threads.CHOICES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(sys.modules, "torch", sys)
-    threads.yielding_threads()
+    threads.settle_threads()
     assert not any(name in os.environ for name in threads.CHOICES)
 
 
-def test_an_interrupt_during_the_imports_costs_one_line(start):
-    done = start("-m", "tarflowlm", "--help", INTERRUPT="1")
+@pytest.mark.parametrize("command", [("sample", "--model", "x"), ("train", "mini-ar")])
+def test_an_interrupt_during_the_imports_costs_one_line(start, command):
+    done = start("-m", "tarflowlm", *command, INTERRUPT="1")
     assert done.returncode == 130
     assert done.stderr == "tarflowlm: interrupted\n"
 
 
-def test_the_handler_of_before_comes_back():
-    import tarflowlm.cli.main  # noqa: F401
-
+def test_the_previous_handler_comes_back():
+    with exit_on_interrupt():
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with exit_on_interrupt():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+IMPORTED = """
+import sys
+from tarflowlm.cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    assert stop.code in (None, 0, 2), stop.code
+libraries = {"torch", "numpy", "tokenizers", "safetensors", "matplotlib", "rich", "tyro"} & set(sys.modules)
+print(*sorted(libraries), *sorted(name for name in sys.modules if name.split(".")[0] == "tarflowlm"))
+"""
+HELP = {"", ".cli", ".cli.main", ".cli.signals", ".cli.threads", ".errors"}
+ARGUMENTS = {*HELP, ".choices", ".cli.arguments", ".cli.parsing"}
+LIGHT = {
+    "help": (["--help"], {"rich"}, {*HELP, ".terminal", ".terminal.tables"}),
+    "unknown-command": (["trian"], set(), HELP),
+    **{
+        name: ([name, "--help"], {"tyro"}, ARGUMENTS)
+        for name in ("quickstart", "sample", "eval", "edit", "report", "seal", "export")
+    },
+    "unknown-option": (["sample", "--nmu", "3"], {"tyro"}, ARGUMENTS),
+    "contradiction": (["edit", "--text", "abc", "--num", "0"], {"tyro"}, ARGUMENTS),
+}
+
+
+@pytest.mark.parametrize(("argv", "libraries", "modules"), LIGHT.values(), ids=LIGHT.keys())
+def test_help_and_wrong_arguments_import_little(argv, libraries, modules):
+    done = subprocess.run([sys.executable, "-c", IMPORTED, *argv], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.splitlines()[-1].split()) == libraries | {f"tarflowlm{name}" for name in modules}
+
+
+def test_every_command_names_what_is_there():
+    for command in COMMANDS.values():
+        for reference in filter(None, (command.run, command.args)):
+            module, name = reference.split(":")
+            assert callable(getattr(import_module(f"tarflowlm.cli.{module}"), name))
 
 
 def test_importing_the_package_does_not_import_torch(start):
@@ -131,7 +177,7 @@ def test_an_interrupted_command_that_cannot_be_resumed_does_not_say_so(run, monk
     def interrupted(*_args: object, **_more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tarflowlm.cli.commands.generate", interrupted)
+    monkeypatch.setattr("tarflowlm.cli.sample.generate", interrupted)
     done = run("sample", "--model", "english-mini-ar", "--length", "4")
     assert (done.status, done.err) == (130, "tarflowlm: interrupted\n")
 

@@ -1,6 +1,5 @@
 """`tarflowlm eval` in process: what it adds to the likelihood, and that what the user got wrong costs one line."""
 
-import random
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,6 @@ from tarflowlm.runs.config import RunConfig, TrainConfig
 def wide_terminal(monkeypatch):
     """Lines of a known length."""
     monkeypatch.setenv("COLUMNS", "160")
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory) -> Path:
-    rng = random.Random(1)
-    words = ["".join(rng.choices(TEXT8_ALPHABET[1:], k=rng.randint(1, 6))) for _ in range(40)]
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(rng.choice(words) for _ in range(1500)), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

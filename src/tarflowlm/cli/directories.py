@@ -1,0 +1,73 @@
+"""`tarflowlm data`, `report`, `export` and `seal`: directories of tokens, figures and models."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from tarflowlm.cli.arguments import ExportArgs, PrintJson, ReportArgs, SealArgs
+from tarflowlm.data import TokenizerConfig, prepare_corpus
+from tarflowlm.device import pick_device
+from tarflowlm.files import writer_lock
+from tarflowlm.report import write_report
+from tarflowlm.runs.checkpoint import export, read_run, seal
+from tarflowlm.terminal.bars import corpus_bar, stages_bar
+from tarflowlm.terminal.tables import print_json, print_notice, print_table
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class DataArgs:
+    """Of `tarflowlm data`."""
+
+    source: tyro.conf.Positional[str]
+    """english (built in), text8, openwebtext, or a .txt, .gz, .xz or .zst file."""
+    out: Path
+    """Directory to create."""
+    tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerConfig)
+    """How text becomes tokens."""
+    json: PrintJson = False
+
+
+def run_data(args: DataArgs) -> None:
+    console = Console(stderr=True)
+    with corpus_bar(console, args.source) as progress:
+        corpus = prepare_corpus(
+            args.source, args.tokenizer, args.out, progress=progress, notice=partial(print_notice, console)
+        )
+    counts = {name: corpus.num_tokens(name) for name in SPLITS}
+    vocab_size = corpus.tokenizer.vocab_size
+    if args.json:
+        print_json({"out": str(args.out), "vocab_size": vocab_size, "tokens": counts})
+        return
+    rows = [(name, f"{counts[name]:,} tokens, {corpus.num_characters(name):,} characters") for name in SPLITS]
+    print_table(Console(), f"{args.out}: {vocab_size} symbols", rows)
+
+
+def run_report(args: ReportArgs) -> None:
+    with stages_bar(Console(stderr=True)) as progress:
+        result = write_report(args.directories, args.out, device=pick_device(args.device), progress=progress)
+    if args.json:
+        print_json(result)
+        return
+    rows = [("page", result["page"]), ("figures", f"{len(result['figures'])} PNG files beside it")]
+    for run in result["runs"]:
+        rows.append((run["name"], run["status"]))
+        rows += [("", note) for note in run["notes"]]
+    print_table(Console(), "report", rows)
+
+
+def run_export(args: ExportArgs) -> None:
+    out = export(args.directory, args.out, half=args.half)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print_table(Console(), str(out), [("size", f"{size / 1e6:.2f} MB")])
+
+
+def run_seal(args: SealArgs) -> None:
+    read_run(args.directory, check=False)
+    with writer_lock(args.directory):
+        seal(args.directory)

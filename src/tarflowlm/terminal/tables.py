@@ -1,0 +1,58 @@
+"""Tables, JSON and notices. Light to import, as `tarflowlm --help` prints a table."""
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on a line of its own; non-finite numbers become null, as strict parsers require."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, float) and not math.isfinite(item):
+            return None
+        if isinstance(item, dict):
+            return {key: plain(inner) for key, inner in item.items()}
+        return [plain(inner) for inner in item] if isinstance(item, (list, tuple)) else item
+
+    sys.stdout.write(json.dumps(plain(value), ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def print_notice(console: Console, text: str) -> None:
+    """A line beside the results, never wrapped: it may end up in a log file."""
+    console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+# cells and titles are Text: names may contain what rich takes for markup
+
+
+def print_table(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Two columns without headings: names and values."""
+    # not a title of the table, which would wrap to its width
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    table = Table(show_header=False)
+    table.add_column(style="cyan")
+    table.add_column()
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def column_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
+    """A table of numbers under headings; the column without a heading holds names, which are never cut short."""
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    for column in columns:
+        if column:
+            table.add_column(column, justify="right")
+        else:
+            table.add_column(column, no_wrap=True, style="cyan")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table

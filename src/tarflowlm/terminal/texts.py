@@ -1,0 +1,73 @@
+"""Samples and edits: panels on a terminal, objects for --json."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from tarflowlm.data import Tokenizer
+from tarflowlm.generation import Generation
+
+
+def print_samples(console: Console, result: Generation, tokenizer: Tokenizer) -> None:
+    """Every sample in a panel, with its passes if there are any, and below it what the weights of particles say."""
+    for row, tokens in enumerate(result.tokens):
+        passes = [[tokenizer.symbols[i] for i in state[row].tolist()] for state in result.passes]
+        body = _passes_text(passes) if passes else Text(tokenizer.decode(tokens.tolist()))
+        note = None
+        if result.ess is not None and result.log_evidence is not None:
+            evidence = result.log_evidence[row].item()
+            note = f"log p(given) about {evidence:.2f} nats, {result.ess[row].item():.1f} effective particles"
+        console.print(_panel(body, f"sample {row + 1}", note))
+
+
+def samples_to_json(result: Generation, tokenizer: Tokenizer, *, states: bool = False) -> list[dict[str, Any]]:
+    """One object per sample: text, passes and states if there are any, weights if tokens were given."""
+    samples: list[dict[str, Any]] = []
+    for row, tokens in enumerate(result.tokens):
+        sample: dict[str, Any] = {"text": tokenizer.decode(tokens.tolist())}
+        if result.passes:
+            sample["passes"] = [tokenizer.decode(state[row].tolist()) for state in result.passes]
+        if states:
+            sample["states"] = [state[row].tolist() for state in result.states]
+        for name in ("log_evidence", "ess", "draws"):
+            value = getattr(result, name)
+            if value is not None:
+                sample[name] = value[row].item()
+        samples.append(sample)
+    return samples
+
+
+def print_edits(
+    console: Console, before: Sequence[str], edits: Sequence[Sequence[str]], notes: Sequence[str]
+) -> None:
+    """The text, then every edit of it, with the symbols that changed highlighted."""
+    console.print(_panel(Text("".join(before)), "text"))
+    for number, (symbols, note) in enumerate(zip(edits, notes, strict=True), 1):
+        body = Text()
+        for old, new in zip(before, symbols, strict=True):
+            body.append(new, style="" if old == new else "bold green")
+        console.print(_panel(body, f"edit {number}", note))
+
+
+def _panel(body: Text, title: str, note: str | None = None) -> Panel:
+    return Panel(body, title=title, title_align="left", subtitle=note, subtitle_align="left")
+
+
+def _passes_text(passes: Sequence[Sequence[str]]) -> Text:
+    """The symbols decoded after every pass, with those that changed highlighted."""
+    body, last = Text(), len(passes) - 1
+    before: Sequence[str] | None = None
+    for index, symbols in enumerate(passes):
+        name = "noise" if index == 0 else "text" if index == last else f"after block {last - index + 1}"
+        changed = 0 if before is None else sum(a != b for a, b in zip(symbols, before, strict=True))
+        count = f"  ({changed} of {len(symbols)} changed)" if before else ""
+        body.append(f"{name}{count}\n", style="bold cyan")
+        for i, symbol in enumerate(symbols):
+            same = before is None or symbol == before[i]
+            body.append(symbol, style="dim" if index == 0 else "" if same else "green")
+        body.append("" if index == last else "\n")
+        before = symbols
+    return body
