@@ -1,7 +1,7 @@
 """The discrete autoregressive language model on the same Transformer: what every result is compared with."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,7 @@ LARGEST_LOGITS = 2**27
 class BaselineConfig(LanguageModelConfig):
     """Shape of the discrete baseline."""
 
-    family: Literal["ar"] = field(default="ar", init=False)
-    """Kind of model, in config.json."""
+    family: ClassVar[str] = "ar"
     in_patch: Literal["autoregressive", "independent"] = "independent"
     """Inside a patch: every token by a head of its own (the paper's foil), or token j given tokens < j."""
     layers: int = 6

@@ -20,6 +20,8 @@ C = TypeVar("C", bound="LanguageModelConfig")
 class LanguageModelConfig:
     """What the shapes of both models have in common."""
 
+    family: ClassVar[str]
+    """Kind of model, in config.json."""
     vocab_size: int = 0
     """Token types V; 0 takes it from the tokenizer."""
     context: int = 256

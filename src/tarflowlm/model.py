@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -54,8 +54,7 @@ def stack(
 class FlowConfig(LanguageModelConfig):
     """Shape of a TarFlowLM."""
 
-    family: Literal["flow"] = field(default="flow", init=False)
-    """Kind of model, in config.json."""
+    family: ClassVar[str] = "flow"
     latent_dim: int = 8
     """Latent channels d per token."""
     separation: float = 12.0

@@ -5,7 +5,7 @@ from pathlib import Path
 from tarflowlm.runs.manifest import write_manifest
 
 TINY = ["--model.context", "32", "--model.trunk.width", "32", "--train.batch-size", "4", "--device", "cpu"]
-ONE_LAYER = ["--model.layers", "1", "1", "1"]
+ONE_LAYER = [option for i in range(3) for option in (f"--model.blocks.{i}.layers", "1")]
 FAMILIES = {
     "mini-ar": ["--model.layers", "1"],
     "mini-affine": ONE_LAYER,

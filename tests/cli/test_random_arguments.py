@@ -43,8 +43,8 @@ def test_no_sampler_setting_breaks_sampling(run, model, prompt, temperature, top
 
 FIELDS = [
     "seed", "steps", "checkpoint-every", "name", "data", "device", "model.context", "model.patch", "model.latent-dim",
-    "model.head-hidden", "model.couplings", "model.layers", "model.components", "model.in-patch", "model.vocab-size",
-    "model.family", "model.trunk.width", "model.trunk.num-heads", "model.trunk.mlp-ratio", "model.trunk.rotary-base",
+    "model.head-hidden", "model.blocks", "model.blocks.0.coupling", "model.blocks.0.layers", "model.blocks.1.components",
+    "model.in-patch", "model.vocab-size", "model.family", "model.trunk.width", "model.trunk.num-heads", "model.trunk.mlp-ratio", "model.trunk.rotary-base",
     "optim.optimizer", "optim.lr", "optim.beta1", "optim.beta2", "optim.weight-decay", "optim.grad-clip",
     "optim.warmup", "optim.decay", "optim.schedule", "optim.codebook-lr-scale", "train.stage-steps", "train.mode",
     "train.advance", "train.batch-size", "train.precision", "train.stall-tolerance", "data.tokenizer.kind",
@@ -93,8 +93,8 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-paths = [("seed",), ("name",), ("model",), ("model", "context"), ("model", "patch"), ("model", "layers"),
-         ("model", "trunk", "width"), ("model", "trunk", "num_heads"), ("model", "components"), ("model", "family"),
+paths = [("seed",), ("name",), ("model",), ("model", "context"), ("model", "patch"), ("model", "blocks"),
+         ("model", "trunk", "width"), ("model", "trunk", "num_heads"), ("model", "couplings"), ("model", "family"),
          ("optim", "lr"), ("train", "stage_steps"), ("data", "source"), ("data", "tokenizer")]  # fmt: skip
 
 

@@ -212,7 +212,7 @@ def test_the_command_line_writes_lines(run, tmp_path, monkeypatch):
     monkeypatch.setattr(PlainLines, "every", 0.0)
     text = tmp_path / "words.txt"
     text.write_text("the cat sat on the mat " * 400, encoding="utf-8")
-    tiny = ["--model.context", 32, "--model.trunk.width", 32, "--train.batch-size", 4, "--model.layers", 1, 1, 1]
+    tiny = ["--model.context", 32, "--model.trunk.width", 32, "--train.batch-size", 4, "--model.blocks.0.layers", 1]
     argv = ["--data", text, "--steps", 9, "--train.log-every", 1, "--train.evaluate-windows", 4, *tiny]
     done = run("train", "mini-mixd", "--out", tmp_path / "run", *argv, "--device", "cpu")
     assert done.status == 0

@@ -11,9 +11,10 @@ T = TypeVar("T")
 
 
 def to_dict(config: Any) -> Any:
-    """A dataclass as plain JSON values; tuples become lists."""
+    """A dataclass as plain JSON values; tuples become lists. One with a class attribute `family` names it."""
     if dataclasses.is_dataclass(config):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        family = {"family": config.family} if hasattr(config, "family") else {}
+        return family | {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, (tuple, list)):
         return [to_dict(item) for item in config]
     return config
@@ -23,22 +24,18 @@ def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
     """The dataclass `cls` from plain JSON values.
 
     Raises UserError, naming the dotted key, for an unknown or missing key or a value of the wrong type; the checks of
-    the dataclasses themselves (`__post_init__`) run as well. A union of dataclasses is told apart by the literal
-    field `family`.
+    the dataclasses themselves (`__post_init__`) run as well. A union of dataclasses is told apart by `family`.
     """
     if not isinstance(data, dict):
         raise UserError(f"{where}: expected an object, found {data!r}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
-        if key not in fields:
+        if key not in fields and not (key == "family" and data[key] == getattr(cls, "family", None)):
             raise UserError(f"{where}.{key}: unknown key; known keys are {', '.join(sorted(fields))}")
     values = {}
     for name, field in fields.items():
-        if not field.init:
-            if data.get(name, field.default) != field.default:
-                raise UserError(f"{where}.{name}: {data[name]!r} is not {field.default!r}")
-        elif name in data:
+        if name in data:
             values[name] = _value(hints[name], data[name], f"{where}.{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{where}.{name}: missing key")
