@@ -42,13 +42,15 @@ def test_no_sampler_setting_breaks_sampling(run, model, prompt, temperature, top
 
 
 FIELDS = [
-    "seed", "steps", "checkpoint-every", "name", "data", "device", "model.context", "model.patch", "model.latent-dim",
-    "model.head-hidden", "model.blocks", "model.blocks.0.coupling", "model.blocks.0.layers", "model.blocks.1.components",
-    "model.in-patch", "model.vocab-size", "model.family", "model.trunk.width", "model.trunk.num-heads", "model.trunk.mlp-ratio", "model.trunk.rotary-base",
-    "optim.optimizer", "optim.lr", "optim.beta1", "optim.beta2", "optim.weight-decay", "optim.grad-clip",
-    "optim.warmup", "optim.decay", "optim.schedule", "optim.codebook-lr-scale", "train.stage-steps", "train.mode",
-    "train.advance", "train.batch-size", "train.precision", "train.stall-tolerance", "data.tokenizer.kind",
-    "data.tokenizer.alphabet", "data.tokenizer.vocab-size", "data.tokenizer.source", "data.tokenizer.normalize", "",
+    "seed", "steps", "checkpoint-every", "name", "data", "device", "model.context", "model.patch",
+    "model.latent-dim", "model.head-hidden", "model.blocks", "model.blocks.0.coupling", "model.blocks.0.layers",
+    "model.blocks.1.components", "model.in-patch", "model.vocab-size", "model.family", "model.trunk.width",
+    "model.trunk.num-heads", "model.trunk.mlp-ratio", "model.trunk.rotary-base", "optim.optimizer", "optim.lr",
+    "optim.beta1", "optim.beta2", "optim.weight-decay", "optim.grad-clip", "optim.warmup", "optim.decay",
+    "optim.schedule", "optim.codebook-lr-scale", "train.stage-steps", "train.mode", "train.advance",
+    "train.batch-size", "train.precision", "train.stall-tolerance", "data.tokenizer.kind",
+    "data.tokenizer.alphabet", "data.tokenizer.vocab-size", "data.tokenizer.source", "data.tokenizer.normalize",
+    "",
 ]  # fmt: skip
 values = st.one_of(
     st.sampled_from(
