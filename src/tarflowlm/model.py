@@ -115,6 +115,9 @@ class FlowConfig(LanguageModelConfig):
         """The same model with these fields of `BlockConfig` in every block."""
         return replace(self, blocks=tuple(replace(block, **fields) for block in self.blocks))
 
+    def deepened(self, factor: int) -> "FlowConfig":
+        return replace(self, blocks=tuple(replace(block, layers=factor * block.layers) for block in self.blocks))
+
     def describe(self, block: int) -> str:
         return f"block {block + 1} {self.blocks[block].coupling}"
 
@@ -299,8 +302,11 @@ def as_flow_config(config: LanguageModelConfig) -> FlowConfig:
     return config
 
 
-def as_flow(model: LanguageModel, wanted_for: str) -> TarFlowLM:
-    """The model, where it is a TarFlowLM. UserError for the baseline: `wanted_for` needs latents."""
+NO_LATENTS = "this model is the discrete baseline, which has no latents: give a TarFlowLM"
+
+
+def as_flow(model: LanguageModel, refusal: str = NO_LATENTS) -> TarFlowLM:
+    """The model, where it is a TarFlowLM; UserError with the message `refusal` where it is the baseline."""
     if not isinstance(model, TarFlowLM):
-        raise UserError(f"{wanted_for} needs a TarFlowLM: this model is the discrete baseline, which has no latents")
+        raise UserError(refusal)
     return model

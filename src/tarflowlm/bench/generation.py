@@ -60,7 +60,7 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
     models = {str(d): load_checkpoint(d, device).model for d in args.directories}
-    flows = {name: as_flow(m, "inversion") for name, m in models.items() if not m.is_exact}
+    flows = {name: as_flow(m) for name, m in models.items() if not m.is_exact}
     return {
         "models": [row for batch in args.batches for row in _models(models, args, batch, progress)],
         "blocks": [

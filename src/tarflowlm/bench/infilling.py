@@ -146,7 +146,7 @@ def _infill(
 def _edit(
     checkpoint: Checkpoint, name: str, texts: torch.Tensor, args: Args, progress: StageProgress
 ) -> list[dict[str, Any]]:
-    model = as_flow(checkpoint.model, "editing")
+    model = as_flow(checkpoint.model)
     text = encode(model, texts, torch.Generator().manual_seed(args.seed))
     rows: list[dict[str, Any]] = []
     for level in range(model.num_blocks + 1):

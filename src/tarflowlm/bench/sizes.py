@@ -19,13 +19,11 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tarflowlm.baseline import BaselineConfig
 from tarflowlm.bench.standin import device, nothing_computed, placed, simulated
 from tarflowlm.bench.tracking import Usage, tracked
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.flops import forward_flops, training_flops
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import PAPER_PRESETS, preset
 from tarflowlm.terminal.bars import StageProgress, no_progress
@@ -90,15 +88,7 @@ def _runs(args: Args) -> Iterator[RunConfig]:
         model: Any = replace(config.model, vocab_size=VOCABULARY[corpus])
         yield replace(config, model=model)
         if args.xl and corpus == "owt":
-            yield replace(config, name=f"{name} 1.5 B", model=_xl(model))
-
-
-def _xl(model: FlowConfig | BaselineConfig) -> FlowConfig | BaselineConfig:
-    """Four times the layers, of GPT-2 XL's width."""
-    if isinstance(model, BaselineConfig):
-        return replace(model, trunk=XL_TRUNK, layers=4 * model.layers)
-    blocks = tuple(replace(block, layers=4 * block.layers) for block in model.blocks)
-    return replace(model, trunk=XL_TRUNK, blocks=blocks)
+            yield replace(config, name=f"{name} 1.5 B", model=replace(model, trunk=XL_TRUNK).deepened(4))
 
 
 def stage_size(config: RunConfig, stage: int, *, memory: float, worlds: tuple[int, ...] = WORLDS) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def _inspect(record: RunRecord, device: torch.device, progress: Progress) -> Ins
     if corpus is not None and not checkpoint.model.is_exact:
         config = record.run
         insight.parts = bound_parts(
-            as_flow(checkpoint.model, "its parts"),
+            as_flow(checkpoint.model),
             eval_windows(corpus.split("valid"), config.model.context, config.train.evaluate_windows),
             torch.from_numpy(checkpoint.tokenizer.characters_per_token),
             progress=lambda done, total: progress(f"validation windows of {record.name}", done, total),

@@ -82,7 +82,7 @@ def likelihood(
 def latents(done: Finished) -> list[StateReport]:
     """The states of a flow on `LATENT_WINDOWS` evenly spaced windows of its test split."""
     checkpoint = done.load()
-    model = as_flow(checkpoint.model, "a report of latents")
+    model = as_flow(checkpoint.model)
     windows = eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, LATENT_WINDOWS)
     return latent_report(model, windows, progress=done.progress_of("latents of windows"))
 
