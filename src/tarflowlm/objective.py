@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
-from tarflowlm.flow.couplings import standard_normal_log_prob
+from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.precision import full_precision
 from tarflowlm.model import TarFlowLM
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.checkpoint import Model, build_model
 from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
-from tarflowlm.flow.numerics.few import are_few
+from tarflowlm.flow.numerics.cpu.inverse import are_few
 from tarflowlm.generation import generate
 from tarflowlm.model import FlowConfig
 from tarflowlm.objective import negative_bound

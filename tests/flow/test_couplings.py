@@ -8,9 +8,9 @@ from torch.autograd.functional import jacobian
 
 from tarflowlm.codebook import Codebook
 from tarflowlm.flow import numerics
-from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling, standard_normal_log_prob
+from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.numerics import layout
+from tarflowlm.flow.numerics import layout, standard_normal_log_prob
 from tarflowlm.model import seeded
 
 WIDTH, P, d, T = 6, 2, 2, 2

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
-from tarflowlm.flow.couplings import standard_normal_log_prob
+from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.stack import FlowBlock, InputMap, Prior
 from tarflowlm.model import seeded
 

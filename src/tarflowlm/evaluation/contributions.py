@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tarflowlm.flow.couplings import standard_normal_log_prob
+from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.model import TarFlowLM
 from tarflowlm.objective import elbo_and_states, posterior_noise
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from tarflowlm.flow.couplings import standard_normal_log_prob
+from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.model import TarFlowLM
 from tarflowlm.objective import elbo_and_states, posterior_noise
 

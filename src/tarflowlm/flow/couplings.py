@@ -5,7 +5,6 @@ so that `log_prob`, the density of z, is all the last block needs. Shape legend:
 C = P d channels of a position, K components. `forward` and `log_prob` take whole sequences, `invert` one position.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from tarflowlm.codebook import Codebook
 from tarflowlm.flow import numerics
 from tarflowlm.flow.heads import AutoregressiveHead
+from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.precision import full_precision
 
 _FEW = 512
@@ -24,16 +24,6 @@ _FEW = 512
 
 AdjustWeights = Callable[[Tensor], Tensor]
 """Maps log-weights [..., K] to log-weights: temperature, top-k and top-p of a sampler."""
-
-
-def log_standard_normal(u: Tensor) -> Tensor:
-    """log N(u; 0, 1), elementwise: nats."""
-    return -0.5 * u.square() - 0.5 * math.log(2 * math.pi)
-
-
-def standard_normal_log_prob(u: Tensor) -> Tensor:
-    """log N(u; 0, I) over all but the first axis: [B], nats."""
-    return log_standard_normal(u).flatten(1).sum(-1)
 
 
 @dataclass(frozen=True)

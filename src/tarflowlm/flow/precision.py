@@ -1,4 +1,8 @@
-"""The precision rule: matrix products may run in half precision under autocast; densities never do."""
+"""The precision rule: matrix products may run in half precision under autocast; densities never do.
+
+Couplings, codebook densities, log-determinants and inverses are float32 or wider (docs/math.md, section 8). The
+products behind a codebook's densities cancel, and are float64 wherever the device has it.
+"""
 
 import torch
 from torch import Tensor
@@ -9,7 +13,16 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def wide_dtype(like: Tensor) -> torch.dtype:
+    """The widest format on the device of `like`: float64, or float32 on `mps`, which has no other."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
+def autocast_device(like: Tensor) -> str:
+    """The device type whose autocast applies to `like`; autocast knows no meta tensors, which follow the CPU's."""
+    return "cpu" if like.is_meta else like.device.type
+
+
 def full_precision(like: Tensor) -> torch.autocast:
-    """A context that turns autocast off on the device of `like`: couplings, densities, log-dets and inverses."""
-    # autocast knows no meta tensors
-    return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)
+    """A context that turns autocast off on the device of `like`."""
+    return torch.autocast(autocast_device(like), enabled=False)

@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflowlm.flow.bijection import Bijection, Compose, zero_log_det
-from tarflowlm.flow.couplings import Coupling, standard_normal_log_prob
+from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.layers import ChannelMix, Direction, Patch
 from tarflowlm.flow.mixd import MixDCoupling
+from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.precision import widen
 from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.flow.couplings import AdjustWeights, standard_normal_log_prob
+from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.model import TarFlowLM

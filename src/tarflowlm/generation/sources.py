@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tarflowlm.flow.couplings import log_standard_normal
+from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.generation.inversion import Inverted
 from tarflowlm.generation.noise import row_normal, row_uniform

@@ -1,17 +1,29 @@
-"""Mixture-CDF and Rosenblatt flows as pure functions of (z, parameters)."""
+"""Mixture-CDF and Rosenblatt flows as pure functions of values and parameters (docs/math.md, sections 3 and 8).
 
-from tarflowlm.flow.numerics.codebook import log_component_densities, log_own_density, wide_dtype
-from tarflowlm.flow.numerics.density import mixture_log_density
-from tarflowlm.flow.numerics.forward import mixture_cdf
-from tarflowlm.flow.numerics.inverse import mixture_cdf_inverse
+Read `reference` first: every map in log space. `mixture`, `rosenblatt` and `vocabulary` hold the public functions.
+"""
+
 from tarflowlm.flow.numerics.layout import held_rows
-from tarflowlm.flow.numerics.mixd import mixture_log_prob, mixture_log_prob_from_features, most_probable_component
-from tarflowlm.flow.numerics.rosenblatt_map import rosenblatt, rosenblatt_inverse
+from tarflowlm.flow.numerics.mixture import mixture_cdf, mixture_cdf_inverse, mixture_log_density
+from tarflowlm.flow.numerics.normal import (
+    log_component_densities,
+    log_own_density,
+    log_standard_normal,
+    standard_normal_log_prob,
+)
+from tarflowlm.flow.numerics.rosenblatt import rosenblatt, rosenblatt_inverse
+from tarflowlm.flow.numerics.vocabulary import (
+    mixture_log_prob,
+    mixture_log_prob_from_features,
+    most_probable_component,
+)
+from tarflowlm.flow.precision import wide_dtype
 
 __all__ = [
     "held_rows",
     "log_component_densities",
     "log_own_density",
+    "log_standard_normal",
     "mixture_cdf",
     "mixture_cdf_inverse",
     "mixture_log_density",
@@ -20,5 +32,6 @@ __all__ = [
     "most_probable_component",
     "rosenblatt",
     "rosenblatt_inverse",
+    "standard_normal_log_prob",
     "wide_dtype",
 ]

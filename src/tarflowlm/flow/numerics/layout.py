@@ -1,8 +1,8 @@
-"""Flattening of arbitrary leading shapes, and chunks that stay in a CPU's second-level cache.
+"""Arbitrary leading shapes flattened to rows, and row ranges that bound the memory of [rows, K] temporaries.
 
-Inside this package a mixture problem is z [N] with parameters [N, K] or, when all rows share one mixture, [1, K].
-Chunks are worked on transposed, [K, n] with n contiguous: reductions over K and broadcasts of z are then plain
-vector loops. With K innermost and small they are not, and cost more than the erfc between them.
+N rows, K components, d channels. Inside this package a scalar mixture problem is z [N] with parameters [N, K] or,
+where all rows share one mixture, [1, K]; a codebook problem is z [N, d], log_w [N, K], mean [K, d], log_std [K].
+On a CPU rows are worked on in chunks that stay in its second-level cache (see `cpu.linear` for their layout).
 """
 
 from collections.abc import Iterator
@@ -10,13 +10,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tarflowlm.flow.numerics.normal import check_codebook
+
 CHUNK_ELEMENTS = 65_536
 """Elements (rows x components) of one buffer of a chunk, per thread: 256 KiB of float32, five to a 2 MiB cache."""
 
 HELD_ELEMENTS = {"cpu": 2**22}
 HELD_ELEMENTS_ACCELERATOR = 2**26
 """Elements (rows x components) of a tensor that is held whole: 16 MiB of float32 on a CPU; on an accelerator 256 MiB,
-which fill it, and few enough that a large vocabulary costs it a few gigabytes in all."""
+which fill it, and few enough that a large vocabulary costs it a few gigabytes in total."""
 
 LOWEST_EXPONENT = {torch.float32: -50.0, torch.float64: -100.0}
 """Floor for exponents whose sum is at least 1. On a CPU exp is 30 times slower where it underflows, and so is every
@@ -48,28 +50,17 @@ def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor
     return shape, z.expand(shape).reshape(rows), flat
 
 
-def chunk_rows(num_components: int) -> int:
-    """Rows of a chunk of about CHUNK_ELEMENTS elements per thread."""
-    return max(16, CHUNK_ELEMENTS * torch.get_num_threads() // max(1, num_components))
+def flatten_vectors(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[torch.Size, Tensor, Tensor]:
+    """z [..., d] and log_w [..., K], broadcast against each other, as [N, d] and [N, K].
 
-
-def row_chunks(rows: int, num_components: int) -> Iterator[slice]:
-    """Slices of the row axis, `chunk_rows` long."""
-    step = chunk_rows(num_components)
-    for start in range(0, rows, step):
-        yield slice(start, min(rows, start + step))
-
-
-def held_rows(num_components: int, device: torch.device) -> int:
-    """Rows of which a [rows, K] tensor is held whole: a constant, so no device waits for it."""
-    return max(1, HELD_ELEMENTS.get(device.type, HELD_ELEMENTS_ACCELERATOR) // max(1, num_components))
-
-
-def static_chunks(rows: int, num_components: int) -> Iterator[slice]:
-    """Row ranges for an accelerator, or for a compiler, which unrolls them."""
-    step = held_rows(num_components, torch.device("cuda"))
-    for start in range(0, rows, step):
-        yield slice(start, min(rows, start + step))
+    Returns the broadcast leading shape first. ValueError unless mean [K, d] and log_std [K] fit.
+    """
+    check_codebook(z, mean, log_std)
+    if log_w.shape[-1] != mean.shape[0]:
+        raise ValueError(f"log_w has {log_w.shape[-1]} components, the codebook {mean.shape[0]}")
+    shape = torch.broadcast_shapes(z.shape[:-1], log_w.shape[:-1])
+    flat = z.expand(*shape, z.shape[-1]).reshape(-1, z.shape[-1])
+    return shape, flat, log_w.expand(*shape, log_w.shape[-1]).reshape(-1, log_w.shape[-1])
 
 
 def take_rows(p: Tensor, rows: slice | Tensor) -> Tensor:
@@ -82,22 +73,26 @@ def use_eager_cpu(t: Tensor) -> bool:
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def autocast_device(t: Tensor) -> str:
-    """The device whose autocast concerns t; meta tensors, which autocast does not know, follow the CPU's."""
-    return "cpu" if t.is_meta else t.device.type
+def chunk_rows(num_components: int) -> int:
+    """Rows of a chunk of about CHUNK_ELEMENTS elements per thread."""
+    return max(16, CHUNK_ELEMENTS * torch.get_num_threads() // max(1, num_components))
 
 
-def merge_batch(size: int, dims: tuple[int | None, ...], args: tuple[Tensor, ...]) -> list[Tensor]:
-    """The arguments of a vmapped flat call as those of one flat call with `size` times the rows.
+def row_chunks(rows: int, num_components: int) -> Iterator[slice]:
+    """Row ranges for a CPU, `chunk_rows` long."""
+    return _ranges(rows, chunk_rows(num_components))
 
-    The first argument has rows [N], the rest are [N or 1, K]; a shared [1, K] parameter stays shared where it can.
-    """
-    rows = [t if d is None else t.movedim(d, 0) for t, d in zip(args, dims, strict=True)]
-    flat = [rows[0].expand(size, rows[0].shape[-1]).reshape(-1)]
-    num_rows = rows[0].shape[-1]
-    for t, d in zip(rows[1:], dims[1:], strict=True):
-        if d is None and t.shape[0] == 1:
-            flat.append(t)
-        else:
-            flat.append(t.expand(size, num_rows, t.shape[-1]).reshape(-1, t.shape[-1]))
-    return flat
+
+def static_chunks(rows: int, num_components: int) -> Iterator[slice]:
+    """Row ranges for an accelerator, or for a compiler, which unrolls them."""
+    return _ranges(rows, held_rows(num_components, torch.device("cuda")))
+
+
+def held_rows(num_components: int, device: torch.device) -> int:
+    """Rows of which a [rows, K] tensor is held whole: a constant, so no device waits for it."""
+    return max(1, HELD_ELEMENTS.get(device.type, HELD_ELEMENTS_ACCELERATOR) // max(1, num_components))
+
+
+def _ranges(rows: int, step: int) -> Iterator[slice]:
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))

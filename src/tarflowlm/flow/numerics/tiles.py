@@ -1,15 +1,18 @@
-r"""log p_mix, tile by tile: no [tokens, K] tensor ever exists, forward or backward.
+r"""log p_mix tile by tile: no [N, K] tensor ever exists, forward or backward.
 
     log p_n = logsumexp_k (x_nk + log N_nk) - logsumexp_k x_nk
 
-with logits x from a `Logits` source and log N from the codebook's factors A . B (see `codebook`). The forward keeps
-two running logsumexps per token, the backward recomputes each tile and spends it at once:
+with logits x of the mixture weights from a `Logits` source, and log N_nk = log N(z_n; mu_k, s_k^2 I) from the
+codebook's factors A . B (see `normal`). The forward keeps two running logsumexps per row; the backward computes each
+tile again and adds its gradients up at once:
 
     d log p_n / d x_nk = r_nk - pi_nk,    d log p_n / d (A . B)_nk = r_nk     (posterior r, prior pi)
 
 Where the density is wanted `relative` to the codebook's normaliser, the same tiles serve a third logsumexp:
 
     log p_n - logsumexp_k log N_nk,    d / d (A . B)_nk = r_nk - q_nk     (q the softmax of log N: the decoder)
+
+N rows (tokens), K components, d channels, E features; n rows and k components of one tile.
 """
 
 from collections.abc import Iterator
@@ -22,7 +25,7 @@ from tarflowlm.flow.numerics.layout import LOWEST_EXPONENT
 
 _TILE = {"cpu": (256, 1024)}
 _TILE_ACCELERATOR = (1024, 16_384)
-"""Tokens and components of a tile. On a CPU one tile of float32 and one of float64 stay in the second-level cache; an
+"""Rows and components of a tile. On a CPU one tile of float32 and one of float64 stay in the second-level cache; an
 accelerator wants matrix products large enough to fill it."""
 
 
@@ -102,7 +105,7 @@ class Gradients(NamedTuple):
 
 
 def row_slices(num_rows: int, num_components: int, device: torch.device, chunk: int | None) -> Iterator[slice]:
-    """Row ranges of the tiles; `chunk` overrides the tokens per tile. Few components leave room for more rows."""
+    """Row ranges of the tiles; `chunk` overrides their length. Few components leave room for more rows."""
     rows, columns = _TILE.get(device.type, _TILE_ACCELERATOR)
     step = chunk or max(rows, rows * columns // max(1, num_components))
     for i in range(0, num_rows, step):
@@ -114,6 +117,15 @@ def column_slices(num_components: int, device: torch.device) -> Iterator[slice]:
     step = _TILE.get(device.type, _TILE_ACCELERATOR)[1]
     for k in range(0, num_components, step):
         yield slice(k, min(k + step, num_components))
+
+
+class _Tile(NamedTuple):
+    rows: slice
+    columns: slice
+    log_density: Tensor
+    """log N [n, k]."""
+    x: Tensor | None
+    """Logits [n, k], where there are any."""
 
 
 class _RunningLogSumExp:
@@ -137,127 +149,125 @@ class _RunningLogSumExp:
         return torch.where(torch.isneginf(self._top), self._top, self._top + torch.log(self._sum))
 
 
-def log_sums(logits: Logits, factors: Factors, dtype: torch.dtype, chunk: int | None, relative: bool) -> Tensor:
-    """logsumexp over K of x + log N, of x, and of log N: [3, N].
+def log_sums(
+    logits: Logits,
+    factors: Factors,
+    dtype: torch.dtype,
+    chunk: int | None,
+    relative: bool,
+    gradients: Gradients | None = None,
+) -> Tensor:
+    """logsumexp over K of x + log N, of x, and of log N: [3, N], in `dtype`.
 
     The second is zero without logits, the third unless `relative`: log p is the first less the other two.
+    The gradients of sum_n log p_n are added to `gradients` in the same sweep, where these are given. That takes one
+    product with the head's weight less than `accumulate_gradients` afterwards, and holds two [chunk, K] tensors.
     """
-    return _sweep(logits, factors, dtype, chunk, relative, None)
-
-
-def log_sums_and_gradients(
-    logits: Logits, factors: Factors, dtype: torch.dtype, out: Gradients, chunk: int | None, relative: bool
-) -> Tensor:
-    """`log_sums`, and in the same sweep the gradients of sum_n log p_n, added to `out`.
-
-    One product with the head's weight less than `log_sums` and `pull_back`; holds two [chunk, K] tensors at a time.
-    """
-    return _sweep(logits, factors, dtype, chunk, relative, out)
-
-
-def _tile_pair(
-    logits: Logits, factors: Factors, rows: slice, columns: slice, dtype: torch.dtype, buffers: Buffers, index: int
-) -> tuple[Tensor, Tensor | None]:
-    """log N, and x where there are logits."""
-    shape = (rows.stop - rows.start, columns.stop - columns.start)
-    log_n = buffers("log_n", shape, dtype, index)
-    factors.tile(rows, columns, log_n, buffers)
-    if logits.empty:
-        return log_n, None
-    x = buffers("logits", shape, dtype, index)
-    logits.tile(rows, columns, x, buffers)
-    return log_n, x
-
-
-def _sweep(
-    logits: Logits, factors: Factors, dtype: torch.dtype, chunk: int | None, relative: bool, out: Gradients | None
-) -> Tensor:
     points, num_components = factors.points, factors.components.shape[0]
     sums = torch.zeros(3, points.shape[0], dtype=dtype, device=points.device)
     buffers = Buffers(points.device)
     for rows in row_slices(points.shape[0], num_components, points.device, chunk):
-        joint, prior, code = (_RunningLogSumExp(rows.stop - rows.start, points, dtype) for _ in range(3))
+        joint, prior, decoder = (_RunningLogSumExp(rows.stop - rows.start, points, dtype) for _ in range(3))
         kept = []
         for j, columns in enumerate(column_slices(num_components, points.device)):
-            log_n, x = _tile_pair(logits, factors, rows, columns, dtype, buffers, 0 if out is None else j)
-            scratch = buffers("scratch", (log_n.shape[0], log_n.shape[1]), dtype)
+            index = 0 if gradients is None else j
+            tile = _load(logits, factors, rows, columns, dtype, buffers, index)
+            scratch = buffers("scratch", (tile.log_density.shape[0], tile.log_density.shape[1]), dtype)
             if relative:
-                code.add_(log_n, scratch)
-            if x is None:
-                joint.add_(log_n, scratch)
+                decoder.add_(tile.log_density, scratch)
+            if tile.x is None:
+                joint.add_(tile.log_density, scratch)
             else:
-                prior.add_(x, scratch)
-                joint.add_(torch.add(log_n, x, out=scratch), scratch)
-            kept.append((columns, log_n, x))
+                prior.add_(tile.x, scratch)
+                joint.add_(torch.add(tile.log_density, tile.x, out=scratch), scratch)
+            kept.append(tile)
         sums[0, rows] = joint.value()
         if not logits.empty:
             sums[1, rows] = prior.value()
         if relative:
-            sums[2, rows] = code.value()
-        if out is not None:
+            sums[2, rows] = decoder.value()
+        if gradients is not None:
             scale = torch.ones_like(sums[0, rows])
-            for columns, log_n, x in kept:
-                _spend(log_n, x, sums[:, rows], scale, logits, factors, rows, columns, relative, out, buffers)
+            for tile in kept:
+                _tile_backward(tile, sums[:, rows], scale, logits, factors, relative, gradients, buffers)
     return sums
 
 
-def pull_back(
-    logits: Logits, factors: Factors, sums: Tensor, grad: Tensor, out: Gradients, chunk: int | None, relative: bool
+def accumulate_gradients(
+    logits: Logits,
+    factors: Factors,
+    sums: Tensor,
+    grad: Tensor,
+    gradients: Gradients,
+    chunk: int | None,
+    relative: bool,
 ) -> None:
-    """Adds the gradients of sum_n grad_n log p_n to `out`, tile by tile; `sums` [3, N] are those of `log_sums`."""
+    """Adds the gradients of sum_n grad_n log p_n to `gradients`; `sums` [3, N] are those of `log_sums`."""
     points, num_components = factors.points, factors.components.shape[0]
     buffers = Buffers(points.device)
     for rows in row_slices(points.shape[0], num_components, points.device, chunk):
         for columns in column_slices(num_components, points.device):
-            log_n, x = _tile_pair(logits, factors, rows, columns, grad.dtype, buffers, 0)
-            _spend(log_n, x, sums[:, rows], grad[rows], logits, factors, rows, columns, relative, out, buffers)
+            tile = _load(logits, factors, rows, columns, grad.dtype, buffers, 0)
+            _tile_backward(tile, sums[:, rows], grad[rows], logits, factors, relative, gradients, buffers)
 
 
-def _spend(
-    log_n: Tensor,
-    x: Tensor | None,
+def _load(
+    logits: Logits, factors: Factors, rows: slice, columns: slice, dtype: torch.dtype, buffers: Buffers, index: int
+) -> _Tile:
+    """One tile in buffers of this `index`."""
+    shape = (rows.stop - rows.start, columns.stop - columns.start)
+    log_density = buffers("log_density", shape, dtype, index)
+    factors.tile(rows, columns, log_density, buffers)
+    if logits.empty:
+        return _Tile(rows, columns, log_density, None)
+    x = buffers("logits", shape, dtype, index)
+    logits.tile(rows, columns, x, buffers)
+    return _Tile(rows, columns, log_density, x)
+
+
+def _tile_backward(
+    tile: _Tile,
     sums: Tensor,
     scale: Tensor,
     logits: Logits,
     factors: Factors,
-    rows: slice,
-    columns: slice,
     relative: bool,
-    out: Gradients,
+    gradients: Gradients,
     buffers: Buffers,
 ) -> None:
-    """Turns a tile of log N and of x (both overwritten) into gradients."""
-    scale, shape = scale[:, None], (log_n.shape[0], log_n.shape[1])
+    """Adds the gradients of one tile, `scale` [n] times those of log p_n. Overwrites the tile."""
+    rows, columns, log_density, x = tile
+    scale, shape = scale[:, None], (log_density.shape[0], log_density.shape[1])
 
     def share(v: Tensor, log_sum: Tensor) -> Tensor:
         """The softmax of v, in its place, times the cotangent."""
         return v.sub_(log_sum[:, None]).clamp_(min=LOWEST_EXPONENT[v.dtype]).exp_().mul_(scale)
 
-    v = buffers("scratch", shape, log_n.dtype).copy_(log_n) if relative else log_n
+    v = buffers("scratch", shape, log_density.dtype).copy_(log_density) if relative else log_density
     joint = share(v if x is None else v.add_(x), sums[0])
-    if out.points is not None or out.components is not None:
-        of_product = torch.sub(joint, share(log_n, sums[2]), out=log_n) if relative else joint
+    if gradients.points is not None or gradients.components is not None:
+        of_product = torch.sub(joint, share(log_density, sums[2]), out=log_density) if relative else joint
         wide = buffers("wide", shape, factors.points.dtype).copy_(of_product)
-        if out.points is not None:
-            out.points[rows].addmm_(wide, factors.components[columns])
-        if out.components is not None:
-            out.components[columns].addmm_(wide.T, factors.points[rows])
+        if gradients.points is not None:
+            gradients.points[rows].addmm_(wide, factors.components[columns])
+        if gradients.components is not None:
+            gradients.components[columns].addmm_(wide.T, factors.points[rows])
     if x is not None:
-        _pull_logits(joint.sub_(share(x, sums[1])), logits, rows, columns, out)
+        _logits_backward(joint.sub_(share(x, sums[1])), logits, rows, columns, gradients)
 
 
-def _pull_logits(x_grad: Tensor, logits: Logits, rows: slice, columns: slice, out: Gradients) -> None:
-    if out.log_w is not None:
-        out.log_w[rows, columns] = x_grad
-    if out.bias is not None:
-        out.bias[columns] += x_grad.sum(0)
+def _logits_backward(x_grad: Tensor, logits: Logits, rows: slice, columns: slice, gradients: Gradients) -> None:
+    if gradients.log_w is not None:
+        gradients.log_w[rows, columns] = x_grad
+    if gradients.bias is not None:
+        gradients.bias[columns] += x_grad.sum(0)
     if logits.features is None or logits.weight is None:
         return
     same = x_grad.dtype == logits.features.dtype
     x_grad = x_grad.to(logits.features.dtype)
     pairs = (
-        (out.features, rows, x_grad, logits.weight[columns]),
-        (out.weight, columns, x_grad.T, logits.features[rows]),
+        (gradients.features, rows, x_grad, logits.weight[columns]),
+        (gradients.weight, columns, x_grad.T, logits.features[rows]),
     )
     for total, part, left, right in pairs:
         if total is not None and same:

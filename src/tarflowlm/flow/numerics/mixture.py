@@ -1,0 +1,136 @@
+r"""Scalar mixtures: u = Phi^-1(F(z)) with its log-derivative, the inverse, and the log-density of F'.
+
+    F(z) = sum_k w_k Phi((z - m_k) / s_k),   w = softmax(log_w),   s = exp(log_std)
+
+The public functions, which take any leading shape, their closed-form derivatives, and the choice of a path: the
+linear space of `cpu`, or the log space of `reference` on accelerators and under torch.compile.
+
+N rows, K components: flat problems are z, u [N] with parameters log_w, mean, log_std [N or 1, K].
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from tarflowlm.flow.numerics import layout, reference
+from tarflowlm.flow.numerics.autograd import first_derivatives, sum_to_shared
+from tarflowlm.flow.numerics.cpu import inverse as cpu_inverse
+from tarflowlm.flow.numerics.cpu import mixture as cpu
+
+
+def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Mixture-CDF map, elementwise (docs/math.md, eq. 8).
+
+        u = Phi^-1(F(z)),   log_det = log du/dz = log F'(z) - log N(u; 0, 1)
+
+    Shapes: z [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against z; u, log_det [...], nats.
+    Float32 or float64, all alike. Exact in both tails: |u| is limited by the range of z only. NaN gives NaN;
+    z = +-inf gives u = +-inf. First derivatives only: a second backward raises RuntimeError.
+    Errors: ValueError for mixed dtypes or differing K.
+    """
+    shape, flat_z, params = layout.flatten(z, log_w, mean, log_std)
+    u, log_det = _MixtureCdf.apply(flat_z, *params)
+    return u.view(shape), log_det.view(shape)
+
+
+def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    r"""Inverse of `mixture_cdf`, elementwise: z = F^-1(Phi(u)), by docs/math.md, eq. 20.
+
+    Gradients to u and to all parameters are implicit (eq. 20a).
+
+    Shapes: u [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against u; z [...]. Float32 or float64.
+    The number of steps is fixed, nothing is clamped and, on an accelerator, nothing is copied to the host. NaN gives
+    NaN, u = +-inf gives z = +-inf. First derivatives only: a second backward raises RuntimeError.
+    Errors: ValueError for mixed dtypes or differing K.
+    """
+    shape, flat_u, params = layout.flatten(u, log_w, mean, log_std)
+    return _MixtureCdfInverse.apply(flat_u, *params).view(shape)
+
+
+def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    r"""log p(z) = log F'(z) = log sum_k w_k N(z; m_k, s_k^2) of scalar mixtures, elementwise.
+
+    All that the last flow block needs of `mixture_cdf`: equals log_det + log N(u; 0, 1) (docs/math.md, eq. 6)
+    without the cost of u.
+
+    Shapes: z [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against z; returns [...], nats. Float32
+    or float64, any range. First derivatives only: a second backward raises RuntimeError.
+    Errors: ValueError for mixed dtypes or differing K.
+    """
+    shape, flat_z, params = layout.flatten(z, log_w, mean, log_std)
+    return _MixtureLogDensity.apply(flat_z, *params).view(shape)
+
+
+def _cdf_gradients(
+    z: Tensor, u: Tensor, log_det: Tensor, grad_u: Tensor, grad_log_p: Tensor, *params: Tensor
+) -> tuple[Tensor, ...]:
+    """Of z, log_w, mean, log_std, from cotangents of u and of log p = log F'(z)."""
+    if layout.use_eager_cpu(z):
+        return cpu.mixture_cdf_backward(z, params, u, log_det, grad_u, grad_log_p)
+    of_z, *of_params = reference.mixture_cdf_backward(z, params, u, log_det, grad_u, grad_log_p)
+    return of_z, *sum_to_shared(of_params, params)
+
+
+def _density_gradients(z: Tensor, grad: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+    if layout.use_eager_cpu(z):
+        return cpu.mixture_log_density_backward(z, params, grad)
+    of_z, *of_params = reference.mixture_log_density_backward(z, params, grad)
+    return of_z, *sum_to_shared(of_params, params)
+
+
+class _MixtureCdf(Function):
+    """Saves inputs and outputs only; the backward computes the rest again, chunk by chunk."""
+
+    @staticmethod
+    def forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+        return (cpu if layout.use_eager_cpu(z) else reference).mixture_cdf(z, log_w, mean, log_std)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+        z, log_w, mean, log_std, u, log_det = ctx.saved_tensors
+        # log_det = log p - log N(u; 0, 1), and the second term depends on u alone: it joins the cotangent of u.
+        grad_u = grad_u + grad_log_det * u
+        return first_derivatives(_cdf_gradients, z, u, log_det, grad_u, grad_log_det, log_w, mean, log_std)
+
+
+class _MixtureCdfInverse(Function):
+    """Implicit gradients: dz = (du - du/dparams dparams) / (du/dz)."""
+
+    @staticmethod
+    def forward(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+        path = cpu_inverse if layout.use_eager_cpu(u) else reference
+        return path.mixture_cdf_inverse(u, log_w, mean, log_std)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:], output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+        *params, z = ctx.saved_tensors
+        u, log_det = _MixtureCdf.apply(z, *params)
+        grad_u = grad_z * torch.exp(-log_det)
+        nothing = torch.zeros_like(grad_u)
+        _, *grads = first_derivatives(_cdf_gradients, z, u, log_det, -grad_u, nothing, *params)
+        return grad_u, *grads
+
+
+class _MixtureLogDensity(Function):
+    @staticmethod
+    def forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+        return (cpu if layout.use_eager_cpu(z) else reference).mixture_log_density(z, log_w, mean, log_std)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, *params = ctx.saved_tensors
+        return first_derivatives(_density_gradients, z, grad, *params)

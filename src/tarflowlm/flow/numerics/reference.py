@@ -1,0 +1,265 @@
+r"""Every map of this package in log space: any range, no branch on data.
+
+Read this file for the mathematics (docs/math.md, sections 3 and 8). It is also what runs on accelerators and under
+torch.compile, where a branch would stop the device and an erfcx is as cheap as an erfc, and in the far tails on a
+CPU. The fast paths of `cpu` are tested against it.
+
+N rows, K components, d channels. Scalar mixtures: z, u [N]; log_w (unnormalised), mean, log_std [N or 1, K].
+Codebook mixtures: z, u [N, d]; log_w [N, K]; mean [K, d]; log_std [K]. Densities are in nats, and
+a_k = (z - m_k) / s_k is a standardised value, Q the upper tail of the standard normal.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tarflowlm.flow.numerics.normal import (
+    HALF_LOG_2PI,
+    log_component_densities,
+    log_standard_normal,
+    log_standard_normal_vectors,
+    log_upper_tail,
+    upper_quantile_of_log,
+)
+
+ScalarMap = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(u, log_det) of a scalar mixture, like `mixture_cdf`."""
+ScalarInverse = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""z of a scalar mixture, like `mixture_cdf_inverse`."""
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of z [N], log_w, mean, log_std."""
+
+BISECTIONS = {torch.float32: 18, torch.float64: 20}
+NEWTON_STEPS = {torch.float32: 4, torch.float64: 6}
+TINY = {torch.float32: 1e-30, torch.float64: 1e-290}
+"""Floor of a density one divides by, in a Newton step that the bracket then refuses."""
+
+_LOG_HALF = math.log(0.5)
+
+
+def smaller_tail(a: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    """Log mass of the mixture beyond z on its smaller side, and that side (+1 upper, -1 lower), [N].
+
+    a [N, K] standardised, log_w [N or 1, K] normalised. A sum of positive terms, so it keeps its relative precision.
+    """
+    lower = torch.logsumexp(log_w + log_upper_tail(-a), -1)
+    upper = torch.logsumexp(log_w + log_upper_tail(a), -1)
+    return torch.minimum(lower, upper), torch.where(lower < upper, -1.0, 1.0).to(a.dtype)
+
+
+def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """u = Phi^-1(F(z)) and log_det = log F'(z) - log N(u; 0, 1), [N] (docs/math.md, eq. 8)."""
+    log_w = torch.log_softmax(log_w, -1)
+    a = (z[:, None] - mean) * torch.exp(-log_std)
+    log_tail, side = smaller_tail(a, log_w)
+    u = side * upper_quantile_of_log(log_tail)
+    log_det = torch.logsumexp(log_w + log_standard_normal(a) - log_std, -1) - log_standard_normal(u)
+    # At z = +-inf, du/dz tends to 1 / (the largest scale), which inf - inf cannot say.
+    return u, torch.where(torch.isinf(z), -log_std.amax(-1), log_det)
+
+
+def mixture_cdf_backward(
+    z: Tensor, params: tuple[Tensor, ...], u: Tensor, log_det: Tensor, grad_u: Tensor, grad_log_p: Tensor
+) -> Gradients:
+    r"""Gradients [N], 3 x [N, K] of z, log_w, mean, log_std, from cotangents g_u of u and g_p of log p = log F'(z).
+
+    With r_k = w_k N_k(z) / p (responsibilities), t_k the k-th component's mass beyond z on the smaller side
+    sigma = +-1, T = sum_k w_k t_k, and H = g_u du/dz:
+
+        mean_k     r_k (g_p a_k / s_k - H)
+        log_std_k  (z - m_k) * (the line above) - g_p r_k
+        log_w_k    g_p (r_k - w_k) + sigma g_u w_k (T - t_k) / N(u; 0, 1)
+        z          - sum_k mean_k                        (u and p do not change when z and all m_k move together)
+
+    T and t_k belong to one tail, so nothing cancels in the far tails.
+    """
+    log_w, mean, log_std = params
+    log_w = torch.log_softmax(log_w, -1)
+    diff, inv_std = z[:, None] - mean, torch.exp(-log_std)
+    a = diff * inv_std
+    share = torch.softmax(log_w + log_standard_normal(a) - log_std, -1)
+    log_tail, side = (t[:, None] for t in smaller_tail(a, log_w))
+    log_base = log_standard_normal(u)[:, None]
+    tail_ratio = torch.exp(log_tail - log_base)
+    mass_ratio = torch.exp(log_w + log_upper_tail(side * a) - log_base)
+    grad_u, grad_log_p, slope = grad_u[:, None], grad_log_p[:, None], torch.exp(log_det)[:, None]
+    of_mean = share * (grad_log_p * a * inv_std - grad_u * slope)
+    of_log_std = diff * of_mean - grad_log_p * share
+    weight = torch.exp(log_w)
+    of_log_w = grad_log_p * (share - weight) + side * grad_u * (weight * tail_ratio - mass_ratio)
+    return -of_mean.sum(-1), of_log_w, of_mean, of_log_std
+
+
+def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """log F'(z) = log sum_k w_k N(z; m_k, s_k^2), [N]."""
+    log_w = torch.log_softmax(log_w, -1)
+    return torch.logsumexp(log_w + log_standard_normal((z[:, None] - mean) * torch.exp(-log_std)) - log_std, -1)
+
+
+def mixture_log_density_backward(z: Tensor, params: tuple[Tensor, ...], grad: Tensor) -> Gradients:
+    """Gradients [N], 3 x [N, K] of z, log_w, mean, log_std: those of `mixture_cdf_backward` with g_u = 0."""
+    log_w, mean, log_std = params
+    inv_std = torch.exp(-log_std)
+    a = (z[:, None] - mean) * inv_std
+    share = grad[:, None] * torch.softmax(torch.log_softmax(log_w, -1) + log_standard_normal(a) - log_std, -1)
+    of_scale = share * a
+    of_mean = of_scale * inv_std
+    of_log_w = share - grad[:, None] * torch.softmax(log_w, -1)
+    return -of_mean.sum(-1), of_log_w, of_mean, of_scale * a - share
+
+
+def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """z [N] with F(z) = Phi(u): bisections inside the bracket of docs/math.md, eq. 20, then Newton steps.
+
+    Mirrored to u >= 0, where the upper tail is the smaller one.
+    """
+    log_w = torch.log_softmax(log_w, -1)
+    inv_std = torch.exp(-log_std)
+    side = torch.where(u < 0, -1.0, 1.0).to(u.dtype)
+    y = u.abs()
+    log_wanted = log_upper_tail(y)
+    center = side[:, None] * mean
+    candidates = center + y[:, None] / inv_std
+    low, high = candidates.amin(-1), candidates.amax(-1)
+    for _ in range(BISECTIONS[u.dtype]):
+        x = 0.5 * (low + high)
+        log_tail = torch.logsumexp(log_w + log_upper_tail((x[:, None] - center) * inv_std), -1)
+        above = log_tail > log_wanted
+        low, high = torch.where(above, x, low), torch.where(above, high, x)
+    x = 0.5 * (low + high)
+    target = newton_target(y, torch.exp(log_standard_normal(y) - log_wanted), low, high)
+    for _ in range(NEWTON_STEPS[u.dtype]):
+        a = (x[:, None] - center) * inv_std
+        log_tail = torch.logsumexp(log_w + log_upper_tail(a), -1)
+        log_density = torch.logsumexp(log_w + log_standard_normal(a) - log_std, -1)
+        above = log_tail > log_wanted
+        low, high = torch.where(above, x, low), torch.where(above, high, x)
+        ratio = 2.0 * torch.exp((log_tail - log_density).clamp(max=-math.log(TINY[u.dtype])))
+        x = newton_step(x, log_tail - log_wanted, ratio, low, high, target)
+    return torch.where(torch.isinf(u), u, side * x)
+
+
+class NewtonTarget(NamedTuple):
+    """Constants of a Newton step towards u >= 0; all [N]."""
+
+    hazard: Tensor
+    square: Tensor
+    """hazard^2."""
+    floor: Tensor
+    """Least value of (h - kappa e)^2, where the quadratic model has no solution."""
+    bend: Tensor
+    """2 kappa."""
+    slack: Tensor
+    """A few ulps of the bracket's ends."""
+
+
+def newton_target(u: Tensor, hazard: Tensor, low: Tensor, high: Tensor) -> NewtonTarget:
+    """For u >= 0 with hazard N(u; 0, 1) / Q(u), in the bracket [low, high]."""
+    square = hazard * hazard
+    slack = torch.maximum(low.abs(), high.abs()) * (4.0 * torch.finfo(u.dtype).eps)
+    return NewtonTarget(hazard, square, square * 0.01, (square - hazard * u) * 2.0, slack)
+
+
+def newton_step(x: Tensor, excess: Tensor, ratio: Tensor, low: Tensor, high: Tensor, target: NewtonTarget) -> Tensor:
+    r"""The next x from `excess` L and `ratio` 2 T / p; the bracket's midpoint where Newton would leave it.
+
+    The upper tail T(x) is to meet Q(u), u >= 0. The step is taken in noise space, where a single component is a
+    straight line: with L = log T(x) - log Q(u), hazard h = N(u) / Q(u) and curvature kappa = h (h - u) of -log Q at
+    u, the noise still missing is e from L = h e - kappa e^2 / 2, and dx = e N(u - e) / p(x).
+    """
+    slope = torch.maximum(torch.addcmul(target.square, target.bend, excess, value=-1.0), target.floor).sqrt_()
+    step = (excess * slope).mul_(ratio).div_(slope + target.hazard)
+    following = step.add_(x)
+    middle = torch.lerp(low, high, 0.5)
+    # A converged x is itself an end of the bracket: rounding must not count as leaving it.
+    limit = torch.add(target.slack, high - low, alpha=0.501)
+    inside = torch.le((following - middle).abs_(), limit).to(x.dtype)
+    return torch.lerp(middle, following, inside)
+
+
+def bayes_update(log_alpha: Tensor, a: Tensor, log_std: Tensor) -> Tensor:
+    """log alpha_k + log N(z_i; mean_ki, s_k^2) + log(2 pi) / 2, [N, K]: Bayes' rule of docs/math.md, eq. 9.
+
+    a [N, K] is channel i standardised. The result still has to be normalised; its logsumexp gives log p_i.
+    """
+    return log_alpha - 0.5 * a * a - log_std
+
+
+def bayes_update_(log_alpha: Tensor, a: Tensor, log_normaliser: Tensor) -> Tensor:
+    """`bayes_update` written over log_alpha, with log_normaliser = log_std + log(2 pi) / 2 included; no autograd."""
+    return log_alpha.addcmul_(a, a, value=-0.5).sub_(log_normaliser)
+
+
+def rosenblatt(
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, scalar_map: ScalarMap = mixture_cdf
+) -> tuple[Tensor, Tensor]:
+    """u [N, d] and log_det [N] of the Mix-d map, channel after channel (docs/math.md, eq. 9).
+
+    Each channel is a scalar mixture under `scalar_map`. Differentiable where that is.
+    """
+    log_alpha = torch.log_softmax(log_w, -1)
+    inv_std, channels, log_p = torch.exp(-log_std), [], torch.zeros_like(z[:, 0])
+    for i in range(z.shape[-1]):
+        channels.append(scalar_map(z[:, i], log_alpha, mean[:, i], log_std)[0])
+        a = (z[:, i, None] - mean[:, i]) * inv_std
+        log_alpha = bayes_update(log_alpha, a, log_std) - HALF_LOG_2PI
+        log_p_i = torch.logsumexp(log_alpha, -1, keepdim=True)
+        log_alpha = log_alpha - log_p_i
+        log_p = log_p + log_p_i.squeeze(-1)
+    u = torch.stack(channels, -1)
+    return u, log_p - log_standard_normal_vectors(u)
+
+
+def rosenblatt_without_autograd(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """u [N, d] and log p_mix(z) [N], with half the work of `rosenblatt` and fewer [N, K] tensors."""
+    inv_std, log_normaliser = torch.exp(-log_std), log_std + HALF_LOG_2PI
+    log_alpha, channels = torch.log_softmax(log_w, -1), []
+    log_p = torch.zeros_like(z[:, 0])
+    for i in range(z.shape[-1]):
+        a = (z[:, i, None] - mean[:, i]) * inv_std
+        channels.append(_noise_from_one_side(a, log_alpha))
+        bayes_update_(log_alpha, a, log_normaliser)
+        log_p_i = torch.logsumexp(log_alpha, -1)
+        log_alpha.sub_(log_p_i[:, None])
+        log_p = log_p + log_p_i
+    return torch.stack(channels, -1), log_p
+
+
+def _noise_from_one_side(a: Tensor, log_w: Tensor) -> Tensor:
+    """The u of `mixture_cdf` [N] from a single tail: a [N, K] standardised, log_w [N, K] normalised; no autograd.
+
+    The side is chosen as in `cpu.linear.guess_side`: it never holds more than 0.78 of the mass, so that the other
+    one, where smaller, is a safe difference.
+    """
+    side = torch.where((torch.exp(log_w) * a.clamp(-1.0, 1.0)).sum(-1) < 0, -1.0, 1.0).to(a.dtype)
+    log_tail = torch.logsumexp(log_upper_tail(side[:, None] * a) + log_w, -1)
+    is_larger = log_tail > _LOG_HALF
+    log_tail = torch.where(is_larger, torch.log1p(-torch.exp(log_tail)), log_tail)
+    return torch.where(is_larger, -side, side) * upper_quantile_of_log(log_tail)
+
+
+def rosenblatt_inverse(
+    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, scalar_inverse: ScalarInverse = mixture_cdf_inverse
+) -> Tensor:
+    """z [N, d]: the recursion of docs/math.md, eq. 9, with one scalar mixture solved by `scalar_inverse` per channel.
+
+    Differentiable where that is.
+    """
+    mean, log_std = mean[None], log_std[None]
+    log_alpha, channels, inv_std = log_w, [], torch.exp(-log_std)
+    for i in range(u.shape[-1]):
+        center = mean[..., i]
+        z = scalar_inverse(u[:, i], log_alpha, center, log_std)
+        channels.append(z)
+        if i + 1 < u.shape[-1]:
+            a = (z[:, None] - center) * inv_std
+            log_alpha = torch.log_softmax(bayes_update(log_alpha, a, log_std), -1)
+    return torch.stack(channels, -1)
+
+
+def mixture_log_prob(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """log p_mix(z) = log sum_k w_k N(z; mean_k, s_k^2 I), [N], all at once: `vocabulary` has it tile by tile."""
+    return torch.logsumexp(torch.log_softmax(log_w, -1) + log_component_densities(z, mean, log_std), -1)

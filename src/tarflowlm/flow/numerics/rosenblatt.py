@@ -1,0 +1,141 @@
+r"""The mixture-Rosenblatt map of Mix-d: channel after channel, mixture weights updated by Bayes' rule.
+
+    alpha^(1) = w,   u_i = Phi^-1( sum_k alpha_k^(i) Phi((z_i - mu_ki) / s_k) )
+    alpha_k^(i+1) ~ alpha_k^(i) N(z_i; mu_ki, s_k^2),   log_det = log p_mix(z) - log N(u; 0, I)
+
+The public functions (docs/math.md, eq. 9), and a backward that is computed again chunk by chunk. The weights live in
+log space. Differs from the paper's algorithm 1 only there: it keeps alpha itself.
+
+N rows, K components, d channels: flat problems are z, u [N, d], log_w [N, K], mean [K, d], log_std [K].
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
+
+from tarflowlm.flow.numerics import layout, reference
+from tarflowlm.flow.numerics.autograd import first_derivatives
+from tarflowlm.flow.numerics.cpu import rosenblatt as cpu
+from tarflowlm.flow.numerics.mixture import mixture_cdf, mixture_cdf_inverse
+from tarflowlm.flow.numerics.normal import log_standard_normal_vectors
+
+_BACKWARD_SHARE = 16
+"""The backward records about this many [n, K] tensors per channel, so its chunks are that much smaller."""
+_BACKWARD_SHARE_STATIC = 4
+"""And on an accelerator, where every chunk is some hundred launches, or as many nodes of a compiler's graph."""
+
+
+def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Token-wise mixture-Rosenblatt map (docs/math.md, eq. 9): u ~ N(0, I) iff z ~ sum_k w_k N(mu_k, s_k^2 I).
+
+    Shapes: z [..., d]; log_w [..., K], unnormalised; mean [K, d]; log_std [K] (one shared codebook); u [..., d],
+    log_det [...], nats. Float32 or float64; exact in both tails of every channel. Memory: some tensors of a chunk x K
+    (see `layout`), whatever the number of rows; the backward recomputes chunk by chunk. NaN in a row gives NaN there.
+    First derivatives only: a second backward raises RuntimeError. Errors: ValueError for shapes that do not fit.
+    """
+    shape, flat, weights = layout.flatten_vectors(z, log_w, mean, log_std)
+    function = _compiled if torch.compiler.is_compiling() else _Rosenblatt.apply
+    u, log_det = function(flat, weights, mean, log_std)
+    return u.view(*shape, -1), log_det.view(shape)
+
+
+def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    r"""Inverse of `rosenblatt`: the same recursion, with one scalar mixture solved per channel (docs/math.md, eq. 9).
+
+    Shapes: u [..., d]; log_w [..., K], unnormalised; mean [K, d]; log_std [K]; z [..., d]. Float32 or float64.
+    Gradients are implicit, channel by channel, and hold d tensors [..., K]; without any, memory is as in
+    `rosenblatt`.
+    Errors: ValueError for shapes that do not fit.
+    """
+    shape, flat, weights = layout.flatten_vectors(u, log_w, mean, log_std)
+    if _needs_grad(u, log_w, mean, log_std):
+        z = reference.rosenblatt_inverse(flat, weights, mean, log_std, mixture_cdf_inverse)
+    else:
+        z = _solve(flat, weights, mean, log_std)
+    return z.view(*shape, -1)
+
+
+def _evaluate(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """u [N, d] and log_det [N]; no autograd."""
+    if layout.use_eager_cpu(z):
+        return cpu.rosenblatt(z, log_w, mean, log_std)
+    u = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    log_p = torch.empty_like(z[:, 0])
+    for rows in _chunks(z, mean.shape[0]):
+        u[rows], log_p[rows] = reference.rosenblatt_without_autograd(z[rows], log_w[rows], mean, log_std)
+    return u, log_p - log_standard_normal_vectors(u)
+
+
+def _solve(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """z [N, d]; no autograd."""
+    if layout.use_eager_cpu(u):
+        return cpu.rosenblatt_inverse(u, log_w, mean, log_std)
+    z = torch.empty_like(u)
+    for rows in _chunks(u, mean.shape[0]):
+        z[rows] = reference.rosenblatt_inverse(u[rows], log_w[rows], mean, log_std)
+    return z
+
+
+def _recorded(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """The map from differentiable pieces: what the backward records."""
+    return reference.rosenblatt(z, log_w, mean, log_std, mixture_cdf)
+
+
+def _compiled(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """A compiler derives the backward itself: it is told to compute again what does not fit one chunk."""
+    if not _needs_grad(z, log_w, mean, log_std):
+        return _evaluate(z, log_w, mean, log_std)
+    chunks = list(_chunks(z, mean.shape[0], backward=True))
+    if len(chunks) == 1:
+        return _recorded(z, log_w, mean, log_std)
+    parts = [
+        checkpoint(_recorded, z[rows], log_w[rows], mean, log_std, use_reentrant=False, preserve_rng_state=False)
+        for rows in chunks
+    ]
+    return torch.cat([u for u, _ in parts]), torch.cat([log_det for _, log_det in parts])
+
+
+def _gradients(
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, grad_u: Tensor, grad_log_det: Tensor
+) -> tuple[Tensor, ...]:
+    out = tuple(torch.zeros_like(t) for t in (z, log_w, mean, log_std))
+    for rows in _chunks(z, mean.shape[0], backward=True):
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (z[rows], log_w[rows], mean, log_std)]
+            outputs = _recorded(*leaves)
+        grads = torch.autograd.grad(outputs, leaves, (grad_u[rows], grad_log_det[rows]))
+        out[0][rows], out[1][rows] = grads[:2]
+        out[2].add_(grads[2])
+        out[3].add_(grads[3])
+    return out
+
+
+class _Rosenblatt(Function):
+    """Saves its inputs only; the backward computes the map again, chunk by chunk."""
+
+    @staticmethod
+    def forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+        return _evaluate(z, log_w, mean, log_std)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+        return first_derivatives(_gradients, *ctx.saved_tensors, grad_u, grad_log_det)
+
+
+def _chunks(like: Tensor, num_components: int, *, backward: bool = False) -> Iterator[slice]:
+    """Row ranges that bound the [rows, K] temporaries."""
+    if layout.use_eager_cpu(like):
+        return layout.row_chunks(like.shape[0], num_components * (_BACKWARD_SHARE if backward else 1))
+    return layout.static_chunks(like.shape[0], num_components * (_BACKWARD_SHARE_STATIC if backward else 1))
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
