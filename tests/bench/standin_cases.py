@@ -10,7 +10,7 @@ import torch
 
 from tarflowlm.baseline import BaselineConfig, TokenLM
 from tarflowlm.bench.sizes import measured, stage_size
-from tarflowlm.bench.standin import nothing_computed, placed
+from tarflowlm.bench.standin import fake_tensors, to_fake
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.objective import conditional_bound, elbo, negative_bound
 from tarflowlm.runs.checkpoint import build_model
@@ -58,8 +58,8 @@ def train(name: str, stage: int, optimizer: str, checkpointed: bool, misplaced: 
     run = replace(run, train=train_config, optim=replace(run.optim, optimizer=optimizer))
     with torch.device("meta"):
         model = build_model(run.model_of_stage(stage))
-    with nothing_computed() as place:
-        freeze_below(placed(model, place), stage)
+    with fake_tensors() as place:
+        freeze_below(to_fake(model, place), stage)
         if misplaced:
             model.prior.blocks[0].start = torch.nn.Parameter(torch.empty(32))
         engine, optimizers = Engine(model, run, frozen=stage), build_optimizers(run.optim, model)
@@ -75,8 +75,8 @@ def evaluate(name: str, stage: int) -> set[str]:
     """The bounds without gradients, and their parts."""
     with torch.device("meta"):
         model = build_model(small(name).model_of_stage(stage))
-    with nothing_computed() as place, torch.no_grad():
-        placed(model, place)
+    with fake_tensors() as place, torch.no_grad():
+        to_fake(model, place)
         tokens = torch.zeros(2, 16, dtype=torch.long, device=place)
         made = [negative_bound(model, tokens, frozen=stage)]
         if isinstance(model, TokenLM) or model.num_blocks == 1:
@@ -92,8 +92,8 @@ def sample(name: str) -> set[str]:
     with torch.device("meta"):
         model = build_model(small(name).model)
     made = []
-    with nothing_computed() as place, torch.no_grad():
-        placed(model, place)
+    with fake_tensors() as place, torch.no_grad():
+        to_fake(model, place)
         P = model.config.patch
         if isinstance(model, TokenLM):
             cache = model.transformer.allocate_cache(ROWS, 4, model.start)
@@ -115,7 +115,7 @@ def sample(name: str) -> set[str]:
 
 
 def read_a_number() -> None:
-    with nothing_computed() as place:
+    with fake_tensors() as place:
         torch.zeros(2, device=place).sum().item()
 
 
