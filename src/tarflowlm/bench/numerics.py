@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tarflowlm.bench.memory import high_water_mark
+from tarflowlm.bench.measure import high_water_mark
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import mixture_cdf, mixture_cdf_inverse, mixture_log_prob_from_features
 from tarflowlm.terminal.bars import StageProgress, no_progress
