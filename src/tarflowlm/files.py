@@ -134,7 +134,7 @@ def writer_lock(directory: Path) -> Iterator[None]:
 def _read_holder(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").strip() or "another process"
-    except OSError:  # it has the lock and not yet written its name
+    except (OSError, ValueError):  # it holds the lock and has not yet written its name
         return "another process"
 
 
