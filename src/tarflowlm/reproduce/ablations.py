@@ -32,6 +32,7 @@ PROMPTS = 32
 
 
 def plan_fig2(settings: Settings) -> list[Training]:
+    """The five rungs of the ladder."""
     affine, progressive = settings.preset("affine", "text8"), settings.preset("mixd", "text8")
     assert isinstance(affine.model, FlowConfig)
     token: CouplingName = "token-affine"
@@ -58,6 +59,7 @@ def joint(progressive: RunConfig) -> RunConfig:
 
 
 def plan_fig3(settings: Settings) -> list[Training]:
+    """Six affine blocks and six Mix-1 blocks."""
     return trainings(settings, {"affine": _six_blocks(settings, "affine"), "Mix-1": _six_blocks(settings, "mix1")})
 
 
@@ -74,6 +76,7 @@ def _six_blocks(settings: Settings, coupling: Literal["affine", "mix1"]) -> RunC
 
 
 def plan_fig4(settings: Settings) -> list[Training]:
+    """Mix-1 with each number of components."""
     return trainings(settings, {f"K = {k}": _components(settings, k) for k in COMPONENTS})
 
 
@@ -88,6 +91,7 @@ def _components(settings: Settings, components: int) -> RunConfig:
 
 
 def plan_fig5(settings: Settings) -> list[Training]:
+    """Flows and the baseline at patch size 2, and the judge."""
     foil = settings.preset("ar", "owt")
     assert isinstance(foil.model, BaselineConfig)
     foil = replace(foil, name=f"{foil.name}-p2", model=replace(foil.model, patch=2, in_patch="independent"))
@@ -135,6 +139,7 @@ def measure_fig5(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
 
 
 def draw_fig5(figure: Figure, rows: Sequence[Row]) -> None:
+    """Perplexity over the length of the prefix, one line per model."""
     axes = figure.subplots()
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == model]
