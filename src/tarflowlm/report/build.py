@@ -100,6 +100,7 @@ class _Writer:
         self.paths: list[Path] = []
 
     def draw(self, name: str, caption: str, draw: Callable[[Figure], None], width: float, height: float) -> Picture:
+        """Save a figure of `width` x `height` inches as NAME.png, and return it for the page."""
         path = self.out / f"{name}.png"
         svg = render(draw, path, width=width, height=height)
         self.paths.append(path)
@@ -144,7 +145,7 @@ def _corpus(record: RunRecord, checkpoint: Checkpoint, insight: Insight) -> Corp
         if corpus.tokenizer.fingerprint == checkpoint.tokenizer.fingerprint:
             return corpus
         problem = f"{record.run.data.source} is not the text that the run's tokenizer was trained on"
-    insight.notes.append(f"What each block brings is not shown, for the run's corpus cannot be used: {problem}.")
+    insight.notes.append(f"The gain of each block is not shown, because the run's corpus cannot be used: {problem}.")
     return None
 
 
