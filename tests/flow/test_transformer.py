@@ -56,7 +56,7 @@ def test_a_cache_rewinds_to_its_past_only(transformer, normal, length):
 def test_a_full_cache_says_so(transformer, normal):
     cache = transformer.allocate_cache(1, 3, normal(1))
     transformer(normal(1, 2, 8), cache)
-    with pytest.raises(ValueError, match="cache of 3 positions is full: 2 used, 2 more asked for"):
+    with pytest.raises(ValueError, match="cache of 3 positions is full: 2 used, 2 more requested"):
         transformer(normal(1, 2, 8), cache)
     assert cache.length == 2
     transformer(normal(1, 1, 8), cache)

@@ -1,4 +1,7 @@
-"""The contract of every invertible map here, their composition, and the maps that keep the volume."""
+"""The interface of invertible maps, their composition, and the volume-preserving maps.
+
+Shape legend: B batch, T tokens, P patch, N = T / P positions, d channels per token, C = P d.
+"""
 
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -11,86 +14,88 @@ from tarflowlm.errors import UserError
 
 
 def zero_log_det(z: Tensor) -> Tensor:
-    """log|det| = 0 for every sequence: [B]."""
+    """Zeros [B]: the log-determinant of a volume-preserving map, with the dtype and device of z [B, ...]."""
     return torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
 
 
 class Bijection(nn.Module):
-    """An invertible map between latents z and noise u, both [B, T, C].
+    """An invertible map between latents z and noise u, both [B, N, C].
 
-    `forward` takes latents to noise, in parallel over positions, and returns the value together with
-    log|det du/dz|, summed over positions and channels: shape [B], in nats.
-    `inverse` takes noise to latents and returns the latents alone.
-    A subclass provides both; forward(inverse(u))[0] equals u up to rounding.
+    A subclass provides `forward` and `inverse`; forward(inverse(u))[0] equals u up to rounding.
     """
 
     @abstractmethod
-    def forward(self, z: Float[Tensor, "B T C"]) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]: ...
+    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
+        """Latents to noise, in parallel over positions: u, and log|det du/dz| summed over a sequence, in nats."""
 
     @abstractmethod
-    def inverse(self, u: Float[Tensor, "B T C"]) -> Float[Tensor, "B ..."]: ...
+    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B ..."]:
+        """Noise to latents, without a log-determinant."""
 
 
 class Compose(Bijection):
-    """f_n o ... o f_1: applies the maps in the order given and adds their log-determinants."""
+    """The composition of `maps`, applied in the order given."""
 
     def __init__(self, maps: Iterable[Bijection] = ()) -> None:
         super().__init__()
         self.maps = nn.ModuleList(maps)
 
-    def forward(self, z: Float[Tensor, "B T C"]) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
+    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
+        """The output of the last map, and the sum of all log-determinants [B], in nats."""
         log_det = zero_log_det(z)
         for f in self.maps:
             z, step = f(z)
             log_det = log_det + step
         return z, log_det
 
-    def inverse(self, u: Float[Tensor, "B T C"]) -> Float[Tensor, "B ..."]:
+    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B ..."]:
+        """The inverses of the maps, last to first."""
         for f in reversed(self.maps):
             u = f.inverse(u)  # type: ignore[operator]
         return u
 
 
 class Direction(Bijection):
-    """Reverses the order of positions where `reverse` holds; its own inverse."""
+    """Reverses the order of positions if `reverse`, else the identity; its own inverse (docs/math.md, eq. 5)."""
 
     def __init__(self, reverse: bool) -> None:
         super().__init__()
         self.reverse = reverse
 
-    def forward(self, z: Float[Tensor, "B T C"]) -> tuple[Float[Tensor, "B T C"], Float[Tensor, " B"]]:
+    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+        """z with its positions reversed; log-determinant 0."""
         return self.inverse(z), zero_log_det(z)
 
-    def inverse(self, u: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
+        """u with its positions reversed."""
         return u.flip(1) if self.reverse else u
 
 
 class Patch(Bijection):
-    """Joins P neighbouring tokens into one position: [B, T, d] <-> [B, T / P, P d] (docs/math.md, eq. 14).
-
-    Raises UserError where P does not divide T.
-    """
+    """Joins P neighbouring tokens into one position: [B, T, d] <-> [B, N, C] (docs/math.md, eq. 14)."""
 
     def __init__(self, patch: int) -> None:
         super().__init__()
         self.patch = patch
 
     def forward(self, z: Float[Tensor, "B T d"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+        """Tokens to positions; log-determinant 0. UserError if P does not divide T."""
         B, T, d = z.shape
         if T % self.patch:
             raise UserError(f"patch {self.patch} does not divide the {T} tokens of the sequence")
         return z.reshape(B, T // self.patch, self.patch * d), zero_log_det(z)
 
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B T d"]:
+        """Positions to tokens."""
         B, N, C = u.shape
         return u.reshape(B, N * self.patch, C // self.patch)
 
 
 class ChannelMix(Bijection):
-    """Reorders the last axis to [even-indexed, odd-indexed], `times` times over (docs/math.md, eq. 15).
+    """Reorders the channels to [even-indexed, odd-indexed], applied `times` times (docs/math.md, eq. 15).
 
-    With patches of tokens this interleaves their channels, so that the channel-wise autoregression of a later
-    block sees the tokens of a patch in another order. The inverse is the exact inverse permutation.
+    This interleaves the channels of the tokens in a patch, so a later block models them in another order. The
+    inverse is the inverse permutation.
     """
 
     order: Tensor
@@ -105,8 +110,10 @@ class ChannelMix(Bijection):
         self.register_buffer("order", torch.tensor(order), persistent=False)
         self.register_buffer("undo", torch.tensor(order).argsort(), persistent=False)
 
-    def forward(self, z: Float[Tensor, "B T C"]) -> tuple[Float[Tensor, "B T C"], Float[Tensor, " B"]]:
+    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+        """z with its channels permuted; log-determinant 0."""
         return (z if self.is_identity else z[..., self.order]), zero_log_det(z)
 
-    def inverse(self, u: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
+        """u with the permutation undone."""
         return u if self.is_identity else u[..., self.undo]

@@ -1,4 +1,4 @@
-"""The Gaussian codebook: the encoder q(z|x), and the decoder p(x|z) that is tied to it."""
+"""The Gaussian codebook: the encoder q(z|x) and the decoder p(x|z), which share its parameters."""
 
 import math
 
@@ -16,10 +16,10 @@ from tarflowlm.flow.numerics import (
 
 
 def spread_means(num_components: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
-    """num_components well separated points in R^dim, zero mean and unit variance per channel: [K, d].
+    """K well separated points in R^d, with zero mean and unit variance per channel: [K, d].
 
-    Gaussian candidates, eight for every place, thinned by farthest-point selection. For large vocabularies
-    (K > 4,096) the selection is left out: it costs K^2, and in d >= 16 random points are far apart already.
+    Farthest-point selection from 8 K Gaussian candidates. It costs K^2; above K = 4,096 the points are K Gaussian
+    draws, which in d >= 16 are far apart already.
     """
     if num_components > 4096:
         points = torch.randn(num_components, dim, generator=generator)
@@ -40,7 +40,7 @@ def spread_means(num_components: int, dim: int, generator: torch.Generator | Non
 
 
 def typical_neighbour_distance(points: Tensor) -> float:
-    """Median distance from a point to its nearest neighbour (over at most 1,024 of the points)."""
+    """Median distance from a point to its nearest neighbour, over the first 1,024 of `points` [K, d]."""
     if len(points) < 2 or points.is_meta:
         return 2.0
     sample = points[: min(len(points), 1024)]
@@ -50,16 +50,15 @@ def typical_neighbour_distance(points: Tensor) -> float:
 
 
 class Codebook(nn.Module):
-    r"""One isotropic Gaussian for every token k (docs/math.md, eqs. 1 and 2).
+    r"""One isotropic Gaussian N_k(z) = N(z; mu_k, sigma_k^2 I_d) per token k (docs/math.md, eqs. 1 and 2).
 
-        q(z | x) = prod_t N(z_t; mu_{x_t}, sigma_{x_t}^2 I_d),     p(x_t = k | z_t) = N_k(z_t) / sum_j N_j(z_t)
+        q(z | x) = prod_t N_{x_t}(z_t),     p(x_t = k | z_t) = N_k(z_t) / sum_j N_j(z_t)
 
     `mean` [V, d] is mu, `log_std` [V] is log sigma. Paper: section 3.1.
 
-    Initialisation. The means start far apart with unit variance per channel, which is the scale the Transformer
-    and a Gaussian base expect; sigma starts at `separation` times smaller than the typical distance between
-    neighbours. At the default of 12 a sample is decoded right all but surely, so the bound starts at log V per token,
-    that of a uniform language model: training begins with predicting tokens and not with untangling a blurred code.
+    Start: the means are far apart, with unit variance per channel, the scale of the base. sigma is the typical
+    distance between neighbouring means over `separation`. At the default of 12 almost every sample decodes to its
+    token, so the bound starts near log V nats per token, that of a uniform language model.
     """
 
     def __init__(
@@ -74,49 +73,53 @@ class Codebook(nn.Module):
 
     @property
     def vocab_size(self) -> int:
+        """Tokens V."""
         return self.mean.shape[0]
 
     def encode(self, tokens: Int[Tensor, "*batch"], noise: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """z = mu_x + sigma_x * noise, differentiable in mu and sigma; noise ~ N(0, I)."""
-        # index_select's backward is much quicker than that of indexing
+        """z = mu_x + sigma_x * noise with noise ~ N(0, I), differentiable in mu and sigma."""
+        # index_select has a much faster backward than indexing
         flat = tokens.flatten()
         mean = self.mean.index_select(0, flat).view_as(noise)
         std = self.log_std.index_select(0, flat).exp().view(*tokens.shape, 1)
         return mean + std * noise
 
     def log_q(self, tokens: Int[Tensor, "*batch"], noise: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-        """log q(z_t | x_t) in nats at z = encode(tokens, noise)."""
+        """log q(z_t | x_t) of every token, in nats, at z = encode(tokens, noise) (docs/math.md, eq. 1)."""
         d = noise.shape[-1]
         log_std = self.log_std.index_select(0, tokens.flatten()).view_as(tokens)
         return -0.5 * noise.square().sum(-1) - d * (log_std + 0.5 * math.log(2 * math.pi))
 
     def log_components(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
-        """log N_k(z) for every token k, in nats: a [tokens, V] tensor, for small vocabularies."""
+        """log N_k(z) for every token k, in nats. Holds a [tokens, V] tensor: for small vocabularies."""
         return log_component_densities(z, self.mean, self.log_std)
 
     def log_normaliser(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-        """log sum_k N_k(z) in nats, tile by tile: log q(z|x) - log p(x|z) for whatever x; no [tokens, V] tensor."""
+        """log sum_k N_k(z) in nats, computed in tiles without a [tokens, V] tensor.
+
+        It equals log q(z|x) - log p(x|z) for every x (docs/math.md, eqs. 2 and 11a).
+        """
         return mixture_log_prob(z, None, self.mean, self.log_std)
 
     def log_likelihood(self, tokens: Int[Tensor, "*batch"], z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-        """log p(x_t | z_t) = log N_x(z) - log sum_j N_j(z) in nats, tile by tile: no [tokens, V] tensor.
+        """log p(x_t | z_t) = log N_{x_t}(z_t) - log sum_j N_j(z_t), in nats (docs/math.md, eq. 2).
 
-        Near zero it is a small difference of large numbers, so both are computed in float64 (float32 where the device
-        has no other) and rounded in the end.
+        Computed in tiles, without a [tokens, V] tensor. Near zero it is a small difference of large numbers, so both
+        are computed in float64 (float32 on devices without it) and the difference is rounded.
         """
         wide, flat = wide_dtype(z), tokens.flatten()
         z_wide, mean, log_std = z.to(wide), self.mean.to(wide), self.log_std.to(wide)
-        # at z itself: once z is rounded, the noise that it was drawn with no longer fits
+        # at z, not at the noise it was drawn with: z has been rounded since
         rows = z_wide.reshape(-1, z.shape[-1])
         own = log_own_density(rows, mean.index_select(0, flat), log_std.index_select(0, flat))
         difference = own.view_as(tokens) - mixture_log_prob(z_wide, None, mean, log_std)
-        # no rounding makes a probability larger than one
+        # rounding must not make a probability larger than one
         return difference.clamp(max=0.0).to(z.dtype)
 
     def log_posterior(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
-        """log p(x = k | z) of every token k, in nats: a [tokens, V] tensor, for small vocabularies."""
+        """log p(x = k | z) for every token k, in nats. Holds a [tokens, V] tensor: for small vocabularies."""
         return torch.log_softmax(self.log_components(z), dim=-1)
 
     def decode(self, z: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
-        """The most probable token of every latent vector, the first of equals."""
+        """The most probable token of every latent vector; on ties the lowest index."""
         return most_probable_component(z, self.mean, self.log_std)

@@ -1,8 +1,13 @@
-"""Couplings: the invertible map of one position, its parameters predicted from the features of the past.
+"""Couplings: invertible maps of one position, with parameters predicted from features of the earlier positions.
 
-All of them share one identity, per position:  log|det J| = log p(z | past) - log N(u; 0, I)   (docs/math.md, eq. 6)
-so that `log_prob`, the density of z, is all the last block needs. Shape legend: B batch, T positions, D width,
-C = P d channels of a position, K components. `forward` and `log_prob` take whole sequences, `invert` one position.
+A coupling maps the input h_n of a position, given the features c_n, to noise u_n. All of them satisfy
+
+    log|det J| = sum_n log p(h_n | c_n) - log N(u_n; 0, I)        (docs/math.md, eq. 6)
+
+so the last block needs only `log_prob`. The code writes z for h, whatever the block.
+
+Shape legend: B batch, N positions, P tokens per position, d channels per token, C = P d, D width, K components,
+G groups of C / G channels. `forward` and `log_prob` take whole sequences, `invert` and `complete` one position.
 """
 
 from abc import abstractmethod
@@ -19,55 +24,55 @@ from tarflowlm.flow.heads import AutoregressiveHead
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.precision import full_precision
 
-_FEW = 512
-"""Latents up to which a channel coupling is inverted in sweeps."""
+_MAX_SWEPT = 512
+"""Largest number of elements B C that a channel coupling inverts in sweeps."""
 
 AdjustWeights = Callable[[Tensor], Tensor]
-"""Maps log-weights [..., K] to log-weights: temperature, top-k and top-p of a sampler."""
+"""Maps log-weights [..., K] to log-weights: the temperature, top-k and top-p of a sampler."""
 
 
 @dataclass(frozen=True)
 class Conditional:
-    """p(z_g | past, earlier groups) of one group of m channels, as a map to its noise and back."""
+    """p(z_g | c_n, z_<g) of one group of channels, as a map to noise and back."""
 
     forward: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """z_g [B, m] to u_g [B, m] and log|det| [B]."""
+    """z_g [B, C/G] to u_g [B, C/G] and log|det du_g/dz_g| [B], in nats."""
     inverse: Callable[[Tensor], Tensor]
-    """u_g to z_g, under the weights that a sampler may have changed."""
+    """u_g to z_g, with the weights as the sampler adjusted them."""
 
 
 Conditionals = Generator[Conditional, Tensor | None, None]
-"""The conditionals of one position, group after group; it is sent the value z_g of each."""
+"""Yields the conditional of each group of a position in turn; the caller sends back the value z_g."""
 
 
 class Coupling(nn.Module):
-    """What a block asks of its coupling. `group` is the number m of channels that are drawn at once."""
+    """The interface of a coupling. `group` is the number C/G of channels per group."""
 
     group: int
 
     @abstractmethod
     def forward(
-        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]
-    ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, " B"]]:
-        """Noise u and log|det du/dz|."""
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+        """Noise u, and log|det du/dz| summed over positions, in nats."""
 
     @abstractmethod
     def log_prob(
-        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"], *, equal_cotangents: bool = False
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"], *, equal_cotangents: bool = False
     ) -> Float[Tensor, " B"]:
-        """log p(z | past), summed over positions: nats.
+        """sum_n log p(z_n | c_n), in nats.
 
-        `equal_cotangents` promises a loss that weights all sequences alike, which saves work at large vocabularies.
+        `equal_cotangents` promises a loss that weights all sequences equally, which saves work at large vocabularies.
         """
 
     @abstractmethod
     def conditionals(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Conditionals:
-        """The conditionals of one position, from the features of its past."""
+        """The conditionals of one position, group by group, from its features c_n."""
 
     def invert(
         self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
     ) -> Float[Tensor, "B C"]:
-        """The latents of one position, from its noise and the features of its past."""
+        """The latents z_n of one position, from its noise u_n and features c_n."""
         conditionals = self.conditionals(features, adjust)
         z: list[Tensor] = []
         for u_g in u.split(self.group, -1):
@@ -82,45 +87,47 @@ class Coupling(nn.Module):
         is_known: Bool[Tensor, "B P"],
         adjust: AdjustWeights | None = None,
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B P"]]:
-        """One position of which some tokens are given: (z, u, log p).
+        """Complete one position in which some tokens are given: returns (z, u, log p).
 
-        Given tokens keep their latents `known` and get the noise that belongs to them, the others are inverted from
-        `u`. log p [B, P] is that of the given tokens' latents given all before them, and zero elsewhere.
+        Given tokens keep their latents `known` and get the noise those map to; the others are inverted from `u`.
+        log p, in nats, is that of each given token's latents conditional on everything before them, and 0 for the
+        other tokens (docs/math.md, section 9).
         """
         P, channels = is_known.shape[1], u.shape[1]
         conditionals = self.conditionals(features, adjust)
         z: list[Tensor] = []
         noise: list[Tensor] = []
         log_p = u.new_zeros(is_known.shape)
-        # looked at on the host, so that nothing is computed twice where all rows agree
+        # read on the host, to skip a direction that no row needs
         some, every = is_known.any(0).tolist(), is_known.all(0).tolist()
         mask = is_known.to(u.device)
         for g, (u_g, known_g) in enumerate(zip(u.split(self.group, -1), known.split(self.group, -1), strict=True)):
-            conditional, j = conditionals.send(z[-1] if z else None), g * self.group * P // channels
-            if not some[j]:
+            conditional, a = conditionals.send(z[-1] if z else None), g * self.group * P // channels
+            if not some[a]:
                 z.append(conditional.inverse(u_g))
                 noise.append(u_g)
                 continue
             given_u, log_det = conditional.forward(known_g)
             density = log_det + standard_normal_log_prob(given_u)
-            here = mask[:, j, None]
-            z.append(known_g if every[j] else torch.where(here, known_g, conditional.inverse(u_g)))
+            here = mask[:, a, None]
+            z.append(known_g if every[a] else torch.where(here, known_g, conditional.inverse(u_g)))
             noise.append(torch.where(here, given_u, u_g))
-            log_p[:, j] += torch.where(here[:, 0], density, 0.0)
+            log_p[:, a] += torch.where(here[:, 0], density, 0.0)
         return torch.cat(z, -1), torch.cat(noise, -1), log_p
 
 
 class ChannelCoupling(Coupling):
-    """A coupling that draws one channel at a time, or m, all their parameters from one autoregressive head."""
+    """A coupling over groups of C/G channels whose parameters come from one autoregressive head (eq. 10)."""
 
     group = 1
     head: AutoregressiveHead
 
     @abstractmethod
     def conditional(self, parameters: list[Tensor], adjust: AdjustWeights | None) -> Conditional:
-        """From parameters [n, O] of n groups of channels, a map of [n, m]."""
+        """The map of a batch of groups [rows, C/G], from their parameters [rows, outputs]."""
 
     def conditionals(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Conditionals:
+        """The conditionals of one position, group by group, from its features c_n."""
         state = self.head.start(features)
         for _ in range(self.head.groups):
             z = yield self.conditional([p[0] for p in self.head.step(state)], adjust)
@@ -130,21 +137,22 @@ class ChannelCoupling(Coupling):
     def invert(
         self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
     ) -> Float[Tensor, "B C"]:
-        """Few rows are inverted in sweeps over all G groups at once, until nothing changes: G always suffice.
+        """The latents z_n of one position, from its noise u_n and features c_n.
 
-        There a call costs the same for one group as for all of them, and a block near the identity needs about
-        three sweeps, where a conditionals needs G steps.
+        A small batch is inverted in fixed-point sweeps over all G groups at once, until nothing changes; G sweeps
+        always suffice. There a call costs the same for one group as for all of them, and a block near the identity
+        needs about three sweeps instead of G steps.
         """
         B = len(u)
-        if torch.is_grad_enabled() or u.numel() > _FEW:
+        if torch.is_grad_enabled() or u.numel() > _MAX_SWEPT:
             return super().invert(u, features, adjust)
-        G, m = self.head.groups, self.group
-        noise, z = u.view(B, G, m).transpose(0, 1).reshape(-1, m), u
+        G, size = self.head.groups, self.group
+        noise, z = u.view(B, G, size).transpose(0, 1).reshape(-1, size), u
         for _ in range(G):
             parameters = [p.reshape(G * B, -1) for p in self.head(features[:, None], z[:, None])]
             before, z = (
                 z,
-                self.conditional(parameters, adjust).inverse(noise).view(G, B, m).transpose(0, 1).flatten(1),
+                self.conditional(parameters, adjust).inverse(noise).view(G, B, size).transpose(0, 1).flatten(1),
             )
             if ((z - before).abs() <= 4 * torch.finfo(u.dtype).eps * (1 + z.abs())).all():
                 break
@@ -152,10 +160,12 @@ class ChannelCoupling(Coupling):
 
 
 class AffineCoupling(ChannelCoupling):
-    """z_i = exp(s_i) u_i + m_i, with (m_i, s_i) from the past positions and the channels < i (docs/math.md, eq. 7).
+    r"""Affine coupling, one Gaussian per channel (docs/math.md, eq. 7).
 
-    The K = 1 case of Mix-1 in closed form. With a `group` of m channels, i counts groups of m: all channels of a
-    token at once for m = d, TarFlow's coupling at one token per position. Paper: section 3.2.
+        u_i = (z_i - m_i) / s_i,    log du_i/dz_i = -log s_i,    (m_i, log s_i) = head_i(c, z_<i)
+
+    Mix-1 with K = 1, in closed form. With `group` > 1 channels per group, i counts groups: `group` = d is the
+    token-affine coupling, which for P = 1 is TarFlow's. Paper: section 3.2.
     """
 
     def __init__(self, *, width: int, channels: int, hidden: int, features: int, group: int = 1) -> None:
@@ -172,18 +182,21 @@ class AffineCoupling(ChannelCoupling):
         )
 
     def forward(
-        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]
-    ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, " B"]]:
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+        """Noise u, and log|det du/dz| [B], in nats."""
         mean, log_std = (p.permute(1, 2, 0, 3).flatten(2) for p in self.head(features, z))
         return (z - mean) * torch.exp(-log_std), -log_std.flatten(1).sum(-1)
 
     def log_prob(
-        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"], *, equal_cotangents: bool = False
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"], *, equal_cotangents: bool = False
     ) -> Float[Tensor, " B"]:
+        """sum_n log p(z_n | c_n), in nats."""
         u, log_det = self(z, features)
         return log_det + standard_normal_log_prob(u)
 
     def conditional(self, parameters: list[Tensor], adjust: AdjustWeights | None) -> Conditional:
+        """The affine map of groups with these means and log-scales [rows, C/G]; there are no weights to adjust."""
         mean, log_std = parameters
 
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,15 +206,15 @@ class AffineCoupling(ChannelCoupling):
 
 
 class Mix1Coupling(ChannelCoupling):
-    r"""Channel-wise mixture-CDF coupling (docs/math.md, eq. 8).
+    r"""Mix-1: the CDF of a mixture per channel (docs/math.md, eq. 8).
 
-        u_i = Phi^-1( sum_k w_k Phi((z_i - m_k) / s_k) ),    log du_i/dz_i = log p(z_i) - log phi(u_i)
+        u_i = Phi^-1( sum_k w_ik Phi((z_i - m_ik) / s_ik) ),    log du_i/dz_i = log p(z_i) - log phi(u_i)
 
-    with all 3 K parameters from the past positions and the channels < i. Paper: section 3.2.1.
+    with the 3 K parameters (w_i, m_i, s_i) = head_i(c, z_<i). Paper: section 3.2.1.
 
-    Start: component means at `spread` times the quantiles of a standard normal and widths that bring the variance of
-    the mixture to one; near 0 that is the identity, which is right on top of other blocks. The block that meets the
-    codebook should start from it instead, see `start_from`.
+    Start: means at `spread` times standard normal quantiles, scales that give the mixture unit variance. A small
+    `spread` is close to the identity, the right start on top of other blocks. Block 1 starts from the codebook
+    instead where K = V, see `start_from`.
     """
 
     def __init__(
@@ -226,12 +239,14 @@ class Mix1Coupling(ChannelCoupling):
 
     @torch.no_grad()
     def start_from(self, codebook: Codebook) -> None:
-        r"""Start as the Mix-d coupling of this codebook with uniform weights (docs/math.md, eq. 10).
+        r"""Start as the Mix-d coupling of this codebook with uniform weights (docs/math.md, section 3, "Start").
 
-        With K = V, component k of channel i takes the mean mu_{k,i} and the width sigma_k, and the log-weights of
-        channel i the evidence of the earlier channels of its token, which for equal sigma is linear in them:
-        sum_{j<i} log N(z_j; mu_kj, sigma^2) = sum_{j<i} (mu_kj z_j - mu_kj^2 / 2) / sigma^2 + terms without k.
-        From there training is free to leave Mix-d; a start that ignores the codebook costs it most of its steps.
+        With K = V, component k of channel i has the mean mu_ki and the scale sigma_k. The log-weights of channel i
+        are the evidence from the earlier channels of its token, which is linear in them when all sigma_k are equal:
+
+            sum_{j<i} log N(z_j; mu_kj, sigma^2) = sum_{j<i} (mu_kj z_j - mu_kj^2 / 2) / sigma^2 + terms without k
+
+        Training may leave this start. Without it, a Mix-1 block spends most of its steps finding the codebook.
         """
         mean, dim = codebook.mean.T, codebook.mean.shape[1]
         evidence = self.head.evidence
@@ -248,25 +263,28 @@ class Mix1Coupling(ChannelCoupling):
             evidence[c, c - i : c, 0] = per_channel[:i]
 
     def _mixture(self, z: Tensor, features: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """z as [C, B, T], as the head lays out its parameters [C, B, T, K]."""
+        """z as [C, B, N], and its log-weights, means and log-scales [C, B, N, K]."""
         return z.permute(2, 0, 1).contiguous(), self.head(features, z)
 
     def forward(
-        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]
-    ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, " B"]]:
-        z_CBT, (log_w, mean, log_std) = self._mixture(z, features)
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+        """Noise u, and log|det du/dz| [B], in nats."""
+        z_CBN, (log_w, mean, log_std) = self._mixture(z, features)
         with full_precision(z):
-            u, log_det = numerics.mixture_cdf(z_CBT, log_w, mean, log_std)
+            u, log_det = numerics.mixture_cdf(z_CBN, log_w, mean, log_std)
         return u.permute(1, 2, 0), log_det.sum((0, 2))
 
     def log_prob(
-        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"], *, equal_cotangents: bool = False
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"], *, equal_cotangents: bool = False
     ) -> Float[Tensor, " B"]:
-        z_CBT, (log_w, mean, log_std) = self._mixture(z, features)
+        """sum_n log p(z_n | c_n), in nats."""
+        z_CBN, (log_w, mean, log_std) = self._mixture(z, features)
         with full_precision(z):
-            return numerics.mixture_log_density(z_CBT, log_w, mean, log_std).sum((0, 2))
+            return numerics.mixture_log_density(z_CBN, log_w, mean, log_std).sum((0, 2))
 
     def conditional(self, parameters: list[Tensor], adjust: AdjustWeights | None) -> Conditional:
+        """The mixture CDF of channels with these log-weights, means and log-scales [rows, K]."""
         log_w, mean, log_std = parameters
 
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,7 +292,7 @@ class Mix1Coupling(ChannelCoupling):
             return u[:, None], log_det
 
         def inverse(u: Tensor) -> Tensor:
-            changed = log_w if adjust is None else adjust(log_w)
-            return numerics.mixture_cdf_inverse(u[:, 0], changed, mean, log_std)[:, None]
+            adjusted = log_w if adjust is None else adjust(log_w)
+            return numerics.mixture_cdf_inverse(u[:, 0], adjusted, mean, log_std)[:, None]
 
         return Conditional(forward, inverse)

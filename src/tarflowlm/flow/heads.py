@@ -1,8 +1,9 @@
-"""What turns features of the past into the parameters of a coupling.
+"""Heads: from the features of a position to the parameters of its coupling.
 
-Shape legend: B batch, T positions, D width, G groups of channels, m channels per group, O outputs per group,
-N hidden units per group, E features per group. Parameters come group-first, [G, B, T, O] and contiguous: the
-elementwise kernels that read them are bound by memory, and the batched product writes that layout for free.
+Shape legend: B batch, N positions, P tokens per position, d channels per token, C = P d, D width, G groups of C / G
+channels, M hidden units per group, A embedding width per group, O outputs per group. Parameters are group-first and
+contiguous, [G, B, N, O]: the elementwise kernels that read them are bound by memory, and the batched product writes
+that layout at no extra cost.
 """
 
 from dataclasses import dataclass, replace
@@ -17,34 +18,38 @@ from tarflowlm.flow.precision import full_precision, widen
 
 @dataclass(frozen=True)
 class GroupState:
-    """What is known inside one position: of the past, and of its first groups."""
+    """The state of a head inside one position: its features, and the groups observed so far."""
 
     context: Tensor
-    """Hidden context [G, B, N]."""
+    """W^context_g c of every group, [G, B, M]."""
     shared: Tensor | None
-    """The skip from the features into the first output, [B, O]."""
+    """W^shared c, the linear path into the first output, [B, O]."""
     values: tuple[Tensor, ...] = ()
-    """Values [B, m] of the groups known so far."""
+    """Values [B, C/G] of the groups observed so far."""
     embedded: tuple[Tensor, ...] = ()
-    """Their features [B, E]."""
+    """Their embeddings e_g, [B, A]."""
 
 
 class AutoregressiveHead(nn.Module):
     r"""Masked autoregressive MLP over the G groups of channels of a position (docs/math.md, eq. 10).
 
-        out_g = W_g gelu( A_g features + sum_{j<g} B_{gj} gelu(C_j [z_j, elu(z_j), elu(-z_j)]) ) + bias_g
-        out_g^(1) += S features + sum_{j<g} L_{gj} z_j                                              (with `skip`)
+        output_g = scale * ( weights_g gelu( context_g c + sum_{j<g} cross_gj e_j ) + biases_g )
+        e_g      = gelu( embed_g [z_g, elu(z_g), elu(-z_g)] )
+        output_g += shared c + sum_{j<g} evidence_gj z_j        (first output only, with `skip`)
 
-    Group g sees the Transformer's features (the past positions) and the groups j < g of its own position, nothing
-    else. With m = 1 it is the head of the Mix-1 coupling, with m = d the in-patch head of Mix-d.
-    Paper: appendix H, after Lippe & Gavves 2021. Differs: C and W are block-diagonal (a channel is embedded on its
-    own, and read out from its own hidden units), which costs G times less; the dependence on earlier groups runs
-    through B. `outputs` names the O of each output tensor, so that every one of them is contiguous.
+    c [D] are the features of the position, z_g [C/G] the value of group g. Group g sees c and the groups j < g of
+    its own position, nothing else. Groups of one channel serve Affine and Mix-1, groups of d channels token-affine
+    and, inside a patch, Mix-d.
 
-    `skip` adds linear paths into the first output, the mixture's log-weights. Evidence about a component adds up in
-    log-weights (the Bayes update of eq. 9 is linear in z_j), which an MLP of few hidden units learns slowly.
-    S is shared by the groups, like the head of a language model. Both start at zero.
-    The buffer `scale` [outputs] is the unit of each output: W_g and bias_g are multiplied by it.
+    Paper: appendix H, after Lippe & Gavves 2021. Differs: `embed` and `weights` are block-diagonal (each group is
+    embedded on its own and read out from its own hidden units), which costs G times less; the dependence on earlier
+    groups runs through `cross`.
+
+    `outputs` lists the width O of each output tensor; each is returned as a contiguous tensor of its own.
+    `skip` adds the linear paths `shared` and `evidence` to the first output, the log-weights of a mixture. Evidence
+    for a component is additive in log-weights (with equal scales the Bayes update of eq. 9 is linear in z_j), which
+    a small MLP learns slowly. `shared` is the same for all groups, like the head of a language model. Both start at
+    zero. The buffer `scale` holds one fixed factor per output.
     """
 
     mask: Tensor
@@ -79,44 +84,44 @@ class AutoregressiveHead(nn.Module):
         self.register_buffer("mask", torch.ones(groups, known).tril(-1), persistent=False)
 
     def _embed(self, z: Tensor, embed: Tensor) -> Tensor:
-        """[j, rows, m] -> [j, rows, E]."""
+        """Embeddings e_j: [groups, rows, C/G] -> [groups, rows, A]."""
         return F.gelu(torch.cat((z, F.elu(z), F.elu(-z)), dim=-1) @ embed)
 
     def _read_out(self, hidden: Tensor, groups: slice) -> list[Tensor]:
-        """[g, rows, N] -> one [g, rows, O] for every output, at least float32."""
+        """Outputs of some groups: [groups, rows, M] -> one [groups, rows, O] per output, at least float32."""
         active = F.gelu(hidden)
         parts = zip(self.weights, self.biases, self.scale, strict=True)
         return [
             widen(active @ (weight[groups] * scale)) + bias[groups, None] * scale for weight, bias, scale in parts
         ]
 
-    def forward(self, features: Float[Tensor, "B T D"], z: Float[Tensor, "B T C"]) -> list[Tensor]:
-        """Parameters of every group given the true earlier groups: a list of [G, B, T, O]."""
-        B, T, _ = z.shape
-        z_GNm = z.reshape(B * T, self.groups, self.channels).transpose(0, 1)
-        hidden = self.context(features).reshape(B * T, -1)
+    def forward(self, features: Float[Tensor, "B N D"], z: Float[Tensor, "B N C"]) -> list[Tensor]:
+        """Parameters of all groups in parallel, each given the earlier groups of z: a list of [G, B, N, O]."""
+        B, N, _ = z.shape
+        values = z.reshape(B * N, self.groups, self.channels).transpose(0, 1)
+        hidden = self.context(features).reshape(B * N, -1)
         if self.groups > 1:
-            known = self._embed(z_GNm[:-1], self.embed).transpose(0, 1).reshape(B * T, -1)
+            known = self._embed(values[:-1], self.embed).transpose(0, 1).reshape(B * N, -1)
             cross = (self.cross * self.mask[:, None, :, None]).reshape(self.groups * self.hidden, -1)
             hidden = hidden + F.linear(known, cross)
-        hidden_GNh = hidden.view(B * T, self.groups, self.hidden).transpose(0, 1)
-        first, *rest = self._read_out(hidden_GNh, slice(None))
+        by_group = hidden.view(B * N, self.groups, self.hidden).transpose(0, 1)
+        first, *rest = self._read_out(by_group, slice(None))
         if self.shared is not None and self.evidence is not None:
-            first = first + widen(self.shared(features)).view(1, B * T, -1)
+            first = first + widen(self.shared(features)).view(1, B * N, -1)
             if self.groups > 1:
                 evidence = (self.evidence * self.mask[:, :, None, None]).flatten(1, 2)
-                # its sums reach hundreds where components are narrow: not for half precision
+                # sums reach the hundreds where components are narrow: too large for half precision
                 with full_precision(z):
-                    first = first + z.reshape(B * T, -1)[:, : -self.channels] @ evidence
-        return [out.view(self.groups, B, T, -1) for out in (first, *rest)]
+                    first = first + z.reshape(B * N, -1)[:, : -self.channels] @ evidence
+        return [out.view(self.groups, B, N, -1) for out in (first, *rest)]
 
     def start(self, features: Float[Tensor, "B D"]) -> GroupState:
-        """The state before the first group of a position; `step` and `observe` then walk through the groups."""
+        """The state before the first group of a position. `step` then gives parameters, `observe` takes a value."""
         context = self.context(features).view(len(features), self.groups, self.hidden).transpose(0, 1)
         return GroupState(context, None if self.shared is None else self.shared(features))
 
     def step(self, state: GroupState) -> list[Tensor]:
-        """Parameters [1, B, O] of the first group not yet observed."""
+        """Parameters of the first group not yet observed: one [1, B, O] per output."""
         g = len(state.values)
         hidden = state.context[g]
         if g:
@@ -129,8 +134,11 @@ class AutoregressiveHead(nn.Module):
                     outputs[0] = outputs[0] + torch.cat(state.values, -1) @ self.evidence[g, :g].flatten(0, 1)
         return outputs
 
-    def observe(self, state: GroupState, z: Float[Tensor, "B m"]) -> GroupState:
-        """The state after the next group took the value z; the last group needs no embedding."""
+    def observe(self, state: GroupState, z: Float[Tensor, "B channels"]) -> GroupState:
+        """The state after the next group took the value z [B, C/G]; `state` itself is unchanged.
+
+        The last group has no successor, so it leaves the state as it is.
+        """
         g = len(state.values)
         if g == self.groups - 1:
             return state
@@ -140,19 +148,21 @@ class AutoregressiveHead(nn.Module):
 
 @dataclass(frozen=True)
 class PatchState:
-    """What is known inside one patch: the features [B, P, D] of its places, and the walk through its tokens."""
+    """The state of `TokenFeatures` inside one patch."""
 
     places: Tensor
-    walk: GroupState | None
+    """W^place_a c of every place a, [B, P, D]."""
+    head_state: GroupState | None
+    """The state of the in-patch head, if there is one."""
     num_tokens: int = 0
-    """Tokens known so far."""
+    """Tokens observed so far."""
 
 
 class TokenFeatures(nn.Module):
-    """Features of each of the P tokens of a patch: [B, T, D] -> [B, T, P, D] (docs/math.md, eq. 16).
+    """Features c_na of every token of a patch: [B, N, D] -> [B, N, P, D] (docs/math.md, eq. 16).
 
-    One token: the Transformer's features as they are. Independent: a linear map for each place in the patch.
-    In-patch: token j also sees the latents of tokens i < j of its patch, through an autoregressive head.
+    P = 1: the features c_n of the position. P > 1: a linear map per place a; with `in_patch`, plus an autoregressive
+    head through which place a sees the latents of the earlier places of its patch.
     """
 
     def __init__(self, *, width: int, patch: int, latent_dim: int, in_patch: bool) -> None:
@@ -172,15 +182,16 @@ class TokenFeatures(nn.Module):
                 features=width,
             )
 
-    def forward(self, features: Float[Tensor, "B T D"], z: Float[Tensor, "B T C"]) -> Float[Tensor, "B T P D"]:
-        B, T, D = features.shape
+    def forward(self, features: Float[Tensor, "B N D"], z: Float[Tensor, "B N C"]) -> Float[Tensor, "B N P D"]:
+        """Features of all tokens in parallel, from those of the positions and the latents z."""
+        B, N, D = features.shape
         if self.place is None:
             return features[:, :, None]
-        places = self.place(features).view(B, T, self.patch, D)
+        places = self.place(features).view(B, N, self.patch, D)
         return places if self.head is None else places + self.head(features, z)[0].permute(1, 2, 0, 3)
 
     def start(self, features: Float[Tensor, "B D"]) -> PatchState:
-        """The state before the first token of a patch; `step` and `observe` then walk through its tokens."""
+        """The state before the first token of a patch. `step` then gives features, `observe` takes a value."""
         if self.place is None:
             return PatchState(features[:, None], None)
         places = self.place(features).view(len(features), self.patch, -1)
@@ -189,13 +200,13 @@ class TokenFeatures(nn.Module):
     def step(self, state: PatchState) -> Float[Tensor, "B D"]:
         """Features of the first token not yet observed."""
         x = state.places[:, state.num_tokens]
-        if self.head is None or state.walk is None:
+        if self.head is None or state.head_state is None:
             return x
-        return x + self.head.step(state.walk)[0][0]
+        return x + self.head.step(state.head_state)[0][0]
 
     def observe(self, state: PatchState, z: Float[Tensor, "B d"]) -> PatchState:
-        """The state after the next token took the value z."""
-        walk = state.walk
-        if self.head is not None and walk is not None:
-            walk = self.head.observe(walk, z)
-        return PatchState(state.places, walk, state.num_tokens + 1)
+        """The state after the next token took the latents z; `state` itself is unchanged."""
+        head_state = state.head_state
+        if self.head is not None and head_state is not None:
+            head_state = self.head.observe(head_state, z)
+        return PatchState(state.places, head_state, state.num_tokens + 1)

@@ -1,7 +1,7 @@
-"""The Mix-d coupling: a mixture over one codebook per token, of which the network predicts the weights alone.
+"""The Mix-d coupling: per token a mixture over one shared codebook, of which the network predicts the weights.
 
-At V = 50,257 a [tokens, V] tensor would be larger than the rest of a step: weights exist for `held_rows` tokens at a
-time. Shape legend: as in `couplings`.
+At V = 50,257 a [tokens, V] tensor would outgrow the rest of a training step, so weights are held for only
+`held_rows` tokens at a time. Shape legend: as in `couplings`.
 """
 
 import torch
@@ -17,13 +17,13 @@ from tarflowlm.flow.precision import full_precision, widen
 
 
 class MixDCoupling(Coupling):
-    r"""Token-wise mixture-Rosenblatt coupling (docs/math.md, eq. 9).
+    r"""Mix-d: the Rosenblatt transform of a mixture per token (docs/math.md, eq. 9).
 
-        p(z_t | past) = sum_k pi_k(past) N(z_t; mu_k, sigma_k^2 I_d),   u_t the Rosenblatt transform of z_t
+        p(z_t | c) = sum_k w_k N(z_t; mu_k, sigma_k^2 I_d),   w = softmax(weight_head(c)),   u_t = Rosenblatt(z_t)
 
-    One codebook of components for all positions; the network predicts the K weights alone. `tied` to the encoder's
-    codebook in block 1, otherwise a codebook of its own. With patches, the P tokens of a position have weights of
-    their own, independent given the past or in-patch autoregressive (`TokenFeatures`).
+    All positions share one codebook of components, and the network predicts only the K weights. `tied` names the
+    encoder's codebook (block 1, K = V); without it the coupling owns a codebook. Each of the P tokens of a position
+    has features c and weights of its own, independent or autoregressive inside the patch (`TokenFeatures`, eq. 16).
     Paper: section 3.2.2, appendix B.
     """
 
@@ -50,11 +50,12 @@ class MixDCoupling(Coupling):
 
     @property
     def is_tied(self) -> bool:
-        """True where the components are the encoder's codebook."""
+        """Whether the components are the encoder's codebook."""
         return self.own is None
 
     @property
     def components(self) -> Codebook:
+        """The codebook of the mixture: the encoder's, or the coupling's own."""
         components = self._tied[0] if self.own is None else self.own
         assert components is not None
         return components
@@ -64,8 +65,9 @@ class MixDCoupling(Coupling):
         return z.reshape(*z.shape[:-1], self.patch, self.latent_dim)
 
     def forward(
-        self, z: Float[Tensor, "B T C"], features: Float[Tensor, "B T D"]
-    ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, " B"]]:
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+        """Noise u, and log|det du/dz| [B], in nats."""
         tokens = self._tokens(z).reshape(-1, self.latent_dim)
         token_features = self.token_features(features, z).flatten(0, -2)
         rows = numerics.held_rows(self.weight_head.out_features, z.device)
@@ -73,26 +75,29 @@ class MixDCoupling(Coupling):
         if len(parts) == 1 or not torch.is_grad_enabled():
             mapped = [self._map(*part) for part in parts]
         else:
-            # the weights of one part at a time: no [tokens, K] tensor waits for the backward
+            # recomputed part by part, so that no [tokens, K] tensor is kept for the backward pass
             mapped = [checkpoint(self._map, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         u, log_det = (torch.cat(list(column)) for column in zip(*mapped, strict=True))
         return u.reshape(z.shape), log_det.view(len(z), -1).sum(-1)
 
     def _map(self, z: Tensor, token_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise [n, d] and log|det| [n] of tokens [n, d], from the features [n, D] of their weights."""
+        """Noise [rows, d] and log|det| [rows] of tokens z [rows, d], from their features [rows, D]."""
         log_w, book = widen(self.weight_head(token_features)), self.components
         with full_precision(z):
             return numerics.rosenblatt(z, log_w, book.mean, book.log_std)
 
     def log_prob(
         self,
-        z: Float[Tensor, "B T C"],
-        features: Float[Tensor, "B T D"],
+        z: Float[Tensor, "B N C"],
+        features: Float[Tensor, "B N D"],
         *,
         equal_cotangents: bool = False,
         relative: bool = False,
     ) -> Float[Tensor, " B"]:
-        """`relative` takes off log sum_k N_k of every token, the decoder's normaliser where components are tied."""
+        """sum_n log p(z_n | c_n), in nats.
+
+        `relative` subtracts log sum_k N_k(z_t) for every token: with tied components, the decoder's normaliser.
+        """
         token_features = self.token_features(features, z)
         head, book = self.weight_head, self.components
         per_token = numerics.mixture_log_prob_from_features(
@@ -110,7 +115,10 @@ class MixDCoupling(Coupling):
     def invert(
         self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
     ) -> Float[Tensor, "B C"]:
-        """A sweep of a decoder inverts many positions at once: the weights of some at a time."""
+        """The latents z_n of each row, from its noise u_n and features c_n.
+
+        A sweep inverts many positions at once; their weights are held for `held_rows` of them at a time.
+        """
         rows = numerics.held_rows(self.weight_head.out_features, u.device)
         parts = zip(u.split(rows), features.split(rows), strict=True)
         return torch.cat([super(MixDCoupling, self).invert(*part, adjust) for part in parts])
@@ -123,7 +131,7 @@ class MixDCoupling(Coupling):
         is_known: Bool[Tensor, "B P"],
         adjust: AdjustWeights | None = None,
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B P"]]:
-        """So it is with many particles."""
+        """As `Coupling.complete`, with the weights held for `held_rows` rows at a time."""
         rows = numerics.held_rows(self.weight_head.out_features, u.device)
         parts = zip(u.split(rows), features.split(rows), known.split(rows), is_known.split(rows), strict=True)
         done = [super(MixDCoupling, self).complete(*part, adjust) for part in parts]
@@ -131,6 +139,7 @@ class MixDCoupling(Coupling):
         return z, noise, log_p
 
     def conditionals(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Conditionals:
+        """The conditionals of one position, token by token, from its features c_n."""
         book, state = self.components, self.token_features.start(features)
         for _ in range(self.patch):
             z = yield self._conditional(widen(self.weight_head(self.token_features.step(state))), book, adjust)
@@ -140,7 +149,7 @@ class MixDCoupling(Coupling):
     @staticmethod
     def _conditional(log_w: Tensor, book: Codebook, adjust: AdjustWeights | None) -> Conditional:
         def inverse(u: Tensor) -> Tensor:
-            changed = log_w if adjust is None else adjust(log_w)
-            return numerics.rosenblatt_inverse(u, changed, book.mean, book.log_std)
+            adjusted = log_w if adjust is None else adjust(log_w)
+            return numerics.rosenblatt_inverse(u, adjusted, book.mean, book.log_std)
 
         return Conditional(lambda z: numerics.rosenblatt(z, log_w, book.mean, book.log_std), inverse)

@@ -1,6 +1,6 @@
 """One flow block, and the prior: a stack of blocks of alternating direction over patches of tokens.
 
-Shape legend: B batch, T tokens, P patch, N = T / P positions, d latent channels per token, C = P d, D width.
+Shape legend: B batch, T tokens, P patch, N = T / P positions, d channels per token, C = P d, D width.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,10 +19,10 @@ from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig
 
 
 class InputMap(nn.Module):
-    """Latents [..., C] to Transformer inputs [..., D]: x -> A x + B gelu(E x).
+    """Latents x [..., C] to Transformer inputs [..., D]: linear(x) + out(gelu(lift(x))) (docs/math.md, eq. 5).
 
-    The linear path alone confines V token embeddings to the C-dimensional span of the codebook, which starves the
-    Transformer where C is small (docs/log.md); the second path lifts that at the price of one small product.
+    The linear path alone would confine the inputs to a C-dimensional subspace, too little for the Transformer where C
+    is small (docs/log.md). The nonlinear path removes that limit at the cost of one small product.
     """
 
     def __init__(self, channels: int, width: int) -> None:
@@ -37,15 +37,16 @@ class InputMap(nn.Module):
         nn.init.normal_(self.lift.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Transformer inputs [..., D] of latents x [..., C]."""
         return self.linear(x) + self.out(F.gelu(self.lift(x)))
 
 
 class FlowBlock(Bijection):
     """f^(l): an autoregressive flow over N positions of C channels (docs/math.md, eq. 5).
 
-    Position t (in the block's own direction) is transformed with parameters that depend on positions t' < t and,
-    inside the position, on earlier channels. `order` mixes channels and reverses positions on the way in and is
-    undone on the way out, so that every state keeps the layout of the tokens and can be decoded by the codebook.
+    Position n, counted in the block's own order, is transformed with parameters that depend on the positions before
+    n and on the earlier channels of position n. `order` (pi_l) mixes channels and reverses positions on input and is
+    undone on output, so every state keeps the layout of the tokens and can be decoded by the codebook.
     """
 
     def __init__(
@@ -68,10 +69,11 @@ class FlowBlock(Bijection):
         self.coupling = coupling
 
     def _features(self, h: Tensor) -> Tensor:
-        """Features [B, N, D] of the past of every position: a start vector, then the inputs shifted by one."""
+        """Features c_n [B, N, D] of all positions of h [B, N, C], which is in the block's order."""
         return self.features_of(None, h[:, :-1], first=True)
 
     def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+        """h^(l) from h^(l-1) = z, and log|det J_l|, in nats."""
         h = self.order(z)[0]
         u, log_det = self.coupling(h, self._features(h))
         return self.order.inverse(u), log_det
@@ -79,9 +81,10 @@ class FlowBlock(Bijection):
     def log_prob(
         self, z: Float[Tensor, "B N C"], *, equal_cotangents: bool = False, relative: bool = False
     ) -> Float[Tensor, " B"]:
-        """log p(z) with N(0, I) behind this block, in nats: cheaper than `forward`, for no noise is computed.
+        """log p(z) with this block as the last one, in nats; cheaper than `forward`, since it needs no noise.
 
-        `relative`, of a tied Mix-d block alone: log p(z) - sum_t log sum_k N_k(z_t), in one sweep over the codebook.
+        `equal_cotangents`: see `Coupling.log_prob`. `relative`, for a tied Mix-d block only, gives
+        log p(z) - sum_t log sum_k N_k(z_t) in one pass over the codebook (docs/math.md, eq. 12).
         """
         h = self.order(z)[0]
         if relative:
@@ -91,23 +94,27 @@ class FlowBlock(Bijection):
         return self.coupling.log_prob(h, self._features(h), equal_cotangents=equal_cotangents)
 
     def position_log_prob(self, z: Float[Tensor, "B N C"]) -> Float[Tensor, "B N"]:
-        """log p(z_n | positions before n in the block's order) with N(0, I) behind this block, in nats."""
+        """log p(z_n | positions before n in the block's order) with this block as the last one, in nats.
+
+        Listed in the order of the tokens.
+        """
         h = self.order(z)[0]
         rows = h.flatten(0, 1)[:, None], self._features(h).flatten(0, 1)[:, None]
         log_p = self.coupling.log_prob(*rows).view(*h.shape[:2], 1)
         return self.direction.inverse(log_p).squeeze(-1)
 
     def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
-        """Features of the next position, given the latents [B, C] of the one before it (None at the start)."""
+        """Features c_n of the next position, given the latents [B, C] of the one before it (None at the start)."""
         x = self.start.expand(batch, -1) if previous is None else widen(self.input(previous))
         return self.transformer(x[:, None], cache)[:, 0]
 
     def features_of(
-        self, cache: KVCache | None, past: Float[Tensor, "B M C"], *, first: bool
-    ) -> Float[Tensor, "B n D"]:
-        """Features of the next positions after the cached ones, given the latents of the position before each.
+        self, cache: KVCache | None, past: Float[Tensor, "B given C"], *, first: bool
+    ) -> Float[Tensor, "B next D"]:
+        """Features of the positions that follow the cached ones, given the latents `past` of the one before each.
 
-        n = M, or M + 1 where the `first` of them begins the sequence and has nothing before it.
+        With `first` the features begin with those of the first position of the sequence, which has none before it:
+        one more than there are in `past`.
         """
         x = widen(self.input(past))
         if first:
@@ -115,7 +122,7 @@ class FlowBlock(Bijection):
         return self.transformer(x, cache)
 
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
-        """An empty cache for a pass over the positions of the block, one by one."""
+        """An empty KV cache for `num_positions` positions of this block."""
         return self.transformer.allocate_cache(batch, num_positions, self.start)
 
     def invert_position(
@@ -129,7 +136,7 @@ class FlowBlock(Bijection):
         return self.coupling.invert(u, self.features_at(cache, previous, len(u)), adjust)
 
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
-        """Latents, position by position with the KV cache: exact. See also `generation/inversion.py`."""
+        """h^(l-1) from h^(l) = u, position by position with the KV cache. Sweeps: `generation/inversion.py`."""
         cache = self.allocate_cache(len(u), u.shape[1])
         previous: Tensor | None = None
         h: list[Tensor] = []
@@ -140,11 +147,14 @@ class FlowBlock(Bijection):
 
 
 Invert = Callable[[int, Tensor], Tensor]
-"""Latents [B, N, C] of a block, from its index (0-based) and its noise."""
+"""Maps the index of a block (0-based) and its noise [B, N, C] to its latents [B, N, C]."""
 
 
 class Prior(Bijection):
-    """p(z): f = f^(L) o ... o f^(1) on patches, u = f(z) ~ N(0, I) (docs/math.md, eq. 4). z, u [B, T, d]."""
+    """The prior p(z): u = f(z) ~ N(0, I) with f = f^(L) o ... o f^(1) (docs/math.md, eq. 4); z, u [B, T, d].
+
+    The blocks act on positions of P tokens. All methods raise UserError if P does not divide T.
+    """
 
     def __init__(self, patch: int, blocks: Iterable[FlowBlock]) -> None:
         super().__init__()
@@ -159,12 +169,12 @@ class Prior(Bijection):
 
     @property
     def is_one_tied_mixture(self) -> bool:
-        """True for a single block that is Mix-d over the encoder's codebook: the decoder has the same components."""
+        """Whether the only block is Mix-d tied to the encoder's codebook, so that the decoder has its components."""
         coupling = self.blocks[0].coupling if len(self.blocks) == 1 else None
         return isinstance(coupling, MixDCoupling) and coupling.is_tied
 
     def states(self, z: Float[Tensor, "B T d"]) -> tuple[list[Tensor], list[Tensor]]:
-        """h^(0) = z, h^(1), ..., h^(L) = u, each [B, T, d], and the L log-determinants [B]."""
+        """The states h^(0) = z, ..., h^(L) = u, each [B, T, d], and the L log-determinants [B], in nats."""
         h = self.patch(z)[0]
         states, log_dets = [z], []
         for block in self.blocks:
@@ -174,15 +184,16 @@ class Prior(Bijection):
         return states, log_dets
 
     def forward(self, z: Float[Tensor, "B T d"]) -> tuple[Float[Tensor, "B T d"], Float[Tensor, " B"]]:
+        """Noise u = h^(L), and the sum of all log-determinants, in nats."""
         states, log_dets = self.states(z)
         return states[-1], sum(log_dets, start=zero_log_det(z))
 
     def descend(
         self, state: Float[Tensor, "B T d"], invert: Invert, *, top: int | None = None, bottom: int = 0
     ) -> list[Tensor]:
-        """The way down the stack: h^(top) = `state`, ..., h^(bottom), each [B, T, d]; top is L by default.
+        """Invert blocks top, ..., bottom + 1: returns h^(top) = `state`, ..., h^(bottom), each [B, T, d].
 
-        `invert` is asked for the inverse of one block after the other.
+        `invert` is called for one block after the other; `top` is L by default.
         """
         h, states = self.patch(state)[0], [state]
         for index in reversed(range(bottom, len(self.blocks) if top is None else top)):
@@ -191,6 +202,7 @@ class Prior(Bijection):
         return states
 
     def inverse(self, u: Float[Tensor, "B T d"]) -> Float[Tensor, "B T d"]:
+        """Latents z = h^(0), every block inverted position by position."""
         return self.descend(u, lambda index, h: self.block(index).inverse(h))[-1]
 
     def log_prob(
@@ -202,11 +214,12 @@ class Prior(Bijection):
         above: int = 0,
         relative: bool = False,
     ) -> Float[Tensor, " B"]:
-        """log p(z) in nats, the last block by its density alone; of the state z = h^(above) where that is given.
+        """log p(z) in nats: the log-determinants of all blocks but the last, and the density of the last.
 
-        The first `frozen` blocks are evaluated without a graph: they get no gradient and keep no activations.
-        `equal_cotangents`: see `Coupling.log_prob`. `relative` (see `FlowBlock.log_prob`) takes off the decoder's
-        normaliser as well, for a stack that `is_one_tied_mixture`.
+        `above` takes z as the state h^(above) and evaluates the prior that the blocks above it define. The first
+        `frozen` blocks run without a graph: no gradients, no stored activations. `equal_cotangents`: see
+        `Coupling.log_prob`. `relative` also subtracts the decoder's normaliser (see `FlowBlock.log_prob`); only for
+        a prior that `is_one_tied_mixture`.
         """
         assert self.is_one_tied_mixture or not relative
         h = self.patch(z)[0]

@@ -1,7 +1,7 @@
 """Causal Transformer with an explicit KV cache. It maps vectors to features and knows nothing of flows.
 
-Pre-norm, rotary positions, scaled-dot-product attention, GELU MLP: the same trunk serves every flow block and
-the discrete baseline. Shape legend: B batch, T positions, D width, H heads, E = D / H, S cached positions.
+Pre-norm, rotary positions, scaled-dot-product attention, GELU MLP. Every flow block and the discrete baseline use
+this architecture. Shape legend: B batch, N positions, D width, H heads, E = D / H head width.
 """
 
 import math
@@ -18,22 +18,22 @@ from tarflowlm.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Size of the trunk; the number of layers is set per block."""
+    """Shape of a Transformer; the number of layers is set per block."""
 
     width: int = 128
-    """Features per position."""
+    """Features per position, D."""
     num_heads: int = 2
-    """Attention heads; they divide the width into even parts."""
+    """Attention heads H; the width must be a multiple of 2 H."""
     mlp_ratio: int = 4
-    """Hidden width of the MLP over the width."""
+    """Hidden width of the MLP, as a multiple of the width."""
     rotary_base: float = 10_000.0
-    """Longest wavelength of the rotary positions, in positions over 2 pi."""
+    """Base of the rotary frequencies: the longest wavelength is near 2 pi times this many positions."""
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.num_heads < 1 or self.width % (2 * self.num_heads):
             raise UserError(
                 f"width {self.width} with num_heads {self.num_heads}: the width must be a positive multiple of "
-                f"2 * num_heads (rotary positions turn pairs of channels)"
+                f"2 * num_heads (rotary positions rotate pairs of channels)"
             )
         if self.mlp_ratio < 1:
             raise UserError(f"mlp_ratio {self.mlp_ratio}: must be at least 1")
@@ -44,9 +44,9 @@ class TransformerConfig:
 class KVCache:
     """Keys and values of every layer for the first `length` positions, in preallocated storage.
 
-    keys, values: one [B, H, S, E] tensor per layer, S the capacity. A forward pass of n positions with this
-    cache reads the first `length` entries, writes the next n and advances `length`. `rewind` forgets the newest
-    positions without touching storage, which lets a decoder revise a segment.
+    `keys` and `values` hold one [B, H, capacity, E] tensor per layer. A forward pass reads the first `length`
+    entries, writes those of its own positions behind them and advances `length`. `rewind` drops the newest positions
+    without touching storage, so a decoder can revise a segment.
     """
 
     def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
@@ -54,39 +54,43 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
+        """Positions that the storage can hold."""
         return self.keys[0].shape[2]
 
     def rewind(self, length: int) -> None:
+        """Keep only the first `length` positions. ValueError for more than there are."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind a cache of {self.length} positions to {length}")
         self.length = length
 
     def select(self, rows: Tensor) -> None:
-        """Continue every row b of the batch from the past of row rows[b]."""
+        """Replace the cached positions of every row b by those of row rows[b], in place."""
         for stored in (*self.keys, *self.values):
             stored[:, :, : self.length] = stored[rows, :, : self.length]
 
 
 def rotary_tables(positions: Tensor, num_heads: int, head_width: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and signed sin [T, H, E], for `rotate_`, of the angles position * base^(-2 i / E) (Su et al. 2021)."""
+    """cos and signed sin [N, H, E] for `rotate_`, of the angles position * base^(-2 i / E) (Su et al. 2021)."""
     exponent = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
     angle = positions.float()[:, None] * torch.exp(-math.log(base) * exponent)[None, :]
     cos, sin = angle.cos(), angle.sin()
-    # one row for every head, so that the product with a batch runs through memory without a jump
+    # repeated for every head: the product with a batch then reads contiguous memory
     shape = (len(positions), num_heads, head_width)
     tables = (torch.cat(pair, dim=-1)[:, None].expand(shape).contiguous() for pair in ((cos, cos), (-sin, sin)))
     return next(tables), next(tables)
 
 
-def rotate_(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn, in place, channel pairs (i, i + E/2) by the angle of their position: (a, b) becomes
-    (a cos - b sin, a sin + b cos)."""
-    swapped = x_BTHE.roll(x_BTHE.shape[-1] // 2, dims=-1)
-    return x_BTHE.mul_(cos.to(x_BTHE.dtype)).add_(swapped.mul_(sin.to(x_BTHE.dtype)))
+def rotate_(x_BNHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate, in place, the channel pairs (i, i + E/2) by the angle of their position.
+
+    A pair (x, y) becomes (x cos - y sin, x sin + y cos).
+    """
+    swapped = x_BNHE.roll(x_BNHE.shape[-1] // 2, dims=-1)
+    return x_BNHE.mul_(cos.to(x_BNHE.dtype)).add_(swapped.mul_(sin.to(x_BNHE.dtype)))
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention; queries and keys are normalised, which keeps large steps stable."""
+    """Causal multi-head self-attention. Queries and keys are layer-normalised, which keeps training stable."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -98,35 +102,36 @@ class Attention(nn.Module):
         self.key_scale = nn.Parameter(torch.ones(self.head_width))
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
-        B, T, D = x.shape
+        """[B, N, D] to [B, N, D], with the rotary `tables` of these positions; `layer` is the index into `cache`."""
+        B, N, D = x.shape
         if cache is None:
             # three products: normalising q and k, and the gradients of all three, then need no copies
             parts = tuple(F.linear(x, weight) for weight in self.qkv.weight.chunk(3))
         else:
-            # one product: with a cache, operations are small and their number counts
+            # one product: with a cache the operations are small, and their number sets the time
             parts = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (part.view(B, T, self.num_heads, self.head_width) for part in parts)
+        q, k, v = (part.view(B, N, self.num_heads, self.head_width) for part in parts)
         q = rotate_(F.layer_norm(q, (self.head_width,), self.query_scale.to(q.dtype)), *tables).transpose(1, 2)
         k = rotate_(F.layer_norm(k, (self.head_width,), self.key_scale.to(k.dtype)), *tables).transpose(1, 2)
         v = v.transpose(1, 2)
-        mask, causal = None, T > 1
+        mask, causal = None, N > 1
         if cache is not None:
             past = cache.length
-            cache.keys[layer][:, :, past : past + T] = k
-            cache.values[layer][:, :, past : past + T] = v
-            k, v = cache.keys[layer][:, :, : past + T], cache.values[layer][:, :, : past + T]
-            if past and T > 1:
-                query_at = torch.arange(past, past + T, device=x.device)[:, None]
-                mask, causal = torch.arange(past + T, device=x.device)[None, :] <= query_at, False
+            cache.keys[layer][:, :, past : past + N] = k
+            cache.values[layer][:, :, past : past + N] = v
+            k, v = cache.keys[layer][:, :, : past + N], cache.values[layer][:, :, : past + N]
+            if past and N > 1:
+                query_at = torch.arange(past, past + N, device=x.device)[:, None]
+                mask, causal = torch.arange(past + N, device=x.device)[None, :] <= query_at, False
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.out(y.transpose(1, 2).reshape(B, T, D))
+        return self.out(y.transpose(1, 2).reshape(B, N, D))
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     keeps_activations = True
-    """False: keep the input alone for the backward pass, and compute the rest again."""
+    """False: keep only the input for the backward pass and recompute the rest (activation checkpointing)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -137,6 +142,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.mlp_ratio * config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
+        """[B, N, D] to [B, N, D]; arguments as `Attention.forward`."""
         if self.keeps_activations:
             return self._compute(x, tables, cache, layer)
         return checkpoint(self._compute, x, tables, cache, layer, use_reentrant=False, preserve_rng_state=False)
@@ -147,10 +153,10 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """num_layers causal layers and a final norm: [B, T, D] -> [B, T, D], output t sees inputs <= t.
+    """`num_layers` causal layers and a final norm, [B, N, D] -> [B, N, D]; output n sees the inputs up to n.
 
-    Initialisation: matrices N(0, 1/fan_in); the two projections that write to the residual stream start at zero,
-    so a new trunk passes its input through and depth does not change the scale of what it sees.
+    Start: matrices are N(0, 1 / fan_in), but the two projections that write to the residual stream are zero. A new
+    Transformer is therefore the identity up to the final norm, at any depth.
     """
 
     def __init__(self, config: TransformerConfig, num_layers: int) -> None:
@@ -166,7 +172,7 @@ class Transformer(nn.Module):
             nn.init.zeros_(layer.down.weight)  # type: ignore[union-attr, arg-type]
 
     def allocate_cache(self, batch: int, capacity: int, like: Tensor) -> KVCache:
-        """An empty cache with the dtype and device of `like`."""
+        """An empty cache for `batch` rows of `capacity` positions, with the dtype and device of `like`."""
         heads = self.config.num_heads
         shape = (batch, heads, capacity, self.config.width // heads)
 
@@ -175,14 +181,14 @@ class Transformer(nn.Module):
 
         return KVCache(storage(), storage())
 
-    def forward(self, x: Float[Tensor, "B T D"], cache: KVCache | None = None) -> Float[Tensor, "B T D"]:
-        """Features; with a cache, `x` continues the cached positions.
+    def forward(self, x: Float[Tensor, "B N D"], cache: KVCache | None = None) -> Float[Tensor, "B N D"]:
+        """Features of the inputs x; with a cache, x continues the cached positions.
 
-        Raises ValueError when the cache has no room for T more positions.
+        ValueError if the cache has no room for N more positions.
         """
         past, num_new = (cache.length if cache else 0), x.shape[1]
         if cache is not None and past + num_new > cache.capacity:
-            raise ValueError(f"cache of {cache.capacity} positions is full: {past} used, {num_new} more asked for")
+            raise ValueError(f"cache of {cache.capacity} positions is full: {past} used, {num_new} more requested")
         positions = torch.arange(past, past + num_new, device=x.device)
         num_heads = self.config.num_heads
         tables = rotary_tables(positions, num_heads, self.config.width // num_heads, self.config.rotary_base)
