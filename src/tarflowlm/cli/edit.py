@@ -1,6 +1,5 @@
 """`tarflowlm edit`: a text changed in latent space."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -11,6 +10,7 @@ from tarflowlm.data import Tokenizer
 from tarflowlm.device import pick_device
 from tarflowlm.editing import Edit, Encoded, encode, interpolate, renoise, substitute
 from tarflowlm.errors import UserError
+from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.config import checked_seed
@@ -77,7 +77,7 @@ def _edited(
 def _show(args: EditArgs, edit: Edit, tokenizer: Tokenizer) -> None:
     def per_character(nats: torch.Tensor, tokens: torch.Tensor) -> list[float]:
         characters = torch.as_tensor(tokenizer.characters_per_token)[tokens.cpu()].sum(-1)
-        return (nats.cpu() / math.log(2) / characters).tolist()
+        return (bits(nats.cpu()) / characters).tolist()
 
     texts = [tokenizer.decode(row) for row in edit.tokens.tolist()]
     old, new = per_character(edit.bound_before, edit.before), per_character(edit.bound, edit.tokens)

@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm.evaluation.likelihood import Progress, bits, windows_per_batch
-from tarflowlm.flow.couplings import standard_normal_log_prob
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.model import TarFlowLM
 

@@ -1,13 +1,12 @@
 """One stage of training: the optimiser steps, and what is logged about them."""
 
-import math
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tarflowlm.evaluation.likelihood import Likelihood
+from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.training.guards import POLL, Guard, broken_gradients, in_words, skipped_record
 from tarflowlm.training.optim import schedule, set_learning_rate
 from tarflowlm.training.pace import Pace, StepPace, TimePace
@@ -188,7 +187,7 @@ class _StepLog:
                 "split": "train",
                 **_place(self.counters),
                 "nats_per_token": nats,
-                "bpc": nats / math.log(2) / self.run.characters_ratio,
+                "bpc": bits(nats) / self.run.characters_ratio,
                 "lr": lr,
                 "grad_norm": sum(window.norms) / len(window.norms),
                 "grad_norm_max": max(window.norms),

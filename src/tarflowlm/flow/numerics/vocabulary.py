@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tarflowlm.flow.numerics import layout
-from tarflowlm.flow.numerics.autograd import first_derivatives
+from tarflowlm.flow.numerics.autograd import first_derivatives, scale_gradients
 from tarflowlm.flow.numerics.normal import (
     check_codebook,
     component_factors,
@@ -202,18 +202,7 @@ class _EqualMixtureLogProb(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *first_derivatives(_scale, grad, *ctx.saved_tensors)
-
-
-def _scale(grad: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    factor = grad.view(-1)[0] if grad.numel() else grad.new_zeros(())
-    equal = (grad == factor).all()
-    if not layout.use_eager_cpu(grad):
-        # Reading the answer would break the graph, and make a device wait at every step.
-        factor = torch.where(equal, factor, torch.nan)
-    elif not bool(equal):
-        raise RuntimeError("equal_cotangents was promised, but the loss weights the elements of log p differently")
-    return tuple(None if g is None else g * factor for g in grads)
+        return None, *first_derivatives(scale_gradients, grad, *ctx.saved_tensors)
 
 
 def _factors(z: Tensor, mean: Tensor, log_std: Tensor) -> Factors:
