@@ -15,6 +15,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import LOCK, full_disk_as_user_error, remove_leftovers, write_json, writer_lock
 from tarflowlm.runs.checkpoint import BEST, CONFIG, STATE, SUMMARY, WEIGHTS, read_run, weights_problem, write_run
 from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.manifest import MANIFEST
 from tarflowlm.training.distributed import ALONE, Processes
 from tarflowlm.training.loop import train_stage
 from tarflowlm.training.metrics import Reporter
@@ -228,7 +229,7 @@ def _corpus(run: RunConfig, reporter: Reporter) -> Corpus:
 
 def check_new(out: Path) -> None:
     """UserError unless `out` is free to be written."""
-    leftovers = (LOCK, f".{CONFIG}.")  # of a run that was killed before it had written anything
+    leftovers = (LOCK, f".{CONFIG}.", f".{MANIFEST}.")  # of a run that was killed before it had written anything
     if out.exists() and (not out.is_dir() or not all(path.name.startswith(leftovers) for path in out.iterdir())):
         raise UserError(f"{out} exists already: choose another --out, or continue it with `train --resume {out}`")
 
