@@ -25,7 +25,7 @@ class Generation:
     tokens: Tensor
     """[B, T]."""
     passes: tuple[Tensor, ...] = ()
-    """The L + 1 `states` decoded to tokens, each [B, T]: coarse to fine. Only on request, and not for the baseline."""
+    """The L + 1 `states` decoded to tokens, each [B, T]: coarse to fine. Only on request, never for the baseline."""
     states: tuple[Tensor, ...] = ()
     """h^(L) = u, ..., h^(0) = z, each [B, T, d]. Empty where `passes` is."""
     sweeps: tuple[int, ...] = ()

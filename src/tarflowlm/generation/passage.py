@@ -36,7 +36,7 @@ class Passage(ABC):
         self._features_at = model.features_at
 
     def step(self) -> Tensor:
-        """Complete the next position; returns log p [B], in nats, of its given tokens given everything before them."""
+        """Complete the next position; returns log p [B], in nats, of its given tokens, given everything before."""
         previous = self.values[:, self.at - 1] if self.at else None
         features = self._features_at(self.cache, previous, len(self.values))
         log_p = self.complete(self.at, features)
