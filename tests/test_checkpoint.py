@@ -163,7 +163,7 @@ ALTERED = {
     "extra": (lambda t: t.update(extra=torch.zeros(1)), "has an unexpected tensor extra"),
     "reshaped": (lambda t: t.update({"codebook.mean": torch.zeros(3, 2)}), r"codebook\.mean has shape \[3, 2\]"),
     "transposed": (
-        lambda t: t.update({"codebook.mean": t["codebook.mean"].T.contiguous()}), r"asks for \[27, 2\]"
+        lambda t: t.update({"codebook.mean": t["codebook.mean"].T.contiguous()}), r"expects \[27, 2\]"
     ),
     "not-finite": (lambda t: t["codebook.mean"].fill_(float("nan")), r"codebook\.mean holds non-finite values"),
 }  # fmt: skip
@@ -194,7 +194,7 @@ BROKEN_CONFIGS = {
     "unknown-family": (lambda c: c["model"].update(family="gan"), r"family: 'gan'"),
     "family-no-string": (lambda c: c["model"].update(family=[]), r"family: \[\]"),
     "contradiction": (lambda c: c["model"].update(patch=3), "patch 3 does not divide context 8"),
-    "other-model": (lambda c: c["model"].update(latent_dim=5), r"asks for \[27, 5\]"),
+    "other-model": (lambda c: c["model"].update(latent_dim=5), r"expects \[27, 5\]"),
     "no-stages": (lambda c: c["train"].update(stage_steps=[]), "stage_steps"),
     "list": (lambda c: c.update(train=[1, 2]), "train: expected an object"),
 }
@@ -225,7 +225,7 @@ def test_a_directory_that_was_only_begun_says_that_it_has_no_weights_yet(directo
 def test_another_tokenizer_does_not_fit_the_weights(directory):
     CharTokenizer("ab", "none").save(directory / "tokenizer.json")
     write_manifest(directory, FILES)
-    with pytest.raises(UserError, match=r"codebook\.log_std has shape \[27\], config.json asks for \[2\]"):
+    with pytest.raises(UserError, match=r"codebook\.log_std has shape \[27\], config.json expects \[2\]"):
         load_checkpoint(directory)
 
 

@@ -43,8 +43,8 @@ _HOMES = {
     "resume": "training.lifecycle",
     "train": "training.lifecycle",
 }
-"""Module of every public name. They are imported when asked for: PyTorch reads some environment variables as it is
-imported, and the command line sets them first."""
+"""The module of every public name, imported on first use: PyTorch reads some environment variables at import, and the
+command line has to set them first."""
 
 
 def __getattr__(name: str) -> Any:
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value  # asked for once
+    globals()[name] = value  # later uses do not come here
     return value
 
 

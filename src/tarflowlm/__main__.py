@@ -1,4 +1,4 @@
-"""`python -m tarflowlm`, the form that torchrun starts: `torchrun --nproc-per-node 2 -m tarflowlm train ...`."""
+"""`python -m tarflowlm`; with torchrun, `torchrun --nproc-per-node 2 -m tarflowlm train ...`."""
 
 from tarflowlm.cli.main import main
 

@@ -1,4 +1,4 @@
-"""The discrete autoregressive language model on the same Transformer: what every result is compared with."""
+"""The baseline: a discrete autoregressive language model on the same Transformer."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -16,17 +16,18 @@ from tarflowlm.flow.transformer import KVCache, Transformer
 from tarflowlm.language_model import LanguageModel, LanguageModelConfig
 
 IN_PATCH_CHANNELS = 32
+"""Embedding width of a token in the in-patch head."""
 LARGEST_LOGITS = 2**27
-"""Logits [tokens, V] that may be held at once: half a gigabyte in float32."""
+"""Elements of logits [tokens, V] held at once: half a gigabyte in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineConfig(LanguageModelConfig):
-    """Shape of the discrete baseline."""
+    """Shape of the baseline."""
 
     family: ClassVar[str] = "ar"
     in_patch: Literal["autoregressive", "independent"] = "independent"
-    """Inside a patch: every token by a head of its own (the paper's foil), or token j given tokens < j."""
+    """Tokens of a patch: independent given the earlier patches (as in the paper), or each given those before it."""
     layers: int = 6
     """Transformer layers."""
 
@@ -38,11 +39,15 @@ class BaselineConfig(LanguageModelConfig):
         return replace(self, layers=factor * self.layers)
 
     def build(self) -> "TokenLM":
+        """A new baseline of this shape. UserError without a vocabulary size."""
         return TokenLM(self)
 
 
 class TokenLM(LanguageModel):
-    """p(x) = prod_t p(x_t | x_<t), P tokens at a time; a learned start vector comes first."""
+    """p(x) = prod_t p(x_t | x_<t) on N = T / P positions of P tokens, after a learned start vector.
+
+    With P > 1 and `in_patch` = independent, tokens of one patch are independent given the earlier patches.
+    """
 
     is_exact = True
     config: BaselineConfig
@@ -65,41 +70,42 @@ class TokenLM(LanguageModel):
         nn.init.zeros_(self.head.bias)
 
     def _positions(self, tokens: Tensor) -> Tensor:
-        """Inputs [B, N, D] of N positions of P tokens."""
+        """Transformer inputs [B, N, D] of tokens [B, T]."""
         B, T = tokens.shape
         P = self.config.patch
         return widen(self.join(self.embedding(tokens).view(B, T // P, P * self.config.trunk.width)))
 
     def _in_patch(self, tokens: Tensor) -> Tensor:
-        """What the in-patch head sees of the tokens: [B, N, P m] (empty where there is none)."""
+        """Token embeddings for the in-patch head, [B, N, 32 P]; [B, N, 0] without such a head."""
         B, T = tokens.shape
         if self.in_patch_embedding is None:
             return self.head.weight.new_empty(B, T // self.config.patch, 0)
         return self.in_patch_embedding(tokens).view(B, T // self.config.patch, -1)
 
     def logits(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        """Unnormalised log p(x_t | x_<t) for every t of the sequence, in nats."""
+        """Unnormalised log p(x_t | x_<t) of every token, in nats. UserError if P does not divide T."""
         return self.patch_logits(self._features(tokens), tokens).flatten(1, 2)
 
     def _features(self, tokens: Tensor) -> Tensor:
-        """Features [B, N, D] of the past of every position."""
+        """Features c_n [B, N, D] of all positions."""
         if tokens.shape[1] % self.config.patch:
             raise UserError(f"patch {self.config.patch} does not divide the {tokens.shape[1]} tokens of the sequence")
         start = self.start.expand(tokens.shape[0], 1, -1)
         return self.transformer(torch.cat((start, self._positions(tokens[:, : -self.config.patch])), dim=1))
 
     def patch_logits(self, features: Float[Tensor, "B N D"], tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B N P V"]:
-        """Logits of the P tokens of each position, from the features of its past and its earlier tokens."""
+        """Logits of the P tokens of each position, from its features and, with `in_patch`, its earlier tokens."""
         return widen(self.head(self.token_features(features, self._in_patch(tokens))))
 
     def log_prob(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
-        """log p(x) per sequence, in nats: exact."""
+        """Exact log p(x) per sequence, in nats. UserError if P does not divide T."""
         return self.token_log_prob(tokens).sum(-1)
 
     def token_log_prob(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """log p(x_t | x_<t) of every token, in nats: exact.
+        """Exact log p(x_t | x_<t) of every token, in nats. UserError if P does not divide T.
 
-        No more than `LARGEST_LOGITS` are there at once; beyond, they are computed again in the backward pass.
+        At most `LARGEST_LOGITS` elements of the logits are held at once; larger batches are cut into parts, which the
+        backward pass recomputes.
         """
         inputs = self.token_features(self._features(tokens), self._in_patch(tokens)).flatten(0, 2)
         targets = tokens.flatten()
@@ -118,7 +124,7 @@ class TokenLM(LanguageModel):
     def draw_noise(
         self, tokens: Int[Tensor, "B T"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "B T d"]:
-        """Nothing is drawn: d = 0."""
+        """Empty noise, d = 0: the baseline has no latents."""
         return torch.empty(*tokens.shape, 0, device=tokens.device)
 
     def negative_bound(
@@ -129,30 +135,37 @@ class TokenLM(LanguageModel):
         frozen: int = 0,
         equal_cotangents: bool = False,
     ) -> Float[Tensor, " B"]:
+        """Exact -log p(x), in nats; the other arguments have no effect."""
         return -self.log_prob(tokens)
 
     def conditional_bound(
         self, tokens: Int[Tensor, "B T"], given: int, noise: Float[Tensor, "B T d"]
     ) -> Float[Tensor, " B"]:
+        """Exact -log p of the tokens after the first `given`, conditional on those, in nats."""
         return -self.token_log_prob(tokens)[:, given:].sum(-1)
 
     def terms(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> dict[str, Tensor]:
+        """log p(x) [B], in nats, under the name log_prob."""
         return {"log_prob": self.log_prob(tokens)}
 
-    def token_vectors(self) -> tuple[Float[Tensor, "V m"], Float[Tensor, " V"] | None]:
+    def token_vectors(self) -> tuple[Float[Tensor, "V dim"], Float[Tensor, " V"] | None]:
+        """The token embeddings [V, D]; no standard deviations."""
         return self.embedding.weight, None
 
     def heads(self) -> list[nn.Module]:
+        """The output layer."""
         return [self.head]
 
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
+        """An empty KV cache for `num_positions` positions."""
         return self.transformer.allocate_cache(batch, num_positions, self.start)
 
-    def states(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B n D"]:
-        """Features after the start and after every position, the last of the whole text: n = T / P + 1."""
+    def states(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B positions D"]:
+        """Features after the start vector and after each of the N positions; the last are those of the whole text."""
         start = self.start.expand(tokens.shape[0], 1, -1)
         return self.transformer(torch.cat((start, self._positions(tokens)), dim=1))
 
     def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
+        """Features of the next position, given the tokens [B, P] of the one before it (None at the start)."""
         x = self.start.expand(batch, -1) if previous is None else self._positions(previous)[:, 0]
         return self.transformer(x[:, None], cache)[:, 0]

@@ -1,9 +1,9 @@
-"""Closed sets of values that both options and functions name. Imports nothing, so that `--help` stays quick."""
+"""Literal types shared by options and functions. Imports nothing heavy, so `--help` stays fast."""
 
 from typing import Literal
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
-"""Where to run; auto is resolved by `device.pick_device`."""
+"""Where to run; `device.pick_device` resolves auto."""
 
 Decoder = Literal["sequential", "parallel", "auto"]
-"""How a block is inverted: position by position, in parallel sweeps, or whichever is measured to be quicker."""
+"""How a block is inverted: position by position, in parallel sweeps, or by the faster of the two, as measured."""

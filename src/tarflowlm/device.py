@@ -1,4 +1,4 @@
-"""Where a command runs."""
+"""The device a command runs on, its threads, and waiting for it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from tarflowlm.errors import UserError
 
 
 def pick_device(name: DeviceName = "auto") -> torch.device:
-    """The device of that name; auto takes cuda, then mps, then cpu. UserError where it is not available."""
+    """The device of that name; auto takes cuda, then mps, then cpu. UserError if it is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(candidate for candidate in ("cuda", "mps", "cpu") if available[candidate])
@@ -22,7 +22,7 @@ def pick_device(name: DeviceName = "auto") -> torch.device:
 
 @contextmanager
 def threads_for(rows: int) -> Iterator[None]:
-    """One CPU thread while a single row is sampled, whose operations are too small to share; otherwise all."""
+    """A context with one CPU thread for a single row, whose operations are too small to split, else with all."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if rows == 1 else before)
     try:
@@ -32,6 +32,6 @@ def threads_for(rows: int) -> Iterator[None]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given; there is nothing to wait for elsewhere."""
+    """Wait until a CUDA GPU has finished its queued work; does nothing on other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -1,8 +1,8 @@
-r"""Editing in latent space: a text is encoded, its state changed at some block, and led back down.
+r"""Editing in latent space: encode a text, change its state at some block, and invert the blocks below.
 
-A text x has latents z ~ q(z|x) and states h^(0) = z, ..., h^(L) = u; every change of a state is a new text, for the
-flow is invertible. What a change leaves as it was stays as it was: in each block, positions before the first changed
-one (in the order of the block) keep their latents to the bit. Paper: section 4 (docs/math.md, section 10).
+A text x has latents z ~ q(z|x) and states h^(0) = z, ..., h^(L) = u. The flow is invertible, so every changed state
+is a text. In each block, positions before the first changed one (in the block's order) keep their latents bit for
+bit. Paper: section 4 (docs/math.md, section 10).
 """
 
 from dataclasses import dataclass
@@ -22,39 +22,40 @@ from tarflowlm.objective import negative_bound
 
 @dataclass(frozen=True)
 class Edit:
-    """A text and what it became; tensors [B, ...]."""
+    """A batch of texts before and after an edit."""
 
     before: Tensor
+    """Tokens before the edit, [B, T]."""
     tokens: Tensor
-    """[B, T]."""
+    """Tokens after it, [B, T]."""
     changed: Tensor
     """Which tokens differ, [B, T]."""
     bound_before: Tensor
-    """Upper bound on -log p(x) of the text before, [B], nats: a mean over posterior samples."""
+    """Upper bound on -log p(x) before the edit, [B], in nats: a mean over posterior samples."""
     bound: Tensor
-    """And of the new text."""
+    """The same after the edit."""
     states: tuple[Tensor, ...]
-    """h^(L), ..., h^(0) of the new text, [B, T, d], as it came down."""
+    """States of the new text from the edited one down to h^(0), each [B, T, d]; all L + 1 after `substitute`."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A text with all its states."""
+    """A batch of texts of equal length with all states."""
 
     tokens: Tensor
-    """[B, T], T a whole number of patches."""
+    """[B, T], padded by the model to whole patches."""
     length: int
-    """Tokens of the text itself; the rest fills its last patch."""
+    """Tokens of the text itself, without the padding."""
     states: tuple[Tensor, ...]
-    """h^(0) = z, ..., h^(L) = u."""
+    """h^(0) = z, ..., h^(L) = u, each [B, T, d]."""
 
 
 @torch.no_grad()
 def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: torch.Generator) -> Encoded:
-    """Latents and states of texts. A last patch that is not full is filled by the model itself.
+    """Latents z ~ q(z|x) and states of texts; an incomplete last patch is filled with a sample of the model.
 
-    Latents that decode to another token, which a blurred codebook allows, are replaced by the mean of their token.
-    Raises UserError for texts that are empty, longer than the context, or of unknown tokens.
+    Latents that decode to another token (possible where Gaussians of the codebook overlap) are replaced by the mean
+    of their own. UserError for texts that are empty or longer than the context.
     """
     length, patch = tokens.shape[1], model.config.patch
     if length < 1:
@@ -85,18 +86,19 @@ def renoise(
     decoder: Decoders = "sequential",
     tick: Tick | None = None,
 ) -> Edit:
-    r"""h^(l) -> sqrt(1 - s^2) h^(l) + s eps with eps ~ N(0, I), then down to a new text.
+    r"""Re-noise state l: h^(l) -> sqrt(1 - eta^2) h^(l) + eta eps with eps ~ N(0, I) (docs/math.md, eq. 23).
 
-    `level` l is 0 (the latents) to L (the noise), `strength` s is 0 (the text itself) to 1 (its state is forgotten).
-    At l = L the marginal law of the state is kept, whatever s. `where` limits the change to some tokens.
-    Raises UserError for s or l out of range.
+    Blocks l, ..., 1 are then inverted. `level` l runs from 0 (the latents) to L (the noise), `strength` eta from 0
+    (no change) to 1 (the state is replaced by noise). At l = L the distribution of the state is the same for every
+    eta. `where` limits the change to some tokens. `tick` is called once per position and inverted block.
+    UserError if eta or l is out of range, or the state is not finite.
     """
     if not 0 <= strength <= 1:
         raise UserError(f"strength {strength}: must be between 0 (no change) and 1 (a new state)")
     state = text.states[_checked_level(model, level)]
     eps = torch.randn(*state.shape, generator=generator, device=generator.device).to(state)
     changed = (1 - strength**2) ** 0.5 * state + strength * eps
-    # s = 0 must not even round
+    # strength 0 must not change the state even by rounding
     keep = torch.zeros_like(state, dtype=torch.bool) if strength else torch.ones_like(state, dtype=torch.bool)
     if where is not None:
         keep = keep | ~where.to(state.device)[:, None]
@@ -115,11 +117,13 @@ def interpolate(
     decoder: Decoders = "sequential",
     tick: Tick | None = None,
 ) -> Edit:
-    r"""Spherical interpolation of two texts' states at block l: sin((1-w) a) / sin(a) h + sin(w a) / sin(a) h'.
+    r"""Spherical interpolation of the states l of two texts (docs/math.md, eq. 23), then blocks l, ..., 1 inverted:
 
-    a is the angle between the two states of a sequence, so that norms are kept and with them, at l = L, the law of
-    the noise. `weight` 0 is the first text, 1 the second, exactly. Raises UserError for texts of different length and
-    for numbers out of range.
+        (sin((1 - kappa) theta) first^(l) + sin(kappa theta) second^(l)) / sin(theta)
+
+    theta is the angle between the two states of a sequence, as vectors in R^(T d). `weight` kappa = 0 gives the first
+    text, 1 the second, exactly. `Edit.before` is the first text. UserError for texts of different lengths, or if
+    kappa or l is out of range.
     """
     if not 0 <= weight <= 1:
         raise UserError(f"weight {weight}: must be between 0 (the first text) and 1 (the second)")
@@ -144,11 +148,11 @@ def substitute(
     generator: torch.Generator,
     tick: Tick | None = None,
 ) -> Edit:
-    """Change some tokens and regenerate the rest from the noise it had: what the text would have been.
+    """Replace some tokens and regenerate the others from their own noise h^(1) (docs/math.md, section 10).
 
-    `replacements` [T] holds new tokens and -1 elsewhere. The noise of block 1 stays as it was except at the new
-    tokens, so what comes before them in the text stays, and what follows changes where its context asks for it.
-    Raises UserError where nothing is replaced and for unknown tokens.
+    `replacements` holds the new tokens, and -1 elsewhere. Positions before the first new token keep their latents;
+    later tokens change where their new context changes them. UserError if nothing is replaced, for unknown tokens,
+    or if there is not one entry per token of the text.
     """
     if replacements.shape != (text.length,):
         raise UserError(f"replacements for {len(replacements)} tokens: the text has {text.length}")
@@ -183,7 +187,7 @@ def _descend(
     tick: Tick | None,
     before: Encoded | None = None,
 ) -> Edit:
-    """Lead a changed state h^(level) of `text` down to z, and compare with `before` where that is another text."""
+    """Invert the blocks below a changed state h^(level) of `text`, and compare with `before` (by default `text`)."""
     if not torch.isfinite(state).all():
         raise UserError("the state is not finite: lower the strength, or use another checkpoint")
     prior, chosen = model.prior, per_block(decoder, model.num_blocks)
@@ -191,7 +195,7 @@ def _descend(
     def invert(index: int, u: Tensor) -> Tensor:
         block = prior.block(index)
         above, below = (prior.patch(text.states[i])[0] for i in (index + 1, index))
-        # in the block's order; both directions come out with the axis of positions second
+        # leading positions, in the block's order, whose noise is unchanged in all rows
         same = (block.order(u)[0] == block.order(above)[0]).all(2).all(0)
         settled = int(same.long().cumprod(0).sum())
         return invert_block(block, u, decoder=chosen[-1 - index], settled=below, num_settled=settled, tick=tick).h
@@ -203,18 +207,18 @@ def _descend(
 def _edit(
     model: TarFlowLM, text: Encoded, tokens: Tensor, states: tuple[Tensor, ...], generator: torch.Generator
 ) -> Edit:
-    n = text.length
-    # The filled part of a last patch belongs to the sequence the bound is of; both texts get the same noise, so that
-    # what their bounds differ by is the texts' own.
+    length = text.length
+    # The bounds are those of whole patches, padding included. Both texts get the same noise, so that sampling noise
+    # does not enter the difference of their bounds.
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     before, after = (bound(model, x, torch.Generator().manual_seed(seed)) for x in (text.tokens, tokens))
     return Edit(
-        before=text.tokens[:, :n],
-        tokens=tokens[:, :n],
-        changed=(tokens != text.tokens)[:, :n],
+        before=text.tokens[:, :length],
+        tokens=tokens[:, :length],
+        changed=(tokens != text.tokens)[:, :length],
         bound_before=before,
         bound=after,
-        states=tuple(h[:, :n] for h in states),
+        states=tuple(h[:, :length] for h in states),
     )
 
 
@@ -222,7 +226,7 @@ def _edit(
 def bound(
     model: LanguageModel, tokens: Int[Tensor, "B T"], generator: torch.Generator, *, samples: int = 8
 ) -> Float[Tensor, " B"]:
-    """The negative ELBO of texts, a mean over posterior samples; exact for the baseline: [B], nats."""
+    """The negative ELBO of texts, [B], in nats, averaged over `samples` posterior samples; exact for the baseline."""
     draws = 1 if model.is_exact else samples
     return torch.stack([negative_bound(model, tokens, generator=generator) for _ in range(draws)]).mean(0)
 

@@ -28,7 +28,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write; on success it replaces `path`, on failure it is removed.
+    """Yields a temporary path to write to; on success the file replaces `path`, on failure it is removed.
 
     The temporary file is in the same folder and is synced before the rename, so a kill or a power failure leaves
     the old file or the new one. OSError from the system, such as a missing folder, passes through.
@@ -48,7 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of a killed `replacing`. Only for the process that alone writes to `folder`."""
+    """Remove the temporary files of a killed `replacing`. Only for the one process that writes to `folder`."""
     for leftover in folder.glob(f".*{TEMPORARY}"):
         leftover.unlink()
 
@@ -80,7 +80,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in a file of a run directory. UserError, naming the file, when it is missing or not JSON."""
+    """The JSON value in a file of a run directory. UserError, naming the file, if it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -89,19 +89,19 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} cannot be read as JSON ({error}): restore it or train again") from None
 
 
-# locks: the system drops them with the process that holds them, however it ends
+# locks: the system releases them when the process that holds them ends, however it ends
 #
-# Lock files stay on disk. Removing one would let two processes lock two files of the same name: the first still holds
-# the removed file while the second creates and locks a new one. (filelock itself removes them on Windows, and in its
-# versions 3.21 to 3.28 everywhere.)
+# Lock files stay on disk. If one were removed, two processes could lock two files of the same name: one holds the
+# removed file while another creates and locks a new one. (filelock itself removes them on Windows, and in versions
+# 3.21 to 3.28 everywhere.)
 
 
 @contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
-    """Holds the lock of `path`, the file `.<name>.lock` beside it; waits while another process or thread has it.
+    """Holds the lock of `path`, the file `.<name>.lock` beside it; waits while another process or thread holds it.
 
-    For what several processes may want to write at once, such as an entry of a cache. Not reentrant. The folder of
-    `path` must exist, `path` itself need not.
+    For files that several processes may write at once, such as a cache entry. Not reentrant. The folder of `path`
+    must exist, `path` itself need not.
     """
     with FileLock(path.with_name(f".{path.name}{LOCK}")):
         yield
@@ -111,7 +111,7 @@ def waiting_lock(path: Path) -> Iterator[None]:
 def writer_lock(directory: Path) -> Iterator[None]:
     """Makes this process the only writer of the run directory `directory`.
 
-    UserError, naming the process that holds the lock, instead of waiting: a run may take days.
+    If another process holds the lock it does not wait, since a run may take days: UserError, naming that process.
     """
     lock, holder = FileLock(directory / LOCK, timeout=0), directory / _HOLDER
     try:
@@ -122,7 +122,7 @@ def writer_lock(directory: Path) -> Iterator[None]:
             f"{directory} is being written by {who}: wait for it, stop it, or choose another directory"
         ) from None
     try:
-        # a file of its own: Windows lets nobody read a locked file, and some versions of filelock empty it
+        # in a separate file: a locked file cannot be read on Windows, and some versions of filelock truncate it
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
@@ -145,7 +145,7 @@ def _read_holder(path: Path) -> str:
 def full_disk_as_user_error(directory: Path, remedy: Callable[[], str]) -> Iterator[None]:
     """Turns any error that a full disk caused, here or in a library, into a UserError about writing to `directory`.
 
-    `remedy()`, called after the failure, says what to do once there is room. Other errors pass through.
+    `remedy()` is called after the failure and says what to do once there is room. Other errors pass through.
     """
     try:
         yield
@@ -159,7 +159,7 @@ def full_disk_as_user_error(directory: Path, remedy: Callable[[], str]) -> Itera
 
 
 def _disk_full_reason(error: BaseException | None) -> str | None:
-    """The system's message if `error` comes from a full disk, a full quota or too large a file, else None."""
+    """The system's message if `error` comes from a full disk, an exceeded quota or a too large file, else None."""
     if error is None:
         return None
     # safetensors gives the error number only in its message

@@ -20,7 +20,8 @@ from tarflowlm.flow.transformer import KVCache
 from tarflowlm.language_model import LanguageModel, LanguageModelConfig
 
 CouplingName = Literal["affine", "token-affine", "mix1", "mixd"]
-"""affine and token-affine: one Gaussian, channel after channel or for all channels of a token at once."""
+"""affine and token-affine: one Gaussian, autoregressive over channels or over tokens. mix1: a mixture per channel.
+mixd: a mixture per token over one codebook (docs/math.md, section 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +29,17 @@ class BlockConfig:
     """One block of the stack."""
 
     coupling: CouplingName = "mix1"
-    """The map of a position, given its past."""
+    """The map of a position, given the positions before it."""
     layers: int = 1
     """Transformer layers."""
     components: int = 2
-    """Mixture components K; 0 ties those of a mixd block 1 to the encoder's codebook; 1 for affine couplings."""
+    """Mixture components K; 0 ties those of mixd in block 1 to the encoder's codebook; 1 for affine couplings."""
 
 
 def stack(
     couplings: Sequence[CouplingName], layers: Sequence[int], components: Sequence[int]
 ) -> tuple[BlockConfig, ...]:
-    """Blocks from their couplings, layers and components, block 1 first; UserError for unequal lengths."""
+    """Blocks from their couplings, layers and components, block 1 first. UserError for unequal lengths."""
     if not len(couplings) == len(layers) == len(components):
         raise UserError(
             f"couplings {tuple(couplings)}, layers {tuple(layers)} and components {tuple(components)} need one entry "
@@ -58,7 +59,7 @@ class FlowConfig(LanguageModelConfig):
     latent_dim: int = 8
     """Latent channels d per token."""
     separation: float = 12.0
-    """Typical distance of neighbouring codes over sigma at the start of training."""
+    """Typical distance between neighbouring codebook means, over sigma, at the start of training."""
     blocks: tuple[BlockConfig, ...] = (
         BlockConfig(coupling="mixd", layers=6, components=0),
         BlockConfig(),
@@ -70,7 +71,7 @@ class FlowConfig(LanguageModelConfig):
     channel_mix: bool = True
     """Reorder channels to [even, odd] between blocks."""
     in_patch: Literal["autoregressive", "independent"] = "autoregressive"
-    """Mixture weights inside a patch of a mixd block: token j sees the latents of tokens < j, or none."""
+    """Mixture weights inside a patch of a mixd block: given the earlier tokens of the patch, or independent."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,67 +96,71 @@ class FlowConfig(LanguageModelConfig):
 
     @property
     def num_blocks(self) -> int:
+        """Flow blocks L."""
         return len(self.blocks)
 
     @property
     def is_affine(self) -> bool:
-        """Whether no block has mixture weights."""
+        """Whether all couplings are affine, so that no block has mixture weights."""
         return all("affine" in block.coupling for block in self.blocks)
 
     @property
     def head_features(self) -> int:
-        """E of the masked autoregressive head (the paper's appendix H with D_m = 2 head_hidden)."""
+        """Embedding width A of the masked autoregressive head (docs/math.md, eq. 10; paper: appendix H)."""
         channels = self.patch * self.latent_dim
         return min(max(1, int(9 * 2 * self.head_hidden / (16 * max(channels - 1, 1)))), 96)
 
     def first_blocks(self, num_blocks: int) -> "FlowConfig":
+        """The configuration of the first `num_blocks` blocks."""
         return replace(self, blocks=self.blocks[:num_blocks])
 
     def each_block(self, **fields: Any) -> "FlowConfig":
-        """The same model with these fields of `BlockConfig` in every block."""
+        """The same configuration with these fields of `BlockConfig` set in every block."""
         return replace(self, blocks=tuple(replace(block, **fields) for block in self.blocks))
 
     def deepened(self, factor: int) -> "FlowConfig":
         return replace(self, blocks=tuple(replace(block, layers=factor * block.layers) for block in self.blocks))
 
     def describe(self, block: int) -> str:
+        """Number and coupling of block `block` (0-based), such as "block 1 mixd"."""
         return f"block {block + 1} {self.blocks[block].coupling}"
 
     def build(self) -> "TarFlowLM":
+        """A new TarFlowLM of this shape. UserError without a vocabulary size."""
         return TarFlowLM(self)
 
 
 @dataclass(frozen=True)
 class ElboTerms:
-    """One sample of the bound for every sequence of a batch (docs/math.md, eqs. 3 and 11); tensors [B], nats.
+    """The terms of one sample of the ELBO, each [B], in nats (docs/math.md, eqs. 3 and 11).
 
-    log p(x) >= E[ reconstruction - log_q + base + sum_l log_dets[l] ] = E[ -nelbo ].
+    log p(x) >= E[ reconstruction - log_q + base + sum_l log_dets[l] ] = E[ -nelbo ]
     """
 
     reconstruction: Tensor
-    """log p(x | z): near zero where the codebook is well separated."""
+    """log p(x | z); near zero where the codebook is well separated."""
     log_q: Tensor
     """log q(z | x)."""
     base: Tensor
     """log N(u; 0, I)."""
     log_dets: tuple[Tensor, ...]
-    """log|det J| of every block, block 1 first."""
+    """log|det J_l| of every block, block 1 first."""
 
     @property
     def log_prior(self) -> Tensor:
-        """log p(z) = base + sum of log-dets."""
+        """log p(z) = base + sum_l log_dets[l] (docs/math.md, eq. 4)."""
         return self.base + sum(self.log_dets, start=torch.zeros_like(self.base))
 
     @property
     def nelbo(self) -> Tensor:
-        """The negative bound: -log p(x) is at most this in expectation."""
+        """The negative ELBO; in expectation an upper bound on -log p(x)."""
         return -(self.reconstruction - self.log_q + self.log_prior)
 
 
 class TarFlowLM(LanguageModel):
-    """A language model in continuous space: q(z|x) and p(x|z) by `codebook`, p(z) by `prior` (docs/math.md).
+    """A language model in continuous space: `codebook` is q(z|x) and p(x|z), `prior` is p(z) (docs/math.md).
 
-    Construction draws its initial weights from PyTorch's global generator; wrap it in `seeded` to repeat it.
+    Initial weights come from PyTorch's global generator; construct it inside `seeded` to reproduce them.
     """
 
     is_exact = False
@@ -173,10 +178,11 @@ class TarFlowLM(LanguageModel):
 
     @property
     def num_blocks(self) -> int:
+        """Flow blocks built so far."""
         return len(self.prior.blocks)
 
     def append_block(self) -> FlowBlock:
-        """Build the next block of the configuration and put it on top of the stack."""
+        """Build the next block of the configuration on top of the stack, and return it."""
         config, index = self.config, self.num_blocks
         block = FlowBlock(
             trunk=config.trunk,
@@ -224,13 +230,14 @@ class TarFlowLM(LanguageModel):
     def draw_noise(
         self, tokens: Int[Tensor, "B T"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "B T d"]:
+        """Noise eps ~ N(0, I) for one posterior sample, drawn on the generator's device (else on the model's)."""
         mean = self.codebook.mean
         where = generator.device if generator is not None else mean.device
         shape = (*tokens.shape, self.config.latent_dim)
         return torch.randn(shape, generator=generator, dtype=mean.dtype, device=where).to(mean.device)
 
     def elbo(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> tuple[ElboTerms, list[Tensor]]:
-        """Eq. 11 of docs/math.md term by term, and the states h^(0) = z, ..., h^(L) = u [B, T, d] it is made of."""
+        """One sample of the ELBO in its terms (docs/math.md, eq. 11), and the states h^(0), ..., h^(L) [B, T, d]."""
         with full_precision(noise):
             z = self.codebook.encode(tokens, noise)
             reconstruction = self.codebook.log_likelihood(tokens, z).sum(-1)
@@ -251,10 +258,10 @@ class TarFlowLM(LanguageModel):
         frozen: int = 0,
         equal_cotangents: bool = False,
     ) -> Float[Tensor, " B"]:
-        """One sample of the negative ELBO: that of `elbo` without its parts.
+        """One sample of the negative ELBO in nats: the `nelbo` of `elbo`, in fewer steps (docs/math.md, eq. 11a).
 
-        log p(x|z) - log q(z|x) = -log sum_j N_j(z) for every token, and the last block needs its density alone. Where
-        that is a mixture of the same components (eq. 12), one sweep over the codebook gives both.
+        For every token log p(x|z) - log q(z|x) = -log sum_j N_j(z), and the last block needs only its density. If
+        that block is a mixture of the same components (eq. 12), one pass over the codebook gives both sums.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and frozen == 0), full_precision(noise):
             z = self.codebook.encode(tokens, noise)
@@ -267,37 +274,47 @@ class TarFlowLM(LanguageModel):
     def conditional_bound(
         self, tokens: Int[Tensor, "B T"], given: int, noise: Float[Tensor, "B T d"]
     ) -> Float[Tensor, " B"]:
+        """One sample of the bound on the tokens after the first `given`, in nats (see `objective.conditional_bound`).
+
+        UserError for several blocks with `given` > 0.
+        """
         if given and self.num_blocks > 1:
             raise UserError(
-                f"a flow of {self.num_blocks} blocks has no known bound on new tokens given earlier ones (only one "
-                f"of a single block has): evaluate it in fresh contexts"
+                f"a flow of {self.num_blocks} blocks has no known bound on new tokens given earlier ones (only a "
+                f"flow of one block has): evaluate it in fresh contexts"
             )
         bound = self.negative_bound(tokens, noise)
         return bound - self.negative_bound(tokens[:, :given], noise[:, :given]) if given else bound
 
     def terms(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> dict[str, Tensor]:
+        """reconstruction, log_q, base and the log-det of every block, each [B], in nats (docs/math.md, eq. 11)."""
         terms = self.elbo(tokens, noise)[0]
         log_dets = {f"log-det of block {i + 1}": value for i, value in enumerate(terms.log_dets)}
         return {"reconstruction": terms.reconstruction, "log_q": terms.log_q, "base": terms.base} | log_dets
 
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
+        """An empty KV cache for `num_positions` positions of block 1."""
         return self.prior.block(0).allocate_cache(batch, num_positions)
 
     def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
+        """Features in block 1 of the next position, given the latents [B, C] before it (None at the start)."""
         return self.prior.block(0).features_at(cache, previous, batch)
 
-    def token_vectors(self) -> tuple[Float[Tensor, "V m"], Float[Tensor, " V"] | None]:
+    def token_vectors(self) -> tuple[Float[Tensor, "V dim"], Float[Tensor, " V"] | None]:
+        """The codebook: mu [V, d] and log sigma [V]."""
         return self.codebook.mean, self.codebook.log_std
 
     def heads(self) -> list[nn.Module]:
+        """The couplings, block 1 first."""
         return [block.coupling for block in self.prior.blocks]  # type: ignore[misc]
 
     def blocks_from(self, first: int) -> Iterable[nn.Module]:
+        """The blocks after the first `first`; the whole model, codebook included, for 0."""
         return self.prior.blocks[first:] if first else (self,)
 
 
 def as_flow_config(config: LanguageModelConfig) -> FlowConfig:
-    """The configuration, which is known to be that of a TarFlowLM."""
+    """`config`, narrowed to FlowConfig; AssertionError for another configuration."""
     assert isinstance(config, FlowConfig), config
     return config
 
@@ -306,7 +323,7 @@ NO_LATENTS = "this model is the discrete baseline, which has no latents: give a 
 
 
 def as_flow(model: LanguageModel, refusal: str = NO_LATENTS) -> TarFlowLM:
-    """The model, where it is a TarFlowLM; UserError with the message `refusal` where it is the baseline."""
+    """`model`, narrowed to TarFlowLM; UserError with the message `refusal` for the baseline."""
     if not isinstance(model, TarFlowLM):
         raise UserError(refusal)
     return model

@@ -1,4 +1,4 @@
-"""Bounds on -log p(x): the ELBO, bounds on a continuation, and the importance-weighted bound. Everything in nats."""
+"""Bounds on -log p(x): the ELBO, the bound on a continuation, and the importance-weighted bound. All in nats."""
 
 import math
 
@@ -18,9 +18,9 @@ def elbo(
     generator: torch.Generator | None = None,
     noise: Float[Tensor, "B T d"] | None = None,
 ) -> ElboTerms:
-    """Eq. 11 of docs/math.md with all its parts, from one posterior sample per token.
+    """One sample of the ELBO in its terms (docs/math.md, eq. 11).
 
-    `noise` fixes the sample; without it, it is drawn with `generator`.
+    `noise` fixes the posterior sample; by default it is drawn with `generator`. UserError if P does not divide T.
     """
     return model.elbo(tokens, model.draw_noise(tokens, generator) if noise is None else noise)[0]
 
@@ -34,9 +34,10 @@ def negative_bound(
     frozen: int = 0,
     equal_cotangents: bool = False,
 ) -> Float[Tensor, " B"]:
-    """-log p(x) of the baseline, or one sample of its upper bound: the `nelbo` of `elbo`, without its parts.
+    """-log p(x) of the baseline, or one sample of the negative ELBO of a TarFlowLM (docs/math.md, eq. 11a); nats.
 
-    `frozen` and `equal_cotangents` are those of `LanguageModel.negative_bound`.
+    `noise` and `generator` as in `elbo`, `frozen` and `equal_cotangents` as in `LanguageModel.negative_bound`.
+    UserError if P does not divide T.
     """
     noise = model.draw_noise(tokens, generator) if noise is None else noise
     return model.negative_bound(tokens, noise, frozen=frozen, equal_cotangents=equal_cotangents)
@@ -50,19 +51,19 @@ def conditional_bound(
     generator: torch.Generator | None = None,
     noise: Float[Tensor, "B T d"] | None = None,
 ) -> Float[Tensor, " B"]:
-    r"""-log p(y | c) of the baseline, or one sample of its upper bound; c the first `given` tokens, y the rest.
+    r"""-log p(x_> | x_<=) of the baseline, or one sample of an upper bound on -log p~(x_> | x_<=) of a flow; nats.
 
-    With one left-to-right block, p(z_y | z_c) = p(z_c, z_y) / p(z_c) is known, and
+    x_<= are the first `given` tokens, x_> the others, z_<= and z_> their latents. A flow of one left-to-right block
+    has a known p(z_> | z_<=) = p(z_<=, z_>) / p(z_<=), and by Jensen's inequality (docs/evaluation.md, Windows)
 
-        -log p(y | c) <= E_q[ log q(z_y | y) - log p(y | z_y) - log p(z_y | z_c) ],
-        p(y | c) = E_{q(z_c | c)} int p(z_y | z_c) p(y | z_y) dz_y
+        p~(x_> | x_<=) = E_{q(z_<= | x_<=)} int p(z_> | z_<=) p(x_> | z_>) dz_>
+        -log p~(x_> | x_<=) <= E_q[ log q(z_> | x_>) - log p(x_> | z_>) - log p(z_> | z_<=) ]
 
-    by Jensen's inequality. p(y | c) sums to one over y: it is what a sampler predicts after the prompt c, whose
-    latents come from the encoder (docs/evaluation.md, with the proof). By causality one sample is a difference of two
-    samples of `negative_bound` with the same noise. Between different noises, or with more blocks, that difference
-    bounds nothing: blocks that run right to left let the latents of c depend on y.
+    p~ sums to one over x_> and is the distribution of samples after the prompt x_<=. One sample of the bound is the
+    difference of two samples of `negative_bound` with the same noise. With different noise, or several blocks, that
+    difference is no bound: blocks that run right to left make z_<= depend on x_>.
 
-    Raises UserError for a flow of several blocks, and where `given` is outside 0 .. T - 1 or cuts a patch.
+    UserError for a flow of several blocks, and if `given` is outside 0 .. T - 1 or not a multiple of P.
     """
     T, patch = tokens.shape[1], model.config.patch
     if not 0 <= given < T or given % patch:
@@ -78,9 +79,10 @@ def log_importance_weights(
     generator: torch.Generator | None = None,
     given: int = 0,
 ) -> Float[Tensor, "S B"]:
-    """log p(x, z_s) / q(z_s | x) in nats for z_1, ..., z_S ~ q; of the tokens after the first `given`, given those.
+    """log p(x, z^r) / q(z^r | x) for S = `samples` draws z^r ~ q, in nats (docs/math.md, eq. 13).
 
-    The baseline has one row, which is exact. Errors as `conditional_bound`.
+    With `given` > 0, of the tokens after the first `given`, conditional on those. The baseline gives one row, its
+    exact log p(x). UserError for `samples` < 1, and as in `conditional_bound`.
     """
     if samples < 1:
         raise UserError(f"samples {samples}: must be at least 1")
@@ -89,9 +91,9 @@ def log_importance_weights(
 
 
 def importance_weighted(log_weights: Float[Tensor, "S B"]) -> Float[Tensor, " B"]:
-    """-log (1/S) sum_s w_s from `log_importance_weights` (docs/math.md, eq. 13; Burda et al. 2016).
+    """-log (1/S) sum_r omega_r from the log omega_r of `log_importance_weights`, in nats (docs/math.md, eq. 13).
 
-    An upper bound on -log p(x) in expectation that falls with S; S = 1 is the negative ELBO.
+    In expectation an upper bound on -log p(x) that falls with S; S = 1 is the negative ELBO (Burda et al. 2016).
     """
     return math.log(len(log_weights)) - log_weights.logsumexp(0)
 
@@ -103,5 +105,8 @@ def importance_weighted_bound(
     samples: int,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, " B"]:
-    """The importance-weighted bound per sequence, in nats, from `samples` posterior samples. Errors as above."""
+    """The importance-weighted bound on -log p(x) from `samples` posterior samples, in nats (docs/math.md, eq. 13).
+
+    UserError for `samples` < 1, or if P does not divide T.
+    """
     return importance_weighted(log_importance_weights(model, tokens, samples=samples, generator=generator))

@@ -153,7 +153,7 @@ def test_damaged_best_weights_are_named_and_the_newest_offered(finished, refused
     # with nothing whole around, nothing is offered
     shutil.rmtree(finished / "state")
     flip(finished / "model.safetensors")
-    assert refused("eval", finished).endswith("restore it or train anew\n")
+    assert refused("eval", finished).endswith("restore it or train again\n")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])

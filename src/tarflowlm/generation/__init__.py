@@ -1,4 +1,4 @@
-"""Generation of text by either model."""
+"""Sampling from either model: free, after a prompt, or around given tokens."""
 
 from tarflowlm.generation.generate import Generation, generate
 

@@ -1,4 +1,4 @@
-"""One entry to sampling: free or with tokens given, TarFlowLM or baseline, every pass on request."""
+"""`generate`, the entry point of sampling: either model, with or without given tokens (docs/math.md, 7 and 9)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,25 +20,24 @@ from tarflowlm.model import TarFlowLM, as_flow
 
 @dataclass(frozen=True)
 class Generation:
-    """Samples, and on request the tokens and latents after every pass.
-
-    `tokens` [B, T]. `passes`: decoded tokens of the noise u = h^(L) and of every state down to h^(0) = z, L + 1
-    tensors [B, T], coarse to fine; `states`: those states [B, T, d]. Empty for the baseline, which has one pass.
-    """
+    """Samples and, on request, the tokens and latents after every pass."""
 
     tokens: Tensor
+    """[B, T]."""
     passes: tuple[Tensor, ...] = ()
+    """The L + 1 `states` decoded to tokens, each [B, T]: coarse to fine. Only on request, never for the baseline."""
     states: tuple[Tensor, ...] = ()
+    """h^(L) = u, ..., h^(0) = z, each [B, T, d]. Empty where `passes` is."""
     sweeps: tuple[int, ...] = ()
-    """Passes over positions that each block took, block L first; as many as positions where sequential."""
+    """Passes over positions that each block took, block L first; N for a block inverted sequentially."""
     decoders: tuple[Decoder, ...] = ()
-    """How each block was inverted, block L first: `decoder=` of the next call, to choose the same."""
+    """How each block was inverted, block L first; pass it as `decoder` to repeat the choice."""
     log_evidence: Tensor | None = None
-    """With given tokens: an estimate of log p(given) [B], nats, whose exponential is unbiased."""
+    """With given tokens: an estimate of log p(given tokens), [B], in nats; its exponential is unbiased."""
     ess: Tensor | None = None
-    """With given tokens: effective number of particles [B] in the end."""
+    """With given tokens: the effective sample size of the particles at the end, [B]."""
     draws: Tensor | None = None
-    """With given tokens: how often the particles of every sample were resampled, [B]."""
+    """With given tokens: how often the particles of each sample were resampled, [B]."""
 
 
 @torch.no_grad()
@@ -58,26 +57,26 @@ def generate(
     decoder: Decoders = "sequential",
     tick: Tick | None = None,
 ) -> Generation:
-    """`num` samples of `num_tokens` tokens, given ones included.
+    """Draw `num` samples of `num_tokens` tokens each, given tokens included (docs/math.md, sections 7 and 9).
 
-    Exact samples of the model at temperature 1 with nothing given. `temperature` is the power 1 / temperature on the
-    mixture weights of block 1, or on the baseline's probabilities. The noise is not scaled: Phi(u) must stay uniform,
-    or components would be chosen by their place on the axis. In a stack of affine blocks alone, which has no weights,
-    it scales the standard deviation of the noise.
+    At temperature 1, without top-k, top-p or given tokens, the samples are exact. `temperature` tau raises the
+    mixture weights of block 1, or the baseline's probabilities, to the power 1 / tau. The noise is not scaled,
+    since Phi(u) has to stay uniform; only in a stack of affine blocks, which has no weights, is the noise multiplied
+    by tau.
 
-    `prompt` [n] comes first; `template` [n], or [num, n] for a template of its own for every sample, gives tokens
-    anywhere, -1 (BLANK) where one is to be drawn, and what follows its end is drawn too. A prompt is exact for the
-    baseline and for a single left-to-right block. Otherwise the rest is drawn without regard to what is given
-    further right, or in the blocks above: an approximation that `particles` N > 1 corrects (`particles.py`), at N
-    times the cost; it becomes exact as N grows. Changed weights (temperature and so on) apply to what is drawn, not
-    to how given tokens are weighed.
+    `prompt` [tokens] comes first. `template` [tokens], or [num, tokens] with one template per sample, gives tokens
+    anywhere: -1 (BLANK) marks a token to be drawn, and tokens after its end are drawn too. A prompt is exact for the
+    baseline and, given its latents, for a single left-to-right block. Otherwise drawn tokens ignore the given tokens
+    further right and the dependence that the blocks above describe. R = `particles` > 1 corrects this
+    (`particles.py`) at R times the cost, and is exact in the limit of many. Temperature, top-k and top-p apply to
+    drawn tokens, not to the weights of particles.
 
-    Row b draws its noise from a stream of its own, seeded from `generator`, so rows do not depend on `num`.
-    `decoder`: sequential inverts every block position by position; parallel by sweeps, with the same result up to
-    rounding; auto times both on the first positions of every block (`inversion.py`). Block 1 is sequential where
-    tokens are given or weights changed. `tick` is called once per position and block (`num_ticks` says how often).
+    Row b has its own random stream, seeded from `generator`, so rows do not depend on `num`. `decoder`: sequential
+    inverts every block position by position; parallel by sweeps, with the same result up to rounding; auto times
+    both on the first positions of every block (`inversion.py`). Block 1 is always sequential if tokens are given or
+    its weights are adjusted. `tick` is called `num_ticks` times, once per position and block.
 
-    Raises UserError for sizes that the model cannot generate and for given tokens it does not know.
+    UserError for sizes that the model cannot generate, for settings out of range and for unknown given tokens.
     """
     given = _given(model, num, num_tokens, prompt, template, particles)
     adjust = adjust_weights(temperature, top_k, top_p)
@@ -119,7 +118,7 @@ def _completed(
     return_passes: bool,
     tick: Tick | None,
 ) -> Generation:
-    """Some tokens given: block 1 meets the noise of the blocks above where nothing is."""
+    """Samples with some tokens given, by a particle filter through block 1 (docs/math.md, section 9)."""
     book, num = model.codebook, len(given)
     spread = given.repeat_interleave(particles, dim=0)
     is_known = spread != BLANK
@@ -137,7 +136,7 @@ def _completed(
     chosen = _chosen(weights, generators)
     z = model.prior.patch.inverse(passage.values)[chosen]
     tokens = torch.where(given == BLANK, book.decode(z).cpu(), given).to(z.device)
-    # the states of these latents, and not the draws above: what is given has changed them
+    # the states of these latents, not the draws from above: the given tokens have changed their noise
     states = model.prior.states(z)[0][::-1] if return_passes else ()
     work = [*source.work, Inverted(passage.values, "sequential", passage.num_positions)]
     return _generation(model, tokens[:, :num_tokens], states, work, return_passes, **_summary(weights))
@@ -164,7 +163,7 @@ def _from_baseline(
 
 
 def _chosen(weights: Weights, generators: list[torch.Generator]) -> Tensor:
-    """The row of one particle of every sample, drawn by weight."""
+    """One particle per sample, drawn by weight: row indices [num]."""
     picks = [resample(log_w, 1, g) for log_w, g in zip(weights.log_w, generators, strict=True)]
     return torch.cat(picks) + torch.arange(len(picks)) * weights.log_w.shape[1]
 
@@ -174,7 +173,7 @@ def _summary(weights: Weights) -> dict[str, Tensor]:
 
 
 def num_ticks(model: LanguageModel, num_tokens: int) -> int:
-    """How often `generate` calls `tick`."""
+    """How often `generate` calls `tick` for `num_tokens` tokens: once per position and block."""
     positions = -(-num_tokens // model.config.patch)
     return positions * model.num_blocks
 
@@ -182,7 +181,7 @@ def num_ticks(model: LanguageModel, num_tokens: int) -> int:
 def _given(
     model: LanguageModel, num: int, num_tokens: int, prompt: Tensor | None, template: Tensor | None, particles: int
 ) -> Tensor:
-    """What is given of every sample: [num, T], a whole number of patches, on the CPU, BLANK elsewhere."""
+    """The given tokens of every sample, BLANK elsewhere: [num, T] on the CPU, padded to whole patches."""
     context, vocab_size, patch = model.config.context, model.config.vocab_size, model.config.patch
     for name, value, what in (("num", num, "sample"), ("length", num_tokens, "token"), ("particles", particles, "")):
         if value < 1:
@@ -208,6 +207,6 @@ def _given(
     least = 0 if template is None else BLANK
     if ((tokens < least) | (tokens >= vocab_size)).any():
         name = "prompt" if template is None else "template"
-        raise UserError(f"the {name} {tokens.tolist()} has tokens outside of 0 to {vocab_size - 1}: encode it anew")
+        raise UserError(f"the {name} {tokens.tolist()} has tokens outside of 0 to {vocab_size - 1}: encode it again")
     given[:, : tokens.shape[-1]] = tokens.cpu()
     return given

@@ -1,6 +1,6 @@
-"""The inverse of one block: by steps, by sweeps, or by the quicker of the two; and of a stack.
+"""The inverse of a block by steps, by sweeps, or by the faster of the two; and of a stack (docs/math.md, section 7).
 
-Both ways work on the same guess and the same KV cache, so a block can change from one to the other at any position.
+Steps and sweeps share one guess and one KV cache, so a block can change from one to the other at any position.
 """
 
 import time
@@ -17,36 +17,37 @@ from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.model import TarFlowLM
 
 Decoders = Decoder | Sequence[Decoder]
-"""One decoder for all blocks, or one for each, block L first, as `Generation.decoders` has them."""
+"""One decoder for all blocks, or one per block, block L first as in `Generation.decoders`."""
 Tick = Callable[[], None]
-"""Called once for every position and block, to show progress."""
+"""Called once per position and block, to show progress."""
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
-"""Change of a latent, over 1 + its size, that counts as none: some roundings of the format."""
+"""A latent h has converged when a sweep changes it by at most this times 1 + |h|: a few roundings."""
 RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-7}
-"""Distance of f(h) from the noise, over 1 + the noise, above which a position is inverted again by steps.
+"""From the first position where |f(h) - u| exceeds this times 1 + |u|, a block is inverted again by steps.
 
-Rounding alone brings a latent of a narrow component to some 1e-5 of its noise.
+Rounding alone causes residuals of about 1e-5, in narrow components.
 """
 LONGEST_SEGMENT = 512
+"""Positions that one sweep inverts at most."""
 PATIENCE = 4
-"""Sweeps in a row that fail to halve the largest change before a segment is cut in two."""
+"""A segment is halved after more than this many sweeps in a row that fail to halve the largest change."""
 TRIAL_STEPS, TRIAL_SEGMENT, TRIAL_SWEEPS = 4, 32, 4
-"""What `auto` measures: steps (the first is not counted), then sweeps over the positions that follow."""
+"""What `auto` times: steps (the first is not counted), then sweeps over a segment of the positions that follow."""
 
 
 @dataclass(frozen=True)
 class Inverted:
-    """The latents of a block, and how they were found."""
+    """The latents of a block, and how they were computed."""
 
     h: Tensor
-    """[B, N, C], in the order of the tokens."""
+    """Latents [B, N, C], in the order of the tokens."""
     decoder: Decoder
     """sequential or parallel."""
     passes: int
-    """Sweeps and steps: each is one pass of the Transformer over some positions."""
+    """Steps and sweeps, each one pass of the Transformer over some positions."""
     repeated: int = 0
-    """Positions that sweeps did not bring to the noise and that were inverted again by steps."""
+    """Positions that were inverted again by steps, because their swept latents did not map back to the noise."""
 
 
 @torch.no_grad()
@@ -60,14 +61,15 @@ def invert_block(
     num_settled: int = 0,
     tick: Tick | None = None,
 ) -> Inverted:
-    """Latents h [B, N, C] of a block from its noise u.
+    """Invert `block`: latents h [B, N, C] from noise u [B, N, C].
 
-    sequential: position by position, exact. parallel: sweeps (`_Inversion.sweep`), equal to it up to the rounding of
-    products; the result is mapped forward again, and from the first position whose noise does not come back the
-    rest is inverted by steps. auto: some positions by steps, some by sweeps, timed; the rest by the quicker way.
-    The first `num_settled` positions, in the block's own order, are taken from `settled` [B, N, C] as they are.
-    Changed weights (`adjust`) have no forward map to check against, so such a block is inverted by steps.
-    `tick` is called once per position.
+    sequential: position by position, exact. parallel: sweeps (`_Inversion.sweep`), equal up to rounding; the result
+    is mapped forward again, and from the first position whose noise does not come back, the rest is inverted by
+    steps. auto: times steps and sweeps on the first positions and continues with the faster.
+
+    The first `num_settled` positions, in the block's order, are copied from `settled` [B, N, C]. With adjusted
+    weights there is no forward map to check against, so a block with `adjust` is always sequential. `tick` is called
+    once per position.
     """
     if adjust is not None:
         decoder = "sequential"
@@ -91,7 +93,7 @@ def invert_block(
 
 
 class _Inversion:
-    """Where the inverse of a block stands. Positions count in the block's own order; those before `at` are final."""
+    """The state of an inversion. Positions are in the block's order; those before `at` are final."""
 
     def __init__(self, block: FlowBlock, u: Tensor, adjust: AdjustWeights | None, tick: Tick | None) -> None:
         self.block, self.adjust, self.tick = block, adjust, tick
@@ -103,9 +105,11 @@ class _Inversion:
         self.swept_from: int | None = None
 
     def result(self) -> Tensor:
+        """The latents [B, N, C] in the order of the tokens."""
         return self.block.order.inverse(self.h)
 
     def settle(self, h: Tensor, num: int) -> None:
+        """Copy the first `num` positions from h [B, N, C], which is in the order of the tokens."""
         self.h[:, :num] = self.block.order(h)[0][:, :num]
         self.block.features_of(self.cache, self.h[:, : num - 1], first=True)
         self._advance(num)
@@ -117,7 +121,7 @@ class _Inversion:
                 self.tick()
 
     def step(self, until: int) -> None:
-        """Position after position."""
+        """Invert position by position, up to position `until`."""
         self.cache.rewind(self.at)
         while self.at < until:
             previous = self.h[:, self.at - 1] if self.at else None
@@ -127,7 +131,7 @@ class _Inversion:
             self._advance(1)
 
     def _guess(self, end: int) -> tuple[int, float]:
-        """One sweep over the positions from `at` to `end`: how many of them are final now, and the largest change."""
+        """One sweep over positions `at` to `end` - 1: how many of them are final now, and the largest change."""
         at, (B, _, C) = self.at, self.h.shape
         self.cache.rewind(at)
         past = self.h[:, at - 1 : end - 1] if at else self.h[:, : end - 1]
@@ -136,25 +140,25 @@ class _Inversion:
         new = self.block.coupling.invert(noise, features.flatten(0, 1)).view(B, end - at, C)
         change = ((new - self.h[:, at:end]).abs() / (1 + new.abs())).amax((0, 2))
         self.h[:, at:end] = new
-        still = (change <= TOLERANCE[new.dtype]).long().cumprod(0).sum()
-        # one copy to the host per sweep; NaN counts as unsettled and moves on one position at a time
-        frozen, largest = torch.stack((still, change.max().to(new.dtype))).tolist()
+        converged = (change <= TOLERANCE[new.dtype]).long().cumprod(0).sum()
+        # one copy to the host per sweep; NaN counts as not converged, so it advances one position at a time
+        final, largest = torch.stack((converged, change.max().to(new.dtype))).tolist()
         self.passes += 1
         if self.swept_from is None:
             self.swept_from = at
-        return min(int(frozen) + 1, end - at), largest
+        return min(int(final) + 1, end - at), largest
 
     def sweep(self, *, end: int | None = None, budget: int | None = None) -> None:
-        """Gauss-Seidel-Jacobi sweeps over segments, up to `end`, at most `budget` of them.
+        """Gauss-Seidel-Jacobi sweeps over segments, up to position `end`, at most `budget` of them.
 
-        A sweep inverts all open positions of a segment at once, with parameters from the current guess; the guess
-        starts as the noise, which is the answer where a block is near the identity. By causality a position is final
-        once the guesses before it are: after a sweep, all leading positions that no longer changed, and the one
-        after them, whose inputs were right. These stay in the cache, so every sweep settles at least one position
-        and N sweeps always suffice. Nothing is clamped and no position is left unfinished.
+        A sweep inverts all open positions of a segment at once, with parameters from the current guess. The first
+        guess is the noise, which is close where the block is near the identity. By causality a position is final when
+        the guesses before it are: after a sweep, these are the leading positions that no longer changed and the one
+        after them, whose inputs were final. They stay in the cache, so every sweep finishes at least one position and
+        N sweeps always suffice. Nothing is clamped.
 
-        A segment whose changes stop shrinking is cut in two, down to single positions, which is a step; one that
-        went well is followed by one twice as long.
+        A segment whose changes stop shrinking is halved, down to single positions (a step). After a segment that
+        converged, the next one is twice as long.
         """
         limit, left, length = end or self.num_positions, budget or self.num_positions, LONGEST_SEGMENT
         while self.at < limit:
@@ -162,8 +166,8 @@ class _Inversion:
             while self.at < stop:
                 if left == 0:
                     return
-                frozen, largest = self._guess(stop)
-                self._advance(frozen)
+                final, largest = self._guess(stop)
+                self._advance(final)
                 left -= 1
                 poor = 0 if largest < 0.5 * last else poor + 1
                 last = largest
@@ -173,7 +177,7 @@ class _Inversion:
             length = min(LONGEST_SEGMENT, 2 * length)
 
     def trial(self) -> Decoder:
-        """Time both ways on positions that have to be inverted anyway."""
+        """The faster decoder, timed on positions that have to be inverted anyway."""
         start, marks = self.at, []
         for until in range(start + 1, min(start + TRIAL_STEPS, self.num_positions) + 1):
             self.step(until=until)
@@ -192,12 +196,12 @@ class _Inversion:
         return time.perf_counter()
 
     def first_bad(self) -> int:
-        """The first swept position whose latents do not map back to its noise; N where all do."""
+        """The first swept position whose latents do not map back to its noise; N if all do."""
         features = self.block.features_of(None, self.h[:, :-1], first=True)
         u, _ = self.block.coupling(self.h, features)
         off = ((u - self.noise).abs() / (1 + self.noise.abs())).amax((0, 2))
         assert self.swept_from is not None
-        # not within the bound, NaN included
+        # negated, so that NaN counts as bad
         bad = ~(off[self.swept_from :] <= RESIDUAL[off.dtype])
         return self.swept_from + int(torch.cat((bad, bad.new_ones(1))).int().argmax())
 
@@ -211,9 +215,10 @@ def invert_stack(
     adjust: AdjustWeights | None = None,
     tick: Tick | None = None,
 ) -> tuple[list[Tensor], list[Inverted]]:
-    """States h^(L) = noise, ..., h^(above) of the inverse pass, each [B, T, d], and how each block was inverted.
+    """Invert blocks L, ..., above + 1: the states h^(L) = noise, ..., h^(above), each [B, T, d], and how it was done.
 
-    Both have block L first. `adjust` acts on the mixture weights of block 1, which choose the tokens.
+    The second list has one `Inverted` per block, block L first. `adjust` acts on the mixture weights of block 1.
+    UserError for a wrong number of decoders.
     """
     chosen, work = per_block(decoder, model.num_blocks), []
 
@@ -226,7 +231,7 @@ def invert_stack(
 
 
 def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:
-    """One decoder for every block, block L first; UserError for another number of them."""
+    """One decoder per block, block L first. UserError if `decoder` lists another number of them."""
     if isinstance(decoder, str):
         return (decoder,) * num_blocks
     if len(decoder) != num_blocks:

@@ -1,9 +1,9 @@
-r"""Samples given some of their tokens: sequential Monte Carlo over the positions (docs/math.md, section 9).
+r"""Sampling with given tokens: sequential Monte Carlo over positions (docs/math.md, section 9).
 
-Every sample has J particles, candidates that agree on the given tokens. Wherever a token is given, a particle's
-weight is multiplied by the probability it gave to that token; when the weights of a sample become uneven, its
-particles are resampled by weight, and the noise ahead of them is refreshed. At the end one of them is drawn by
-weight. As J grows this is the exact conditional; J = 1 fixes the given tokens and draws the rest from left to right.
+Each sample has R particles that agree on the given tokens. At a given token, a particle's weight is multiplied by the
+probability that the particle assigned to it. When the weights of a sample become uneven, its particles are resampled
+by weight and get fresh noise for the positions ahead. At the end one particle is drawn by weight. In the limit of
+many particles this is exact; with R = 1 the given tokens are fixed and the others drawn from left to right.
 """
 
 import math
@@ -20,50 +20,54 @@ from tarflowlm.generation.sampling import row_normal, row_uniform
 from tarflowlm.model import TarFlowLM
 
 RESAMPLE_BELOW = 0.5
-"""Effective sample size, over the number of particles, below which they are resampled."""
+"""Particles are resampled when their effective sample size falls below this times R."""
 
 
 @dataclass
 class Weights:
-    """Log-weights [num, J] of the particles of every sample, and what earlier draws were worth."""
+    """The weights of R particles per sample, in float64 on the CPU (docs/math.md, eq. 21)."""
 
     log_w: Tensor
+    """log omega_r since the last resampling, [num, R], in nats."""
     log_evidence: Tensor
-    """[num], nats, of what was given up to the last draw."""
+    """Estimate of log p(given tokens) up to the last resampling, [num], in nats."""
     draws: Tensor
     """How often the particles of each sample were resampled, [num]."""
 
     @classmethod
     def uniform(cls, num: int, particles: int) -> "Weights":
+        """Weights of 1 for `particles` particles of each of `num` samples."""
         zero = torch.zeros(num, dtype=torch.float64)
         return cls(torch.zeros(num, particles, dtype=torch.float64), zero, zero.long())
 
     def add(self, log_increment: Tensor) -> None:
-        """Increments [num J]; what is not a number counts as impossible."""
-        more = log_increment.detach().double().cpu().view(self.log_w.shape)
-        self.log_w = self.log_w + torch.where(more.isnan(), -torch.inf, more)
+        """Multiply the weights by exp(`log_increment`), [num R]; NaN counts as probability zero."""
+        increment = log_increment.detach().double().cpu().view(self.log_w.shape)
+        self.log_w = self.log_w + torch.where(increment.isnan(), -torch.inf, increment)
 
     def effective(self) -> Tensor:
-        """Effective sample size (sum w)^2 / sum w^2 of every sample: 1 to J, or 0 where all weights are zero."""
+        """Effective sample size (sum_r omega_r)^2 / sum_r omega_r^2, [num]: 1 to R, or 0 if all weights are zero."""
         log_w = self.log_w
         return (2 * log_w.logsumexp(-1) - (2 * log_w).logsumexp(-1)).exp().nan_to_num(0.0)
 
     def total(self) -> Tensor:
-        """Estimate of log p(given) [num]: its exponential is unbiased."""
+        """Estimate of log p(given tokens), [num], in nats; its exponential is unbiased."""
         return self.log_evidence + self.log_w.logsumexp(-1) - math.log(self.log_w.shape[1])
 
     def reset(self, sample: int) -> None:
-        """The particles of `sample` were resampled: their weights are equal again."""
+        """After resampling the particles of `sample`: move their mean weight to the evidence, set weights to 1."""
         self.log_evidence[sample] = self.total()[sample]
         self.log_w[sample] = 0.0
         self.draws[sample] += 1
 
 
 def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` indices drawn by weight, systematically: index i comes count w_i times, rounded up or down."""
+    """Systematic resampling: `count` indices, where index r occurs `count` w_r times, rounded up or down.
+
+    w is the softmax of `log_w` [R]; if all weights are zero, it is uniform.
+    """
     w = log_w.softmax(-1)
     if not torch.isfinite(w).all():
-        # nothing is possible: keep them all
         w = torch.full_like(w, 1 / len(w))
     at = (torch.arange(count, dtype=w.dtype) + torch.rand((), generator=generator, dtype=w.dtype)) / count
     return torch.searchsorted(w.cumsum(-1), at).clamp_(max=len(w) - 1)
@@ -71,19 +75,22 @@ def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 @runtime_checkable
 class Source(Protocol):
-    """Where a passage takes its noise from; told when particles are resampled."""
+    """Where a passage takes its noise from. It is told of every resampling."""
 
     def follow(self, own: Tensor, parents: Tensor, at: int) -> None:
-        """The rows `own` continue from their `parents`, before position `at`."""
+        """Before position `at`, the rows `own` were replaced by copies of the rows `parents`."""
 
     def refresh(self, samples: list[int], own: Tensor, at: int) -> Tensor:
-        """Noise [rows, T, ...] of the rows `own` of these samples, for position `at` and all after it."""
+        """Fresh noise [rows, T, ...] for the rows `own` of these samples; used from position `at` on."""
 
 
 def particle_filter(
     passage: Passage, weights: Weights, generators: list[torch.Generator], source: Source, tick: Tick | None
 ) -> None:
-    """Take the passage to its end; weight its particles, and resample them where their weights become uneven."""
+    """Run `passage` to its end, adding to `weights`; resample the particles of a sample when they become uneven.
+
+    `generators` has one per sample; `tick` is called once per position.
+    """
     num, particles = weights.log_w.shape
     while passage.at < passage.num_positions:
         weights.add(passage.step())
@@ -105,32 +112,32 @@ def particle_filter(
 
 
 class UniformSource:
-    """Uniform numbers for the baseline: nothing stands above it, so they do not touch the weights."""
+    """Uniform random numbers for the baseline. They are independent, so they add no factor to the weights."""
 
     def __init__(self, generators: list[torch.Generator], particles: int, num_tokens: int) -> None:
         self.generators, self.shape = generators, (particles, num_tokens)
         self.uniform = row_uniform(generators, particles, num_tokens).flatten(0, 1)
 
     def follow(self, own: Tensor, parents: Tensor, at: int) -> None:
-        pass
+        """Nothing to record."""
 
     def refresh(self, samples: list[int], own: Tensor, at: int) -> Tensor:
+        """Fresh uniform numbers [rows, T] for all particles of these samples."""
         return row_uniform([self.generators[b] for b in samples], *self.shape).flatten(0, 1)
 
 
 class LatentSource:
-    r"""Noise for block 1 from the blocks above it, drawn without knowing what is given (docs/math.md, eq. 22).
+    r"""Noise for block 1, drawn from the blocks above it without the given tokens (docs/math.md, eq. 22).
 
-    The noise h^(1) of block 1 has density P, the prior of the blocks above. A full draw h' ~ P serves a particle at
-    the positions where nothing is given; what is given has the noise h* that it has. The factor that this brings to
-    the particle's weight is
+    h^(1) has the density p_{>1} of the blocks above. A particle takes the noise of its free tokens from a full draw
+    h' ~ p_{>1}; given tokens have the noise h* that block 1 assigns to their latents. The weight gains the factor
 
-        P(h*) / N(h*_given)  prod_{draws h'} R(h'_unused | h'_used) / P(h')
+        p_{>1}(h*) / N(h*_given; 0, I)  prod_{draws h'} rho(h'_unused | h'_used) / p_{>1}(h')
 
-    with any density R, and makes the mean weight p(given) exactly. The nearer R to P's conditional, the more even the
-    weights: it is that of block 2 alone, which is P itself in a stack of two, and a standard normal for the unused
-    tokens of a patch that is used in part. After resampling, a sample takes fresh draws, so that
-    they part again. Without blocks above all factors cancel.
+    With any density rho, the mean weight is then unbiased for p(given tokens). The closer rho is to the conditional
+    of p_{>1}, the more even the weights. It is the conditional of block 2 alone, which is exact in a stack of two;
+    unused tokens of a partly used patch get a standard normal. After resampling, particles take fresh draws for the
+    positions ahead. With a single block all factors cancel.
     """
 
     def __init__(
@@ -142,7 +149,7 @@ class LatentSource:
         decoder: Decoders,
         tick: Tick | None,
     ) -> None:
-        """`is_known` [num J, T] on the CPU."""
+        """`is_known` [num R, T], on the CPU, says which tokens are given; `generators` has one per sample."""
         self.model, self.generators, self.decoder = model, generators, decoder
         self.single = model.num_blocks == 1
         self.is_known = is_known.to(model.codebook.mean.device)
@@ -161,7 +168,7 @@ class LatentSource:
         return h.new_zeros(len(h)) if self.single else self.model.prior.log_prob(h, above=1)
 
     def _account_for_draw(self, rows: Tensor, at: int) -> None:
-        """The draws of these rows served up to position `at`: their factor."""
+        """Add log rho(h'_unused | h'_used) - log p_{>1}(h') for the draws of `rows`, which were used up to `at`."""
         if self.single:
             return
         prior, token = self.model.prior, torch.arange(self.shape[1], device=self.since.device)
@@ -173,17 +180,19 @@ class LatentSource:
         self.correction[rows] += whole.sum(-1) + normal.sum(-1) - self.log_p[rows]
 
     def follow(self, own: Tensor, parents: Tensor, at: int) -> None:
+        """Close the draws of the rows `own` at position `at`, and copy the factors of their parents."""
         self._account_for_draw(own, at)
         self.correction[own] = self.correction[parents]
 
     def refresh(self, samples: list[int], own: Tensor, at: int) -> Tensor:
+        """Fresh draws h' [rows, T, d] for all particles of these samples; used from position `at` on."""
         fresh, _ = self._draw([self.generators[b] for b in samples], None)
         self.draw[own], self.log_p[own] = fresh, self._log_p(fresh)
         self.since[own] = at * self.model.config.patch
         return fresh
 
     def log_factor(self, h: Tensor) -> Tensor:
-        """The factor of every row, given the noise h* [rows, T, d] it ended with."""
+        """The log of the factor above for every row [num R], in nats, given its final noise h* [num R, T, d]."""
         if self.single:
             return torch.zeros_like(self.log_p)
         self._account_for_draw(torch.arange(len(h)), -(-self.shape[1] // self.model.config.patch))

@@ -1,7 +1,9 @@
-"""One pass over a sequence, position by position with the KV cache, some of its tokens given.
+"""A pass over a sequence with some given tokens, position by position with the KV cache.
 
-Rows are samples or particles. Every step returns the log-probability it found for the given tokens, by which
-`particles` weights the rows; `select` and `renew` let it copy rows and refresh the noise ahead of them.
+Rows are samples or particles. Every step returns the log-probability of the given tokens, by which `particles`
+weights the rows; `select` and `renew` copy rows and refresh the noise ahead of them.
+
+Shape legend: B rows, T tokens, P patch, N = T / P positions, d channels per token, C = P d, D width.
 """
 
 from abc import ABC, abstractmethod
@@ -17,10 +19,11 @@ from tarflowlm.model import TarFlowLM
 
 
 class Passage(ABC):
-    """A pass over N positions; the first `at` of them are done. Both models have the same pass over other values.
+    """A pass over N positions, of which the first `at` are done.
 
-    `noise` [B, N, ...] is read, and replaced where tokens are given; `values` [B, N, ...] is what it becomes.
-    `is_known` [B, N, P] on the CPU says which tokens are given.
+    It turns `noise` [B, N, ...] into `values` [B, N, ...]: latents for a flow, tokens for the baseline. At given
+    tokens the noise is replaced by the one that belongs to them. `is_known` [B, N, P], on the CPU, says which tokens
+    are given.
     """
 
     def __init__(
@@ -33,7 +36,7 @@ class Passage(ABC):
         self._features_at = model.features_at
 
     def step(self) -> Tensor:
-        """Do the next position: log-probability [B], nats, of the tokens given there, given all before them."""
+        """Complete the next position; returns log p [B], in nats, of its given tokens, given everything before."""
         previous = self.values[:, self.at - 1] if self.at else None
         features = self._features_at(self.cache, previous, len(self.values))
         log_p = self.complete(self.at, features)
@@ -42,28 +45,28 @@ class Passage(ABC):
 
     @abstractmethod
     def complete(self, n: int, features: Tensor) -> Tensor:
-        """Fill position n from the features [B, D] of its past; returns as `step`."""
+        """Complete position n from its features c_n [B, D]; returns as `step`."""
 
     def select(self, rows: Tensor) -> None:
-        """Continue with the pasts of these rows [B]; what lies ahead stays as it is."""
+        """Replace the completed positions of every row b by those of row rows[b]; the noise ahead stays."""
         self.values[:, : self.at] = self.values[rows, : self.at]
         self.noise[:, : self.at] = self.noise[rows, : self.at]
         self.cache.select(rows)
 
     def renew(self, rows: Tensor, noise: Tensor) -> None:
-        """Noise [n, T, ...] for what lies ahead of these rows [n]."""
+        """Replace the noise of `rows` at the positions ahead by that in `noise` [rows, T, ...]."""
         self.noise[rows, self.at :] = self.positions(noise)[:, self.at :].to(self.noise)
 
     @abstractmethod
     def positions(self, x: Tensor) -> Tensor:
-        """[B, T, ...] of tokens as [B, N, ...] of positions."""
+        """Values of tokens [B, T, ...] as values of positions [B, N, ...]."""
 
 
 class LatentPassage(Passage):
-    """Block 1 of a flow: noise to latents where nothing is given, latents to noise where a token is.
+    """The pass of a flow through block 1: noise to latents for free tokens, latents to noise for given ones.
 
-    A given token x has the latents z ~ q(z|x) in `known`. Its log-probability is log p(z | past) + log p(x|z)
-    - log q(z|x) = log p(z | past) - log sum_j N_j(z), whose exponential is unbiased for p(x | past).
+    A given token x_t has the latents z_t ~ q(z_t | x_t) in `known`. Its log-probability log p(z_t | z_<t)
+    + log p(x_t | z_t) - log q(z_t | x_t) is log p(z_t | z_<t) - log sum_j N_j(z_t) (docs/math.md, eq. 21).
     """
 
     def __init__(
@@ -78,10 +81,11 @@ class LatentPassage(Passage):
         self.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask
 
     def positions(self, x: Tensor) -> Tensor:
+        """[B, T, d] as [B, N, C] (docs/math.md, eq. 14)."""
         return self.patch(x)[0]
 
     def prefill(self) -> Tensor:
-        """The leading positions that are given in all rows, in one parallel pass; returns as `step`."""
+        """Complete the leading positions that are given in all rows, in one parallel pass; returns as `step`."""
         num = int(self.is_known.all(2).all(0).long().cumprod(0).sum())
         if num == 0:
             return self.noise.new_zeros(len(self.noise))
@@ -91,13 +95,14 @@ class LatentPassage(Passage):
         return log_det + standard_normal_log_prob(u) - self.log_normaliser[:, :num].sum((1, 2))
 
     def settle(self, z: Tensor, num: int) -> Tensor:
-        """Take the first `num` positions from z [B, N, C], in one parallel pass; returns their features."""
+        """Copy the first `num` positions from z [B, N, C], in one parallel pass; returns their features."""
         self.values[:, :num], self.at = z[:, :num], num
         if num == 0:
             return self.values.new_zeros(len(z), 0, 0)
         return self.block.features_of(self.cache, z[:, : num - 1], first=True)
 
     def complete(self, n: int, features: Tensor) -> Tensor:
+        """Complete position n from its features c_n [B, D]; returns as `step`."""
         z, u, log_p = self.block.coupling.complete(
             self.noise[:, n], features, self.known[:, n], self.is_known[:, n], self.adjust
         )
@@ -106,12 +111,12 @@ class LatentPassage(Passage):
 
 
 class TokenPassage(Passage):
-    """The discrete baseline: a token is the inverse of its cumulative distribution at a uniform number."""
+    """The pass of the baseline: a token is drawn as the inverse of its CDF at a uniform random number."""
 
     def __init__(
         self, model: TokenLM, uniform: Tensor, given: Tensor, is_known: Tensor, adjust: AdjustWeights | None
     ) -> None:
-        """`uniform` [B, T]; `given` tokens [B, T], read where `is_known` [B, T], on the CPU."""
+        """`uniform` [B, T] in [0, 1); tokens `given` [B, T], used where `is_known` [B, T]. All on the CPU."""
         self.model, device = model, model.device
         # some devices have no float64
         wide = torch.float32 if device.type == "mps" else torch.float64
@@ -119,21 +124,23 @@ class TokenPassage(Passage):
         super().__init__(model, noise, values, is_known, adjust)
 
     def positions(self, x: Tensor) -> Tensor:
+        """[B, T] as [B, N, P]."""
         return x.view(len(x), -1, self.model.config.patch)
 
     def complete(self, n: int, features: Tensor) -> Tensor:
-        # a view: the in-patch weights of token j see tokens < j, those after it have no effect
+        """Complete position n from its features c_n [B, D]; returns as `step`."""
+        # a view, filled in place: the logits at place a depend on the tokens before a only
         patch, uniform = self.values[:, n], self.noise[:, n]
         log_p = uniform.new_zeros(len(patch))
-        for j in range(patch.shape[1]):
-            known = self.is_known[:, n, j]
-            logits = self.model.patch_logits(features[:, None], patch)[:, 0, j]
+        for a in range(patch.shape[1]):
+            known = self.is_known[:, n, a]
+            logits = self.model.patch_logits(features[:, None], patch)[:, 0, a]
             if known.any():
-                here = logits.to(uniform.dtype).log_softmax(-1).gather(-1, patch[:, j, None])[:, 0]
+                here = logits.to(uniform.dtype).log_softmax(-1).gather(-1, patch[:, a, None])[:, 0]
                 log_p += here * known.to(here.device)
             if not known.all():
-                changed = logits if self.adjust is None else self.adjust(logits)
-                cumulative = changed.to(uniform.dtype).softmax(-1).cumsum(-1)
-                drawn = (cumulative < uniform[:, j, None] * cumulative[:, -1:]).sum(-1)
-                patch[:, j] = torch.where(known.to(drawn.device), patch[:, j], drawn)
+                adjusted = logits if self.adjust is None else self.adjust(logits)
+                cumulative = adjusted.to(uniform.dtype).softmax(-1).cumsum(-1)
+                drawn = (cumulative < uniform[:, a, None] * cumulative[:, -1:]).sum(-1)
+                patch[:, a] = torch.where(known.to(drawn.device), patch[:, a], drawn)
         return log_p

@@ -1,4 +1,4 @@
-"""What a sampler is given: a stream of random numbers for every row, changed mixture weights, and templates."""
+"""Inputs of a sampler: a random stream per row, adjusted mixture weights, and templates."""
 
 import math
 import re
@@ -11,14 +11,14 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
 
 BLANK = -1
-"""Stands in a template for a token that is to be drawn."""
+"""Marks a token of a template that is to be drawn."""
 
 
 def encode_template(tokenizer: Tokenizer, text: str, blank: str = "_") -> Tensor:
-    """Token ids [n] of a text in which every `blank` stands for one token to be drawn (BLANK).
+    """Tokens [tokens] of a text in which every `blank` stands for one token to be drawn (BLANK).
 
-    What stands between blanks is encoded piece by piece. Raises UserError for an empty template, a blank that is not
-    a single character or that the tokenizer's alphabet has as a symbol of its own, and unknown characters.
+    The pieces between blanks are encoded one by one. UserError for an empty template, for unknown characters, and for
+    a blank that is not a single character or is a symbol of a character tokenizer.
     """
     if len(blank) != 1:
         raise UserError(f"blank {blank!r}: must be a single character")
@@ -33,31 +33,32 @@ def encode_template(tokenizer: Tokenizer, text: str, blank: str = "_") -> Tensor
 
 
 def row_generators(num: int, generator: torch.Generator) -> list[torch.Generator]:
-    """One CPU generator per row; that of row b depends on `generator` and b alone, not on `num`.
+    """One CPU generator per row. That of row b depends on `generator` and b, but not on `num`.
 
-    CPU generators, so that a seed gives the same noise whatever device the model is on.
+    They are CPU generators so that a seed gives the same noise on every device.
     """
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     return [torch.Generator().manual_seed(seed + row) for row in range(num)]
 
 
 def row_normal(generators: list[torch.Generator], *shape: int) -> Tensor:
-    """Standard normal noise [B, *shape], float32."""
+    """Standard normal noise [B, *shape] in float32, row b from generators[b]."""
     return torch.stack([torch.randn(*shape, generator=g) for g in generators])
 
 
 def row_uniform(generators: list[torch.Generator], *shape: int) -> Tensor:
-    """Uniform numbers [B, *shape] in [0, 1), float64."""
+    """Uniform numbers [B, *shape] in [0, 1) in float64, row b from generators[b]."""
     return torch.stack([torch.rand(*shape, generator=g, dtype=torch.float64) for g in generators])
 
 
 def adjust_weights(
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> AdjustWeights | None:
-    """The map log_w [..., K] -> log_w of a sampler, or None where it would change nothing.
+    """The map that a sampler applies to log-weights [..., K], or None for the identity (docs/math.md, section 7).
 
-    Weights to the power 1 / temperature; then only the `top_k` largest; then the smallest set of the largest
-    whose probability reaches `top_p`. What is left out gets the lowest finite log-weight, which is probability zero.
+    It raises weights to the power 1 / `temperature`, keeps the `top_k` largest, then the smallest set of the largest
+    whose probability reaches `top_p`. Dropped components get the lowest finite log-weight: probability zero.
+    UserError for settings out of range.
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise UserError(f"temperature {temperature}: must be above 0 (1.0 is the model itself)")
@@ -66,14 +67,14 @@ def adjust_weights(
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top-p {top_p}: must be above 0 and at most 1")
     if top_p == 1.0:
-        top_p = None  # a rounded cumulative sum reaches 1 before the last components
+        top_p = None  # rounding lets the cumulative sum reach 1 before the last components
     if temperature == 1.0 and top_k is None and top_p is None:
         return None
 
     def adjust(log_w: Tensor) -> Tensor:
         log_w = torch.log_softmax(log_w / temperature, dim=-1)
         if top_k is not None and top_k < log_w.shape[-1]:
-            # by index: equal weights must not let more than top_k through
+            # by index, so that ties do not keep more than top_k
             kept = log_w.topk(top_k, dim=-1).indices
             drop = torch.ones_like(log_w, dtype=torch.bool).scatter(-1, kept, False)
             log_w = log_w.masked_fill(drop, torch.finfo(log_w.dtype).min)

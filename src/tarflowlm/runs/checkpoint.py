@@ -22,27 +22,29 @@ from tarflowlm.runs.strict_json import from_dict, to_dict
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 SUMMARY = "summary.json"
-"""Written at the end of a run: what it came to."""
+"""The results of a run, written at its end."""
 BEST = "best"
-"""Inside a run directory: the weights of the best validation bound, with all that is needed to load them."""
+"""Folder of a run directory with the weights of the best validation bound; it loads like a run directory."""
 STATE, COUNTERS = "state", "counters.json"
-"""Inside a run directory: what is resumed, in a folder per step; the part of it that is readable."""
+"""Folder of the training states, one folder per step; the readable file in each of them."""
 LISTED = {"manifest": "sha256"}
-"""In the header of weights that have a manifest beside them: theirs is not to be missing."""
+"""Header entry of weights that were written with a manifest, so that a missing manifest is noticed."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model with what it was made from. `info` holds step, tokens and blocks, as strings."""
+    """A trained model with its tokenizer and configuration."""
 
     model: LanguageModel
+    """In eval mode."""
     tokenizer: Tokenizer
     run: RunConfig
     info: dict[str, str]
+    """step, tokens and blocks of the run when the weights were saved, as strings."""
 
 
 def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
-    """Write the readable half of a run directory."""
+    """Write config.json and tokenizer.json of a run directory, and list them in its manifest."""
     with replacing_listed(directory / CONFIG) as temporary:
         temporary.write_text(json.dumps(to_dict(run), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     with replacing_listed(directory / TOKENIZER) as temporary:
@@ -50,15 +52,17 @@ def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 def save_weights(directory: Path, weights: dict[str, torch.Tensor], info: dict[str, str]) -> None:
-    """Replace model.safetensors by a state dict. `info` travels in the file's header, so that weights and counts
-    cannot disagree."""
+    """Write a state dict to model.safetensors, with `info` in the header so that weights and counts cannot disagree."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
     with replacing_listed(directory / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata=info | LISTED)
 
 
 def read_run(directory: Path, *, check: bool = True) -> RunConfig:
-    """What the run of a directory was asked to do. UserError also where config.json is not as it was written."""
+    """The configuration of a run directory.
+
+    UserError if it is missing, not valid, or (with `check`) not as listed in the manifest.
+    """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory: give a run directory made by `tarflowlm train`")
     if check:
@@ -67,10 +71,10 @@ def read_run(directory: Path, *, check: bool = True) -> RunConfig:
 
 
 def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """The model of a run directory, or of one that comes with the package by its name, in eval mode on `device`.
+    """Load a run directory, or the released model of that name, onto `device`.
 
-    A run that was stopped inside a progressive stage gives the blocks it had by then. Raises UserError, naming the
-    file, for a directory that is missing, incomplete, damaged, or not one of ours.
+    A progressive run that was stopped early gives the blocks it had by then. UserError, naming the file, for a
+    directory that is missing, incomplete, damaged, or no run directory.
     """
     directory = locate(directory)
     if not directory.is_dir():
@@ -84,9 +88,9 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
 
 
 def seal(directory: str | Path) -> None:
-    """Accept the files of a run directory as they are: load them unchecked, and write manifest.json anew.
+    """Accept the files of a run directory as they are, and write a new manifest.json.
 
-    For one that was edited by hand, or whose manifest was lost. Raises UserError where they do not load.
+    For a directory that was edited by hand or whose manifest was lost. UserError if it does not load.
     """
     directory = Path(directory)
     _load(directory, "cpu")
@@ -94,11 +98,11 @@ def seal(directory: str | Path) -> None:
 
 
 def export(directory: str | Path, out: str | Path, *, half: bool = False) -> Path:
-    """Copy what is needed to load a model into the new directory `out`, and nothing that was needed to train it.
+    """Copy the files needed to load a model into the new directory `out`, without the training state; returns `out`.
 
-    `half` keeps the matrices of linear maps in bfloat16; they are float32 again when loaded. Codebooks, and what
-    couplings start from and add up (biases, evidence), stay as they are. Files named in the configuration lose their
-    folders.
+    `half` stores the matrices of linear layers in bfloat16; loading converts them to float32. Codebooks, biases and
+    the evidence of heads keep their precision. Paths in the configuration are cut to the file name. UserError if `out`
+    exists, and as in `load_checkpoint`.
     """
     checkpoint, out = load_checkpoint(directory), Path(out)
     if out.exists():
@@ -118,21 +122,21 @@ def export(directory: str | Path, out: str | Path, *, half: bool = False) -> Pat
 
 
 def _without_folders(source: str) -> str:
-    """A path as ./NAME, which no corpus or hub is named; names stay."""
+    """An absolute path as ./NAME, which cannot be the name of a corpus or tokenizer; names stay as they are."""
     path = Path(source)
     return f"./{path.name}" if path.is_absolute() else source
 
 
 def _load(directory: Path, device: str | torch.device) -> Checkpoint:
     run = read_run(directory, check=False)
-    # the weights are what is written last: without them nothing else is to be blamed
+    # read first: weights are written last, so without them the other files need not be complete
     tensors, info = _read_weights(directory / WEIGHTS)
     tokenizer = load_tokenizer(directory / TOKENIZER)
     config = replace(run.model, vocab_size=tokenizer.vocab_size)
     blocks = info.get("blocks", "")
     if blocks.isdigit() and int(blocks) > 0:
         config = config.first_blocks(int(blocks))
-    # the initial weights are overwritten: the caller's random numbers must not depend on them
+    # the initial weights are overwritten; drawing them must not advance the caller's generator
     with seeded(0):
         model = config.build()
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -142,23 +146,23 @@ def _load(directory: Path, device: str | torch.device) -> Checkpoint:
 
 
 def load(directory: str | Path, device: str | torch.device = "cpu") -> tuple[LanguageModel, Tokenizer]:
-    """The model and tokenizer of a run directory; the model is in eval mode. Errors as `load_checkpoint`."""
+    """The model, in eval mode, and the tokenizer of a run directory. UserError as in `load_checkpoint`."""
     checkpoint = load_checkpoint(directory, device)
     return checkpoint.model, checkpoint.tokenizer
 
 
 def whole_states(directory: Path) -> list[Path]:
-    """The states of a run that are complete and as they were written, oldest first."""
+    """The undamaged training states of a run directory, oldest first."""
     return [state for state in sorted((directory / STATE).glob("step-*")) if is_whole(state, COUNTERS)]
 
 
 def weights_problem(directory: Path) -> str | None:
-    """What is wrong with the weights of a run directory, in words; None where they are whole, or not there yet."""
+    """What is wrong with the weights of a run directory, in words; None if they are undamaged or not written yet."""
     return problem_of(directory, [WEIGHTS])
 
 
 def _check(directory: Path, name: str) -> None:
-    """UserError where the file is not as it was written; it says what is still whole, and how to use it."""
+    """UserError if the file is not as listed in the manifest, naming the checkpoints that can be used instead."""
     if not (directory / MANIFEST).exists() and not _wants_manifest(directory):
         return  # written before there were manifests
     try:
@@ -177,7 +181,7 @@ def _wants_manifest(directory: Path) -> bool:
 
 
 def _remedies(directory: Path, name: str) -> str:
-    """What can be done about a damaged file: the checkpoints around it that are whole, or accepting it."""
+    """What a user can do about a damaged file: use an undamaged checkpoint beside it, or accept the file."""
     found = []
     if name == WEIGHTS and (states := whole_states(directory)):
         found.append(f"`tarflowlm train --resume {directory}` writes it again from {STATE}/{states[-1].name}")
@@ -186,7 +190,7 @@ def _remedies(directory: Path, name: str) -> str:
         found.append(f"{other} is whole")
     if name != WEIGHTS:
         found.append(f"`tarflowlm seal {directory}` accepts a change of your own")
-    return "; ".join(found or ["restore it or train anew"])
+    return "; ".join(found or ["restore it or train again"])
 
 
 def _read_weights(path: Path, *, header_alone: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -197,7 +201,7 @@ def _read_weights(path: Path, *, header_alone: bool = False) -> tuple[dict[str, 
             names = [] if header_alone else file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): restore it or train anew") from None
+        raise UserError(f"{path} is damaged ({error}): restore it or train again") from None
 
 
 def _check_names_and_shapes(path: Path, expected: dict[str, torch.Size], tensors: dict[str, torch.Tensor]) -> None:
@@ -207,7 +211,7 @@ def _check_names_and_shapes(path: Path, expected: dict[str, torch.Size], tensors
             raise UserError(f"{path} {lacking} tensor {name}: it does not belong to the {CONFIG} beside it")
         if tensors[name].shape != expected[name]:
             raise UserError(
-                f"{path}: {name} has shape {list(tensors[name].shape)}, {CONFIG} asks for {list(expected[name])}"
+                f"{path}: {name} has shape {list(tensors[name].shape)}, {CONFIG} expects {list(expected[name])}"
             )
         if not torch.isfinite(tensors[name]).all():
             raise UserError(f"{path}: {name} holds non-finite values; the run diverged")

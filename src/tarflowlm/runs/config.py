@@ -1,4 +1,4 @@
-"""What a run is: its data, model, optimiser and schedule."""
+"""The configuration of a run: data, model, optimiser and schedule."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,10 +11,11 @@ from tarflowlm.errors import UserError
 from tarflowlm.model import FlowConfig
 
 TrackerName = Literal["tensorboard", "wandb"]
+"""Experiment trackers that metrics can be sent to."""
 
 
 def checked_seed(seed: int) -> int:
-    """The seed; UserError where random number generators would not take it, or not tell it from another."""
+    """`seed` itself. UserError outside 0 .. 2^62 - 1, where generators reject a seed or do not keep it distinct."""
     if not 0 <= seed < 2**62:
         raise UserError(f"seed {seed}: must be at least 0 and below 2^62")
     return seed
@@ -22,18 +23,18 @@ def checked_seed(seed: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimiser and schedule; every progressive stage runs the schedule anew."""
+    """Optimiser and schedule; the schedule restarts in every progressive stage."""
 
     optimizer: Literal["adamw", "muon"] = "muon"
     """Muon for the matrices of the Transformer and AdamW for the rest, or AdamW for all."""
     muon_precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of Muon's matrix products; auto takes what is quicker on the device, and config.json records it."""
+    """Of Muon's matrix products; auto takes the faster one on the device, and config.json records it."""
     muon_qkv: Literal["apart", "together"] = "apart"
-    """To Muon the projections to queries, keys and values are three matrices, or one."""
+    """Whether Muon treats the projections to queries, keys and values as three matrices or as one."""
     lr: float = 6e-3
-    """Peak learning rate (Muon's updates are scaled to the size of AdamW's, so one rate serves both)."""
+    """Peak learning rate (Muon's updates are scaled to the size of AdamW's, so both use this rate)."""
     codebook_lr_scale: float = 0.05
-    """Learning rate of the codebook over `lr`: couplings that are not tied to it must be able to follow it."""
+    """Learning rate of the codebook, as a multiple of `lr`; small, so that couplings not tied to it can follow."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only."""
     beta1: float = 0.9
@@ -47,7 +48,7 @@ class OptimConfig:
     schedule: Literal["cosine", "trapezoid"] = "trapezoid"
     """Shape after the warm-up: cosine to zero, or constant and then linear to zero."""
     decay: float = 0.4
-    """Trapezoid: share of a stage's steps in which the rate falls."""
+    """Trapezoid: share of a stage's steps in which the rate falls linearly."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -67,17 +68,17 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length, batches, stages, and how often to look."""
+    """Length, batches and stages of training, and the intervals of logging, evaluation and checkpoints."""
 
     stage_steps: tuple[int, ...] = (1000,)
     """Optimiser steps of each stage: one entry per block when progressive, one otherwise. With `minutes`, the stages'
     shares of the time."""
     minutes: float = 0.0
-    """Wall-clock time of the whole run, saving and evaluation included; 0 counts steps instead."""
+    """Wall-clock time of the whole run, checkpoints and evaluation included; 0 counts steps instead."""
     mode: Literal["progressive", "joint"] = "progressive"
-    """One block after another on the frozen ones below, or every block at once. The baseline has one stage."""
+    """One block after another on the frozen ones below, or all blocks at once. The baseline has one stage."""
     advance: Literal["budget", "stall"] = "budget"
-    """Go to the next stage when its steps are used up, or earlier when the validation bound stalls."""
+    """End a stage when its steps are used up, or earlier if the validation bound stalls."""
     stall_evaluations: int = 4
     """With `stall`: evaluations without an improvement of `stall_tolerance` that end a stage."""
     stall_tolerance: float = 0.002
@@ -85,33 +86,33 @@ class TrainConfig:
     batch_size: int = 8
     """Sequences per optimiser step, over all processes and accumulation steps."""
     accumulate: int = 1
-    """Parts of a process's share of the batch that pass through the model one after another."""
+    """Parts into which a process cuts its share of the batch; their gradients are accumulated."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products; densities, log-dets and inverses are float32 always."""
+    """Of matrix products; densities, log-dets and inverses are always float32 or wider."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """With several processes: whole models whose gradients are averaged, or one model cut into shards."""
+    """With several processes: replicate the model and average gradients, or shard it."""
     checkpoint_activations: bool = False
-    """Keep the inputs of a Transformer layer alone and compute the layer again in the backward pass."""
+    """Keep only the inputs of a Transformer layer and recompute the layer in the backward pass."""
     compile: bool | None = None
-    """Compile the loss with torch.compile; None: where `precision` is bfloat16, on a CUDA GPU with a compiler."""
+    """Compile the loss with torch.compile; None: if `precision` is bfloat16, on a CUDA GPU with a compiler."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 500
     """Steps between evaluations on the validation split."""
     evaluate_windows: int = 64
-    """Sequences of the validation split looked at each time."""
+    """Sequences of the validation split per evaluation."""
     test_windows: int = 0
-    """Evenly spaced sequences of the test split looked at in the end; 0 is all of it."""
+    """Evenly spaced sequences of the test split in the final evaluation; 0 is all of it."""
     checkpoint_every: int = 500
     """Steps between checkpoints; every stage ends with one."""
     keep_last: int = 2
-    """States to resume from that are kept, besides the weights of the best validation bound."""
+    """Training states to keep, besides the weights of the best validation bound."""
     max_skipped: int = 3
-    """Steps in a row that are left out because loss or gradient is not finite; one more stops the run."""
+    """Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run."""
     spike_sigma: float = 6.0
-    """Standard deviations above its running mean from which on a loss is recorded as a spike."""
+    """A loss this many standard deviations above its running mean is recorded as a spike."""
     track: tuple[TrackerName, ...] = ()
-    """Where the lines of metrics.jsonl go as well: tensorboard, wandb (extra `track`)."""
+    """Trackers that also receive the lines of metrics.jsonl: tensorboard, wandb (extra `track`)."""
 
     def __post_init__(self) -> None:
         if not self.stage_steps or min(self.stage_steps) < 1:
@@ -134,12 +135,13 @@ class TrainConfig:
 
     @property
     def num_steps(self) -> int:
+        """Optimiser steps of all stages together."""
         return sum(self.stage_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All that is needed to repeat a run."""
+    """Everything needed to reproduce a run."""
 
     name: str
     """The preset this run started from."""
@@ -152,7 +154,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, batches and stages."""
     seed: int = 0
-    """Of the initial weights, the order of the data and the noise of q(z|x)."""
+    """Seed of the initial weights, the order of the data and the noise of q(z|x)."""
 
     def __post_init__(self) -> None:
         checked_seed(self.seed)
@@ -160,22 +162,23 @@ class RunConfig:
         if given != stages:
             raise UserError(
                 f"train.stage_steps {self.train.stage_steps}: {given} entries for {stages} stages; give one entry "
-                f"per block for progressive training, one in all for joint training and the baseline"
+                f"per block for progressive training, a single one for joint training and the baseline"
             )
 
     @property
     def num_stages(self) -> int:
+        """Training stages: one per block in progressive training, otherwise 1."""
         return self.model.num_blocks if self.train.mode == "progressive" else 1
 
     def model_of_stage(self, stage: int) -> FlowConfig | BaselineConfig:
-        """What stage `stage` (0-based) trains: in progressive training, the blocks up to its own."""
+        """The model of stage `stage` (0-based): in progressive training, the blocks up to and including its own."""
         return self.model.first_blocks(stage + 1) if self.num_stages > 1 else self.model
 
 
 def current_form(document: Any) -> Any:
-    """config.json as it is written today, from one of an earlier version: three parallel tuples became `blocks`.
+    """config.json in the current format. Earlier versions wrote three parallel lists in place of `blocks`.
 
-    What is not such a document is returned as it is, for `from_dict` to say what is wrong with it.
+    Other documents are returned as they are; `from_dict` reports what is wrong with them.
     """
     model = document.get("model") if isinstance(document, dict) else None
     old = ("couplings", "layers", "components")

@@ -1,6 +1,6 @@
-"""manifest.json: size and sha256 of the files beside it, so that a truncated or altered one is named, not used.
+"""manifest.json: size and sha256 of the files beside it, so that truncated or altered files are detected.
 
-A file that is replaced has two records until the new one is in place: a kill at any instant leaves a file that the
+While a file is being replaced it has two records, old and new, so a kill at any instant leaves a file that the
 manifest lists.
 """
 
@@ -22,13 +22,13 @@ Record = dict[str, Any]
 
 
 def write_manifest(folder: Path, names: Iterable[str]) -> None:
-    """List the files `names` of `folder` as they are now."""
+    """Write a manifest of the files `names` of `folder` as they are now."""
     _write(folder, {name: [_record(folder / name)] for name in sorted(names)})
 
 
 @contextmanager
 def replacing_listed(path: Path) -> Iterator[Path]:
-    """As `files.replacing`, with the manifest of the folder kept true at every instant."""
+    """As `files.replacing`, and updates the manifest of the folder so that it is valid at every instant."""
     folder, name = path.parent, path.name
     with replacing(path) as temporary:
         yield temporary
@@ -39,22 +39,22 @@ def replacing_listed(path: Path) -> Iterator[Path]:
 
 
 def problem_of(folder: Path, names: Iterable[str] | None = None) -> str | None:
-    """What is wrong with the files `names` (all that are listed, by default) of `folder`, in words; None if nothing.
+    """What is wrong with the files `names` of `folder` (by default all listed ones), in words; None if nothing is.
 
-    A listed file that is missing counts only with the default: with `names` the one who reads it says so better.
-    Raises UserError where the manifest itself is missing or no manifest.
+    A missing file is a problem only by default: with `names`, the code that reads the file reports it better.
+    UserError if the manifest itself is missing or invalid.
     """
     listed = _read(folder)
     for name in listed if names is None else names:
         problem = _problem(folder / name, listed.get(name, []), must_exist=names is None)
         if problem is not None:
-            # a run that saves meanwhile has replaced both
+            # a run that saves at the same time may have replaced both the file and the manifest
             return problem if _read(folder) == listed else problem_of(folder, names)
     return None
 
 
 def is_whole(folder: Path, needed: str) -> bool:
-    """Whether `folder` has a manifest that lists `needed`, and every file it lists is as it was written."""
+    """Whether `folder` has a manifest that lists `needed`, and all listed files are undamaged."""
     try:
         return needed in _read(folder) and problem_of(folder) is None
     except (UserError, OSError):
@@ -89,7 +89,7 @@ def _read(folder: Path) -> dict[str, list[Record]]:
     path = folder / MANIFEST
     document = read_json(path)
     if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{path} is no manifest of version {VERSION}: restore it")
+        raise UserError(f"{path} is not a manifest of version {VERSION}: restore it")
     files = document.get("files")
     if not isinstance(files, dict) or not all(map(_are_records, files.values())):
         raise UserError(f"{path} is damaged: restore it")

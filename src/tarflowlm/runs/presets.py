@@ -1,5 +1,8 @@
-"""Named runs. Members of a family share Transformer size, data, tokens seen, optimiser and schedule, so that a
-difference between their results is the model's."""
+"""Named run configurations.
+
+Members of a family share Transformer size, data, tokens seen, optimiser and schedule, so that differences between
+their results come from the model.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +19,11 @@ from tarflowlm.runs.config import OptimConfig, RunConfig, TrainConfig
 
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2)
 MINI_STEPS = 2600
-"""Of 8 sequences of 256 tokens: 5.3 M tokens."""
+"""Steps of 8 sequences of 256 tokens each: 5.3 M tokens."""
 MINI_TRAIN = TrainConfig(stage_steps=(MINI_STEPS,), test_windows=4096)
 
 PAPER_TRUNK = TransformerConfig(width=768, num_heads=12)
-"""The body of GPT-2 small."""
+"""The size of GPT-2 small."""
 
 
 def quickstart() -> RunConfig:
@@ -38,17 +41,17 @@ def mini_ar() -> RunConfig:
 
 
 def mini_affine() -> RunConfig:
-    """Three affine blocks with the depth of the baseline in all."""
+    """Three affine blocks with as many Transformer layers together as the baseline."""
     return _mini_joint("mini-affine", "affine", (1, 1, 1), codebook_lr_scale=1.0)
 
 
 def mini_mix1() -> RunConfig:
-    """Three Mix-1 blocks with the depth of the baseline in all."""
+    """Three Mix-1 blocks with as many Transformer layers together as the baseline."""
     return _mini_joint("mini-mix1", "mix1", (27, 2, 2), codebook_lr_scale=0.05)
 
 
 def mini_mixd() -> RunConfig:
-    """A tied Mix-d block with the depth of the baseline, then two Mix-1 blocks of one layer."""
+    """A tied Mix-d block with as many Transformer layers as the baseline, then two Mix-1 blocks of one layer."""
     return _mini_mixd("mini-mixd", 1)
 
 
@@ -77,7 +80,7 @@ def _mini_mixd(name: str, patch: int) -> RunConfig:
 
 
 def _paper(name: str) -> RunConfig:
-    """The published set-up (docs/reproduce.md says which values the paper leaves open, and what stands here)."""
+    """The published set-up; docs/reproduce.md lists the values that the paper leaves open and our choices."""
     corpus, kind = name.split("-")
     text8 = corpus == "text8"
     context = 256 if text8 else 1024
@@ -143,14 +146,17 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 
 
 def preset(name: str) -> RunConfig:
-    """The run of that name; UserError lists the names where there is none."""
+    """The run configuration of that name. UserError, listing the names, for an unknown one."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]()
 
 
 def with_steps(run: RunConfig, num_steps: int) -> RunConfig:
-    """The run with `num_steps` optimiser steps in all instead of a time, its stages in the same proportion."""
+    """`run` with `num_steps` optimiser steps in place of its steps or time, its stages in the same proportions.
+
+    UserError for fewer steps than stages.
+    """
     stages = run.train.stage_steps
     if num_steps < len(stages):
         raise UserError(f"steps {num_steps}: the run has {len(stages)} stages, each needs at least 1 step")

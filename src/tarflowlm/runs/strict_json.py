@@ -1,4 +1,4 @@
-"""Strict translation between frozen dataclasses and JSON: unknown and missing keys are errors, types are checked."""
+"""Strict conversion between frozen dataclasses and JSON: unknown and missing keys are errors, types are checked."""
 
 import dataclasses
 import types
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def to_dict(config: Any) -> Any:
-    """A dataclass as plain JSON values; tuples become lists. One with a class attribute `family` names it."""
+    """A dataclass as plain JSON values; tuples become lists, and a class attribute `family` becomes a key."""
     if dataclasses.is_dataclass(config):
         family = {"family": config.family} if hasattr(config, "family") else {}
         return family | {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
@@ -21,10 +21,10 @@ def to_dict(config: Any) -> Any:
 
 
 def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
-    """The dataclass `cls` from plain JSON values.
+    """The dataclass `cls` from plain JSON values; `family` selects the member of a union of dataclasses.
 
-    Raises UserError, naming the dotted key, for an unknown or missing key or a value of the wrong type; the checks of
-    the dataclasses themselves (`__post_init__`) run as well. A union of dataclasses is told apart by `family`.
+    UserError, naming the dotted key, for unknown keys, missing keys and values of the wrong type. The dataclasses'
+    own checks (`__post_init__`) run as well.
     """
     if not isinstance(data, dict):
         raise UserError(f"{where}: expected an object, found {data!r}")

@@ -1,7 +1,6 @@
-"""Trained models that come with the package: a run directory each, named after its folder, with a README of its own.
+"""Trained models that come with the package: one run directory each, with a README.
 
-They are small enough to be package data of the package itself, so that a new user's first sample needs neither a
-network nor an extra.
+They are small enough to be package data, so a first sample needs neither a download nor an extra.
 """
 
 from pathlib import Path
@@ -12,18 +11,21 @@ FOLDER = Path(__file__).parent
 
 
 def released() -> list[str]:
-    """Their names."""
+    """The names of the released models, sorted."""
     return sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
 
 
 def locate(directory: str | Path) -> Path:
-    """A run directory: the path that was given, or the model of that name where there is no such path."""
+    """The path of a run directory: `directory` itself, or the released model of that name if there is no such path."""
     path = Path(directory)
     return FOLDER / path if not path.exists() and str(path) in released() else path
 
 
 def chosen(directory: Path | None, model: str | None) -> Path:
-    """The run directory that a command was given, or that of --model; UserError unless it is one of the two."""
+    """The run directory of a command: `directory`, or that of the released model `model`.
+
+    UserError unless exactly one of them is given, and for an unknown model.
+    """
     if (directory is None) == (model is None):
         raise UserError("give a run directory, or --model with one of " + ", ".join(released()))
     if directory is not None:
