@@ -220,7 +220,7 @@ def _prepared(out: Path, reporter: Reporter) -> tuple[Path | None, str | None]:
 
 def _remedy(out: Path) -> str:
     """How to go on after a full disk."""
-    return f"go on with `tarflowlm train --resume {out}`" if (out / CONFIG).exists() else "start it again"
+    return f"continue with `tarflowlm train --resume {out}`" if (out / CONFIG).exists() else "start it again"
 
 
 def _corpus(run: RunConfig, reporter: Reporter) -> Corpus:
