@@ -26,6 +26,8 @@ DOCUMENTS = [
 ]
 PROGRAMS = ("tarflowlm", "pip", "pytest", "torchrun", "sbatch")
 """Programs that the documents may call."""
+SHELLS = ("sh", "bash", "shell", "console")
+"""Languages of code blocks with commands."""
 
 _SHELL_WORDS = "|".join([*PROGRAMS, "python3?", "uv", "git", "curl", "wget", "make", "cd", "srun", "export"])
 _STARTS_A_COMMAND = re.compile(rf"(^|[;&|]|\bdo)\s*(\$ )?(\w+=\S* )*({_SHELL_WORDS})\s", re.MULTILINE)
@@ -66,7 +68,7 @@ def blocks(documents: list[Path]) -> tuple[list[Block], list[Block]]:
             block = Block(document, token.map[0] + 1 + fenced, token.content)
             if language == "python":
                 python.append(block)
-            elif language in ("sh", "bash", "shell", "console") or (not language and _STARTS_A_COMMAND.search(token.content)):
+            elif language in SHELLS or (not language and _STARTS_A_COMMAND.search(token.content)):
                 shell.append(block)
     return shell, python
 

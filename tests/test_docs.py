@@ -19,9 +19,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from docs_cases import DOCUMENTS, LOG, ROOT, anchors, blocks, commands, definitions, inline_codes, links, name_of
 from torch.distributed.run import get_args_parser
 
+from docs_cases import (
+    DOCUMENTS,
+    LOG,
+    ROOT,
+    Block,
+    anchors,
+    blocks,
+    commands,
+    definitions,
+    inline_codes,
+    links,
+    name_of,
+)
 from tarflowlm.cli.bench import BENCHMARKS
 from tarflowlm.cli.main import COMMANDS, main
 from tarflowlm.data import DataConfig, TokenizerConfig
@@ -34,17 +46,15 @@ CURRENT = [document for document in DOCUMENTS if document != LOG]
 SHELL, PYTHON = blocks(CURRENT)
 
 SMALL = [
-    "--model.context", "64", "--model.trunk.width", "16", "--train.batch-size", "2", "--train.evaluate-windows", "2",
+    "--model.trunk.width", "16", "--train.batch-size", "2", "--train.evaluate-windows", "2",
     "--train.test-windows", "2", "--device", "cpu",
 ]  # fmt: skip
-"""Added to every training, with its layers and length. The last of several values of an option counts."""
-LAYERS = {
-    "mini-ar": ["--model.layers", "1"],
-    **dict.fromkeys(
-        ("mini-affine", "mini-mix1", "mini-mixd", "mini-mixd-p2", "mini-mixd-p4"),
-        [word for i in range(3) for word in (f"--model.blocks.{i}.layers", "1")],
-    ),
-}
+"""Added to every training, with its length. The last of several values of an option counts."""
+SMALL_AR = [*SMALL, "--model.layers", "1", "--model.context", "64"]
+SMALL_FLOW = [*SMALL, *(f"--model.blocks.{i}.layers=1" for i in range(3)), "--model.context", "32"]
+FLOWS = ("mini-affine", "mini-mix1", "mini-mixd", "mini-mixd-p2", "mini-mixd-p4")
+TRAINED = {"mini-ar": SMALL_AR, **dict.fromkeys(FLOWS, SMALL_FLOW)}
+"""Presets that are trained."""
 RUNS = {
     "runs/mine": "mini-mixd",
     "runs/ar": "mini-ar",
@@ -57,6 +67,7 @@ TEXT_FILE = re.compile(r"[\w.-]+\.txt(\.xz)?")
 NEEDS = {"report": "matplotlib", "--quality": "mauve"}
 """Optional packages of a command or an option."""
 PLACEHOLDERS = ("DIR", "NAME", "PRESET")
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not here")
 
 
 class Reached(Exception):
@@ -79,7 +90,7 @@ def trained(tmp_path_factory, text) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TARFLOWLM_CACHE", str(folder / "cache"))
         for name in set(RUNS.values()):
-            small = ["--data", str(folder / "small.txt"), "--steps", "3", *SMALL, *LAYERS[name]]
+            small = ["--data", str(folder / "small.txt"), "--steps", "3", *TRAINED[name]]
             main(["train", name, "--out", str(folder / name), *small])
     torch.set_flush_denormal(False)
     return folder
@@ -128,12 +139,12 @@ def stand_in(argv: list[str], trained: Path) -> list[str] | None:
             # as if it had been killed before its last file
             (Path(directory) / "summary.json").unlink()
             return [*argv, "--device", "cpu"]
-        case ["train", name, *_] if name in LAYERS:
+        case ["train", name, *_] if name in TRAINED:
             if "--out" in argv:
                 shutil.rmtree(argv[argv.index("--out") + 1], ignore_errors=True)
             data = [] if "--data" in argv else ["--data", str(trained / "small.txt")]
             length = ["--minutes", "0.01"] if "--minutes" in argv else ["--steps", "3"]
-            return [*argv, *data, *length, *SMALL, *LAYERS[name]]
+            return [*argv, *data, *length, *TRAINED[name]]
         case ["quickstart", *_]:
             return [*argv, "--minutes", "0.01", "--device", "cpu"]
         case ["eval", *_] if "--quality" in argv:
@@ -144,6 +155,8 @@ def stand_in(argv: list[str], trained: Path) -> list[str] | None:
             return argv
         case ["train" | "data" | "reproduce" | "bench", *_]:
             return None
+        case [name, *_] if name not in COMMANDS:
+            return None  # which the command line says better
     raise AssertionError(f"say in {Path(__file__).name} how this command is tested")
 
 
@@ -154,7 +167,8 @@ def call(argv: list[str]) -> None:
         with contextlib.redirect_stderr(errors):
             main(argv)
     except SystemExit as stop:
-        assert not stop.code, errors.getvalue().strip().splitlines()[-1]
+        if stop.code:
+            raise AssertionError(errors.getvalue().strip().splitlines()[-1]) from None
     finally:
         torch.set_flush_denormal(False)
 
@@ -166,7 +180,8 @@ def only_read(argv: list[str]) -> None:
         raise Reached
 
     work = ["cli.train.train", "cli.train.resume", "cli.directories.prepare_corpus", "cli.reproduce.estimate"]
-    work += ["cli.reproduce.finish", *(f"bench.{name}.run" for name in BENCHMARKS)]
+    work += ["cli.reproduce.finish", "cli.evaluate.load_checkpoint", "cli.directories.write_report"]
+    work += [f"bench.{name}.run" for name in BENCHMARKS]
     with pytest.MonkeyPatch.context() as patch:
         for name in work:
             patch.setattr(f"tarflowlm.{name}", reached)
@@ -181,13 +196,13 @@ def is_installed(package: str) -> bool:
 
 
 def check_tarflowlm(argv: list[str], trained: Path) -> list[str]:
-    """Runs it; the packages whose absence is the reason why not."""
+    """Runs it, or only reads its arguments; the packages whose absence is the reason."""
     absent = [NEEDS[word] for word in argv if word in NEEDS and not is_installed(NEEDS[word])]
     small = None if absent else stand_in(argv, trained)
-    if small is not None:
-        call(small)
-    elif not absent or argv[0] == "train":
+    if small is None:
         only_read(argv)
+    else:
+        call(small)
     return absent
 
 
@@ -230,23 +245,57 @@ def check_sbatch(words: list[str]) -> None:
 CHECKS = {"pip": check_pip, "pytest": check_pytest, "torchrun": check_torchrun, "sbatch": check_sbatch}
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not here")
+@pytest.fixture
+def run_block(place, trained, text, small_quickstart, tmp_path):
+    """run_block(block): checks all of its commands; the optional packages that some of them lack."""
+
+    def run(block: Block) -> list[str]:
+        absent = []
+        for program, *words in commands(block, tmp_path):
+            try:
+                if program == "tarflowlm":
+                    provide(words, trained, text)
+                    absent += check_tarflowlm(words, trained)
+                else:
+                    CHECKS[program](words)
+            except (Exception, pytest.fail.Exception) as problem:
+                problem.add_note(f"in {block.place}: {shlex.join([program, *words])}")
+                raise
+        return absent
+
+    return run
+
+
+@needs_bash
 @pytest.mark.parametrize("block", SHELL, ids=lambda block: block.place)
-def test_commands_run(block, place, trained, text, small_quickstart, tmp_path):
-    called = commands(block, tmp_path)
-    absent = []
-    for program, *words in called:
-        try:
-            if program == "tarflowlm":
-                provide(words, trained, text)
-                absent += check_tarflowlm(words, trained)
-            else:
-                CHECKS[program](words)
-        except (Exception, pytest.fail.Exception) as problem:
-            problem.add_note(f"in {block.place}: {shlex.join([program, *words])}")
-            raise
+def test_commands_run(block, run_block):
+    absent = run_block(block)
     if absent:
-        pytest.skip(f"in part: {', '.join(absent)} not installed")
+        pytest.skip(f"in part, without {', '.join(sorted(set(absent)))}")
+
+
+@needs_bash
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("frobnicate && tarflowlm data text8 --out here", "frobnicate: command not found"),
+        ("tarflowlm tarin mini-ar --out here", "command 'tarin' is unknown"),
+        ("tarflowlm train mini-ar --out here --model.depth 2", "--model.depth"),
+        ("for p in ar mixt; do tarflowlm train mini-$p --out runs/$p; done", "mini-mixt"),
+        ("tarflowlm eval runs/elsewhere", "runs/elsewhere"),
+        ("tarflowlm data text8 --output here", "--output"),
+        ("tarflowlm bench numerics --repetitions 5", "--repetitions"),
+        ("tarflowlm reproduce table9", "table9"),
+        ("torchrun --nproc 2 -m tarflowlm train mini-ar --out here --model.depth 2", "--model.depth"),
+        ("torchrun --processes 2 -m tarflowlm train mini-ar --out here", "torchrun does not take"),
+        ("sbatch examples/train.sbatch mini-ar here --model.depth 2", "--model.depth"),
+        ("pip install -e '.[everything]'", "no such extra"),
+        ("pytest tests/test_docs.py -k test_of_nothing", "test_of_nothing"),
+    ],
+)
+def test_mistakes_are_noticed(code, message, run_block):
+    with pytest.raises(AssertionError, match=message):
+        run_block(Block(ROOT / "README.md", 1, code))
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.place)
@@ -290,6 +339,8 @@ def test_options_in_the_text_exist(document, options):
             check_pip(shlex.split(code)[1:])
         elif words[0] == "pytest":
             check_pytest(words[1:])
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), place
         elif words[0] == "tarflowlm" or "tarflowlm" in words or (words[0] in COMMANDS and len(words) > 1):
             command, *rest = words[words.index("tarflowlm") + 1 :] if "tarflowlm" in words else words
             assert command in COMMANDS, place
@@ -304,7 +355,8 @@ def test_options_in_the_text_exist(document, options):
 
 
 def test_variables_of_the_environment_exist():
-    code = "".join(p.read_text(encoding="utf-8") for folder in ("src", "tests") for p in (ROOT / folder).rglob("*.py"))
+    files = [file for folder in ("src", "tests") for file in (ROOT / folder).rglob("*.py")]
+    code = "".join(file.read_text(encoding="utf-8") for file in files)
     for document in CURRENT:
         for name in re.findall(r"\bTARFLOWLM_\w+", document.read_text(encoding="utf-8")):
             assert f'"{name}"' in code, f"{name_of(document)}: {name}"
@@ -328,8 +380,8 @@ def test_links_to_code_name_what_is_there(document):
             continue
         assert link.codes, f"{name_of(document)}:{link.line}: [{link.text}] is not the name of something"
         for code in link.codes:
-            is_file = any(path.as_posix().endswith(f"/{code}") for path in (link.path, link.path.with_suffix("")))
-            name = code.partition("(")[0]
+            name = code.partition("(")[0].rstrip("/")
+            is_file = any(path.as_posix().endswith(f"/{name}") for path in (link.path, link.path.with_suffix("")))
             assert is_file or name in definitions(link.path), (
                 f"{name_of(document)}:{link.line}: {link.target} defines no {code}"
             )
