@@ -1,6 +1,6 @@
 """The picture of the README: the latents of a sample, before and after the flow, in the plane of the codebook.
 
-    python examples/draw_passes.py [MODEL] [OUT.png]      # english-mini, docs/passes.png; needs the extra `plots`
+python examples/draw_passes.py [MODEL] [OUT.png]      # english-mini, docs/passes.png; needs the extra `plots`
 """
 
 import sys

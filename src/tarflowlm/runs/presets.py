@@ -13,9 +13,6 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import CouplingName, FlowConfig, stack
 from tarflowlm.runs.config import OptimConfig, RunConfig, TrainConfig
-from tarflowlm.data import DataConfig
-from tarflowlm.model import CouplingName, FlowConfig
-from tarflowlm.runs.config import OptimConfig, RunConfig, TrainConfig
 
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2)
 MINI_STEPS = 2600
