@@ -122,7 +122,7 @@ def test_damaged_weights_are_named_and_written_again_from_the_state(finished, re
     assert f"{finished / 'best'} is whole" in line
     load_checkpoint(finished / "best")
     notices = assert_goes_on(finished)
-    assert any("written again from step-00000008" in text for text in notices)
+    assert any("restored from step-00000008" in text for text in notices)
     # and now it is a finished run as before
     with pytest.raises(UserError, match="is finished"):
         resume(finished, device=CPU)
@@ -202,7 +202,7 @@ def test_a_damaged_state_is_set_aside_for_the_one_before(stopped, assert_goes_on
     actions = {"truncated": lambda: truncate(tensors), "flipped": lambda: flip(tensors), "missing": tensors.unlink}
     actions.get(damage, (state / "manifest.json").unlink)()
     notices = assert_goes_on(stopped)
-    message = f"{state} is damaged, set aside as damaged-step-00000006: going on from step-00000005"
+    message = f"{state} is damaged, set aside as damaged-step-00000006: resuming from step-00000005"
     assert message in notices
     names = sorted(path.name for path in (stopped / "state").iterdir())
     assert names == ["damaged-step-00000006", "step-00000006", "step-00000008"]
@@ -400,7 +400,7 @@ def test_a_disk_that_is_full_from_the_start_is_no_dead_end(tmp_path, whole, go, 
         patch.setattr(module, name, full)
         with pytest.raises(UserError) as raised:
             go(whole[0], out)
-    remedy = f"go on with `tarflowlm train --resume {out}`" if begun else "start it again"
+    remedy = f"resume with `tarflowlm train --resume {out}`" if begun else "start it again"
     assert os.strerror(errno.ENOSPC) in str(raised.value)
     assert str(raised.value).endswith(f"make room and {remedy}")
     if begun:
