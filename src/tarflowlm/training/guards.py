@@ -76,7 +76,7 @@ def broken_terms(model: LanguageModel, tokens: Tensor, generator: torch.Generato
 
     `generator` must be in its state before the step, to draw the same noise.
     """
-    # the whole copy of a sharded model is on the CPU
+    # `Engine.whole` puts the copy of a sharded model on the CPU
     tokens = tokens.to(model.device)
     terms = model.terms(tokens, model.draw_noise(tokens, generator))
     return [name for name, value in terms.items() if not torch.isfinite(value).all()]
