@@ -51,7 +51,7 @@ def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> 
         return False
     missing = _missing_for_compilation()
     if missing and processes.first:
-        warnings.warn(f"torch.compile needs {missing}, which is missing: training without compilation", stacklevel=3)
+        warnings.warn(f"torch.compile needs {missing}, which is not installed: training without it", stacklevel=3)
     return not missing
 
 
