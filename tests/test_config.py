@@ -194,6 +194,12 @@ def test_steps_are_shared_out_among_the_stages(steps):
     assert min(stages) >= 1
 
 
+def test_no_stage_is_left_without_a_step():
+    model = FlowConfig(blocks=stack(("mix1",) * 5, (1,) * 5, (2,) * 5))
+    run = RunConfig(name="five", model=model, train=TrainConfig(stage_steps=(10, 10, 10, 1, 1)))
+    assert with_steps(run, 5).train.stage_steps == (1,) * 5
+
+
 def test_every_stage_needs_a_step():
     run = replace(preset("mini-mixd"), train=TrainConfig(stage_steps=(1400, 200, 200)))
     with pytest.raises(UserError, match="steps 2: the run has 3 stages"):

@@ -1,6 +1,6 @@
 """The baseline: a discrete autoregressive language model on the same Transformer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -34,6 +34,9 @@ class BaselineConfig(LanguageModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_at_least("layers", self.layers, 1)
+
+    def deepened(self, factor: int) -> "BaselineConfig":
+        return replace(self, layers=factor * self.layers)
 
     def build(self) -> "TokenLM":
         """A new baseline of this shape. UserError without a vocabulary size."""

@@ -134,7 +134,7 @@ def writer_lock(directory: Path) -> Iterator[None]:
 def _read_holder(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").strip() or "another process"
-    except OSError:  # it holds the lock but has not written its name yet
+    except (OSError, ValueError):  # it holds the lock and has not yet written its name
         return "another process"
 
 

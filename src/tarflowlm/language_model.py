@@ -57,6 +57,10 @@ class LanguageModelConfig:
         assert num_blocks >= self.num_blocks
         return self
 
+    @abstractmethod
+    def deepened(self: C, factor: int) -> C:
+        """The same model with `factor` times the Transformer layers."""
+
     def describe(self, block: int) -> str:
         """A short description of block `block` (0-based)."""
         return "baseline"

@@ -118,6 +118,9 @@ class FlowConfig(LanguageModelConfig):
         """The same configuration with these fields of `BlockConfig` set in every block."""
         return replace(self, blocks=tuple(replace(block, **fields) for block in self.blocks))
 
+    def deepened(self, factor: int) -> "FlowConfig":
+        return replace(self, blocks=tuple(replace(block, layers=factor * block.layers) for block in self.blocks))
+
     def describe(self, block: int) -> str:
         """Number and coupling of block `block` (0-based), such as "block 1 mixd"."""
         return f"block {block + 1} {self.blocks[block].coupling}"
@@ -316,8 +319,11 @@ def as_flow_config(config: LanguageModelConfig) -> FlowConfig:
     return config
 
 
-def as_flow(model: LanguageModel, wanted_for: str) -> TarFlowLM:
-    """`model`, narrowed to TarFlowLM. UserError for the baseline, saying that `wanted_for` needs latents."""
+NO_LATENTS = "this model is the discrete baseline, which has no latents: give a TarFlowLM"
+
+
+def as_flow(model: LanguageModel, refusal: str = NO_LATENTS) -> TarFlowLM:
+    """`model`, narrowed to TarFlowLM; UserError with the message `refusal` for the baseline."""
     if not isinstance(model, TarFlowLM):
-        raise UserError(f"{wanted_for} needs a TarFlowLM: this model is the discrete baseline, which has no latents")
+        raise UserError(refusal)
     return model

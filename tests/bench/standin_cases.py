@@ -10,7 +10,7 @@ import torch
 
 from tarflowlm.baseline import BaselineConfig, TokenLM
 from tarflowlm.bench.sizes import measured, stage_size
-from tarflowlm.bench.standin import nothing_computed, placed
+from tarflowlm.bench.standin import fake_tensors, to_fake
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.objective import conditional_bound, elbo, negative_bound
 from tarflowlm.runs.config import RunConfig
@@ -57,8 +57,8 @@ def train(name: str, stage: int, optimizer: str, checkpointed: bool, misplaced: 
     run = replace(run, train=train_config, optim=replace(run.optim, optimizer=optimizer))
     with torch.device("meta"):
         model = run.model_of_stage(stage).build()
-    with nothing_computed() as place:
-        freeze_below(placed(model, place), stage)
+    with fake_tensors() as place:
+        to_fake(model, place).train_only(stage)
         if misplaced:
             model.prior.blocks[0].start = torch.nn.Parameter(torch.empty(32))
         engine, optimizers = Engine(model, run, frozen=stage), build_optimizers(run.optim, model)
@@ -74,8 +74,8 @@ def evaluate(name: str, stage: int) -> set[str]:
     """The bounds without gradients, and their parts."""
     with torch.device("meta"):
         model = small(name).model_of_stage(stage).build()
-    with nothing_computed() as place, torch.no_grad():
-        placed(model, place)
+    with fake_tensors() as place, torch.no_grad():
+        to_fake(model, place)
         tokens = torch.zeros(2, 16, dtype=torch.long, device=place)
         made = [negative_bound(model, tokens, frozen=stage)]
         if isinstance(model, TokenLM) or model.num_blocks == 1:
@@ -91,8 +91,8 @@ def sample(name: str) -> set[str]:
     with torch.device("meta"):
         model = small(name).model.build()
     made = []
-    with nothing_computed() as place, torch.no_grad():
-        placed(model, place)
+    with fake_tensors() as place, torch.no_grad():
+        to_fake(model, place)
         P = model.config.patch
         if isinstance(model, TokenLM):
             cache = model.transformer.allocate_cache(ROWS, 4, model.start)
@@ -114,7 +114,7 @@ def sample(name: str) -> set[str]:
 
 
 def read_a_number() -> None:
-    with nothing_computed() as place:
+    with fake_tensors() as place:
         torch.zeros(2, device=place).sum().item()
 
 

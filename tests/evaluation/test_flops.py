@@ -12,7 +12,8 @@ from tarflowlm.baseline import BaselineConfig
 from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
 from tarflowlm.flow.numerics.cpu.inverse import are_few
 from tarflowlm.generation import generate
-from tarflowlm.model import FlowConfig
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import FlowConfig, stack
 from tarflowlm.objective import negative_bound
 from tarflowlm.runs.presets import PRESETS, preset
 
@@ -28,7 +29,7 @@ def counted(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def loss_of(model: Model, tokens: torch.Tensor, frozen: int) -> torch.Tensor:
+def loss_of(model: LanguageModel, tokens: torch.Tensor, frozen: int) -> torch.Tensor:
     noise = None
     if isinstance(model.config, FlowConfig):
         noise = torch.zeros(*tokens.shape, model.config.latent_dim, device=tokens.device)
@@ -103,17 +104,17 @@ def test_the_full_count_of_the_baseline_written_out():
 
 def test_the_full_count_of_a_flow_written_out():
     """Mix-d with one token per position, Mix-1 on top: input maps, Transformers, heads and the codebook."""
-    config = replace(configured("mini-mixd"), couplings=("mixd", "mix1"), layers=(6, 2), components=(0, 2))
+    config = replace(configured("mini-mixd"), blocks=stack(("mixd", "mix1"), (6, 2), (0, 2)))
     D, T, V, d, K = config.trunk.width, config.context, config.vocab_size, config.latent_dim, 2
-    H, E = config.head_hidden, config.head_features
-    blocks = [2 * (2 * d * D + D * D) * (T - 1) + L * (24 * D * D * T + 4 * D * T * T) for L in config.layers]
+    H, E, layers = config.head_hidden, config.head_features, [block.layers for block in config.blocks]
+    blocks = [2 * (2 * d * D + D * D) * (T - 1) + L * (24 * D * D * T + 4 * D * T * T) for L in layers]
     codebook = 2 * (d + 2) * V * T
     channels = 2 * D * (d * H + K) + 2 * d * H * 3 * K
     pairs = 2 * d * (d - 1) * (H * E + K) + 2 * 3 * (d - 1) * E
     first, second = blocks[0] + 2 * D * V * T, blocks[1] + T * (channels + pairs)
     assert forward_flops(config) == codebook + first + second
     assert training_flops(config, frozen=1) == codebook + first + 3 * second
-    earlier = 4 * D * (T * T - T * (T + 1) // 2) * sum(config.layers)
+    earlier = 4 * D * (T * T - T * (T + 1) // 2) * sum(layers)
     walk = 2 * (d * (d - 1) // 2) * (H * E + K) + 2 * 3 * (d - 1) * E
     assert generation_flops(config) == codebook + first + second - earlier - T * (pairs - walk)
 

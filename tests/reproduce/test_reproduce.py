@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from tarflowlm.data import TEXT8_ALPHABET
 from tarflowlm.errors import UserError
+from tarflowlm.files import writer_lock
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig
+from tarflowlm.model import FlowConfig, stack
 from tarflowlm.reproduce import RECIPES, passes
 from tarflowlm.reproduce.measures import summary_row
 from tarflowlm.reproduce.recipe import Recipe, Settings, directory_of, estimate, finish, state_of, trainings
@@ -141,7 +142,7 @@ def test_a_run_that_another_process_has_just_begun_is_left_alone(settings):
     with pytest.raises(Stop):
         finish(settings, [training], StopAt(1))
     directory = directory_of(settings, training)
-    with locked(directory), pytest.raises(UserError, match="being written"):
+    with writer_lock(directory), pytest.raises(UserError, match="being written"):
         finish(settings, [training], Reporter())
     assert (directory / "config.json").is_file()
 

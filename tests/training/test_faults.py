@@ -400,7 +400,7 @@ def test_a_disk_that_is_full_from_the_start_is_no_dead_end(tmp_path, whole, go, 
         patch.setattr(module, name, full)
         with pytest.raises(UserError) as raised:
             go(whole[0], out)
-    remedy = f"resume with `tarflowlm train --resume {out}`" if begun else "start it again"
+    remedy = f"continue with `tarflowlm train --resume {out}`" if begun else "start it again"
     assert os.strerror(errno.ENOSPC) in str(raised.value)
     assert str(raised.value).endswith(f"make room and {remedy}")
     if begun:

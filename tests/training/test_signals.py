@@ -67,7 +67,7 @@ def test_a_stopped_run_is_saved_and_goes_on_to_the_same_bits(
     with pytest.raises(Stopped) as raised:
         train(run, out, device=CPU, reporter=Sender(event, at, number), stop_requests=stop_on_signals)
     assert str(raised.value) == (
-        f"stopped by {signal.Signals(number).name} and saved at step {step}; resume with "
+        f"stopped by {signal.Signals(number).name} and saved at step {step}; continue with "
         f"`tarflowlm train --resume {out}`"
     )
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
@@ -141,7 +141,7 @@ def test_the_command_line_has_a_status_of_its_own_for_it(tmp_path, corpus_file, 
     assert "tarflowlm train --resume" in last
     assert "Traceback" not in last
     if status == 75:
-        assert f"saved at step 1; resume with `tarflowlm train --resume {out}`" in last
+        assert f"saved at step 1; continue with `tarflowlm train --resume {out}`" in last
         monkeypatch.undo()
         main(["train", "--resume", str(out), "--device", "cpu", "--json"])
         torch.set_flush_denormal(False)

@@ -15,7 +15,7 @@ import tokenizers
 from rich.console import Console
 
 from tarflowlm.bench import train as bench_train
-from tarflowlm.bench.memory import high_water_mark
+from tarflowlm.bench.measure import high_water_mark
 from tarflowlm.data import (
     BPETokenizer,
     TokenizerConfig,

@@ -1,4 +1,4 @@
-"""Speed of generation: sweeps against steps for every block, models against a yardstick; paired, in one run."""
+"""Speed of generation: sweeps against steps in every block, and models against the first one."""
 
 import statistics
 import time
@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from tarflowlm.bench.measure import median_ratio, seconds_per_call
 from tarflowlm.choices import Decoder, DeviceName
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
@@ -27,10 +28,10 @@ from tarflowlm.terminal.bars import StageProgress, no_progress, ticker
 
 @dataclass(frozen=True)
 class Args:
-    """Tokens per second of trained models, and what sweeps save in each block of a flow."""
+    """Tokens per second of trained models, and how much faster sweeps are in each block of a flow."""
 
     directories: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories; the first is the yardstick of tokens per second, say a baseline."""
+    """Run directories; tokens per second are compared with the first, for instance a baseline."""
     batches: tuple[int, ...] = (1, 16)
     """Samples at once."""
     length: int | None = None
@@ -38,7 +39,7 @@ class Args:
     rounds: int = 3
     """Rounds; every round times each contender once, in turn."""
     seeds: int = 100
-    """Samples whose tokens are compared between steps and sweeps; 0 leaves that out."""
+    """Samples whose tokens are compared between steps and sweeps; 0 skips this."""
     threads: int | None = None
     """CPU threads; the default is PyTorch's."""
     device: DeviceName = "auto"
@@ -50,7 +51,8 @@ class Args:
 def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     """{"blocks", "models", "positions", "identical"}: lists of rows, see `print_result`.
 
-    Ratios are medians of the rounds' own ratios, so that a slow moment of the machine touches both sides.
+    Numbers are medians over rounds, ratios medians of the rounds' own ratios (`median_ratio`).
+    Raises UserError for numbers that are too small, and as `load_checkpoint` and `generate`.
     """
     if not args.directories:
         raise UserError("bench generation needs run directories: name at least one")
@@ -60,7 +62,7 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
     models = {str(d): load_checkpoint(d, device).model for d in args.directories}
-    flows = {name: as_flow(m, "inversion") for name, m in models.items() if not m.is_exact}
+    flows = {name: as_flow(m) for name, m in models.items() if not m.is_exact}
     return {
         "models": [row for batch in args.batches for row in _models(models, args, batch, progress)],
         "blocks": [
@@ -78,18 +80,19 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
 
 
 def _rounds(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, progress: Callable[[int, int], None]
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    progress: Callable[[int, int], None],
 ) -> dict[str, list[float]]:
+    """Seconds of each contender in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(rounds + 1):
         progress(index, rounds + 1)
         for name, call in contenders.items():
-            start = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            elapsed = seconds_per_call(call, 1, device)
             if index:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(elapsed)
     return seconds
 
 
@@ -124,15 +127,16 @@ def _models(
 
             contenders[f"{name} {decoder}"] = call
             tokens[f"{name} {decoder}"] = batch * _length(model, args)
-    seconds = _rounds(contenders, args.rounds, partial(progress, f"models, batch {batch}, rounds"))
+    device = pick_device(args.device)
+    seconds = _rounds(contenders, args.rounds, device, partial(progress, f"models, batch {batch}, rounds"))
     per_token = {name: [s / tokens[name] for s in times] for name, times in seconds.items()}
-    yardstick = next(iter(per_token.values()))
+    reference = next(iter(per_token.values()))
     return [
         {
             "name": name,
             "batch": batch,
             "tokens_per_second": 1 / statistics.median(times),
-            "ratio": statistics.median(a / b for a, b in zip(yardstick, times, strict=True)),
+            "ratio": median_ratio(reference, times),
             "decoders": chosen[name],
         }
         for name, times in per_token.items()
@@ -151,6 +155,7 @@ def _blocks(name: str, model: TarFlowLM, args: Args, batch: int, progress: Stage
         seconds = _rounds(
             {way: partial(invert_block, block, u, decoder=way) for way in ("sequential", "parallel")},
             args.rounds,
+            noise.device,
             partial(progress, f"block {index + 1} of {name}, batch {batch}, rounds"),
         )
         by_step, by_sweep = seconds["sequential"], seconds["parallel"]
@@ -164,14 +169,14 @@ def _blocks(name: str, model: TarFlowLM, args: Args, batch: int, progress: Stage
                 "sweeps_seconds": statistics.median(by_sweep),
                 "sweeps": done.passes,
                 "repeated": done.repeated,
-                "speedup": statistics.median(a / b for a, b in zip(by_step, by_sweep, strict=True)),
+                "speedup": median_ratio(by_step, by_sweep),
             }
         )
     return rows
 
 
 def _positions(name: str, model: LanguageModel, args: Args, progress: StageProgress) -> dict[str, Any]:
-    """Milliseconds per position, block 1 or the baseline, in the four quarters of a sample by steps."""
+    """Milliseconds per position in the four quarters of a sample by steps; of block 1, or the baseline."""
     marks: list[float] = []
     batch = max(args.batches)
     for i in range(2):  # the first warms up
@@ -191,7 +196,7 @@ def _positions(name: str, model: LanguageModel, args: Args, progress: StageProgr
 
 
 def _identical(name: str, model: TarFlowLM, args: Args, progress: StageProgress) -> dict[str, Any]:
-    """Tokens by sweeps in every block, and by the automatic choice, against tokens by steps."""
+    """How many tokens differ from those by steps: with sweeps in every block, and with the automatic choice."""
     texts = {}
     for decoder in ("sequential", "parallel", "auto"):
         what = f"{args.seeds} samples of {name}, {decoder}, positions"
@@ -214,6 +219,7 @@ def _identical(name: str, model: TarFlowLM, args: Args, progress: StageProgress)
 
 
 def print_result(result: dict[str, Any], console: Console) -> None:
+    """The tables of `run`'s result."""
     title = f"generation, {result['device']}, {result['threads']} threads"
     models = Table("", "batch", "tokens/s", "over the first", "blocks L..1", title=title, title_justify="left")
     for row in result["models"]:

@@ -1,4 +1,4 @@
-"""Infilling and editing of held-out text: what particles bring, and what re-noising changes."""
+"""Infilling and editing of held-out text: the gain from particles, and the changes made by re-noising."""
 
 import time
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from tarflowlm.terminal.bars import StageProgress, no_progress, ticker
 
 @dataclass(frozen=True)
 class Args:
-    """Hide tokens in the middle of held-out sentences, fill them in with and without regard to what follows."""
+    """Hide tokens in the middle of held-out sentences; fill them in with and without regard to what follows."""
 
     directories: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories, flows or baselines."""
@@ -54,7 +54,10 @@ class Args:
 
 
 def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
-    """{"infilling", "editing", "examples"}; bits per character are upper bounds for flows, exact for baselines."""
+    """{"infilling", "editing", "examples"}; bits per character are upper bounds for flows, exact for baselines.
+
+    Raises UserError for numbers outside their range, and as `load_checkpoint` and `generate`.
+    """
     if not args.directories:
         raise UserError("bench infilling needs run directories: name at least one")
     if not 0 < args.blanks < args.length:
@@ -74,7 +77,7 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
 
 
 def _sentences(checkpoint: Checkpoint, args: Args) -> torch.Tensor:
-    """Windows [S, T] of the test split that begin with a word where the text has spaces."""
+    """Windows [sentences, T] of the test split, each starting at a word if the text has spaces."""
     source = checkpoint.run.data.source if args.data is None else args.data
     tokens = encode_text_source(source, checkpoint.tokenizer, ("test",))["test"]
     wide = eval_windows(tokens, 2 * args.length, args.sentences)
@@ -84,7 +87,7 @@ def _sentences(checkpoint: Checkpoint, args: Args) -> torch.Tensor:
 
 
 def _bits(checkpoint: Checkpoint, tokens: torch.Tensor, seed: int) -> float:
-    """Bits per character of texts [S, T], over all of them; the same noise for every call."""
+    """Bits per character of texts [sentences, T], over all of them, with the same noise in every call."""
     nats = bound(checkpoint.model, tokens, torch.Generator().manual_seed(seed)).sum().item()
     characters = torch.as_tensor(checkpoint.tokenizer.characters_per_token)[tokens.cpu()].sum().item()
     return bits(nats) / characters
@@ -146,7 +149,7 @@ def _infill(
 def _edit(
     checkpoint: Checkpoint, name: str, texts: torch.Tensor, args: Args, progress: StageProgress
 ) -> list[dict[str, Any]]:
-    model = as_flow(checkpoint.model, "editing")
+    model = as_flow(checkpoint.model)
     text = encode(model, texts, torch.Generator().manual_seed(args.seed))
     rows: list[dict[str, Any]] = []
     for level in range(model.num_blocks + 1):
@@ -175,6 +178,7 @@ def _edit(
 
 
 def print_result(result: dict[str, Any], console: Console) -> None:
+    """The tables of `run`'s result."""
     table = Table(title="infilling", title_justify="left")
     for column in (
         "",

@@ -1,25 +1,24 @@
-"""Speed, accuracy and range of the mixture maps, and cost of the Mix-d loss: paired, interleaved, in one run."""
+"""Speed, accuracy and range of the mixture maps, and cost of the Mix-d loss: paired, interleaved, in one run.
+
+K components of a mixture; the loss over a vocabulary is in `vocabulary_loss`.
+"""
 
 import math
 import statistics
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from tarflowlm.bench.memory import high_water_mark
+from tarflowlm.bench.vocabulary_loss import LossProblem, interleave, losses
 from tarflowlm.errors import UserError
-from tarflowlm.flow.numerics import mixture_cdf, mixture_cdf_inverse, mixture_log_prob_from_features
+from tarflowlm.flow.numerics import mixture_cdf, mixture_cdf_inverse
 from tarflowlm.terminal.bars import StageProgress, no_progress
+from tarflowlm.terminal.tables import column_table
 
 Params = tuple[Tensor, Tensor, Tensor]
 Map = Callable[[Tensor, Params], Tensor]
@@ -88,7 +87,7 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     try:
         maps = [row for k in args.components for row in _maps(args, k, progress)]
-        head = _heads(args, progress) if args.head else []
+        head = losses(_loss_problem(args), args.head_rounds, progress) if args.head else []
     finally:
         torch.set_num_threads(threads)
     return {
@@ -98,6 +97,10 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
         "threads": args.threads,
         "torch": torch.__version__,
     }
+
+
+def _loss_problem(args: Args) -> LossProblem:
+    return LossProblem(args.vocabulary, args.head_tokens, args.width, args.latent_dim, args.threads, args.seed)
 
 
 def _contenders(args: Args) -> list[Contender]:
@@ -186,7 +189,7 @@ def _maps(args: Args, k: int, progress: StageProgress) -> list[dict[str, Any]]:
             cast = tuple(p.to(c.dtype) for p in params)
             jobs[c.name, "forward"] = _job(c.forward, z.to(c.dtype), cast)
             jobs[c.name, "inverse"] = _job(c.inverse, u.to(c.dtype), cast)
-        seconds = _interleave(jobs, args.rounds, partial(progress, f"maps of {k} components, rounds"))
+        seconds = interleave(jobs, args.rounds, partial(progress, f"maps of {k} components, rounds"))
         ordinary = _ordinary((args.accuracy_rows // 2,), k, generator)
         hard = _hard(args.accuracy_rows // 2, k, generator)
         rows = []
@@ -206,22 +209,6 @@ def _maps(args: Args, k: int, progress: StageProgress) -> list[dict[str, Any]]:
 
 def _job(function: Map, x: Tensor, params: Any) -> Callable[[], Any]:
     return lambda: function(x, params)
-
-
-def _interleave(
-    jobs: dict[Any, Callable[[], Any]], rounds: int, progress: Callable[[int, int], None]
-) -> dict[Any, list[float]]:
-    """Seconds of every job in every round, one job after the other within a round."""
-    for job in jobs.values():
-        job()
-    seconds: dict[Any, list[float]] = {name: [] for name in jobs}
-    for i in range(rounds):
-        progress(i, rounds)
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def _round_trip(c: Contender, u: Tensor, params: Params) -> tuple[float | None, float | None]:
@@ -251,105 +238,6 @@ def _largest_noise(c: Contender) -> float:
     return float(u[int(torch.cumprod(fine.long(), 0).sum()) - 1])
 
 
-def _head_inputs(args: Args) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(args.seed)
-    k, n = args.vocabulary, args.head_tokens
-    inputs = {
-        "z": torch.randn(n, args.latent_dim, generator=g),
-        "features": torch.randn(n, args.width, generator=g),
-        "weight": 0.05 * torch.randn(k, args.width, generator=g),
-        "bias": torch.zeros(k),
-        "mean": torch.randn(k, args.latent_dim, generator=g),
-        "log_std": torch.full((k,), -1.2),
-    }
-    return {name: t.requires_grad_() for name, t in inputs.items()} | {"target": torch.randint(k, (n,), generator=g)}
-
-
-def _mixd(x: dict[str, Tensor], equal: bool) -> None:
-    args = (x["z"], x["features"], x["weight"], x["bias"], x["mean"], x["log_std"])
-    (-mixture_log_prob_from_features(*args, equal_cotangents=equal).mean()).backward()
-
-
-def _cross_entropy_recomputed(x: dict[str, Tensor], chunk: int = 256) -> None:
-    """Chunks under torch.utils.checkpoint: what one writes with autograd alone."""
-
-    def loss(features: Tensor, target: Tensor) -> Tensor:
-        logits = torch.nn.functional.linear(features, x["weight"], x["bias"])
-        return torch.nn.functional.cross_entropy(logits, target, reduction="sum")
-
-    parts = [
-        checkpoint(loss, f, t, use_reentrant=False)
-        for f, t in zip(x["features"].split(chunk), x["target"].split(chunk), strict=True)
-    ]
-    (sum(parts) / len(x["target"])).backward()
-
-
-def _cross_entropy_in_forward(x: dict[str, Tensor], chunk: int = 256) -> None:
-    """Chunks whose gradients are formed by hand as they pass, as fused cross-entropy kernels do."""
-    with torch.no_grad():
-        features, weight, bias, target = x["features"], x["weight"], x["bias"], x["target"]
-        of_features = torch.empty_like(features)
-        of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for i in range(0, len(target), chunk):
-            part = slice(i, min(i + chunk, len(target)))
-            share = torch.addmm(bias, features[part], weight.T).log_softmax(-1).exp_()
-            share[torch.arange(len(share)), target[part]] -= 1
-            share /= len(target)
-            of_features[part] = share @ weight
-            of_weight.addmm_(share.T, features[part])
-            of_bias += share.sum(0)
-        features.grad, weight.grad, bias.grad = of_features, of_weight, of_bias
-
-
-_LOSSES: dict[str, Callable[[dict[str, Tensor]], None]] = {
-    "Mix-d, recomputed": lambda x: _mixd(x, equal=False),
-    "Mix-d, equal cotangents": lambda x: _mixd(x, equal=True),
-    "cross-entropy, recomputed": _cross_entropy_recomputed,
-    "cross-entropy, gradient in forward": _cross_entropy_in_forward,
-}
-
-
-def _heads(args: Args, progress: StageProgress) -> list[dict[str, Any]]:
-    inputs = _head_inputs(args)
-
-    def job(loss: Callable[[dict[str, Tensor]], None]) -> Callable[[], None]:
-        def call() -> None:
-            for t in inputs.values():
-                t.grad = None
-            loss(inputs)
-
-        return call
-
-    jobs = {name: job(loss) for name, loss in _LOSSES.items()}
-    seconds = _interleave(jobs, args.head_rounds, partial(progress, "losses, rounds"))
-    recomputed, fastest = seconds["cross-entropy, recomputed"], seconds["cross-entropy, gradient in forward"]
-    rows = []
-    for i, (name, times) in enumerate(seconds.items()):
-        progress("peak memory, losses", i, len(seconds))
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            peak = fresh.submit(peak_memory, args, name).result()
-        row = {"name": name, "seconds": statistics.median(times), "peak_gb": peak}
-        for label, base in (("over_recomputed", recomputed), ("over_in_forward", fastest)):
-            row[label] = statistics.median(a / b for a, b in zip(times, base, strict=True))
-        rows.append(row)
-    return rows
-
-
-def peak_memory(args: Args, name: str) -> float:
-    """GB (1e9 bytes) by which one forward and backward raises this process's peak, gradients included.
-
-    To be called in a fresh process: the peak is the operating system's high-water mark, and never falls.
-    """
-    torch.set_num_threads(args.threads)
-    # Libraries load their kernels at first use; a tiny problem takes that out of the difference.
-    small = Args(vocabulary=64, head_tokens=8, width=args.width, latent_dim=args.latent_dim)
-    _LOSSES[name](_head_inputs(small))
-    inputs = _head_inputs(args)
-    before = high_water_mark()
-    _LOSSES[name](inputs)
-    return high_water_mark() - before
-
-
 def _scientific(error: float | None) -> str:
     return "lost" if error is None else f"{error:.0e}"
 
@@ -360,11 +248,9 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     title = (
         f"mixture maps, {tokens} x {channels} elements, {result['threads']} thread(s); errors in u, less an ulp of z"
     )
-    table = Table(title=title, title_justify="left")
     headings = ("K", "", "forward ms", "ours / it", "inverse ms", "ours / it")
     errors = ("worst", "hard median", "hard worst", "|u| to")
-    for column in (*headings, *errors):
-        table.add_column(column, justify="left" if not column else "right")
+    table = column_table(title, (*headings, *errors))
     for r in result["maps"]:
         table.add_row(
             str(r["components"]),
@@ -380,17 +266,9 @@ def print_result(result: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     if result["head"]:
-        table = Table(title="loss over a vocabulary, forward and backward", title_justify="left")
-        for column in ("", "seconds", "over CE recomputed", "over CE in forward", "peak GB above inputs"):
-            table.add_column(column, justify="left" if not column else "right")
+        columns = ("", "seconds", "over CE recomputed", "over CE in forward", "peak GB above inputs")
+        table = column_table("loss over a vocabulary, forward and backward", columns)
         for r in result["head"]:
             ratios = (f"{r['over_recomputed']:.2f}", f"{r['over_in_forward']:.2f}")
             table.add_row(r["name"], f"{r['seconds']:.2f}", *ratios, f"{r['peak_gb']:.2f}")
         console.print(table)
-
-
-if __name__ == "__main__":
-    import tyro
-
-    torch.set_flush_denormal(True)
-    print_result(run(tyro.cli(Args)), Console())

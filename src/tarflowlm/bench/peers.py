@@ -1,8 +1,8 @@
 """The baseline's training step beside a GPT-2 and a Llama of `transformers` of the same shape, all with AdamW.
 
-The same for all: layers, width, heads, vocabulary, batch, context, optimiser settings, gradient clipping. Theirs are
-the published architectures with random weights, no dropout and no KV cache, attention by
-`scaled_dot_product_attention`; where their configuration leaves a choice that costs nothing but time, the faster one.
+All have the same layers, width, heads, vocabulary, batch, context, optimiser settings and gradient clipping. Theirs
+are the published architectures with random weights, no dropout, no KV cache, and attention by
+`scaled_dot_product_attention`. Options that only affect speed are set to the faster choice.
 """
 
 import statistics
@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tarflowlm.baseline import BaselineConfig, TokenLM
+from tarflowlm.bench.measure import median_ratio, seconds_per_call
 from tarflowlm.device import synchronize
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel, seeded
@@ -27,7 +28,7 @@ from tarflowlm.terminal.tables import column_table
 from tarflowlm.training.optim import build_optimizers
 
 PARTS = ("forward", "backward", "step")
-"""Of a training step; the last is clipping, the optimiser, and the release of the gradients."""
+"""Of a training step. The last is clipping, the optimisers, and the release of the gradients."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class _Contender:
 def peers(run: RunConfig, vocab_size: int, *, rounds: int, steps: int, device: torch.device) -> list[dict[str, Any]]:
     """Rows {"name", "milliseconds", "forward", "backward", "step", "ratio", "parameters"} at the shape of `run`.
 
-    Ours comes first. Milliseconds are those of a training step, and of its parts, which are timed in steps of their
-    own, for on a GPU the waiting between them counts. Medians over rounds that time each model in turn; the ratio is
-    our time over that model's, the median of the rounds' own.
+    Ours comes first. Milliseconds are of a whole training step and of its parts. Parts are timed in separate steps,
+    because on a GPU the synchronisation between them takes time. Numbers are medians over rounds that time each model
+    in turn; the ratio is our time over that model's (`median_ratio`).
 
-    Raises UserError where `run` is not a baseline of one token per position, or `transformers` is missing.
+    Raises UserError if `run` is not a baseline of one token per position, or if `transformers` is missing.
     """
     config = run.model
     if not isinstance(config, BaselineConfig) or config.patch > 1:
@@ -63,7 +64,7 @@ def peers(run: RunConfig, vocab_size: int, *, rounds: int, steps: int, device: t
     parts: dict[str, list[tuple[float, ...]]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
-            # the allocator finds its way back to this model's sizes
+            # a first step brings the allocator back to this model's sizes
             _train(contender, tokens, 1)
             whole[name].append(_train(contender, tokens, steps))
             parts[name].append(_train_in_parts(contender, tokens, steps))
@@ -72,7 +73,7 @@ def peers(run: RunConfig, vocab_size: int, *, rounds: int, steps: int, device: t
             "name": name,
             "milliseconds": 1000 * statistics.median(whole[name]),
             **{part: 1000 * statistics.median(times[at] for times in parts[name]) for at, part in enumerate(PARTS)},
-            "ratio": statistics.median(a / b for a, b in zip(whole[run.name], whole[name], strict=True)),
+            "ratio": median_ratio(whole[run.name], whole[name]),
             "parameters": sum(p.numel() for p in models[name].parameters()),
         }
         for name in contenders
@@ -90,7 +91,7 @@ def _transformers() -> Any:
 def gpt2(config: BaselineConfig) -> nn.Module:
     """A GPT-2 of our shape: learned positions, biases, output weights tied to the embedding.
 
-    Its tanh form of GELU is PyTorch's one kernel, where the default takes eight operations for the same numbers.
+    GELU in its tanh form by PyTorch's single kernel; the default uses eight operations for the same numbers.
     """
     transformers = _transformers()
     trunk = config.trunk
@@ -104,8 +105,10 @@ def gpt2(config: BaselineConfig) -> nn.Module:
 
 
 def llama(config: BaselineConfig) -> nn.Module:
-    """A Llama of our shape. Its MLP has three matrices where ours has two: its hidden width makes up for that, 2/3 of
-    ours, rounded down to a multiple of 16, so that it has no more parameters and keeps to whole vector registers."""
+    """A Llama of our shape. Its MLP has three matrices, ours two, so its hidden width is 2/3 of ours.
+
+    The width is rounded down to a multiple of 16: no more parameters than ours, and whole vector registers.
+    """
     transformers = _transformers()
     trunk = config.trunk
     hidden = 2 * trunk.mlp_ratio * trunk.width // 3
@@ -129,7 +132,7 @@ def _contender(model: nn.Module, run: RunConfig) -> _Contender:
     return _Contender(model, loss, build_optimizers(run.optim, model), run.optim.grad_clip)
 
 
-def _finish(contender: _Contender) -> None:
+def _update(contender: _Contender) -> None:
     nn.utils.clip_grad_norm_(contender.model.parameters(), contender.grad_clip)
     for optimizer in contender.optimizers:
         optimizer.step()
@@ -138,11 +141,12 @@ def _finish(contender: _Contender) -> None:
 
 def _train(contender: _Contender, tokens: Tensor, steps: int) -> float:
     """Seconds per training step."""
-    start = _now(tokens.device)
-    for _ in range(steps):
+
+    def step() -> None:
         contender.loss(tokens).backward()
-        _finish(contender)
-    return (_now(tokens.device) - start) / steps
+        _update(contender)
+
+    return seconds_per_call(step, steps, tokens.device)
 
 
 def _train_in_parts(contender: _Contender, tokens: Tensor, steps: int) -> tuple[float, ...]:
@@ -154,7 +158,7 @@ def _train_in_parts(contender: _Contender, tokens: Tensor, steps: int) -> tuple[
         times.append(_now(tokens.device))
         loss.backward()
         times.append(_now(tokens.device))
-        _finish(contender)
+        _update(contender)
         times.append(_now(tokens.device))
         totals = [total + b - a for total, (a, b) in zip(totals, pairwise(times), strict=True)]
     return tuple(total / steps for total in totals)

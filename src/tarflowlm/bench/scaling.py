@@ -1,9 +1,8 @@
-"""The same global batch in one process and in two: DDP and FSDP2 over gloo, one thread each."""
+"""Scaling: the same global batch in one process and in two, with DDP and FSDP2 over gloo, one thread each."""
 
 import os
 import socket
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from tarflowlm.bench.measure import seconds_per_call
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.distributed import Processes, launched
 from tarflowlm.training.step import TrainingStep
@@ -26,7 +26,10 @@ def scaling(
     device: torch.device,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[dict[str, Any]]:
-    """Rows {"name", "tokens_per_second", "ratio"}; the ratio is to one process of one thread."""
+    """Rows {"name", "tokens_per_second", "ratio"} of each run; the ratio is to one process.
+
+    Medians over `rounds` of `steps` optimiser steps each. `progress` gets the process counts done and their total.
+    """
     runs = [replace(run, model=replace(run.model, vocab_size=vocab_size)) for run in runs]
     context = get_context("spawn")
     seconds = {}
@@ -60,13 +63,13 @@ def _free_port() -> int:
 def _time_in_process(
     rank: int, world: int, port: int, runs: list[RunConfig], rounds: int, steps: int, device: str, answers: Any
 ) -> None:
-    """One of `world` processes: the first one answers with the median seconds per step of every run and mode."""
+    """One of `world` processes. The first one sends the median seconds per step of every run and mode."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     with launched(torch.device(device)) as processes:
-        # in a function of its own, so that no model outlives the process group
+        # in a function, so that no model outlives the process group
         seconds = _times(runs, processes, rounds, steps)
         if processes.first:
             answers.put(seconds)
@@ -85,10 +88,7 @@ def _times(runs: list[RunConfig], processes: Processes, rounds: int, steps: int)
     for _ in range(rounds):
         for key, step in contenders.items():
             processes.wait()
-            start = time.perf_counter()
-            for _ in range(steps):
-                step()
-            times[key].append((time.perf_counter() - start) / steps)
+            times[key].append(seconds_per_call(step, steps, processes.device))
     return {key: statistics.median(values) for key, values in times.items()}
 
 

@@ -1,12 +1,11 @@
-"""What the large presets ask for: memory per GPU, the batch that fits, FLOPs, hours. Nothing is computed.
+"""Requirements of the large presets: memory per GPU, largest batch, FLOPs and hours. Nothing is computed.
 
-How memory is found. A whole training step (forward, backward, clipping, Muon and AdamW) of the real modules runs on
-fake tensors (`standin.py`), cut by FSDP2 itself among simulated processes, in the preset's precision. Every storage
-counts from the operator that makes it to its release, rounded up to 512 bytes as the CUDA allocator does
-(`tracking.py`): weights, gradients, optimiser states, gathered weights, activations, temporaries. Not counted are the
-CUDA context, the buffers of NCCL, what the allocator loses to fragmentation, and autocast's cache of weights.
-Attention counts as fused. Memory is affine in the batch, once that is large enough for activations to set the peak:
-two batches give the line, and a third one between them checks it.
+A whole training step (forward, backward, clipping, Muon and AdamW) of the real modules runs on fake tensors
+(`standin.py`), sharded by FSDP2 among simulated processes, in the preset's precision. Every storage counts from its
+creation to its release, rounded up to 512 bytes as by the CUDA allocator (`tracking.py`): weights, gradients,
+optimiser states, gathered weights, activations and temporaries. Not counted are the CUDA context, NCCL's buffers,
+fragmentation, and autocast's cache of weights. Attention counts as fused. Memory is affine in the batch, once
+activations set the peak: two batches determine the line, and a third one between them checks it.
 """
 
 import gc
@@ -19,13 +18,11 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tarflowlm.baseline import BaselineConfig
-from tarflowlm.bench.standin import device, nothing_computed, placed, simulated
+from tarflowlm.bench.standin import device, fake_tensors, simulated_processes, to_fake
 from tarflowlm.bench.tracking import Usage, tracked
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.flops import forward_flops, training_flops
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import PAPER_PRESETS, preset
 from tarflowlm.terminal.bars import StageProgress, no_progress
@@ -39,18 +36,18 @@ from tarflowlm.training.step import optimizer_step
 VOCABULARY = {"text8": 27, "owt": 50_257}
 WORLDS = (1, 8, 64)
 XL_TRUNK = TransformerConfig(width=1600, num_heads=25)
-"""The body of GPT-2 XL, which has 48 layers: four times those of the presets."""
+"""The width and heads of GPT-2 XL, which has 48 layers: four times those of the presets."""
 
 
 @dataclass(frozen=True)
 class Args:
-    """Memory per GPU under FSDP2, the largest batch, FLOPs per token and hours of the large presets, stage by stage,
-    from shapes alone: it needs no GPU."""
+    """Memory per GPU under FSDP2, largest batch, FLOPs per token and hours of the large presets, stage by stage.
+    Computed from shapes, without a GPU."""
 
     presets: tuple[str, ...] = PAPER_PRESETS
     """Presets whose names begin with text8- or owt-."""
     gpus: int = 8
-    """GPUs that the hours are for."""
+    """GPUs for which to compute the hours."""
     utilisation: float = 0.4
     """Share of the peak that training reaches (model FLOPs utilisation)."""
     peak_tflops: float = 989.0
@@ -64,7 +61,7 @@ class Args:
 
 
 def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
-    """{"rows": [a row for every stage], ...}; see `stage_size`."""
+    """{"rows": [a row for every stage], ...}; see `stage_size`. Raises UserError for options outside their range."""
     if not 0 < args.utilisation <= 1 or args.gpus < 1 or args.memory <= 0 or args.peak_tflops <= 0:
         raise UserError(
             f"utilisation {args.utilisation}, gpus {args.gpus}, memory {args.memory}, peak-tflops "
@@ -90,25 +87,19 @@ def _runs(args: Args) -> Iterator[RunConfig]:
         model: Any = replace(config.model, vocab_size=VOCABULARY[corpus])
         yield replace(config, model=model)
         if args.xl and corpus == "owt":
-            yield replace(config, name=f"{name} 1.5 B", model=_xl(model))
-
-
-def _xl(model: FlowConfig | BaselineConfig) -> FlowConfig | BaselineConfig:
-    """Four times the layers, of GPT-2 XL's width."""
-    if isinstance(model, BaselineConfig):
-        return replace(model, trunk=XL_TRUNK, layers=4 * model.layers)
-    blocks = tuple(replace(block, layers=4 * block.layers) for block in model.blocks)
-    return replace(model, trunk=XL_TRUNK, blocks=blocks)
+            yield replace(config, name=f"{name} 1.5 B", model=replace(model, trunk=XL_TRUNK).deepened(4))
 
 
 def stage_size(config: RunConfig, stage: int, *, memory: float, worlds: tuple[int, ...] = WORLDS) -> dict[str, Any]:
-    """One stage of a run; GB are 1e9 bytes.
+    """Requirements of one stage of a run; GB are 1e9 bytes, and `memory` is that of one GPU in GB.
 
-    Parameters, and what one process alone would hold: weights, gradients, optimiser states. Activations per sequence
-    with and without checkpointing. `off_line`: by how much the third batch misses the line. For every number of GPUs:
-    sequences of one pass on one GPU, passes of an optimiser step, the peak, and the largest number of sequences that
-    fit `memory`. FLOPs per token in full and the paper's. The largest tensor of a step on the second number of GPUs,
-    without accumulation.
+    - parameters, and weights, gradients and optimiser states of a single process;
+    - activations per sequence, with and without checkpointing;
+    - `off_line`, the relative error of the line at the third batch;
+    - for every number of GPUs in `worlds`: sequences per pass and GPU, passes per optimiser step, the peak, and the
+      largest number of sequences that fit;
+    - FLOPs per token, full and the paper's;
+    - the largest tensor of a step on the middle number of GPUs, without accumulation.
     """
     model = config.model_of_stage(stage)
     whole, middle = config.train.batch_size, worlds[len(worlds) // 2]
@@ -126,7 +117,7 @@ def stage_size(config: RunConfig, stage: int, *, memory: float, worlds: tuple[in
         half, *full = known or measured(config, stage, world, (at, own))[1:]
         on = _on(world, whole, half.peak - slope * at, slope, memory * 1e9, fixed.gradients / world)
         if world > middle and on["accumulate"] == 1:
-            # so few sequences that activations may not set the peak
+            # with so few sequences, activations may not set the peak
             on["peak_gb"] = full[0].peak / 1e9
         rows.append(on)
     return {
@@ -161,7 +152,7 @@ def _fits(fixed: float, slope: float, memory: float) -> int:
 
 
 def _on(world: int, batch: int, fixed: float, slope: float, memory: float, gradients: float) -> dict[str, Any]:
-    """On `world` GPUs: the share of the global batch in as few passes as fit. Gradients of earlier passes stay."""
+    """On `world` GPUs: the share of the global batch in as few passes as fit, which keep their gradients."""
     share = max(1, batch // world)
     largest = _fits(fixed, slope, memory)
     passes, each = 1, share
@@ -175,7 +166,7 @@ def _on(world: int, batch: int, fixed: float, slope: float, memory: float, gradi
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that one process holds between steps (its shards), and how many parameters the whole model has."""
+    """Bytes that one process holds between steps (its shards), and the number of parameters of the whole model."""
 
     parameters: int
     weights: int
@@ -186,23 +177,23 @@ class Held:
 def measured(
     config: RunConfig, stage: int, world: int, batches: tuple[int, ...], *, checkpointed: bool = False
 ) -> tuple[Any, ...]:
-    """What is held between steps (`Held`), then for every batch of a process the `Usage` of an optimiser step."""
+    """A `Held`, then for every batch of a process the `Usage` of an optimiser step."""
     train = replace(config.train, parallel="fsdp", checkpoint_activations=checkpointed, compile=False, accumulate=1)
-    # what they take on an H100
+    # as on an H100
     config = replace(config, train=train, optim=replace(config.optim, muon_precision="bfloat16"))
-    # before any backward pass of this process: only then does autograd take notice of the device
-    place = device()
+    # before the first backward pass of this process, or autograd does not notice the device
+    standin = device()
     with torch.device("meta"):
         model = config.model_of_stage(stage).build()
     count = sum(p.numel() for p in model.parameters())
-    with simulated(world) as mesh, nothing_computed():
-        placed(model, place).train_only(stage)
-        engine = Engine(model, config, Processes(0, world, place), frozen=stage, mesh=mesh)
+    with simulated_processes(world) as mesh, fake_tensors():
+        to_fake(model, standin).train_only(stage)
+        engine = Engine(model, config, Processes(0, world, standin), frozen=stage, mesh=mesh)
         optimizers = build_optimizers(config.optim, model)
 
         def step(batch: int) -> None:
-            tokens = torch.zeros(batch, config.model.context, dtype=torch.long, device=place)
-            # there are no generators on this device, nor is one needed
+            tokens = torch.zeros(batch, config.model.context, dtype=torch.long, device=standin)
+            # the device has no generators, and needs none
             optimizer_step(engine, optimizers, tokens, generator=None, guard=Guard(deferred=True))  # type: ignore[arg-type]
 
         step(1)
@@ -216,9 +207,9 @@ def measured(
         ]
         usages: list[Usage] = []
         for batch in batches:
-            # what cycles keep alive would count for the next one
+            # tensors in reference cycles would count for the next batch
             gc.collect()
-            with tracked(place, [weights, states, list(model.buffers())]) as usage:
+            with tracked(standin, [weights, states, list(model.buffers())]) as usage:
                 step(batch)
             usages.append(usage)
         gradients = [_local(p) for p in model.parameters() if p.requires_grad]

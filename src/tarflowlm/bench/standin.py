@@ -1,8 +1,8 @@
-"""A GPU without a GPU: a device that computes nothing, for shapes, devices and memory of programs that need one.
+"""A stand-in for a GPU: a device that computes nothing, to check shapes, devices and memory of programs without one.
 
-Tensors on it are fake: they have shape, dtype and device, but no numbers, so a step of any size takes a second. They
-catch operands on different devices, and numbers that the host reads. PyTorch has fake CUDA tensors as well, but their
-backward pass needs a real GPU; a backend of one's own does not (tested with PyTorch 2.13).
+Its tensors are fake: they have shape, dtype and device, but no values, so a step of any size takes about a second.
+They catch operands on different devices, and values that the host reads. PyTorch has fake CUDA tensors as well, but
+their backward pass needs a real GPU; a custom backend does not (tested with PyTorch 2.13).
 """
 
 import warnings
@@ -27,11 +27,11 @@ _SINGLE = (
     "layer_norm", "exp", "expm1", "log", "log1p", "reciprocal", "rsqrt", "softplus", "logsumexp",
     "cross_entropy_loss", "softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "cumsum", "pow.Tensor_Scalar",
 )  # fmt: skip
-"""What autocast on CUDA runs in half and in single precision, as far as these models use it."""
+"""Operators that autocast on CUDA runs in half and in single precision, as far as these models use them."""
 
 
 class _Stream:
-    """The streams and events of FSDP2, which have nothing to wait for here."""
+    """Streams and events for FSDP2, with nothing to wait for."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -47,16 +47,16 @@ class _Stream:
     wait_event = wait_stream = synchronize = wait
 
 
-class _Nothing(FakeTensorMode):
-    # constants are fake from the start: there is no memory on the device to put them into
+class _FakeMode(FakeTensorMode):
+    # constants are fake from the start: the device has no memory to hold them
     avoid_device_init = True
 
 
 @cache
 def device() -> torch.device:
-    """The device, of which there is one in a process from the first call on; it then counts as its accelerator.
+    """The stand-in device. The first call registers it, and it stays the accelerator of this process.
 
-    UserError where PyTorch has no such devices.
+    Raises UserError if this PyTorch cannot register devices from Python.
     """
     from torch.utils import backend_registration
 
@@ -87,45 +87,48 @@ def device() -> torch.device:
 
 
 @contextmanager
-def nothing_computed() -> Iterator[torch.device]:
-    """A context in which tensors are fake; yields the device."""
-    place = device()
-    with _Nothing(allow_non_fake_inputs=False):
-        yield place
+def fake_tensors() -> Iterator[torch.device]:
+    """A context in which tensors are fake; yields the device. Raises errors as `device`."""
+    standin = device()
+    with _FakeMode(allow_non_fake_inputs=False):
+        yield standin
 
 
 @contextmanager
-def simulated(world: int) -> Iterator[DeviceMesh | None]:
-    """This process as the first of `world` that train together, whose messages go nowhere; None where it is alone."""
+def simulated_processes(world: int) -> Iterator[DeviceMesh | None]:
+    """The mesh of `world` training processes, of which only this first one exists; None for a single process.
+
+    Messages are dropped. Raises UserError if this PyTorch cannot simulate processes.
+    """
     if world == 1:
         yield None
         return
     try:
-        # imported for what it registers: the shapes that collectives return
+        # imported for its side effect: it registers the shapes that collectives return
         import torch.distributed._tools.fake_collectives
         from torch.testing._internal.distributed.fake_pg import FakeStore
     except ImportError as error:
         raise UserError(f"PyTorch {torch.__version__} cannot simulate processes: {error}") from None
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-    # FSDP2 asks the device's module for streams, and here and there this function
+    # FSDP2 asks the device's module for streams, but in some places this function
     accelerator: Any = torch.accelerator
     before, accelerator.current_stream = accelerator.current_stream, _Stream
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*returned a view tensor")
-            # outside of `nothing_computed`: a mesh reads its ranks
+            # outside of `fake_tensors`: a mesh reads its ranks
             yield init_device_mesh(device().type, (world,))
     finally:
         accelerator.current_stream = before
         dist.destroy_process_group()
 
 
-def placed(model: LanguageModel, place: torch.device) -> LanguageModel:
-    """A model that was built on the meta device, its parameters and buffers replaced by fake ones on `place`."""
+def to_fake(model: LanguageModel, standin: torch.device) -> LanguageModel:
+    """A model built on the meta device, with its parameters and buffers replaced by fake ones on the device."""
     for module in model.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=place)
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=standin)
                 if isinstance(tensor, nn.Parameter):
                     module._parameters[name] = nn.Parameter(fake)
                 else:
@@ -147,7 +150,7 @@ def _register_kernels() -> None:
 
 
 _KEPT: list[torch.library.Library] = []
-"""A library that is let go takes its kernels along."""
+"""References that keep the kernels registered."""
 
 
 def _cast(operator: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Memory of a program on fake tensors: what it holds at once, and its largest tensor."""
+"""Memory of a program on fake tensors: its peak, and its largest tensor."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,17 +24,17 @@ class Usage:
     current: int = 0
     peak: int = 0
     largest: int = 0
-    """Bytes of the largest tensor that an operator returned and that has memory of its own."""
+    """Bytes of the largest tensor with its own memory that an operator returned."""
     shape: tuple[int, ...] = ()
     """Of that tensor."""
     operator: str = ""
-    """That returned it."""
+    """The operator that returned it."""
     end: int = 0
-    """Bytes held when the context was left."""
+    """Bytes held at the end."""
     _sizes: dict[int, int] = field(default_factory=dict)
 
     def hold(self, storage: torch.UntypedStorage) -> bool:
-        """Count a storage until it is freed; whether it is new."""
+        """Count a storage until it is freed; returns whether it is new."""
         key = storage._cdata
         if key in self._sizes:
             return False
@@ -44,6 +44,7 @@ class Usage:
         return True
 
     def resize(self, storage: torch.UntypedStorage) -> None:
+        """Count the new size of a storage that is held."""
         key, size = storage._cdata, -(-storage.nbytes() // _BLOCK) * _BLOCK
         if key in self._sizes:
             self.current += size - self._sizes[key]
@@ -55,19 +56,19 @@ class Usage:
 
 
 class _Tracker(TorchDispatchMode):
-    def __init__(self, usage: Usage, place: torch.device) -> None:
+    def __init__(self, usage: Usage, device: torch.device) -> None:
         super().__init__()
-        self.usage, self.place = usage, place
+        self.usage, self.device = usage, device
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            # it has no memory of its own: its shard comes by here next
+            # it has no memory of its own; the dispatcher sees its shard next
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and tensor.device.type == self.place.type:
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device.type:
                 new = self.usage.hold(tensor.untyped_storage())
                 size = tensor.numel() * tensor.element_size()
                 if new and size > self.usage.largest:
@@ -76,12 +77,12 @@ class _Tracker(TorchDispatchMode):
 
 
 @contextmanager
-def tracked(place: torch.device, tensors: Any = ()) -> Iterator[Usage]:
-    """Usage of what is made on `place` in this context, and of `tensors`, which are there already."""
+def tracked(device: torch.device, tensors: Any = ()) -> Iterator[Usage]:
+    """Usage of the tensors created on `device` in this context, and of `tensors`, which exist already."""
     usage = Usage()
     for tensor in tree_iter(tensors):
         usage.hold(tensor.untyped_storage())
-    # FSDP2 gives the memory of a gathered tensor back by resizing its storage, which no dispatch mode sees
+    # FSDP2 frees a gathered tensor by resizing its storage, which no dispatch mode sees
     resize: Callable[..., Any] = torch.UntypedStorage.resize_
 
     @wraps(resize)
@@ -94,7 +95,7 @@ def tracked(place: torch.device, tensors: Any = ()) -> Iterator[Usage]:
     storages: Any = torch.UntypedStorage
     storages.resize_ = resized
     try:
-        with _Tracker(usage, place):
+        with _Tracker(usage, device):
             yield usage
     finally:
         usage.end = usage.current

@@ -1,8 +1,6 @@
 """Training: speed and peak memory of presets against the discrete baseline, and scaling to two processes."""
 
 import statistics
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
@@ -12,11 +10,11 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from tarflowlm.bench.memory import high_water_mark
+from tarflowlm.bench.measure import high_water_mark, median_ratio, seconds_per_call
 from tarflowlm.bench.peers import peers, peers_table
 from tarflowlm.bench.scaling import scaling
 from tarflowlm.choices import DeviceName
-from tarflowlm.device import pick_device, synchronize
+from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.flops import training_flops
 from tarflowlm.runs.config import RunConfig
@@ -30,18 +28,18 @@ PEAK_TFLOPS = {
     "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
     "RTX 4090": 165.0, "V100": 125.0,
 }  # fmt: skip
-"""Of matrix products in half precision with float32 sums, dense, as the maker states them; by a part of the name."""
+"""Dense matrix products in half precision with float32 sums, as the maker states them; by a part of the name."""
 
 
 @dataclass(frozen=True)
 class Args:
-    """Tokens per second of a training step, as ratios to the first preset, from interleaved rounds; peak memory,
-    and scaling to two processes."""
+    """Tokens per second of a training step, with ratios to the first preset from interleaved rounds; peak memory;
+    scaling to two processes."""
 
     presets: tuple[str, ...] = ("mini-ar", "mini-mixd", "mini-mix1", "mini-affine")
-    """The first is the yardstick. Progressive presets are timed stage by stage."""
+    """The first is the reference. Progressive presets are timed stage by stage."""
     rounds: int = 7
-    """Rounds; every round times each of them once, in turn."""
+    """Rounds; every round times each preset once, in turn."""
     steps: int = 2
     """Optimiser steps per timing."""
     vocab_size: int = 27
@@ -77,22 +75,23 @@ class _Contender:
     """Of one step."""
 
     def step(self) -> object:
+        """One training step."""
         return self.training(self.tokens)
 
     def muon_seconds(self, device: torch.device) -> float:
-        """Of Muon's part of a step; the gradients are those of a backward pass before it."""
+        """Seconds of Muon's part of a step, after a backward pass that is not timed."""
         muon = [optimizer for optimizer in self.training.optimizers if isinstance(optimizer, Muon)]
         self.training.engine.backward(self.tokens, self.training.generator)
-        seconds = sum(_time(optimizer.step, 1, device) for optimizer in muon)
+        seconds = sum(seconds_per_call(optimizer.step, 1, device) for optimizer in muon)
         self.training.engine.model.zero_grad(set_to_none=True)
         return seconds
 
 
 def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
-    """{"rows": [{"name", "tokens_per_second", "ratio", "milliseconds", ...}], ...}; ratio is to the first row.
+    """{"rows": [{"name", "tokens_per_second", "ratio", "milliseconds", ...}], ...}; ratios are to the first row.
 
-    Medians over rounds; the ratio is the median of the rounds' own ratios, so that a slow moment of the machine
-    touches both sides of it.
+    Numbers are medians over rounds, ratios medians of the rounds' own ratios (`median_ratio`).
+    Raises UserError for numbers below 1, unknown presets, and as `peers`.
     """
     if args.rounds < 1 or args.steps < 1 or not args.presets:
         raise UserError(f"rounds {args.rounds}, steps {args.steps}, presets {args.presets}: each needs at least 1")
@@ -103,7 +102,7 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     result: dict[str, Any] = {"device": _device_name(device), "threads": torch.get_num_threads()}
     result["torch"] = torch.__version__
     if args.peers:
-        # first, for it may refuse the preset
+        # first, because it may refuse the preset
         progress("GPT-2 and Llama", 0, 1)
         chosen = runs[args.presets[0]]
         result["peers"] = peers(chosen, args.vocab_size, rounds=args.rounds, steps=args.steps, device=device)
@@ -142,9 +141,9 @@ def _speed(args: Args, device: torch.device, progress: StageProgress) -> list[di
     for i in range(args.rounds):
         progress("training steps, rounds", i, args.rounds)
         for label, contender in contenders.items():
-            seconds[label].append(_time(contender.step, args.steps, device))
+            seconds[label].append(seconds_per_call(contender.step, args.steps, device))
             muon[label].append(contender.muon_seconds(device))
-    yardstick = next(iter(contenders))
+    reference = next(iter(contenders))
     per_token = {label: [s / contenders[label].num_tokens for s in times] for label, times in seconds.items()}
     peak = args.peak_tflops or _known_peak(device)
     return [
@@ -152,8 +151,8 @@ def _speed(args: Args, device: torch.device, progress: StageProgress) -> list[di
             "name": label,
             "tokens_per_second": 1 / statistics.median(times),
             "milliseconds": 1000 * statistics.median(seconds[label]),
-            "ratio": statistics.median(a / b for a, b in zip(per_token[yardstick], times, strict=True)),
-            "muon_share": statistics.median(a / b for a, b in zip(muon[label], seconds[label], strict=True)),
+            "ratio": median_ratio(per_token[reference], times),
+            "muon_share": median_ratio(muon[label], seconds[label]),
             "tflops": contenders[label].flops / statistics.median(seconds[label]) / 1e12,
             "mfu": contenders[label].flops / statistics.median(seconds[label]) / 1e12 / peak if peak else None,
         }
@@ -187,16 +186,6 @@ def _contender(run: RunConfig, stage: int, args: Args, device: torch.device) -> 
     )
 
 
-def _time(step: Callable[[], object], steps: int, device: torch.device) -> float:
-    """Seconds per step."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    synchronize(device)
-    return (time.perf_counter() - start) / steps
-
-
 def _peak(name: str, args: Args) -> float:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         return fresh.submit(peak_memory, name, args).result()
@@ -205,13 +194,13 @@ def _peak(name: str, args: Args) -> float:
 def peak_memory(name: str, args: Args) -> float:
     """GB (1e9 bytes) by which training raises this process's peak: model, gradients, optimisers, activations.
 
-    The stage that needs most. On a GPU its own allocator is asked, elsewhere the operating system, for which this
-    must be a fresh process.
+    Of the stage that needs most. On a GPU this is the allocator's peak. Elsewhere it is that of the process, which
+    must be a fresh one.
     """
     device = pick_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    # libraries load their kernels at first use; a tiny problem takes that out of the difference
+    # libraries load their kernels at first use: a tiny problem first keeps them out of the difference
     run = preset(name)
     tiny = replace(run, model=replace(run.model, context=8), train=replace(run.train, batch_size=1))
     for stage in range(run.num_stages):

@@ -32,7 +32,7 @@ TOP_P = "keep the smallest set of components or tokens that holds this probabili
 
 @dataclass(frozen=True)
 class QuickstartArgs:
-    """Of `tarflowlm quickstart`."""
+    """Arguments of `tarflowlm quickstart`."""
 
     out: Path = Path("runs/quickstart")
     """Run directory to create."""
@@ -50,7 +50,7 @@ class QuickstartArgs:
 
 @dataclass(frozen=True)
 class SampleArgs:
-    """Of `tarflowlm sample`."""
+    """Arguments of `tarflowlm sample`."""
 
     directory: RunOrModel = None
     model: ReleasedModel = None
@@ -85,7 +85,7 @@ class SampleArgs:
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """Of `tarflowlm eval`."""
+    """Arguments of `tarflowlm eval`."""
 
     directory: RunOrModel = None
     model: ReleasedModel = None
@@ -136,7 +136,7 @@ SAMPLING = ("num", "length", "decoder", "temperature", "top_k", "top_p")
 
 @dataclass(frozen=True)
 class EditArgs:
-    """Of `tarflowlm edit`."""
+    """Arguments of `tarflowlm edit`."""
 
     text: str
     """The text to edit."""
@@ -173,7 +173,7 @@ class EditArgs:
 
 @dataclass(frozen=True)
 class ReportArgs:
-    """Of `tarflowlm report`."""
+    """Arguments of `tarflowlm report`."""
 
     directories: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories; several are drawn into the same figures."""
@@ -185,14 +185,14 @@ class ReportArgs:
 
 @dataclass(frozen=True)
 class SealArgs:
-    """Of `tarflowlm seal`."""
+    """Arguments of `tarflowlm seal`."""
 
     directory: RunDirectory
 
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """Of `tarflowlm export`."""
+    """Arguments of `tarflowlm export`."""
 
     directory: RunDirectory
     out: Path

@@ -22,7 +22,7 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class DataArgs:
-    """Of `tarflowlm data`."""
+    """Arguments of `tarflowlm data`."""
 
     source: tyro.conf.Positional[str]
     """english (built in), text8, openwebtext, or a .txt, .gz, .xz or .zst file."""

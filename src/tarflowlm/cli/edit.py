@@ -1,6 +1,5 @@
 """`tarflowlm edit`: a text changed in latent space."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -11,7 +10,8 @@ from tarflowlm.data import Tokenizer
 from tarflowlm.device import pick_device
 from tarflowlm.editing import Edit, Encoded, encode, interpolate, renoise, substitute
 from tarflowlm.errors import UserError
-from tarflowlm.model import TarFlowLM
+from tarflowlm.evaluation.likelihood import bits
+from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.released import chosen
@@ -23,14 +23,14 @@ from tarflowlm.terminal.texts import print_edits
 def run_edit(args: EditArgs) -> None:
     directory = chosen(args.directory, args.model)
     checkpoint = load_checkpoint(directory, pick_device(args.device))
-    if not isinstance(checkpoint.model, TarFlowLM):
-        raise UserError(f"{directory} is a discrete baseline, which has no latents to edit: give a flow")
+    refusal = f"{directory} is a discrete baseline, which has no latents to edit: give a flow"
+    model = as_flow(checkpoint.model, refusal)
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
     generator = torch.Generator().manual_seed(checked_seed(args.seed))
     tokens = _tokens(args, tokenizer, args.text, "text")
-    with sampling_bar(Console(stderr=True), checkpoint.model, len(tokens)) as tick:
-        text = encode(checkpoint.model, tokens.expand(args.num, -1), generator)
-        edit = _edited(args, checkpoint.model, tokenizer, text, tokens, generator, tick)
+    with sampling_bar(Console(stderr=True), model, len(tokens)) as tick:
+        text = encode(model, tokens.expand(args.num, -1), generator)
+        edit = _edited(args, model, tokenizer, text, tokens, generator, tick)
     _show(args, edit, tokenizer)
 
 
@@ -77,7 +77,7 @@ def _edited(
 def _show(args: EditArgs, edit: Edit, tokenizer: Tokenizer) -> None:
     def per_character(nats: torch.Tensor, tokens: torch.Tensor) -> list[float]:
         characters = torch.as_tensor(tokenizer.characters_per_token)[tokens.cpu()].sum(-1)
-        return (nats.cpu() / math.log(2) / characters).tolist()
+        return (bits(nats.cpu()) / characters).tolist()
 
     texts = [tokenizer.decode(row) for row in edit.tokens.tolist()]
     old, new = per_character(edit.bound_before, edit.before), per_character(edit.bound, edit.tokens)

@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from tarflowlm.baseline import TokenLM
 from tarflowlm.cli.arguments import SAMPLING, EvalArgs
 from tarflowlm.data import (
     SOURCE_NAMES,
@@ -26,7 +25,7 @@ from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report
 from tarflowlm.evaluation.judges import load_judge
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.evaluation.quality import Quality, SamplingConfig, TextStatistics, measure_quality
-from tarflowlm.model import TarFlowLM
+from tarflowlm.model import as_flow
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.released import chosen
@@ -43,7 +42,7 @@ def run_eval(args: EvalArgs) -> None:
     device = pick_device(args.device)
     directory = chosen(args.directory, args.model)
     checkpoint = load_checkpoint(directory, device)
-    if args.latents and isinstance(checkpoint.model, TokenLM):
+    if args.latents and checkpoint.model.is_exact:
         raise UserError(f"{directory} is the discrete baseline, which has no latents: leave --latents out")
     context = checkpoint.run.model.context
     length = context if args.length is None else args.length
@@ -57,11 +56,10 @@ def run_eval(args: EvalArgs) -> None:
     result, extra = _likelihood(args, checkpoint, tokenizer, tokens, source, console)
     states, quality = None, None
     if args.latents:
-        assert isinstance(checkpoint.model, TarFlowLM)
         windows = eval_windows(tokens, context, args.windows)
         with bar(console, "latents", len(windows)) as update:
             states = latent_report(
-                checkpoint.model, windows, seed=args.seed, progress=lambda done, _total: update(done)
+                as_flow(checkpoint.model), windows, seed=args.seed, progress=lambda done, _total: update(done)
             )
     if sampling is not None and judge is not None:
         text = eval_windows(tokens, length, sampling.num)
@@ -120,7 +118,7 @@ def _likelihood(
     windows, given = sliding_windows(tokens, context, stride, args.windows)
     if stride % model.config.patch:
         raise UserError(f"stride {stride}: must be a multiple of the patch of {model.config.patch} tokens")
-    if stride < context and not isinstance(model, TokenLM) and model.num_blocks > 1:
+    if stride < context and model.num_blocks > 1:
         raise UserError(
             f"stride {stride}: windows can slide for the baseline and for flows of one block; no bound is known for "
             f"the {model.num_blocks} blocks of this model: leave --stride out"

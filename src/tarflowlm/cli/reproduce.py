@@ -26,7 +26,7 @@ NAMES = ", ".join([*RECIPES, ALL])
 
 @dataclass(frozen=True)
 class ReproduceArgs:
-    """Of `tarflowlm reproduce`."""
+    """Arguments of `tarflowlm reproduce`."""
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"One of {NAMES}.")]
     scale: Scale = "mini"

@@ -5,7 +5,7 @@ h^(0) = z, h^(1), ..., h^(L) = u, each [B, T, d] in the order of the tokens. "Af
 normal on top of the first l blocks, so l = 0 is a prior without any block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tarflowlm.evaluation.likelihood import bits, windows_per_batch
+from tarflowlm.evaluation.likelihood import Progress, bits, windows_per_batch
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.model import TarFlowLM
-
-Progress = Callable[[int, int], None]
 
 
 def mean_norm(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
@@ -135,6 +133,7 @@ class StateReport:
     """Negative ELBO with a prior that ends after block l, nats per token: kl - E_q[ log p(x|z) ]."""
 
     def to_json(self) -> dict[str, Any]:
+        """All fields, for JSON."""
         return asdict(self)
 
 

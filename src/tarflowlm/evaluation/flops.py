@@ -91,7 +91,7 @@ def _counted_forward(config: Config) -> int:
 @cache
 def _counted_below(config: FlowConfig, frozen: int) -> int:
     """What progressive training does not train of the forward pass: the codebook and the first blocks."""
-    model = as_flow(_on_meta(config)[0], "a frozen block")
+    model = as_flow(_on_meta(config)[0])
     z = _latents(model, config.context)
 
     def forward() -> None:
@@ -108,7 +108,7 @@ def _counted_generation(config: Config) -> int:
     """The features of a position cost an amount affine in the number of keys, all else is the same for each."""
     model, tokens = _on_meta(config)
     num_positions, patch = config.context // config.patch, tokens[:, : config.patch]
-    parts = _FlowPosition(model, patch) if isinstance(model, TarFlowLM) else _BaselinePosition(model, patch)
+    parts = _BaselinePosition(model, patch) if isinstance(model, TokenLM) else _FlowPosition(as_flow(model), patch)
     choose = _count(parts.choose)
     first, second, last = (_count(partial(parts.features, n)) for n in (0, 1, num_positions - 1))
     return num_positions * choose + first + (num_positions - 1) * (second + last) // 2
@@ -143,8 +143,7 @@ class _FlowPosition:
 class _BaselinePosition:
     """The work of the baseline for one position of P tokens."""
 
-    def __init__(self, model: LanguageModel, patch: Tensor) -> None:
-        assert isinstance(model, TokenLM)
+    def __init__(self, model: TokenLM, patch: Tensor) -> None:
         self.model, self.patch = model, patch
 
     def features(self, num_cached: int) -> None:

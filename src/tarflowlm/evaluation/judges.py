@@ -3,7 +3,7 @@
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,13 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.data.download import check_hub_reachable
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import windows_per_batch
+from tarflowlm.evaluation.likelihood import Progress, windows_per_batch
 from tarflowlm.flow.precision import widen
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 
 LONGEST = 1024
 """Tokens that a judge of `transformers` reads at once: GPT-2's context, and where MAUVE cuts texts."""
 PAPER_JUDGES = ("gpt2-large", "openai-community/gpt2-large")
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from tarflowlm.language_model import LanguageModel
 from tarflowlm.objective import importance_weighted, log_importance_weights
 
 Nats = TypeVar("Nats", float, Tensor)
+Progress = Callable[[int, int], None]
+"""Called with the number of parts done and their total."""
 
 
 def bits(nats: Nats) -> Nats:
@@ -68,6 +70,7 @@ class Likelihood:
         return "=" if self.bound == "exact" else "<="
 
     def to_json(self) -> dict[str, Any]:
+        """All fields, for JSON."""
         return asdict(self)
 
 
@@ -83,7 +86,7 @@ def evaluate(
     seed: int = 0,
     batch: int | None = None,
     weigh: Callable[..., Tensor] = log_importance_weights,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Likelihood:
     """Likelihood of the windows of a text, in nats and bits; each window has a fresh context.
 

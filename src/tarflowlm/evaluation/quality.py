@@ -128,6 +128,7 @@ class Quality:
     seed: int
 
     def to_json(self) -> dict[str, Any]:
+        """All fields, for JSON."""
         return asdict(self)
 
 

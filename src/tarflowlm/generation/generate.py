@@ -15,7 +15,7 @@ from tarflowlm.generation.particles import LatentSource, UniformSource, Weights,
 from tarflowlm.generation.passage import LatentPassage, TokenPassage
 from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators, row_normal
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.model import TarFlowLM
+from tarflowlm.model import TarFlowLM, as_flow
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ def generate(
     rows = row_generators(num, generator or torch.Generator().manual_seed(torch.seed()))
     if isinstance(model, TokenLM):
         return _from_baseline(model, given, num_tokens, particles, rows, adjust, tick)
-    assert isinstance(model, TarFlowLM)
+    flow = as_flow(model)
     if (given == BLANK).all():
-        scale = temperature if model.config.is_affine else 1.0
-        noise = row_normal(rows, given.shape[1], model.config.latent_dim).to(model.codebook.mean) * scale
-        states, work = invert_stack(model, noise, decoder=decoder, adjust=adjust, tick=tick)
-        tokens = model.codebook.decode(states[-1])
-        return _generation(model, tokens[:, :num_tokens], states, work, return_passes)
-    return _completed(model, given, num_tokens, particles, rows, adjust, decoder, return_passes, tick)
+        scale = temperature if flow.config.is_affine else 1.0
+        noise = row_normal(rows, given.shape[1], flow.config.latent_dim).to(flow.codebook.mean) * scale
+        states, work = invert_stack(flow, noise, decoder=decoder, adjust=adjust, tick=tick)
+        tokens = flow.codebook.decode(states[-1])
+        return _generation(flow, tokens[:, :num_tokens], states, work, return_passes)
+    return _completed(flow, given, num_tokens, particles, rows, adjust, decoder, return_passes, tick)
 
 
 def _generation(

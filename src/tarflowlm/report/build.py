@@ -100,6 +100,7 @@ class _Writer:
         self.paths: list[Path] = []
 
     def draw(self, name: str, caption: str, draw: Callable[[Figure], None], width: float, height: float) -> Picture:
+        """Save a figure of `width` x `height` inches as NAME.png, and return it for the page."""
         path = self.out / f"{name}.png"
         svg = render(draw, path, width=width, height=height)
         self.paths.append(path)
@@ -125,7 +126,7 @@ def _inspect(record: RunRecord, device: torch.device, progress: Progress) -> Ins
     if corpus is not None and not checkpoint.model.is_exact:
         config = record.run
         insight.parts = bound_parts(
-            as_flow(checkpoint.model, "its parts"),
+            as_flow(checkpoint.model),
             eval_windows(corpus.split("valid"), config.model.context, config.train.evaluate_windows),
             torch.from_numpy(checkpoint.tokenizer.characters_per_token),
             progress=lambda done, total: progress(f"validation windows of {record.name}", done, total),
@@ -144,7 +145,7 @@ def _corpus(record: RunRecord, checkpoint: Checkpoint, insight: Insight) -> Corp
         if corpus.tokenizer.fingerprint == checkpoint.tokenizer.fingerprint:
             return corpus
         problem = f"{record.run.data.source} is not the text that the run's tokenizer was trained on"
-    insight.notes.append(f"What each block brings is not shown, for the run's corpus cannot be used: {problem}.")
+    insight.notes.append(f"The gain of each block is not shown, because the run's corpus cannot be used: {problem}.")
     return None
 
 

@@ -31,6 +31,7 @@ PROMPTS = 32
 
 
 def plan_fig2(settings: Settings) -> list[Training]:
+    """The five rungs of the ladder."""
     affine, progressive = settings.preset("affine", "text8"), settings.preset("mixd", "text8")
     model = as_flow_config(affine.model).each_block(coupling="token-affine")
     base = replace(affine, name=affine.name.replace("affine", "base"), model=model)
@@ -53,6 +54,7 @@ def joint(progressive: RunConfig) -> RunConfig:
 
 
 def plan_fig3(settings: Settings) -> list[Training]:
+    """Six affine blocks and six Mix-1 blocks."""
     return trainings(settings, {"affine": _six_blocks(settings, "affine"), "Mix-1": _six_blocks(settings, "mix1")})
 
 
@@ -67,6 +69,7 @@ def _six_blocks(settings: Settings, coupling: Literal["affine", "mix1"]) -> RunC
 
 
 def plan_fig4(settings: Settings) -> list[Training]:
+    """Mix-1 with each number of components."""
     return trainings(settings, {f"K = {k}": _components(settings, k) for k in COMPONENTS})
 
 
@@ -80,6 +83,7 @@ def _components(settings: Settings, components: int) -> RunConfig:
 
 
 def plan_fig5(settings: Settings) -> list[Training]:
+    """Flows and the baseline at patch size 2, and the judge."""
     foil = settings.preset("ar", "owt")
     foil = replace(foil, name=f"{foil.name}-p2", model=replace(foil.model, patch=2, in_patch="independent"))
     runs = {
@@ -125,6 +129,7 @@ def measure_fig5(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
 
 
 def draw_fig5(figure: Figure, rows: Sequence[Row]) -> None:
+    """Perplexity over the length of the prefix, one line per model."""
     axes = figure.subplots()
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == model]

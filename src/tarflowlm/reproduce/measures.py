@@ -8,7 +8,7 @@ import torch
 from tarflowlm.data import TokenArray, eval_windows
 from tarflowlm.evaluation.blocks import StateReport, latent_report
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
-from tarflowlm.evaluation.likelihood import Likelihood, evaluate
+from tarflowlm.evaluation.likelihood import Likelihood, Progress, evaluate
 from tarflowlm.evaluation.quality import Quality, SamplingConfig, measure_quality
 from tarflowlm.model import FlowConfig, as_flow, as_flow_config
 from tarflowlm.report.style import COLOURS, SMALL, Axes, Figure
@@ -66,7 +66,7 @@ def likelihood(
     *,
     windows: int,
     samples: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Likelihood:
     """The bound over some evenly spaced windows with fresh contexts."""
     tokenizer = checkpoint.tokenizer
@@ -82,7 +82,7 @@ def likelihood(
 def latents(done: Finished) -> list[StateReport]:
     """The states of a flow on `LATENT_WINDOWS` evenly spaced windows of its test split."""
     checkpoint = done.load()
-    model = as_flow(checkpoint.model, "a report of latents")
+    model = as_flow(checkpoint.model)
     windows = eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, LATENT_WINDOWS)
     return latent_report(model, windows, progress=done.progress_of("latents of windows"))
 

@@ -25,11 +25,13 @@ METRICS = ("norm", "cosine", "participation_ratio", "centroid_shift", "log_det",
 
 
 def plan_fig6(settings: Settings) -> list[Training]:
+    """Mix-d and Mix-1; at mini scale also flows with active upper blocks."""
     runs = {"Mix-d": settings.preset("mixd", "owt"), "Mix-1": settings.preset("mix1", "owt")}
     return trainings(settings, runs | _active_upper_blocks(settings))
 
 
 def plan_fig7(settings: Settings) -> list[Training]:
+    """Affine, Mix-1 and Mix-d; at mini scale also flows with active upper blocks."""
     kinds = {"affine": "affine", "Mix-1": "mix1", "Mix-d": "mixd"}
     runs = {label: settings.preset(kind, "owt") for label, kind in kinds.items()}
     return trainings(settings, runs | _active_upper_blocks(settings))
@@ -123,6 +125,7 @@ def _flops_row(label: str, run: RunConfig, vocab_size: int) -> Row:
 
 
 def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
+    """The four geometric metrics over the blocks, with standard deviations over windows; seed 0."""
     metrics = {"norm": "norm", "cosine": "cosine", "participation_ratio": "participation ratio",
                "centroid_shift": "movement of the centroid"}  # fmt: skip
     panels = figure.subplots(2, 2, sharex=True)

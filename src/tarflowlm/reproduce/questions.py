@@ -30,6 +30,7 @@ FEW_COMPONENTS = (2, 3, 4)
 
 
 def plan_progressive(settings: Settings) -> list[Training]:
+    """The same Mix-d model trained progressively and jointly."""
     progressive = settings.preset("mixd", "text8")
     return trainings(settings, {"progressive": progressive, "joint": joint(progressive)})
 
@@ -44,6 +45,7 @@ def training_curve(record: RunRecord) -> dict[int, float]:
 
 
 def measure_progressive(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """Final bound, steps to a given training bound, KL divergence after every block, and the training curve."""
     bound = MINI_BOUND if settings.scale == "mini" else PAPER_BOUND
     rows = []
     for done in finished:
@@ -63,6 +65,7 @@ def _nearest(curve: dict[int, float], place: float) -> int:
 
 
 def draw_progressive(figure: Figure, rows: Sequence[Row]) -> None:
+    """The training curves."""
     axes = figure.subplots()
     for row in rows:
         points = {int(name[7:].replace(",", "")): value for name, value in row.items() if name.startswith("bpc at ")}
@@ -73,6 +76,7 @@ def draw_progressive(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def plan_patches(settings: Settings) -> list[Training]:
+    """Mix-d with each patch size."""
     return trainings(settings, {f"P = {patch}": _patched(settings, patch) for patch in PATCHES})
 
 
@@ -84,6 +88,7 @@ def _patched(settings: Settings, patch: int) -> RunConfig:
 
 
 def plan_one_block(settings: Settings) -> list[Training]:
+    """One Mix-1 block with each number of components."""
     return trainings(settings, {f"K = {k}": _one_block(settings, k) for k in FEW_COMPONENTS})
 
 

@@ -31,6 +31,7 @@ PAPER_QUALITY: dict[str, dict[str, float]] = {
 
 
 def plan_table2(settings: Settings) -> list[Training]:
+    """Every family; at paper scale on both corpora."""
     if settings.scale == "mini":
         return trainings(settings, {label: preset(f"mini-{kind}") for label, kind in FAMILIES.items()})
     runs = {
@@ -42,6 +43,7 @@ def plan_table2(settings: Settings) -> list[Training]:
 
 
 def measure_table2(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """Test likelihood, importance-weighted bound, the likelihood of a second text, and the paper's numbers."""
     rows = []
     for done in finished:
         row = summary_row(done)
@@ -72,11 +74,13 @@ def _elbo_bpc(result: Likelihood) -> float:
 
 
 def plan_table6(settings: Settings) -> list[Training]:
+    """The three families that the paper judges, and the judge."""
     runs = {label: settings.preset(FAMILIES[label], "owt") for label in JUDGED_FAMILIES}
     return trainings(settings, runs) + judge_training(settings)
 
 
 def measure_table6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """Quality of samples of each model and of real text, and the paper's numbers."""
     judge, models = judge_of(settings, finished)
     num = MINI_SAMPLES if settings.scale == "mini" else PAPER_SAMPLES
     rows: list[Row] = []

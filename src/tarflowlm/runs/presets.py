@@ -161,5 +161,8 @@ def with_steps(run: RunConfig, num_steps: int) -> RunConfig:
     if num_steps < len(stages):
         raise UserError(f"steps {num_steps}: the run has {len(stages)} stages, each needs at least 1 step")
     scaled = [max(1, round(s * num_steps / sum(stages))) for s in stages]
-    scaled[scaled.index(max(scaled))] += num_steps - sum(scaled)
+    while sum(scaled) != num_steps:
+        # rounding is the longest stage's affair, down to one step
+        longest = scaled.index(max(scaled))
+        scaled[longest] = max(1, scaled[longest] + num_steps - sum(scaled))
     return replace(run, train=replace(run.train, stage_steps=tuple(scaled), minutes=0.0))

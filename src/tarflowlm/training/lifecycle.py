@@ -15,6 +15,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import LOCK, full_disk_as_user_error, remove_leftovers, write_json, writer_lock
 from tarflowlm.runs.checkpoint import BEST, CONFIG, STATE, SUMMARY, WEIGHTS, read_run, weights_problem, write_run
 from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.manifest import MANIFEST
 from tarflowlm.training.distributed import ALONE, Processes
 from tarflowlm.training.loop import train_stage
 from tarflowlm.training.metrics import Reporter
@@ -225,7 +226,7 @@ def _prepare_resume(out: Path, reporter: Reporter) -> tuple[Path | None, str | N
 
 def _remedy(out: Path) -> str:
     """What to do once a full disk has room again."""
-    return f"resume with `tarflowlm train --resume {out}`" if (out / CONFIG).exists() else "start it again"
+    return f"continue with `tarflowlm train --resume {out}`" if (out / CONFIG).exists() else "start it again"
 
 
 def _corpus(run: RunConfig, reporter: Reporter) -> Corpus:
@@ -234,7 +235,7 @@ def _corpus(run: RunConfig, reporter: Reporter) -> Corpus:
 
 def check_new(out: Path) -> None:
     """UserError if `out` exists and holds anything but leftovers of a run that was killed at its start."""
-    leftovers = (LOCK, f".{CONFIG}.")
+    leftovers = (LOCK, f".{CONFIG}.", f".{MANIFEST}.")
     if out.exists() and (not out.is_dir() or not all(path.name.startswith(leftovers) for path in out.iterdir())):
         raise UserError(f"{out} exists already: choose another --out, or resume it with `train --resume {out}`")
 

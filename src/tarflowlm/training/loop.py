@@ -1,13 +1,12 @@
 """The training loop of one stage: optimiser steps, logging, validation and checkpoints."""
 
-import math
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tarflowlm.evaluation.likelihood import Likelihood
+from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.training.guards import POLL, Guard, broken_gradients, in_words, skipped_record
 from tarflowlm.training.optim import schedule, set_learning_rate
 from tarflowlm.training.pace import Pace, StepPace, TimePace
@@ -190,7 +189,7 @@ class _StepLog:
                 "split": "train",
                 **_place(self.counters),
                 "nats_per_token": nats,
-                "bpc": nats / math.log(2) / self.run.characters_ratio,
+                "bpc": bits(nats) / self.run.characters_ratio,
                 "lr": lr,
                 "grad_norm": sum(window.norms) / len(window.norms),
                 "grad_norm_max": max(window.norms),

@@ -220,7 +220,7 @@ class Run:
         if asked is not None:
             self.save()
             raise Stopped(
-                f"stopped by {asked} and saved at step {self.counters.step}; resume with "
+                f"stopped by {asked} and saved at step {self.counters.step}; continue with "
                 f"`tarflowlm train --resume {self.out}`"
             )
 

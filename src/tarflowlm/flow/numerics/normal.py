@@ -79,7 +79,7 @@ def upper_quantile_of_log(log_q: Tensor) -> Tensor:
     """
     x = _rational_start(torch.sqrt(-2.0 * log_q))
     square = (-2.0 * log_q).clamp(min=1.0)
-    series = torch.sqrt((square - torch.log(square) - 2 * HALF_LOG_2PI).clamp(min=0.0))
+    series = torch.sqrt((square - torch.log(square) - LOG_2PI).clamp(min=0.0))
     x = torch.where(log_q < _SERIES_BELOW, series, x)
     for _ in range(3):
         log_tail = torch.special.log_ndtr(-x)

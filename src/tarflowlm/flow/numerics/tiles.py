@@ -104,10 +104,10 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-def row_slices(num_rows: int, num_components: int, device: torch.device, chunk: int | None) -> Iterator[slice]:
-    """Row ranges of the tiles; `chunk` overrides their length. Few components leave room for more rows."""
+def row_slices(num_rows: int, num_components: int, device: torch.device) -> Iterator[slice]:
+    """Row ranges of the tiles. Few components leave room for more rows."""
     rows, columns = _TILE.get(device.type, _TILE_ACCELERATOR)
-    step = chunk or max(rows, rows * columns // max(1, num_components))
+    step = max(rows, rows * columns // max(1, num_components))
     for i in range(0, num_rows, step):
         yield slice(i, min(i + step, num_rows))
 
@@ -153,20 +153,19 @@ def log_sums(
     logits: Logits,
     factors: Factors,
     dtype: torch.dtype,
-    chunk: int | None,
     relative: bool,
     gradients: Gradients | None = None,
 ) -> Tensor:
     """logsumexp over K of x + log N, of x, and of log N: [3, N], in `dtype`.
 
     The second is zero without logits, the third unless `relative`: log p is the first less the other two.
-    The gradients of sum_n log p_n are added to `gradients` in the same sweep, where these are given. That takes one
-    product with the head's weight less than `accumulate_gradients` afterwards, and holds two [chunk, K] tensors.
+    Where `gradients` are given, those of sum_n log p_n are added to them in the same sweep. That takes one product
+    with the head's weight less than `accumulate_gradients` afterwards, and holds two [n, K] tensors.
     """
     points, num_components = factors.points, factors.components.shape[0]
     sums = torch.zeros(3, points.shape[0], dtype=dtype, device=points.device)
     buffers = Buffers(points.device)
-    for rows in row_slices(points.shape[0], num_components, points.device, chunk):
+    for rows in row_slices(points.shape[0], num_components, points.device):
         joint, prior, decoder = (_RunningLogSumExp(rows.stop - rows.start, points, dtype) for _ in range(3))
         kept = []
         for j, columns in enumerate(column_slices(num_components, points.device)):
@@ -199,13 +198,12 @@ def accumulate_gradients(
     sums: Tensor,
     grad: Tensor,
     gradients: Gradients,
-    chunk: int | None,
     relative: bool,
 ) -> None:
     """Adds the gradients of sum_n grad_n log p_n to `gradients`; `sums` [3, N] are those of `log_sums`."""
     points, num_components = factors.points, factors.components.shape[0]
     buffers = Buffers(points.device)
-    for rows in row_slices(points.shape[0], num_components, points.device, chunk):
+    for rows in row_slices(points.shape[0], num_components, points.device):
         for columns in column_slices(num_components, points.device):
             tile = _load(logits, factors, rows, columns, grad.dtype, buffers, 0)
             _tile_backward(tile, sums[:, rows], grad[rows], logits, factors, relative, gradients, buffers)

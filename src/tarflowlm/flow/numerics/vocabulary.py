@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tarflowlm.flow.numerics import layout
-from tarflowlm.flow.numerics.autograd import first_derivatives
+from tarflowlm.flow.numerics.autograd import first_derivatives, scale_gradients
 from tarflowlm.flow.numerics.normal import (
     check_codebook,
     component_factors,
@@ -37,17 +37,14 @@ from tarflowlm.flow.numerics.tiles import (
 from tarflowlm.flow.precision import autocast_device, full_precision
 
 
-def mixture_log_prob(
-    z: Tensor, log_w: Tensor | None, mean: Tensor, log_std: Tensor, *, chunk: int | None = None
-) -> Tensor:
+def mixture_log_prob(z: Tensor, log_w: Tensor | None, mean: Tensor, log_std: Tensor) -> Tensor:
     r"""log p_mix(z) = log sum_k w_k N(z; mu_k, s_k^2 I), w = softmax(log_w) (docs/math.md, eq. 9).
 
     Without log_w all w_k are 1: the normaliser of the decoder (eq. 2).
 
     Shapes: z [..., d]; log_w [..., K]; mean [K, d]; log_std [K]; returns [...], nats. Float32 or float64; distances
-    do not lose precision for small s. Memory: a tile of about 256 x 1024 elements on a CPU, however large K is;
-    `chunk` overrides its rows. First derivatives only: a second backward raises RuntimeError.
-    Errors: ValueError for shapes that do not fit.
+    do not lose precision for small s. Memory: a tile of about 256 x 1024 elements on a CPU, however large K is.
+    First derivatives only: a second backward raises RuntimeError. Errors: ValueError for shapes that do not fit.
     """
     check_codebook(z, mean, log_std)
     shape, flat = z.shape[:-1], z
@@ -56,7 +53,7 @@ def mixture_log_prob(
     else:
         shape, flat, log_w = layout.flatten_vectors(z, log_w, mean, log_std)
     tensors = (flat, mean, log_std, log_w, None, None, None)
-    return _apply(_Problem(None, chunk, False, _needs(*tensors)), tensors, equal=False).view(shape)
+    return _apply(_Problem(None, False, _needs(*tensors)), tensors, equal=False).view(shape)
 
 
 def mixture_log_prob_from_features(
@@ -67,7 +64,6 @@ def mixture_log_prob_from_features(
     mean: Tensor,
     log_std: Tensor,
     *,
-    chunk: int | None = None,
     equal_cotangents: bool = False,
     relative: bool = False,
 ) -> Tensor:
@@ -94,7 +90,7 @@ def mixture_log_prob_from_features(
     shape = z.shape[:-1]
     flat_z, flat_features = z.reshape(-1, z.shape[-1]), features.reshape(-1, features.shape[-1])
     tensors = (flat_z, mean, log_std, None, flat_features, weight, bias)
-    return _apply(_Problem(matmul, chunk, relative, _needs(*tensors)), tensors, equal_cotangents).view(shape)
+    return _apply(_Problem(matmul, relative, _needs(*tensors)), tensors, equal_cotangents).view(shape)
 
 
 @torch.no_grad()
@@ -108,7 +104,7 @@ def most_probable_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     flat = z.reshape(-1, z.shape[-1])
     best = torch.full((len(flat),), -torch.inf, dtype=z.dtype, device=z.device)
     index = torch.zeros(len(flat), dtype=torch.int64, device=z.device)
-    for rows in row_slices(len(flat), len(mean), z.device, None):
+    for rows in row_slices(len(flat), len(mean), z.device):
         for columns in column_slices(len(mean), z.device):
             log_density = log_component_densities(flat[rows], mean[columns], log_std[columns])
             place = log_density.argmax(1)
@@ -130,7 +126,6 @@ class _Problem(NamedTuple):
     """What is not a tensor."""
 
     matmul: torch.dtype | None
-    chunk: int | None
     relative: bool
     needs: tuple[bool, ...]
     """Which of z, mean, log_std, log_w, features, weight, bias want a gradient."""
@@ -164,7 +159,7 @@ class _MixtureLogProb(Function):
         codebook, head = _split(tensors)
         z = codebook[0]
         with full_precision(z):
-            sums = log_sums(problem.logits(*head), _factors(*codebook), z.dtype, problem.chunk, problem.relative)
+            sums = log_sums(problem.logits(*head), _factors(*codebook), z.dtype, problem.relative)
         ctx.problem = problem
         ctx.save_for_backward(*tensors, sums)
         return problem.value(sums)
@@ -181,7 +176,7 @@ def _gradients(problem: _Problem, grad: Tensor, *saved: Tensor | None) -> tuple[
     with full_precision(grad):
         factors = _factors(*codebook)
         out = problem.zeros(factors, head, grad.dtype)
-        accumulate_gradients(problem.logits(*head), factors, sums, grad, out, problem.chunk, problem.relative)
+        accumulate_gradients(problem.logits(*head), factors, sums, grad, out, problem.relative)
         return _to_inputs(out, codebook, head)
 
 
@@ -195,25 +190,14 @@ class _EqualMixtureLogProb(Function):
         with full_precision(z):
             factors = _factors(*codebook)
             out = problem.zeros(factors, head, z.dtype)
-            sums = log_sums(problem.logits(*head), factors, z.dtype, problem.chunk, problem.relative, out)
+            sums = log_sums(problem.logits(*head), factors, z.dtype, problem.relative, out)
             grads = _to_inputs(out, codebook, head)
         ctx.save_for_backward(*grads)
         return problem.value(sums)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *first_derivatives(_scale, grad, *ctx.saved_tensors)
-
-
-def _scale(grad: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    factor = grad.view(-1)[0] if grad.numel() else grad.new_zeros(())
-    equal = (grad == factor).all()
-    if not layout.use_eager_cpu(grad):
-        # Reading the answer would break the graph, and make a device wait at every step.
-        factor = torch.where(equal, factor, torch.nan)
-    elif not bool(equal):
-        raise RuntimeError("equal_cotangents was promised, but the loss weights the elements of log p differently")
-    return tuple(None if g is None else g * factor for g in grads)
+        return None, *first_derivatives(scale_gradients, grad, *ctx.saved_tensors)
 
 
 def _factors(z: Tensor, mean: Tensor, log_std: Tensor) -> Factors:

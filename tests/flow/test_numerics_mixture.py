@@ -9,11 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics_cases import nasty_mixtures, wide_noise
-from tarflowlm.flow.numerics.families import LOGISTIC, NORMAL, family
 
-from tarflowlm.flow.numerics import inverse, linear, logspace, mixture_cdf, mixture_cdf_inverse, mixture_log_density
+from tarflowlm.flow.numerics import layout, log_standard_normal, mixture_cdf, mixture_cdf_inverse, mixture_log_density
+from tarflowlm.flow.numerics.normal import log_upper_tail
 
-KINDS = ["normal", "logistic"]
+
+@pytest.fixture(params=["cpu", "reference"])
+def path(request, monkeypatch):
+    """The fast path, and the one of accelerators."""
+    if request.param == "reference":
+        monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
+    return request.param
+
 
 # z, [(log_w, mean, log_std), ...]: bulk, gap between narrow modes, far tails, tiny weights, a broad rare component.
 HARD_CASES = [
@@ -30,7 +37,7 @@ HARD_CASES = [
 ]
 
 
-def exact(z, components, kind):
+def exact(z, components):
     """(u, log_det, log p) at 50 digits; z and parameters are what the float type made of them."""
     with mpmath.workdps(50):
         weights = [mpmath.exp(mpmath.mpf(w)) for w, _, _ in components]
@@ -39,37 +46,27 @@ def exact(z, components, kind):
             s = mpmath.exp(mpmath.mpf(ls))
             a = (mpmath.mpf(z) - mpmath.mpf(m)) / s
             w = w / sum(weights)
-            if kind == "normal":
-                below, above = mpmath.erfc(-a / mpmath.sqrt(2)) / 2, mpmath.erfc(a / mpmath.sqrt(2)) / 2
-                pdf = mpmath.npdf(a)
-            else:
-                below, above = 1 / (1 + mpmath.exp(-a)), 1 / (1 + mpmath.exp(a))
-                pdf = below * above
-            lower, upper, density = lower + w * below, upper + w * above, density + w * pdf / s
+            lower += w * mpmath.erfc(-a / mpmath.sqrt(2)) / 2
+            upper += w * mpmath.erfc(a / mpmath.sqrt(2)) / 2
+            density += w * mpmath.npdf(a) / s
         tail, sign = (upper, 1) if upper < lower else (lower, -1)
-        if kind == "normal":
-            log_tail = mpmath.log(tail)
-            guess = mpmath.sqrt(max(0, -2 * log_tail - mpmath.log(max(1, -4 * mpmath.pi * log_tail))))
-            u = mpmath.findroot(lambda x: mpmath.log(mpmath.erfc(x / mpmath.sqrt(2)) / 2) - log_tail, guess)
-            log_base = -u * u / 2 - mpmath.log(2 * mpmath.pi) / 2
-        else:
-            u = mpmath.log((1 - tail) / tail)
-            log_base = -u - 2 * mpmath.log(1 + mpmath.exp(-u))
-        log_p = mpmath.log(density)
+        log_tail, log_p = mpmath.log(tail), mpmath.log(density)
+        guess = mpmath.sqrt(max(0, -2 * log_tail - mpmath.log(max(1, -4 * mpmath.pi * log_tail))))
+        u = mpmath.findroot(lambda x: mpmath.log(mpmath.erfc(x / mpmath.sqrt(2)) / 2) - log_tail, guess)
+        log_base = -u * u / 2 - mpmath.log(2 * mpmath.pi) / 2
         return float(sign * u), float(log_p - log_base), float(log_p)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", range(len(HARD_CASES)))
-def test_against_fifty_digits(case, dtype, kind):
+def test_against_fifty_digits(case, dtype, path):
     z, components = HARD_CASES[case]
     z_t = torch.tensor(z, dtype=dtype)
     log_w, mean, log_std = torch.tensor(components, dtype=dtype).T
-    u, log_det = mixture_cdf(z_t, log_w, mean, log_std, kind=kind)
-    log_p = mixture_log_density(z_t, log_w, mean, log_std, kind=kind)
+    u, log_det = mixture_cdf(z_t, log_w, mean, log_std)
+    log_p = mixture_log_density(z_t, log_w, mean, log_std)
     stored = list(zip(log_w.tolist(), mean.tolist(), log_std.tolist(), strict=True))
-    exact_u, exact_log_det, exact_log_p = exact(z_t.item(), stored, kind)
+    exact_u, exact_log_det, exact_log_p = exact(z_t.item(), stored)
     eps = torch.finfo(dtype).eps
     assert abs(u.item() - exact_u) <= 8 * eps * (1 + abs(exact_u))
     # log_det and log p are differences of terms of this size, and exp(-log_std) is itself rounded.
@@ -78,17 +75,16 @@ def test_against_fifty_digits(case, dtype, kind):
     assert abs(log_det.item() - exact_log_det) <= 8 * eps * size
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("components", [1, 2, 8, 27])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_round_trip_of_nasty_mixtures(dtype, components, kind):
+def test_round_trip_of_nasty_mixtures(dtype, components):
     rows = 3000
     params = nasty_mixtures(rows, components, components, dtype)
     u = wide_noise(rows, components, dtype)
-    z = mixture_cdf_inverse(u, *params, kind=kind)
+    z = mixture_cdf_inverse(u, *params)
     wide = [p.double() for p in params]
-    back = mixture_cdf(z.double(), *wide, kind=kind)[0]
-    neighbours = [mixture_cdf(torch.nextafter(z, z + s).double(), *wide, kind=kind)[0] for s in (-1, 1)]
+    back = mixture_cdf(z.double(), *wide)[0]
+    neighbours = [mixture_cdf(torch.nextafter(z, z + s).double(), *wide)[0] for s in (-1, 1)]
     ulp = torch.stack([(n - back).abs() for n in neighbours]).amax(0)
     error = ((back - u).abs() - ulp).clamp(min=0)
     bounds = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-14, 1e-11)}[dtype]
@@ -96,68 +92,38 @@ def test_round_trip_of_nasty_mixtures(dtype, components, kind):
     assert error.max() <= bounds[1]
 
 
-def test_grid_and_bisection_solvers_agree(monkeypatch):
-    params = nasty_mixtures(200, 5, 3, torch.float64)
-    u = wide_noise(200, 3, torch.float64)
-    results = []
-    for answer in (False, True):
-        monkeypatch.setattr(inverse, "are_few", lambda rows, num_components, answer=answer: answer)
-        results.append(mixture_cdf_inverse(u, *params))
-    slope = mixture_cdf(results[0], *params)[1].exp()
-    assert not torch.equal(*results)
-    assert ((results[0] - results[1]).abs() * slope).max() < 1e-10
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_linear_and_log_space_paths_agree(kind):
-    params, member = nasty_mixtures(2000, 6, 5, torch.float64), family(kind)
-    z = mixture_cdf_inverse(wide_noise(2000, 5, torch.float64), *params, kind=kind)
-    u, log_det = mixture_cdf(z, *params, kind=kind)
-    u_log, log_det_log = logspace.noise(z, *params, member, member)
-    torch.testing.assert_close(u, u_log, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(log_det, log_det_log, rtol=1e-11, atol=1e-11)
-    solved = inverse._solve_log_space(u, params, member, member)
-    assert ((solved - z).abs() * log_det.exp() / (1 + z.abs() * log_det.exp())).max() < 1e-10
-
-
-@pytest.mark.parametrize("path", ["linear", "log"])
-@pytest.mark.parametrize("base", KINDS)
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [1.0, 25.0])
-def test_gradients(scale, kind, base, path, monkeypatch):
-    if path == "log":
-        for module in (inverse, inverse.forward, inverse.gradients):
-            monkeypatch.setattr(module, "use_eager_cpu", lambda t: False)
+def test_gradients(scale, path):
     g = torch.Generator().manual_seed(0)
     x = (scale * torch.randn(4, generator=g, dtype=torch.float64)).requires_grad_()
     params = [torch.randn(4, 3, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2)]
     log_std = (0.3 * torch.randn(3, generator=g, dtype=torch.float64)).requires_grad_()
     inputs = (x, *params, log_std)
-    assert torch.autograd.gradcheck(lambda *a: mixture_cdf(*a, kind=kind, base=base), inputs)
-    assert torch.autograd.gradcheck(lambda *a: mixture_log_density(*a, kind=kind), inputs)
+    assert torch.autograd.gradcheck(mixture_cdf, inputs)
+    assert torch.autograd.gradcheck(mixture_log_density, inputs)
     u = torch.linspace(-4, 4, 4, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *a: mixture_cdf_inverse(*a, kind=kind, base=base), (u, *inputs[1:]))
+    assert torch.autograd.gradcheck(mixture_cdf_inverse, (u, *inputs[1:]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradients_in_the_far_tail_match_log_space(dtype):
+def test_gradients_in_the_far_tail_are_those_of_the_logarithms(dtype):
+    """From autograd: log p itself, and u by way of its log tail, du = -+ d log Q / hazard."""
     params = [p.requires_grad_() for p in nasty_mixtures(300, 5, 9, dtype)]
     z = mixture_cdf_inverse(wide_noise(300, 9, dtype), *(p.detach() for p in params)).requires_grad_()
     g = torch.Generator().manual_seed(1)
     weights = torch.randn(2, 300, generator=g).to(dtype)
-    u, log_det = mixture_cdf(z, *params)
-    ours = torch.autograd.grad((u, log_det), (z, *params), tuple(weights))
+    ours = torch.autograd.grad(mixture_cdf(z, *params), (z, *params), tuple(weights))
     wide = [t.detach().double().requires_grad_() for t in (z, *params)]
-    u64, _ = inverse.forward.logspace.noise(*wide, NORMAL, NORMAL)
-    joint = (weights[0] + weights[1] * u64.detach(), weights[1])
+    u = mixture_cdf(*wide)[0].detach()
     log_w, mean, log_std = wide[1:]
     a = (wide[0][:, None] - mean) * torch.exp(-log_std)
-    log_p = torch.logsumexp(torch.log_softmax(log_w, -1) + NORMAL.log_pdf(a) - log_std, -1)
-    log_tail = torch.logsumexp(torch.log_softmax(log_w, -1) + torch.special.log_ndtr(-a * u64.sign()[:, None]), -1)
-    hazard = torch.exp(NORMAL.log_pdf(u64) - torch.special.log_ndtr(-u64.abs())).detach()
-    noise = -u64.detach().sign() * log_tail / hazard
-    reference = torch.autograd.grad((noise, log_p), wide, joint)
-    for one, other in zip(ours, reference, strict=True):
+    log_w = torch.log_softmax(log_w, -1)
+    log_p = torch.logsumexp(log_w + log_standard_normal(a) - log_std, -1)
+    log_tail = torch.logsumexp(log_w + log_upper_tail(a * u.sign()[:, None]), -1)
+    hazard = torch.exp(log_standard_normal(u) - log_upper_tail(u.abs()))
+    noise = -u.sign() * log_tail / hazard
+    expected = torch.autograd.grad((noise, log_p), wide, (weights[0] + weights[1] * u, weights[1]))
+    for one, other in zip(ours, expected, strict=True):
         scale = other.abs().amax(-1, keepdim=True) if other.ndim == 2 else other.abs()
         assert ((one - other).abs() / (scale + 1)).max() < (2e-4 if dtype == torch.float32 else 1e-9)
 
@@ -182,42 +148,32 @@ def test_monotone_and_symmetric(data, points):
     data=st.lists(st.tuples(st.floats(-12, 0), st.floats(-50, 50), st.floats(-6, 2)), min_size=1, max_size=5),
     noise=st.lists(st.floats(-37, 37), min_size=1, max_size=6),
 )
-def test_inverse_passes_its_own_check(data, noise):
+def test_the_inverse_has_no_residual(data, noise):
+    """Beyond what one ulp of z is worth."""
     log_w, mean, log_std = torch.tensor(data, dtype=torch.float64).T
-    z = mixture_cdf_inverse(torch.tensor(noise, dtype=torch.float64), log_w, mean, log_std, check=1e-9)
+    u = torch.tensor(noise, dtype=torch.float64)
+    z = mixture_cdf_inverse(u, log_w, mean, log_std)
     assert torch.isfinite(z).all()
+    back, log_det = mixture_cdf(z, log_w, mean, log_std)
+    ulp = torch.finfo(z.dtype).eps * (z.abs() * torch.exp(log_det) + u.abs())
+    assert ((back - u).abs() - ulp).max() <= 1e-9
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_log_det_is_the_autograd_one(kind):
+def test_log_det_is_the_autograd_one():
     params = nasty_mixtures(50, 4, 2, torch.float64)
-    z = mixture_cdf_inverse(wide_noise(50, 2, torch.float64, 12.0), *params, kind=kind).requires_grad_()
-    u, log_det = mixture_cdf(z, *params, kind=kind)
+    z = mixture_cdf_inverse(wide_noise(50, 2, torch.float64, 12.0), *params).requires_grad_()
+    u, log_det = mixture_cdf(z, *params)
     (slope,) = torch.autograd.grad(u.sum(), z)
     torch.testing.assert_close(log_det, slope.log())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_density_integrates_to_one_and_is_that_of_the_map(kind):
+def test_density_integrates_to_one_and_is_that_of_the_map():
     log_w, mean, log_std = torch.tensor([[0.0, -2.0, -1.0], [-1.0, 1.5, 0.0]], dtype=torch.float64).T
     z = torch.linspace(-60, 60, 240_001, dtype=torch.float64)
-    log_p = mixture_log_density(z, log_w, mean, log_std, kind=kind)
+    log_p = mixture_log_density(z, log_w, mean, log_std)
     assert abs(torch.trapezoid(log_p.exp(), z).item() - 1) < 1e-9
-    u, log_det = mixture_cdf(z, log_w, mean, log_std, kind=kind)
-    torch.testing.assert_close(log_det + family(kind).log_pdf(u), log_p, rtol=1e-10, atol=1e-9)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_swapping_the_base_keeps_the_density(kind):
-    """Paper app. D: one mixture, two bases; the noises are related by Phi^-1(sigmoid(.))."""
-    params = nasty_mixtures(400, 4, 8, torch.float64)
-    z = mixture_cdf_inverse(wide_noise(400, 8, torch.float64, 7.0), *params, kind=kind, base="normal")
-    u_normal, det_normal = mixture_cdf(z, *params, kind=kind, base="normal")
-    u_logistic, det_logistic = mixture_cdf(z, *params, kind=kind, base="logistic")
-    tail = torch.sigmoid(-u_logistic.abs())
-    torch.testing.assert_close(u_normal, -u_logistic.sign() * torch.special.ndtri(tail), rtol=1e-10, atol=1e-10)
-    densities = det_normal + NORMAL.log_pdf(u_normal), det_logistic + LOGISTIC.log_pdf(u_logistic)
-    torch.testing.assert_close(*densities, rtol=1e-10, atol=1e-9)
+    u, log_det = mixture_cdf(z, log_w, mean, log_std)
+    torch.testing.assert_close(log_det + log_standard_normal(u), log_p, rtol=1e-10, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -254,36 +210,19 @@ def test_rows_do_not_depend_on_the_chunk_they_are_in(monkeypatch):
     u = wide_noise(5000, 6, torch.float32)
     outputs = []
     for elements in (512, 65_536):
-        monkeypatch.setattr(inverse.forward.linear, "_WIDE", 20)
-        monkeypatch.setattr("tarflowlm.flow.numerics.layout.CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(layout, "CHUNK_ELEMENTS", elements)
         z = mixture_cdf_inverse(u, *params)
         outputs.append((z, *mixture_cdf(z, *params)))
     for one, other in zip(*outputs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-def test_both_layouts_agree(monkeypatch):
-    params = nasty_mixtures(500, 6, 6, torch.float64)
-    z = torch.linspace(-9, 9, 500, dtype=torch.float64)
-    narrow = mixture_cdf(z, *params)
-    monkeypatch.setattr(linear, "_WIDE", 0)
-    for one, other in zip(narrow, mixture_cdf(z, *params), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-
-
-def test_broadcasting_and_vmap():
+def test_broadcasting():
     log_w, mean, log_std = nasty_mixtures(6, 4, 1, torch.float64)
     z = torch.linspace(-3, 3, 30, dtype=torch.float64).view(5, 6)
     whole = mixture_cdf(z, log_w, mean, log_std[0])
     rows = [mixture_cdf(z[i], log_w, mean, log_std[0].expand(6, 4)) for i in range(5)]
     torch.testing.assert_close(whole, tuple(torch.stack(t) for t in zip(*rows, strict=True)))
-    for f in (mixture_cdf, mixture_log_density, mixture_cdf_inverse):
-        batched = torch.func.vmap(f, in_dims=(0, None, None, None))(z, log_w, mean, log_std[0])
-        torch.testing.assert_close(batched, f(z, log_w, mean, log_std[0]))
-        inner = torch.func.vmap(f, in_dims=(1, 0, 0, None), out_dims=1)(z, log_w, mean, log_std[0])
-        torch.testing.assert_close(inner, f(z, log_w, mean, log_std[0]))
-    slopes = torch.func.vmap(torch.func.grad(lambda x, *p: mixture_cdf(x, *p)[0]))(z[0], log_w, mean, log_std)
-    torch.testing.assert_close(slopes, mixture_cdf(z[0], log_w, mean, log_std)[1].exp())
 
 
 def test_second_derivatives_are_refused_and_errors_name_the_value():
@@ -292,18 +231,10 @@ def test_second_derivatives_are_refused_and_errors_name_the_value():
     (slope,) = torch.autograd.grad(mixture_cdf(z, *params)[0].sum(), z, create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         slope.sum().backward()
-    with pytest.raises(ValueError, match="cauchy"):
-        family("cauchy")
     with pytest.raises(ValueError, match="float64"):
         mixture_cdf(z.double(), *params)
     with pytest.raises(ValueError, match=r"\[3, 4\]"):
         mixture_cdf(z, params[0], params[1], torch.zeros(2, 4))
-
-
-def test_the_residual_check_can_fire(monkeypatch):
-    monkeypatch.setattr(inverse, "solve", lambda u, *rest: torch.zeros_like(u))
-    with pytest.raises(FloatingPointError, match="element 1"):
-        mixture_cdf_inverse(torch.tensor([0.0, 2.0]), torch.zeros(1), torch.zeros(1), torch.zeros(1), check=1e-4)
 
 
 def test_inputs_are_left_alone_and_empty_ones_are_fine():

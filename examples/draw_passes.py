@@ -1,0 +1,45 @@
+"""The picture of the README: the latents of a sample, before and after the flow, in the plane of the codebook.
+
+    python examples/draw_passes.py [MODEL] [OUT.png]      # english-mini, docs/passes.png; needs the extra `plots`
+"""
+
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+import tarflowlm
+
+LENGTH, SEED = 96, 3
+INK, ACCENT, PALE = "#1d2a3a", "#e07a5f", "#dbe2ea"
+
+
+def main(name: str = "english-mini", out: str = "docs/passes.png") -> None:
+    model, tokenizer = tarflowlm.load(name)
+    generator = torch.Generator().manual_seed(SEED)
+    result = tarflowlm.generate(model, num_tokens=LENGTH, generator=generator, return_passes=True)
+    mean, std = model.codebook.mean.detach(), model.codebook.log_std.detach().exp()
+    # the two principal components of the codebook
+    plane = torch.linalg.svd(mean - mean.mean(0)).Vh[:2].T
+    codes = (mean - mean.mean(0)) @ plane
+    figure, panels = plt.subplots(1, 2, figsize=(10.5, 5.6), sharex=True, sharey=True)
+    for axes, title, index in zip(panels, ("noise u", "latents z, decoded to text"), (0, -1), strict=True):
+        for (x, y), radius, symbol in zip(codes.tolist(), std.tolist(), tokenizer.symbols, strict=True):
+            axes.add_patch(plt.Circle((x, y), 2 * radius, color=PALE, lw=0))
+            axes.text(x, y, symbol.replace(" ", "␣"), color=INK, ha="center", va="center", fontsize=11, zorder=4)
+        points = (result.states[index][0] - mean.mean(0)) @ plane
+        axes.scatter(*points.T, s=42, color=ACCENT, alpha=0.55, lw=0, zorder=3)
+        axes.set_title(title, color=INK, fontsize=13)
+        line = tokenizer.decode(result.passes[index][0].tolist())
+        axes.set_xlabel(f"{line[:48]}\n{line[48:]}", family="monospace", fontsize=9.5, color=INK)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color(PALE)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
