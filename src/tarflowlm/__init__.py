@@ -29,7 +29,7 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {
+_MODULES = {
     "BaselineConfig": "baseline",
     "FlowConfig": "model",
     "TarFlowLM": "model",
@@ -48,12 +48,12 @@ command line has to set them first."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
             return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value  # later uses do not come here
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value  # so that later uses skip this function
     return value
 
 

@@ -36,6 +36,7 @@ class BaselineConfig(LanguageModelConfig):
         self.check_at_least("layers", self.layers, 1)
 
     def deepened(self, factor: int) -> "BaselineConfig":
+        """The same configuration with `factor` times the Transformer layers."""
         return replace(self, layers=factor * self.layers)
 
     def build(self) -> "TokenLM":

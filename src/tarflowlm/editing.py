@@ -157,7 +157,7 @@ def substitute(
     if replacements.shape != (text.length,):
         raise UserError(f"replacements for {len(replacements)} tokens: the text has {text.length}")
     if not (replacements >= 0).any():
-        raise UserError("nothing is replaced: name at least one token to change")
+        raise UserError("nothing is replaced: give at least one token to change")
     if (replacements >= model.config.vocab_size).any():
         raise UserError(f"replacements {replacements.tolist()}: tokens go from 0 to {model.config.vocab_size - 1}")
     B, T = text.tokens.shape

@@ -59,7 +59,7 @@ class LanguageModelConfig:
 
     @abstractmethod
     def deepened(self: C, factor: int) -> C:
-        """The same model with `factor` times the Transformer layers."""
+        """The same configuration with `factor` times the Transformer layers."""
 
     def describe(self, block: int) -> str:
         """A short description of block `block` (0-based)."""

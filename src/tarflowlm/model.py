@@ -119,6 +119,7 @@ class FlowConfig(LanguageModelConfig):
         return replace(self, blocks=tuple(replace(block, **fields) for block in self.blocks))
 
     def deepened(self, factor: int) -> "FlowConfig":
+        """The same configuration with `factor` times the Transformer layers in every block."""
         return replace(self, blocks=tuple(replace(block, layers=factor * block.layers) for block in self.blocks))
 
     def describe(self, block: int) -> str:

@@ -153,7 +153,7 @@ def test_importing_the_package_does_not_import_torch(start):
 def test_every_public_name_is_there_and_has_a_home():
     for name in tarflowlm.__all__:
         assert getattr(tarflowlm, name).__name__ == name
-    assert set(tarflowlm._HOMES) == set(tarflowlm.__all__)
+    assert set(tarflowlm._MODULES) == set(tarflowlm.__all__)
     assert tarflowlm.cli.threads is threads
     with pytest.raises(AttributeError, match="no_such_name"):
         tarflowlm.no_such_name  # noqa: B018

@@ -157,8 +157,8 @@ def test_texts_of_a_new_model_are_no_error():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num": 0}, "num 0: ask for at least 1 sample"),
-        ({"num_tokens": 0}, "length 0: ask for at least 1 token"),
+        ({"num": 0}, "num 0: must be at least 1"),
+        ({"num_tokens": 0}, "length 0: must be at least 1"),
         ({"num_tokens": 9}, "length 9: the model was trained on 8 tokens"),
         ({"prompt": torch.arange(5).repeat(2)[:8]}, "the prompt has 8 tokens, which leaves no room in 8"),
         ({"prompt": torch.zeros(3, dtype=torch.long), "num_tokens": 2}, "3 tokens, which leaves no room in 2"),

@@ -118,11 +118,11 @@ def test_damaged_weights_are_named_and_written_again_from_the_state(finished, re
     damage(finished / "model.safetensors")
     line = refused("eval", finished)
     assert f"{finished / 'model.safetensors'} is damaged ({'truncated' if damage is truncate else 'altered'}" in line
-    assert f"`tarflowlm train --resume {finished}` writes it again from state/step-00000008" in line
-    assert f"{finished / 'best'} is whole" in line
+    assert f"`tarflowlm train --resume {finished}` restores it from state/step-00000008" in line
+    assert f"{finished / 'best'} is undamaged" in line
     load_checkpoint(finished / "best")
     notices = assert_goes_on(finished)
-    assert any("written again from step-00000008" in text for text in notices)
+    assert any("restored from step-00000008" in text for text in notices)
     # and now it is a finished run as before
     with pytest.raises(UserError, match="is finished"):
         resume(finished, device=CPU)
@@ -130,7 +130,7 @@ def test_damaged_weights_are_named_and_written_again_from_the_state(finished, re
 
 def test_damaged_weights_of_a_stopped_run_too(stopped, refused, assert_goes_on):
     flip(stopped / "model.safetensors")
-    assert "writes it again from state/step-00000006" in refused("sample", stopped)
+    assert "restores it from state/step-00000006" in refused("sample", stopped)
     assert_goes_on(stopped)
 
 
@@ -149,7 +149,7 @@ def test_damaged_best_weights_are_named_and_the_newest_offered(finished, refused
     flip(finished / "best" / "model.safetensors")
     line = refused("eval", finished / "best")
     assert f"{finished / 'best' / 'model.safetensors'} is damaged" in line
-    assert f"{finished} is whole" in line
+    assert f"{finished} is undamaged" in line
     # with nothing whole around, nothing is offered
     shutil.rmtree(finished / "state")
     flip(finished / "model.safetensors")
@@ -162,8 +162,8 @@ def test_an_altered_config_or_tokenizer_is_named_and_can_be_accepted(finished, r
     path.write_text(path.read_text(encoding="utf-8") + " \n", encoding="utf-8")
     line = refused("eval", finished)
     assert f"{path} is damaged (altered" in line
-    assert f"{finished / 'best'} is whole" in line
-    assert f"`tarflowlm seal {finished}` accepts a change of your own" in line
+    assert f"{finished / 'best'} is undamaged" in line
+    assert f"`tarflowlm seal {finished}` accepts it if you changed it yourself" in line
     cli.main(["seal", str(finished)])
     torch.set_flush_denormal(False)
     load_checkpoint(finished)
@@ -202,7 +202,7 @@ def test_a_damaged_state_is_set_aside_for_the_one_before(stopped, assert_goes_on
     actions = {"truncated": lambda: truncate(tensors), "flipped": lambda: flip(tensors), "missing": tensors.unlink}
     actions.get(damage, (state / "manifest.json").unlink)()
     notices = assert_goes_on(stopped)
-    message = f"{state} is damaged, set aside as damaged-step-00000006: going on from step-00000005"
+    message = f"{state} is damaged, set aside as damaged-step-00000006: resuming from step-00000005"
     assert message in notices
     names = sorted(path.name for path in (stopped / "state").iterdir())
     assert names == ["damaged-step-00000006", "step-00000006", "step-00000008"]
@@ -212,7 +212,7 @@ def test_without_a_whole_state_nothing_is_touched(stopped, refused):
     for state in (stopped / "state").iterdir():
         flip(state / "counters.json")
     before = sorted((stopped / "state").rglob("*"))
-    assert "none of step-00000005, step-00000006 is whole" in refused("train", "--resume", stopped)
+    assert "all of step-00000005, step-00000006 are damaged" in refused("train", "--resume", stopped)
     assert sorted((stopped / "state").rglob("*")) == before
     load_checkpoint(stopped)
 

@@ -179,7 +179,7 @@ def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch, missing):
     monkeypatch.setattr(parallel.importlib.util, "find_spec", lambda _: None if missing == "triton" else "there")
     monkeypatch.setattr(parallel.shutil, "which", lambda _: None)
     train, gpu = TrainConfig(precision="bfloat16"), torch.device("cuda")
-    with pytest.warns(UserWarning, match=f"torch.compile needs {missing}, which is not here"):
+    with pytest.warns(UserWarning, match=f"torch.compile needs {missing}, which is not installed"):
         assert not parallel.compiles(train, ALONE, gpu)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -198,7 +198,7 @@ def test_a_sink_that_fails_is_told_of_once_and_dropped(tmp_path, tiny_run, go, m
     watcher = Watcher()
     go(tiny_run(track=("tensorboard",)), tmp_path / "tracked", watcher)
     told = [text for text in watcher.notices if "tensorboard" in text]
-    assert told == ["tensorboard is dropped (no space left on the tracker); metrics.jsonl goes on"]
+    assert told == ["tensorboard is dropped (no space left on the tracker); metrics.jsonl continues"]
     go(tiny_run(), tmp_path / "plain")
     assert same_weights(tmp_path / "tracked", tmp_path / "plain")
 

@@ -117,7 +117,7 @@ class Coupling(nn.Module):
 
 
 class ChannelCoupling(Coupling):
-    """A coupling over groups of C/G channels whose parameters come from one autoregressive head (eq. 10)."""
+    """A coupling over groups of C/G channels, with parameters from an autoregressive head (docs/math.md, eq. 10)."""
 
     group = 1
     head: AutoregressiveHead

@@ -46,10 +46,10 @@ class AutoregressiveHead(nn.Module):
     groups runs through `cross`.
 
     `outputs` lists the width O of each output tensor; each is returned as a contiguous tensor of its own.
-    `skip` adds the linear paths `shared` and `evidence` to the first output, the log-weights of a mixture. Evidence
-    for a component is additive in log-weights (with equal scales the Bayes update of eq. 9 is linear in z_j), which
-    a small MLP learns slowly. `shared` is the same for all groups, like the head of a language model. Both start at
-    zero. The buffer `scale` holds one fixed factor per output.
+    `skip` adds the linear paths `shared` and `evidence` to the first output: log-weights, or means in Affine.
+    Evidence for a component is additive in log-weights (with equal scales the Bayes update of eq. 9 is linear in
+    z_j), which a small MLP learns slowly. `shared` is the same for all groups, like the head of a language model.
+    Both start at zero. The buffer `scale` holds one fixed factor per output.
     """
 
     mask: Tensor

@@ -183,11 +183,11 @@ def _given(
 ) -> Tensor:
     """The given tokens of every sample, BLANK elsewhere: [num, T] on the CPU, padded to whole patches."""
     context, vocab_size, patch = model.config.context, model.config.vocab_size, model.config.patch
-    for name, value, what in (("num", num, "sample"), ("length", num_tokens, "token"), ("particles", particles, "")):
+    for name, value in (("num", num), ("length", num_tokens), ("particles", particles)):
         if value < 1:
-            raise UserError(f"{name} {value}: " + (f"ask for at least 1 {what}" if what else "must be at least 1"))
+            raise UserError(f"{name} {value}: must be at least 1")
     if num_tokens > context:
-        raise UserError(f"length {num_tokens}: the model was trained on {context} tokens; ask for no more")
+        raise UserError(f"length {num_tokens}: the model was trained on {context} tokens; choose at most that")
     given = torch.full((num, -(-num_tokens // patch) * patch), BLANK)
     if prompt is not None and template is not None:
         raise UserError("both a prompt and a template: put the prompt at the start of the template")

@@ -130,7 +130,7 @@ class _Inversion:
             self.passes += 1
             self._advance(1)
 
-    def _guess(self, end: int) -> tuple[int, float]:
+    def _sweep_once(self, end: int) -> tuple[int, float]:
         """One sweep over positions `at` to `end` - 1: how many of them are final now, and the largest change."""
         at, (B, _, C) = self.at, self.h.shape
         self.cache.rewind(at)
@@ -166,7 +166,7 @@ class _Inversion:
             while self.at < stop:
                 if left == 0:
                     return
-                final, largest = self._guess(stop)
+                final, largest = self._sweep_once(stop)
                 self._advance(final)
                 left -= 1
                 poor = 0 if largest < 0.5 * last else poor + 1

@@ -75,7 +75,7 @@ def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 @runtime_checkable
 class Source(Protocol):
-    """Where a passage takes its noise from. It is told of every resampling."""
+    """The source of a passage's noise, which is notified of every resampling."""
 
     def follow(self, own: Tensor, parents: Tensor, at: int) -> None:
         """Before position `at`, the rows `own` were replaced by copies of the rows `parents`."""
@@ -156,7 +156,9 @@ class LatentSource:
         self.shape = (particles, is_known.shape[1], model.config.latent_dim)
         self.draw, self.work = self._draw(generators, tick)
         self.log_p = self._log_p(self.draw)
+        # sum over finished draws of log rho(h'_unused | h'_used) - log p_{>1}(h'), per row
         self.correction = torch.zeros_like(self.log_p)
+        # first token that the present draw of a row serves
         self.since = torch.zeros(len(is_known), dtype=torch.long, device=self.is_known.device)
 
     def _draw(self, generators: list[torch.Generator], tick: Tick | None) -> tuple[Tensor, list[Inverted]]:

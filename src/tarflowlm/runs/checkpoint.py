@@ -184,12 +184,12 @@ def _remedies(directory: Path, name: str) -> str:
     """What a user can do about a damaged file: use an undamaged checkpoint beside it, or accept the file."""
     found = []
     if name == WEIGHTS and (states := whole_states(directory)):
-        found.append(f"`tarflowlm train --resume {directory}` writes it again from {STATE}/{states[-1].name}")
+        found.append(f"`tarflowlm train --resume {directory}` restores it from {STATE}/{states[-1].name}")
     other = directory.parent if directory.name == BEST else directory / BEST
     if is_whole(other, WEIGHTS):
-        found.append(f"{other} is whole")
+        found.append(f"{other} is undamaged")
     if name != WEIGHTS:
-        found.append(f"`tarflowlm seal {directory}` accepts a change of your own")
+        found.append(f"`tarflowlm seal {directory}` accepts it if you changed it yourself")
     return "; ".join(found or ["restore it or train again"])
 
 

@@ -1,6 +1,6 @@
-"""Several processes that train one model: who takes part, and what they tell each other.
+"""The processes that train one model, and the communication between them.
 
-torchrun starts them and says in the environment which is which; gloo on CPUs, nccl on GPUs.
+torchrun starts them and sets their ranks in the environment. Backends: gloo on CPUs, nccl on GPUs.
 """
 
 import gc
@@ -22,21 +22,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together. Alone, it answers for all of them."""
+    """This process in its process group. In a group of one, all methods are local.
+
+    Methods that communicate are collective: all processes must call them.
+    """
 
     rank: int = 0
+    """Index of this process, from 0."""
     world: int = 1
-    """How many there are."""
+    """Number of processes."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where this one computes."""
+    """The device of this process."""
 
     @property
     def first(self) -> bool:
-        """The one that writes files and talks to the user."""
+        """Whether this is the process that writes files and reports to the user."""
         return self.rank == 0
 
     def rows_each(self, batch_size: int, accumulate: int) -> int:
-        """Sequences of a global batch that fall to each process; UserError where they cannot be shared evenly."""
+        """Sequences per process of a global batch. UserError if they do not divide evenly."""
         parts = self.world * accumulate
         if batch_size % parts:
             raise UserError(
@@ -46,7 +50,7 @@ class Processes:
         return batch_size // self.world
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over processes of a tensor that each of them has."""
+        """The mean of `value` over the processes."""
         if self.world == 1:
             return value
         total = value.detach().clone()
@@ -54,16 +58,16 @@ class Processes:
         return total / self.world
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any of them."""
+        """Whether `flag` is set in any process."""
         if self.world == 1:
             return flag
-        # on the CPU, by gloo: no device has to wait
+        # on the CPU, by gloo, so that no device has to wait
         raised = torch.tensor([int(flag)])
         dist.all_reduce(raised, dist.ReduceOp.MAX)
         return bool(raised)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, one after the other; each brings the same number."""
+        """The `rows` of all processes, concatenated in order of rank; every process passes the same number."""
         if self.world == 1:
             return rows
         parts = [torch.empty_like(rows) for _ in range(self.world)]
@@ -71,7 +75,7 @@ class Processes:
         return torch.cat(parts)
 
     def from_first(self, value: T) -> T:
-        """The first process's value, in all of them."""
+        """The value of the first process (any object that can be pickled)."""
         if self.world == 1:
             return value
         box = [value]
@@ -79,7 +83,7 @@ class Processes:
         return box[0]
 
     def first_number(self, value: float) -> float:
-        """The first process's number, in all of them."""
+        """The number of the first process."""
         if self.world == 1:
             return value
         number = torch.tensor(value, dtype=torch.float64)
@@ -87,13 +91,13 @@ class Processes:
         return number.item()
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have called it."""
         if self.world > 1:
             dist.barrier()
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """The first process goes through the body before the others, who then find its files."""
+        """A context whose body the first process runs before the others, so that they find the files it wrote."""
         if not self.first:
             self.wait()
         try:
@@ -104,13 +108,14 @@ class Processes:
 
 
 ALONE = Processes()
+"""A single process on the CPU."""
 
 
 @contextmanager
 def launched(device: torch.device) -> Iterator[Processes]:
-    """The processes that torchrun started with this one, each with its device; without torchrun, this one alone.
+    """Joins the process group that torchrun started, with one GPU per process; without torchrun, a group of one.
 
-    UserError for more processes on a machine than it has GPUs.
+    UserError for more processes on a machine than it has GPUs, and for devices that serve only one process.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or "RANK" not in os.environ:
@@ -121,19 +126,19 @@ def launched(device: torch.device) -> Iterator[Processes]:
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise UserError(
-                f"process {local + 1} of this machine finds {torch.cuda.device_count()} GPUs: "
+                f"process {local + 1} of this machine sees {torch.cuda.device_count()} GPUs: "
                 f"start torchrun with --nproc-per-node {torch.cuda.device_count()}"
             )
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     elif device.type != "cpu":
-        raise UserError(f"device {device.type}: serves one process; use --device cpu, or train without torchrun")
+        raise UserError(f"device {device.type}: serves only one process; use --device cpu, or train without torchrun")
     dist.init_process_group(backend)
     with warnings.catch_warnings():
-        # true of heads under FSDP2, and harmless: nothing here is changed in place
+        # happens for heads under FSDP2; harmless, since nothing here is changed in place
         warnings.filterwarnings("ignore", message=".*returned a view tensor")
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
-    # sharded modules refer to the group in cycles; one that outlives it here can abort the process at its end
+    # sharded modules hold the group in reference cycles; one that outlives the group can abort the process on exit
     gc.collect()
-    # not after an error: the others may be waiting for this process, and torchrun ends them
+    # not reached after an error: the others may be waiting for this process, and torchrun ends them
     dist.destroy_process_group()

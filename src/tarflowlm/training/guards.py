@@ -1,4 +1,4 @@
-"""What watches over the optimiser steps: steps that must not be taken, and losses that jump."""
+"""Guards of the optimiser steps: skipping non-finite steps, and detecting spikes of the loss."""
 
 import math
 from dataclasses import dataclass
@@ -11,37 +11,37 @@ from torch.distributed.tensor import DTensor
 from tarflowlm.language_model import LanguageModel
 
 NAMED = 8
-"""Parameters listed in a record; the rest are counted."""
+"""Parameters listed by name in a record or message."""
 MEMORY = 100
-"""Steps that weigh in the running loss; a jump is judged once half as many are in."""
+"""Steps that the running loss averages over; spikes are detected once it has seen half as many."""
 
 
 def all_finite(loss: Tensor, norm: Tensor) -> Tensor:
-    """Whether loss and gradient norm are finite, as a bool on the device."""
+    """Whether loss and gradient norm are finite: a bool scalar on the device."""
     return torch.isfinite(loss).all() & torch.isfinite(norm)
 
 
 POLL = 16
-"""Steps between two looks at an accelerator: it would wait for the host, and the host for it, at every look."""
+"""Steps between reads of an accelerator's results; every read synchronises host and device."""
 
 
 class Guard:
-    """Says before every optimiser step whether it may be taken, and keeps what was wrong with one that may not.
+    """Decides before every optimiser step whether it is taken, and keeps a record of a step that is not.
 
-    A `deferred` guard never waits for the device. It allows every step and leaves a number in `found_inf`, by which
-    the optimisers take the step or leave everything as it was; the number is read when the host next looks.
+    A `deferred` guard never waits for the device. It allows every step and sets `found_inf`, by which the optimisers
+    take the step or change nothing. The host reads it later.
     """
 
     def __init__(self, *, deferred: bool = False) -> None:
         self.deferred = deferred
         self.found_inf: Tensor | None = None
-        """On the device: 1 where the step must not be taken, otherwise 0. None where the host has decided."""
+        """Scalar on the device: 1 if the step must be skipped, else 0. None if the guard is not deferred."""
         self.broken: dict[str, dict[str, Any]] | None = None
-        """Of the last step: for every parameter whose gradient is not finite, its `gradient_range`; None if it
-        could be taken."""
+        """Of the last step: the `gradient_range` of every parameter with a non-finite gradient; None if the step was
+        allowed."""
 
     def allows(self, model: nn.Module, loss: Tensor, norm: Tensor) -> bool:
-        """Call it between the backward pass and everything that changes gradients, parameters or optimisers."""
+        """Whether the step may be taken. Call it after the backward pass, before gradients are clipped or used."""
         if self.deferred:
             self.found_inf = (~all_finite(loss, norm)).float()
             return True
@@ -50,7 +50,7 @@ class Guard:
 
 
 def broken_gradients(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """`gradient_range` of every parameter whose gradient is not finite, by name; all processes take part."""
+    """The `gradient_range` of every parameter with a non-finite gradient, by name. Collective under FSDP2."""
     found = {}
     for name, p in model.named_parameters():
         if p.grad is not None:
@@ -61,7 +61,7 @@ def broken_gradients(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def gradient_range(gradient: Tensor) -> dict[str, Any]:
-    """How many elements are not finite, of how many, and the range [min, max] of the others (None without any)."""
+    """The numbers of non-finite elements and of all, and the range [min, max] of the finite ones (None if none)."""
     finite = gradient[torch.isfinite(gradient)]
     return {
         "not_finite": gradient.numel() - finite.numel(),
@@ -72,14 +72,18 @@ def gradient_range(gradient: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def broken_terms(model: LanguageModel, tokens: Tensor, generator: torch.Generator) -> list[str]:
-    """The terms of the loss that are not finite on a batch; `generator` as it was before the step."""
-    # a sharded model was put together on the CPU for this
+    """Names of the terms of the loss that are not finite on `tokens` [B, T].
+
+    `generator` must be in its state before the step, to draw the same noise.
+    """
+    # `Engine.whole` puts the copy of a sharded model on the CPU
     tokens = tokens.to(model.device)
     terms = model.terms(tokens, model.draw_noise(tokens, generator))
     return [name for name, value in terms.items() if not torch.isfinite(value).all()]
 
 
 def broken_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that are not finite."""
     return [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
 
 
@@ -90,7 +94,10 @@ def skipped_record(
     gradients: dict[str, dict[str, Any]],
     loss: Tensor,
 ) -> dict[str, Any]:
-    """What metrics.jsonl holds about a step that was not taken, besides its place."""
+    """The record of a skipped step in metrics.jsonl, without its place (step, tokens, block).
+
+    `tokens`, `generator`: see `broken_terms`; `gradients`: see `broken_gradients`; `loss` in nats per token.
+    """
     value = loss.item()
     return {
         "nats_per_token": value if math.isfinite(value) else None,
@@ -102,7 +109,7 @@ def skipped_record(
 
 
 def in_words(record: dict[str, Any]) -> str:
-    """The record of a skipped step in one line: terms, parameters, gradients with their ranges."""
+    """The record of a skipped step as one line: terms, parameters, and gradients with their ranges."""
     gradients = []
     for name, g in list(record["gradients"].items())[:2]:
         rest = "" if g["range"] is None else ", the others in [{:.3g}, {:.3g}]".format(*g["range"])
@@ -119,19 +126,19 @@ def in_words(record: dict[str, Any]) -> str:
 
 @dataclass
 class RunningLoss:
-    """Mean and variance of the loss, exponentially weighted; it is saved with a run."""
+    """Exponentially weighted mean and variance of the loss, in nats per token; saved with the run."""
 
     mean: float = 0.0
     variance: float = 0.0
     count: int = 0
 
     def take_in(self, loss: float) -> float:
-        """By how many standard deviations `loss` lies above the mean of those before it; 0 while they are few."""
+        """Add `loss`; returns how many standard deviations it lies above the earlier mean, or 0 for the first 50."""
         deviation = loss - self.mean
         sigmas = 0.0
         if self.count >= MEMORY // 2 and self.variance > 0:
             sigmas = deviation / math.sqrt(self.variance)
-        # a plain average until there is enough for a weighted one
+        # a plain average for the first MEMORY losses
         weight = max(1 / (self.count + 1), 1 / MEMORY)
         self.mean += weight * deviation
         self.variance = (1 - weight) * (self.variance + weight * deviation**2)

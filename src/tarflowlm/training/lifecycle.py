@@ -1,4 +1,4 @@
-"""A run from start to end: begin or resume it, train its stages, evaluate the test split, and write the summary."""
+"""`train` and `resume`: a run from start to end, with its stages, the final evaluation and the summary."""
 
 import itertools
 import platform
@@ -25,7 +25,7 @@ from tarflowlm.training.state import newest_state, read_counters, remove_partial
 from tarflowlm.training.tracking import check_installed
 
 LEAST_TEST_WINDOWS = 32
-"""Test windows of a run by minutes, however little of its time is left."""
+"""Test windows that a run with a time limit evaluates at least, even if its time is over."""
 
 
 def train(
@@ -37,13 +37,13 @@ def train(
     processes: Processes = ALONE,
     stop_requests: StopRequests = no_stop_requests,
 ) -> dict[str, Any]:
-    """Train `run` into the new directory `out` and return its summary (also written to summary.json).
+    """Train `run` into the new directory `out`; returns the summary, which is also written to summary.json.
 
-    With several `processes` all of them call this, and the first one writes.
+    With several `processes` all of them call this function, and the first one writes.
 
-    Raises UserError, before anything is written, when `out` exists and is not empty, and later when the disk is full;
-    Stopped, with everything saved, when `stop_requests` asks for it (`signals.stop_on_signals` for a command line);
-    FloatingPointError when the loss stays non-finite.
+    Raises UserError if `out` exists and is not empty, before anything is written; UserError if the disk is full;
+    Stopped, with everything saved, if `stop_requests` says so (the command line passes `signals.stop_on_signals`);
+    FloatingPointError if the loss stays non-finite.
     """
     reporter = reporter or Reporter()
     if processes.first:
@@ -53,7 +53,7 @@ def train(
         corpus = _corpus(run, reporter)
     begun = time.monotonic()
     if run.data.source not in SOURCE_NAMES:
-        # the run directory is used from other folders too
+        # absolute, since the run directory may be used from other folders
         run = replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
     run = replace(run, model=replace(run.model, vocab_size=_checked_vocab_size(run, corpus)))
     _check_lengths(run, corpus)
@@ -66,7 +66,7 @@ def train(
             remove_leftovers(out)
             _begin(out, new.config, corpus)
         with stop_requests() as new.stop_signal:
-            return _through(new)
+            return _run_stages(new)
 
 
 def resume(
@@ -77,19 +77,20 @@ def resume(
     processes: Processes = ALONE,
     stop_requests: StopRequests = no_stop_requests,
 ) -> dict[str, Any]:
-    """Continue a stopped run from its newest whole state, to the same weights as if it had never stopped.
+    """Resume a stopped run from its newest undamaged state; the weights come out as if it had never stopped.
 
-    One that was stopped before its first checkpoint begins again from its configuration. A run by `minutes` goes on
-    with the time that its newest state had left. The number of processes may be another than before. Weights that are
-    damaged are written again from the state, those of a finished run as well. Raises as `train`.
+    A run that was stopped before its first checkpoint restarts from its configuration. A run with a time limit
+    continues with the time that its state had left. The number of processes may differ from before. Damaged weights
+    are restored from the state, also those of a finished run. Raises as `train`, and UserError if there is nothing to
+    resume or the text has changed.
     """
     reporter = reporter or Reporter()
     run = read_run(out)
     if run.optim.muon_precision == "auto":
-        # written before there was a choice
+        # configurations of earlier versions: this was the only choice then
         run = replace(run, optim=replace(run.optim, muon_precision="bfloat16", muon_qkv="together"))
     with full_disk_as_user_error(out, lambda: _remedy(out)), writer_lock(out) if processes.first else nullcontext():
-        state, damaged = processes.from_first(_prepared(out, reporter) if processes.first else (out, None))
+        state, damaged = processes.from_first(_prepare_resume(out, reporter) if processes.first else (out, None))
         with processes.first_alone():
             corpus = _corpus(run, reporter)
         begun = time.monotonic()
@@ -97,25 +98,25 @@ def resume(
             if processes.first:
                 _set_aside(out, reporter)
                 _begin(out, run, corpus)
-            reporter.notice(f"{out} has no checkpoint yet: beginning again at step 0")
+            reporter.notice(f"{out} has no checkpoint yet: restarting at step 0")
         else:
             saved = read_counters(state)
             if corpus.fingerprint != saved["corpus"]:
                 raise UserError(
-                    f"{run.data.source} is not the text that {out} was trained on: bring that back to resume"
+                    f"{run.data.source} is not the text that {out} was trained on: restore that text to resume"
                 )
             if damaged is not None:
-                reporter.notice(f"{damaged}: written again from {state.name}")
+                reporter.notice(f"{damaged}: restored from {state.name}")
             reporter.notice(f"resuming {out} at step {saved['step']}")
         resumed = Run(run, out, corpus, device, reporter, processes, begun)
         with stop_requests() as resumed.stop_signal:
-            return _through(resumed, state, repair=damaged is not None, afresh=state is None)
+            return _run_stages(resumed, state, repair=damaged is not None, afresh=state is None)
 
 
-def _through(run: Run, state: Path | None = None, *, repair: bool = False, afresh: bool = False) -> dict[str, Any]:
-    """All stages of a run, from its first step or a state, and its end; returns the summary.
+def _run_stages(run: Run, state: Path | None = None, *, repair: bool = False, afresh: bool = False) -> dict[str, Any]:
+    """Train all stages of a run, from its first step or from `state`, and finish it; returns the summary.
 
-    `repair` writes the weights from the state at once. `afresh`: see `Run.begin`.
+    `repair` first restores the weights from the state. `afresh`: see `Run.begin`.
     """
     run.begin(state, None if state is None else read_counters(state), afresh=afresh)
     try:
@@ -134,7 +135,7 @@ def _finish(run: Run) -> dict[str, Any]:
     run.model.eval()
     minutes = run.config.train.minutes
     if minutes:
-        _settle(run)
+        _fix_lengths(run)
     windows = eval_windows(run.corpus.split("test"), run.config.model.context, run.config.train.test_windows or None)
     run.reporter.notice(f"evaluating {len(windows):,} windows of the test split")
 
@@ -171,8 +172,8 @@ def _finish(run: Run) -> dict[str, Any]:
     return summary
 
 
-def _settle(run: Run) -> None:
-    """A run by minutes has ended: its configuration becomes that of the same run by steps."""
+def _fix_lengths(run: Run) -> None:
+    """At the end of a run with a time limit: replace the limit in its configuration by the steps it has taken."""
     train, spent = run.config.train, run.counters.spent
     total = 60 * train.minutes
     seconds = max(total - run.clock.seconds(), 0.0)
@@ -186,13 +187,16 @@ def _settle(run: Run) -> None:
 
 
 def _begin(out: Path, run: RunConfig, corpus: Corpus) -> None:
-    """What a run directory holds before the first step. An empty folder of states tells it from an exported model."""
+    """Write what a run directory holds before the first step.
+
+    The empty folder of states distinguishes it from an exported model.
+    """
     write_run(out, run, corpus.tokenizer)
     (out / STATE).mkdir(exist_ok=True)
 
 
 def _set_aside(out: Path, reporter: Reporter) -> None:
-    """Keep weights that were written before the first state, or whose states somebody deleted."""
+    """Move existing weights out of the way of a restart: they have no state, for whatever reason."""
     found = [out / name for name in (WEIGHTS, BEST) if (out / name).exists()]
     if found:
         aside = next(path for n in itertools.count(1) if not (path := out / f"before-restart-{n}").exists())
@@ -202,12 +206,14 @@ def _set_aside(out: Path, reporter: Reporter) -> None:
         reporter.notice(f"{' and '.join(path.name for path in found)} are kept in {aside}")
 
 
-def _prepared(out: Path, reporter: Reporter) -> tuple[Path | None, str | None]:
-    """The state to resume (None: there never was one), and what is wrong with the weights; what a kill left in part
-    is removed."""
+def _prepare_resume(out: Path, reporter: Reporter) -> tuple[Path | None, str | None]:
+    """The state to resume, or None if there never was one, and what is wrong with the weights, if anything.
+
+    Removes files that a kill left incomplete. UserError for a finished run, or if no state is undamaged.
+    """
     damaged = weights_problem(out)
     if (out / SUMMARY).exists() and damaged is None:
-        raise UserError(f"{out} is finished: there is nothing to resume; train anew with another --out")
+        raise UserError(f"{out} is finished: there is nothing to resume; start a new run with another --out")
     remove_partial(out)
     states = [path for kind in ("step-*", "damaged-step-*") for path in (out / STATE).glob(kind)]
     begun = (out / STATE).exists() or not (out / WEIGHTS).exists()
@@ -219,7 +225,7 @@ def _prepared(out: Path, reporter: Reporter) -> tuple[Path | None, str | None]:
 
 
 def _remedy(out: Path) -> str:
-    """How to go on after a full disk."""
+    """What to do once a full disk has room again."""
     return f"continue with `tarflowlm train --resume {out}`" if (out / CONFIG).exists() else "start it again"
 
 
@@ -228,10 +234,10 @@ def _corpus(run: RunConfig, reporter: Reporter) -> Corpus:
 
 
 def check_new(out: Path) -> None:
-    """UserError unless `out` is free to be written."""
-    leftovers = (LOCK, f".{CONFIG}.", f".{MANIFEST}.")  # of a run that was killed before it had written anything
+    """UserError if `out` exists and holds anything but leftovers of a run that was killed at its start."""
+    leftovers = (LOCK, f".{CONFIG}.", f".{MANIFEST}.")
     if out.exists() and (not out.is_dir() or not all(path.name.startswith(leftovers) for path in out.iterdir())):
-        raise UserError(f"{out} exists already: choose another --out, or continue it with `train --resume {out}`")
+        raise UserError(f"{out} exists already: choose another --out, or resume it with `train --resume {out}`")
 
 
 def _checked_vocab_size(run: RunConfig, corpus: Corpus) -> int:

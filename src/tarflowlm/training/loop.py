@@ -1,4 +1,4 @@
-"""One stage of training: the optimiser steps, and what is logged about them."""
+"""The training loop of one stage: optimiser steps, logging, validation and checkpoints."""
 
 import time
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ from tarflowlm.training.step import optimizer_step
 
 
 def train_stage(run: Run) -> Likelihood:
-    """Optimiser steps until the stage's budget is used up, or its validation bound stalls; returns that bound.
+    """Train until the stage's budget is used up or its validation bound stalls; returns the last validation.
 
-    Raises FloatingPointError, naming terms and parameters, when the loss or gradient of too many steps in a row is
-    not finite, and Stopped when asked to stop.
+    Raises FloatingPointError, naming terms and parameters, if too many steps in a row have a non-finite loss or
+    gradient; Stopped if the run was asked to stop.
     """
     config, counters = run.config.train, run.counters
     every = steps_between_looks(run.device)
     pace = stage_pace(run, every)
     steps = _StepLog(run)
     while True:
-        # checkpoints are made before this: a kill in a long evaluation loses nothing, a resumed run begins with it
+        # after the checkpoint: a kill during a long evaluation loses nothing, and a resumed run starts with it
         if counters.due:
             result = validate(run)
             pace.look(0)
@@ -58,12 +58,15 @@ def train_stage(run: Run) -> Likelihood:
 
 
 def steps_between_looks(device: torch.device) -> int:
-    """A CPU can be read at any time; a GPU would have to wait. (On mps fused AdamW cannot leave a step out.)"""
+    """Steps between reads of results from `device`: `POLL` on CUDA, where a read synchronises, otherwise 1.
+
+    (1 on mps too: fused AdamW cannot skip a step there.)
+    """
     return POLL if device.type == "cuda" else 1
 
 
 def stage_pace(run: Run, every: int) -> Pace:
-    """Steps or time, as the run has it."""
+    """The pace of the current stage, by steps or by time; the clock is read every `every` steps."""
     train, counters = run.config.train, run.counters
     if not train.minutes:
         return StepPace(train.stage_steps[counters.stage])
@@ -71,10 +74,10 @@ def stage_pace(run: Run, every: int) -> Pace:
 
 
 def _step(run: Run, steps: "_StepLog", *, deferred: bool) -> int:
-    """One step on the next batch, counted; its loss goes to `steps`, which may read it later. Returns its tokens."""
+    """Take one step on the next batch and count it; `steps` reads its loss, perhaps later. Returns its tokens."""
     counters, tokens = run.counters, run.sampler.next()
     if run.device.type == "cuda":
-        # from pageable memory the host would wait for all work queued on the device
+        # a copy from pageable memory would wait for all work queued on the device
         tokens = tokens.pin_memory()
     tokens = tokens.to(run.device, non_blocking=True)
     before = run.generator.get_state()
@@ -85,61 +88,59 @@ def _step(run: Run, steps: "_StepLog", *, deferred: bool) -> int:
     counters.stage_step += 1
     counters.tokens += num_tokens
     counters.stage_tokens[counters.stage] += num_tokens
-    steps.add(_Taken(_place(counters), loss, norm, tokens, before, guard), num_tokens)
+    steps.add(_PendingStep(_place(counters), loss, norm, tokens, before, guard), num_tokens)
     return num_tokens
 
 
 def _place(counters: Counters) -> dict[str, int]:
-    """Where a line of the log belongs."""
+    """The fields that place a record: step, tokens and block (1-based)."""
     return {"step": counters.step, "tokens": counters.tokens, "block": counters.stage + 1}
 
 
 @dataclass(frozen=True)
-class _Taken:
-    """A step that the host has not looked at yet, and what it takes to repeat it."""
+class _PendingStep:
+    """A step whose results the host has not read yet, with everything needed to repeat it."""
 
     place: dict[str, int]
     loss: Tensor
     norm: Tensor
     tokens: Tensor
     noise: Tensor
-    """State of the generator before it."""
+    """State of the noise generator before the step."""
     guard: Guard
 
     def values(self) -> Tensor:
-        """Loss, norm, and 1 where the step was not taken."""
-        known = float(self.guard.broken is not None)
-        found = torch.full_like(self.loss, known) if self.guard.found_inf is None else self.guard.found_inf
-        return torch.stack((self.loss, self.norm, found.to(self.loss.dtype)))
+        """Loss, gradient norm, and 1 if the step was skipped, else 0: [3]."""
+        on_host = float(self.guard.broken is not None)
+        skipped = torch.full_like(self.loss, on_host) if self.guard.found_inf is None else self.guard.found_inf
+        return torch.stack((self.loss, self.norm, skipped.to(self.loss.dtype)))
 
 
 class _StepLog:
-    """Losses and norms on their way to the log, and steps that were left out on their way to the user."""
+    """Collects losses and gradient norms for the log, and reports spikes and skipped steps."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.counters = run, run.counters
-        self.unread: list[_Taken] = []
+        self.unread: list[_PendingStep] = []
         self.start = time.perf_counter()
 
     def restart(self) -> None:
-        """Time spent since the last step was not training."""
+        """Do not count the time since the last step as training."""
         self.start = time.perf_counter()
 
-    def add(self, taken: _Taken, num_tokens: int) -> None:
+    def add(self, step: _PendingStep, num_tokens: int) -> None:
+        """Add a step over `num_tokens` tokens, to be read later."""
         self.counters.window.tokens += num_tokens
-        self.unread.append(taken)
+        self.unread.append(step)
 
     def read(self) -> None:
-        """Move what is unread to the counters, record losses that jumped, and tell of steps that were left out.
-
-        Looks at the device once.
-        """
+        """Read all pending steps, with one transfer: update the counters, record spikes and skipped steps."""
         counters, window = self.counters, self.counters.window
         unread, self.unread = self.unread, []
-        values = torch.stack([taken.values() for taken in unread]).tolist() if unread else []
-        for taken, (loss, norm, left_out) in zip(unread, values, strict=True):
-            if left_out:
-                self._tell(taken)
+        values = torch.stack([step.values() for step in unread]).tolist() if unread else []
+        for step, (loss, norm, skipped) in zip(unread, values, strict=True):
+            if skipped:
+                self._record_skipped(step)
                 continue
             counters.skipped = 0
             window.losses.append(loss)
@@ -147,37 +148,38 @@ class _StepLog:
             mean, sigmas = counters.running.mean, counters.running.take_in(loss)
             if sigmas > self.run.config.train.spike_sigma:
                 figures = {"nats_per_token": loss, "mean": mean, "sigmas": sigmas, "grad_norm": norm}
-                place = {name: taken.place[name] for name in ("step", "block")}
+                place = {name: step.place[name] for name in ("step", "block")}
                 self.run.log.write({"split": "spike", **place, **figures})
         now = time.perf_counter()
         window.seconds += now - self.start
         counters.seconds[counters.stage] += now - self.start
         self.start = now
 
-    def _tell(self, taken: _Taken) -> None:
-        """Record a step that was left out; too many in a row are an error."""
+    def _record_skipped(self, step: _PendingStep) -> None:
+        """Record a skipped step; FloatingPointError after too many in a row."""
         counters, engine, noise = self.counters, self.run.engine, torch.Generator(device=self.run.device)
         counters.skipped += 1
-        gradients = taken.guard.broken
+        gradients = step.guard.broken
         if gradients is None:
-            # the parameters may have moved on since; the batch is the same, and mostly so is what is wrong with it
-            noise.set_state(taken.noise)
-            engine.backward(taken.tokens, noise)
+            # repeat the step. The parameters may have changed since, but usually the cause is in the batch
+            noise.set_state(step.noise)
+            engine.backward(step.tokens, noise)
             gradients = broken_gradients(engine.model)
             engine.model.zero_grad(set_to_none=True)
-        noise.set_state(taken.noise)
-        everyones = self.run.processes.gather(taken.tokens)
-        told = skipped_record(engine.whole(), everyones, noise, gradients, taken.loss)
-        record = {"split": "skipped", **taken.place} | told
+        noise.set_state(step.noise)
+        tokens = self.run.processes.gather(step.tokens)
+        details = skipped_record(engine.whole(), tokens, noise, gradients, step.loss)
+        record = {"split": "skipped", **step.place} | details
         self.run.log.write(record)
         if counters.skipped > self.run.config.train.max_skipped:
             raise FloatingPointError(
                 f"{in_words(record)}; {counters.skipped} in a row: lower optim.lr or optim.grad_clip in a new run; "
-                f"the checkpoints before are kept"
+                f"earlier checkpoints are kept"
             )
         self.run.reporter.notice(f"skipped: {in_words(record)}")
 
     def write_line(self, lr: float) -> None:
+        """Write a line with the means since the last one to metrics.jsonl, and start the next window."""
         window, self.counters.window = self.counters.window, Window()
         if not window.losses:
             return  # every step was skipped
@@ -197,11 +199,11 @@ class _StepLog:
 
 
 def validate(run: Run) -> Likelihood:
-    """Evaluate on the validation windows, log it, keep the best, and count what did not improve enough."""
+    """Evaluate on the validation windows: log the bound, save the best weights, count evaluations that stalled."""
     counters = run.counters
     run.model.eval()
     start = run.clock.seconds()
-    # the same noise at every call
+    # `evaluate` uses the same noise at every call
     result = run.engine.evaluate(run.valid, run.characters_per_token, progress=lambda *_: run.stop_if_asked())
     run.model.train()
     run.log.write(

@@ -1,4 +1,4 @@
-"""Muon in a chosen precision, for whole matrices and for the shards of FSDP2."""
+"""Muon with a choice of precision, for whole matrices and for those that FSDP2 has sharded."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -11,18 +11,19 @@ Precision = Literal["float32", "bfloat16"]
 _DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 LARGE = 512 * 512
-"""Elements of a matrix from which on bfloat16 is worth its rounding: below, there is little to win."""
+"""Smallest matrix, in elements, for which bfloat16 is worth its rounding on a CPU."""
 
 
 def orthogonalised(
     matrix: Tensor, *, coefficients: tuple[float, float, float], steps: int, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    r"""U S' V^T for matrix = U S V^T [m, n], the singular values S' near 1: Newton-Schulz iteration (Jordan 2024).
+    r"""The matrix with all its singular values moved close to 1, by Newton-Schulz iteration (Jordan et al. 2024).
 
-        X <- X / |X|_F,   then `steps` times   X <- P X,   P = a I + b A + c A^2,   A = X X^T
+        X <- X / |X|_F,   then `steps` times   X <- (a I + b Y + c Y^2) X   with   Y = X X^T
 
-    Products are taken in `dtype`, which the result has. Equal to what torch.optim.Muon computes, where that is
-    bfloat16: PyTorch knows no other, and emulates it at a thirtieth of the speed on CPUs without such products.
+    a, b, c are the `coefficients`. Products are taken in `dtype`, the dtype of the result. With bfloat16 this is what
+    torch.optim.Muon computes; it has no other precision, and CPUs without bfloat16 products emulate it about thirty
+    times slower.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.to(dtype)
@@ -43,34 +44,34 @@ def _iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int) ->
 
 
 def _iterate_products(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """The same from the product of all P alone, for A becomes P A P: half the time where rows are long.
+    """The same by multiplying the factors of X alone, in half the time for long rows.
 
-    Rounding grows to some 1e-4 in float32, a hundredth of bfloat16's own.
+    A factor F turns Y into F Y F. Rounding errors grow to about 1e-4 in float32, a hundredth of those of bfloat16.
     """
     a, b, c = coefficients
     gram, product = x @ x.T, None
     for step in range(steps):
-        p = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        p.diagonal().add_(a)
-        product = p if product is None else p @ product
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        product = factor if product is None else factor @ product
         if step + 1 < steps:
-            gram = p @ gram @ p
+            gram = factor @ gram @ factor
     return x if product is None else product @ x
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon (Jordan et al. 2024) that orthogonalises in `precision`, over whole matrices or DTensors.
+    """torch.optim.Muon (Jordan et al. 2024) that orthogonalises in `precision`, for whole matrices or DTensors.
 
-    Orthogonalisation needs whole matrices. Of parameters that FSDP2 has cut into shards, momentum stays cut; each
-    matrix is gathered, one process (they take turns) orthogonalises it, and the result is cut again: the update that
-    one process would make, to rounding. PyTorch's own step on DTensors would communicate inside every iteration.
-    Updates have the root mean square of AdamW's (`match_rms_adamw`), so that one learning rate serves both.
+    Orthogonalisation needs whole matrices. For parameters that FSDP2 has sharded, the momentum stays sharded; each
+    matrix is gathered, one process (they take turns) orthogonalises it, and the result is sharded again. Up to
+    rounding that is the update of a single process. PyTorch's own step on DTensors would communicate in every
+    iteration. Updates have the root mean square of AdamW's (`match_rms_adamw`), so both use one learning rate.
 
-    `stacked` are parameters of which each third of the rows is a matrix of its own: queries, keys and values.
+    `stacked` lists parameters that hold three matrices one below the other: queries, keys and values.
     """
 
     found_inf: Tensor | None = None
-    """A scalar; where it is 1 the step changes nothing, and the host need not know. As in torch.amp."""
+    """As in torch.amp: a scalar on the device; if it is 1, `step` changes nothing."""
 
     def __init__(
         self, params: Iterable[Any], *, precision: Precision, stacked: Iterable[Tensor] = (), **options: Any
@@ -81,20 +82,21 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step, unless `found_inf` is 1. `closure` is ignored."""
         taken = None if self.found_inf is None else 1 - self.found_inf
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            self._move_momentum(params, group["momentum"], taken)
+            self._update_momentum(params, group["momentum"], taken)
             lr, decay = group["lr"], group["lr"] * group["weight_decay"]
-            for p, change in zip(params, self._changes(params, group), strict=True):
+            for p, update in zip(params, self._updates(params, group), strict=True):
                 if taken is not None:
-                    change = change * taken
+                    update = update * taken
                 p.mul_(1 - decay if taken is None else 1 - decay * taken)
-                p.add_(change, alpha=-lr)
+                p.add_(update, alpha=-lr)
 
-    def _move_momentum(self, params: list[Tensor], momentum: float, taken: Tensor | None) -> None:
+    def _update_momentum(self, params: list[Tensor], momentum: float, taken: Tensor | None) -> None:
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -104,50 +106,50 @@ class Muon(torch.optim.Muon):
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
             return
         for buffer, grad in zip(buffers, grads, strict=True):
-            # nothing times infinity would be NaN; a step that is left out has no other use for its gradients
+            # 0 times infinity would be NaN; the gradients of a skipped step are not needed afterwards
             grad.nan_to_num_(0.0, 0.0, 0.0)
             buffer.add_((grad - buffer) * taken, alpha=1 - momentum)
 
-    def _update(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """What is to be orthogonalised."""
+    def _averaged_gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """The momentum average of the gradient, the input of the orthogonalisation."""
         buffer: Tensor = self.state[p]["momentum_buffer"]
         assert p.grad is not None
         return p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
 
-    def _changes(self, params: list[Tensor], group: dict[str, Any]) -> Iterator[Tensor]:
-        """What the learning rate multiplies, for every parameter in turn."""
+    def _updates(self, params: list[Tensor], group: dict[str, Any]) -> Iterator[Tensor]:
+        """The update of every parameter in turn, before the learning rate."""
         if not isinstance(params[0], DTensor):
             for p in params:
-                yield self._change(p, self._update(p, group), group)
+                yield self._orthogonalised(p, self._averaged_gradient(p, group), group)
             return
         mesh, own = params[0].device_mesh, {}
         turns = [index % mesh.size() for index in range(len(params))]
         for index, p in enumerate(params):
-            whole = self._update(p, group).full_tensor()  # type: ignore[attr-defined]
+            whole = self._averaged_gradient(p, group).full_tensor()  # type: ignore[attr-defined]
             if turns[index] == mesh.get_rank():
-                own[index] = self._change(p, whole, group)
+                own[index] = self._orthogonalised(p, whole, group)
         for index, p in enumerate(params):
-            change = own.pop(index, None)
-            change = torch.empty(p.shape, dtype=p.dtype, device=p.device) if change is None else change
-            yield distribute_tensor(change, mesh, p.placements, src_data_rank=turns[index])  # type: ignore[attr-defined]
+            update = own.pop(index, None)
+            update = torch.empty(p.shape, dtype=p.dtype, device=p.device) if update is None else update
+            yield distribute_tensor(update, mesh, p.placements, src_data_rank=turns[index])  # type: ignore[attr-defined]
 
-    def _change(self, p: Tensor, update: Tensor, group: dict[str, Any]) -> Tensor:
-        """The orthogonalised update of a whole parameter, at a root mean square of 0.2."""
-        dtype = torch.float64 if update.dtype == torch.float64 else _DTYPES[self.precision]
+    def _orthogonalised(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """The orthogonalised gradient of a whole parameter, scaled to a root mean square of 0.2."""
+        dtype = torch.float64 if gradient.dtype == torch.float64 else _DTYPES[self.precision]
         parts = []
-        for matrix in update.chunk(3 if id(p) in self._stacked else 1):
+        for matrix in gradient.chunk(3 if id(p) in self._stacked else 1):
             found = orthogonalised(
                 matrix, coefficients=group["ns_coefficients"], steps=group["ns_steps"], eps=group["eps"], dtype=dtype
             )
-            parts.append(found.to(update.dtype).mul_(0.2 * max(matrix.shape) ** 0.5))
+            parts.append(found.to(gradient.dtype).mul_(0.2 * max(matrix.shape) ** 0.5))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def quicker_precision(shapes: Iterable[torch.Size], device: torch.device) -> Precision:
-    """What to orthogonalise matrices of these shapes in. A rule and not a trial, so that a seed has one result.
+    """The faster precision for matrices of these shapes, by a fixed rule, so that results are reproducible.
 
-    bfloat16 on accelerators that have it, and on CPUs with tiles for it (AMX) where matrices are large. CPUs without
-    such tiles take longer in bfloat16 than in float32, those without any such product thirty times as long.
+    bfloat16 on GPUs that support it, and for large matrices on CPUs with AMX tiles; float32 otherwise. CPUs without
+    AMX are slower in bfloat16 than in float32.
     """
     if device.type != "cpu":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -11,9 +11,9 @@ from tarflowlm.training.muon import Muon, quicker_precision
 
 
 def schedule(config: OptimConfig, step: int | float, num_steps: int | float) -> float:
-    """Learning rate over the peak at `step` (0-based) of a stage of `num_steps` steps, in (0, 1].
+    """The learning rate over its peak, in (0, 1], at `step` (0-based) of a stage of `num_steps` steps.
 
-    A stage that is given time instead of steps counts in steps of its present speed, which need not be whole.
+    Both may be fractional: a stage with a time limit estimates `num_steps` from its present speed.
     """
     warmup = max(1, round(config.warmup * num_steps))
     if step < warmup:
@@ -24,25 +24,23 @@ def schedule(config: OptimConfig, step: int | float, num_steps: int | float) -> 
     return min(1.0, (num_steps - step) / decay)
 
 
-# of the encoder, and of a mixd block with components of its own
 CODEBOOK = ("codebook.mean", "codebook.log_std", "coupling.own.mean", "coupling.own.log_std")
-
-
+"""Name endings of the codebook parameters: the encoder's, and those of Mix-d blocks with their own codebook."""
 MUON = ("transformer.layers.", "token_features.")
-"""Parts of a model whose matrices Muon takes."""
+"""Modules whose matrices Muon optimises."""
 STACKED = "attention.qkv.weight"
-"""Three matrices of the same shape, one below the other."""
+"""Parameters that hold three matrices of equal shape, one below the other."""
 
 
 def muon_matrices(config: OptimConfig, model: nn.Module) -> list[nn.Parameter]:
-    """The trainable parameters of `model` that Muon takes."""
+    """The trainable parameters of `model` that Muon optimises; empty with AdamW alone."""
     parts = MUON if config.optimizer == "muon" else ()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [p for name, p in named if p.ndim == 2 and name.endswith(".weight") and any(x in name for x in parts)]
 
 
 def with_precision(config: OptimConfig, model: nn.Module, device: torch.device) -> OptimConfig:
-    """The configuration with `auto` replaced by what suits the matrices of `model` on `device`."""
+    """`config` with a `muon_precision` of auto replaced by the faster one for `model` on `device`."""
     if config.muon_precision != "auto":
         return config
     shapes = [p.shape for p in muon_matrices(config, model)]
@@ -50,17 +48,17 @@ def with_precision(config: OptimConfig, model: nn.Module, device: torch.device) 
 
 
 def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Optimisers over the trainable parameters of `model`.
+    """The optimisers of the trainable parameters of `model`: AdamW, and Muon if it has matrices to optimise.
 
-    Weight decay acts on matrices only. Muon (Jordan et al. 2024) takes the 2-D matrices of the Transformers and of
-    the features inside a patch; inputs, heads, codebook, vectors and block-diagonal tensors stay with AdamW.
+    Weight decay acts on matrices only. Muon (Jordan et al. 2024) optimises the matrices of the Transformers and of
+    the features inside a patch, AdamW the input maps, heads, codebooks, vectors and block-diagonal tensors.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     muon = muon_matrices(config, model)
     taken = {id(p) for p in muon}
     rest = [(name, p) for name, p in named if id(p) not in taken]
     codebook = [p for name, p in rest if name.endswith(CODEBOOK)]
-    # biases of a head, stacked over its groups, and its evidence, which starts far from zero: not for decay
+    # no decay for the biases of a head, which are stacked over its groups, or for its evidence, which starts nonzero
     stacked = [p for name, p in rest if ".biases." in name or name.endswith(".evidence")]
     special = {id(p) for p in codebook + stacked}
     matrices = [p for _, p in rest if p.ndim >= 2 and id(p) not in special]
@@ -89,6 +87,7 @@ def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    """Set the learning rate of every parameter group to `lr` times its `lr_scale`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]

@@ -1,4 +1,4 @@
-"""How far a stage has come: in steps, or in the wall-clock time it was given."""
+"""The progress of a stage, in steps or in wall-clock time."""
 
 import time
 from dataclasses import dataclass, field
@@ -7,71 +7,72 @@ from tarflowlm.runs.config import TrainConfig
 from tarflowlm.training.distributed import ALONE, Processes
 
 SAVE_SECONDS, SAVES_SHARE = 60.0, 0.05
-"""A run by time saves this often, and spends at most this share of its time on it."""
+"""A run with a time limit saves about this often, but spends at most about this share of its time on saving."""
 TEST_SHARE = 0.15
-"""Of the time of a run, at most, for the test split at its end."""
+"""Largest share of a run's time for the test split at its end."""
 
 
 @dataclass
 class TimeSpent:
-    """Where the wall-clock time of a run went, in seconds; it is saved with the run."""
+    """How the wall-clock time of a run was spent, in seconds; saved with the run."""
 
     total: float = 0.0
-    """Since the run began, up to the last checkpoint; what a kill lost does not count."""
+    """From the start of the run to its last checkpoint; time lost by a kill does not count."""
     stage_start: float = 0.0
     """`total` at the start of the current stage."""
     evaluation: float = 0.0
-    """The newest validation took this long."""
+    """Duration of the newest validation."""
     per_window: float = 0.0
-    """And this long for each of its windows."""
+    """The same per window."""
     save: float = 0.0
-    """The newest checkpoint took this long."""
+    """Duration of the newest checkpoint."""
 
 
 class Clock:
-    """Seconds of wall-clock time since a run began, in all its sittings. Every process reads the first one's."""
+    """Wall-clock time of a run, over all its sessions. Every process reads the clock of the first one."""
 
     def __init__(self, before: float = 0.0, *, since: float | None = None, processes: Processes = ALONE) -> None:
-        """`before`: seconds of earlier sittings; `since`: the start of this one on `time.monotonic`."""
+        """`before`: seconds of earlier sessions; `since`: start of this one on `time.monotonic`, by default now."""
         self._start = (time.monotonic() if since is None else since) - before
         self._processes = processes
 
     def seconds(self) -> float:
+        """Seconds since the run began, without the time between sessions. Collective."""
         return self._processes.first_number(time.monotonic() - self._start)
 
 
 class StepPace:
-    """A stage of `num_steps` steps."""
+    """The pace of a stage of `num_steps` steps."""
 
     share = None
-    """Of the stage's time that is over: only `TimePace` has time."""
+    """Share of the stage's time that is over; only `TimePace` has one."""
 
     def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
 
     def look(self, stage_step: int) -> None:
-        """Called after every step."""
+        """Called after every step; nothing to measure."""
 
     def steps(self, stage_step: int) -> tuple[int, int]:
-        """The step that comes next (0-based) and the number of steps of the stage, as `optim.schedule` takes them."""
+        """The next step (0-based) and the number of steps of the stage, the arguments of `optim.schedule`."""
         return stage_step, self.num_steps
 
     def over(self, stage_step: int) -> bool:
-        """Whether the stage has had its steps or time."""
+        """Whether all steps are taken."""
         return stage_step >= self.num_steps
 
     def save_due(self) -> bool:
-        """Whether it is time for a checkpoint, whatever the number of steps."""
+        """Whether the time calls for a checkpoint: never."""
         return False
 
 
 @dataclass
 class TimePace:
-    """A stage that has its share of what is left of the run's time.
+    """The pace of a stage that gets a share of the run's remaining time.
 
-    `train.stage_steps` are the shares. Before the time is shared out, what comes at the end of every stage is taken
-    off, an evaluation and a checkpoint, and the evaluation of `test_windows` windows at the end of the run. Other
-    evaluations and checkpoints come out of the stage's own time.
+    `train.stage_steps` are the shares. Time is first reserved for the evaluation and checkpoint that end every
+    remaining stage, and for the evaluation of `test_windows` windows at the end of the run. Other evaluations and
+    checkpoints take time from the stage itself.
     """
 
     train: TrainConfig
@@ -80,22 +81,24 @@ class TimePace:
     clock: Clock
     test_windows: int
     every: int = 1
-    """Steps between looks at the clock."""
+    """Steps between reads of the clock."""
     now: float = field(init=False)
+    """The newest reading of the clock, in seconds."""
     evaluation: float = field(init=False)
-    """Seconds of the evaluation at the end of the stage, as far as known."""
+    """Estimated seconds of the evaluation at the end of the stage."""
 
     share: float = field(init=False, default=0.0)
-    """Of the stage's time. It never falls, though an evaluation may turn out shorter than was thought."""
+    """Share of the stage's time that is over. It never falls, even if an evaluation is shorter than estimated."""
 
     def __post_init__(self) -> None:
         self.now, self.evaluation = self.clock.seconds(), self.spent.evaluation
         self.share = self._share()
 
     def look(self, stage_step: int) -> None:
+        """Read the clock and update `share`, every `every` steps."""
         if stage_step % self.every == 0:
             self.now = self.clock.seconds()
-            # before the first one: a window without its gradient takes a third of the time
+            # until the first evaluation: a window without a backward pass takes a third of the time
             step = (self.now - self.spent.stage_start) / max(stage_step, 1)
             guess = step * self.train.evaluate_windows / self.train.batch_size / 3
             self.evaluation = self.spent.evaluation or guess
@@ -108,14 +111,17 @@ class TimePace:
         return min(1.0, (self.now - self.spent.stage_start) / seconds) if seconds > 0 else 1.0
 
     def steps(self, stage_step: int) -> tuple[int, float]:
+        """The next step (0-based) and the estimated number of steps of the stage, for `optim.schedule`."""
         if stage_step < self.every:
-            return stage_step, 1000.0  # nothing is known of a step's length yet: take it as one of many
+            return stage_step, 1000.0  # no step has been timed yet: assume many
         return stage_step, max(stage_step + 1.0, stage_step / max(self.share, 1e-9))
 
     def over(self, stage_step: int) -> bool:
+        """Whether the stage's time is over; every stage takes at least one step."""
         return stage_step > 0 and self.share >= 1
 
     def save_due(self) -> bool:
+        """Whether the last checkpoint is old enough for the next one."""
         return self.now - self.spent.total > max(SAVE_SECONDS, self.spent.save / SAVES_SHARE)
 
 
@@ -123,6 +129,6 @@ Pace = StepPace | TimePace
 
 
 def test_seconds(total: float, test_windows: int, spent: TimeSpent) -> float:
-    """What the test split may take of `total` seconds: as long as validation says, up to `TEST_SHARE`."""
+    """Seconds reserved for the test split, of `total`: estimated from validation, at most the share `TEST_SHARE`."""
     most = TEST_SHARE * total
     return min(most, 1.2 * test_windows * spent.per_window) if spent.per_window else most

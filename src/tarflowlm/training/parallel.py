@@ -1,7 +1,7 @@
-"""A model as its processes train it: whole in each of them (DDP), or every tensor cut into shards (FSDP2).
+"""The loss and its gradients over several processes: the model replicated (DDP) or sharded (FSDP2).
 
-The same global batch gives the same step however it is divided: every process draws the noise of all sequences and
-uses its own rows, the loss is a mean over equal parts, and gradients are averaged.
+A global batch gives the same step however it is divided: every process draws the noise of all sequences and uses its
+own rows, the loss is a mean over equal parts, and gradients are averaged.
 """
 
 import importlib.util
@@ -29,21 +29,21 @@ from tarflowlm.training.distributed import ALONE, Processes
 
 
 class Bound(nn.Module):
-    """`negative_bound` as a module's forward, which is what DDP, FSDP2 and torch.compile work on."""
+    """`negative_bound` as the forward of a module, which DDP, FSDP2 and torch.compile need."""
 
     def __init__(self, model: LanguageModel, frozen: int) -> None:
         super().__init__()
         self.model, self.frozen = model, frozen
 
     def forward(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
-        """Nats per sequence, for a loss that weights all of them alike."""
+        """The negative bound of every sequence, in nats, for a loss that weights all of them equally."""
         return self.model.negative_bound(tokens, noise, frozen=self.frozen, equal_cotangents=True)
 
 
 def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> bool:
-    """Whether the loss is compiled on `device`: `train.compile`, decided where it is None.
+    """Whether to compile the loss on `device`: `train.compile`, or if that is None, whether it helps and is possible.
 
-    Warns where a compiler would help and none is at hand.
+    Warns if it would help but a compiler is missing.
     """
     if train.compile is not None:
         return train.compile
@@ -51,12 +51,12 @@ def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> 
         return False
     missing = _missing_for_compilation()
     if missing and processes.first:
-        warnings.warn(f"torch.compile needs {missing}, which is not here: training goes on without it", stacklevel=3)
+        warnings.warn(f"torch.compile needs {missing}, which is not installed: training without it", stacklevel=3)
     return not missing
 
 
 def _missing_for_compilation() -> str | None:
-    """What the compiler for CUDA GPUs needs and does not find: triton, and a C compiler that builds its launchers."""
+    """The first missing requirement of torch.compile on CUDA GPUs (triton, a C compiler), or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton"
     if os.environ.get("CC") or any(shutil.which(name) for name in ("cc", "gcc", "clang")):
@@ -65,11 +65,11 @@ def _missing_for_compilation() -> str | None:
 
 
 class Engine:
-    """One stage's training loss and its gradients, over the processes that take part.
+    """The training loss of one stage and its gradients, over all processes.
 
-    `module` maps tokens and noise to nats per sequence. `model` is used as it is; under FSDP2 its parameters become
-    shards in place (DTensors). The first `frozen` blocks are evaluated without a graph; their parameters, and with
-    them the codebook, must be frozen before. FSDP2 cuts over `mesh`, by default all processes.
+    `module` maps tokens and noise to nats per sequence. Under FSDP2 the parameters of `model` are sharded in place
+    (DTensors) over `mesh`, by default all processes. The first `frozen` blocks are evaluated without a graph; the
+    caller must have frozen their parameters and the codebook before.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Engine:
     ) -> None:
         self.model, self.run, self.processes = model, run, processes
         self.sharded = processes.world > 1 and run.train.parallel == "fsdp"
-        # shards are not on their device yet
+        # a model to be sharded is not on its device yet
         device = processes.device if self.sharded else model.device
         self.compiled = compiles(run.train, processes, device)
         bound = Bound(model, frozen)
@@ -97,22 +97,25 @@ class Engine:
             self.module = DistributedDataParallel(bound, gradient_as_bucket_view=True)
 
     def _prepare_layers(self, frozen: int) -> None:
-        """Activation checkpointing of the Transformer layers that train, and their compilation under FSDP2, whose
-        hooks between layers no graph can cross."""
+        """Turn on activation checkpointing in the Transformer layers that train. Under FSDP2 also compile each layer:
+        its hooks between layers break a larger graph."""
         trained = [layer for part in self.model.blocks_from(frozen) for layer in _layers(part)]
         for layer in _layers(self.model):
             layer.keeps_activations = not (self.run.train.checkpoint_activations and layer in trained)
             if self.compiled and self.sharded:
                 layer.compile(fullgraph=True)
 
-    def backward(self, tokens: Int[Tensor, "b T"], generator: torch.Generator) -> Tensor:
-        """Gradients of the mean over the global batch, of which `tokens` are this process's rows; returns that mean,
-        in nats per token."""
+    def backward(self, tokens: Int[Tensor, "B T"], generator: torch.Generator) -> Tensor:
+        """Compute the gradients of the mean loss over the global batch; returns that mean, in nats per token.
+
+        `tokens` are this process's rows of the batch. `generator` draws the noise of the whole batch, so it must be
+        in the same state in all processes. Collective.
+        """
         train, processes = self.run.train, self.processes
         rows = self.processes.rank * len(tokens)
-        # every process draws the noise of the whole batch, and uses its own rows
-        everyone = tokens.new_empty(processes.world * len(tokens), tokens.shape[1])
-        noise = self.model.draw_noise(everyone, generator)[rows : rows + len(tokens)]
+        # every process draws the noise of the whole batch and uses its own rows
+        global_batch = tokens.new_empty(processes.world * len(tokens), tokens.shape[1])
+        noise = self.model.draw_noise(global_batch, generator)[rows : rows + len(tokens)]
         parts = list(zip(tokens.chunk(train.accumulate), noise.chunk(train.accumulate), strict=True))
         total = torch.zeros((), device=tokens.device)
         for index, (part, part_noise) in enumerate(parts):
@@ -125,18 +128,19 @@ class Engine:
         return processes.mean(total)
 
     def _reducing(self, last: bool) -> AbstractContextManager[None]:
-        """DDP sends gradients with the last part alone. FSDP2 sends them with every part: to hold them back it would
-        have to keep them whole."""
+        """The context of one accumulated part. DDP reduces gradients only with the last part, FSDP2 with every part,
+        since otherwise it would have to hold whole gradients."""
         ddp = isinstance(self.module, DistributedDataParallel)
         return nullcontext() if last or not ddp else self.module.no_sync()  # type: ignore[operator]
 
     def evaluate(
         self,
-        windows: Int[Tensor, "N T"],
+        windows: Int[Tensor, "windows T"],
         characters_per_token: Tensor,
         progress: Callable[[int, int], None] | None = None,
     ) -> Likelihood:
-        """The bound over `windows`, the work shared out over the processes; the same in all of them."""
+        """The bound over `windows`, with the rows of every batch divided between the processes. Collective; all
+        processes get the same result. Arguments as `evaluation.likelihood.evaluate`."""
         weigh = log_importance_weights if self.processes.world == 1 else self._shared_weights
         return evaluate(self.model, windows, characters_per_token, weigh=weigh, progress=progress)
 
@@ -149,24 +153,24 @@ class Engine:
         generator: torch.Generator,
         given: int,
     ) -> Float[Tensor, "1 B"]:
-        """`log_importance_weights` for one sample, its rows shared out over the processes."""
-        assert samples == 1, "training looks at one sample"
-        assert given == 0, "and at fresh contexts"
+        """`log_importance_weights` for one sample, with the rows divided between the processes."""
+        assert samples == 1, "training evaluates with one posterior sample"
+        assert given == 0, "training evaluates windows with fresh contexts"
         noise = model.draw_noise(tokens, generator)
         each = -(-len(tokens) // self.processes.world)
-        # the last process may have fewer: it repeats a row, for all must take part in every collective
+        # the last process may have fewer rows and repeats one, since all must take part in every collective
         rows = (self.processes.rank * each + torch.arange(each, device=tokens.device)).clamp(max=len(tokens) - 1)
         if self.sharded:
             nats = self.module(tokens[rows], noise[rows])
             assert isinstance(self.module, FSDPModule)
-            # what follows may read parameters
+            # later code may read the parameters
             self.module.reshard()
         else:
             nats = model.negative_bound(tokens[rows], noise[rows])
         return -self.processes.gather(nats)[None, : len(tokens)]
 
     def whole(self) -> LanguageModel:
-        """The model with whole parameters: itself, or under FSDP2 a copy in memory. All processes take part."""
+        """The model with whole parameters: `model` itself, or under FSDP2 a copy on the CPU. Collective."""
         if not self.sharded:
             return self.model
         with seeded(0):
@@ -181,18 +185,18 @@ def _layers(module: nn.Module) -> list[Layer]:
 
 
 def _shard(bound: Bound, mesh: DeviceMesh) -> None:
-    """FSDP2, in place: a Transformer layer or a head is gathered when its turn comes, the small rest for the whole
+    """Apply FSDP2 in place: Transformer layers and heads are gathered one at a time, the small rest for the whole
     step."""
     for module in [*_layers(bound), *bound.model.heads()]:
         fully_shard(module, mesh=mesh)
         if isinstance(module, Coupling):
-            # the last block is asked for its density alone
+            # the last block uses only `log_prob`
             register_fsdp_forward_method(module, "log_prob")
     fully_shard(bound, mesh=mesh, reshard_after_forward=False)
 
 
 def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """The state dict on the CPU, shards put together one tensor at a time; without `keep`, just taking part in it."""
+    """The state dict with whole tensors on the CPU. Collective under FSDP2; without `keep` the result is empty."""
     weights = {}
     for name, tensor in model.state_dict().items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,6 +1,6 @@
-"""A run: all that belongs to one training, from its first step or a saved state to its last checkpoint.
+"""The state of a training run, and its checkpoints.
 
-`lifecycle` makes one and takes it through its stages; `loop` trains a stage of it.
+`lifecycle` creates a `Run` and takes it through its stages; `loop` trains a stage.
 """
 
 import math
@@ -28,26 +28,26 @@ from tarflowlm.training.state import Counters, load_state, save_state
 from tarflowlm.training.tracking import Sinks
 
 StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
-"""A context in which a run can be asked to stop. It yields a function that names what asked, or returns None."""
+"""A context in which a run can be asked to stop. It yields a function that returns the reason, or None."""
 
 
 @contextmanager
 def no_stop_requests() -> Iterator[Callable[[], str | None]]:
-    """Signals do what they did before."""
+    """The default `StopRequests`: never stop; signals keep their handlers."""
     yield lambda: None
 
 
 class Run:
-    """What a training has, and what it saves.
+    """The model, optimisers, data and counters of a training run, and the methods that save them.
 
-    The same in every process, except that the first one alone writes files. `model` holds the blocks of the stages
-    so far; `engine` computes its loss and gradients in the current stage, with everything below frozen.
+    Every process holds the same, but only the first writes files. `model` has the blocks of the stages so far;
+    `engine` computes its loss and gradients in the current stage, with the blocks below frozen.
     """
 
     engine: Engine
     log: MetricsLog
     clock: Clock
-    """Seconds since the run began, earlier sittings included."""
+    """Seconds since the run began, earlier sessions included."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Run:
         processes: Processes,
         begun: float,
     ) -> None:
-        """`begun`: the start of this sitting on `time.monotonic`."""
+        """`begun`: the start of this session on `time.monotonic`. UserError if the batch does not divide evenly."""
         self.out, self.corpus, self.device, self.reporter = out, corpus, device, reporter
         self.processes, self.begun = processes, begun
         self.sampler = WindowSampler(
@@ -75,7 +75,7 @@ class Run:
         self.characters_ratio = corpus.num_characters("train") / corpus.num_tokens("train")
         self.generator = torch.Generator(device=device).manual_seed(config.seed)
         self.model = initial_model(config)
-        # one process decides, and the configuration keeps what it found
+        # decided by one process for all, and recorded in the configuration
         optim = processes.from_first(with_precision(config.optim, self.model, device))
         self.config = replace(config, optim=optim)
         available = corpus.num_tokens("test") // config.model.context
@@ -86,9 +86,9 @@ class Run:
         self.stop_signal: Callable[[], str | None] = lambda: None
 
     def begin(self, state: Path | None, saved: dict[str, Any] | None, *, afresh: bool = False) -> None:
-        """Enter the stage where the run stands: its first one, or that of a saved state and its counters.
+        """Enter the first stage, or load a saved state with its counters `saved` and enter its stage.
 
-        `afresh`: what an earlier beginning left in the log does not belong to this run.
+        `afresh`: the log is that of an earlier start without a state, and is cleared.
         """
         if saved is not None:
             self.counters, self.saved_step = Counters.restored(saved["counters"]), saved["step"]
@@ -102,7 +102,7 @@ class Run:
             self.counters.spent.stage_start = self.clock.seconds()
 
     def _open_log(self, saved: dict[str, Any] | None) -> MetricsLog:
-        """From the checkpoint on, where there is one."""
+        """The log, cut back to the position saved with the checkpoint, if there is one."""
         if not self.processes.first:
             return NoLog(self.reporter)
         step, position = (saved["step"], saved["metrics"]) if saved else (None, None)
@@ -110,7 +110,7 @@ class Run:
         return MetricsLog(self.out, self.reporter, resume_at=position, sinks=sinks)
 
     def enter_stage(self, stage: int) -> None:
-        """Grow the model to the blocks of `stage`, freeze all but its own, and build fresh optimisers."""
+        """Append the blocks of `stage` to the model, freeze all blocks but its own, and build new optimisers."""
         num_blocks = self.config.model_of_stage(stage).num_blocks
         is_new = not self.optimizers
         if self.model.num_blocks < num_blocks:
@@ -120,7 +120,7 @@ class Run:
                     self.model.append_block()
         if is_new:
             if self.processes.world == 1 or self.config.train.parallel == "ddp":
-                # shards move to the device one by one: the whole model need not fit there
+                # FSDP2 moves shards one by one: the whole model need not fit on the device
                 self.model.to(self.device)
             self.model.train_only(stage)
             self.engine = Engine(self.model, self.config, self.processes, frozen=stage)
@@ -130,7 +130,7 @@ class Run:
             self.counters.stage_tokens.append(0)
 
     def leave_stage(self, end: Likelihood) -> None:
-        """On to the next stage, from a bound of `end`. This one's end is saved already, unless it came early."""
+        """Record the final validation `end` of a stage and enter the next one; saves a stage that ended early."""
         counters = self.counters
         counters.valid_bpc.append(end.bpc)
         counters.stage_steps.append(counters.stage_step)
@@ -155,7 +155,7 @@ class Run:
         self.reporter.stage(stage, self.config.num_stages, steps, self.counters.stage_step, what)
 
     def save(self) -> None:
-        """Weights first, so that the directory loads; then the state to resume from."""
+        """Save a checkpoint, unless this step is saved: the weights, so that the directory loads, then the state."""
         if self.saved_step != self.counters.step:
             start = self.clock.seconds()
             self.save_weights(self.out)
@@ -163,13 +163,16 @@ class Run:
             self.counters.spent.save = self.clock.seconds() - start
 
     def save_weights(self, directory: Path, **more: str) -> None:
-        """Write the weights with their counts in the header; FloatingPointError where they are not finite."""
+        """Write the weights, with step, tokens, blocks and `more` in the header. Collective.
+
+        FloatingPointError if any parameter is not finite.
+        """
         weights = whole_weights(self.model, keep=self.processes.first)
         broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
         if broken := self.processes.from_first(broken):
             raise FloatingPointError(
                 f"parameters {', '.join(broken[:NAMED])} are not finite at step {self.counters.step}: lower optim.lr "
-                f"in a new run; the checkpoints before are kept"
+                f"in a new run; earlier checkpoints are kept"
             )
         counters = self.counters
         info = {"step": counters.step, "tokens": counters.tokens, "blocks": self.model.num_blocks}
@@ -177,7 +180,7 @@ class Run:
             save_weights(directory, weights, {name: str(value) for name, value in info.items()} | more)
 
     def _save_state(self) -> None:
-        # and what this will take, as far as known
+        # includes the time of this save, estimated from the last one
         self.counters.spent.total = self.clock.seconds() + self.counters.spent.save
         saved = {
             "step": self.counters.step,
@@ -198,7 +201,7 @@ class Run:
         self.saved_step = self.counters.step
 
     def save_best(self, result: Likelihood) -> None:
-        """The weights of the best validation bound, as a directory that every command takes."""
+        """Save the weights of the best validation bound to best/, which every command accepts as a run directory."""
         best = self.out / BEST
         if self.processes.first:
             best.mkdir(exist_ok=True)
@@ -207,12 +210,12 @@ class Run:
         self.save_weights(best, nats_per_token=repr(result.nats_per_token))
 
     def stop_requested(self) -> str | None:
-        """By what this process or another one was asked to stop; all of them look at the same instants."""
+        """Why this process or another one was asked to stop, or None. Collective."""
         asked = self.stop_signal()
         return (asked or "a signal to another process") if self.processes.any(asked is not None) else None
 
     def stop_if_asked(self) -> None:
-        """Save the run and raise Stopped, if it was asked to stop."""
+        """If the run was asked to stop: save it and raise Stopped. Collective."""
         asked = self.stop_requested()
         if asked is not None:
             self.save()
@@ -223,7 +226,7 @@ class Run:
 
 
 def initial_model(config: RunConfig) -> LanguageModel:
-    """Block 1 alone where the run is progressive; everything otherwise."""
+    """A new model for the first stage of a run: block 1 alone if progressive, otherwise all blocks."""
     with seeded(config.seed):
         model = config.model_of_stage(0).build()
     model.config = config.model

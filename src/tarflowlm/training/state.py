@@ -1,7 +1,8 @@
-"""What `train --resume` needs beyond the weights: optimisers, counters, random states. Trusted data.
+"""Training states, from which `train --resume` continues: model, optimisers, counters and random states.
 
 state/step-NNNNNNNN/ is written by PyTorch's distributed checkpoint under a temporary name, with a manifest.json, and
-renamed when complete; the newest whole one is resumed.
+renamed when complete. A run resumes from the newest undamaged one. Unlike weights, states are trusted data: reading
+one may unpickle.
 """
 
 import math
@@ -31,39 +32,45 @@ from tarflowlm.training.pace import TimeSpent
 
 @dataclass
 class Window:
-    """Steps since the last line of the log."""
+    """The steps since the last line of the log."""
 
     losses: list[float] = field(default_factory=list)
+    """Nats per token of every step."""
     norms: list[float] = field(default_factory=list)
+    """Gradient norm of every step."""
     tokens: int = 0
     seconds: float = 0.0
+    """Training time."""
 
 
 @dataclass
 class Counters:
-    """Where a run stands. All of it is saved, so that a resumed run goes on as if it had never stopped."""
+    """The progress of a run. All of it is saved, so that a resumed run continues as if it had never stopped."""
 
     step: int = 0
-    """Optimiser steps of all stages, those that were skipped included."""
+    """Optimiser steps of all stages, including skipped ones."""
     tokens: int = 0
+    """Tokens of all steps, over all processes."""
     stage: int = 0
+    """Current stage, from 0."""
     stage_step: int = 0
     """Steps of the current stage."""
     due: bool = False
-    """An evaluation comes before the next step: checkpoints are made before evaluations."""
+    """Whether an evaluation comes before the next step; checkpoints are saved before evaluations."""
     best: float = math.inf
     """Validation bound of the stage at its last improvement of `stall_tolerance`, in nats per token."""
     lowest: float = math.inf
-    """Lowest validation bound of the stage: that of best/."""
+    """Lowest validation bound of the stage, that of best/, in nats per token."""
     stalled: int = 0
     """Evaluations since `best`."""
     skipped: int = 0
     """Steps in a row that were skipped."""
     seconds: list[float] = field(default_factory=list)
-    """Training time of every stage."""
+    """Training time of every stage, without evaluations and checkpoints."""
     stage_steps: list[int] = field(default_factory=list)
     """Steps of every finished stage."""
     stage_tokens: list[int] = field(default_factory=list)
+    """Tokens of every stage, the current one included."""
     valid_bpc: list[float] = field(default_factory=list)
     """Validation bound at the end of every finished stage, bits per character."""
     window: Window = field(default_factory=Window)
@@ -72,7 +79,7 @@ class Counters:
 
     @classmethod
     def restored(cls, saved: dict[str, Any]) -> "Counters":
-        """From `dataclasses.asdict`."""
+        """Counters from the dictionary that `dataclasses.asdict` made of them."""
         nested = {"window": Window(**saved["window"]), "running": RunningLoss(**saved["running"])}
         spent = TimeSpent(**saved.get("spent", {}))
         return cls(**(saved | nested | {"spent": spent}))
@@ -88,9 +95,9 @@ def save_state(
     keep: int = 2,
     processes: Processes = ALONE,
 ) -> None:
-    """Write state/step-N for N = counters["step"]; the `keep` newest are kept.
+    """Write the state of step `counters["step"]` and delete all but the `keep` newest states.
 
-    All processes take part and write their shards into one folder, which they must share; the first does the rest.
+    Collective: all processes write their shards into one folder, which they must share; the first does the rest.
     """
     root = directory / STATE
     target = root / f"step-{counters['step']:08d}"
@@ -106,18 +113,18 @@ def save_state(
         if processes.first:
             _complete(temporary, target, counters)
     except BaseException:
-        # on a full disk it would be in the way of everything else
+        # on a full disk its space is needed
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if processes.first:
         for old in sorted(root.glob("step-*"))[:-keep]:
-            # renamed first, so that a state is never there in part
+            # renamed first, so that no partial state is ever visible
             shutil.rmtree(old.rename(root / f".{old.name}"))
     processes.wait()
 
 
 def _complete(temporary: Path, target: Path, counters: dict[str, Any]) -> None:
-    """Counters and manifest, and the name under which it counts."""
+    """Add counters and manifest to a written state, sync it, and give it its final name."""
     write_json(temporary / COUNTERS, counters)
     write_manifest(temporary, [file.name for file in temporary.iterdir()])
     for file in temporary.iterdir():
@@ -129,35 +136,39 @@ def _complete(temporary: Path, target: Path, counters: dict[str, Any]) -> None:
 
 @contextmanager
 def _one_process() -> Iterator[None]:
-    """Without the warning about what `no_dist` asks for."""
+    """Silences the warning that `no_dist` causes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 def remove_partial(directory: Path) -> None:
-    """Remove what a kill left of states that were being written or deleted."""
+    """Remove the remains of states that were being written or deleted when a run was killed."""
     for partial in (directory / STATE).glob(".step-*"):
         shutil.rmtree(partial)
 
 
 def newest_state(directory: Path, notice: Callable[[str], None]) -> Path:
-    """The newest state that is whole. Newer ones are set aside as state/damaged-step-N, which `notice` says."""
+    """The newest undamaged state. Newer ones are renamed to state/damaged-step-NNNNNNNN, with a call of `notice`.
+
+    UserError if there is none.
+    """
     states = sorted((directory / STATE).glob("step-*"))
     whole = next((state for state in reversed(states) if is_whole(state, COUNTERS)), None)
     if whole is None:
-        rest = f"; none of {', '.join(state.name for state in states)} is whole" if states else ""
-        raise UserError(f"{directory} has no state to resume from{rest}: start it anew with another --out")
+        rest = f"; all of {', '.join(state.name for state in states)} are damaged" if states else ""
+        raise UserError(f"{directory} has no state to resume from{rest}: start a new run with another --out")
     for state in states[states.index(whole) + 1 :]:
         aside = state.with_name(f"damaged-{state.name}")
         if aside.exists():
             shutil.rmtree(aside)
         state.rename(aside)
-        notice(f"{state} is damaged, set aside as {aside.name}: going on from {whole.name}")
+        notice(f"{state} is damaged, set aside as {aside.name}: resuming from {whole.name}")
     return whole
 
 
 def read_counters(state: Path) -> dict[str, Any]:
+    """The counters saved with a state. UserError if the file is missing or not JSON."""
     return read_json(state / COUNTERS)
 
 
@@ -169,9 +180,9 @@ def load_state(
     *,
     processes: Processes = ALONE,
 ) -> None:
-    """Fill model, optimisers and generator from a state directory; they must be built for the same stage.
+    """Load a state into model, optimisers and generator, which must have been built for the same stage. Collective.
 
-    It may have been written by another number of processes: shards are cut anew.
+    The state may have been written by another number of processes; it is resharded. UserError if it does not fit.
     """
     model_state, optimizer_state = get_state_dict(model, optimizers)
     tensors: dict[str, Any] = {
@@ -184,7 +195,7 @@ def load_state(
             load(tensors, checkpoint_id=state, no_dist=processes.world == 1)
     except (CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{state} does not fit this run ({reason}): is it of another run?") from None
+        raise UserError(f"{state} does not fit this run ({reason}): does it belong to another run?") from None
     set_state_dict(
         model,
         optimizers,

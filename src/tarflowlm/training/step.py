@@ -1,4 +1,4 @@
-"""One optimiser step, and steps on a throw-away model, to see how long they take."""
+"""One optimiser step, and timed steps on a throw-away model."""
 
 import time
 from collections.abc import Callable
@@ -17,21 +17,23 @@ from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.parallel import Engine
 
 TIMED_STEPS = 6
+"""Steps that `seconds_per_step` takes by default."""
 
 
 def optimizer_step(
     engine: Engine,
     optimizers: list[torch.optim.Optimizer],
-    tokens: Int[Tensor, "b T"],
+    tokens: Int[Tensor, "B T"],
     *,
     generator: torch.Generator,
     guard: Guard | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step on a global batch, of which `tokens` are this process's rows.
+    """Take one step on a global batch, of which `tokens` are this process's rows. Collective.
 
-    Loss in nats per token and gradient norm, of the whole batch, both left on the device. Where `guard` does not
-    allow it, parameters and optimisers stay as they are; it decides by these two, so that all processes agree. A
-    deferred guard decides on the device (fused AdamW knows `found_inf` from torch.amp, ours does as well).
+    Returns the loss, in nats per token, and the gradient norm of the whole batch, both on the device. If `guard` does
+    not allow the step, parameters and optimisers stay as they are. The guard decides by these two numbers, so all
+    processes agree. A deferred guard decides on the device, through `found_inf` (as in torch.amp, which fused AdamW
+    and our Muon support).
     """
     loss = engine.backward(tokens, generator)
     trained = [p for p in engine.model.parameters() if p.grad is not None]
@@ -50,7 +52,7 @@ def optimizer_step(
 
 
 class TrainingStep:
-    """Optimiser steps of `stage` of a run on a throw-away model, over this process's tokens.
+    """Optimiser steps of stage `stage` (0-based) of a run, on a throw-away model.
 
     `run.model.vocab_size` must be set.
     """
@@ -66,14 +68,17 @@ class TrainingStep:
         self.generator = torch.Generator(device=device).manual_seed(0)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Takes a step and returns the loss."""
+        """Take a step on this process's rows `tokens` [B, T]; returns the loss, in nats per token."""
         return optimizer_step(self.engine, self.optimizers, tokens, generator=self.generator)[0]
 
 
 def seconds_per_step(
     run: RunConfig, stage: int, batches: Callable[[], Tensor], device: torch.device, *, num_steps: int = TIMED_STEPS
 ) -> float:
-    """Median seconds of an optimiser step of `stage` over `batches`. `run.model.vocab_size` must be set."""
+    """Median seconds of an optimiser step of `stage`; every step takes its tokens from a call of `batches`.
+
+    `run.model.vocab_size` must be set.
+    """
     step = TrainingStep(run, stage, device)
     durations = []
     for _ in range(num_steps):

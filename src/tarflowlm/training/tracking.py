@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases beside metrics.jsonl, which stays the truth: one that fails never stops a run."""
+"""TensorBoard and Weights & Biases, in addition to metrics.jsonl. A tracker that fails never stops a run."""
 
 import importlib.util
 import json
@@ -19,33 +19,35 @@ TENSORBOARD, WANDB = "tensorboard", "wandb.json"
 
 
 class Sink(Protocol):
-    """Takes the records of metrics.jsonl as they are written. Any method may raise: `Sinks` sees to it."""
+    """A tracker that receives the records of metrics.jsonl. Its methods may raise; `Sinks` handles that."""
 
-    def record(self, record: dict[str, Any]) -> None: ...
+    def record(self, record: dict[str, Any]) -> None:
+        """Take one record."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Finish; nothing is recorded afterwards."""
 
 
 def scalars(record: dict[str, Any]) -> dict[str, int | float]:
-    """The numbers of a record as trackers name them: train/bpc, valid/nats_per_token, ..."""
+    """The numbers of a record under the names trackers show: train/bpc, valid/nats_per_token, ..."""
     numbers = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}
     return {f"{record['split']}/{key}": value for key, value in numbers.items()}
 
 
 def check_installed(names: tuple[TrackerName, ...]) -> None:
-    """UserError for a tracker whose package is not there."""
+    """UserError for a tracker whose package is not installed."""
     for name in names:
         spec = importlib.util.find_spec(name)
-        # without an origin it is a mere folder of that name, such as W&B leaves behind
+        # no origin: only a folder of that name, such as W&B creates
         if spec is None or spec.origin is None:
             raise UserError(f"train.track {name}: the package is not installed; pip install 'tarflowlm[track]'")
 
 
 class Sinks:
-    """The trackers of a run. One that fails, at the start or later, is told of once and dropped.
+    """The trackers of a run. One that fails, at the start or later, is dropped with one notice.
 
-    `resume_at` is the step of the state that is resumed: what a tracker holds of later steps is written anew, and no
-    point appears twice.
+    `resume_at` is the step of the state that is resumed. Later steps are sent again where a tracker can replace them,
+    so no point appears twice.
     """
 
     def __init__(self, run: RunConfig, out: Path, notice: Callable[[str], None], *, resume_at: int | None) -> None:
@@ -58,35 +60,37 @@ class Sinks:
                 self.sinks[name] = kinds[name](run, out, notice, resume_at=resume_at)
 
     def record(self, record: dict[str, Any]) -> None:
+        """Pass one record to every tracker."""
         for name, sink in list(self.sinks.items()):
             with self._dropping(name):
                 sink.record(record)
 
     def close(self) -> None:
+        """Close every tracker."""
         for name, sink in list(self.sinks.items()):
             with self._dropping(name):
                 sink.close()
 
     @contextmanager
     def _dropping(self, name: str) -> Iterator[None]:
-        """An error in this context becomes one notice, and sink `name` is closed and forgotten."""
+        """A context in which an error becomes one notice, and sink `name` is closed and dropped."""
         try:
             yield
         except Exception as error:
             text = " ".join(str(error).split()) or type(error).__name__
-            self.notice(f"{name} is dropped ({text}); metrics.jsonl goes on")
+            self.notice(f"{name} is dropped ({text}); metrics.jsonl continues")
             with suppress(Exception):
                 if (failed := self.sinks.pop(name, None)) is not None:
                     failed.close()
 
 
 class TensorBoardSink:
-    """Event files in DIR/tensorboard, flushed with every record as metrics.jsonl is."""
+    """Writes event files to DIR/tensorboard, flushed after every record."""
 
     def __init__(self, run: RunConfig, out: Path, notice: Callable[[str], None], *, resume_at: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # readers hide what earlier files hold from `purge_step` on
+        # TensorBoard hides the points of earlier files from `purge_step` on
         purge = None if resume_at is None else resume_at + 1
         self.writer = SummaryWriter(str(out / TENSORBOARD), purge_step=purge)
         if resume_at is None:
@@ -94,20 +98,21 @@ class TensorBoardSink:
         notice(f"tensorboard --logdir {out / TENSORBOARD}")
 
     def record(self, record: dict[str, Any]) -> None:
+        """Write the numbers of a record."""
         for tag, value in scalars(record).items():
             self.writer.add_scalar(tag, value, record["step"])
         self.writer.flush()
 
     def close(self) -> None:
+        """Close the event file."""
         self.writer.close()
 
 
 class WandbSink:
-    """A run of Weights & Biases, online or offline as WANDB_MODE says; its files are in DIR/wandb.
+    """A run of Weights & Biases, online or offline according to WANDB_MODE, with its files in DIR/wandb.
 
-    DIR/wandb.json keeps the run's id and the last step sent of either split. A resumed run takes the same steps to
-    the same bits, so that what was sent before the stop need not, and must not, be sent again: W&B cannot take points
-    back.
+    DIR/wandb.json keeps the run's id and the last step sent of every split. W&B cannot replace points, so a resumed
+    run, which repeats its steps bit for bit, does not send them again.
     """
 
     def __init__(self, run: RunConfig, out: Path, notice: Callable[[str], None], *, resume_at: int | None) -> None:
@@ -132,14 +137,15 @@ class WandbSink:
         notice(f"wandb: {where}")
 
     def record(self, record: dict[str, Any]) -> None:
+        """Send the numbers of a record, unless its step was sent before."""
         split, step = record["split"], record["step"]
         if step <= self.state["sent"].get(split, 0):
             return
-        # noted first: a kill in between loses a point here, where the other order would repeat one
+        # saved first: a kill in between loses a point, where the other order would send it twice
         self.state["sent"][split] = step
         write_json(self.path, self.state)
         self.run.log(scalars(record), step=step)
 
     def close(self) -> None:
-        # called while an exception passes through: the run failed
+        """Finish the W&B run, as failed if an exception is passing through."""
         self.run.finish(exit_code=int(sys.exc_info()[0] is not None))
