@@ -167,3 +167,15 @@ def test_every_module_imports_without_posix():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_folder_of_modules_is_a_package_that_git_keeps():
+    """A pattern of .gitignore that matches a folder of the package leaves it out of the wheel."""
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert not [folder for folder in folders if not (folder / "__init__.py").exists()]
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    files = [str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    command = ["git", "check-ignore", "--no-index", "--stdin"]
+    done = subprocess.run(command, input="\n".join(files), capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout == ""

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tarflowlm.errors import UserError
+from tarflowlm.flow.precision import wide_dtype
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import Decoders, Tick, invert_block, per_block
 from tarflowlm.generation.passage import LatentPassage
@@ -133,7 +134,7 @@ def interpolate(
     if weight in (0.0, 1.0):
         anchor = first if weight == 0.0 else second
         return _descend(model, anchor, level, anchor.states[level], decoder, generator, tick, before=first)
-    cosine = torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).double()
+    cosine = torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).to(wide_dtype(a))
     angle = cosine.clamp(-1, 1).arccos().clamp(1e-4, torch.pi - 1e-4)[:, None, None]
     state = (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / angle.sin()
     return _descend(model, first, level, state.to(a), decoder, generator, tick)

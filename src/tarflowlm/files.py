@@ -103,8 +103,13 @@ def waiting_lock(path: Path) -> Iterator[None]:
     For files that several processes may write at once, such as a cache entry. Not reentrant. The folder of `path`
     must exist, `path` itself need not.
     """
-    with FileLock(path.with_name(f".{path.name}{LOCK}")):
+    lock = FileLock(path.with_name(f".{path.name}{LOCK}"))
+    with _locks_as_user_error(path.parent):
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -115,7 +120,8 @@ def writer_lock(directory: Path) -> Iterator[None]:
     """
     lock, holder = FileLock(directory / LOCK, timeout=0), directory / _HOLDER
     try:
-        lock.acquire()
+        with _locks_as_user_error(directory):
+            lock.acquire()
     except Timeout:
         who = _read_holder(holder)
         raise UserError(
@@ -129,6 +135,15 @@ def writer_lock(directory: Path) -> Iterator[None]:
         with suppress(OSError):
             holder.unlink()
         lock.release()
+
+
+@contextmanager
+def _locks_as_user_error(folder: Path) -> Iterator[None]:
+    """UserError where the file system of `folder` knows no locks, as some network ones."""
+    try:
+        yield
+    except NotImplementedError:
+        raise UserError(f"{folder}: its file system has no locks; choose a folder on another one") from None
 
 
 def _read_holder(path: Path) -> str:

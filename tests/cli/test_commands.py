@@ -44,6 +44,16 @@ def test_short_options_reach_their_fields(run, text_file, tmp_path):
     assert config["data"]["source"] == str(text_file)
 
 
+def test_the_first_blocks_of_a_preset_alone(run, run_json, text_file, tmp_path):
+    out = tmp_path / "one"
+    argv = ["--data", text_file, "--steps", "3", *TINY, "--model.blocks.0.layers", "1", "--blocks", "1"]
+    assert run("train", "mini-mixd", "--out", out, *argv).status == 0
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert [block["coupling"] for block in config["model"]["blocks"]] == ["mixd"]
+    assert config["train"]["stage_steps"] == [3]
+    assert run_json("eval", out, "--stride", "8", "--windows", "3")["stride"] == 8
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_eval_says_what_the_run_said(run_json, models, name):
     result = run_json("eval", models[name])

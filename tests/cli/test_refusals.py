@@ -27,6 +27,8 @@ WRONG_FIELDS = {
     "patch": (["--model.patch", "3"], ["patch 3", "context 32"]),
     "no-steps": (["--steps", "0"], ["steps 0"]),
     "few-steps": (["--steps", "2"], ["steps 2", "3 stages"]),
+    "no-blocks": (["--blocks", "0"], ["blocks 0", "3"]),
+    "many-blocks": (["--blocks", "4"], ["blocks 4", "3"]),
     "coupling": (["--model.blocks.1.coupling", "mixx"], ["'mixx'", "mix1"]),
     "layers": (["--model.blocks.1.layers", "0"], ["model.blocks.1.layers 0"]),
     "width": (["--model.trunk.width", "33"], ["width 33", "multiple"]),

@@ -113,6 +113,7 @@ def test_the_page_holds_figures_and_numbers(together, runs):
         assert f"{sign} {test['bpc']:.4f} ({test['bound']})" in page.text
         assert f"{summary(directory)['parameters']:,}" in page.text
     assert "optim.codebook_lr_scale" in page.text
+    assert "model.blocks.1.components" in page.text
     assert "exact, and it has no blocks" in page.text
 
 

@@ -46,6 +46,7 @@ def runs(source: str) -> dict[str, RunConfig]:
         checkpoint_every=100, test_windows=3,
     )  # fmt: skip
     joint = replace(staged, mode="joint", stage_steps=(20,))
+    compiled = replace(staged, accumulate=2, checkpoint_activations=True, compile=True)
 
     def run(model: FlowConfig | BaselineConfig, train: TrainConfig) -> RunConfig:
         return RunConfig(name="tiny", model=model, train=train, data=DataConfig(source=source))
@@ -56,7 +57,7 @@ def runs(source: str) -> dict[str, RunConfig]:
         "affine": run(replace(flow, blocks=stack(("affine",) * 3, (1, 1, 1), (1, 1, 1))), joint),
         "mix1": run(replace(flow, blocks=stack(("mix1",) * 3, (1, 1, 1), (27, 2, 2))), joint),
         "mixd": run(flow, staged),
-        "patches": run(replace(flow, patch=2), replace(staged, accumulate=2, checkpoint_activations=True)),
+        "patches": run(replace(flow, patch=2), compiled),
         "one-channel": run(one_channel, replace(joint, stage_steps=(2,))),
     }
 

@@ -13,6 +13,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.language_model import seeded
 from tarflowlm.model import TarFlowLM
 from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.runs.manifest import write_manifest
 from tarflowlm.training import lifecycle
 from tarflowlm.training.metrics import Reporter
 
@@ -235,6 +236,14 @@ def test_what_cannot_start_leaves_no_directory(tmp_path, tiny_run, go):
         with pytest.raises(UserError, match=message):
             go(wrong, out)
         assert not out.parent.exists()
+
+
+def test_a_kill_between_the_first_two_files_is_no_dead_end(tmp_path, tiny_run, go):
+    """The manifest takes its place before the file that it lists."""
+    write_manifest(tmp_path, ())
+    for name in (".config.json.abc.tmp", ".lock"):
+        (tmp_path / name).touch()
+    assert go(tiny_run(), tmp_path)["steps"] == 7
 
 
 def test_an_existing_directory_is_left_alone(tmp_path, tiny_run, go):

@@ -123,8 +123,8 @@ def _infill(
             {
                 "name": name,
                 "particles": particles,
-                "kept": (tokens == texts)[:, ~hidden].double().mean().item(),
-                "recovered": (tokens == texts)[:, hidden].double().mean().item(),
+                "kept": (tokens == texts)[:, ~hidden].cpu().double().mean().item(),
+                "recovered": (tokens == texts)[:, hidden].cpu().double().mean().item(),
                 "bpc": _bits(checkpoint, tokens, args.seed),
                 "bpc_true": _bits(checkpoint, texts, args.seed),
                 "ess": found.ess.mean().item(),
@@ -168,8 +168,8 @@ def _edit(
                     "name": name,
                     "level": level,
                     "strength": strength,
-                    "changed": edit.changed.double().mean().item(),
-                    "unchanged_texts": (~edit.changed.any(1)).double().mean().item(),
+                    "changed": edit.changed.cpu().double().mean().item(),
+                    "unchanged_texts": (~edit.changed.any(1)).cpu().double().mean().item(),
                     "bpc": _bits(checkpoint, edit.tokens.cpu(), args.seed),
                     "bpc_before": _bits(checkpoint, texts, args.seed),
                 }

@@ -37,11 +37,15 @@ class TrainArgs:
     device: Device = "auto"
     checkpoint_every: int | None = None
     """Steps between checkpoints."""
+    blocks: int | None = None
+    """Train only the first blocks of the preset's stack, this many."""
     json: PrintJson = False
     run: Annotated[RunConfig | None, tyro.conf.arg(name="")] = None
     """The preset's fields."""
 
     def __post_init__(self) -> None:
+        if self.blocks is not None and self.run is not None and not 1 <= self.blocks <= self.run.model.num_blocks:
+            raise UserError(f"blocks {self.blocks}: must be between 1 and the preset's {self.run.model.num_blocks}")
         if self.minutes is None:
             return
         if self.steps is not None:
@@ -92,6 +96,9 @@ def overridden(args: TrainArgs) -> RunConfig:
         run = replace(run, data=replace(run.data, source=args.data))
     if args.checkpoint_every is not None:
         run = replace(run, train=replace(run.train, checkpoint_every=args.checkpoint_every))
+    if args.blocks is not None:
+        steps = run.train.stage_steps[: args.blocks] if run.num_stages > 1 else run.train.stage_steps
+        run = replace(run, model=run.model.first_blocks(args.blocks), train=replace(run.train, stage_steps=steps))
     if args.minutes is not None:
         run = replace(run, train=replace(run.train, minutes=args.minutes))
     return run if args.steps is None else with_steps(run, args.steps)

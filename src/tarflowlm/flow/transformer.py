@@ -114,7 +114,10 @@ class Attention(nn.Module):
         q = rotate_(F.layer_norm(q, (self.head_width,), self.query_scale.to(q.dtype)), *tables).transpose(1, 2)
         k = rotate_(F.layer_norm(k, (self.head_width,), self.key_scale.to(k.dtype)), *tables).transpose(1, 2)
         v = v.transpose(1, 2)
-        mask, causal = None, N > 1
+        mask, causal = None, False
+        if N > 1:
+            # by a branch: where a compiler keeps the length open, the comparison itself is no plain bool
+            causal = True
         if cache is not None:
             past = cache.length
             cache.keys[layer][:, :, past : past + N] = k

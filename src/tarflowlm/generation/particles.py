@@ -42,7 +42,7 @@ class Weights:
 
     def add(self, log_increment: Tensor) -> None:
         """Multiply the weights by exp(`log_increment`), [num R]; NaN counts as probability zero."""
-        increment = log_increment.detach().double().cpu().view(self.log_w.shape)
+        increment = log_increment.detach().cpu().double().view(self.log_w.shape)
         self.log_w = self.log_w + torch.where(increment.isnan(), -torch.inf, increment)
 
     def effective(self) -> Tensor:

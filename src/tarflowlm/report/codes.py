@@ -56,8 +56,8 @@ class Codes:
 def codes_of(model: LanguageModel, tokenizer: Tokenizer, counts: npt.NDArray[np.int64] | None) -> Codes:
     """The codes of a model. `counts` [V] are the frequencies of the tokens, if known."""
     vectors, log_std = model.token_vectors()
-    std = None if log_std is None else log_std.detach().double().exp().cpu().numpy()
-    mean = vectors.detach().double().cpu().numpy()
+    std = None if log_std is None else log_std.detach().cpu().double().exp().numpy()
+    mean = vectors.detach().cpu().double().numpy()
     order = np.arange(len(mean)) if counts is None else np.argsort(-counts, kind="stable")
     compared = order[:COMPARED]
     nearest, distance = nearest_neighbours(mean, compared)

@@ -178,6 +178,8 @@ def config_table(records: Sequence[RunRecord]) -> Table:
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for key, item in value.items():
+        if isinstance(item, list) and item and isinstance(item[0], dict):
+            item = {str(index): inner for index, inner in enumerate(item)}
         if isinstance(item, dict):
             found |= _flat(item, f"{prefix}{key}.")
         else:

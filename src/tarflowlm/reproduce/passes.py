@@ -71,7 +71,7 @@ def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     for done in finished:
         result, _ = _passes(done)
         for number, tokens in enumerate(result.passes):
-            same = (tokens == result.tokens).double().mean().item()
+            same = (tokens == result.tokens).cpu().double().mean().item()
             name = "noise" if number == 0 else f"block {len(result.passes) - number} inverted"
             seed = done.training.run.seed
             rows.append({"model": done.training.label, "seed": seed, "state": name, "tokens as in the end": same})

@@ -52,7 +52,7 @@ def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
 
 
 def save_weights(directory: Path, weights: dict[str, torch.Tensor], info: dict[str, str]) -> None:
-    """Write a state dict to model.safetensors, with `info` in the header so that weights and counts cannot disagree."""
+    """Write a state dict to model.safetensors; `info` goes into its header, so that weights and counts agree."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
     with replacing_listed(directory / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata=info | LISTED)
@@ -101,8 +101,8 @@ def export(directory: str | Path, out: str | Path, *, half: bool = False) -> Pat
     """Copy the files needed to load a model into the new directory `out`, without the training state; returns `out`.
 
     `half` stores the matrices of linear layers in bfloat16; loading converts them to float32. Codebooks, biases and
-    the evidence of heads keep their precision. Paths in the configuration are cut to the file name. UserError if `out`
-    exists, and as in `load_checkpoint`.
+    the evidence of heads keep their precision. Paths in the configuration are cut to the file name. UserError if
+    `out` exists, and as in `load_checkpoint`.
     """
     checkpoint, out = load_checkpoint(directory), Path(out)
     if out.exists():

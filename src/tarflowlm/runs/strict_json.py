@@ -30,8 +30,9 @@ def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
         raise UserError(f"{where}: expected an object, found {data!r}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    family = getattr(cls, "family", None)
     for key in data:
-        if key not in fields and not (key == "family" and data[key] == getattr(cls, "family", None)):
+        if key not in fields and not (key == "family" and family is not None and data[key] == family):
             raise UserError(f"{where}.{key}: unknown key; known keys are {', '.join(sorted(fields))}")
     values = {}
     for name, field in fields.items():

@@ -235,7 +235,7 @@ def _corpus(run: RunConfig, reporter: Reporter) -> Corpus:
 
 def check_new(out: Path) -> None:
     """UserError if `out` exists and holds anything but leftovers of a run that was killed at its start."""
-    leftovers = (LOCK, f".{CONFIG}.", f".{MANIFEST}.")
+    leftovers = (LOCK, MANIFEST, f".{CONFIG}.", f".{MANIFEST}.")
     if out.exists() and (not out.is_dir() or not all(path.name.startswith(leftovers) for path in out.iterdir())):
         raise UserError(f"{out} exists already: choose another --out, or resume it with `train --resume {out}`")
 

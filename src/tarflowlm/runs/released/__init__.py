@@ -16,7 +16,7 @@ def released() -> list[str]:
 
 
 def locate(directory: str | Path) -> Path:
-    """The path of a run directory: `directory` itself, or the released model of that name if there is no such path."""
+    """A run directory: the path itself, or the released model of that name where there is no such path."""
     path = Path(directory)
     return FOLDER / path if not path.exists() and str(path) in released() else path
 
