@@ -32,6 +32,11 @@ class BlockConfig:
     """The map of a position, given the positions before it."""
     layers: int = 1
     """Transformer layers."""
+    start: Literal["codebook", "flattened", "plain"] = "codebook"
+    """Of a mix1 block 1 with K = V: as the Mix-d coupling of the codebook; as that, its weights seeing a tenth of the
+    evidence; or plain, without knowledge of the codebook, as every other block starts."""
+    sees_channels: bool = True
+    """Let the head of a channel see the channels before it; without, a mixture per channel given the past alone."""
     components: int = 2
     """Mixture components K; 0 ties those of mixd in block 1 to the encoder's codebook; 1 for affine couplings."""
 
@@ -68,8 +73,8 @@ class FlowConfig(LanguageModelConfig):
     """Blocks of the stack, block 1 (next to the tokens) first."""
     head_hidden: int = 64
     """Hidden units per channel of the masked autoregressive head (D_m / 2 in the paper)."""
-    channel_mix: bool = True
-    """Reorder channels to [even, odd] between blocks."""
+    channel_mix: bool | None = True
+    """Reorder channels to [even, odd] between blocks; None: where P > 1, as in the paper."""
     in_patch: Literal["autoregressive", "independent"] = "autoregressive"
     """Mixture weights inside a patch of a mixd block: given the earlier tokens of the patch, or independent."""
 
@@ -98,6 +103,11 @@ class FlowConfig(LanguageModelConfig):
     def num_blocks(self) -> int:
         """Flow blocks L."""
         return len(self.blocks)
+
+    @property
+    def mixes_channels(self) -> bool:
+        """Whether channels are reordered between blocks."""
+        return self.patch > 1 if self.channel_mix is None else self.channel_mix
 
     @property
     def is_affine(self) -> bool:
@@ -191,7 +201,7 @@ class TarFlowLM(LanguageModel):
             channels=config.patch * config.latent_dim,
             coupling=self._coupling(index),
             reverse=index % 2 == 1,
-            mix=index if config.channel_mix else 0,
+            mix=index if config.mixes_channels else 0,
         )
         self.prior.blocks.append(block.to(self.codebook.mean.device))
         return block
@@ -206,6 +216,7 @@ class TarFlowLM(LanguageModel):
                 hidden=config.head_hidden,
                 features=features,
                 group=1 if block.coupling == "affine" else config.latent_dim,
+                autoregressive=block.sees_channels,
             )
         if block.coupling == "mix1":
             coupling = Mix1Coupling(
@@ -215,9 +226,10 @@ class TarFlowLM(LanguageModel):
                 hidden=config.head_hidden,
                 features=features,
                 spread=0.95 if index == 0 else 0.3,
+                autoregressive=block.sees_channels,
             )
-            if index == 0 and block.components == config.vocab_size:
-                coupling.start_from(self.codebook)
+            if index == 0 and block.components == config.vocab_size and block.start != "plain":
+                coupling.start_from(self.codebook, evidence=0.1 if block.start == "flattened" else 1.0)
             return coupling
         return MixDCoupling(
             width=width,

@@ -1,7 +1,9 @@
 """What the user got wrong costs one line and nothing else."""
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,9 @@ import torch
 from command_cases import CHECKPOINT, FAMILIES, ONE_LAYER, TINY, listing, put_config
 from safetensors.torch import load_file, save_file
 
+from tarflowlm.cli.arguments import SampleArgs
+from tarflowlm.cli.parsing import parse
+from tarflowlm.errors import UserError
 from tarflowlm.runs.manifest import write_manifest
 
 
@@ -17,6 +22,14 @@ def test_unknown_commands_and_presets_are_listed(refused):
     refused("train", "mini-mixx", "--out", "x", names=["'mini-mixx'", "mini-mixd"])
     refused("train", names=["preset", "--resume"])
     refused("bench", "nothing", names=["'nothing'", "numerics"])
+
+
+def test_a_message_is_one_line_without_utf8_too(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(UserError) as raised:
+        parse(SampleArgs, ["--num", "x"], "tarflowlm sample")
+    assert "---" not in str(raised.value)
+    assert "--num" in str(raised.value)
 
 
 WRONG_FIELDS = {

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.heads import AutoregressiveHead
@@ -168,7 +169,16 @@ class AffineCoupling(ChannelCoupling):
     token-affine coupling, which for P = 1 is TarFlow's. Paper: section 3.2.
     """
 
-    def __init__(self, *, width: int, channels: int, hidden: int, features: int, group: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        width: int,
+        channels: int,
+        hidden: int,
+        features: int,
+        group: int = 1,
+        autoregressive: bool = True,
+    ) -> None:
         super().__init__()
         self.group = group
         self.head = AutoregressiveHead(
@@ -179,6 +189,8 @@ class AffineCoupling(ChannelCoupling):
             outputs=(group, group),
             features=features,
             skip=True,
+            autoregressive=autoregressive,
+            log_std_last=True,
         )
 
     def forward(
@@ -218,7 +230,15 @@ class Mix1Coupling(ChannelCoupling):
     """
 
     def __init__(
-        self, *, width: int, channels: int, components: int, hidden: int, features: int, spread: float
+        self,
+        *,
+        width: int,
+        channels: int,
+        components: int,
+        hidden: int,
+        features: int,
+        spread: float,
+        autoregressive: bool = True,
     ) -> None:
         super().__init__()
         self.head = AutoregressiveHead(
@@ -229,6 +249,8 @@ class Mix1Coupling(ChannelCoupling):
             outputs=(components,) * 3,
             features=features,
             skip=True,
+            autoregressive=autoregressive,
+            log_std_last=True,
         )
         level = (torch.arange(components, dtype=torch.float64) + 0.5) / components
         means = spread * torch.special.ndtri(level)
@@ -238,7 +260,7 @@ class Mix1Coupling(ChannelCoupling):
             self.head.biases[2].fill_(0.5 * variance.log())
 
     @torch.no_grad()
-    def start_from(self, codebook: Codebook) -> None:
+    def start_from(self, codebook: Codebook, *, evidence: float = 1.0) -> None:
         r"""Start as the Mix-d coupling of this codebook with uniform weights (docs/math.md, section 3, "Start").
 
         With K = V, component k of channel i has the mean mu_ki and the scale sigma_k. The log-weights of channel i
@@ -247,20 +269,23 @@ class Mix1Coupling(ChannelCoupling):
             sum_{j<i} log N(z_j; mu_kj, sigma^2) = sum_{j<i} (mu_kj z_j - mu_kj^2 / 2) / sigma^2 + terms without k
 
         Training may leave this start. Without it, a Mix-1 block spends most of its steps finding the codebook.
+        `evidence` below 1 flattens these log-weights: each channel then knows less of the token than it could.
+        UserError for a head that does not see the channels before.
         """
         mean, dim = codebook.mean.T, codebook.mean.shape[1]
-        evidence = self.head.evidence
-        assert evidence is not None
+        paths = self.head.evidence
+        if paths is None or not paths.shape[1]:
+            raise UserError("model.blocks.0.start: needs a head that sees the channels before; use plain")
         assert self.head.biases[0].shape[1] == codebook.vocab_size
         unit = codebook.log_std.exp().mean()
         self.head.scale[1] = unit
-        per_channel = mean / unit.square()
+        per_channel = evidence * mean / unit.square()
         for c in range(self.head.groups):
             i = c % dim
             self.head.biases[0][c] = -0.5 * (mean[:i] * per_channel[:i]).sum(0)
             self.head.biases[1][c] = mean[i] / unit
             self.head.biases[2][c] = codebook.log_std
-            evidence[c, c - i : c, 0] = per_channel[:i]
+            paths[c, c - i : c, 0] = per_channel[:i]
 
     def _mixture(self, z: Tensor, features: Tensor) -> tuple[Tensor, list[Tensor]]:
         """z as [C, B, N], and its log-weights, means and log-scales [C, B, N, K]."""

@@ -30,6 +30,24 @@ class GroupState:
     """Their embeddings e_g, [B, A]."""
 
 
+LARGEST_LOG_STD, ROOM = 8.0, 4.0
+"""Up to the first size a log standard deviation is left as it is; beyond, it tends to the sum of both."""
+
+
+def bounded_log_std(x: Tensor) -> Tensor:
+    """x for |x| <= 8, and sign(x) (8 + 4 tanh((|x| - 8) / 4)) beyond: once differentiable, below 12 in size.
+
+    Without a bound, the chain over the channels of an untrained head can grow to infinity. No trained head comes near
+    it: exp(-8) is a hundredth of the scale of a sharp code.
+    """
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = torch.aminmax(x.detach()) if x.numel() else (0.0, 0.0)
+        if low >= -LARGEST_LOG_STD and high <= LARGEST_LOG_STD:
+            return x
+    inside = x.clamp(-LARGEST_LOG_STD, LARGEST_LOG_STD)
+    return inside + ROOM * torch.tanh((x - inside) / ROOM)
+
+
 class AutoregressiveHead(nn.Module):
     r"""Masked autoregressive MLP over the G groups of channels of a position (docs/math.md, eq. 10).
 
@@ -49,7 +67,8 @@ class AutoregressiveHead(nn.Module):
     `skip` adds the linear paths `shared` and `evidence` to the first output: log-weights, or means in Affine.
     Evidence for a component is additive in log-weights (with equal scales the Bayes update of eq. 9 is linear in
     z_j), which a small MLP learns slowly. `shared` is the same for all groups, like the head of a language model.
-    Both start at zero. The buffer `scale` holds one fixed factor per output.
+    Both start at zero. The buffer `scale` holds one fixed factor per output. `autoregressive=False` leaves out all
+    paths from earlier groups: every group depends on the features alone. `log_std_last` bounds the last output.
     """
 
     mask: Tensor
@@ -65,11 +84,14 @@ class AutoregressiveHead(nn.Module):
         outputs: tuple[int, ...],
         features: int,
         skip: bool = False,
+        autoregressive: bool = True,
+        log_std_last: bool = False,
     ) -> None:
         super().__init__()
         self.groups, self.channels, self.hidden, self.features = groups, channels, hidden, features
+        self.log_std_last = log_std_last
         self.context = nn.Linear(width, groups * hidden)
-        known = max(groups - 1, 0)
+        self.num_known = known = max(groups - 1, 0) if autoregressive else 0
         self.embed = nn.Parameter(torch.randn(known, 3 * channels, features) * (3 * channels) ** -0.5)
         self.cross = nn.Parameter(torch.randn(groups, hidden, known, features) * max(known * features, 1) ** -0.5)
         self.weights = nn.ParameterList(torch.randn(groups, hidden, n) * 0.1 * hidden**-0.5 for n in outputs)
@@ -91,16 +113,19 @@ class AutoregressiveHead(nn.Module):
         """Outputs of some groups: [groups, rows, M] -> one [groups, rows, O] per output, at least float32."""
         active = F.gelu(hidden)
         parts = zip(self.weights, self.biases, self.scale, strict=True)
-        return [
+        outputs = [
             widen(active @ (weight[groups] * scale)) + bias[groups, None] * scale for weight, bias, scale in parts
         ]
+        if self.log_std_last:
+            outputs[-1] = bounded_log_std(outputs[-1])
+        return outputs
 
     def forward(self, features: Float[Tensor, "B N D"], z: Float[Tensor, "B N C"]) -> list[Tensor]:
         """Parameters of all groups in parallel, each given the earlier groups of z: a list of [G, B, N, O]."""
         B, N, _ = z.shape
         values = z.reshape(B * N, self.groups, self.channels).transpose(0, 1)
         hidden = self.context(features).reshape(B * N, -1)
-        if self.groups > 1:
+        if self.num_known:
             known = self._embed(values[:-1], self.embed).transpose(0, 1).reshape(B * N, -1)
             cross = (self.cross * self.mask[:, None, :, None]).reshape(self.groups * self.hidden, -1)
             hidden = hidden + F.linear(known, cross)
@@ -108,7 +133,7 @@ class AutoregressiveHead(nn.Module):
         first, *rest = self._read_out(by_group, slice(None))
         if self.shared is not None and self.evidence is not None:
             first = first + widen(self.shared(features)).view(1, B * N, -1)
-            if self.groups > 1:
+            if self.num_known:
                 evidence = (self.evidence * self.mask[:, :, None, None]).flatten(1, 2)
                 # sums reach the hundreds where components are narrow: too large for half precision
                 with full_precision(z):
@@ -124,12 +149,12 @@ class AutoregressiveHead(nn.Module):
         """Parameters of the first group not yet observed: one [1, B, O] per output."""
         g = len(state.values)
         hidden = state.context[g]
-        if g:
+        if g and self.num_known:
             hidden = hidden + torch.cat(state.embedded, -1) @ self.cross[g, :, :g].reshape(self.hidden, -1).T
         outputs = self._read_out(hidden[None], slice(g, g + 1))
         if state.shared is not None and self.evidence is not None:
             outputs[0] = outputs[0] + widen(state.shared)
-            if g:
+            if g and self.num_known:
                 with full_precision(state.context):
                     outputs[0] = outputs[0] + torch.cat(state.values, -1) @ self.evidence[g, :g].flatten(0, 1)
         return outputs
@@ -142,6 +167,8 @@ class AutoregressiveHead(nn.Module):
         g = len(state.values)
         if g == self.groups - 1:
             return state
+        if not self.num_known:
+            return replace(state, values=(*state.values, z))
         embedded = self._embed(z[None], self.embed[g : g + 1])[0]
         return replace(state, values=(*state.values, z), embedded=(*state.embedded, embedded))
 

@@ -11,13 +11,16 @@ from tarflowlm.baseline import BaselineConfig
 from tarflowlm.data import DataConfig, TokenizerConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import CouplingName, FlowConfig, stack
+from tarflowlm.model import CouplingName, FlowConfig, as_flow_config, stack
 from tarflowlm.runs.config import OptimConfig, RunConfig, TrainConfig
 
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2)
 MINI_STEPS = 2600
 """Steps of 8 sequences of 256 tokens each: 5.3 M tokens."""
 MINI_TRAIN = TrainConfig(stage_steps=(MINI_STEPS,), test_windows=4096)
+
+MIXD_CODEBOOK, PLAIN_CODEBOOK = 0.5, 1.0
+"""Learning rate of the codebook over the rest (docs/log.md): tied to block 1, and where nothing starts from it."""
 
 PAPER_TRUNK = TransformerConfig(width=768, num_heads=12)
 """The size of GPT-2 small."""
@@ -39,7 +42,7 @@ def mini_ar() -> RunConfig:
 
 def mini_affine() -> RunConfig:
     """Three affine blocks with as many Transformer layers together as the baseline."""
-    return _mini_joint("mini-affine", "affine", (1, 1, 1), codebook_lr_scale=1.0)
+    return _mini_joint("mini-affine", "affine", (1, 1, 1), codebook_lr_scale=PLAIN_CODEBOOK)
 
 
 def mini_mix1() -> RunConfig:
@@ -47,9 +50,23 @@ def mini_mix1() -> RunConfig:
     return _mini_joint("mini-mix1", "mix1", (27, 2, 2), codebook_lr_scale=0.05)
 
 
+def mini_mix1_plain() -> RunConfig:
+    """`mini-mix1` without the start from the codebook, as in the paper."""
+    run = mini_mix1()
+    model = as_flow_config(run.model)
+    blocks = (replace(model.blocks[0], start="plain"), *model.blocks[1:])
+    optim = OptimConfig(codebook_lr_scale=PLAIN_CODEBOOK)
+    return replace(run, name="mini-mix1-plain", model=replace(model, blocks=blocks), optim=optim)
+
+
 def mini_mixd() -> RunConfig:
-    """A tied Mix-d block with as many Transformer layers as the baseline, then two Mix-1 blocks of one layer."""
+    """A tied Mix-d block of four Transformer layers, then two Mix-1 blocks of one: the baseline's depth."""
     return _mini_mixd("mini-mixd", 1)
+
+
+def mini_mixd_deep() -> RunConfig:
+    """`mini-mixd` with six layers in block 1: two more than the baseline has over the stack."""
+    return _mini_mixd("mini-mixd-deep", 1, layers=(6, 1, 1))
 
 
 def mini_mixd_p2() -> RunConfig:
@@ -70,10 +87,11 @@ def _mini_joint(
     return RunConfig(name=name, model=model, train=replace(MINI_TRAIN, mode="joint"), optim=optim)
 
 
-def _mini_mixd(name: str, patch: int) -> RunConfig:
-    model = FlowConfig(context=256, trunk=MINI_TRUNK, patch=patch)
+def _mini_mixd(name: str, patch: int, layers: tuple[int, ...] = (4, 1, 1)) -> RunConfig:
+    blocks = stack(("mixd", "mix1", "mix1"), layers, (0, 2, 2))
+    model = FlowConfig(context=256, trunk=MINI_TRUNK, patch=patch, blocks=blocks)
     train = replace(MINI_TRAIN, stage_steps=(MINI_STEPS, 300, 300))
-    return RunConfig(name=name, model=model, train=train, optim=OptimConfig(codebook_lr_scale=0.5))
+    return RunConfig(name=name, model=model, train=train, optim=OptimConfig(codebook_lr_scale=MIXD_CODEBOOK))
 
 
 def _paper(name: str) -> RunConfig:
@@ -99,15 +117,17 @@ def _paper(name: str) -> RunConfig:
         baseline = BaselineConfig(context=context, trunk=PAPER_TRUNK, layers=12)
         return RunConfig(name=name, model=baseline, data=data, optim=optim, train=train)
     num_components = 27 if text8 else 64
-    flow = FlowConfig(context=context, latent_dim=5 if text8 else 16, trunk=PAPER_TRUNK)
+    flow = FlowConfig(context=context, latent_dim=5 if text8 else 16, trunk=PAPER_TRUNK, channel_mix=None)
     if kind == "mixd":
         upper = 2 if text8 else 64
         flow = replace(flow, blocks=stack(("mixd", "mix1", "mix1"), (8, 2, 2), (0, upper, upper)))
         train = replace(train, mode="progressive", stage_steps=(steps, steps // 5, steps // 5))
+        optim = replace(optim, codebook_lr_scale=MIXD_CODEBOOK)
     else:
         coupling: CouplingName = "affine" if kind == "affine" else "mix1"
         components = (1 if kind == "affine" else num_components,) * 3
-        flow = replace(flow, blocks=stack((coupling,) * 3, (2, 2, 8), components))
+        flow = replace(flow, blocks=stack((coupling,) * 3, (2, 2, 8), components)).each_block(start="plain")
+        optim = replace(optim, codebook_lr_scale=PLAIN_CODEBOOK)
     return RunConfig(name=name, model=flow, data=data, optim=optim, train=train)
 
 
@@ -135,7 +155,9 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "mini-ar": mini_ar,
     "mini-affine": mini_affine,
     "mini-mix1": mini_mix1,
+    "mini-mix1-plain": mini_mix1_plain,
     "mini-mixd": mini_mixd,
+    "mini-mixd-deep": mini_mixd_deep,
     "mini-mixd-p2": mini_mixd_p2,
     "mini-mixd-p4": mini_mixd_p4,
     **{name: _paper_preset(name) for name in PAPER_PRESETS},
