@@ -41,8 +41,9 @@ def _one_line(box: str, cls: str, prog: str) -> str:
     """tyro's message without frame, title, help text, and the name of the class that refused its fields."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     text = re.sub(r"^\s*╭.*", "", text)
-    # where stdout is not UTF-8, the frame is a title and two lines of dashes
-    text = re.sub(r"\A.*?^-{9,}$(.*)^-{9,}$.*\Z", r"\1", text, flags=re.DOTALL | re.MULTILINE)
+    # where stdout is not UTF-8, the frame is a title and lines of dashes
+    text = re.sub(r"\A[^\n]*\n\s*-{9,}", "", text)
+    text = re.sub(r"-{9,}", " ", text)
     text = re.sub(r"Argument helptext:.*", "", text, flags=re.DOTALL)
     text = re.sub(r"[╭╮╰╯│─]+", " ", text)
     text = re.sub(r"For full helptext.*", "", text, flags=re.DOTALL)
