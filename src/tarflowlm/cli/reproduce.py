@@ -21,14 +21,13 @@ from tarflowlm.terminal.tables import print_json, print_notice, print_table
 from tarflowlm.terminal.training import ProgressReporter
 
 ALL = "all"
-NAMES = ", ".join([*RECIPES, ALL])
 
 
 @dataclass(frozen=True)
 class ReproduceArgs:
     """Arguments of `tarflowlm reproduce`."""
 
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"One of {NAMES}.")]
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"One of {', '.join([*RECIPES, ALL])}.")]
     scale: Scale = "mini"
     """mini runs on a CPU; paper is the published size, on TEXT8 and OpenWebText."""
     out: Path = Path("reproduced")
@@ -50,7 +49,7 @@ class ReproduceArgs:
 
     def __post_init__(self) -> None:
         if self.name != ALL and self.name not in RECIPES:
-            raise UserError(f"{self.name!r} is no recipe: choose one of {NAMES}")
+            raise UserError(f"{self.name!r} is no recipe: choose one of {', '.join([*RECIPES, ALL])}")
         if self.seeds < 1:
             raise UserError(f"seeds {self.seeds}: must be at least 1")
 
