@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,12 +77,16 @@ def tiny_flow(randomise, tiny_trunk) -> Callable[..., TarFlowLM]:
         usual = {"token-affine": 1, "affine": 1, "mix1": 3, "mixd": 4}
         components = tuple(0 if (i, c) == (0, "mixd") else usual[c] for i, c in enumerate(couplings))
         layers = fields.pop("layers", (1,) * len(couplings))
+        sees_channels = fields.pop("sees_channels", True)
         defaults = {
             "vocab_size": 5,
             "context": 8,
             "latent_dim": 2,
             "trunk": tiny_trunk,
-            "blocks": stack(couplings, layers, fields.pop("components", components)),
+            "blocks": tuple(
+                replace(block, sees_channels=sees_channels)
+                for block in stack(couplings, layers, fields.pop("components", components))
+            ),
             "head_hidden": 4,
         }
         with seeded(seed):

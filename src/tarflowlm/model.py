@@ -38,7 +38,7 @@ class BlockConfig:
     sees_channels: bool = True
     """Let the head of a channel see the channels before it; without, a mixture per channel given the past alone."""
     components: int = 2
-    """Mixture components K; 0 ties those of mixd in block 1 to the encoder's codebook; 1 for affine couplings."""
+    """Mixture components K; 0 ties those of mixd to the encoder's codebook; 1 for affine couplings."""
 
 
 def stack(
@@ -96,8 +96,11 @@ class FlowConfig(LanguageModelConfig):
             raise UserError(f"{where}: {components} has no effect, an affine coupling has one Gaussian; use 1")
         if block.coupling == "mix1" and components < 1:
             raise UserError(f"{where}: {components} must be at least 1")
-        if block.coupling == "mixd" and (components < 0 or (components == 0 and index > 0)):
-            raise UserError(f"{where}: {components}; 0 (tied to the codebook) is for block 1, others need K >= 1")
+        if block.coupling == "mixd" and (components < 0 or (components == 0 and index > 0 and self.mixes_channels)):
+            raise UserError(
+                f"{where}: {components}; 0 (tied to the codebook) needs the codebook's order of channels: use it in "
+                f"block 1, turn channel_mix off, or give K >= 1 components of the block's own"
+            )
 
     @property
     def num_blocks(self) -> int:

@@ -19,6 +19,8 @@ STACKS = {
     "mix1-K1": {"couplings": ("mix1",), "components": (1,)},
     "mix1": {"couplings": ("mix1", "mix1")},
     "mix1-no-mixing": {"couplings": ("mix1", "mix1"), "channel_mix": False},
+    "tied-in-block-2": {"couplings": ("affine", "mixd"), "components": (1, 0), "channel_mix": None},
+    "plain-head": {"couplings": ("mix1", "affine"), "sees_channels": False},
     "mix1-P2": {"couplings": ("mix1", "mix1", "mix1"), "patch": 2},
     "mix1-P4": {"couplings": ("mix1", "mix1"), "patch": 4},
     "mixd-tied": {"couplings": ("mixd",)},
@@ -111,6 +113,8 @@ def earlier_channels(model, index: int, num_channels: int) -> Tensor:
         lower &= same
     if model.config.blocks[index].coupling == "token-affine":
         lower &= ~same | torch.eye(num_channels, dtype=torch.bool)
+    if not model.config.blocks[index].sees_channels:
+        lower = torch.eye(num_channels, dtype=torch.bool)
     return lower
 
 
