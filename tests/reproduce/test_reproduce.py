@@ -21,7 +21,20 @@ from tarflowlm.reproduce.recipe import Recipe, Settings, directory_of, estimate,
 from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.training.metrics import Reporter
 
-NAMES = {"table2", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "table6", "progressive", "patches", "one-block"}
+NAMES = {
+    "table2",
+    "fig2",
+    "fig3",
+    "fig4",
+    "fig5",
+    "fig6",
+    "fig7",
+    "table6",
+    "progressive",
+    "patches",
+    "one-block",
+    "frontier",
+}
 
 
 def test_every_table_and_figure_has_a_recipe():

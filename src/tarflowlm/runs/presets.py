@@ -69,6 +69,14 @@ def mini_mixd_deep() -> RunConfig:
     return _mini_mixd("mini-mixd-deep", 1, layers=(6, 1, 1))
 
 
+def mini_passes() -> RunConfig:
+    """An affine block 1 under a Mix-d block that is the language model: its text is there before the last pass."""
+    blocks = stack(("affine", "mixd"), (1, 5), (1, 0))
+    model = FlowConfig(context=256, trunk=MINI_TRUNK, blocks=blocks, channel_mix=None)
+    train, optim = replace(MINI_TRAIN, mode="joint"), OptimConfig(codebook_lr_scale=MIXD_CODEBOOK)
+    return RunConfig(name="mini-passes", model=model, train=train, optim=optim)
+
+
 def mini_mixd_p2() -> RunConfig:
     """`mini-mixd` with two tokens per position."""
     return _mini_mixd("mini-mixd-p2", 2)
@@ -160,6 +168,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "mini-mixd-deep": mini_mixd_deep,
     "mini-mixd-p2": mini_mixd_p2,
     "mini-mixd-p4": mini_mixd_p4,
+    "mini-passes": mini_passes,
     **{name: _paper_preset(name) for name in PAPER_PRESETS},
 }
 

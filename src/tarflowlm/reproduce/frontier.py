@@ -1,0 +1,127 @@
+"""The open question behind figure 6: can passes refine a text, and the bound stay good?
+
+Each stack is a point: its bits per character, and how much of the text the pass before the last already has.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from tarflowlm.data import DataConfig, TokenizerConfig
+from tarflowlm.generation import generate
+from tarflowlm.generation.generate import num_ticks
+from tarflowlm.model import BlockConfig, FlowConfig, as_flow, as_flow_config
+from tarflowlm.report.style import COLOURS, SMALL, Figure
+from tarflowlm.reproduce.measures import latents, summary_row
+from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.presets import preset
+
+SAMPLES, LENGTH = 16, 128
+BPE = TokenizerConfig(kind="bpe", vocab_size=2048)
+
+
+def plan_frontier(settings: Settings) -> list[Training]:
+    """From one block that is the whole language model to blocks that share the work; at paper scale, the families."""
+    if settings.scale == "paper":
+        kinds = {"AR": "ar", "Mix-d": "mixd", "Mix-1": "mix1", "affine": "affine"}
+        return trainings(settings, {label: settings.preset(kind, "text8") for label, kind in kinds.items()})
+    plain = "Mix-1, plain start"
+    runs = {
+        "AR": preset("mini-ar"),
+        "Mix-d": preset("mini-mixd"),
+        "Mix-1, start from the codebook": preset("mini-mix1"),
+        f"{plain}, layers 4, 1, 1": preset("mini-mix1-plain"),
+        f"{plain}, layers 1, 1, 4": _mix1("plain", (1, 1, 4)),
+        f"{plain}, K = 8, layers 4, 1, 1": _mix1("plain", (4, 1, 1), components=8),
+        f"{plain}, K = 8, layers 1, 1, 4": _mix1("plain", (1, 1, 4), components=8),
+        f"{plain}, layers 1, 1, 4, separation 6": _mix1("plain", (1, 1, 4), separation=6.0),
+        f"{plain}, layers 1, 1, 4, separation 3": _mix1("plain", (1, 1, 4), separation=3.0),
+        "Mix-1, flattened start, layers 4, 1, 1": _mix1("flattened", (4, 1, 1)),
+        "Mix-1, flattened start, layers 1, 1, 4": _mix1("flattened", (1, 1, 4)),
+        "affine": preset("mini-affine"),
+        "affine, then Mix-d": preset("mini-passes"),
+        "BPE, AR": _bpe(preset("mini-ar")),
+        "BPE, Mix-d": _bpe(preset("mini-mixd")),
+        f"BPE, {plain}, K = 16, layers 1, 1, 4": _bpe(_mix1("plain", (1, 1, 4), components=16)),
+    }
+    return trainings(settings, runs)
+
+
+def _mix1(start: str, layers: tuple[int, int, int], *, components: int = 27, separation: float = 12.0) -> RunConfig:
+    """Three Mix-1 blocks with K components each, trained jointly as long as the presets."""
+    run = preset("mini-mix1-plain")
+    first = BlockConfig(start=start, components=components)  # type: ignore[arg-type]
+    blocks = tuple(
+        replace(first if index == 0 else BlockConfig(components=components), layers=depth)
+        for index, depth in enumerate(layers)
+    )
+    name = f"mini-mix1-{start}-k{components}-l{''.join(map(str, layers))}-s{separation:g}"
+    model = replace(as_flow_config(run.model), blocks=blocks, separation=separation)
+    return replace(run, name=name, model=model)
+
+
+def _bpe(run: RunConfig) -> RunConfig:
+    """The same on tokens of a BPE, with latents of 16 channels: no block can be the whole language model at once."""
+    model = replace(run.model, latent_dim=16) if isinstance(run.model, FlowConfig) else run.model
+    return replace(run, name=f"{run.name}-bpe", model=model, data=DataConfig(tokenizer=BPE))
+
+
+def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """Bits per character; for flows also the share of final tokens by pass, and what blocks take off the KL."""
+    rows = []
+    for done in finished:
+        row, checkpoint = summary_row(done), done.load()
+        if not checkpoint.model.is_exact:
+            shares = _shares(done)
+            row |= {"after noise": shares[0], "before the last pass": shares[-2]}
+            gains = [state.kl_gain.mean for state in latents(done) if state.kl_gain is not None]
+            row |= {f"KL taken off by block {index + 1}": gain for index, gain in enumerate(gains)}
+        rows.append(row)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def _shares(done: Finished) -> list[float]:
+    """Of the tokens of some samples: the share that is final after noise, and after every block's inverse."""
+    checkpoint = done.load()
+    model, length = as_flow(checkpoint.model), min(LENGTH, checkpoint.run.model.context)
+    result = generate(
+        model,
+        num_tokens=length,
+        num=SAMPLES,
+        generator=torch.Generator().manual_seed(0),
+        return_passes=True,
+        decoder="auto",
+        tick=done.tick_of("sampling, positions", num_ticks(model, length)),
+    )
+    return [(tokens == result.tokens).cpu().double().mean().item() for tokens in result.passes]
+
+
+def draw_frontier(figure: Figure, rows: Sequence[Row]) -> None:
+    """Every flow as a point; the baselines as lines."""
+    axes = figure.subplots()
+    for row in rows:
+        bpc, share = row["test bpc"], row["before the last pass"]
+        bpe = str(row["model"]).startswith("BPE")
+        if share is None:
+            axes.axhline(bpc, color=COLOURS[1 if bpe else 0], linestyle=":", label=f"{row['model']}, bpc")
+            continue
+        axes.plot(share, bpc, "o" if not bpe else "s", color=COLOURS[1 if bpe else 0], markersize=5)
+        axes.annotate(str(row["model"]), (share, bpc), xytext=(5, 3), textcoords="offset points", fontsize=SMALL - 2)
+    axes.set_xlim(-0.05, 1.4)
+    axes.set_xlabel("share of tokens that the pass before the last already has")
+    axes.set_ylabel("test bits per character, <=")
+    axes.legend(loc="upper left", fontsize=SMALL)
+
+
+FRONTIER = Recipe(
+    name="frontier",
+    title="Passes and the bound",
+    claim="The paper shows passes that refine a text, and a good bound. Here the models with the best bound show no "
+    "passes. How much of the text can the pass before the last have, and what does it cost?",
+    plan=plan_frontier,
+    measure=measure_frontier,
+    draw=draw_frontier,
+)
