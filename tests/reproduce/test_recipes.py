@@ -115,3 +115,23 @@ def test_fig7_counts_operations_of_all_models(settings):
     for name in ("AR", "affine", "Mix-1", "Mix-d"):
         paper, full, training, _ = map(float, table[name])
         assert 0 < paper < full < training
+
+
+@pytest.mark.parametrize("scale", ["mini", "paper"])
+def test_fig4_is_without_the_channels_before_and_beside_it_with_them(scale):
+    plan = ablations.plan_fig4(Settings(scale=scale, out=Path("out")))
+    found = {}
+    for training in plan:
+        components, _, head = training.label.partition(", ")
+        for block in training.run.model.blocks:
+            assert f"K = {block.components}" == components
+            assert block.coupling == "mix1"
+            assert block.sees_channels is (head != ablations.ALONE)
+            assert block.start == ("codebook" if head == ablations.STARTED else "plain")
+        found.setdefault(head, []).append(training.run.model.blocks[0].components)
+    every = [1, 2, 4, 8, 16, 27]
+    assert found == {ablations.ALONE: every, ablations.HEAD: every} | (
+        {ablations.STARTED: [27]} if scale == "mini" else {}
+    )
+    assert len({training.run.optim for training in plan}) == 1
+    assert len({training.run.train for training in plan}) == 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -22,9 +22,17 @@ from tarflowlm.reproduce.measures import (
 )
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.presets import PLAIN_CODEBOOK
 
 SIX = 6
 COMPONENTS = (1, 2, 4, 8, 16, 27)
+ALONE, HEAD, STARTED = "features alone", "with the channels before", "with them, start from the codebook"
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    ALONE: ("-features", {"sees_channels": False, "start": "plain"}),
+    HEAD: ("-plain", {"start": "plain"}),
+    STARTED: ("", {}),
+}
+"""Figure 4: what the parameters of a channel see -> suffix of the run, fields of its blocks."""
 PREFIXES = (0, 16, 64, 128)
 """Tokens of real text that a continuation is given."""
 PROMPTS = 32
@@ -69,17 +77,28 @@ def _six_blocks(settings: Settings, coupling: Literal["affine", "mix1"]) -> RunC
 
 
 def plan_fig4(settings: Settings) -> list[Training]:
-    """Mix-1 with each number of components."""
-    return trainings(settings, {f"K = {k}": _components(settings, k) for k in COMPONENTS})
+    """Mix-1 with each number of components: without the channels before, as in the paper, and with them."""
+    runs = [_components(settings, k, variant) for variant in (ALONE, HEAD) for k in COMPONENTS]
+    if settings.scale == "mini":
+        # the paper's presets have no such start
+        runs.append(_components(settings, COMPONENTS[-1], STARTED))
+    return trainings(settings, dict(runs))
 
 
-def _components(settings: Settings, components: int) -> RunConfig:
-    """Mix-1 with K components in every block; the learning rate of the codebook is the same for all K."""
+def _components(settings: Settings, components: int, variant: str) -> tuple[str, RunConfig]:
+    """Label and run: Mix-1 with K components in every block, the learning rate of the codebook the same for all."""
     run = settings.preset("mix1", "text8")
-    model = as_flow_config(run.model).each_block(components=components)
-    optim = replace(run.optim, codebook_lr_scale=1.0)
-    run = replace(run, name=f"{run.name}-k{components}", model=model, optim=optim)
-    return shortened(run) if settings.scale == "mini" else run
+    suffix, fields = HEADS[variant]
+    model = as_flow_config(run.model).each_block(components=components, **fields)
+    optim = replace(run.optim, codebook_lr_scale=PLAIN_CODEBOOK)
+    run = replace(run, name=f"{run.name}-k{components}{suffix}", model=model, optim=optim)
+    return f"K = {components}, {variant}", shortened(run) if settings.scale == "mini" else run
+
+
+def measure_fig4(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """The runs' own measurements by K and by what the parameters of a channel see."""
+    by_components = summaries_by("K", lambda config: config.blocks[0].components)
+    return [row | {"head": row["model"].partition(", ")[2]} for row in by_components(settings, finished)]
 
 
 def plan_fig5(settings: Settings) -> list[Training]:
@@ -161,11 +180,12 @@ FIG3 = Recipe(
 FIG4 = Recipe(
     name="fig4",
     title="Mixture components",
-    claim="The paper: K = 1 is far worse than any K above 1, and all of those work. (Here block 1 starts from the "
-    "codebook with K = 27, the size of the vocabulary, but not with other K.)",
+    claim="The paper, without a head over channels: K = 1 is far worse than any K above 1, and all of those work. "
+    f'("{ALONE}" is that model: the parameters of a channel depend on the positions before. With the head they also '
+    "see the channels before it.)",
     plan=plan_fig4,
-    measure=summaries_by("K", lambda config: config.blocks[0].components),
-    draw=plot_over("K", "mixture components K"),
+    measure=measure_fig4,
+    draw=plot_over("K", "mixture components K", series="head"),
 )
 
 FIG5 = Recipe(
