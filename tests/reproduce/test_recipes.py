@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.files import write_json
@@ -135,3 +136,20 @@ def test_fig4_is_without_the_channels_before_and_beside_it_with_them(scale):
     )
     assert len({training.run.optim for training in plan}) == 1
     assert len({training.run.train for training in plan}) == 1
+
+
+@pytest.mark.parametrize("scale", ["mini", "paper"])
+def test_fig5_has_two_tokens_per_position_in_every_model(scale):
+    settings = Settings(scale=scale, out=Path("out"))
+    runs = {t.label: t.run for t in ablations.plan_fig5(settings) if t.label != "judge"}
+    assert {run.model.patch for run in runs.values()} == {2}
+    mix1, one_token = runs["Mix-1, head over the patch"], settings.preset("mix1", "owt")
+    assert replace(mix1, name=one_token.name, model=replace(mix1.model, patch=1)) == one_token
+    with torch.device("meta"):
+        heads = replace(mix1.model, vocab_size=27).build().heads()
+    # a group per channel of the patch, and each sees all before it
+    channels = 2 * mix1.model.latent_dim
+    assert [(head.head.groups, head.head.num_known) for head in heads] == [(channels, channels - 1)] * 3
+    assert runs["Mix-d, in-patch weights"].model.in_patch == "autoregressive"
+    assert runs["Mix-d, independent weights"].model.in_patch == "independent"
+    assert runs["two-token AR"].model.in_patch == "independent"
