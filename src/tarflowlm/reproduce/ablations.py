@@ -40,7 +40,7 @@ PROMPTS = 32
 
 def plan_fig2(settings: Settings) -> list[Training]:
     """The five rungs of the ladder."""
-    affine, progressive = settings.preset("affine", "text8"), settings.preset("mixd", "text8")
+    affine, progressive = settings.preset("affine", "owt"), settings.preset("mixd", "owt")
     model = as_flow_config(affine.model).each_block(coupling="token-affine")
     base = replace(affine, name=affine.name.replace("affine", "base"), model=model)
     return trainings(
@@ -48,7 +48,7 @@ def plan_fig2(settings: Settings) -> list[Training]:
         {
             "base": base,
             "+ channel-wise": affine,
-            "+ Mix-1": settings.preset("mix1", "text8"),
+            "+ Mix-1": settings.preset("mix1", "owt"),
             "+ Mix-d": joint(progressive),
             "+ progressive": progressive,
         },
@@ -69,10 +69,13 @@ def plan_fig3(settings: Settings) -> list[Training]:
 def _six_blocks(settings: Settings, coupling: Literal["affine", "mix1"]) -> RunConfig:
     """Six blocks of two layers; of one layer at mini scale, the depth of the baseline."""
     mini = settings.scale == "mini"
-    run = settings.preset(coupling, "text8")
-    components = (1,) * SIX if coupling == "affine" else (27, *[2 if mini else 27] * (SIX - 1))
+    run = settings.preset(coupling, "owt")
+    before = as_flow_config(run.model)
+    first, upper = before.blocks[0], before.blocks[-1]
+    components = (first.components, *(upper.components,) * (SIX - 1))
     blocks = stack((coupling,) * SIX, (1 if mini else 2,) * SIX, components)
-    run = replace(run, name=f"{run.name}-six", model=replace(as_flow_config(run.model), blocks=blocks))
+    model = replace(before, blocks=blocks).each_block(start=first.start)
+    run = replace(run, name=f"{run.name}-six", model=model)
     return shortened(run) if mini else run
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from textwrap import fill
 
 import torch
 
@@ -156,7 +157,7 @@ def plot_models(column: str = "test bpc", label: str = "bits per character, <=")
         models = list(dict.fromkeys(row["model"] for row in rows))
         for place, model in enumerate(models):
             _plot_seeds(axes, place, [row[column] for row in rows if row["model"] == model])
-        axes.set_xticks(range(len(models)), models)
+        axes.set_xticks(range(len(models)), [fill(str(model), 14) for model in models])
         axes.margins(x=0.2, y=0.1)
         axes.set_ylabel(label)
 
