@@ -171,6 +171,7 @@ FIG2 = Recipe(
     plan=plan_fig2,
     measure=summaries,
     draw=plot_models(),
+    seeds=2,
 )
 
 FIG3 = Recipe(

@@ -112,6 +112,7 @@ PROGRESSIVE = Recipe(
     plan=plan_progressive,
     measure=measure_progressive,
     draw=draw_progressive,
+    seeds=2,
 )
 
 PATCH_SIZES = Recipe(
