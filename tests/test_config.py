@@ -174,17 +174,6 @@ def test_an_unknown_preset_is_answered_with_the_known_ones():
         preset("mini")
 
 
-@pytest.mark.parametrize("family", ["mini", "text8", "owt"])
-def test_members_of_a_family_differ_by_the_model_alone(family):
-    runs = [preset(name) for name in PRESETS if name.startswith(family)]
-    # the baseline has no codebook, and how fast one may move depends on whether its coupling is tied to it
-    assert len({replace(run.optim, codebook_lr_scale=1.0) for run in runs}) == 1
-    assert len({run.data for run in runs}) == 1
-    assert len({run.model.trunk for run in runs}) == 1
-    assert len({run.model.context for run in runs}) == 1
-    assert len({run.train.batch_size for run in runs}) == 1
-
-
 @pytest.mark.parametrize("steps", [3, 4, 5, 17, 180, 1800, 12_345])
 def test_steps_are_shared_out_among_the_stages(steps):
     run = replace(preset("mini-mixd"), train=TrainConfig(stage_steps=(1400, 200, 200)))

@@ -95,6 +95,21 @@ def settings(tmp_path) -> Settings:
     return Settings(scale="mini", out=tmp_path / "out", data=str(text), seeds=2)
 
 
+@pytest.mark.parametrize(
+    ("scale", "asked", "seeds"), [("mini", 1, [0, 1]), ("mini", 3, [0, 1, 2]), ("paper", 1, [0])]
+)
+def test_a_recipe_of_small_differences_has_more_than_one_seed(scale, asked, seeds):
+    settings = Settings(scale=scale, out=Path("out"), seeds=asked)
+    assert [t.run.seed for t in replace(TINY_RECIPE, seeds=2).trainings(settings)] == seeds
+    assert [t.run.seed for t in TINY_RECIPE.trainings(settings)] == list(range(asked))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_of_small_differences(name):
+    seeds = {training.run.seed for training in RECIPES[name].trainings(Settings(scale="mini", out=Path("out")))}
+    assert seeds == ({0, 1} if name in ("table2", "fig2", "progressive") else {0})
+
+
 class Notices(Reporter):
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -223,11 +238,13 @@ def test_all_recipes_are_run_and_what_they_share_is_planned_once(settings, run_j
         monkeypatch.delitem(RECIPES, name)
     for name in ("first", "second"):
         monkeypatch.setitem(RECIPES, name, replace(TINY_RECIPE, name=name))
+    monkeypatch.setitem(RECIPES, "third", replace(TINY_RECIPE, name="third", seeds=2))
     argv = ["reproduce", "all", "--out", settings.out, "--data", settings.data, "--device", "cpu"]
-    assert [planned["run"] for planned in run_json(*argv, "--dry-run")["runs"]] == ["tiny-s0"]
+    assert [planned["run"] for planned in run_json(*argv, "--dry-run")["runs"]] == ["tiny-s0", "tiny-s1"]
     results = run_json(*argv)["recipes"]
-    assert [result["name"] for result in results] == ["first", "second"]
-    assert results[0]["rows"] == results[1]["rows"]
+    assert [result["name"] for result in results] == ["first", "second", "third"]
+    assert results[0]["rows"] == results[1]["rows"] == results[2]["rows"][:1]
+    assert [row["seed"] for row in results[2]["rows"]] == [0, 1]
     assert all(Path(path).is_file() for result in results for path in result["files"])
 
 

@@ -39,7 +39,7 @@ class ReproduceArgs:
     second_text: str | None = None
     """table2: also measure the likelihood of this whole text."""
     seeds: int = 1
-    """Train each model this many times, with seeds 0, 1, ..."""
+    """Train each model this many times, with seeds 0, 1, ...; where differences are small, at least twice."""
     steps: int | None = None
     """Optimiser steps of every training in place of the recipe's, for a quick look."""
     dry_run: bool = False
@@ -68,7 +68,7 @@ def run_reproduce(args: ReproduceArgs) -> None:
     )
     if args.dry_run:
         # what recipes share is trained once
-        plan = {training.name: training for recipe in recipes for training in recipe.plan(settings)}
+        plan = {training.name: training for recipe in recipes for training in recipe.trainings(settings)}
         title = recipes[0].title if len(recipes) == 1 else "All recipes"
         notice = partial(print_notice, Console(stderr=True))
         _print_plan(args, title, estimate(settings, list(plan.values()), notice))
@@ -87,14 +87,14 @@ def _check(recipe: Recipe, settings: Settings) -> None:
     for module, extra in (*plots, *recipe.needs):
         if find_spec(module) is None:
             raise UserError(f"{recipe.name} needs {module}: pip install 'tarflowlm[{extra}]'")
-    for training in recipe.plan(settings):
+    for training in recipe.trainings(settings):
         state_of(settings, training)
 
 
 def _reproduce(recipe: Recipe, settings: Settings, args: ReproduceArgs) -> dict[str, Any]:
     console = Console(stderr=True)
     with ProgressReporter(console) as reporter:
-        finished = finish(settings, recipe.plan(settings), reporter)
+        finished = finish(settings, recipe.trainings(settings), reporter)
     with stages_bar(console) as progress:
         finished = [replace(done, progress=progress) for done in finished]
         rows = recipe.measure(settings, finished)

@@ -35,7 +35,7 @@ LARGEST_LOG_STD, ROOM = 8.0, 4.0
 
 
 def bounded_log_std(x: Tensor) -> Tensor:
-    """x for |x| <= 8, and sign(x) (8 + 4 tanh((|x| - 8) / 4)) beyond: once differentiable, below 12 in size.
+    """x for |x| <= 8, and sign(x) (8 + 4 tanh((|x| - 8) / 4)) beyond, below 12 in size (docs/math.md, eq. 10a).
 
     Without a bound, the chain over the channels of an untrained head can grow to infinity. No trained head comes near
     it: exp(-8) is a hundredth of the scale of a sharp code.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -22,9 +22,17 @@ from tarflowlm.reproduce.measures import (
 )
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.presets import PLAIN_CODEBOOK
 
 SIX = 6
 COMPONENTS = (1, 2, 4, 8, 16, 27)
+ALONE, HEAD, STARTED = "features alone", "with the channels before", "with them, start from the codebook"
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    ALONE: ("-features", {"sees_channels": False, "start": "plain"}),
+    HEAD: ("-plain", {"start": "plain"}),
+    STARTED: ("", {}),
+}
+"""Figure 4: what the parameters of a channel see -> suffix of the run, fields of its blocks."""
 PREFIXES = (0, 16, 64, 128)
 """Tokens of real text that a continuation is given."""
 PROMPTS = 32
@@ -32,7 +40,7 @@ PROMPTS = 32
 
 def plan_fig2(settings: Settings) -> list[Training]:
     """The five rungs of the ladder."""
-    affine, progressive = settings.preset("affine", "text8"), settings.preset("mixd", "text8")
+    affine, progressive = settings.preset("affine", "owt"), settings.preset("mixd", "owt")
     model = as_flow_config(affine.model).each_block(coupling="token-affine")
     base = replace(affine, name=affine.name.replace("affine", "base"), model=model)
     return trainings(
@@ -40,7 +48,7 @@ def plan_fig2(settings: Settings) -> list[Training]:
         {
             "base": base,
             "+ channel-wise": affine,
-            "+ Mix-1": settings.preset("mix1", "text8"),
+            "+ Mix-1": settings.preset("mix1", "owt"),
             "+ Mix-d": joint(progressive),
             "+ progressive": progressive,
         },
@@ -61,44 +69,60 @@ def plan_fig3(settings: Settings) -> list[Training]:
 def _six_blocks(settings: Settings, coupling: Literal["affine", "mix1"]) -> RunConfig:
     """Six blocks of two layers; of one layer at mini scale, the depth of the baseline."""
     mini = settings.scale == "mini"
-    run = settings.preset(coupling, "text8")
-    components = (1,) * SIX if coupling == "affine" else (27, *[2 if mini else 27] * (SIX - 1))
+    run = settings.preset(coupling, "owt")
+    before = as_flow_config(run.model)
+    first, upper = before.blocks[0], before.blocks[-1]
+    components = (first.components, *(upper.components,) * (SIX - 1))
     blocks = stack((coupling,) * SIX, (1 if mini else 2,) * SIX, components)
-    run = replace(run, name=f"{run.name}-six", model=replace(as_flow_config(run.model), blocks=blocks))
+    model = replace(before, blocks=blocks).each_block(start=first.start)
+    run = replace(run, name=f"{run.name}-six", model=model)
     return shortened(run) if mini else run
 
 
 def plan_fig4(settings: Settings) -> list[Training]:
-    """Mix-1 with each number of components."""
-    return trainings(settings, {f"K = {k}": _components(settings, k) for k in COMPONENTS})
+    """Mix-1 with each number of components: without the channels before, as in the paper, and with them."""
+    runs = [_components(settings, k, variant) for variant in (ALONE, HEAD) for k in COMPONENTS]
+    if settings.scale == "mini":
+        # the paper's presets have no such start
+        runs.append(_components(settings, COMPONENTS[-1], STARTED))
+    return trainings(settings, dict(runs))
 
 
-def _components(settings: Settings, components: int) -> RunConfig:
-    """Mix-1 with K components in every block; the learning rate of the codebook is the same for all K."""
+def _components(settings: Settings, components: int, variant: str) -> tuple[str, RunConfig]:
+    """Label and run: Mix-1 with K components in every block, the learning rate of the codebook the same for all."""
     run = settings.preset("mix1", "text8")
-    model = as_flow_config(run.model).each_block(components=components)
-    optim = replace(run.optim, codebook_lr_scale=1.0)
-    run = replace(run, name=f"{run.name}-k{components}", model=model, optim=optim)
-    return shortened(run) if settings.scale == "mini" else run
+    suffix, fields = HEADS[variant]
+    model = as_flow_config(run.model).each_block(components=components, **fields)
+    optim = replace(run.optim, codebook_lr_scale=PLAIN_CODEBOOK)
+    run = replace(run, name=f"{run.name}-k{components}{suffix}", model=model, optim=optim)
+    return f"K = {components}, {variant}", shortened(run) if settings.scale == "mini" else run
+
+
+def measure_fig4(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """The runs' own measurements by K and by what the parameters of a channel see."""
+    by_components = summaries_by("K", lambda config: config.blocks[0].components)
+    return [row | {"head": row["model"].partition(", ")[2]} for row in by_components(settings, finished)]
 
 
 def plan_fig5(settings: Settings) -> list[Training]:
-    """Flows and the baseline at patch size 2, and the judge."""
+    """Flows of both couplings and the baseline at patch size 2, and the judge."""
     foil = settings.preset("ar", "owt")
     foil = replace(foil, name=f"{foil.name}-p2", model=replace(foil.model, patch=2, in_patch="independent"))
+    mix1 = settings.preset("mix1", "owt")
     runs = {
-        "flow, in-patch weights": two_tokens(settings, "autoregressive"),
-        "flow, the paper's": two_tokens(settings, "independent"),
+        "Mix-1, head over the patch": replace(mix1, name=f"{mix1.name}-p2", model=replace(mix1.model, patch=2)),
+        "Mix-d, in-patch weights": two_tokens(settings, "autoregressive"),
+        "Mix-d, independent weights": two_tokens(settings, "independent"),
         "two-token AR": foil,
     }
     return trainings(settings, runs) + judge_training(settings)
 
 
 def two_tokens(settings: Settings, in_patch: Literal["autoregressive", "independent"]) -> RunConfig:
-    """Mix-d with two tokens per position; in the paper they are independent given the past."""
+    """Mix-d with two tokens per position, whose weights see the earlier token of the patch, or not."""
     run = settings.preset("mixd-p2" if settings.scale == "mini" else "mixd", "owt")
     name = run.name if settings.scale == "mini" else f"{run.name}-p2"
-    name += "-paper" if in_patch == "independent" else ""
+    name += "-independent" if in_patch == "independent" else ""
     return replace(run, name=name, model=replace(run.model, patch=2, in_patch=in_patch))
 
 
@@ -147,6 +171,7 @@ FIG2 = Recipe(
     plan=plan_fig2,
     measure=summaries,
     draw=plot_models(),
+    seeds=2,
 )
 
 FIG3 = Recipe(
@@ -161,18 +186,21 @@ FIG3 = Recipe(
 FIG4 = Recipe(
     name="fig4",
     title="Mixture components",
-    claim="The paper: K = 1 is far worse than any K above 1, and all of those work. (Here block 1 starts from the "
-    "codebook with K = 27, the size of the vocabulary, but not with other K.)",
+    claim="The paper, without a head over channels: K = 1 is far worse than any K above 1, and all of those work. "
+    f'("{ALONE}" is that model: the parameters of a channel depend on the positions before. With the head they also '
+    "see the channels before it.)",
     plan=plan_fig4,
-    measure=summaries_by("K", lambda config: config.blocks[0].components),
-    draw=plot_over("K", "mixture components K"),
+    measure=measure_fig4,
+    draw=plot_over("K", "mixture components K", series="head"),
 )
 
 FIG5 = Recipe(
     name="fig5",
     title="Two tokens at a time",
     claim="The paper: at patch size 2 the flow's generative perplexity stays good over all prefix lengths; a "
-    "baseline that predicts two tokens at once breaks down.",
+    "baseline that predicts two tokens at once breaks down. (It does not say which coupling the flow has. Its patch "
+    "models have a head over all channels of a patch, as Mix-1 has here; its figure 1 has the tokens of a patch "
+    "independent in the first blocks.)",
     plan=plan_fig5,
     measure=measure_fig5,
     draw=draw_fig5,

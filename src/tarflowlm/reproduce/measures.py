@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from textwrap import fill
 
 import torch
 
@@ -125,18 +126,25 @@ def quality(done: Finished, judge: Judge, *, num: int) -> Quality:
     )
 
 
-def plot_over(column: str, label: str) -> Draw:
-    """Test bits per character over a column of whole numbers, on a logarithmic axis."""
+def plot_over(column: str, label: str, series: str | None = None) -> Draw:
+    """Test bits per character over a column of whole numbers, on a logarithmic axis; a colour per `series`."""
 
     def draw(figure: Figure, rows: Sequence[Row]) -> None:
         axes, places = figure.subplots(), sorted({row[column] for row in rows})
-        for place in places:
-            _plot_seeds(axes, place, [row["test bpc"] for row in rows if row[column] == place])
+        names = list(dict.fromkeys(row[series] for row in rows)) if series is not None else [None]
+        for name, colour in zip(names, COLOURS, strict=False):
+            of_name = [row for row in rows if series is None or row[series] == name]
+            for place in sorted({row[column] for row in of_name}):
+                _plot_seeds(axes, place, [row["test bpc"] for row in of_name if row[column] == place], colour)
+            if name is not None:
+                axes.plot([], [], "o", color=colour, label=name)
         axes.set_xscale("log", base=2)
         axes.set_xticks(places, [str(place) for place in places])
         axes.margins(x=0.12, y=0.1)
         axes.set_xlabel(label)
         axes.set_ylabel("bits per character, <=")
+        if series is not None:
+            axes.legend()
 
     return draw
 
@@ -149,16 +157,16 @@ def plot_models(column: str = "test bpc", label: str = "bits per character, <=")
         models = list(dict.fromkeys(row["model"] for row in rows))
         for place, model in enumerate(models):
             _plot_seeds(axes, place, [row[column] for row in rows if row["model"] == model])
-        axes.set_xticks(range(len(models)), models)
+        axes.set_xticks(range(len(models)), [fill(str(model), 14) for model in models])
         axes.margins(x=0.2, y=0.1)
         axes.set_ylabel(label)
 
     return draw
 
 
-def _plot_seeds(axes: Axes, x: int, values: Sequence[float]) -> None:
+def _plot_seeds(axes: Axes, x: int, values: Sequence[float], colour: str = COLOURS[0]) -> None:
     """One dot per seed, labelled with the value or the mean."""
-    axes.plot([x] * len(values), values, "o", color=COLOURS[0])
+    axes.plot([x] * len(values), values, "o", color=colour)
     mean = sum(values) / len(values)
     text = f"{mean:.3f}" if len(values) == 1 else f"mean {mean:.3f}"
     axes.annotate(text, (x, mean), xytext=(6, 0), textcoords="offset points", va="center", fontsize=SMALL)

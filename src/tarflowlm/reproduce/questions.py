@@ -18,6 +18,7 @@ from tarflowlm.reproduce.measures import (
 )
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.presets import PLAIN_CODEBOOK
 
 MINI_BOUND, PAPER_BOUND = 2.1, 1.4
 """Bits per character of the training text, of which no step at mini scale sees a part twice."""
@@ -98,7 +99,7 @@ def _one_block(settings: Settings, components: int) -> RunConfig:
     before = as_flow_config(run.model)
     layers = sum(block.layers for block in before.blocks)
     model = replace(before, blocks=stack(("mix1",), (layers,), (components,)))
-    optim = replace(run.optim, codebook_lr_scale=1.0)
+    optim = replace(run.optim, codebook_lr_scale=PLAIN_CODEBOOK)
     run = replace(run, name=f"{run.name}-one-k{components}", model=model, optim=optim)
     return shortened(run) if settings.scale == "mini" else run
 
@@ -111,6 +112,7 @@ PROGRESSIVE = Recipe(
     plan=plan_progressive,
     measure=measure_progressive,
     draw=draw_progressive,
+    seeds=2,
 )
 
 PATCH_SIZES = Recipe(
@@ -125,7 +127,8 @@ PATCH_SIZES = Recipe(
 ONE_BLOCK = Recipe(
     name="one-block",
     title="One Mix-1 block with few components",
-    claim="In the paper any K above 1 works in three blocks. Are two to four components enough in one?",
+    claim="In the paper any K above 1 works in three blocks, without a head over channels. Are two to four "
+    "components enough in one, with that head?",
     plan=plan_one_block,
     measure=summaries,
     draw=plot_models(),

@@ -134,6 +134,13 @@ class Recipe:
     """Modules that measuring needs, each with the extra of the package that installs it."""
     text: Callable[[Settings, Sequence[Finished]], str] | None = None
     """Markdown to print below the table, for instance samples."""
+    seeds: int = 1
+    """Seeds at least, at mini scale: more than one where a claim hangs on less than 2 %."""
+
+    def trainings(self, settings: Settings) -> list[Training]:
+        """The plan with at least `seeds` seeds."""
+        least = self.seeds if settings.scale == "mini" else 1
+        return self.plan(replace(settings, seeds=max(settings.seeds, least)))
 
 
 @dataclass(frozen=True)

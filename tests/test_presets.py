@@ -1,0 +1,123 @@
+"""Presets: the paper's models block for block, and families of one size."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tarflowlm.flow.couplings import AffineCoupling, Mix1Coupling
+from tarflowlm.flow.mixd import MixDCoupling
+from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.model import FlowConfig, TarFlowLM
+from tarflowlm.runs.presets import PRESETS, preset
+
+CORPORA = ("text8", "owt")
+VOCAB, CHANNELS, COMPONENTS = {"text8": 27, "owt": 50_257}, {"text8": 5, "owt": 16}, {"text8": 27, "owt": 64}
+PAPER_FLOWS = [f"{corpus}-{kind}" for corpus in CORPORA for kind in ("affine", "mix1", "mixd")]
+
+
+def built(name: str, **fields) -> TarFlowLM:
+    """The model of a preset with its vocabulary: shapes without values."""
+    with torch.device("meta"):
+        return replace(preset(name).model, vocab_size=VOCAB[name.split("-")[0]], **fields).build()
+
+
+def depth(name: str) -> int:
+    model = preset(name).model
+    return sum(block.layers for block in model.blocks) if isinstance(model, FlowConfig) else model.layers
+
+
+@pytest.mark.parametrize("family", ["mini", *CORPORA])
+def test_members_of_a_family_differ_by_the_model_alone(family):
+    runs = [preset(name) for name in PRESETS if name.startswith(family)]
+    # the baseline has no codebook, and how fast one may move depends on whether its coupling is tied to it
+    assert len({replace(run.optim, codebook_lr_scale=1.0) for run in runs}) == 1
+    assert len({run.data for run in runs}) == 1
+    assert len({run.model.trunk for run in runs}) == 1
+    assert len({run.model.context for run in runs}) == 1
+    assert len({run.train.batch_size for run in runs}) == 1
+
+
+@pytest.mark.parametrize(("family", "layers"), [("mini", 6), ("text8", 12), ("owt", 12)])
+def test_members_of_a_family_have_one_depth(family, layers):
+    depths = {name: depth(name) for name in PRESETS if name.startswith(family)}
+    assert len(depths) >= 4
+    deeper = {"mini-mixd-deep": layers + 2} if family == "mini" else {}
+    assert depths == dict.fromkeys(depths, layers) | deeper
+
+
+@pytest.mark.parametrize("name", PAPER_FLOWS)
+def test_what_the_papers_flows_have_in_common(name):
+    """Width, heads, channels per token, codebook, alternating directions, and channel mixing only for P > 1."""
+    corpus = name.split("-")[0]
+    model, config = built(name), preset(name).model
+    assert config.trunk == TransformerConfig(width=768, num_heads=12)
+    assert (config.patch, config.context) == (1, 256 if corpus == "text8" else 1024)
+    assert model.codebook.mean.shape == (VOCAB[corpus], CHANNELS[corpus])
+    assert [block.direction.reverse for block in model.prior.blocks] == [False, True, False]
+    assert len(model.prior.blocks) == 3
+    assert [block.order.maps[0].is_identity for block in model.prior.blocks] == [True, True, True]
+    assert [block.order.maps[0].is_identity for block in built(name, patch=2).prior.blocks] == [True, False, False]
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
+def test_mix1_is_the_papers(corpus):
+    model = built(f"{corpus}-mix1")
+    assert [len(block.transformer.layers) for block in model.prior.blocks] == [2, 2, 8]
+    for coupling in model.heads():
+        assert type(coupling) is Mix1Coupling
+        # weights, means and scales of K components per channel, from the channels before
+        channels, outputs = CHANNELS[corpus], COMPONENTS[corpus]
+        assert [tuple(bias.shape) for bias in coupling.head.biases] == [(channels, outputs)] * 3
+        assert coupling.head.num_known == channels - 1
+    run = preset(f"{corpus}-mix1")
+    assert {block.start for block in run.model.blocks} == {"plain"}
+    assert run.train.mode == "joint"
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
+def test_affine_is_one_gaussian_per_channel_in_the_same_stack(corpus):
+    model = built(f"{corpus}-affine")
+    assert [len(block.transformer.layers) for block in model.prior.blocks] == [2, 2, 8]
+    for coupling in model.heads():
+        assert type(coupling) is AffineCoupling
+        assert [tuple(bias.shape) for bias in coupling.head.biases] == [(CHANNELS[corpus], 1)] * 2
+    assert preset(f"{corpus}-affine").train.mode == "joint"
+
+
+@pytest.mark.parametrize(("corpus", "upper"), [("text8", 2), ("owt", 64)])
+def test_mixd_is_the_papers(corpus, upper):
+    """Block 1 is tied to the codebook (K = V), the others are Mix-1, and training goes block by block."""
+    model, run = built(f"{corpus}-mixd"), preset(f"{corpus}-mixd")
+    tied, *others = model.heads()
+    assert isinstance(tied, MixDCoupling)
+    assert tied.is_tied
+    for coupling in others:
+        assert type(coupling) is Mix1Coupling
+        assert [tuple(bias.shape) for bias in coupling.head.biases] == [(CHANNELS[corpus], upper)] * 3
+    assert (run.train.mode, run.num_stages) == ("progressive", 3)
+
+
+def block_1(name: str) -> tuple[TarFlowLM, Mix1Coupling]:
+    """A preset of little width and depth, and the coupling of its block 1."""
+    config = preset(name).model
+    config = replace(config, vocab_size=27, trunk=TransformerConfig(width=8, num_heads=2)).each_block(layers=1)
+    model = config.build()
+    return model, model.heads()[0]
+
+
+@pytest.mark.parametrize("name", ["text8-mix1", "mini-mix1-plain"])
+def test_a_plain_block_1_knows_nothing_of_the_codebook(name):
+    model, coupling = block_1(name)
+    other = block_1(name)[0]
+    assert not torch.equal(model.codebook.mean, other.codebook.mean)
+    head = coupling.head
+    # channels have the same means, and another codebook gives no others
+    assert torch.equal(head.biases[1], head.biases[1][:1].expand_as(head.biases[1]))
+    assert torch.equal(head.biases[1], other.heads()[0].head.biases[1])
+    assert not head.biases[0].any()
+    assert not head.evidence.any()
+    assert torch.equal(head.scale, torch.ones(3))
+    # as the start from the codebook has them
+    held, coupling = block_1("mini-mix1")
+    assert torch.allclose(coupling.head.biases[1] * coupling.head.scale[1], held.codebook.mean.T)
