@@ -93,6 +93,31 @@ def test_the_papers_convention():
     assert generation_flops(configured("owt-mix1"), "paper") == blocks
 
 
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_figure_7_counts_one_head_a_model(patch):
+    """The flow of appendix H: the body of a Transformer LM over S' positions, and one masked autoregressive head."""
+    L, d, S, K, D_m = 12, 768, 1024, 64, 128
+    c, positions = 16 * patch, S // patch
+    E = min(max(1, int(9 * D_m / (16 * (c - 1)))), 96)
+    head = 6 * E * (c - 1) ** 2 + D_m * c * (d + E * (c - 1)) + D_m * c**2 * 3 * K
+    flow = 4 * d * positions + L * (24 * d**2 * positions + 2 * d * positions**2) + positions * head
+    config = replace(configured("owt-mix1"), patch=patch)
+    assert forward_flops(config, "figure7") == generation_flops(config, "figure7") == flow
+    # each further block has an input map and a head of its own
+    assert forward_flops(config, "paper") == flow + 2 * positions * (4 * d + head)
+    assert training_flops(config, convention="figure7") == 3 * flow
+    first = 4 * d * positions + 2 * (24 * d**2 * positions + 2 * d * positions**2) + positions * head
+    assert training_flops(config, frozen=1, convention="figure7") == 3 * flow - 2 * first
+    assert forward_flops(configured("owt-ar"), "figure7") == forward_flops(configured("owt-ar"), "paper")
+
+
+def test_the_one_head_of_figure_7_is_that_of_block_1():
+    config = configured("mini-mixd")
+    D, T, V = config.trunk.width, config.context, config.vocab_size
+    body = sum(block.layers for block in config.blocks) * (24 * D**2 * T + 2 * D * T**2)
+    assert forward_flops(config, "figure7") == 4 * D * T + body + 2 * D * V * T
+
+
 def test_the_full_count_of_the_baseline_written_out():
     """The paper's, plus the product of attention and values, without an input map: tokens are looked up."""
     config = configured("text8-ar")

@@ -3,7 +3,10 @@
 import json
 import math
 import random
+import re
 from dataclasses import replace
+from html import unescape
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from tarflowlm.files import write_json
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig
 from tarflowlm.report.records import read_record
-from tarflowlm.reproduce import RECIPES, ablations, measures, passes, questions, tables
+from tarflowlm.reproduce import RECIPES, ablations, measures, passes, questions, states, tables
 from tarflowlm.reproduce.recipe import Finished, Settings, Training
 from tarflowlm.reproduce.write import write_results
 from tarflowlm.runs.checkpoint import save_weights, write_run
@@ -31,7 +34,7 @@ def settings(tmp_path_factory) -> Settings:
         for module, name, value in (
             (tables, "WINDOWS", 3), (tables, "SAMPLES", 2), (tables, "SECOND_WINDOWS", 3),
             (tables, "MINI_SAMPLES", 20), (ablations, "PROMPTS", 2), (ablations, "PREFIXES", (0, 4)),
-            (passes, "NUM", 2), (measures, "LATENT_WINDOWS", 4),
+            (passes, "NUM", 2), (states, "SAMPLES", 2), (measures, "LATENT_WINDOWS", 4),
         ):  # fmt: skip
             patch.setattr(module, name, value)
         yield Settings(scale="mini", out=folder / "out", data=str(text), judge_data=str(text), second_text=str(text))
@@ -79,7 +82,8 @@ def test_a_recipe_measures_draws_and_writes(settings, name):
     assert numbers
     assert all(math.isfinite(value) for value in numbers)
     written = write_results(recipe, settings, rows, finished, command=["tarflowlm", "reproduce", name])
-    assert [path.suffix for path in written] == ([".csv", ".png", ".md"] if recipe.draw else [".csv", ".md"])
+    extra = [suffix for suffix, made in ((".png", recipe.draw), (".html", recipe.page)) if made]
+    assert [path.suffix for path in written] == [".csv", *extra, ".md"]
     page = Path(written[-1]).read_text(encoding="utf-8")
     assert recipe.claim in page
     assert f"tarflowlm reproduce {name}" in page
@@ -110,9 +114,112 @@ def test_progressive_says_when_the_mean_of_the_last_lines_reached_the_bound(sett
     assert rows[0]["bpc at 800"] == pytest.approx(1.2)
 
 
+def text_of(page: str, label: str) -> list[str]:
+    """The texts of a page's panels with that label, without their marks."""
+    found = re.findall(f'aria-label="{label}">(.*?)</p>', page, re.DOTALL)
+    return [unescape(re.sub("</?(?:del|ins)>", "", text)) for text in found]
+
+
+def test_fig6_shows_what_every_block_edits(settings):
+    finished = [untrained(settings, training) for training in passes.plan_fig6(settings)]
+    rows = passes.measure_fig6(settings, finished)
+    labels = ["Mix-1, plain start", "Mix-1, plain start, last block deepest", "affine", "Mix-d"]
+    assert list(dict.fromkeys(row["model"] for row in rows)) == labels
+    assert [row["state"] for row in rows[:4]] == ["noise", "block 3 inverted", "block 2 inverted", "block 1 inverted"]
+    assert rows[3]["tokens as in the end"] == 1
+    for before, after in pairwise(rows):
+        if before["model"] == after["model"]:
+            # one character per token, so that edits are read off the texts
+            edits = [i for i, (old, new) in enumerate(zip(before["text"], after["text"], strict=True)) if old != new]
+            assert [i for start, stop in after["edited"] for i in range(start, stop)] == edits
+            assert after["replaced"] == after["edited"]
+            assert (after["edits"], after["tokens"]) == (len(edits), CONTEXT)
+    page = passes.page_fig6(rows)
+    assert text_of(page, "input") == [row["text"] for row in rows if row["state"] != "block 1 inverted"]
+    assert text_of(page, "output") == [row["text"] for row in rows if row["state"] != "noise"]
+    assert not re.search("https?:|<script|<link|src=|url[(]", page)
+    texts = passes.sample_texts(settings, finished, rows)
+    assert all(row["text"] in texts for row in rows)
+
+
+def states_of(rows, model: str, start: str):
+    return [row for row in rows if (row["model"], row["layer 0"]) == (model, start)]
+
+
+def test_fig7_states_the_papers_directions_in_both_readings(settings):
+    finished = [untrained(settings, training) for training in states.plan_fig7(settings)]
+    rows = states.measure_fig7(settings, finished)
+    up, down = states_of(rows, "affine", states.UP), states_of(rows, "affine", states.DOWN)
+    assert [row["block"] for row in up] == [None, 1, 2, 3]
+    assert [row["block"] for row in down] == [None, 3, 2, 1]
+    lines = [line.split("|") for line in states.directions_table(rows).splitlines() if line.startswith("| ")]
+    header, table = [cell.strip() for cell in lines[0]], lines[2:]
+    assert len(table) == 2 * len(finished)
+    for line in table:
+        row = dict(zip(header, (cell.strip() for cell in line), strict=True))
+        found = states_of(rows, row["model"], row["layer 0"])
+        assert row["norm decreases"] == ("yes" if states.falls([state["norm"] for state in found]) else "no")
+        gains = [state["kl_gain"] for state in states_of(rows, row["model"], states.UP)[1:]]
+        assert [row[f"KL lowered by block {n}"] for n in (1, 2, 3)] == [f"{gain:.4f}" for gain in gains]
+
+
+def test_directions_are_the_papers():
+    """Numbers as in a figure of the paper's: from the noise down, the right-to-left block second."""
+    rows = [{"block": None}, {"block": 3}, {"block": 2}, {"block": 1}]
+    columns = {
+        "norm": (4.0, 3.0, 2.5, 2.0),
+        "cosine": (0.0, 0.1, 0.2, 0.3),
+        "participation_ratio": (9.0, 9.5, 5.0, 6.0),
+        "centroid_shift": (None, 3.0, 2.0, 1.0),
+    }
+    for row, *values in zip(rows, *columns.values(), strict=True):
+        row |= dict(zip(columns, values, strict=True))
+    assert set(states.directions(rows).values()) == {"yes"}
+    # with layer 0 at the other end, nothing of it holds
+    upside_down = [row | {"block": block} for row, block in zip(rows[::-1], (None, 1, 2, 3), strict=True)]
+    upside_down[0]["centroid_shift"], upside_down[3]["centroid_shift"] = None, 4.0
+    assert set(states.directions(upside_down).values()) == {"no"}
+
+
+@pytest.mark.parametrize(
+    ("values", "falling"),
+    [
+        ((3.0, 2.0, 1.0), True),
+        ((3.0, 1.0, 1.05), True),  # what does not show in a figure
+        ((3.0, 1.0, 1.5), False),
+        ((1.0, 1.0, 1.0), False),
+        ((1.0, 2.0, 3.0), False),
+        ((1.0,), False),
+    ],
+)
+def test_falling_and_rising(values, falling):
+    assert states.falls(values) is falling
+    assert states.rises([-value for value in values]) is falling
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ((5.0, 6.0, 3.0, 4.0), True),
+        ((5.0, 6.0, 5.95, 7.0), False),  # no drop that shows
+        ((5.0, 6.0, 3.0, 3.0), False),
+        ((5.0, 4.0, 6.0, 7.0), False),
+        ((5.0, 6.0), False),
+    ],
+)
+def test_drops_at_the_right_to_left_layer(values, found):
+    layers = ["left to right", "right to left", "left to right"][: len(values) - 1]
+    assert states.drops_and_rises(values, layers) is found
+
+
 def test_fig7_counts_operations_of_all_models(settings):
-    page = passes.flops_table(settings, [untrained(settings, training) for training in passes.plan_fig7(settings)])
-    table = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in page.splitlines() if line.startswith("|")}
-    for name in ("AR", "affine", "Mix-1", "Mix-d"):
-        paper, full, training, _ = map(float, table[name])
-        assert 0 < paper < full < training
+    page = states.flops_table(settings, [untrained(settings, training) for training in states.plan_fig7(settings)])
+    lines = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("|")]
+    here, published = ({line[0].strip(): line[1:] for line in part} for part in (lines[:7], lines[7:]))
+    for name in ("AR", "affine", "Mix-1", "Mix-1, plain start", "Mix-d"):
+        one, each, full, training, _ = map(float, here[name])
+        assert 0 < one <= each < full < training
+        assert (one == each) is (name == "AR")
+    # as in the paper's figure 7: fewer operations than the Transformer LM, and fewer with larger patches
+    operations = [float(published[name][0]) for name in ("AR", "Mix-1, P = 1", "Mix-1, P = 2", "Mix-1, P = 4")]
+    assert operations == sorted(operations, reverse=True)

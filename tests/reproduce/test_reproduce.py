@@ -54,9 +54,9 @@ def test_plans_share_a_run_only_where_it_is_the_same(scale):
 
 
 def test_the_users_text_and_steps_reach_the_mini_runs_and_not_the_papers():
-    for scale, source in (("mini", "mine.txt"), ("paper", "openwebtext")):
+    for scale, sources in (("mini", {"mine.txt"}), ("paper", {"text8", "openwebtext"})):
         plan = passes.plan_fig6(Settings(scale=scale, out=Path("out"), data="mine.txt", steps=9))
-        assert {training.run.data.source for training in plan} == {source}
+        assert {training.run.data.source for training in plan} == sources
         assert {training.run.train.num_steps for training in plan} == {9}
 
 
@@ -78,7 +78,7 @@ TINY_RECIPE = Recipe(
     claim="nothing.",
     plan=tiny_plan,
     measure=lambda _settings, finished: [summary_row(done) for done in finished],
-    text=lambda _settings, finished: f"{len(finished)} runs.\n",
+    text=lambda _settings, finished, rows: f"{len(finished)} runs, {len(rows)} rows.\n",
 )
 
 
@@ -214,20 +214,36 @@ def test_estimates_are_timed_on_the_models_themselves(settings):
 
 
 def test_results_say_how_they_were_made(settings, run, run_json, monkeypatch):
-    recipe = replace(TINY_RECIPE, draw=lambda figure, rows: figure.subplots().plot([row["test bpc"] for row in rows]))
+    recipe = replace(
+        TINY_RECIPE,
+        draw=lambda figure, rows: figure.subplots().plot([row["test bpc"] for row in rows]),
+        page=lambda rows: f"<p>{len(rows)} rows</p>",
+        csv_only=("ppl",),
+    )
     if "matplotlib" not in sys.modules:
         pytest.importorskip("matplotlib")
     monkeypatch.setitem(RECIPES, "tiny", recipe)
     argv = ["reproduce", "tiny", "--out", settings.out, "--data", settings.data, "--seeds", 2, "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["tarflowlm", *map(str, argv)])
     result = run_json(*argv)
-    assert [Path(p).name for p in result["files"]] == ["tiny.csv", "tiny.png", "tiny.md"]
+    assert [Path(p).name for p in result["files"]] == ["tiny.csv", "tiny.png", "tiny.html", "tiny.md"]
     with (settings.out / "tiny.csv").open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [float(row["test bpc"]) for row in table] == [row["test bpc"] for row in result["rows"]]
+    assert "ppl" in table[0]
+    assert (settings.out / "tiny.html").read_text(encoding="utf-8") == "<p>2 rows</p>"
     page = (settings.out / "tiny.md").read_text(encoding="utf-8")
-    for part in ("| tiny | 0 | <= |", "2 runs.", "tarflowlm reproduce tiny", "tiny-s1", "text.txt: `", "PyTorch"):
+    for part in (
+        "| tiny | 0 | <= |",
+        "2 runs, 2 rows.",
+        "tarflowlm reproduce tiny",
+        "tiny-s1",
+        "text.txt: `",
+        "PyTorch",
+    ):
         assert part in page
+    assert "ppl" not in page
+    assert "[tiny.html](tiny.html)" in page
     assert (settings.out / "tiny.png").read_bytes()[:4] == b"\x89PNG"
     # the plan says what is done, and a second run needs no training
     assert run(*argv, "--dry-run").out.count("finished") == 2

@@ -1,13 +1,16 @@
 r"""Floating-point operations of a model of a given configuration. A multiply-add counts as two.
 
-All counts are per sequence of `context` tokens. There are two conventions:
+All counts are per sequence of `context` tokens. There are three conventions:
 
-- `paper`: the terms of the paper's appendix H. A Transformer of L layers and width D over N = T / P positions costs
+- `figure7`: the paper's appendix H as it stands. A flow is one body, the layers of all its blocks, over N = T / P
+  positions, with one input map and one head: block 1's, as if the other blocks had neither. This is the count of the
+  paper's figure 7. A Transformer of L layers and width D over N positions costs
       4 D N + L (6 D^2 N + 2 D N^2 + 2 D^2 N + 16 D^2 N),    and an LM head 2 D V T.
   A masked autoregressive head costs, per position of c = P d channels and with D_m = 2 `head_hidden`,
       6 E (c - 1)^2 + D_m c (D + E (c - 1)) + D_m c^2 (outputs per channel: 3 K; 2 for affine).
   The product of attention weights and values is left out. The appendix does not cover Mix-d blocks; they are given
   their weight head, 2 D K per token.
+- `paper`: the same terms, with an input map and a head for every block, which the blocks of a flow do have.
 - `full`: every matrix product of the real modules, counted by PyTorch on meta tensors (shapes without numbers).
   Attention counts over the whole square of positions. Elementwise operations do not count.
 
@@ -28,7 +31,7 @@ from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import FlowConfig, TarFlowLM, as_flow, as_flow_config
 
-Convention = Literal["paper", "full"]
+Convention = Literal["figure7", "paper", "full"]
 Config = FlowConfig | BaselineConfig
 
 
@@ -40,7 +43,7 @@ def forward_flops(config: Config, convention: Convention = "full") -> int:
         D, T = config.trunk.width, config.context
         body = _paper_transformer(config.trunk, config.layers, T // config.patch)
         return 4 * D * T + body + 2 * D * config.vocab_size * T
-    return sum(_paper_block(config, index) for index in range(config.num_blocks))
+    return sum(_paper_block(config, index, convention) for index in range(config.num_blocks))
 
 
 def training_flops(config: Config, *, frozen: int = 0, convention: Convention = "full") -> int:
@@ -49,17 +52,17 @@ def training_flops(config: Config, *, frozen: int = 0, convention: Convention = 
     if not frozen:
         return whole
     config = as_flow_config(config)
-    if convention == "paper":
-        return whole - 2 * sum(_paper_block(config, index) for index in range(frozen))
-    return whole - 2 * _counted_below(config, frozen)
+    if convention == "full":
+        return whole - 2 * _counted_below(config, frozen)
+    return whole - 2 * sum(_paper_block(config, index, convention) for index in range(frozen))
 
 
 def generation_flops(config: Config, convention: Convention = "full") -> int:
     """`config.context` tokens, generated position by position with a KV cache, and decoded.
 
-    The paper has no count of its own for this: its convention takes the forward pass.
+    The paper has no count of its own for this: its conventions take the forward pass.
     """
-    return forward_flops(config, "paper") if convention == "paper" else _counted_generation(config)
+    return _counted_generation(config) if convention == "full" else forward_flops(config, convention)
 
 
 def _paper_transformer(trunk: TransformerConfig, num_layers: int, positions: int) -> int:
@@ -67,19 +70,26 @@ def _paper_transformer(trunk: TransformerConfig, num_layers: int, positions: int
     return L * (6 * D * D * N + 2 * D * N * N + 2 * D * D * N + 4 * trunk.mlp_ratio * D * D * N)
 
 
-def _paper_block(config: FlowConfig, index: int) -> int:
-    """One flow block: input map, Transformer and head."""
+def _paper_block(config: FlowConfig, index: int, convention: Convention) -> int:
+    """One flow block: Transformer, and input map and head where the convention counts them."""
+    N, D = config.context // config.patch, config.trunk.width
+    body = _paper_transformer(config.trunk, config.blocks[index].layers, N)
+    if index and convention == "figure7":
+        return body
+    return 4 * D * N + body + _paper_head(config, index)
+
+
+def _paper_head(config: FlowConfig, index: int) -> int:
     N, D, c = config.context // config.patch, config.trunk.width, config.patch * config.latent_dim
     block = config.blocks[index]
-    body = 4 * D * N + _paper_transformer(config.trunk, block.layers, N)
     coupling, components = block.coupling, block.components or config.vocab_size
     if coupling == "mixd":
-        return body + 2 * D * components * config.context
+        return 2 * D * components * config.context
     # with one token per position, token-affine sees none of the position's channels; with more it counts as affine
     sees_channels = coupling != "token-affine" or config.patch > 1
     E, D_m = config.head_features if sees_channels else 0, 2 * config.head_hidden
     outputs = 3 * components if coupling == "mix1" else 2
-    return body + N * (6 * E * (c - 1) ** 2 + D_m * c * (D + E * (c - 1)) + D_m * c * c * outputs)
+    return N * (6 * E * (c - 1) ** 2 + D_m * c * (D + E * (c - 1)) + D_m * c * c * outputs)
 
 
 @cache

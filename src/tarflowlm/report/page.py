@@ -52,12 +52,19 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Markup:
+    """HTML as it is; its author has escaped the text in it."""
+
+    html: str
+
+
+@dataclass(frozen=True)
 class Section:
-    """Notes, then figures and tables, under a title."""
+    """Notes, then figures, tables and other markup, under a title."""
 
     title: str
     notes: Sequence[str] = ()
-    parts: Sequence[Picture | Table] = ()
+    parts: Sequence[Picture | Table | Markup] = ()
     is_folded: bool = False
     """Closed until the reader opens it."""
 
@@ -68,24 +75,33 @@ class Page:
 
     title: str
     sections: list[Section] = field(default_factory=list)
+    css: str = ""
+    """Rules for the markup of its sections."""
+    generator: str = GENERATOR
 
     def to_html(self) -> str:
         """The whole document. Text is escaped; figures are inlined as SVG."""
         body = "\n".join(_section(section) for section in self.sections)
         return (
             f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" '
-            f'content="{GENERATOR}">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{escape(self.title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
+            f'content="{self.generator}">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{escape(self.title)}</title>\n<style>{_CSS}{self.css}</style>\n</head>\n<body>\n"
             f"<h1>{escape(self.title)}</h1>\n{body}\n</body>\n</html>\n"
         )
 
 
 def _section(section: Section) -> str:
     notes = "".join(f'<p class="note">{escape(note)}</p>\n' for note in section.notes)
-    parts = "".join(_picture(part) if isinstance(part, Picture) else _table(part) for part in section.parts)
+    parts = "".join(map(_part, section.parts))
     if section.is_folded:
         return f"<details><summary>{escape(section.title)}</summary>\n{notes}{parts}</details>"
     return f"<section>\n<h2>{escape(section.title)}</h2>\n{notes}{parts}</section>"
+
+
+def _part(part: Picture | Table | Markup) -> str:
+    if isinstance(part, Markup):
+        return part.html
+    return _picture(part) if isinstance(part, Picture) else _table(part)
 
 
 def _picture(picture: Picture) -> str:

@@ -2,9 +2,10 @@
 
 from tarflowlm.reproduce.ablations import FIG2, FIG3, FIG4, FIG5
 from tarflowlm.reproduce.frontier import FRONTIER
-from tarflowlm.reproduce.passes import FIG6, FIG7
+from tarflowlm.reproduce.passes import FIG6
 from tarflowlm.reproduce.questions import ONE_BLOCK, PATCH_SIZES, PROGRESSIVE
 from tarflowlm.reproduce.recipe import Recipe
+from tarflowlm.reproduce.states import FIG7
 from tarflowlm.reproduce.tables import TABLE2, TABLE6
 
 RECIPES: dict[str, Recipe] = {

@@ -1,58 +1,54 @@
-"""Figures 6 and 7 of the paper: the text and the latents after every block, and floating-point operations."""
+"""Figure 6 of the paper: a sample decoded after every block, with what the block edited."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
 from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.generate import num_ticks
 from tarflowlm.model import as_flow_config, stack
-from tarflowlm.report.style import SMALL, Figure
-from tarflowlm.reproduce.ablations import two_tokens
-from tarflowlm.reproduce.measures import latents
+from tarflowlm.reproduce.panels import WIDTH, draw_panels, panels_page, pieces, spans_of
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
-from tarflowlm.reproduce.write import markdown_table
-from tarflowlm.runs.checkpoint import read_run
+from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.runs.config import RunConfig
-from tarflowlm.runs.presets import preset, with_steps
+from tarflowlm.runs.presets import PAPER_CORPORA, preset, with_steps
 
 NUM, LENGTH = 8, 128
-"""Samples, and their tokens."""
+"""Samples, and their tokens. The first one is shown."""
 DEEP_STEPS = 1000
-METRICS = ("norm", "cosine", "participation_ratio", "centroid_shift", "log_det", "kl", "kl_gain", "nelbo")
+LABELS = {"affine": "affine", "mix1": "Mix-1", "mixd": "Mix-d"}
 
 
 def plan_fig6(settings: Settings) -> list[Training]:
-    """Mix-d and Mix-1; at mini scale also flows with active upper blocks."""
-    runs = {"Mix-d": settings.preset("mixd", "owt"), "Mix-1": settings.preset("mix1", "owt")}
-    return trainings(settings, runs | _active_upper_blocks(settings))
-
-
-def plan_fig7(settings: Settings) -> list[Training]:
-    """Affine, Mix-1 and Mix-d; at mini scale also flows with active upper blocks."""
-    kinds = {"affine": "affine", "Mix-1": "mix1", "Mix-d": "mixd"}
-    runs = {label: settings.preset(kind, "owt") for label, kind in kinds.items()}
-    return trainings(settings, runs | _active_upper_blocks(settings))
-
-
-def _active_upper_blocks(settings: Settings) -> dict[str, RunConfig]:
-    """Mini flows whose upper blocks contribute more than those of the presets; none at paper scale."""
+    """Flows without a start from the codebook, and Mix-d; at paper scale every flow of both corpora."""
     if settings.scale == "paper":
-        return {}
-    run = preset("mini-mix1")
-    # the published proportions; in the presets the first block is the deepest
+        every = [(corpus, kind) for corpus in PAPER_CORPORA for kind in LABELS]
+        runs = {f"{LABELS[kind]}, {PAPER_CORPORA[corpus]}": preset(f"{corpus}-{kind}") for corpus, kind in every}
+        return trainings(settings, runs)
+    return trainings(
+        settings,
+        {
+            "Mix-1, plain start": preset("mini-mix1-plain"),
+            "Mix-1, plain start, last block deepest": _published_proportions(),
+            "affine": preset("mini-affine"),
+            "Mix-d": preset("mini-mixd"),
+        },
+    )
+
+
+def _published_proportions() -> RunConfig:
+    """Mini Mix-1 with the paper's shares of layers (1, 1, 4) and K = 27; in the presets the first is the deepest."""
+    run = preset("mini-mix1-plain")
     model = replace(as_flow_config(run.model), blocks=stack(("mix1",) * 3, (1, 1, 4), (27,) * 3))
-    deep = with_steps(replace(run, name="mini-mix1-deep-last", model=model), DEEP_STEPS)
-    return {"Mix-1, last block deepest": deep, "Mix-d, P = 2": two_tokens(settings, "independent")}
+    run = replace(run, name="mini-mix1-plain-deep-last", model=model.each_block(start="plain"))
+    return with_steps(run, DEEP_STEPS)
 
 
-def _passes(done: Finished) -> tuple[Generation, list[list[str]]]:
-    """Samples, and for each sample its text after every pass, noise first."""
-    checkpoint = done.load()
+def _passes(done: Finished, checkpoint: Checkpoint) -> Generation:
+    """Samples with their tokens after every pass, noise first."""
     length = min(LENGTH, checkpoint.run.model.context)
-    result = generate(
+    return generate(
         checkpoint.model,
         num_tokens=length,
         num=NUM,
@@ -61,104 +57,76 @@ def _passes(done: Finished) -> tuple[Generation, list[list[str]]]:
         decoder="auto",
         tick=done.tick_of("sampling, positions", num_ticks(checkpoint.model, length)),
     )
-    decode = checkpoint.tokenizer.decode
-    return result, [[decode(state[i].tolist()) for state in result.passes] for i in range(NUM)]
 
 
 def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """Share of tokens that are already the final ones after each pass."""
-    rows = []
+    """Shares of tokens over all samples, and the first sample with its edits (`Spans`), after every pass."""
+    rows: list[Row] = []
     for done in finished:
-        result, _ = _passes(done)
-        for number, tokens in enumerate(result.passes):
-            same = (tokens == result.tokens).cpu().double().mean().item()
-            name = "noise" if number == 0 else f"block {len(result.passes) - number} inverted"
-            seed = done.training.run.seed
-            rows.append({"model": done.training.label, "seed": seed, "state": name, "tokens as in the end": same})
+        checkpoint = done.load()
+        passes = _passes(done, checkpoint).passes
+        before: list[str] = []
+        for number, tokens in enumerate(passes):
+            row: Row = {"model": done.training.label, "seed": done.training.run.seed}
+            block = len(passes) - number
+            row["state"] = f"block {block} inverted" if number else "noise"
+            row["tokens as in the end"] = _share(tokens == passes[-1])
+            after = pieces(checkpoint.tokenizer.decode, tokens[0].tolist())
+            row |= {"tokens edited": None, "text": "".join(after)}
+            if number:
+                edits = tokens != passes[number - 1]
+                is_edited = edits[0].tolist()
+                row |= {
+                    "tokens edited": _share(edits),
+                    "block": block,
+                    "direction": "left to right" if block % 2 else "right to left",
+                    "edits": sum(is_edited),
+                    "tokens": len(is_edited),
+                    "replaced": spans_of(before, is_edited),
+                    "edited": spans_of(after, is_edited),
+                }
+            rows.append(row)
+            before = after
     return rows
 
 
-def sample_texts(settings: Settings, finished: Sequence[Finished]) -> str:
+def _share(is_so: torch.Tensor) -> float:
+    return is_so.cpu().double().mean().item()
+
+
+def sample_texts(settings: Settings, finished: Sequence[Finished], rows: Sequence[Row]) -> str:
     """Markdown with the first sample of each model after every pass."""
     parts = [f"## Samples\n\nThe first of {NUM} samples of each model, seed 0, after every pass, noise first.\n"]
     for done in finished:
-        lines = "\n".join(_passes(done)[1][0])
-        parts.append(f"{done.training.label}, {done.training.name}:\n\n```\n{lines}\n```\n")
+        label, seed = done.training.label, done.training.run.seed
+        lines = "\n".join(row["text"] for row in rows if (row["model"], row["seed"]) == (label, seed))
+        parts.append(f"{label}, {done.training.name}:\n\n```\n{lines}\n```\n")
     return "\n".join(parts)
 
 
-def measure_fig7(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """Geometry and likelihood share of every state, with standard deviations over windows."""
-    rows = []
-    for done in finished:
-        for state in latents(done):
-            row: Row = {"model": done.training.label, "seed": done.training.run.seed, "block": state.block}
-            for name in METRICS:
-                spread = getattr(state, name)
-                row |= {name: None if spread is None else spread.mean, f"{name} ±": spread and spread.std}
-            rows.append(row)
-    return rows
+TITLE = "Text after each pass"
 
 
-def flops_table(settings: Settings, finished: Sequence[Finished]) -> str:
-    """Markdown with the floating-point operations of the flows and the baseline."""
-    flows = {done.training.label: read_run(done.directory) for done in finished}
-    vocab_size = next(iter(flows.values())).model.vocab_size
-    runs = {"AR": settings.preset("ar", "owt")} | flows
-    rows = [_flops_row(label, run, vocab_size) for label, run in runs.items()]
-    return (
-        "## Floating-point operations\n\nMillions per token, a multiply-add counted as two; "
-        "`tarflowlm.evaluation.flops` describes both conventions.\n\n" + markdown_table(rows)
+def page_fig6(rows: Sequence[Row]) -> str:
+    """Figure 6 as a page."""
+    notes = (
+        "One panel per block, in the order of generation: the last block turns noise into the first state, block 1 "
+        "gives the final text. Every state is decoded with the codebook.",
+        f"The first of {NUM} samples; a token counts as edited where the decoded token differs.",
     )
-
-
-def _flops_row(label: str, run: RunConfig, vocab_size: int) -> Row:
-    config = replace(run.model, vocab_size=vocab_size)
-    scale = 1e-6 / config.context
-    return {
-        "model": label,
-        "forward, the paper's": scale * forward_flops(config, "paper"),
-        "forward, full": scale * forward_flops(config),
-        "training step of all blocks": scale * training_flops(config),
-        "generation": scale * generation_flops(config),
-    }
-
-
-def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
-    """The four geometric metrics over the blocks, with standard deviations over windows; seed 0."""
-    metrics = {"norm": "norm", "cosine": "cosine", "participation_ratio": "participation ratio",
-               "centroid_shift": "movement of the centroid"}  # fmt: skip
-    panels = figure.subplots(2, 2, sharex=True)
-    for axes, (name, title) in zip(panels.flat, metrics.items(), strict=True):
-        for index, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
-            of_model = [r for r in rows if r["model"] == model and r["seed"] == 0 and r[name] is not None]
-            values, spreads = ([r[column] for r in of_model] for column in (name, f"{name} ±"))
-            # side by side, so that no model hides another
-            places = [r["block"] + 0.05 * index for r in of_model]
-            axes.errorbar(places, values, spreads, marker="o", markersize=4, capsize=2, label=model)
-        axes.set_title(title, fontsize=9)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in panels[1]:
-        axes.set_xlabel("blocks passed (0: latents of the text)")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=SMALL)
+    return panels_page(TITLE, notes, rows)
 
 
 FIG6 = Recipe(
     name="fig6",
-    title="Text after each pass",
-    claim="The paper: every intermediate state decodes to text, which each pass refines from coarse to fine.",
+    title=TITLE,
+    claim="The paper: every intermediate state decodes to text, which each pass refines from coarse to fine. Its panels "
+    "show, for every block, the decoded text before (green) and after (red), with the edits highlighted.",
     plan=plan_fig6,
     measure=measure_fig6,
+    draw=draw_panels,
+    size=(WIDTH, WIDTH),
+    page=page_fig6,
+    csv_only=("text", "block", "direction", "edits", "tokens", "replaced", "edited"),
     text=sample_texts,
-)
-
-FIG7 = Recipe(
-    name="fig7",
-    title="Latents after every block",
-    claim="The paper: norms, cosines, participation ratio and centroid movement of the states show what each "
-    "block does.",
-    plan=plan_fig7,
-    measure=measure_fig7,
-    draw=draw_fig7,
-    text=flops_table,
 )

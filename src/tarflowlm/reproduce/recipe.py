@@ -130,9 +130,15 @@ class Recipe:
     plan: Callable[[Settings], list[Training]]
     measure: Callable[[Settings, Sequence[Finished]], list[Row]]
     draw: Draw | None = None
+    size: tuple[float, float] = (7.0, 4.5)
+    """Inches, width and height, of what `draw` gets."""
+    page: Callable[[Sequence[Row]], str] | None = None
+    """The rows as a self-contained HTML page."""
+    csv_only: tuple[str, ...] = ()
+    """Columns for the CSV, the plot and the page, too long for the Markdown table."""
     needs: tuple[tuple[str, str], ...] = ()
     """Modules that measuring needs, each with the extra of the package that installs it."""
-    text: Callable[[Settings, Sequence[Finished]], str] | None = None
+    text: Callable[[Settings, Sequence[Finished], Sequence[Row]], str] | None = None
     """Markdown to print below the table, for instance samples."""
     seeds: int = 1
     """Seeds at least, at mini scale: more than one where a claim hangs on less than 2 %."""

@@ -1,4 +1,4 @@
-"""Results on disk: CSV, a plot, and Markdown with everything needed to repeat them."""
+"""Results on disk: CSV, a plot, an HTML page, and Markdown with everything needed to repeat them."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS
 def write_results(
     recipe: Recipe, settings: Settings, rows: Sequence[Row], finished: Sequence[Finished], *, command: Sequence[str]
 ) -> list[Path]:
-    """Write NAME.csv, NAME.md and, if the recipe has a plot, NAME.png to `settings.out`; returns their paths.
+    """Write NAME.csv, NAME.md and, if the recipe has them, a plot NAME.png and a page NAME.html; returns their paths.
 
     `command` is printed as what made them.
     """
@@ -30,12 +30,16 @@ def write_results(
     if recipe.draw is not None:
         _plot(plot, recipe, rows)
         written.append(plot)
+    page = settings.out / f"{recipe.name}.html"
+    if recipe.page is not None:
+        written.append(_write(page, recipe.page(rows)))
     parts = [
         f"# {recipe.title}\n",
         f"{recipe.claim}\n",
-        markdown_table(rows),
+        markdown_table([{k: v for k, v in row.items() if k not in recipe.csv_only} for row in rows]),
         f"![{recipe.title}]({plot.name})\n" if recipe.draw is not None else "",
-        recipe.text(settings, finished) if recipe.text is not None else "",
+        f"As a page: [{page.name}]({page.name}).\n" if recipe.page is not None else "",
+        recipe.text(settings, finished, rows) if recipe.text is not None else "",
         _provenance(settings, finished, command),
     ]
     written.append(_write(settings.out / f"{recipe.name}.md", "\n".join(part for part in parts if part)))
@@ -81,7 +85,8 @@ def _plot(path: Path, recipe: Recipe, rows: Sequence[Row]) -> None:
         recipe.draw(figure, rows)
         figure.suptitle(recipe.title, fontsize=10, x=0.01, ha="left")
 
-    render(draw, path, width=7.0, height=4.5)
+    width, height = recipe.size
+    render(draw, path, width=width, height=height)
 
 
 def _provenance(settings: Settings, finished: Sequence[Finished], command: Sequence[str]) -> str:

@@ -1,0 +1,214 @@
+"""Figure 7 of the paper: the geometry of the states in both readings of "layer 0", and floating-point operations."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby, pairwise
+
+import torch
+
+from tarflowlm.evaluation.blocks import state_metrics
+from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
+from tarflowlm.generation import generate
+from tarflowlm.generation.generate import num_ticks
+from tarflowlm.report.style import SMALL, Figure
+from tarflowlm.reproduce.measures import latents
+from tarflowlm.reproduce.recipe import GPT2_VOCAB, Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.reproduce.write import markdown_table
+from tarflowlm.runs.checkpoint import read_run
+from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.presets import preset
+
+SAMPLES = 64
+"""Of each model, whose states are measured from the noise down."""
+UP, DOWN = "latents of a text", "noise of a sample"
+"""What layer 0 is: the states go up from the latents to the noise, or down from the noise to the latents."""
+METRICS = ("norm", "cosine", "participation_ratio", "centroid_shift")
+SHARES = ("log_det", "kl", "kl_gain", "nelbo")
+VISIBLE = 0.05
+"""A change counts from this share of the metric's range over the states: less does not show in a figure."""
+FLOW_PATCHES = (1, 2, 4)
+
+
+def plan_fig7(settings: Settings) -> list[Training]:
+    """Affine, Mix-1 and Mix-d; at mini scale Mix-1 without its start from the codebook, too, as in the paper."""
+    kinds = {"affine": "affine", "Mix-1": "mix1", "Mix-d": "mixd"}
+    runs = {label: settings.preset(kind, "owt") for label, kind in kinds.items()}
+    if settings.scale == "mini":
+        runs["Mix-1, plain start"] = preset("mini-mix1-plain")
+    return trainings(settings, runs)
+
+
+def measure_fig7(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """Geometry of the states of texts, with each block's share of the likelihood, and of those of samples."""
+    rows: list[Row] = []
+    for done in finished:
+        of_model: Row = {"model": done.training.label, "seed": done.training.run.seed}
+        for state in latents(done):
+            row = of_model | {"layer 0": UP, "layer": state.block, "block": state.block or None}
+            for name in METRICS + SHARES:
+                spread = getattr(state, name)
+                row |= {name: None if spread is None else spread.mean, f"{name} ±": spread and spread.std}
+            rows.append(row)
+        rows += [of_model | row for row in _states_of_samples(done)]
+    return rows
+
+
+def _states_of_samples(done: Finished) -> list[Row]:
+    """The states from the noise to the latents: mean and standard deviation over samples of the model's length."""
+    checkpoint = done.load()
+    length = checkpoint.run.model.context
+    states = generate(
+        checkpoint.model,
+        num_tokens=length,
+        num=SAMPLES,
+        generator=torch.Generator().manual_seed(0),
+        return_passes=True,
+        decoder="auto",
+        tick=done.tick_of("states of samples, positions", num_ticks(checkpoint.model, length)),
+    ).states
+    rows: list[Row] = []
+    for layer, metrics in enumerate(state_metrics(states)):
+        row: Row = {"layer 0": DOWN, "layer": layer, "block": len(states) - layer if layer else None}
+        for name, values in metrics.items():
+            values = values.cpu().double()
+            row |= {name: values.mean().item(), f"{name} ±": values.std().item()}
+        rows.append(row)
+    return rows
+
+
+def falls(values: Sequence[float]) -> bool:
+    """Whether values fall: the last is visibly below the first, and no step visibly goes up."""
+    steps, least = _steps(values)
+    return values[0] - values[-1] > least and max(steps, default=0.0) <= least
+
+
+def rises(values: Sequence[float]) -> bool:
+    """Whether values rise, as `falls`."""
+    return falls([-value for value in values])
+
+
+def drops_and_rises(values: Sequence[float], directions: Sequence[str]) -> bool:
+    """Whether values drop visibly at every right-to-left layer that has a next one, and rise at that next layer.
+
+    `directions` are those of the layers between the values.
+    """
+    steps, least = _steps(values)
+    pairs = zip(pairwise(steps), directions, strict=False)
+    found = [drop < -least and rise > least for (drop, rise), direction in pairs if direction == "right to left"]
+    return bool(found) and all(found)
+
+
+def _steps(values: Sequence[float]) -> tuple[list[float], float]:
+    """Changes from layer to layer, and how large a change is visible."""
+    return [after - before for before, after in pairwise(values)], VISIBLE * (max(values) - min(values))
+
+
+def directions(states: Sequence[Row]) -> Row:
+    """The four directions of the paper's figure 7, each yes or no, of the states of one model in one reading."""
+    values = {name: [row[name] for row in states if row.get(name) is not None] for name in METRICS}
+    layers = ["left to right" if row["block"] % 2 else "right to left" for row in states[1:]]
+    found = {
+        "norm decreases": falls(values["norm"]),
+        "cosine increases": rises(values["cosine"]),
+        "centroid movement diminishes": falls(values["centroid_shift"]),
+        "participation ratio drops right to left, then rises": drops_and_rises(values["participation_ratio"], layers),
+    }
+    return {name: "yes" if holds else "no" for name, holds in found.items()}
+
+
+def directions_table(rows: Sequence[Row]) -> str:
+    """Markdown: model and reading by direction, beside each block's share of the KL divergence."""
+    table: list[Row] = []
+    for (model, seed, start), group in groupby(rows, lambda row: (row["model"], row["seed"], row["layer 0"])):
+        states = list(group)
+        if start == UP:
+            gains = {f"KL lowered by block {row['block']}": row["kl_gain"] for row in states[1:]}
+        table.append({"model": model, "seed": seed, "layer 0": start, **directions(states), **gains})
+    return (
+        "## The paper's four directions\n\n"
+        "The paper says of its layers: the mean norm decreases, the cosine increases, the movement of the centroid "
+        "diminishes with depth, and the participation ratio drops at the right-to-left block and then rises. It "
+        'leaves open which end is layer 0 ("sampled noise or an encoder\'s output"), so both readings are below. '
+        f'A change counts if it is more than {VISIBLE:.0%} of the metric\'s range over the states: "yes" where the '
+        "whole way goes the paper's way and no layer goes the other way. Beside it, the nats per token by which each "
+        "block lowers the KL divergence of posterior and prior, of texts.\n\n" + markdown_table(table)
+    )
+
+
+def flops_table(settings: Settings, finished: Sequence[Finished]) -> str:
+    """Markdown with the floating-point operations of the flows and the baseline, here and at the published size."""
+    flows = {done.training.label: read_run(done.directory) for done in finished}
+    vocab_size = next(iter(flows.values())).model.vocab_size
+    here = {"AR": settings.preset("ar", "owt")} | flows
+    flow = preset("owt-mix1")
+    published = {"AR": preset("owt-ar")} | {
+        f"Mix-1, P = {patch}": replace(flow, model=replace(flow.model, patch=patch)) for patch in FLOW_PATCHES
+    }
+    return (
+        "## Floating-point operations\n\nMillions per token, a multiply-add counted as two. In its figure 7 the "
+        'paper gives a flow one masked autoregressive head ("one head": the input map and head of block 1 alone); '
+        'its blocks have one each ("a head per block"). `tarflowlm.evaluation.flops` describes the conventions.'
+        "\n\n"
+        f"{markdown_table([_flops_row(label, run, vocab_size) for label, run in here.items()])}\n"
+        "At the published size (12 layers, width 768, 1,024 tokens of GPT-2's vocabulary). The paper's terms multiply "
+        "whole masked matrices over the channels of a position, the modules here only what the masks leave, which "
+        "shows at P = 4:\n\n"
+        f"{markdown_table([_flops_row(label, run, GPT2_VOCAB) for label, run in published.items()])}"
+    )
+
+
+def _flops_row(label: str, run: RunConfig, vocab_size: int) -> Row:
+    config = replace(run.model, vocab_size=vocab_size)
+    scale = 1e-6 / config.context
+    return {
+        "model": label,
+        "forward, one head": scale * forward_flops(config, "figure7"),
+        "forward, a head per block": scale * forward_flops(config, "paper"),
+        "forward, full": scale * forward_flops(config),
+        "training step of all blocks": scale * training_flops(config),
+        "generation": scale * generation_flops(config),
+    }
+
+
+def text_fig7(settings: Settings, finished: Sequence[Finished], rows: Sequence[Row]) -> str:
+    """Markdown below the table of states."""
+    return f"{directions_table(rows)}\n{flops_table(settings, finished)}"
+
+
+def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
+    """The four geometric metrics over the layers in both readings, with standard deviations; seed 0."""
+    metrics = dict(zip(METRICS, ("norm", "cosine", "participation ratio", "movement of centroid"), strict=True))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    panels = figure.subplots(2, len(metrics), sharex=True)
+    for across, start in zip(panels, (UP, DOWN), strict=True):
+        for axes, (name, title) in zip(across, metrics.items(), strict=True):
+            for index, model in enumerate(models):
+                of_model = [
+                    row
+                    for row in rows
+                    if (row["model"], row["seed"], row["layer 0"]) == (model, 0, start) and row.get(name) is not None
+                ]
+                values, spreads = ([row[column] for row in of_model] for column in (name, f"{name} ±"))
+                # side by side, so that no model hides another
+                places = [row["layer"] + 0.06 * index for row in of_model]
+                axes.errorbar(places, values, spreads, marker="o", markersize=3.5, capsize=2, label=model)
+            axes.set_title(title, fontsize=9)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        across[0].set_ylabel(f"layer 0: {start}")
+    for axes in panels[1]:
+        axes.set_xlabel("layer")
+    handles = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(models), fontsize=SMALL)
+
+
+FIG7 = Recipe(
+    name="fig7",
+    title="Latents after every block",
+    claim="The paper: across the layers the mean norm decreases, the cosine increases, the movement of the centroid "
+    "diminishes, and the participation ratio drops at the right-to-left block and then rises.",
+    plan=plan_fig7,
+    measure=measure_fig7,
+    draw=draw_fig7,
+    size=(10.0, 5.0),
+    text=text_fig7,
+)
