@@ -7,3 +7,6 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 Decoder = Literal["sequential", "parallel", "auto"]
 """How a block is inverted: position by position, in parallel sweeps, or by the faster of the two, as measured."""
+
+Decoding = Literal["mode", "drawn"]
+"""Which token latents become: the most probable one of p(x|z), or one drawn from it."""

@@ -113,11 +113,6 @@ class FlowConfig(LanguageModelConfig):
         return self.patch > 1 if self.channel_mix is None else self.channel_mix
 
     @property
-    def is_affine(self) -> bool:
-        """Whether all couplings are affine, so that no block has mixture weights."""
-        return all("affine" in block.coupling for block in self.blocks)
-
-    @property
     def head_features(self) -> int:
         """Embedding width A of the masked autoregressive head (docs/math.md, eq. 10; paper: appendix H)."""
         channels = self.patch * self.latent_dim

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tarflowlm.choices import Decoder, DeviceName
+from tarflowlm.choices import Decoder, Decoding, DeviceName
 from tarflowlm.errors import UserError
 
 Device = Annotated[DeviceName, tyro.conf.arg(help="auto picks cuda, then mps, then cpu.")]
@@ -25,9 +25,9 @@ ReleasedModel = Annotated[
 ]
 Normalize = Literal["text8"] | None
 
-TEMPERATURE = "raise the mixture weights of block 1 to the power 1 / temperature; 1 samples from the model itself."
-TOP_K = "keep the k most probable components or tokens."
-TOP_P = "keep the smallest set of components or tokens that holds this probability."
+TEMPERATURE = "raise the probabilities of tokens to the power 1 / temperature; 1 samples from the model itself."
+TOP_K = "keep the k most probable tokens."
+TOP_P = "keep the smallest set of tokens that holds this probability."
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class SampleArgs:
     temperature: Annotated[float, tyro.conf.arg(help=TEMPERATURE.capitalize())] = 1.0
     top_k: Annotated[int | None, tyro.conf.arg(help=TOP_K.capitalize())] = None
     top_p: Annotated[float | None, tyro.conf.arg(help=TOP_P.capitalize())] = None
+    decoding: Decoding = "mode"
+    """Tokens of the latents: the most probable ones, or drawn from p(x|z), which is exact; alike for sharp codes."""
     decoder: Decoder = "auto"
     """How to invert a block: position by position, in parallel sweeps, or whichever is quicker for it."""
     passes: bool = False

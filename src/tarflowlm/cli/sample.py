@@ -41,6 +41,7 @@ def run_sample(args: SampleArgs) -> None:
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
+            decoding=args.decoding,
             return_passes=args.passes or args.states,
             decoder=args.decoder,
             tick=tick,

@@ -11,7 +11,7 @@ G groups of C / G channels. `forward` and `log_prob` take whole sequences, `inve
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ _MAX_SWEPT = 512
 """Largest number of elements B C that a channel coupling inverts in sweeps."""
 
 AdjustWeights = Callable[[Tensor], Tensor]
-"""Maps log-weights [..., K] to log-weights: the temperature, top-k and top-p of a sampler."""
+"""Maps log-weights of tokens [..., K] to log-weights: the temperature, top-k and top-p of a sampler."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Conditional:
     """z_g [B, C/G] to u_g [B, C/G] and log|det du_g/dz_g| [B], in nats."""
     inverse: Callable[[Tensor], Tensor]
     """u_g to z_g, with the weights as the sampler adjusted them."""
+    log_density: Callable[[Tensor], Tensor]
+    """log p(z_g | c_n, z_<g) [B], in nats: that of `forward`, without the noise."""
 
 
 Conditionals = Generator[Conditional, Tensor | None, None]
@@ -67,8 +69,30 @@ class Coupling(nn.Module):
         """
 
     @abstractmethod
-    def conditionals(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Conditionals:
-        """The conditionals of one position, group by group, from its features c_n."""
+    def conditionals(
+        self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None, *, earlier: Sequence[Tensor] = ()
+    ) -> Conditionals:
+        """The conditionals of one position, group by group, from its features c_n.
+
+        They begin after the groups whose values are in `earlier`. `adjust` changes the mixture weights of `inverse`;
+        only for Mix-d, whose components can be tokens.
+        """
+
+    def candidate_log_prob(
+        self, z: Float[Tensor, "B M d"], features: Float[Tensor, "B D"], earlier: Float[Tensor, "B E"]
+    ) -> Float[Tensor, "B M"]:
+        """log p(z_na | c_n, z_n,<a), in nats, of M candidates for the latents of one token.
+
+        `earlier` [B, a d] are the latents of the tokens before it in the position.
+        """
+        M = z.shape[1]
+        known = earlier.repeat_interleave(M, 0).split(self.group, -1) if earlier.shape[1] else ()
+        conditionals = self.conditionals(features.repeat_interleave(M, 0), earlier=known)
+        log_p, previous = z.new_zeros(z.shape[:2]), None
+        for z_g in z.flatten(0, 1).split(self.group, -1):
+            log_p = log_p + conditionals.send(previous).log_density(z_g).view_as(log_p)
+            previous = z_g
+        return log_p
 
     def invert(
         self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
@@ -124,14 +148,19 @@ class ChannelCoupling(Coupling):
     head: AutoregressiveHead
 
     @abstractmethod
-    def conditional(self, parameters: list[Tensor], adjust: AdjustWeights | None) -> Conditional:
+    def conditional(self, parameters: list[Tensor]) -> Conditional:
         """The map of a batch of groups [rows, C/G], from their parameters [rows, outputs]."""
 
-    def conditionals(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Conditionals:
-        """The conditionals of one position, group by group, from its features c_n."""
+    def conditionals(
+        self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None, *, earlier: Sequence[Tensor] = ()
+    ) -> Conditionals:
+        """The conditionals of one position, group by group, from its features c_n, after the groups in `earlier`."""
+        assert adjust is None, "the components of a channel are not tokens"
         state = self.head.start(features)
-        for _ in range(self.head.groups):
-            z = yield self.conditional([p[0] for p in self.head.step(state)], adjust)
+        for known in earlier:
+            state = self.head.observe(state, known)
+        for _ in range(len(earlier), self.head.groups):
+            z = yield self.conditional([p[0] for p in self.head.step(state)])
             assert z is not None
             state = self.head.observe(state, z)
 
@@ -144,17 +173,16 @@ class ChannelCoupling(Coupling):
         always suffice. There a call costs the same for one group as for all of them, and a block near the identity
         needs about three sweeps instead of G steps.
         """
+        assert adjust is None, "the components of a channel are not tokens"
         B = len(u)
         if torch.is_grad_enabled() or u.numel() > _MAX_SWEPT:
-            return super().invert(u, features, adjust)
+            return super().invert(u, features)
         G, size = self.head.groups, self.group
         noise, z = u.view(B, G, size).transpose(0, 1).reshape(-1, size), u
         for _ in range(G):
             parameters = [p.reshape(G * B, -1) for p in self.head(features[:, None], z[:, None])]
-            before, z = (
-                z,
-                self.conditional(parameters, adjust).inverse(noise).view(G, B, size).transpose(0, 1).flatten(1),
-            )
+            before = z
+            z = self.conditional(parameters).inverse(noise).view(G, B, size).transpose(0, 1).flatten(1)
             if ((z - before).abs() <= 4 * torch.finfo(u.dtype).eps * (1 + z.abs())).all():
                 break
         return z
@@ -207,14 +235,18 @@ class AffineCoupling(ChannelCoupling):
         u, log_det = self(z, features)
         return log_det + standard_normal_log_prob(u)
 
-    def conditional(self, parameters: list[Tensor], adjust: AdjustWeights | None) -> Conditional:
-        """The affine map of groups with these means and log-scales [rows, C/G]; there are no weights to adjust."""
+    def conditional(self, parameters: list[Tensor]) -> Conditional:
+        """The affine map of groups with these means and log-scales [rows, C/G]."""
         mean, log_std = parameters
 
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
             return (z - mean) * torch.exp(-log_std), -log_std.sum(-1)
 
-        return Conditional(forward, lambda u: u * log_std.exp() + mean)
+        def log_density(z: Tensor) -> Tensor:
+            u, log_det = forward(z)
+            return log_det + standard_normal_log_prob(u)
+
+        return Conditional(forward, lambda u: u * log_std.exp() + mean, log_density)
 
 
 class Mix1Coupling(ChannelCoupling):
@@ -274,7 +306,7 @@ class Mix1Coupling(ChannelCoupling):
         """
         mean, dim = codebook.mean.T, codebook.mean.shape[1]
         paths = self.head.evidence
-        if paths is None or not paths.shape[1]:
+        if paths is None or (self.head.groups > 1 and not paths.shape[1]):
             raise UserError("model.blocks.0.start: needs a head that sees the channels before; use plain")
         assert self.head.biases[0].shape[1] == codebook.vocab_size
         unit = codebook.log_std.exp().mean()
@@ -308,7 +340,7 @@ class Mix1Coupling(ChannelCoupling):
         with full_precision(z):
             return numerics.mixture_log_density(z_CBN, log_w, mean, log_std).sum((0, 2))
 
-    def conditional(self, parameters: list[Tensor], adjust: AdjustWeights | None) -> Conditional:
+    def conditional(self, parameters: list[Tensor]) -> Conditional:
         """The mixture CDF of channels with these log-weights, means and log-scales [rows, K]."""
         log_w, mean, log_std = parameters
 
@@ -317,7 +349,6 @@ class Mix1Coupling(ChannelCoupling):
             return u[:, None], log_det
 
         def inverse(u: Tensor) -> Tensor:
-            adjusted = log_w if adjust is None else adjust(log_w)
-            return numerics.mixture_cdf_inverse(u[:, 0], adjusted, mean, log_std)[:, None]
+            return numerics.mixture_cdf_inverse(u[:, 0], log_w, mean, log_std)[:, None]
 
-        return Conditional(forward, inverse)
+        return Conditional(forward, inverse, lambda z: numerics.mixture_log_density(z[:, 0], log_w, mean, log_std))

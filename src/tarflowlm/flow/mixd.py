@@ -4,6 +4,8 @@ At V = 50,257 a [tokens, V] tensor would outgrow the rest of a training step, so
 `held_rows` tokens at a time. Shape legend: as in `couplings`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -138,10 +140,14 @@ class MixDCoupling(Coupling):
         z, noise, log_p = (torch.cat(column) for column in zip(*done, strict=True))
         return z, noise, log_p
 
-    def conditionals(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Conditionals:
-        """The conditionals of one position, token by token, from its features c_n."""
+    def conditionals(
+        self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None, *, earlier: Sequence[Tensor] = ()
+    ) -> Conditionals:
+        """The conditionals of one position, token by token, from its features c_n, after the tokens in `earlier`."""
         book, state = self.components, self.token_features.start(features)
-        for _ in range(self.patch):
+        for known in earlier:
+            state = self.token_features.observe(state, known)
+        for _ in range(len(earlier), self.patch):
             z = yield self._conditional(widen(self.weight_head(self.token_features.step(state))), book, adjust)
             assert z is not None
             state = self.token_features.observe(state, z)
@@ -152,4 +158,8 @@ class MixDCoupling(Coupling):
             adjusted = log_w if adjust is None else adjust(log_w)
             return numerics.rosenblatt_inverse(u, adjusted, book.mean, book.log_std)
 
-        return Conditional(lambda z: numerics.rosenblatt(z, log_w, book.mean, book.log_std), inverse)
+        return Conditional(
+            lambda z: numerics.rosenblatt(z, log_w, book.mean, book.log_std),
+            inverse,
+            lambda z: numerics.mixture_log_prob(z, log_w, book.mean, book.log_std),
+        )

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.choices import Decoder
+from tarflowlm.choices import Decoder, Decoding
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.generation.choice import TokenChoice, check_choice, weighs_tokens
 from tarflowlm.generation.inversion import Decoders, Inverted, Tick, invert_stack
 from tarflowlm.generation.particles import LatentSource, UniformSource, Weights, particle_filter, resample
 from tarflowlm.generation.passage import LatentPassage, TokenPassage
-from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators, row_normal
+from tarflowlm.generation.sampling import BLANK, adjust_weights, draw_tokens, row_generators, row_normal
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
 
@@ -25,7 +26,8 @@ class Generation:
     tokens: Tensor
     """[B, T]."""
     passes: tuple[Tensor, ...] = ()
-    """The L + 1 `states` decoded to tokens, each [B, T]: coarse to fine. Only on request, never for the baseline."""
+    """The L + 1 `states` decoded to tokens, each [B, T]: coarse to fine. The last is `tokens`, however they were
+    decoded. Only on request, never for the baseline."""
     states: tuple[Tensor, ...] = ()
     """h^(L) = u, ..., h^(0) = z, each [B, T, d]. Empty where `passes` is."""
     sweeps: tuple[int, ...] = ()
@@ -53,16 +55,23 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    decoding: Decoding = "mode",
     return_passes: bool = False,
     decoder: Decoders = "sequential",
     tick: Tick | None = None,
 ) -> Generation:
     """Draw `num` samples of `num_tokens` tokens each, given tokens included (docs/math.md, sections 7 and 9).
 
-    At temperature 1, without top-k, top-p or given tokens, the samples are exact. `temperature` tau raises the
-    mixture weights of block 1, or the baseline's probabilities, to the power 1 / tau. The noise is not scaled,
-    since Phi(u) has to stay uniform; only in a stack of affine blocks, which has no weights, is the noise multiplied
-    by tau.
+    At temperature 1, without top-k, top-p or given tokens, the latents are exact samples. `decoding` makes them
+    tokens: drawn takes one from p(x|z), which makes the tokens exact samples, too; mode takes the most probable one,
+    which is the same where the codebook is sharp.
+
+    `temperature` tau raises probabilities of tokens to the power 1 / tau, `top_k` and `top_p` truncate them: those of
+    the baseline, or those of block 1 given everything before. A Mix-d block tied to the codebook has them as its
+    weights; the noise is not scaled, since Phi(u) has to stay uniform. For Mix-1, or Mix-d with components of its
+    own, they are estimated for all V tokens (`TokenChoice`): a token is chosen, whatever `decoding` says, together
+    with latents of its own, and the noise that the blocks above drew for it is not used. UserError for this with more
+    than 1,024 tokens, and for an affine block 1.
 
     `prompt` [tokens] comes first. `template` [tokens], or [num, tokens] with one template per sample, gives tokens
     anywhere: -1 (BLANK) marks a token to be drawn, and tokens after its end are drawn too. A prompt is exact for the
@@ -74,23 +83,43 @@ def generate(
     Row b has its own random stream, seeded from `generator`, so rows do not depend on `num`. `decoder`: sequential
     inverts every block position by position; parallel by sweeps, with the same result up to rounding; auto times
     both on the first positions of every block (`inversion.py`). Block 1 is always sequential if tokens are given or
-    its weights are adjusted. `tick` is called `num_ticks` times, once per position and block.
+    probabilities are adjusted. `tick` is called `num_ticks` times, once per position and block.
 
     UserError for sizes that the model cannot generate, for settings out of range and for unknown given tokens.
     """
     given = _given(model, num, num_tokens, prompt, template, particles)
-    adjust = adjust_weights(temperature, top_k, top_p)
+    adjust = _adjustment(model, temperature, top_k, top_p)
     rows = row_generators(num, generator or torch.Generator().manual_seed(torch.seed()))
     if isinstance(model, TokenLM):
         return _from_baseline(model, given, num_tokens, particles, rows, adjust, tick)
     flow = as_flow(model)
-    if (given == BLANK).all():
-        scale = temperature if flow.config.is_affine else 1.0
-        noise = row_normal(rows, given.shape[1], flow.config.latent_dim).to(flow.codebook.mean) * scale
+    free = bool((given == BLANK).all())
+    if free and (adjust is None or weighs_tokens(flow.prior.block(0).coupling)):
+        noise = row_normal(rows, given.shape[1], flow.config.latent_dim).to(flow.codebook.mean)
         states, work = invert_stack(flow, noise, decoder=decoder, adjust=adjust, tick=tick)
-        tokens = flow.codebook.decode(states[-1])
+        tokens = _decoded(flow, states[-1], decoding, rows)
         return _generation(flow, tokens[:, :num_tokens], states, work, return_passes)
-    return _completed(flow, given, num_tokens, particles, rows, adjust, decoder, return_passes, tick)
+    particles = 1 if free else particles
+    return _completed(flow, given, num_tokens, particles, rows, adjust, decoding, decoder, return_passes, tick)
+
+
+def _adjustment(
+    model: LanguageModel, temperature: float, top_k: int | None, top_p: float | None
+) -> AdjustWeights | None:
+    """`adjust_weights` for the tokens of this model. UserError where its block 1 does not allow for it."""
+    adjust = adjust_weights(temperature, top_k, top_p)
+    if top_k is not None and top_k >= model.config.vocab_size:
+        adjust, top_k = adjust_weights(temperature, None, top_p), None
+    if adjust is not None and isinstance(model, TarFlowLM) and not weighs_tokens(model.prior.block(0).coupling):
+        settings = [f"temperature {temperature}"] if temperature != 1.0 else []
+        settings += [f"{name} {value}" for name, value in (("top-k", top_k), ("top-p", top_p)) if value is not None]
+        check_choice(model, ", ".join(settings))
+    return adjust
+
+
+def _decoded(model: TarFlowLM, z: Tensor, decoding: Decoding, generators: list[torch.Generator]) -> Tensor:
+    """The tokens [B, T] of latents z [B, T, d]."""
+    return model.codebook.decode(z) if decoding == "mode" else draw_tokens(model.codebook, z, generators)
 
 
 def _generation(
@@ -99,7 +128,7 @@ def _generation(
     shown = tuple(h[:, : tokens.shape[1]] for h in states) if passes else ()
     return Generation(
         tokens=tokens,
-        passes=tuple(model.codebook.decode(h) for h in shown),
+        passes=(*(model.codebook.decode(h) for h in shown[:-1]), tokens) if passes else (),
         states=shown,
         sweeps=tuple(w.passes for w in work),
         decoders=tuple(w.decoder for w in work),
@@ -114,18 +143,22 @@ def _completed(
     particles: int,
     generators: list[torch.Generator],
     adjust: AdjustWeights | None,
+    decoding: Decoding,
     decoder: Decoders,
     return_passes: bool,
     tick: Tick | None,
 ) -> Generation:
-    """Samples with some tokens given, by a particle filter through block 1 (docs/math.md, section 9)."""
+    """Samples with some tokens given or chosen, by a particle filter through block 1 (docs/math.md, section 9)."""
     book, num = model.codebook, len(given)
     spread = given.repeat_interleave(particles, dim=0)
     is_known = spread != BLANK
     source = LatentSource(model, generators, particles, is_known, decoder, tick)
     eps = row_normal(generators, *source.shape).flatten(0, 1).to(book.mean)
     known = book.encode(spread.clamp_min(0).to(book.mean.device), eps)
-    passage = LatentPassage(model, source.draw, known, is_known, adjust)
+    choice = None
+    if adjust is not None and not weighs_tokens(model.prior.block(0).coupling):
+        choice, adjust = TokenChoice(model, adjust, generators, particles, given.shape[1]), None
+    passage = LatentPassage(model, source.draw, known, is_known, adjust, choice)
     weights = Weights.uniform(num, particles)
     weights.add(passage.prefill())
     if tick is not None:
@@ -135,11 +168,16 @@ def _completed(
     weights.add(source.log_factor(model.prior.patch.inverse(passage.noise)))
     chosen = _chosen(weights, generators)
     z = model.prior.patch.inverse(passage.values)[chosen]
-    tokens = torch.where(given == BLANK, book.decode(z).cpu(), given).to(z.device)
+    if choice is None:
+        tokens = _decoded(model, z, decoding, generators)
+    else:
+        tokens = passage.tokens.flatten(1)[chosen.to(z.device)]
+    tokens = torch.where(given == BLANK, tokens.cpu(), given).to(z.device)
     # the states of these latents, not the draws from above: the given tokens have changed their noise
     states = model.prior.states(z)[0][::-1] if return_passes else ()
     work = [*source.work, Inverted(passage.values, "sequential", passage.num_positions)]
-    return _generation(model, tokens[:, :num_tokens], states, work, return_passes, **_summary(weights))
+    summary = {} if (given == BLANK).all() else _summary(weights)
+    return _generation(model, tokens[:, :num_tokens], states, work, return_passes, **summary)
 
 
 def _from_baseline(

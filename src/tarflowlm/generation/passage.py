@@ -14,6 +14,8 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
+from tarflowlm.generation.choice import TokenChoice
+from tarflowlm.generation.sampling import inverse_cdf
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
 
@@ -67,18 +69,29 @@ class LatentPassage(Passage):
 
     A given token x_t has the latents z_t ~ q(z_t | x_t) in `known`. Its log-probability log p(z_t | z_<t)
     + log p(x_t | z_t) - log q(z_t | x_t) is log p(z_t | z_<t) - log sum_j N_j(z_t) (docs/math.md, eq. 21).
+
+    With a `choice` the free tokens are chosen by their adjusted probabilities, and `tokens` [B, N, P] holds them.
+    Their own noise then plays no part: it stays what it was, and so do the factors of `LatentSource`.
     """
 
     def __init__(
-        self, model: TarFlowLM, noise: Tensor, known: Tensor, is_known: Tensor, adjust: AdjustWeights | None
+        self,
+        model: TarFlowLM,
+        noise: Tensor,
+        known: Tensor,
+        is_known: Tensor,
+        adjust: AdjustWeights | None,
+        choice: TokenChoice | None = None,
     ) -> None:
         """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU."""
+        assert adjust is None or choice is None
         self.block, self.patch = model.prior.block(0), model.prior.patch
         assert self.block.keeps_order, "given latents need a block in the order of the tokens"
         noise, self.known = self.positions(noise).clone(), self.positions(known)
         super().__init__(model, noise, torch.zeros_like(noise), is_known, adjust)
         mask = self.is_known.to(noise.device)
         self.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask
+        self.choice, self.tokens = choice, torch.zeros_like(mask, dtype=torch.long)
 
     def positions(self, x: Tensor) -> Tensor:
         """[B, T, d] as [B, N, C] (docs/math.md, eq. 14)."""
@@ -103,11 +116,39 @@ class LatentPassage(Passage):
 
     def complete(self, n: int, features: Tensor) -> Tensor:
         """Complete position n from its features c_n [B, D]; returns as `step`."""
-        z, u, log_p = self.block.coupling.complete(
-            self.noise[:, n], features, self.known[:, n], self.is_known[:, n], self.adjust
+        coupling, noise, known, is_known = (
+            self.block.coupling,
+            self.noise[:, n],
+            self.known[:, n],
+            self.is_known[:, n],
         )
+        if self.choice is None:
+            z, u, log_p = coupling.complete(noise, features, known, is_known, self.adjust)
+        else:
+            z = self._choose(n, features, known, self.choice)
+            # the given tokens, after the chosen ones of their position
+            given = is_known.to(z.device)
+            _, u, log_p = coupling.complete(noise, features, z, torch.ones_like(is_known))
+            u = torch.where(given.repeat_interleave(z.shape[1] // given.shape[1], 1), u, noise)
+            log_p = torch.where(given, log_p, 0.0)
         self.values[:, n], self.noise[:, n] = z, u
         return (log_p - self.log_normaliser[:, n]).sum(-1)
+
+    def _choose(self, n: int, features: Tensor, known: Tensor, choice: TokenChoice) -> Tensor:
+        """The latents [B, C] of position n, with those of its free tokens chosen one after another."""
+        z, P = known.clone(), self.is_known.shape[2]
+        d = z.shape[1] // P
+        for a in range(P):
+            rows = (~self.is_known[:, n, a]).nonzero()[:, 0].to(z.device)
+            if len(rows):
+                tokens, latents = choice(features[rows], z[rows, : a * d], rows, n * P + a)
+                self.tokens[rows, n, a], z[rows, a * d : (a + 1) * d] = tokens, latents
+        return z
+
+    def select(self, rows: Tensor) -> None:
+        """As `Passage.select`, with the chosen tokens."""
+        super().select(rows)
+        self.tokens[:, : self.at] = self.tokens[rows, : self.at]
 
 
 class TokenPassage(Passage):
@@ -140,7 +181,6 @@ class TokenPassage(Passage):
                 log_p += here * known.to(here.device)
             if not known.all():
                 adjusted = logits if self.adjust is None else self.adjust(logits)
-                cumulative = adjusted.to(uniform.dtype).softmax(-1).cumsum(-1)
-                drawn = (cumulative < uniform[:, a, None] * cumulative[:, -1:]).sum(-1)
+                drawn = inverse_cdf(adjusted, uniform[:, a])
                 patch[:, a] = torch.where(known.to(drawn.device), patch[:, a], drawn)
         return log_p

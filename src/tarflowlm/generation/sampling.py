@@ -1,4 +1,4 @@
-"""Inputs of a sampler: a random stream per row, adjusted mixture weights, and templates."""
+"""Parts of a sampler: a random stream per row, draws of tokens, adjusted weights, and templates."""
 
 import math
 import re
@@ -8,7 +8,9 @@ from torch import Tensor
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.errors import UserError
+from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.flow.numerics import held_rows, wide_dtype
 
 BLANK = -1
 """Marks a token of a template that is to be drawn."""
@@ -51,13 +53,28 @@ def row_uniform(generators: list[torch.Generator], *shape: int) -> Tensor:
     return torch.stack([torch.rand(*shape, generator=g, dtype=torch.float64) for g in generators])
 
 
+def inverse_cdf(log_w: Tensor, uniform: Tensor) -> Tensor:
+    """Indices [...] drawn by the log-weights [..., K], as the inverse of their CDF at numbers `uniform` [...]."""
+    cumulative = log_w.to(uniform.dtype).softmax(-1).cumsum(-1)
+    return (cumulative < uniform[..., None] * cumulative[..., -1:]).sum(-1)
+
+
+def draw_tokens(codebook: Codebook, z: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """Tokens [B, T] drawn from p(x|z) (docs/math.md, eq. 2), for latents z [B, T, d]; row b from generators[b]."""
+    uniform = row_uniform(generators, z.shape[1]).to(z.device, wide_dtype(z)).flatten()
+    rows = held_rows(codebook.vocab_size, z.device)
+    parts = zip(z.flatten(0, 1).split(rows), uniform.split(rows), strict=True)
+    drawn = [inverse_cdf(codebook.log_components(part), u) for part, u in parts]
+    return torch.cat(drawn).view(z.shape[:2])
+
+
 def adjust_weights(
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> AdjustWeights | None:
-    """The map that a sampler applies to log-weights [..., K], or None for the identity (docs/math.md, section 7).
+    """The map that a sampler applies to log-weights of tokens [..., K], or None for the identity (docs/math.md, 7).
 
     It raises weights to the power 1 / `temperature`, keeps the `top_k` largest, then the smallest set of the largest
-    whose probability reaches `top_p`. Dropped components get the lowest finite log-weight: probability zero.
+    whose probability reaches `top_p`. Dropped tokens get the lowest finite log-weight: probability zero.
     UserError for settings out of range.
     """
     if not (math.isfinite(temperature) and temperature > 0):
@@ -67,7 +84,7 @@ def adjust_weights(
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top-p {top_p}: must be above 0 and at most 1")
     if top_p == 1.0:
-        top_p = None  # rounding lets the cumulative sum reach 1 before the last components
+        top_p = None  # rounding lets the cumulative sum reach 1 before the last tokens
     if temperature == 1.0 and top_k is None and top_p is None:
         return None
 
@@ -80,7 +97,7 @@ def adjust_weights(
             log_w = log_w.masked_fill(drop, torch.finfo(log_w.dtype).min)
         if top_p is not None:
             ordered, order = log_w.softmax(-1).sort(dim=-1, descending=True)
-            # a component is kept when the mass before it has not reached top_p
+            # a token is kept when the mass before it has not reached top_p
             drop = torch.zeros_like(ordered, dtype=torch.bool).scatter(
                 -1, order, ordered.cumsum(-1) - ordered >= top_p
             )
