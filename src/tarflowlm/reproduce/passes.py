@@ -120,8 +120,8 @@ def page_fig6(rows: Sequence[Row]) -> str:
 FIG6 = Recipe(
     name="fig6",
     title=TITLE,
-    claim="The paper: every intermediate state decodes to text, which each pass refines from coarse to fine. Its panels "
-    "show, for every block, the decoded text before (green) and after (red), with the edits highlighted.",
+    claim="The paper: every intermediate state decodes to text, which each pass refines from coarse to fine. Its "
+    "panels show, for every block, the decoded text before (green) and after (red), with the edits highlighted.",
     plan=plan_fig6,
     measure=measure_fig6,
     draw=draw_panels,

@@ -150,9 +150,9 @@ def flops_table(settings: Settings, finished: Sequence[Finished]) -> str:
         'its blocks have one each ("a head per block"). `tarflowlm.evaluation.flops` describes the conventions.'
         "\n\n"
         f"{markdown_table([_flops_row(label, run, vocab_size) for label, run in here.items()])}\n"
-        "At the published size (12 layers, width 768, 1,024 tokens of GPT-2's vocabulary). The paper's terms multiply "
-        "whole masked matrices over the channels of a position, the modules here only what the masks leave, which "
-        "shows at P = 4:\n\n"
+        "At the published size (12 layers, width 768, 1,024 tokens of GPT-2's vocabulary). The paper's terms "
+        "multiply whole masked matrices over the channels of a position, the modules here only what the masks leave, "
+        "which shows at P = 4:\n\n"
         f"{markdown_table([_flops_row(label, run, GPT2_VOCAB) for label, run in published.items()])}"
     )
 
