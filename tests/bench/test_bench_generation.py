@@ -108,6 +108,7 @@ def test_templates_on_the_command_line(directories, run, run_json):
             assert (sample["text"][0], sample["text"][2], len(sample["text"])) == ("a", "b", 5)
             assert 1 <= sample["ess"] <= 3.0001
             assert isinstance(sample["log_evidence"], float)
+            assert sample["pareto_k"] is None  # too few particles
     (sample,) = run_json("sample", directories[1], "--template", "a?b", "--blank", "?", "--states")["samples"]
     assert [len(state) for state in sample["states"]] == [3, 3, 3]
     assert len(sample["passes"]) == 3

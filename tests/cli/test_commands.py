@@ -119,6 +119,20 @@ def test_passes_go_from_noise_to_text(run_json, run, model):
         assert name in shown
 
 
+def test_temperature_and_decoding_reach_the_sampler(models, run_json, refused):
+    for name in ("mini-mix1", "mini-mixd"):
+        argv = ["sample", models[name], "--num", 2, "--length", 8]
+        usual, cold, drawn = (
+            [sample["text"] for sample in run_json(*argv, *more)["samples"]]
+            for more in ([], ["--temperature", 0.01], ["--decoding", "drawn"])
+        )
+        assert usual != cold
+        assert all(len(text) == 8 for text in cold + drawn)
+    refused(
+        "sample", models["mini-affine"], "--temperature", 0.5, names=["temperature 0.5", "affine", "mixd or mix1"]
+    )
+
+
 def test_sample_fills_the_context_without_a_length(run, run_json, model):
     text = run_json("sample", model)["samples"][0]["text"]
     assert len(text) == 32

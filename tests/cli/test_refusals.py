@@ -146,6 +146,7 @@ WRONG_SAMPLES = {
     "top-p": (["--top-p", "1.5"], ["top-p 1.5"]),
     "seed": (["--seed", str(2**80)], [f"seed {2**80}"]),
     "decoder": (["--decoder", "magic"], ["'magic'", "sequential"]),
+    "decoding": (["--decoding", "magic"], ["'magic'", "drawn"]),
     "word": (["--num", "two"], ["--num", "'two'"]),
 }
 

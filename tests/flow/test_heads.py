@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.autograd import gradcheck
 from torch.autograd.functional import jacobian
 
-from tarflowlm.flow.heads import AutoregressiveHead, TokenFeatures
+from tarflowlm.flow.heads import LARGEST_LOG_STD, AutoregressiveHead, TokenFeatures, bounded_log_std
 from tarflowlm.language_model import seeded
 
 WIDTH = 6
@@ -90,3 +91,44 @@ def test_without_patches_token_features_are_the_features(normal):
     layer = TokenFeatures(width=WIDTH, patch=1, latent_dim=2, in_patch=True)
     assert torch.equal(layer(features, normal(2, 3, 2)), features[:, :, None])
     assert not list(layer.parameters())
+
+
+def test_a_log_std_is_left_as_it_is_up_to_eight_and_bounded_beyond(normal):
+    inside = torch.linspace(-LARGEST_LOG_STD, LARGEST_LOG_STD, 101, dtype=torch.float64)
+    assert torch.equal(bounded_log_std(inside), inside)
+    # beside one that is beyond, too
+    assert torch.equal(bounded_log_std(torch.cat((inside, inside.new_tensor([50.0]))))[:-1], inside)
+    far = torch.tensor([-1e30, -100.0, 100.0, 1e30])
+    assert bounded_log_std(far).tolist() == [-12.0, -12.0, 12.0, 12.0]
+    everywhere = bounded_log_std(torch.linspace(-20, 20, 4001, dtype=torch.float64))
+    assert (everywhere.diff() > 0).all()
+    assert bounded_log_std(torch.zeros(0, 3)).shape == (0, 3)
+
+
+def test_the_bound_of_a_log_std_is_once_differentiable():
+    x = torch.linspace(-14, 14, 561, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(bounded_log_std, x)
+    (slope,) = torch.autograd.grad(bounded_log_std(x).sum(), x)
+    assert (slope > 0).all()
+    assert torch.equal(slope[x.detach().abs() <= LARGEST_LOG_STD], torch.ones(321, dtype=torch.float64))
+    # no jump of the slope where the bound sets in: it changes by 2 (h / 4)^2 at most
+    for edge in (-LARGEST_LOG_STD, LARGEST_LOG_STD):
+        at = torch.tensor([edge - 1e-4, edge + 1e-4], dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(bounded_log_std(at).sum(), at)
+        assert (slope[1] - slope[0]).abs() < 1e-8
+
+
+def test_only_the_last_output_is_bounded_and_gradients_pass_through(normal):
+    with seeded(0):
+        head = AutoregressiveHead(
+            width=WIDTH, groups=3, channels=1, hidden=5, features=4, outputs=(2, 2), log_std_last=True
+        ).double()
+    with torch.no_grad():
+        for bias in head.biases:
+            bias.fill_(11.0)
+    first, log_std = head(normal(2, 4, WIDTH), normal(2, 4, 3, seed=1))
+    assert first.min() > 10
+    assert 8 < log_std.min() <= log_std.max() < 12
+    log_std.sum().backward()
+    gradients = [head.biases[1].grad, head.weights[1].grad, head.context.weight.grad]
+    assert all(torch.isfinite(g).all() and g.abs().max() > 0 for g in gradients)

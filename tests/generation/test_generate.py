@@ -154,6 +154,20 @@ def test_texts_of_a_new_model_are_no_error():
     assert sample(fresh).tokens.shape == (3, 8)
 
 
+FAMILIES = [("affine", "affine"), ("token-affine",) * 2, ("mix1", "mix1"), ("mixd", "mixd"), ("mixd", "mix1")]
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+@pytest.mark.parametrize("couplings", FAMILIES, ids="-".join)
+def test_samples_of_random_weights_are_finite(couplings, patch, tiny_flow):
+    """Scales that depend on latents, of untrained heads: without a bound they grow along the chain to infinity."""
+    for scale, dtype in ((0.5, torch.float64), (1.0, torch.float32)):
+        model = tiny_flow(couplings=couplings, patch=patch, scale=scale, seed=1).to(dtype)
+        found = sample(model, num=5000, num_tokens=4, return_passes=True)
+        assert all(torch.isfinite(state).all() for state in found.states)
+        assert ((found.tokens >= 0) & (found.tokens < 5)).all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

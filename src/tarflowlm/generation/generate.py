@@ -38,6 +38,9 @@ class Generation:
     """With given tokens: an estimate of log p(given tokens), [B], in nats; its exponential is unbiased."""
     ess: Tensor | None = None
     """With given tokens: the effective sample size of the particles at the end, [B]."""
+    pareto_k: Tensor | None = None
+    """With given tokens: the tail index of those particles' weights, [B]; above 0.7 the evidence is unreliable. NaN
+    for fewer than 25 particles."""
     draws: Tensor | None = None
     """With given tokens: how often the particles of each sample were resampled, [B]."""
 
@@ -207,7 +210,12 @@ def _chosen(weights: Weights, generators: list[torch.Generator]) -> Tensor:
 
 
 def _summary(weights: Weights) -> dict[str, Tensor]:
-    return {"log_evidence": weights.total(), "ess": weights.effective(), "draws": weights.draws}
+    return {
+        "log_evidence": weights.total(),
+        "ess": weights.effective(),
+        "pareto_k": weights.pareto_k(),
+        "draws": weights.draws,
+    }
 
 
 def num_ticks(model: LanguageModel, num_tokens: int) -> int:

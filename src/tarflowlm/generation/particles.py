@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.generation.inversion import Decoders, Inverted, Tick, invert_stack
+from tarflowlm.generation.pareto import pareto_k
 from tarflowlm.generation.passage import Passage
 from tarflowlm.generation.sampling import row_normal, row_uniform
 from tarflowlm.model import TarFlowLM
@@ -49,6 +50,10 @@ class Weights:
         """Effective sample size (sum_r omega_r)^2 / sum_r omega_r^2, [num]: 1 to R, or 0 if all weights are zero."""
         log_w = self.log_w
         return (2 * log_w.logsumexp(-1) - (2 * log_w).logsumexp(-1)).exp().nan_to_num(0.0)
+
+    def pareto_k(self) -> Tensor:
+        """The tail index of the weights of each sample, [num]; NaN where there are too few (`pareto.pareto_k`)."""
+        return torch.tensor([pareto_k(log_w) for log_w in self.log_w], dtype=torch.float64)
 
     def total(self) -> Tensor:
         """Estimate of log p(given tokens), [num], in nats; its exponential is unbiased."""

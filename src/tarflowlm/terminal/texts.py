@@ -1,5 +1,6 @@
 """Samples and edits: panels on a terminal, objects for --json."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.text import Text
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.generation import Generation
+from tarflowlm.generation.pareto import UNRELIABLE
 
 
 def print_samples(console: Console, result: Generation, tokenizer: Tokenizer) -> None:
@@ -21,6 +23,10 @@ def print_samples(console: Console, result: Generation, tokenizer: Tokenizer) ->
             evidence = result.log_evidence[row].item()
             note = f"log p(given) about {evidence:.2f} nats, {result.ess[row].item():.1f} effective particles"
         console.print(_panel(body, f"sample {row + 1}", note))
+        # NaN is not above it
+        if result.pareto_k is not None and (k := result.pareto_k[row].item()) > UNRELIABLE:
+            # below the panel, which would cut a longer note off
+            console.print(f"  log p(given) is unreliable: the weights have no finite variance (k = {k:.2f})")
 
 
 def samples_to_json(result: Generation, tokenizer: Tokenizer, *, states: bool = False) -> list[dict[str, Any]]:
@@ -36,6 +42,9 @@ def samples_to_json(result: Generation, tokenizer: Tokenizer, *, states: bool = 
             value = getattr(result, name)
             if value is not None:
                 sample[name] = value[row].item()
+        if result.pareto_k is not None:
+            k = result.pareto_k[row].item()
+            sample["pareto_k"] = None if math.isnan(k) else k
         samples.append(sample)
     return samples
 

@@ -177,7 +177,8 @@ def newton_step(x: Tensor, excess: Tensor, ratio: Tensor, low: Tensor, high: Ten
     # A converged x is itself an end of the bracket: rounding must not count as leaving it.
     limit = torch.add(target.slack, high - low, alpha=0.501)
     inside = torch.le((following - middle).abs_(), limit).to(x.dtype)
-    return torch.lerp(middle, following, inside)
+    # an infinite step is left out, too: 0 times infinity is not
+    return torch.lerp(middle, following.nan_to_num_(), inside)
 
 
 def bayes_update(log_alpha: Tensor, a: Tensor, log_std: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+"""The tail index of weights: right for samples of known tail index, silent where there is nothing to fit."""
+
+import io
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from tarflowlm.data.tokenizer import CharTokenizer
+from tarflowlm.generation import Generation, generate
+from tarflowlm.generation.pareto import UNRELIABLE, pareto_k
+from tarflowlm.terminal.texts import print_samples, samples_to_json
+
+
+def exponential(*shape: int) -> torch.Tensor:
+    uniform = torch.rand(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return -torch.log1p(-uniform)
+
+
+@pytest.mark.parametrize("k", [0.2, 0.5, 0.8, 1.2])
+def test_the_index_of_pareto_weights_is_found(k):
+    """log w = k e + shift with e exponential: w has the tail w^(-1/k). The weak prior pulls towards 1/2."""
+    found = torch.tensor([pareto_k(k * e - 300.0) for e in exponential(40, 2000)])
+    M = math.ceil(3 * 2000**0.5)
+    assert found.mean().item() == pytest.approx((M * k + 5) / (M + 10), abs=0.05)
+    # the standard deviation of an efficient estimate, (1 + k) / sqrt(M)
+    assert found.std().item() < 1.5 * (1 + k) / M**0.5
+
+
+def test_weights_without_a_heavy_tail_have_a_small_index():
+    generator = torch.Generator().manual_seed(0)
+    assert pareto_k(torch.rand(1000, generator=generator).log()) < 0.1
+    assert pareto_k(0.3 * torch.randn(1000, generator=generator)) < 0.5
+
+
+def test_heavy_tails_of_few_weights_are_seen_more_often_than_light_ones():
+    light, heavy = (
+        torch.tensor([pareto_k(k * e) for e in exponential(200, 64)]).gt(UNRELIABLE).double().mean()
+        for k in (0.1, 2.0)
+    )
+    assert light < 0.1
+    assert heavy > 0.8
+
+
+@pytest.mark.parametrize(
+    "log_w", [exponential(24), torch.zeros(100), torch.full((100,), -torch.inf), torch.full((100,), torch.nan)]
+)
+def test_there_is_no_index_for_few_or_equal_or_impossible_weights(log_w):
+    assert math.isnan(pareto_k(log_w))
+
+
+def test_some_impossible_weights_do_no_harm():
+    log_w = 0.8 * exponential(2000)
+    log_w[:1500] = -torch.inf
+    assert 0.4 < pareto_k(log_w) < 1.2
+
+
+def shown(result: Generation) -> tuple[str, dict]:
+    tokenizer = CharTokenizer("abcde", "none")
+    console = Console(file=io.StringIO(), width=80)
+    print_samples(console, result, tokenizer)
+    return console.file.getvalue(), samples_to_json(result, tokenizer)[0]
+
+
+@pytest.mark.parametrize(("k", "unreliable"), [(0.83, True), (0.6, False), (math.nan, False)])
+def test_unreliable_evidence_is_named_where_it_is_printed(k, unreliable):
+    one = torch.ones(1, dtype=torch.float64)
+    text, sample = shown(
+        Generation(torch.zeros(1, 8, dtype=torch.long), log_evidence=-one, ess=one, pareto_k=k * one, draws=one)
+    )
+    assert ("unreliable: the weights have no finite variance (k = 0.83)" in text) == unreliable
+    assert sample["pareto_k"] == (None if math.isnan(k) else k)
+
+
+def test_particles_report_the_index_when_there_are_enough(tiny_flow):
+    model, template = tiny_flow(couplings=("mixd", "mix1"), scale=0.6), torch.tensor([-1, 1, -1, 3])
+    for particles in (1, 24, 32):
+        found = generate(model, num_tokens=4, num=3, template=template, particles=particles)
+        assert found.pareto_k.shape == (3,)
+        assert found.pareto_k.isnan().all() == (particles < 25)
+    assert generate(model, num_tokens=4).pareto_k is None
