@@ -198,14 +198,7 @@ class AffineCoupling(ChannelCoupling):
     """
 
     def __init__(
-        self,
-        *,
-        width: int,
-        channels: int,
-        hidden: int,
-        features: int,
-        group: int = 1,
-        autoregressive: bool = True,
+        self, *, width: int, channels: int, hidden: int, features: int, group: int = 1, autoregressive: bool = True
     ) -> None:
         super().__init__()
         self.group = group

@@ -113,10 +113,10 @@ def _adjustment(
     adjust = adjust_weights(temperature, top_k, top_p)
     if top_k is not None and top_k >= model.config.vocab_size:
         adjust, top_k = adjust_weights(temperature, None, top_p), None
-    if adjust is not None and isinstance(model, TarFlowLM) and not weighs_tokens(model.prior.block(0).coupling):
+    if adjust is not None and not model.is_exact and not weighs_tokens(as_flow(model).prior.block(0).coupling):
         settings = [f"temperature {temperature}"] if temperature != 1.0 else []
         settings += [f"{name} {value}" for name, value in (("top-k", top_k), ("top-p", top_p)) if value is not None]
-        check_choice(model, ", ".join(settings))
+        check_choice(as_flow(model), ", ".join(settings))
     return adjust
 
 

@@ -11,7 +11,7 @@ import torch
 from tarflowlm.data import DataConfig, TokenizerConfig
 from tarflowlm.generation import generate
 from tarflowlm.generation.generate import num_ticks
-from tarflowlm.model import BlockConfig, FlowConfig, as_flow, as_flow_config
+from tarflowlm.model import BlockConfig, as_flow, as_flow_config
 from tarflowlm.report.style import COLOURS, SMALL, Figure
 from tarflowlm.reproduce.measures import latents, summary_row
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
@@ -64,7 +64,8 @@ def _mix1(start: str, layers: tuple[int, int, int], *, components: int = 27, sep
 
 def _bpe(run: RunConfig) -> RunConfig:
     """The same on tokens of a BPE, with latents of 16 channels: no block can be the whole language model at once."""
-    model = replace(run.model, latent_dim=16) if isinstance(run.model, FlowConfig) else run.model
+    is_flow = run.model.num_blocks > 1
+    model = replace(as_flow_config(run.model), latent_dim=16) if is_flow else run.model
     return replace(run, name=f"{run.name}-bpe", model=model, data=DataConfig(tokenizer=BPE))
 
 
