@@ -54,10 +54,7 @@ class TokenLM(LanguageModel):
     config: BaselineConfig
 
     def __init__(self, config: BaselineConfig) -> None:
-        super().__init__()
-        if config.vocab_size < 1:
-            raise UserError(f"model.vocab_size {config.vocab_size}: set it to the tokenizer's number of symbols")
-        self.config = config
+        super().__init__(config)
         width, P = config.trunk.width, config.patch
         self.embedding = nn.Embedding(config.vocab_size, width)
         self.join = nn.Linear(P * width, width) if P > 1 else nn.Identity()

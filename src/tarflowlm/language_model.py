@@ -80,6 +80,12 @@ class LanguageModel(nn.Module):
     is_exact: ClassVar[bool]
     """Whether `negative_bound` is -log p(x) itself rather than a random upper bound."""
 
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__()
+        if config.vocab_size < 1:
+            raise UserError(f"model.vocab_size {config.vocab_size}: set it to the tokenizer's number of symbols")
+        self.config = config
+
     @property
     def num_blocks(self) -> int:
         """Flow blocks built so far; a progressive run adds them one by one."""
@@ -146,7 +152,7 @@ class LanguageModel(nn.Module):
 
     def append_block(self) -> nn.Module:
         """Build the next block of the configuration on top of the stack, and return it."""
-        raise NotImplementedError(f"{type(self).__name__} has one block")
+        raise AssertionError(f"{type(self).__name__} has one block")
 
     def train_only(self, block: int) -> None:
         """Make only block `block` (0-based) trainable; 0 leaves everything trainable, the codebook included."""

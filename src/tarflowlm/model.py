@@ -176,10 +176,7 @@ class TarFlowLM(LanguageModel):
     config: FlowConfig
 
     def __init__(self, config: FlowConfig) -> None:
-        super().__init__()
-        if config.vocab_size < 1:
-            raise UserError(f"model.vocab_size {config.vocab_size}: set it to the tokenizer's number of symbols")
-        self.config = config
+        super().__init__(config)
         self.codebook = Codebook(config.vocab_size, config.latent_dim, separation=config.separation)
         self.prior = Prior(config.patch, ())
         for _ in config.blocks:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
+from tarflowlm.flow.precision import wide_dtype
 from tarflowlm.generation.choice import TokenChoice
 from tarflowlm.generation.sampling import inverse_cdf
 from tarflowlm.language_model import LanguageModel
@@ -159,9 +160,8 @@ class TokenPassage(Passage):
     ) -> None:
         """`uniform` [B, T] in [0, 1); tokens `given` [B, T], used where `is_known` [B, T]. All on the CPU."""
         self.model, device = model, model.device
-        # some devices have no float64
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        noise, values = (self.positions(x) for x in (uniform.to(device, wide), (given * is_known).to(device)))
+        uniform = uniform.to(device, wide_dtype(model.start))
+        noise, values = (self.positions(x) for x in (uniform, (given * is_known).to(device)))
         super().__init__(model, noise, values, is_known, adjust)
 
     def positions(self, x: Tensor) -> Tensor:

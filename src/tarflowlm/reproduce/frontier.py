@@ -6,14 +6,10 @@ Each stack is a point: its bits per character, and how much of the text the pass
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from tarflowlm.data import DataConfig, TokenizerConfig
-from tarflowlm.generation import generate
-from tarflowlm.generation.generate import num_ticks
-from tarflowlm.model import BlockConfig, as_flow, as_flow_config
+from tarflowlm.model import BlockConfig, as_flow_config
 from tarflowlm.report.style import COLOURS, SMALL, Figure
-from tarflowlm.reproduce.measures import latents, summary_row
+from tarflowlm.reproduce.measures import latents, sampled, share, summary_row
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import preset
@@ -64,7 +60,7 @@ def _mix1(start: str, layers: tuple[int, int, int], *, components: int = 27, sep
 
 def _bpe(run: RunConfig) -> RunConfig:
     """The same on tokens of a BPE, with latents of 16 channels: no block can be the whole language model at once."""
-    is_flow = run.model.num_blocks > 1
+    is_flow = run.model.family == "flow"
     model = replace(as_flow_config(run.model), latent_dim=16) if is_flow else run.model
     return replace(run, name=f"{run.name}-bpe", model=model, data=DataConfig(tokenizer=BPE))
 
@@ -75,29 +71,16 @@ def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[R
     for done in finished:
         row, checkpoint = summary_row(done), done.load()
         if not checkpoint.model.is_exact:
-            shares = _shares(done)
-            row |= {"after noise": shares[0], "before the last pass": shares[-2]}
+            passes = sampled(done, checkpoint, SAMPLES, min(LENGTH, checkpoint.run.model.context)).passes
+            row |= {
+                "after noise": share(passes[0] == passes[-1]),
+                "before the last pass": share(passes[-2] == passes[-1]),
+            }
             gains = [state.kl_gain.mean for state in latents(done) if state.kl_gain is not None]
             row |= {f"KL taken off by block {index + 1}": gain for index, gain in enumerate(gains)}
         rows.append(row)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return [{column: row.get(column) for column in columns} for row in rows]
-
-
-def _shares(done: Finished) -> list[float]:
-    """Of the tokens of some samples: the share that is final after noise, and after every block's inverse."""
-    checkpoint = done.load()
-    model, length = as_flow(checkpoint.model), min(LENGTH, checkpoint.run.model.context)
-    result = generate(
-        model,
-        num_tokens=length,
-        num=SAMPLES,
-        generator=torch.Generator().manual_seed(0),
-        return_passes=True,
-        decoder="auto",
-        tick=done.tick_of("sampling, positions", num_ticks(model, length)),
-    )
-    return [(tokens == result.tokens).cpu().double().mean().item() for tokens in result.passes]
 
 
 def draw_frontier(figure: Figure, rows: Sequence[Row]) -> None:

@@ -11,6 +11,8 @@ from tarflowlm.evaluation.blocks import StateReport, latent_report
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
 from tarflowlm.evaluation.likelihood import Likelihood, Progress, evaluate
 from tarflowlm.evaluation.quality import Quality, SamplingConfig, measure_quality
+from tarflowlm.generation import Generation, generate
+from tarflowlm.generation.generate import num_ticks
 from tarflowlm.model import FlowConfig, as_flow, as_flow_config
 from tarflowlm.report.style import COLOURS, SMALL, Axes, Figure
 from tarflowlm.reproduce.recipe import Draw, Finished, Row, Settings, Training
@@ -78,6 +80,26 @@ def likelihood(
         samples=samples,
         progress=progress,
     )
+
+
+def sampled(
+    done: Finished, checkpoint: Checkpoint, num: int, length: int, what: str = "sampling, positions"
+) -> Generation:
+    """`num` samples of `length` tokens with their tokens and states after every pass; the noise of seed 0."""
+    return generate(
+        checkpoint.model,
+        num_tokens=length,
+        num=num,
+        generator=torch.Generator().manual_seed(0),
+        return_passes=True,
+        decoder="auto",
+        tick=done.tick_of(what, num_ticks(checkpoint.model, length)),
+    )
+
+
+def share(is_so: torch.Tensor) -> float:
+    """The share of a tensor's entries that are true."""
+    return is_so.cpu().double().mean().item()
 
 
 def latents(done: Finished) -> list[StateReport]:

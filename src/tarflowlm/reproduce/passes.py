@@ -3,14 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
-from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.generate import num_ticks
 from tarflowlm.model import as_flow_config, stack
+from tarflowlm.reproduce.measures import sampled, share
 from tarflowlm.reproduce.panels import WIDTH, draw_panels, panels_page, pieces, spans_of
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
-from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import PAPER_CORPORA, preset, with_steps
 
@@ -45,39 +41,25 @@ def _published_proportions() -> RunConfig:
     return with_steps(run, DEEP_STEPS)
 
 
-def _passes(done: Finished, checkpoint: Checkpoint) -> Generation:
-    """Samples with their tokens after every pass, noise first."""
-    length = min(LENGTH, checkpoint.run.model.context)
-    return generate(
-        checkpoint.model,
-        num_tokens=length,
-        num=NUM,
-        generator=torch.Generator().manual_seed(0),
-        return_passes=True,
-        decoder="auto",
-        tick=done.tick_of("sampling, positions", num_ticks(checkpoint.model, length)),
-    )
-
-
 def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     """Shares of tokens over all samples, and the first sample with its edits (`Spans`), after every pass."""
     rows: list[Row] = []
     for done in finished:
         checkpoint = done.load()
-        passes = _passes(done, checkpoint).passes
+        passes = sampled(done, checkpoint, NUM, min(LENGTH, checkpoint.run.model.context)).passes
         before: list[str] = []
         for number, tokens in enumerate(passes):
             row: Row = {"model": done.training.label, "seed": done.training.run.seed}
             block = len(passes) - number
             row["state"] = f"block {block} inverted" if number else "noise"
-            row["tokens as in the end"] = _share(tokens == passes[-1])
+            row["tokens as in the end"] = share(tokens == passes[-1])
             after = pieces(checkpoint.tokenizer.decode, tokens[0].tolist())
             row |= {"tokens edited": None, "text": "".join(after)}
             if number:
                 edits = tokens != passes[number - 1]
                 is_edited = edits[0].tolist()
                 row |= {
-                    "tokens edited": _share(edits),
+                    "tokens edited": share(edits),
                     "block": block,
                     "direction": "left to right" if block % 2 else "right to left",
                     "edits": sum(is_edited),
@@ -88,10 +70,6 @@ def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
             rows.append(row)
             before = after
     return rows
-
-
-def _share(is_so: torch.Tensor) -> float:
-    return is_so.cpu().double().mean().item()
 
 
 def sample_texts(settings: Settings, finished: Sequence[Finished], rows: Sequence[Row]) -> str:

@@ -4,14 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
 
-import torch
-
 from tarflowlm.evaluation.blocks import state_metrics
 from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
-from tarflowlm.generation import generate
-from tarflowlm.generation.generate import num_ticks
 from tarflowlm.report.style import SMALL, Figure
-from tarflowlm.reproduce.measures import latents
+from tarflowlm.reproduce.measures import latents, sampled
 from tarflowlm.reproduce.recipe import GPT2_VOCAB, Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.reproduce.write import markdown_table
 from tarflowlm.runs.checkpoint import read_run
@@ -57,15 +53,7 @@ def _states_of_samples(done: Finished) -> list[Row]:
     """The states from the noise to the latents: mean and standard deviation over samples of the model's length."""
     checkpoint = done.load()
     length = checkpoint.run.model.context
-    states = generate(
-        checkpoint.model,
-        num_tokens=length,
-        num=SAMPLES,
-        generator=torch.Generator().manual_seed(0),
-        return_passes=True,
-        decoder="auto",
-        tick=done.tick_of("states of samples, positions", num_ticks(checkpoint.model, length)),
-    ).states
+    states = sampled(done, checkpoint, SAMPLES, length, "states of samples, positions").states
     rows: list[Row] = []
     for layer, metrics in enumerate(state_metrics(states)):
         row: Row = {"layer 0": DOWN, "layer": layer, "block": len(states) - layer if layer else None}
