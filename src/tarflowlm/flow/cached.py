@@ -120,8 +120,8 @@ class KVCache:
             features = self._features(x, self._behind(x.shape[1]) if starts is None else self._at(starts, x.shape[1]))
         if starts is None:
             self.length += x.shape[1]
-        # a copy, so that it may go where a graph is built
-        return features.clone()
+        # outside of inference mode a copy, which may go where a graph is built
+        return features if torch.is_inference_mode_enabled() else features.clone()
 
     def _features(self, x: Tensor, places: Places) -> Tensor:
         B, N, D = x.shape
