@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow.cached import KVCache
+from tarflowlm.flow.compiled import allocate
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.precision import widen
 from tarflowlm.flow.transformer import Transformer
@@ -165,7 +166,7 @@ class TokenLM(LanguageModel):
 
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
         """An empty KV cache for `num_positions` positions."""
-        return KVCache(self.transformer, batch, num_positions, self.start)
+        return allocate(self.transformer, batch, num_positions, self.start)
 
     def states(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B positions D"]:
         """Features after the start vector and after each of the N positions; the last are those of the whole text."""
