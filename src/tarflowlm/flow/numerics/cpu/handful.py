@@ -45,6 +45,8 @@ _CALL = 12
 """A step costs as much as this many components before it has visited one."""
 _MOST_VISITS = 14_000
 """Components visited by the steps of all rows together that cost as much as the general path (measured)."""
+_SMALLEST_TAIL = 1e-285
+"""Beyond, at 36 sigma, linear space ends."""
 _SMALLEST_SHARE, _LARGEST_SHARE = 1e-300, 1.0 - 1e-16
 
 _quantile = NormalDist().inv_cdf
@@ -126,8 +128,9 @@ def _row(noise: list[float], weight: list[float], book: _Book) -> tuple[list[flo
     live, visits = [k for k in book.order if weight[k] > _DROPPED], 0
     dropped = _DROPPED * (len(weight) - len(live))
     for u, mean in zip(noise, book.mean, strict=True):
+        tail = 0.5 * erfc(SQRT_HALF * abs(u))
         # written so that not a number is refused
-        if not (live and dropped <= 0.125 * book.eps * erfc(SQRT_HALF * abs(u))):
+        if not (live and tail > _SMALLEST_TAIL and dropped <= 0.25 * book.eps * tail):
             break
         if len(live) == 1:
             k = live[0]
