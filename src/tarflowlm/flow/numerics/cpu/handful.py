@@ -1,7 +1,7 @@
 r"""The Mix-d inverse of a handful of rows, in Python's own floats, which are float64.
 
-One call of a tensor library costs as much as some twenty components here. So each row goes its own way, and does
-only what it needs. Per channel:
+One call of a tensor library costs as much as some forty components here. So each row goes its own way, and does only
+what it needs. Where components become certain soon, as those of a trained codebook do, that is little. Per channel:
 
 1. Start: sorted by mean, the components that come first use up the wanted tail's mass one after the other; the one in
    which it runs out is inverted alone. This is exact where components do not overlap.
@@ -40,11 +40,12 @@ _NEWTON_STEP = {torch.float32: 2.0**-11, torch.float64: 2.0**-26}
 """A step this small, over the narrowest scale, is the last: the next would be about its square."""
 _MOST_STEPS = 300
 
-_MOST_ROWS, _MOST_COMPONENTS = 192, 512
+_MOST_ROWS, _MOST_COMPONENTS = 128, 256
 _CALL = 12
 """A step costs as much as this many components before it has visited one."""
-_MOST_VISITS = 14_000
-"""Components visited by the steps of all rows together that cost as much as the general path (measured)."""
+_MOST_VISITS, _MORE_VISITS = 12_000, 2
+"""Components visited by the steps of all rows together that cost as much as the general path (measured): a number, and
+one for every row and component."""
 _SMALLEST_TAIL = 1e-285
 """Beyond, at 36 sigma, linear space ends."""
 _SMALLEST_SHARE, _LARGEST_SHARE = 1e-300, 1.0 - 1e-16
@@ -63,7 +64,7 @@ class _Book(NamedTuple):
     order: list[int]
     """Components by their means in the first channel."""
     step: float
-    """Newton's last step."""
+    """The size from which a Newton step is the last."""
     eps: float
     """Of the format of z."""
     single: bool
@@ -86,9 +87,10 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     found: list[list[float]] = []
     left: list[int] = []
     num_rows, visits = len(u), 0
+    most_visits = _MOST_VISITS + _MORE_VISITS * num_rows * len(book.std)
     weights = torch.softmax(log_w.double(), -1).tolist()
     for row, (noise, weight) in enumerate(zip(u.tolist(), weights, strict=True)):
-        if visits * (num_rows - row) > _MOST_VISITS * row:
+        if visits * (num_rows - row) > most_visits * row:
             left += range(row, num_rows)
             found += [[nan] * len(noise)] * (num_rows - row)
             break
