@@ -44,7 +44,7 @@ _MOST_ROWS, _MOST_COMPONENTS = 128, 256
 _CALL = 12
 """A step costs as much as this many components before it has visited one."""
 _MOST_VISITS, _MORE_VISITS = 12_000, 2
-"""Components visited by the steps of all rows together that cost as much as the general path (measured): a number, and
+"""Components visited in steps, by all rows together, that cost as much as the general path (measured): a number, and
 one for every row and component."""
 _SMALLEST_TAIL = 1e-285
 """Beyond, at 36 sigma, linear space ends."""
