@@ -23,7 +23,8 @@ def test_parallel_equals_sequential(couplings, patch, tiny_flow, normal):
         timed, _ = invert_stack(model, noise, decoder="auto")
     positions = 128 // patch
     assert [w.passes for w in one_each] == [positions] * len(couplings)
-    assert all(1 <= w.passes <= positions and w.repeated == 0 for w in work)
+    # a few Newton steps that lead nowhere, then sweeps that finish a position each
+    assert all(1 <= w.passes <= positions + 8 and w.repeated == 0 for w in work)
     for a, b, c in zip(slow, fast, timed, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(a, c, rtol=1e-8, atol=1e-8)
@@ -38,7 +39,7 @@ def test_any_length(length, tiny_flow, normal):
         h, sweeps = found.h, found.passes
         torch.testing.assert_close(block(h)[0], u, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(h, block.inverse(u), rtol=1e-8, atol=1e-8)
-    assert sweeps <= length
+    assert sweeps <= length + 8
 
 
 def test_a_block_near_the_identity_takes_few_sweeps(normal):

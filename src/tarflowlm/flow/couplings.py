@@ -151,6 +151,33 @@ class ChannelCoupling(Coupling):
     def conditional(self, parameters: list[Tensor]) -> Conditional:
         """The map of a batch of groups [rows, C/G], from their parameters [rows, outputs]."""
 
+    @abstractmethod
+    def channels(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+        """Noise u, and log du_i/dz_i of every channel, in nats."""
+
+    def forward(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+        """Noise u, and log|det du/dz| [B], in nats."""
+        u, log_det = self.channels(z, features)
+        return u, log_det.flatten(1).sum(-1)
+
+    def newton_step(
+        self, z: Float[Tensor, "B N C"], u: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+        """A step towards the latents of noise u from a guess z of them, and the residual u - f(z) of that guess.
+
+            z_i + (u_i - f_i(z)) / (df_i/dz_i)
+
+        All channels of all positions step at once; the dependence on the channels and positions before is left to
+        the next step. The latents of u are the only fixed point, wherever the step leads from elsewhere.
+        """
+        mapped, log_det = self.channels(z, features)
+        residual = u - mapped
+        return torch.addcmul(z, residual, torch.exp(-log_det)), residual
+
     def conditionals(
         self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None, *, earlier: Sequence[Tensor] = ()
     ) -> Conditionals:
@@ -214,12 +241,12 @@ class AffineCoupling(ChannelCoupling):
             log_std_last=True,
         )
 
-    def forward(
+    def channels(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
-        """Noise u, and log|det du/dz| [B], in nats."""
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+        """Noise u, and log du_i/dz_i of every channel, in nats."""
         mean, log_std = (p.permute(1, 2, 0, 3).flatten(2) for p in self.head(features, z))
-        return (z - mean) * torch.exp(-log_std), -log_std.flatten(1).sum(-1)
+        return (z - mean) * torch.exp(-log_std), -log_std
 
     def log_prob(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"], *, equal_cotangents: bool = False
@@ -316,14 +343,14 @@ class Mix1Coupling(ChannelCoupling):
         """z as [C, B, N], and its log-weights, means and log-scales [C, B, N, K]."""
         return z.permute(2, 0, 1).contiguous(), self.head(features, z)
 
-    def forward(
+    def channels(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
-        """Noise u, and log|det du/dz| [B], in nats."""
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+        """Noise u, and log du_i/dz_i of every channel, in nats."""
         z_CBN, (log_w, mean, log_std) = self._mixture(z, features)
         with full_precision(z):
             u, log_det = numerics.mixture_cdf(z_CBN, log_w, mean, log_std)
-        return u.permute(1, 2, 0), log_det.sum((0, 2))
+        return u.permute(1, 2, 0), log_det.permute(1, 2, 0)
 
     def log_prob(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"], *, equal_cotangents: bool = False

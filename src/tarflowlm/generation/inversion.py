@@ -3,6 +3,7 @@
 Steps and sweeps share one guess and one KV cache, so a block can change from one to the other at any position.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tarflowlm.choices import Decoder
 from tarflowlm.errors import UserError
-from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.flow.couplings import AdjustWeights, ChannelCoupling
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.model import TarFlowLM
 
@@ -28,11 +29,17 @@ RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-7}
 
 Rounding alone causes residuals of about 1e-5, in narrow components.
 """
+CONTRACTION = 0.5
+"""Newton steps go on while each changes the latents by at most this times the step before."""
+SHORTEST_NEWTON = 8
+"""Fewer positions than these are swept with exact inverses at once: these need no more sweeps than positions."""
 LONGEST_SEGMENT = 512
 """Positions that one sweep inverts at most."""
 PATIENCE = 4
 """A segment is halved after more than this many sweeps in a row that fail to halve the largest change."""
-TRIAL_STEPS, TRIAL_SEGMENT, TRIAL_SWEEPS = 4, 32, 4
+TRIAL_ROWS = 1024
+"""Rows (sequences x positions) that `auto` gives Newton steps before it has timed a step."""
+TRIAL_STEPS, TRIAL_SEGMENT, TRIAL_SWEEPS = 3, 16, 4
 """What `auto` times: steps (the first is not counted), then sweeps over a segment of the positions that follow."""
 
 
@@ -103,6 +110,7 @@ class _Inversion:
         self.cache = block.allocate_cache(B, self.num_positions)
         self.at = self.passes = 0
         self.swept_from: int | None = None
+        self.contracts = isinstance(block.coupling, ChannelCoupling)
 
     def result(self) -> Tensor:
         """The latents [B, N, C] in the order of the tokens."""
@@ -130,12 +138,55 @@ class _Inversion:
             self.passes += 1
             self._advance(1)
 
+    def _open_features(self, end: int) -> Tensor:
+        """Features [B, end - at, D] of the open positions before `end`, from the current guess."""
+        at = self.at
+        self.cache.rewind(at)
+        self.passes += 1
+        return self.block.features_of(self.cache, self.h[:, max(at - 1, 0) : end - 1], first=at == 0)
+
+    def _newton_once(self, end: int, last: float) -> tuple[int, float]:
+        """A Newton step of positions `at` to `end` - 1: how many of them are final now, and the largest change.
+
+        `last` is the largest change of the step before it, and the ratio of both estimates how the next one would
+        compare with this one. Where the sum of all further changes is within rounding, it is left out.
+        """
+        h, noise = self.h[:, self.at : end], self.noise[:, self.at : end]
+        coupling = self.block.coupling
+        assert isinstance(coupling, ChannelCoupling)
+        new, off = coupling.newton_step(h, noise, self._open_features(end))
+        change = ((new - h).abs() / (1 + new.abs())).amax((0, 2))
+        off = (off.abs() / (1 + noise.abs())).amax((0, 2))
+        self.h[:, self.at : end] = new
+        # one copy to the host; NaN is never final
+        change, off = torch.stack((change, off)).cpu()
+        largest = float(change.max())
+        ahead = largest / (last - largest) if largest < CONTRACTION * last < math.inf else 1.0
+        final = (change * ahead <= TOLERANCE[new.dtype]) & (off <= RESIDUAL[new.dtype])
+        return int(final.long().cumprod(0).sum()), largest
+
+    def newton(self, end: int) -> bool:
+        """Newton steps of all channels of all positions at once, up to position `end`: whether they converged.
+
+        They are cheap, need no inverse of a mixture, and carry their own check: each evaluates the forward map.
+        Near the identity two or three suffice. A step that fails to shrink the changes ends them. The guess is then
+        the noise again, unless the steps had come closer; positions found final before stay so.
+        """
+        first, last = math.inf, math.inf
+        while self.at < end:
+            final, largest = self._newton_once(end, last)
+            self._advance(final)
+            if not largest < CONTRACTION * last and self.at < end:
+                if not largest < first:
+                    self.h[:, self.at : end] = self.noise[:, self.at : end]
+                return False
+            first, last = min(first, largest), largest
+        return True
+
     def _sweep_once(self, end: int) -> tuple[int, float]:
         """One sweep over positions `at` to `end` - 1: how many of them are final now, and the largest change."""
         at, (B, _, C) = self.at, self.h.shape
-        self.cache.rewind(at)
-        past = self.h[:, at - 1 : end - 1] if at else self.h[:, : end - 1]
-        features = self.block.features_of(self.cache, past, first=at == 0)
+        features = self._open_features(end)
         noise = self.noise[:, at:end].flatten(0, 1)
         new = self.block.coupling.invert(noise, features.flatten(0, 1)).view(B, end - at, C)
         change = ((new - self.h[:, at:end]).abs() / (1 + new.abs())).amax((0, 2))
@@ -143,32 +194,31 @@ class _Inversion:
         converged = (change <= TOLERANCE[new.dtype]).long().cumprod(0).sum()
         # one copy to the host per sweep; NaN counts as not converged, so it advances one position at a time
         final, largest = torch.stack((converged, change.max().to(new.dtype))).tolist()
-        self.passes += 1
         if self.swept_from is None:
             self.swept_from = at
         return min(int(final) + 1, end - at), largest
 
-    def sweep(self, *, end: int | None = None, budget: int | None = None) -> None:
-        """Gauss-Seidel-Jacobi sweeps over segments, up to position `end`, at most `budget` of them.
+    def sweep(self) -> None:
+        """Gauss-Seidel-Jacobi sweeps over segments, up to the last position.
 
-        A sweep inverts all open positions of a segment at once, with parameters from the current guess. The first
-        guess is the noise, which is close where the block is near the identity. By causality a position is final when
-        the guesses before it are: after a sweep, these are the leading positions that no longer changed and the one
-        after them, whose inputs were final. They stay in the cache, so every sweep finishes at least one position and
-        N sweeps always suffice. Nothing is clamped.
+        Segments take Newton steps (`newton`) until one does not converge by them. From there on a sweep inverts all
+        open positions of a segment at once, with parameters from the current guess. The first guess is the noise,
+        which is close where the block is near the identity. By causality a position is final when the guesses before
+        it are: after a sweep, these are the leading positions that no longer changed and the one after them, whose
+        inputs were final. They stay in the cache, so every sweep finishes at least one position and N sweeps always
+        suffice. Nothing is clamped.
 
         A segment whose changes stop shrinking is halved, down to single positions (a step). After a segment that
         converged, the next one is twice as long.
         """
-        limit, left, length = end or self.num_positions, budget or self.num_positions, LONGEST_SEGMENT
+        limit, length = self.num_positions, LONGEST_SEGMENT
+        while limit - self.at >= SHORTEST_NEWTON and self.contracts:
+            self.contracts = self.newton(min(limit, self.at + length))
         while self.at < limit:
-            stop, last, poor = min(limit, self.at + length), float("inf"), 0
+            stop, last, poor = min(limit, self.at + length), math.inf, 0
             while self.at < stop:
-                if left == 0:
-                    return
                 final, largest = self._sweep_once(stop)
                 self._advance(final)
-                left -= 1
                 poor = 0 if largest < 0.5 * last else poor + 1
                 last = largest
                 if poor > PATIENCE and stop - self.at > 1:
@@ -177,18 +227,45 @@ class _Inversion:
             length = min(LONGEST_SEGMENT, 2 * length)
 
     def trial(self) -> Decoder:
-        """The faster decoder, timed on positions that have to be inverted anyway."""
-        start, marks = self.at, []
-        for until in range(start + 1, min(start + TRIAL_STEPS, self.num_positions) + 1):
-            self.step(until=until)
-            marks.append(self._now())
-        first, begun = self.at, self._now()
-        self.sweep(end=min(first + TRIAL_SEGMENT, self.num_positions), budget=TRIAL_SWEEPS)
-        if len(marks) < 2 or self.at == first:
-            return "parallel"
-        by_step = (marks[-1] - marks[0]) / (len(marks) - 1)
-        by_sweep = (self._now() - begun) / (self.at - first)
+        """The faster decoder, timed on positions that have to be inverted anyway.
+
+        Newton steps come first: where they converge, they leave little to time, and over a whole block nothing.
+        """
+        start, begun = self.at, self._now()
+        if self.contracts and self.num_positions - start >= SHORTEST_NEWTON:
+            rows = max(TRIAL_SEGMENT, TRIAL_ROWS // len(self.h))
+            self.contracts = self.newton(min(start + rows, self.num_positions))
+            if self.at == self.num_positions:
+                return "parallel"
+        by_sweep = (self._now() - begun) / max(self.at - start, 1)
+        by_step = self._time_of_a_step()
+        if not self.contracts:
+            by_sweep = self._time_of_sweeps(by_step)
         return "parallel" if by_sweep < by_step else "sequential"
+
+    def _time_of_a_step(self) -> float:
+        """Seconds, the shortest of some steps; infinite where too few are left. The first is not counted: it warms up."""
+        times = [math.inf]
+        for _ in range(min(TRIAL_STEPS, self.num_positions - self.at)):
+            begun = self._now()
+            self.step(until=self.at + 1)
+            times.append(self._now() - begun)
+        return min(times[2:], default=math.inf)
+
+    def _time_of_sweeps(self, by_step: float) -> float:
+        """Seconds per position of some sweeps, fewer if they neither converge nor are ahead of steps."""
+        start, begun, last = self.at, self._now(), math.inf
+        end, by_sweep = min(start + TRIAL_SEGMENT, self.num_positions), 0.0
+        for _ in range(TRIAL_SWEEPS):
+            if self.at == end:
+                break
+            final, largest = self._sweep_once(end)
+            self._advance(final)
+            by_sweep = (self._now() - begun) / (self.at - start)
+            if by_sweep > by_step and not largest < CONTRACTION * last:
+                break
+            last = largest
+        return by_sweep
 
     def _now(self) -> float:
         if self.h.device.type == "cuda":
