@@ -244,7 +244,7 @@ class _Inversion:
         return "parallel" if by_sweep < by_step else "sequential"
 
     def _time_of_a_step(self) -> float:
-        """Seconds, the shortest of some steps; infinite where too few are left. The first is not counted: it warms up."""
+        """Seconds, the shortest of some steps but the first, which warms up; infinite where too few are left."""
         times = [math.inf]
         for _ in range(min(TRIAL_STEPS, self.num_positions - self.at)):
             begun = self._now()
