@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tarflowlm.choices import Decoder
 from tarflowlm.errors import UserError
-from tarflowlm.flow.couplings import AdjustWeights, ChannelCoupling
+from tarflowlm.flow.couplings import CONTRACTION, RESIDUAL, AdjustWeights, ChannelCoupling, Newton
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.model import TarFlowLM
 
@@ -24,13 +24,6 @@ Tick = Callable[[], None]
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 """A latent h has converged when a sweep changes it by at most this times 1 + |h|: a few roundings."""
-RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-7}
-"""From the first position where |f(h) - u| exceeds this times 1 + |u|, a block is inverted again by steps.
-
-Rounding alone causes residuals of about 1e-5, in narrow components.
-"""
-CONTRACTION = 0.5
-"""Newton steps go on while each changes the latents by at most this times the step before."""
 SHORTEST_NEWTON = 8
 """Fewer positions than these are swept with exact inverses at once: these need no more sweeps than positions."""
 LONGEST_SEGMENT = 512
@@ -145,42 +138,25 @@ class _Inversion:
         self.passes += 1
         return self.block.features_of(self.cache, self.h[:, max(at - 1, 0) : end - 1], first=at == 0)
 
-    def _newton_once(self, end: int, last: float) -> tuple[int, float]:
-        """A Newton step of positions `at` to `end` - 1: how many of them are final now, and the largest change.
-
-        `last` is the largest change of the step before it, and the ratio of both estimates how the next one would
-        compare with this one. Where the sum of all further changes is within rounding, it is left out.
-        """
-        h, noise = self.h[:, self.at : end], self.noise[:, self.at : end]
-        coupling = self.block.coupling
-        assert isinstance(coupling, ChannelCoupling)
-        new, off = coupling.newton_step(h, noise, self._open_features(end))
-        change = ((new - h).abs() / (1 + new.abs())).amax((0, 2))
-        off = (off.abs() / (1 + noise.abs())).amax((0, 2))
-        self.h[:, self.at : end] = new
-        # one copy to the host; NaN is never final
-        change, off = torch.stack((change, off)).cpu()
-        largest = float(change.max())
-        ahead = largest / (last - largest) if largest < CONTRACTION * last < math.inf else 1.0
-        final = (change * ahead <= TOLERANCE[new.dtype]) & (off <= RESIDUAL[new.dtype])
-        return int(final.long().cumprod(0).sum()), largest
-
     def newton(self, end: int) -> bool:
         """Newton steps of all channels of all positions at once, up to position `end`: whether they converged.
 
         They are cheap, need no inverse of a mixture, and carry their own check: each evaluates the forward map.
-        Near the identity two or three suffice. A step that fails to shrink the changes ends them. The guess is then
-        the noise again, unless the steps had come closer; positions found final before stay so.
+        Near the identity two or three suffice. A step that fails to shrink the changes ends them, and the open
+        positions are noise again; those found final before stay so.
         """
-        first, last = math.inf, math.inf
+        coupling, newton = self.block.coupling, Newton(TOLERANCE[self.h.dtype])
+        assert isinstance(coupling, ChannelCoupling)
         while self.at < end:
-            final, largest = self._newton_once(end, last)
-            self._advance(final)
-            if not largest < CONTRACTION * last and self.at < end:
-                if not largest < first:
-                    self.h[:, self.at : end] = self.noise[:, self.at : end]
+            span = slice(self.at, end)
+            old, noise = self.h[:, span], self.noise[:, span]
+            new, residual = coupling.newton_step(old, noise, self._open_features(end))
+            settled = newton.settled(new, old, residual, noise)
+            self.h[:, span] = new
+            self._advance(int(settled.long().cumprod(0).sum()))
+            if self.at < end and not newton.contracts:
+                self.h[:, self.at : end] = self.noise[:, self.at : end]
                 return False
-            first, last = min(first, largest), largest
         return True
 
     def _sweep_once(self, end: int) -> tuple[int, float]:
