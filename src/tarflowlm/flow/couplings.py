@@ -28,6 +28,8 @@ from tarflowlm.flow.precision import full_precision
 
 _MAX_NEWTON = 2048
 """Largest number of elements B C for which a channel coupling tries Newton steps."""
+_MAX_NEWTON_COMPONENTS = 8
+"""With more components a block is hardly near the identity at every position, and the trial would be in vain."""
 _MAX_SWEPT = 512
 """Largest number of elements B C that a channel coupling inverts in sweeps."""
 
@@ -189,6 +191,7 @@ class ChannelCoupling(Coupling):
     """A coupling over groups of C/G channels, with parameters from an autoregressive head (docs/math.md, eq. 10)."""
 
     group = 1
+    components = 1
     head: AutoregressiveHead
 
     @abstractmethod
@@ -248,7 +251,8 @@ class ChannelCoupling(Coupling):
         B = len(u)
         if torch.is_grad_enabled():
             return super().invert(u, features)
-        near = self._invert_near_identity(u, features) if u.numel() <= _MAX_NEWTON else None
+        may_be_near = u.numel() <= _MAX_NEWTON and self.components <= _MAX_NEWTON_COMPONENTS
+        near = self._invert_near_identity(u, features) if may_be_near else None
         if near is not None:
             return near
         if u.numel() > _MAX_SWEPT:
@@ -353,6 +357,7 @@ class Mix1Coupling(ChannelCoupling):
         autoregressive: bool = True,
     ) -> None:
         super().__init__()
+        self.components = components
         self.head = AutoregressiveHead(
             width=width,
             groups=channels,
