@@ -8,8 +8,9 @@ from torch.autograd.functional import jacobian
 
 from tarflowlm.flow import numerics
 from tarflowlm.flow.codebook import Codebook
-from tarflowlm.flow.couplings import AffineCoupling, ChannelCoupling, Coupling, Mix1Coupling, Newton
+from tarflowlm.flow.couplings import AffineCoupling, ChannelCoupling, Coupling, Mix1Coupling
 from tarflowlm.flow.mixd import MixDCoupling
+from tarflowlm.flow.newton import Newton
 from tarflowlm.flow.numerics import layout, standard_normal_log_prob
 from tarflowlm.language_model import seeded
 
