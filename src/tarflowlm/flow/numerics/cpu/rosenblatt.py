@@ -14,6 +14,10 @@ from tarflowlm.flow.numerics.layout import LOWEST_EXPONENT, row_chunks
 from tarflowlm.flow.numerics.normal import HALF_LOG_2PI, log_standard_normal_vectors, upper_tail
 from tarflowlm.flow.numerics.reference import bayes_update, bayes_update_
 
+_WIDE = 64
+"""Components from which the untransposed layout is the faster one. It is more than for scalar mixtures
+(`linear.Workspace`), because the weights are transposed once for all channels (measured: equal at 64)."""
+
 _NEARLY_CERTAIN, _FEW_ROWS = -1e-5, 64
 """Log posterior of a component from which certainty is looked into: when half the rows have reached it, or, where
 rows are few and calls are all that costs, every one of them."""
@@ -25,6 +29,8 @@ def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple
     log_p, tail = torch.empty_like(z[:, 0]), torch.empty_like(z[:, 0])
     num_components = mean.shape[0]
     space = Workspace(4, num_components, z.dtype)
+    if num_components < _WIDE:
+        space.axis = 0
     for rows in row_chunks(z.shape[0], num_components):
         log_p[rows] = _chunk(z[rows], log_w[rows], mean, log_std, space, u[rows], tail[rows])
     return u, log_p - log_standard_normal_vectors(u)
