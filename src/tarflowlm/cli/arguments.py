@@ -57,7 +57,8 @@ class SampleArgs:
     num: int = 1
     """Number of samples."""
     length: int | None = None
-    """Tokens per sample, including the prompt; the default is the trained context."""
+    """Tokens per sample, including the prompt; the default is the trained context. Beyond that the window slides: its
+    last half is the next prompt, exact for the baseline and one block, an approximation for more."""
     prompt: str | None = None
     """Text to continue. Exact for one block; an approximation for more, see --particles."""
     template: str | None = None

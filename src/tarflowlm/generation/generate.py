@@ -1,7 +1,7 @@
 """`generate`, the entry point of sampling: either model, with or without given tokens (docs/math.md, 7 and 9)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from tarflowlm.generation.inversion import Decoders, Inverted, Tick, invert_stac
 from tarflowlm.generation.particles import LatentSource, UniformSource, Weights, particle_filter, resample
 from tarflowlm.generation.passage import LatentPassage, TokenPassage
 from tarflowlm.generation.sampling import BLANK, adjust_weights, draw_tokens, row_generators, row_normal
+from tarflowlm.generation.window import check_length, num_unseen, slide, spans
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
 
@@ -83,6 +84,12 @@ def generate(
     (`particles.py`) at R times the cost, and is exact in the limit of many. Temperature, top-k and top-p apply to
     drawn tokens, not to the weights of particles.
 
+    `num_tokens` may exceed the trained context: the window then slides, and its last half, encoded anew, is the
+    prompt of the next one (`window.py`). What holds for a prompt holds for every window: it is exact for the baseline
+    and a single left-to-right block, and approximate in a stack, whose upper blocks draw the noise of a window
+    without regard to the tokens kept. Of a prompt that fills the context the last half window counts; there is no
+    evidence then, and else that of the prompt. Not with a template, passes or several particles.
+
     Row b has its own random stream, seeded from `generator`, so rows do not depend on `num`. `decoder`: sequential
     inverts every block position by position; parallel by sweeps, with the same result up to rounding; auto times
     both on the first positions of every block (`inversion.py`). Block 1 is always sequential if tokens are given or
@@ -91,8 +98,41 @@ def generate(
     UserError for sizes that the model cannot generate, for settings out of range and for unknown given tokens.
     """
     given = _given(model, num, num_tokens, prompt, template, particles)
+    check_length(model.config, num_tokens, template=template is not None, particles=particles, passes=return_passes)
     adjust = _adjustment(model, temperature, top_k, top_p)
     rows = row_generators(num, generator or torch.Generator().manual_seed(torch.seed()))
+    if num_tokens <= model.config.context:
+        return _within_context(
+            model, given, num_tokens, particles, rows, adjust, decoding, decoder, return_passes, tick
+        )
+    windows: list[Generation] = []
+
+    def write(window: Tensor, length: int) -> Tensor:
+        # the first window tries the decoders, the others repeat its choice
+        chosen = (windows[0].decoders or decoder) if windows else decoder
+        windows.append(_within_context(model, window, length, 1, rows, adjust, decoding, chosen, False, tick))
+        return windows[-1].tokens
+
+    tokens = slide(model.config, given[:, :num_tokens], write)
+    sweeps = tuple(sum(block) for block in zip(*(w.sweeps for w in windows), strict=True))
+    found = replace(windows[0], tokens=tokens, sweeps=sweeps)
+    seen = prompt is None or num_unseen(model.config, num_tokens, len(prompt)) == 0
+    return found if seen else replace(found, log_evidence=None, ess=None, pareto_k=None, draws=None)
+
+
+def _within_context(
+    model: LanguageModel,
+    given: Tensor,
+    num_tokens: int,
+    particles: int,
+    rows: list[torch.Generator],
+    adjust: AdjustWeights | None,
+    decoding: Decoding,
+    decoder: Decoders,
+    return_passes: bool,
+    tick: Tick | None,
+) -> Generation:
+    """`generate` for one window, from given tokens [num, whole patches]."""
     if isinstance(model, TokenLM):
         return _from_baseline(model, given, num_tokens, particles, rows, adjust, tick)
     flow = as_flow(model)
@@ -218,10 +258,13 @@ def _summary(weights: Weights) -> dict[str, Tensor]:
     }
 
 
-def num_ticks(model: LanguageModel, num_tokens: int) -> int:
-    """How often `generate` calls `tick` for `num_tokens` tokens: once per position and block."""
-    positions = -(-num_tokens // model.config.patch)
-    return positions * model.num_blocks
+def num_ticks(model: LanguageModel, num_tokens: int, num_given: int = 0) -> int:
+    """How often `generate` calls `tick` for `num_tokens` tokens: once per position and block of every window.
+
+    `num_given` tokens of a prompt are among them; that matters only where they exceed the context.
+    """
+    windows = spans(model.config, num_tokens, num_given)
+    return sum(-(-(end - start) // model.config.patch) for start, end in windows) * model.num_blocks
 
 
 def _given(
@@ -232,15 +275,13 @@ def _given(
     for name, value in (("num", num), ("length", num_tokens), ("particles", particles)):
         if value < 1:
             raise UserError(f"{name} {value}: must be at least 1")
-    if num_tokens > context:
-        raise UserError(f"length {num_tokens}: the model was trained on {context} tokens; choose at most that")
     given = torch.full((num, -(-num_tokens // patch) * patch), BLANK)
     if prompt is not None and template is not None:
         raise UserError("both a prompt and a template: put the prompt at the start of the template")
     if prompt is not None and len(prompt) >= num_tokens:
         raise UserError(
             f"the prompt has {len(prompt)} tokens, which leaves no room in {num_tokens}: "
-            f"shorten it, or raise the length (at most {context})"
+            f"shorten it, or raise the length"
         )
     tokens = prompt if template is None else template
     if tokens is None:
