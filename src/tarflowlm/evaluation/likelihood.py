@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.objective import importance_weighted, log_importance_weights
@@ -104,7 +105,7 @@ def evaluate(
     given = torch.zeros(len(windows), dtype=torch.int64) if given is None else given
     batch = batch or windows_per_batch(windows.shape[1])
     device = model.device
-    _keep_freed_memory()
+    keep_freed_memory()
     generator = torch.Generator(device=device).manual_seed(seed)
     parts, characters, num_bytes = [], 0, 0
     for start, end, head in _batches(given, batch):
@@ -123,17 +124,6 @@ def evaluate(
         characters=characters,
         num_bytes=num_bytes if bytes_per_token is not None else None,
     )
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library reuse the memory of activations instead of returning it to the system at every operation.
-
-    glibc maps large blocks one by one, and unmaps them when they are freed, until a block has been freed that was at
-    least as large; it learns up to 32 MiB, and then keeps twice as much free memory. So one block of nearly that size
-    is allocated, never touched and freed. Clearing pages for the system took a quarter of the time on a CPU
-    (docs/log.md). Other allocators are indifferent to it.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _batches(given: Tensor, batch: int) -> Iterator[tuple[int, int, int]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.choices import Decoder, Decoding
+from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.choice import TokenChoice, check_choice, weighs_tokens
@@ -97,6 +98,7 @@ def generate(
 
     UserError for sizes that the model cannot generate, for settings out of range and for unknown given tokens.
     """
+    keep_freed_memory()
     given = _given(model, num, num_tokens, prompt, template, particles)
     check_length(model.config, num_tokens, template=template is not None, particles=particles, passes=return_passes)
     adjust = _adjustment(model, temperature, top_k, top_p)
