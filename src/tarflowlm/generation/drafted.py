@@ -1,0 +1,318 @@
+"""The inverse of block 1 by drafts that it verifies itself (docs/math.md, section 7, "Drafts").
+
+Shape legend: B rows, N positions, n positions of a pass, k positions that a draft reads, W drafts, P tokens per
+position, d channels per token, C = P d, D width of the block, E width of the draft.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tarflowlm.choices import Decoder
+from tarflowlm.draft import Draft
+from tarflowlm.errors import UserError
+from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.flow.precision import widen
+from tarflowlm.flow.stack import FlowBlock
+from tarflowlm.generation.inversion import (
+    RESIDUAL,
+    TOLERANCE,
+    Decoders,
+    Inverted,
+    Tick,
+    invert_block,
+    invert_stack,
+    per_block,
+)
+from tarflowlm.generation.lookahead import Lookahead
+from tarflowlm.model import TarFlowLM
+
+LONGEST_PASS = 4
+"""A pass covers at most this many times the W + 1 positions of a round, so that open ones cannot pile up."""
+DROP_SHARE = 0.25
+"""Rows that are done leave the batch when they are this share of it: the others are copied then."""
+TRIAL_STEPS, TRIAL_ROUNDS = 4, 8
+"""What `auto` times: steps, then rounds; the first of each are not counted."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """The state of a text after a round."""
+
+    tokens: Tensor
+    """[B, T]: final ones, then those that are believed, then drafts."""
+    final: Tensor
+    """[B]: how many leading tokens are final."""
+
+
+Watch = Callable[[Round], None]
+"""Called after every round."""
+
+
+def invert_with_drafts(
+    model: TarFlowLM,
+    u: Tensor,
+    *,
+    decoder: Decoder = "drafted",
+    adjust: AdjustWeights | None = None,
+    settled: Tensor | None = None,
+    num_settled: int = 0,
+    tick: Tick | None = None,
+    watch: Watch | None = None,
+) -> Inverted:
+    """Invert block 1: latents h [B, N, C] from noise u [B, N, C], by the model's draft.
+
+    The result is that of steps up to rounding, as for sweeps, and is checked in the same way: it is mapped forward
+    again, and from the first position whose noise does not come back the rest is inverted by steps. auto: times
+    steps and rounds on the first positions and goes on with the faster. Other arguments as `invert_block`.
+
+    UserError if the model has no draft.
+    """
+    work = _Drafting(model, u, adjust, tick, watch)
+    if num_settled and settled is not None:
+        work.settle(settled, num_settled)
+    first = num_settled
+    chosen = work.trial() if decoder == "auto" else decoder
+    if chosen == "sequential":
+        work.step(work.num_positions)
+        return Inverted(work.result(), chosen, work.passes)
+    while len(work.rows):
+        work.round()
+    h, repeated = work.result(), 0
+    # with adjusted weights there is no map to check against
+    bad = len(h[0]) if adjust is not None else _first_bad(model.prior.block(0), h, u, first)
+    if bad < work.num_positions:
+        repeated = work.num_positions - bad
+        again = invert_block(model.prior.block(0), u, settled=h, num_settled=bad)
+        h, work.passes = again.h, work.passes + again.passes
+    return Inverted(h, "drafted", work.passes, repeated)
+
+
+def invert_stack_with_drafts(
+    model: TarFlowLM,
+    noise: Tensor,
+    *,
+    decoder: Decoders,
+    adjust: AdjustWeights | None = None,
+    tick: Tick | None = None,
+    watch: Watch | None = None,
+) -> tuple[list[Tensor], list[Inverted]]:
+    """As `invert_stack`, where block 1 may be drafted; blocks above it are then decoded by auto."""
+    upper, first = split_decoders(model, decoder)
+    if first == "drafted" or (first == "auto" and model.draft is not None):
+        states, work = invert_stack(model, noise, decoder=(*upper, "auto"), above=1, tick=tick)
+        u = model.prior.patch(states[-1])[0]
+        work.append(invert_with_drafts(model, u, decoder=first, adjust=adjust, tick=tick, watch=watch))
+        return [*states, model.prior.patch.inverse(work[-1].h)], work
+    return invert_stack(model, noise, decoder=(*upper, first), adjust=adjust, tick=tick)
+
+
+def split_decoders(model: TarFlowLM, decoder: Decoders) -> tuple[tuple[Decoder, ...], Decoder]:
+    """The decoders of blocks L .. 2, and that of block 1.
+
+    UserError for a drafted block without a draft.
+    """
+    *upper, first = per_block(decoder, model.num_blocks)
+    if decoder == "drafted":
+        upper = ["auto"] * len(upper)
+    if "drafted" in upper:
+        raise UserError(f"decoder {decoder}: only block 1 can be drafted, give another decoder for the blocks above")
+    if first == "drafted" and model.draft is None:
+        raise UserError("decoder drafted: the model has no draft; train one with `tarflowlm draft`")
+    return tuple(upper), first
+
+
+def _first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:
+    """The first position from `first` on whose latents do not map back to its noise; N if all do."""
+    again, _ = block.coupling(h, block.features_of(None, h[:, :-1], first=True))
+    off = ((again - u).abs() / (1 + u.abs())).amax((0, 2))[first:]
+    # negated, so that NaN counts as bad
+    bad = ~(off <= RESIDUAL[off.dtype])
+    return first + int(torch.cat((bad, bad.new_ones(1))).int().argmax())
+
+
+class _Drafting:
+    """The state of an inversion by drafts.
+
+    In each row, positions before `final` are final: they were computed from final inputs, or from inputs that a pass
+    no longer changed. Tokens before `front` came out as they were guessed, while their latents may still move; the
+    next drafts begin there. Arrays hold the rows that are not done, `rows` says which ones; they begin with k
+    positions before the text, and end with some after it.
+    """
+
+    def __init__(
+        self, model: TarFlowLM, u: Tensor, adjust: AdjustWeights | None, tick: Tick | None, watch: Watch | None
+    ) -> None:
+        assert model.draft is not None
+        self.block, self.book, self.draft = model.prior.block(0), model.codebook, model.draft
+        self.adjust, self.tick, self.watch = adjust, tick, watch
+        B, self.num_positions, C = u.shape
+        config = self.draft.config
+        self.before, self.longest = config.past, LONGEST_PASS * (config.ahead + 1)
+        self.patch, self.passes, self.ticked = model.config.patch, 0, 0
+        length = self.before + self.num_positions + self.longest
+        self.noise = u.new_zeros(B, length, C)
+        self.noise[:, self.before : self.before + self.num_positions] = u
+        self.read = self.draft.read_noise(self.noise)
+        self.h = torch.zeros_like(self.noise)
+        self.features = u.new_zeros(B, length, self.block.start.shape[0])
+        self.tokens = torch.zeros(B, length, self.patch, dtype=torch.long, device=u.device)
+        self.cache = self.block.allocate_cache(B, self.num_positions + self.longest)
+        self.rows = torch.arange(B, device=u.device)
+        self.final = [0] * B
+        self.front = [0] * B
+        self.lookahead = Lookahead(config.ahead)
+        self.done_h = torch.zeros_like(u)
+        self.seen = torch.zeros(B, self.num_positions, self.patch, dtype=torch.long, device=u.device)
+        self.seen_final = [0] * B
+
+    def result(self) -> Tensor:
+        """The latents [B, N, C]."""
+        self.done_h[self.rows] = self._text(self.h)
+        return self.done_h
+
+    def _text(self, x: Tensor) -> Tensor:
+        """The positions of the text in one of the arrays."""
+        return x[:, self.before : self.before + self.num_positions]
+
+    def settle(self, h: Tensor, num: int) -> None:
+        """Take the first `num` positions from h [B, N, C]."""
+        self._text(self.h)[:, :num] = h[:, :num]
+        self._text(self.features)[:, :num] = self.block.features_of(self.cache, h[:, : num - 1], first=True)
+        self._decode(slice(self.before, self.before + num))
+        self._move([num] * len(self.rows), [num] * len(self.rows))
+
+    def _decode(self, where: slice) -> None:
+        z = self.h[:, where].unflatten(-1, (self.patch, -1))
+        self.tokens[:, where] = self.book.decode(z)
+
+    def _move(self, final: list[int], front: list[int]) -> None:
+        """Note how far every row is, tell who watches, and drop the rows that are done."""
+        N = self.num_positions
+        self.final, self.front = [min(x, N) for x in final], [min(x, N) for x in front]
+        for row, at in zip(self.rows.tolist(), self.final, strict=True):
+            self.seen_final[row] = at
+        if self.tick is not None:
+            for _ in range(min(self.seen_final) - self.ticked):
+                self.tick()
+            self.ticked = min(self.seen_final)
+        if self.watch is not None:
+            self.seen[self.rows] = self._text(self.tokens)
+            self.watch(Round(self.seen.flatten(1), self.patch * torch.tensor(self.seen_final)))
+        open_rows = [i for i, at in enumerate(self.final) if at < N]
+        if not open_rows or len(self.rows) - len(open_rows) >= DROP_SHARE * len(self.rows):
+            self._keep(open_rows)
+
+    def _keep(self, rows: list[int]) -> None:
+        """Go on with these rows alone."""
+        self.done_h[self.rows] = self._text(self.h)
+        index = torch.tensor(rows, dtype=torch.long, device=self.h.device)
+        for name in ("rows", "noise", "read", "h", "features", "tokens"):
+            setattr(self, name, getattr(self, name)[index])
+        self.cache.keep(index)
+        self.final, self.front = [self.final[i] for i in rows], [self.front[i] for i in rows]
+
+    def round(self) -> None:
+        """Draft what follows the front of every row, and let block 1 verify it in one pass."""
+        begun, B, N = self._now(), len(self.rows), self.num_positions
+        open_spans = [front - final for front, final in zip(self.front, self.final, strict=True)]
+        widest = max(open_spans)
+        left = max(N - front for front in self.front)
+        ahead = min(self.lookahead.choose(B, widest), max(left - 1, 0))
+        n = min(widest + ahead + 1, self.longest, N - min(self.final))
+        drafted = min(max(n - 1 - span for span in open_spans), self.draft.config.ahead)
+        if drafted > 0:
+            self._guess(drafted)
+        counts = self._pass(n).tolist()
+        final = [at + min(count, n) for at, count in zip(self.final, counts[0], strict=True)]
+        front = [at + min(max(count), n) for at, count in zip(self.final, zip(*counts, strict=True), strict=True)]
+        if drafted > 0:
+            right = [
+                max(0, new - old - 1) for new, old in zip(front, self.front, strict=True) if old + drafted < N
+            ]
+            self.lookahead.accepted(min(drafted, n - 1 - widest), right)
+        self.lookahead.took(self._now() - begun, B * n)
+        self._move(final, front)
+
+    def _guess(self, count: int) -> None:
+        """Guess the tokens and latents of `count` positions from the front of every row."""
+        at = torch.tensor(self.front, device=self.h.device)[:, None] + self.before
+        each = torch.arange(len(self.rows), device=self.h.device)[:, None]
+        k = self.before
+        past = each, at + torch.arange(-k, 0, device=self.h.device)
+        here = each, at + torch.arange(count, device=self.h.device)
+        read = self.draft.read_past(self.features[past], self.h[past])
+        tokens = self.draft(read, self.read[here]).argmax(-1)
+        self.tokens[here] = tokens
+        # once it is certain which token it is, its channels are mu + sigma u
+        noise = self.noise[here].unflatten(-1, (self.patch, -1))
+        self.h[here] = self.book.encode(tokens, noise).flatten(2)
+
+    def _pass(self, n: int) -> Tensor:
+        """Block 1 on n positions from `final` on in every row; returns how far the rows get, [2, B].
+
+        The first number counts the positions that are final now, the second those whose tokens are believed.
+        """
+        B = len(self.rows)
+        final = torch.tensor(self.final, device=self.h.device)
+        each = torch.arange(B, device=self.h.device)[:, None]
+        here = each, final[:, None] + torch.arange(self.before, self.before + n, device=self.h.device)
+        x = widen(self.block.input(self.h[each, here[1] - 1]))
+        if min(self.final) == 0:
+            x = torch.where((here[1] == self.before)[..., None], self.block.start, x)
+        if len(set(self.final)) == 1:
+            self.cache.rewind(self.final[0])
+            features = self.block.transformer(x, self.cache)
+        else:
+            features = self.block.transformer(x, self.cache, final)
+        self.features[here] = features
+        noise = self.noise[here].flatten(0, 1)
+        new = self.block.coupling.invert(noise, features.flatten(0, 1), self.adjust).view(B, n, -1)
+        tokens = self.book.decode(new.unflatten(-1, (self.patch, -1)))
+        change = ((new - self.h[here]).abs() / (1 + new.abs())).amax(-1)
+        # NaN counts as changed, so it advances one position at a time
+        kept = torch.stack((change <= TOLERANCE[new.dtype], (tokens == self.tokens[here]).all(-1)))
+        self.h[here], self.tokens[here] = new, tokens
+        self.passes += 1
+        # a position is final when those before it are, so the one after them is final, too
+        return kept.long().cumprod(-1).sum(-1) + 1
+
+    def step(self, until: int) -> None:
+        """Go on position by position, from the first one that is not final in all rows, up to `until`."""
+        while min(self.final, default=until) < until:
+            self.final = self.front = [min(self.final)] * len(self.rows)
+            self._pass(1)
+            self._move([at + 1 for at in self.final], [at + 1 for at in self.front])
+
+    def trial(self) -> Decoder:
+        """The faster decoder, timed on positions that have to be inverted anyway."""
+        marks = [(self._now(), self._open())]
+        for _ in range(min(TRIAL_STEPS, self.num_positions - min(self.final))):
+            self.step(min(self.final) + 1)
+            marks.append((self._now(), self._open()))
+        begun = len(marks)
+        while len(marks) < begun + TRIAL_ROUNDS and len(self.rows):
+            self.round()
+            marks.append((self._now(), self._open()))
+        by_step = _pace(marks[1 : TRIAL_STEPS + 1])
+        by_round = _pace(marks[begun:])
+        return "sequential" if by_step < by_round else "drafted"
+
+    def _open(self) -> float:
+        """Positions that are not believed yet, mean over the rows."""
+        return sum(self.num_positions - at for at in self.front) / len(self.done_h)
+
+    def _now(self) -> float:
+        if self.h.device.type == "cuda":
+            torch.cuda.synchronize(self.h.device)
+        return time.perf_counter()
+
+
+def _pace(marks: list[tuple[float, float]]) -> float:
+    """Seconds per position between the first and the last of (time, positions left)."""
+    if len(marks) < 2 or marks[0][1] <= marks[-1][1]:
+        return 0.0
+    return (marks[-1][0] - marks[0][0]) / (marks[0][1] - marks[-1][1])
