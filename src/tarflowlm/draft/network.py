@@ -33,9 +33,9 @@ class DraftConfig:
     """Transformer layers."""
     trunk: TransformerConfig = field(default_factory=TransformerConfig)
     """Shape of its Transformer."""
-    past: int = 8
+    past: int = 4
     """Positions before the first draft whose features and latents are read, k."""
-    ahead: int = 12
+    ahead: int = 10
     """Positions drafted at most, W."""
 
     def __post_init__(self) -> None:
