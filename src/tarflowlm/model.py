@@ -203,7 +203,7 @@ class TarFlowLM(LanguageModel):
     def new_draft(self, config: DraftConfig) -> Draft:
         """A new draft of block 1, not attached. UserError for a block that a draft cannot serve."""
         if not self.prior.block(0).keeps_order:
-            raise UserError("block 1 reads positions or channels in another order: a draft needs the order of the text")
+            raise UserError("block 1 reads positions or channels in another order: a draft needs that of the text")
         return Draft(
             config,
             features=self.config.trunk.width,

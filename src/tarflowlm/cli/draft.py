@@ -1,6 +1,6 @@
 """`tarflowlm draft RUN`: trains the draft of a finished run."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +34,7 @@ class DraftArgs:
     minutes: float | None = None
     """Train for this time instead."""
     resume: bool = False
-    """Continue, with the same options; --steps or --minutes may be larger than before."""
+    """Continue where training stopped; --steps or --minutes may ask for more than before."""
     seed: int = 0
     """Seed of the start, the order of the data and the noise."""
     device: Device = "auto"
@@ -54,12 +54,14 @@ def run_draft(args: DraftArgs) -> None:
     if directory.parent == FOLDER and args.out is None:
         raise UserError(f"{directory.name} comes with the package: name a directory for a copy of it with --out")
     if args.resume and args.out is not None:
-        raise UserError(f"--resume with --out {args.out}: resume the copy itself, `tarflowlm draft {args.out} --resume`")
-    training = DraftTraining(seed=args.seed)
+        raise UserError(f"--resume with --out {args.out}: resume that directory itself, `draft {args.out} --resume`")
+    training: DraftTraining | None = DraftTraining(seed=args.seed)
     if args.minutes is not None:
-        training = replace(training, minutes=args.minutes)
+        training = DraftTraining(seed=args.seed, minutes=args.minutes)
     elif args.steps is not None:
-        training = replace(training, steps=args.steps)
+        training = DraftTraining(seed=args.seed, steps=args.steps)
+    elif args.resume:
+        training = None
     with DraftReporter(Console(stderr=True)) as reporter:
         summary = train_draft(
             directory,

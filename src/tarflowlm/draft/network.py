@@ -76,9 +76,7 @@ class Draft(nn.Module):
         angle = (first[..., None] * (math.pi * 2.0 ** torch.arange(WAVES, device=u.device))).flatten(-2)
         return self.from_noise(torch.cat((u, 2 * uniform - 1, angle.sin(), angle.cos()), -1))
 
-    def read_past(
-        self, features: Float[Tensor, "*rows D"], z: Float[Tensor, "*rows C"]
-    ) -> Float[Tensor, "*rows E"]:
+    def read_past(self, features: Float[Tensor, "*rows D"], z: Float[Tensor, "*rows C"]) -> Float[Tensor, "*rows E"]:
         """Inputs of past positions, from block 1's features c_n and the latents z_n that came of them."""
         return self.from_features(features) + self.from_latents(z)
 

@@ -223,7 +223,7 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "B N D"]:
         """Features of the inputs x; with a cache, x continues the cached positions.
 
-        `starts` [B], with a cache only: row b keeps its first starts[b] cached positions, and its inputs follow those.
+        `starts` [B], with a cache only: the inputs of row b follow its first starts[b] cached positions.
 
         ValueError if the cache has no room for N more positions.
         """
@@ -234,7 +234,9 @@ class Transformer(nn.Module):
             at = starts[:, None] + torch.arange(num_new, device=x.device)
         if cache is not None:
             if past + num_new > cache.capacity:
-                raise ValueError(f"cache of {cache.capacity} positions is full: {past} used, {num_new} more requested")
+                raise ValueError(
+                    f"cache of {cache.capacity} positions is full: {past} used, {num_new} more requested"
+                )
             if starts is not None:
                 cache.length = past + num_new
         positions = torch.arange(past, past + num_new, device=x.device) if at is None else at

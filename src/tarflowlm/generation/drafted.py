@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from tarflowlm.choices import Decoder
-from tarflowlm.draft import Draft
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.precision import widen
@@ -46,6 +45,10 @@ class Round:
     """[B, T]: final ones, then those that are believed, then drafts."""
     final: Tensor
     """[B]: how many leading tokens are final."""
+
+    def cut(self, length: int) -> "Round":
+        """The same for the first `length` tokens."""
+        return Round(self.tokens[:, :length], self.final.clamp(max=length))
 
 
 Watch = Callable[[Round], None]
@@ -230,9 +233,7 @@ class _Drafting:
         final = [at + min(count, n) for at, count in zip(self.final, counts[0], strict=True)]
         front = [at + min(max(count), n) for at, count in zip(self.final, zip(*counts, strict=True), strict=True)]
         if drafted > 0:
-            right = [
-                max(0, new - old - 1) for new, old in zip(front, self.front, strict=True) if old + drafted < N
-            ]
+            right = [max(0, new - old - 1) for new, old in zip(front, self.front, strict=True) if old + drafted < N]
             self.lookahead.accepted(min(drafted, n - 1 - widest), right)
         self.lookahead.took(self._now() - begun, B * n)
         self._move(final, front)

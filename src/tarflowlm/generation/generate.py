@@ -13,6 +13,7 @@ from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.choice import TokenChoice, check_choice, weighs_tokens
 from tarflowlm.generation.drafted import (
     Round,
+    Watch,
     invert_stack_with_drafts,
     invert_with_drafts,
     split_decoders,
@@ -93,9 +94,12 @@ def generate(
     drawn tokens, not to the weights of particles.
 
     Row b has its own random stream, seeded from `generator`, so rows do not depend on `num`. `decoder`: sequential
-    inverts every block position by position; parallel by sweeps, with the same result up to rounding; auto times
-    both on the first positions of every block (`inversion.py`). Block 1 is always sequential if tokens are given or
-    probabilities are adjusted. `tick` is called `num_ticks` times, once per position and block.
+    inverts every block position by position; parallel by sweeps, with the same result up to rounding
+    (`inversion.py`); drafted lets block 1 verify what the model's draft guesses, with the same result again
+    (`drafted.py`), and decodes the blocks above by auto; auto times the ways there are on the first positions of
+    every block. Block 1 is swept only if no tokens are given and no probabilities adjusted. It is drafted also then,
+    but not with particles, with tokens given further right, or where `TokenChoice` draws them.
+    `tick` is called `num_ticks` times, once per position and block.
 
     UserError for sizes that the model cannot generate, for settings out of range and for unknown given tokens.
     """
@@ -105,17 +109,20 @@ def generate(
     if isinstance(model, TokenLM):
         return _from_baseline(model, given, num_tokens, particles, rows, adjust, tick)
     flow = as_flow(model)
+    rounds: list[Round] = []
+    watch = rounds.append if return_rounds else None
     free = bool((given == BLANK).all())
     if free and (adjust is None or weighs_tokens(flow.prior.block(0).coupling)):
         noise = row_normal(rows, given.shape[1], flow.config.latent_dim).to(flow.codebook.mean)
-        rounds: list[Round] = []
-        watch = rounds.append if return_rounds else None
         states, work = invert_stack_with_drafts(flow, noise, decoder=decoder, adjust=adjust, tick=tick, watch=watch)
         tokens = _decoded(flow, states[-1], decoding, rows)
         result = _generation(flow, tokens[:, :num_tokens], states, work, return_passes)
-        return replace(result, rounds=tuple(rounds))
-    particles = 1 if free else particles
-    return _completed(flow, given, num_tokens, particles, rows, adjust, decoding, decoder, return_passes, tick)
+    else:
+        particles = 1 if free else particles
+        result = _completed(
+            flow, given, num_tokens, particles, rows, adjust, decoding, decoder, return_passes, tick, watch
+        )
+    return replace(result, rounds=tuple(r.cut(num_tokens) for r in rounds))
 
 
 def _adjustment(
@@ -147,7 +154,7 @@ def _generation(
         states=shown,
         sweeps=tuple(w.passes for w in work),
         decoders=tuple(w.decoder for w in work),
-        **weights,
+        **weights,  # type: ignore[arg-type]
     )
 
 
@@ -162,6 +169,7 @@ def _completed(
     decoder: Decoders,
     return_passes: bool,
     tick: Tick | None,
+    watch: Watch | None,
 ) -> Generation:
     """Samples with some tokens given or chosen, by a particle filter through block 1 (docs/math.md, section 9)."""
     book, num = model.codebook, len(given)
@@ -182,7 +190,7 @@ def _completed(
             tick()
     work = [*source.work]
     if first in ("drafted", "auto") and particles == 1 and model.draft is not None:
-        work += _drafted_rest(model, passage, weights, first, tick)
+        work += _drafted_rest(model, passage, weights, first, tick, watch)
     particle_filter(passage, weights, generators, source, tick)
     weights.add(source.log_factor(model.prior.patch.inverse(passage.noise)))
     chosen = _chosen(weights, generators)
@@ -201,7 +209,12 @@ def _completed(
 
 
 def _drafted_rest(
-    model: TarFlowLM, passage: LatentPassage, weights: Weights, decoder: Decoder, tick: Tick | None
+    model: TarFlowLM,
+    passage: LatentPassage,
+    weights: Weights,
+    decoder: Decoder,
+    tick: Tick | None,
+    watch: Watch | None,
 ) -> list[Inverted]:
     """Complete `passage` by drafts where tokens are given at its start alone; how it was done, if it was.
 
@@ -224,6 +237,7 @@ def _drafted_rest(
         settled=passage.values,
         num_settled=passage.at,
         tick=tick,
+        watch=watch,
     )
     passage.values, passage.at = found.h, passage.num_positions
     return [found]

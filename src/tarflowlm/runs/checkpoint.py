@@ -15,8 +15,8 @@ from tarflowlm.files import read_json
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.model import as_flow
 from tarflowlm.runs.config import RunConfig, current_form
-from tarflowlm.runs.manifest import MANIFEST, is_whole, problem_of, replacing_listed, write_manifest
 from tarflowlm.runs.drafts import load_draft, save_draft
+from tarflowlm.runs.manifest import MANIFEST, is_whole, problem_of, replacing_listed, write_manifest
 from tarflowlm.runs.released import locate, released
 from tarflowlm.runs.strict_json import from_dict, to_dict
 from tarflowlm.runs.weights import check_weights, halved, read_weights, write_weights

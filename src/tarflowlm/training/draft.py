@@ -66,7 +66,7 @@ def train_draft(
     directory: Path,
     *,
     config: DraftConfig,
-    training: DraftTraining,
+    training: DraftTraining | None = None,
     data: str | None = None,
     out: Path | None = None,
     resume: bool = False,
@@ -77,12 +77,15 @@ def train_draft(
     """Train a draft for the run in `directory`, and store it in its folder draft/; returns the summary.
 
     `out`: leave the run as it is, and train for an exported copy of it there. `data`: another text than the run's.
-    `resume` continues from the newest state, with the `config` it had, and the steps or minutes of `training`.
+    `resume` continues from the newest state, with the `config` it had, and the steps and minutes of `training`; by
+    default those it had.
 
     UserError for a baseline, an unfinished run, a draft that exists already, nothing to resume, and as in
     `load_checkpoint`. Stopped, with everything saved, if `stop_requests` says so.
     """
     reporter = reporter or Reporter()
+    if not resume:
+        training = training or DraftTraining()
     checkpoint = _finished(directory, device)
     model = as_flow(checkpoint.model)
     if out is not None:
@@ -127,13 +130,13 @@ class _DraftRun:
         model: TarFlowLM,
         corpus: Corpus,
         config: DraftConfig,
-        training: DraftTraining,
+        training: DraftTraining | None,
         reporter: Reporter,
         *,
         resume: bool,
     ) -> None:
         self.directory, self.folder, self.model = directory, directory / DRAFT, model.requires_grad_(False)
-        self.corpus, self.training, self.reporter = corpus, training, reporter
+        self.corpus, self.reporter = corpus, reporter
         saved: dict[str, Any] = {}
         if resume:
             remove_partial(self.folder)
@@ -141,8 +144,13 @@ class _DraftRun:
             saved = read_counters(state)
             config = from_dict(DraftConfig, saved["config"])
             if corpus.fingerprint != saved["corpus"]:
-                raise UserError(f"{corpus.meta.name} is not the text that {self.folder} was trained on: restore it")
-            self.training = replace(from_dict(DraftTraining, saved["training"]), steps=training.steps, minutes=training.minutes)
+                raise UserError(f"{self.folder} was trained on another text: give that one with --data")
+            before = from_dict(DraftTraining, saved["training"])
+            if training is not None:
+                before = replace(before, steps=training.steps, minutes=training.minutes)
+            training = before
+        assert training is not None
+        self.training = training
         with seeded(self.training.seed):
             self.draft: Draft = model.new_draft(config).to(model.device)
         optim = OptimConfig(lr=self.training.lr)

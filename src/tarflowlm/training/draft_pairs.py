@@ -1,7 +1,7 @@
 """What a draft learns from, its loss, and how many tokens a pass it is worth.
 
-The noise of a real text and the features along it come from one parallel pass of block 1, so nothing is sampled. Every
-position can be a frontier: the draft reads the k positions before it and the noise of W positions from it on.
+The noise of a real text and the features along it come from one parallel pass of block 1, so nothing is sampled.
+Every position can be a frontier: the draft reads the k positions before it and the noise of W positions from it on.
 
 Shape legend: B sequences, N positions, P tokens per position, C channels, D width of block 1, F frontiers per
 sequence, R = B F, k positions read, W drafted, V vocabulary.
