@@ -68,19 +68,15 @@ class KVCache:
         for stored in (*self.keys, *self.values):
             stored[:, :, : self.length] = stored[rows, :, : self.length]
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch, in new storage."""
-        self.keys, self.values = [x[rows] for x in self.keys], [x[rows] for x in self.values]
-
 
 def rotary_tables(positions: Tensor, num_heads: int, head_width: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and signed sin [..., N, H, E] for `rotate_`, of the angles position * base^(-2 i / E) (Su et al. 2021)."""
+    """cos and signed sin [N, H, E] for `rotate_`, of the angles position * base^(-2 i / E) (Su et al. 2021)."""
     exponent = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
-    angle = positions.float()[..., None] * torch.exp(-math.log(base) * exponent)
+    angle = positions.float()[:, None] * torch.exp(-math.log(base) * exponent)[None, :]
     cos, sin = angle.cos(), angle.sin()
     # repeated for every head: the product with a batch then reads contiguous memory
-    shape = (*positions.shape, num_heads, head_width)
-    tables = (torch.cat(pair, dim=-1)[..., None, :].expand(shape).contiguous() for pair in ((cos, cos), (-sin, sin)))
+    shape = (len(positions), num_heads, head_width)
+    tables = (torch.cat(pair, dim=-1)[:, None].expand(shape).contiguous() for pair in ((cos, cos), (-sin, sin)))
     return next(tables), next(tables)
 
 
@@ -105,18 +101,8 @@ class Attention(nn.Module):
         self.query_scale = nn.Parameter(torch.ones(self.head_width))
         self.key_scale = nn.Parameter(torch.ones(self.head_width))
 
-    def forward(
-        self,
-        x: Tensor,
-        tables: tuple[Tensor, Tensor],
-        cache: KVCache | None,
-        layer: int,
-        at: Tensor | None = None,
-    ) -> Tensor:
-        """[B, N, D] to [B, N, D], with the rotary `tables` of these positions; `layer` is the index into `cache`.
-
-        `at` [B, N]: the positions, where they differ between rows.
-        """
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
+        """[B, N, D] to [B, N, D], with the rotary `tables` of these positions; `layer` is the index into `cache`."""
         B, N, D = x.shape
         if cache is None:
             # three products: normalising q and k, and the gradients of all three, then need no copies
@@ -132,13 +118,7 @@ class Attention(nn.Module):
         if N > 1:
             # by a branch: where a compiler keeps the length open, the comparison itself is no plain bool
             causal = True
-        if cache is not None and at is not None:
-            rows = torch.arange(B, device=x.device)[:, None]
-            cache.keys[layer][rows, :, at] = k.transpose(1, 2)
-            cache.values[layer][rows, :, at] = v.transpose(1, 2)
-            k, v = cache.keys[layer][:, :, : cache.length], cache.values[layer][:, :, : cache.length]
-            mask, causal = torch.arange(cache.length, device=x.device) <= at[:, None, :, None], False
-        elif cache is not None:
+        if cache is not None:
             past = cache.length
             cache.keys[layer][:, :, past : past + N] = k
             cache.values[layer][:, :, past : past + N] = v
@@ -164,28 +144,14 @@ class Layer(nn.Module):
         self.up = nn.Linear(config.width, config.mlp_ratio * config.width, bias=False)
         self.down = nn.Linear(config.mlp_ratio * config.width, config.width, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        tables: tuple[Tensor, Tensor],
-        cache: KVCache | None,
-        layer: int,
-        at: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
         """[B, N, D] to [B, N, D]; arguments as `Attention.forward`."""
         if self.keeps_activations:
-            return self._compute(x, tables, cache, layer, at)
+            return self._compute(x, tables, cache, layer)
         return checkpoint(self._compute, x, tables, cache, layer, use_reentrant=False, preserve_rng_state=False)
 
-    def _compute(
-        self,
-        x: Tensor,
-        tables: tuple[Tensor, Tensor],
-        cache: KVCache | None,
-        layer: int,
-        at: Tensor | None = None,
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), tables, cache, layer, at)
+    def _compute(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), tables, cache, layer)
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
@@ -218,32 +184,19 @@ class Transformer(nn.Module):
 
         return KVCache(storage(), storage())
 
-    def forward(
-        self, x: Float[Tensor, "B N D"], cache: KVCache | None = None, starts: Tensor | None = None
-    ) -> Float[Tensor, "B N D"]:
+    def forward(self, x: Float[Tensor, "B N D"], cache: KVCache | None = None) -> Float[Tensor, "B N D"]:
         """Features of the inputs x; with a cache, x continues the cached positions.
-
-        `starts` [B], with a cache only: the inputs of row b follow its first starts[b] cached positions.
 
         ValueError if the cache has no room for N more positions.
         """
-        past, num_new, at = (cache.length if cache else 0), x.shape[1], None
-        if starts is not None:
-            assert cache is not None
-            past = int(starts.max())
-            at = starts[:, None] + torch.arange(num_new, device=x.device)
-        if cache is not None:
-            if past + num_new > cache.capacity:
-                raise ValueError(
-                    f"cache of {cache.capacity} positions is full: {past} used, {num_new} more requested"
-                )
-            if starts is not None:
-                cache.length = past + num_new
-        positions = torch.arange(past, past + num_new, device=x.device) if at is None else at
+        past, num_new = (cache.length if cache else 0), x.shape[1]
+        if cache is not None and past + num_new > cache.capacity:
+            raise ValueError(f"cache of {cache.capacity} positions is full: {past} used, {num_new} more requested")
+        positions = torch.arange(past, past + num_new, device=x.device)
         num_heads = self.config.num_heads
         tables = rotary_tables(positions, num_heads, self.config.width // num_heads, self.config.rotary_base)
         for index, layer in enumerate(self.layers):
-            x = layer(x, tables, cache, index, at)
+            x = layer(x, tables, cache, index)
         if cache is not None:
             cache.length = past + num_new
         return self.norm(x)
