@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.errors import UserError
+from tarflowlm.flow.cached import KVCache
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.precision import widen
-from tarflowlm.flow.transformer import KVCache, Transformer
+from tarflowlm.flow.transformer import Transformer
 from tarflowlm.language_model import LanguageModel, LanguageModelConfig
 
 IN_PATCH_CHANNELS = 32
@@ -156,7 +157,7 @@ class TokenLM(LanguageModel):
 
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
         """An empty KV cache for `num_positions` positions."""
-        return self.transformer.allocate_cache(batch, num_positions, self.start)
+        return KVCache(self.transformer, batch, num_positions, self.start)
 
     def states(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B positions D"]:
         """Features after the start vector and after each of the N positions; the last are those of the whole text."""
@@ -166,4 +167,4 @@ class TokenLM(LanguageModel):
     def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
         """Features of the next position, given the tokens [B, P] of the one before it (None at the start)."""
         x = self.start.expand(batch, -1) if previous is None else self._positions(previous)[:, 0]
-        return self.transformer(x[:, None], cache)[:, 0]
+        return cache.extend(x[:, None])[:, 0]

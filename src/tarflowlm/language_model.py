@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tarflowlm.errors import UserError
-from tarflowlm.flow.transformer import KVCache, TransformerConfig
+from tarflowlm.flow.cached import KVCache
+from tarflowlm.flow.transformer import TransformerConfig
 
 C = TypeVar("C", bound="LanguageModelConfig")
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from tarflowlm.draft import Draft, DraftConfig
 from tarflowlm.errors import UserError
+from tarflowlm.flow.cached import KVCache
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.precision import full_precision
 from tarflowlm.flow.stack import FlowBlock, Prior
-from tarflowlm.flow.transformer import KVCache
 from tarflowlm.language_model import LanguageModel, LanguageModelConfig
 
 CouplingName = Literal["affine", "token-affine", "mix1", "mixd"]

@@ -132,7 +132,7 @@ def test_features_of_a_baseline_are_what_it_would_go_on_from(baseline_run):
     judge, tokenizer = load_judge(str(baseline_run)), load_tokenizer(baseline_run)
     model = judge.model
     assert isinstance(model, TokenLM)
-    cache = model.transformer.allocate_cache(1, 12, model.start)
+    cache = model.allocate_cache(1, 12)
     with torch.no_grad():
         features = model.features_at(cache, None, 1)
         for token in tokenizer.encode("bad cab"):

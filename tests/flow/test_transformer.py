@@ -1,4 +1,4 @@
-"""The Transformer: causality, and a cache that changes nothing."""
+"""The Transformer: causality and rotary positions."""
 
 import pytest
 import torch
@@ -21,45 +21,6 @@ def test_output_t_sees_inputs_up_to_t(transformer, normal):
     by_input = jacobian(lambda x: transformer(x[None])[0], normal(T, 8))  # [T, D, T, D]
     depends = by_input.abs().amax((1, 3)) > 0
     assert torch.equal(depends, torch.ones(T, T, dtype=torch.bool).tril())
-
-
-@pytest.mark.parametrize("chunks", [[1] * T, [3, 4], [1, 5, 1], [T], [4, 1, 1, 1]], ids=str)
-def test_cached_equals_uncached(transformer, normal, chunks):
-    x = normal(3, T, 8)
-    cache = transformer.allocate_cache(3, T, x)
-    steps = [transformer(part, cache) for part in x.split(chunks, dim=1)]
-    assert cache.length == cache.capacity == T
-    torch.testing.assert_close(torch.cat(steps, 1), transformer(x), rtol=1e-12, atol=1e-12)
-
-
-def test_a_rewound_cache_forgets(transformer, normal):
-    x, wrong = normal(2, T, 8), normal(2, 4, 8, seed=1)
-    cache = transformer.allocate_cache(2, T, x)
-    transformer(x[:, :3], cache)
-    transformer(wrong, cache)
-    cache.rewind(3)
-    assert cache.length == 3
-    rest = torch.cat((transformer(x[:, 3:5], cache), transformer(x[:, 5:], cache)), 1)
-    torch.testing.assert_close(rest, transformer(x)[:, 3:], rtol=1e-12, atol=1e-12)
-    cache.rewind(0)
-    torch.testing.assert_close(transformer(x, cache), transformer(x), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("length", [-1, 4])
-def test_a_cache_rewinds_to_its_past_only(transformer, normal, length):
-    cache = transformer.allocate_cache(1, T, normal(1))
-    transformer(normal(1, 3, 8), cache)
-    with pytest.raises(ValueError, match=f"cannot rewind a cache of 3 positions to {length}"):
-        cache.rewind(length)
-
-
-def test_a_full_cache_says_so(transformer, normal):
-    cache = transformer.allocate_cache(1, 3, normal(1))
-    transformer(normal(1, 2, 8), cache)
-    with pytest.raises(ValueError, match="cache of 3 positions is full: 2 used, 2 more requested"):
-        transformer(normal(1, 2, 8), cache)
-    assert cache.length == 2
-    transformer(normal(1, 1, 8), cache)
 
 
 def test_attention_sees_distances_not_places(normal):

@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflowlm.flow.bijection import Bijection, ChannelMix, Compose, Direction, Patch, zero_log_det
+from tarflowlm.flow.cached import KVCache
 from tarflowlm.flow.couplings import AdjustWeights, Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.precision import widen
-from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig
+from tarflowlm.flow.transformer import Transformer, TransformerConfig
 
 
 class InputMap(nn.Module):
@@ -106,7 +107,7 @@ class FlowBlock(Bijection):
     def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
         """Features c_n of the next position, given the latents [B, C] of the one before it (None at the start)."""
         x = self.start.expand(batch, -1) if previous is None else widen(self.input(previous))
-        return self.transformer(x[:, None], cache)[:, 0]
+        return cache.extend(x[:, None])[:, 0]
 
     def features_of(
         self, cache: KVCache | None, past: Float[Tensor, "B given C"], *, first: bool
@@ -119,11 +120,11 @@ class FlowBlock(Bijection):
         x = widen(self.input(past))
         if first:
             x = torch.cat((self.start.expand(len(past), 1, -1), x), dim=1)
-        return self.transformer(x, cache)
+        return self.transformer(x) if cache is None else cache.extend(x)
 
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
         """An empty KV cache for `num_positions` positions of this block."""
-        return self.transformer.allocate_cache(batch, num_positions, self.start)
+        return KVCache(self.transformer, batch, num_positions, self.start)
 
     def invert_position(
         self,

@@ -1,4 +1,4 @@
-"""Causal Transformer with an explicit KV cache. It maps vectors to features and knows nothing of flows.
+"""Causal Transformer. It maps vectors to features and knows nothing of flows. Its KV cache: `cached`.
 
 Pre-norm, rotary positions, scaled-dot-product attention, GELU MLP. Every flow block and the discrete baseline use
 this architecture. Shape legend: B batch, N positions, D width, H heads, E = D / H head width.
@@ -41,34 +41,6 @@ class TransformerConfig:
             raise UserError(f"rotary_base {self.rotary_base}: must be above 0 and finite")
 
 
-class KVCache:
-    """Keys and values of every layer for the first `length` positions, in preallocated storage.
-
-    `keys` and `values` hold one [B, H, capacity, E] tensor per layer. A forward pass reads the first `length`
-    entries, writes those of its own positions behind them and advances `length`. `rewind` drops the newest positions
-    without touching storage, so a decoder can revise a segment.
-    """
-
-    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
-        self.keys, self.values, self.length = keys, values, 0
-
-    @property
-    def capacity(self) -> int:
-        """Positions that the storage can hold."""
-        return self.keys[0].shape[2]
-
-    def rewind(self, length: int) -> None:
-        """Keep only the first `length` positions. ValueError for more than there are."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot rewind a cache of {self.length} positions to {length}")
-        self.length = length
-
-    def select(self, rows: Tensor) -> None:
-        """Replace the cached positions of every row b by those of row rows[b], in place."""
-        for stored in (*self.keys, *self.values):
-            stored[:, :, : self.length] = stored[rows, :, : self.length]
-
-
 def rotary_tables(positions: Tensor, num_heads: int, head_width: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and signed sin [N, H, E] for `rotate_`, of the angles position * base^(-2 i / E) (Su et al. 2021)."""
     exponent = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
@@ -101,32 +73,16 @@ class Attention(nn.Module):
         self.query_scale = nn.Parameter(torch.ones(self.head_width))
         self.key_scale = nn.Parameter(torch.ones(self.head_width))
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
-        """[B, N, D] to [B, N, D], with the rotary `tables` of these positions; `layer` is the index into `cache`."""
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """[B, N, D] to [B, N, D], with the rotary `tables` of these positions."""
         B, N, D = x.shape
-        if cache is None:
-            # three products: normalising q and k, and the gradients of all three, then need no copies
-            parts = tuple(F.linear(x, weight) for weight in self.qkv.weight.chunk(3))
-        else:
-            # one product: with a cache the operations are small, and their number sets the time
-            parts = self.qkv(x).chunk(3, dim=-1)
+        # three products: normalising q and k, and the gradients of all three, then need no copies
+        parts = (F.linear(x, weight) for weight in self.qkv.weight.chunk(3))
         q, k, v = (part.view(B, N, self.num_heads, self.head_width) for part in parts)
         q = rotate_(F.layer_norm(q, (self.head_width,), self.query_scale.to(q.dtype)), *tables).transpose(1, 2)
         k = rotate_(F.layer_norm(k, (self.head_width,), self.key_scale.to(k.dtype)), *tables).transpose(1, 2)
         v = v.transpose(1, 2)
-        mask, causal = None, False
-        if N > 1:
-            # by a branch: where a compiler keeps the length open, the comparison itself is no plain bool
-            causal = True
-        if cache is not None:
-            past = cache.length
-            cache.keys[layer][:, :, past : past + N] = k
-            cache.values[layer][:, :, past : past + N] = v
-            k, v = cache.keys[layer][:, :, : past + N], cache.values[layer][:, :, : past + N]
-            if past and N > 1:
-                query_at = torch.arange(past, past + N, device=x.device)[:, None]
-                mask, causal = torch.arange(past + N, device=x.device)[None, :] <= query_at, False
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
 
@@ -144,14 +100,14 @@ class Layer(nn.Module):
         self.up = nn.Linear(config.width, config.mlp_ratio * config.width, bias=False)
         self.down = nn.Linear(config.mlp_ratio * config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         """[B, N, D] to [B, N, D]; arguments as `Attention.forward`."""
         if self.keeps_activations:
-            return self._compute(x, tables, cache, layer)
-        return checkpoint(self._compute, x, tables, cache, layer, use_reentrant=False, preserve_rng_state=False)
+            return self._compute(x, tables)
+        return checkpoint(self._compute, x, tables, use_reentrant=False, preserve_rng_state=False)
 
-    def _compute(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), tables, cache, layer)
+    def _compute(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), tables)
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
@@ -174,29 +130,11 @@ class Transformer(nn.Module):
             nn.init.zeros_(layer.attention.out.weight)  # type: ignore[union-attr, arg-type]
             nn.init.zeros_(layer.down.weight)  # type: ignore[union-attr, arg-type]
 
-    def allocate_cache(self, batch: int, capacity: int, like: Tensor) -> KVCache:
-        """An empty cache for `batch` rows of `capacity` positions, with the dtype and device of `like`."""
-        heads = self.config.num_heads
-        shape = (batch, heads, capacity, self.config.width // heads)
-
-        def storage() -> list[Tensor]:
-            return [like.new_zeros(shape) for _ in self.layers]
-
-        return KVCache(storage(), storage())
-
-    def forward(self, x: Float[Tensor, "B N D"], cache: KVCache | None = None) -> Float[Tensor, "B N D"]:
-        """Features of the inputs x; with a cache, x continues the cached positions.
-
-        ValueError if the cache has no room for N more positions.
-        """
-        past, num_new = (cache.length if cache else 0), x.shape[1]
-        if cache is not None and past + num_new > cache.capacity:
-            raise ValueError(f"cache of {cache.capacity} positions is full: {past} used, {num_new} more requested")
-        positions = torch.arange(past, past + num_new, device=x.device)
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Features of the inputs x."""
+        positions = torch.arange(x.shape[1], device=x.device)
         num_heads = self.config.num_heads
         tables = rotary_tables(positions, num_heads, self.config.width // num_heads, self.config.rotary_base)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, tables, cache, index)
-        if cache is not None:
-            cache.length = past + num_new
+        for layer in self.layers:
+            x = layer(x, tables)
         return self.norm(x)
