@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflowlm.errors import UserError
+from tarflowlm.flow.cached import KVCache
 from tarflowlm.flow.stack import InputMap
 from tarflowlm.flow.transformer import Transformer, TransformerConfig
 
@@ -80,7 +81,20 @@ class Draft(nn.Module):
         """Inputs of past positions, from block 1's features c_n and the latents z_n that came of them."""
         return self.from_features(features) + self.from_latents(z)
 
-    def forward(self, past: Float[Tensor, "R k E"], noise: Float[Tensor, "R W E"]) -> Float[Tensor, "R W P V"]:
-        """Logits of the tokens at the positions of `noise`; both arguments as read by the methods above."""
-        h = self.transformer(torch.cat((past, noise), 1))[:, past.shape[1] :]
+    def allocate_cache(self, rows: int) -> KVCache:
+        """For `forward` without gradients on so many rows, in fewer operations."""
+        return KVCache(self.transformer, rows, self.config.past + self.config.ahead, self.head.weight)
+
+    def forward(
+        self, past: Float[Tensor, "R k E"], noise: Float[Tensor, "R W E"], cache: KVCache | None = None
+    ) -> Float[Tensor, "R W P V"]:
+        """Logits of the tokens at the positions of `noise`; `past` and `noise` as read by the methods above."""
+        x = torch.cat((past, noise), 1)
+        if cache is None:
+            h = self.transformer(x)
+        else:
+            # every call stands alone
+            cache.rewind(0)
+            h = cache.extend(x)
+        h = h[:, past.shape[1] :]
         return self.head(h).unflatten(-1, (self.patch, self.vocab_size))

@@ -70,7 +70,8 @@ def invert_with_drafts(
 
     The result is that of steps up to rounding, as for sweeps, and is checked in the same way: it is mapped forward
     again, and from the first position whose noise does not come back the rest is inverted by steps. auto: times
-    steps and rounds on the first positions and goes on with the faster. Other arguments as `invert_block`.
+    steps and rounds on the first positions and goes on with the faster. `tick` is called once per position that is
+    not settled; other arguments as `invert_block`.
 
     UserError if the model has no draft.
     """
@@ -164,6 +165,7 @@ class _Drafting:
         self.features = u.new_zeros(B, length, self.block.start.shape[0])
         self.tokens = torch.zeros(B, length, self.patch, dtype=torch.long, device=u.device)
         self.cache = self.block.allocate_cache(B, self.num_positions + self.longest)
+        self.draft_cache = self.draft.allocate_cache(B)
         self.rows = torch.arange(B, device=u.device)
         self.final = [0] * B
         self.front = [0] * B
@@ -186,6 +188,7 @@ class _Drafting:
         self._text(self.h)[:, :num] = h[:, :num]
         self._text(self.features)[:, :num] = self.block.features_of(self.cache, h[:, : num - 1], first=True)
         self._decode(slice(self.before, self.before + num))
+        self.ticked = num
         self._move([num] * len(self.rows), [num] * len(self.rows))
 
     def _decode(self, where: slice) -> None:
@@ -204,7 +207,7 @@ class _Drafting:
             self.ticked = min(self.seen_final)
         if self.watch is not None:
             self.seen[self.rows] = self._text(self.tokens)
-            self.watch(Round(self.seen.flatten(1), self.patch * torch.tensor(self.seen_final)))
+            self.watch(Round(self.seen.flatten(1).clone(), self.patch * torch.tensor(self.seen_final)))
         open_rows = [i for i, at in enumerate(self.final) if at < N]
         if not open_rows or len(self.rows) - len(open_rows) >= DROP_SHARE * len(self.rows):
             self._keep(open_rows)
@@ -215,7 +218,8 @@ class _Drafting:
         index = torch.tensor(rows, dtype=torch.long, device=self.h.device)
         for name in ("rows", "noise", "read", "h", "features", "tokens"):
             setattr(self, name, getattr(self, name)[index])
-        self.cache.keep(index)
+        self.cache.stored = [stored[:, index] for stored in self.cache.stored]
+        self.draft_cache = self.draft.allocate_cache(len(rows))
         self.final, self.front = [self.final[i] for i in rows], [self.front[i] for i in rows]
 
     def round(self) -> None:
@@ -246,7 +250,7 @@ class _Drafting:
         past = each, at + torch.arange(-k, 0, device=self.h.device)
         here = each, at + torch.arange(count, device=self.h.device)
         read = self.draft.read_past(self.features[past], self.h[past])
-        tokens = self.draft(read, self.read[here]).argmax(-1)
+        tokens = self.draft(read, self.read[here], self.draft_cache).argmax(-1)
         self.tokens[here] = tokens
         # once it is certain which token it is, its channels are mu + sigma u
         noise = self.noise[here].unflatten(-1, (self.patch, -1))
@@ -265,10 +269,10 @@ class _Drafting:
         if min(self.final) == 0:
             x = torch.where((here[1] == self.before)[..., None], self.block.start, x)
         if len(set(self.final)) == 1:
-            self.cache.rewind(self.final[0])
-            features = self.block.transformer(x, self.cache)
+            self.cache.length = self.final[0]
+            features = self.cache.extend(x)
         else:
-            features = self.block.transformer(x, self.cache, final)
+            features = self.cache.extend(x, final)
         self.features[here] = features
         noise = self.noise[here].flatten(0, 1)
         new = self.block.coupling.invert(noise, features.flatten(0, 1), self.adjust).view(B, n, -1)
