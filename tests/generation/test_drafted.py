@@ -44,7 +44,9 @@ class Oracle(Draft):
     def read_noise(self, u):
         B, N, P = self.tokens.shape
         known = u.new_zeros(B, u.shape[1], P, self.vocab_size)
-        known[:, self.config.past : self.config.past + N] = nn.functional.one_hot(self.tokens, self.vocab_size).float()
+        known[:, self.config.past : self.config.past + N] = nn.functional.one_hot(
+            self.tokens, self.vocab_size
+        ).float()
         return known.flatten(2)
 
     def read_past(self, features, z):
@@ -99,7 +101,7 @@ def test_a_prompt_stands_and_drafts_follow(prompt, patch, blocks, tiny_flow):
     slow, fast = (texts(model, decoder, prompt=given) for decoder in ("sequential", "drafted"))
     assert torch.equal(slow.tokens, fast.tokens)
     torch.testing.assert_close(slow.log_evidence, fast.log_evidence, rtol=1e-4, atol=1e-4)
-    assert fast.decoders[-1] == ("sequential" if 31 == prompt and patch == 2 else "drafted")
+    assert fast.decoders[-1] == ("sequential" if prompt == 31 and patch == 2 else "drafted")
     warm = [texts(model, decoder, prompt=given, temperature=0.6).tokens for decoder in ("sequential", "drafted")]
     assert torch.equal(*warm)
 
@@ -218,7 +220,9 @@ def test_the_draft_reads_what_it_may(tiny_flow, normal):
     logits = draft(draft.read_past(features, z), draft.read_noise(u))
     assert logits.shape == (1, 4, 2, 5)
     for n in range(4):
-        by_noise, by_features, by_latents = torch.autograd.grad(logits[0, n].square().sum(), leaves, retain_graph=True)
+        by_noise, by_features, by_latents = torch.autograd.grad(
+            logits[0, n].square().sum(), leaves, retain_graph=True
+        )
         assert (by_noise.abs().amax((0, 2)) > 0).tolist() == [m <= n for m in range(4)]
         assert (by_features.abs().amax((0, 2)) > 0).all()
         assert (by_latents.abs().amax((0, 2)) > 0).all()
