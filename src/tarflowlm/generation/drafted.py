@@ -31,6 +31,8 @@ from tarflowlm.model import TarFlowLM
 
 LONGEST_PASS = 4
 """A pass covers at most this many times the W + 1 positions of a round, so that open ones cannot pile up."""
+REACH = 8.0
+"""Latents that move by at most this many sigma are taken to keep their token; a mistake costs time alone."""
 DROP_SHARE = 0.25
 """Rows that are done leave the batch when they are this share of it: the others are copied then."""
 TRIAL_STEPS, TRIAL_ROUNDS = 4, 8
@@ -142,9 +144,9 @@ class _Drafting:
     """The state of an inversion by drafts.
 
     In each row, positions before `final` are final: they were computed from final inputs, or from inputs that a pass
-    no longer changed. Tokens before `front` came out as they were guessed, while their latents may still move; the
-    next drafts begin there. Arrays hold the rows that are not done, `rows` says which ones; they begin with k
-    positions before the text, and end with some after it.
+    no longer changed. Those before `front` came out near the guess, so they have the tokens that were guessed, while
+    their latents may still move; the next drafts begin there. Arrays hold the rows that are not done, `rows` says
+    which ones; they begin with k positions before the text, and end with some after it.
     """
 
     def __init__(
@@ -163,7 +165,7 @@ class _Drafting:
         self.read = self.draft.read_noise(self.noise)
         self.h = torch.zeros_like(self.noise)
         self.features = u.new_zeros(B, length, self.block.start.shape[0])
-        self.tokens = torch.zeros(B, length, self.patch, dtype=torch.long, device=u.device)
+        self.reach = REACH * self.book.log_std.max().exp()
         self.cache = self.block.allocate_cache(B, self.num_positions + self.longest)
         self.draft_cache = self.draft.allocate_cache(B)
         self.rows = torch.arange(B, device=u.device)
@@ -171,7 +173,6 @@ class _Drafting:
         self.front = [0] * B
         self.lookahead = Lookahead(config.ahead)
         self.done_h = torch.zeros_like(u)
-        self.seen = torch.zeros(B, self.num_positions, self.patch, dtype=torch.long, device=u.device)
         self.seen_final = [0] * B
 
     def result(self) -> Tensor:
@@ -187,13 +188,8 @@ class _Drafting:
         """Take the first `num` positions from h [B, N, C]."""
         self._text(self.h)[:, :num] = h[:, :num]
         self._text(self.features)[:, :num] = self.block.features_of(self.cache, h[:, : num - 1], first=True)
-        self._decode(slice(self.before, self.before + num))
         self.ticked = num
         self._move([num] * len(self.rows), [num] * len(self.rows))
-
-    def _decode(self, where: slice) -> None:
-        z = self.h[:, where].unflatten(-1, (self.patch, -1))
-        self.tokens[:, where] = self.book.decode(z)
 
     def _move(self, final: list[int], front: list[int]) -> None:
         """Note how far every row is, tell who watches, and drop the rows that are done."""
@@ -206,8 +202,8 @@ class _Drafting:
                 self.tick()
             self.ticked = min(self.seen_final)
         if self.watch is not None:
-            self.seen[self.rows] = self._text(self.tokens)
-            self.watch(Round(self.seen.flatten(1).clone(), self.patch * torch.tensor(self.seen_final)))
+            tokens = self.book.decode(self.result().unflatten(-1, (self.patch, -1))).flatten(1)
+            self.watch(Round(tokens, self.patch * torch.tensor(self.seen_final)))
         open_rows = [i for i, at in enumerate(self.final) if at < N]
         if not open_rows or len(self.rows) - len(open_rows) >= DROP_SHARE * len(self.rows):
             self._keep(open_rows)
@@ -216,7 +212,7 @@ class _Drafting:
         """Go on with these rows alone."""
         self.done_h[self.rows] = self._text(self.h)
         index = torch.tensor(rows, dtype=torch.long, device=self.h.device)
-        for name in ("rows", "noise", "read", "h", "features", "tokens"):
+        for name in ("rows", "noise", "read", "h", "features"):
             setattr(self, name, getattr(self, name)[index])
         self.cache.stored = [stored[:, index] for stored in self.cache.stored]
         self.draft_cache = self.draft.allocate_cache(len(rows))
@@ -251,7 +247,6 @@ class _Drafting:
         here = each, at + torch.arange(count, device=self.h.device)
         read = self.draft.read_past(self.features[past], self.h[past])
         tokens = self.draft(read, self.read[here], self.draft_cache).argmax(-1)
-        self.tokens[here] = tokens
         # once it is certain which token it is, its channels are mu + sigma u
         noise = self.noise[here].unflatten(-1, (self.patch, -1))
         self.h[here] = self.book.encode(tokens, noise).flatten(2)
@@ -259,7 +254,7 @@ class _Drafting:
     def _pass(self, n: int) -> Tensor:
         """Block 1 on n positions from `final` on in every row; returns how far the rows get, [2, B].
 
-        The first number counts the positions that are final now, the second those whose tokens are believed.
+        The first number counts the positions that are final now, the second those whose tokens were guessed right.
         """
         B = len(self.rows)
         final = torch.tensor(self.final, device=self.h.device)
@@ -276,11 +271,11 @@ class _Drafting:
         self.features[here] = features
         noise = self.noise[here].flatten(0, 1)
         new = self.block.coupling.invert(noise, features.flatten(0, 1), self.adjust).view(B, n, -1)
-        tokens = self.book.decode(new.unflatten(-1, (self.patch, -1)))
-        change = ((new - self.h[here]).abs() / (1 + new.abs())).amax(-1)
+        moved = (new - self.h[here]).abs_()
         # NaN counts as changed, so it advances one position at a time
-        kept = torch.stack((change <= TOLERANCE[new.dtype], (tokens == self.tokens[here]).all(-1)))
-        self.h[here], self.tokens[here] = new, tokens
+        settled = (moved <= TOLERANCE[new.dtype] * (1 + new.abs())).all(-1)
+        kept = torch.stack((settled, (moved <= self.reach).all(-1)))
+        self.h[here] = new
         self.passes += 1
         # a position is final when those before it are, so the one after them is final, too
         return kept.long().cumprod(-1).sum(-1) + 1
