@@ -52,8 +52,8 @@ class Oracle(Draft):
     def read_past(self, features, z):
         return None
 
-    def forward(self, past, noise, cache):
-        return noise.unflatten(-1, (-1, self.vocab_size))
+    def forward(self, past, noise, cache, *, first):
+        return noise[:, first:].unflatten(-1, (-1, self.vocab_size))
 
 
 @pytest.mark.parametrize("couplings", [("mixd",), ("mixd", "mix1", "mix1"), ("mix1", "mix1")], ids="-".join)
@@ -212,20 +212,20 @@ def test_looking_ahead_follows_what_was_accepted_and_what_it_costs():
 
 
 def test_the_draft_reads_what_it_may(tiny_flow, normal):
-    """Drafts depend on the noise up to their own position, and on all of the past."""
+    """A guess depends on the noise up to its own position, and on what is known before it."""
     model = drafting(tiny_flow(couplings=("mixd",), patch=2))
     draft: Draft = model.draft
-    u, features, z = normal(1, 4, 4).float(), normal(1, 2, 8).float(), normal(1, 2, 4).float()
+    u, features, z = normal(1, 5, 4).float(), normal(1, 2, 8).float(), normal(1, 2, 4).float()
     leaves = [x.requires_grad_() for x in (u, features, z)]
     logits = draft(draft.read_past(features, z), draft.read_noise(u))
-    assert logits.shape == (1, 4, 2, 5)
-    for n in range(4):
-        by_noise, by_features, by_latents = torch.autograd.grad(
-            logits[0, n].square().sum(), leaves, retain_graph=True
-        )
-        assert (by_noise.abs().amax((0, 2)) > 0).tolist() == [m <= n for m in range(4)]
-        assert (by_features.abs().amax((0, 2)) > 0).all()
-        assert (by_latents.abs().amax((0, 2)) > 0).all()
+    assert logits.shape == (1, 5, 2, 5)
+    for n in range(5):
+        size = logits[0, n].square().sum()
+        by_noise, by_features, by_latents = torch.autograd.grad(size, leaves, retain_graph=True)
+        assert (by_noise.abs().amax((0, 2)) > 0).tolist() == [m <= n for m in range(5)]
+        assert (by_features.abs().amax((0, 2)) > 0).tolist() == [m <= n for m in range(2)]
+        assert (by_latents.abs().amax((0, 2)) > 0).tolist() == [m <= n for m in range(2)]
     with torch.no_grad():
-        cached = draft(draft.read_past(features, z), draft.read_noise(u), draft.allocate_cache(1))
-    torch.testing.assert_close(cached, logits)
+        past, noise = draft.read_past(features, z), draft.read_noise(u)
+        cached = draft(past, noise, draft.allocate_cache(1), first=1)
+    torch.testing.assert_close(cached, logits[:, 1:])

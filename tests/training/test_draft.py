@@ -172,11 +172,12 @@ def test_targets_are_the_tokens_that_the_noise_gives(patch, tiny_flow):
         draft = model.new_draft(CONFIG).double()
     N = 16 // patch
     logits, targets = guesses(draft, pairs, torch.tensor([[0, N - 2], [3, N - 1]]))
-    assert logits.shape == (4, 3, patch, 5)
-    shaped = tokens.view(2, N, patch)
-    assert torch.equal(targets[0], shaped[0, :3])
-    assert torch.equal(targets[1], torch.cat((shaped[0, N - 2 :], torch.full((1, patch), OUTSIDE))))
-    assert torch.equal(targets[2], shaped[1, 3:6])
+    assert logits.shape == (4, 4, patch, 5)
+    shaped, outside = tokens.view(2, N, patch), torch.full((1, patch), OUTSIDE)
+    # the first is a guess of the last known position, from what came before it
+    assert torch.equal(targets[0], torch.cat((outside, shaped[0, :3])))
+    assert torch.equal(targets[1], torch.cat((shaped[0, N - 3 :], outside)))
+    assert torch.equal(targets[2], shaped[1, 2:6])
 
 
 def test_a_draft_behind_a_wrong_one_hardly_counts():
@@ -184,7 +185,7 @@ def test_a_draft_behind_a_wrong_one_hardly_counts():
     logits = torch.zeros(4, 3, 1, 2)
     logits[:, 0, 0, 1] = 1.0  # all wrong from the first on
     logits[:, 1:, 0, 0] = 1.0
-    loss, share = draft_loss(logits, targets)
+    loss, share = draft_loss(logits, targets, 3)
     first = torch.nn.functional.cross_entropy(logits[:, 0, 0], targets[:, 0, 0])
     assert 0 <= first - loss < 0.05
     assert share.tolist() == [0.0, 0.0, 0.0]

@@ -34,7 +34,7 @@ class DraftConfig:
     """Transformer layers."""
     trunk: TransformerConfig = field(default_factory=TransformerConfig)
     """Shape of its Transformer."""
-    past: int = 4
+    past: int = 12
     """Positions before the first draft whose features and latents are read, k."""
     ahead: int = 10
     """Positions drafted at most, W."""
@@ -48,8 +48,10 @@ class DraftConfig:
 class Draft(nn.Module):
     """Logits of the tokens at W coming positions, from their noise and the k positions before them.
 
-    One causal Transformer reads k vectors of the past, then W vectors of noise; the outputs at the latter are
-    logits. What lies before the first position of a text counts as zero features and zero latents.
+    One causal Transformer has an input per position n: what is known of it, that is block 1's features c_n and the
+    latents z_n or a vector that stands for an open position, and the noise u_(n+1) of the next one, whose token the
+    output at n predicts. From a frontier f on it reads k known positions, then W - 1 open ones. What lies before the
+    first position of a text counts as zero features and zero latents.
     """
 
     def __init__(self, config: DraftConfig, *, features: int, patch: int, latent_dim: int, vocab_size: int) -> None:
@@ -65,6 +67,7 @@ class Draft(nn.Module):
             nn.GELU(),
             nn.Linear(2 * width, width),
         )
+        self.open = nn.Parameter(torch.randn(width))
         self.transformer = Transformer(config.trunk, config.layers)
         self.head = nn.Linear(width, patch * vocab_size)
         nn.init.zeros_(self.head.weight)
@@ -83,18 +86,27 @@ class Draft(nn.Module):
 
     def allocate_cache(self, rows: int) -> KVCache:
         """For `forward` without gradients on so many rows, in fewer operations."""
-        return KVCache(self.transformer, rows, self.config.past + self.config.ahead, self.head.weight)
+        return KVCache(self.transformer, rows, self.config.past + self.config.ahead - 1, self.head.weight)
 
     def forward(
-        self, past: Float[Tensor, "R k E"], noise: Float[Tensor, "R W E"], cache: KVCache | None = None
-    ) -> Float[Tensor, "R W P V"]:
-        """Logits of the tokens at the positions of `noise`; `past` and `noise` as read by the methods above."""
-        x = torch.cat((past, noise), 1)
+        self,
+        past: Float[Tensor, "R k E"],
+        noise: Float[Tensor, "R M E"],
+        cache: KVCache | None = None,
+        *,
+        first: int = 0,
+    ) -> Float[Tensor, "R outputs P V"]:
+        """Logits of the tokens at the positions of `noise` from its entry `first` on.
+
+        `past`: positions f - k to f - 1, as `read_past` gives them; `noise`: positions f - k + 1 on, as `read_noise`
+        does. The first k - 1 outputs are guesses of tokens before the frontier, from what came before each.
+        """
+        k = past.shape[1]
+        x = torch.cat((noise[:, :k] + past, noise[:, k:] + self.open), 1)
         if cache is None:
             h = self.transformer(x)
         else:
             # every call stands alone
             cache.rewind(0)
             h = cache.extend(x)
-        h = h[:, past.shape[1] :]
-        return self.head(h).unflatten(-1, (self.patch, self.vocab_size))
+        return self.head(h[:, first:]).unflatten(-1, (self.patch, self.vocab_size))

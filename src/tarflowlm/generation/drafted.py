@@ -244,9 +244,10 @@ class _Drafting:
         each = torch.arange(len(self.rows), device=self.h.device)[:, None]
         k = self.before
         past = each, at + torch.arange(-k, 0, device=self.h.device)
-        here = each, at + torch.arange(count, device=self.h.device)
+        window = each, at + torch.arange(1 - k, count, device=self.h.device)
+        here = each, window[1][:, k - 1 :]
         read = self.draft.read_past(self.features[past], self.h[past])
-        tokens = self.draft(read, self.read[here], self.draft_cache).argmax(-1)
+        tokens = self.draft(read, self.read[window], self.draft_cache, first=k - 1).argmax(-1)
         # once it is certain which token it is, its channels are mu + sigma u
         noise = self.noise[here].unflatten(-1, (self.patch, -1))
         self.h[here] = self.book.encode(tokens, noise).flatten(2)

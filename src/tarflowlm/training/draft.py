@@ -42,7 +42,7 @@ class DraftTraining:
     """Train for this time instead, over all sessions; 0 counts steps."""
     batch_size: int = 8
     """Sequences per step."""
-    frontiers: int = 32
+    frontiers: int = 16
     """Positions of each sequence from which is drafted in a step."""
     lr: float = 6e-3
     """Peak learning rate."""
@@ -233,7 +233,7 @@ class _DraftRun:
         pairs = pairs_of(self.model, self.sampler.next().to(self.model.device), self.generator)
         B, N = pairs.z.shape[:2]
         front = torch.randint(N, (B, self.training.frontiers), generator=self.generator).to(pairs.z.device)
-        loss, _ = draft_loss(*guesses(self.draft, pairs, front))
+        loss, _ = draft_loss(*guesses(self.draft, pairs, front), self.draft.config.ahead)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()

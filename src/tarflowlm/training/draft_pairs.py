@@ -46,15 +46,18 @@ def pairs_of(model: TarFlowLM, tokens: Tensor, generator: torch.Generator) -> Pa
 
 
 def guesses(draft: Draft, pairs: Pairs, front: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [R, W, P, V] from frontiers `front` [B, F], and the tokens [R, W, P] they should give."""
+    """Logits [R, k - 1 + W, P, V] from frontiers `front` [B, F], and the tokens [R, k - 1 + W, P] they should give.
+
+    The last W are the drafts. Those before guess a single position ahead, at each of the past positions.
+    """
     k, W = draft.config.past, draft.config.ahead
     past = draft.read_past(F.pad(pairs.features, (0, 0, k, 0)), F.pad(pairs.z, (0, 0, k, 0)))
-    noise = draft.read_noise(F.pad(pairs.u, (0, 0, 0, W)))
+    noise = draft.read_noise(F.pad(pairs.u, (0, 0, k - 1, W)))
     row = torch.arange(len(front), device=front.device)[:, None, None]
     before = front[:, :, None] + torch.arange(k, device=front.device)
-    ahead = front[:, :, None] + torch.arange(W, device=front.device)
+    ahead = front[:, :, None] + torch.arange(k - 1 + W, device=front.device)
     logits = draft(past[row, before].flatten(0, 1), noise[row, ahead].flatten(0, 1))
-    targets = F.pad(pairs.tokens, (0, 0, 0, W), value=OUTSIDE)[row, ahead]
+    targets = F.pad(pairs.tokens, (0, 0, k - 1, W), value=OUTSIDE)[row, ahead]
     return logits, targets.flatten(0, 1)
 
 
@@ -63,18 +66,19 @@ def right_before(right: Tensor) -> Tensor:
     return F.pad(right.long().cumprod(1)[:, :-1], (1, 0), value=1)
 
 
-def draft_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def draft_loss(logits: Tensor, targets: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
     """The loss in nats per token, and for every offset the share [W] of frontiers whose drafts are right so far.
 
     Cross-entropy, in which an offset has the weight of the share of frontiers that get there: a draft behind a wrong
-    one is worth nothing.
+    one is worth nothing. All guesses of the position behind a known one share the weight of the first offset.
     """
-    inside = targets != OUTSIDE
+    inside, drafts = targets != OUTSIDE, slice(-ahead, None)
     nats = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none", ignore_index=OUTSIDE)
     with torch.no_grad():
-        right = ((logits.argmax(-1) == targets) | ~inside).all(-1)
-        share = right_before(right).double().mean(0)
-        weight = share.clamp(min=LEAST_WEIGHT)[:, None] * inside
+        right = ((logits[:, drafts].argmax(-1) == targets[:, drafts]) | ~inside[:, drafts]).all(-1)
+        share = right_before(right).double().mean(0).clamp(min=LEAST_WEIGHT)
+        dense = targets.shape[1] - ahead + 1
+        weight = torch.cat((share[:1].expand(dense) / dense, share[1:]))[:, None] * inside
         weight /= weight.sum().clamp(min=1e-9)
     return (nats.view(targets.shape) * weight.to(nats.dtype)).sum(), right.long().cumprod(1).double().mean(0)
 
@@ -89,7 +93,7 @@ def tokens_per_pass(draft: Draft, pairs: Pairs, *, at_once: int = 16) -> float:
     steps = []
     for first in range(0, N, at_once):
         front = torch.arange(first, min(first + at_once, N), device=pairs.z.device).expand(B, -1)
-        logits, targets = guesses(draft, pairs, front)
+        logits, targets = (x[:, -draft.config.ahead :] for x in guesses(draft, pairs, front))
         right = ((logits.argmax(-1) == targets) & (targets != OUTSIDE)).all(-1)
         steps.append(right.long().cumprod(1).sum(1).view(B, -1) + 1)
     advance = torch.cat(steps, 1).tolist()
