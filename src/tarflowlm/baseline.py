@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow.cached import KVCache
+from tarflowlm.flow.compiled import allocate
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.precision import widen
 from tarflowlm.flow.transformer import Transformer
@@ -96,6 +97,14 @@ class TokenLM(LanguageModel):
         """Logits of the P tokens of each position, from its features and, with `in_patch`, its earlier tokens."""
         return widen(self.head(self.token_features(features, self._in_patch(tokens))))
 
+    def place_logits(
+        self, features: Float[Tensor, "B D"], tokens: Int[Tensor, "B P"], place: int
+    ) -> Float[Tensor, "B V"]:
+        """Logits of token `place` of one position, from its features and, with `in_patch`, the tokens before it."""
+        if self.config.patch == 1:
+            return widen(self.head(features))
+        return self.patch_logits(features[:, None], tokens)[:, 0, place]
+
     def log_prob(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
         """Exact log p(x) per sequence, in nats. UserError if P does not divide T."""
         return self.token_log_prob(tokens).sum(-1)
@@ -157,7 +166,7 @@ class TokenLM(LanguageModel):
 
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
         """An empty KV cache for `num_positions` positions."""
-        return KVCache(self.transformer, batch, num_positions, self.start)
+        return allocate(self.transformer, batch, num_positions, self.start)
 
     def states(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B positions D"]:
         """Features after the start vector and after each of the N positions; the last are those of the whole text."""
@@ -166,5 +175,5 @@ class TokenLM(LanguageModel):
 
     def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
         """Features of the next position, given the tokens [B, P] of the one before it (None at the start)."""
-        x = self.start.expand(batch, -1) if previous is None else self._positions(previous)[:, 0]
-        return cache.extend(x[:, None])[:, 0]
+        x = self.start.expand(batch, 1, -1) if previous is None else self._positions(previous)
+        return cache.extend(x)[:, 0]

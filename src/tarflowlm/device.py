@@ -1,5 +1,8 @@
 """The device a command runs on, its threads, and waiting for it."""
 
+import importlib.util
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +21,16 @@ def pick_device(name: DeviceName = "auto") -> torch.device:
         usable = ", ".join(candidate for candidate, there in available.items() if there)
         raise UserError(f"device {name}: not available on this machine; use one of auto, {usable}")
     return torch.device(name)
+
+
+def missing_for_compilation(device: torch.device) -> str | None:
+    """The first requirement of torch.compile that is not there (triton on CUDA GPUs, a compiler), or None."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton"
+    variable, names = ("CC", ("cc", "gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++", "cl"))
+    if os.environ.get(variable) or any(shutil.which(name) for name in names):
+        return None
+    return "a C compiler" if device.type == "cuda" else "a C++ compiler"
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from torch.autograd.functional import jacobian
 
 from tarflowlm.flow import numerics
 from tarflowlm.flow.codebook import Codebook
-from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling
+from tarflowlm.flow.couplings import AffineCoupling, ChannelCoupling, Coupling, Mix1Coupling
 from tarflowlm.flow.mixd import MixDCoupling
+from tarflowlm.flow.newton import Newton
 from tarflowlm.flow.numerics import layout, standard_normal_log_prob
 from tarflowlm.language_model import seeded
 
@@ -268,3 +269,32 @@ def test_standard_normal_log_prob_equals_torch_distributions(normal):
     u = normal(3, 4, 2)
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(u).sum((1, 2))
     torch.testing.assert_close(standard_normal_log_prob(u), expected, check_dtype=False)
+
+
+def test_a_newton_step_divides_the_residual_by_the_slope_of_each_channel(coupling, normal):
+    if not isinstance(coupling, ChannelCoupling):
+        return
+    z, u, features = normal(1, 1, C), normal(1, 1, C, seed=4), normal(1, 1, WIDTH, seed=2)
+    slope = jacobian(lambda v: coupling(v[None, None], features)[0].flatten(), z.flatten()).diagonal()
+    with torch.no_grad():
+        new, residual = coupling.newton_step(z, u, features)
+        torch.testing.assert_close(residual, u - coupling(z, features)[0])
+        torch.testing.assert_close(new, z + residual / slope)
+        solution = coupling.invert(u[:, 0], features[:, 0])[:, None]
+        torch.testing.assert_close(coupling.newton_step(solution, u, features)[0], solution, rtol=1e-9, atol=1e-9)
+
+
+def test_newton_judges_no_step_by_itself_alone():
+    """A first step, however small, has nothing to be compared with; nothing that is not a number settles."""
+    zero = torch.zeros(1, 3, 2)
+    newton = Newton(1e-6)
+    assert newton.settled(zero + 1e-4, zero, zero, zero).tolist() == [False] * 3
+    assert newton.contracts
+    # the next changes would be about 1e-6, then 1e-8
+    assert newton.settled(zero + 1e-6, zero, zero, zero).tolist() == [True] * 3
+    assert newton.settled(zero + 1e-7, zero, zero + 1.0, zero).tolist() == [False] * 3
+    assert newton.settled(zero + float("nan"), zero, zero, zero).tolist() == [False] * 3
+    assert not newton.contracts
+    far = Newton(1e-6, largest=0.5)
+    far.settled(zero + 4.0, zero, zero, zero)
+    assert not far.contracts

@@ -166,7 +166,7 @@ def test_the_compiled_loss_is_one_graph(out, name):
     ("cuda", "bfloat16", True), ("cuda", "float32", False), ("cpu", "bfloat16", False), ("mps", "bfloat16", False),
 ])  # fmt: skip
 def test_half_precision_compiles_on_a_gpu_unless_told_otherwise(monkeypatch, device, precision, expected):
-    monkeypatch.setattr(parallel, "_missing_for_compilation", lambda: None)
+    monkeypatch.setattr(parallel, "missing_for_compilation", lambda device: None)
     train = TrainConfig(precision=precision)
     assert parallel.compiles(train, ALONE, torch.device(device)) is expected
     for said in (False, True):
@@ -176,8 +176,8 @@ def test_half_precision_compiles_on_a_gpu_unless_told_otherwise(monkeypatch, dev
 @pytest.mark.parametrize("missing", ["triton", "a C compiler"])
 def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch, missing):
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(parallel.importlib.util, "find_spec", lambda _: None if missing == "triton" else "there")
-    monkeypatch.setattr(parallel.shutil, "which", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None if missing == "triton" else "there")
+    monkeypatch.setattr("shutil.which", lambda _: None)
     train, gpu = TrainConfig(precision="bfloat16"), torch.device("cuda")
     with pytest.warns(UserWarning, match=f"torch.compile needs {missing}, which is not installed"):
         assert not parallel.compiles(train, ALONE, gpu)

@@ -12,14 +12,17 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from tarflowlm.baseline import BaselineConfig
 from tarflowlm.bench.measure import median_ratio, seconds_per_call
-from tarflowlm.choices import Decoder, DeviceName
+from tarflowlm.bench.peers import gpt2, llama, sampler
+from tarflowlm.choices import DeviceName
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
-from tarflowlm.generation.generate import num_ticks
-from tarflowlm.generation.inversion import invert_block, invert_stack
+from tarflowlm.generation.generate import Generation, num_ticks
+from tarflowlm.generation.inversion import Decoders, invert_block, invert_stack
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.runs.checkpoint import load_checkpoint
@@ -34,6 +37,10 @@ class Args:
     """Run directories; tokens per second are compared with the first, for instance a baseline."""
     batches: tuple[int, ...] = (1, 16)
     """Samples at once."""
+    peers: bool = False
+    """Also time a GPT-2 and a Llama of `transformers` in the shape of the first model."""
+    compile: bool = False
+    """Also time every model with --compile."""
     length: int | None = None
     """Tokens per sample; the default is each model's context."""
     rounds: int = 3
@@ -100,8 +107,15 @@ def _length(model: LanguageModel, args: Args) -> int:
     return args.length or model.config.context
 
 
-def _decoders(model: LanguageModel) -> tuple[Decoder, ...]:
-    return ("sequential",) if model.is_exact else ("sequential", "auto")
+def _decoders(model: LanguageModel) -> dict[str, Decoders]:
+    """The ways to decode this model that are compared: name -> `decoder` of `generate`."""
+    if model.is_exact:
+        return {"steps": "sequential"}
+    sweeps_above: Decoders = (*("parallel",) * (model.num_blocks - 1), "sequential")
+    ways: dict[str, Decoders] = {"steps": "sequential", "steps below sweeps": sweeps_above, "auto": "auto"}
+    if as_flow(model).draft is not None:
+        ways["drafted"] = "drafted"
+    return ways if model.num_blocks > 1 else {k: way for k, way in ways.items() if way != sweeps_above}
 
 
 def _models(
@@ -109,25 +123,39 @@ def _models(
 ) -> list[dict[str, Any]]:
     contenders: dict[str, Callable[[], object]] = {}
     tokens: dict[str, int] = {}
-    chosen: dict[str, tuple[Decoder, ...]] = {}
+    chosen: dict[str, Generation] = {}
+
+    def add(name: str, length: int, call: Callable[[], object]) -> None:
+        contenders[name], tokens[name] = call, batch * length
+
     for name, model in models.items():
-        for decoder in _decoders(model):
+        length = _length(model, args)
+        for way, decoder in _decoders(model).items():
+            for compiled in (False, True) if args.compile else (False,):
+                key = f"{name} {way}{' compiled' if compiled else ''}"
 
-            def call(
-                model: LanguageModel = model, decoder: Decoder = decoder, key: str = f"{name} {decoder}"
-            ) -> None:
-                found = generate(
-                    model,
-                    num_tokens=_length(model, args),
-                    num=batch,
-                    decoder=decoder,
-                    generator=torch.Generator().manual_seed(0),
-                )
-                chosen[key] = found.decoders
+                def call(
+                    model: LanguageModel = model,
+                    length: int = length,
+                    decoder: Decoders = decoder,
+                    key: str = key,
+                    compiled: bool = compiled,
+                ) -> None:
+                    chosen[key] = generate(
+                        model,
+                        num_tokens=length,
+                        num=batch,
+                        decoder=decoder,
+                        compile=compiled,
+                        generator=torch.Generator().manual_seed(0),
+                    )
 
-            contenders[f"{name} {decoder}"] = call
-            tokens[f"{name} {decoder}"] = batch * _length(model, args)
+                add(key, length, call)
     device = pick_device(args.device)
+    if args.peers:
+        for name, sample in _peers(next(iter(models.values())), device).items():
+            length = _length(next(iter(models.values())), args)
+            add(name, length, partial(sample, batch, length))
     seconds = _rounds(contenders, args.rounds, device, partial(progress, f"models, batch {batch}, rounds"))
     per_token = {name: [s / tokens[name] for s in times] for name, times in seconds.items()}
     reference = next(iter(per_token.values()))
@@ -137,10 +165,22 @@ def _models(
             "batch": batch,
             "tokens_per_second": 1 / statistics.median(times),
             "ratio": median_ratio(reference, times),
-            "decoders": chosen[name],
+            "decoders": chosen[name].decoders if name in chosen else (),
+            "passes": chosen[name].sweeps if name in chosen else (),
         }
         for name, times in per_token.items()
     ]
+
+
+def _peers(model: LanguageModel, device: torch.device) -> dict[str, Callable[[int, int], Tensor]]:
+    """Samplers of a GPT-2 and a Llama in the shape of the baseline `model`. UserError for another model."""
+    config = model.config
+    if not isinstance(config, BaselineConfig) or config.patch > 1:
+        raise UserError("--peers compares with a baseline without patches: name one first, like english-mini-ar")
+    made = {"GPT-2": gpt2(config), "Llama": llama(config)}
+    return {
+        f"{name} (transformers)": sampler(peer.to(device).eval(), config.vocab_size) for name, peer in made.items()
+    }
 
 
 @torch.no_grad()
@@ -198,7 +238,8 @@ def _positions(name: str, model: LanguageModel, args: Args, progress: StageProgr
 def _identical(name: str, model: TarFlowLM, args: Args, progress: StageProgress) -> dict[str, Any]:
     """How many tokens differ from those by steps: with sweeps in every block, and with the automatic choice."""
     texts = {}
-    for decoder in ("sequential", "parallel", "auto"):
+    drafted = ("drafted",) if model.draft is not None else ()
+    for decoder in ("sequential", "parallel", "auto", *drafted):
         what = f"{args.seeds} samples of {name}, {decoder}, positions"
         found = generate(
             model,
@@ -215,17 +256,19 @@ def _identical(name: str, model: TarFlowLM, args: Args, progress: StageProgress)
         "tokens": texts["sequential"].numel(),
         "differ_parallel": int((texts["parallel"] != texts["sequential"]).sum()),
         "differ_auto": int((texts["auto"] != texts["sequential"]).sum()),
+        "differ_drafted": int((texts["drafted"] != texts["sequential"]).sum()) if drafted else None,
     }
 
 
 def print_result(result: dict[str, Any], console: Console) -> None:
     """The tables of `run`'s result."""
     title = f"generation, {result['device']}, {result['threads']} threads"
-    models = Table("", "batch", "tokens/s", "over the first", "blocks L..1", title=title, title_justify="left")
+    columns = ("", "batch", "tokens/s", "over the first", "blocks L..1", "passes")
+    models = Table(*columns, title=title, title_justify="left")
     for row in result["models"]:
         decoders = " ".join(d[:3] for d in row["decoders"])
         rate, ratio = f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}"
-        models.add_row(row["name"], str(row["batch"]), rate, ratio, decoders)
+        models.add_row(row["name"], str(row["batch"]), rate, ratio, decoders, " ".join(map(str, row["passes"])))
     blocks = Table(
         "", "block", "batch", "steps, s", "sweeps, s", "faster", "sweeps", title="by block", title_justify="left"
     )
@@ -243,6 +286,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     for row in result["identical"]:
         console.print(
             f"{row['name']}: {row['seeds']} samples, {row['tokens']:,} tokens; different from steps: "
-            f"{row['differ_parallel']} by sweeps, {row['differ_auto']} by the automatic choice",
+            f"{row['differ_parallel']} by sweeps, {row['differ_auto']} by the automatic choice"
+            + ("" if row["differ_drafted"] is None else f", {row['differ_drafted']} by drafts"),
             markup=False,
         )

@@ -25,8 +25,9 @@ class LayerWeights(NamedTuple):
 
     attention_norm: Tensor
     qkv: Tensor
+    """[3, D, D]."""
     scale: Tensor
-    """[3 H, E]: what normalised queries and keys are multiplied by; ones for values."""
+    """[2, 1, 1, 1, E]: what normalised queries and keys are multiplied by."""
     out: Tensor
     mlp_norm: Tensor
     up: Tensor
@@ -36,11 +37,10 @@ class LayerWeights(NamedTuple):
     def of(layer: Layer) -> "LayerWeights":
         """Those of a layer, as they are now."""
         attention = layer.attention
-        scales = attention.query_scale.detach(), attention.key_scale.detach(), torch.ones_like(attention.key_scale)
         return LayerWeights(
             attention_norm=layer.attention_norm.weight.detach(),
-            qkv=_by_inputs(attention.qkv.weight),
-            scale=torch.stack(scales).repeat_interleave(attention.num_heads, 0),
+            qkv=_by_inputs(torch.stack(attention.qkv.weight.chunk(3))),
+            scale=torch.stack((attention.query_scale, attention.key_scale)).detach()[:, None, None, None],
             out=_by_inputs(attention.out.weight),
             mlp_norm=layer.mlp_norm.weight.detach(),
             up=_by_inputs(layer.up.weight),
@@ -49,8 +49,8 @@ class LayerWeights(NamedTuple):
 
 
 def _by_inputs(weight: Tensor) -> Tensor:
-    """A weight [outputs, inputs] as [inputs, outputs]."""
-    transposed = weight.detach().t()
+    """A weight [..., outputs, inputs] as [..., inputs, outputs]."""
+    transposed = weight.detach().transpose(-1, -2)
     copies = weight.device.type == "cpu" and weight.numel() <= LARGEST_COPY
     return transposed.contiguous() if copies else transposed
 
@@ -82,10 +82,10 @@ class KVCache:
     def __init__(self, transformer: Transformer, batch: int, capacity: int, like: Tensor) -> None:
         """For `batch` rows of `capacity` positions, with the dtype and device of `like`."""
         config = transformer.config
-        self.num_heads, head_width = config.num_heads, config.width // config.num_heads
+        head_width = config.width // config.num_heads
         self.weights = [LayerWeights.of(layer) for layer in transformer.layers]  # type: ignore[arg-type]
         self.norm = transformer.norm.weight.detach()
-        shape = (2, batch, self.num_heads, capacity, head_width)
+        shape = (2, batch, config.num_heads, capacity, head_width)
         self.stored = [like.new_zeros(shape) for _ in self.weights]
         """Keys and values of each layer."""
         positions = torch.arange(capacity, device=like.device)
@@ -117,38 +117,14 @@ class KVCache:
         `length` then plays no part. ValueError where the cache has no room for them.
         """
         with torch.inference_mode():
-            features = self._features(x, self._behind(x.shape[1]) if starts is None else self._at(starts, x.shape[1]))
+            features = self._run(x, self._behind(x.shape[1]) if starts is None else self._at(starts, x.shape[1]))
         if starts is None:
             self.length += x.shape[1]
-        # a copy, so that it may go where a graph is built
-        return features.clone()
+        # outside of inference mode a copy, which may go where a graph is built
+        return features if torch.is_inference_mode_enabled() else features.clone()
 
-    def _features(self, x: Tensor, places: Places) -> Tensor:
-        B, N, D = x.shape
-        h = x.reshape(B * N, D)
-        for weights, stored in zip(self.weights, self.stored, strict=True):
-            h = self._attend(h, weights, stored, places, B, N)
-            active = F.gelu(F.layer_norm(h, (D,), weights.mlp_norm).mm(weights.up))
-            h = torch.addmm(h, active, weights.down)
-        return F.layer_norm(h, (D,), self.norm).view(B, N, D)
-
-    def _attend(self, h: Tensor, weights: LayerWeights, stored: Tensor, places: Places, B: int, N: int) -> Tensor:
-        """h + attention(norm(h)), [B N, D]; writes the new keys and values."""
-        H, E = self.num_heads, weights.scale.shape[1]
-        qkv = F.layer_norm(h, h.shape[1:], weights.attention_norm).mm(weights.qkv).view(B, N, 3 * H, E)
-        # queries and keys at once, normalised and rotated as in `rotate_`; values go with them only to save a copy
-        normal = F.layer_norm(qkv, (E,)).mul_(weights.scale)[:, :, : 2 * H]
-        torch.addcmul(normal * places.cos, normal.roll(E // 2, -1), places.sin, out=qkv[:, :, : 2 * H])
-        parts = qkv.view(B, N, 3, H, E)
-        if isinstance(places.write, slice):
-            stored[:, :, :, places.write] = parts[:, :, 1:].permute(2, 0, 3, 1, 4)
-        else:
-            rows, positions = places.write
-            stored[:, rows, :, positions] = parts[:, :, 1:]
-        keys, values = stored[:, :, :, : places.end].unbind(0)
-        queries = parts[:, :, 0].transpose(1, 2)
-        y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=places.mask, is_causal=places.causal)
-        return torch.addmm(h, y.transpose(1, 2).reshape(B * N, H * E), weights.out)
+    def _run(self, x: Tensor, places: Places) -> Tensor:
+        return transform(x, places, self.weights, self.stored, self.norm)
 
     def _behind(self, N: int) -> Places:
         """N positions behind the cached ones."""
@@ -170,3 +146,33 @@ class KVCache:
         mask = (self.positions[:end] <= at[:, :, None])[:, None]
         rows = torch.arange(len(starts), device=at.device)[:, None]
         return Places(self.cos[at], self.sin[at], (rows, at), end, mask, causal=False)
+
+
+def transform(x: Tensor, places: Places, weights: list[LayerWeights], stored: list[Tensor], norm: Tensor) -> Tensor:
+    """Features [B, N, D] of inputs x at these places; writes keys and values to `stored`."""
+    B, N, D = x.shape
+    h = x.reshape(B * N, D)
+    for layer, kv in zip(weights, stored, strict=True):
+        h = attend(h, places, layer, kv, N)
+        active = F.gelu(F.layer_norm(h, (D,), layer.mlp_norm).mm(layer.up))
+        h = torch.addmm(h, active, layer.down)
+    return F.layer_norm(h, (D,), norm).view(B, N, D)
+
+
+def attend(h: Tensor, places: Places, layer: LayerWeights, stored: Tensor, N: int) -> Tensor:
+    """h + attention(norm(h)), [B N, D]; writes the new keys and values."""
+    _, B, H, _, E = stored.shape
+    normal = F.layer_norm(h, h.shape[1:], layer.attention_norm)
+    qkv = torch.bmm(normal.expand(3, -1, -1), layer.qkv).view(3, B, N, H, E)
+    # queries and keys at once: normalised, then rotated as in `rotate_`
+    both = F.layer_norm(qkv[:2], (E,)).mul_(layer.scale)
+    torch.addcmul(both * places.cos, both.roll(E // 2, -1), places.sin, out=qkv[:2])
+    queries, new = qkv[0].transpose(1, 2), qkv[1:]
+    if isinstance(places.write, slice):
+        stored[:, :, :, places.write] = new.transpose(2, 3)
+    else:
+        rows, positions = places.write
+        stored[:, rows, :, positions] = new.permute(1, 2, 0, 3, 4)
+    keys, values = stored[:, :, :, : places.end].unbind(0)
+    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=places.mask, is_causal=places.causal)
+    return torch.addmm(h, y.transpose(1, 2).reshape(B * N, H * E), layer.out)

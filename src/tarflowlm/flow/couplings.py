@@ -22,9 +22,14 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.heads import AutoregressiveHead
+from tarflowlm.flow.newton import CONTRACTION, Newton
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.precision import full_precision
 
+_MAX_NEWTON = 2048
+"""Largest number of elements B C for which a channel coupling tries Newton steps."""
+_MAX_NEWTON_COMPONENTS = 8
+"""With more components a block is hardly near the identity at every position, and the trial would be in vain."""
 _MAX_SWEPT = 512
 """Largest number of elements B C that a channel coupling inverts in sweeps."""
 
@@ -145,11 +150,39 @@ class ChannelCoupling(Coupling):
     """A coupling over groups of C/G channels, with parameters from an autoregressive head (docs/math.md, eq. 10)."""
 
     group = 1
+    components = 1
     head: AutoregressiveHead
 
     @abstractmethod
     def conditional(self, parameters: list[Tensor]) -> Conditional:
         """The map of a batch of groups [rows, C/G], from their parameters [rows, outputs]."""
+
+    @abstractmethod
+    def channels(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+        """Noise u, and log du_i/dz_i of every channel, in nats."""
+
+    def forward(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+        """Noise u, and log|det du/dz| [B], in nats."""
+        u, log_det = self.channels(z, features)
+        return u, log_det.flatten(1).sum(-1)
+
+    def newton_step(
+        self, z: Float[Tensor, "B N C"], u: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+        """A step towards the latents of noise u from a guess z of them, and the residual u - f(z) of that guess.
+
+            z_i + (u_i - f_i(z)) / (df_i/dz_i)
+
+        All channels of all positions step at once; the dependence on the channels and positions before is left to
+        the next step. The latents of u are the only fixed point, wherever the step leads from elsewhere.
+        """
+        mapped, log_det = self.channels(z, features)
+        residual = u - mapped
+        return torch.addcmul(z, residual, torch.exp(-log_det)), residual
 
     def conditionals(
         self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None, *, earlier: Sequence[Tensor] = ()
@@ -169,13 +202,19 @@ class ChannelCoupling(Coupling):
     ) -> Float[Tensor, "B C"]:
         """The latents z_n of one position, from its noise u_n and features c_n.
 
-        A small batch is inverted in fixed-point sweeps over all G groups at once, until nothing changes; G sweeps
-        always suffice. There a call costs the same for one group as for all of them, and a block near the identity
-        needs about three sweeps instead of G steps.
+        A block near the identity takes Newton steps of all G groups at once. Where they do not converge, a small
+        batch is inverted in fixed-point sweeps over all groups, until nothing changes; G sweeps always suffice. There
+        a call costs the same for one group as for all of them.
         """
         assert adjust is None, "the components of a channel are not tokens"
         B = len(u)
-        if torch.is_grad_enabled() or u.numel() > _MAX_SWEPT:
+        if torch.is_grad_enabled():
+            return super().invert(u, features)
+        may_be_near = u.numel() <= _MAX_NEWTON and self.components <= _MAX_NEWTON_COMPONENTS
+        near = self._invert_near_identity(u, features) if may_be_near else None
+        if near is not None:
+            return near
+        if u.numel() > _MAX_SWEPT:
             return super().invert(u, features)
         G, size = self.head.groups, self.group
         noise, z = u.view(B, G, size).transpose(0, 1).reshape(-1, size), u
@@ -186,6 +225,17 @@ class ChannelCoupling(Coupling):
             if ((z - before).abs() <= 4 * torch.finfo(u.dtype).eps * (1 + z.abs())).all():
                 break
         return z
+
+    def _invert_near_identity(self, u: Tensor, features: Tensor) -> Tensor | None:
+        """`invert` by Newton steps from the guess z = u, or None where they do not converge quickly."""
+        noise, features = u[:, None], features[:, None]
+        z, newton = noise, Newton(8 * torch.finfo(u.dtype).eps, largest=CONTRACTION)
+        while newton.contracts:
+            new, residual = self.newton_step(z, noise, features)
+            if bool(newton.settled(new, z, residual, noise)):
+                return new[:, 0]
+            z = new
+        return None
 
 
 class AffineCoupling(ChannelCoupling):
@@ -214,12 +264,12 @@ class AffineCoupling(ChannelCoupling):
             log_std_last=True,
         )
 
-    def forward(
+    def channels(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
-        """Noise u, and log|det du/dz| [B], in nats."""
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+        """Noise u, and log du_i/dz_i of every channel, in nats."""
         mean, log_std = (p.permute(1, 2, 0, 3).flatten(2) for p in self.head(features, z))
-        return (z - mean) * torch.exp(-log_std), -log_std.flatten(1).sum(-1)
+        return (z - mean) * torch.exp(-log_std), -log_std
 
     def log_prob(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"], *, equal_cotangents: bool = False
@@ -266,6 +316,7 @@ class Mix1Coupling(ChannelCoupling):
         autoregressive: bool = True,
     ) -> None:
         super().__init__()
+        self.components = components
         self.head = AutoregressiveHead(
             width=width,
             groups=channels,
@@ -316,14 +367,14 @@ class Mix1Coupling(ChannelCoupling):
         """z as [C, B, N], and its log-weights, means and log-scales [C, B, N, K]."""
         return z.permute(2, 0, 1).contiguous(), self.head(features, z)
 
-    def forward(
+    def channels(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
-        """Noise u, and log|det du/dz| [B], in nats."""
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+        """Noise u, and log du_i/dz_i of every channel, in nats."""
         z_CBN, (log_w, mean, log_std) = self._mixture(z, features)
         with full_precision(z):
             u, log_det = numerics.mixture_cdf(z_CBN, log_w, mean, log_std)
-        return u.permute(1, 2, 0), log_det.sum((0, 2))
+        return u.permute(1, 2, 0), log_det.permute(1, 2, 0)
 
     def log_prob(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"], *, equal_cotangents: bool = False

@@ -122,6 +122,8 @@ class MixDCoupling(Coupling):
         A sweep inverts many positions at once; their weights are held for `held_rows` of them at a time.
         """
         rows = numerics.held_rows(self.weight_head.out_features, u.device)
+        if len(u) <= rows:
+            return super().invert(u, features, adjust)
         parts = zip(u.split(rows), features.split(rows), strict=True)
         return torch.cat([super(MixDCoupling, self).invert(*part, adjust) for part in parts])
 

@@ -118,6 +118,9 @@ class Transformer(nn.Module):
     Transformer is therefore the identity up to the final norm, at any depth.
     """
 
+    compiles_steps = False
+    """Whether caches of this Transformer compile their steps (`compiled.compiled_steps`)."""
+
     def __init__(self, config: TransformerConfig, num_layers: int) -> None:
         super().__init__()
         self.config = config

@@ -3,6 +3,7 @@
 Steps and sweeps share one guess and one KV cache, so a block can change from one to the other at any position.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from tarflowlm.choices import Decoder
 from tarflowlm.errors import UserError
-from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.flow.couplings import AdjustWeights, ChannelCoupling
+from tarflowlm.flow.newton import CONTRACTION, RESIDUAL, Newton
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.model import TarFlowLM
 
@@ -23,16 +25,15 @@ Tick = Callable[[], None]
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 """A latent h has converged when a sweep changes it by at most this times 1 + |h|: a few roundings."""
-RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-7}
-"""From the first position where |f(h) - u| exceeds this times 1 + |u|, a block is inverted again by steps.
-
-Rounding alone causes residuals of about 1e-5, in narrow components.
-"""
+SHORTEST_NEWTON = 8
+"""Fewer positions than these are swept with exact inverses at once: these need no more sweeps than positions."""
 LONGEST_SEGMENT = 512
 """Positions that one sweep inverts at most."""
 PATIENCE = 4
 """A segment is halved after more than this many sweeps in a row that fail to halve the largest change."""
-TRIAL_STEPS, TRIAL_SEGMENT, TRIAL_SWEEPS = 4, 32, 4
+TRIAL_ROWS = 1024
+"""Rows (sequences x positions) that `auto` gives Newton steps before it has timed a step."""
+TRIAL_STEPS, TRIAL_SEGMENT, TRIAL_SWEEPS = 3, 16, 4
 """What `auto` times: steps (the first is not counted), then sweeps over a segment of the positions that follow."""
 
 
@@ -103,6 +104,7 @@ class _Inversion:
         self.cache = block.allocate_cache(B, self.num_positions)
         self.at = self.passes = 0
         self.swept_from: int | None = None
+        self.contracts = isinstance(block.coupling, ChannelCoupling)
 
     def result(self) -> Tensor:
         """The latents [B, N, C] in the order of the tokens."""
@@ -130,12 +132,38 @@ class _Inversion:
             self.passes += 1
             self._advance(1)
 
+    def _open_features(self, end: int) -> Tensor:
+        """Features [B, end - at, D] of the open positions before `end`, from the current guess."""
+        at = self.at
+        self.cache.rewind(at)
+        self.passes += 1
+        return self.block.features_of(self.cache, self.h[:, max(at - 1, 0) : end - 1], first=at == 0)
+
+    def newton(self, end: int) -> bool:
+        """Newton steps of all channels of all positions at once, up to position `end`: whether they converged.
+
+        They are cheap, need no inverse of a mixture, and carry their own check: each evaluates the forward map.
+        Near the identity two or three suffice. A step that fails to shrink the changes ends them, and the open
+        positions are noise again; those found final before stay so.
+        """
+        coupling, newton = self.block.coupling, Newton(TOLERANCE[self.h.dtype])
+        assert isinstance(coupling, ChannelCoupling)
+        while self.at < end:
+            span = slice(self.at, end)
+            old, noise = self.h[:, span], self.noise[:, span]
+            new, residual = coupling.newton_step(old, noise, self._open_features(end))
+            settled = newton.settled(new, old, residual, noise)
+            self.h[:, span] = new
+            self._advance(int(settled.long().cumprod(0).sum()))
+            if self.at < end and not newton.contracts:
+                self.h[:, self.at : end] = self.noise[:, self.at : end]
+                return False
+        return True
+
     def _sweep_once(self, end: int) -> tuple[int, float]:
         """One sweep over positions `at` to `end` - 1: how many of them are final now, and the largest change."""
         at, (B, _, C) = self.at, self.h.shape
-        self.cache.rewind(at)
-        past = self.h[:, at - 1 : end - 1] if at else self.h[:, : end - 1]
-        features = self.block.features_of(self.cache, past, first=at == 0)
+        features = self._open_features(end)
         noise = self.noise[:, at:end].flatten(0, 1)
         new = self.block.coupling.invert(noise, features.flatten(0, 1)).view(B, end - at, C)
         change = ((new - self.h[:, at:end]).abs() / (1 + new.abs())).amax((0, 2))
@@ -143,32 +171,31 @@ class _Inversion:
         converged = (change <= TOLERANCE[new.dtype]).long().cumprod(0).sum()
         # one copy to the host per sweep; NaN counts as not converged, so it advances one position at a time
         final, largest = torch.stack((converged, change.max().to(new.dtype))).tolist()
-        self.passes += 1
         if self.swept_from is None:
             self.swept_from = at
         return min(int(final) + 1, end - at), largest
 
-    def sweep(self, *, end: int | None = None, budget: int | None = None) -> None:
-        """Gauss-Seidel-Jacobi sweeps over segments, up to position `end`, at most `budget` of them.
+    def sweep(self) -> None:
+        """Gauss-Seidel-Jacobi sweeps over segments, up to the last position.
 
-        A sweep inverts all open positions of a segment at once, with parameters from the current guess. The first
-        guess is the noise, which is close where the block is near the identity. By causality a position is final when
-        the guesses before it are: after a sweep, these are the leading positions that no longer changed and the one
-        after them, whose inputs were final. They stay in the cache, so every sweep finishes at least one position and
-        N sweeps always suffice. Nothing is clamped.
+        Segments take Newton steps (`newton`) until one does not converge by them. From there on a sweep inverts all
+        open positions of a segment at once, with parameters from the current guess. The first guess is the noise,
+        which is close where the block is near the identity. By causality a position is final when the guesses before
+        it are: after a sweep, these are the leading positions that no longer changed and the one after them, whose
+        inputs were final. They stay in the cache, so every sweep finishes at least one position and N sweeps always
+        suffice. Nothing is clamped.
 
         A segment whose changes stop shrinking is halved, down to single positions (a step). After a segment that
         converged, the next one is twice as long.
         """
-        limit, left, length = end or self.num_positions, budget or self.num_positions, LONGEST_SEGMENT
+        limit, length = self.num_positions, LONGEST_SEGMENT
+        while limit - self.at >= SHORTEST_NEWTON and self.contracts:
+            self.contracts = self.newton(min(limit, self.at + length))
         while self.at < limit:
-            stop, last, poor = min(limit, self.at + length), float("inf"), 0
+            stop, last, poor = min(limit, self.at + length), math.inf, 0
             while self.at < stop:
-                if left == 0:
-                    return
                 final, largest = self._sweep_once(stop)
                 self._advance(final)
-                left -= 1
                 poor = 0 if largest < 0.5 * last else poor + 1
                 last = largest
                 if poor > PATIENCE and stop - self.at > 1:
@@ -177,18 +204,45 @@ class _Inversion:
             length = min(LONGEST_SEGMENT, 2 * length)
 
     def trial(self) -> Decoder:
-        """The faster decoder, timed on positions that have to be inverted anyway."""
-        start, marks = self.at, []
-        for until in range(start + 1, min(start + TRIAL_STEPS, self.num_positions) + 1):
-            self.step(until=until)
-            marks.append(self._now())
-        first, begun = self.at, self._now()
-        self.sweep(end=min(first + TRIAL_SEGMENT, self.num_positions), budget=TRIAL_SWEEPS)
-        if len(marks) < 2 or self.at == first:
-            return "parallel"
-        by_step = (marks[-1] - marks[0]) / (len(marks) - 1)
-        by_sweep = (self._now() - begun) / (self.at - first)
+        """The faster decoder, timed on positions that have to be inverted anyway.
+
+        Newton steps come first: where they converge, they leave little to time, and over a whole block nothing.
+        """
+        start, begun = self.at, self._now()
+        if self.contracts and self.num_positions - start >= SHORTEST_NEWTON:
+            rows = max(TRIAL_SEGMENT, TRIAL_ROWS // len(self.h))
+            self.contracts = self.newton(min(start + rows, self.num_positions))
+            if self.at == self.num_positions:
+                return "parallel"
+        by_sweep = (self._now() - begun) / max(self.at - start, 1)
+        by_step = self._time_of_a_step()
+        if not self.contracts:
+            by_sweep = self._time_of_sweeps(by_step)
         return "parallel" if by_sweep < by_step else "sequential"
+
+    def _time_of_a_step(self) -> float:
+        """Seconds, the shortest of some steps but the first, which warms up; infinite where too few are left."""
+        times = [math.inf]
+        for _ in range(min(TRIAL_STEPS, self.num_positions - self.at)):
+            begun = self._now()
+            self.step(until=self.at + 1)
+            times.append(self._now() - begun)
+        return min(times[2:], default=math.inf)
+
+    def _time_of_sweeps(self, by_step: float) -> float:
+        """Seconds per position of some sweeps, fewer if they neither converge nor are ahead of steps."""
+        start, begun, last = self.at, self._now(), math.inf
+        end, by_sweep = min(start + TRIAL_SEGMENT, self.num_positions), 0.0
+        for _ in range(TRIAL_SWEEPS):
+            if self.at == end:
+                break
+            final, largest = self._sweep_once(end)
+            self._advance(final)
+            by_sweep = (self._now() - begun) / (self.at - start)
+            if by_sweep > by_step and not largest < CONTRACTION * last:
+                break
+            last = largest
+        return by_sweep
 
     def _now(self) -> float:
         if self.h.device.type == "cuda":

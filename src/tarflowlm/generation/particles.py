@@ -41,8 +41,10 @@ class Weights:
         zero = torch.zeros(num, dtype=torch.float64)
         return cls(torch.zeros(num, particles, dtype=torch.float64), zero, zero.long())
 
-    def add(self, log_increment: Tensor) -> None:
-        """Multiply the weights by exp(`log_increment`), [num R]; NaN counts as probability zero."""
+    def add(self, log_increment: Tensor | None) -> None:
+        """Multiply the weights by exp(`log_increment`), [num R]; NaN counts as probability zero, None as zeros."""
+        if log_increment is None:
+            return
         increment = log_increment.detach().cpu().double().view(self.log_w.shape)
         self.log_w = self.log_w + torch.where(increment.isnan(), -torch.inf, increment)
 

@@ -34,12 +34,17 @@ class Passage(ABC):
     ) -> None:
         self.noise, self.values, self.adjust = noise, values, adjust
         self.is_known = is_known.view(len(noise), -1, model.config.patch)
+        # read on the host once, so that a position without given tokens costs nothing for them
+        self.some_known, self.all_known = self.is_known.any(0).tolist(), self.is_known.all(0).tolist()
         self.num_positions, self.at = noise.shape[1], 0
         self.cache = model.allocate_cache(len(noise), self.num_positions)
         self._features_at = model.features_at
 
-    def step(self) -> Tensor:
-        """Complete the next position; returns log p [B], in nats, of its given tokens, given everything before."""
+    def step(self) -> Tensor | None:
+        """Complete the next position; returns log p [B], in nats, of its given tokens, given everything before.
+
+        None where no row has given tokens.
+        """
         previous = self.values[:, self.at - 1] if self.at else None
         features = self._features_at(self.cache, previous, len(self.values))
         log_p = self.complete(self.at, features)
@@ -47,7 +52,7 @@ class Passage(ABC):
         return log_p
 
     @abstractmethod
-    def complete(self, n: int, features: Tensor) -> Tensor:
+    def complete(self, n: int, features: Tensor) -> Tensor | None:
         """Complete position n from its features c_n [B, D]; returns as `step`."""
 
     def select(self, rows: Tensor) -> None:
@@ -115,7 +120,7 @@ class LatentPassage(Passage):
             return self.values.new_zeros(len(z), 0, 0)
         return self.block.features_of(self.cache, z[:, : num - 1], first=True)
 
-    def complete(self, n: int, features: Tensor) -> Tensor:
+    def complete(self, n: int, features: Tensor) -> Tensor | None:
         """Complete position n from its features c_n [B, D]; returns as `step`."""
         coupling, noise, known, is_known = (
             self.block.coupling,
@@ -123,6 +128,9 @@ class LatentPassage(Passage):
             self.known[:, n],
             self.is_known[:, n],
         )
+        if self.choice is None and not any(self.some_known[n]):
+            self.values[:, n] = coupling.invert(noise, features, self.adjust)
+            return None
         if self.choice is None:
             z, u, log_p = coupling.complete(noise, features, known, is_known, self.adjust)
         else:
@@ -168,19 +176,20 @@ class TokenPassage(Passage):
         """[B, T] as [B, N, P]."""
         return x.view(len(x), -1, self.model.config.patch)
 
-    def complete(self, n: int, features: Tensor) -> Tensor:
+    def complete(self, n: int, features: Tensor) -> Tensor | None:
         """Complete position n from its features c_n [B, D]; returns as `step`."""
         # a view, filled in place: the logits at place a depend on the tokens before a only
         patch, uniform = self.values[:, n], self.noise[:, n]
-        log_p = uniform.new_zeros(len(patch))
-        for a in range(patch.shape[1]):
-            known = self.is_known[:, n, a]
-            logits = self.model.patch_logits(features[:, None], patch)[:, 0, a]
-            if known.any():
-                here = logits.to(uniform.dtype).log_softmax(-1).gather(-1, patch[:, a, None])[:, 0]
-                log_p += here * known.to(here.device)
-            if not known.all():
-                adjusted = logits if self.adjust is None else self.adjust(logits)
-                drawn = inverse_cdf(adjusted, uniform[:, a])
-                patch[:, a] = torch.where(known.to(drawn.device), patch[:, a], drawn)
+        log_p = None
+        for a, (some, every) in enumerate(zip(self.some_known[n], self.all_known[n], strict=True)):
+            logits = self.model.place_logits(features, patch, a)
+            drawn = inverse_cdf(logits if self.adjust is None else self.adjust(logits), uniform[:, a])
+            if not some:
+                patch[:, a] = drawn
+                continue
+            known = self.is_known[:, n, a].to(drawn.device)
+            here = logits.to(uniform.dtype).log_softmax(-1).gather(-1, patch[:, a, None])[:, 0] * known
+            log_p = here if log_p is None else log_p + here
+            if not every:
+                patch[:, a] = torch.where(known, patch[:, a], drawn)
         return log_p

@@ -55,8 +55,8 @@ def row_uniform(generators: list[torch.Generator], *shape: int) -> Tensor:
 
 def inverse_cdf(log_w: Tensor, uniform: Tensor) -> Tensor:
     """Indices [...] drawn by the log-weights [..., K], as the inverse of their CDF at numbers `uniform` [...]."""
-    cumulative = log_w.to(uniform.dtype).softmax(-1).cumsum(-1)
-    return (cumulative < uniform[..., None] * cumulative[..., -1:]).sum(-1)
+    cumulative = log_w.softmax(-1, dtype=uniform.dtype).cumsum(-1)
+    return torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:]).squeeze(-1)
 
 
 def draw_tokens(codebook: Codebook, z: Tensor, generators: list[torch.Generator]) -> Tensor:

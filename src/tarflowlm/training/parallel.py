@@ -4,9 +4,6 @@ A global batch gives the same step however it is divided: every process draws th
 own rows, the loss is a mean over equal parts, and gradients are averaged.
 """
 
-import importlib.util
-import os
-import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tarflowlm.device import missing_for_compilation
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.transformer import Layer
@@ -49,19 +47,10 @@ def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> 
         return train.compile
     if train.precision != "bfloat16" or device.type != "cuda":
         return False
-    missing = _missing_for_compilation()
+    missing = missing_for_compilation(device)
     if missing and processes.first:
         warnings.warn(f"torch.compile needs {missing}, which is not installed: training without it", stacklevel=3)
     return not missing
-
-
-def _missing_for_compilation() -> str | None:
-    """The first missing requirement of torch.compile on CUDA GPUs (triton, a C compiler), or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton"
-    if os.environ.get("CC") or any(shutil.which(name) for name in ("cc", "gcc", "clang")):
-        return None
-    return "a C compiler"
 
 
 class Engine:

@@ -58,6 +58,9 @@ def flatten_vectors(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> 
     check_codebook(z, mean, log_std)
     if log_w.shape[-1] != mean.shape[0]:
         raise ValueError(f"log_w has {log_w.shape[-1]} components, the codebook {mean.shape[0]}")
+    if z.ndim == 2 and log_w.shape[:-1] == z.shape[:-1]:
+        # as they come: a step of a sampler calls with so few rows that every view counts
+        return z.shape[:1], z, log_w
     shape = torch.broadcast_shapes(z.shape[:-1], log_w.shape[:-1])
     flat = z.expand(*shape, z.shape[-1]).reshape(-1, z.shape[-1])
     return shape, flat, log_w.expand(*shape, log_w.shape[-1]).reshape(-1, log_w.shape[-1])

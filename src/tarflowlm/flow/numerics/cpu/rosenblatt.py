@@ -6,7 +6,7 @@ N rows, n of them in a chunk, K components, d channels. z, u [N, d]; log_w [N, K
 import torch
 from torch import Tensor
 
-from tarflowlm.flow.numerics.cpu import linear
+from tarflowlm.flow.numerics.cpu import handful, linear
 from tarflowlm.flow.numerics.cpu.inverse import mixture_cdf_inverse
 from tarflowlm.flow.numerics.cpu.linear import SMALLEST, UNIT, Workspace, rows_below
 from tarflowlm.flow.numerics.cpu.mixture import mixture_cdf, quantile
@@ -70,7 +70,17 @@ def _chunk(
 
 
 def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """z [N, d], as `reference.rosenblatt_inverse`; rows whose component is certain early skip the search."""
+    """z [N, d], as `reference.rosenblatt_inverse`."""
+    if not handful.is_handful(u.shape[0], mean.shape[0]):
+        return _inverse(u, log_w, mean, log_std)
+    z, left = handful.rosenblatt_inverse(u, log_w, mean, log_std)
+    if left:
+        z[left] = _inverse(u[left], log_w[left], mean, log_std)
+    return z
+
+
+def _inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """z [N, d] in chunks; rows whose component is certain early skip the search."""
     z = torch.empty_like(u)
     for rows in row_chunks(u.shape[0], mean.shape[0]):
         z[rows] = _inverse_chunk(u[rows], log_w[rows], mean[None], log_std[None])

@@ -1,0 +1,224 @@
+r"""The Mix-d inverse of a handful of rows, in Python's own floats, which are float64.
+
+One call of a tensor library costs as much as some forty components here. So each row goes its own way, and does only
+what it needs. Where components become certain soon, as those of a trained codebook do, that is little. Per channel:
+
+1. Start: sorted by mean, the components that come first use up the wanted tail's mass one after the other; the one in
+   which it runs out is inverted alone. This is exact where components do not overlap.
+2. Newton steps in noise space from there. The first evaluation is also the test whether the start was good; when it
+   was not, the steps are kept inside the bracket of docs/math.md, eq. 20, and halve it where they do not shrink.
+3. Bayes' rule. Components with next to no posterior mass are *dropped*; with one left, the rest is z = mu_k + s_k u.
+
+What was dropped stays bounded. Let e be an upper bound on its posterior mass. A channel that is found at z multiplies
+e by at most max_k N(m_k; m_k, s_k^2) / p(z), with p the density of the others. The mixture's CDF is off by at most e,
+so e must stay below half an ulp of the smaller tail of u_i. A row where it does not is left to the general path, like
+rows with values that are not finite.
+
+N rows, K components, d channels. u, z [N, d]; log_w [N, K]; mean [K, d]; log_std [K].
+"""
+
+from ctypes import c_float
+from math import erfc, exp, inf, isfinite, nan
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tarflowlm.flow.numerics.normal import SQRT_HALF
+
+_DROPPED = 1e-40
+"""Posterior mass of a component that is dropped: room for it to grow by the channels that follow."""
+_LARGEST_EXPONENT = 100.0
+"""A channel whose density is below exp(-100) of its components' largest is not taken here."""
+_FAR = 100.0
+"""Nor are components whose density is below exp(-100) of the nearest one's: they are dropped."""
+_CERTAIN = 9.0
+"""Q(9) = 1e-19: a component whose mean is that far below has all its mass there. One that is as far above y has none
+beside Q(y), y >= 0, since Q(y + 9) < 1e-18 Q(y)."""
+_NEWTON_STEP = {torch.float32: 2.0**-11, torch.float64: 2.0**-26}
+"""A step this small, over the narrowest scale, is the last: the next would be about its square."""
+_MOST_STEPS = 300
+
+_MOST_ROWS, _MOST_COMPONENTS = 128, 256
+_CALL = 12
+"""A step costs as much as this many components before it has visited one."""
+_MOST_VISITS, _MORE_VISITS = 12_000, 2
+"""Components visited in steps, by all rows together, that cost as much as the general path (measured): a number, and
+one for every row and component."""
+_SMALLEST_TAIL = 1e-285
+"""Beyond, at 36 sigma, linear space ends."""
+_SMALLEST_SHARE, _LARGEST_SHARE = 1e-300, 1.0 - 1e-16
+
+_quantile = NormalDist().inv_cdf
+
+
+class _Book(NamedTuple):
+    """The codebook in lists over components."""
+
+    mean: list[list[float]]
+    """One list per channel."""
+    std: list[float]
+    inv_std: list[float]
+    largest_inv_std: float
+    order: list[int]
+    """Components by their means in the first channel."""
+    step: float
+    """The size from which a Newton step is the last."""
+    eps: float
+    """Of the format of z."""
+    single: bool
+    """Whether z is rounded to float32."""
+
+
+def is_handful(rows: int, num_components: int) -> bool:
+    """Whether this may be the fastest way. How soon components become certain decides; the first rows tell."""
+    return rows <= _MOST_ROWS and num_components <= _MOST_COMPONENTS
+
+
+def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, list[int]]:
+    """z [N, d], and the rows that were left out: there, z is NaN.
+
+    Where the rows so far needed so much work that the general path is faster for the others, these are left out.
+    """
+    book = _book(mean, log_std)
+    if book is None:
+        return torch.full_like(u, nan), list(range(len(u)))
+    found: list[list[float]] = []
+    left: list[int] = []
+    num_rows, visits = len(u), 0
+    most_visits = _MOST_VISITS + _MORE_VISITS * num_rows * len(book.std)
+    weights = torch.softmax(log_w.double(), -1).tolist()
+    for row, (noise, weight) in enumerate(zip(u.tolist(), weights, strict=True)):
+        if visits * (num_rows - row) > most_visits * row:
+            left += range(row, num_rows)
+            found += [[nan] * len(noise)] * (num_rows - row)
+            break
+        z, visited = _row(noise, weight, book)
+        visits += visited
+        if len(z) < len(noise):
+            left.append(row)
+            z = [nan] * len(noise)
+        found.append(z)
+    return torch.tensor(found, dtype=u.dtype).view_as(u), left
+
+
+def _book(mean: Tensor, log_std: Tensor) -> _Book | None:
+    """None unless all of it is finite."""
+    std = torch.exp(log_std.double())
+    means, stds, inv_std = mean.t().tolist(), std.tolist(), std.reciprocal_().tolist()
+    if not isfinite(sum(stds) + sum(inv_std) + sum(map(sum, means))):
+        return None
+    return _Book(
+        means,
+        stds,
+        inv_std,
+        max(inv_std),
+        sorted(range(len(stds)), key=means[0].__getitem__) if means else [],
+        _NEWTON_STEP[mean.dtype] * min(stds),
+        torch.finfo(mean.dtype).eps,
+        mean.dtype == torch.float32,
+    )
+
+
+def _row(noise: list[float], weight: list[float], book: _Book) -> tuple[list[float], int]:
+    """z [d] of one row, cut short where it has to be left out, and the number of components visited.
+
+    Overwrites `weight`; of the components that are left it sums to one.
+    """
+    z: list[float] = []
+    live, visits = [k for k in book.order if weight[k] > _DROPPED], 0
+    dropped = _DROPPED * (len(weight) - len(live))
+    for u, mean in zip(noise, book.mean, strict=True):
+        tail = 0.5 * erfc(SQRT_HALF * abs(u))
+        # written so that not a number is refused
+        if not (live and tail > _SMALLEST_TAIL and dropped <= 0.25 * book.eps * tail):
+            break
+        if len(live) == 1:
+            k = live[0]
+            x, exponent = mean[k] + book.std[k] * u, 0.5 * u * u
+            if exponent > _LARGEST_EXPONENT:
+                break
+            dropped *= book.largest_inv_std * book.std[k] * exp(exponent)
+        else:
+            if z:
+                live.sort(key=mean.__getitem__)
+            x, steps = _solve(u, live, weight, mean, book)
+            visits += steps * (len(live) + _CALL)
+        if book.single:
+            # the channels that follow are conditioned on what is returned
+            x = c_float(x).value
+        z.append(x)
+        if len(live) > 1:
+            live, dropped = _update(x, live, weight, dropped, mean, book)
+    return z, visits
+
+
+def _update(
+    x: float, live: list[int], weight: list[float], dropped: float, mean: list[float], book: _Book
+) -> tuple[list[int], float]:
+    """Bayes' rule after a channel at x: the components that are left, and the mass of the others.
+
+    Rewrites `weight`.
+    """
+    inv_std, near, total = book.inv_std, [], 0.0
+    exponents = [0.5 * ((x - mean[k]) * inv_std[k]) ** 2 for k in live]
+    least = min(exponents)
+    if not least <= _LARGEST_EXPONENT:
+        return [], inf
+    limit = least + _FAR
+    for k, exponent in zip(live, exponents, strict=True):
+        if exponent < limit:
+            weight[k] *= inv_std[k] * exp(least - exponent)
+            total += weight[k]
+            near.append(k)
+    dropped *= exp(least)
+    dropped = (dropped + (len(live) - len(near)) * exp(-_FAR)) * book.largest_inv_std / total
+    left, scale = [], 1.0 / total
+    for k in near:
+        weight[k] *= scale
+        if weight[k] > _DROPPED:
+            left.append(k)
+    return left, dropped + (len(near) - len(left)) * _DROPPED
+
+
+def _solve(u: float, live: list[int], weight: list[float], mean: list[float], book: _Book) -> tuple[float, int]:
+    """x with F(x) = Phi(u), of the components `live`, sorted by mean, or NaN; and the number of steps."""
+    std, inv_std = book.std, book.inv_std
+    side, y = (1.0, u) if u >= 0.0 else (-1.0, -u)
+    rest = 0.5 * erfc(SQRT_HALF * y)
+    k = 0
+    for k in reversed(live) if u >= 0.0 else live:
+        if weight[k] > rest:
+            break
+        rest -= weight[k]
+    share = min(max(rest / weight[k], _SMALLEST_SHARE), _LARGEST_SHARE)
+    x = mean[k] - side * std[k] * _quantile(share)
+    low, high, last, beyond = inf, -inf, inf, y + _CERTAIN
+    for step in range(1, _MOST_STEPS + 1):
+        tail = density = 0.0
+        for k in live:
+            a = side * (x - mean[k]) * inv_std[k]
+            if a < -_CERTAIN:
+                tail += weight[k]
+            elif a < beyond:
+                tail += 0.5 * weight[k] * erfc(SQRT_HALF * a)
+                density += weight[k] * inv_std[k] * exp(-0.5 * a * a)
+        here = -_quantile(min(max(tail, _SMALLEST_SHARE), _LARGEST_SHARE))
+        size = (y - here) * exp(-0.5 * here * here) / density if density else inf
+        following, enough = x + side * size, book.step + 4.0 * book.eps * abs(x)
+        if abs(size) <= enough:
+            return following, step
+        if low > high:
+            ends = [mean[k] + std[k] * u for k in live]
+            low, high = min(ends), max(ends)
+        if (here < y) == (u >= 0.0):
+            low = max(low, x)
+        else:
+            high = min(high, x)
+        if not low <= following <= high or abs(size) > 0.5 * last:
+            following = low + 0.5 * (high - low)
+            if high - low <= 4.0 * book.eps * abs(following):
+                return following, step
+        last, x = abs(following - x), following
+    return nan, _MOST_STEPS
