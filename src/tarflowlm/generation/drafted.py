@@ -14,10 +14,10 @@ from torch import Tensor
 from tarflowlm.choices import Decoder
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.flow.newton import RESIDUAL
 from tarflowlm.flow.precision import widen
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.generation.inversion import (
-    RESIDUAL,
     TOLERANCE,
     Decoders,
     Inverted,
