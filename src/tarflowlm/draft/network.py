@@ -34,8 +34,9 @@ class DraftConfig:
     """Transformer layers."""
     trunk: TransformerConfig = field(default_factory=TransformerConfig)
     """Shape of its Transformer."""
-    past: int = 12
-    """Positions before the first draft whose features and latents are read, k."""
+    past: int = 6
+    """Positions before the first draft whose features and latents are read, k. They hold what block 1 knows of all
+    positions before them, so few suffice."""
     ahead: int = 10
     """Positions drafted at most, W."""
 

@@ -32,7 +32,7 @@ from tarflowlm.model import TarFlowLM
 LONGEST_PASS = 4
 """A pass covers at most this many times the W + 1 positions of a round, so that open ones cannot pile up."""
 REACH = 8.0
-"""Latents that move by at most this many sigma are taken to keep their token; a mistake costs time alone."""
+"""Latents h that move by at most this many sigma (1 + |h|) are taken to keep their token; a mistake costs time."""
 DROP_SHARE = 0.25
 """Rows that are done leave the batch when they are this share of it: the others are copied then."""
 TRIAL_STEPS, TRIAL_ROUNDS = 4, 8
@@ -165,7 +165,10 @@ class _Drafting:
         self.read = self.draft.read_noise(self.noise)
         self.h = torch.zeros_like(self.noise)
         self.features = u.new_zeros(B, length, self.block.start.shape[0])
-        self.reach = REACH * self.book.log_std.max().exp()
+        self.std = self.book.log_std.exp()[:, None]
+        self.reach = REACH * self.std.max().item()
+        self.steps = torch.arange(length, device=u.device)
+        self.each = torch.arange(B, device=u.device)[:, None]
         self.cache = self.block.allocate_cache(B, self.num_positions + self.longest)
         self.draft_cache = self.draft.allocate_cache(B)
         self.rows = torch.arange(B, device=u.device)
@@ -229,57 +232,58 @@ class _Drafting:
         drafted = min(max(n - 1 - span for span in open_spans), self.draft.config.ahead)
         if drafted > 0:
             self._guess(drafted)
-        counts = self._pass(n).tolist()
-        final = [at + min(count, n) for at, count in zip(self.final, counts[0], strict=True)]
-        front = [at + min(max(count), n) for at, count in zip(self.final, zip(*counts, strict=True), strict=True)]
+        done, right = self._pass(n)
+        final = [at + min(count, n) for at, count in zip(self.final, done, strict=True)]
+        front = [at + min(max(counts), n) for at, *counts in zip(self.final, done, right, strict=True)]
         if drafted > 0:
-            right = [max(0, new - old - 1) for new, old in zip(front, self.front, strict=True) if old + drafted < N]
-            self.lookahead.accepted(min(drafted, n - 1 - widest), right)
+            gained = [max(0, new - old - 1) for new, old in zip(front, self.front, strict=True) if old + drafted < N]
+            self.lookahead.accepted(min(drafted, n - 1 - widest), gained)
         self.lookahead.took(self._now() - begun, B * n)
         self._move(final, front)
 
     def _guess(self, count: int) -> None:
         """Guess the tokens and latents of `count` positions from the front of every row."""
-        at = torch.tensor(self.front, device=self.h.device)[:, None] + self.before
-        each = torch.arange(len(self.rows), device=self.h.device)[:, None]
         k = self.before
-        past = each, at + torch.arange(-k, 0, device=self.h.device)
-        window = each, at + torch.arange(1 - k, count, device=self.h.device)
-        here = each, window[1][:, k - 1 :]
+        here = self._places(self.front, 0, count)
+        past, window = self._places(self.front, -k, k), self._places(self.front, 1 - k, k - 1 + count)
         read = self.draft.read_past(self.features[past], self.h[past])
         tokens = self.draft(read, self.read[window], self.draft_cache, first=k - 1).argmax(-1)
         # once it is certain which token it is, its channels are mu + sigma u
         noise = self.noise[here].unflatten(-1, (self.patch, -1))
-        self.h[here] = self.book.encode(tokens, noise).flatten(2)
+        self.h[here] = torch.addcmul(self.book.mean[tokens], self.std[tokens], noise).flatten(2)
 
-    def _pass(self, n: int) -> Tensor:
-        """Block 1 on n positions from `final` on in every row; returns how far the rows get, [2, B].
+    def _pass(self, n: int) -> tuple[list[int], list[int]]:
+        """Block 1 on n positions from `final` on in every row; returns how far each row gets.
 
-        The first number counts the positions that are final now, the second those whose tokens were guessed right.
+        The first list counts the positions that are final now, the second those whose tokens were guessed right.
         """
-        B = len(self.rows)
-        final = torch.tensor(self.final, device=self.h.device)
-        each = torch.arange(B, device=self.h.device)[:, None]
-        here = each, final[:, None] + torch.arange(self.before, self.before + n, device=self.h.device)
-        x = widen(self.block.input(self.h[each, here[1] - 1]))
+        here = self._places(self.final, 0, n)
+        x = widen(self.block.input(self.h[self._places(self.final, -1, n)]))
         if min(self.final) == 0:
-            x = torch.where((here[1] == self.before)[..., None], self.block.start, x)
+            starts = torch.tensor([at == 0 for at in self.final], device=x.device)
+            x[starts, 0] = self.block.start.to(x.dtype)
         if len(set(self.final)) == 1:
             self.cache.length = self.final[0]
             features = self.cache.extend(x)
         else:
-            features = self.cache.extend(x, final)
+            features = self.cache.extend(x, torch.tensor(self.final, device=x.device))
         self.features[here] = features
-        noise = self.noise[here].flatten(0, 1)
-        new = self.block.coupling.invert(noise, features.flatten(0, 1), self.adjust).view(B, n, -1)
-        moved = (new - self.h[here]).abs_()
-        # NaN counts as changed, so it advances one position at a time
-        settled = (moved <= TOLERANCE[new.dtype] * (1 + new.abs())).all(-1)
-        kept = torch.stack((settled, (moved <= self.reach).all(-1)))
+        noise, old = self.noise[here], self.h[here]
+        new = self.block.coupling.invert(noise.flatten(0, 1), features.flatten(0, 1), self.adjust).view_as(old)
+        change = ((new - old).abs_() / (1 + new.abs())).amax(-1).tolist()
         self.h[here] = new
         self.passes += 1
         # a position is final when those before it are, so the one after them is final, too
-        return kept.long().cumprod(-1).sum(-1) + 1
+        tolerance = TOLERANCE[new.dtype]
+        return [1 + _leading(row, tolerance) for row in change], [1 + _leading(row, self.reach) for row in change]
+
+    def _places(self, starts: list[int], shift: int, count: int) -> tuple[Tensor | slice, Tensor | slice]:
+        """Index of `count` positions of every row from `starts` + `shift` on."""
+        first = self.before + shift
+        if len(set(starts)) == 1:
+            return slice(None), slice(first + starts[0], first + starts[0] + count)
+        at = torch.tensor(starts, device=self.h.device)[:, None]
+        return self.each[: len(starts)], at + self.steps[first : first + count]
 
     def step(self, until: int) -> None:
         """Go on position by position, from the first one that is not final in all rows, up to `until`."""
@@ -310,6 +314,11 @@ class _Drafting:
         if self.h.device.type == "cuda":
             torch.cuda.synchronize(self.h.device)
         return time.perf_counter()
+
+
+def _leading(changes: list[float], most: float) -> int:
+    """How many values from the first on are at most `most`; NaN is not."""
+    return next((i for i, change in enumerate(changes) if not change <= most), len(changes))
 
 
 def _pace(marks: list[tuple[float, float]]) -> float:

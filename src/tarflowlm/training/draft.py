@@ -44,6 +44,8 @@ class DraftTraining:
     """Sequences per step."""
     frontiers: int = 16
     """Positions of each sequence from which is drafted in a step."""
+    past: int = 12
+    """Known positions before each frontier. At each of them one is drafted, too, which gives more to learn from."""
     lr: float = 6e-3
     """Peak learning rate."""
     seed: int = 0
@@ -53,7 +55,7 @@ class DraftTraining:
 
     def __post_init__(self) -> None:
         checked_seed(self.seed)
-        for name in ("steps", "batch_size", "frontiers", "evaluate_every"):
+        for name in ("steps", "batch_size", "frontiers", "past", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
         if not 0 <= self.minutes < float("inf"):
@@ -233,7 +235,7 @@ class _DraftRun:
         pairs = pairs_of(self.model, self.sampler.next().to(self.model.device), self.generator)
         B, N = pairs.z.shape[:2]
         front = torch.randint(N, (B, self.training.frontiers), generator=self.generator).to(pairs.z.device)
-        loss, _ = draft_loss(*guesses(self.draft, pairs, front), self.draft.config.ahead)
+        loss, _ = draft_loss(*guesses(self.draft, pairs, front, self.training.past), self.draft.config.ahead)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()

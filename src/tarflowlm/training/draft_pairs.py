@@ -45,18 +45,19 @@ def pairs_of(model: TarFlowLM, tokens: Tensor, generator: torch.Generator) -> Pa
     return Pairs(tokens.unflatten(1, (z.shape[1], -1)), z, features, block.coupling(z, features)[0])
 
 
-def guesses(draft: Draft, pairs: Pairs, front: Tensor) -> tuple[Tensor, Tensor]:
+def guesses(draft: Draft, pairs: Pairs, front: Tensor, past: int | None = None) -> tuple[Tensor, Tensor]:
     """Logits [R, k - 1 + W, P, V] from frontiers `front` [B, F], and the tokens [R, k - 1 + W, P] they should give.
 
-    The last W are the drafts. Those before guess a single position ahead, at each of the past positions.
+    The last W are the drafts. Those before guess a single position ahead, at each of the past positions. `past`: k,
+    by default as many as a decoder reads.
     """
-    k, W = draft.config.past, draft.config.ahead
-    past = draft.read_past(F.pad(pairs.features, (0, 0, k, 0)), F.pad(pairs.z, (0, 0, k, 0)))
+    k, W = past or draft.config.past, draft.config.ahead
+    known = draft.read_past(F.pad(pairs.features, (0, 0, k, 0)), F.pad(pairs.z, (0, 0, k, 0)))
     noise = draft.read_noise(F.pad(pairs.u, (0, 0, k - 1, W)))
     row = torch.arange(len(front), device=front.device)[:, None, None]
     before = front[:, :, None] + torch.arange(k, device=front.device)
     ahead = front[:, :, None] + torch.arange(k - 1 + W, device=front.device)
-    logits = draft(past[row, before].flatten(0, 1), noise[row, ahead].flatten(0, 1))
+    logits = draft(known[row, before].flatten(0, 1), noise[row, ahead].flatten(0, 1))
     targets = F.pad(pairs.tokens, (0, 0, k - 1, W), value=OUTSIDE)[row, ahead]
     return logits, targets.flatten(0, 1)
 
