@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "choices"},
     {"files", "device"},
     {"flow", "data"},
-    {"language_model"},
+    {"language_model", "draft"},
     {"model", "baseline"},
     {"objective"},
     {"runs"},

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tarflowlm.draft import Draft, DraftConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow.cached import KVCache
 from tarflowlm.flow.channelwise import AffineCoupling, Mix1Coupling
@@ -180,6 +181,8 @@ class TarFlowLM(LanguageModel):
         super().__init__(config)
         self.codebook = Codebook(config.vocab_size, config.latent_dim, separation=config.separation)
         self.prior = Prior(config.patch, ())
+        # in a list, so that its parameters are not registered as the model's
+        self._draft: list[Draft] = []
         for _ in config.blocks:
             self.append_block()
 
@@ -187,6 +190,28 @@ class TarFlowLM(LanguageModel):
     def num_blocks(self) -> int:
         """Flow blocks built so far."""
         return len(self.prior.blocks)
+
+    @property
+    def draft(self) -> Draft | None:
+        """The network that guesses tokens for the decoder "drafted"; no part of the model, so not in its weights."""
+        return self._draft[0] if self._draft else None
+
+    def use_draft(self, draft: Draft | None) -> None:
+        """Attach a draft, which moves to the model's device, or detach the one there is."""
+        # a method: PyTorch registers every module that is assigned
+        self._draft = [] if draft is None else [draft.to(self.device).eval()]
+
+    def new_draft(self, config: DraftConfig) -> Draft:
+        """A new draft of block 1, not attached. UserError for a block that a draft cannot serve."""
+        if not self.prior.block(0).keeps_order:
+            raise UserError("block 1 reads positions or channels in another order: a draft needs that of the text")
+        return Draft(
+            config,
+            features=self.config.trunk.width,
+            patch=self.config.patch,
+            latent_dim=self.config.latent_dim,
+            vocab_size=self.config.vocab_size,
+        )
 
     def append_block(self) -> FlowBlock:
         """Build the next block of the configuration on top of the stack, and return it."""

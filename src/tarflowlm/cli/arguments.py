@@ -75,15 +75,21 @@ class SampleArgs:
     decoding: Decoding = "mode"
     """Tokens of the latents: the most probable ones, or drawn from p(x|z), which is exact; alike for sharp codes."""
     decoder: Decoder = "auto"
-    """How to invert a block: position by position, in parallel sweeps, or whichever is quicker for it."""
+    """How to invert a block: position by position, in parallel sweeps, by drafts (block 1), or what is quickest."""
     passes: bool = False
     """Show the text decoded after every block."""
+    rounds: bool = False
+    """Show the text after every round of the decoder "drafted": final tokens, and dimmed what is not final yet."""
     states: bool = False
     """With --json: the latents after every block as well."""
     normalize: Normalize = None
     """Normalise the prompt first."""
     device: Device = "auto"
     json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        if self.rounds and self.decoder not in ("auto", "drafted"):
+            raise UserError(f"--rounds with --decoder {self.decoder}: only the decoder drafted has rounds")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,12 @@ COMMANDS = {
         "train --resume DIR.",
         "train:run_train",
     ),
+    "draft": Command(
+        "Train a draft for a finished run: a small network that guesses tokens, which block 1 then verifies in "
+        "parallel. Sampling gets faster, its result stays the same.",
+        "draft:run_draft",
+        "draft:DraftArgs",
+    ),
     "eval": Command(
         "Measure the likelihood of a text under a model; on request, its latents and the quality of samples.",
         "evaluate:run_eval",

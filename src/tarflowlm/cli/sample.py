@@ -43,7 +43,8 @@ def run_sample(args: SampleArgs) -> None:
             top_p=args.top_p,
             decoding=args.decoding,
             return_passes=args.passes or args.states,
-            decoder=args.decoder,
+            return_rounds=args.rounds,
+            decoder="drafted" if args.rounds else args.decoder,
             tick=tick,
         )
     seconds = time.perf_counter() - start

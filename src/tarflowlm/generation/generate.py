@@ -12,7 +12,14 @@ from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.choice import TokenChoice, check_choice, weighs_tokens
-from tarflowlm.generation.inversion import Decoders, Inverted, Tick, invert_stack
+from tarflowlm.generation.drafted import (
+    Round,
+    Watch,
+    invert_stack_with_drafts,
+    invert_with_drafts,
+    split_decoders,
+)
+from tarflowlm.generation.inversion import Decoders, Inverted, Tick
 from tarflowlm.generation.particles import LatentSource, UniformSource, Weights, particle_filter, resample
 from tarflowlm.generation.passage import LatentPassage, TokenPassage
 from tarflowlm.generation.sampling import BLANK, adjust_weights, draw_tokens, row_generators, row_normal
@@ -36,6 +43,8 @@ class Generation:
     """Passes over positions that each block took, block L first; N for a block inverted sequentially."""
     decoders: tuple[Decoder, ...] = ()
     """How each block was inverted, block L first; pass it as `decoder` to repeat the choice."""
+    rounds: tuple[Round, ...] = ()
+    """The text after every round of the decoder "drafted". Only on request."""
     log_evidence: Tensor | None = None
     """With given tokens: an estimate of log p(given tokens), [B], in nats; its exponential is unbiased."""
     ess: Tensor | None = None
@@ -62,6 +71,7 @@ def generate(
     top_p: float | None = None,
     decoding: Decoding = "mode",
     return_passes: bool = False,
+    return_rounds: bool = False,
     decoder: Decoders = "sequential",
     tick: Tick | None = None,
 ) -> Generation:
@@ -92,9 +102,12 @@ def generate(
     evidence then, and else that of the prompt. Not with a template, passes or several particles.
 
     Row b has its own random stream, seeded from `generator`, so rows do not depend on `num`. `decoder`: sequential
-    inverts every block position by position; parallel by sweeps, with the same result up to rounding; auto times
-    both on the first positions of every block (`inversion.py`). Block 1 is always sequential if tokens are given or
-    probabilities are adjusted. `tick` is called `num_ticks` times, once per position and block.
+    inverts every block position by position; parallel by sweeps, with the same result up to rounding
+    (`inversion.py`); drafted lets block 1 verify what the model's draft guesses, with the same result again
+    (`drafted.py`), and decodes the blocks above by auto; auto times the ways there are on the first positions of
+    every block. Block 1 is swept only if no tokens are given and no probabilities adjusted. It is drafted also then,
+    but not with particles, with tokens given further right, or where `TokenChoice` draws them.
+    `tick` is called `num_ticks` times, once per position and block.
 
     UserError for sizes that the model cannot generate, for settings out of range and for unknown given tokens.
     """
@@ -138,14 +151,20 @@ def _within_context(
     if isinstance(model, TokenLM):
         return _from_baseline(model, given, num_tokens, particles, rows, adjust, tick)
     flow = as_flow(model)
+    rounds: list[Round] = []
+    watch = rounds.append if return_rounds else None
     free = bool((given == BLANK).all())
     if free and (adjust is None or weighs_tokens(flow.prior.block(0).coupling)):
         noise = row_normal(rows, given.shape[1], flow.config.latent_dim).to(flow.codebook.mean)
-        states, work = invert_stack(flow, noise, decoder=decoder, adjust=adjust, tick=tick)
+        states, work = invert_stack_with_drafts(flow, noise, decoder=decoder, adjust=adjust, tick=tick, watch=watch)
         tokens = _decoded(flow, states[-1], decoding, rows)
-        return _generation(flow, tokens[:, :num_tokens], states, work, return_passes)
-    particles = 1 if free else particles
-    return _completed(flow, given, num_tokens, particles, rows, adjust, decoding, decoder, return_passes, tick)
+        result = _generation(flow, tokens[:, :num_tokens], states, work, return_passes)
+    else:
+        particles = 1 if free else particles
+        result = _completed(
+            flow, given, num_tokens, particles, rows, adjust, decoding, decoder, return_passes, tick, watch
+        )
+    return replace(result, rounds=tuple(r.cut(num_tokens) for r in rounds))
 
 
 def _adjustment(
@@ -177,7 +196,7 @@ def _generation(
         states=shown,
         sweeps=tuple(w.passes for w in work),
         decoders=tuple(w.decoder for w in work),
-        **weights,
+        **weights,  # type: ignore[arg-type]
     )
 
 
@@ -192,12 +211,14 @@ def _completed(
     decoder: Decoders,
     return_passes: bool,
     tick: Tick | None,
+    watch: Watch | None,
 ) -> Generation:
     """Samples with some tokens given or chosen, by a particle filter through block 1 (docs/math.md, section 9)."""
     book, num = model.codebook, len(given)
     spread = given.repeat_interleave(particles, dim=0)
     is_known = spread != BLANK
-    source = LatentSource(model, generators, particles, is_known, decoder, tick)
+    upper, first = split_decoders(model, decoder)
+    source = LatentSource(model, generators, particles, is_known, (*upper, "sequential"), tick)
     eps = row_normal(generators, *source.shape).flatten(0, 1).to(book.mean)
     known = book.encode(spread.clamp_min(0).to(book.mean.device), eps)
     choice = None
@@ -209,6 +230,9 @@ def _completed(
     if tick is not None:
         for _ in range(passage.at):
             tick()
+    work = [*source.work]
+    if first in ("drafted", "auto") and particles == 1 and model.draft is not None:
+        work += _drafted_rest(model, passage, weights, first, tick, watch)
     particle_filter(passage, weights, generators, source, tick)
     weights.add(source.log_factor(model.prior.patch.inverse(passage.noise)))
     chosen = _chosen(weights, generators)
@@ -220,9 +244,45 @@ def _completed(
     tokens = torch.where(given == BLANK, tokens.cpu(), given).to(z.device)
     # the states of these latents, not the draws from above: the given tokens have changed their noise
     states = model.prior.states(z)[0][::-1] if return_passes else ()
-    work = [*source.work, Inverted(passage.values, "sequential", passage.num_positions)]
+    if len(work) < model.num_blocks:
+        work.append(Inverted(passage.values, "sequential", passage.num_positions))
     summary = {} if (given == BLANK).all() else _summary(weights)
     return _generation(model, tokens[:, :num_tokens], states, work, return_passes, **summary)
+
+
+def _drafted_rest(
+    model: TarFlowLM,
+    passage: LatentPassage,
+    weights: Weights,
+    decoder: Decoder,
+    tick: Tick | None,
+    watch: Watch | None,
+) -> list[Inverted]:
+    """Complete `passage` by drafts where tokens are given at its start alone; how it was done, if it was.
+
+    A row is a sample here, not a particle, so nothing depends on the positions that follow.
+    """
+    at = passage.at
+    if passage.choice is not None or at == passage.num_positions or passage.is_known[:, at + 1 :].any():
+        return []
+    if passage.is_known[:, at].any():
+        weights.add(passage.step())
+        if tick is not None:
+            tick()
+    if passage.at == passage.num_positions:
+        return []
+    found = invert_with_drafts(
+        model,
+        passage.noise,
+        decoder=decoder,
+        adjust=passage.adjust,
+        settled=passage.values,
+        num_settled=passage.at,
+        tick=tick,
+        watch=watch,
+    )
+    passage.values, passage.at = found.h, passage.num_positions
+    return [found]
 
 
 def _from_baseline(

@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
 from tarflowlm.language_model import LanguageModel, seeded
+from tarflowlm.model import as_flow
 from tarflowlm.runs.config import RunConfig, current_form
+from tarflowlm.runs.drafts import load_draft, save_draft
 from tarflowlm.runs.manifest import MANIFEST, is_whole, problem_of, replacing_listed, write_manifest
 from tarflowlm.runs.released import locate, released
 from tarflowlm.runs.strict_json import from_dict, to_dict
+from tarflowlm.runs.weights import check_weights, halved, read_weights, write_weights
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 SUMMARY = "summary.json"
@@ -27,8 +28,6 @@ BEST = "best"
 """Folder of a run directory with the weights of the best validation bound; it loads like a run directory."""
 STATE, COUNTERS = "state", "counters.json"
 """Folder of the training states, one folder per step; the readable file in each of them."""
-LISTED = {"manifest": "sha256"}
-"""Header entry of weights that were written with a manifest, so that a missing manifest is noticed."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,7 @@ def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
 
 def save_weights(directory: Path, weights: dict[str, torch.Tensor], info: dict[str, str]) -> None:
     """Write a state dict to model.safetensors; `info` goes into its header, so that weights and counts agree."""
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
-    with replacing_listed(directory / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata=info | LISTED)
+    write_weights(directory / WEIGHTS, weights, info)
 
 
 def read_run(directory: Path, *, check: bool = True) -> RunConfig:
@@ -113,11 +110,9 @@ def export(directory: str | Path, out: str | Path, *, half: bool = False) -> Pat
     data = replace(data, source=_without_folders(data.source), tokenizer=tokenizer)
     write_run(out, replace(checkpoint.run, data=data), checkpoint.tokenizer)
     weights = checkpoint.model.state_dict()
-    if half:
-        weights = {
-            name: w.bfloat16() if w.ndim == 2 and name.endswith(".weight") else w for name, w in weights.items()
-        }
-    save_weights(out, weights, checkpoint.info)
+    save_weights(out, halved(weights) if half else weights, checkpoint.info)
+    if not checkpoint.model.is_exact and (draft := as_flow(checkpoint.model).draft) is not None:
+        save_draft(out, draft, half=half)
     return out
 
 
@@ -130,7 +125,7 @@ def _without_folders(source: str) -> str:
 def _load(directory: Path, device: str | torch.device) -> Checkpoint:
     run = read_run(directory, check=False)
     # read first: weights are written last, so without them the other files need not be complete
-    tensors, info = _read_weights(directory / WEIGHTS)
+    tensors, info = read_weights(directory / WEIGHTS)
     tokenizer = load_tokenizer(directory / TOKENIZER)
     config = replace(run.model, vocab_size=tokenizer.vocab_size)
     blocks = info.get("blocks", "")
@@ -139,10 +134,12 @@ def _load(directory: Path, device: str | torch.device) -> Checkpoint:
     # the initial weights are overwritten; drawing them must not advance the caller's generator
     with seeded(0):
         model = config.build()
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    _check_names_and_shapes(directory / WEIGHTS, expected, tensors)
+    check_weights(directory / WEIGHTS, model, tensors, CONFIG)
     model.load_state_dict(tensors)
-    return Checkpoint(model=model.to(device).eval(), tokenizer=tokenizer, run=run, info=info)
+    model.to(device).eval()
+    if not model.is_exact:
+        as_flow(model).use_draft(load_draft(directory, as_flow(model)))
+    return Checkpoint(model=model, tokenizer=tokenizer, run=run, info=info)
 
 
 def load(directory: str | Path, device: str | torch.device = "cpu") -> tuple[LanguageModel, Tokenizer]:
@@ -175,7 +172,7 @@ def _check(directory: Path, name: str) -> None:
 
 def _wants_manifest(directory: Path) -> bool:
     try:
-        return "manifest" in _read_weights(directory / WEIGHTS, header_alone=True)[1]
+        return "manifest" in read_weights(directory / WEIGHTS, header_alone=True)[1]
     except UserError:
         return False
 
@@ -191,27 +188,3 @@ def _remedies(directory: Path, name: str) -> str:
     if name != WEIGHTS:
         found.append(f"`tarflowlm seal {directory}` accepts it if you changed it yourself")
     return "; ".join(found or ["restore it or train again"])
-
-
-def _read_weights(path: Path, *, header_alone: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {path.parent} holds no trained weights yet")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = [] if header_alone else file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): restore it or train again") from None
-
-
-def _check_names_and_shapes(path: Path, expected: dict[str, torch.Size], tensors: dict[str, torch.Tensor]) -> None:
-    for name in sorted(expected.keys() | tensors.keys()):
-        if name not in tensors or name not in expected:
-            lacking = "has no" if name not in tensors else "has an unexpected"
-            raise UserError(f"{path} {lacking} tensor {name}: it does not belong to the {CONFIG} beside it")
-        if tensors[name].shape != expected[name]:
-            raise UserError(
-                f"{path}: {name} has shape {list(tensors[name].shape)}, {CONFIG} expects {list(expected[name])}"
-            )
-        if not torch.isfinite(tensors[name]).all():
-            raise UserError(f"{path}: {name} holds non-finite values; the run diverged")

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
+from torch import Tensor
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.generation import Generation
@@ -16,8 +17,11 @@ from tarflowlm.generation.pareto import UNRELIABLE
 def print_samples(console: Console, result: Generation, tokenizer: Tokenizer) -> None:
     """Every sample in a panel, with its passes if there are any, and below it what the weights of particles say."""
     for row, tokens in enumerate(result.tokens):
-        passes = [[tokenizer.symbols[i] for i in state[row].tolist()] for state in result.passes]
+        passes = [symbols(state[row], tokenizer) for state in result.passes]
         body = _passes_text(passes) if passes else Text(tokenizer.decode(tokens.tolist()))
+        if result.rounds:
+            rounds = [(symbols(r.tokens[row], tokenizer), int(r.final[row])) for r in result.rounds]
+            body = Text("\n").join((_rounds_text(rounds), body)) if passes else _rounds_text(rounds)
         note = None
         if result.ess is not None and result.log_evidence is not None:
             evidence = result.log_evidence[row].item()
@@ -36,6 +40,10 @@ def samples_to_json(result: Generation, tokenizer: Tokenizer, *, states: bool = 
         sample: dict[str, Any] = {"text": tokenizer.decode(tokens.tolist())}
         if result.passes:
             sample["passes"] = [tokenizer.decode(state[row].tolist()) for state in result.passes]
+        if result.rounds:
+            sample["rounds"] = [
+                {"text": tokenizer.decode(r.tokens[row].tolist()), "final": int(r.final[row])} for r in result.rounds
+            ]
         if states:
             sample["states"] = [state[row].tolist() for state in result.states]
         for name in ("log_evidence", "ess", "draws"):
@@ -47,6 +55,11 @@ def samples_to_json(result: Generation, tokenizer: Tokenizer, *, states: bool = 
             sample["pareto_k"] = None if math.isnan(k) else k
         samples.append(sample)
     return samples
+
+
+def symbols(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
+    """The symbols of tokens [T]."""
+    return [tokenizer.symbols[i] for i in tokens.tolist()]
 
 
 def print_edits(
@@ -79,4 +92,19 @@ def _passes_text(passes: Sequence[Sequence[str]]) -> Text:
             body.append(symbol, style="dim" if index == 0 else "" if same else "green")
         body.append("" if index == last else "\n")
         before = symbols
+    return body
+
+
+def _rounds_text(rounds: Sequence[tuple[Sequence[str], int]]) -> Text:
+    """The symbols after every round until all are final, those that are not final dimmed; new ones highlighted."""
+    body, before = Text(), 0
+    for number, (shown, final) in enumerate(rounds, 1):
+        if before == len(shown):
+            break
+        body.append("\n" if number > 1 else "")
+        body.append(f"round {number}  ({final - before} of {len(shown)} became final)\n", style="bold cyan")
+        body.append("".join(shown[:before]))
+        body.append("".join(shown[before:final]), style="green")
+        body.append("".join(shown[final:]), style="dim")
+        before = final
     return body

@@ -1,0 +1,231 @@
+"""Drafts change how fast block 1 is inverted, and never the result."""
+
+import pytest
+import torch
+from torch import nn
+
+from tarflowlm.draft import Draft, DraftConfig
+from tarflowlm.errors import UserError
+from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.generation import drafted, generate
+from tarflowlm.generation.drafted import invert_with_drafts
+from tarflowlm.generation.inversion import invert_block
+from tarflowlm.generation.lookahead import Lookahead
+from tarflowlm.language_model import seeded
+
+SMALL = DraftConfig(layers=1, trunk=TransformerConfig(width=8, num_heads=2, mlp_ratio=2), past=2, ahead=4)
+
+
+def drafting(model, config=SMALL):
+    """The model in float32 with a random draft."""
+    with seeded(7):
+        draft = model.new_draft(config)
+        for parameter in draft.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    model.float().use_draft(draft)
+    return model
+
+
+def texts(model, decoder, **settings):
+    settings = {"num_tokens": model.config.context, "num": 3} | settings
+    return generate(model, decoder=decoder, generator=torch.Generator().manual_seed(3), **settings)
+
+
+class Oracle(Draft):
+    """A draft that knows the text [B, N, P]."""
+
+    def __init__(self, tokens, vocab_size, config=SMALL):
+        nn.Module.__init__(self)
+        self.tokens, self.vocab_size, self.config = tokens, vocab_size, config
+
+    def allocate_cache(self, rows):
+        return None
+
+    def read_noise(self, u):
+        B, N, P = self.tokens.shape
+        known = u.new_zeros(B, u.shape[1], P, self.vocab_size)
+        known[:, self.config.past : self.config.past + N] = nn.functional.one_hot(
+            self.tokens, self.vocab_size
+        ).float()
+        return known.flatten(2)
+
+    def read_past(self, features, z):
+        return None
+
+    def forward(self, past, noise, cache, *, first):
+        return noise[:, first:].unflatten(-1, (-1, self.vocab_size))
+
+
+@pytest.mark.parametrize("couplings", [("mixd",), ("mixd", "mix1", "mix1"), ("mix1", "mix1")], ids="-".join)
+@pytest.mark.parametrize("patch", [1, 2])
+@pytest.mark.parametrize("log_std", [-0.5, -6.0])
+def test_drafted_equals_steps(couplings, patch, log_std, tiny_flow):
+    model = drafting(tiny_flow(couplings=couplings, patch=patch, context=32, log_std=log_std))
+    slow, fast = texts(model, "sequential"), texts(model, "drafted")
+    assert torch.equal(slow.tokens, fast.tokens)
+    assert fast.decoders[-1] == "drafted"
+    assert 1 <= fast.sweeps[-1] <= 2 * 32 // patch
+    assert torch.equal(texts(model, "auto").tokens, slow.tokens)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_latents_equal_those_of_steps(patch, tiny_flow, normal):
+    model = drafting(tiny_flow(couplings=("mixd",), patch=patch, context=32)).double()
+    model.use_draft(model.draft.double())
+    u = normal(5, 32 // patch, 2 * patch)
+    with torch.no_grad():
+        expected = invert_block(model.prior.block(0), u).h
+        found = invert_with_drafts(model, u)
+    torch.testing.assert_close(found.h, expected, rtol=1e-8, atol=1e-8)
+    assert found.repeated == 0
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.7}, {"top_k": 2}, {"top_p": 0.8, "temperature": 1.3}], ids=["tau", "k", "p"]
+)
+@pytest.mark.parametrize("patch", [1, 2])
+def test_adjusted_weights_are_verified_too(settings, patch, tiny_flow):
+    model = drafting(tiny_flow(couplings=("mixd", "mix1"), patch=patch, context=32, log_std=-6.0))
+    slow, fast = (texts(model, decoder, **settings) for decoder in ("sequential", "drafted"))
+    assert torch.equal(slow.tokens, fast.tokens)
+    assert fast.decoders[-1] == "drafted"
+    assert not torch.equal(slow.tokens, texts(model, "sequential").tokens)
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 5, 31])
+@pytest.mark.parametrize("patch", [1, 2])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_prompt_stands_and_drafts_follow(prompt, patch, blocks, tiny_flow):
+    model = drafting(tiny_flow(couplings=("mixd", "mix1")[:blocks], patch=patch, context=32, log_std=-6.0))
+    given = torch.arange(prompt) % 5
+    slow, fast = (texts(model, decoder, prompt=given) for decoder in ("sequential", "drafted"))
+    assert torch.equal(slow.tokens, fast.tokens)
+    torch.testing.assert_close(slow.log_evidence, fast.log_evidence, rtol=1e-4, atol=1e-4)
+    assert fast.decoders[-1] == ("sequential" if prompt == 31 and patch == 2 else "drafted")
+    warm = [texts(model, decoder, prompt=given, temperature=0.6).tokens for decoder in ("sequential", "drafted")]
+    assert torch.equal(*warm)
+
+
+def test_tokens_given_further_right_ask_for_steps(tiny_flow):
+    model = drafting(tiny_flow(couplings=("mixd", "mix1"), context=16, log_std=-6.0))
+    template = torch.tensor([1, 2, -1, -1, 3])
+    slow, fast = (texts(model, decoder, template=template) for decoder in ("sequential", "drafted"))
+    assert torch.equal(slow.tokens, fast.tokens)
+    assert fast.decoders[-1] == "sequential"
+    assert texts(model, "drafted", prompt=template[:2], particles=2).decoders[-1] == "sequential"
+
+
+def test_a_draft_that_knows_the_text_takes_few_passes(tiny_flow):
+    model = tiny_flow(couplings=("mixd",), context=64, log_std=-6.0).float()
+    slow = texts(model, "sequential")
+    model.use_draft(Oracle(slow.tokens[..., None], 5))
+    fast = texts(model, "drafted", return_rounds=True)
+    assert torch.equal(slow.tokens, fast.tokens)
+    assert len(fast.rounds) == fast.sweeps[0]
+    assert fast.sweeps[0] < 64 / 2.5
+    # what is final never changes
+    for before, after in zip(fast.rounds, fast.rounds[1:], strict=False):
+        for row, final in enumerate(before.final.tolist()):
+            assert after.final[row] >= final
+            assert torch.equal(before.tokens[row, :final], slow.tokens[row, :final])
+    assert torch.equal(fast.rounds[-1].tokens, slow.tokens)
+
+
+def test_rows_do_not_depend_on_each_other(tiny_flow):
+    """One row is done early, as its draft knows the text; it leaves the batch, and the others go on."""
+    model = tiny_flow(couplings=("mixd",), context=64, log_std=-6.0).float()
+    slow = texts(model, "sequential")
+    half = torch.where(torch.tensor([[True], [False], [False]]), slow.tokens, (slow.tokens + 1) % 5)
+    model.use_draft(Oracle(half[..., None], 5))
+    assert torch.equal(texts(model, "drafted").tokens, slow.tokens)
+
+
+def test_progress_is_told_once_per_position(tiny_flow):
+    model, ticks = drafting(tiny_flow(couplings=("mixd", "mix1"), context=32)), []
+    texts(model, "drafted", tick=lambda: ticks.append(1))
+    assert len(ticks) == 2 * 32
+    ticks.clear()
+    texts(model, "drafted", prompt=torch.tensor([1, 2, 3]), tick=lambda: ticks.append(1))
+    assert len(ticks) == 2 * 32
+
+
+def test_a_position_that_was_taken_for_final_is_inverted_again(tiny_flow, normal, monkeypatch):
+    """If everything counts as unchanged at once, the way back to the noise shows it."""
+    model = drafting(tiny_flow(couplings=("mixd",), context=32)).double()
+    model.use_draft(model.draft.double())
+    u = normal(2, 32, 2)
+    monkeypatch.setitem(drafted.TOLERANCE, torch.float64, 1e9)
+    with torch.no_grad():
+        found, expected = invert_with_drafts(model, u), invert_block(model.prior.block(0), u).h
+    assert 0 < found.repeated < 32
+    torch.testing.assert_close(found.h, expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("by_position", "expected"), [(0.0, "drafted"), (1e3, "sequential")], ids=["passes are cheap", "positions cost"]
+)
+def test_auto_takes_the_quicker_way(by_position, expected, tiny_flow, monkeypatch):
+    """The clock decides: a pass costs one unit, and more for every position."""
+    model = tiny_flow(couplings=("mixd",), context=64, log_std=-6.0).float()
+    slow, clock = texts(model, "sequential", num=1), [0.0]
+    wrong = (slow.tokens + (by_position > 0)) % 5
+    model.use_draft(Oracle(wrong[..., None], 5))
+    monkeypatch.setattr(drafted.time, "perf_counter", lambda: clock[0])
+    original = drafted._Drafting._pass
+
+    def timed(self, n):
+        clock[0] += 1 + by_position * n
+        return original(self, n)
+
+    monkeypatch.setattr(drafted._Drafting, "_pass", timed)
+    found = texts(model, "auto", num=1)
+    assert found.decoders == (expected,)
+    assert torch.equal(found.tokens, slow.tokens)
+
+
+def test_a_model_without_a_draft_says_so(tiny_flow):
+    model = tiny_flow(couplings=("mixd", "mix1")).float()
+    with pytest.raises(UserError, match="the model has no draft; train one with `tarflowlm draft`"):
+        texts(model, "drafted")
+    with pytest.raises(UserError, match="only block 1 can be drafted"):
+        texts(drafting(model), ("drafted", "sequential"))
+
+
+def test_looking_ahead_follows_what_was_accepted_and_what_it_costs():
+    bold, shy, wide = Lookahead(8), Lookahead(8), Lookahead(8)
+    for _ in range(50):
+        bold.accepted(8, [8])
+        shy.accepted(8, [0])
+        wide.accepted(8, [3])
+    assert bold.choose(1, 0) == 8
+    assert shy.choose(1, 0) <= 1
+    assert shy.choose(64, 0) == 0
+    assert wide.choose(1, 0) == 3
+    undecided = Lookahead(8)
+    assert undecided.choose(64, 0) < undecided.choose(1, 0)
+    for n in (1, 9) * 20:
+        bold.took(1.0 + 1.0 * n, n)
+    assert 0.8 < bold.base() < 4
+    for n in (1, 9) * 40:
+        bold.took(100.0 + 1.0 * n, n)
+    assert 60 < bold.base() < 140
+
+
+def test_the_draft_reads_what_it_may(tiny_flow, normal):
+    """A guess depends on the noise up to its own position, and on what is known before it."""
+    model = drafting(tiny_flow(couplings=("mixd",), patch=2))
+    draft: Draft = model.draft
+    u, features, z = normal(1, 5, 4).float(), normal(1, 2, 8).float(), normal(1, 2, 4).float()
+    leaves = [x.requires_grad_() for x in (u, features, z)]
+    logits = draft(draft.read_past(features, z), draft.read_noise(u))
+    assert logits.shape == (1, 5, 2, 5)
+    for n in range(5):
+        size = logits[0, n].square().sum()
+        by_noise, by_features, by_latents = torch.autograd.grad(size, leaves, retain_graph=True)
+        assert (by_noise.abs().amax((0, 2)) > 0).tolist() == [m <= n for m in range(5)]
+        assert (by_features.abs().amax((0, 2)) > 0).tolist() == [m <= n for m in range(2)]
+        assert (by_latents.abs().amax((0, 2)) > 0).tolist() == [m <= n for m in range(2)]
+    with torch.no_grad():
+        past, noise = draft.read_past(features, z), draft.read_noise(u)
+        cached = draft(past, noise, draft.allocate_cache(1), first=1)
+    torch.testing.assert_close(cached, logits[:, 1:])
