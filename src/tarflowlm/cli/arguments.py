@@ -76,6 +76,8 @@ class SampleArgs:
     """Tokens of the latents: the most probable ones, or drawn from p(x|z), which is exact; alike for sharp codes."""
     decoder: Decoder = "auto"
     """How to invert a block: position by position, in parallel sweeps, by drafts (block 1), or what is quickest."""
+    compile: bool = False
+    """Compile the step of one position, which takes a quarter of a minute: for many or long samples."""
     passes: bool = False
     """Show the text decoded after every block."""
     rounds: bool = False

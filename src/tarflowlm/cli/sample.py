@@ -45,6 +45,7 @@ def run_sample(args: SampleArgs) -> None:
             return_passes=args.passes or args.states,
             return_rounds=args.rounds,
             decoder="drafted" if args.rounds else args.decoder,
+            compile=args.compile,
             tick=tick,
         )
     seconds = time.perf_counter() - start
