@@ -51,7 +51,8 @@ def text(tmp_path_factory) -> Path:
 
 def test_generation_rows(directories):
     result = generation.run(generation.Args(tuple(directories), batches=(2,), rounds=1, seeds=3))
-    assert [row["name"].split()[-1] for row in result["models"]] == ["sequential", "sequential", "auto"]
+    names = [row["name"] for row in result["models"]]
+    assert names == ["ar steps", "flow steps", "flow steps below sweeps", "flow auto"]
     assert result["models"][0]["ratio"] == 1.0
     assert all(row["tokens_per_second"] > 0 for row in result["models"])
     assert [(row["block"], row["coupling"]) for row in result["blocks"]] == [(2, "mix1"), (1, "mixd")]

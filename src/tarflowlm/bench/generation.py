@@ -68,7 +68,9 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
-    models = {str(d): load_checkpoint(d, device).model for d in args.directories}
+    last = [d.name for d in args.directories]
+    names = last if len(set(last)) == len(last) else [str(d) for d in args.directories]
+    models = {n: load_checkpoint(d, device).model for n, d in zip(names, args.directories, strict=True)}
     flows = {name: as_flow(m) for name, m in models.items() if not m.is_exact}
     return {
         "models": [row for batch in args.batches for row in _models(models, args, batch, progress)],
