@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tarflowlm.draft import Draft, DraftConfig
+from tarflowlm.editing import encode, renoise
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.generation import drafted, generate
@@ -181,6 +182,22 @@ def test_auto_takes_the_quicker_way(by_position, expected, tiny_flow, monkeypatc
     found = texts(model, "auto", num=1)
     assert found.decoders == (expected,)
     assert torch.equal(found.tokens, slow.tokens)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+@pytest.mark.parametrize("decoder", ["drafted", "auto"])
+def test_edits_are_drafted_too(strength, decoder, tiny_flow):
+    model, ticks = drafting(tiny_flow(couplings=("mixd", "mix1"), context=16, log_std=-6.0)), []
+
+    def edited(decoder, tick=None):
+        text = encode(model, torch.arange(12)[None] % 5, generator=torch.Generator().manual_seed(0))
+        random = torch.Generator().manual_seed(1)
+        return renoise(model, text, level=2, strength=strength, generator=random, decoder=decoder, tick=tick)
+
+    slow = edited("sequential")
+    fast = edited(decoder, tick=lambda: ticks.append(1))
+    assert torch.equal(slow.tokens, fast.tokens)
+    assert len(ticks) == 2 * 12
 
 
 def test_a_model_without_a_draft_says_so(tiny_flow):

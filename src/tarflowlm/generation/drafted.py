@@ -301,6 +301,8 @@ class _Drafting:
 
     def trial(self) -> Decoder:
         """The faster decoder, timed on positions that have to be inverted anyway."""
+        if not len(self.rows):
+            return "drafted"
         marks = [(self._now(), self._open())]
         for _ in range(min(TRIAL_STEPS, self.num_positions - min(self.final))):
             self.step(min(self.final) + 1)
