@@ -8,7 +8,7 @@ import torch
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics
-from tarflowlm.flow.couplings import AffineCoupling, Mix1Coupling
+from tarflowlm.flow.channelwise import AffineCoupling, Mix1Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.language_model import seeded
 from tarflowlm.model import FlowConfig, TarFlowLM, stack

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tarflowlm import objective
 from tarflowlm.baseline import IN_PATCH_CHANNELS, BaselineConfig, TokenLM
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
@@ -338,6 +339,18 @@ def test_one_importance_sample_is_the_elbo(tiny_flow, tokens):
     g, same = (torch.Generator().manual_seed(3) for _ in range(2))
     one = importance_weighted_bound(model, tokens, samples=1, generator=g)
     torch.testing.assert_close(one, elbo(model, tokens, generator=same).nelbo, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("given", [0, 4])
+def test_rows_computed_together_do_not_show_in_the_weights(given, tiny_flow, tiny_ar, tokens, monkeypatch):
+    for model in (tiny_flow(couplings=("mixd",)), tiny_ar()):
+        found = []
+        for together in (2048, 2 * tokens.shape[1], 1):
+            monkeypatch.setattr(objective, "CPU_TOKENS", together)
+            generator = torch.Generator().manual_seed(4)
+            found.append(log_importance_weights(model, tokens, samples=3, generator=generator, given=given))
+        torch.testing.assert_close(found[1], found[0])
+        torch.testing.assert_close(found[2], found[0])
 
 
 def test_the_baseline_is_exact_whatever_the_number_of_samples(tiny_ar, tokens):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tarflowlm.flow.couplings import AffineCoupling, Mix1Coupling
+from tarflowlm.flow.channelwise import AffineCoupling, Mix1Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, TarFlowLM

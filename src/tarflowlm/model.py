@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tarflowlm.draft import Draft, DraftConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow.cached import KVCache
+from tarflowlm.flow.channelwise import AffineCoupling, Mix1Coupling
 from tarflowlm.flow.codebook import Codebook
-from tarflowlm.flow.couplings import AffineCoupling, Coupling, Mix1Coupling
+from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.precision import full_precision

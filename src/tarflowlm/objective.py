@@ -10,6 +10,9 @@ from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import ElboTerms, TarFlowLM
 
+CPU_TOKENS = 2048
+"""Tokens whose bounds a CPU computes together: an activation of 4 D channels takes 4 MiB at D = 128."""
+
 
 def elbo(
     model: TarFlowLM,
@@ -86,8 +89,23 @@ def log_importance_weights(
     """
     if samples < 1:
         raise UserError(f"samples {samples}: must be at least 1")
-    draws = 1 if model.is_exact else samples
-    return -torch.stack([conditional_bound(model, tokens, given, generator=generator) for _ in range(draws)])
+    rows = _rows_at_once(tokens)
+    bounds = []
+    for _ in range(1 if model.is_exact else samples):
+        # drawn for all rows at once, so that the numbers do not depend on the parts
+        noise = model.draw_noise(tokens, generator)
+        parts = zip(tokens.split(rows), noise.split(rows), strict=True)
+        bounds.append(torch.cat([conditional_bound(model, x, given, noise=eps) for x, eps in parts]))
+    return -torch.stack(bounds)
+
+
+def _rows_at_once(tokens: Tensor) -> int:
+    """Rows of tokens [B, T] whose bounds are computed together; all of them on an accelerator, to keep it busy.
+
+    On a CPU the activations of these rows should stay in the cache, and be small enough that the allocator reuses
+    their memory instead of asking the system for it at every operation.
+    """
+    return max(1, CPU_TOKENS // max(1, tokens.shape[1])) if tokens.device.type == "cpu" else max(1, len(tokens))
 
 
 def importance_weighted(log_weights: Float[Tensor, "S B"]) -> Float[Tensor, " B"]:

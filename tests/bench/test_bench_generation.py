@@ -1,4 +1,4 @@
-"""The generation benchmarks on tiny random models: their rows, and what they refuse."""
+"""The benchmarks of evaluation and generation on tiny random models: their rows, and what they refuse."""
 
 import random
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from tarflowlm.baseline import BaselineConfig
-from tarflowlm.bench import generation, infilling
+from tarflowlm.bench import evaluation, generation, infilling
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
@@ -64,6 +64,16 @@ def test_generation_rows(directories):
     assert "3 samples, 96 tokens" in console.export_text()
 
 
+def test_evaluation_rows(directories, text):
+    result = evaluation.run(evaluation.Args(tuple(directories), data=str(text), windows=3, rounds=1))
+    assert [row["bound"] for row in result["models"]] == ["exact", "elbo"]
+    assert result["models"][0]["ratio"] == 1.0
+    assert all(row["seconds_per_token"] > 0 and row["nats_per_token"] > 0 for row in result["models"])
+    console = Console(record=True, width=120)
+    evaluation.print_result(result, console)
+    assert "over the first" in console.export_text()
+
+
 def test_infilling_keeps_what_is_given_and_editing_with_strength_zero_changes_nothing(directories, text):
     args = infilling.Args(
         tuple(directories), data=str(text), sentences=6, length=16, blanks=4, particles=(1, 3), strengths=(0.0, 1.0)
@@ -91,6 +101,8 @@ def test_infilling_keeps_what_is_given_and_editing_with_strength_zero_changes_no
         (generation, {"rounds": 0}, "rounds 0"),
         (generation, {"batches": (0,)}, "batches"),
         (generation, {"directories": ()}, "name at least one"),
+        (evaluation, {"windows": 0}, "windows 0"),
+        (evaluation, {"directories": ()}, "name at least one"),
         (infilling, {"blanks": 64}, "blanks 64"),
         (infilling, {"particles": (0,)}, "particles"),
         (infilling, {"directories": ()}, "name at least one"),

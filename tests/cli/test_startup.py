@@ -186,7 +186,7 @@ def test_help_lists_the_benchmarks_and_describes_every_preset(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     benchmarks = run("bench", "--help")
     assert benchmarks.status == 0
-    for name in ("data", "numerics", "train", "generation", "infilling"):
+    for name in ("data", "numerics", "train", "evaluation", "generation", "infilling"):
         assert name in benchmarks.out
     presets = run("train", "--help").out
     assert "partial" not in presets

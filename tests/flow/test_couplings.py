@@ -7,8 +7,9 @@ import torch
 from torch.autograd.functional import jacobian
 
 from tarflowlm.flow import numerics
+from tarflowlm.flow.channelwise import AffineCoupling, ChannelCoupling, Mix1Coupling
 from tarflowlm.flow.codebook import Codebook
-from tarflowlm.flow.couplings import AffineCoupling, ChannelCoupling, Coupling, Mix1Coupling
+from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.newton import Newton
 from tarflowlm.flow.numerics import layout, standard_normal_log_prob

@@ -17,11 +17,11 @@ from torch import Tensor
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.bench.measure import median_ratio, seconds_per_call
 from tarflowlm.bench.peers import gpt2, llama, sampler
-from tarflowlm.choices import DeviceName
+from tarflowlm.choices import Decoder, DeviceName
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
-from tarflowlm.generation import generate
-from tarflowlm.generation.generate import Generation, num_ticks
+from tarflowlm.generation import Generation, generate
+from tarflowlm.generation.generate import num_ticks
 from tarflowlm.generation.inversion import Decoders, invert_block, invert_stack
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
@@ -111,11 +111,13 @@ def _decoders(model: LanguageModel) -> dict[str, Decoders]:
     """The ways to decode this model that are compared: name -> `decoder` of `generate`."""
     if model.is_exact:
         return {"steps": "sequential"}
-    sweeps_above: Decoders = (*("parallel",) * (model.num_blocks - 1), "sequential")
-    ways: dict[str, Decoders] = {"steps": "sequential", "steps below sweeps": sweeps_above, "auto": "auto"}
+    above: list[Decoder] = ["parallel"] * (model.num_blocks - 1)
+    ways: dict[str, Decoders] = {"steps": "sequential", "steps below sweeps": (*above, "sequential"), "auto": "auto"}
     if as_flow(model).draft is not None:
         ways["drafted"] = "drafted"
-    return ways if model.num_blocks > 1 else {k: way for k, way in ways.items() if way != sweeps_above}
+    if not above:
+        del ways["steps below sweeps"]
+    return ways
 
 
 def _models(

@@ -57,7 +57,8 @@ class SampleArgs:
     num: int = 1
     """Number of samples."""
     length: int | None = None
-    """Tokens per sample, including the prompt; the default is the trained context."""
+    """Tokens per sample, including the prompt; the default is the trained context. Beyond that the window slides: its
+    last half is the next prompt, exact for the baseline and one block, an approximation for more."""
     prompt: str | None = None
     """Text to continue. Exact for one block; an approximation for more, see --particles."""
     template: str | None = None
@@ -75,6 +76,8 @@ class SampleArgs:
     """Tokens of the latents: the most probable ones, or drawn from p(x|z), which is exact; alike for sharp codes."""
     decoder: Decoder = "auto"
     """How to invert a block: position by position, in parallel sweeps, by drafts (block 1), or what is quickest."""
+    compile: bool = False
+    """Compile the step of one position, which takes a quarter of a minute: for many or long samples."""
     passes: bool = False
     """Show the text decoded after every block."""
     rounds: bool = False

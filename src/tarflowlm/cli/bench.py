@@ -9,7 +9,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.terminal.bars import stages_bar
 from tarflowlm.terminal.tables import print_json, print_table
 
-BENCHMARKS = ("data", "numerics", "train", "sizes", "generation", "infilling")
+BENCHMARKS = ("data", "numerics", "train", "sizes", "evaluation", "generation", "infilling")
 """Modules of `tarflowlm.bench`."""
 
 

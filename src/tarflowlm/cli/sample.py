@@ -28,7 +28,7 @@ def run_sample(args: SampleArgs) -> None:
     if length is None:
         length = checkpoint.run.model.context if template is None else max(len(template), 1)
     start = time.perf_counter()
-    bar = sampling_bar(Console(stderr=True), checkpoint.model, max(length, 1))
+    bar = sampling_bar(Console(stderr=True), checkpoint.model, max(length, 1), 0 if prompt is None else len(prompt))
     with threads_for(args.num * args.particles), bar as tick:
         result = generate(
             checkpoint.model,
@@ -45,6 +45,7 @@ def run_sample(args: SampleArgs) -> None:
             return_passes=args.passes or args.states,
             return_rounds=args.rounds,
             decoder="drafted" if args.rounds else args.decoder,
+            compile=args.compile,
             tick=tick,
         )
     seconds = time.perf_counter() - start

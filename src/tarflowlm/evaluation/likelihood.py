@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.objective import importance_weighted, log_importance_weights
@@ -104,6 +105,7 @@ def evaluate(
     given = torch.zeros(len(windows), dtype=torch.int64) if given is None else given
     batch = batch or windows_per_batch(windows.shape[1])
     device = model.device
+    keep_freed_memory()
     generator = torch.Generator(device=device).manual_seed(seed)
     parts, characters, num_bytes = [], 0, 0
     for start, end, head in _batches(given, batch):

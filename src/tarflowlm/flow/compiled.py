@@ -41,8 +41,8 @@ def static_step(
 @functools.cache
 def compiled_step(device_type: str) -> StaticStep:
     """`static_step` through torch.compile. On CUDA GPUs as a CUDA graph, which is untested."""
-    options = {"triton.cudagraphs": True} if device_type == "cuda" else {"cpp_wrapper": True}
-    return torch.compile(static_step, fullgraph=True, dynamic=False, options=options)
+    option = "triton.cudagraphs" if device_type == "cuda" else "cpp_wrapper"
+    return torch.compile(static_step, fullgraph=True, dynamic=False, options={option: True})
 
 
 class CompiledKVCache(KVCache):

@@ -1,5 +1,6 @@
 """Sampling from either model: free, after a prompt, or around given tokens."""
 
-from tarflowlm.generation.generate import Generation, generate
+from tarflowlm.generation.generate import generate
+from tarflowlm.generation.writing import Generation
 
 __all__ = ["Generation", "generate"]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tarflowlm.errors import UserError
-from tarflowlm.flow.couplings import AdjustWeights, AffineCoupling, Coupling
+from tarflowlm.flow.channelwise import AffineCoupling
+from tarflowlm.flow.couplings import AdjustWeights, Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import held_rows, wide_dtype
 from tarflowlm.generation.sampling import inverse_cdf, row_normal, row_uniform

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tarflowlm.choices import Decoder
 from tarflowlm.errors import UserError
-from tarflowlm.flow.couplings import AdjustWeights, ChannelCoupling
+from tarflowlm.flow.channelwise import ChannelCoupling
+from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.newton import CONTRACTION, RESIDUAL, Newton
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.model import TarFlowLM

@@ -70,8 +70,10 @@ def corpus_bar(
 
 
 @contextmanager
-def sampling_bar(console: Console, model: LanguageModel, num_tokens: int) -> Iterator[Callable[[], None]]:
-    """Progress over the positions that `generate` inverts; yields its `tick`."""
+def sampling_bar(
+    console: Console, model: LanguageModel, num_tokens: int, num_given: int = 0
+) -> Iterator[Callable[[], None]]:
+    """Progress over the positions that `generate` inverts, arguments as `num_ticks`; yields its `tick`."""
     done = itertools.count(1)
-    with bar(console, "sampling, positions", num_ticks(model, num_tokens)) as update:
+    with bar(console, "sampling, positions", num_ticks(model, num_tokens, num_given)) as update:
         yield lambda: update(next(done))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tarflowlm.data import SOURCE_NAMES, Corpus, cached_corpus, eval_windows
+from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.files import LOCK, full_disk_as_user_error, remove_leftovers, write_json, writer_lock
 from tarflowlm.runs.checkpoint import BEST, CONFIG, STATE, SUMMARY, WEIGHTS, read_run, weights_problem, write_run
@@ -118,6 +119,7 @@ def _run_stages(run: Run, state: Path | None = None, *, repair: bool = False, af
 
     `repair` first restores the weights from the state. `afresh`: see `Run.begin`.
     """
+    keep_freed_memory()
     run.begin(state, None if state is None else read_counters(state), afresh=afresh)
     try:
         if repair:

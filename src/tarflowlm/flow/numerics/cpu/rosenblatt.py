@@ -8,11 +8,15 @@ from torch import Tensor
 
 from tarflowlm.flow.numerics.cpu import handful, linear
 from tarflowlm.flow.numerics.cpu.inverse import mixture_cdf_inverse
-from tarflowlm.flow.numerics.cpu.linear import SMALLEST, UNIT, Workspace, rows_below
+from tarflowlm.flow.numerics.cpu.linear import SMALLEST, TAIL_SCALE, UNIT, Workspace, rows_below
 from tarflowlm.flow.numerics.cpu.mixture import mixture_cdf, quantile
 from tarflowlm.flow.numerics.layout import LOWEST_EXPONENT, row_chunks
 from tarflowlm.flow.numerics.normal import HALF_LOG_2PI, log_standard_normal_vectors, upper_tail
 from tarflowlm.flow.numerics.reference import bayes_update, bayes_update_
+
+_WIDE = 64
+"""Components from which the untransposed layout is the faster one. It is more than for scalar mixtures
+(`linear.Workspace`), because the weights are transposed once for all channels (measured: equal at 64)."""
 
 _NEARLY_CERTAIN, _FEW_ROWS = -1e-5, 64
 """Log posterior of a component from which certainty is looked into: when half the rows have reached it, or, where
@@ -22,21 +26,21 @@ rows are few and calls are all that costs, every one of them."""
 def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
     """u [N, d] and log_det [N], as `reference.rosenblatt`."""
     u = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    log_p, tail = torch.empty_like(z[:, 0]), torch.empty_like(z[:, 0])
+    log_p = torch.empty_like(z[:, 0])
     num_components = mean.shape[0]
     space = Workspace(4, num_components, z.dtype)
+    if num_components < _WIDE:
+        space.axis = 0
     for rows in row_chunks(z.shape[0], num_components):
-        log_p[rows] = _chunk(z[rows], log_w[rows], mean, log_std, space, u[rows], tail[rows])
+        log_p[rows] = _chunk(z[rows], log_w[rows], mean, log_std, space, u[rows])
     return u, log_p - log_standard_normal_vectors(u)
 
 
-def _chunk(
-    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, space: Workspace, u: Tensor, tail: Tensor
-) -> Tensor:
+def _chunk(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, space: Workspace, u: Tensor) -> Tensor:
     """Fills u [n, d] of one chunk and returns log p_mix [n]; buffers: 0 log alpha, 1 alpha, 2 a, 3 scratch.
 
     log alpha is shifted by its maximum at every channel, so nothing underflows, and not normalised: what the last
-    weights sum to is log p_mix.
+    weights sum to is log p_mix. The quantiles of all channels are taken at once, after the recursion.
     """
     n, axis, spread = z.shape[0], space.axis, space.spread
     lowest = LOWEST_EXPONENT[z.dtype]
@@ -50,22 +54,27 @@ def _chunk(
         log_alpha.sub_(top)
         return torch.clamp(log_alpha, min=lowest, out=alpha).exp_().sum(axis), top.squeeze(axis)
 
+    tail, side = (torch.empty(z.shape[1], n, dtype=z.dtype) for _ in range(2))
+    far_values: list[tuple[int, Tensor, Tensor]] = []
     total, _ = exponentiate()
     log_p = -torch.log(total)
     for i in range(z.shape[1]):
         torch.sub(spread(z[:, i]), space.orient(mean[None, :, i]), out=a).mul_(inv_std)
-        side = linear.guess_side(a, alpha, scratch, space)
-        torch.mul(a, spread(side * UNIT), out=scratch)
+        side[i] = linear.guess_side(a, alpha, scratch, space)
+        torch.mul(a, spread(side[i] * UNIT), out=scratch)
         mass = linear.tail_(linear.clamp_(scratch)).mul_(alpha)
-        torch.sum(mass, axis, out=tail).mul_(0.5).div_(total)
-        u[:, i] = quantile(tail, side)
-        far = rows_below(tail, SMALLEST[z.dtype])
+        torch.sum(mass, axis, out=tail[i]).mul_(TAIL_SCALE).div_(total)
+        far = rows_below(tail[i], SMALLEST[z.dtype])
         if far is not None:
             wide = (space.orient(log_alpha)[far], mean[None, :, i], log_std[None])
-            u[far, i] = mixture_cdf(z[far, i].double(), *(p.double() for p in wide))[0].to(z.dtype)
+            found = mixture_cdf(z[far, i].double(), *(p.double() for p in wide))[0]
+            far_values.append((i, far, found.to(z.dtype)))
         bayes_update_(log_alpha, a, log_normaliser)
         total, top = exponentiate()
         log_p.add_(top)
+    u.copy_(quantile(tail.flatten(), side.flatten()).view_as(tail).T)
+    for i, far, values in far_values:
+        u[far, i] = values
     return log_p.add_(torch.log(total))
 
 

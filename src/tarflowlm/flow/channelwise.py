@@ -1,0 +1,279 @@
+"""Couplings channel by channel, or group by group: affine and Mix-1, with parameters from an autoregressive head.
+
+Shape legend: as in `couplings`.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tarflowlm.errors import UserError
+from tarflowlm.flow import numerics
+from tarflowlm.flow.codebook import Codebook
+from tarflowlm.flow.couplings import AdjustWeights, Conditional, Conditionals, Coupling
+from tarflowlm.flow.heads import AutoregressiveHead
+from tarflowlm.flow.newton import CONTRACTION, Newton
+from tarflowlm.flow.numerics import standard_normal_log_prob
+from tarflowlm.flow.precision import full_precision
+
+_MAX_NEWTON = 2048
+"""Largest number of elements B C for which a channel coupling tries Newton steps."""
+_MAX_NEWTON_COMPONENTS = 8
+"""With more components a block is hardly near the identity at every position, and the trial would be in vain."""
+_MAX_SWEPT = 512
+"""Largest number of elements B C that a channel coupling inverts in sweeps."""
+
+
+class ChannelCoupling(Coupling):
+    """A coupling over groups of C/G channels, with parameters from an autoregressive head (docs/math.md, eq. 10)."""
+
+    group = 1
+    components = 1
+    head: AutoregressiveHead
+
+    @abstractmethod
+    def conditional(self, parameters: list[Tensor]) -> Conditional:
+        """The map of a batch of groups [rows, C/G], from their parameters [rows, outputs]."""
+
+    @abstractmethod
+    def channels(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+        """Noise u, and log du_i/dz_i of every channel, in nats."""
+
+    def forward(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+        """Noise u, and log|det du/dz| [B], in nats."""
+        u, log_det = self.channels(z, features)
+        return u, log_det.flatten(1).sum(-1)
+
+    def newton_step(
+        self, z: Float[Tensor, "B N C"], u: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+        """A step towards the latents of noise u from a guess z of them, and the residual u - f(z) of that guess.
+
+            z_i + (u_i - f_i(z)) / (df_i/dz_i)
+
+        All channels of all positions step at once; the dependence on the channels and positions before is left to
+        the next step. The latents of u are the only fixed point, wherever the step leads from elsewhere.
+        """
+        mapped, log_det = self.channels(z, features)
+        residual = u - mapped
+        return torch.addcmul(z, residual, torch.exp(-log_det)), residual
+
+    def conditionals(
+        self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None, *, earlier: Sequence[Tensor] = ()
+    ) -> Conditionals:
+        """The conditionals of one position, group by group, from its features c_n, after the groups in `earlier`."""
+        assert adjust is None, "the components of a channel are not tokens"
+        state = self.head.start(features)
+        for known in earlier:
+            state = self.head.observe(state, known)
+        for _ in range(len(earlier), self.head.groups):
+            z = yield self.conditional([p[0] for p in self.head.step(state)])
+            assert z is not None
+            state = self.head.observe(state, z)
+
+    def invert(
+        self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
+    ) -> Float[Tensor, "B C"]:
+        """The latents z_n of one position, from its noise u_n and features c_n.
+
+        A block near the identity takes Newton steps of all G groups at once. Where they do not converge, a small
+        batch is inverted in fixed-point sweeps over all groups, until nothing changes; G sweeps always suffice. There
+        a call costs the same for one group as for all of them.
+        """
+        assert adjust is None, "the components of a channel are not tokens"
+        B = len(u)
+        if torch.is_grad_enabled():
+            return super().invert(u, features)
+        may_be_near = u.numel() <= _MAX_NEWTON and self.components <= _MAX_NEWTON_COMPONENTS
+        near = self._invert_near_identity(u, features) if may_be_near else None
+        if near is not None:
+            return near
+        if u.numel() > _MAX_SWEPT:
+            return super().invert(u, features)
+        G, size = self.head.groups, self.group
+        noise, z = u.view(B, G, size).transpose(0, 1).reshape(-1, size), u
+        for _ in range(G):
+            parameters = [p.reshape(G * B, -1) for p in self.head(features[:, None], z[:, None])]
+            before = z
+            z = self.conditional(parameters).inverse(noise).view(G, B, size).transpose(0, 1).flatten(1)
+            if ((z - before).abs() <= 4 * torch.finfo(u.dtype).eps * (1 + z.abs())).all():
+                break
+        return z
+
+    def _invert_near_identity(self, u: Tensor, features: Tensor) -> Tensor | None:
+        """`invert` by Newton steps from the guess z = u, or None where they do not converge quickly."""
+        noise, features = u[:, None], features[:, None]
+        z, newton = noise, Newton(8 * torch.finfo(u.dtype).eps, largest=CONTRACTION)
+        while newton.contracts:
+            new, residual = self.newton_step(z, noise, features)
+            if bool(newton.settled(new, z, residual, noise)):
+                return new[:, 0]
+            z = new
+        return None
+
+
+class AffineCoupling(ChannelCoupling):
+    r"""Affine coupling, one Gaussian per channel (docs/math.md, eq. 7).
+
+        u_i = (z_i - m_i) / s_i,    log du_i/dz_i = -log s_i,    (m_i, log s_i) = head_i(c, z_<i)
+
+    Mix-1 with K = 1, in closed form. With `group` > 1 channels per group, i counts groups: `group` = d is the
+    token-affine coupling, which for P = 1 is TarFlow's. Paper: section 3.2.
+    """
+
+    def __init__(
+        self, *, width: int, channels: int, hidden: int, features: int, group: int = 1, autoregressive: bool = True
+    ) -> None:
+        super().__init__()
+        self.group = group
+        self.head = AutoregressiveHead(
+            width=width,
+            groups=channels // group,
+            channels=group,
+            hidden=hidden * group,
+            outputs=(group, group),
+            features=features,
+            skip=True,
+            autoregressive=autoregressive,
+            log_std_last=True,
+        )
+
+    def channels(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+        """Noise u, and log du_i/dz_i of every channel, in nats."""
+        mean, log_std = (p.permute(1, 2, 0, 3).flatten(2) for p in self.head(features, z))
+        return (z - mean) * torch.exp(-log_std), -log_std
+
+    def log_prob(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"], *, equal_cotangents: bool = False
+    ) -> Float[Tensor, " B"]:
+        """sum_n log p(z_n | c_n), in nats."""
+        u, log_det = self(z, features)
+        return log_det + standard_normal_log_prob(u)
+
+    def conditional(self, parameters: list[Tensor]) -> Conditional:
+        """The affine map of groups with these means and log-scales [rows, C/G]."""
+        mean, log_std = parameters
+
+        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+            return (z - mean) * torch.exp(-log_std), -log_std.sum(-1)
+
+        def log_density(z: Tensor) -> Tensor:
+            u, log_det = forward(z)
+            return log_det + standard_normal_log_prob(u)
+
+        return Conditional(forward, lambda u: u * log_std.exp() + mean, log_density)
+
+
+class Mix1Coupling(ChannelCoupling):
+    r"""Mix-1: the CDF of a mixture per channel (docs/math.md, eq. 8).
+
+        u_i = Phi^-1( sum_k w_ik Phi((z_i - m_ik) / s_ik) ),    log du_i/dz_i = log p(z_i) - log phi(u_i)
+
+    with the 3 K parameters (w_i, m_i, s_i) = head_i(c, z_<i). Paper: section 3.2.1.
+
+    Start: means at `spread` times standard normal quantiles, scales that give the mixture unit variance. A small
+    `spread` is close to the identity, the right start on top of other blocks. Block 1 starts from the codebook
+    instead where K = V, see `start_from`.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        channels: int,
+        components: int,
+        hidden: int,
+        features: int,
+        spread: float,
+        autoregressive: bool = True,
+    ) -> None:
+        super().__init__()
+        self.components = components
+        self.head = AutoregressiveHead(
+            width=width,
+            groups=channels,
+            channels=1,
+            hidden=hidden,
+            outputs=(components,) * 3,
+            features=features,
+            skip=True,
+            autoregressive=autoregressive,
+            log_std_last=True,
+        )
+        level = (torch.arange(components, dtype=torch.float64) + 0.5) / components
+        means = spread * torch.special.ndtri(level)
+        variance = (1.0 - means.square().mean()).clamp_min((1.0 / components) ** 2)
+        with torch.no_grad():
+            self.head.biases[1].copy_(means.float().expand(channels, -1))
+            self.head.biases[2].fill_(0.5 * variance.log())
+
+    @torch.no_grad()
+    def start_from(self, codebook: Codebook, *, evidence: float = 1.0) -> None:
+        r"""Start as the Mix-d coupling of this codebook with uniform weights (docs/math.md, section 3, "Start").
+
+        With K = V, component k of channel i has the mean mu_ki and the scale sigma_k. The log-weights of channel i
+        are the evidence from the earlier channels of its token, which is linear in them when all sigma_k are equal:
+
+            sum_{j<i} log N(z_j; mu_kj, sigma^2) = sum_{j<i} (mu_kj z_j - mu_kj^2 / 2) / sigma^2 + terms without k
+
+        Training may leave this start. Without it, a Mix-1 block spends most of its steps finding the codebook.
+        `evidence` below 1 flattens these log-weights: each channel then knows less of the token than it could.
+        UserError for a head that does not see the channels before.
+        """
+        mean, dim = codebook.mean.T, codebook.mean.shape[1]
+        paths = self.head.evidence
+        if paths is None or (self.head.groups > 1 and not paths.shape[1]):
+            raise UserError("model.blocks.0.start: needs a head that sees the channels before; use plain")
+        assert self.head.biases[0].shape[1] == codebook.vocab_size
+        unit = codebook.log_std.exp().mean()
+        self.head.scale[1] = unit
+        per_channel = evidence * mean / unit.square()
+        for c in range(self.head.groups):
+            i = c % dim
+            self.head.biases[0][c] = -0.5 * (mean[:i] * per_channel[:i]).sum(0)
+            self.head.biases[1][c] = mean[i] / unit
+            self.head.biases[2][c] = codebook.log_std
+            paths[c, c - i : c, 0] = per_channel[:i]
+
+    def _mixture(self, z: Tensor, features: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """z as [C, B, N], and its log-weights, means and log-scales [C, B, N, K]."""
+        return z.permute(2, 0, 1).contiguous(), self.head(features, z)
+
+    def channels(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+        """Noise u, and log du_i/dz_i of every channel, in nats."""
+        z_CBN, (log_w, mean, log_std) = self._mixture(z, features)
+        with full_precision(z):
+            u, log_det = numerics.mixture_cdf(z_CBN, log_w, mean, log_std)
+        return u.permute(1, 2, 0), log_det.permute(1, 2, 0)
+
+    def log_prob(
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"], *, equal_cotangents: bool = False
+    ) -> Float[Tensor, " B"]:
+        """sum_n log p(z_n | c_n), in nats."""
+        z_CBN, (log_w, mean, log_std) = self._mixture(z, features)
+        with full_precision(z):
+            return numerics.mixture_log_density(z_CBN, log_w, mean, log_std).sum((0, 2))
+
+    def conditional(self, parameters: list[Tensor]) -> Conditional:
+        """The mixture CDF of channels with these log-weights, means and log-scales [rows, K]."""
+        log_w, mean, log_std = parameters
+
+        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+            u, log_det = numerics.mixture_cdf(z[:, 0], log_w, mean, log_std)
+            return u[:, None], log_det
+
+        def inverse(u: Tensor) -> Tensor:
+            return numerics.mixture_cdf_inverse(u[:, 0], log_w, mean, log_std)[:, None]
+
+        return Conditional(forward, inverse, lambda z: numerics.mixture_log_density(z[:, 0], log_w, mean, log_std))

@@ -1,0 +1,132 @@
+"""Texts beyond the trained context: which windows write them, and that each is what `generate` writes."""
+
+from importlib import import_module
+
+import pytest
+import torch
+from torch import Tensor
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.errors import UserError
+from tarflowlm.generation import Generation, generate, window
+from tarflowlm.generation.generate import num_ticks
+from tarflowlm.generation.sampling import row_generators
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import TarFlowLM
+
+MODELS = {
+    "ar": ("ar", {}),
+    "ar-P2": ("ar", {"patch": 2, "in_patch": "autoregressive"}),
+    "mixd": ("flow", {"couplings": ("mixd",)}),
+    "mixd-mix1": ("flow", {"couplings": ("mixd", "mix1")}),
+    "mixd-mix1-P4": ("flow", {"couplings": ("mixd", "mix1"), "patch": 4}),
+    "affine-P2": ("flow", {"couplings": ("affine",), "patch": 2}),
+}
+"""All have a context of 8 tokens, so a window keeps 4."""
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
+def model(request, tiny_flow, tiny_ar) -> TarFlowLM | TokenLM:
+    family, fields = request.param
+    return tiny_flow(**fields) if family == "flow" else tiny_ar(**fields)
+
+
+def sample(model: LanguageModel, seed: int = 0, **options) -> Generation:
+    return generate(model, generator=torch.Generator().manual_seed(seed), **({"num": 3} | options))
+
+
+@pytest.mark.parametrize(
+    ("patch", "num_tokens", "num_given", "expected"),
+    [
+        (1, 5, 0, [(0, 5)]),
+        (1, 8, 7, [(0, 8)]),
+        (1, 9, 0, [(0, 8), (4, 9)]),
+        (1, 17, 3, [(0, 8), (4, 12), (8, 16), (12, 17)]),
+        (1, 20, 8, [(4, 12), (8, 16), (12, 20)]),
+        (1, 14, 13, [(9, 14)]),
+        (4, 14, 0, [(0, 8), (4, 12), (8, 14)]),
+        (8, 20, 0, [(0, 8), (8, 16), (16, 20)]),
+    ],
+)
+def test_windows_keep_their_last_half(patch, num_tokens, num_given, expected, tiny_flow):
+    config = tiny_flow(couplings=("mixd",), patch=patch).config
+    assert config.context == 8
+    assert window.spans(config, num_tokens, num_given) == expected
+    assert window.num_unseen(config, num_tokens, num_given) == expected[0][0]
+
+
+@pytest.mark.parametrize("prompt", [None, [2, 0, 1]])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 3}], ids=["plain", "adjusted"])
+def test_every_window_is_what_generate_writes_after_the_last_one(prompt, options, model, monkeypatch):
+    """The first window is a text of the context; the next has the kept half as its prompt, and the noise goes on."""
+    if options and "affine" in {b.coupling for b in getattr(model.config, "blocks", ())}:
+        pytest.skip("an affine block has no probabilities of tokens")
+    options = options | {"prompt": None if prompt is None else torch.tensor(prompt)}
+    tokens = sample(model, num_tokens=15, **options).tokens
+    rows = row_generators(3, torch.Generator().manual_seed(0))
+    # by its name: the package's attribute `generate` is the function
+    module = import_module("tarflowlm.generation.generate")
+    monkeypatch.setattr(module, "row_generators", lambda num, generator: rows)
+    expected = sample(model, num_tokens=8, **options).tokens
+    for length in (8, 7):
+        more = sample(model, num_tokens=length, **(options | {"prompt": None, "template": expected[:, -4:]})).tokens
+        expected = torch.cat((expected, more[:, 4:]), dim=1)
+    assert torch.equal(tokens, expected)
+
+
+def test_rows_and_seeds_beyond_the_context(model):
+    tokens = sample(model, num_tokens=19).tokens
+    assert tokens.shape == (3, 19)
+    assert ((tokens >= 0) & (tokens < 5)).all()
+    assert torch.equal(sample(model, num_tokens=19).tokens, tokens)
+    assert torch.equal(sample(model, num_tokens=19, num=1).tokens[0], tokens[0])
+    assert torch.equal(sample(model, num_tokens=16).tokens, tokens[:, :16])
+    assert torch.equal(sample(model, num_tokens=8).tokens, tokens[:, :8])
+    assert len(tokens[:, 12:].unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize("length", [8, 9, 20])
+def test_of_a_long_prompt_the_last_half_window_counts(length, model):
+    long = torch.arange(length) % 5
+    tokens = sample(model, num_tokens=length + 6, prompt=long).tokens
+    assert torch.equal(tokens[:, :length], long.expand(3, -1))
+    assert torch.equal(sample(model, num_tokens=10, prompt=long[-4:]).tokens[:, 4:], tokens[:, length:])
+
+
+@pytest.mark.parametrize(("length", "num_given"), [(9, 0), (20, 0), (20, 3), (20, 11)])
+def test_tick_is_called_as_often_as_announced(length, num_given, model):
+    ticks: list[int] = []
+    prompt: Tensor = torch.zeros(num_given, dtype=torch.long)
+    sample(model, num_tokens=length, prompt=prompt, tick=lambda: ticks.append(1))
+    assert len(ticks) == num_ticks(model, length, num_given)
+
+
+def test_the_evidence_is_that_of_the_prompt_and_the_work_that_of_all_windows(model):
+    prompt = torch.tensor([1, 2])
+    short, long = (sample(model, num_tokens=length, prompt=prompt) for length in (8, 12))
+    assert torch.equal(long.log_evidence, short.log_evidence)
+    assert sample(model, num_tokens=12).log_evidence is None
+    assert sample(model, num_tokens=12, prompt=torch.zeros(9, dtype=torch.long)).log_evidence is None
+    assert long.decoders == short.decoders
+    assert long.sweeps == tuple(2 * passes for passes in short.sweeps)
+
+
+@pytest.mark.parametrize("decoder", ["parallel", "auto"])
+def test_decoders_write_the_same_text(decoder, tiny_flow):
+    model = tiny_flow(couplings=("mixd", "mix1"), log_std=-5.0)
+    by_steps = sample(model, num_tokens=18).tokens
+    assert torch.equal(sample(model, num_tokens=18, decoder=decoder).tokens, by_steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"template": torch.tensor([1, -1])}, "length 9: a template has to fit the trained context of 8 tokens"),
+        ({"particles": 2}, "particles 2: beyond the trained context of 8 tokens"),
+        ({"return_passes": True}, "length 9: beyond the trained context of 8 tokens every window has passes"),
+        ({"prompt": torch.zeros(9, dtype=torch.long)}, "the prompt has 9 tokens, which leaves no room in 9"),
+    ],
+)
+def test_what_several_windows_cannot_have_is_refused(options, message, model):
+    with pytest.raises(UserError, match=message):
+        sample(model, num_tokens=9, **options)
