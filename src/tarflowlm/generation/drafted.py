@@ -81,20 +81,22 @@ def invert_with_drafts(
     if num_settled and settled is not None:
         work.settle(settled, num_settled)
     chosen = work.trial() if decoder == "auto" else decoder
+    by_rounds = min(work.final, default=work.num_positions)
     if chosen == "sequential":
         work.step(work.num_positions)
-        return Inverted(work.result(), chosen, work.passes)
-    while len(work.rows):
-        work.round()
-    h, repeated, bad = work.result(), 0, work.num_positions
+    else:
+        by_rounds = work.num_positions
+        while len(work.rows):
+            work.round()
+    h, repeated = work.result(), 0
     # positions before were computed from final inputs; with adjusted weights there is no map to check against
-    if adjust is None and work.unchanged_from < work.num_positions:
-        bad = _first_bad(model.prior.block(0), h, u, work.unchanged_from)
-    if bad < work.num_positions:
-        repeated = work.num_positions - bad
-        again = invert_block(model.prior.block(0), u, settled=h, num_settled=bad)
-        h, work.passes = again.h, work.passes + again.passes
-    return Inverted(h, "drafted", work.passes, repeated)
+    if adjust is None and work.unchanged_from < by_rounds:
+        bad = _first_bad(model.prior.block(0), h[:, :by_rounds], u[:, :by_rounds], work.unchanged_from)
+        if bad < by_rounds:
+            repeated = work.num_positions - bad
+            again = invert_block(model.prior.block(0), u, settled=h, num_settled=bad)
+            h, work.passes = again.h, work.passes + again.passes
+    return Inverted(h, chosen, work.passes, repeated)
 
 
 def invert_stack_with_drafts(
