@@ -14,7 +14,8 @@ from torch import Tensor
 from tarflowlm.errors import UserError
 from tarflowlm.flow.precision import wide_dtype
 from tarflowlm.generation import generate
-from tarflowlm.generation.inversion import Decoders, Tick, invert_block, per_block
+from tarflowlm.generation.drafted import invert_with_drafts, split_decoders
+from tarflowlm.generation.inversion import Decoders, Tick, invert_block
 from tarflowlm.generation.passage import LatentPassage
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
@@ -191,7 +192,8 @@ def _descend(
     """Invert the blocks below a changed state h^(level) of `text`, and compare with `before` (by default `text`)."""
     if not torch.isfinite(state).all():
         raise UserError("the state is not finite: lower the strength, or use another checkpoint")
-    prior, chosen = model.prior, per_block(decoder, model.num_blocks)
+    prior, (upper, first) = model.prior, split_decoders(model, decoder)
+    chosen = (*upper, first)
 
     def invert(index: int, u: Tensor) -> Tensor:
         block = prior.block(index)
@@ -199,7 +201,13 @@ def _descend(
         # leading positions, in the block's order, whose noise is unchanged in all rows
         same = (block.order(u)[0] == block.order(above)[0]).all(2).all(0)
         settled = int(same.long().cumprod(0).sum())
-        return invert_block(block, u, decoder=chosen[-1 - index], settled=below, num_settled=settled, tick=tick).h
+        how = chosen[-1 - index]
+        if index == 0 and model.draft is not None and how in ("drafted", "auto"):
+            if tick is not None:
+                for _ in range(settled):
+                    tick()
+            return invert_with_drafts(model, u, decoder=how, settled=below, num_settled=settled, tick=tick).h
+        return invert_block(block, u, decoder=how, settled=below, num_settled=settled, tick=tick).h
 
     states = prior.descend(state, invert, top=level)
     return _edit(model, before or text, model.codebook.decode(states[-1]), tuple(states), generator)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tarflowlm.draft import Draft, DraftConfig
+from tarflowlm.editing import encode, renoise
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.generation import drafted, generate
@@ -183,6 +184,22 @@ def test_auto_takes_the_quicker_way(by_position, expected, tiny_flow, monkeypatc
     assert torch.equal(found.tokens, slow.tokens)
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+@pytest.mark.parametrize("decoder", ["drafted", "auto"])
+def test_edits_are_drafted_too(strength, decoder, tiny_flow):
+    model, ticks = drafting(tiny_flow(couplings=("mixd", "mix1"), context=16, log_std=-6.0)), []
+
+    def edited(decoder, tick=None):
+        text = encode(model, torch.arange(12)[None] % 5, generator=torch.Generator().manual_seed(0))
+        random = torch.Generator().manual_seed(1)
+        return renoise(model, text, level=2, strength=strength, generator=random, decoder=decoder, tick=tick)
+
+    slow = edited("sequential")
+    fast = edited(decoder, tick=lambda: ticks.append(1))
+    assert torch.equal(slow.tokens, fast.tokens)
+    assert len(ticks) == 2 * 12
+
+
 def test_a_model_without_a_draft_says_so(tiny_flow):
     model = tiny_flow(couplings=("mixd", "mix1")).float()
     with pytest.raises(UserError, match="the model has no draft; train one with `tarflowlm draft`"):
@@ -192,23 +209,30 @@ def test_a_model_without_a_draft_says_so(tiny_flow):
 
 
 def test_looking_ahead_follows_what_was_accepted_and_what_it_costs():
-    bold, shy, wide = Lookahead(8), Lookahead(8), Lookahead(8)
+    bold, shy, middle = Lookahead(8), Lookahead(8), Lookahead(8)
     for _ in range(50):
         bold.accepted(8, [8])
         shy.accepted(8, [0])
-        wide.accepted(8, [3])
-    assert bold.choose(1, 0) == 8
-    assert shy.choose(1, 0) <= 1
-    assert shy.choose(64, 0) == 0
-    assert wide.choose(1, 0) == 3
+        middle.accepted(8, [3])
+    assert bold.choose(1) == 8
+    assert shy.choose(1) == 0
+    assert middle.choose(1) == 3
+    # positions of many rows cost more than a pass
+    assert bold.choose(640) == 0
     undecided = Lookahead(8)
-    assert undecided.choose(64, 0) < undecided.choose(1, 0)
-    for n in (1, 9) * 20:
-        bold.took(1.0 + 1.0 * n, n)
-    assert 0.8 < bold.base() < 4
+    assert undecided.choose(64) < undecided.choose(1)
+
+
+@pytest.mark.parametrize("base", [1.0, 100.0])
+def test_what_passes_cost_is_fitted(base):
+    ahead = Lookahead(8)
     for n in (1, 9) * 40:
-        bold.took(100.0 + 1.0 * n, n)
-    assert 60 < bold.base() < 140
+        ahead.took(base + 1.0 * n, n)
+        ahead.drafted(0.5)
+    found, slope, drafting = ahead.costs()
+    assert 0.5 * base < found < 3 * base
+    assert 0.5 < slope < 1.5
+    assert drafting == pytest.approx(0.5)
 
 
 def test_the_draft_reads_what_it_may(tiny_flow, normal):

@@ -80,21 +80,23 @@ def invert_with_drafts(
     work = _Drafting(model, u, adjust, tick, watch)
     if num_settled and settled is not None:
         work.settle(settled, num_settled)
-    first = num_settled
     chosen = work.trial() if decoder == "auto" else decoder
+    by_rounds = min(work.final, default=work.num_positions)
     if chosen == "sequential":
         work.step(work.num_positions)
-        return Inverted(work.result(), chosen, work.passes)
-    while len(work.rows):
-        work.round()
+    else:
+        by_rounds = work.num_positions
+        while len(work.rows):
+            work.round()
     h, repeated = work.result(), 0
-    # with adjusted weights there is no map to check against
-    bad = len(h[0]) if adjust is not None else _first_bad(model.prior.block(0), h, u, first)
-    if bad < work.num_positions:
-        repeated = work.num_positions - bad
-        again = invert_block(model.prior.block(0), u, settled=h, num_settled=bad)
-        h, work.passes = again.h, work.passes + again.passes
-    return Inverted(h, "drafted", work.passes, repeated)
+    # positions before were computed from final inputs; with adjusted weights there is no map to check against
+    if adjust is None and work.unchanged_from < by_rounds:
+        bad = _first_bad(model.prior.block(0), h[:, :by_rounds], u[:, :by_rounds], work.unchanged_from)
+        if bad < by_rounds:
+            repeated = work.num_positions - bad
+            again = invert_block(model.prior.block(0), u, settled=h, num_settled=bad)
+            h, work.passes = again.h, work.passes + again.passes
+    return Inverted(h, chosen, work.passes, repeated)
 
 
 def invert_stack_with_drafts(
@@ -175,6 +177,8 @@ class _Drafting:
         self.final = [0] * B
         self.front = [0] * B
         self.lookahead = Lookahead(config.ahead)
+        self.unchanged_from = self.num_positions
+        """The first position that was taken as final because what came before it no longer changed."""
         self.done_h = torch.zeros_like(u)
         self.seen_final = [0] * B
 
@@ -227,12 +231,17 @@ class _Drafting:
         open_spans = [front - final for front, final in zip(self.front, self.final, strict=True)]
         widest = max(open_spans)
         left = max(N - front for front in self.front)
-        ahead = min(self.lookahead.choose(B, widest), max(left - 1, 0))
+        ahead = min(self.lookahead.choose(B), max(left - 1, 0))
         n = min(widest + ahead + 1, self.longest, N - min(self.final))
         drafted = min(max(n - 1 - span for span in open_spans), self.draft.config.ahead)
         if drafted > 0:
             self._guess(drafted)
+            self.lookahead.drafted(self._now() - begun)
+            begun = self._now()
         done, right = self._pass(n)
+        self.unchanged_from = min(
+            [self.unchanged_from, *(at + 1 for at, count in zip(self.final, done, strict=True) if count > 1)]
+        )
         final = [at + min(count, n) for at, count in zip(self.final, done, strict=True)]
         front = [at + min(max(counts), n) for at, *counts in zip(self.final, done, right, strict=True)]
         if drafted > 0:
@@ -294,6 +303,8 @@ class _Drafting:
 
     def trial(self) -> Decoder:
         """The faster decoder, timed on positions that have to be inverted anyway."""
+        if not len(self.rows):
+            return "drafted"
         marks = [(self._now(), self._open())]
         for _ in range(min(TRIAL_STEPS, self.num_positions - min(self.final))):
             self.step(min(self.final) + 1)
