@@ -208,9 +208,7 @@ class TarFlowLM(LanguageModel):
         return Draft(
             config,
             features=self.config.trunk.width,
-            patch=self.config.patch,
-            latent_dim=self.config.latent_dim,
-            vocab_size=self.config.vocab_size,
+            channels=self.config.patch * self.config.latent_dim,
         )
 
     def append_block(self) -> FlowBlock:

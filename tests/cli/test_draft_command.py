@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-SMALL = ["--layers", 1, "--trunk.width", 16, "--past", 2, "--ahead", 3]
+SMALL = ["--width", 16, "--hidden", 16, "--past", 2, "--ahead", 3]
 
 
 @pytest.fixture

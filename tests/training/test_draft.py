@@ -3,21 +3,22 @@
 import json
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from tarflowlm.draft import DraftConfig
 from tarflowlm.errors import Stopped, UserError
-from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.generation import generate
 from tarflowlm.language_model import seeded
 from tarflowlm.runs.checkpoint import export, load_checkpoint
 from tarflowlm.runs.drafts import load_draft, save_draft
 from tarflowlm.training.draft import DraftTraining, train_draft
-from tarflowlm.training.draft_pairs import OUTSIDE, draft_loss, guesses, pairs_of, tokens_per_pass
+from tarflowlm.training.draft_pairs import draft_loss, guesses, pairs_of, tokens_per_pass
 
-CONFIG = DraftConfig(layers=1, trunk=TransformerConfig(width=8, num_heads=2, mlp_ratio=2), past=2, ahead=3)
+CONFIG = DraftConfig(width=8, hidden=16, past=2, ahead=3)
 CPU = torch.device("cpu")
 
 
@@ -35,7 +36,7 @@ def run_directory(finished, tmp_path):
 
 
 def learn(directory, **options):
-    options.setdefault("training", DraftTraining(steps=5, batch_size=2, frontiers=3, evaluate_every=2))
+    options.setdefault("training", DraftTraining(steps=5, batch_size=2, evaluate_every=2))
     return train_draft(directory, config=CONFIG, device=CPU, **options)
 
 
@@ -61,11 +62,10 @@ def test_a_trained_draft_is_found_and_the_model_stays_as_it_was(run_directory, s
 
 
 def test_training_lowers_the_loss(run_directory):
-    learn(run_directory, training=DraftTraining(steps=120, batch_size=4, frontiers=8, evaluate_every=60))
+    learn(run_directory, training=DraftTraining(steps=120, batch_size=4, evaluate_every=60))
     lines = [json.loads(line) for line in (run_directory / "draft" / "metrics.jsonl").read_text().splitlines()]
-    model = load_checkpoint(run_directory).model
     losses = [line["loss"] for line in lines if line["split"] == "train"]
-    assert losses[-1] < 0.9 * torch.tensor(model.config.vocab_size).log()
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_stopped_training_resumes_to_the_same_draft(run_directory, tmp_path):
@@ -88,7 +88,7 @@ def test_a_stopped_training_resumes_to_the_same_draft(run_directory, tmp_path):
 
 
 def test_time_ends_a_training(run_directory):
-    training = DraftTraining(minutes=1e-6, batch_size=2, frontiers=3)
+    training = DraftTraining(minutes=1e-6, batch_size=2)
     assert learn(run_directory, training=training)["steps"] == 1
 
 
@@ -138,9 +138,7 @@ def test_another_text_is_not_resumed(run_directory, tmp_path):
         learn(run_directory, data=str(other), resume=True)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"minutes": -1.0}, {"lr": 0.0}, {"frontiers": 0}, {"seed": -1}], ids=str
-)
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"minutes": -1.0}, {"lr": 0.0}, {"seed": -1}], ids=str)
 def test_training_out_of_range(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         DraftTraining(**wrong)
@@ -162,41 +160,61 @@ def test_a_damaged_or_foreign_draft_is_named(run_directory, tiny_flow):
 
 
 @pytest.mark.parametrize("patch", [1, 2])
-def test_targets_are_the_tokens_that_the_noise_gives(patch, tiny_flow):
+def test_guesses_are_of_the_positions_ahead(patch, tiny_flow):
+    """A draft that adds nothing repeats the features of the frontier, and guesses see what lies behind them alone."""
     model = tiny_flow(couplings=("mixd",), patch=patch, context=16, log_std=-6.0)
     tokens = torch.randint(5, (2, 16), generator=torch.Generator().manual_seed(0))
     pairs = pairs_of(model, tokens, torch.Generator().manual_seed(1))
-    found = model.prior.block(0).inverse(pairs.u)
-    assert torch.equal(model.codebook.decode(model.prior.patch.inverse(found)), tokens)
-    with seeded(0):
-        draft = model.new_draft(CONFIG).double()
     N = 16 // patch
-    logits, targets = guesses(draft, pairs, torch.tensor([[0, N - 2], [3, N - 1]]))
-    assert logits.shape == (4, 4, patch, 5)
-    shaped, outside = tokens.view(2, N, patch), torch.full((1, patch), OUTSIDE)
-    # the first is a guess of the last known position, from what came before it
-    assert torch.equal(targets[0], torch.cat((outside, shaped[0, :3])))
-    assert torch.equal(targets[1], torch.cat((shaped[0, N - 3 :], outside)))
-    assert torch.equal(targets[2], shaped[1, 2:6])
+    assert torch.equal(pairs.tokens, tokens.view(2, N, patch))
+    draft = model.new_draft(CONFIG).double()
+    for i, guessed in enumerate(guesses(draft, pairs), 1):
+        assert torch.equal(guessed, pairs.features[:, : N - i])
+    with seeded(0):
+        nn.init.normal_(draft.out.weight)
+    changed = replace(pairs, z=pairs.z.clone(), features=pairs.features.clone())
+    changed.z[:, 4:] += 1.0
+    changed.features[:, 4:] += 1.0
+    for i, (one, other) in enumerate(zip(guesses(draft, pairs), guesses(draft, changed), strict=True), 1):
+        same = (one == other).all(-1).all(0)
+        # the guess of position n + i reads features up to n and latents up to n + i - 1
+        assert same[: min(4, 5 - i)].all()
+        assert not same[min(4, 5 - i) :].any()
 
 
-def test_a_draft_behind_a_wrong_one_hardly_counts():
-    targets = torch.zeros(4, 3, 1, dtype=torch.long)
-    logits = torch.zeros(4, 3, 1, 2)
-    logits[:, 0, 0, 1] = 1.0  # all wrong from the first on
-    logits[:, 1:, 0, 0] = 1.0
-    loss, share = draft_loss(logits, targets, 3)
-    first = torch.nn.functional.cross_entropy(logits[:, 0, 0], targets[:, 0, 0])
-    assert 0 <= first - loss < 0.05
-    assert share.tolist() == [0.0, 0.0, 0.0]
+@pytest.mark.parametrize("coupling", ["mixd", "mix1", "affine"])
+def test_the_loss_is_least_at_the_features_themselves(coupling, tiny_flow):
+    model = tiny_flow(couplings=(coupling,), context=16)
+    pairs = pairs_of(model, torch.randint(5, (2, 16)), torch.Generator().manual_seed(1))
+    block = model.prior.block(0).coupling
+    exact = block.divergence(pairs.features, pairs.features, pairs.z)
+    torch.testing.assert_close(exact, torch.zeros(2, 16, dtype=torch.float64), rtol=0, atol=1e-12)
+    guessed = (pairs.features + 0.5 * torch.randn_like(pairs.features)).requires_grad_()
+    off = block.divergence(pairs.features, guessed, pairs.z)
+    assert off.mean() > 0
+    assert torch.autograd.grad(off.sum(), guessed)[0].abs().sum() > 0
 
 
 def test_tokens_per_pass_counts_up_to_the_first_wrong_draft(tiny_flow):
     model = tiny_flow(couplings=("mixd",), context=16, log_std=-6.0)
-    tokens = torch.zeros(2, 16, dtype=torch.long)
+    tokens = torch.randint(1, 5, (2, 16), generator=torch.Generator().manual_seed(0))
     pairs = pairs_of(model, tokens, torch.Generator().manual_seed(1))
     draft = model.new_draft(CONFIG).double()
-    for favourite, expected in ((0, 4.0), (1, 1.0)):
-        with torch.no_grad():
-            draft.head.bias.copy_(torch.arange(5) == favourite)
-        assert tokens_per_pass(draft, pairs) == expected
+
+    class Knowing(type(draft)):
+        def step(self, state, features, z):
+            step = next(self.steps)
+            rolled = torch.roll(pairs.features, -step, 1)
+            # latents that are not a number decode to token 0, which is not there
+            return state, rolled if step <= self.right else torch.full_like(rolled, torch.nan)
+
+    draft.__class__ = Knowing
+    for right, expected in ((3, 4.0), (1, 2.0)):
+        draft.right, draft.steps = right, iter(range(1, 10))
+        assert tokens_per_pass(model, draft, pairs) == pytest.approx(2 * 16 / (2 * -(-15 // expected) + 2))
+
+
+def test_drafts_are_worth_counting_in_one_pass_each(tiny_flow):
+    model = tiny_flow(couplings=("mixd",), context=16, log_std=-6.0)
+    pairs = pairs_of(model, torch.randint(5, (2, 16)), torch.Generator().manual_seed(1))
+    assert draft_loss(model, model.new_draft(CONFIG).double(), pairs) > 0

@@ -1,113 +1,76 @@
-"""A small network that guesses the tokens of the coming positions of block 1 from their noise.
+r"""A small network that guesses the features of block 1 at the coming positions.
 
-Given its noise, a text is a deterministic function, and all of the noise is there from the start. So a guess needs no
-sampling: the network reads the noise of W positions and predicts what block 1 will make of it. Block 1 then checks
-the guess (`generation/drafted.py`), so a poor draft costs time and never changes a text.
+With the features of a position, block 1's own coupling turns its noise into latents. So a draft has only the
+Transformer to stand in for, and there it starts from the features of the last position, which hold what block 1 made
+of the whole past. Block 1 then checks the guess (`generation/drafted.py`): a poor one costs time and never changes a
+text.
 
-Shape legend: R rows, N positions, k positions read before the first draft, W draft positions, P tokens per position,
-d channels per token, C = P d, D width of block 1's features, E width of the draft, V vocabulary.
+Shape legend: k positions read, D width of block 1, E width of the draft, C channels per position.
 """
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflowlm.errors import UserError
-from tarflowlm.flow.cached import KVCache
 from tarflowlm.flow.stack import InputMap
-from tarflowlm.flow.transformer import Transformer, TransformerConfig
-
-WAVES = 5
-"""Frequencies pi 2^0, ..., at which a wave reads Phi(u): thresholds between tokens lie anywhere in (0, 1)."""
-WAVE_CHANNELS = 3
-"""Channels of a token that are read by waves: the first ones decide which token it is, the others follow from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftConfig:
     """Shape of a draft network."""
 
-    layers: int = 2
-    """Transformer layers."""
-    trunk: TransformerConfig = field(default_factory=TransformerConfig)
-    """Shape of its Transformer."""
-    past: int = 6
-    """Positions before the first draft whose features and latents are read, k. They hold what block 1 knows of all
-    positions before them, so few suffice."""
-    ahead: int = 10
+    width: int = 192
+    """Width of its state, E."""
+    hidden: int = 512
+    """Hidden units of a step."""
+    past: int = 4
+    """Last positions whose features are read, k."""
+    ahead: int = 6
     """Positions drafted at most, W."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "past", "ahead"):
+        for name in ("width", "hidden", "past", "ahead"):
             if getattr(self, name) < 1:
                 raise UserError(f"draft.{name} {getattr(self, name)}: must be at least 1")
 
 
 class Draft(nn.Module):
-    """Logits of the tokens at W coming positions, from their noise and the k positions before them.
+    r"""Features c of one position after another, from those of the k before and the latents on the way.
 
-    One causal Transformer has an input per position n: what is known of it, that is block 1's features c_n and the
-    latents z_n or a vector that stands for an open position, and the noise u_(n+1) of the next one, whose token the
-    output at n predicts. From a frontier f on it reads k known positions, then W - 1 open ones. What lies before the
-    first position of a text counts as zero features and zero latents.
+        s_0 = W [c_{n-k+1}, ..., c_n]
+        s_i = s_{i-1} + down gelu(up [norm(s_{i-1}), input(z_{n+i-1})]),    c_{n+i} = c_{n+i-1} + out norm(s_i)
+
+    A recurrent network, without attention: a step is a dozen small operations. Positions before the text count as
+    zeros. Paper: none; drafts on a model's own features are those of Li et al. 2024 (EAGLE) and Zhang et al. 2024
+    (recurrent drafts).
     """
 
-    def __init__(self, config: DraftConfig, *, features: int, patch: int, latent_dim: int, vocab_size: int) -> None:
-        """`features`: the width D of block 1."""
+    def __init__(self, config: DraftConfig, *, features: int, channels: int) -> None:
+        """`features`: the width D of block 1; `channels`: C."""
         super().__init__()
-        self.config, self.patch, self.latent_dim, self.vocab_size = config, patch, latent_dim, vocab_size
-        width, channels = config.trunk.width, patch * latent_dim
-        self.waves = min(WAVE_CHANNELS, latent_dim)
-        self.from_features = nn.Linear(features, width)
-        self.from_latents = InputMap(channels, width)
-        self.from_noise = nn.Sequential(
-            nn.Linear(2 * channels + 2 * WAVES * patch * self.waves, 2 * width),
-            nn.GELU(),
-            nn.Linear(2 * width, width),
-        )
-        self.open = nn.Parameter(torch.randn(width))
-        self.transformer = Transformer(config.trunk, config.layers)
-        self.head = nn.Linear(width, patch * vocab_size)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.config, width = config, config.width
+        self.read = nn.Linear(config.past * features, width)
+        self.latents = InputMap(channels, width)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(2 * width, config.hidden)
+        self.down = nn.Linear(config.hidden, width, bias=False)
+        self.out_norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, features)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
-    def read_noise(self, u: Float[Tensor, "*rows C"]) -> Float[Tensor, "*rows E"]:
-        """Inputs of noise u: u, 2 Phi(u) - 1, and waves of Phi(u) of the first channels of every token."""
-        uniform = torch.special.ndtr(u)
-        first = uniform.unflatten(-1, (self.patch, self.latent_dim))[..., : self.waves].flatten(-2)
-        angle = (first[..., None] * (math.pi * 2.0 ** torch.arange(WAVES, device=u.device))).flatten(-2)
-        return self.from_noise(torch.cat((u, 2 * uniform - 1, angle.sin(), angle.cos()), -1))
+    def start(self, features: Float[Tensor, "*rows k D"]) -> Float[Tensor, "*rows E"]:
+        """The state after k positions with these features."""
+        return self.read(features.flatten(-2))
 
-    def read_past(self, features: Float[Tensor, "*rows D"], z: Float[Tensor, "*rows C"]) -> Float[Tensor, "*rows E"]:
-        """Inputs of past positions, from block 1's features c_n and the latents z_n that came of them."""
-        return self.from_features(features) + self.from_latents(z)
-
-    def allocate_cache(self, rows: int) -> KVCache:
-        """For `forward` without gradients on so many rows, in fewer operations."""
-        return KVCache(self.transformer, rows, self.config.past + self.config.ahead - 1, self.head.weight)
-
-    def forward(
-        self,
-        past: Float[Tensor, "R k E"],
-        noise: Float[Tensor, "R M E"],
-        cache: KVCache | None = None,
-        *,
-        first: int = 0,
-    ) -> Float[Tensor, "R outputs P V"]:
-        """Logits of the tokens at the positions of `noise` from its entry `first` on.
-
-        `past`: positions f - k to f - 1, as `read_past` gives them; `noise`: positions f - k + 1 on, as `read_noise`
-        does. The first k - 1 outputs are guesses of tokens before the frontier, from what came before each.
-        """
-        k = past.shape[1]
-        x = torch.cat((noise[:, :k] + past, noise[:, k:] + self.open), 1)
-        if cache is None:
-            h = self.transformer(x)
-        else:
-            # every call stands alone
-            cache.rewind(0)
-            h = cache.extend(x)
-        return self.head(h[:, first:]).unflatten(-1, (self.patch, self.vocab_size))
+    def step(
+        self, state: Float[Tensor, "*rows E"], features: Float[Tensor, "*rows D"], z: Float[Tensor, "*rows C"]
+    ) -> tuple[Float[Tensor, "*rows E"], Float[Tensor, "*rows D"]]:
+        """The state and the features of the next position, from those of the last one and its latents."""
+        x = torch.cat((self.norm(state), self.latents(z)), -1)
+        state = state + self.down(F.gelu(self.up(x)))
+        return state, features + self.out(self.out_norm(state))

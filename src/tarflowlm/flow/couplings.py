@@ -70,6 +70,18 @@ class Coupling(nn.Module):
         only for Mix-d, whose components can be tokens.
         """
 
+    def divergence(
+        self, features: Float[Tensor, "B N D"], guessed: Float[Tensor, "B N D"], z: Float[Tensor, "B N C"]
+    ) -> Float[Tensor, "B N"]:
+        """An estimate of KL(p(z_n | c_n) || p(z_n | guessed c_n)) at latents z of the first, in nats.
+
+        log p(z_n | c_n) - log p(z_n | guessed c_n), of which only the second term has a gradient.
+        """
+        rows, shape = z.flatten(0, 1)[:, None], z.shape[:2]
+        with torch.no_grad():
+            log_p = self.log_prob(rows, features.flatten(0, 1)[:, None])
+        return (log_p - self.log_prob(rows, guessed.flatten(0, 1)[:, None])).view(shape)
+
     def candidate_log_prob(
         self, z: Float[Tensor, "B M d"], features: Float[Tensor, "B D"], earlier: Float[Tensor, "B E"]
     ) -> Float[Tensor, "B M"]:

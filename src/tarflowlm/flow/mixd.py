@@ -114,6 +114,15 @@ class MixDCoupling(Coupling):
         )
         return per_token.flatten(1).sum(-1)
 
+    def divergence(
+        self, features: Float[Tensor, "B N D"], guessed: Float[Tensor, "B N D"], z: Float[Tensor, "B N C"]
+    ) -> Float[Tensor, "B N"]:
+        """KL between the weights, summed over the tokens of a position, in nats; it bounds that of the mixtures."""
+        with torch.no_grad():
+            log_w = widen(self.weight_head(self.token_features(features, z))).log_softmax(-1)
+        log_guessed = widen(self.weight_head(self.token_features(guessed, z))).log_softmax(-1)
+        return (log_w.exp() * (log_w - log_guessed)).sum((-1, -2))
+
     def invert(
         self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
     ) -> Float[Tensor, "B C"]:

@@ -164,15 +164,12 @@ class _Drafting:
         length = self.before + self.num_positions + self.longest
         self.noise = u.new_zeros(B, length, C)
         self.noise[:, self.before : self.before + self.num_positions] = u
-        self.read = self.draft.read_noise(self.noise)
         self.h = torch.zeros_like(self.noise)
         self.features = u.new_zeros(B, length, self.block.start.shape[0])
-        self.std = self.book.log_std.exp()[:, None]
-        self.reach = REACH * self.std.max().item()
+        self.reach = REACH * self.book.log_std.max().exp().item()
         self.steps = torch.arange(length, device=u.device)
         self.each = torch.arange(B, device=u.device)[:, None]
         self.cache = self.block.allocate_cache(B, self.num_positions + self.longest)
-        self.draft_cache = self.draft.allocate_cache(B)
         self.rows = torch.arange(B, device=u.device)
         self.final = [0] * B
         self.front = [0] * B
@@ -219,10 +216,9 @@ class _Drafting:
         """Go on with these rows alone."""
         self.done_h[self.rows] = self._text(self.h)
         index = torch.tensor(rows, dtype=torch.long, device=self.h.device)
-        for name in ("rows", "noise", "read", "h", "features"):
+        for name in ("rows", "noise", "h", "features"):
             setattr(self, name, getattr(self, name)[index])
         self.cache.stored = [stored[:, index] for stored in self.cache.stored]
-        self.draft_cache = self.draft.allocate_cache(len(rows))
         self.final, self.front = [self.final[i] for i in rows], [self.front[i] for i in rows]
 
     def round(self) -> None:
@@ -231,12 +227,13 @@ class _Drafting:
         open_spans = [front - final for front, final in zip(self.front, self.final, strict=True)]
         widest = max(open_spans)
         left = max(N - front for front in self.front)
-        ahead = min(self.lookahead.choose(B), max(left - 1, 0))
+        # the first position of a text has no features before it to draft from
+        ahead = min(self.lookahead.choose(B), max(left - 1, 0)) if min(self.front) else 0
         n = min(widest + ahead + 1, self.longest, N - min(self.final))
-        drafted = min(max(n - 1 - span for span in open_spans), self.draft.config.ahead)
+        drafted = min(max(n - 1 - span for span in open_spans), self.draft.config.ahead) if ahead else 0
         if drafted > 0:
             self._guess(drafted)
-            self.lookahead.drafted(self._now() - begun)
+            self.lookahead.drafted((self._now() - begun) / drafted)
             begun = self._now()
         done, right = self._pass(n)
         self.unchanged_from = min(
@@ -251,15 +248,16 @@ class _Drafting:
         self._move(final, front)
 
     def _guess(self, count: int) -> None:
-        """Guess the tokens and latents of `count` positions from the front of every row."""
-        k = self.before
+        """Guess the latents of `count` positions from the front of every row."""
         here = self._places(self.front, 0, count)
-        past, window = self._places(self.front, -k, k), self._places(self.front, 1 - k, k - 1 + count)
-        read = self.draft.read_past(self.features[past], self.h[past])
-        tokens = self.draft(read, self.read[window], self.draft_cache, first=k - 1).argmax(-1)
-        # once it is certain which token it is, its channels are mu + sigma u
-        noise = self.noise[here].unflatten(-1, (self.patch, -1))
-        self.h[here] = torch.addcmul(self.book.mean[tokens], self.std[tokens], noise).flatten(2)
+        past = self.features[self._places(self.front, -self.before, self.before)]
+        noise, z = self.noise[here], self.h[self._places(self.front, -1, 1)][:, 0]
+        state, features, guessed = self.draft.start(past), past[:, -1], []
+        for u in noise.unbind(1):
+            state, features = self.draft.step(state, features, z)
+            z = self.block.coupling.invert(u, features, self.adjust)
+            guessed.append(z)
+        self.h[here] = torch.stack(guessed, 1)
 
     def _pass(self, n: int) -> tuple[list[int], list[int]]:
         """Block 1 on n positions from `final` on in every row; returns how far each row gets.

@@ -6,8 +6,8 @@ PRIOR_RATE, PRIOR_TRIALS = 0.5, 4.0
 """Before there is any experience: the share of drafts that are right, and how many trials this counts for."""
 PRIOR_POSITIONS = 32.0
 """And: a pass costs as much as this many positions before it has a single one. Dispatch of small operations."""
-PRIOR_DRAFT = 0.3
-"""And: drafting costs this share of that."""
+PRIOR_DRAFT = 0.07
+"""And: a draft costs this share of that."""
 MEMORY = 0.95
 """Weight of the experience of a round, relative to that of the next one."""
 OPEN_PASSES = 2
@@ -45,7 +45,7 @@ class Lookahead:
         self.moments = [MEMORY * old + value for old, value in zip(self.moments, new, strict=True)]
 
     def drafted(self, seconds: float) -> None:
-        """Record the time of a draft."""
+        """Record the time of one draft."""
         self.drafting = MEMORY * self.drafting + (1 - MEMORY) * seconds if self.drafting else seconds
 
     def costs(self) -> tuple[float, float, float]:
@@ -67,12 +67,12 @@ class Lookahead:
         """W for `rows` rows."""
         base, slope, drafting = self.costs()
         tokens = chance = 1.0
-        best, speed = 0, tokens / (base + slope * rows)
+        best, speed = 1, 0.0
         for W, (hits, trials) in enumerate(zip(self.hits, self.trials, strict=True), 1):
             chance *= hits / trials
             tokens += chance
             positions = 1 + W + OPEN_PASSES * (tokens - 1)
-            now = tokens / (base + drafting + slope * rows * positions)
+            now = tokens / (base + drafting * W + slope * rows * positions)
             if now > speed:
                 best, speed = W, now
         return best

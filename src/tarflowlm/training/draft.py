@@ -19,14 +19,14 @@ from tarflowlm.runs.checkpoint import STATE, SUMMARY, Checkpoint, export, load_c
 from tarflowlm.runs.config import OptimConfig, checked_seed
 from tarflowlm.runs.drafts import DRAFT, save_draft
 from tarflowlm.runs.strict_json import from_dict
-from tarflowlm.training.draft_pairs import draft_loss, guesses, pairs_of, tokens_per_pass
+from tarflowlm.training.draft_pairs import draft_loss, pairs_of, tokens_per_pass
 from tarflowlm.training.metrics import MetricsLog, Reporter
 from tarflowlm.training.optim import build_optimizers, schedule, set_learning_rate, with_precision
 from tarflowlm.training.pace import Clock
 from tarflowlm.training.run import StopRequests, no_stop_requests
 from tarflowlm.training.state import load_state, newest_state, read_counters, remove_partial, save_state
 
-VALID_WINDOWS = 32
+VALID_WINDOWS = 16
 """Windows of the validation split on which tokens per pass are measured."""
 MAX_NORM = 1.0
 """Largest gradient norm."""
@@ -42,20 +42,16 @@ class DraftTraining:
     """Train for this time instead, over all sessions; 0 counts steps."""
     batch_size: int = 8
     """Sequences per step."""
-    frontiers: int = 16
-    """Positions of each sequence from which is drafted in a step."""
-    past: int = 12
-    """Known positions before each frontier. At each of them one is drafted, too, which gives more to learn from."""
     lr: float = 6e-3
     """Peak learning rate."""
     seed: int = 0
-    """Seed of the start, the order of the data, the noise and the frontiers."""
+    """Seed of the start, the order of the data and the noise."""
     evaluate_every: int = 250
     """Steps between measurements on the validation split, and between checkpoints."""
 
     def __post_init__(self) -> None:
         checked_seed(self.seed)
-        for name in ("steps", "batch_size", "frontiers", "past", "evaluate_every"):
+        for name in ("steps", "batch_size", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
         if not 0 <= self.minutes < float("inf"):
@@ -233,9 +229,7 @@ class _DraftRun:
         rate = self.training.lr * schedule(self.optim, self.step, max(steps, self.step + 1))
         set_learning_rate(self.optimizers, rate)
         pairs = pairs_of(self.model, self.sampler.next().to(self.model.device), self.generator)
-        B, N = pairs.z.shape[:2]
-        front = torch.randint(N, (B, self.training.frontiers), generator=self.generator).to(pairs.z.device)
-        loss, _ = draft_loss(*guesses(self.draft, pairs, front, self.training.past), self.draft.config.ahead)
+        loss = draft_loss(self.model, self.draft, pairs)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -246,7 +240,7 @@ class _DraftRun:
         return loss.item(), pairs.tokens.numel()
 
     def _validate(self) -> None:
-        self.tokens_per_pass = tokens_per_pass(self.draft, self.valid)
+        self.tokens_per_pass = tokens_per_pass(self.model, self.draft, self.valid)
         record = {"step": self.step, "split": "valid", "tokens_per_pass": self.tokens_per_pass}
         self.log.write(record | {"seconds": round(self.clock.seconds(), 1)})
 

@@ -1,12 +1,12 @@
 """What a draft learns from, its loss, and how many tokens a pass it is worth.
 
-The noise of a real text and the features along it come from one parallel pass of block 1, so nothing is sampled.
-Every position can be a frontier: the draft reads the k positions before it and the noise of W positions from it on.
+The features along a real text come from one parallel pass of block 1, so nothing is sampled, and every position is a
+frontier from which W more are drafted.
 
-Shape legend: B sequences, N positions, P tokens per position, C channels, D width of block 1, F frontiers per
-sequence, R = B F, k positions read, W drafted, V vocabulary.
+Shape legend: B sequences, N positions, P tokens per position, C channels, D width of block 1, W drafted.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 from tarflowlm.draft import Draft
 from tarflowlm.model import TarFlowLM
 
-OUTSIDE = -100
-"""The target of a position behind the end of a text."""
-LEAST_WEIGHT = 0.02
-"""Of a position in the loss, however seldom a decoder gets there at present."""
+FADING = 0.8
+"""Weight of an offset over that of the offset before it: about the share of drafts that are right, and a draft behind
+a wrong one is worth nothing."""
+FEATURES = 0.3
+"""Weight of the distance between features beside the divergence between the distributions they give."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,6 @@ class Pairs:
     """Latents [B, N, C]."""
     features: Tensor
     """c_n [B, N, D]."""
-    u: Tensor
-    """Noise h^(1) [B, N, C] of these latents."""
 
 
 @torch.no_grad()
@@ -41,66 +40,68 @@ def pairs_of(model: TarFlowLM, tokens: Tensor, generator: torch.Generator) -> Pa
     """One draw of q(z|x) for tokens [B, T], and what block 1 makes of it."""
     block = model.prior.block(0)
     z = model.prior.patch(model.codebook.encode(tokens, model.draw_noise(tokens, generator)))[0]
-    features = block.features_of(None, z[:, :-1], first=True)
-    return Pairs(tokens.unflatten(1, (z.shape[1], -1)), z, features, block.coupling(z, features)[0])
+    return Pairs(tokens.unflatten(1, (z.shape[1], -1)), z, block.features_of(None, z[:, :-1], first=True))
 
 
-def guesses(draft: Draft, pairs: Pairs, front: Tensor, past: int | None = None) -> tuple[Tensor, Tensor]:
-    """Logits [R, k - 1 + W, P, V] from frontiers `front` [B, F], and the tokens [R, k - 1 + W, P] they should give.
+def _frontiers(draft: Draft, pairs: Pairs) -> Tensor:
+    """The state of a draft at every position as the last known one, [B, N, E]."""
+    k = draft.config.past
+    padded = F.pad(pairs.features, (0, 0, k - 1, 0))
+    return draft.start(padded.unfold(1, k, 1).transpose(-1, -2))
 
-    The last W are the drafts. Those before guess a single position ahead, at each of the past positions. `past`: k,
-    by default as many as a decoder reads.
+
+def guesses(draft: Draft, pairs: Pairs) -> Iterator[Tensor]:
+    """Guessed features of position n + i, from position n as the last known one, for i = 1, ..., W: [B, N - i, D].
+
+    The latents on the way are those of the text, since a draft behind a wrong one is worth nothing.
     """
-    k, W = past or draft.config.past, draft.config.ahead
-    known = draft.read_past(F.pad(pairs.features, (0, 0, k, 0)), F.pad(pairs.z, (0, 0, k, 0)))
-    noise = draft.read_noise(F.pad(pairs.u, (0, 0, k - 1, W)))
-    row = torch.arange(len(front), device=front.device)[:, None, None]
-    before = front[:, :, None] + torch.arange(k, device=front.device)
-    ahead = front[:, :, None] + torch.arange(k - 1 + W, device=front.device)
-    logits = draft(known[row, before].flatten(0, 1), noise[row, ahead].flatten(0, 1))
-    targets = F.pad(pairs.tokens, (0, 0, k - 1, W), value=OUTSIDE)[row, ahead]
-    return logits, targets.flatten(0, 1)
+    N = pairs.z.shape[1]
+    state, features = _frontiers(draft, pairs), pairs.features
+    for i in range(1, min(draft.config.ahead, N - 1) + 1):
+        state, features = draft.step(state[:, : N - i], features[:, : N - i], pairs.z[:, i - 1 : N - 1])
+        yield features
 
 
-def right_before(right: Tensor) -> Tensor:
-    """From which drafts [R, W] are right: whether all drafts before each of them are."""
-    return F.pad(right.long().cumprod(1)[:, :-1], (1, 0), value=1)
+def draft_loss(model: TarFlowLM, draft: Draft, pairs: Pairs) -> Tensor:
+    """How far guessed features are from those of block 1: a divergence in nats, plus their distance.
 
-
-def draft_loss(logits: Tensor, targets: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
-    """The loss in nats per token, and for every offset the share [W] of frontiers whose drafts are right so far.
-
-    Cross-entropy, in which an offset has the weight of the share of frontiers that get there: a draft behind a wrong
-    one is worth nothing. All guesses of the position behind a known one share the weight of the first offset.
+    The divergence is that of the distributions which the coupling makes of both (`Coupling.divergence`).
     """
-    inside, drafts = targets != OUTSIDE, slice(-ahead, None)
-    nats = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none", ignore_index=OUTSIDE)
-    with torch.no_grad():
-        right = ((logits[:, drafts].argmax(-1) == targets[:, drafts]) | ~inside[:, drafts]).all(-1)
-        share = right_before(right).double().mean(0).clamp(min=LEAST_WEIGHT)
-        dense = targets.shape[1] - ahead + 1
-        weight = torch.cat((share[:1].expand(dense) / dense, share[1:]))[:, None] * inside
-        weight /= weight.sum().clamp(min=1e-9)
-    return (nats.view(targets.shape) * weight.to(nats.dtype)).sum(), right.long().cumprod(1).double().mean(0)
+    coupling, total, weights = model.prior.block(0).coupling, pairs.z.new_zeros(()), 0.0
+    for i, guessed in enumerate(guesses(draft, pairs), 1):
+        features, z = pairs.features[:, i:], pairs.z[:, i:]
+        distance = F.smooth_l1_loss(guessed, features)
+        weight = FADING ** (i - 1)
+        total = total + weight * (coupling.divergence(features, guessed, z).mean() + FEATURES * distance)
+        weights += weight
+    return total / max(weights, 1e-9)
 
 
 @torch.no_grad()
-def tokens_per_pass(draft: Draft, pairs: Pairs, *, at_once: int = 16) -> float:
+def tokens_per_pass(model: TarFlowLM, draft: Draft, pairs: Pairs) -> float:
     """Tokens that a pass of block 1 over W + 1 positions makes final, with guesses from this draft.
 
     On real text and its noise: a round goes from a frontier to the first wrong draft, which the pass corrects.
     """
-    B, N, P = pairs.tokens.shape
-    steps = []
-    for first in range(0, N, at_once):
-        front = torch.arange(first, min(first + at_once, N), device=pairs.z.device).expand(B, -1)
-        logits, targets = (x[:, -draft.config.ahead :] for x in guesses(draft, pairs, front))
-        right = ((logits.argmax(-1) == targets) & (targets != OUTSIDE)).all(-1)
-        steps.append(right.long().cumprod(1).sum(1).view(B, -1) + 1)
-    advance = torch.cat(steps, 1).tolist()
+    block, (B, N, P) = model.prior.block(0), pairs.tokens.shape
+    noise = block.coupling(pairs.z, pairs.features)[0]
+    state, features, z = _frontiers(draft, pairs), pairs.features, pairs.z
+    right, gained = torch.ones(B, N, dtype=torch.bool, device=z.device), torch.ones(B, N, device=z.device)
+    for i in range(1, draft.config.ahead + 1):
+        state, features = draft.step(state, features, z)
+        # behind the end there is nothing to draft
+        u, tokens = (
+            F.pad(noise[:, i:], (0, 0, 0, min(i, N))),
+            F.pad(pairs.tokens[:, i:], (0, 0, 0, min(i, N)), value=-1),
+        )
+        z = block.coupling.invert(u.flatten(0, 1), features.flatten(0, 1)).view_as(z)
+        right &= (model.codebook.decode(z.unflatten(-1, (P, -1)).flatten(1, 2)).view(B, N, P) == tokens).all(-1)
+        gained += right
+    # the first pass has nothing known before it, and finishes one position
     passes = 0
-    for row in advance:
-        at = 0
+    for row in gained.long().tolist():
+        at = 1
         while at < N:
-            at, passes = at + row[at], passes + 1
-    return B * N * P / passes
+            at += row[at - 1]
+            passes += 1
+    return B * N * P / (passes + B)
