@@ -16,7 +16,7 @@ from tarflowlm.language_model import seeded
 from tarflowlm.runs.checkpoint import export, load_checkpoint
 from tarflowlm.runs.drafts import load_draft, save_draft
 from tarflowlm.training.draft import DraftTraining, train_draft
-from tarflowlm.training.draft_pairs import draft_loss, guesses, pairs_of, tokens_per_pass
+from tarflowlm.training.draft_pairs import draft_loss, draw_frontiers, guesses, pairs_of, tokens_per_pass
 
 CONFIG = DraftConfig(width=8, hidden=16, past=2, ahead=3)
 CPU = torch.device("cpu")
@@ -138,7 +138,9 @@ def test_another_text_is_not_resumed(run_directory, tmp_path):
         learn(run_directory, data=str(other), resume=True)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"minutes": -1.0}, {"lr": 0.0}, {"seed": -1}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"minutes": -1.0}, {"lr": 0.0}, {"frontiers": 0}, {"seed": -1}], ids=str
+)
 def test_training_out_of_range(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         DraftTraining(**wrong)
@@ -168,14 +170,17 @@ def test_guesses_are_of_the_positions_ahead(patch, tiny_flow):
     N = 16 // patch
     assert torch.equal(pairs.tokens, tokens.view(2, N, patch))
     draft = model.new_draft(CONFIG).double()
-    for i, guessed in enumerate(guesses(draft, pairs), 1):
-        assert torch.equal(guessed, pairs.features[:, : N - i])
+    front = torch.arange(N - CONFIG.ahead).expand(2, -1)
+    for guessed in guesses(draft, pairs, front):
+        assert torch.equal(guessed, pairs.features[:, : N - CONFIG.ahead])
     with seeded(0):
         nn.init.normal_(draft.out.weight)
     changed = replace(pairs, z=pairs.z.clone(), features=pairs.features.clone())
     changed.z[:, 4:] += 1.0
     changed.features[:, 4:] += 1.0
-    for i, (one, other) in enumerate(zip(guesses(draft, pairs), guesses(draft, changed), strict=True), 1):
+    for i, (one, other) in enumerate(
+        zip(guesses(draft, pairs, front), guesses(draft, changed, front), strict=True), 1
+    ):
         same = (one == other).all(-1).all(0)
         # the guess of position n + i reads features up to n and latents up to n + i - 1
         assert same[: min(4, 5 - i)].all()
@@ -214,7 +219,11 @@ def test_tokens_per_pass_counts_up_to_the_first_wrong_draft(tiny_flow):
         assert tokens_per_pass(model, draft, pairs) == pytest.approx(2 * 16 / (2 * -(-15 // expected) + 2))
 
 
-def test_drafts_are_worth_counting_in_one_pass_each(tiny_flow):
+def test_frontiers_leave_room_for_drafts(tiny_flow):
     model = tiny_flow(couplings=("mixd",), context=16, log_std=-6.0)
     pairs = pairs_of(model, torch.randint(5, (2, 16)), torch.Generator().manual_seed(1))
-    assert draft_loss(model, model.new_draft(CONFIG).double(), pairs) > 0
+    draft = model.new_draft(CONFIG).double()
+    front = draw_frontiers(draft, pairs, 50, torch.Generator().manual_seed(2))
+    assert front.shape == (2, 50)
+    assert front.unique().tolist() == list(range(16 - CONFIG.ahead))
+    assert draft_loss(model, draft, pairs, front) > 0

@@ -19,7 +19,7 @@ from tarflowlm.runs.checkpoint import STATE, SUMMARY, Checkpoint, export, load_c
 from tarflowlm.runs.config import OptimConfig, checked_seed
 from tarflowlm.runs.drafts import DRAFT, save_draft
 from tarflowlm.runs.strict_json import from_dict
-from tarflowlm.training.draft_pairs import draft_loss, pairs_of, tokens_per_pass
+from tarflowlm.training.draft_pairs import draft_loss, draw_frontiers, pairs_of, tokens_per_pass
 from tarflowlm.training.metrics import MetricsLog, Reporter
 from tarflowlm.training.optim import build_optimizers, schedule, set_learning_rate, with_precision
 from tarflowlm.training.pace import Clock
@@ -42,16 +42,18 @@ class DraftTraining:
     """Train for this time instead, over all sessions; 0 counts steps."""
     batch_size: int = 8
     """Sequences per step."""
+    frontiers: int = 64
+    """Positions of each sequence from which is drafted in a step. Neighbours teach nearly the same."""
     lr: float = 6e-3
     """Peak learning rate."""
     seed: int = 0
-    """Seed of the start, the order of the data and the noise."""
+    """Seed of the start, the order of the data, the noise and the frontiers."""
     evaluate_every: int = 250
     """Steps between measurements on the validation split, and between checkpoints."""
 
     def __post_init__(self) -> None:
         checked_seed(self.seed)
-        for name in ("steps", "batch_size", "evaluate_every"):
+        for name in ("steps", "batch_size", "frontiers", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
         if not 0 <= self.minutes < float("inf"):
@@ -229,7 +231,8 @@ class _DraftRun:
         rate = self.training.lr * schedule(self.optim, self.step, max(steps, self.step + 1))
         set_learning_rate(self.optimizers, rate)
         pairs = pairs_of(self.model, self.sampler.next().to(self.model.device), self.generator)
-        loss = draft_loss(self.model, self.draft, pairs)
+        front = draw_frontiers(self.draft, pairs, self.training.frontiers, self.generator)
+        loss = draft_loss(self.model, self.draft, pairs, front)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()

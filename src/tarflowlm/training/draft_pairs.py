@@ -1,9 +1,9 @@
 """What a draft learns from, its loss, and how many tokens a pass it is worth.
 
-The features along a real text come from one parallel pass of block 1, so nothing is sampled, and every position is a
+The features along a real text come from one parallel pass of block 1, so nothing is sampled. Every position can be a
 frontier from which W more are drafted.
 
-Shape legend: B sequences, N positions, P tokens per position, C channels, D width of block 1, W drafted.
+Shape legend: B sequences, N positions, F frontiers, P tokens per position, C channels, D width of block 1, W drafted.
 """
 
 from collections.abc import Iterator
@@ -43,33 +43,41 @@ def pairs_of(model: TarFlowLM, tokens: Tensor, generator: torch.Generator) -> Pa
     return Pairs(tokens.unflatten(1, (z.shape[1], -1)), z, block.features_of(None, z[:, :-1], first=True))
 
 
-def _frontiers(draft: Draft, pairs: Pairs) -> Tensor:
-    """The state of a draft at every position as the last known one, [B, N, E]."""
+def draw_frontiers(draft: Draft, pairs: Pairs, count: int, generator: torch.Generator) -> Tensor:
+    """`count` random frontiers of each sequence with a position to draft behind them, [B, F]."""
+    B, N, _ = pairs.z.shape
+    last = max(1, N - min(draft.config.ahead, N - 1))
+    return torch.randint(last, (B, count), generator=generator).to(pairs.z.device)
+
+
+def _start(draft: Draft, pairs: Pairs, front: Tensor) -> Tensor:
+    """The state of a draft with positions `front` [B, F] as the last known ones, [B, F, E]."""
     k = draft.config.past
-    padded = F.pad(pairs.features, (0, 0, k - 1, 0))
-    return draft.start(padded.unfold(1, k, 1).transpose(-1, -2))
+    row, before = torch.arange(len(front), device=front.device)[:, None, None], torch.arange(k, device=front.device)
+    return draft.start(F.pad(pairs.features, (0, 0, k - 1, 0))[row, front[..., None] + before])
 
 
-def guesses(draft: Draft, pairs: Pairs) -> Iterator[Tensor]:
-    """Guessed features of position n + i, from position n as the last known one, for i = 1, ..., W: [B, N - i, D].
+def guesses(draft: Draft, pairs: Pairs, front: Tensor) -> Iterator[Tensor]:
+    """Guessed features [B, F, D] of positions `front` + i, with `front` [B, F] as the last known ones, i = 1, ..., W.
 
     The latents on the way are those of the text, since a draft behind a wrong one is worth nothing.
     """
-    N = pairs.z.shape[1]
-    state, features = _frontiers(draft, pairs), pairs.features
-    for i in range(1, min(draft.config.ahead, N - 1) + 1):
-        state, features = draft.step(state[:, : N - i], features[:, : N - i], pairs.z[:, i - 1 : N - 1])
+    row = torch.arange(len(front), device=front.device)[:, None]
+    state, features = _start(draft, pairs, front), pairs.features[row, front]
+    for i in range(min(draft.config.ahead, pairs.z.shape[1] - 1)):
+        state, features = draft.step(state, features, pairs.z[row, front + i])
         yield features
 
 
-def draft_loss(model: TarFlowLM, draft: Draft, pairs: Pairs) -> Tensor:
-    """How far guessed features are from those of block 1: a divergence in nats, plus their distance.
+def draft_loss(model: TarFlowLM, draft: Draft, pairs: Pairs, front: Tensor) -> Tensor:
+    """How far features guessed from frontiers `front` [B, F] are from those of block 1: nats, plus a distance.
 
-    The divergence is that of the distributions which the coupling makes of both (`Coupling.divergence`).
+    The nats are the divergence of the distributions which the coupling makes of both (`Coupling.divergence`).
     """
+    row = torch.arange(len(front), device=front.device)[:, None]
     coupling, total, weights = model.prior.block(0).coupling, pairs.z.new_zeros(()), 0.0
-    for i, guessed in enumerate(guesses(draft, pairs), 1):
-        features, z = pairs.features[:, i:], pairs.z[:, i:]
+    for i, guessed in enumerate(guesses(draft, pairs, front), 1):
+        features, z = pairs.features[row, front + i], pairs.z[row, front + i]
         distance = F.smooth_l1_loss(guessed, features)
         weight = FADING ** (i - 1)
         total = total + weight * (coupling.divergence(features, guessed, z).mean() + FEATURES * distance)
@@ -85,7 +93,8 @@ def tokens_per_pass(model: TarFlowLM, draft: Draft, pairs: Pairs) -> float:
     """
     block, (B, N, P) = model.prior.block(0), pairs.tokens.shape
     noise = block.coupling(pairs.z, pairs.features)[0]
-    state, features, z = _frontiers(draft, pairs), pairs.features, pairs.z
+    state = _start(draft, pairs, torch.arange(N, device=pairs.z.device).expand(B, -1))
+    features, z = pairs.features, pairs.z
     right, gained = torch.ones(B, N, dtype=torch.bool, device=z.device), torch.ones(B, N, device=z.device)
     for i in range(1, draft.config.ahead + 1):
         state, features = draft.step(state, features, z)
