@@ -209,8 +209,7 @@ class TarFlowLM(LanguageModel):
             config,
             features=self.config.trunk.width,
             patch=self.config.patch,
-            latent_dim=self.config.latent_dim,
-            vocab_size=self.config.vocab_size,
+            means=self.codebook.mean.detach(),
         )
 
     def append_block(self) -> FlowBlock:

@@ -253,3 +253,22 @@ def test_the_draft_reads_what_it_may(tiny_flow, normal):
         past, noise = draft.read_past(features, z), draft.read_noise(u)
         cached = draft(past, noise, draft.allocate_cache(1), first=1)
     torch.testing.assert_close(cached, logits[:, 1:])
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_the_noise_picks_the_token_between_its_thresholds(patch, tiny_flow):
+    """With certain weights, an output is the token at which their cumulative sum passes Phi(u_1)."""
+    model = tiny_flow(couplings=("mixd",), patch=patch)
+    with seeded(1):
+        draft = model.new_draft(SMALL).double()
+    weights = torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05], dtype=torch.double)  # by rank
+    with torch.no_grad():
+        draft.head.bias.copy_(torch.cat((weights.log(), torch.zeros(5), torch.tensor([-7.0]))).repeat(patch))
+    uniform = torch.tensor([0.05, 0.3, 0.6, 0.9, 0.97], dtype=torch.double)
+    u = torch.zeros(1, 5, patch, 2, dtype=torch.double)
+    u[..., 0] = torch.special.ndtri(uniform)[:, None]
+    with torch.no_grad():
+        past = draft.read_past(torch.zeros(1, 2, 8).double(), torch.zeros(1, 2, 2 * patch).double())
+        tokens = draft(past, draft.read_noise(u.flatten(2))).argmax(-1)
+    by_channel = model.codebook.mean[:, 0].argsort()
+    assert torch.equal(tokens[0], by_channel[[0, 1, 2, 3, 4], None].expand(-1, patch))

@@ -28,6 +28,8 @@ from tarflowlm.training.state import load_state, newest_state, read_counters, re
 
 VALID_WINDOWS = 32
 """Windows of the validation split on which tokens per pass are measured."""
+DECAY = 0.8
+"""Share of the steps in which the rate falls, linearly to zero."""
 MAX_NORM = 1.0
 """Largest gradient norm."""
 
@@ -155,7 +157,7 @@ class _DraftRun:
         self.training = training
         with seeded(self.training.seed):
             self.draft: Draft = model.new_draft(config).to(model.device)
-        optim = OptimConfig(lr=self.training.lr)
+        optim = OptimConfig(lr=self.training.lr, decay=DECAY)
         self.optim = with_precision(optim, self.draft, model.device)
         self.optimizers = build_optimizers(self.optim, self.draft)
         self.generator = torch.Generator().manual_seed(self.training.seed)
