@@ -242,7 +242,7 @@ def test_a_failed_save_keeps_the_old_weights(directory, monkeypatch):
     def fails(*args, **options):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("tarflowlm.runs.checkpoint.save_file", fails)
+    monkeypatch.setattr("tarflowlm.runs.weights.save_file", fails)
     with pytest.raises(OSError, match="no space"):
         save_weights(directory, replace(FLOW, vocab_size=3).build().state_dict(), INFO)
     after = load_file(directory / "model.safetensors")

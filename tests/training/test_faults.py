@@ -19,7 +19,7 @@ import torch
 from tarflowlm.cli import main as cli
 from tarflowlm.data import TokenizerConfig, prepare_corpus
 from tarflowlm.errors import UserError
-from tarflowlm.runs import checkpoint
+from tarflowlm.runs import checkpoint, weights
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import lifecycle
 from tarflowlm.training import run as training_run
@@ -189,7 +189,7 @@ def test_what_does_not_load_is_not_accepted(finished, refused):
 
 def test_directories_from_before_there_were_manifests_load(finished, monkeypatch):
     model = load_checkpoint(finished).model
-    monkeypatch.setattr(checkpoint, "LISTED", {})
+    monkeypatch.setattr(weights, "LISTED", {})
     checkpoint.save_weights(finished, model.state_dict(), {"blocks": "3"})
     (finished / "manifest.json").unlink()
     load_checkpoint(finished)
