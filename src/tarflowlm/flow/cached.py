@@ -39,16 +39,16 @@ class LayerWeights(NamedTuple):
         attention = layer.attention
         return LayerWeights(
             attention_norm=layer.attention_norm.weight.detach(),
-            qkv=_by_inputs(torch.stack(attention.qkv.weight.chunk(3))),
+            qkv=by_inputs(torch.stack(attention.qkv.weight.chunk(3))),
             scale=torch.stack((attention.query_scale, attention.key_scale)).detach()[:, None, None, None],
-            out=_by_inputs(attention.out.weight),
+            out=by_inputs(attention.out.weight),
             mlp_norm=layer.mlp_norm.weight.detach(),
-            up=_by_inputs(layer.up.weight),
-            down=_by_inputs(layer.down.weight),
+            up=by_inputs(layer.up.weight),
+            down=by_inputs(layer.down.weight),
         )
 
 
-def _by_inputs(weight: Tensor) -> Tensor:
+def by_inputs(weight: Tensor) -> Tensor:
     """A weight [..., outputs, inputs] as [..., inputs, outputs]."""
     transposed = weight.detach().transpose(-1, -2)
     copies = weight.device.type == "cpu" and weight.numel() <= LARGEST_COPY

@@ -132,7 +132,9 @@ class MixDCoupling(Coupling):
         """
         rows = numerics.held_rows(self.weight_head.out_features, u.device)
         if len(u) <= rows:
-            return super().invert(u, features, adjust)
+            if self.patch > 1:
+                return super().invert(u, features, adjust)
+            return self._conditional(widen(self.weight_head(features)), self.components, adjust).inverse(u)
         parts = zip(u.split(rows), features.split(rows), strict=True)
         return torch.cat([super(MixDCoupling, self).invert(*part, adjust) for part in parts])
 

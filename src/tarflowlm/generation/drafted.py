@@ -174,6 +174,7 @@ class _Drafting:
         self.final = [0] * B
         self.front = [0] * B
         self.lookahead = Lookahead(config.ahead)
+        self.draft_step = self.draft.steps()
         self.unchanged_from = self.num_positions
         """The first position that was taken as final because what came before it no longer changed."""
         self.done_h = torch.zeros_like(u)
@@ -252,9 +253,9 @@ class _Drafting:
         here = self._places(self.front, 0, count)
         past = self.features[self._places(self.front, -self.before, self.before)]
         noise, z = self.noise[here], self.h[self._places(self.front, -1, 1)][:, 0]
-        state, features, guessed = self.draft.start(past), past[:, -1], []
+        state, features, guessed = self.draft.start(past), past[:, -1].contiguous(), []
         for u in noise.unbind(1):
-            state, features = self.draft.step(state, features, z)
+            state, features = self.draft_step(state, features, z)
             z = self.block.coupling.invert(u, features, self.adjust)
             guessed.append(z)
         self.h[here] = torch.stack(guessed, 1)
