@@ -39,7 +39,7 @@ class DraftConfig:
 
 
 class DraftSteps:
-    """The steps of a draft without gradients, in as few operations as they take. It keeps the weights as they are now."""
+    """The steps of a draft without gradients, in few operations. It keeps the weights as they are now."""
 
     def __init__(self, draft: "Draft") -> None:
         self.shape = (draft.config.width,)
