@@ -60,7 +60,7 @@ def test_probabilities_of_all_texts_sum_to_one(fields, tiny_ar):
 def test_cached_features_equal_the_parallel_pass(lm, tokens):
     P = lm.config.patch
     expected = lm.logits(tokens).view(3, T // P, P, V)
-    cache, previous = lm.transformer.allocate_cache(3, T // P, lm.start), None
+    cache, previous = lm.allocate_cache(3, T // P), None
     for n, patch in enumerate(tokens.split(P, dim=1)):
         features = lm.features_at(cache, previous, 3)
         logits = lm.patch_logits(features[:, None], patch)[:, 0]
