@@ -6,8 +6,8 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 """Where to run; `device.pick_device` resolves auto."""
 
 Decoder = Literal["sequential", "parallel", "drafted", "auto"]
-"""How a block is inverted: position by position, in parallel sweeps, by drafts that block 1 verifies (block 1 of a
-model with a draft), or by the fastest of them, as measured."""
+"""How a block is inverted: position by position, in parallel sweeps, by guesses of a draft that block 1 verifies
+(block 1 of a model with a draft), or by the fastest of them, as measured."""
 
 Decoding = Literal["mode", "drawn"]
 """Which token latents become: the most probable one of p(x|z), or one drawn from it."""

@@ -1,7 +1,7 @@
 """TarFlowLM: a Gaussian codebook and a prior of stacked autoregressive flows, trained by the ELBO."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -193,7 +193,7 @@ class TarFlowLM(LanguageModel):
 
     @property
     def draft(self) -> Draft | None:
-        """The network that guesses tokens for the decoder "drafted"; no part of the model, so not in its weights."""
+        """The network that guesses features of block 1 for the decoder "drafted"; not in the weights of the model."""
         return self._draft[0] if self._draft else None
 
     def use_draft(self, draft: Draft | None) -> None:
@@ -201,8 +201,16 @@ class TarFlowLM(LanguageModel):
         # a method: PyTorch registers every module that is assigned
         self._draft = [] if draft is None else [draft.to(self.device).eval()]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TarFlowLM":
+        """As `Module._apply`, which `to`, `double` and others use: the draft follows the model."""
+        for draft in self._draft:
+            draft._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
     def new_draft(self, config: DraftConfig) -> Draft:
         """A new draft of block 1, not attached. UserError for a block that a draft cannot serve."""
+        if self.config.context == self.config.patch:
+            raise UserError(f"context {self.config.context}: the only position of a text leaves nothing to draft")
         if not self.prior.block(0).keeps_order:
             raise UserError("block 1 reads positions or channels in another order: a draft needs that of the text")
         return Draft(

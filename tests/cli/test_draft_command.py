@@ -45,7 +45,7 @@ def test_what_a_draft_cannot_serve_is_said(refused, models, copy, text_file, tmp
     refused("draft", copy, "--steps", 1, "--minutes", 1, names=["--steps 1", "--minutes 1"])
     refused("draft", copy, "--minutes", 0, names=["minutes 0"])
     refused("draft", copy, "--steps", 0, names=["steps 0"])
-    refused("draft", copy, "--ahead", 0, names=["draft.ahead 0"])
+    refused("draft", copy, "--ahead", 0, names=["ahead 0"])
     refused("draft", copy, "--resume", names=["draft", "no training state"])
     refused("draft", copy, "--resume", "--out", tmp_path / "x", names=["--resume", "--out"])
     refused("draft", copy, "--out", copy, "--data", text_file, names=[str(copy), "exists"])

@@ -1,5 +1,7 @@
 """Drafts change how fast block 1 is inverted, and never the result."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -236,3 +238,21 @@ def test_what_passes_cost_is_fitted(base):
     assert 0.5 * base < found < 3 * base
     assert 0.5 < slope < 1.5
     assert drafting == pytest.approx(0.5)
+
+
+def test_rounds_are_refused_where_there_are_none(tiny_flow, tiny_ar):
+    model = drafting(tiny_flow(couplings=("mixd", "mix1"), context=16, log_std=-6.0))
+    with pytest.raises(UserError, match="rounds: a baseline has no drafts"):
+        texts(tiny_ar(context=16), "sequential", return_rounds=True)
+    for settings in ({"particles": 2, "prompt": torch.tensor([1])}, {"template": torch.tensor([1, -1, 2])}):
+        with pytest.raises(UserError, match="rounds: only drafts have them"):
+            texts(model, "drafted", return_rounds=True, **settings)
+    with pytest.raises(UserError, match="every window has rounds of its own"):
+        texts(model, "drafted", return_rounds=True, num_tokens=20)
+
+
+def test_what_is_final_never_moves_back(tiny_flow):
+    model = drafting(tiny_flow(couplings=("mixd", "mix1"), context=32, log_std=-6.0))
+    rounds = texts(model, ("sequential", "auto"), num=6, return_rounds=True).rounds
+    for before, after in pairwise(rounds):
+        assert (after.final >= before.final).all()

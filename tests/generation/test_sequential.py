@@ -11,7 +11,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import invert_stack
 from tarflowlm.generation.passage import TokenPassage
-from tarflowlm.generation.sampling import adjust_weights, row_generators, row_normal, row_uniform
+from tarflowlm.generation.sampling import adjust_weights, inverse_cdf, row_generators, row_normal, row_uniform
 from tarflowlm.model import TarFlowLM
 
 NUM = 4000
@@ -194,3 +194,11 @@ def test_a_longer_text_begins_with_the_noise_of_a_shorter_one():
     assert torch.equal(long[:, :5], short)
     assert short.dtype == torch.float64
     assert ((long >= 0) & (long < 1)).all()
+
+
+def test_a_cdf_gives_tokens_of_the_vocabulary():
+    log_w = torch.tensor([[torch.finfo(torch.float32).min, 0.0, 0.0], [torch.nan] * 3])
+    for number in (0.0, 1.0 - 2.0**-53):
+        drawn = inverse_cdf(log_w, torch.full((2,), number, dtype=torch.float64))
+        assert drawn[0] == (1 if number == 0.0 else 2)
+        assert 0 <= drawn[1] < 3

@@ -190,11 +190,12 @@ def test_guesses_are_of_the_positions_ahead(patch, tiny_flow):
 @pytest.mark.parametrize("coupling", ["mixd", "mix1", "affine"])
 def test_the_loss_is_least_at_the_features_themselves(coupling, tiny_flow):
     model = tiny_flow(couplings=(coupling,), context=16)
-    pairs = pairs_of(model, torch.randint(5, (2, 16)), torch.Generator().manual_seed(1))
+    random = torch.Generator().manual_seed(0)
+    pairs = pairs_of(model, torch.randint(5, (2, 16), generator=random), torch.Generator().manual_seed(1))
     block = model.prior.block(0).coupling
     exact = block.divergence(pairs.features, pairs.features, pairs.z)
     torch.testing.assert_close(exact, torch.zeros(2, 16, dtype=torch.float64), rtol=0, atol=1e-12)
-    guessed = (pairs.features + 0.5 * torch.randn_like(pairs.features)).requires_grad_()
+    guessed = (pairs.features + 0.5 * torch.randn(pairs.features.shape, generator=random)).requires_grad_()
     off = block.divergence(pairs.features, guessed, pairs.z)
     assert off.mean() > 0
     assert torch.autograd.grad(off.sum(), guessed)[0].abs().sum() > 0
@@ -227,3 +228,40 @@ def test_frontiers_leave_room_for_drafts(tiny_flow):
     assert front.shape == (2, 50)
     assert front.unique().tolist() == list(range(16 - CONFIG.ahead))
     assert draft_loss(model, draft, pairs, front) > 0
+
+
+def test_a_finished_training_has_nothing_to_do(run_directory):
+    first = learn(run_directory)
+    before = tensors(run_directory)
+    again = learn(run_directory, training=None, resume=True)
+    assert (again["steps"], again["tokens_per_pass"]) == (first["steps"], first["tokens_per_pass"])
+    assert all(torch.equal(before[name], tensor) for name, tensor in tensors(run_directory).items())
+
+
+def test_a_folder_without_weights_or_state_is_no_draft(run_directory):
+    (run_directory / "draft").mkdir()
+    assert learn(run_directory)["steps"] == 5
+
+
+def test_an_exported_draft_is_removed_to_start_again(run_directory, tmp_path):
+    learn(run_directory)
+    out = export(run_directory, tmp_path / "out")
+    with pytest.raises(UserError, match="exists already: remove it to start again"):
+        learn(out)
+
+
+def test_nothing_is_left_of_a_copy_that_could_not_begin(run_directory, tmp_path):
+    with pytest.raises(UserError):
+        learn(run_directory, data=str(tmp_path / "missing.txt"), out=tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_the_draft_follows_its_model(run_directory):
+    learn(run_directory)
+    model = load_checkpoint(run_directory).model.double()
+    assert {p.dtype for p in model.draft.parameters()} == {torch.float64}
+    slow, fast = (
+        generate(model, num_tokens=8, decoder=decoder, generator=torch.Generator().manual_seed(0))
+        for decoder in ("sequential", "drafted")
+    )
+    assert torch.equal(slow.tokens, fast.tokens)

@@ -81,7 +81,7 @@ class SampleArgs:
     passes: bool = False
     """Show the text decoded after every block."""
     rounds: bool = False
-    """Show the text after every round of the decoder "drafted": final tokens, and dimmed what is not final yet."""
+    """Show the text after every round of the decoder "drafted": final tokens, and dimmed what is not yet."""
     states: bool = False
     """With --json: the latents after every block as well."""
     normalize: Normalize = None
@@ -168,7 +168,7 @@ class EditArgs:
     seed: int = 0
     """The same seed gives the same edits."""
     decoder: Decoder = "auto"
-    """How to invert a block: position by position, in parallel sweeps, or whichever is quicker for it."""
+    """How to invert a block: position by position, in parallel sweeps, by drafts (block 1), or what is quickest."""
     normalize: Normalize = None
     """Normalise the texts first."""
     device: Device = "auto"

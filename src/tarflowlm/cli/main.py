@@ -45,7 +45,7 @@ COMMANDS = {
         "train:run_train",
     ),
     "draft": Command(
-        "Train a draft for a finished run: a small network that guesses tokens, which block 1 then verifies in "
+        "Train a draft for a finished run: a small network that guesses features, which block 1 then verifies in "
         "parallel. Sampling gets faster, its result stays the same.",
         "draft:run_draft",
         "draft:DraftArgs",

@@ -35,7 +35,7 @@ class DraftConfig:
     def __post_init__(self) -> None:
         for name in ("width", "hidden", "past", "ahead"):
             if getattr(self, name) < 1:
-                raise UserError(f"draft.{name} {getattr(self, name)}: must be at least 1")
+                raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
 
 
 class DraftSteps:

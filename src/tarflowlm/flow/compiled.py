@@ -38,15 +38,26 @@ def static_step(
     return transform(x, places, weights, stored, norm)
 
 
+COMPILED_LENGTH = 64
+"""Caches that compile hold a multiple of so many positions: texts of similar lengths share what is compiled."""
+
+
 @functools.cache
 def compiled_step(device_type: str) -> StaticStep:
-    """`static_step` through torch.compile. On CUDA GPUs as a CUDA graph, which is untested."""
+    """`static_step` through torch.compile, which gives up on further shapes after some eight of them.
+
+    On CUDA GPUs it asks for CUDA graphs, which is untested.
+    """
     option = "triton.cudagraphs" if device_type == "cuda" else "cpp_wrapper"
-    return torch.compile(static_step, fullgraph=True, dynamic=False, options={option: True})
+    return torch.compile(static_step, dynamic=False, options={option: True})
 
 
 class CompiledKVCache(KVCache):
     """A cache whose passes of one position are compiled. The first of a shape takes a quarter of a minute."""
+
+    def __init__(self, transformer: Transformer, batch: int, capacity: int, like: Tensor) -> None:
+        """As `KVCache`, for at least `capacity` positions."""
+        super().__init__(transformer, batch, -(-capacity // COMPILED_LENGTH) * COMPILED_LENGTH, like)
 
     def _run(self, x: Tensor, places: Places) -> Tensor:
         if x.shape[1] > 1 or not isinstance(places.write, slice):

@@ -137,8 +137,12 @@ class FlowBlock(Bijection):
         """Latents of the next position in the block's order, given those of the one before it (None at the start)."""
         return self.coupling.invert(u, self.features_at(cache, previous, len(u)), adjust)
 
+    @torch.no_grad()
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
-        """h^(l-1) from h^(l) = u, position by position with the KV cache. Sweeps: `generation/inversion.py`."""
+        """h^(l-1) from h^(l) = u, position by position with the KV cache, without gradients.
+
+        Sweeps: `generation/inversion.py`.
+        """
         cache = self.allocate_cache(len(u), u.shape[1])
         previous: Tensor | None = None
         h: list[Tensor] = []

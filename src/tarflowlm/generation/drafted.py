@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tarflowlm.choices import Decoder
 from tarflowlm.errors import UserError
+from tarflowlm.flow.cached import KVCache
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.newton import RESIDUAL
 from tarflowlm.flow.precision import widen
@@ -57,6 +58,7 @@ Watch = Callable[[Round], None]
 """Called after every round."""
 
 
+@torch.no_grad()
 def invert_with_drafts(
     model: TarFlowLM,
     u: Tensor,
@@ -81,7 +83,8 @@ def invert_with_drafts(
     if num_settled and settled is not None:
         work.settle(settled, num_settled)
     chosen = work.trial() if decoder == "auto" else decoder
-    by_rounds = min(work.final, default=work.num_positions)
+    # rows that are done have no final positions left to go by steps
+    by_rounds = min(work.final) if len(work.rows) == len(u) else work.num_positions
     if chosen == "sequential":
         work.step(work.num_positions)
     else:
@@ -169,7 +172,8 @@ class _Drafting:
         self.reach = REACH * self.book.log_std.max().exp().item()
         self.steps = torch.arange(length, device=u.device)
         self.each = torch.arange(B, device=u.device)[:, None]
-        self.cache = self.block.allocate_cache(B, self.num_positions + self.longest)
+        # passes of many lengths: nothing to compile
+        self.cache = KVCache(self.block.transformer, B, self.num_positions + self.longest, self.block.start)
         self.rows = torch.arange(B, device=u.device)
         self.final = [0] * B
         self.front = [0] * B
@@ -201,7 +205,7 @@ class _Drafting:
         N = self.num_positions
         self.final, self.front = [min(x, N) for x in final], [min(x, N) for x in front]
         for row, at in zip(self.rows.tolist(), self.final, strict=True):
-            self.seen_final[row] = at
+            self.seen_final[row] = max(at, self.seen_final[row])
         if self.tick is not None:
             for _ in range(min(self.seen_final) - self.ticked):
                 self.tick()

@@ -78,7 +78,7 @@ def generate(
     """
     keep_freed_memory()
     given = _given(model, num, num_tokens, prompt, template, particles)
-    passes = return_passes or return_rounds
+    passes = "passes and states" if return_passes else "rounds" if return_rounds else None
     check_length(model.config, num_tokens, template=template is not None, particles=particles, passes=passes)
     adjust = _adjustment(model, temperature, top_k, top_p)
     rows = row_generators(num, generator or torch.Generator().manual_seed(torch.seed()))
@@ -94,8 +94,9 @@ def _in_windows(model: LanguageModel, given: Tensor, request: Request) -> Genera
     windows: list[Generation] = []
 
     def write(window: Tensor, length: int) -> Tensor:
-        # the first window tries the decoders, the others repeat its choice
-        chosen = (windows[0].decoders or request.decoder) if windows else request.decoder
+        # the second window tries the decoders, and the others repeat its choice: a prompt may fill the first one
+        again = request.decoder == "auto" and len(windows) > 1
+        chosen = (windows[1].decoders or request.decoder) if again else request.decoder
         windows.append(write_window(model, window, length, replace(request, decoder=chosen)))
         return windows[-1].tokens
 

@@ -45,7 +45,7 @@ class Inverted:
     h: Tensor
     """Latents [B, N, C], in the order of the tokens."""
     decoder: Decoder
-    """sequential or parallel."""
+    """sequential, parallel or drafted."""
     passes: int
     """Steps and sweeps, each one pass of the Transformer over some positions."""
     repeated: int = 0

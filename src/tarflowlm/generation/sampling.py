@@ -56,7 +56,9 @@ def row_uniform(generators: list[torch.Generator], *shape: int) -> Tensor:
 def inverse_cdf(log_w: Tensor, uniform: Tensor) -> Tensor:
     """Indices [...] drawn by the log-weights [..., K], as the inverse of their CDF at numbers `uniform` [...]."""
     cumulative = log_w.softmax(-1, dtype=uniform.dtype).cumsum(-1)
-    return torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:]).squeeze(-1)
+    # above zero, where the first index may have no probability; NaN is found behind the last
+    wanted = (uniform[..., None] * cumulative[..., -1:]).clamp(min=torch.finfo(uniform.dtype).tiny)
+    return torch.searchsorted(cumulative, wanted).squeeze(-1).clamp(max=log_w.shape[-1] - 1)
 
 
 def draw_tokens(codebook: Codebook, z: Tensor, generators: list[torch.Generator]) -> Tensor:

@@ -47,9 +47,9 @@ def slide(config: LanguageModelConfig, given: Tensor, write: Callable[[Tensor, i
 
 
 def check_length(
-    config: LanguageModelConfig, num_tokens: int, *, template: bool, particles: int, passes: bool
+    config: LanguageModelConfig, num_tokens: int, *, template: bool, particles: int, passes: str | None
 ) -> None:
-    """UserError for what one window has, and a text of several has not."""
+    """UserError for what one window has, and a text of several has not; `passes` names what was asked for of them."""
     context = config.context
     if num_tokens <= context:
         return
@@ -63,8 +63,8 @@ def check_length(
             f"particles {particles}: beyond the trained context of {context} tokens every window has weights of its "
             f"own: choose 1, or a length of at most {context}"
         )
-    if passes:
+    if passes is not None:
         raise UserError(
-            f"length {num_tokens}: beyond the trained context of {context} tokens every window has passes and states "
-            f"of its own: leave them out, or choose a length of at most {context}"
+            f"length {num_tokens}: beyond the trained context of {context} tokens every window has {passes} of its "
+            f"own: leave them out, or choose a length of at most {context}"
         )

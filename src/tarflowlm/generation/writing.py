@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.choices import Decoder, Decoding
+from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.choice import TokenChoice, weighs_tokens
 from tarflowlm.generation.drafted import (
@@ -71,6 +72,8 @@ class Request:
 def write_window(model: LanguageModel, given: Tensor, num_tokens: int, request: Request) -> Generation:
     """`num_tokens` tokens from given ones [num, whole patches], BLANK elsewhere; within the context."""
     if isinstance(model, TokenLM):
+        if request.rounds:
+            raise UserError("rounds: a baseline has no drafts, it writes one position after another")
         return _from_baseline(model, given, num_tokens, request)
     flow, adjust = as_flow(model), request.adjust
     rounds: list[Round] = []
@@ -128,7 +131,13 @@ def _completed(model: TarFlowLM, given: Tensor, num_tokens: int, request: Reques
         for _ in range(passage.at):
             tick()
     work = [*source.work]
-    if first in ("drafted", "auto") and particles == 1 and model.draft is not None:
+    may_draft = particles == 1 and choice is None and not passage.is_known[:, passage.at + 1 :].any()
+    if request.rounds and not may_draft:
+        raise UserError(
+            "rounds: only drafts have them, and these need one particle, tokens given at the start alone, and a "
+            "block 1 with weights of tokens where probabilities are adjusted"
+        )
+    if first in ("drafted", "auto") and may_draft and model.draft is not None:
         work += _drafted_rest(model, passage, weights, first, tick, watch)
     particle_filter(passage, weights, generators, source, tick)
     weights.add(source.log_factor(model.prior.patch.inverse(passage.noise)))
@@ -155,12 +164,12 @@ def _drafted_rest(
     tick: Tick | None,
     watch: Watch | None,
 ) -> list[Inverted]:
-    """Complete `passage` by drafts where tokens are given at its start alone; how it was done, if it was.
+    """Complete `passage`, whose tokens are given at its start alone, by drafts; how it was done, if any were left.
 
     A row is a sample here, not a particle, so nothing depends on the positions that follow.
     """
     at = passage.at
-    if passage.choice is not None or at == passage.num_positions or passage.is_known[:, at + 1 :].any():
+    if at == passage.num_positions:
         return []
     if passage.is_known[:, at].any():
         weights.add(passage.step())

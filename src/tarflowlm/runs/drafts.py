@@ -43,16 +43,15 @@ def load_draft(directory: Path, model: TarFlowLM) -> Draft | None:
     if not (folder / WEIGHTS).exists():
         return None
     try:
-        problem = problem_of(folder, [CONFIG, WEIGHTS])
+        if (problem := problem_of(folder, [CONFIG, WEIGHTS])) is not None:
+            raise UserError(problem)
+        config = from_dict(DraftConfig, read_json(folder / CONFIG), where=str(folder / CONFIG))
+        # its random start must not advance the caller's generator
+        with seeded(0):
+            draft = model.new_draft(config)
+        tensors = read_weights(folder / WEIGHTS)[0]
+        check_weights(folder / WEIGHTS, draft, tensors, CONFIG)
     except UserError as error:
-        problem = str(error)
-    if problem is not None:
-        raise UserError(f"{problem}; or remove {folder}, the model works without")
-    config = from_dict(DraftConfig, read_json(folder / CONFIG), where=str(folder / CONFIG))
-    # its random start must not advance the caller's generator
-    with seeded(0):
-        draft = model.new_draft(config)
-    tensors = read_weights(folder / WEIGHTS)[0]
-    check_weights(folder / WEIGHTS, draft, tensors, CONFIG)
+        raise UserError(f"{error}; or remove {folder}, the model works without") from None
     draft.load_state_dict(tensors)
     return draft

@@ -17,7 +17,7 @@ from tarflowlm.language_model import seeded
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.runs.checkpoint import STATE, SUMMARY, Checkpoint, export, load_checkpoint
 from tarflowlm.runs.config import OptimConfig, checked_seed
-from tarflowlm.runs.drafts import DRAFT, save_draft
+from tarflowlm.runs.drafts import DRAFT, WEIGHTS, save_draft
 from tarflowlm.runs.strict_json import from_dict
 from tarflowlm.training.draft_pairs import draft_loss, draw_frontiers, pairs_of, tokens_per_pass
 from tarflowlm.training.metrics import MetricsLog, Reporter
@@ -88,16 +88,19 @@ def train_draft(
         training = training or DraftTraining()
     checkpoint = _finished(directory, device)
     model = as_flow(checkpoint.model)
+    folder = (directory if out is None else out) / DRAFT
+    can_resume = (folder / STATE).exists()
+    if not resume and (can_resume or (folder / WEIGHTS).exists()):
+        go_on = "continue it with --resume, or " if can_resume else ""
+        raise UserError(f"{folder} exists already: {go_on}remove it to start again")
+    if resume and not can_resume:
+        raise UserError(f"{folder} holds no training state: leave --resume out to start")
+    model.new_draft(config)
+    corpus = _corpus(checkpoint, data, reporter)
     if out is not None:
         export(directory, out)
         shutil.rmtree(out / DRAFT, ignore_errors=True)
         directory = out
-    folder = directory / DRAFT
-    if not resume and folder.exists():
-        raise UserError(f"{folder} exists already: continue it with --resume, or remove it to start again")
-    if resume and not (folder / STATE).exists():
-        raise UserError(f"{folder} holds no training state: leave --resume out to start")
-    corpus = _corpus(checkpoint, data, reporter)
     remedy = f"continue with `tarflowlm draft {directory} --resume`"
     with full_disk_as_user_error(directory, lambda: remedy), writer_lock(directory):
         folder.mkdir(exist_ok=True)
@@ -166,7 +169,7 @@ class _DraftRun:
             eval_windows(corpus.split("valid"), context, VALID_WINDOWS).to(model.device),
             torch.Generator().manual_seed(self.training.seed),
         )
-        self.step, self.tokens_per_pass = 0, 0.0
+        self.step, self.tokens_per_pass = 0, saved.get("tokens_per_pass", 0.0)
         if saved:
             load_state(state, self.draft, self.optimizers, self.generator)
             self.sampler.load_state_dict(saved["sampler"])
@@ -213,9 +216,6 @@ class _DraftRun:
                     f"stopped by {asked} and saved at step {self.step}; continue with "
                     f"`tarflowlm draft {self.directory} --resume`"
                 )
-        if not self.tokens_per_pass:
-            self._validate()
-            self._save()
         summary = {
             "steps": self.step,
             "seconds": round(self.clock.seconds(), 1),
@@ -253,6 +253,7 @@ class _DraftRun:
         counters = {
             "step": self.step,
             "seconds": self.clock.seconds(),
+            "tokens_per_pass": self.tokens_per_pass,
             "config": asdict(self.draft.config),
             "training": asdict(self.training),
             "sampler": self.sampler.state_dict(),
