@@ -48,10 +48,12 @@ class Round:
     """[B, T]: final ones, then those that are believed, then drafts."""
     final: Tensor
     """[B]: how many leading tokens are final."""
+    guessed: Tensor
+    """[B]: how many leading tokens are at least guessed; those behind mean nothing yet."""
 
     def cut(self, length: int) -> "Round":
         """The same for the first `length` tokens."""
-        return Round(self.tokens[:, :length], self.final.clamp(max=length))
+        return Round(self.tokens[:, :length], self.final.clamp(max=length), self.guessed.clamp(max=length))
 
 
 Watch = Callable[[Round], None]
@@ -182,7 +184,7 @@ class _Drafting:
         self.unchanged_from = self.num_positions
         """The first position that was taken as final because what came before it no longer changed."""
         self.done_h = torch.zeros_like(u)
-        self.seen_final = [0] * B
+        self.seen_final, self.seen_guessed = [0] * B, [0] * B
 
     def result(self) -> Tensor:
         """The latents [B, N, C]."""
@@ -212,7 +214,8 @@ class _Drafting:
             self.ticked = min(self.seen_final)
         if self.watch is not None:
             tokens = self.book.decode(self.result().unflatten(-1, (self.patch, -1))).flatten(1)
-            self.watch(Round(tokens, self.patch * torch.tensor(self.seen_final)))
+            counts = self.patch * torch.tensor((self.seen_final, self.seen_guessed))
+            self.watch(Round(tokens, counts[0], counts.amax(0)))
         open_rows = [i for i, at in enumerate(self.final) if at < N]
         if not open_rows or len(self.rows) - len(open_rows) >= DROP_SHARE * len(self.rows):
             self._keep(open_rows)
@@ -241,6 +244,8 @@ class _Drafting:
             self.lookahead.drafted((self._now() - begun) / drafted)
             begun = self._now()
         done, right = self._pass(n)
+        for row, at in zip(self.rows.tolist(), self.final, strict=True):
+            self.seen_guessed[row] = min(at + n, N)
         self.unchanged_from = min(
             [self.unchanged_from, *(at + 1 for at, count in zip(self.final, done, strict=True) if count > 1)]
         )

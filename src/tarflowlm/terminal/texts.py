@@ -20,7 +20,9 @@ def print_samples(console: Console, result: Generation, tokenizer: Tokenizer) ->
         passes = [symbols(state[row], tokenizer) for state in result.passes]
         body = _passes_text(passes) if passes else Text(tokenizer.decode(tokens.tolist()))
         if result.rounds:
-            rounds = [(symbols(r.tokens[row], tokenizer), int(r.final[row])) for r in result.rounds]
+            rounds = [
+                (symbols(r.tokens[row], tokenizer), int(r.final[row]), int(r.guessed[row])) for r in result.rounds
+            ]
             body = Text("\n").join((_rounds_text(rounds), body)) if passes else _rounds_text(rounds)
         note = None
         if result.ess is not None and result.log_evidence is not None:
@@ -42,7 +44,8 @@ def samples_to_json(result: Generation, tokenizer: Tokenizer, *, states: bool = 
             sample["passes"] = [tokenizer.decode(state[row].tolist()) for state in result.passes]
         if result.rounds:
             sample["rounds"] = [
-                {"text": tokenizer.decode(r.tokens[row].tolist()), "final": int(r.final[row])} for r in result.rounds
+                {"text": tokenizer.decode(r.tokens[row, : r.guessed[row]].tolist()), "final": int(r.final[row])}
+                for r in result.rounds
             ]
         if states:
             sample["states"] = [state[row].tolist() for state in result.states]
@@ -95,16 +98,16 @@ def _passes_text(passes: Sequence[Sequence[str]]) -> Text:
     return body
 
 
-def _rounds_text(rounds: Sequence[tuple[Sequence[str], int]]) -> Text:
-    """The symbols after every round until all are final, those that are not final dimmed; new ones highlighted."""
+def _rounds_text(rounds: Sequence[tuple[Sequence[str], int, int]]) -> Text:
+    """The symbols after every round until all are final: new ones highlighted, guesses dimmed, then dots."""
     body, before = Text(), 0
-    for number, (shown, final) in enumerate(rounds, 1):
+    for number, (shown, final, guessed) in enumerate(rounds, 1):
         if before == len(shown):
             break
         body.append("\n" if number > 1 else "")
         body.append(f"round {number}  ({final - before} of {len(shown)} became final)\n", style="bold cyan")
         body.append("".join(shown[:before]))
         body.append("".join(shown[before:final]), style="green")
-        body.append("".join(shown[final:]), style="dim")
+        body.append("".join(shown[final:guessed]) + "·" * (len(shown) - guessed), style="dim")
         before = final
     return body
