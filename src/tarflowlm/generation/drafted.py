@@ -36,6 +36,8 @@ REACH = 8.0
 """Latents h that move by at most this many sigma (1 + |h|) are taken to keep their token; a mistake costs time."""
 DROP_SHARE = 0.25
 """Rows that are done leave the batch when they are this share of it: the others are copied then."""
+MARGIN = 1.2
+"""`auto` takes drafts if steps take so many times as long: what is believed has to be finished, the text checked."""
 TRIAL_STEPS, TRIAL_ROUNDS = 4, 8
 """What `auto` times: steps, then rounds; the first of each are not counted."""
 
@@ -323,7 +325,7 @@ class _Drafting:
             marks.append((self._now(), self._open()))
         by_step = _pace(marks[1 : TRIAL_STEPS + 1])
         by_round = _pace(marks[begun:])
-        return "sequential" if by_step < by_round else "drafted"
+        return "sequential" if by_step < MARGIN * by_round else "drafted"
 
     def _open(self) -> float:
         """Positions that are not believed yet, mean over the rows."""
