@@ -13,7 +13,7 @@ from tarflowlm.draft import DraftConfig
 from tarflowlm.errors import Stopped, UserError
 from tarflowlm.generation import generate
 from tarflowlm.language_model import seeded
-from tarflowlm.runs.checkpoint import export, load_checkpoint
+from tarflowlm.runs.checkpoint import export, load_checkpoint, seal
 from tarflowlm.runs.drafts import load_draft, save_draft
 from tarflowlm.training.draft import DraftTraining, train_draft
 from tarflowlm.training.draft_pairs import draft_loss, draw_frontiers, guesses, pairs_of, tokens_per_pass
@@ -159,6 +159,15 @@ def test_a_damaged_or_foreign_draft_is_named(run_directory, tiny_flow):
     with pytest.raises(UserError, match=r"draft.safetensors: .* has shape"):
         load_checkpoint(run_directory)
     assert load_draft(run_directory.parent, other) is None
+
+
+def test_sealing_accepts_the_draft_as_it_is(run_directory):
+    learn(run_directory)
+    (run_directory / "draft" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"or remove .*draft, the model works without"):
+        load_checkpoint(run_directory)
+    seal(run_directory)
+    assert load_checkpoint(run_directory).model.draft is not None
 
 
 @pytest.mark.parametrize("patch", [1, 2])

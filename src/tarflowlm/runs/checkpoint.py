@@ -15,7 +15,7 @@ from tarflowlm.files import read_json
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.model import as_flow
 from tarflowlm.runs.config import RunConfig, current_form
-from tarflowlm.runs.drafts import load_draft, save_draft
+from tarflowlm.runs.drafts import load_draft, save_draft, seal_draft
 from tarflowlm.runs.manifest import MANIFEST, is_whole, problem_of, replacing_listed, write_manifest
 from tarflowlm.runs.released import locate, released
 from tarflowlm.runs.strict_json import from_dict, to_dict
@@ -85,12 +85,13 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
 
 
 def seal(directory: str | Path) -> None:
-    """Accept the files of a run directory as they are, and write a new manifest.json.
+    """Accept the files of a run directory and of its draft as they are, and write a new manifest.json for each.
 
     For a directory that was edited by hand or whose manifest was lost. UserError if it does not load.
     """
     directory = Path(directory)
-    _load(directory, "cpu")
+    _load(directory, "cpu", sealed=False)
+    seal_draft(directory)
     write_manifest(directory, (CONFIG, TOKENIZER, WEIGHTS))
 
 
@@ -122,7 +123,7 @@ def _without_folders(source: str) -> str:
     return f"./{path.name}" if path.is_absolute() else source
 
 
-def _load(directory: Path, device: str | torch.device) -> Checkpoint:
+def _load(directory: Path, device: str | torch.device, *, sealed: bool = True) -> Checkpoint:
     run = read_run(directory, check=False)
     # read first: weights are written last, so without them the other files need not be complete
     tensors, info = read_weights(directory / WEIGHTS)
@@ -138,7 +139,7 @@ def _load(directory: Path, device: str | torch.device) -> Checkpoint:
     model.load_state_dict(tensors)
     model.to(device).eval()
     if not model.is_exact:
-        as_flow(model).use_draft(load_draft(directory, as_flow(model)))
+        as_flow(model).use_draft(load_draft(directory, as_flow(model), sealed=sealed))
     return Checkpoint(model=model, tokenizer=tokenizer, run=run, info=info)
 
 

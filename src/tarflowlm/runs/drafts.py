@@ -10,7 +10,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
 from tarflowlm.language_model import seeded
 from tarflowlm.model import TarFlowLM
-from tarflowlm.runs.manifest import problem_of, replacing_listed
+from tarflowlm.runs.manifest import problem_of, replacing_listed, write_manifest
 from tarflowlm.runs.strict_json import from_dict, to_dict
 from tarflowlm.runs.weights import check_weights, halved, read_weights, write_weights
 
@@ -34,16 +34,17 @@ def save_draft(directory: Path, draft: Draft, info: dict[str, str] | None = None
     write_weights(folder / WEIGHTS, halved(weights) if half else weights, info or {})
 
 
-def load_draft(directory: Path, model: TarFlowLM) -> Draft | None:
+def load_draft(directory: Path, model: TarFlowLM, *, sealed: bool = True) -> Draft | None:
     """The draft in the run directory of `model`, or None where there is none (or none yet).
 
-    UserError, naming the file, for one that is damaged or belongs to another model.
+    `sealed`: compare its files with their manifest. UserError, naming the file, for one that is damaged or belongs to
+    another model.
     """
     folder = directory / DRAFT
     if not (folder / WEIGHTS).exists():
         return None
     try:
-        if (problem := problem_of(folder, [CONFIG, WEIGHTS])) is not None:
+        if sealed and (problem := problem_of(folder, [CONFIG, WEIGHTS])) is not None:
             raise UserError(problem)
         config = from_dict(DraftConfig, read_json(folder / CONFIG), where=str(folder / CONFIG))
         # its random start must not advance the caller's generator
@@ -55,3 +56,10 @@ def load_draft(directory: Path, model: TarFlowLM) -> Draft | None:
         raise UserError(f"{error}; or remove {folder}, the model works without") from None
     draft.load_state_dict(tensors)
     return draft
+
+
+def seal_draft(directory: Path) -> None:
+    """Write a new manifest for the draft in a run directory, if there is one."""
+    folder = directory / DRAFT
+    if (folder / WEIGHTS).exists():
+        write_manifest(folder, (CONFIG, WEIGHTS))
