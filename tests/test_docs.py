@@ -147,6 +147,8 @@ def stand_in(argv: list[str], trained: Path) -> list[str] | None:
             return [*argv, *data, *length, *TRAINED[name]]
         case ["quickstart", *_]:
             return [*argv, "--minutes", "0.01", "--device", "cpu"]
+        case ["draft", *_]:
+            return [*argv, "--minutes", "0.01", "--device", "cpu"]
         case ["eval", *_] if "--quality" in argv:
             return [*argv, "--num", "4", "--judge", str(trained / RUNS["runs/judge"]), "--device", "cpu"]
         case ["eval" | "sample" | "edit" | "report", *_]:
