@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -58,4 +59,10 @@ def keep_freed_memory() -> None:
 def synchronize(device: torch.device) -> None:
     """Wait until a CUDA GPU has finished its queued work; does nothing on other devices."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has finished its queued work."""
+    synchronize(device)
+    return time.perf_counter()

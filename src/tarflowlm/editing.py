@@ -14,7 +14,7 @@ from torch import Tensor
 from tarflowlm.errors import UserError
 from tarflowlm.flow.precision import wide_dtype
 from tarflowlm.generation import generate
-from tarflowlm.generation.drafted import invert_with_drafts, split_decoders
+from tarflowlm.generation.drafted import invert_with_drafts, split_decoders, uses_draft
 from tarflowlm.generation.inversion import Decoders, Tick, invert_block
 from tarflowlm.generation.passage import LatentPassage
 from tarflowlm.language_model import LanguageModel
@@ -202,7 +202,7 @@ def _descend(
         same = (block.order(u)[0] == block.order(above)[0]).all(2).all(0)
         settled = int(same.long().cumprod(0).sum())
         how = chosen[-1 - index]
-        if index == 0 and model.draft is not None and how in ("drafted", "auto"):
+        if index == 0 and uses_draft(model, how):
             if tick is not None:
                 for _ in range(settled):
                     tick()

@@ -66,7 +66,7 @@ def test_auto_soon_notices_that_sweeps_do_not_converge(tiny_flow, normal, monkey
     for coupling in ("mix1", "affine", "mixd"):
         block = tiny_flow(couplings=(coupling,), context=64, log_std=-6.0, scale=0.5).prior.blocks[0]
         clock = [0.0]
-        monkeypatch.setattr(inversion.time, "perf_counter", lambda clock=clock: clock[0])
+        monkeypatch.setattr("time.perf_counter", lambda clock=clock: clock[0])
         original = block.features_of
 
         def counted(cache, past, *, first, original=original, clock=clock):
@@ -147,7 +147,7 @@ def test_auto_takes_the_quicker_way_and_says_which(tiny_flow, monkeypatch):
     """The clock decides: here a step of the Transformer costs one unit, a sweep as many as it has positions."""
     model = tiny_flow(couplings=("mixd", "mix1"), context=128, log_std=-6.0)
     clock = [0.0]
-    monkeypatch.setattr(inversion.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     for block in model.prior.blocks:
         original = block.features_of
 

@@ -6,7 +6,6 @@ attention by `scaled_dot_product_attention`. Options that only affect speed are 
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from tarflowlm.baseline import BaselineConfig, TokenLM
 from tarflowlm.bench.measure import median_ratio, seconds_per_call
-from tarflowlm.device import synchronize
+from tarflowlm.device import now
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.runs.config import RunConfig
@@ -173,20 +172,15 @@ def _train_in_parts(contender: _Contender, tokens: Tensor, steps: int) -> tuple[
     """Seconds per training step of each of `PARTS`."""
     totals = [0.0, 0.0, 0.0]
     for _ in range(steps):
-        times = [_now(tokens.device)]
+        times = [now(tokens.device)]
         loss = contender.loss(tokens)
-        times.append(_now(tokens.device))
+        times.append(now(tokens.device))
         loss.backward()
-        times.append(_now(tokens.device))
+        times.append(now(tokens.device))
         _update(contender)
-        times.append(_now(tokens.device))
+        times.append(now(tokens.device))
         totals = [total + b - a for total, (a, b) in zip(totals, pairwise(times), strict=True)]
     return tuple(total / steps for total in totals)
-
-
-def _now(device: torch.device) -> float:
-    synchronize(device)
-    return time.perf_counter()
 
 
 def peers_table(rows: list[dict[str, Any]]) -> Table:

@@ -88,9 +88,8 @@ class KVCache:
         shape = (2, batch, config.num_heads, capacity, head_width)
         self.stored = [like.new_zeros(shape) for _ in self.weights]
         """Keys and values of each layer."""
-        positions = torch.arange(capacity, device=like.device)
-        self.positions = positions
-        tables = rotary_tables(positions, 1, head_width, config.rotary_base)
+        self.positions = torch.arange(capacity, device=like.device)
+        tables = rotary_tables(self.positions, 1, head_width, config.rotary_base)
         self.cos, self.sin = (table.to(like.dtype) for table in tables)
         self.length = 0
 
@@ -142,10 +141,15 @@ class KVCache:
         end = int(starts.max()) + N
         if end > self.capacity:
             raise ValueError(f"cache of {self.capacity} positions is full: {N} requested up to position {end}")
-        at = starts[:, None] + self.positions[:N]
-        mask = (self.positions[:end] <= at[:, :, None])[:, None]
-        rows = torch.arange(len(starts), device=at.device)[:, None]
-        return Places(self.cos[at], self.sin[at], (rows, at), end, mask, causal=False)
+        return places_at(starts, N, self.positions[:end], self.cos, self.sin)
+
+
+def places_at(starts: Tensor, N: int, keys: Tensor, cos: Tensor, sin: Tensor) -> Places:
+    """N positions from `starts` [B] on, in each row, which read those of the positions `keys` up to themselves."""
+    at = starts[:, None] + torch.arange(N, device=starts.device)
+    mask = (keys <= at[:, :, None])[:, None]
+    rows = torch.arange(len(starts), device=starts.device)[:, None]
+    return Places(cos[at], sin[at], (rows, at), len(keys), mask, causal=False)
 
 
 def transform(x: Tensor, places: Places, weights: list[LayerWeights], stored: list[Tensor], norm: Tensor) -> Tensor:

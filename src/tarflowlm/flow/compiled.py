@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tarflowlm.device import missing_for_compilation
-from tarflowlm.flow.cached import KVCache, LayerWeights, Places, transform
+from tarflowlm.flow.cached import KVCache, LayerWeights, Places, places_at, transform
 from tarflowlm.flow.transformer import Transformer
 
 StaticStep = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, list[LayerWeights], list[Tensor], Tensor], Tensor]
@@ -31,11 +31,7 @@ def static_step(
     norm: Tensor,
 ) -> Tensor:
     """Features [B, N, D] of inputs x at the positions from `starts` [B] on; reads all S `positions` of the cache."""
-    at = starts[:, None] + positions[: x.shape[1]]
-    rows = torch.arange(len(starts), device=starts.device)[:, None]
-    mask = (positions <= at[:, :, None])[:, None]
-    places = Places(cos[at], sin[at], (rows, at), len(positions), mask, causal=False)
-    return transform(x, places, weights, stored, norm)
+    return transform(x, places_at(starts, x.shape[1], positions, cos, sin), weights, stored, norm)
 
 
 COMPILED_LENGTH = 64

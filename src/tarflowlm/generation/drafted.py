@@ -4,7 +4,6 @@ Shape legend: B rows, N positions, n positions of a pass, k positions that a dra
 position, d channels per token, C = P d, D width of the block, E width of the draft.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,17 +11,17 @@ import torch
 from torch import Tensor
 
 from tarflowlm.choices import Decoder
+from tarflowlm.device import now
 from tarflowlm.errors import UserError
 from tarflowlm.flow.cached import KVCache
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.flow.newton import RESIDUAL
 from tarflowlm.flow.precision import widen
-from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.generation.inversion import (
     TOLERANCE,
     Decoders,
     Inverted,
     Tick,
+    first_bad,
     invert_block,
     invert_stack,
     per_block,
@@ -98,7 +97,7 @@ def invert_with_drafts(
     h, repeated = work.result(), 0
     # positions before were computed from final inputs; with adjusted weights there is no map to check against
     if adjust is None and work.unchanged_from < by_rounds:
-        bad = _first_bad(model.prior.block(0), h[:, :by_rounds], u[:, :by_rounds], work.unchanged_from)
+        bad = first_bad(model.prior.block(0), h[:, :by_rounds], u[:, :by_rounds], work.unchanged_from)
         if bad < by_rounds:
             repeated = work.num_positions - bad
             again = invert_block(model.prior.block(0), u, settled=h, num_settled=bad)
@@ -117,12 +116,17 @@ def invert_stack_with_drafts(
 ) -> tuple[list[Tensor], list[Inverted]]:
     """As `invert_stack`, where block 1 may be drafted; blocks above it are then decoded by auto."""
     upper, first = split_decoders(model, decoder)
-    if first == "drafted" or (first == "auto" and model.draft is not None):
+    if uses_draft(model, first):
         states, work = invert_stack(model, noise, decoder=(*upper, "auto"), above=1, tick=tick)
         u = model.prior.patch(states[-1])[0]
         work.append(invert_with_drafts(model, u, decoder=first, adjust=adjust, tick=tick, watch=watch))
         return [*states, model.prior.patch.inverse(work[-1].h)], work
     return invert_stack(model, noise, decoder=(*upper, first), adjust=adjust, tick=tick)
+
+
+def uses_draft(model: TarFlowLM, decoder: Decoder) -> bool:
+    """Whether block 1 is inverted by its draft, or tries it, with this decoder."""
+    return model.draft is not None and decoder in ("drafted", "auto")
 
 
 def split_decoders(model: TarFlowLM, decoder: Decoders) -> tuple[tuple[Decoder, ...], Decoder]:
@@ -138,15 +142,6 @@ def split_decoders(model: TarFlowLM, decoder: Decoders) -> tuple[tuple[Decoder, 
     if first == "drafted" and model.draft is None:
         raise UserError("decoder drafted: the model has no draft; train one with `tarflowlm draft`")
     return tuple(upper), first
-
-
-def _first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:
-    """The first position from `first` on whose latents do not map back to its noise; N if all do."""
-    again, _ = block.coupling(h, block.features_of(None, h[:, :-1], first=True))
-    off = ((again - u).abs() / (1 + u.abs())).amax((0, 2))[first:]
-    # negated, so that NaN counts as bad
-    bad = ~(off <= RESIDUAL[off.dtype])
-    return first + int(torch.cat((bad, bad.new_ones(1))).int().argmax())
 
 
 class _Drafting:
@@ -233,7 +228,7 @@ class _Drafting:
 
     def round(self) -> None:
         """Draft what follows the front of every row, and let block 1 verify it in one pass."""
-        begun, B, N = self._now(), len(self.rows), self.num_positions
+        begun, B, N = now(self.h.device), len(self.rows), self.num_positions
         open_spans = [front - final for front, final in zip(self.front, self.final, strict=True)]
         widest = max(open_spans)
         left = max(N - front for front in self.front)
@@ -243,8 +238,8 @@ class _Drafting:
         drafted = min(max(n - 1 - span for span in open_spans), self.draft.config.ahead) if ahead else 0
         if drafted > 0:
             self._guess(drafted)
-            self.lookahead.drafted((self._now() - begun) / drafted)
-            begun = self._now()
+            self.lookahead.drafted((now(self.h.device) - begun) / drafted)
+            begun = now(self.h.device)
         done, right = self._pass(n)
         for row, at in zip(self.rows.tolist(), self.final, strict=True):
             self.seen_guessed[row] = min(at + n, N)
@@ -256,7 +251,7 @@ class _Drafting:
         if drafted > 0:
             gained = [max(0, new - old - 1) for new, old in zip(front, self.front, strict=True) if old + drafted < N]
             self.lookahead.accepted(min(drafted, n - 1 - widest), gained)
-        self.lookahead.took(self._now() - begun, B * n)
+        self.lookahead.took(now(self.h.device) - begun, B * n)
         self._move(final, front)
 
     def _guess(self, count: int) -> None:
@@ -315,14 +310,14 @@ class _Drafting:
         """The faster decoder, timed on positions that have to be inverted anyway."""
         if not len(self.rows):
             return "drafted"
-        marks = [(self._now(), self._open())]
+        marks = [(now(self.h.device), self._open())]
         for _ in range(min(TRIAL_STEPS, self.num_positions - min(self.final))):
             self.step(min(self.final) + 1)
-            marks.append((self._now(), self._open()))
+            marks.append((now(self.h.device), self._open()))
         begun = len(marks)
         while len(marks) < begun + TRIAL_ROUNDS and len(self.rows):
             self.round()
-            marks.append((self._now(), self._open()))
+            marks.append((now(self.h.device), self._open()))
         by_step = _pace(marks[1 : TRIAL_STEPS + 1])
         by_round = _pace(marks[begun:])
         return "sequential" if by_step < MARGIN * by_round else "drafted"
@@ -330,11 +325,6 @@ class _Drafting:
     def _open(self) -> float:
         """Positions that are not believed yet, mean over the rows."""
         return sum(self.num_positions - at for at in self.front) / len(self.done_h)
-
-    def _now(self) -> float:
-        if self.h.device.type == "cuda":
-            torch.cuda.synchronize(self.h.device)
-        return time.perf_counter()
 
 
 def _leading(changes: list[float], most: float) -> int:

@@ -4,7 +4,6 @@ Steps and sweeps share one guess and one KV cache, so a block can change from on
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tarflowlm.choices import Decoder
+from tarflowlm.device import now
 from tarflowlm.errors import UserError
 from tarflowlm.flow.channelwise import ChannelCoupling
 from tarflowlm.flow.couplings import AdjustWeights
@@ -86,7 +86,7 @@ def invert_block(
     work.sweep()
     repeated = 0
     if work.swept_from is not None:
-        bad = work.first_bad()
+        bad = first_bad(block, work.h, work.noise, work.swept_from)
         if bad < work.num_positions:
             repeated = work.num_positions - bad
             work.at, work.tick = bad, None
@@ -209,13 +209,13 @@ class _Inversion:
 
         Newton steps come first: where they converge, they leave little to time, and over a whole block nothing.
         """
-        start, begun = self.at, self._now()
+        start, begun = self.at, now(self.h.device)
         if self.contracts and self.num_positions - start >= SHORTEST_NEWTON:
             rows = max(TRIAL_SEGMENT, TRIAL_ROWS // len(self.h))
             self.contracts = self.newton(min(start + rows, self.num_positions))
             if self.at == self.num_positions:
                 return "parallel"
-        by_sweep = (self._now() - begun) / max(self.at - start, 1)
+        by_sweep = (now(self.h.device) - begun) / max(self.at - start, 1)
         by_step = self._time_of_a_step()
         if not self.contracts:
             by_sweep = self._time_of_sweeps(by_step)
@@ -225,40 +225,37 @@ class _Inversion:
         """Seconds, the shortest of some steps but the first, which warms up; infinite where too few are left."""
         times = [math.inf]
         for _ in range(min(TRIAL_STEPS, self.num_positions - self.at)):
-            begun = self._now()
+            begun = now(self.h.device)
             self.step(until=self.at + 1)
-            times.append(self._now() - begun)
+            times.append(now(self.h.device) - begun)
         return min(times[2:], default=math.inf)
 
     def _time_of_sweeps(self, by_step: float) -> float:
         """Seconds per position of some sweeps, fewer if they neither converge nor are ahead of steps."""
-        start, begun, last = self.at, self._now(), math.inf
+        start, begun, last = self.at, now(self.h.device), math.inf
         end, by_sweep = min(start + TRIAL_SEGMENT, self.num_positions), 0.0
         for _ in range(TRIAL_SWEEPS):
             if self.at == end:
                 break
             final, largest = self._sweep_once(end)
             self._advance(final)
-            by_sweep = (self._now() - begun) / (self.at - start)
+            by_sweep = (now(self.h.device) - begun) / (self.at - start)
             if by_sweep > by_step and not largest < CONTRACTION * last:
                 break
             last = largest
         return by_sweep
 
-    def _now(self) -> float:
-        if self.h.device.type == "cuda":
-            torch.cuda.synchronize(self.h.device)
-        return time.perf_counter()
 
-    def first_bad(self) -> int:
-        """The first swept position whose latents do not map back to its noise; N if all do."""
-        features = self.block.features_of(None, self.h[:, :-1], first=True)
-        u, _ = self.block.coupling(self.h, features)
-        off = ((u - self.noise).abs() / (1 + self.noise.abs())).amax((0, 2))
-        assert self.swept_from is not None
-        # negated, so that NaN counts as bad
-        bad = ~(off[self.swept_from :] <= RESIDUAL[off.dtype])
-        return self.swept_from + int(torch.cat((bad, bad.new_ones(1))).int().argmax())
+def first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:
+    """The first position from `first` on whose latents do not map back to its noise; N if all do.
+
+    h, u [B, N, C] in the block's order.
+    """
+    again, _ = block.coupling(h, block.features_of(None, h[:, :-1], first=True))
+    off = ((again - u).abs() / (1 + u.abs())).amax((0, 2))[first:]
+    # negated, so that NaN counts as bad
+    bad = ~(off <= RESIDUAL[off.dtype])
+    return first + int(torch.cat((bad, bad.new_ones(1))).int().argmax())
 
 
 def invert_stack(

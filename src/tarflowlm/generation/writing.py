@@ -17,6 +17,7 @@ from tarflowlm.generation.drafted import (
     invert_stack_with_drafts,
     invert_with_drafts,
     split_decoders,
+    uses_draft,
 )
 from tarflowlm.generation.inversion import Decoders, Inverted, Tick
 from tarflowlm.generation.particles import LatentSource, UniformSource, Weights, particle_filter, resample
@@ -137,7 +138,7 @@ def _completed(model: TarFlowLM, given: Tensor, num_tokens: int, request: Reques
             "rounds: only drafts have them, and these need one particle, tokens given at the start alone, and a "
             "block 1 with weights of tokens where probabilities are adjusted"
         )
-    if first in ("drafted", "auto") and may_draft and model.draft is not None:
+    if may_draft and uses_draft(model, first):
         work += _drafted_rest(model, passage, weights, first, tick, watch)
     particle_filter(passage, weights, generators, source, tick)
     weights.add(source.log_factor(model.prior.patch.inverse(passage.noise)))
