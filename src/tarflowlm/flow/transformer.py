@@ -91,6 +91,8 @@ class Layer(nn.Module):
 
     keeps_activations = True
     """False: keep only the input for the backward pass and recompute the rest (activation checkpointing)."""
+    dropout = 0.0
+    """In training mode, the share of what attention and MLP write to the residual stream that is dropped."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -104,11 +106,14 @@ class Layer(nn.Module):
         """[B, N, D] to [B, N, D]; arguments as `Attention.forward`."""
         if self.keeps_activations:
             return self._compute(x, tables)
-        return checkpoint(self._compute, x, tables, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(self._compute, x, tables, use_reentrant=False, preserve_rng_state=self.dropout > 0)
 
     def _compute(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), tables)
-        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+        x = x + self._thinned(self.attention(self.attention_norm(x), tables))
+        return x + self._thinned(self.down(F.gelu(self.up(self.mlp_norm(x)))))
+
+    def _thinned(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
 class Transformer(nn.Module):

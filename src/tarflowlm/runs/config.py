@@ -87,6 +87,8 @@ class TrainConfig:
     """Sequences per optimiser step, over all processes and accumulation steps."""
     accumulate: int = 1
     """Parts into which a process cuts its share of the batch; their gradients are accumulated."""
+    dropout: float = 0.0
+    """Share of what attention and MLPs write that is dropped in training: for several passes over a small text."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products; densities, log-dets and inverses are always float32 or wider."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -124,6 +126,8 @@ class TrainConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"train.dropout {self.dropout}: must be at least 0 and below 1")
         if not 0 <= self.minutes < math.inf:
             raise UserError(f"train.minutes {self.minutes}: must be above 0 and finite, or 0 to train by steps")
         if self.max_skipped < 0:

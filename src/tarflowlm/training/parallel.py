@@ -1,12 +1,13 @@
 """The loss and its gradients over several processes: the model replicated (DDP) or sharded (FSDP2).
 
 A global batch gives the same step however it is divided: every process draws the noise of all sequences and uses its
-own rows, the loss is a mean over equal parts, and gradients are averaged.
+own rows, the loss is a mean over equal parts, and gradients are averaged. Dropout alone differs: every process draws
+its own.
 """
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from jaxtyping import Float, Int
@@ -86,11 +87,12 @@ class Engine:
             self.module = DistributedDataParallel(bound, gradient_as_bucket_view=True)
 
     def _prepare_layers(self, frozen: int) -> None:
-        """Turn on activation checkpointing in the Transformer layers that train. Under FSDP2 also compile each layer:
-        its hooks between layers break a larger graph."""
+        """Turn on activation checkpointing and dropout in the Transformer layers that train. Under FSDP2 also compile
+        each layer: its hooks between layers break a larger graph."""
         trained = [layer for part in self.model.blocks_from(frozen) for layer in _layers(part)]
         for layer in _layers(self.model):
             layer.keeps_activations = not (self.run.train.checkpoint_activations and layer in trained)
+            layer.dropout = self.run.train.dropout if layer in trained else 0.0
             if self.compiled and self.sharded:
                 layer.compile(fullgraph=True)
 
@@ -107,14 +109,30 @@ class Engine:
         noise = self.model.draw_noise(global_batch, generator)[rows : rows + len(tokens)]
         parts = list(zip(tokens.chunk(train.accumulate), noise.chunk(train.accumulate), strict=True))
         total = torch.zeros((), device=tokens.device)
-        for index, (part, part_noise) in enumerate(parts):
-            with self._reducing(index + 1 == len(parts)):
-                with torch.autocast(tokens.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
-                    bound = self.module(part, part_noise)
-                    loss = bound.mean() / tokens.shape[1] / len(parts)
-                loss.backward()
-            total = total + loss.detach()
+        with self._dropping(generator):
+            for index, (part, part_noise) in enumerate(parts):
+                with self._reducing(index + 1 == len(parts)):
+                    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
+                        bound = self.module(part, part_noise)
+                        loss = bound.mean() / tokens.shape[1] / len(parts)
+                    loss.backward()
+                total = total + loss.detach()
         return processes.mean(total)
+
+    @contextmanager
+    def _dropping(self, generator: torch.Generator) -> Iterator[None]:
+        """Seeds what dropout draws, from `generator` and differently in every process, so that runs can be repeated.
+
+        Dropout knows no generators: it draws from PyTorch's global ones, whose states are restored afterwards.
+        """
+        if not self.run.train.dropout:
+            yield
+            return
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device)) + self.processes.rank
+        device = self.model.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
 
     def _reducing(self, last: bool) -> AbstractContextManager[None]:
         """The context of one accumulated part. DDP reduces gradients only with the last part, FSDP2 with every part,
