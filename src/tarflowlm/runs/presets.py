@@ -19,6 +19,11 @@ MINI_STEPS = 2600
 """Steps of 8 sequences of 256 tokens each: 5.3 M tokens."""
 MINI_TRAIN = TrainConfig(stage_steps=(MINI_STEPS,), test_windows=4096)
 
+SMALL_TRUNK = TransformerConfig(width=192, num_heads=3)
+SMALL_DATA = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=4096, normalize="none"))
+SMALL_TRAIN = TrainConfig(stage_steps=(100,), minutes=120.0, batch_size=16, dropout=0.1)
+"""Several passes over three million tokens, so with dropout."""
+
 MIXD_CODEBOOK, PLAIN_CODEBOOK = 0.5, 1.0
 """Learning rate of the codebook over the rest (docs/log.md): tied to block 1, and where nothing starts from it."""
 
@@ -32,6 +37,21 @@ def quickstart() -> RunConfig:
     data = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=2048))
     train = TrainConfig(stage_steps=(85, 8, 7), minutes=5.0, evaluate_every=200, test_windows=1000)
     return RunConfig(name="quickstart", model=model, data=data, train=train, optim=OptimConfig(codebook_lr_scale=0.5))
+
+
+def english_small() -> RunConfig:
+    """Writes readable English: two hours on two CPU cores, cased text and punctuation of the built-in corpus."""
+    blocks = stack(("mixd", "mix1", "mix1"), (6, 1, 1), (0, 2, 2))
+    model = FlowConfig(context=256, latent_dim=16, trunk=SMALL_TRUNK, blocks=blocks)
+    train = replace(SMALL_TRAIN, stage_steps=(94, 3, 3))
+    optim = OptimConfig(codebook_lr_scale=MIXD_CODEBOOK)
+    return RunConfig(name="english-small", model=model, data=SMALL_DATA, train=train, optim=optim)
+
+
+def english_small_ar() -> RunConfig:
+    """The discrete baseline beside `english-small`, with as many Transformer layers, trained for the same time."""
+    model = BaselineConfig(context=256, trunk=SMALL_TRUNK, layers=8)
+    return RunConfig(name="english-small-ar", model=model, data=SMALL_DATA, train=SMALL_TRAIN)
 
 
 def mini_ar() -> RunConfig:
@@ -160,6 +180,8 @@ def _paper_preset(name: str) -> Callable[[], RunConfig]:
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "quickstart": quickstart,
+    "english-small": english_small,
+    "english-small-ar": english_small_ar,
     "mini-ar": mini_ar,
     "mini-affine": mini_affine,
     "mini-mix1": mini_mix1,
