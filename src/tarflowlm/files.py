@@ -89,6 +89,47 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} cannot be read as JSON ({error}): restore it or train again") from None
 
 
+class NewLines:
+    """A new file that grows by whole lines: whatever interrupts a write, no line is torn. Removed if none comes."""
+
+    def __init__(self, path: Path) -> None:
+        """UserError if `path` exists or cannot be created."""
+        self.path, self._size = path, 0
+        try:
+            self._file = path.open("xb", buffering=0)
+        except FileExistsError:
+            raise UserError(f"{path} exists: choose another name, or remove it") from None
+        except OSError as error:
+            raise UserError(
+                f"cannot create {path}: {error.strerror or error}; check the folder and its permissions"
+            ) from None
+
+    def write(self, lines: str) -> None:
+        """Append text that ends with a line. UserError if the system cannot take it, with all before kept."""
+        data = lines.encode("utf-8")
+        size = self._size + len(data)
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except BaseException as error:
+            with suppress(OSError):
+                self._file.truncate(self._size)
+            if isinstance(error, OSError):
+                raise UserError(
+                    f"cannot write to {self.path} ({error.strerror or error}): what is in it is kept; make room"
+                ) from None
+            raise
+        self._size = size
+
+    def __enter__(self) -> "NewLines":
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        self._file.close()
+        if not self._size:
+            self.path.unlink(missing_ok=True)
+
+
 # locks: the system releases them when the process that holds them ends, however it ends
 #
 # Lock files stay on disk. If one were removed, two processes could lock two files of the same name: one holds the

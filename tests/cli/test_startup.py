@@ -179,7 +179,7 @@ def test_an_interrupted_command_that_cannot_be_resumed_does_not_say_so(run, monk
 
     monkeypatch.setattr("tarflowlm.cli.sample.generate", interrupted)
     done = run("sample", "--model", "english-mini-ar", "--length", "4")
-    assert (done.status, done.err) == (130, "tarflowlm: interrupted\n")
+    assert (done.status, done.err) == (130, "tarflowlm: interrupted; 0 of 1 samples are finished\n")
 
 
 def test_help_lists_the_benchmarks_and_describes_every_preset(run, monkeypatch):

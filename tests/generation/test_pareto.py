@@ -59,7 +59,7 @@ def test_some_impossible_weights_do_no_harm():
 def shown(result: Generation) -> tuple[str, dict]:
     tokenizer = CharTokenizer("abcde", "none")
     console = Console(file=io.StringIO(), width=80)
-    print_samples(console, result, tokenizer)
+    print_samples(console, result, tokenizer, candidates=64)
     return console.file.getvalue(), samples_to_json(result, tokenizer)[0]
 
 
@@ -69,6 +69,7 @@ def test_unreliable_evidence_is_named_where_it_is_printed(k, unreliable):
     text, sample = shown(
         Generation(torch.zeros(1, 8, dtype=torch.long), log_evidence=-one, ess=one, pareto_k=k * one, draws=one)
     )
+    assert "64 candidates, of which about 1.0 count; log p(given) about -1.0 nats" in text
     assert ("unreliable: the weights have no finite variance (k = 0.83)" in text) == unreliable
     assert sample["pareto_k"] == (None if math.isnan(k) else k)
 

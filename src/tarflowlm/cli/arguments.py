@@ -6,7 +6,7 @@ Not here: `train`, `data`, `bench` and `reproduce`, whose arguments contain conf
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -61,6 +61,8 @@ class SampleArgs:
     last half is the next prompt, exact for the baseline and one block, an approximation for more."""
     prompt: str | None = None
     """Text to continue. Exact for one block; an approximation for more, see --particles."""
+    prompts: str | None = None
+    """File with one prompt a line, or - for standard input; --num samples of each. Empty lines are skipped."""
     template: str | None = None
     """Text with a blank for every token to fill in: "the ____ of ____"."""
     blank: str = "_"
@@ -83,7 +85,15 @@ class SampleArgs:
     rounds: bool = False
     """Show the text after every round of the decoder "drafted": final tokens, and dimmed what is not yet."""
     states: bool = False
-    """With --json: the latents after every block as well."""
+    """With --json or --out: the latents after every block as well."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """End a sample before this text, once that follows the prompt. May be given several times."""
+    stream: bool = False
+    """Show the text while it is written, one sample after the other."""
+    out: Path | None = None
+    """New file for the samples, one JSON object a line, written as they are finished."""
+    interactive: bool = False
+    """Read prompts at the terminal and continue each of them; /help there lists the commands."""
     normalize: Normalize = None
     """Normalise the prompt first."""
     device: Device = "auto"
@@ -92,6 +102,38 @@ class SampleArgs:
     def __post_init__(self) -> None:
         if self.rounds and self.decoder not in ("auto", "drafted"):
             raise UserError(f"--rounds with --decoder {self.decoder}: only the decoder drafted has rounds")
+        for one, others in EXCLUSIVE.items():
+            for other in others:
+                if self._is_given(one) and self._is_given(other):
+                    raise UserError(f"--{one} with --{other}: leave one of them out")
+        for one, others in NEEDED.items():
+            if self._is_given(one) and not any(self._is_given(other) for other in others):
+                raise UserError(f"--{one} has no effect without --{' or --'.join(others)}: leave it out, or add that")
+        if "" in self.stop:
+            raise UserError("--stop '': give at least one character")
+
+    def _is_given(self, name: str) -> bool:
+        return bool(getattr(self, name) != getattr(SampleArgs, name))
+
+    def writing(self) -> dict[str, Any]:
+        """What `generate` takes as it is."""
+        return {name: getattr(self, name) for name in WRITING}
+
+
+WRITING = ("particles", "temperature", "top_k", "top_p", "decoding", "compile")
+EXCLUSIVE = {
+    "interactive": ("num", "prompts", "template", "out", "json", "passes", "rounds", "states"),
+    "stream": ("json", "passes", "rounds", "particles"),
+    "prompts": ("prompt", "template", "rounds"),
+    "stop": ("template", "passes", "rounds", "states"),
+}
+"""Arguments of `sample` that contradict each other."""
+NEEDED = {
+    "states": ("json", "out"),
+    "blank": ("template",),
+    "particles": ("prompt", "prompts", "template", "interactive"),
+}
+"""Arguments of `sample` that do nothing without one of these."""
 
 
 @dataclass(frozen=True)

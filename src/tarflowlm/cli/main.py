@@ -112,9 +112,10 @@ def main(argv: list[str] | None = None) -> None:
     except Stopped as stopped:
         _say(str(stopped))
         sys.exit(STOPPED)
-    except KeyboardInterrupt:
-        more = "; a training run continues with `tarflowlm train --resume DIR`" if argv[:1] == ["train"] else ""
-        _say(f"interrupted{more}")
+    except KeyboardInterrupt as interrupt:
+        more = "a training run continues with `tarflowlm train --resume DIR`" if argv[:1] == ["train"] else ""
+        more = str(interrupt) or more
+        _say(f"interrupted; {more}" if more else "interrupted")
         sys.exit(INTERRUPTED)
 
 

@@ -52,7 +52,6 @@ def run_quickstart(args: QuickstartArgs) -> None:
             num_tokens=length,
             num=NUM_SAMPLES,
             generator=torch.Generator().manual_seed(args.seed),
-            return_passes=True,
             decoder="auto",
             tick=tick,
         )

@@ -37,6 +37,20 @@ def _exit(signum: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
+def interrupt_on_termination() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as SIGINT does; for the main thread of a program."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def stop_on_signals() -> Iterator[Callable[[], str | None]]:
     """The first SIGTERM or SIGINT asks the run to stop at the next step boundary, with everything saved; the second
     raises KeyboardInterrupt.

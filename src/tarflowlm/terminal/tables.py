@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 
-def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on a line of its own; non-finite numbers become null, as strict parsers require."""
+def json_line(value: dict[str, Any]) -> str:
+    """One JSON object as a line; non-finite numbers become null, as strict parsers require."""
 
     def plain(item: Any) -> Any:
         if isinstance(item, float) and not math.isfinite(item):
@@ -21,7 +21,12 @@ def print_json(value: dict[str, Any]) -> None:
             return {key: plain(inner) for key, inner in item.items()}
         return [plain(inner) for inner in item] if isinstance(item, (list, tuple)) else item
 
-    sys.stdout.write(json.dumps(plain(value), ensure_ascii=False) + "\n")
+    return json.dumps(plain(value), ensure_ascii=False) + "\n"
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on a line of its own (`json_line`)."""
+    sys.stdout.write(json_line(value))
     sys.stdout.flush()
 
 

@@ -1,7 +1,7 @@
 """Samples and edits: panels on a terminal, objects for --json."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,32 +14,57 @@ from tarflowlm.generation import Generation
 from tarflowlm.generation.pareto import UNRELIABLE
 
 
-def print_samples(console: Console, result: Generation, tokenizer: Tokenizer) -> None:
-    """Every sample in a panel, with its passes if there are any, and below it what the weights of particles say."""
+def print_samples(
+    console: Console,
+    result: Generation,
+    tokenizer: Tokenizer,
+    *,
+    texts: Sequence[str] | None = None,
+    first: int = 0,
+    candidates: int = 1,
+) -> None:
+    """Every sample in a panel, with its passes or rounds if there are any.
+
+    `texts` replaces the decoded tokens, `first` samples came before. Of several `candidates` per sample it says how
+    many count.
+    """
     for row, tokens in enumerate(result.tokens):
         passes = [symbols(state[row], tokenizer) for state in result.passes]
-        body = _passes_text(passes) if passes else Text(tokenizer.decode(tokens.tolist()))
+        text = tokenizer.decode(tokens.tolist()) if texts is None else texts[row]
+        body = _passes_text(passes) if passes else Text(text)
         if result.rounds:
             rounds = [
                 (symbols(r.tokens[row], tokenizer), int(r.final[row]), int(r.guessed[row])) for r in result.rounds
             ]
             body = Text("\n").join((_rounds_text(rounds), body)) if passes else _rounds_text(rounds)
-        note = None
-        if result.ess is not None and result.log_evidence is not None:
-            evidence = result.log_evidence[row].item()
-            note = f"log p(given) about {evidence:.2f} nats, {result.ess[row].item():.1f} effective particles"
-        console.print(_panel(body, f"sample {row + 1}", note))
-        # NaN is not above it
-        if result.pareto_k is not None and (k := result.pareto_k[row].item()) > UNRELIABLE:
-            # below the panel, which would cut a longer note off
-            console.print(f"  log p(given) is unreliable: the weights have no finite variance (k = {k:.2f})")
+        console.print(_panel(body, f"sample {first + row + 1}"))
+        for note in _weights_notes(result, row, candidates):
+            console.print(f"  {note}", highlight=False)
 
 
-def samples_to_json(result: Generation, tokenizer: Tokenizer, *, states: bool = False) -> list[dict[str, Any]]:
-    """One object per sample: text, passes and states if there are any, weights if tokens were given."""
+def _weights_notes(result: Generation, row: int, candidates: int) -> Iterator[str]:
+    """What the weights of the candidates of a sample say."""
+    if candidates == 1 or result.ess is None or result.log_evidence is None:
+        return
+    yield (
+        f"{candidates} candidates, of which about {result.ess[row].item():.1f} count; "
+        f"log p(given) about {result.log_evidence[row].item():.1f} nats"
+    )
+    # NaN is not above it
+    if result.pareto_k is not None and (k := result.pareto_k[row].item()) > UNRELIABLE:
+        yield f"log p(given) is unreliable: the weights have no finite variance (k = {k:.2f})"
+
+
+def samples_to_json(
+    result: Generation, tokenizer: Tokenizer, *, texts: Sequence[str] | None = None, states: bool = False
+) -> list[dict[str, Any]]:
+    """One object per sample: text, passes and states if there are any, weights if tokens were given.
+
+    `texts` replaces the decoded tokens.
+    """
     samples: list[dict[str, Any]] = []
     for row, tokens in enumerate(result.tokens):
-        sample: dict[str, Any] = {"text": tokenizer.decode(tokens.tolist())}
+        sample: dict[str, Any] = {"text": tokenizer.decode(tokens.tolist()) if texts is None else texts[row]}
         if result.passes:
             sample["passes"] = [tokenizer.decode(state[row].tolist()) for state in result.passes]
         if result.rounds:
