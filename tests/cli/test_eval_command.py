@@ -1,5 +1,6 @@
 """`tarflowlm eval` in process: what it adds to the likelihood, and that what the user got wrong costs one line."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,8 @@ def test_texts_that_cannot_be_scored(refused, runs, tmp_path):
     seal(plain)
     short.write_text("Text of Another Alphabet, 1790!", encoding="utf-8")
     refused(plain, "--data", short, "--split", "all", names=["'T' x1", "--normalize text8"])
+
+
+def test_a_missing_package_is_told_before_anything_is_evaluated(runs, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    refused(runs["two"], "--quality", "--judge", runs["ar"], names=["mauve-text", "pip install 'tarflowlm[quality]'"])

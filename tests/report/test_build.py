@@ -11,8 +11,8 @@ import torch
 
 from tarflowlm.cli.main import main
 from tarflowlm.errors import UserError
-from tarflowlm.report import build, write_report
-from tarflowlm.runs.checkpoint import seal
+from tarflowlm.report import build, samples, write_report
+from tarflowlm.runs.checkpoint import export, seal
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +63,7 @@ def undrawn(monkeypatch):
         return "<svg ></svg>"
 
     monkeypatch.setattr(build, "render", render)
+    monkeypatch.setattr(build, "render_narrow", lambda draw, name, *, height: "<svg ></svg>")
 
 
 def parsed(path: Path) -> Checker:
@@ -105,7 +106,7 @@ def test_the_files_are_there(together):
 def test_the_page_holds_figures_and_numbers(together, runs):
     out, _ = together
     page = parsed(out / "index.html")
-    assert page.tags.count("svg") == 8
+    assert page.tags.count("svg") == 2 * 8
     assert {"bits", "throughput", "blocks-joint", "codebook-baseline"} <= set(page.ids)
     for name, directory in runs.items():
         test = summary(directory)["test"]
@@ -115,6 +116,9 @@ def test_the_page_holds_figures_and_numbers(together, runs):
     assert "optim.codebook_lr_scale" in page.text
     assert "model.blocks.1.components" in page.text
     assert "exact, and it has no blocks" in page.text
+    assert page.text.count("3 samples of 16 tokens") == 3
+    # of the two flows alone
+    assert page.text.count("after block 1: ") == 2
 
 
 def test_the_bound_of_the_blocks_is_the_last_validation_bound(together, runs):
@@ -150,6 +154,7 @@ def test_a_run_of_which_little_is_left(runs, tmp_path):
     (directory / "model.safetensors").unlink()
     result = write_report([directory])
     assert len(result["figures"]) == 3
+    assert "Neither samples nor blocks nor codebook" in result["runs"][0]["notes"][0]
     assert "holds no trained weights yet" in result["runs"][0]["notes"][0]
     assert "holds no trained weights yet" in parsed(Path(result["page"])).text
 
@@ -164,6 +169,26 @@ def test_without_the_corpus_blocks_are_left_out_and_codes_stay(runs, tmp_path, u
     assert {Path(path).stem for path in result["figures"]} >= {"codebook-moved", "bits"}
     assert "blocks-moved" not in {Path(path).stem for path in result["figures"]}
     assert "the run's corpus cannot be used: '/nowhere/words.txt' is no file" in result["runs"][0]["notes"][0]
+
+
+def test_a_model_without_its_log_has_no_curves(runs, tmp_path, undrawn):
+    model = export(runs["joint"], tmp_path / "model")
+    result = write_report([model])
+    assert {Path(path).stem for path in result["figures"]} == {"codebook-model"}
+    assert result["runs"][0]["status"] == "a model without its training log"
+    together = write_report([model, runs["joint"]], tmp_path / "out")
+    assert {"bits", "blocks-joint"} <= {Path(path).stem for path in together["figures"]}
+    parsed(Path(together["page"]))
+
+
+def test_released_models_are_known_by_name(tmp_path, undrawn, monkeypatch):
+    monkeypatch.setattr(samples, "LENGTH", 4)
+    result = write_report([Path("english-mini-ar")], tmp_path / "out")
+    text = parsed(Path(result["page"])).text
+    assert "english-mini-ar" in text
+    assert "3 samples of 4 tokens" in text
+    # no row without a value
+    assert "tokens per second" not in text
 
 
 def test_names_are_escaped(runs, tmp_path, undrawn):
@@ -197,6 +222,7 @@ def test_bad_input_costs_one_line_and_writes_nothing(runs, tmp_path, refused):
     assert "has no metrics yet" in refused(empty, "--out", out)
     assert "holds no report" in refused(joint, "--out", empty)
     assert "is a file" in refused(joint, "--out", empty / "config.json")
+    assert "add --out english-mini-report" in refused("english-mini")
     assert not out.exists()
 
 
@@ -206,7 +232,7 @@ def test_the_command_prints_what_it_wrote(runs, tmp_path, capsys, undrawn):
     assert Path(result["page"]).is_file()
     assert all(Path(path).is_file() for path in result["figures"])
     main(["report", str(runs["joint"]), "--out", str(tmp_path / "a"), "--device", "cpu"])
-    assert "5 PNG files" in capsys.readouterr().out
+    assert "5 in PNG" in capsys.readouterr().out
 
 
 def test_nothing_to_report_on():

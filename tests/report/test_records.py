@@ -86,6 +86,16 @@ def test_unreadable_lines_and_summary_are_told(copy):
     assert record.summary is None
 
 
+def test_a_model_without_a_log_is_a_run_without_lines(copy):
+    directory = copy()
+    for name in ("metrics.jsonl", "summary.json"):
+        (directory / name).unlink()
+    record = read_record(directory)
+    assert not record.has_log
+    assert record.status == "a model without its training log"
+    assert (record.stage_starts, record.stage_medians("lr")) == ([], [])
+
+
 def test_what_cannot_be_reported(copy, runs, tmp_path):
     directory = copy()
     with pytest.raises(UserError, match=r"have the same name 'progressive'"):
@@ -96,6 +106,7 @@ def test_what_cannot_be_reported(copy, runs, tmp_path):
     with pytest.raises(UserError, match="has no metrics yet"):
         read_record(directory)
     (directory / "metrics.jsonl").unlink()
+    (directory / "model.safetensors").unlink()
     with pytest.raises(UserError, match="has no metrics yet"):
         read_record(directory)
     with pytest.raises(UserError, match="is not a directory"):

@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 from matplotlib.text import Text
 
 from tarflowlm.errors import UserError
-from tarflowlm.report.style import label_points, line_style, literal, render, spread
+from tarflowlm.report.style import (
+    NARROW,
+    add_legend,
+    is_narrow,
+    label_points,
+    line_style,
+    literal,
+    render,
+    render_narrow,
+    spread,
+    two_panels,
+)
 
 
 @given(
@@ -48,6 +59,35 @@ def test_a_figure_is_a_png_and_an_embeddable_svg(tmp_path):
     assert "<metadata" not in svg
     assert 'id="one-figure_1"' in svg
     assert render(draw, tmp_path / "one.png", width=3.0, height=2.0) == svg
+
+
+def test_a_narrow_figure_has_its_panels_below_each_other_and_its_own_ids(tmp_path):
+    places = []
+
+    def draw(figure):
+        first, second = two_panels(figure)
+        add_legend(figure, [("a run", line_style(0)), ("another", line_style(1))])
+        figure.draw_without_rendering()
+        places.append((is_narrow(figure), first.get_position().x0 == second.get_position().x0))
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a run", "another"]
+
+    wide = render(draw, tmp_path / "one.png", width=2 * NARROW, height=3.0)
+    narrow = render_narrow(draw, "narrow-one", height=4.0)
+    assert places == [(False, False), (True, True)]
+    assert 'id="narrow-one-figure_1"' in narrow
+    assert 'id="narrow-one-' not in wide
+
+
+def test_long_names_of_a_legend_stay_in_the_figure():
+    def draw(figure):
+        figure.subplots()
+        add_legend(figure, [("n" * 30, line_style(i)) for i in range(4)])
+        figure.draw_without_rendering()
+        box = figure.legends[0].get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width
+
+    render_narrow(draw, "x", height=4.0)
 
 
 def test_a_figure_that_fails_leaves_no_file(tmp_path):

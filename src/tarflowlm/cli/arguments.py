@@ -155,7 +155,8 @@ class EvalArgs:
     latents: bool = False
     """Also the state after every block: norms, cosines, participation ratio, centroid, log-det, KL."""
     quality: bool = False
-    """Also samples: generative perplexity, MAUVE, entropy, distinct n-grams, repetition, beside those of the text."""
+    """Also samples: generative perplexity, MAUVE, entropy, distinct n-grams, repetition, beside those of the text.
+    Needs the extra quality (mauve-text, transformers)."""
     judge: str | None = None
     """With --quality: a run directory of the baseline, a directory of transformers, or a hub name (gpt2-large)."""
     num: int | None = None
@@ -229,9 +230,9 @@ class ReportArgs:
     """Arguments of `tarflowlm report`."""
 
     directories: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories; several are drawn into the same figures."""
+    """Run directories, or names of models that come with the package; several are drawn into the same figures."""
     out: Path | None = None
-    """Directory to write; the default for a single run is DIR/report. An earlier report there is replaced."""
+    """Directory to write; by default DIR/report for a single run directory. An earlier report there is replaced."""
     device: Device = "auto"
     json: PrintJson = False
 

@@ -54,7 +54,7 @@ def run_report(args: ReportArgs) -> None:
     if args.json:
         print_json(result)
         return
-    rows = [("page", result["page"]), ("figures", f"{len(result['figures'])} PNG files beside it")]
+    rows = [("page", result["page"]), ("figures", f"{len(result['figures'])} in PNG beside it")]
     for run in result["runs"]:
         rows.append((run["name"], run["status"]))
         rows += [("", note) for note in run["notes"]]

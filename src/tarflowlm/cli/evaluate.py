@@ -24,7 +24,13 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report
 from tarflowlm.evaluation.judges import load_judge
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate
-from tarflowlm.evaluation.quality import Quality, SamplingConfig, TextStatistics, measure_quality
+from tarflowlm.evaluation.quality import (
+    Quality,
+    SamplingConfig,
+    TextStatistics,
+    mauve_function,
+    measure_quality,
+)
 from tarflowlm.model import as_flow
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.config import checked_seed
@@ -48,8 +54,11 @@ def run_eval(args: EvalArgs) -> None:
     length = context if args.length is None else args.length
     if not 1 <= length <= context:
         raise UserError(f"length {length}: must be at least 1 and at most the trained context of {context} tokens")
-    # before anything that takes time, so that a judge that is not there costs none
-    judge = load_judge(args.judge or DEFAULT_JUDGE, device) if sampling is not None else None
+    judge = None
+    if sampling is not None:
+        # before anything that takes time, so that a judge or package that is not there costs none
+        judge = load_judge(args.judge or DEFAULT_JUDGE, device)
+        mauve_function()
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
     source = checkpoint.run.data.source if args.data is None else args.data
     tokens = _tokens(args, checkpoint, tokenizer, source)

@@ -62,7 +62,8 @@ COMMANDS = {
         "arguments:EditArgs",
     ),
     "report": Command(
-        "Draw the curves, blocks, codebook and throughput of runs: PNG figures and one HTML page.",
+        "Draw runs and models: samples, curves, blocks and codebook, as one HTML page and PNG figures. Needs the "
+        "extra plots (matplotlib).",
         "directories:run_report",
         "arguments:ReportArgs",
     ),

@@ -72,13 +72,14 @@ def mauve(text: Tensor, samples: Tensor) -> float:
     """
     if min(len(text), len(samples)) < 2:
         raise UserError(f"MAUVE compares two sets of texts, not {len(text)} with {len(samples)}: use more of both")
-    result = _compute_mauve()(
+    result = mauve_function()(
         p_features=text.numpy(), q_features=samples.numpy(), mauve_scaling_factor=MAUVE_SCALING, verbose=False
     )
     return float(result.mauve)
 
 
-def _compute_mauve() -> Callable[..., Any]:
+def mauve_function() -> Callable[..., Any]:
+    """`compute_mauve` of mauve-text. UserError if the package is missing."""
     try:
         from mauve import compute_mauve
     except ImportError:
@@ -166,7 +167,7 @@ def measure_quality(
     Same configuration, same samples. `trained_on` names the model's corpus; a remark says so if the judge shares it.
     Raises errors as `generate`, `Judge.read` and `mauve`.
     """
-    _compute_mauve()  # a missing package is reported before the samples are drawn
+    mauve_function()  # a missing package is reported before the samples are drawn
     samples = draw_samples(model, config, progress)
     measured = []
     for name, tokens in (("samples", samples), ("text", text)):

@@ -2,7 +2,7 @@
 
 from tarflowlm.evaluation.blocks import BoundParts
 from tarflowlm.report.page import Table
-from tarflowlm.report.style import COLOURS, INK, MUTED, SMALL, Axes, Figure
+from tarflowlm.report.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figure, add_legend, two_panels
 
 
 def terms(parts: BoundParts) -> list[tuple[str, float]]:
@@ -17,8 +17,11 @@ def terms(parts: BoundParts) -> list[tuple[str, float]]:
 
 
 def draw_blocks(figure: Figure, parts: BoundParts) -> None:
-    """Left: a waterfall of the terms, down to the bound. Right: the gain of every block."""
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    """A waterfall of the terms, down to the bound, then the gain of every block."""
+    left, right = two_panels(figure, (3.0, 2.0), (len(parts.log_dets) + 4.0, 1.2 * len(parts.log_dets) + 1))
+    square = {"marker": "s", "linestyle": "none", "markersize": 6}
+    colours = (("positive", COLOURS[0]), ("negative", COLOURS[1]), ("the bound, their sum", INK))
+    add_legend(figure, [(text, {"color": colour} | square) for text, colour in colours])
     _waterfall(left, parts)
     _gains(right, parts)
 
@@ -48,7 +51,7 @@ def _waterfall(axes: Axes, parts: BoundParts) -> None:
             signed(value) if row < len(rows) else f"≤ {value:.4f}",
             (1, row),
             xycoords=("axes fraction", "data"),
-            xytext=(58, 0),
+            xytext=(50, 0),
             textcoords="offset points",
             ha="right",
             va="center",
@@ -77,7 +80,7 @@ def _gains(axes: Axes, parts: BoundParts) -> None:
             ha="right" if is_inside else "left",
             va="center",
             fontsize=SMALL,
-            color="white" if is_inside else INK,
+            color=PAPER if is_inside else INK,
         )
     axes.set_yticks(range(len(gains)), [f"block {block}" for block in range(1, len(gains) + 1)])
     axes.set_ylim(len(gains) - 0.4, -0.6)

@@ -14,14 +14,27 @@ from tarflowlm.evaluation.blocks import BoundParts, bound_parts
 from tarflowlm.files import replacing
 from tarflowlm.model import as_flow
 from tarflowlm.report.blocks import draw_blocks, terms_table
-from tarflowlm.report.codes import FEW, NAMED, Codes, codes_of, codes_table, draw_codes
+from tarflowlm.report.codes import (
+    FEW,
+    NAMED,
+    PLANE,
+    Codes,
+    codes_of,
+    codes_table,
+    draw_codes,
+    neighbours_height,
+)
 from tarflowlm.report.curves import draw_bits, draw_optimisation, draw_throughput
 from tarflowlm.report.page import GENERATOR, Page, Picture, Section, config_table, summary_table
 from tarflowlm.report.records import RunRecord, read_records
-from tarflowlm.report.style import Figure, check_matplotlib, render
+from tarflowlm.report.samples import CSS, SEED, Samples, draw_samples, passes_markup, texts_markup
+from tarflowlm.report.style import Figure, check_matplotlib, render, render_narrow
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.runs.released import locate
 
 PAGE = "index.html"
+WIDTH = 9.6
+"""Of a figure, inches."""
 COUNTED = 1 << 22
 """Tokens of the validation split whose frequencies are counted."""
 
@@ -33,6 +46,7 @@ Progress = Callable[[str, int, int], None]
 class Insight:
     """What the weights of a run show; the notes say what is missing and why."""
 
+    samples: Samples | None = None
     codes: Codes | None = None
     parts: BoundParts | None = None
     step: str = ""
@@ -49,24 +63,31 @@ def write_report(
 ) -> dict[str, Any]:
     """Write PNG figures and index.html about the runs in `directories` into `out`, and return what was written.
 
-    `out` defaults to DIR/report for a single run. An earlier report there is replaced file by file. `device` computes
-    the terms of the bound.
+    A run is a run directory, a model exported from one, or the name of a released model; the last two have no curves.
+    `out` defaults to DIR/report for a single run. An earlier report there is replaced file by file. `device` draws
+    the samples and computes the terms of the bound.
 
-    Raises UserError, before anything is written, if a directory is not a run or has no metrics, if two runs have the
-    same name, if `out` holds something other than a report, or if matplotlib is missing.
+    Raises UserError, before anything is written, if a directory is not a run or has no metrics yet, if two runs have
+    the same name, if `out` is missing where it is needed or holds something other than a report, or if matplotlib is
+    missing.
     """
     check_matplotlib()
     if not directories:
         raise UserError("report needs a run directory: name one or more")
     if out is None and len(directories) > 1:
         raise UserError(f"a report of {len(directories)} runs needs a place: name it with --out")
-    out = directories[0] / "report" if out is None else out
-    records = read_records(directories)
+    places = [locate(directory) for directory in directories]
+    if out is None and places[0] != Path(directories[0]):
+        name = directories[0]
+        raise UserError(f"{name} comes with the package, which is no place for a report: add --out {name}-report")
+    out = places[0] / "report" if out is None else out
+    records = read_records(places)
     _check_out(out)
     progress = progress or (lambda _what, _done, _total: None)
     insights = [_inspect(record, device or torch.device("cpu"), progress) for record in records]
     out.mkdir(parents=True, exist_ok=True)
-    writer = _Writer(out, progress, 3 + sum((i.codes is not None) + (i.parts is not None) for i in insights))
+    curves = 3 * any(record.has_log for record in records)
+    writer = _Writer(out, progress, curves + sum((i.codes is not None) + (i.parts is not None) for i in insights))
     page = _page(records, insights, writer)
     with replacing(out / PAGE) as temporary:
         temporary.write_text(page.to_html(), encoding="utf-8")
@@ -99,24 +120,32 @@ class _Writer:
         self.out, self.progress, self.total = out, progress, total
         self.paths: list[Path] = []
 
-    def draw(self, name: str, caption: str, draw: Callable[[Figure], None], width: float, height: float) -> Picture:
-        """Save a figure of `width` x `height` inches as NAME.png, and return it for the page."""
+    def draw(self, name: str, caption: str, draw: Callable[[Figure], None], height: float, narrow: float) -> Picture:
+        """Save a figure of `height` inches as NAME.png, and return it for the page.
+
+        `narrow` is its height where it is NARROW inches wide.
+        """
         path = self.out / f"{name}.png"
-        svg = render(draw, path, width=width, height=height)
+        svg = render(draw, path, width=WIDTH, height=height)
         self.paths.append(path)
         self.progress("figures", len(self.paths), self.total)
-        return Picture(name, svg, caption)
+        return Picture(name, svg, caption, render_narrow(draw, f"narrow-{name}", height=narrow))
 
 
 def _inspect(record: RunRecord, device: torch.device, progress: Progress) -> Insight:
-    """The codebook and, if the run's corpus is available, the terms of the bound on its validation windows."""
+    """Samples and codebook; if the corpus is available, the terms of the bound on its validation windows, too."""
     insight = Insight()
     try:
         checkpoint = load_checkpoint(record.directory, device)
     except UserError as error:
-        insight.notes.append(f"Neither blocks nor codebook are shown: {error}.")
+        insight.notes.append(f"Neither samples nor blocks nor codebook are shown: {error}.")
         return insight
     insight.step = checkpoint.info.get("step", "?")
+    insight.samples = draw_samples(
+        checkpoint.model,
+        checkpoint.tokenizer,
+        lambda done, total: progress(f"samples of {record.name}, positions", done, total),
+    )
     corpus = _corpus(record, checkpoint, insight)
     counts = None
     if corpus is not None:
@@ -151,14 +180,17 @@ def _corpus(record: RunRecord, checkpoint: Checkpoint, insight: Insight) -> Corp
 
 def _page(records: Sequence[RunRecord], insights: Sequence[Insight], writer: _Writer) -> Page:
     names = ", ".join(r.name for r in records)
-    page = Page(f"{'Run' if len(records) == 1 else 'Runs'} {names}")
+    page = Page(f"{'Run' if len(records) == 1 else 'Runs'} {names}", css=CSS)
     page.sections.append(Section("Summary", notes=_SIGNS, parts=[summary_table(records)]))
-    curves = [
-        writer.draw("bits", _BITS, lambda f: draw_bits(f, records), 9.6, 4.2),
-        writer.draw("optimisation", _OPTIMISATION, lambda f: draw_optimisation(f, records), 9.6, 3.4),
-        writer.draw("throughput", _THROUGHPUT, lambda f: draw_throughput(f, records), 9.6, 3.2),
-    ]
-    page.sections.append(Section("Training", parts=curves))
+    logged = [record for record in records if record.has_log]
+    if logged:
+        legend = 0.18 * len(logged)
+        curves = [
+            writer.draw("bits", _BITS, lambda f: draw_bits(f, logged), 4.4, 6.0 + legend),
+            writer.draw("optimisation", _OPTIMISATION, lambda f: draw_optimisation(f, logged), 3.7, 5.6 + legend),
+            writer.draw("throughput", _THROUGHPUT, lambda f: draw_throughput(f, logged), 3.5, 3.4 + legend),
+        ]
+        page.sections.append(Section("Training", parts=curves))
     for record, insight in zip(records, insights, strict=True):
         page.sections.append(_run_section(record, insight, writer))
     page.sections.append(Section("Configuration", parts=[config_table(records)], is_folded=True))
@@ -170,20 +202,35 @@ def _run_section(record: RunRecord, insight: Insight, writer: _Writer) -> Sectio
     notes = [*record.notes, *insight.notes]
     if record.is_exact:
         notes.append("A discrete model: its likelihood is exact, and it has no blocks and no codebook.")
+    if (samples := insight.samples) is not None:
+        notes.append(_SAMPLES.format(number=len(samples.texts), s=samples, seed=SEED, step=insight.step))
+        parts.append(texts_markup(samples))
+        if samples.passes:
+            parts.append(passes_markup(samples, _PASSES))
     if (found := insight.parts) is not None:
         caption = _BLOCKS.format(windows=found.windows, tokens=found.tokens, step=insight.step)
-        height = 1.6 + 0.34 * (len(found.log_dets) + 4)
-        name = f"blocks-{record.slug}"
-        parts.append(writer.draw(name, caption, lambda f: draw_blocks(f, found), 9.6, height))
+        blocks, name = len(found.log_dets), f"blocks-{record.slug}"
+        height, narrow = 1.8 + 0.34 * (blocks + 4), 3.1 + 0.3 * (blocks + 4) + 0.4 * blocks
+        parts.append(writer.draw(name, caption, lambda f: draw_blocks(f, found), height, narrow))
         parts.append(terms_table(found))
     if (codes := insight.codes) is not None:
-        name = f"codebook-{record.slug}"
-        parts.append(writer.draw(name, _codes_caption(codes, insight.step), lambda f: draw_codes(f, codes), 9.6, 6.2))
+        caption, name = _codes_caption(codes, insight.step), f"codebook-{record.slug}"
+        narrow = PLANE + neighbours_height(codes) + 0.8
+        parts.append(writer.draw(name, caption, lambda f: draw_codes(f, codes), 6.4, narrow))
         parts.append(codes_table(codes))
     return Section(record.name, notes=notes, parts=parts)
 
 
 _SIGNS = ("Figures of flows are upper bounds, marked <=; those of a discrete baseline are exact.",)
+_SAMPLES = (
+    "{number} samples of {s.tokens} tokens with the weights of step {step}: seed {seed}, temperature "
+    "{s.temperature}, not selected."
+)
+_PASSES = (
+    "The first of them after every pass. The flow turns noise into latents block by block, the last block first; "
+    "each row shows the symbols nearest to the latents at that point. Where only the last row reads as text, block 1 "
+    "does the writing."
+)
 _BITS = (
     "Bits per character against tokens and against training time. Faint lines: training batches; with markers: "
     "validation windows. Flows show upper bounds. The first steps may lie above the frame."
@@ -194,9 +241,9 @@ _OPTIMISATION = (
 )
 _THROUGHPUT = "Training tokens per second with their running median; the numbers are the medians of each stage."
 _BLOCKS = (
-    "The bound on {windows:,} validation windows ({tokens:,} tokens) with the weights of step {step}. Left: its "
-    "terms in nats per token, added up from the top. Right: by how much each block lowers the bound of those below "
-    "it, each time with the standard normal on top; block 1 is measured against the bare standard normal. Of jointly "
+    "The bound on {windows:,} validation windows ({tokens:,} tokens) with the weights of step {step}. First its "
+    "terms in nats per token, added up from the top; then by how much each block lowers the bound of those below it, "
+    "each time with the standard normal on top; block 1 is measured against the bare standard normal. Of jointly "
     "trained blocks, only the whole stack is trained to be a good model."
 )
 

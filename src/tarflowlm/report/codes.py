@@ -1,6 +1,7 @@
 """The codes of a model: projected to the plane, their nearest neighbours, figure and table of both."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +10,7 @@ import torch
 from tarflowlm.data import Tokenizer
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.report.page import Table
-from tarflowlm.report.style import COLOURS, MUTED, SMALL, Axes, Figure, label_points, literal
+from tarflowlm.report.style import COLOURS, MUTED, SMALL, Axes, Figure, add_legend, label_points, literal, two_panels
 
 Array = npt.NDArray[np.float64]
 
@@ -17,6 +18,8 @@ FEW = 64
 """With at most this many symbols, all are named."""
 NAMED = 60
 """With more, this many of the most frequent ones are."""
+PAIRS = 32
+"""Pairs of nearest neighbours in the figure, the closest ones; more would need smaller letters."""
 COMPARED = 8192
 """At most this many codes are compared with all others."""
 
@@ -102,13 +105,29 @@ def nearest_neighbours(
 
 
 def draw_codes(figure: Figure, codes: Codes) -> None:
-    """Left: the projection, with discs of radius sigma. Right: distances to nearest neighbours."""
-    left, right = figure.subplots(1, 2, width_ratios=(13, 5))
+    """The projection, with discs of radius sigma, then distances to nearest neighbours."""
+    left, right = two_panels(figure, (13.0, 5.0), (PLANE, neighbours_height(codes)))
+    dot: dict[str, Any] = {"marker": "o", "linestyle": "none", "markersize": 3.0}
+    entries = [("a symbol", dot | {"color": COLOURS[0]})]
+    if codes.std is not None:
+        entries.append(("a disc of one σ", dot | {"color": COLOURS[0], "markersize": 10.0, "alpha": 0.2}))
+    if len(codes.symbols) > FEW:
+        entries.append(("less frequent" if codes.is_counted else "later in the vocabulary", dot | {"color": MUTED}))
+    add_legend(figure, entries)
     _draw_plane(left, codes)
     if len(codes.symbols) <= FEW:
         _draw_neighbours(right, codes)
     else:
         _draw_histogram(right, codes)
+
+
+PLANE = 4.0
+"""Height in inches of the projection in a narrow figure."""
+
+
+def neighbours_height(codes: Codes) -> float:
+    """Height in inches of the other panel in a narrow figure."""
+    return 0.6 + 0.16 * min(len(codes.compared), PAIRS) if len(codes.symbols) <= FEW else 2.4
 
 
 def codes_table(codes: Codes, num_pairs: int = 8) -> Table:
@@ -163,18 +182,18 @@ def _draw_plane(axes: Axes, codes: Codes) -> None:
 
 
 def _draw_neighbours(axes: Axes, codes: Codes) -> None:
-    """Every symbol with its nearest neighbour, the closest pairs on top."""
-    order = np.argsort(codes.distance, kind="stable")
+    """Symbols with their nearest neighbours, the closest pairs on top."""
+    order = np.argsort(codes.distance, kind="stable")[:PAIRS]
     rows = np.arange(len(order))
     axes.hlines(rows, 0, codes.distance[order], color=COLOURS[0], linewidth=1)
     axes.scatter(codes.distance[order], rows, s=12, color=COLOURS[0], zorder=3)
     names = [literal(f"{codes.symbols[codes.compared[i]]} → {codes.symbols[codes.nearest[i]]}") for i in order]
-    axes.set_yticks(rows, names, fontsize=SMALL if len(rows) <= 32 else SMALL - 2.5)
+    axes.set_yticks(rows, names)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"distance, {codes.unit}")
-    axes.set_title("nearest neighbours")
+    axes.set_title("nearest neighbours" if len(rows) == len(codes.distance) else f"the {len(rows)} closest pairs")
 
 
 def _draw_histogram(axes: Axes, codes: Codes) -> None:

@@ -23,7 +23,10 @@ _CSS = f"""
 body {{ background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
        max-width: 68rem; padding: 0 1rem; }}
 h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem; }}
-figure {{ margin: 1rem 0 1.6rem; }} figcaption, .note {{ color: var(--muted); font-size: .9rem; max-width: 60rem; }}
+.narrow {{ display: none; max-width: 32rem; }}
+@media (max-width: 48rem) {{ .wide {{ display: none; }} svg.narrow {{ display: block; }} }}
+figure {{ margin: 1rem 0 1.6rem; }} figcaption {{ margin-top: .5rem; }}
+figcaption, .note {{ color: var(--muted); font-size: .9rem; max-width: 60rem; }}
 svg {{ display: block; height: auto; max-width: 100%; }}
 .table {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
@@ -41,6 +44,8 @@ class Picture:
     name: str
     svg: str
     caption: str
+    narrow: str
+    """The same for a phone, as SVG."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,13 @@ def _part(part: Picture | Table | Markup) -> str:
 
 def _picture(picture: Picture) -> str:
     label = escape(picture.caption, quote=True)
-    svg = picture.svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    wide, narrow = (
+        svg.replace("<svg ", f'<svg class="{name}" role="img" aria-label="{label}" ', 1)
+        for name, svg in (("wide", picture.svg), ("narrow", picture.narrow))
+    )
     return (
-        f'<figure id="{escape(picture.name)}">\n{svg}<figcaption>{escape(picture.caption)}</figcaption>\n</figure>\n'
+        f'<figure id="{escape(picture.name)}">\n{wide}{narrow}<figcaption>{escape(picture.caption)}</figcaption>\n'
+        "</figure>\n"
     )
 
 
@@ -122,8 +131,8 @@ def _table(table: Table) -> str:
 
 
 def summary_table(records: Sequence[RunRecord]) -> Table:
-    """One column per run: results, text, size and machine."""
-    rows = [
+    """One column per run: results, text, size and machine; without the rows that no run fills."""
+    values = [
         ("status", lambda r: r.status),
         ("test, bits per character", _test_bits),
         ("test, nats per token, standard error", _test_nats),
@@ -131,9 +140,9 @@ def summary_table(records: Sequence[RunRecord]) -> Table:
         ("validation after each stage", _stages),
         ("preset, seed", lambda r: f"{r.run.name}, {r.run.seed}"),
         ("text", lambda r: Path(r.run.data.source).name),
-        ("steps", lambda r: f"{r.last_step:,}"),
-        ("tokens", lambda r: f"{int(r.train['tokens'].max()):,}"),
-        ("training, seconds", lambda r: f"{r.seconds[-1]:,.0f}"),
+        ("steps", lambda r: f"{r.last_step:,}" if r.has_log else MISSING),
+        ("tokens", lambda r: f"{int(r.train['tokens'].max()):,}" if r.has_log else MISSING),
+        ("training, seconds", lambda r: f"{r.seconds[-1]:,.0f}" if r.has_log else MISSING),
         ("tokens per second, median of each stage", _speeds),
         ("parameters", lambda r: _count(r, "parameters")),
         ("of them in Transformers", lambda r: _count(r, "trunk_parameters")),
@@ -142,7 +151,8 @@ def summary_table(records: Sequence[RunRecord]) -> Table:
         ("machine", lambda r: _plain(r, "machine")),
         ("PyTorch", lambda r: _plain(r, "torch")),
     ]
-    return Table(["", *(r.name for r in records)], [(name, *(value(r) for r in records)) for name, value in rows])
+    rows = [(name, *(value(r) for r in records)) for name, value in values]
+    return Table(["", *(r.name for r in records)], [row for row in rows if set(row[1:]) != {MISSING}])
 
 
 def _test_bits(record: RunRecord) -> str:
@@ -170,7 +180,7 @@ def _stages(record: RunRecord) -> str:
 
 
 def _speeds(record: RunRecord) -> str:
-    return ", ".join(f"{speed:,.0f}" for speed in record.stage_medians("tokens_per_second"))
+    return ", ".join(f"{speed:,.0f}" for speed in record.stage_medians("tokens_per_second")) or MISSING
 
 
 def _count(record: RunRecord, key: str) -> str:

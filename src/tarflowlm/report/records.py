@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
-from tarflowlm.runs.checkpoint import SUMMARY, read_run
+from tarflowlm.runs.checkpoint import SUMMARY, WEIGHTS, read_run
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.metrics import METRICS
 
@@ -57,6 +57,11 @@ class RunRecord:
         return "=" if self.is_exact else "<="
 
     @property
+    def has_log(self) -> bool:
+        """Whether there are training lines; the copy of a model alone has none."""
+        return len(self.train["step"]) > 0
+
+    @property
     def last_step(self) -> int:
         """The last step with a training line."""
         return int(self.train["step"].max())
@@ -66,6 +71,8 @@ class RunRecord:
         """Finished, or how far the training is."""
         if self.summary is not None:
             return "finished"
+        if not self.has_log:
+            return "a model without its training log"
         return f"step {self.last_step:,} of {self.run.train.num_steps:,}: in training, or stopped"
 
     @cached_property
@@ -102,7 +109,7 @@ def slug(name: str) -> str:
 def read_records(directories: Sequence[Path]) -> list[RunRecord]:
     """The runs in `directories`, named after these.
 
-    Raises UserError if one is not a run directory or has no metrics, or if two have the same name.
+    Raises UserError if one is neither a run with metrics nor a model, or if two have the same name.
     """
     records: dict[str, RunRecord] = {}
     for directory in directories:
@@ -117,7 +124,10 @@ def read_records(directories: Sequence[Path]) -> list[RunRecord]:
 
 
 def read_record(directory: Path) -> RunRecord:
-    """The run in a directory. Raises UserError if it is not a run directory or has no metrics."""
+    """The run in a directory. A model that came without its log is a run without lines.
+
+    Raises UserError if it is not a run directory, or if its training has not logged anything yet.
+    """
     run = read_run(directory)
     notes: list[str] = []
     train, valid = _read_metrics(directory, notes)
@@ -146,7 +156,7 @@ def _read_metrics(directory: Path, notes: list[str]) -> tuple[dict[str, Series],
             bad += 1
     if bad:
         notes.append(f"{bad} of {len(lines)} lines of {METRICS} could not be read and are left out.")
-    if not rows["train"]:
+    if not rows["train"] and (path.exists() or not (directory / WEIGHTS).exists()):
         raise UserError(f"{directory} has no metrics yet: wait until training has logged its first line")
     columns = [{key: np.array([row[key] for row in rows[s]], float) for key in NEEDED[s]} for s in ("train", "valid")]
     return columns[0], columns[1]

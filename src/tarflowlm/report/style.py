@@ -1,10 +1,11 @@
-"""The style of every figure: colours safe for colour-blind readers, direct labels, and how figures are saved."""
+"""The style of every figure: colours safe for colour-blind readers, labels, legends, and how figures are saved."""
 
 import importlib.util
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)))
 INK, MUTED, GRID, PAPER = "#1b1f24", "#68707a", "#e3e6ea", "#fefefe"
 SMALL = 8.0
+NARROW = 4.2
+"""Inches. On a phone, a figure of this width shows its smallest text at ten pixels."""
 
 # colours that an SVG takes from the page, which has one set for light and one for dark
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper", COLOURS[0]: "--blue"}
@@ -72,6 +75,21 @@ def render(draw: Callable[[Figure], None], path: Path, *, width: float, height: 
     `draw` gets an empty figure. No global state changes, and the file is replaced atomically. Raises UserError if
     matplotlib is missing.
     """
+    with _drawn(draw, width, height) as figure:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
+        return _embeddable(figure, path.stem)
+
+
+def render_narrow(draw: Callable[[Figure], None], name: str, *, height: float) -> str:
+    """The figure of `render` as SVG alone, NARROW inches wide, for pages on a phone; its ids begin with `name`."""
+    with _drawn(draw, NARROW, height) as figure:
+        return _embeddable(figure, name)
+
+
+@contextmanager
+def _drawn(draw: Callable[[Figure], None], width: float, height: float) -> Iterator[Figure]:
+    """A figure with its layout, and our style while it is saved."""
     check_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure as New
@@ -84,21 +102,54 @@ def render(draw: Callable[[Figure], None], path: Path, *, width: float, height: 
         # the layout takes half of the time of saving, so compute it once
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _embeddable(buffer.getvalue(), path.stem)
+        yield figure
 
 
-def _embeddable(svg: str, name: str) -> str:
-    """An SVG document for use in a page: no prolog, ids prefixed by `name`, colours taken from the page."""
+def _embeddable(figure: Figure, name: str) -> str:
+    """A figure as SVG for use in a page: no prolog, ids prefixed by `name`, colours taken from the page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'((?<= )id="|url\(#|href="#)', lambda m: f"{m[1]}{name}-", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)
+
+
+def is_narrow(figure: Figure) -> bool:
+    """Whether a figure is for a phone: panels below each other, and names in the legend alone."""
+    return bool(figure.get_figwidth() <= NARROW)
+
+
+def two_panels(
+    figure: Figure,
+    widths: tuple[float, float] = (1.0, 1.0),
+    heights: tuple[float, float] = (1.0, 1.0),
+    *,
+    sharey: bool = False,
+) -> tuple[Axes, Axes]:
+    """Two panels side by side with these ratios of widths; in a narrow figure, below each other, of heights."""
+    if is_narrow(figure):
+        first, second = figure.subplots(2, 1, height_ratios=heights, sharey=sharey)
+    else:
+        first, second = figure.subplots(1, 2, width_ratios=widths, sharey=sharey)
+    return first, second
+
+
+def add_legend(figure: Figure, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """A legend below all panels: a text, and the style of a line or marker, for each entry."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], **style) for _, style in entries]
+    longest = max(len(text) for text, _ in entries)
+    # a character is about half as wide as the font is high, and a sample of a line has the width of eight
+    columns = int(72 * figure.get_figwidth() // (0.62 * SMALL * (longest + 8)))
+    figure.legend(
+        handles, [text for text, _ in entries], loc="outside lower center", ncols=max(1, min(columns, len(entries))),
+        fontsize=SMALL, frameon=False,
+    )  # fmt: skip
 
 
 def line_style(index: int) -> dict[str, Any]:
@@ -116,6 +167,7 @@ def literal(text: str, longest: int = 30) -> str:
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], *, size: float = SMALL) -> None:
     """Label curves at the right border, without overlaps: (y of the curve's end, text, colour) for each."""
+    ends = [end for end in ends if end[1]]
     if not ends:
         return
     figure = axes.figure
