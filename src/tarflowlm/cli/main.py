@@ -55,6 +55,11 @@ COMMANDS = {
         "evaluate:run_eval",
         "arguments:EvalArgs",
     ),
+    "score": Command(
+        "Show how many bits every token of a text takes, and the text as a whole; under one model or two.",
+        "score:run_score",
+        "inspect_arguments:ScoreArgs",
+    ),
     "sample": Command("Generate text from a trained model.", "sample:run_sample", "arguments:SampleArgs"),
     "edit": Command(
         "Change a text in latent space: --strength (re-noise), --toward (interpolate) or --replace OLD NEW.",

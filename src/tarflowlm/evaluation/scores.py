@@ -66,8 +66,8 @@ def score(
     the window before as context; flows of several blocks begin every window anew, as no bound is known for them else.
 
     The baseline needs no samples. Same seed, same result; the noise is that of `evaluate`. `progress` gets the number
-    of windows done and their total. UserError for no tokens, tokens that are not [T] or outside the vocabulary, and
-    `samples` below 1.
+    of windows done and their total, every window counted once per sample. UserError for no tokens, tokens that are
+    not [T] or outside the vocabulary, and `samples` below 1.
     """
     if samples < 1:
         raise UserError(f"samples {samples}: must be at least 1")
@@ -78,12 +78,14 @@ def score(
     draws, found, done = 1 if model.is_exact else samples, [], 0
     for some in _batches(windows):
         rows = torch.stack([whole[start:end] for start, end, _ in some]).to(model.device)
-        nats = torch.stack([_shares(model, rows, generator) for _ in range(draws)]).double().mean(0)
+        nats = torch.zeros(())
+        for _ in range(draws):
+            nats = nats + _shares(model, rows, generator).cpu().double() / draws
+            done += len(some)
+            if progress is not None:
+                progress(done, draws * len(windows))
         # in one batch all windows have the same number of given tokens
-        found.append(nats[:, :, some[0][2] :].flatten(1).cpu())
-        done += len(some)
-        if progress is not None:
-            progress(done, len(windows))
+        found.append(nats[:, :, some[0][2] :].flatten(1))
     shares, last = bits(torch.cat(found, dim=1)), len(tokens) - 1
     if not model.is_exact:
         # what fills the last patch of a flow counts with the last token
