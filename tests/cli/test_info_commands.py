@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from command_cases import put_config
 
 from tarflowlm.files import writer_lock, writer_of
 from tarflowlm.runs.released import released
@@ -52,8 +53,7 @@ def folder(models, tmp_path) -> Path:
     other = tmp_path / "deeper" / "other"
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
     config["data"]["source"] = "english"
-    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (other / "manifest.json").unlink()
+    put_config(other, json.dumps(config))
     (tmp_path / "deeper" / "broken" / "config.json").write_text("{", encoding="utf-8")
     (tmp_path / "deeper" / "no-run").mkdir()
     return tmp_path
