@@ -151,9 +151,9 @@ def stand_in(argv: list[str], trained: Path) -> list[str] | None:
             return [*argv, "--minutes", "0.01", "--device", "cpu"]
         case ["eval", *_] if "--quality" in argv:
             return [*argv, "--num", "4", "--judge", str(trained / RUNS["runs/judge"]), "--device", "cpu"]
-        case ["eval" | "sample" | "edit" | "report", *_]:
+        case ["eval" | "score" | "sample" | "edit" | "report", *_]:
             return [*argv, "--device", "cpu"]
-        case ["seal" | "export", *_]:
+        case ["seal" | "export" | "info" | "runs", *_]:
             return argv
         case ["train" | "data" | "reproduce" | "bench", *_]:
             return None

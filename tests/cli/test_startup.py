@@ -126,6 +126,10 @@ LIGHT = {
         name: ([name, "--help"], {"tyro"}, ARGUMENTS)
         for name in ("quickstart", "sample", "eval", "edit", "report", "seal", "export")
     },
+    **{
+        name: ([name, "--help"], {"tyro"}, {*ARGUMENTS, ".cli.inspect_arguments"})
+        for name in ("score", "info", "runs")
+    },
     "unknown-option": (["sample", "--nmu", "3"], {"tyro"}, ARGUMENTS),
     "contradiction": (["edit", "--text", "abc", "--num", "0"], {"tyro"}, ARGUMENTS),
 }

@@ -55,7 +55,22 @@ COMMANDS = {
         "evaluate:run_eval",
         "arguments:EvalArgs",
     ),
+    "score": Command(
+        "Show how many bits every token of a text takes, and the text as a whole; under one model or two.",
+        "score:run_score",
+        "inspect_arguments:ScoreArgs",
+    ),
     "sample": Command("Generate text from a trained model.", "sample:run_sample", "arguments:SampleArgs"),
+    "info": Command(
+        "Say what a model is, what it was trained on and how well it does; without one, list the shipped models.",
+        "info:run_info",
+        "inspect_arguments:InfoArgs",
+    ),
+    "runs": Command(
+        "Compare training runs in a table: bits per character, tokens, time and state.",
+        "info:run_runs",
+        "inspect_arguments:RunsArgs",
+    ),
     "edit": Command(
         "Change a text in latent space: --strength (re-noise), --toward (interpolate) or --replace OLD NEW.",
         "edit:run_edit",
