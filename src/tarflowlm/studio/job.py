@@ -34,6 +34,8 @@ class Job(Generic[R]):
         """Seconds from the start to every tick."""
         self.told: list[torch.Tensor] = []
         """What `tell` was given."""
+        self.seconds_taken = 0.0
+        """Seconds of the finished work."""
         self._error: BaseException | None = None
         self._begun = 0.0
         self._over, self._unwanted = threading.Event(), threading.Event()
@@ -69,11 +71,6 @@ class Job(Generic[R]):
         if self._error is not None:
             raise self._error
 
-    @property
-    def seconds_taken(self) -> float:
-        """Seconds up to the last tick."""
-        return self.ticks[-1] if self.ticks else 0.0
-
     def _run(self) -> None:
         try:
             with _TURN:
@@ -83,6 +80,7 @@ class Job(Generic[R]):
                 torch.set_flush_denormal(True)
                 self._begun = time.perf_counter()
                 self.result = self.function(self)
+                self.seconds_taken = time.perf_counter() - self._begun
         except BaseException as error:
             self._error = error
         finally:

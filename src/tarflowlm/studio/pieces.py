@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
 from tarflowlm.errors import UserError
-from tarflowlm.report.grid import GridRow, Token, grid, spans
 from tarflowlm.report.grid import CSS as TOKEN_CSS
+from tarflowlm.report.grid import GridRow, Token, grid, spans
 from tarflowlm.studio.job import Halted
 
 LOG = logging.getLogger("tarflowlm.studio")
@@ -64,7 +64,8 @@ def stage(tokens: Sequence[Token], *, is_open: bool = False) -> str:
 
 def facts(*pairs: tuple[str, str]) -> str:
     """Numbers and what they count."""
-    return '<div class="st-facts">' + "".join(f"<span><b>{escape(n)}</b> {escape(w)}</span>" for n, w in pairs) + "</div>"
+    shown = "".join(f"<span><b>{escape(value)}</b> {escape(words)}</span>" for value, words in pairs)
+    return f'<div class="st-facts">{shown}</div>'
 
 
 def bar(share: float) -> str:
@@ -79,13 +80,13 @@ def scrubbed(rows: Sequence[GridRow], name: str, *, title: str, is_open: bool = 
         f'<div class="st-slide"><input type="range" min="0" max="{last}" value="{last}" step="1" '
         f'aria-label="{escape(name)}"><output>{escape(rows[-1].label)}</output></div>'
     )
-    opened = " open" if is_open else ""
-    return f'{slider}<details{opened}><summary>{escape(title)}</summary><div class="st-rows">{grid(rows)}</div></details>'
+    opened, box = " open" if is_open else "", f'<div class="st-rows">{grid(rows)}</div>'
+    return f"{slider}<details{opened}><summary>{escape(title)}</summary>{box}</details>"
 
 
-def counted(number: int, thing: str) -> str:
-    """1 token, 2 tokens."""
-    return f"{number:,} {thing}" + ("" if number == 1 else "es" if thing.endswith("s") else "s")
+def counted(number: int, one: str, many: str = "") -> str:
+    """1 token, 2 tokens; `many` where it does not just end in s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def milliseconds(seconds: float) -> str:

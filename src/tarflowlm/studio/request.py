@@ -18,7 +18,12 @@ MARK = "_"
 
 def whole(value: Any, name: str, least: int, most: int) -> int:
     """A whole number within bounds; UserError, naming it, for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value != int(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or value != int(value)
+    ):
         raise UserError(f"{name}: give a whole number from {least} to {most:,}")
     if not least <= value <= most:
         raise UserError(f"{name} {int(value):,}: must be from {least} to {most:,} on this page")
@@ -46,7 +51,9 @@ def text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{name}: give a text")
     if len(value) > CHARACTERS:
-        raise UserError(f"the {name} has {len(value):,} characters, more than the {CHARACTERS:,} of this page: shorten it")
+        raise UserError(
+            f"the {name} has {len(value):,} characters, more than the {CHARACTERS:,} of this page: shorten it"
+        )
     return value
 
 
@@ -76,3 +83,11 @@ def template(tokenizer: Tokenizer, piece: str) -> torch.Tensor:
     for part in re.split(f"({MARK})", piece):
         found += [BLANK] if part == MARK else encoded(tokenizer, part)
     return torch.tensor(found, dtype=torch.long)
+
+
+def one_window(length: int, context: int) -> None:
+    """UserError for a text of more tokens than the model sees at once."""
+    if length > context:
+        raise UserError(
+            f"the text has {length:,} tokens, more than the {context:,} that this model sees at once: shorten it"
+        )
