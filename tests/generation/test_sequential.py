@@ -179,18 +179,18 @@ def test_density_of_samples_is_that_of_the_model(tiny_flow):
 
 def test_every_row_has_a_stream_of_its_own():
     def rows(num: int, seed: int = 0) -> Tensor:
-        return row_normal(row_generators(num, generator(seed)), 6, 2)
+        return row_normal(row_generators(range(num), generator(seed)), 6, 2)
 
     assert torch.equal(rows(4)[:2], rows(2))
     assert not torch.equal(rows(1), rows(1, seed=1))
     flat = rows(50).flatten(1)
     assert len(flat.unique(dim=0)) == 50
-    correlation = torch.corrcoef(row_normal(row_generators(20, generator()), 500, 4).flatten(1))
+    correlation = torch.corrcoef(row_normal(row_generators(range(20), generator()), 500, 4).flatten(1))
     assert (correlation - torch.eye(20)).abs().max() < 0.12
 
 
 def test_a_longer_text_begins_with_the_noise_of_a_shorter_one():
-    short, long = (row_uniform(row_generators(3, generator()), n) for n in (5, 9))
+    short, long = (row_uniform(row_generators(range(3), generator()), n) for n in (5, 9))
     assert torch.equal(long[:, :5], short)
     assert short.dtype == torch.float64
     assert ((long >= 0) & (long < 1)).all()

@@ -63,10 +63,10 @@ def test_every_window_is_what_generate_writes_after_the_last_one(prompt, options
         pytest.skip("an affine block has no probabilities of tokens")
     options = options | {"prompt": None if prompt is None else torch.tensor(prompt)}
     tokens = sample(model, num_tokens=15, **options).tokens
-    rows = row_generators(3, torch.Generator().manual_seed(0))
+    rows = row_generators(range(3), torch.Generator().manual_seed(0))
     # by its name: the package's attribute `generate` is the function
     module = import_module("tarflowlm.generation.generate")
-    monkeypatch.setattr(module, "row_generators", lambda num, generator: rows)
+    monkeypatch.setattr(module, "row_generators", lambda numbers, generator: rows)
     expected = sample(model, num_tokens=8, **options).tokens
     for length in (8, 7):
         more = sample(model, num_tokens=length, **(options | {"prompt": None, "template": expected[:, -4:]})).tokens

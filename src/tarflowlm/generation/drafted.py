@@ -19,6 +19,7 @@ from tarflowlm.flow.precision import widen
 from tarflowlm.generation.inversion import (
     TOLERANCE,
     Decoders,
+    Follow,
     Inverted,
     Tick,
     first_bad,
@@ -113,6 +114,7 @@ def invert_stack_with_drafts(
     adjust: AdjustWeights | None = None,
     tick: Tick | None = None,
     watch: Watch | None = None,
+    follow: Follow | None = None,
 ) -> tuple[list[Tensor], list[Inverted]]:
     """As `invert_stack`, where block 1 may be drafted; blocks above it are then decoded by auto."""
     upper, first = split_decoders(model, decoder)
@@ -121,7 +123,7 @@ def invert_stack_with_drafts(
         u = model.prior.patch(states[-1])[0]
         work.append(invert_with_drafts(model, u, decoder=first, adjust=adjust, tick=tick, watch=watch))
         return [*states, model.prior.patch.inverse(work[-1].h)], work
-    return invert_stack(model, noise, decoder=(*upper, first), adjust=adjust, tick=tick)
+    return invert_stack(model, noise, decoder=(*upper, first), adjust=adjust, tick=tick, follow=follow)
 
 
 def uses_draft(model: TarFlowLM, decoder: Decoder) -> bool:

@@ -1,5 +1,6 @@
 """`generate`, the entry point of sampling: either model, with or without given tokens (docs/math.md, 7 and 9)."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.choice import check_choice, weighs_tokens
 from tarflowlm.generation.inversion import Decoders, Tick
 from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
+from tarflowlm.generation.telling import OnTokens, Telling
 from tarflowlm.generation.window import check_length, num_unseen, slide, spans
 from tarflowlm.generation.writing import Generation, Request, write_window
 from tarflowlm.language_model import LanguageModel
@@ -38,6 +40,9 @@ def generate(
     decoder: Decoders = "sequential",
     compile: bool = False,
     tick: Tick | None = None,
+    rows: Sequence[int] | None = None,
+    on_tokens: OnTokens | None = None,
+    enough: Callable[[Tensor], bool] | None = None,
 ) -> Generation:
     """Draw `num` samples of `num_tokens` tokens each, given tokens included (docs/math.md, sections 7 and 9).
 
@@ -52,10 +57,11 @@ def generate(
     with latents of its own, and the noise that the blocks above drew for it is not used. UserError for this with more
     than 1,024 tokens, and for an affine block 1.
 
-    `prompt` [tokens] comes first. `template` [tokens], or [num, tokens] with one template per sample, gives tokens
-    anywhere: -1 (BLANK) marks a token to be drawn, and tokens after its end are drawn too. A prompt is exact for the
-    baseline and, given its latents, for a single left-to-right block. Otherwise drawn tokens ignore the given tokens
-    further right and the dependence that the blocks above describe. R = `particles` > 1 corrects this
+    `prompt` [tokens] comes first, or [num, tokens] with one prompt per sample, where -1 (BLANK) fills the ends of
+    shorter ones; these must be shorter than the context. `template` [tokens], or [num, tokens] with one template per
+    sample, gives tokens anywhere: -1 marks a token to be drawn, and tokens after its end are drawn too. A prompt is
+    exact for the baseline and, given its latents, for a single left-to-right block. Otherwise drawn tokens ignore the
+    given tokens further right and the dependence that the blocks above describe. R = `particles` > 1 corrects this
     (`particles.py`) at R times the cost, and is exact in the limit of many. Temperature, top-k and top-p apply to
     drawn tokens, not to the weights of particles.
 
@@ -65,14 +71,23 @@ def generate(
     without regard to the tokens kept. Of a prompt that fills the context the last half window counts; there is no
     evidence then, and else that of the prompt. Not with a template, passes or several particles.
 
-    Row b has its own random stream, seeded from `generator`, so rows do not depend on `num`. `decoder`: sequential
-    inverts every block position by position; parallel by sweeps, with the same result up to rounding
-    (`inversion.py`); drafted lets block 1 verify what the model's draft guesses, with the same result again
+    Row b has its own random stream, seeded from `generator`, so rows do not depend on `num`. `rows` numbers them, in
+    place of 0 to `num` - 1: a part of many samples, drawn alone, is what it is among all of them.
+
+    `decoder`: sequential inverts every block position by position; parallel by sweeps, with the same result up to
+    rounding (`inversion.py`); drafted lets block 1 verify what the model's draft guesses, with the same result again
     (`drafted.py`), and decodes the blocks above by auto; auto times the ways there are on the first positions of
     every block. Block 1 is swept only if no tokens are given and no probabilities adjusted. It is drafted also then,
     but not with particles, with tokens given further right, or where `TokenChoice` draws them.
     `compile` compiles the step of one position, once per shape of the model and batch, which takes a quarter of a
     minute; without a compiler it warns and goes on. `tick` is called `num_ticks` times, once per position and block.
+
+    `on_tokens` is told the tokens as they become final, given ones included: the next ones of all rows, [num, n] on
+    the CPU, until all have been told. With the baseline, or block 1 inverted by steps, they come one by one; with
+    drafts several at a time; else, and with particles or drawn tokens, at the end of a window. Should the final check
+    of a drafted text fail, which rounding can cause, the tokens that are returned differ from those told.
+    Beyond the context `enough` is called with the tokens [num, t] after every window; once it is true, the text ends
+    there, shorter than `num_tokens`.
 
     UserError for sizes that the model cannot generate, for settings out of range and for unknown given tokens.
     """
@@ -81,26 +96,33 @@ def generate(
     passes = "passes and states" if return_passes else "rounds" if return_rounds else None
     check_length(model.config, num_tokens, template=template is not None, particles=particles, passes=passes)
     adjust = _adjustment(model, temperature, top_k, top_p)
-    rows = row_generators(num, generator or torch.Generator().manual_seed(torch.seed()))
-    request = Request(rows, particles, adjust, decoding, decoder, return_passes, return_rounds, tick)
+    streams = row_generators(
+        range(num) if rows is None else rows, generator or torch.Generator().manual_seed(torch.seed())
+    )
+    tell = None if on_tokens is None else Telling(on_tokens, given[:, :num_tokens])
+    request = Request(streams, particles, adjust, decoding, decoder, return_passes, return_rounds, tick, tell)
     with compiled_steps(model, compile):
         if num_tokens <= model.config.context:
             return write_window(model, given, num_tokens, request)
-        return _in_windows(model, given[:, :num_tokens], request)
+        return _in_windows(model, given[:, :num_tokens], request, enough)
 
 
-def _in_windows(model: LanguageModel, given: Tensor, request: Request) -> Generation:
+def _in_windows(
+    model: LanguageModel, given: Tensor, request: Request, enough: Callable[[Tensor], bool] | None
+) -> Generation:
     """A text beyond the context, which begins with a prompt: given [num, T], BLANK after it."""
     windows: list[Generation] = []
 
-    def write(window: Tensor, length: int) -> Tensor:
+    def write(window: Tensor, start: int, length: int) -> Tensor:
+        if request.tell is not None:
+            request.tell.start = start
         # the second window tries the decoders, and the others repeat its choice: a prompt may fill the first one
         again = request.decoder == "auto" and len(windows) > 1
         chosen = (windows[1].decoders or request.decoder) if again else request.decoder
         windows.append(write_window(model, window, length, replace(request, decoder=chosen)))
         return windows[-1].tokens
 
-    tokens = slide(model.config, given, write)
+    tokens = slide(model.config, given, write, enough)
     sweeps = tuple(sum(block) for block in zip(*(w.sweeps for w in windows), strict=True))
     found = replace(windows[0], tokens=tokens, sweeps=sweeps)
     seen = num_unseen(model.config, given.shape[1], int((given[0] != BLANK).sum())) == 0
@@ -141,9 +163,9 @@ def _given(
     given = torch.full((num, -(-num_tokens // patch) * patch), BLANK)
     if prompt is not None and template is not None:
         raise UserError("both a prompt and a template: put the prompt at the start of the template")
-    if prompt is not None and len(prompt) >= num_tokens:
+    if prompt is not None and prompt.shape[-1] >= num_tokens:
         raise UserError(
-            f"the prompt has {len(prompt)} tokens, which leaves no room in {num_tokens}: "
+            f"the prompt has {prompt.shape[-1]} tokens, which leaves no room in {num_tokens}: "
             f"shorten it, or raise the length"
         )
     tokens = prompt if template is None else template
@@ -154,7 +176,7 @@ def _given(
             f"the template has {tokens.shape[-1]} tokens, more than the length of {num_tokens}: "
             f"shorten it, or raise the length (at most {context})"
         )
-    least = 0 if template is None else BLANK
+    least = 0 if template is None and tokens.dim() == 1 else BLANK
     if ((tokens < least) | (tokens >= vocab_size)).any():
         name = "prompt" if template is None else "template"
         raise UserError(f"the {name} {tokens.tolist()} has tokens outside of 0 to {vocab_size - 1}: encode it again")

@@ -23,6 +23,8 @@ Decoders = Decoder | Sequence[Decoder]
 """One decoder for all blocks, or one per block, block L first as in `Generation.decoders`."""
 Tick = Callable[[], None]
 """Called once per position and block, to show progress."""
+Follow = Callable[[Tensor, int], None]
+"""Called with the latents h [B, N, C] of a block, and how many of its leading positions are final."""
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 """A latent h has converged when a sweep changes it by at most this times 1 + |h|: a few roundings."""
@@ -62,6 +64,7 @@ def invert_block(
     settled: Tensor | None = None,
     num_settled: int = 0,
     tick: Tick | None = None,
+    follow: Follow | None = None,
 ) -> Inverted:
     """Invert `block`: latents h [B, N, C] from noise u [B, N, C].
 
@@ -71,11 +74,11 @@ def invert_block(
 
     The first `num_settled` positions, in the block's order, are copied from `settled` [B, N, C]. With adjusted
     weights there is no forward map to check against, so a block with `adjust` is always sequential. `tick` is called
-    once per position.
+    once per position, and `follow` after every step; what sweeps found is final when they are checked, at the end.
     """
     if adjust is not None:
         decoder = "sequential"
-    work = _Inversion(block, u, adjust, tick)
+    work = _Inversion(block, u, adjust, tick, follow)
     if settled is not None and num_settled:
         work.settle(settled, num_settled)
     if decoder == "auto":
@@ -97,8 +100,10 @@ def invert_block(
 class _Inversion:
     """The state of an inversion. Positions are in the block's order; those before `at` are final."""
 
-    def __init__(self, block: FlowBlock, u: Tensor, adjust: AdjustWeights | None, tick: Tick | None) -> None:
-        self.block, self.adjust, self.tick = block, adjust, tick
+    def __init__(
+        self, block: FlowBlock, u: Tensor, adjust: AdjustWeights | None, tick: Tick | None, follow: Follow | None
+    ) -> None:
+        self.block, self.adjust, self.tick, self.follow = block, adjust, tick, follow
         self.noise = block.order(u)[0]
         self.h = self.noise.clone()
         B, self.num_positions, _ = u.shape
@@ -132,6 +137,8 @@ class _Inversion:
             self.h[:, self.at] = self.block.invert_position(noise, self.cache, previous, self.adjust)
             self.passes += 1
             self._advance(1)
+            if self.follow is not None:
+                self.follow(self.h, self.at)
 
     def _open_features(self, end: int) -> Tensor:
         """Features [B, end - at, D] of the open positions before `end`, from the current guess."""
@@ -266,17 +273,20 @@ def invert_stack(
     above: int = 0,
     adjust: AdjustWeights | None = None,
     tick: Tick | None = None,
+    follow: Follow | None = None,
 ) -> tuple[list[Tensor], list[Inverted]]:
     """Invert blocks L, ..., above + 1: the states h^(L) = noise, ..., h^(above), each [B, T, d], and how it was done.
 
-    The second list has one `Inverted` per block, block L first. `adjust` acts on the mixture weights of block 1.
+    The second list has one `Inverted` per block, block L first. `adjust` acts on the mixture weights of block 1,
+    and `follow` follows block 1 (`invert_block`).
     UserError for a wrong number of decoders.
     """
     chosen, work = per_block(decoder, model.num_blocks), []
 
     def invert(index: int, u: Tensor) -> Tensor:
-        change = adjust if index == 0 else None
-        work.append(invert_block(model.prior.block(index), u, decoder=chosen[-1 - index], adjust=change, tick=tick))
+        change, watch = (adjust, follow) if index == 0 else (None, None)
+        block, here = model.prior.block(index), chosen[-1 - index]
+        work.append(invert_block(block, u, decoder=here, adjust=change, tick=tick, follow=watch))
         return work[-1].h
 
     return model.prior.descend(noise, invert, bottom=above), work

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -34,13 +35,13 @@ def encode_template(tokenizer: Tokenizer, text: str, blank: str = "_") -> Tensor
     return torch.tensor(pieces)
 
 
-def row_generators(num: int, generator: torch.Generator) -> list[torch.Generator]:
-    """One CPU generator per row. That of row b depends on `generator` and b, but not on `num`.
+def row_generators(rows: Iterable[int], generator: torch.Generator) -> list[torch.Generator]:
+    """One CPU generator per row. That of row b depends on `generator` and b, but not on the other rows.
 
     They are CPU generators so that a seed gives the same noise on every device.
     """
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-    return [torch.Generator().manual_seed(seed + row) for row in range(num)]
+    return [torch.Generator().manual_seed(seed + row) for row in rows]
 
 
 def row_normal(generators: list[torch.Generator], *shape: int) -> Tensor:

@@ -33,17 +33,25 @@ def num_unseen(config: LanguageModelConfig, num_tokens: int, num_given: int) -> 
     return spans(config, num_tokens, num_given)[0][0]
 
 
-def slide(config: LanguageModelConfig, given: Tensor, write: Callable[[Tensor, int], Tensor]) -> Tensor:
+def slide(
+    config: LanguageModelConfig,
+    given: Tensor,
+    write: Callable[[Tensor, int, int], Tensor],
+    enough: Callable[[Tensor], bool] | None = None,
+) -> Tensor:
     """The tokens [num, T] of a text that begins with a prompt, `given` [num, T] with BLANK after it, on the CPU.
 
-    `write` draws the blanks of one window: from its given tokens [num, whole patches] and its length to its tokens.
+    `write` draws the blanks of one window: from its given tokens [num, whole patches], its start and its length to
+    its tokens. After a window with whose text [num, t] `enough` is content, no other follows.
     """
     tokens, device = given.clone(), given.device
     for start, end in spans(config, given.shape[1], int((given[0] != BLANK).sum())):
         window = F.pad(tokens[:, start:end], (0, (start - end) % config.patch), value=BLANK)
-        found = write(window, end - start)
+        found = write(window, start, end - start)
         tokens[:, start:end], device = found.to(tokens.device), found.device
-    return tokens.to(device)
+        if enough is not None and enough(tokens[:, :end]):
+            break
+    return tokens[:, :end].to(device)
 
 
 def check_length(

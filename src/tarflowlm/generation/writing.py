@@ -1,6 +1,6 @@
 """One window of text from either model: freely, or around given tokens (docs/math.md, sections 7 and 9)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,10 +19,11 @@ from tarflowlm.generation.drafted import (
     split_decoders,
     uses_draft,
 )
-from tarflowlm.generation.inversion import Decoders, Inverted, Tick
+from tarflowlm.generation.inversion import Decoders, Follow, Inverted, Tick
 from tarflowlm.generation.particles import LatentSource, UniformSource, Weights, particle_filter, resample
-from tarflowlm.generation.passage import LatentPassage, TokenPassage
+from tarflowlm.generation.passage import LatentPassage, Passage, TokenPassage
 from tarflowlm.generation.sampling import BLANK, draw_tokens, row_normal
+from tarflowlm.generation.telling import Telling
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
 
@@ -68,6 +69,12 @@ class Request:
     passes: bool
     rounds: bool
     tick: Tick | None
+    tell: Telling | None = None
+
+    @property
+    def tell_early(self) -> Telling | None:
+        """`tell`, if tokens are final before all are: one particle, and no draws from p(x|z), which come last."""
+        return self.tell if self.particles == 1 and self.decoding == "mode" else None
 
 
 def write_window(model: LanguageModel, given: Tensor, num_tokens: int, request: Request) -> Generation:
@@ -75,20 +82,66 @@ def write_window(model: LanguageModel, given: Tensor, num_tokens: int, request: 
     if isinstance(model, TokenLM):
         if request.rounds:
             raise UserError("rounds: a baseline has no drafts, it writes one position after another")
-        return _from_baseline(model, given, num_tokens, request)
-    flow, adjust = as_flow(model), request.adjust
-    rounds: list[Round] = []
-    watch = rounds.append if request.rounds else None
+        result = _from_baseline(model, given, num_tokens, request)
+    else:
+        result = _from_flow(as_flow(model), given, num_tokens, request)
+    if request.tell is not None:
+        request.tell(num_tokens, lambda span: result.tokens[:, span])
+    return result
+
+
+def _from_flow(flow: TarFlowLM, given: Tensor, num_tokens: int, request: Request) -> Generation:
+    adjust, tell, rounds = request.adjust, request.tell_early, list[Round]()
+
+    def see(found: Round) -> None:
+        if request.rounds:
+            rounds.append(found)
+        if tell is not None:
+            tell(int(found.final.min()), lambda span: found.tokens[:, span])
+
+    watch = see if request.rounds or tell is not None else None
     if (given == BLANK).all() and (adjust is None or weighs_tokens(flow.prior.block(0).coupling)):
         noise = row_normal(request.generators, given.shape[1], flow.config.latent_dim).to(flow.codebook.mean)
         states, work = invert_stack_with_drafts(
-            flow, noise, decoder=request.decoder, adjust=adjust, tick=request.tick, watch=watch
+            flow,
+            noise,
+            decoder=request.decoder,
+            adjust=adjust,
+            tick=request.tick,
+            watch=watch,
+            follow=_follow(flow, tell),
         )
         tokens = _decoded(flow, states[-1], request.decoding, request.generators)
         result = _generation(flow, tokens[:, :num_tokens], states, work, request.passes)
     else:
         result = _completed(flow, given, num_tokens, request, watch)
     return replace(result, rounds=tuple(r.cut(num_tokens) for r in rounds))
+
+
+def _follow(model: TarFlowLM, tell: Telling | None) -> Follow | None:
+    """Tells the tokens of the final positions of block 1, if it writes them in their order."""
+    if tell is None or not model.prior.block(0).keeps_order:
+        return None
+    return lambda h, final: tell(final * model.config.patch, _decoding(model, h))
+
+
+def _decoding(model: TarFlowLM, h: Tensor) -> Callable[[slice], Tensor]:
+    """The tokens of a span, most probable ones, from latents h [B, N, C]."""
+    return lambda span: model.codebook.decode(model.prior.patch.inverse(h)[:, span])
+
+
+def _telling(request: Request, passage: Passage, patch: int, tokens: Callable[[slice], Tensor]) -> Tick | None:
+    """`tick`, which tells the tokens that `passage` has completed as well."""
+    tick, tell = request.tick, request.tell_early
+    if tell is None:
+        return tick
+
+    def both() -> None:
+        if tick is not None:
+            tick()
+        tell(passage.at * patch, tokens)
+
+    return both
 
 
 def _decoded(model: TarFlowLM, z: Tensor, decoding: Decoding, generators: list[torch.Generator]) -> Tensor:
@@ -140,7 +193,8 @@ def _completed(model: TarFlowLM, given: Tensor, num_tokens: int, request: Reques
         )
     if may_draft and uses_draft(model, first):
         work += _drafted_rest(model, passage, weights, first, tick, watch)
-    particle_filter(passage, weights, generators, source, tick)
+    ready = _decoding(model, passage.values) if choice is None else lambda span: passage.tokens.flatten(1)[:, span]
+    particle_filter(passage, weights, generators, source, _telling(request, passage, model.config.patch, ready))
     weights.add(source.log_factor(model.prior.patch.inverse(passage.noise)))
     chosen = _chosen(weights, generators)
     z = model.prior.patch.inverse(passage.values)[chosen]
@@ -198,7 +252,8 @@ def _from_baseline(model: TokenLM, given: Tensor, num_tokens: int, request: Requ
     spread = given.repeat_interleave(particles, dim=0)
     passage = TokenPassage(model, source.uniform, spread, spread != BLANK, request.adjust)
     weights = Weights.uniform(len(given), particles)
-    particle_filter(passage, weights, generators, source, request.tick)
+    tick = _telling(request, passage, model.config.patch, lambda span: passage.values.flatten(1)[:, span])
+    particle_filter(passage, weights, generators, source, tick)
     tokens = passage.values.flatten(1)[_chosen(weights, generators)][:, :num_tokens]
     if (given == BLANK).all():
         return Generation(tokens)
