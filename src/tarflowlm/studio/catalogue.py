@@ -1,4 +1,4 @@
-"""What a visitor may reach: the models and runs that were named at the start, by short names. No path is ever taken."""
+"""What a visitor may reach: the models and runs named at the start, by short names. No path is ever taken."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -20,7 +20,9 @@ from tarflowlm.training.metrics import METRICS
 AXES = ("tokens", "seconds")
 MOST = 12
 """Runs in one figure."""
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 330, 46, 12, 12, 34
+WIDE, NARROW = (1060, 380), (360, 300)
+"""Width and height of a figure, for a screen and for a telephone."""
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 36
 POINTS = 300
 """Of a curve; longer ones are thinned out."""
 
@@ -61,43 +63,50 @@ def _written(place: Path) -> tuple[int, int]:
 
 
 def figure(records: Sequence[tuple[str, RunRecord]], axis: str) -> str:
-    """Bits per character of runs: training thin, validation with dots."""
+    """Bits per character of runs: training thin, validation with dots; drawn for wide and for narrow screens."""
+    key = []
+    for index, (name, _) in enumerate(records):
+        style = ("solid", "dashed", "dotted")[index // len(COLOURS) % 3]
+        line = f"border-color:{COLOURS[index % len(COLOURS)]};border-top-style:{style}"
+        key.append(f'<span><i style="{line}"></i>{escape(name)}</span>')
+    drawn = "".join(
+        f'<div class="{name}">{_svg(records, axis, *size)}</div>'
+        for name, size in (("st-screen", WIDE), ("st-phone", NARROW))
+    )
+    note = muted("Bits per character: training thin, validation with dots. Those of a flow are an upper bound.")
+    return f'<div class="st-key">{"".join(key)}</div>{drawn}{note}'
+
+
+def _svg(records: Sequence[tuple[str, RunRecord]], axis: str, width: int, height: int) -> str:
     series = [(name, *_lines(record, axis)) for name, record in records]
     right = max(max(x[-1] for x, _ in lines if len(x)) for _, *lines in series)
     low, high = _limits(records)
-    top, left = HEIGHT - BOTTOM, LEFT
+    top, left = height - BOTTOM, LEFT
 
     def place(x: Series, y: Series) -> list[tuple[float, float]]:
-        across = left + (WIDTH - left - RIGHT) * x / right
+        across = left + (width - left - RIGHT) * x / right
         return list(zip(across, top - (top - TOP) * (y.clip(low, high) - low) / (high - low), strict=True))
 
     body = []
     for value in ticks(low, high):
         y = top - (top - TOP) * (value - low) / (high - low)
-        body.append(f'<line class="grid" x1="{left}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        body.append(f'<line class="grid" x1="{left}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         body.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in ticks(0, right):
-        x = left + (WIDTH - left - RIGHT) * value / right
+    for value in ticks(0, right, width // 150):
+        x = left + (width - left - RIGHT) * value / right
         body.append(f'<text x="{x:.1f}" y="{top + 17}" text-anchor="middle">{_short(value)}</text>')
     words = "tokens" if axis == "tokens" else "seconds of training"
-    body.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{words}</text>')
-    key = []
-    for index, (name, train, valid) in enumerate(series):
-        colour = COLOURS[index % len(COLOURS)]
-        dashes = ("", "6 3", "2 2")[index // len(COLOURS) % 3]
+    body.append(f'<text x="{width - RIGHT}" y="{height - 2}" text-anchor="end">{words}</text>')
+    for index, (_, train, valid) in enumerate(series):
+        colour, dashes = COLOURS[index % len(COLOURS)], ("", "6 3", "2 2")[index // len(COLOURS) % 3]
         look = f'stroke="{colour}" stroke-dasharray="{dashes}" fill="none"'
         body.append(f'<path {look} stroke-width="1" opacity=".55" d="{_path(place(*_thinned(*train)))}"/>')
         if len(valid[0]):
             points = place(*_thinned(*valid))
             body.append(f'<path {look} stroke-width="2" d="{_path(points)}"/>')
             body += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{colour}"/>' for x, y in points]
-        style = ("solid", "dashed", "dotted")[index // len(COLOURS) % 3]
-        key.append(f'<span><i style="border-color:{colour};border-top-style:{style}"></i>{escape(name)}</span>')
-    return (
-        f'<div class="st-key">{"".join(key)}</div><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="Bits per character of the runs">{"".join(body)}</svg>'
-        + muted("Bits per character: training thin, validation with dots. A flow's are an upper bound.")
-    )
+    label = "Bits per character of the runs"
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(body)}</svg>'
 
 
 def table(records: Sequence[tuple[str, RunRecord]]) -> str:
@@ -105,8 +114,9 @@ def table(records: Sequence[tuple[str, RunRecord]]) -> str:
     head = ("run", "validation, bits per character", "test", "tokens", "time", "tokens a second", "status")
     rows = []
     for name, r in records:
-        valid = f"{r.sign} {r.valid['bpc'][-1]:.3f}" if len(r.valid["bpc"]) else "–"
-        test = f"{r.sign} {r.summary['test']['bpc']:.3f}" if r.summary else "–"
+        sign = "" if r.is_exact else "≤ "
+        valid = f"{sign}{r.valid['bpc'][-1]:.3f}" if len(r.valid["bpc"]) else "–"
+        test = f"{sign}{r.summary['test']['bpc']:.3f}" if r.summary else "–"
         speed = float(np.median(r.train["tokens_per_second"][-20:]))
         rows.append(
             (name, valid, test, _short(r.train["tokens"].max()), _time(r.seconds[-1]), f"{speed:,.0f}", r.status)

@@ -1,5 +1,6 @@
-"""The view that edits: words replaced by infilling, a text re-noised in latent space, a way from one text to another."""
+"""The view that edits: words replaced by infilling, a text re-noised, the way from one text to another."""
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -90,7 +91,7 @@ def loosen(catalogue: Catalogue, model: Any, text: Any, level: Any, strength: An
         before, after = edit.before[0].cpu(), edit.tokens[0].cpu()
         old, new = (_bits(nats, row, tokenizer) for nats, row in ((edit.bound_before, before), (edit.bound, after)))
         numbers = facts(
-            (changed_words(edit.changed[0]), ""),
+            ("", changed_words(edit.changed[0])),
             (f"≤ {new:.2f}", f"bits per character, ≤ {old:.2f} before"),
             (milliseconds(seconds), "in all"),
         )
@@ -125,10 +126,10 @@ def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, level: Any, s
         rows = [GridRow("0 % of the other text", final_tokens(texts[0], tokenizer))]
         rows += [
             GridRow(f"{100 * i // STEPS} % · {changed_words(now != before)}", difference(before, now, tokenizer))
-            for i, (before, now) in enumerate(zip(texts, texts[1:], strict=False), 1)
+            for i, (before, now) in enumerate(itertools.pairwise(texts), 1)
         ]
         body = stage(rows[-1].tokens) + facts((milliseconds(seconds), "in all"))
-        yield page(card(body + scrubbed(rows, "weight of the other text", title="every step of the way")))
+        yield page(card(body + scrubbed(rows, "weight of the other text", summary="every step of the way")))
 
 
 def _edited(

@@ -73,23 +73,22 @@ def drawn(
     """
     request.one_window(len(template), checkpoint.model.config.context)
     num = request.whole(tries, "tries", 1, TRIES)
-    settings = {
-        "particles": request.whole(particles, "particles", 1, request.PARTICLES),
-        "temperature": request.number(temperature, "temperature", 0.1, 2.0),
-    }
+    each = request.whole(particles, "particles", 1, request.PARTICLES)
+    tau = request.number(temperature, "temperature", 0.1, 2.0)
     seed = request.whole(seed, "seed", 0, 2**31)
 
     def work(job: Job[Candidates]) -> Candidates:
-        with threads_for(num * settings["particles"]):
+        with threads_for(num * each):
             result = generate(
                 checkpoint.model,
                 num_tokens=len(template),
                 num=num,
                 template=template,
                 generator=torch.Generator().manual_seed(seed),
+                particles=each,
+                temperature=tau,
                 decoder="auto",
                 tick=job.tick,
-                **settings,
             )
         assert result.log_evidence is not None
         return weighed(result.tokens.cpu(), result.log_evidence)
@@ -136,7 +135,7 @@ def trust(found: Candidates, particles: Any, seconds: float) -> str:
     else:
         words = "A few tries fit the given text far better than the others. More particles find more such texts."
     numbers = facts((f"{int(particles):,}", "particles in each try"), (milliseconds(seconds), "in all"))
-    return f'<div class="st">{head}{words}{bar(share)}{numbers}</div>'
+    return f"<div>{head}{words}{bar(share)}{numbers}</div>"
 
 
 def template_tokens(tokenizer: Tokenizer, template: Tensor) -> list[Any]:

@@ -23,6 +23,7 @@ REFRESH = 4.0
 """Seconds between two looks at the metrics of runs."""
 
 SENTENCE = "the king of the land was born in the city of london"
+HISTORY = "in the year one thousand and sixty six the norman duke william was crowned king of england in london"
 OTHER = "a group of people who live in the north of the rive"
 
 
@@ -30,10 +31,11 @@ def build(catalogue: Catalogue) -> Blocks:
     """The page about the models and runs of `catalogue`."""
     import gradio as gr
 
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
         gr.HTML(
-            f'<div class="st"><h1>{TITLE}</h1><p class="st-muted">Language models in continuous space: noise becomes '
-            f"latents, latents become text.</p></div>"
+            f'<div class="st"><div class="st-head">{TITLE}<span>noise becomes latents, latents become text</span>'
+            "</div></div>",
+            apply_default_css=False,
         )
         for name, view in (
             ("Write", _write),
@@ -53,7 +55,7 @@ def _write(catalogue: Catalogue) -> None:
     import gradio as gr
 
     with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=280):
+        with gr.Column(scale=3, min_width=300):
             model = _model(catalogue.models)
             text = gr.Textbox(
                 label="Start, or a text with blanks",
@@ -63,17 +65,14 @@ def _write(catalogue: Catalogue) -> None:
                 lines=2,
                 max_lines=6,
             )
+            length = gr.Slider(8, request.TOKENS, 160, step=8, label="Length in tokens")
+            temperature = gr.Slider(0.1, 1.5, 0.7, step=0.05, label="Temperature")
+            top_p = gr.Slider(0.1, 1.0, 1.0, step=0.05, label="Top-p")
             with gr.Row():
-                length = gr.Slider(
-                    8, request.TOKENS, 160, step=8, label="Length in tokens, the start included", min_width=140
-                )
-                temperature = gr.Slider(0.1, 1.5, 0.7, step=0.05, label="Temperature", min_width=140)
-            with gr.Row():
-                top_p = gr.Slider(0.1, 1.0, 1.0, step=0.05, label="Top-p", min_width=140)
-                num = gr.Slider(1, request.SAMPLES, 1, step=1, label="Samples", min_width=140)
-            seed = _seed()
+                num = gr.Number(1, label="Samples", precision=0, minimum=1, maximum=request.SAMPLES, min_width=110)
+                seed = _seed()
             go, stop = _buttons("Write")
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=7, min_width=320):
             out = _output("The text appears here, then how it came about.")
     _bind(go, stop, write, catalogue, [model, text, length, temperature, top_p, num, seed], out, also=[text.submit])
 
@@ -82,7 +81,7 @@ def _infill(catalogue: Catalogue) -> None:
     import gradio as gr
 
     with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=280):
+        with gr.Column(scale=3, min_width=300):
             model = _model(catalogue.models)
             text = gr.Textbox(
                 label="Text with blanks",
@@ -95,7 +94,7 @@ def _infill(catalogue: Catalogue) -> None:
             temperature = gr.Slider(0.1, 1.5, 0.8, step=0.05, label="Temperature")
             seed = _seed()
             go, stop = _buttons("Fill in")
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=7, min_width=320):
             out = _output("Candidates appear here, with their weights.")
     _bind(go, stop, infill, catalogue, [model, text, tries, particles, temperature, seed], out, also=[text.submit])
 
@@ -104,12 +103,12 @@ def _edit(catalogue: Catalogue) -> None:
     import gradio as gr
 
     with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=280):
+        with gr.Column(scale=3, min_width=300):
             model = _model(catalogue.models)
             text = gr.Textbox(label="Text", value=SENTENCE, lines=3, max_lines=8)
             seed = _seed()
             with gr.Tabs():
-                with gr.Tab("Replace words"):
+                with gr.Tab("Replace"):
                     words = gr.Textbox(
                         label="Words to replace", value="king, born", info="Separated by commas. The rest is kept."
                     )
@@ -125,7 +124,7 @@ def _edit(catalogue: Catalogue) -> None:
                     other = gr.Textbox(label="Other text", value=OTHER, lines=3, max_lines=8)
                     between = _level()
                     mix, stop_blending = _buttons("Blend")
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=7, min_width=320):
             out = _output("The edit appears here, beside the original.")
     _bind(replace, stop_replacing, replace_words, catalogue, [model, text, words, tries, particles, seed], out)
     loosening = [model, text, level, strength, seed]
@@ -137,7 +136,7 @@ def _score(catalogue: Catalogue) -> None:
     import gradio as gr
 
     with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=280):
+        with gr.Column(scale=3, min_width=300):
             first = [*catalogue.flows[:1], *(name for name in catalogue.models if name in catalogue.baselines)]
             models = gr.Dropdown(
                 catalogue.models,
@@ -146,9 +145,9 @@ def _score(catalogue: Catalogue) -> None:
                 max_choices=MODELS,
                 label="Models",
             )
-            text = gr.Textbox(label="Text", value=SENTENCE, lines=4, max_lines=12)
+            text = gr.Textbox(label="Text", value=HISTORY, lines=4, max_lines=12)
             go, stop = _buttons("Score")
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=7, min_width=320):
             out = _output("The bits of every token appear here.")
     _bind(go, stop, compare, catalogue, [models, text], out, also=[text.submit])
 
@@ -161,7 +160,7 @@ def _runs(catalogue: Catalogue) -> None:
         chosen = gr.CheckboxGroup(names, value=names[:6], label="Runs", scale=4, visible=bool(names))
         axis = gr.Radio(list(AXES), value=AXES[0], label="Over", scale=1, min_width=200, visible=bool(names))
     view = _handler(runs, catalogue)
-    out = gr.HTML(value=_last(view(names[:6], AXES[0])), elem_classes="st-out")
+    out = gr.HTML(value=_last(view(names[:6], AXES[0])), elem_classes="st-out", apply_default_css=False)
     if not names:
         return
     inputs = [chosen, axis]
@@ -185,7 +184,7 @@ def _model(names: Sequence[str]) -> Component:
 def _seed() -> Component:
     import gradio as gr
 
-    return gr.Number(0, label="Seed", precision=0, minimum=0, info="The same seed gives the same result.")
+    return gr.Number(0, label="Seed", precision=0, minimum=0, min_width=110)
 
 
 def _level() -> Component:
@@ -197,9 +196,8 @@ def _level() -> Component:
 def _tries() -> tuple[Component, Component]:
     import gradio as gr
 
-    with gr.Row():
-        tries = gr.Slider(1, TRIES, 6, step=1, label="Tries", min_width=140)
-        particles = gr.Slider(1, request.PARTICLES, 8, step=1, label="Particles in each", min_width=140)
+    tries = gr.Slider(1, TRIES, 6, step=1, label="Tries")
+    particles = gr.Slider(1, request.PARTICLES, 8, step=1, label="Particles in each try")
     return tries, particles
 
 
@@ -215,7 +213,7 @@ def _buttons(words: str) -> tuple[Component, Component]:
 def _output(words: str) -> Component:
     import gradio as gr
 
-    return gr.HTML(value=page(card(muted(words))), elem_classes="st-out")
+    return gr.HTML(value=page(card(muted(words))), elem_classes="st-out", apply_default_css=False)
 
 
 def _handler(view: Callable[..., Iterator[str]], catalogue: Catalogue) -> Callable[..., Iterator[str]]:
@@ -238,7 +236,12 @@ def _bind(
     also: Sequence[Callable[..., Any]] = (),
 ) -> None:
     """Call the view at a click on `go`, or at the events `also`, until a click on `stop`."""
-    settings = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"}
+    settings = {
+        "concurrency_id": "model",
+        "concurrency_limit": 1,
+        "show_progress": "hidden",
+        "api_visibility": "private",
+    }
     handler = _handler(view, catalogue)
     started = [event(handler, inputs, out, **settings) for event in (go.click, *also)]
     stop.click(None, None, None, cancels=started, api_visibility="private")

@@ -46,6 +46,11 @@ def notice(text: str) -> str:
     return f'<div class="st-notice" role="alert">{escape(text)}</div>'
 
 
+def title(text: str) -> str:
+    """The name of a card."""
+    return f'<div class="st-title">{escape(text)}</div>'
+
+
 def muted(text: str) -> str:
     """A line in small type."""
     return f'<p class="st-muted">{escape(text)}</p>'
@@ -64,7 +69,9 @@ def stage(tokens: Sequence[Token], *, is_open: bool = False) -> str:
 
 def facts(*pairs: tuple[str, str]) -> str:
     """Numbers and what they count."""
-    shown = "".join(f"<span><b>{escape(value)}</b> {escape(words)}</span>" for value, words in pairs)
+    shown = "".join(
+        f"<span>{f'<b>{escape(value)}</b> ' if value else ''}{escape(words)}</span>" for value, words in pairs
+    )
     return f'<div class="st-facts">{shown}</div>'
 
 
@@ -73,7 +80,7 @@ def bar(share: float) -> str:
     return f'<div class="st-bar"><i style="width:{100 * min(max(share, 0.0), 1.0):.1f}%"></i></div>'
 
 
-def scrubbed(rows: Sequence[GridRow], name: str, *, title: str, is_open: bool = True) -> str:
+def scrubbed(rows: Sequence[GridRow], name: str, *, summary: str, is_open: bool = True) -> str:
     """A slider over `rows`, which shows one of them on the stage of the same card, and all of them below."""
     last = len(rows) - 1
     slider = (
@@ -81,7 +88,7 @@ def scrubbed(rows: Sequence[GridRow], name: str, *, title: str, is_open: bool = 
         f'aria-label="{escape(name)}"><output>{escape(rows[-1].label)}</output></div>'
     )
     opened, box = " open" if is_open else "", f'<div class="st-rows">{grid(rows)}</div>'
-    return f"{slider}<details{opened}><summary>{escape(title)}</summary>{box}</details>"
+    return f"{slider}<details{opened}><summary>{escape(summary)}</summary>{box}</details>"
 
 
 def counted(number: int, one: str, many: str = "") -> str:

@@ -11,7 +11,7 @@ from tarflowlm.model import TarFlowLM
 from tarflowlm.report.grid import GridRow, Kind, Token
 from tarflowlm.studio.pieces import counted, milliseconds
 
-LEAST_CHANGE = 0.02
+LEAST_CHANGE = 0.1
 """A pass is shown if it changes at least this share of the tokens."""
 
 
@@ -46,18 +46,27 @@ def difference(before: Tensor, after: Tensor, tokenizer: Tokenizer) -> list[Toke
 def round_rows(
     result: Generation, row: int, num_given: int, tokenizer: Tokenizer, ticks: Sequence[float]
 ) -> list[GridRow]:
-    """Sample `row` after every round of drafts; `ticks` has the seconds at which each position of the sample ended."""
+    """Sample `row` after every round of drafts; `ticks` has the seconds at which each of its positions ended."""
     rows: list[GridRow] = []
     length, before = result.tokens.shape[1], num_given
-    for number, found in enumerate(result.rounds, 1):
+    for found in result.rounds:
         if before == length:
             break
         final, guessed = int(found.final[row]), int(found.guessed[row])
-        kinds: list[Kind] = ["given"] * num_given + ["final"] * (before - num_given)
-        kinds += ["changed"] * (final - len(kinds)) + ["draft"] * (guessed - final)
+        if guessed <= before:  # the given tokens were read
+            continue
+        spans: list[tuple[Kind, int]] = [
+            ("given", num_given),
+            ("final", before - num_given),
+            ("changed", final - before),
+            ("draft", guessed - final),
+        ]
+        kinds = [kind for kind, count in spans for _ in range(count)]
         at = f" · {milliseconds(ticks[final - 1])}" if final <= len(ticks) and final else ""
         tokens = found.tokens[row, :guessed].tolist()
-        rows.append(GridRow(f"pass {number} · +{final - before}{at}", marked(tokens, tokenizer, kinds[:guessed])))
+        rows.append(
+            GridRow(f"pass {len(rows) + 1} · +{final - before}{at}", marked(tokens, tokenizer, kinds[:guessed]))
+        )
         before = final
     return rows
 

@@ -1,6 +1,7 @@
 """The view that scores: the bits of every token as a heat map, models side by side, and the part of every block."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -13,13 +14,15 @@ from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
-from tarflowlm.studio.pieces import bar, card, facts, milliseconds, muted, page
+from tarflowlm.studio.pieces import bar, card, facts, milliseconds, muted, page, title
 from tarflowlm.studio.rows import symbols
 
 SAMPLES = 8
 """Draws from the posterior that a bound is averaged over."""
 MODELS = 2
 """Models that are compared."""
+GAP = 2.0
+"""Bits between two models, or around the mean of a block, that are shown in full colour."""
 COLD, HOT = "var(--st-blue)", "var(--st-warm)"
 
 
@@ -32,7 +35,7 @@ def compare(catalogue: Catalogue, names: Any, text: Any) -> Iterator[str]:
     seconds = 0.0
     for name, checkpoint in zip(wanted, checkpoints, strict=False):
         tokens = request.required(checkpoint.tokenizer, text, "text")
-        job = Job(lambda job, at=(checkpoint, tokens): _scored(*at, job))
+        job = Job(partial(_scored, checkpoint, tokens))
         for _ in job.follow():
             yield page(card(muted(f"scoring with {name}") + bar(len(found) / len(checkpoints))))
         assert job.result is not None
@@ -55,15 +58,12 @@ def _scored(checkpoint: Checkpoint, tokens: Tensor, job: Job[Scores]) -> Scores:
 def _card(name: str, tokenizer: Tokenizer, tokens: Tensor, scores: Scores, most: float) -> str:
     characters = max(int(tokenizer.characters_per_token[tokens.numpy()].sum()), 1)
     sign = "" if scores.exact else "≤ "
-    kind = "exact" if scores.exact else f"a bound, mean of {SAMPLES} posterior samples"
     numbers = facts(
         (f"{sign}{scores.total / characters:.3f}", "bits per character"),
         (f"{sign}{scores.total:.1f}", "bits in all"),
-        (kind, ""),
+        ("", "exact" if scores.exact else f"a bound, mean of {SAMPLES} posterior samples"),
     )
-    return card(
-        f"<h1>{escape(name)}</h1>", heat(symbols(tokens.tolist(), tokenizer), scores.bits.tolist(), most), numbers
-    )
+    return card(title(name), heat(symbols(tokens.tolist(), tokenizer), scores.bits.tolist(), most), numbers)
 
 
 def _difference(found: Sequence[tuple[str, Tokenizer, Tensor, Scores]]) -> str:
@@ -71,32 +71,30 @@ def _difference(found: Sequence[tuple[str, Tokenizer, Tensor, Scores]]) -> str:
     if len(found) < 2 or found[0][1].fingerprint != found[1][1].fingerprint:
         return ""
     (first, tokenizer, tokens, a), (second, _, _, b) = found
-    gap = (a.bits - b.bits).tolist()
-    text = f"Blue: {first} needs fewer bits than {second}. Orange: it needs more."
-    return card(
-        f"<h1>{escape(first)} against {escape(second)}</h1>",
-        heat(symbols(tokens.tolist(), tokenizer), gap, 4.0),
-        muted(text),
-    )
+    shown = heat(symbols(tokens.tolist(), tokenizer), (a.bits - b.bits).tolist(), GAP)
+    text = f"Blue: {first} needs fewer bits than {second}. Orange: it needs more. Full colour: {GAP:g} bits."
+    return card(title(f"{first} against {second}"), shown, muted(text))
 
 
 def _blocks(one: tuple[str, Tokenizer, Tensor, Scores]) -> str:
-    """What every block of a flow contributes at every token."""
+    """What every block of a flow contributes at every token, around its mean."""
     name, tokenizer, tokens, scores = one
     if scores.blocks is None or len(scores.blocks) < 2:
         return ""
-    shown = symbols(tokens.tolist(), tokenizer)
-    rows = "".join(
-        f"<details{' open' if block == 1 else ''}><summary>block {block}: {row.sum().item():+.1f} bits</summary>"
-        f"{heat(shown, (-row).tolist(), 4.0)}</details>"
-        for block, row in enumerate(scores.blocks, 1)
+    shown, rows = symbols(tokens.tolist(), tokenizer), ""
+    for block, row in enumerate(scores.blocks, 1):
+        words = f"block {block}: {row.mean().item():+.2f} bits a token"
+        body = heat(shown, (row.mean() - row).tolist(), max(GAP, row.std(correction=0).item() * 2))
+        rows += f"<details{' open' if block == 1 else ''}><summary>{words}</summary>{body}</details>"
+    text = (
+        "log2 |det J| of each block around its mean. Blue: the block spreads this token's latents more than others, "
+        "which makes it likelier; orange: less."
     )
-    text = "log2 |det J| of each block. Blue: the block makes a token likelier, orange: less likely. Sharp codes take"
-    return card(f"<h1>Blocks of {escape(name)}</h1>", rows, muted(f"{text} some of it back at the codebook."))
+    return card(title(f"Blocks of {name}"), rows, muted(text))
 
 
 def heat(shown: Sequence[str], values: Sequence[float], most: float) -> str:
-    """A text whose tokens have a warmer ground the higher their value, a blue one below zero; `most` is full colour."""
+    """A text whose tokens have a warmer ground the higher their value, a blue one below 0; `most` is full colour."""
     spans = []
     for text, value in zip(shown, values, strict=True):
         share = min(abs(value) / max(most, 1e-9), 1.0)

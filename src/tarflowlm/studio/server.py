@@ -24,8 +24,8 @@ FOLDERS = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; frame-ancestors 'none'; form-action 'self'; "
-    "base-uri 'self'"
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; frame-ancestors 'none'; "
+    "form-action 'self'; base-uri 'self'"
 )
 
 Scope = MutableMapping[str, Any]
@@ -114,8 +114,10 @@ def free_port(host: str, port: int | None) -> int:
                 raise UserError(f"host {host}: not an address of this machine; leave --host out") from None
             continue
         return candidate
-    taken = f"port {port} is taken: choose another with --port, or leave it out" if port is not None else (
-        f"ports {PORT} to {PORT + PORTS - 1} are all taken: choose another with --port"
+    taken = (
+        f"port {port} is taken: choose another with --port, or leave it out"
+        if port is not None
+        else (f"ports {PORT} to {PORT + PORTS - 1} are all taken: choose another with --port")
     )
     raise UserError(taken)
 
@@ -157,7 +159,7 @@ class Server:
                 blocked_paths=["/"],
                 max_file_size=1,
                 head=HEAD,
-                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+                theme=gr.themes.Default(primary_hue="sky", font=["system-ui"], font_mono=["ui-monospace"]),
                 app_kwargs={"middleware": [Middleware(Guard, hosts=hosts)], "docs_url": None, "openapi_url": None},
             )
         except OSError as error:

@@ -6,13 +6,16 @@ Nothing here is fetched from elsewhere. Colours are given for light and dark at 
 CSS = """
 :root { color-scheme: light; } .dark { color-scheme: dark; }
 .gradio-container { --st-ink: light-dark(#1b1f24, #e6e8eb); --st-muted: light-dark(#5c646d, #a0a8b1);
-  --st-line: light-dark(#e3e6ea, #33393f); --st-ground: light-dark(#f7f8f9, #1c2025); --st-blue: light-dark(#0072b2, #56b4e9);
-  --st-warm: light-dark(#d55e00, #ff9a4d); }
-.gradio-container .main { max-width: 1160px; margin: 0 auto; }
-.st { color: var(--st-ink); font: 15px/1.55 system-ui, sans-serif; }
-.st h1 { font-size: 1.35rem; font-weight: 650; margin: .2rem 0; letter-spacing: -.01em; }
+  --st-line: light-dark(#e3e6ea, #33393f); --st-ground: light-dark(#f7f8f9, #1c2025);
+  --st-blue: light-dark(#0072b2, #56b4e9); --st-warm: light-dark(#d55e00, #ff9a4d); }
+.gradio-container .app.fillable { max-width: 1240px; margin: 0 auto; padding: 20px 24px; }
+.st { color: var(--st-ink); font: 15px/1.55 system-ui, sans-serif;
+  display: flex; flex-direction: column; gap: .9rem; }
+.st-head { font-size: 1.35rem; font-weight: 650; letter-spacing: -.01em; }
+.st-head span { font-size: .95rem; font-weight: 400; color: var(--st-muted); margin-left: .6rem; letter-spacing: 0; }
+.st-title { font-weight: 600; font-size: 1rem; margin-bottom: .35rem; }
 .st-muted, .st p.st-muted { color: var(--st-muted); font-size: 13.5px; margin: .25rem 0; }
-.st-card { border: 1px solid var(--st-line); border-radius: 10px; padding: .9rem 1.1rem; margin: 0 0 .9rem;
+.st-card { border: 1px solid var(--st-line); border-radius: 10px; padding: .9rem 1.1rem; margin: 0;
   background: light-dark(#fff, #16191d); }
 .st-stage { font: 1.22rem/1.6 ui-serif, Georgia, "Times New Roman", serif; white-space: pre-wrap;
   overflow-wrap: anywhere; unicode-bidi: isolate; min-height: 2em; }
@@ -37,7 +40,7 @@ CSS = """
 .st-choice .st-stage { font-size: 1.08rem; min-height: 0; }
 .st-share { font-size: 13px; color: var(--st-muted); font-variant-numeric: tabular-nums; }
 .st-share b { color: var(--st-ink); font-size: 15px; }
-.st-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0 1.2rem; }
+.st-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: .9rem; }
 .st-heat { font: 14.5px/1.9 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; unicode-bidi: isolate; }
 .st-heat span { border-radius: 2px; padding: .12em 0; }
@@ -52,13 +55,15 @@ CSS = """
 .st svg { display: block; width: 100%; height: auto; }
 .st svg text { fill: var(--st-muted); font: 12px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
 .st svg .grid { stroke: var(--st-line); }
+.st-phone { display: none; }
 .st-key { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; font-size: 13px; }
 .st-key i { display: inline-block; width: 1.3rem; height: 0; border-top: 3px solid; margin-right: .4rem;
   vertical-align: 3px; }
 @media (max-width: 640px) {
+  .gradio-container .app.fillable { padding: 12px 8px; } .st-head span { display: block; margin: 0; }
   .st-card { padding: .7rem .75rem; } .st-stage { font-size: 1.1rem; }
   .st-choice { grid-template-columns: minmax(0, 1fr); } .st-slide { grid-template-columns: minmax(0, 1fr); }
-  .st-slide output { min-width: 0; }
+  .st-slide output { min-width: 0; } .st-screen { display: none; } .st-phone { display: block; }
 }
 """
 

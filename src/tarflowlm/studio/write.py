@@ -97,6 +97,7 @@ def _generate(checkpoint: Checkpoint, order: Order, drafts: bool, passes: bool, 
             return_rounds=drafts,
             decoder="drafted" if drafts else "auto",
             tick=job.tick,
+            on_tokens=job.tell,
         )
 
 
@@ -118,8 +119,8 @@ def _cards(checkpoint: Checkpoint, order: Order, result: Generation, job: Job[Ge
         body = stage(final_tokens(tokens, tokenizer, locked)) + _facts(result, T, order.num, job.seconds_taken)
         if rows:
             drafted = bool(result.rounds)
-            title = f"how it was written, {'pass by pass' if drafted else 'block by block'}"
-            body += scrubbed(rows, "pass", title=title, is_open=row == 0)
+            summary = f"how it was written, {'pass by pass' if drafted else 'block by block'}"
+            body += scrubbed(rows, "pass", summary=summary, is_open=row == 0)
         yield card(body, muted(note) if note else "")
 
 
