@@ -28,6 +28,7 @@ LAYERS = [
     {""},  # the public names
     {"terminal"},
     {"reproduce", "bench"},
+    {"studio"},
     {"cli"},
     {"__main__"},
 ]

@@ -242,6 +242,25 @@ class ReportArgs:
 
 
 @dataclass(frozen=True)
+class StudioArgs:
+    """Arguments of `tarflowlm studio`."""
+
+    models: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Models by name, run directories, folders of runs; without any, a model that comes with the package."""
+    port: int | None = None
+    """Port to serve at; the default is the first free one from 7860 on."""
+    host: str = "127.0.0.1"
+    """Address to serve at. The default is reached from this machine alone; 0.0.0.0 is reached from everywhere."""
+    no_browser: bool = False
+    """Open no browser; the address is printed in any case."""
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise UserError(f"port {self.port}: must be from 1 to 65535")
+
+
+@dataclass(frozen=True)
 class SealArgs:
     """Arguments of `tarflowlm seal`."""
 

@@ -82,6 +82,11 @@ COMMANDS = {
         "directories:run_report",
         "arguments:ReportArgs",
     ),
+    "studio": Command(
+        "Open a local page that writes, fills in, edits and scores with models, and shows runs as they train.",
+        "studio:run_studio",
+        "arguments:StudioArgs",
+    ),
     "seal": Command(
         "Accept files of a run that were changed by hand: check that they load and write manifest.json again.",
         "directories:run_seal",

@@ -83,11 +83,15 @@ def grid(rows: Sequence[GridRow], *, legend: bool = True) -> str:
 
 
 def _row(row: GridRow) -> str:
-    # neighbours that look alike share an element: a long text in many rows stays light
-    runs = groupby(row.tokens, key=lambda t: (t.kind, _opacity(t.opacity), t.title))
-    spans = (_span(look, "".join(token.text for token in run)) for look, run in runs)
     label = f'<div class="tl-label">{escape(row.label)}</div>'
-    return f'<div class="tl-row">{label}<div class="tl-text">{"".join(spans)}</div></div>'
+    return f'<div class="tl-row">{label}<div class="tl-text">{spans(row.tokens)}</div></div>'
+
+
+def spans(tokens: Sequence[Token]) -> str:
+    """The tokens of one row, escaped; `CSS` colours them."""
+    # neighbours that look alike share an element: a long text in many rows stays light
+    runs = groupby(tokens, key=lambda t: (t.kind, _opacity(t.opacity), t.title))
+    return "".join(_span(look, "".join(token.text for token in run)) for look, run in runs)
 
 
 def _span(look: tuple[Kind, str, str], text: str) -> str:

@@ -8,11 +8,19 @@ from pathlib import Path
 from tarflowlm.errors import UserError
 
 FOLDER = Path(__file__).parent
+DEFAULT = "english-mini"
+"""The model of whoever names none."""
 
 
 def released() -> list[str]:
     """The names of the released models, sorted."""
     return sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
+
+
+def baseline_of(name: str) -> str | None:
+    """The released baseline that a released model is compared with, if there is one."""
+    other = f"{name}-ar"
+    return other if other in released() else None
 
 
 def locate(directory: str | Path) -> Path:

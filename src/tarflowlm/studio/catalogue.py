@@ -1,0 +1,93 @@
+"""What a visitor may reach: the models and runs named at the start, by short names. No path is ever taken."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from tarflowlm.errors import UserError
+from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint, read_run
+from tarflowlm.runs.released import DEFAULT, baseline_of, locate, released
+from tarflowlm.training.metrics import METRICS
+
+MOST = 200
+"""Runs that a page can list."""
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Directories by the names that the page shows."""
+
+    places: dict[str, Path]
+    baselines: frozenset[str]
+    """The names of discrete baselines."""
+    device: str = "cpu"
+
+    @property
+    def models(self) -> list[str]:
+        """All names: those of flows first, then those of baselines."""
+        return [*self.flows, *(name for name in self.places if name in self.baselines)]
+
+    @property
+    def flows(self) -> list[str]:
+        """The names of flows."""
+        return [name for name in self.places if name not in self.baselines]
+
+    @property
+    def runs(self) -> list[str]:
+        """The names of what has learning curves now."""
+        return [name for name, place in self.places.items() if (place / METRICS).is_file()]
+
+    def place(self, name: object) -> Path:
+        """The directory of that name; UserError for any other value, whatever a visitor sends."""
+        if not isinstance(name, str) or name not in self.places:
+            raise UserError("this page has no model of that name: choose one from the list")
+        return self.places[name]
+
+    def load(self, name: object) -> Checkpoint:
+        """The model of that name, kept for the next call; UserError if it has no weights yet, or is damaged."""
+        place = self.place(name)
+        if not (place / WEIGHTS).is_file():
+            raise UserError(f"{name} has no weights yet: wait until its training has saved some")
+        return _loaded(place, (place / WEIGHTS).stat().st_mtime_ns, self.device)
+
+
+@lru_cache(maxsize=4)
+def _loaded(place: Path, saved: int, device: str) -> Checkpoint:
+    """The model in a directory; `saved`, when its weights were written, makes a newer one load."""
+    return load_checkpoint(place, device)
+
+
+def collect(names: Sequence[str], device: str = "cpu") -> Catalogue:
+    """The catalogue of released models by name, run directories, and folders of runs; without names, of the default.
+
+    UserError for what is none of them.
+    """
+    if not names:
+        names = [name for name in (DEFAULT, baseline_of(DEFAULT)) if name is not None]
+    found = [place for name in names for place in _runs_in(name)]
+    found = list({place.resolve(): None for place in found})
+    if len(found) > MOST:
+        raise UserError(f"{len(found)} runs are more than a page can list: name at most {MOST}")
+    places: dict[str, Path] = {}
+    for place in found:
+        name, folder = place.name, place.parent
+        # two runs of one name are told apart by their folders
+        while name in places:
+            name, folder = (f"{folder.name}/{name}", folder.parent) if folder.name else (f"{name}+", folder)
+        places[name] = place
+    baselines = frozenset(name for name, place in places.items() if read_run(place).model.family == "ar")
+    return Catalogue(places, baselines, device)
+
+
+def _runs_in(name: str) -> list[Path]:
+    place = locate(name)
+    if (place / CONFIG).is_file():
+        return [place]
+    found = sorted(path.parent for path in place.glob(f"*/{CONFIG}")) if place.is_dir() else []
+    if not found:
+        raise UserError(
+            f"{name!r} is neither a run directory, nor a folder of them, nor one of {', '.join(released())}: "
+            f"check the path"
+        )
+    return found

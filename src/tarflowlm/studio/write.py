@@ -1,0 +1,154 @@
+"""The view that writes: a prompt or a template with blanks, the text as it comes, and how it came about."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tarflowlm.device import threads_for
+from tarflowlm.errors import UserError
+from tarflowlm.generation import Generation, generate
+from tarflowlm.generation.generate import num_ticks
+from tarflowlm.generation.sampling import BLANK
+from tarflowlm.model import as_flow
+from tarflowlm.report.grid import GridRow
+from tarflowlm.runs.checkpoint import Checkpoint
+from tarflowlm.studio import request
+from tarflowlm.studio.catalogue import Catalogue
+from tarflowlm.studio.job import Job
+from tarflowlm.studio.pieces import bar, card, counted, facts, milliseconds, muted, page, scrubbed, stage
+from tarflowlm.studio.rows import final_tokens, pass_rows, round_rows
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to write."""
+
+    given: Tensor
+    """[T], BLANK where the model writes."""
+    is_prompt: bool
+    num: int
+    seed: int
+    temperature: float
+    top_p: float
+
+
+def write(
+    catalogue: Catalogue, model: Any, text: Any, length: Any, temperature: Any, top_p: Any, num: Any, seed: Any
+) -> Iterator[str]:
+    """HTML of the text while it is written, then of what came out. UserError for what the model cannot write."""
+    checkpoint = catalogue.load(model)
+    order = _order(checkpoint, text, length, temperature, top_p, num, seed)
+    drafts, passes = _shows(checkpoint, order)
+    job = Job(lambda job: _generate(checkpoint, order, drafts, passes, job))
+    for _ in job.follow():
+        yield page(card(_so_far(checkpoint, order, job)))
+    assert job.result is not None
+    yield page(*_cards(checkpoint, order, job.result, job))
+
+
+def _order(
+    checkpoint: Checkpoint, text: Any, length: Any, temperature: Any, top_p: Any, num: Any, seed: Any
+) -> Order:
+    text = request.text(text, "text")
+    tokens = request.template(checkpoint.tokenizer, text)
+    is_prompt = request.MARK not in text
+    wanted = request.whole(length, "length", 1, request.TOKENS)
+    if is_prompt and len(tokens) >= wanted:
+        raise UserError(
+            f"the text has {counted(len(tokens), 'token')}, which leaves no room in {wanted}: raise the length"
+        )
+    given = torch.full((max(wanted, len(tokens)),), BLANK)
+    given[: len(tokens)] = tokens
+    return Order(
+        given,
+        is_prompt,
+        request.whole(num, "samples", 1, request.SAMPLES),
+        request.whole(seed, "seed", 0, 2**31),
+        request.number(temperature, "temperature", 0.1, 2.0),
+        request.number(top_p, "top-p", 0.05, 1.0),
+    )
+
+
+def _shows(checkpoint: Checkpoint, order: Order) -> tuple[bool, bool]:
+    """Whether there are rounds of drafts to show, and whether there are passes."""
+    model = checkpoint.model
+    if model.is_exact or len(order.given) > model.config.context:
+        return False, False
+    flow = as_flow(model)
+    return flow.draft is not None and order.is_prompt, flow.num_blocks > 1
+
+
+def _generate(checkpoint: Checkpoint, order: Order, drafts: bool, passes: bool, job: Job[Generation]) -> Generation:
+    num_given = int((order.given != BLANK).sum())
+    tokens = {"prompt": order.given[:num_given]} if order.is_prompt else {"template": order.given}
+    with threads_for(order.num):
+        return generate(
+            checkpoint.model,
+            num_tokens=len(order.given),
+            num=order.num,
+            **(tokens if num_given else {}),  # type: ignore[arg-type]
+            generator=torch.Generator().manual_seed(order.seed),
+            temperature=order.temperature,
+            top_p=order.top_p,
+            return_passes=passes,
+            return_rounds=drafts,
+            decoder="drafted" if drafts else "auto",
+            tick=job.tick,
+            on_tokens=job.tell,
+        )
+
+
+def _so_far(checkpoint: Checkpoint, order: Order, job: Job[Generation]) -> str:
+    """What is written by now, and how much is left."""
+    total = num_ticks(checkpoint.model, len(order.given), len(order.given) if order.is_prompt else 0)
+    told = torch.cat(job.told, 1)[0] if job.told else order.given[:0]
+    share = len(job.ticks) / max(total, 1)
+    locked = order.given[: len(told)] != BLANK
+    words = "waiting for its turn" if not job.ticks else f"{100 * min(share, 1.0):.0f} %"
+    return stage(final_tokens(told, checkpoint.tokenizer, locked), is_open=True) + bar(share) + muted(words)
+
+
+def _cards(checkpoint: Checkpoint, order: Order, result: Generation, job: Job[Generation]) -> Iterator[str]:
+    tokenizer, T = checkpoint.tokenizer, len(order.given)
+    locked = order.given != BLANK
+    for row, tokens in enumerate(result.tokens):
+        rows, note = _rows(checkpoint, order, result, row, job)
+        body = stage(final_tokens(tokens, tokenizer, locked)) + _facts(result, T, order.num, job.seconds_taken)
+        if rows:
+            drafted = bool(result.rounds)
+            summary = f"how it was written, {'pass by pass' if drafted else 'block by block'}"
+            body += scrubbed(rows, "pass", summary=summary, is_open=row == 0)
+        yield card(body, muted(note) if note else "")
+
+
+def _rows(
+    checkpoint: Checkpoint, order: Order, result: Generation, row: int, job: Job[Generation]
+) -> tuple[list[GridRow], str]:
+    """The rows that show how the sample came about, and a note about what they leave out."""
+    rows: list[GridRow] = []
+    locked = order.given != BLANK
+    if result.rounds:
+        # the ticks of block 1 are the last ones
+        ends = job.ticks[-len(order.given) // checkpoint.model.config.patch :] if order.num == 1 else []
+        rows = round_rows(result, row, int(locked.sum()), checkpoint.tokenizer, ends)
+    if not result.passes:
+        return rows, ""
+    passes, hidden = pass_rows(as_flow(checkpoint.model), result, row, checkpoint.tokenizer, locked)
+    note = f"{counted(hidden, 'block')} above changed next to nothing and {'is' if hidden == 1 else 'are'} not shown."
+    # a draft shows block 1 itself at work, between noise and text
+    return (passes[:-1] + rows if rows else passes), note if hidden else ""
+
+
+def _facts(result: Generation, length: int, num: int, seconds: float) -> str:
+    found = [
+        (f"{length:,}", "tokens"),
+        (milliseconds(seconds), "in all"),
+        (f"{num * length / seconds:,.0f}", "tokens a second"),
+    ]
+    for block, (passes, how) in enumerate(zip(reversed(result.sweeps), reversed(result.decoders), strict=True), 1):
+        words = {"drafted": "by drafts", "parallel": "in sweeps", "sequential": "step by step"}[how]
+        found.append((f"{passes:,}", f"{'pass' if passes == 1 else 'passes'} of block {block}, {words}"))
+    return facts(*found)
