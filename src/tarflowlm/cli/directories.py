@@ -1,15 +1,12 @@
 """`tarflowlm data`, `report`, `export` and `seal`: directories of tokens, figures and models."""
 
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 
-from tarflowlm.cli.arguments import ExportArgs, PrintJson, ReportArgs, SealArgs
-from tarflowlm.data import TokenizerConfig, prepare_corpus
+from tarflowlm.cli.arguments import ExportArgs, ReportArgs, SealArgs
+from tarflowlm.cli.configured import DataArgs
+from tarflowlm.data import prepare_corpus
 from tarflowlm.device import pick_device
 from tarflowlm.files import writer_lock
 from tarflowlm.report import write_report
@@ -18,19 +15,6 @@ from tarflowlm.terminal.bars import corpus_bar, stages_bar
 from tarflowlm.terminal.tables import print_json, print_notice, print_table
 
 SPLITS = ("train", "valid", "test")
-
-
-@dataclass(frozen=True)
-class DataArgs:
-    """Arguments of `tarflowlm data`."""
-
-    source: tyro.conf.Positional[str]
-    """english (built in), text8, openwebtext, or a .txt, .gz, .xz or .zst file."""
-    out: Path
-    """Directory to create."""
-    tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerConfig)
-    """How text becomes tokens."""
-    json: PrintJson = False
 
 
 def run_data(args: DataArgs) -> None:
