@@ -201,17 +201,22 @@ class SealArgs:
     """Arguments of `tarflowlm seal`."""
 
     directory: RunDirectory
+    json: PrintJson = False
 
 
 @dataclass(frozen=True)
 class ExportArgs:
     """Arguments of `tarflowlm export`."""
 
-    directory: RunDirectory
+    directory: Annotated[
+        tyro.conf.Positional[Path],
+        tyro.conf.arg(help="Run directory, or the name of a model that comes with the package."),
+    ]
     out: Path
     """Directory to create."""
     half: bool = False
     """Store weight matrices in bfloat16, which halves the size."""
+    json: PrintJson = False
 
 
 @dataclass(frozen=True)
