@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "tarflowlm"
 
 LAYERS = [
     {"errors", "choices"},
-    {"files", "device"},
+    {"files", "device", "shapes"},
     {"flow", "data"},
     {"language_model", "draft"},
     {"model", "baseline"},
@@ -101,12 +101,12 @@ def test_modules_do_not_import_each_other_in_circles():
     [
         ("flow.numerics", {"flow.precision"}),
         ("flow.precision", set()),
-        ("flow.transformer", {"errors", "flow.precision"}),
+        ("flow.transformer", {"shapes", "flow.precision"}),
         ("flow.heads", {"flow.precision"}),
         ("flow.bijection", {"errors"}),
         ("flow.codebook", {"flow.numerics"}),
         ("runs.strict_json", {"errors"}),
-        ("runs.config", {"baseline", "model", "data", "errors"}),
+        ("runs.config", {"shapes", "data", "errors"}),
         ("data", {"errors", "files"}),
     ],
 )

@@ -1,8 +1,5 @@
 """The baseline: a discrete autoregressive language model on the same Transformer."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -15,35 +12,13 @@ from tarflowlm.flow.compiled import allocate
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.precision import widen
 from tarflowlm.flow.transformer import Transformer
-from tarflowlm.language_model import LanguageModel, LanguageModelConfig
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.shapes import BaselineConfig as BaselineConfig
 
 IN_PATCH_CHANNELS = 32
 """Embedding width of a token in the in-patch head."""
 LARGEST_LOGITS = 2**27
 """Elements of logits [tokens, V] held at once: half a gigabyte in float32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaselineConfig(LanguageModelConfig):
-    """Shape of the baseline."""
-
-    family: ClassVar[str] = "ar"
-    in_patch: Literal["autoregressive", "independent"] = "independent"
-    """Tokens of a patch: independent given the earlier patches (as in the paper), or each given those before it."""
-    layers: int = 6
-    """Transformer layers."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_at_least("layers", self.layers, 1)
-
-    def deepened(self, factor: int) -> "BaselineConfig":
-        """The same configuration with `factor` times the Transformer layers."""
-        return replace(self, layers=factor * self.layers)
-
-    def build(self) -> "TokenLM":
-        """A new baseline of this shape. UserError without a vocabulary size."""
-        return TokenLM(self)
 
 
 class TokenLM(LanguageModel):

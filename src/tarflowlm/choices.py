@@ -11,3 +11,12 @@ Decoder = Literal["sequential", "parallel", "drafted", "auto"]
 
 Decoding = Literal["mode", "drawn"]
 """Which token latents become: the most probable one of p(x|z), or one drawn from it."""
+
+Scale = Literal["mini", "paper"]
+"""Of `reproduce`: models that a CPU trains, or the published size."""
+
+RECIPE_NAMES = (
+    "table2", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "table6", "progressive", "patches", "one-block",
+    "frontier",
+)  # fmt: skip
+"""The recipes of `reproduce`."""

@@ -3,8 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -12,63 +11,7 @@ from torch import Tensor, nn
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow.cached import KVCache
-from tarflowlm.flow.transformer import TransformerConfig
-
-C = TypeVar("C", bound="LanguageModelConfig")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig:
-    """The fields that both models share."""
-
-    family: ClassVar[str]
-    """The kind of model, as written to config.json."""
-    vocab_size: int = 0
-    """Token types V; 0 takes it from the tokenizer."""
-    context: int = 256
-    """Tokens T per training sequence; generated sequences are at most as long."""
-    patch: int = 1
-    """Tokens P per position; P divides the context."""
-    trunk: TransformerConfig = field(default_factory=TransformerConfig)
-    """Shape of the Transformer; every block of a flow has its own weights."""
-
-    def __post_init__(self) -> None:
-        self.check_at_least("context", self.context, 2)
-        self.check_at_least("patch", self.patch, 1)
-        self.check_at_least("vocab_size", self.vocab_size, 0)
-        if self.context % self.patch:
-            raise UserError(
-                f"patch {self.patch} does not divide context {self.context}: choose a patch that does, "
-                f"or a context that is a multiple of {self.patch}"
-            )
-
-    @staticmethod
-    def check_at_least(name: str, value: int, least: int) -> None:
-        """UserError, naming the field, for a value below `least`."""
-        if value < least:
-            raise UserError(f"model.{name} {value}: must be at least {least}")
-
-    @property
-    def num_blocks(self) -> int:
-        """Flow blocks L, at most one training stage each; 1 for the baseline."""
-        return 1
-
-    def first_blocks(self: C, num_blocks: int) -> C:
-        """The configuration of the first `num_blocks` blocks, the model of a progressive stage."""
-        assert num_blocks >= self.num_blocks
-        return self
-
-    @abstractmethod
-    def deepened(self: C, factor: int) -> C:
-        """The same configuration with `factor` times the Transformer layers."""
-
-    def describe(self, block: int) -> str:
-        """A short description of block `block` (0-based)."""
-        return "baseline"
-
-    @abstractmethod
-    def build(self) -> "LanguageModel":
-        """A new model of this shape, initialised from PyTorch's global generator (see `seeded`)."""
+from tarflowlm.shapes import LanguageModelConfig as LanguageModelConfig
 
 
 class LanguageModel(nn.Module):

@@ -1,9 +1,7 @@
 """TarFlowLM: a Gaussian codebook and a prior of stacked autoregressive flows, trained by the ELBO."""
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -19,126 +17,12 @@ from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.precision import full_precision
 from tarflowlm.flow.stack import FlowBlock, Prior
-from tarflowlm.language_model import LanguageModel, LanguageModelConfig
-
-CouplingName = Literal["affine", "token-affine", "mix1", "mixd"]
-"""affine and token-affine: one Gaussian, autoregressive over channels or over tokens. mix1: a mixture per channel.
-mixd: a mixture per token over one codebook (docs/math.md, section 3)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockConfig:
-    """One block of the stack."""
-
-    coupling: CouplingName = "mix1"
-    """The map of a position, given the positions before it."""
-    layers: int = 1
-    """Transformer layers."""
-    start: Literal["codebook", "flattened", "plain"] = "codebook"
-    """Of a mix1 block 1 with K = V: as the Mix-d coupling of the codebook; as that, its weights seeing a tenth of the
-    evidence; or plain, without knowledge of the codebook, as every other block starts."""
-    sees_channels: bool = True
-    """Let the head of a channel see the channels before it; without, a mixture per channel given the past alone."""
-    components: int = 2
-    """Mixture components K; 0 ties those of mixd to the encoder's codebook; 1 for affine couplings."""
-
-
-def stack(
-    couplings: Sequence[CouplingName], layers: Sequence[int], components: Sequence[int]
-) -> tuple[BlockConfig, ...]:
-    """Blocks from their couplings, layers and components, block 1 first. UserError for unequal lengths."""
-    if not len(couplings) == len(layers) == len(components):
-        raise UserError(
-            f"couplings {tuple(couplings)}, layers {tuple(layers)} and components {tuple(components)} need one entry "
-            f"per block each"
-        )
-    return tuple(
-        BlockConfig(coupling=name, layers=depth, components=count)
-        for name, depth, count in zip(couplings, layers, components, strict=True)
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowConfig(LanguageModelConfig):
-    """Shape of a TarFlowLM."""
-
-    family: ClassVar[str] = "flow"
-    latent_dim: int = 8
-    """Latent channels d per token."""
-    separation: float = 12.0
-    """Typical distance between neighbouring codebook means, over sigma, at the start of training."""
-    blocks: tuple[BlockConfig, ...] = (
-        BlockConfig(coupling="mixd", layers=6, components=0),
-        BlockConfig(),
-        BlockConfig(),
-    )
-    """Blocks of the stack, block 1 (next to the tokens) first."""
-    head_hidden: int = 64
-    """Hidden units per channel of the masked autoregressive head (D_m / 2 in the paper)."""
-    channel_mix: bool | None = True
-    """Reorder channels to [even, odd] between blocks; None: where P > 1, as in the paper."""
-    in_patch: Literal["autoregressive", "independent"] = "autoregressive"
-    """Mixture weights inside a patch of a mixd block: given the earlier tokens of the patch, or independent."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_at_least("latent_dim", self.latent_dim, 1)
-        self.check_at_least("head_hidden", self.head_hidden, 1)
-        if not 0 < self.separation < math.inf:
-            raise UserError(f"model.separation {self.separation}: must be above 0 and finite")
-        if not self.blocks:
-            raise UserError("model.blocks (): needs at least one block")
-        for index, block in enumerate(self.blocks):
-            self.check_at_least(f"blocks.{index}.layers", block.layers, 1)
-            self._check_components(index, block)
-
-    def _check_components(self, index: int, block: BlockConfig) -> None:
-        where, components = f"model.blocks.{index}.components ({block.coupling})", block.components
-        if "affine" in block.coupling and components not in (0, 1):
-            raise UserError(f"{where}: {components} has no effect, an affine coupling has one Gaussian; use 1")
-        if block.coupling == "mix1" and components < 1:
-            raise UserError(f"{where}: {components} must be at least 1")
-        if block.coupling == "mixd" and (components < 0 or (components == 0 and index > 0 and self.mixes_channels)):
-            raise UserError(
-                f"{where}: {components}; 0 (tied to the codebook) needs the codebook's order of channels: use it in "
-                f"block 1, turn channel_mix off, or give K >= 1 components of the block's own"
-            )
-
-    @property
-    def num_blocks(self) -> int:
-        """Flow blocks L."""
-        return len(self.blocks)
-
-    @property
-    def mixes_channels(self) -> bool:
-        """Whether channels are reordered between blocks."""
-        return self.patch > 1 if self.channel_mix is None else self.channel_mix
-
-    @property
-    def head_features(self) -> int:
-        """Embedding width A of the masked autoregressive head (docs/math.md, eq. 10; paper: appendix H)."""
-        channels = self.patch * self.latent_dim
-        return min(max(1, int(9 * 2 * self.head_hidden / (16 * max(channels - 1, 1)))), 96)
-
-    def first_blocks(self, num_blocks: int) -> "FlowConfig":
-        """The configuration of the first `num_blocks` blocks."""
-        return replace(self, blocks=self.blocks[:num_blocks])
-
-    def each_block(self, **fields: Any) -> "FlowConfig":
-        """The same configuration with these fields of `BlockConfig` set in every block."""
-        return replace(self, blocks=tuple(replace(block, **fields) for block in self.blocks))
-
-    def deepened(self, factor: int) -> "FlowConfig":
-        """The same configuration with `factor` times the Transformer layers in every block."""
-        return replace(self, blocks=tuple(replace(block, layers=factor * block.layers) for block in self.blocks))
-
-    def describe(self, block: int) -> str:
-        """Number and coupling of block `block` (0-based), such as "block 1 mixd"."""
-        return f"block {block + 1} {self.blocks[block].coupling}"
-
-    def build(self) -> "TarFlowLM":
-        """A new TarFlowLM of this shape. UserError without a vocabulary size."""
-        return TarFlowLM(self)
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.shapes import BlockConfig as BlockConfig
+from tarflowlm.shapes import CouplingName as CouplingName
+from tarflowlm.shapes import FlowConfig as FlowConfig
+from tarflowlm.shapes import as_flow_config as as_flow_config
+from tarflowlm.shapes import stack as stack
 
 
 @dataclass(frozen=True)
@@ -351,12 +235,6 @@ class TarFlowLM(LanguageModel):
     def blocks_from(self, first: int) -> Iterable[nn.Module]:
         """The blocks after the first `first`; the whole model, codebook included, for 0."""
         return self.prior.blocks[first:] if first else (self,)
-
-
-def as_flow_config(config: LanguageModelConfig) -> FlowConfig:
-    """`config`, narrowed to FlowConfig; AssertionError for another configuration."""
-    assert isinstance(config, FlowConfig), config
-    return config
 
 
 NO_LATENTS = "this model is the discrete baseline, which has no latents: give a TarFlowLM"

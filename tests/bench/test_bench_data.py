@@ -4,8 +4,8 @@ import pytest
 
 from tarflowlm.bench import data as bench_data
 from tarflowlm.bench import train as bench_train
+from tarflowlm.bench.arguments import DataArgs
 from tarflowlm.data.bpe import train_bpe
-from tarflowlm.errors import UserError
 
 
 def test_speed_memory_and_loader_are_measured(tmp_path, monkeypatch):
@@ -13,9 +13,7 @@ def test_speed_memory_and_loader_are_measured(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     train_bpe([text], 280, alphabet=None, normalization="none").save(tmp_path)
     monkeypatch.setattr(bench_train, "run", lambda *_: {"rows": [{"milliseconds": 50.0}]})
-    args = bench_data.Args(
-        text=tmp_path / "text.txt", tokenizer=str(tmp_path), rounds=1, speed_mb=1, small_mb=1, large_mb=2
-    )
+    args = DataArgs(text=tmp_path / "text.txt", tokenizer=str(tmp_path), rounds=1, speed_mb=1, small_mb=1, large_mb=2)
     result = bench_data.run(args)
     assert result["ratio"] == pytest.approx(result["mb_per_second"] / result["library_mb_per_second"])
     assert [row["mb"] for row in result["memory"]] == [1, 2]
@@ -33,8 +31,3 @@ def test_texts_are_repeated_to_their_size(tmp_path):
         data = (tmp_path / "out.txt").read_bytes()
         assert size - 4 < len(data) <= size
         assert ("na\u00efve \U0001f600" * 20).startswith(data.decode("utf-8"))
-
-
-def test_nothing_to_measure_is_refused():
-    with pytest.raises(UserError, match="rounds 0"):
-        bench_data.run(bench_data.Args(rounds=0))

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tarflowlm.bench.arguments import TrainArgs
 from tarflowlm.bench.scaling import scaling
-from tarflowlm.bench.train import Args, run
+from tarflowlm.bench.train import run
 from tarflowlm.evaluation.flops import training_flops
 from tarflowlm.runs.config import TrainConfig
 from tarflowlm.runs.presets import preset
@@ -20,7 +21,7 @@ def small(name, **changes):
 
 
 def test_speed_rows_and_utilisation():
-    args = Args(
+    args = TrainArgs(
         presets=("mini-ar",),
         rounds=1,
         steps=1,

@@ -9,6 +9,7 @@ from command_cases import CHECKPOINT, FAMILIES, ONE_LAYER, TINY
 from safetensors.torch import load_file
 
 from tarflowlm.data import TEXT8_ALPHABET
+from tarflowlm.runs.released import FOLDER
 
 EVAL_KEYS = {"bpc", "ppl", "nats_per_token", "bound", "samples", "stderr", "tokens", "characters", "windows"}
 
@@ -156,6 +157,17 @@ def test_data_prepares_a_directory_that_train_and_eval_take(run_json, run, model
     argv = ["--data", tmp_path / "corpus", "--steps", 1, *TINY, *FAMILIES["mini-ar"]]
     assert run("train", "mini-ar", "--out", tmp_path / "run", *argv).status == 0
     assert "train" in run("data", text_file, "--out", tmp_path / "table").out
+
+
+def test_exported_and_sealed_models_are_named(run, run_json, refused, model, tmp_path):
+    out = tmp_path / "out"
+    size = sum(path.stat().st_size for path in model.iterdir() if path.name in CHECKPOINT)
+    assert run_json("export", model, "--out", out)["bytes"] == pytest.approx(size, rel=0.05)
+    (out / "manifest.json").unlink()
+    assert run_json("seal", out) == {"out": str(out), "files": ["config.json", "tokenizer.json", "model.safetensors"]}
+    assert "sealed" in run("seal", out).out
+    for name in ("english-mini", FOLDER / "english-mini"):
+        refused("seal", name, names=["english-mini comes with the package", "export"])
 
 
 def test_names_are_not_markup(run, model, text_file, tmp_path):

@@ -24,6 +24,27 @@ def test_unknown_commands_and_presets_are_listed(refused):
     refused("bench", "nothing", names=["'nothing'", "numerics"])
 
 
+def test_what_does_not_parse_is_said_in_words(refused):
+    refused("sample", "x", "--num", "1.5", names=["--num: '1.5' is not a whole number; see"])
+    refused("sample", "x", "--length", "abc", names=["--length: 'abc' is not a whole number; see"])
+    refused("train", "mini-ar", "--out", "x", "--minutes", "1:30", names=["--minutes: '1:30' is not a number; see"])
+    refused("edit", "x", "--text", "a", "--replace", "a", names=["'--replace'. Expected 2 values"])
+
+
+def test_help_says_what_an_option_takes_and_a_flag_does(run):
+    sample = run("sample", "--help").out
+    assert "--prompt STR" in sample
+    assert "{None}" not in sample
+    assert "[bold]" not in sample
+    assert "--memory, --no-memory" in run("bench", "train", "--help").out
+    assert "sees-channels, --model.blocks.0.no-sees-channels" in run("train", "mini-mixd", "--help").out
+
+
+def test_the_word_none_is_a_text_but_no_number():
+    args = parse(SampleArgs, ["None", "--prompt", "None", "--length", "None"], "tarflowlm sample")
+    assert (args.directory, args.prompt, args.length) == (Path("None"), "None", None)
+
+
 def test_a_message_is_one_line_without_utf8_too(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     with pytest.raises(UserError) as raised:

@@ -9,9 +9,11 @@ from importlib import import_module
 import pytest
 
 import tarflowlm
+from tarflowlm.choices import RECIPE_NAMES
 from tarflowlm.cli import threads
 from tarflowlm.cli.main import COMMANDS
 from tarflowlm.cli.signals import exit_on_interrupt
+from tarflowlm.reproduce import RECIPES
 
 FAKE_TORCH = """
 import os
@@ -47,7 +49,9 @@ def start(tmp_path):
     return call
 
 
-@pytest.mark.parametrize("command", [("sample", "--model", "x"), ("train", "mini-ar"), ("data", "english")])
+@pytest.mark.parametrize(
+    "command", [("sample", "--model", "x"), ("train", "mini-ar", "--out", "x"), ("data", "english", "--out", "x")]
+)
 def test_threads_are_told_to_yield_before_torch_is_imported(start, command):
     argv = ("-m", "tarflowlm", *command)
     # what it is told depends on what else runs on this machine
@@ -91,7 +95,7 @@ def test_it_is_too_late_once_torch_is_there(monkeypatch):
     assert not any(name in os.environ for name in threads.CHOICES)
 
 
-@pytest.mark.parametrize("command", [("sample", "--model", "x"), ("train", "mini-ar")])
+@pytest.mark.parametrize("command", [("sample", "--model", "x"), ("train", "mini-ar", "--out", "x")])
 def test_an_interrupt_during_the_imports_costs_one_line(start, command):
     done = start("-m", "tarflowlm", *command, INTERRUPT="1")
     assert done.returncode == 130
@@ -142,9 +146,42 @@ def test_help_and_wrong_arguments_import_little(argv, libraries, modules):
     assert set(done.stdout.splitlines()[-1].split()) == libraries | {f"tarflowlm{name}" for name in modules}
 
 
+WITHOUT_TORCH = {
+    "version": ["--version"],
+    "presets": ["train", "--help"],
+    "fields": ["train", "mini-mixd", "--help"],
+    "unknown-preset": ["train", "mini-mixx", "--out", "x"],
+    "unknown-field": ["train", "mini-mixd", "--out", "x", "--model.depth", "3"],
+    "few-steps": ["train", "mini-mixd", "--out", "x", "--steps", "2"],
+    "benchmarks": ["bench", "--help"],
+    "few-rounds": ["bench", "train", "--rounds", "0"],
+    "unknown-recipe": ["reproduce", "table9"],
+    "no-out": ["data", "english"],
+    "draft": ["draft", "run", "--width", "0"],
+}
+
+
+@pytest.mark.parametrize("argv", WITHOUT_TORCH.values(), ids=WITHOUT_TORCH.keys())
+def test_configurations_are_read_without_torch(argv):
+    done = subprocess.run([sys.executable, "-c", IMPORTED, *argv], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "torch" not in done.stdout.splitlines()[-1].split()
+
+
+def test_what_does_not_train_imports_nothing_that_shards():
+    code = "import tarflowlm.cli.sample, tarflowlm.cli.evaluate, tarflowlm.cli.edit, tarflowlm.cli.directories, sys"
+    code += "; print('torch.distributed.tensor' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_the_recipes_are_those_that_the_command_lists():
+    assert tuple(RECIPES) == RECIPE_NAMES
+
+
 def test_every_command_names_what_is_there():
     for command in COMMANDS.values():
-        for reference in filter(None, (command.run, command.args)):
+        for reference in (command.run, command.args):
             module, name = reference.split(":")
             assert callable(getattr(import_module(f"tarflowlm.cli.{module}"), name))
 

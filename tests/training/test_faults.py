@@ -246,6 +246,14 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+def test_an_export_to_a_full_disk_is_one_line_and_leaves_nothing(small_disk, finished, refused):
+    with (small_disk / "filler").open("wb") as filler:
+        filler.write(bytes(4 * 2**20 - 20_000))
+    line = refused("export", finished, "--out", small_disk / "out")
+    assert f"cannot write to {small_disk / 'out'} ({os.strerror(errno.ENOSPC)})" in line
+    assert not (small_disk / "out").exists()
+
+
 def assert_says_what_survives(message: str, out: Path, reason: str) -> None:
     assert "\n" not in message
     assert f"cannot write to {out} ({reason}): what was saved before is kept" in message

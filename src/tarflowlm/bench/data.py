@@ -7,7 +7,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import tokenizers
 from rich.console import Console
 
 from tarflowlm.bench import train as bench_train
+from tarflowlm.bench.arguments import DataArgs, TrainArgs
 from tarflowlm.bench.measure import high_water_mark
 from tarflowlm.data import (
     BPETokenizer,
@@ -27,49 +27,22 @@ from tarflowlm.data import (
 )
 from tarflowlm.data.sources import resolve_source
 from tarflowlm.data.text import text_blocks, text_pieces
-from tarflowlm.errors import UserError
 from tarflowlm.runs.presets import preset
 from tarflowlm.terminal.bars import StageProgress, no_progress
 from tarflowlm.terminal.tables import print_table
-
-
-@dataclass(frozen=True)
-class Args:
-    """Text to BPE shards: speed as a ratio to the tokenizers library alone, peak memory, and the loader's cost."""
-
-    text: Path | None = None
-    """Text file, repeated to the sizes below; the default is the corpus english."""
-    tokenizer: str = ""
-    """BPE: a tokenizer.json or a hub name. The default trains one of 16,384 tokens on the small text."""
-    rounds: int = 3
-    """Rounds; each prepares a text and then runs the library alone."""
-    speed_mb: int = 50
-    """Size of that text, in megabytes (10^6 bytes)."""
-    small_mb: int = 10
-    """Size of the smaller text whose peak memory is measured, in megabytes."""
-    large_mb: int = 100
-    """Size of the larger one, in megabytes: does memory grow with the text?"""
-    preset: str = "mini-ar"
-    """Preset whose training step the loader's cost is compared with."""
-    json: bool = False
-    """Print one JSON object last."""
-
 
 VOCAB_SIZE = 16_384
 LOADER_BATCHES = 2000
 
 
-def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
+def run(args: DataArgs, progress: StageProgress = no_progress) -> dict[str, Any]:
     """{"mb_per_second", "library_mb_per_second", "ratio", "memory": [{"mb", "peak_mb", "mb_per_second"}],
     "loader_share", ...}.
 
     Speeds are medians over rounds, in 10^6 bytes per second; the ratio is the median of the ratios of each round, and
     above 1 means faster than the library. Peak memory is that of fresh processes, including all they import.
-    UserError for sizes or rounds below 1.
     """
     sizes = {"small": args.small_mb, "large": args.large_mb, "speed": args.speed_mb}
-    if args.rounds < 1 or min(sizes.values()) < 1:
-        raise UserError(f"rounds {args.rounds}, megabytes {sizes}: each needs at least 1")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for i, (label, size) in enumerate(sizes.items()):
@@ -86,7 +59,7 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
             memory.append({"mb": sizes[label]} | found)
         loader = _seconds_per_batch(folder / "large", args.preset)
     step = bench_train.run(
-        bench_train.Args(presets=(args.preset,), rounds=3, vocab_size=27, memory=False, scaling=False), progress
+        TrainArgs(presets=(args.preset,), rounds=3, vocab_size=27, memory=False, scaling=False), progress
     )
     milliseconds = step["rows"][0]["milliseconds"]
     return {

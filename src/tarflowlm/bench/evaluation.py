@@ -2,60 +2,28 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from tarflowlm.bench.arguments import EvaluationArgs
 from tarflowlm.bench.measure import median_ratio, seconds_per_call
-from tarflowlm.choices import DeviceName
 from tarflowlm.data import encode_text_source, eval_windows
 from tarflowlm.device import pick_device
-from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.terminal.bars import StageProgress, no_progress
 
 
-@dataclass(frozen=True)
-class Args:
-    """Time per token of the ELBO of flows and the likelihood of baselines, over that of the first model."""
-
-    directories: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories or shipped models; times are divided by that of the first, for instance a baseline."""
-    data: str | None = None
-    """Text to take windows from; the default is each run's own corpus."""
-    windows: int = 32
-    """Windows of each model's context, evenly spaced over the test split."""
-    samples: int = 1
-    """Posterior samples of flows."""
-    rounds: int = 5
-    """Rounds; every round times each model once, in turn."""
-    threads: int | None = None
-    """CPU threads; the default is PyTorch's."""
-    device: DeviceName = "auto"
-    """auto takes cuda, then mps, then cpu."""
-    json: bool = False
-    """Print one JSON object last."""
-
-
-def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
+def run(args: EvaluationArgs, progress: StageProgress = no_progress) -> dict[str, Any]:
     """{"models", "device", "threads", "torch"}: one row per model, with medians over rounds.
 
     `ratio` is the median over rounds of the seconds per token over those of the first model in the same round.
-    Raises UserError for numbers that are too small, and as `load_checkpoint` and `eval_windows`.
+    Raises UserError as `load_checkpoint` and `eval_windows`.
     """
-    if not args.directories:
-        raise UserError("bench evaluation needs run directories: name at least one")
-    if min(args.windows, args.samples, args.rounds) < 1:
-        raise UserError(
-            f"windows {args.windows}, samples {args.samples}, rounds {args.rounds}: each must be at least 1"
-        )
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
@@ -79,7 +47,7 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     return {"models": rows, "device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _evaluation(checkpoint: Checkpoint, args: Args) -> Callable[[], Likelihood]:
+def _evaluation(checkpoint: Checkpoint, args: EvaluationArgs) -> Callable[[], Likelihood]:
     """The likelihood of the windows as a call."""
     source = checkpoint.run.data.source if args.data is None else args.data
     tokens = encode_text_source(source, checkpoint.tokenizer, ("test",))["test"]

@@ -3,21 +3,19 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from tarflowlm.baseline import BaselineConfig
+from tarflowlm.bench.arguments import GenerationArgs
 from tarflowlm.bench.measure import median_ratio, seconds_per_call
 from tarflowlm.bench.peers import gpt2, llama, sampler
-from tarflowlm.choices import Decoder, DeviceName
+from tarflowlm.choices import Decoder
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate
@@ -29,42 +27,12 @@ from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.terminal.bars import StageProgress, no_progress, ticker
 
 
-@dataclass(frozen=True)
-class Args:
-    """Tokens per second of trained models, and how much faster sweeps are in each block of a flow."""
-
-    directories: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories; tokens per second are compared with the first, for instance a baseline."""
-    batches: tuple[int, ...] = (1, 16)
-    """Samples at once."""
-    peers: bool = False
-    """Also time a GPT-2 and a Llama of `transformers` in the shape of the first model."""
-    compile: bool = False
-    """Also time every model with --compile."""
-    length: int | None = None
-    """Tokens per sample; the default is each model's context."""
-    rounds: int = 3
-    """Rounds; every round times each contender once, in turn."""
-    seeds: int = 100
-    """Samples whose tokens are compared between steps and sweeps; 0 skips this."""
-    threads: int | None = None
-    """CPU threads; the default is PyTorch's."""
-    device: DeviceName = "auto"
-    """auto takes cuda, then mps, then cpu."""
-    json: bool = False
-    """Print one JSON object last."""
-
-
-def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
+def run(args: GenerationArgs, progress: StageProgress = no_progress) -> dict[str, Any]:
     """{"blocks", "models", "positions", "identical"}: lists of rows, see `print_result`.
 
     Numbers are medians over rounds, ratios medians of the rounds' own ratios (`median_ratio`).
-    Raises UserError for numbers that are too small, and as `load_checkpoint` and `generate`.
+    Raises UserError as `load_checkpoint` and `generate`.
     """
-    if not args.directories:
-        raise UserError("bench generation needs run directories: name at least one")
-    if args.rounds < 1 or min(args.batches, default=0) < 1 or args.seeds < 0:
-        raise UserError(f"rounds {args.rounds}, batches {args.batches}, seeds {args.seeds}: too few")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
@@ -105,7 +73,7 @@ def _rounds(
     return seconds
 
 
-def _length(model: LanguageModel, args: Args) -> int:
+def _length(model: LanguageModel, args: GenerationArgs) -> int:
     return args.length or model.config.context
 
 
@@ -123,7 +91,7 @@ def _decoders(model: LanguageModel) -> dict[str, Decoders]:
 
 
 def _models(
-    models: dict[str, LanguageModel], args: Args, batch: int, progress: StageProgress
+    models: dict[str, LanguageModel], args: GenerationArgs, batch: int, progress: StageProgress
 ) -> list[dict[str, Any]]:
     contenders: dict[str, Callable[[], object]] = {}
     tokens: dict[str, int] = {}
@@ -188,7 +156,9 @@ def _peers(model: LanguageModel, device: torch.device) -> dict[str, Callable[[in
 
 
 @torch.no_grad()
-def _blocks(name: str, model: TarFlowLM, args: Args, batch: int, progress: StageProgress) -> list[dict[str, Any]]:
+def _blocks(
+    name: str, model: TarFlowLM, args: GenerationArgs, batch: int, progress: StageProgress
+) -> list[dict[str, Any]]:
     padded = -(-_length(model, args) // model.config.patch) * model.config.patch
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(batch, padded, model.config.latent_dim, generator=generator).to(model.codebook.mean)
@@ -219,7 +189,7 @@ def _blocks(name: str, model: TarFlowLM, args: Args, batch: int, progress: Stage
     return rows
 
 
-def _positions(name: str, model: LanguageModel, args: Args, progress: StageProgress) -> dict[str, Any]:
+def _positions(name: str, model: LanguageModel, args: GenerationArgs, progress: StageProgress) -> dict[str, Any]:
     """Milliseconds per position in the four quarters of a sample by steps; of block 1, or the baseline."""
     marks: list[float] = []
     batch = max(args.batches)
@@ -239,7 +209,7 @@ def _positions(name: str, model: LanguageModel, args: Args, progress: StageProgr
     return {"name": name, "batch": batch, "milliseconds": quarters, "last_over_first": quarters[-1] / quarters[0]}
 
 
-def _identical(name: str, model: TarFlowLM, args: Args, progress: StageProgress) -> dict[str, Any]:
+def _identical(name: str, model: TarFlowLM, args: GenerationArgs, progress: StageProgress) -> dict[str, Any]:
     """How many tokens differ from those by steps: with sweeps in every block, and with the automatic choice."""
     texts = {}
     drafted = ("drafted",) if model.draft is not None else ()

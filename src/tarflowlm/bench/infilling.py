@@ -1,21 +1,17 @@
 """Infilling and editing of held-out text: the gain from particles, and the changes made by re-noising."""
 
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tarflowlm.choices import DeviceName
+from tarflowlm.bench.arguments import InfillingArgs
 from tarflowlm.data import encode_text_source, eval_windows
 from tarflowlm.device import pick_device
 from tarflowlm.editing import bound, encode, renoise
-from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.generation import generate
 from tarflowlm.generation.generate import num_ticks
@@ -25,45 +21,11 @@ from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.terminal.bars import StageProgress, no_progress, ticker
 
 
-@dataclass(frozen=True)
-class Args:
-    """Hide tokens in the middle of held-out sentences; fill them in with and without regard to what follows."""
-
-    directories: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories, flows or baselines."""
-    data: str | None = None
-    """Text to take sentences from; the default is each run's own corpus."""
-    sentences: int = 200
-    """Sentences, evenly spaced over the test split."""
-    length: int = 64
-    """Tokens of a sentence."""
-    blanks: int = 12
-    """Hidden tokens in the middle of it."""
-    particles: tuple[int, ...] = (1, 16)
-    """Candidates per sentence; 1 ignores what follows the blanks."""
-    strengths: tuple[float, ...] = (0.0, 0.1, 0.3, 0.6, 1.0)
-    """Of re-noising, at every state of a flow."""
-    examples: int = 5
-    """Sentences to print."""
-    seed: int = 0
-    """Of all noise."""
-    device: DeviceName = "auto"
-    """auto takes cuda, then mps, then cpu."""
-    json: bool = False
-    """Print one JSON object last."""
-
-
-def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
+def run(args: InfillingArgs, progress: StageProgress = no_progress) -> dict[str, Any]:
     """{"infilling", "editing", "examples"}; bits per character are upper bounds for flows, exact for baselines.
 
-    Raises UserError for numbers outside their range, and as `load_checkpoint` and `generate`.
+    Raises UserError as `load_checkpoint` and `generate`.
     """
-    if not args.directories:
-        raise UserError("bench infilling needs run directories: name at least one")
-    if not 0 < args.blanks < args.length:
-        raise UserError(f"blanks {args.blanks}: must be between 1 and {args.length - 1}, the length less one")
-    if args.sentences < 1 or min(args.particles, default=0) < 1:
-        raise UserError(f"sentences {args.sentences}, particles {args.particles}: each must be at least 1")
     result: dict[str, Any] = {"infilling": [], "editing": [], "examples": []}
     for directory in args.directories:
         checkpoint = load_checkpoint(directory, pick_device(args.device))
@@ -76,7 +38,7 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     return result
 
 
-def _sentences(checkpoint: Checkpoint, args: Args) -> torch.Tensor:
+def _sentences(checkpoint: Checkpoint, args: InfillingArgs) -> torch.Tensor:
     """Windows [sentences, T] of the test split, each starting at a word if the text has spaces."""
     source = checkpoint.run.data.source if args.data is None else args.data
     tokens = encode_text_source(source, checkpoint.tokenizer, ("test",))["test"]
@@ -94,7 +56,7 @@ def _bits(checkpoint: Checkpoint, tokens: torch.Tensor, seed: int) -> float:
 
 
 def _infill(
-    checkpoint: Checkpoint, name: str, texts: torch.Tensor, args: Args, progress: StageProgress
+    checkpoint: Checkpoint, name: str, texts: torch.Tensor, args: InfillingArgs, progress: StageProgress
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     model, first = checkpoint.model, (args.length - args.blanks) // 2
     hidden = torch.zeros(args.length, dtype=torch.bool)
@@ -147,7 +109,7 @@ def _infill(
 
 
 def _edit(
-    checkpoint: Checkpoint, name: str, texts: torch.Tensor, args: Args, progress: StageProgress
+    checkpoint: Checkpoint, name: str, texts: torch.Tensor, args: InfillingArgs, progress: StageProgress
 ) -> list[dict[str, Any]]:
     model = as_flow(checkpoint.model)
     text = encode(model, texts, torch.Generator().manual_seed(args.seed))

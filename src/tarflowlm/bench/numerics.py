@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from tarflowlm.bench.arguments import NumericsArgs
 from tarflowlm.bench.vocabulary_loss import LossProblem, interleave, losses
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import mixture_cdf, mixture_cdf_inverse
@@ -22,42 +23,6 @@ from tarflowlm.terminal.tables import column_table
 
 Params = tuple[Tensor, Tensor, Tensor]
 Map = Callable[[Tensor, Params], Tensor]
-
-
-@dataclass(frozen=True)
-class Args:
-    """Times as ratios to another library in the same run; errors and range; the Mix-d loss against cross-entropy."""
-
-    tokens: int = 4096
-    """Rows of the elementwise problem."""
-    channels: int = 64
-    """Channels per row."""
-    components: tuple[int, ...] = (2, 8, 27)
-    """Mixture sizes."""
-    rounds: int = 7
-    """Rounds; every round times each contender once, in turn."""
-    accuracy_rows: int = 20_000
-    """Mixtures of the error columns; half of them are hard (scales e^-6 to e^2, weights to e^-12, |u| to 30)."""
-    zuko: bool = True
-    """Compare with zuko's GaussianizationTransform (needs zuko)."""
-    head: bool = True
-    """Time the Mix-d loss too, and measure its memory in processes of its own."""
-    vocabulary: int = 50_257
-    """Components of the Mix-d loss."""
-    head_tokens: int = 4096
-    """Tokens of the Mix-d loss."""
-    width: int = 256
-    """Features per token of the Mix-d loss."""
-    latent_dim: int = 16
-    """Latent channels per token of the Mix-d loss."""
-    head_rounds: int = 3
-    """Rounds for the Mix-d loss."""
-    threads: int = 1
-    """CPU threads."""
-    seed: int = 0
-    """Seed of all inputs."""
-    json: bool = False
-    """Print one JSON object last."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +39,13 @@ class Contender:
     """True where the implementation has no weights: it is then held to the mixture it can express."""
 
 
-def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
+def run(args: NumericsArgs, progress: StageProgress = no_progress) -> dict[str, Any]:
     """{"maps": [...], "head": [...], ...}: one row per contender and mixture size, one per loss.
 
     Ratios are medians of the rounds' own ratios, to `ours f32` for the maps and to the faster
     cross-entropy for the losses. Errors are in u, against our float64, itself held to 50 digits by the tests; the
     round trip's is net of what one ulp of z is worth.
     """
-    if min(args.rounds, args.head_rounds, args.tokens, args.channels, *args.components) < 1:
-        raise UserError("rounds, head-rounds, tokens, channels and components each need at least 1")
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
@@ -99,11 +62,11 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     }
 
 
-def _loss_problem(args: Args) -> LossProblem:
+def _loss_problem(args: NumericsArgs) -> LossProblem:
     return LossProblem(args.vocabulary, args.head_tokens, args.width, args.latent_dim, args.threads, args.seed)
 
 
-def _contenders(args: Args) -> list[Contender]:
+def _contenders(args: NumericsArgs) -> list[Contender]:
     def ours(z: Tensor, params: Params) -> Tensor:
         return mixture_cdf(z, *params)[0]
 
@@ -178,7 +141,7 @@ def _hard(rows: int, k: int, generator: torch.Generator) -> tuple[Tensor, Params
     return u, (-12 * uniform[2], apart - apart.mean(-1, keepdim=True), log_std)
 
 
-def _maps(args: Args, k: int, progress: StageProgress) -> list[dict[str, Any]]:
+def _maps(args: NumericsArgs, k: int, progress: StageProgress) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(args.seed)
     u, params = _ordinary((args.tokens, args.channels), k, generator)
     with torch.no_grad():

@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tarflowlm.bench.arguments import SizesArgs
 from tarflowlm.bench.standin import device, fake_tensors, simulated_processes, to_fake
 from tarflowlm.bench.tracking import Usage, tracked
 from tarflowlm.errors import UserError
@@ -39,34 +40,8 @@ XL_TRUNK = TransformerConfig(width=1600, num_heads=25)
 """The width and heads of GPT-2 XL, which has 48 layers: four times those of the presets."""
 
 
-@dataclass(frozen=True)
-class Args:
-    """Memory per GPU under FSDP2, largest batch, FLOPs per token and hours of the large presets, stage by stage.
-    Computed from shapes, without a GPU."""
-
-    presets: tuple[str, ...] = PAPER_PRESETS
-    """Presets whose names begin with text8- or owt-."""
-    gpus: int = 8
-    """GPUs for which to compute the hours."""
-    utilisation: float = 0.4
-    """Share of the peak that training reaches (model FLOPs utilisation)."""
-    peak_tflops: float = 989.0
-    """Peak of one GPU in TFLOP/s; the default is an H100 in bfloat16."""
-    memory: float = 80.0
-    """Memory of one GPU in GB (1e9 bytes)."""
-    xl: bool = False
-    """The presets of OpenWebText with the body of GPT-2 XL (1.5 B parameters) as well."""
-    json: bool = False
-    """Print one JSON object last."""
-
-
-def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
-    """{"rows": [a row for every stage], ...}; see `stage_size`. Raises UserError for options outside their range."""
-    if not 0 < args.utilisation <= 1 or args.gpus < 1 or args.memory <= 0 or args.peak_tflops <= 0:
-        raise UserError(
-            f"utilisation {args.utilisation}, gpus {args.gpus}, memory {args.memory}, peak-tflops "
-            f"{args.peak_tflops}: all must be above 0, and the utilisation at most 1"
-        )
+def run(args: SizesArgs, progress: StageProgress = no_progress) -> dict[str, Any]:
+    """{"rows": [a row for every stage], ...}; see `stage_size`. Raises UserError for presets of another size."""
     rows = []
     stages = [(config, stage) for config in _runs(args) for stage in range(config.num_stages)]
     for done, (config, stage) in enumerate(stages):
@@ -79,7 +54,7 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     return {"rows": rows, **given, "peak_tflops": args.peak_tflops, "torch": torch.__version__}
 
 
-def _runs(args: Args) -> Iterator[RunConfig]:
+def _runs(args: SizesArgs) -> Iterator[RunConfig]:
     for name in args.presets:
         config, corpus = preset(name), name.split("-")[0]
         if corpus not in VOCABULARY:

@@ -5,17 +5,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 
+from tarflowlm.bench.arguments import TrainArgs
 from tarflowlm.bench.measure import high_water_mark, median_ratio, seconds_per_call
 from tarflowlm.bench.peers import peers, peers_table
 from tarflowlm.bench.scaling import scaling
-from tarflowlm.choices import DeviceName
 from tarflowlm.device import pick_device
-from tarflowlm.errors import UserError
 from tarflowlm.evaluation.flops import training_flops
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import preset
@@ -29,41 +28,6 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.0, "V100": 125.0,
 }  # fmt: skip
 """Dense matrix products in half precision with float32 sums, as the maker states them; by a part of the name."""
-
-
-@dataclass(frozen=True)
-class Args:
-    """Tokens per second of a training step, with ratios to the first preset from interleaved rounds; peak memory;
-    scaling to two processes."""
-
-    presets: tuple[str, ...] = ("mini-ar", "mini-mixd", "mini-mix1", "mini-affine")
-    """The first is the reference. Progressive presets are timed stage by stage."""
-    rounds: int = 7
-    """Rounds; every round times each preset once, in turn."""
-    steps: int = 2
-    """Optimiser steps per timing."""
-    vocab_size: int = 27
-    """Symbols of the random tokens that are trained on."""
-    threads: int | None = None
-    """CPU threads; the default is PyTorch's."""
-    muon: tuple[Literal["auto", "float32", "bfloat16"], ...] = ("auto",)
-    """Precisions of Muon's products, each timed; torch.optim.Muon has bfloat16 alone."""
-    compile: bool | None = None
-    """Compile the step with torch.compile; the default does as training does."""
-    memory: bool = True
-    """Measure the peak memory of every preset, each in a process of its own."""
-    scaling: bool = True
-    """Time the presets in two processes, DDP and FSDP2, against one."""
-    scaling_presets: tuple[str, ...] = ("mini-ar", "mini-mixd")
-    """Presets of that comparison; a progressive one trains its first stage."""
-    peers: bool = False
-    """Time the first preset, with AdamW, beside a GPT-2 and a Llama of its shape (extra `quality`)."""
-    device: DeviceName = "auto"
-    """auto takes cuda, then mps, then cpu."""
-    peak_tflops: float | None = None
-    """Peak of the accelerator in TFLOP/s, for the model FLOPs utilisation; the default knows some devices."""
-    json: bool = False
-    """Print one JSON object last."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +51,12 @@ class _Contender:
         return seconds
 
 
-def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
+def run(args: TrainArgs, progress: StageProgress = no_progress) -> dict[str, Any]:
     """{"rows": [{"name", "tokens_per_second", "ratio", "milliseconds", ...}], ...}; ratios are to the first row.
 
     Numbers are medians over rounds, ratios medians of the rounds' own ratios (`median_ratio`).
-    Raises UserError for numbers below 1, unknown presets, and as `peers`.
+    Raises UserError for unknown presets, and as `peers`.
     """
-    if args.rounds < 1 or args.steps < 1 or not args.presets:
-        raise UserError(f"rounds {args.rounds}, steps {args.steps}, presets {args.presets}: each needs at least 1")
     runs = {name: preset(name) for name in (*args.presets, *args.scaling_presets)}
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -125,7 +87,7 @@ def run(args: Args, progress: StageProgress = no_progress) -> dict[str, Any]:
     return result
 
 
-def _speed(args: Args, device: torch.device, progress: StageProgress) -> list[dict[str, Any]]:
+def _speed(args: TrainArgs, device: torch.device, progress: StageProgress) -> list[dict[str, Any]]:
     contenders = {}
     for run, precision in product(map(preset, args.presets), args.muon):
         run = replace(run, optim=replace(run.optim, muon_precision=precision))
@@ -169,7 +131,7 @@ def _known_peak(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
-def _contender(run: RunConfig, stage: int, args: Args, device: torch.device) -> _Contender:
+def _contender(run: RunConfig, stage: int, args: TrainArgs, device: torch.device) -> _Contender:
     """A training step of one stage of a preset."""
     run = replace(run, model=replace(run.model, vocab_size=args.vocab_size))
     run = replace(run, train=replace(run.train, compile=args.compile))
@@ -186,12 +148,12 @@ def _contender(run: RunConfig, stage: int, args: Args, device: torch.device) -> 
     )
 
 
-def _peak(name: str, args: Args) -> float:
+def _peak(name: str, args: TrainArgs) -> float:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         return fresh.submit(peak_memory, name, args).result()
 
 
-def peak_memory(name: str, args: Args) -> float:
+def peak_memory(name: str, args: TrainArgs) -> float:
     """GB (1e9 bytes) by which training raises this process's peak: model, gradients, optimisers, activations.
 
     Of the stage that needs most. On a GPU this is the allocator's peak. Elsewhere it is that of the process, which

@@ -1,6 +1,6 @@
 """What the commands take. Light to import: `--help` answers, and a wrong argument is reported, before torch is there.
 
-Not here: `train`, `data`, `bench` and `reproduce`, whose arguments contain configurations that need torch.
+Those that hold configurations are in `configured`, those of benchmarks in `bench.arguments`.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from tarflowlm.choices import Decoder, Decoding, DeviceName
+from tarflowlm.choices import RECIPE_NAMES, Decoder, Decoding, DeviceName, Scale
 from tarflowlm.errors import UserError
 
 Device = Annotated[DeviceName, tyro.conf.arg(help="auto picks cuda, then mps, then cpu.")]
@@ -25,6 +25,8 @@ ReleasedModel = Annotated[
 ]
 Normalize = Literal["text8"] | None
 
+ALL = "all"
+"""The name of all recipes."""
 TEMPERATURE = "raise the probabilities of tokens to the power 1 / temperature; 1 samples from the model itself."
 TOP_K = "keep the k most probable tokens."
 TOP_P = "keep the smallest set of tokens that holds this probability."
@@ -265,14 +267,50 @@ class SealArgs:
     """Arguments of `tarflowlm seal`."""
 
     directory: RunDirectory
+    json: PrintJson = False
 
 
 @dataclass(frozen=True)
 class ExportArgs:
     """Arguments of `tarflowlm export`."""
 
-    directory: RunDirectory
+    directory: Annotated[
+        tyro.conf.Positional[Path],
+        tyro.conf.arg(help="Run directory, or the name of a model that comes with the package."),
+    ]
     out: Path
     """Directory to create."""
     half: bool = False
     """Store weight matrices in bfloat16, which halves the size."""
+    json: PrintJson = False
+
+
+@dataclass(frozen=True)
+class ReproduceArgs:
+    """Arguments of `tarflowlm reproduce`."""
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"One of {', '.join([*RECIPE_NAMES, ALL])}.")]
+    scale: Scale = "mini"
+    """mini runs on a CPU; paper is the published size, on TEXT8 and OpenWebText."""
+    out: Path = Path("reproduced")
+    """Directory of runs and results. Recipes share the runs in it, and finished work is not repeated."""
+    data: str | None = None
+    """Text for mini scale: corpus name or file; the default is the built-in corpus."""
+    judge_data: str = "english"
+    """Text on which the judge of samples is trained at mini scale; it should differ from --data."""
+    second_text: str | None = None
+    """table2: also measure the likelihood of this whole text."""
+    seeds: int = 1
+    """Train each model this many times, with seeds 0, 1, ...; where differences are small, at least twice."""
+    steps: int | None = None
+    """Optimiser steps of every training in place of the recipe's, for a quick look."""
+    dry_run: bool = False
+    """Train nothing: list the trainings with a rough time for each, from a few timed steps."""
+    device: Device = "auto"
+    json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        if self.name != ALL and self.name not in RECIPE_NAMES:
+            raise UserError(f"{self.name!r} is no recipe: choose one of {', '.join([*RECIPE_NAMES, ALL])}")
+        if self.seeds < 1:
+            raise UserError(f"seeds {self.seeds}: must be at least 1")

@@ -1,36 +1,22 @@
 """`tarflowlm data`, `report`, `export` and `seal`: directories of tokens, figures and models."""
 
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 
-from tarflowlm.cli.arguments import ExportArgs, PrintJson, ReportArgs, SealArgs
-from tarflowlm.data import TokenizerConfig, prepare_corpus
+from tarflowlm.cli.arguments import ExportArgs, ReportArgs, SealArgs
+from tarflowlm.cli.configured import DataArgs
+from tarflowlm.data import prepare_corpus
 from tarflowlm.device import pick_device
+from tarflowlm.errors import UserError
 from tarflowlm.files import writer_lock
 from tarflowlm.report import write_report
 from tarflowlm.runs.checkpoint import export, read_run, seal
+from tarflowlm.runs.released import FOLDER, locate
 from tarflowlm.terminal.bars import corpus_bar, stages_bar
 from tarflowlm.terminal.tables import print_json, print_notice, print_table
 
 SPLITS = ("train", "valid", "test")
-
-
-@dataclass(frozen=True)
-class DataArgs:
-    """Arguments of `tarflowlm data`."""
-
-    source: tyro.conf.Positional[str]
-    """english (built in), text8, openwebtext, or a .txt, .gz, .xz or .zst file."""
-    out: Path
-    """Directory to create."""
-    tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerConfig)
-    """How text becomes tokens."""
-    json: PrintJson = False
 
 
 def run_data(args: DataArgs) -> None:
@@ -49,8 +35,9 @@ def run_data(args: DataArgs) -> None:
 
 
 def run_report(args: ReportArgs) -> None:
+    directories = [locate(directory) for directory in args.directories]
     with stages_bar(Console(stderr=True)) as progress:
-        result = write_report(args.directories, args.out, device=pick_device(args.device), progress=progress)
+        result = write_report(directories, args.out, device=pick_device(args.device), progress=progress)
     if args.json:
         print_json(result)
         return
@@ -63,11 +50,21 @@ def run_report(args: ReportArgs) -> None:
 
 def run_export(args: ExportArgs) -> None:
     out = export(args.directory, args.out, half=args.half)
-    size = sum(path.stat().st_size for path in out.iterdir())
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    if args.json:
+        print_json({"out": str(out), "bytes": size})
+        return
     print_table(Console(), str(out), [("size", f"{size / 1e6:.2f} MB")])
 
 
 def run_seal(args: SealArgs) -> None:
-    read_run(args.directory, check=False)
-    with writer_lock(args.directory):
-        seal(args.directory)
+    directory = locate(args.directory)
+    if directory.resolve().parent == FOLDER.resolve():
+        raise UserError(f"{directory.name} comes with the package: seal a copy of it, from `tarflowlm export`")
+    read_run(directory, check=False)
+    with writer_lock(directory):
+        files = seal(directory)
+    if args.json:
+        print_json({"out": str(directory), "files": files})
+        return
+    print_table(Console(), str(directory), [("sealed", ", ".join(files))])

@@ -19,6 +19,11 @@ STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
 UNREAD = 141
 """What a shell reports for a program whose output nobody reads any more: 128 plus the number of SIGPIPE."""
+AFTER_INTERRUPT = {
+    "train": "a training run continues with `tarflowlm train --resume DIR`",
+    "reproduce": "the same command goes on from the last checkpoint",
+}
+"""What the commands that save on the way add when they are interrupted."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,8 @@ class Command:
     summary: str
     run: str
     """module:function below `cli`."""
-    args: str | None = None
-    """module:class of what `run` takes. Without it `run` takes the words that follow the command's name."""
+    args: str
+    """module:class of what `run` takes, or module:function that makes it of the words after the command's name."""
 
 
 COMMANDS = {
@@ -38,17 +43,18 @@ COMMANDS = {
         "quickstart:run_quickstart",
         "arguments:QuickstartArgs",
     ),
-    "data": Command("Turn a corpus or text file into token shards.", "directories:run_data", "directories:DataArgs"),
+    "data": Command("Turn a corpus or text file into token shards.", "directories:run_data", "configured:DataArgs"),
     "train": Command(
         "Train a preset into a new directory, with any field of its configuration overridden. Or continue a run: "
         "train --resume DIR.",
         "train:run_train",
+        "configured:read_train",
     ),
     "draft": Command(
         "Train a draft for a finished run: a small network that guesses features, which block 1 then verifies in "
         "parallel. Sampling gets faster, its result stays the same.",
         "draft:run_draft",
-        "draft:DraftArgs",
+        "configured:DraftArgs",
     ),
     "eval": Command(
         "Measure the likelihood of a text under a model; on request, its latents and the quality of samples.",
@@ -100,9 +106,11 @@ COMMANDS = {
     "reproduce": Command(
         "Reproduce a table or figure of the paper, or an experiment of ours; `all` runs every one of them.",
         "reproduce:run_reproduce",
-        "reproduce:ReproduceArgs",
+        "arguments:ReproduceArgs",
     ),
-    "bench": Command("Measure speed and accuracy, as ratios within one run.", "bench:run_bench"),
+    "bench": Command(
+        "Measure speed and accuracy, as ratios within one run.", "bench:run_bench", "configured:read_bench"
+    ),
 }
 
 
@@ -134,8 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         _say(str(stopped))
         sys.exit(STOPPED)
     except KeyboardInterrupt as interrupt:
-        more = "a training run continues with `tarflowlm train --resume DIR`" if argv[:1] == ["train"] else ""
-        more = str(interrupt) or more
+        more = str(interrupt) or (AFTER_INTERRUPT.get(argv[0], "") if argv else "")
         _say(f"interrupted; {more}" if more else "interrupted")
         sys.exit(INTERRUPTED)
 
@@ -144,16 +151,24 @@ def _dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         _print_help()
         return
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        sys.stdout.write(f"tarflowlm {version('tarflowlm')}\n")
+        return
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
         raise UserError(f"command {name!r} is unknown: choose one of {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     settle_threads()
-    args: Any = rest
-    if command.args is not None:
+    args: Any
+    takes = _load(command.args)
+    if isinstance(takes, type):
         from tarflowlm.cli.parsing import parse
 
-        args = parse(_load(command.args), rest, f"tarflowlm {name}", description=command.summary)
+        args = parse(takes, rest, f"tarflowlm {name}", description=command.summary)
+    else:
+        args = takes(rest)
     run = _load(command.run)
     import torch
 
@@ -189,7 +204,7 @@ def _say(message: str, *, everywhere: bool = False) -> None:
     """
     line = message.replace("\r", "\\r").replace("\n", "\\n")
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             sys.stderr.write(f"tarflowlm: {line}\n")
 
 

@@ -3,38 +3,75 @@
 import contextlib
 import io
 import re
-from typing import TypeVar
+from dataclasses import replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from tarflowlm.errors import UserError
 
 T = TypeVar("T")
 
 
-def parse(cls: type[T], argv: list[str], prog: str, *, default: T | None = None, description: str | None = None) -> T:
+def parse(
+    cls: type[T],
+    argv: list[str],
+    prog: str,
+    *,
+    default: T | None = None,
+    description: str | None = None,
+    has_pairs: bool = False,
+) -> T:
     """`cls` from the command line; UserError with one line if it does not parse.
 
-    `description` heads the help page in place of the docstring of `cls`.
+    `description` heads the help page in place of the docstring of `cls`. `has_pairs`: every flag --x has its --no-x,
+    for arguments of which some are true by default.
     """
     # tyro reports errors only as a box on stderr: `console_outputs=False` leaves nothing but the exit status, and the
     # hook for structured events (`tyro._errors`) is private and missing from most versions that we accept.
     # `tyro.extras.SubcommandApp` reports no better and would import every command to build its parser.
     box = io.StringIO()
+    marks = (tyro.conf.AvoidSubcommands,) if has_pairs else (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_optional)
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stderr(box), registry:
             return tyro.cli(
                 cls,
                 args=argv,
                 prog=prog,
                 description=description,
                 default=tyro.MISSING_NONPROP if default is None else default,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
+                config=marks,
             )
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UserError(_one_line(box.getvalue(), cls.__name__, prog)) from None
+
+
+def _optional(info: PrimitiveTypeInfo) -> Any:
+    """How tyro reads `X | None`: as X, or the word None where that is no text.
+
+    By itself it says {None}|X on help pages, and its errors list what is wrong with either type.
+    """
+    inner = [part for part in get_args(info.type) if part is not NoneType]
+    if get_origin(info.type) not in (Union, UnionType) or len(inner) != 1 or NoneType not in get_args(info.type):
+        return None
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(inner[0], info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec) or not isinstance(spec.nargs, int):
+        return None
+    none = [] if inner[0] in (str, Path) else ["None"]
+    return replace(
+        spec,
+        instance_from_str=lambda words: None if words == none else spec.instance_from_str(words),
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
+        choices=None if spec.choices is None else ("None", *spec.choices),
+    )
 
 
 def _one_line(box: str, cls: str, prog: str) -> str:
@@ -47,5 +84,8 @@ def _one_line(box: str, cls: str, prog: str) -> str:
     text = re.sub(r"Argument helptext:.*", "", text, flags=re.DOTALL)
     text = re.sub(r"[╭╮╰╯│─]+", " ", text)
     text = re.sub(r"For full helptext.*", "", text, flags=re.DOTALL)
+    text = re.sub(r"\[/?bold\]", "", text).replace("Expected 1 values", "Expected 1 value")
     text = " ".join(text.split()).removeprefix(f"Error parsing {cls}: ")
+    text = re.sub(r"invalid literal for int\(\) with base 10: ('.*'|\".*\")", r"\1 is not a whole number", text)
+    text = re.sub(r"could not convert string to float: ('.*'|\".*\")", r"\1 is not a number", text)
     return f"{text or 'the arguments do not parse'}; see `{prog} --help`"

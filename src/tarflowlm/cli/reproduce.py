@@ -1,57 +1,22 @@
 """`tarflowlm reproduce NAME`: plan, train what is missing, measure, write the results."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
 
-from tarflowlm.cli.arguments import Device, PrintJson
+from tarflowlm.cli.arguments import ALL, ReproduceArgs
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.reproduce import RECIPES
-from tarflowlm.reproduce.recipe import Planned, Recipe, Scale, Settings, estimate, finish, state_of
+from tarflowlm.reproduce.recipe import Planned, Recipe, Settings, estimate, finish, state_of
 from tarflowlm.reproduce.write import write_results
 from tarflowlm.terminal.bars import stages_bar
 from tarflowlm.terminal.tables import print_json, print_notice, print_table
 from tarflowlm.terminal.training import ProgressReporter
-
-ALL = "all"
-
-
-@dataclass(frozen=True)
-class ReproduceArgs:
-    """Arguments of `tarflowlm reproduce`."""
-
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"One of {', '.join([*RECIPES, ALL])}.")]
-    scale: Scale = "mini"
-    """mini runs on a CPU; paper is the published size, on TEXT8 and OpenWebText."""
-    out: Path = Path("reproduced")
-    """Directory of runs and results. Recipes share the runs in it, and finished work is not repeated."""
-    data: str | None = None
-    """Text for mini scale: corpus name or file; the default is the built-in corpus."""
-    judge_data: str = "english"
-    """Text on which the judge of samples is trained at mini scale; it should differ from --data."""
-    second_text: str | None = None
-    """table2: also measure the likelihood of this whole text."""
-    seeds: int = 1
-    """Train each model this many times, with seeds 0, 1, ...; where differences are small, at least twice."""
-    steps: int | None = None
-    """Optimiser steps of every training in place of the recipe's, for a quick look."""
-    dry_run: bool = False
-    """Train nothing: list the trainings with a rough time for each, from a few timed steps."""
-    device: Device = "auto"
-    json: PrintJson = False
-
-    def __post_init__(self) -> None:
-        if self.name != ALL and self.name not in RECIPES:
-            raise UserError(f"{self.name!r} is no recipe: choose one of {', '.join([*RECIPES, ALL])}")
-        if self.seeds < 1:
-            raise UserError(f"seeds {self.seeds}: must be at least 1")
 
 
 def run_reproduce(args: ReproduceArgs) -> None:

@@ -8,34 +8,13 @@ text.
 Shape legend: k positions read, D width of block 1, E width of the draft, C channels per position.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflowlm.errors import UserError
 from tarflowlm.flow.cached import by_inputs
-
-
-@dataclass(frozen=True, kw_only=True)
-class DraftConfig:
-    """Shape of a draft network."""
-
-    width: int = 160
-    """Width of its state, E."""
-    hidden: int = 512
-    """Hidden units of a step."""
-    past: int = 4
-    """Last positions whose features are read, k."""
-    ahead: int = 6
-    """Positions drafted at most, W."""
-
-    def __post_init__(self) -> None:
-        for name in ("width", "hidden", "past", "ahead"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
+from tarflowlm.shapes import DraftConfig as DraftConfig
 
 
 class DraftSteps:

@@ -5,7 +5,6 @@ this architecture. Shape legend: B batch, N positions, D width, H heads, E = D /
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,32 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tarflowlm.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """Shape of a Transformer; the number of layers is set per block."""
-
-    width: int = 128
-    """Features per position, D."""
-    num_heads: int = 2
-    """Attention heads H; the width must be a multiple of 2 H."""
-    mlp_ratio: int = 4
-    """Hidden width of the MLP, as a multiple of the width."""
-    rotary_base: float = 10_000.0
-    """Base of the rotary frequencies: the longest wavelength is near 2 pi times this many positions."""
-
-    def __post_init__(self) -> None:
-        if self.width < 1 or self.num_heads < 1 or self.width % (2 * self.num_heads):
-            raise UserError(
-                f"width {self.width} with num_heads {self.num_heads}: the width must be a positive multiple of "
-                f"2 * num_heads (rotary positions rotate pairs of channels)"
-            )
-        if self.mlp_ratio < 1:
-            raise UserError(f"mlp_ratio {self.mlp_ratio}: must be at least 1")
-        if not 0 < self.rotary_base < math.inf:
-            raise UserError(f"rotary_base {self.rotary_base}: must be above 0 and finite")
+from tarflowlm.shapes import TransformerConfig as TransformerConfig
 
 
 def rotary_tables(positions: Tensor, num_heads: int, head_width: int, base: float) -> tuple[Tensor, Tensor]:

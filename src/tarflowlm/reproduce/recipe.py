@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from tarflowlm.choices import Scale
 from tarflowlm.data import (
     SOURCE_NAMES,
     TokenArray,
@@ -27,7 +28,6 @@ from tarflowlm.training.lifecycle import resume, train
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.step import seconds_per_step
 
-Scale = Literal["mini", "paper"]
 State = Literal["finished", "stopped", "new"]
 Row = dict[str, Any]
 """One row of the CSV and of the Markdown table: column name -> number or text."""

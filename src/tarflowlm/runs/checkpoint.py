@@ -4,6 +4,7 @@ manifest.json beside them holds their hashes, which are checked on load (docs/re
 """
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.files import read_json
+from tarflowlm.files import full_disk_as_user_error, read_json
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.model import as_flow
 from tarflowlm.runs.config import RunConfig, current_form
@@ -84,15 +85,17 @@ def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -
     return _load(directory, device)
 
 
-def seal(directory: str | Path) -> None:
+def seal(directory: str | Path) -> list[str]:
     """Accept the files of a run directory and of its draft as they are, and write a new manifest.json for each.
 
-    For a directory that was edited by hand or whose manifest was lost. UserError if it does not load.
+    For a directory that was edited by hand or whose manifest was lost. Returns the names of the files.
+    UserError if it does not load.
     """
     directory = Path(directory)
     _load(directory, "cpu", sealed=False)
-    seal_draft(directory)
+    draft = seal_draft(directory)
     write_manifest(directory, (CONFIG, TOKENIZER, WEIGHTS))
+    return [CONFIG, TOKENIZER, WEIGHTS, *draft]
 
 
 def export(directory: str | Path, out: str | Path, *, half: bool = False) -> Path:
@@ -100,7 +103,7 @@ def export(directory: str | Path, out: str | Path, *, half: bool = False) -> Pat
 
     `half` stores the matrices of linear layers in bfloat16; loading converts them to float32. Codebooks, biases and
     the evidence of heads keep their precision. Paths in the configuration are cut to the file name. UserError if
-    `out` exists, and as in `load_checkpoint`.
+    `out` exists, if the disk is full, and as in `load_checkpoint`; what was written by then is removed.
     """
     checkpoint, out = load_checkpoint(directory), Path(out)
     if out.exists():
@@ -109,11 +112,16 @@ def export(directory: str | Path, out: str | Path, *, half: bool = False) -> Pat
     data = checkpoint.run.data
     tokenizer = replace(data.tokenizer, source=_without_folders(data.tokenizer.source))
     data = replace(data, source=_without_folders(data.source), tokenizer=tokenizer)
-    write_run(out, replace(checkpoint.run, data=data), checkpoint.tokenizer)
     weights = checkpoint.model.state_dict()
-    save_weights(out, halved(weights) if half else weights, checkpoint.info)
-    if not checkpoint.model.is_exact and (draft := as_flow(checkpoint.model).draft) is not None:
-        save_draft(out, draft, half=half)
+    try:
+        with full_disk_as_user_error(out, lambda: "export it again"):
+            write_run(out, replace(checkpoint.run, data=data), checkpoint.tokenizer)
+            save_weights(out, halved(weights) if half else weights, checkpoint.info)
+            if not checkpoint.model.is_exact and (draft := as_flow(checkpoint.model).draft) is not None:
+                save_draft(out, draft, half=half)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     return out
 
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Literal
 
-from tarflowlm.baseline import BaselineConfig
 from tarflowlm.data import DataConfig
 from tarflowlm.errors import UserError
-from tarflowlm.model import FlowConfig
+from tarflowlm.shapes import BaselineConfig, FlowConfig
 
 TrackerName = Literal["tensorboard", "wandb"]
 """Experiment trackers that metrics can be sent to."""

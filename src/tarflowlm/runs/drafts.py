@@ -58,8 +58,10 @@ def load_draft(directory: Path, model: TarFlowLM, *, sealed: bool = True) -> Dra
     return draft
 
 
-def seal_draft(directory: Path) -> None:
-    """Write a new manifest for the draft in a run directory, if there is one."""
+def seal_draft(directory: Path) -> list[str]:
+    """Write a new manifest for the draft in a run directory, if there is one; the names of its files."""
     folder = directory / DRAFT
-    if (folder / WEIGHTS).exists():
-        write_manifest(folder, (CONFIG, WEIGHTS))
+    if not (folder / WEIGHTS).exists():
+        return []
+    write_manifest(folder, (CONFIG, WEIGHTS))
+    return [f"{DRAFT}/{CONFIG}", f"{DRAFT}/{WEIGHTS}"]

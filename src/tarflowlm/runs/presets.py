@@ -7,12 +7,17 @@ their results come from the model.
 from collections.abc import Callable
 from dataclasses import replace
 
-from tarflowlm.baseline import BaselineConfig
 from tarflowlm.data import DataConfig, TokenizerConfig
 from tarflowlm.errors import UserError
-from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import CouplingName, FlowConfig, as_flow_config, stack
 from tarflowlm.runs.config import OptimConfig, RunConfig, TrainConfig
+from tarflowlm.shapes import (
+    BaselineConfig,
+    CouplingName,
+    FlowConfig,
+    TransformerConfig,
+    as_flow_config,
+    stack,
+)
 
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2)
 MINI_STEPS = 2600

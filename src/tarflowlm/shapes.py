@@ -1,0 +1,257 @@
+"""The shapes of models, which their configurations hold. No torch here: the command line reads them without it."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Any, ClassVar, Literal, TypeVar
+
+from tarflowlm.errors import UserError
+
+C = TypeVar("C", bound="LanguageModelConfig")
+CouplingName = Literal["affine", "token-affine", "mix1", "mixd"]
+"""affine and token-affine: one Gaussian, autoregressive over channels or over tokens. mix1: a mixture per channel.
+mixd: a mixture per token over one codebook (docs/math.md, section 3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Shape of a Transformer; the number of layers is set per block."""
+
+    width: int = 128
+    """Features per position, D."""
+    num_heads: int = 2
+    """Attention heads H; the width must be a multiple of 2 H."""
+    mlp_ratio: int = 4
+    """Hidden width of the MLP, as a multiple of the width."""
+    rotary_base: float = 10_000.0
+    """Base of the rotary frequencies: the longest wavelength is near 2 pi times this many positions."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.num_heads < 1 or self.width % (2 * self.num_heads):
+            raise UserError(
+                f"width {self.width} with num_heads {self.num_heads}: the width must be a positive multiple of "
+                f"2 * num_heads (rotary positions rotate pairs of channels)"
+            )
+        if self.mlp_ratio < 1:
+            raise UserError(f"mlp_ratio {self.mlp_ratio}: must be at least 1")
+        if not 0 < self.rotary_base < math.inf:
+            raise UserError(f"rotary_base {self.rotary_base}: must be above 0 and finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig:
+    """The fields that both models share."""
+
+    family: ClassVar[str]
+    """The kind of model, as written to config.json."""
+    model: ClassVar[str]
+    """module:class of the model, imported when one is built: a shape needs no torch."""
+    vocab_size: int = 0
+    """Token types V; 0 takes it from the tokenizer."""
+    context: int = 256
+    """Tokens T per training sequence; generated sequences are at most as long."""
+    patch: int = 1
+    """Tokens P per position; P divides the context."""
+    trunk: TransformerConfig = field(default_factory=TransformerConfig)
+    """Shape of the Transformer; every block of a flow has its own weights."""
+
+    def __post_init__(self) -> None:
+        self.check_at_least("context", self.context, 2)
+        self.check_at_least("patch", self.patch, 1)
+        self.check_at_least("vocab_size", self.vocab_size, 0)
+        if self.context % self.patch:
+            raise UserError(
+                f"patch {self.patch} does not divide context {self.context}: choose a patch that does, "
+                f"or a context that is a multiple of {self.patch}"
+            )
+
+    @staticmethod
+    def check_at_least(name: str, value: int, least: int) -> None:
+        """UserError, naming the field, for a value below `least`."""
+        if value < least:
+            raise UserError(f"model.{name} {value}: must be at least {least}")
+
+    @property
+    def num_blocks(self) -> int:
+        """Flow blocks L, at most one training stage each; 1 for the baseline."""
+        return 1
+
+    def first_blocks(self: C, num_blocks: int) -> C:
+        """The configuration of the first `num_blocks` blocks, the model of a progressive stage."""
+        assert num_blocks >= self.num_blocks
+        return self
+
+    @abstractmethod
+    def deepened(self: C, factor: int) -> C:
+        """The same configuration with `factor` times the Transformer layers."""
+
+    def describe(self, block: int) -> str:
+        """A short description of block `block` (0-based)."""
+        return "baseline"
+
+    def build(self) -> Any:
+        """A new model of this shape, initialised from PyTorch's global generator (see `language_model.seeded`).
+
+        UserError without a vocabulary size.
+        """
+        module, name = self.model.split(":")
+        return getattr(import_module(module), name)(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineConfig(LanguageModelConfig):
+    """Shape of the baseline."""
+
+    family: ClassVar[str] = "ar"
+    model: ClassVar[str] = "tarflowlm.baseline:TokenLM"
+    in_patch: Literal["autoregressive", "independent"] = "independent"
+    """Tokens of a patch: independent given the earlier patches (as in the paper), or each given those before it."""
+    layers: int = 6
+    """Transformer layers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_at_least("layers", self.layers, 1)
+
+    def deepened(self, factor: int) -> "BaselineConfig":
+        """The same configuration with `factor` times the Transformer layers."""
+        return replace(self, layers=factor * self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """One block of the stack."""
+
+    coupling: CouplingName = "mix1"
+    """The map of a position, given the positions before it."""
+    layers: int = 1
+    """Transformer layers."""
+    start: Literal["codebook", "flattened", "plain"] = "codebook"
+    """Of a mix1 block 1 with K = V: as the Mix-d coupling of the codebook; as that, its weights seeing a tenth of the
+    evidence; or plain, without knowledge of the codebook, as every other block starts."""
+    sees_channels: bool = True
+    """Let the head of a channel see the channels before it; without, a mixture per channel given the past alone."""
+    components: int = 2
+    """Mixture components K; 0 ties those of mixd to the encoder's codebook; 1 for affine couplings."""
+
+
+def stack(
+    couplings: Sequence[CouplingName], layers: Sequence[int], components: Sequence[int]
+) -> tuple[BlockConfig, ...]:
+    """Blocks from their couplings, layers and components, block 1 first. UserError for unequal lengths."""
+    if not len(couplings) == len(layers) == len(components):
+        raise UserError(
+            f"couplings {tuple(couplings)}, layers {tuple(layers)} and components {tuple(components)} need one entry "
+            f"per block each"
+        )
+    return tuple(
+        BlockConfig(coupling=name, layers=depth, components=count)
+        for name, depth, count in zip(couplings, layers, components, strict=True)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig(LanguageModelConfig):
+    """Shape of a TarFlowLM."""
+
+    family: ClassVar[str] = "flow"
+    model: ClassVar[str] = "tarflowlm.model:TarFlowLM"
+    latent_dim: int = 8
+    """Latent channels d per token."""
+    separation: float = 12.0
+    """Typical distance between neighbouring codebook means, over sigma, at the start of training."""
+    blocks: tuple[BlockConfig, ...] = (
+        BlockConfig(coupling="mixd", layers=6, components=0),
+        BlockConfig(),
+        BlockConfig(),
+    )
+    """Blocks of the stack, block 1 (next to the tokens) first."""
+    head_hidden: int = 64
+    """Hidden units per channel of the masked autoregressive head (D_m / 2 in the paper)."""
+    channel_mix: bool | None = True
+    """Reorder channels to [even, odd] between blocks; None: where P > 1, as in the paper."""
+    in_patch: Literal["autoregressive", "independent"] = "autoregressive"
+    """Mixture weights inside a patch of a mixd block: given the earlier tokens of the patch, or independent."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_at_least("latent_dim", self.latent_dim, 1)
+        self.check_at_least("head_hidden", self.head_hidden, 1)
+        if not 0 < self.separation < math.inf:
+            raise UserError(f"model.separation {self.separation}: must be above 0 and finite")
+        if not self.blocks:
+            raise UserError("model.blocks (): needs at least one block")
+        for index, block in enumerate(self.blocks):
+            self.check_at_least(f"blocks.{index}.layers", block.layers, 1)
+            self._check_components(index, block)
+
+    def _check_components(self, index: int, block: BlockConfig) -> None:
+        where, components = f"model.blocks.{index}.components ({block.coupling})", block.components
+        if "affine" in block.coupling and components not in (0, 1):
+            raise UserError(f"{where}: {components} has no effect, an affine coupling has one Gaussian; use 1")
+        if block.coupling == "mix1" and components < 1:
+            raise UserError(f"{where}: {components} must be at least 1")
+        if block.coupling == "mixd" and (components < 0 or (components == 0 and index > 0 and self.mixes_channels)):
+            raise UserError(
+                f"{where}: {components}; 0 (tied to the codebook) needs the codebook's order of channels: use it in "
+                f"block 1, turn channel_mix off, or give K >= 1 components of the block's own"
+            )
+
+    @property
+    def num_blocks(self) -> int:
+        """Flow blocks L."""
+        return len(self.blocks)
+
+    @property
+    def mixes_channels(self) -> bool:
+        """Whether channels are reordered between blocks."""
+        return self.patch > 1 if self.channel_mix is None else self.channel_mix
+
+    @property
+    def head_features(self) -> int:
+        """Embedding width A of the masked autoregressive head (docs/math.md, eq. 10; paper: appendix H)."""
+        channels = self.patch * self.latent_dim
+        return min(max(1, int(9 * 2 * self.head_hidden / (16 * max(channels - 1, 1)))), 96)
+
+    def first_blocks(self, num_blocks: int) -> "FlowConfig":
+        """The configuration of the first `num_blocks` blocks."""
+        return replace(self, blocks=self.blocks[:num_blocks])
+
+    def each_block(self, **fields: Any) -> "FlowConfig":
+        """The same configuration with these fields of `BlockConfig` set in every block."""
+        return replace(self, blocks=tuple(replace(block, **fields) for block in self.blocks))
+
+    def deepened(self, factor: int) -> "FlowConfig":
+        """The same configuration with `factor` times the Transformer layers in every block."""
+        return replace(self, blocks=tuple(replace(block, layers=factor * block.layers) for block in self.blocks))
+
+    def describe(self, block: int) -> str:
+        """Number and coupling of block `block` (0-based), such as "block 1 mixd"."""
+        return f"block {block + 1} {self.blocks[block].coupling}"
+
+
+def as_flow_config(config: LanguageModelConfig) -> FlowConfig:
+    """`config`, narrowed to FlowConfig; AssertionError for another configuration."""
+    assert isinstance(config, FlowConfig), config
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig:
+    """Shape of a draft network."""
+
+    width: int = 160
+    """Width of its state, E."""
+    hidden: int = 512
+    """Hidden units of a step."""
+    past: int = 4
+    """Last positions whose features are read, k."""
+    ahead: int = 6
+    """Positions drafted at most, W."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "hidden", "past", "ahead"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
