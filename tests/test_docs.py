@@ -144,7 +144,9 @@ def stand_in(argv: list[str], trained: Path) -> list[str] | None:
                 shutil.rmtree(argv[argv.index("--out") + 1], ignore_errors=True)
             data = [] if "--data" in argv else ["--data", str(trained / "small.txt")]
             length = ["--minutes", "0.01"] if "--minutes" in argv else ["--steps", "3"]
-            return [*argv, *data, *length, *TRAINED[name]]
+            # the small text has no more tokens than these
+            tokens = ["--data.tokenizer.vocab-size", "300"] if "--data.tokenizer.vocab-size" in argv else []
+            return [*argv, *data, *length, *tokens, *TRAINED[name]]
         case ["quickstart", *_]:
             return [*argv, "--minutes", "0.01", "--device", "cpu"]
         case ["draft", *_]:

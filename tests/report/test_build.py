@@ -1,8 +1,10 @@
 """Whole reports: the files, the numbers on the page, and what happens where pieces are missing."""
 
 import json
+import math
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import torch
 from tarflowlm.cli.main import main
 from tarflowlm.errors import UserError
 from tarflowlm.report import build, samples, write_report
+from tarflowlm.report.page import summary_table
+from tarflowlm.report.records import read_record
 from tarflowlm.runs.checkpoint import export, seal
 
 
@@ -189,6 +193,14 @@ def test_released_models_are_known_by_name(tmp_path, undrawn, monkeypatch):
     assert "3 samples of 4 tokens" in text
     # no row without a value
     assert "tokens per second" not in text
+
+
+def test_one_test_window_has_no_error(runs):
+    record = read_record(runs["baseline"])
+    test = record.summary["test"]
+    single = replace(record, summary=record.summary | {"test": test | {"stderr": math.nan}})
+    rows = {row[0]: row[1] for row in summary_table([single]).rows}
+    assert rows["test, nats per token, standard error"] == f"= {test['nats_per_token']:.4f}"
 
 
 def test_names_are_escaped(runs, tmp_path, undrawn):

@@ -1,5 +1,6 @@
 """One self-contained HTML page, light or dark, without scripts or network access; and the tables about runs on it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -166,7 +167,9 @@ def _test_nats(record: RunRecord) -> str:
     test = {} if record.summary is None else record.summary["test"]
     if not {"nats_per_token", "stderr"} <= test.keys():
         return MISSING
-    return f"{record.sign} {test['nats_per_token']:.4f} ± {test['stderr']:.4f}"
+    # one window alone has no error
+    error = f" ± {test['stderr']:.4f}" if math.isfinite(test["stderr"]) else ""
+    return f"{record.sign} {test['nats_per_token']:.4f}{error}"
 
 
 def _valid_bits(record: RunRecord) -> str:
