@@ -18,6 +18,7 @@ from tarflowlm import files
 from tarflowlm.errors import UserError
 from tarflowlm.files import (
     LOCK,
+    NewLines,
     full_disk_as_user_error,
     read_json,
     replacing,
@@ -279,3 +280,46 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path, error):
     with pytest.raises(type(error)) as raised, full_disk_as_user_error(tmp_path, lambda: "wait"):
         raise error
     assert raised.value is error
+
+
+class FullAfter:
+    """A file on a disk with room for some bytes more, or whose writer is interrupted then."""
+
+    def __init__(self, file, room: int, error: BaseException) -> None:
+        self.file, self.room, self.error = file, room, error
+
+    def __getattr__(self, name: str):
+        return getattr(self.file, name)
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise self.error
+        written = self.file.write(data[: self.room])
+        self.room -= written
+        return written
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_new_lines_are_whole_or_not_there(tmp_path, error):
+    path = tmp_path / "lines.jsonl"
+    expected = (UserError, "No space left.*is kept") if isinstance(error, OSError) else (KeyboardInterrupt, "")
+    with NewLines(path) as lines:
+        lines.write("one\n")
+        lines.write("two\nthree\n")
+        lines._file = FullAfter(lines._file, 6, error)
+        with pytest.raises(expected[0], match=expected[1]):
+            lines.write("four\nfive\n")
+    assert path.read_text(encoding="utf-8") == "one\ntwo\nthree\n"
+
+
+def test_new_lines_need_a_new_file_and_leave_none_without_lines(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    with NewLines(path):
+        assert path.exists()
+    assert not path.exists()
+    path.write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="exists: choose another name"):
+        NewLines(path)
+    with pytest.raises(UserError, match="cannot create .*missing"):
+        NewLines(tmp_path / "missing" / "lines.jsonl")
+    assert path.read_text(encoding="utf-8") == "mine"

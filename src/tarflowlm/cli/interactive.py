@@ -91,6 +91,7 @@ class _Session:
             if line:
                 self.tokens = self.wording.prompt(line)
                 self.wording.say(partial(print_notice, self.console))
+                Console().print(Text(self.tokenizer.decode(self.tokens)), style="bold", end="", soft_wrap=True)
             self._write()
             return
         name, _, value = line[1:].partition(" ")
@@ -139,9 +140,8 @@ class _Session:
             if stream.has_stopped:
                 raise _Stopped
 
-        Console().print(Text(text), style="bold", end="", soft_wrap=True)
         try:
-            with suppress(_Stopped), threads_for(args.particles):
+            with suppress(_Stopped, KeyboardInterrupt), threads_for(args.particles):
                 generate(
                     self.model,
                     num_tokens=len(prompt) + args.length,
@@ -151,8 +151,6 @@ class _Session:
                     on_tokens=on_tokens,
                     **args.writing(),
                 )
-        except KeyboardInterrupt:
-            print_notice(self.console, " (stopped)")
         finally:
             text = stream.close()
             write_out("\n")

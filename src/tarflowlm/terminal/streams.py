@@ -23,9 +23,9 @@ def write_out(piece: str) -> None:
 
 
 def first_stop(text: str, stops: Sequence[str], start: int = 0) -> int:
-    """Where the first of `stops` begins at or after `start`; the length of the text if none does."""
-    found = [text.find(stop, start) for stop in stops]
-    return min((at for at in found if at >= 0), default=len(text))
+    """Where the first of `stops` begins that is complete, at or after `start`; the length of the text without one."""
+    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop, start)) >= 0]
+    return min(found, default=(0, len(text)))[1]
 
 
 class TextStream:

@@ -1,0 +1,58 @@
+"""Texts shown while they are written: all of them, nothing of a stop, and no half of a character."""
+
+import pytest
+import torch
+
+from tarflowlm.data.tokenizer import ByteTokenizer
+from tarflowlm.terminal.streams import TextStream, first_stop
+
+
+def streamed(text: str, stops: tuple[str, ...] = (), *, start: int = 0, shown: int = 0) -> tuple[str, TextStream]:
+    """What is shown of a text that comes byte by byte; never more than the result."""
+    pieces: list[str] = []
+    stream = TextStream(pieces.append, ByteTokenizer(), stops, start=start, shown=shown)
+    for token in text.encode():
+        stream.add(torch.tensor([token]))
+    stream.close()
+    return "".join(pieces), stream
+
+
+@pytest.mark.parametrize(
+    ("stops", "start", "expected"),
+    [
+        ((), 0, "one two two three"),
+        (("tw",), 0, "one "),
+        (("two t", "three"), 0, "one "),
+        (("two three", "thr"), 0, "one two two "),
+        (("two tw", "wo t"), 0, "one t"),
+        (("hree", " three"), 0, "one two two"),
+        (("threes",), 0, "one two two three"),
+        (("one",), 1, "one two two three"),
+        (("two",), 5, "one two "),
+        (("ttwo", "twotwo"), 0, "one two two three"),
+    ],
+)
+def test_a_text_ends_before_the_first_stop_after_its_start(stops, start, expected):
+    shown, stream = streamed("one two two three", stops, start=start)
+    assert shown == stream.text == expected
+    assert stream.has_stopped == (expected != "one two two three")
+    assert first_stop("one two two three", stops, start) == len(expected)
+
+
+def test_what_cannot_begin_a_stop_is_shown_at_once():
+    pieces: list[str] = []
+    stream = TextStream(pieces.append, ByteTokenizer(), ["abc"])
+    for token in b"xabxab":
+        stream.add(torch.tensor([token]))
+    assert pieces == ["x", "abx"]
+    assert stream.close() == "xabxab"
+
+
+def test_characters_come_whole():
+    shown, stream = streamed("née ☃", shown=2)
+    assert (shown, stream.text) == ("e ☃", "née ☃")
+    pieces: list[str] = []
+    stream = TextStream(pieces.append, ByteTokenizer())
+    stream.add(torch.tensor(list("a☃".encode()[:-1])))
+    assert pieces == ["a"]
+    assert stream.close() == "a\ufffd"
