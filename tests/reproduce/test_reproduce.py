@@ -223,6 +223,7 @@ def test_results_say_how_they_were_made(settings, run, run_json, monkeypatch):
     if "matplotlib" not in sys.modules:
         pytest.importorskip("matplotlib")
     monkeypatch.setitem(RECIPES, "tiny", recipe)
+    monkeypatch.setattr("tarflowlm.cli.arguments.RECIPE_NAMES", ("tiny",))
     argv = ["reproduce", "tiny", "--out", settings.out, "--data", settings.data, "--seeds", 2, "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["tarflowlm", *map(str, argv)])
     result = run_json(*argv)
@@ -272,6 +273,11 @@ def test_all_recipes_are_run_and_what_they_share_is_planned_once(settings, run_j
         (["fig3", "--steps", "0"], ["steps 0"]),
         (["fig3", "--scale", "huge"], ["'huge'", "mini"]),
         (["fig3", "--data", "no-such.txt"], ["'no-such.txt'"]),
+        (["table2", "--data", "no-such.txt", "--dry-run"], ["'no-such.txt'"]),
+        (["table2", "--second-text", "no-such.txt", "--dry-run"], ["'no-such.txt'"]),
+        (["table6", "--judge-data", "no-such.txt", "--dry-run"], ["'no-such.txt'"]),
+        (["fig3", "--data", "x.txt", "--scale", "paper"], ["--data x.txt", "no effect", "paper"]),
+        (["fig3", "--second-text", "x.txt"], ["--second-text x.txt", "no effect", "table2"]),
     ],
 )
 def test_wrong_requests_are_named(refused, tmp_path, argv, names):

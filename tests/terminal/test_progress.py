@@ -1,5 +1,6 @@
 """Progress: plain lines where stderr is no terminal, bars that fit where it is one."""
 
+import errno
 import io
 import re
 
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from tarflowlm.terminal.bars import bar, corpus_bar, stages_bar
 from tarflowlm.terminal.progress import PlainLines, minutes, per_second
+from tarflowlm.terminal.tables import print_notice
 from tarflowlm.terminal.training import ProgressReporter
 
 TRAIN = {"split": "train", "bpc": 2.3114, "tokens_per_second": 6945.2}
@@ -150,11 +152,13 @@ def test_the_same_stage_again_starts_anew(pipe, clock):
     assert lines(pipe) == ["rounds: 2 of 10 (20 %), 2.0 s each, 0:16 left"] * 2
 
 
-def test_a_closed_pipe_does_not_end_the_work(clock):
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_log_that_cannot_be_written_does_not_end_the_work(clock, error):
     class Closed(io.StringIO):
         def write(self, text: str) -> int:
-            raise BrokenPipeError
+            raise error
 
+    print_notice(Console(file=Closed()), "evaluating")
     plain = PlainLines(Console(file=Closed()), clock=clock)
     plain.begin("evaluating")
     plain.write("1", 0.5)

@@ -246,6 +246,26 @@ def test_a_kill_between_the_first_two_files_is_no_dead_end(tmp_path, tiny_run, g
     assert go(tiny_run(), tmp_path)["steps"] == 7
 
 
+def test_a_start_that_saved_nothing_may_be_begun_again(tmp_path, tiny_run, go, read_metrics):
+    """As one that ran out of memory: with other options, since the same ones would fail again."""
+
+    class Dies(Reporter):
+        def step(self, num_tokens, share=None):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        go(tiny_run(log_every=1), tmp_path / "run", Dies())
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
+    go(tiny_run(stage_steps=(1, 1, 1)), tmp_path / "run")
+    go(tiny_run(stage_steps=(1, 1, 1)), tmp_path / "other")
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "other")
+    # but not a folder of another program with files of these names
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="exists already"):
+        go(tiny_run(), tmp_path / "foreign")
+
+
 def test_an_existing_directory_is_left_alone(tmp_path, tiny_run, go):
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="exists already"):

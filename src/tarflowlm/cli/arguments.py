@@ -314,3 +314,7 @@ class ReproduceArgs:
             raise UserError(f"{self.name!r} is no recipe: choose one of {', '.join([*RECIPE_NAMES, ALL])}")
         if self.seeds < 1:
             raise UserError(f"seeds {self.seeds}: must be at least 1")
+        if self.data is not None and self.scale == "paper":
+            raise UserError(f"--data {self.data} has no effect with --scale paper, which keeps the paper's texts")
+        if self.second_text is not None and self.name not in ("table2", ALL):
+            raise UserError(f"--second-text {self.second_text} has no effect on {self.name}: only table2 measures it")

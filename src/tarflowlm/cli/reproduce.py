@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import Console
 
 from tarflowlm.cli.arguments import ALL, ReproduceArgs
+from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.reproduce import RECIPES
-from tarflowlm.reproduce.recipe import Planned, Recipe, Settings, estimate, finish, state_of
+from tarflowlm.reproduce.recipe import Planned, Recipe, Settings, check_texts, estimate, finish, state_of
 from tarflowlm.reproduce.write import write_results
 from tarflowlm.terminal.bars import stages_bar
 from tarflowlm.terminal.tables import print_json, print_notice, print_table
@@ -34,6 +35,7 @@ def run_reproduce(args: ReproduceArgs) -> None:
     if args.dry_run:
         # what recipes share is trained once
         plan = {training.name: training for recipe in recipes for training in recipe.trainings(settings)}
+        check_texts(settings, list(plan.values()))
         title = recipes[0].title if len(recipes) == 1 else "All recipes"
         notice = partial(print_notice, Console(stderr=True))
         _print_plan(args, title, estimate(settings, list(plan.values()), notice))
@@ -52,14 +54,16 @@ def _check(recipe: Recipe, settings: Settings) -> None:
     for module, extra in (*plots, *recipe.needs):
         if find_spec(module) is None:
             raise UserError(f"{recipe.name} needs {module}: pip install 'tarflowlm[{extra}]'")
-    for training in recipe.trainings(settings):
+    plan = recipe.trainings(settings)
+    check_texts(settings, plan)
+    for training in plan:
         state_of(settings, training)
 
 
 def _reproduce(recipe: Recipe, settings: Settings, args: ReproduceArgs) -> dict[str, Any]:
     console = Console(stderr=True)
     with ProgressReporter(console) as reporter:
-        finished = finish(settings, recipe.trainings(settings), reporter)
+        finished = finish(settings, recipe.trainings(settings), reporter, stop_on_signals)
     with stages_bar(console) as progress:
         finished = [replace(done, progress=progress) for done in finished]
         rows = recipe.measure(settings, finished)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from tarflowlm.data.bpe import BPETokenizer
 from tarflowlm.data.corpus import Corpus, open_corpus
-from tarflowlm.data.load import DataConfig, cached_corpus, encode_text_source
+from tarflowlm.data.load import DataConfig, cached_corpus, check_source, encode_text_source
 from tarflowlm.data.prepare import prepare_corpus
 from tarflowlm.data.shards import TokenArray
 from tarflowlm.data.sources import SOURCE_NAMES
@@ -32,6 +32,7 @@ __all__ = [
     "WindowSampler",
     "build_tokenizer",
     "cached_corpus",
+    "check_source",
     "encode_text_source",
     "eval_windows",
     "load_tokenizer",

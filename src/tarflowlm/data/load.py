@@ -77,6 +77,12 @@ def cached_corpus(
     return write_corpus(found, wanted, target, replace=stale is not None, progress=progress, notice=notice)
 
 
+def check_source(source: str) -> None:
+    """UserError for a text that `cached_corpus` would not find. Nothing is read or downloaded."""
+    if not _is_prepared(source):
+        resolve_source(source)
+
+
 def encode_text_source(
     source: str,
     tokenizer: Tokenizer,

@@ -15,6 +15,7 @@ from tarflowlm.data import (
     TokenizerConfig,
     build_tokenizer,
     cached_corpus,
+    check_source,
     encode_text_source,
 )
 from tarflowlm.errors import UserError
@@ -26,6 +27,7 @@ from tarflowlm.runs.presets import preset, with_steps
 from tarflowlm.terminal.bars import StageProgress, no_progress, ticker
 from tarflowlm.training.lifecycle import resume, train
 from tarflowlm.training.metrics import Reporter
+from tarflowlm.training.run import StopRequests, no_stop_requests
 from tarflowlm.training.step import seconds_per_step
 
 State = Literal["finished", "stopped", "new"]
@@ -178,20 +180,33 @@ def state_of(settings: Settings, training: Training) -> State:
     return "finished" if (directory / SUMMARY).exists() else "stopped"
 
 
-def finish(settings: Settings, plan: Sequence[Training], reporter: Reporter) -> list[Finished]:
+def check_texts(settings: Settings, plan: Sequence[Training]) -> None:
+    """UserError for a text of the plan, or a second text, that is not there. Nothing is downloaded."""
+    texts = [training.run.data.source for training in plan]
+    for text in texts if settings.second_text is None else [*texts, settings.second_text]:
+        check_source(text)
+
+
+def finish(
+    settings: Settings,
+    plan: Sequence[Training],
+    reporter: Reporter,
+    stop_requests: StopRequests = no_stop_requests,
+) -> list[Finished]:
     """Run the trainings of a plan one after the other: skip finished ones, resume stopped ones.
 
-    Raises UserError as `state_of`, `train` and `resume`.
+    Raises UserError as `state_of`, `train` and `resume`, and Stopped as they do.
     """
+    options: dict[str, Any] = {"device": settings.device, "reporter": reporter, "stop_requests": stop_requests}
     done = []
     for training in plan:
         directory, state = directory_of(settings, training), state_of(settings, training)
         if state == "finished":
             reporter.notice(f"{training.name} is done")
         elif state == "stopped":
-            resume(directory, device=settings.device, reporter=reporter)
+            resume(directory, **options)
         else:
-            train(training.run, directory, device=settings.device, reporter=reporter)
+            train(training.run, directory, **options)
         done.append(Finished(training, directory, settings.device))
     return done
 

@@ -1,5 +1,6 @@
 """Tables, JSON and notices. Light to import, as `tarflowlm --help` prints a table."""
 
+import contextlib
 import json
 import math
 import sys
@@ -31,8 +32,17 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def print_notice(console: Console, text: str) -> None:
-    """A line beside the results, never wrapped: it may end up in a log file."""
-    console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+    """A line beside the results, never wrapped: it may end up in a log file.
+
+    If nobody reads it any more, or the disk of the log is full, it is lost: no reason to end hours of work.
+    """
+    with contextlib.suppress(OSError):
+        if console.file.isatty():
+            console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+        else:
+            # not by rich, which ends the program on a broken pipe
+            console.file.write(f"{text}\n")
+            console.file.flush()
 
 
 # cells and titles are Text: names may contain what rich takes for markup

@@ -14,12 +14,22 @@ from tarflowlm.data import SOURCE_NAMES, Corpus, cached_corpus, eval_windows
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.files import LOCK, full_disk_as_user_error, remove_leftovers, write_json, writer_lock
-from tarflowlm.runs.checkpoint import BEST, CONFIG, STATE, SUMMARY, WEIGHTS, read_run, weights_problem, write_run
+from tarflowlm.runs.checkpoint import (
+    BEST,
+    CONFIG,
+    STATE,
+    SUMMARY,
+    TOKENIZER,
+    WEIGHTS,
+    read_run,
+    weights_problem,
+    write_run,
+)
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.manifest import MANIFEST
 from tarflowlm.training.distributed import ALONE, Processes
 from tarflowlm.training.loop import train_stage
-from tarflowlm.training.metrics import Reporter
+from tarflowlm.training.metrics import METRICS, Reporter
 from tarflowlm.training.pace import test_seconds
 from tarflowlm.training.run import Run, StopRequests, no_stop_requests
 from tarflowlm.training.state import newest_state, read_counters, remove_partial
@@ -42,8 +52,9 @@ def train(
 
     With several `processes` all of them call this function, and the first one writes.
 
-    Raises UserError if `out` exists and is not empty, before anything is written; UserError if the disk is full;
-    Stopped, with everything saved, if `stop_requests` says so (the command line passes `signals.stop_on_signals`);
+    Raises UserError if `out` exists and holds more than a start without weights, before anything is written;
+    UserError if the disk is full; Stopped, with everything saved, if `stop_requests` says so (the command line passes
+    `signals.stop_on_signals`);
     FloatingPointError if the loss stays non-finite.
     """
     reporter = reporter or Reporter()
@@ -67,7 +78,7 @@ def train(
             remove_leftovers(out)
             _begin(out, new.config, corpus)
         with stop_requests() as new.stop_signal:
-            return _run_stages(new)
+            return _run_stages(new, afresh=(out / METRICS).exists())
 
 
 def resume(
@@ -238,9 +249,14 @@ def _corpus(run: RunConfig, reporter: Reporter) -> Corpus:
 
 
 def check_new(out: Path) -> None:
-    """UserError if `out` exists and holds anything but leftovers of a run that was killed at its start."""
-    leftovers = (LOCK, MANIFEST, f".{CONFIG}.", f".{MANIFEST}.")
-    if out.exists() and (not out.is_dir() or not all(path.name.startswith(leftovers) for path in out.iterdir())):
+    """UserError if `out` exists and holds anything but the remains of a run that ended before it saved weights."""
+    leftovers = [LOCK, MANIFEST, f".{CONFIG}.", f".{MANIFEST}."]
+    if (out / STATE).is_dir() and not any((out / STATE).iterdir()):
+        # the folder that `_begin` writes last, and no other program does
+        leftovers += [CONFIG, TOKENIZER, METRICS, STATE, f".{WEIGHTS}."]
+    if out.exists() and (
+        not out.is_dir() or not all(path.name.startswith(tuple(leftovers)) for path in out.iterdir())
+    ):
         raise UserError(f"{out} exists already: choose another --out, or resume it with `train --resume {out}`")
 
 
