@@ -194,6 +194,8 @@ WRONG = {
     "particles": (["--particles", "2"], ["--particles", "--prompt"]),
     "blank": (["--blank", "#"], ["--blank", "--template"]),
     "prompts": (["--prompt", "a", "--prompts", "-"], ["--prompt", "--prompts"]),
+    "no-particles": (["--prompt", "a", "--particles", "0"], ["particles 0"]),
+    "stream-length": (["--stream", "--num", "2", "--length", "0"], ["length 0"]),
     "stop": (["--stop", ""], ["--stop ''"]),
     "stop-unknown": (["--stop", "\n"], ["alphabet"]),
     "stop-template": (["--stop", "a", "--template", "a_"], ["--stop", "--template"]),

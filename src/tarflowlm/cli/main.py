@@ -1,7 +1,7 @@
 """The command line: `tarflowlm COMMAND`. Nothing in the package imports it.
 
 Exit status: 0 on success, 2 for user errors (one line on stderr), 75 when a run was asked to stop and has saved
-itself, 130 when interrupted with nothing saved (docs/reliability.md).
+itself, 130 when interrupted otherwise (docs/reliability.md).
 """
 
 import contextlib

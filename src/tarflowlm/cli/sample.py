@@ -63,6 +63,7 @@ class _Order:
     prompts: list[Tensor]
     """Tokens [tokens] of each; a single empty one for samples without a prompt."""
     texts: list[str]
+    """The prompts, decoded."""
     template: Tensor | None
     stops: tuple[str, ...]
     length: int
@@ -149,7 +150,8 @@ class _Sampling:
 
     def _write_all(self) -> None:
         args, order, context = self.args, self.order, self.model.config.context
-        size = 1 if args.stream else max(1, BATCH_TOKENS // (min(max(order.length, 1), context) * args.particles))
+        rows_at_once = BATCH_TOKENS // max(min(order.length, context) * args.particles, 1)
+        size = 1 if args.stream else max(rows_at_once, 1)
         batches = list(order.batches(size, context))
         ticks = sum(num_ticks(self.model, order.length, max(map(len, order.of(rows)))) for rows in batches)
         bars = Bars(Console(stderr=True))
@@ -208,14 +210,22 @@ class _Sampling:
     def _streamed(self, rows: range) -> tuple[Generation, list[str]]:
         """The sample of one row, which is shown meanwhile."""
         (row,) = rows
-        if self.order.total > 1:
-            write_out(f"{chr(10) if row else ''}sample {row + 1}\n")
+        title = "" if self.order.total == 1 else f"sample {row + 1}\n" if row == 0 else f"\nsample {row + 1}\n"
         stream = TextStream(write_out, self.tokenizer, self.order.stops, start=len(self.order.text_of(row)))
+
+        def on_tokens(tokens: Tensor) -> None:
+            nonlocal title
+            write_out(title)
+            title = ""
+            stream.add(tokens[0])
+
         try:
-            result = self._drawn(rows, on_tokens=lambda tokens: stream.add(tokens[0]))
-            stream.close()
-        finally:
+            result = self._drawn(rows, on_tokens=on_tokens)
+        except KeyboardInterrupt:
             write_out("\n")
+            raise
+        stream.close()
+        write_out("\n")
         texts = self._texts(rows, result)
         if texts != [stream.text]:
             print_notice(Console(stderr=True), "the last check has changed the text, which is now:")
