@@ -23,7 +23,7 @@ LAYERS = [
     {"runs"},
     {"generation"},
     {"evaluation", "editing"},
-    {"training"},
+    {"training", "pretrained"},
     {"report"},
     {""},  # the public names
     {"terminal"},

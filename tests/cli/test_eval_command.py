@@ -8,7 +8,8 @@ import torch
 
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, DataConfig
 from tarflowlm.objective import negative_bound
-from tarflowlm.runs.checkpoint import load, save_weights, seal, write_run
+from tarflowlm.pretrained import load
+from tarflowlm.runs.checkpoint import save_weights, seal, write_run
 from tarflowlm.runs.config import RunConfig, TrainConfig
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tarflowlm.evaluation.scores import score
-from tarflowlm.runs.checkpoint import load
+from tarflowlm.pretrained import load
 
 
 def test_the_bits_of_every_token_and_of_the_text(run_json, models):

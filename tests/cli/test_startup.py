@@ -125,6 +125,7 @@ HELP = {"", ".cli", ".cli.main", ".cli.signals", ".cli.threads", ".errors"}
 ARGUMENTS = {*HELP, ".choices", ".cli.arguments", ".cli.parsing"}
 LIGHT = {
     "help": (["--help"], {"rich"}, {*HELP, ".terminal", ".terminal.tables"}),
+    "version": (["--version"], set(), HELP),
     "unknown-command": (["trian"], set(), HELP),
     **{
         name: ([name, "--help"], {"tyro"}, ARGUMENTS)

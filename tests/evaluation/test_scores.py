@@ -96,11 +96,11 @@ def test_what_fills_an_incomplete_patch_counts_with_the_last_token(tiny_flow):
 @pytest.mark.parametrize(
     ("tokens", "name"),
     [
-        (torch.zeros(0, dtype=torch.int64), "empty"),
-        (torch.zeros(1, 8, dtype=torch.int64), r"\(1, 8\)"),
+        (torch.zeros(0, dtype=torch.int64), "at least one token"),
+        (torch.zeros(1, 8, dtype=torch.int64), r"\[1, 8\]"),
         (torch.zeros(8), "float32"),
-        (torch.tensor([1, 5]), "token 5"),
-        (torch.tensor([1, -1]), "token -1"),
+        (torch.tensor([1, 5]), "hold 5"),
+        (torch.tensor([1, -1]), "hold -1"),
     ],
 )
 def test_other_tokens_are_refused(tiny_ar, tokens, name):

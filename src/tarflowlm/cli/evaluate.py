@@ -190,10 +190,11 @@ def _likelihood(
 
 def _print_likelihood(console: Console, title: str, result: Likelihood, extra: dict[str, Any]) -> None:
     sign = result.sign
+    spread = f" (standard error {result.stderr:.4f})" if result.windows > 1 else ""
     rows = [
         ("bits per character", f"{sign} {result.bpc:.4f}"),
         ("bits per byte", f"{sign} {result.bits_per_byte:.4f}"),
-        ("nats per token", f"{sign} {result.nats_per_token:.4f} (standard error {result.stderr:.4f})"),
+        ("nats per token", f"{sign} {result.nats_per_token:.4f}{spread}"),
         ("perplexity per token", f"{sign} {result.ppl:.4f}"),
         ("bound", result.bound),
     ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NoReturn
 
+import tarflowlm
 from tarflowlm.cli.signals import INTERRUPTED, exit_on_interrupt
 from tarflowlm.cli.threads import settle_threads
 from tarflowlm.errors import Stopped, UserError
@@ -152,9 +153,7 @@ def _dispatch(argv: list[str]) -> None:
         _print_help()
         return
     if argv[0] == "--version":
-        from importlib.metadata import version
-
-        sys.stdout.write(f"tarflowlm {version('tarflowlm')}\n")
+        sys.stdout.write(f"tarflowlm {tarflowlm.__version__}\n")
         return
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
@@ -189,7 +188,7 @@ def _print_help() -> None:
     from tarflowlm.terminal.tables import print_table
 
     rows = [(name, command.summary) for name, command in COMMANDS.items()]
-    print_table(Console(), "tarflowlm COMMAND --help", rows)
+    print_table(Console(), "tarflowlm COMMAND --help   or   tarflowlm --version", rows)
 
 
 def _fail(message: str, *, everywhere: bool = False) -> NoReturn:

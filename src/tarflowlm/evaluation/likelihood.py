@@ -16,7 +16,7 @@ from torch import Tensor
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.objective import importance_weighted, log_importance_weights, negative_bound
+from tarflowlm.objective import check_tokens, importance_weighted, log_importance_weights, negative_bound
 
 Nats = TypeVar("Nats", float, Tensor)
 Progress = Callable[[int, int], None]
@@ -103,10 +103,11 @@ def evaluate(
     evaluated at once. `weigh` replaces the function that computes the log-weights of a batch, for instance by a
     parallel one. `progress` gets the number of windows done and their total. Same seed, same result.
 
-    Raises UserError for `samples` below 1, and as `conditional_bound`.
+    Raises UserError for `samples` below 1, for windows that are no texts of the model, and as `conditional_bound`.
     """
     if samples < 1:
         raise UserError(f"samples {samples}: must be at least 1")
+    check_tokens(model, windows, name="windows")
     given = torch.zeros(len(windows), dtype=torch.int64) if given is None else given
     batch = batch or windows_per_batch(windows.shape[1])
     device = model.device

@@ -17,6 +17,7 @@ from tarflowlm.generation import generate
 from tarflowlm.generation.window import spans
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
+from tarflowlm.objective import check_integers, check_vocabulary
 from tarflowlm.runs.config import checked_seed
 
 
@@ -71,7 +72,8 @@ def score(
     """
     if samples < 1:
         raise UserError(f"samples {samples}: must be at least 1")
-    _check(model, tokens)
+    check_integers(tokens, "tokens", "[T]")
+    check_vocabulary(model, tokens)
     generator = torch.Generator(device=model.device).manual_seed(checked_seed(seed))
     windows = _windows(model, len(tokens))
     whole = _fill(model, tokens, windows[-1][0], seed)
@@ -92,17 +94,6 @@ def score(
         shares[:, last] += shares[:, last + 1 :].sum(1)
     shares = shares[:, : last + 1]
     return Scores(bits=shares[0], blocks=None if model.is_exact else shares[1:], exact=model.is_exact)
-
-
-def _check(model: LanguageModel, tokens: Tensor) -> None:
-    """UserError unless `tokens` are one text of the model, [T] with T >= 1."""
-    if tokens.ndim != 1 or tokens.is_floating_point():
-        raise UserError(f"tokens {tuple(tokens.shape)} of type {tokens.dtype}: give the integers [T] of one text")
-    if not len(tokens):
-        raise UserError("the text is empty: give at least one token")
-    outside = tokens[(tokens < 0) | (tokens >= model.config.vocab_size)].tolist()
-    if outside:
-        raise UserError(f"token {outside[0]} is outside of 0 to {model.config.vocab_size - 1}: encode the text again")
 
 
 def _windows(model: LanguageModel, num_tokens: int) -> list[tuple[int, int, int]]:
