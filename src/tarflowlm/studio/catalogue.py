@@ -1,5 +1,6 @@
 """What a visitor may reach: the models and runs named at the start, by short names. No path is ever taken."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -66,7 +67,8 @@ def collect(names: Sequence[str], device: str = "cpu") -> Catalogue:
     if not names:
         names = [name for name in (DEFAULT, baseline_of(DEFAULT)) if name is not None]
     found = [place for name in names for place in _runs_in(name)]
-    found = list({place.resolve(): None for place in found})
+    # each run once, by the name that it was given
+    found = list({place.resolve(): Path(os.path.abspath(place)) for place in found}.values())
     if len(found) > MOST:
         raise UserError(f"{len(found)} runs are more than a page can list: name at most {MOST}")
     places: dict[str, Path] = {}

@@ -79,7 +79,7 @@ def figure(records: Sequence[tuple[str, RunRecord]], axis: str) -> str:
 
 def _svg(records: Sequence[tuple[str, RunRecord]], axis: str, width: int, height: int) -> str:
     series = [(name, *_lines(record, axis)) for name, record in records]
-    right = max(max(x[-1] for x, _ in lines if len(x)) for _, *lines in series)
+    right = float(max(max(x[-1] for x, _ in lines if len(x)) for _, *lines in series))
     low, high = _limits(records)
     top, left = height - BOTTOM, LEFT
 
@@ -92,7 +92,7 @@ def _svg(records: Sequence[tuple[str, RunRecord]], axis: str, width: int, height
         y = top - (top - TOP) * (value - low) / (high - low)
         body.append(f'<line class="grid" x1="{left}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         body.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in ticks(0, right, width // 150):
+    for value in ticks(0.0, right, max(width // 150, 4)):
         x = left + (width - left - RIGHT) * value / right
         body.append(f'<text x="{x:.1f}" y="{top + 17}" text-anchor="middle">{_short(value)}</text>')
     words = "tokens" if axis == "tokens" else "seconds of training"

@@ -29,6 +29,8 @@ LEVELS = (LATENTS, NOISE)
 """Which state is changed: h^(0) = z, or h^(L) = u."""
 STEPS = 8
 """Parts of the way from one text to another."""
+TEMPERATURE = 0.7
+"""Of replaced words: rare words are rarely what was meant."""
 NO_LATENTS = "a discrete baseline has no latents to edit: choose a flow"
 
 
@@ -40,7 +42,7 @@ def replace_words(
     tokenizer = checkpoint.tokenizer
     tokens = request.required(tokenizer, request.text(text, "text"), "text")
     template = blanked(tokenizer, tokens, request.text(words, "list of words"))
-    for shown in drawn(checkpoint, template, tries, particles, 1.0, seed):
+    for shown in drawn(checkpoint, template, tries, particles, TEMPERATURE, seed):
         if isinstance(shown, str):
             yield page(card(stage(template_tokens(tokenizer, template), is_open=True) + shown))
         else:

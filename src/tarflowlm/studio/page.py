@@ -85,13 +85,13 @@ def _infill(catalogue: Catalogue) -> None:
             model = _model(catalogue.models)
             text = gr.Textbox(
                 label="Text with blanks",
-                value="the ____ of the ______ was born in the city of ______",
+                value="the ____ of the ______ was born in the city of ______ in the",
                 info="Every _ is one token that the model chooses, with regard to both sides.",
                 lines=3,
                 max_lines=8,
             )
             tries, particles = _tries()
-            temperature = gr.Slider(0.1, 1.5, 0.8, step=0.05, label="Temperature")
+            temperature = gr.Slider(0.1, 1.5, 0.6, step=0.05, label="Temperature")
             seed = _seed()
             go, stop = _buttons("Fill in")
         with gr.Column(scale=7, min_width=320):
@@ -160,7 +160,7 @@ def _runs(catalogue: Catalogue) -> None:
         chosen = gr.CheckboxGroup(names, value=names[:6], label="Runs", scale=4, visible=bool(names))
         axis = gr.Radio(list(AXES), value=AXES[0], label="Over", scale=1, min_width=200, visible=bool(names))
     view = _handler(runs, catalogue)
-    out = gr.HTML(value=_last(view(names[:6], AXES[0])), elem_classes="st-out", apply_default_css=False)
+    out = gr.HTML(value=_last(view(names[:6], AXES[0])), apply_default_css=False)
     if not names:
         return
     inputs = [chosen, axis]
@@ -197,7 +197,7 @@ def _tries() -> tuple[Component, Component]:
     import gradio as gr
 
     tries = gr.Slider(1, TRIES, 6, step=1, label="Tries")
-    particles = gr.Slider(1, request.PARTICLES, 8, step=1, label="Particles in each try")
+    particles = gr.Slider(1, request.PARTICLES, 16, step=1, label="Particles in each try")
     return tries, particles
 
 
@@ -213,7 +213,7 @@ def _buttons(words: str) -> tuple[Component, Component]:
 def _output(words: str) -> Component:
     import gradio as gr
 
-    return gr.HTML(value=page(card(muted(words))), elem_classes="st-out", apply_default_css=False)
+    return gr.HTML(value=page(card(muted(words))), apply_default_css=False)
 
 
 def _handler(view: Callable[..., Iterator[str]], catalogue: Catalogue) -> Callable[..., Iterator[str]]:

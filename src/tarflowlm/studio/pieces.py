@@ -33,7 +33,7 @@ def guarded(view: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
 
 def page(*parts: str) -> str:
     """What a view shows."""
-    return f'<div class="st"><style>{TOKEN_CSS}</style>{"".join(parts)}</div>'
+    return f'<div class="st st-view"><style>{TOKEN_CSS}</style>{"".join(parts)}</div>'
 
 
 def card(*parts: str) -> str:

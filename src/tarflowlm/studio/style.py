@@ -49,8 +49,8 @@ CSS = """
 .st table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; width: 100%; }
 .st th, .st td { text-align: right; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--st-line);
   white-space: nowrap; }
-.st th:first-child, .st td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-.st th { font-weight: 600; color: var(--st-muted); }
+.st th:first-child, .st td:first-child { text-align: left; white-space: normal; min-width: 6.5rem; }
+.st th { font-weight: 600; color: var(--st-muted); white-space: normal; vertical-align: bottom; }
 .st-wide { overflow-x: auto; }
 .st svg { display: block; width: 100%; height: auto; }
 .st svg text { fill: var(--st-muted); font: 12px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
