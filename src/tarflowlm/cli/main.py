@@ -79,7 +79,8 @@ COMMANDS = {
         "inspect_arguments:RunsArgs",
     ),
     "edit": Command(
-        "Change a text in latent space: --strength (re-noise), --toward (interpolate) or --replace OLD NEW.",
+        "Redraw some words of a text given all others. Or move it --toward another, or --replace OLD NEW, or change "
+        "a state of it in latent space (--level).",
         "edit:run_edit",
         "arguments:EditArgs",
     ),
