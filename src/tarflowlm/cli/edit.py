@@ -6,13 +6,13 @@ import torch
 from rich.console import Console
 
 from tarflowlm.cli.arguments import EditArgs
+from tarflowlm.cli.models import load_checkpoint
 from tarflowlm.data import Tokenizer
 from tarflowlm.device import pick_device
 from tarflowlm.editing import Edit, Encoded, encode, interpolate, renoise, substitute
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import TarFlowLM, as_flow
-from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.released import chosen
 from tarflowlm.terminal.bars import sampling_bar

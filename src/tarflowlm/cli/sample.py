@@ -6,12 +6,12 @@ import torch
 from rich.console import Console
 
 from tarflowlm.cli.arguments import SampleArgs
+from tarflowlm.cli.models import load_checkpoint
 from tarflowlm.data import Tokenizer
 from tarflowlm.device import pick_device, threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.generation.sampling import encode_template
-from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.released import chosen
 from tarflowlm.terminal.bars import sampling_bar
