@@ -6,13 +6,14 @@ from rich.console import Console
 
 from tarflowlm.cli.arguments import ExportArgs, ReportArgs, SealArgs
 from tarflowlm.cli.configured import DataArgs
+from tarflowlm.cli.models import locate
 from tarflowlm.data import prepare_corpus
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.files import writer_lock
 from tarflowlm.report import write_report
 from tarflowlm.runs.checkpoint import export, read_run, seal
-from tarflowlm.runs.released import FOLDER, locate
+from tarflowlm.runs.released import FOLDER
 from tarflowlm.terminal.bars import corpus_bar, stages_bar
 from tarflowlm.terminal.tables import print_json, print_notice, print_table
 

@@ -6,6 +6,7 @@ import torch
 from rich.console import Console
 
 from tarflowlm.cli.arguments import EditArgs
+from tarflowlm.cli.models import load_checkpoint
 from tarflowlm.data import Tokenizer
 from tarflowlm.device import pick_device
 from tarflowlm.editing import Edit, Encoded, blend, encode, interpolate, renoise, rewrite, substitute, token_costs
@@ -14,7 +15,6 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.generation.choice import weighs_tokens
 from tarflowlm.model import TarFlowLM, as_flow
-from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.released import chosen
 from tarflowlm.terminal.bars import StageProgress, stages_bar, ticker

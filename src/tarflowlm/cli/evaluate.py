@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tarflowlm.cli.arguments import SAMPLING, EvalArgs
+from tarflowlm.cli.models import load_checkpoint
 from tarflowlm.data import (
     SOURCE_NAMES,
     TokenArray,
@@ -32,7 +33,7 @@ from tarflowlm.evaluation.quality import (
     measure_quality,
 )
 from tarflowlm.model import as_flow
-from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.released import chosen
 from tarflowlm.terminal.bars import bar, corpus_bar, stages_bar

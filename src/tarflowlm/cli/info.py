@@ -12,13 +12,14 @@ from rich.text import Text
 
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.cli.inspect_arguments import InfoArgs, RunsArgs
+from tarflowlm.cli.models import load_checkpoint, locate
 from tarflowlm.errors import UserError, first_line
 from tarflowlm.files import read_json, writer_of
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
 from tarflowlm.report.records import RunRecord, read_record
-from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, WEIGHTS, Checkpoint, load_checkpoint
-from tarflowlm.runs.released import FOLDER, locate, released
+from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, WEIGHTS, Checkpoint
+from tarflowlm.runs.released import FOLDER, released
 from tarflowlm.terminal.progress import minutes
 from tarflowlm.terminal.tables import column_table, print_json, print_notice, print_table
 from tarflowlm.training.metrics import METRICS

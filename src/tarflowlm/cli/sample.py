@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tarflowlm.cli.arguments import SampleArgs
 from tarflowlm.cli.interactive import converse
+from tarflowlm.cli.models import load_checkpoint
 from tarflowlm.cli.prompts import Wording, read_prompts
 from tarflowlm.cli.signals import interrupt_on_termination
 from tarflowlm.data import Tokenizer
@@ -27,7 +28,6 @@ from tarflowlm.generation.inversion import Decoders, Tick
 from tarflowlm.generation.sampling import BLANK
 from tarflowlm.generation.telling import OnTokens
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.released import chosen
 from tarflowlm.terminal.bars import ticker

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.text import Text
 
 from tarflowlm.cli.inspect_arguments import ScoreArgs
+from tarflowlm.cli.models import load_checkpoint
 from tarflowlm.data import Tokenizer, read_text
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.scores import Scores, score
-from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.released import chosen
 from tarflowlm.terminal.bars import stages_bar
 from tarflowlm.terminal.tables import column_table, print_json, print_notice

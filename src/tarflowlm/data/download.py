@@ -99,11 +99,12 @@ def _receive(url: str, partial: Path, progress: DownloadProgress | None) -> None
 
 def check_hub_reachable() -> None:
     """ConnectionError if the hub's name cannot be resolved. Without it the hub's client retries for half a minute."""
-    import huggingface_hub
+    # the package itself loads its modules only when they are asked for
+    from huggingface_hub import constants
 
     if urllib.request.getproxies():
         return  # the proxy resolves names
-    endpoint = huggingface_hub.constants.ENDPOINT
+    endpoint = constants.ENDPOINT
     parts = urllib.parse.urlsplit(endpoint)
     host = parts.hostname or endpoint
     try:

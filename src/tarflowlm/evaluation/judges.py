@@ -19,6 +19,8 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import Progress, windows_per_batch
 from tarflowlm.flow.precision import widen
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.runs.config import MODEL_TYPE
+from tarflowlm.runs.hub import is_reference
 
 LONGEST = 1024
 """Tokens that a judge of `transformers` reads at once: GPT-2's context, and where MAUVE cuts texts."""
@@ -156,7 +158,9 @@ class HubJudge(Judge):
 
 
 def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
-    """The judge `name`: a run directory of the baseline, a directory of `transformers`, or a hub name.
+    """The judge `name`: a run directory of the baseline or its hf:OWNER/NAME, or a model of `transformers`.
+
+    Of `transformers`, it is a directory or a name on the hub.
 
     Raises UserError for a model that cannot be found, is not autoregressive, or needs a package that is missing.
     """
@@ -165,7 +169,7 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
         is_dir = name != "" and path.is_dir()
     except OSError:  # the name is too long for a path
         is_dir = False
-    if is_dir and not _is_transformers(path):
+    if is_reference(name) or (is_dir and not _is_transformers(path)):
         return BaselineJudge(name, load_checkpoint(path, device))
     if not is_dir and (name.startswith((".", "/", "~")) or not name or len(path.parts) > 2):
         raise UserError(f"the judge {name!r} is no directory: give a run of the baseline, or a hub name")
@@ -179,7 +183,7 @@ def _is_transformers(path: Path) -> bool:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False  # the error is left to the reader of run directories
-    return isinstance(config, dict) and "model_type" in config
+    return isinstance(config, dict) and config.get("model_type", MODEL_TYPE) != MODEL_TYPE
 
 
 def _from_transformers(name: str, local: bool) -> tuple[Any, Any]:

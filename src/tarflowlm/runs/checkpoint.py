@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from tarflowlm.data import Tokenizer, load_tokenizer
+from tarflowlm.data.download import DownloadProgress
 from tarflowlm.errors import UserError
 from tarflowlm.files import full_disk_as_user_error, read_json
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.model import as_flow
-from tarflowlm.runs.config import RunConfig, current_form
+from tarflowlm.runs.config import MODEL_TYPE, RunConfig, current_form
 from tarflowlm.runs.drafts import load_draft, save_draft, seal_draft
 from tarflowlm.runs.manifest import MANIFEST, is_whole, problem_of, replacing_listed, write_manifest
 from tarflowlm.runs.released import locate, released
@@ -46,7 +47,8 @@ class Checkpoint:
 def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
     """Write config.json and tokenizer.json of a run directory, and list them in its manifest."""
     with replacing_listed(directory / CONFIG) as temporary:
-        temporary.write_text(json.dumps(to_dict(run), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        document = {"model_type": MODEL_TYPE} | to_dict(run)
+        temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     with replacing_listed(directory / TOKENIZER) as temporary:
         temporary.write_text(tokenizer.to_json(), encoding="utf-8", newline="")
 
@@ -68,17 +70,20 @@ def read_run(directory: Path, *, check: bool = True) -> RunConfig:
     return from_dict(RunConfig, current_form(read_json(directory / CONFIG)), where=str(directory / CONFIG))
 
 
-def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """Load a run directory, or the released model of that name, onto `device`.
+def load_checkpoint(
+    directory: str | Path, device: str | torch.device = "cpu", progress: DownloadProgress | None = None
+) -> Checkpoint:
+    """Load a run directory, the released model of that name, or hf:OWNER/NAME of the hub, onto `device`.
 
-    A progressive run that was stopped early gives the blocks it had by then. UserError, naming the file, for a
-    directory that is missing, incomplete, damaged, or no run directory.
+    A progressive run that was stopped early gives the blocks it had by then. `progress` and the errors of a download
+    are those of `hub.fetch`. UserError, naming the file, for a directory that is missing, incomplete, damaged, or no
+    run directory.
     """
-    directory = locate(directory)
+    directory = locate(directory, progress)
     if not directory.is_dir():
         raise UserError(
-            f"{directory} is not a directory: give a run directory made by `tarflowlm train`, or one of "
-            + ", ".join(released())
+            f"{directory} is not a directory: give a run directory made by `tarflowlm train`, hf:OWNER/NAME, or "
+            f"one of {', '.join(released())}"
         )
     for name in (CONFIG, TOKENIZER, WEIGHTS):
         _check(directory, name)

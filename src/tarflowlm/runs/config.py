@@ -13,6 +13,10 @@ TrackerName = Literal["tensorboard", "wandb"]
 """Experiment trackers that metrics can be sent to."""
 
 
+MODEL_TYPE = "tarflowlm"
+"""First key of config.json, by which `transformers` knows whose model it is (docs/hub.md)."""
+
+
 def checked_seed(seed: int) -> int:
     """`seed` itself. UserError outside 0 .. 2^62 - 1, where generators reject a seed or do not keep it distinct."""
     if not 0 <= seed < 2**62:
@@ -179,10 +183,13 @@ class RunConfig:
 
 
 def current_form(document: Any) -> Any:
-    """config.json in the current format. Earlier versions wrote three parallel lists in place of `blocks`.
+    """The run in config.json, in the current format, without `model_type`.
 
-    Other documents are returned as they are; `from_dict` reports what is wrong with them.
+    Earlier versions wrote no `model_type`, and three parallel lists in place of `blocks`. Other documents are
+    returned as they are; `from_dict` reports what is wrong with them.
     """
+    if isinstance(document, dict) and document.get("model_type") == MODEL_TYPE:
+        document = {key: value for key, value in document.items() if key != "model_type"}
     model = document.get("model") if isinstance(document, dict) else None
     old = ("couplings", "layers", "components")
     if not isinstance(model, dict) or not all(isinstance(model.get(name), list) for name in old):

@@ -5,7 +5,9 @@ They are small enough to be package data, so a first sample needs neither a down
 
 from pathlib import Path
 
+from tarflowlm.data.download import DownloadProgress
 from tarflowlm.errors import UserError
+from tarflowlm.runs.hub import fetch, is_reference
 
 FOLDER = Path(__file__).parent
 DEFAULT = "english-mini"
@@ -23,9 +25,14 @@ def baseline_of(name: str) -> str | None:
     return other if other in released() else None
 
 
-def locate(directory: str | Path) -> Path:
-    """A run directory: the path itself, or the released model of that name where there is no such path."""
+def locate(directory: str | Path, progress: DownloadProgress | None = None) -> Path:
+    """A run directory: the path itself, or where there is no such path, the released model or that of the hub.
+
+    Download, `progress` and errors as in `hub.fetch`.
+    """
     path = Path(directory)
+    if is_reference(path) and not path.exists():
+        return fetch(path, progress)
     return FOLDER / path if not path.exists() and str(path) in released() else path
 
 
@@ -35,7 +42,7 @@ def chosen(directory: Path | None, model: str | None) -> Path:
     UserError unless exactly one of them is given, and for an unknown model.
     """
     if (directory is None) == (model is None):
-        raise UserError("give a run directory, or --model with one of " + ", ".join(released()))
+        raise UserError("give a run directory, hf:OWNER/NAME, or --model with one of " + ", ".join(released()))
     if directory is not None:
         return directory
     if model not in released():
