@@ -155,7 +155,7 @@ def stand_in(argv: list[str], trained: Path) -> list[str] | None:
             return [*argv, "--device", "cpu"]
         case ["seal" | "export", *_]:
             return argv
-        case ["train" | "data" | "reproduce" | "bench", *_]:
+        case ["train" | "data" | "reproduce" | "bench" | "studio", *_]:
             return None
         case [name, *_] if name not in COMMANDS:
             return None  # which the command line says better
@@ -182,13 +182,14 @@ def only_read(argv: list[str]) -> None:
         raise Reached
 
     work = ["cli.train.train", "cli.train.resume", "cli.directories.prepare_corpus", "cli.reproduce.estimate"]
-    work += ["cli.reproduce.finish", "cli.evaluate.load_checkpoint", "cli.directories.write_report"]
+    work += ["cli.reproduce.finish", "cli.evaluate.load_checkpoint", "cli.directories.write_report", "cli.studio.Server"]
     work += [f"bench.{name}.run" for name in BENCHMARKS]
     with pytest.MonkeyPatch.context() as patch:
         for name in work:
             patch.setattr(f"tarflowlm.{name}", reached)
         # whatever the command needs counts as installed
         patch.setattr("tarflowlm.cli.reproduce.find_spec", lambda name: name)
+        patch.setattr("tarflowlm.cli.studio.check_gradio", lambda: None)
         with pytest.raises(Reached):
             call(argv)
 
