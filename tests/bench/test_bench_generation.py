@@ -144,31 +144,82 @@ def test_bad_templates_are_one_line(directories, refused, options, words):
     refused("sample", directories[1], *options, names=[words])
 
 
-def test_edits_on_the_command_line(directories, run, run_json):
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--strength", "0"],
+        ["--words", "2", "--pick", "unlikely", "--candidates", "3"],
+        ["--rewrite", "cat", "sat on", "--temperature", "1"],
+        ["--toward", "a dog ran away"],
+        ["--replace", "cat", "dog"],
+        ["--level", "0", "--strength", "0"],
+        ["--level", "2", "--words", "1"],
+        ["--level", "1", "--toward", "a dog ran away"],
+    ],
+)
+def test_edits_on_the_command_line(directories, run, run_json, options):
     text = "the cat sat on"
-    for options in (["--strength", "0"], ["--toward", "a dog ran away"], ["--replace", "cat", "dog"]):
-        result = run_json("edit", directories[1], "--text", text, *options, "--num", 2)
-        assert result["before"] == text
-        for edit in result["edits"]:
-            assert len(edit["text"]) == len(text)
-            assert edit["changed"] == [a != b for a, b in zip(text, edit["text"], strict=True)]
-            assert options[0] != "--strength" or (edit["text"], edit["bpc"]) == (text, edit["bpc_before"])
-            assert options[0] != "--replace" or edit["text"][:7] == "the dog"
-        assert run("edit", directories[1], "--text", text, *options).status == 0
+    result = run_json("edit", directories[1], "--text", text, *options, "--num", 2)
+    assert result["before"] == text
+    assert len({edit["bpc_before"] for edit in result["edits"]}) == 1
+    for edit in result["edits"]:
+        assert len(edit["text"]) == len(text)
+        assert edit["changed"] == [a != b for a, b in zip(text, edit["text"], strict=True)]
+        changed = [i for i, is_new in enumerate(edit["changed"]) if is_new]
+        match options:
+            case ["--strength", "0"] | ["--level", "0", *_]:
+                assert (edit["text"], edit["bpc"]) == (text, edit["bpc_before"])
+            case ["--replace", *_]:
+                assert edit["text"][:7] == "the dog"
+            case ["--rewrite", *_]:
+                assert edit["text"][:4] == "the "
+            case []:
+                # one of the four words, not the first
+                assert max(changed) - min(changed) < 3
+                assert min(changed) >= 4
+    assert run("edit", directories[1], "--text", text, *options).status == 0
+
+
+def test_a_state_that_does_not_steer_the_text_is_said_to(directories, run, run_json):
+    argv = ["edit", directories[1], "--text", "the cat sat on", "--level", 0, "--strength", 1]
+    assert "state 0 does not steer this text" in run_json(*argv)["advice"]
+    assert "without --level some words are redrawn" in run(*argv).out
+    assert run_json(*argv[:4])["advice"] is None
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "needs one of"),
-        (["--strength", "0.1", "--toward", "a"], "needs one of"),
+        (["--replace", "a", "b", "--toward", "a"], "--toward and --replace are different edits"),
+        (["--strength", "0.1", "--toward", "a"], "--strength has no effect with --toward"),
+        (["--weight", "0.1"], "--weight has no effect with redrawn words"),
+        (["--decoder", "auto"], "--decoder has no effect with redrawn words"),
+        (["--decoder", "auto", "--toward", "a"], "--decoder has no effect with --toward without --level"),
+        (
+            ["--candidates", "4", "--toward", "a", "--level", "1"],
+            "--candidates has no effect with --toward and --level",
+        ),
+        (["--candidates", "4", "--level", "1"], "--candidates has no effect with --level"),
+        (["--level", "1", "--rewrite", "cat"], "--level has no effect with --rewrite"),
+        (["--strength", "0.1", "--words", "1"], "give one of them"),
+        (["--level", "1", "--pick", "unlikely"], "without --words"),
+        (["--words", "4"], "words 4: the text has 3"),
+        (["--words", "0"], "words 0"),
+        (["--candidates", "0"], "candidates 0"),
+        (["--temperature", "0"], "temperature 0"),
+        (["--rewrite", "dog"], "does not occur"),
+        (["--rewrite"], "rewrite"),
         (["--strength", "1.5"], "strength 1.5"),
         (["--strength", "0.5", "--level", "3"], "block 3"),
         (["--toward", "abc"], "same length"),
+        (["--toward", ""], "empty"),
+        (["--toward", "the dog ran", "--weight", "2"], "weight 2"),
         (["--replace", "cat", "horse"], "must agree"),
         (["--replace", "dog", "cat"], "does not occur"),
         (["--strength", "0.5", "--num", "0"], "num 0"),
-        (["--strength", "0.5", "--text", ""], "empty"),
+        (["--text", ""], "empty"),
+        (["--text", " "], "no words"),
         (["--strength", "0.5", "--text", "X"], "'X' x1"),
         (["--strength", "0.5", "--text", "a" * 33], "33 tokens"),
     ],

@@ -57,4 +57,4 @@ def test_a_decoder_that_is_not_there_is_said(refused, model):
     refused("sample", model, "--decoder", "drafted", names=["no draft", "tarflowlm draft"])
     refused("sample", model, "--rounds", names=["no draft", "tarflowlm draft"])
     refused("sample", model, "--rounds", "--decoder", "parallel", names=["--rounds", "parallel", "drafted"])
-    refused("edit", "--text", "ab", model, "--strength", 0.1, "--decoder", "drafted", names=["no draft"])
+    refused("edit", "--text", "ab", model, "--level", 1, "--decoder", "drafted", names=["no draft"])

@@ -154,32 +154,75 @@ class EditArgs:
     directory: RunOrModel = None
     model: ReleasedModel = None
     strength: float | None = None
-    """Re-noise: h -> sqrt(1 - s^2) h + s eps, with h the state at `level`; 0 keeps the text, 1 forgets it."""
+    """Share of the words to redraw, given all the others: 0 keeps the text, 0.1 (the default) changes a word here and
+    there, 1 leaves none. With --level: how much noise the states get."""
+    words: int | None = None
+    """Number of words to redraw, in place of a share. With --level: the noise goes to so many words only."""
+    pick: Literal["random", "unlikely"] | None = None
+    """Which words: at random (the default), or those the model expects least."""
+    rewrite: tuple[str, ...] | None = None
+    """Redraw these pieces of the text, words or more, given everything else."""
+    candidates: int | None = None
+    """Candidates for every redrawn piece (32), of which one is taken by how well the rest of the text follows it."""
+    temperature: Annotated[float | None, tyro.conf.arg(help=f"Of the candidates (0.7): {TEMPERATURE}")] = None
     toward: str | None = None
-    """Interpolate to this text of the same length."""
-    weight: float = 0.5
-    """With --toward: 0 is the text, 1 the other text."""
+    """Move to this text of the same length: words of it take their places, and what they cut is redrawn. With
+    --level: interpolate between the states of the two texts."""
+    weight: float | None = None
+    """With --toward: 0 is the text, 1 the other text; 0.5 by default."""
     replace: tuple[str, str] | None = None
     """OLD NEW: replace the first OLD by NEW, of as many tokens, and regenerate the rest from its noise."""
     level: int | None = None
-    """State to change: 0 is the latents, the number of blocks is the noise (the default)."""
+    """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is the noise. Re-noises
+    by h -> sqrt(1 - s^2) h + s eps with s the strength, or interpolates."""
     num: int = 1
     """Number of edits, each with its own noise."""
     seed: int = 0
     """The same seed gives the same edits."""
-    decoder: Decoder = "auto"
-    """How to invert a block: position by position, in parallel sweeps, by drafts (block 1), or what is quickest."""
+    decoder: Decoder | None = None
+    """With --level: how to invert a block, position by position, in parallel sweeps, by drafts (block 1), or what is
+    quickest (auto, the default)."""
     normalize: Normalize = None
     """Normalise the texts first."""
     device: Device = "auto"
     json: PrintJson = False
 
     def __post_init__(self) -> None:
-        given = sum(kind is not None for kind in (self.strength, self.toward, self.replace))
-        if given != 1:
-            raise UserError(f"edit needs one of --strength, --toward and --replace, got {given}")
         if self.num < 1:
             raise UserError(f"num {self.num}: ask for at least 1 edit")
+        if self.candidates is not None and self.candidates < 1:
+            raise UserError(f"candidates {self.candidates}: must be at least 1")
+        if self.words is not None and self.words < 1:
+            raise UserError(f"words {self.words}: must be at least 1")
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise UserError(f"strength {self.strength}: must be between 0 (no change) and 1 (all of it is new)")
+        given = [name for name in ("rewrite", "toward", "replace") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"--{' and --'.join(given)} are different edits: choose one")
+        kind = (given or ["level" if self.level is not None else "words"])[0]
+        for name in ("strength", "words", "pick", "candidates", "temperature", "weight", "level", "decoder"):
+            if getattr(self, name) is not None and name not in EDIT_OPTIONS[kind]:
+                which = "redrawn words" if kind == "words" else f"--{kind}"
+                raise UserError(f"--{name} has no effect with {which}: leave it out, or see tarflowlm edit --help")
+        if kind == "words" and self.words is not None and self.strength is not None:
+            raise UserError("--words and --strength both say how many words to redraw: give one of them")
+        if kind == "level" and self.pick is not None and self.words is None:
+            raise UserError("--pick has no effect with --level without --words: add it, or leave this out")
+        if kind == "toward":
+            others, how = (("decoder",), "without") if self.level is None else (("candidates", "temperature"), "and")
+            for name in others:
+                if getattr(self, name) is not None:
+                    raise UserError(f"--{name} has no effect with --toward {how} --level: leave it out")
+
+
+EDIT_OPTIONS = {
+    "words": ("strength", "words", "pick", "candidates", "temperature"),
+    "rewrite": ("candidates", "temperature"),
+    "toward": ("weight", "candidates", "temperature", "level", "decoder"),
+    "replace": (),
+    "level": ("strength", "words", "pick", "level", "decoder"),
+}
+"""The kinds of `edit`, and which of the other arguments each of them uses."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`tarflowlm edit`: a text changed in latent space."""
+"""`tarflowlm edit`: some words of a text redrawn, or its states changed in latent space."""
 
 from collections.abc import Callable
 
@@ -8,16 +8,24 @@ from rich.console import Console
 from tarflowlm.cli.arguments import EditArgs
 from tarflowlm.data import Tokenizer
 from tarflowlm.device import pick_device
-from tarflowlm.editing import Edit, Encoded, encode, interpolate, renoise, substitute
+from tarflowlm.editing import Edit, Encoded, blend, encode, interpolate, renoise, rewrite, substitute, token_costs
+from tarflowlm.editing.words import Span, blended_spans, count_of, find_piece, joined, pick_words, words_of
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
+from tarflowlm.generation.choice import weighs_tokens
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.released import chosen
-from tarflowlm.terminal.bars import sampling_bar
+from tarflowlm.terminal.bars import StageProgress, stages_bar, ticker
 from tarflowlm.terminal.tables import print_json
 from tarflowlm.terminal.texts import print_edits
+
+STRENGTH, CANDIDATES, TEMPERATURE, WEIGHT = 0.1, 32, 0.7, 0.5
+"""What holds where nothing is given."""
+MUCH_CHANGED, MUCH_LONGER = 0.5, 1.25
+"""An edit of a state that changes more than this share of the tokens, or multiplies the bits by more than this, comes
+with a note on what keeps a text."""
 
 
 def run_edit(args: EditArgs) -> None:
@@ -27,10 +35,9 @@ def run_edit(args: EditArgs) -> None:
     model = as_flow(checkpoint.model, refusal)
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
     generator = torch.Generator().manual_seed(checked_seed(args.seed))
-    tokens = _tokens(args, tokenizer, args.text, "text")
-    with sampling_bar(Console(stderr=True), model, len(tokens)) as tick:
-        text = encode(model, tokens.expand(args.num, -1), generator)
-        edit = _edited(args, model, tokenizer, text, tokens, generator, tick)
+    text = _encoded(args, model, tokenizer, args.text, "text", generator)
+    with stages_bar(Console(stderr=True)) as progress:
+        edit = _edited(args, model, tokenizer, text, generator, progress)
     _show(args, edit, tokenizer)
 
 
@@ -41,27 +48,122 @@ def _tokens(args: EditArgs, tokenizer: Tokenizer, text: str, name: str) -> torch
     return torch.from_numpy(tokenizer.encode(prepared))
 
 
+def _encoded(
+    args: EditArgs, model: TarFlowLM, tokenizer: Tokenizer, text: str, name: str, generator: torch.Generator
+) -> Encoded:
+    """The text once for every edit: all of them start from the same latents."""
+    return encode(model, _tokens(args, tokenizer, text, name)[None], generator).repeated(args.num)
+
+
 def _edited(
     args: EditArgs,
     model: TarFlowLM,
     tokenizer: Tokenizer,
     text: Encoded,
-    tokens: torch.Tensor,
     generator: torch.Generator,
-    tick: Callable[[], None],
+    progress: StageProgress,
 ) -> Edit:
-    level = model.num_blocks if args.level is None else args.level
-    if args.strength is not None:
-        return renoise(
-            model, text, level=level, strength=args.strength, generator=generator, decoder=args.decoder, tick=tick
-        )
+    def tick(what: str, total: int) -> Callable[[], None]:
+        return ticker(progress, what, total)
+
+    num_positions = text.tokens.shape[1] // model.config.patch
+    candidates = CANDIDATES if args.candidates is None else args.candidates
+    # where block 1 has no weights of tokens, the model is sampled as it is
+    usual = TEMPERATURE if weighs_tokens(model.prior.block(0).coupling) else 1.0
+    temperature = usual if args.temperature is None else args.temperature
+    if args.replace is not None:
+        wanted = _replacements(args, tokenizer, text)
+        return substitute(model, text, wanted, generator=generator, tick=tick("editing, positions", num_positions))
     if args.toward is not None:
-        toward = _tokens(args, tokenizer, args.toward, "other text")
-        other = encode(model, toward.expand(args.num, -1), generator)
+        other = _encoded(args, model, tokenizer, args.toward, "other text", generator)
+        weight = WEIGHT if args.weight is None else args.weight
+        if args.level is None:
+            spans = _blended(text, other, tokenizer, weight, args.num, generator)
+            ticks = tick("redrawing, texts", args.num)
+            return blend(
+                model, text, other, spans, candidates=candidates, temperature=temperature, generator=generator,
+                tick=ticks,
+            )  # fmt: skip
         return interpolate(
-            model, text, other, level=level, weight=args.weight, generator=generator, decoder=args.decoder, tick=tick
+            model, text, other, level=args.level, weight=weight, generator=generator, decoder=args.decoder or "auto",
+            tick=tick("editing, positions", args.level * num_positions),
+        )  # fmt: skip
+    strength = STRENGTH if args.strength is None else args.strength
+    if args.level is None:
+        chosen_spans = _redrawn(args, model, tokenizer, text, strength, generator)
+        ticks = tick("redrawing, pieces", sum(map(len, chosen_spans)))
+        return rewrite(
+            model, text, chosen_spans, candidates=candidates, temperature=temperature, generator=generator, tick=ticks
         )
+    where = None
+    if args.words is not None:
+        (chosen_words,) = _picked(args, model, tokenizer, text, args.words, 1, generator)
+        where = torch.zeros(text.tokens.shape[1], dtype=torch.bool)
+        for start, stop in chosen_words:
+            where[start:stop] = True
+    return renoise(
+        model, text, level=args.level, strength=strength, generator=generator, where=where,
+        decoder=args.decoder or "auto", tick=tick("editing, positions", args.level * num_positions),
+    )  # fmt: skip
+
+
+def _pieces(text: Encoded, tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes of every token of the (first) text."""
+    return [tokenizer.token_bytes[token] for token in text.tokens[0, : text.length].tolist()]
+
+
+def _redrawn(
+    args: EditArgs,
+    model: TarFlowLM,
+    tokenizer: Tokenizer,
+    text: Encoded,
+    strength: float,
+    generator: torch.Generator,
+) -> list[list[Span]]:
+    """The spans that each edit redraws."""
+    parts = _pieces(text, tokenizer)
+    if args.rewrite is not None:
+        if not args.rewrite:
+            raise UserError("--rewrite names no piece of the text: give at least one")
+        strip = args.normalize is not None
+        pieces = [tokenizer.prepare(piece).strip() if strip else piece for piece in args.rewrite]
+        return [sorted(find_piece(parts, piece) for piece in pieces)] * args.num
+    words = words_of(parts)
+    if not words:
+        raise UserError(f"the text {args.text!r} has no words: give some, or name a piece of it with --rewrite")
+    count = count_of(strength, words) if args.words is None else args.words
+    return [joined(row, words) for row in _picked(args, model, tokenizer, text, count, args.num, generator)]
+
+
+def _picked(
+    args: EditArgs,
+    model: TarFlowLM,
+    tokenizer: Tokenizer,
+    text: Encoded,
+    count: int,
+    num: int,
+    generator: torch.Generator,
+) -> list[list[Span]]:
+    words = words_of(_pieces(text, tokenizer))
+    costs = token_costs(model, text)[0].tolist() if args.pick == "unlikely" else None
+    return [pick_words(words, count, generator, costs=costs) for _ in range(num)]
+
+
+def _blended(
+    text: Encoded, other: Encoded, tokenizer: Tokenizer, weight: float, num: int, generator: torch.Generator
+) -> list[tuple[list[Span], list[Span]]]:
+    """What each edit takes from the other text, and what it keeps of this one."""
+    if not 0 <= weight <= 1:
+        raise UserError(f"weight {weight}: must be between 0 (the text) and 1 (the other text)")
+    first, second = (words_of(_pieces(one, tokenizer)) for one in (text, other))
+    count = round(weight * len(second))
+    taken = [pick_words(second, count, generator) for _ in range(num)]
+    return [blended_spans(first, second, row, text.length) for row in taken]
+
+
+def _replacements(args: EditArgs, tokenizer: Tokenizer, text: Encoded) -> torch.Tensor:
     assert args.replace is not None
+    tokens = text.tokens[0, : text.length].cpu()
     old, new = (_tokens(args, tokenizer, part, "replacement") for part in args.replace)
     if len(old) != len(new):
         raise UserError(f"{args.replace[0]!r} has {len(old)} tokens, {args.replace[1]!r} {len(new)}: they must agree")
@@ -71,7 +173,7 @@ def _edited(
     at = int(found[0])
     replacements = torch.full_like(tokens, -1)
     replacements[at : at + len(new)] = new
-    return substitute(model, text, replacements, generator=generator, tick=tick)
+    return replacements
 
 
 def _show(args: EditArgs, edit: Edit, tokenizer: Tokenizer) -> None:
@@ -81,6 +183,7 @@ def _show(args: EditArgs, edit: Edit, tokenizer: Tokenizer) -> None:
 
     texts = [tokenizer.decode(row) for row in edit.tokens.tolist()]
     old, new = per_character(edit.bound_before, edit.before), per_character(edit.bound, edit.tokens)
+    advice = _advice(args, edit)
     if args.json:
         before = tokenizer.decode(edit.before[0].tolist())
         rows = zip(texts, edit.changed.tolist(), old, new, strict=True)
@@ -90,6 +193,7 @@ def _show(args: EditArgs, edit: Edit, tokenizer: Tokenizer) -> None:
                 "edits": [
                     {"text": text, "changed": changed, "bpc_before": a, "bpc": b} for text, changed, a, b in rows
                 ],
+                "advice": advice,
             }
         )
         return
@@ -99,4 +203,23 @@ def _show(args: EditArgs, edit: Edit, tokenizer: Tokenizer) -> None:
         for changed, a, b in zip(edit.changed.tolist(), old, new, strict=True)
     ]
     shown = [[symbols[i] for i in row] for row in edit.tokens.tolist()]
-    print_edits(Console(), [symbols[i] for i in edit.before[0].tolist()], shown, notes)
+    print_edits(Console(), [symbols[i] for i in edit.before[0].tolist()], shown, notes, advice)
+
+
+def _advice(args: EditArgs, edit: Edit) -> str | None:
+    """What works better than the edit of a state that has lost the text."""
+    if args.level is None:
+        return None
+    changed, times = edit.changed.double().mean().item(), (edit.bound.sum() / edit.bound_before.sum()).item()
+    if args.toward is not None:
+        if times <= MUCH_LONGER and args.weight not in (0, 1):
+            return None
+        lost, better = f"bits x {times:.2f}", "words of both texts are mixed"
+    elif changed > MUCH_CHANGED or times > MUCH_LONGER:
+        lost, better = (
+            f"{changed:.0%} of the tokens changed, bits x {times:.2f}",
+            "some words are redrawn and the rest stays",
+        )
+    else:
+        return None
+    return f"state {args.level} does not steer this text ({lost}): without --level {better}"

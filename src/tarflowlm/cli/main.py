@@ -57,7 +57,8 @@ COMMANDS = {
     ),
     "sample": Command("Generate text from a trained model.", "sample:run_sample", "arguments:SampleArgs"),
     "edit": Command(
-        "Change a text in latent space: --strength (re-noise), --toward (interpolate) or --replace OLD NEW.",
+        "Redraw some words of a text given all others. Or move it --toward another, or --replace OLD NEW, or change "
+        "a state of it in latent space (--level).",
         "edit:run_edit",
         "arguments:EditArgs",
     ),

@@ -109,6 +109,12 @@ class KVCache:
         for stored in self.stored:
             stored[:, :, :, : self.length] = stored[:, rows, :, : self.length]
 
+    def copy(self, one: "KVCache") -> None:
+        """Take the positions of a cache of one row for every row, in place."""
+        self.length = one.length
+        for stored, source in zip(self.stored, one.stored, strict=True):
+            stored[:, :, :, : self.length] = source[:, :, :, : self.length]
+
     def extend(self, x: Float[Tensor, "B N D"], starts: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B N D"]:
         """Features of N positions with inputs x, which follow the cached ones.
 

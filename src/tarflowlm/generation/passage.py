@@ -114,11 +114,19 @@ class LatentPassage(Passage):
         return log_det + standard_normal_log_prob(u) - self.log_normaliser[:, :num].sum((1, 2))
 
     def settle(self, z: Tensor, num: int) -> Tensor:
-        """Copy the first `num` positions from z [B, N, C], in one parallel pass; returns their features."""
+        """Copy the first `num` positions from z [B, N, C], in one parallel pass; returns their features.
+
+        z [1, N, C] serves all rows: its features are computed once.
+        """
         self.values[:, :num], self.at = z[:, :num], num
         if num == 0:
             return self.values.new_zeros(len(z), 0, 0)
-        return self.block.features_of(self.cache, z[:, : num - 1], first=True)
+        if len(z) == len(self.values):
+            return self.block.features_of(self.cache, z[:, : num - 1], first=True)
+        one = self.block.allocate_cache(1, num)
+        features = self.block.features_of(one, z[:, : num - 1], first=True)
+        self.cache.copy(one)
+        return features
 
     def complete(self, n: int, features: Tensor) -> Tensor | None:
         """Complete position n from its features c_n [B, D]; returns as `step`."""

@@ -66,15 +66,21 @@ def symbols(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
 
 
 def print_edits(
-    console: Console, before: Sequence[str], edits: Sequence[Sequence[str]], notes: Sequence[str]
+    console: Console,
+    before: Sequence[str],
+    edits: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    advice: str | None = None,
 ) -> None:
-    """The text, then every edit of it, with the symbols that changed highlighted."""
+    """The text, then every edit of it, with the symbols that changed highlighted; and advice on a line of its own."""
     console.print(_panel(Text("".join(before)), "text"))
     for number, (symbols, note) in enumerate(zip(edits, notes, strict=True), 1):
         body = Text()
         for old, new in zip(before, symbols, strict=True):
             body.append(new, style="" if old == new else "bold green")
         console.print(_panel(body, f"edit {number}", note))
+    if advice is not None:
+        console.print(Text(advice), soft_wrap=True)
 
 
 def _panel(body: Text, title: str, note: str | None = None) -> Panel:

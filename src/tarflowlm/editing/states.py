@@ -51,6 +51,14 @@ class Encoded:
     states: tuple[Tensor, ...]
     """h^(0) = z, ..., h^(L) = u, each [B, T, d]."""
 
+    def row(self, b: int) -> "Encoded":
+        """Text b alone."""
+        return Encoded(self.tokens[b : b + 1], self.length, tuple(h[b : b + 1] for h in self.states))
+
+    def repeated(self, num: int) -> "Encoded":
+        """A single text `num` times."""
+        return Encoded(self.tokens.expand(num, -1), self.length, tuple(h.expand(num, -1, -1) for h in self.states))
+
 
 @torch.no_grad()
 def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: torch.Generator) -> Encoded:
@@ -176,7 +184,7 @@ def substitute(
             tick()
     z = model.prior.patch.inverse(passage.values)
     tokens = torch.where(wanted >= 0, wanted, model.codebook.decode(z).cpu()).to(z.device)
-    return _edit(model, text, tokens, tuple(model.prior.states(z)[0][::-1]), generator)
+    return compared(model, text, tokens, tuple(model.prior.states(z)[0][::-1]), generator)
 
 
 def _descend(
@@ -210,17 +218,19 @@ def _descend(
         return invert_block(block, u, decoder=how, settled=below, num_settled=settled, tick=tick).h
 
     states = prior.descend(state, invert, top=level)
-    return _edit(model, before or text, model.codebook.decode(states[-1]), tuple(states), generator)
+    return compared(model, before or text, model.codebook.decode(states[-1]), tuple(states), generator)
 
 
-def _edit(
+def compared(
     model: TarFlowLM, text: Encoded, tokens: Tensor, states: tuple[Tensor, ...], generator: torch.Generator
 ) -> Edit:
+    """`text` beside its new tokens [B, T] and states, with bounds of both."""
     length = text.length
-    # The bounds are those of whole patches, padding included. Both texts get the same noise, so that sampling noise
-    # does not enter the difference of their bounds.
+    # The bounds are those of whole patches, padding included. All texts get the same noise: so sampling noise does
+    # not enter the differences of their bounds, and equal texts have equal ones.
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-    before, after = (bound(model, x, torch.Generator().manual_seed(seed)) for x in (text.tokens, tokens))
+    both = torch.cat((text.tokens, tokens))
+    before, after = bound(model, both, torch.Generator().manual_seed(seed), same_noise=True).chunk(2)
     return Edit(
         before=text.tokens[:, :length],
         tokens=tokens[:, :length],
@@ -233,11 +243,22 @@ def _edit(
 
 @torch.no_grad()
 def bound(
-    model: LanguageModel, tokens: Int[Tensor, "B T"], generator: torch.Generator, *, samples: int = 8
+    model: LanguageModel,
+    tokens: Int[Tensor, "B T"],
+    generator: torch.Generator,
+    *,
+    samples: int = 8,
+    same_noise: bool = False,
 ) -> Float[Tensor, " B"]:
-    """The negative ELBO of texts, [B], in nats, averaged over `samples` posterior samples; exact for the baseline."""
-    draws = 1 if model.is_exact else samples
-    return torch.stack([negative_bound(model, tokens, generator=generator) for _ in range(draws)]).mean(0)
+    """The negative ELBO of texts, [B], in nats, averaged over `samples` posterior samples; exact for the baseline.
+
+    With `same_noise` all texts get the same samples of the noise.
+    """
+    draws = []
+    for _ in range(1 if model.is_exact else samples):
+        noise = model.draw_noise(tokens[:1] if same_noise else tokens, generator).expand(*tokens.shape, -1)
+        draws.append(negative_bound(model, tokens, noise=noise))
+    return torch.stack(draws).mean(0)
 
 
 def _checked_level(model: TarFlowLM, level: int) -> int:

@@ -1,0 +1,95 @@
+"""Words of a text as spans of its tokens, and which of them an edit changes."""
+
+import itertools
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+
+import torch
+
+from tarflowlm.errors import UserError
+
+Span = tuple[int, int]
+"""First token, and the one after the last."""
+
+
+def words_of(pieces: Sequence[bytes]) -> list[Span]:
+    """The words of a text, given the bytes of its tokens: what lies between white space.
+
+    A token that begins with white space begins a word; one of nothing else belongs to none.
+    """
+    spans: list[Span] = []
+    inside = False
+    for at, piece in enumerate(pieces):
+        is_space = not piece.strip()
+        if not is_space and (not inside or piece[:1].isspace()):
+            spans.append((at, at + 1))
+        elif not is_space:
+            spans[-1] = (spans[-1][0], at + 1)
+        inside = not is_space
+    return spans
+
+
+def count_of(strength: float, words: Sequence[Span]) -> int:
+    """How many words a share `strength` is: rounded, at least one unless it is 0. UserError outside of [0, 1]."""
+    if not 0 <= strength <= 1:
+        raise UserError(f"strength {strength}: must be between 0 (no change) and 1 (a new text)")
+    return max(1, round(strength * len(words))) if strength and words else 0
+
+
+def pick_words(
+    words: Sequence[Span], count: int, generator: torch.Generator, *, costs: Sequence[float] | None = None
+) -> list[Span]:
+    """`count` of the words: at random, or with `costs` of all tokens those of the highest mean cost, first to last.
+
+    A word at the very start comes last: nothing before it says that a word begins, so a piece of one may take its
+    place. UserError for more words than there are.
+    """
+    if not 0 <= count <= len(words):
+        raise UserError(f"words {count}: the text has {len(words)}")
+    if costs is None:
+        order = torch.randperm(len(words), generator=generator).tolist()
+    else:
+        mean = [sum(costs[start:stop]) / (stop - start) for start, stop in words]
+        order = sorted(range(len(words)), key=lambda i: -mean[i])
+    order.sort(key=lambda i: words[i][0] == 0)
+    return [words[i] for i in sorted(order[:count])]
+
+
+def joined(chosen: Sequence[Span], words: Sequence[Span]) -> list[Span]:
+    """The chosen words, first to last, with neighbours and the white space between them as one span."""
+    spans: list[Span] = []
+    previous = False
+    for word in words:
+        if word in chosen:
+            spans.append((spans.pop()[0] if previous else word[0], word[1]))
+        previous = word in chosen
+    return spans
+
+
+def with_space(word: Span, words: Sequence[Span], length: int) -> Span:
+    """A word of a text of `length` tokens with the white space on both sides of it."""
+    at = words.index(word)
+    return (words[at - 1][1] if at else 0, words[at + 1][0] if at + 1 < len(words) else length)
+
+
+def blended_spans(
+    first: Sequence[Span], second: Sequence[Span], taken: Sequence[Span], length: int
+) -> tuple[list[Span], list[Span]]:
+    """Where the words `taken` of a second text lie, and the words of the first that they leave whole, with space."""
+    new = [with_space(word, second, length) for word in taken]
+    whole = [(a, b) for a, b in first if not any(start < b and a < stop for start, stop in new)]
+    return new, [with_space(word, first, length) for word in whole]
+
+
+def find_piece(pieces: Sequence[bytes], piece: str) -> Span:
+    """The tokens that hold the first occurrence of `piece` as whole words, or else the first one at all.
+
+    UserError for a piece that is empty or not in the text.
+    """
+    whole, wanted = b"".join(pieces), piece.encode("utf-8", errors="replace")
+    found = re.search(rb"(?<!\w)" + re.escape(wanted) + rb"(?!\w)", whole) or re.search(re.escape(wanted), whole)
+    if not wanted or found is None:
+        raise UserError(f"{piece!r} does not occur in the text: give a piece of it")
+    ends = list(itertools.accumulate(len(part) for part in pieces))
+    return bisect_right(ends, found.start()), bisect_left(ends, found.end()) + 1

@@ -1,0 +1,150 @@
+"""Redrawing: the rest stays to the bit, the weights are those of the model, and the draws have its conditional."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from tarflowlm.editing import blend, encode, redraw, renoise, rewrite, token_costs
+from tarflowlm.editing.rewriting import propose
+from tarflowlm.errors import UserError
+from tarflowlm.flow.numerics import standard_normal_log_prob
+
+STACKS = {
+    "mixd": {"couplings": ("mixd",)},
+    "mixd-mix1": {"couplings": ("mixd", "mix1", "mix1")},
+    "mix1": {"couplings": ("mix1", "mix1")},
+    "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
+}
+TEXT = torch.tensor([[0, 3, 1, 4, 1, 0, 2], [2, 2, 0, 1, 3, 4, 4]])
+
+
+@pytest.fixture(params=STACKS.values(), ids=STACKS.keys())
+def model(request, tiny_flow):
+    return tiny_flow(log_std=-3.0, **request.param)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("span", [(0, 2), (3, 5), (4, 7), (0, 7)])
+def test_the_rest_keeps_tokens_and_latents(model, span):
+    text = encode(model, TEXT, generator())
+    edit = rewrite(model, text, [[span], []], candidates=4, generator=generator(1))
+    inside = torch.zeros(7, dtype=torch.bool)
+    inside[slice(*span)] = True
+    assert not edit.changed[0, ~inside].any()
+    assert torch.equal(edit.states[-1][0, ~inside], text.states[0][0, :7][~inside])
+    assert torch.equal(edit.tokens[1], TEXT[1])
+    assert len(edit.states) == model.num_blocks + 1
+
+
+@pytest.mark.parametrize("span", [(2, 4), (0, 2), (6, 8)])
+def test_weights_are_the_density_over_that_of_the_proposal(model, span):
+    """Spans of whole positions, whose density in block 1 can be read off."""
+    text = encode(model, torch.cat((TEXT, TEXT[:, :1]), 1), generator()).row(0)
+    z, _, log_w = propose(model, text, span, candidates=5, generator=generator(1))
+    patch = model.config.patch
+    with torch.no_grad():
+        proposal = model.prior.block(0).position_log_prob(model.prior.patch(z)[0])
+        expected = model.prior.log_prob(z) - proposal[:, span[0] // patch : span[1] // patch].sum(1)
+    difference = log_w - expected
+    torch.testing.assert_close(difference, difference[:1].expand(5), rtol=1e-9, atol=1e-9)
+
+
+def test_part_of_a_position_is_weighed_by_what_it_keeps(tiny_flow):
+    """One token of a patch of two: p(z) over the density of the noise, at equal latents."""
+    model = tiny_flow(log_std=-3.0, couplings=("mixd",), patch=2)
+    text = encode(model, TEXT, generator()).row(0)
+    z, _, log_w = propose(model, text, (2, 3), candidates=4, generator=generator(1))
+    with torch.no_grad():
+        u, log_det = model.prior(z)
+        log_p = model.prior.log_prob(z)
+        torch.testing.assert_close(log_p, log_det + standard_normal_log_prob(u))
+        # position 1 holds tokens 2 and 3; the first of them is drawn, with the density of block 1 at d channels
+        coupling, h = model.prior.block(0).coupling, model.prior.patch(z)[0]
+        features = model.prior.block(0).features_of(None, h[:, :-1], first=True)[:, 1]
+        drawn = coupling.candidate_log_prob(z[:, 2:3], features, z[:, :0, 0])[:, 0]
+    difference = log_w - (log_p - drawn)
+    torch.testing.assert_close(difference, difference[:1].expand(4), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("couplings", [("mixd",), ("mixd", "mix1")])
+def test_weighted_candidates_have_the_conditional_of_the_model(couplings, tiny_flow):
+    """Two of four tokens, all nine pairs given the latents of the others: p(x_W, z_O) from latents z_W ~ q(.|x_W)."""
+    model = tiny_flow(log_std=-3.0, vocab_size=3, context=4, couplings=couplings)
+    text = encode(model, torch.tensor([[1, 2, 0, 1]]), generator())
+    with torch.no_grad():
+        _, tokens, log_w = propose(model, text, (1, 3), candidates=4000, generator=generator(1))
+    found = torch.zeros(9).double().index_add(0, tokens[:, 1] * 3 + tokens[:, 2], log_w.softmax(0))
+    pairs = torch.tensor(list(product(range(3), repeat=2))).repeat_interleave(400, 0)
+    with torch.no_grad():
+        noise = torch.randn(len(pairs), 2, 2, generator=generator(2), dtype=torch.float64)
+        z = text.states[0].repeat(len(pairs), 1, 1)
+        z[:, 1:3] = model.codebook.encode(pairs, noise)
+        log_p = model.prior.log_prob(z) - model.codebook.log_normaliser(z[:, 1:3]).sum(1)
+    expected = log_p.view(9, 400).logsumexp(1).softmax(0)
+    assert (found - expected).abs().sum() / 2 < 0.05, (found, expected)
+
+
+def test_candidates_that_repeat_the_text_come_last(tiny_flow):
+    model = tiny_flow(log_std=-6.0, couplings=("mixd",))
+    text = encode(model, TEXT[:1], generator())
+    changed = [redraw(model, text, (3, 4), candidates=60, generator=generator(s)).tokens[0, 3] for s in range(20)]
+    assert TEXT[0, 3] not in changed
+    only = [redraw(model, text, (3, 4), candidates=1, generator=generator(s)).tokens[0, 3] for s in range(40)]
+    assert TEXT[0, 3] in only
+
+
+def test_blends_take_and_keep_what_they_are_told(model):
+    first, second = (encode(model, x[None], generator()) for x in TEXT)
+    spans = [([(0, 2)], [(4, 7)])]
+    edit = blend(model, first, second, spans, candidates=3, generator=generator(1))
+    assert torch.equal(edit.tokens[0, :2], TEXT[1, :2])
+    assert torch.equal(edit.tokens[0, 4:], TEXT[0, 4:])
+    for taken, whole in (([], TEXT[:1]), ([(0, 7)], TEXT[1:])):
+        edit = blend(model, first, second, [(taken, [(0, 7)])], candidates=1, generator=generator())
+        assert torch.equal(edit.tokens, whole)
+
+
+def test_equal_texts_have_equal_bounds(model):
+    text = encode(model, TEXT[:1], generator()).repeated(3)
+    edit = renoise(model, text, level=1, strength=0.0, generator=generator(1))
+    assert len({f"{value:.9f}" for value in (*edit.bound.tolist(), *edit.bound_before.tolist())}) == 1
+
+
+def test_costs_add_up_to_the_bound_of_block_1(tiny_flow):
+    for patch in (1, 2):
+        model = tiny_flow(log_std=-3.0, couplings=("mixd",), patch=patch)
+        text = encode(model, torch.cat((TEXT, TEXT[:, :1]), 1), generator())
+        with torch.no_grad():
+            expected = model.codebook.log_normaliser(text.states[0]).sum(1) - model.prior.log_prob(text.states[0])
+        torch.testing.assert_close(token_costs(model, text).sum(1), expected)
+
+
+def test_the_temperature_sharpens_candidates(tiny_flow):
+    model = tiny_flow(log_std=-6.0, couplings=("mixd",))
+    text = encode(model, TEXT[:1], generator())
+    kinds = [
+        len(propose(model, text, (2, 6), candidates=40, temperature=t, generator=generator())[1].unique(dim=0))
+        for t in (1.0, 0.1)
+    ]
+    assert kinds[0] > kinds[1]
+
+
+def test_refusals(tiny_flow):
+    model = tiny_flow(couplings=("mix1", "mix1"))
+    text = encode(model, TEXT[:1], generator())
+    for options, words in (
+        ({"candidates": 0}, "candidates 0"),
+        ({"span": (3, 3)}, "tokens 3 to 3"),
+        ({"span": (3, 8)}, "the text has 7"),
+        ({"temperature": 0.5}, "no weights of tokens"),
+    ):
+        given = {"span": (1, 3), "candidates": 2, "generator": generator()} | options
+        with pytest.raises(UserError, match=words):
+            redraw(model, text, **given)
+    short = encode(model, TEXT[:1, :4], generator())
+    with pytest.raises(UserError, match="7 and 4 tokens"):
+        blend(model, text, short, [([], [])], candidates=1, generator=generator())

@@ -1,0 +1,72 @@
+"""Words as spans of tokens, for characters and for pieces that begin with a space."""
+
+import pytest
+import torch
+
+from tarflowlm.editing.words import blended_spans, count_of, find_piece, joined, pick_words, words_of
+from tarflowlm.errors import UserError
+
+
+def characters(text: str) -> list[bytes]:
+    return [character.encode() for character in text]
+
+
+def spans(text: str) -> list[tuple[int, int]]:
+    return words_of(characters(text))
+
+
+def test_words_lie_between_white_space():
+    assert spans("the king  of") == [(0, 3), (4, 8), (10, 12)]
+    assert spans(" a b ") == [(1, 2), (3, 4)]
+    assert spans("   ") == spans("") == []
+
+
+def test_a_token_that_begins_with_a_space_begins_a_word():
+    pieces = [b"the", b" ki", b"ng", b" of", b"\n", b"\xc3", b"\xa9", b" of"]
+    assert words_of(pieces) == [(0, 1), (1, 3), (3, 4), (5, 7), (7, 8)]
+    assert words_of([b" ", b"the", b"ng"]) == [(1, 3)]
+
+
+def test_a_share_is_a_number_of_words():
+    words = spans("a b c d e f g h i j")
+    assert [count_of(s, words) for s in (0.0, 0.01, 0.1, 0.25, 0.5, 1.0)] == [0, 1, 1, 2, 5, 10]
+    for strength in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UserError, match=f"strength {strength}"):
+            count_of(strength, words)
+
+
+def test_words_are_picked_at_random_or_by_cost():
+    words = spans("aa b cc d")
+    found = {tuple(pick_words(words, 2, torch.Generator().manual_seed(s))) for s in range(30)}
+    # without the first, before which nothing says that a word begins
+    assert found == {((3, 4), (5, 7)), ((3, 4), (8, 9)), ((5, 7), (8, 9))}
+    assert pick_words(words, 4, torch.Generator()) == words
+    costs = [9.0, 9.0, 0.0, 1.0, 0.0, 3.0, 0.0, 0.0, 2.0]
+    assert pick_words(words, 2, torch.Generator(), costs=costs) == [(5, 7), (8, 9)]
+    with pytest.raises(UserError, match="words 5: the text has 4"):
+        pick_words(words, 5, torch.Generator())
+
+
+def test_neighbours_are_one_span():
+    words = spans("aa b cc d")
+    assert joined([words[0], words[1], words[3]], words) == [(0, 4), (8, 9)]
+    assert joined(words, words) == [(0, 9)]
+    assert joined([], words) == []
+
+
+def test_a_blend_keeps_the_words_that_nothing_cuts():
+    first, second = spans("the king of land"), spans("a cat or another")
+    taken, kept = blended_spans(first, second, [second[1]], 16)
+    assert taken == [(1, 6)]
+    assert kept == [(8, 12), (11, 16)]
+
+
+def test_pieces_are_found_as_words_first():
+    text = characters("other the king")
+    assert find_piece(text, "the") == (6, 9)
+    assert find_piece(text, "ther") == (1, 5)
+    assert find_piece(text, "the k") == (6, 11)
+    assert find_piece([b"the", b" ki", b"ng", b" of"], "king") == (1, 3)
+    for piece in ("", "queen"):
+        with pytest.raises(UserError, match="does not occur"):
+            find_piece(text, piece)
