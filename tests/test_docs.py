@@ -157,7 +157,7 @@ def stand_in(argv: list[str], trained: Path) -> list[str] | None:
             return [*argv, "--device", "cpu"]
         case ["seal" | "export" | "info" | "runs", *_]:
             return argv
-        case ["train" | "data" | "reproduce" | "bench", *_]:
+        case ["train" | "data" | "reproduce" | "bench" | "studio", *_]:
             return None
         case [name, *_] if name not in COMMANDS:
             return None  # which the command line says better
@@ -185,12 +185,13 @@ def only_read(argv: list[str]) -> None:
 
     work = ["cli.train.train", "cli.train.resume", "cli.directories.prepare_corpus", "cli.reproduce.estimate"]
     work += ["cli.reproduce.finish", "cli.evaluate.load_checkpoint", "cli.directories.write_report"]
-    work += [f"bench.{name}.run" for name in BENCHMARKS]
+    work += ["cli.studio.Server", *(f"bench.{name}.run" for name in BENCHMARKS)]
     with pytest.MonkeyPatch.context() as patch:
         for name in work:
             patch.setattr(f"tarflowlm.{name}", reached)
         # whatever the command needs counts as installed
         patch.setattr("tarflowlm.cli.reproduce.find_spec", lambda name: name)
+        patch.setattr("tarflowlm.cli.studio.check_gradio", lambda: None)
         with pytest.raises(Reached):
             call(argv)
 

@@ -6,11 +6,12 @@ import threading
 from tarflowlm.cli.arguments import StudioArgs
 from tarflowlm.device import pick_device
 from tarflowlm.studio.catalogue import collect
-from tarflowlm.studio.server import LOOPBACK, Server, check_gradio
+from tarflowlm.studio.server import LOOPBACK, Server, check_gradio, free_port
 
 
 def run_studio(args: StudioArgs) -> None:
     check_gradio()
+    port = free_port(args.host, args.port)
     catalogue = collect(args.models, str(pick_device(args.device)))
     if args.host not in LOOPBACK:
         _say(f"anyone who can reach {args.host} can use this page, without a password")
@@ -21,7 +22,7 @@ def run_studio(args: StudioArgs) -> None:
 
         return build(catalogue)
 
-    server = Server(build, host=args.host, port=args.port)
+    server = Server(build, host=args.host, port=port)
     try:
         print(server.url, flush=True)
         _say("Ctrl-C ends it")

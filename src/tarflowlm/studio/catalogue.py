@@ -50,7 +50,11 @@ class Catalogue:
         place = self.place(name)
         if not (place / WEIGHTS).is_file():
             raise UserError(f"{name} has no weights yet: wait until its training has saved some")
-        return _loaded(place, (place / WEIGHTS).stat().st_mtime_ns, self.device)
+        try:
+            return _loaded(place, (place / WEIGHTS).stat().st_mtime_ns, self.device)
+        except UserError as error:
+            # where it lies is nobody's business but that of who started the page
+            raise UserError(str(error).replace(str(place), str(name))) from None
 
 
 @lru_cache(maxsize=4)

@@ -116,7 +116,7 @@ def _edit(catalogue: Catalogue) -> None:
                     replace, stop_replacing = _buttons("Replace")
                 with gr.Tab("Loosen"):
                     strength = gr.Slider(
-                        0.0, 1.0, 0.2, step=0.05, label="Strength", info="h → √(1−s²) h + s ε: how much is noise."
+                        0.0, 1.0, 0.3, step=0.05, label="Strength", info="0 keeps the text, 1 forgets it."
                     )
                     level = _level()
                     loose, stop_loosening = _buttons("Loosen")

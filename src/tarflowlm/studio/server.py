@@ -4,6 +4,7 @@ Gradio serves more than a page needs (files, uploads, a proxy, its own documenta
 page itself calls, and tells the browser to load nothing from elsewhere.
 """
 
+import errno
 import importlib.util
 import logging
 import os
@@ -110,7 +111,7 @@ def free_port(host: str, port: int | None) -> int:
         except PermissionError:
             raise UserError(f"port {candidate} needs more rights than you have: choose one above 1023") from None
         except OSError as error:
-            if error.errno == 99:
+            if error.errno == errno.EADDRNOTAVAIL:
                 raise UserError(f"host {host}: not an address of this machine; leave --host out") from None
             continue
         return candidate
@@ -125,10 +126,8 @@ def free_port(host: str, port: int | None) -> int:
 class Server:
     """The page, being served until `close`."""
 
-    def __init__(self, build: Callable[[], Any], *, host: str = "127.0.0.1", port: int | None = None) -> None:
-        """`build` makes the page once gradio may be imported. UserError if gradio is missing or the port is taken."""
-        check_gradio()
-        at = free_port(host, port)
+    def __init__(self, build: Callable[[], Any], *, host: str, port: int) -> None:
+        """`build` makes the page once gradio may be imported. UserError if the address cannot be used."""
         # read when gradio is imported: no telemetry, no look for a newer version, nothing kept in the browser
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False", HF_HUB_DISABLE_TELEMETRY="1")
         # gradio asks its own page whether it is up, which must not go through a proxy
@@ -145,7 +144,7 @@ class Server:
         try:
             _, self.url, _ = self.blocks.launch(
                 server_name=host,
-                server_port=at,
+                server_port=port,
                 share=False,
                 inbrowser=False,
                 ssr_mode=False,
@@ -163,7 +162,7 @@ class Server:
                 app_kwargs={"middleware": [Middleware(Guard, hosts=hosts)], "docs_url": None, "openapi_url": None},
             )
         except OSError as error:
-            raise UserError(f"cannot serve at {host}:{at} ({error}): choose another with --host or --port") from None
+            raise UserError(f"cannot serve at {host}:{port} ({error}): choose another with --host or --port") from None
 
     def close(self) -> None:
         """Stop serving."""
