@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tarflowlm.editing.words import blended_spans, count_of, find_piece, joined, pick_words, words_of
+from tarflowlm.editing.words import blended_spans, count_of, find_piece, joined, pick_stretch, pick_words, words_of
 from tarflowlm.errors import UserError
 
 
@@ -36,15 +36,24 @@ def test_a_share_is_a_number_of_words():
 
 
 def test_words_are_picked_at_random_or_by_cost():
-    words = spans("aa b cc d")
-    found = {tuple(pick_words(words, 2, torch.Generator().manual_seed(s))) for s in range(30)}
-    # without the first, before which nothing says that a word begins
+    words = spans("aa b cc d ee")
+    found = {tuple(pick_words(words, 2, 12, torch.Generator().manual_seed(s))) for s in range(30)}
+    # without those at the ends, where nothing says that a word begins or ends
     assert found == {((3, 4), (5, 7)), ((3, 4), (8, 9)), ((5, 7), (8, 9))}
-    assert pick_words(words, 4, torch.Generator()) == words
-    costs = [9.0, 9.0, 0.0, 1.0, 0.0, 3.0, 0.0, 0.0, 2.0]
-    assert pick_words(words, 2, torch.Generator(), costs=costs) == [(5, 7), (8, 9)]
-    with pytest.raises(UserError, match="words 5: the text has 4"):
-        pick_words(words, 5, torch.Generator())
+    assert (10, 12) in pick_words(words, 3, 13, torch.Generator().manual_seed(2))
+    assert pick_words(words, 5, 12, torch.Generator()) == words
+    costs = [9.0, 9.0, 0.0, 1.0, 0.0, 3.0, 0.0, 0.0, 2.0, 0.0, 9.0, 9.0]
+    assert pick_words(words, 2, 12, torch.Generator(), costs=costs) == [(5, 7), (8, 9)]
+    with pytest.raises(UserError, match="words 6: the text has 5"):
+        pick_words(words, 6, 12, torch.Generator())
+
+
+def test_a_stretch_is_words_in_a_row():
+    words = spans("aa b cc d")
+    found = {tuple(pick_stretch(words, 3, torch.Generator().manual_seed(s))) for s in range(20)}
+    assert found == {tuple(words[:3]), tuple(words[1:])}
+    assert pick_stretch(words, 0, torch.Generator()) == []
+    assert pick_stretch(words, 4, torch.Generator()) == words
 
 
 def test_neighbours_are_one_span():

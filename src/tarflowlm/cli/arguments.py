@@ -215,10 +215,10 @@ class EditArgs:
     """Candidates for every redrawn piece (32), of which one is taken by how well the rest of the text follows it."""
     temperature: Annotated[float | None, tyro.conf.arg(help=f"Of the candidates (0.7): {TEMPERATURE}")] = None
     toward: str | None = None
-    """Move to this text of the same length: words of it take their places, and what they cut is redrawn. With
-    --level: interpolate between the states of the two texts."""
+    """Take a stretch of this text of the same length, in its place, and redraw what it cuts. With --level:
+    interpolate between the states of the two texts."""
     weight: float | None = None
-    """With --toward: 0 is the text, 1 the other text; 0.5 by default."""
+    """With --toward: the share of words to take (0.5); 0 is the text, 1 the other text."""
     replace: tuple[str, str] | None = None
     """OLD NEW: replace the first OLD by NEW, of as many tokens, and regenerate the rest from its noise."""
     level: int | None = None

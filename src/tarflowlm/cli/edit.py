@@ -10,7 +10,16 @@ from tarflowlm.cli.models import load_checkpoint
 from tarflowlm.data import Tokenizer
 from tarflowlm.device import pick_device
 from tarflowlm.editing import Edit, Encoded, blend, encode, interpolate, renoise, rewrite, substitute, token_costs
-from tarflowlm.editing.words import Span, blended_spans, count_of, find_piece, joined, pick_words, words_of
+from tarflowlm.editing.words import (
+    Span,
+    blended_spans,
+    count_of,
+    find_piece,
+    joined,
+    pick_stretch,
+    pick_words,
+    words_of,
+)
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.generation.choice import weighs_tokens
@@ -146,7 +155,7 @@ def _picked(
 ) -> list[list[Span]]:
     words = words_of(_pieces(text, tokenizer))
     costs = token_costs(model, text)[0].tolist() if args.pick == "unlikely" else None
-    return [pick_words(words, count, generator, costs=costs) for _ in range(num)]
+    return [pick_words(words, count, text.length, generator, costs=costs) for _ in range(num)]
 
 
 def _blended(
@@ -157,7 +166,7 @@ def _blended(
         raise UserError(f"weight {weight}: must be between 0 (the text) and 1 (the other text)")
     first, second = (words_of(_pieces(one, tokenizer)) for one in (text, other))
     count = round(weight * len(second))
-    taken = [pick_words(second, count, generator) for _ in range(num)]
+    taken = [pick_stretch(second, count, generator) for _ in range(num)]
     return [blended_spans(first, second, row, text.length) for row in taken]
 
 

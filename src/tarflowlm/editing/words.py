@@ -38,12 +38,17 @@ def count_of(strength: float, words: Sequence[Span]) -> int:
 
 
 def pick_words(
-    words: Sequence[Span], count: int, generator: torch.Generator, *, costs: Sequence[float] | None = None
+    words: Sequence[Span],
+    count: int,
+    length: int,
+    generator: torch.Generator,
+    *,
+    costs: Sequence[float] | None = None,
 ) -> list[Span]:
-    """`count` of the words: at random, or with `costs` of all tokens those of the highest mean cost, first to last.
+    """`count` words of a text of `length` tokens: at random, or with `costs` of all tokens those of the highest mean.
 
-    A word at the very start comes last: nothing before it says that a word begins, so a piece of one may take its
-    place. UserError for more words than there are.
+    Listed first to last. Words at either end of the text are the last to be picked: nothing says that a word begins
+    or ends there, so a piece of one may take its place. UserError for more words than there are.
     """
     if not 0 <= count <= len(words):
         raise UserError(f"words {count}: the text has {len(words)}")
@@ -52,8 +57,14 @@ def pick_words(
     else:
         mean = [sum(costs[start:stop]) / (stop - start) for start, stop in words]
         order = sorted(range(len(words)), key=lambda i: -mean[i])
-    order.sort(key=lambda i: words[i][0] == 0)
+    order.sort(key=lambda i: words[i][0] == 0 or words[i][1] == length)
     return [words[i] for i in sorted(order[:count])]
+
+
+def pick_stretch(words: Sequence[Span], count: int, generator: torch.Generator) -> list[Span]:
+    """`count` words in a row, from a random place."""
+    start = int(torch.randint(len(words) - count + 1, (), generator=generator))
+    return list(words[start : start + count])
 
 
 def joined(chosen: Sequence[Span], words: Sequence[Span]) -> list[Span]:

@@ -1,0 +1,141 @@
+"""The tables of docs/math.md, section 10: what every edit of real text keeps, and how likely its result is.
+
+python examples/measure_edits.py english27.txt.xz [MODEL] [JUDGE] [ROWS] > edits.md
+
+MODEL is english-mini, JUDGE english-mini-ar; ROWS limits the table to rows whose name holds it. Texts go to stderr.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import torch
+
+import tarflowlm
+from tarflowlm.data import encode_text_source, eval_windows
+from tarflowlm.editing import blend, bound, encode, interpolate, renoise, rewrite, token_costs
+from tarflowlm.editing.words import blended_spans, count_of, joined, pick_stretch, pick_words, words_of
+from tarflowlm.generation import generate
+from tarflowlm.language_model import LanguageModel
+
+TEXTS, LENGTH, SEED, CANDIDATES, TEMPERATURE = 32, 96, 0, 32, 0.7
+
+
+def main(source: str, name: str = "english-mini", judge_name: str = "english-mini-ar", rows: str = "") -> None:
+    torch.set_flush_denormal(True)
+    model, tokenizer = tarflowlm.load(name)
+    judge, _ = tarflowlm.load(judge_name)
+    tokens = encode_text_source(source, tokenizer, ("test",))["test"]
+    wide = eval_windows(tokens, 2 * LENGTH, TEXTS)
+    space = tokenizer.encode(" ")[0]
+    # each text begins with a word
+    starts = (wide[:, :LENGTH] == space).int().argmax(1) + 1
+    texts = wide.gather(1, starts[:, None] + torch.arange(LENGTH))
+    text = encode(model, texts, generator())
+    other = encode(model, texts.roll(1, 0), generator())
+    words = [words_of([tokenizer.token_bytes[token] for token in row]) for row in texts.tolist()]
+    costs = token_costs(model, text).tolist()
+    before = [bits(one, texts) for one in (model, judge)]
+
+    def chosen(strength: float, pick: str = "random") -> list:
+        g = generator(1)
+        return [
+            pick_words(row, count_of(strength, row), LENGTH, g, costs=cost if pick == "unlikely" else None)
+            for row, cost in zip(words, costs, strict=True)
+        ]
+
+    def show(label: str, edit: Callable[..., torch.Tensor], *how: object) -> None:
+        if rows not in label:
+            return
+        start = time.perf_counter()
+        new = edit(*how).cpu()
+        seconds = time.perf_counter() - start
+        kept = (new == texts).double().mean().item()
+        whole = [bool((new[i, a:b] == texts[i, a:b]).all()) for i, row in enumerate(words) for a, b in row]
+        ratios = [bits(one, new) / old for one, old in zip((model, judge), before, strict=True)]
+        print(
+            f"| {label} | {kept:.1%} | {sum(whole) / len(whole):.1%} | {ratios[0]:.3f} | {ratios[1]:.3f} | "
+            f"{seconds / TEXTS:.1f} |",
+            flush=True,
+        )
+        print(f"{label}: {tokenizer.decode(new[0].tolist())}", file=sys.stderr, flush=True)
+
+    def redrawn(strength: float, pick: str, temperature: float) -> torch.Tensor:
+        spans = [joined(some, row) for some, row in zip(chosen(strength, pick), words, strict=True)]
+        return rewrite(
+            model, text, spans, candidates=CANDIDATES, temperature=temperature, generator=generator(2)
+        ).tokens
+
+    def filled(strength: float) -> torch.Tensor:
+        template = torch.where(mask(chosen(strength)), -1, texts)
+        return generate(
+            model, num_tokens=LENGTH, num=TEXTS, template=template, particles=CANDIDATES, generator=generator(2)
+        ).tokens
+
+    def noisy(level: int, strength: float, share: float | None = None) -> torch.Tensor:
+        if share is None:
+            return renoise(model, text, level=level, strength=strength, generator=generator(2), decoder="auto").tokens
+        each = zip(range(TEXTS), mask(chosen(share)), strict=True)
+        return torch.cat(
+            [
+                renoise(
+                    model, text.row(i), level=level, strength=strength, generator=generator(2), where=where
+                ).tokens
+                for i, where in each
+            ]
+        )
+
+    def arc(level: int, weight: float) -> torch.Tensor:
+        return interpolate(
+            model, text, other, level=level, weight=weight, generator=generator(2), decoder="auto"
+        ).tokens
+
+    def blended(weight: float) -> torch.Tensor:
+        g, spans = generator(1), []
+        for i in range(TEXTS):
+            second = words[i - 1]
+            taken = pick_stretch(second, round(weight * len(second)), g)
+            spans.append(blended_spans(words[i], second, taken, LENGTH))
+        return blend(
+            model, text, other, spans, candidates=CANDIDATES, temperature=TEMPERATURE, generator=generator(2)
+        ).tokens
+
+    print(f"the original texts: <= {before[0]:.3f} bits per character, judge {before[1]:.3f}\n")
+    print("| edit | tokens kept | words kept | bits x | judge's bits x | seconds |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    levels = range(model.num_blocks + 1)
+    for share in (0.1, 0.25, 0.5, 1.0):
+        show(f"redraw, share {share}", redrawn, share, "random", TEMPERATURE)
+    show("redraw, share 0.1, temperature 1", redrawn, 0.1, "random", 1.0)
+    show("redraw, share 0.1, the least likely words", redrawn, 0.1, "unlikely", TEMPERATURE)
+    for level, strength in product(levels, (0.05, 0.1, 0.3, 0.6)):
+        show(f"re-noise state {level}, strength {strength}", noisy, level, strength)
+    for level in levels:
+        show(f"re-noise state {level} of a tenth of the words, strength 0.3", noisy, level, 0.3, 0.1)
+    for level in levels:
+        show(f"interpolate states {level}, weight 0.5", arc, level, 0.5)
+    for weight in (0.25, 0.5):
+        show(f"words of another text, weight {weight}", blended, weight)
+    show("share 0.1 blanked at once, 32 particles", filled, 0.1)
+
+
+def mask(rows: Sequence) -> torch.Tensor:
+    found = torch.zeros(len(rows), LENGTH, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        for start, stop in row:
+            found[i, start:stop] = True
+    return found
+
+
+def bits(model: LanguageModel, tokens: torch.Tensor) -> float:
+    nats = bound(model, tokens, generator(3)).sum().item()
+    return nats / tokens.numel() / 0.6931471805599453
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(SEED + seed)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
