@@ -155,7 +155,7 @@ def stand_in(argv: list[str], trained: Path) -> list[str] | None:
             return [*argv, "--device", "cpu"]
         case ["seal" | "export", *_]:
             return argv
-        case ["train" | "data" | "reproduce" | "bench", *_]:
+        case ["train" | "data" | "reproduce" | "bench" | "harness", *_]:
             return None
         case [name, *_] if name not in COMMANDS:
             return None  # which the command line says better
@@ -183,6 +183,7 @@ def only_read(argv: list[str]) -> None:
 
     work = ["cli.train.train", "cli.train.resume", "cli.directories.prepare_corpus", "cli.reproduce.estimate"]
     work += ["cli.reproduce.finish", "cli.evaluate.load_checkpoint", "cli.directories.write_report"]
+    work += ["cli.harness.run_lm_eval"]
     work += [f"bench.{name}.run" for name in BENCHMARKS]
     with pytest.MonkeyPatch.context() as patch:
         for name in work:

@@ -210,3 +210,23 @@ class ExportArgs:
     """Directory to create."""
     half: bool = False
     """Store weight matrices in bfloat16, which halves the size."""
+
+
+@dataclass(frozen=True)
+class HarnessArgs:
+    """Arguments of `tarflowlm harness`; all others are those of lm-eval."""
+
+    directory: Annotated[
+        tyro.conf.Positional[Path], tyro.conf.arg(help="Run directory, or the name of a model that comes along.")
+    ]
+    posterior_samples: int = 1
+    """Posterior samples of a flow: 1 gives the ELBO, more give the importance-weighted bound."""
+    noise_seed: int = 0
+    """Seed of these samples, and of continuations."""
+    normalize: Normalize = None
+    """Normalise the texts first, whatever the model's tokenizer does."""
+    json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        if self.posterior_samples < 1:
+            raise UserError(f"posterior samples {self.posterior_samples}: must be at least 1")

@@ -30,6 +30,8 @@ class Command:
     """module:function below `cli`."""
     args: str | None = None
     """module:class of what `run` takes. Without it `run` takes the words that follow the command's name."""
+    passes_on: bool = False
+    """Whether `run` also takes the words that are not of that class."""
 
 
 COMMANDS = {
@@ -81,6 +83,12 @@ COMMANDS = {
         "reproduce:run_reproduce",
         "reproduce:ReproduceArgs",
     ),
+    "harness": Command(
+        "Evaluate a model with lm-evaluation-harness: harness MODEL --tasks NAMES and any other option of lm-eval.",
+        "harness:run_harness",
+        "arguments:HarnessArgs",
+        passes_on=True,
+    ),
     "bench": Command("Measure speed and accuracy, as ratios within one run.", "bench:run_bench"),
 }
 
@@ -127,17 +135,19 @@ def _dispatch(argv: list[str]) -> None:
         raise UserError(f"command {name!r} is unknown: choose one of {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     settle_threads()
-    args: Any = rest
+    args: list[Any] = [rest]
     if command.args is not None:
-        from tarflowlm.cli.parsing import parse
+        from tarflowlm.cli.parsing import parse, parse_known
 
-        args = parse(_load(command.args), rest, f"tarflowlm {name}", description=command.summary)
+        read = parse_known if command.passes_on else parse
+        found = read(_load(command.args), rest, f"tarflowlm {name}", description=command.summary)
+        args = [*found] if command.passes_on else [found]
     run = _load(command.run)
     import torch
 
     # denormal numbers make these densities many times slower on CPUs
     torch.set_flush_denormal(True)
-    run(args)
+    run(*args)
 
 
 def _load(reference: str) -> Any:

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -17,24 +17,41 @@ def parse(cls: type[T], argv: list[str], prog: str, *, default: T | None = None,
 
     `description` heads the help page in place of the docstring of `cls`.
     """
+    args, rest = parse_known(cls, argv, prog, default=default, description=description, others=False)
+    assert not rest
+    return args
+
+
+def parse_known(
+    cls: type[T],
+    argv: list[str],
+    prog: str,
+    *,
+    default: T | None = None,
+    description: str | None = None,
+    others: bool = True,
+) -> tuple[T, list[str]]:
+    """As `parse`, with the words that `cls` has no place for; without `others` they are errors."""
     # tyro reports errors only as a box on stderr: `console_outputs=False` leaves nothing but the exit status, and the
     # hook for structured events (`tyro._errors`) is private and missing from most versions that we accept.
     # `tyro.extras.SubcommandApp` reports no better and would import every command to build its parser.
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(
+            found: Any = tyro.cli(  # type: ignore[call-overload]
                 cls,
                 args=argv,
                 prog=prog,
                 description=description,
                 default=tyro.MISSING_NONPROP if default is None else default,
+                return_unknown_args=others,
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
             )
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UserError(_one_line(box.getvalue(), cls.__name__, prog)) from None
+    return found if others else (found, [])
 
 
 def _one_line(box: str, cls: str, prog: str) -> str:
