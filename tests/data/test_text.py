@@ -8,7 +8,6 @@ import re
 import zipfile
 
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,16 +15,21 @@ from tarflowlm.data import TEXT8_ALPHABET, normalize_text8, read_text
 from tarflowlm.data.text import text_pieces
 from tarflowlm.errors import UserError
 
+try:
+    from zstandard import compress
+except ImportError:
+    compress = None
+
 TEXT = "héllo\r\nworld \U0001f600\x00\n" * 50
 RAW = TEXT.encode("utf-8")
 COMPRESSED = {
     ".gz": gzip.compress(RAW, mtime=0),
     ".xz": lzma.compress(RAW),
-    ".zst": zstandard.compress(RAW),
+    **({".zst": compress(RAW)} if compress else {}),
 }
 
 
-@pytest.mark.parametrize("suffix", [".txt", "", ".md", ".gz", ".xz", ".zst", ".XZ"])
+@pytest.mark.parametrize("suffix", [".txt", "", ".md", ".XZ", *COMPRESSED])
 def test_text_comes_back_unchanged(suffix, tmp_path):
     path = tmp_path / f"text{suffix}"
     path.write_bytes(COMPRESSED.get(suffix.lower(), RAW))
@@ -111,7 +115,7 @@ def test_zst_without_the_package_names_the_remedy(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     path = tmp_path / "text.zst"
-    path.write_bytes(COMPRESSED[".zst"])
+    path.write_bytes(b"unread")
     with pytest.raises(UserError, match=r"pip install 'tarflowlm\[data\]'"):
         read_text(path)
 

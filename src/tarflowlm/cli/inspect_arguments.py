@@ -1,4 +1,4 @@
-"""What `score`, `info` and `runs` take. Light to import, as `arguments`."""
+"""What `score`, `info`, `runs` and `harness` take. Light to import, as `arguments`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from tarflowlm.cli.arguments import Device, Normalize, PrintJson, ReleasedModel, RunOrModel
+from tarflowlm.cli.parsing import parse_known
 from tarflowlm.errors import UserError
 
 
@@ -62,3 +63,29 @@ class RunsArgs:
     def __post_init__(self) -> None:
         if not self.directories:
             raise UserError("name the directory that holds the runs, say `tarflowlm runs runs`")
+
+
+@dataclass(frozen=True)
+class HarnessArgs:
+    """Arguments of `tarflowlm harness`; all others are those of lm-eval."""
+
+    directory: Annotated[
+        tyro.conf.Positional[Path], tyro.conf.arg(help="Run directory, or the name of a model that comes along.")
+    ]
+    posterior_samples: int = 1
+    """Posterior samples of a flow: 1 gives the ELBO, more give the importance-weighted bound."""
+    noise_seed: int = 0
+    """Seed of these samples, and of continuations."""
+    normalize: Normalize = None
+    """Normalise the texts first, whatever the model's tokenizer does."""
+    json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        if self.posterior_samples < 1:
+            raise UserError(f"posterior samples {self.posterior_samples}: must be at least 1")
+
+
+def read_harness(argv: list[str]) -> tuple[HarnessArgs, list[str]]:
+    """What follows `tarflowlm harness`, and the words among it that are for lm-eval."""
+    about = "Evaluate a model with lm-evaluation-harness; other options, --tasks among them, are those of lm-eval."
+    return parse_known(HarnessArgs, argv, "tarflowlm harness MODEL --tasks NAMES", description=about)

@@ -113,6 +113,11 @@ COMMANDS = {
     "bench": Command(
         "Measure speed and accuracy, as ratios within one run.", "bench:run_bench", "configured:read_bench"
     ),
+    "harness": Command(
+        "Evaluate a model with lm-evaluation-harness: harness MODEL --tasks NAMES and any other option of lm-eval.",
+        "harness:run_harness",
+        "inspect_arguments:read_harness",
+    ),
 }
 
 

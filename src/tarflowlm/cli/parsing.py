@@ -30,6 +30,24 @@ def parse(
     `description` heads the help page in place of the docstring of `cls`. `has_pairs`: every flag --x has its --no-x,
     for arguments of which some are true by default.
     """
+    args, rest = parse_known(
+        cls, argv, prog, default=default, description=description, has_pairs=has_pairs, others=False
+    )
+    assert not rest
+    return args
+
+
+def parse_known(
+    cls: type[T],
+    argv: list[str],
+    prog: str,
+    *,
+    default: T | None = None,
+    description: str | None = None,
+    has_pairs: bool = False,
+    others: bool = True,
+) -> tuple[T, list[str]]:
+    """As `parse`, with the words that `cls` has no place for; without `others` they are errors."""
     # tyro reports errors only as a box on stderr: `console_outputs=False` leaves nothing but the exit status, and the
     # hook for structured events (`tyro._errors`) is private and missing from most versions that we accept.
     # `tyro.extras.SubcommandApp` reports no better and would import every command to build its parser.
@@ -39,18 +57,20 @@ def parse(
     registry.primitive_rule(_optional)
     try:
         with contextlib.redirect_stderr(box), registry:
-            return tyro.cli(
+            found: Any = tyro.cli(  # type: ignore[call-overload]
                 cls,
                 args=argv,
                 prog=prog,
                 description=description,
                 default=tyro.MISSING_NONPROP if default is None else default,
+                return_unknown_args=others,
                 config=marks,
             )
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UserError(_one_line(box.getvalue(), cls.__name__, prog)) from None
+    return found if others else (found, [])
 
 
 def _optional(info: PrimitiveTypeInfo) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm.device import keep_freed_memory
@@ -105,26 +105,20 @@ def evaluate(
 
     Raises UserError for `samples` below 1, for windows that are no texts of the model, and as `conditional_bound`.
     """
-    if samples < 1:
-        raise UserError(f"samples {samples}: must be at least 1")
     check_tokens(model, windows, name="windows")
     given = torch.zeros(len(windows), dtype=torch.int64) if given is None else given
     batch = batch or windows_per_batch(windows.shape[1])
-    device = model.device
-    keep_freed_memory()
-    generator = torch.Generator(device=device).manual_seed(seed)
-    parts, characters, num_bytes = [], 0, 0
+    weights = log_weights(
+        model, windows, given, samples=samples, seed=seed, batch=batch, weigh=weigh, progress=progress
+    )
+    characters, num_bytes = 0, 0
     for start, end, head in _batches(given, batch):
-        tokens = windows[start:end]
-        weights = weigh(model, tokens.to(device), samples=samples, generator=generator, given=head)
-        parts.append(weights.cpu().double())
-        characters += int(characters_per_token[tokens[:, head:]].sum())
+        tokens = windows[start:end, head:]
+        characters += int(characters_per_token[tokens].sum())
         if bytes_per_token is not None:
-            num_bytes += int(bytes_per_token[tokens[:, head:]].sum())
-        if progress is not None:
-            progress(end, len(windows))
+            num_bytes += int(bytes_per_token[tokens].sum())
     return _summary(
-        torch.cat(parts, dim=1),
+        weights,
         windows.shape[1] - given.double(),
         exact=model.is_exact,
         characters=characters,
@@ -141,6 +135,32 @@ def seconds_per_window(model: LanguageModel, windows: Int[Tensor, "W T"]) -> flo
     start = time.perf_counter()
     negative_bound(model, few).sum().item()
     return (time.perf_counter() - start) / len(few)
+
+
+@torch.no_grad()
+def log_weights(
+    model: LanguageModel,
+    windows: Int[Tensor, "W T"],
+    given: Int[Tensor, " W"],
+    *,
+    samples: int,
+    seed: int,
+    batch: int | None = None,
+    weigh: Callable[..., Tensor] = log_importance_weights,
+    progress: Progress | None = None,
+) -> Float[Tensor, "S W"]:
+    """The log-weights of every window, in nats and float64 on the CPU: what `evaluate` sums up, its arguments."""
+    if samples < 1:
+        raise UserError(f"samples {samples}: must be at least 1")
+    keep_freed_memory()
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    parts = []
+    for start, end, head in _batches(given, batch or windows_per_batch(windows.shape[1])):
+        tokens = windows[start:end].to(model.device)
+        parts.append(weigh(model, tokens, samples=samples, generator=generator, given=head).cpu().double())
+        if progress is not None:
+            progress(end, len(windows))
+    return torch.cat(parts, dim=1)
 
 
 def _batches(given: Tensor, batch: int) -> Iterator[tuple[int, int, int]]:

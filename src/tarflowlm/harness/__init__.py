@@ -1,0 +1,1 @@
+"""Models in EleutherAI's lm-evaluation-harness (docs/harness.md)."""

@@ -1,0 +1,151 @@
+"""The model `tarflowlm` of lm-evaluation-harness, and the harness's command line with it."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+
+from tarflowlm.device import pick_device
+from tarflowlm.errors import UserError, first_line
+from tarflowlm.harness.scoring import Continuation, TextScorer
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.pretrained import load
+from tarflowlm.terminal.bars import bar
+from tarflowlm.terminal.tables import print_notice
+
+DEVICE_OF_THE_HARNESS = "cuda:0"
+"""What lm-eval passes on where no device was asked for."""
+SEE_MORE = "LMEVAL_LOG_LEVEL"
+GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+"""Those of a task that have an effect."""
+
+
+def run_lm_eval(words: Sequence[str]) -> None:
+    """The command line of lm-eval on `words`, with the model `tarflowlm` known to it.
+
+    UserError without the package, and for what it raises: an unknown task, a data set that cannot be had. With
+    LMEVAL_LOG_LEVEL=DEBUG its own exception passes through.
+    """
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError:
+        raise UserError("lm-eval is not installed: pip install 'tarflowlm[lm-eval]'") from None
+    register()
+    before = sys.argv
+    sys.argv = ["lm-eval", *words]
+    try:
+        cli_evaluate()
+    except (UserError, MemoryError, FloatingPointError):
+        raise
+    except Exception as error:
+        # a plain RuntimeError may mean that memory ran out, which the caller knows how to say
+        if type(error) is RuntimeError or os.environ.get(SEE_MORE, "").upper() == "DEBUG":
+            raise
+        what = f"lm-eval stopped: {first_line(error)} ({type(error).__name__})"
+        raise UserError(f"{what}; set {SEE_MORE}=DEBUG to see where") from None
+    finally:
+        sys.argv = before
+
+
+def meaning(model: LanguageModel, samples: int) -> dict[str, str]:
+    """What the two kinds of log-likelihood are, for a model that is scored with that many posterior samples."""
+    if model.is_exact:
+        return {"rolling": "exact", "conditional": "exact"}
+    bound = "lower bound: " + (f"importance-weighted, {samples} samples" if samples > 1 else "ELBO")
+    if model.num_blocks == 1:
+        return {"rolling": bound, "conditional": f"{bound}, of the prediction from the encoded context"}
+    return {"rolling": bound, "conditional": "difference of two bounds with the same noise, no bound itself"}
+
+
+def register() -> None:
+    """Make the model known to lm-eval as `tarflowlm`; may be called again."""
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import MODEL_REGISTRY, register_model
+
+    if "tarflowlm" in MODEL_REGISTRY:
+        return
+
+    @register_model("tarflowlm")
+    class HarnessModel(LM):  # type: ignore[misc]
+        """A run directory, or a model that comes with the package, as lm-eval calls it."""
+
+        def __init__(
+            self,
+            pretrained: str = "",
+            *,
+            posterior_samples: int = 1,
+            noise_seed: int = 0,
+            normalize: Any = None,
+            device: str | None = None,
+            batch_size: Any = None,
+            max_batch_size: Any = None,
+            **unknown: Any,
+        ) -> None:
+            super().__init__()
+            if unknown:
+                raise UserError(f"model_args {', '.join(unknown)}: unknown")
+            if not str(pretrained):
+                raise UserError("name the model: --model_args pretrained=DIRECTORY")
+            self._device = pick_device("auto" if device in (None, DEVICE_OF_THE_HARNESS) else device)  # type: ignore[arg-type]
+            model, tokenizer = load(str(pretrained), self._device)
+            self.tokenizer = tokenizer.with_normalization(normalize)
+            self.scorer = TextScorer(model, self.tokenizer, samples=posterior_samples, seed=noise_seed)
+            self.console = Console(stderr=True)
+            self.meaning = meaning(model, posterior_samples)
+            self._say(f"rolling log-likelihoods: {self.meaning['rolling']}")
+            self._say(f"log-likelihoods of continuations: {self.meaning['conditional']}")
+            if not model.is_exact:
+                self._say("greedy matches of continuations are not known for a flow, and count as misses")
+            if self.tokenizer.normalization != "none":
+                how = self.tokenizer.normalization
+                self._say(f"texts are normalised ({how}): bits per byte are theirs, over the bytes of the raw text")
+            if batch_size not in (None, 1, "1"):
+                self._say(f"batch size {batch_size} has no effect: batches are made to measure")
+
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            pairs = [self.scorer.encode_pair(*request.args) for request in requests]
+            if empty := sum(pair.given == len(pair.tokens) for pair in pairs):
+                self._say(f"{empty} continuations have nothing left in the model's alphabet: log-likelihood 0")
+            with bar(self.console, "log-likelihoods", len(pairs)) as update:
+                return self.scorer.conditional(pairs, update)
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            texts = [request.args[0] for request in requests]
+            with bar(self.console, "rolling log-likelihoods, windows", self.scorer.num_windows(texts)) as update:
+                return self.scorer.rolling(texts, update)
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            asked = [(request.args[0], how_to_continue(request.args[1])) for request in requests]
+            if ignored := {name for request in requests for name in request.args[1]} - GENERATION_OPTIONS:
+                self._say(f"generation options without effect: {', '.join(sorted(ignored))}")
+            with bar(self.console, "continuations", len(asked)) as update:
+                return self.scorer.complete(asked, update)
+
+        def chat_template(self, chat_template: bool | str = False) -> str:
+            if chat_template:
+                raise UserError("--apply_chat_template: the model has no chat template; leave it out")
+            return ""
+
+        def get_model_info(self) -> dict[str, Any]:
+            """What goes beside the results."""
+            how = {"posterior_samples": self.scorer.samples, "noise_seed": self.scorer.seed}
+            return {"log_likelihoods": self.meaning, "normalization": self.tokenizer.normalization, **how}
+
+        def _say(self, text: str) -> None:
+            print_notice(self.console, text)
+
+
+def how_to_continue(options: dict[str, Any]) -> Continuation:
+    """The generation options of a task. Without do_sample, or at temperature 0, greedy as everywhere in lm-eval."""
+    until = options.get("until") or ()
+    how = Continuation(
+        until=(until,) if isinstance(until, str) else tuple(until),
+        max_tokens=int(options.get("max_gen_toks", Continuation.max_tokens)),
+    )
+    temperature = float(options.get("temperature", 1.0))
+    if not options.get("do_sample", False) or temperature == 0.0:
+        return how
+    return replace(how, temperature=temperature, top_k=options.get("top_k") or None, top_p=options.get("top_p"))

@@ -1,0 +1,223 @@
+"""Texts in, numbers out: what lm-evaluation-harness asks of a model, without it.
+
+Shape legend: B requests of n tokens each, S posterior samples, d channels, T the trained context, P the patch.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.data import Tokenizer
+from tarflowlm.errors import UserError
+from tarflowlm.evaluation.likelihood import log_weights, windows_per_batch
+from tarflowlm.generation import generate
+from tarflowlm.generation.sampling import BLANK
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.objective import CPU_TOKENS, importance_weighted
+
+Tick = Callable[[int], None]
+"""Called with the number of parts that are done."""
+
+
+class Piece(NamedTuple):
+    """A window of at most T tokens, of which those after the first `given` are scored."""
+
+    tokens: Int[Tensor, " n"]
+    given: int
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How to continue a text."""
+
+    until: tuple[str, ...] = ()
+    """The text ends before the first of these strings."""
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int | None = 1
+    """1 takes the most probable token every time."""
+    top_p: float | None = None
+
+    def cut(self, text: str) -> str:
+        """`text` up to the first of the strings that end it."""
+        return text[: min((at for stop in self.until if stop and (at := text.find(stop)) >= 0), default=len(text))]
+
+
+class TextScorer:
+    """Log-likelihoods and continuations of texts under a model, all in nats.
+
+    `samples` posterior samples and their `seed` are for flows alone, as in `evaluate`. All continuations see the same
+    noise at the same position of their window: choices are compared under common noise, and no result depends on what
+    else is asked.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, *, samples: int = 1, seed: int = 0) -> None:
+        if samples < 1:
+            raise UserError(f"posterior samples {samples}: must be at least 1")
+        self.model, self.tokenizer = model, tokenizer
+        self.samples, self.seed = 1 if model.is_exact else samples, seed
+        generator = torch.Generator(device=model.device).manual_seed(seed)
+        whole = torch.zeros(1, model.config.context, dtype=torch.int64, device=model.device)
+        self._noise = [model.draw_noise(whole, generator) for _ in range(self.samples)]
+
+    def encode(self, text: str) -> Int[Tensor, " n"]:
+        """The tokens of a text, normalised as the tokenizer is configured. UserError for unknown characters."""
+        return (
+            torch.from_numpy(self.tokenizer.encode(self.tokenizer.prepare(text))) if text else torch.zeros(0).long()
+        )
+
+    def encode_pair(self, context: str, continuation: str) -> Piece:
+        """The tokens of both texts joined, and how many of them belong to the context.
+
+        White space at the end of the context goes to the continuation, where tokens have it. Both are normalised
+        together, as words may meet at the seam.
+        """
+        ending = context[len(context.rstrip()) :]
+        context, continuation = context.removesuffix(ending) if ending else context, ending + continuation
+        tokens, given = self.encode(context + continuation), len(self.encode(context))
+        return Piece(tokens, min(given, len(tokens)))
+
+    def rolling(self, texts: Sequence[str], tick: Tick) -> list[float]:
+        """log p of every text, or a lower bound on it, in nats: the sum over windows with fresh contexts.
+
+        The windows are those of `evaluate`, and so is their noise; `eval` leaves an incomplete last window out, here
+        it counts as a shorter one.
+        """
+        T = self.model.config.context
+        tokens = [self.encode(text) for text in texts]
+        whole = [t[: len(t) // T * T].view(-1, T) for t in tokens]
+        owner = torch.repeat_interleave(torch.tensor([len(w) for w in whole], dtype=torch.int64))
+        total = torch.zeros(len(texts), dtype=torch.float64)
+        if len(owner):
+            weights = log_weights(
+                self.model,
+                torch.cat(whole),
+                torch.zeros_like(owner),
+                samples=self.samples,
+                seed=self.seed,
+                progress=lambda done, _total: tick(done),
+            )
+            total.index_add_(0, owner, -importance_weighted(weights))
+        rest = [Piece(t[len(w) * T :], 0) for t, w in zip(tokens, whole, strict=True)]
+        values, _ = self._scores(rest, lambda done: tick(len(owner) + done))
+        return (total + torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def num_windows(self, texts: Sequence[str]) -> int:
+        """The parts that `rolling` counts: complete windows, and one for the rest of every text."""
+        return sum(len(self.encode(text)) // self.model.config.context + 1 for text in texts)
+
+    def conditional(self, requests: Sequence[Piece], tick: Tick) -> list[tuple[float, bool]]:
+        """log p(continuation | context), in nats, and whether it holds the most probable tokens; for each request.
+
+        Exact for the baseline. For a flow of one block a lower bound on log p~ (`objective.conditional_bound`); for
+        more blocks a difference of two bounds with the same noise, which is no bound. A flow never says that tokens
+        are the most probable ones. What does not fit the trained context loses the start of its context; a longer
+        continuation is scored in pieces.
+        """
+        pieces = [self._pieces(*request) for request in requests]
+        values, greedy = self._scores([piece for parts in pieces for piece in parts], tick)
+        found, at = [], 0
+        for parts in pieces:
+            end = at + len(parts)
+            found.append((math.fsum(values[at:end]), all(greedy[at:end])))
+            at = end
+        return found
+
+    def complete(self, requests: Sequence[tuple[str, Continuation]], tick: Tick) -> list[str]:
+        """Text that follows each context. Contexts of one length are continued together.
+
+        UserError where the model has no probabilities of tokens to change, which top-k = 1 needs.
+        """
+        groups: dict[tuple[int, Continuation], list[int]] = defaultdict(list)
+        prompts = [self.encode(context) for context, _ in requests]
+        for index, (prompt, (_, how)) in enumerate(zip(prompts, requests, strict=True)):
+            groups[len(prompt), how].append(index)
+        found, done = [""] * len(requests), 0
+        for (given, how), members in groups.items():
+            length = given + how.max_tokens
+            # beyond the context `generate` takes one prompt at a time
+            rows = self._rows(length) if length <= self.model.config.context else 1
+            for start in range(0, len(members), rows):
+                part = members[start : start + rows]
+                for index, tokens in zip(part, self._continued([prompts[i] for i in part], how), strict=True):
+                    found[index] = how.cut(self.tokenizer.decode(tokens[given:]))
+                done += len(part)
+                tick(done)
+        return found
+
+    def _rows(self, length: int) -> int:
+        """Rows of that many tokens to compute together."""
+        return max(1, CPU_TOKENS // length) if self.model.device.type == "cpu" else windows_per_batch(length)
+
+    def _continued(self, prompts: list[Tensor], how: Continuation) -> Tensor:
+        given = F.pad(torch.stack(prompts), (0, how.max_tokens), value=BLANK)
+        one = len(prompts) == 1
+        return generate(
+            self.model,
+            num_tokens=given.shape[1],
+            num=len(prompts),
+            generator=torch.Generator().manual_seed(self.seed),
+            temperature=how.temperature,
+            top_k=how.top_k,
+            top_p=how.top_p,
+            prompt=prompts[0] if one and len(prompts[0]) else None,
+            template=None if one else given,
+        ).tokens.cpu()
+
+    def _pieces(self, tokens: Tensor, given: int) -> list[Piece]:
+        """Windows that score the tokens after the first `given`, once each, with as much before them as fits."""
+        T = self.model.config.context
+        # a flow scores whole positions: its context is cut at the start, the last position padded
+        P = 1 if self.model.is_exact else self.model.config.patch
+        pieces, start = [], given
+        while start < len(tokens):
+            end = len(tokens) if len(tokens) - start <= T else start + T // 2
+            before = min(start, T + (start - end) // P * P) // P * P
+            pieces.append(Piece(tokens[start - before : end], before))
+            start = end
+        return pieces
+
+    @torch.no_grad()
+    def _scores(self, pieces: Sequence[Piece], tick: Tick) -> tuple[list[float], list[bool]]:
+        """Log-likelihood in nats of every piece, and whether its tokens are the most probable ones."""
+        values, greedy, done = [0.0] * len(pieces), [True] * len(pieces), 0
+        shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, piece in enumerate(pieces):
+            shapes[len(piece.tokens), piece.given].append(index)
+        for (length, given), members in shapes.items():
+            rows = self._rows(max(1, length))
+            for start in range(0, len(members), rows):
+                part = members[start : start + rows]
+                if length > given:
+                    log_p, best = self._batch(torch.stack([pieces[i].tokens for i in part]), given)
+                    for index, value, is_best in zip(part, log_p.tolist(), best.tolist(), strict=True):
+                        values[index], greedy[index] = value, is_best
+                done += len(part)
+                tick(done)
+        return values, greedy
+
+    def _batch(self, tokens: Int[Tensor, "B n"], given: int) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:
+        """Log-likelihood of the tokens after the first `given`, and whether they are the most probable ones."""
+        model, end = self.model, tokens.shape[1]
+        # whole positions: the baseline does not score what is added, for a flow any tokens there give a lower bound
+        tokens = F.pad(tokens.to(model.device), (0, -end % model.config.patch))
+        if isinstance(model, TokenLM):
+            scored, logits = tokens[:, given:end], model.logits(tokens)[:, given:end]
+            log_p = logits.log_softmax(-1).gather(-1, scored[..., None]).squeeze(-1)
+            return log_p.double().sum(-1), (logits.argmax(-1) == scored).all(-1)
+        noise = [eps[:, : tokens.shape[1]].expand(len(tokens), -1, -1) for eps in self._noise]
+        if given == 0 or model.num_blocks == 1:
+            log_p = -importance_weighted(torch.stack([-model.conditional_bound(tokens, given, e) for e in noise]))
+        else:
+            head = [-model.negative_bound(tokens[:, :given], e[:, :given]) for e in noise]
+            whole = [-model.negative_bound(tokens, e) for e in noise]
+            log_p = importance_weighted(torch.stack(head)) - importance_weighted(torch.stack(whole))
+        return log_p.double(), torch.zeros(len(tokens), dtype=torch.bool)

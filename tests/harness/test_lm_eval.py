@@ -1,0 +1,115 @@
+"""lm-evaluation-harness itself, on tasks of its own in local files: nothing is fetched."""
+
+import json
+from functools import partial
+
+import pytest
+
+from tarflowlm.errors import UserError
+from tarflowlm.harness.register import how_to_continue, meaning, register
+
+MODEL_REGISTRY = pytest.importorskip("lm_eval.api.registry").MODEL_REGISTRY
+TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
+
+TEXT = " ".join(["", *["the king of the land was in the city and the people of it"] * 12])[:512]
+COMMON = "dataset_path: json\ntest_split: test\n"
+TASKS = {
+    "rolling": 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
+    "metric_list: [{metric: bits_per_byte}]",
+    "choice": 'output_type: multiple_choice\ndoc_to_text: "{{start}}"\ndoc_to_choice: ["the land", "qzx"]\n'
+    "doc_to_target: 0\nmetric_list: [{metric: acc}]",
+    "writing": 'output_type: generate_until\ndoc_to_text: "{{start}}"\ndoc_to_target: "x"\n'
+    'generation_kwargs: {until: ["\\n"], max_gen_toks: 4, num_beams: 1}\nmetric_list: [{metric: exact_match}]',
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the tasks and their documents."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which lm-eval sets as well
+    # reading thousands of other tasks takes most of the time
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    # its log would be tied to the first test's stderr
+    monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", True)
+    data = tmp_path / "documents.jsonl"
+    data.write_text(json.dumps({"text": TEXT, "start": "The king of"}) + "\n", encoding="utf-8")
+    files = json.dumps({"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")})
+    for name, task in TASKS.items():
+        text = f"task: local_{name}\n{COMMON}dataset_kwargs: {files}\n{task}\n"
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def model():
+    """model(NAME, ...): as lm-eval builds it."""
+    register()
+    return MODEL_REGISTRY["tarflowlm"]
+
+
+def test_tasks_run_offline_and_agree_with_eval(run, run_json, folder):
+    tasks = ",".join(f"local_{task}" for task in TASKS)
+    done = run("harness", "english-mini", "--tasks", tasks, "--include_path", folder, "--batch_size", "8", "--json")
+    assert done.status == 0, done.err
+    found = json.loads(done.out.splitlines()[-1])
+    results, config = found["results"], found["config"]
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    expected = run_json("eval", "english-mini", "--data", folder / "text.txt", "--split", "all")
+    assert expected["tokens"] == len(TEXT)
+    assert results["local_rolling"]["bits_per_byte,none"] == pytest.approx(expected["bits_per_byte"], abs=1e-6)
+    assert results["local_choice"]["acc,none"] == 1.0
+    assert (config["normalization"], config["log_likelihoods"]["rolling"]) == ("text8", "lower bound: ELBO")
+    assert "exact_match" in done.out
+    # what the numbers mean, and what has no effect, is said once
+    for said in ("lower bound: ELBO", "no bound itself", "(text8)", "batch size 8", "num_beams"):
+        assert done.err.count(said) == 1, said
+
+
+def test_an_error_of_lm_eval_costs_one_line(run, folder):
+    done = run("harness", "english-mini", "--tasks", "no_such_task")
+    assert done.status == 2
+    assert done.err.startswith("tarflowlm: lm-eval stopped: Tasks not found: no_such_task (ValueError)")
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        (["--tasks", "local_choice"], ["directory"]),
+        (["english-mini", "--model_args", "a=b"], ["--model_args"]),
+        (["english-mini", "--model=hf"], ["--model=hf"]),
+        (["english-mini", "--posterior-samples", "0"], ["posterior samples 0"]),
+        (["english-mini", "--noise-seed", "-1"], ["-1"]),
+    ],
+)
+def test_mistakes_are_noticed_before_lm_eval_starts(refused, argv, names):
+    refused("harness", *argv, names=names)
+
+
+def test_the_model_refuses_what_it_does_not_have(model):
+    with pytest.raises(UserError, match="no-such-run"):
+        model("no-such-run")
+    with pytest.raises(UserError, match="pretrained"):
+        model()
+    with pytest.raises(UserError, match="dtype"):
+        model("english-mini-ar", dtype="auto")
+    # the device that lm-eval passes on by default
+    baseline = model("english-mini-ar", device="cuda:0", batch_size="1")
+    with pytest.raises(UserError, match="chat template"):
+        baseline.chat_template(True)
+    assert baseline.get_model_info()["log_likelihoods"] == {"rolling": "exact", "conditional": "exact"}
+
+
+def test_bounds_are_called_bounds(tiny_flow, tiny_ar):
+    assert set(meaning(tiny_ar(), 1).values()) == {"exact"}
+    assert all(text.startswith("lower bound") for text in meaning(tiny_flow(couplings=("mixd",)), 4).values())
+    assert "no bound" in meaning(tiny_flow(), 1)["conditional"]
+
+
+def test_generation_options_are_read():
+    assert how_to_continue({"until": "x", "temperature": 0.0, "do_sample": True}).top_k == 1
+    options = {"until": ["a", "b"], "do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_gen_toks": 3}
+    how = how_to_continue(options)
+    assert (how.until, how.temperature, how.top_k, how.top_p, how.max_tokens) == (("a", "b"), 0.5, None, 0.9, 3)
