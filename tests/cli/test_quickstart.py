@@ -65,8 +65,7 @@ def test_it_trains_evaluates_and_samples(tiny, call, tmp_path):
     assert 3.9 < result["unigram_bpc"] < 4.3
     assert 2.3 < result["trigram_bpc"] < 2.9
     # a bigram model of tokens and the compressors know more than trigrams of characters
-    assert 1.8 < result["bigram_bpc"] < result["trigram_bpc"]
-    assert 1.8 < result["bz2_bpc"] < result["lzma_bpc"] < result["trigram_bpc"] + 0.3
+    assert 1.3 < result["bigram_bpc"] < result["bz2_bpc"] < result["lzma_bpc"] < result["trigram_bpc"]
     # a uniform choice among the 2,048 tokens is 11 bits for some four characters
     assert 1.8 < result["bpc"] < 3.0
     assert 0 < result["seconds"] < 120
