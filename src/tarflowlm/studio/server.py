@@ -162,7 +162,7 @@ class Server:
                 app_kwargs={"middleware": [Middleware(Guard, hosts=hosts)], "docs_url": None, "openapi_url": None},
             )
         except OSError as error:
-            raise UserError(f"cannot serve at {host}:{port} ({error}): choose another with --host or --port") from None
+            raise UserError(f"cannot serve at {host}:{port} ({error}): choose another --host or --port") from None
 
     def close(self) -> None:
         """Stop serving."""
