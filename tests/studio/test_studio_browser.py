@@ -112,8 +112,8 @@ def test_infill(page):
 
 def test_every_edit(page):
     assert "the original" in use(page, "Edit", "Replace")
-    page.get_by_role("tab", name="Loosen").click()
-    assert "tokens changed" in use(page, "Edit", "Loosen", until="tokens changed")
+    page.get_by_role("tab", name="Rewrite").click()
+    assert "tokens changed" in use(page, "Edit", "Rewrite", until="tokens changed")
     page.get_by_role("tab", name="Blend").click()
     assert "100 %" in use(page, "Edit", "Blend", until="100 %")
 

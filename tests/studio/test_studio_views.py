@@ -11,7 +11,7 @@ from tarflowlm.generation import generate
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import collect
 from tarflowlm.studio.curves import runs, ticks
-from tarflowlm.studio.edit import blanked, blend, loosen, replace_words
+from tarflowlm.studio.edit import TARGETS, blanked, blend, replace_words, rewrite
 from tarflowlm.studio.infill import infill, weighed
 from tarflowlm.studio.pieces import guarded
 from tarflowlm.studio.score import compare
@@ -23,8 +23,8 @@ VALID = {
     write: ["flow", "the ", 12, 1.0, 1.0, 1, 0],
     infill: ["flow", "the ___ saw", 3, 2, 1.0, 0],
     replace_words: ["flow", "the cat saw", "cat", 2, 2, 0],
-    loosen: ["flow", "the cat saw", "the latents", 0.5, 0],
-    blend: ["flow", "the cat saw", "nine old men", "the noise", 0],
+    rewrite: ["flow", "the cat saw", "words", 0.5, 2, 0],
+    blend: ["flow", "the cat saw", "nine old men", "words", 0],
     compare: [["flow", "baseline"], "the cat saw"],
     runs: [["flow", "baseline"], "tokens"],
 }
@@ -122,11 +122,20 @@ def test_only_whole_words_are_replaced(catalogue):
 
 
 def test_an_edit_of_strength_zero_changes_nothing(catalogue):
-    assert "0 of 11 tokens changed" in words(shown(loosen, catalogue, ["flow", "the cat saw", "the noise", 0.0, 0]))
+    for target in TARGETS:
+        html = words(shown(rewrite, catalogue, ["flow", "the cat saw", target, 0.0, 1, 0]))
+        assert "0 of 11 tokens changed" in html
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_way_to_another_text_begins_and_ends_at_them(catalogue, target):
+    html = shown(blend, catalogue, ["flow", "the cat saw", "nine old men saw", target, 0])
+    texts = [words(found) for found in re.findall(r'class="tl-text">(.*?)</div>', html)]
+    assert (texts[0], texts[-1]) == ("the cat saw", "nine old me")
 
 
 def test_a_baseline_cannot_be_edited(catalogue):
-    assert "choose a flow" in shown(loosen, catalogue, ["baseline", "the cat saw", "the noise", 0.5, 0])
+    assert "choose a flow" in shown(rewrite, catalogue, ["baseline", "the cat saw", "noise", 0.5, 1, 0])
 
 
 def test_the_bound_of_a_flow_is_marked(catalogue):

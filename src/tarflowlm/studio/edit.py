@@ -1,18 +1,22 @@
-"""The view that edits: words replaced by infilling, a text re-noised, the way from one text to another."""
+"""The view that edits: words replaced or rewritten, states re-noised, the way from one text to another."""
 
 import itertools
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tarflowlm import editing
 from tarflowlm.data import Tokenizer
 from tarflowlm.device import threads_for
 from tarflowlm.editing import Edit, encode, interpolate, renoise
+from tarflowlm.editing.words import Span, blended_spans, count_of, joined, pick_words, words_of
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
+from tarflowlm.generation.choice import weighs_tokens
 from tarflowlm.generation.inversion import Tick
 from tarflowlm.generation.sampling import BLANK
 from tarflowlm.model import TarFlowLM, as_flow
@@ -21,12 +25,13 @@ from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.infill import choices, drawn, template_tokens, trust
 from tarflowlm.studio.job import Job
-from tarflowlm.studio.pieces import bar, card, facts, milliseconds, muted, page, scrubbed, stage
+from tarflowlm.studio.pieces import card, facts, milliseconds, muted, page, scrubbed, stage
 from tarflowlm.studio.rows import changed_words, difference, final_tokens
 
-LATENTS, NOISE = "the latents", "the noise"
-LEVELS = (LATENTS, NOISE)
-"""Which state is changed: h^(0) = z, or h^(L) = u."""
+WORDS, LATENTS, NOISE = TARGETS = ("words", "latents", "noise")
+"""What is changed: words, redrawn given all others, or a state: h^(0) = z, or h^(L) = u."""
+CANDIDATES = 32
+"""Draws from which a redrawn word is chosen."""
 STEPS = 8
 """Parts of the way from one text to another."""
 TEMPERATURE = 0.7
@@ -74,50 +79,79 @@ def blanked(tokenizer: Tokenizer, tokens: Tensor, words: str) -> Tensor:
     return template
 
 
-def loosen(catalogue: Catalogue, model: Any, text: Any, level: Any, strength: Any, seed: Any) -> Iterator[str]:
-    """HTML of a text whose state is re-noised, beside the original."""
-    name, eta = request.one_of(level, "state", LEVELS), request.number(strength, "strength", 0.0, 1.0)
+def rewrite(
+    catalogue: Catalogue, model: Any, text: Any, target: Any, strength: Any, num: Any, seed: Any
+) -> Iterator[str]:
+    """HTML of texts in which a share `strength` of the words is redrawn, or whose states are re-noised."""
+    kind, share = request.one_of(target, "target", TARGETS), request.number(strength, "strength", 0.0, 1.0)
+    edits = request.whole(num, "edits", 1, request.SAMPLES)
 
-    def change(flow: TarFlowLM, tokens: Tensor, generator: torch.Generator, tick: Tick) -> Edit:
-        at = 0 if name == LATENTS else flow.num_blocks
-        return renoise(
-            flow, encode(flow, tokens[None], generator), level=at, strength=eta, generator=generator,
-            decoder="auto", tick=tick,
-        )  # fmt: skip
+    def change(source: Source, tick: Tick) -> Edit:
+        flow, generator = source.flow, source.generator
+        encoded = encode(flow, source.tokens[None], generator).repeated(edits)
+        if kind != WORDS:
+            return renoise(
+                flow,
+                encoded,
+                level=source.level(kind),
+                strength=share,
+                generator=generator,
+                decoder="auto",
+                tick=tick,
+            )
+        words = source.words(source.tokens)
+        picked = [pick_words(words, count_of(share, words), generator) for _ in range(edits)]
+        spans = [joined(row, words) for row in picked]
+        return editing.rewrite(flow, encoded, spans, tick=tick, **source.settings)
 
     for shown in _edited(catalogue, model, text, seed, change):
         if isinstance(shown, str):
             yield page(card(shown))
             continue
         tokenizer, edit, seconds = shown
-        before, after = edit.before[0].cpu(), edit.tokens[0].cpu()
-        old, new = (_bits(nats, row, tokenizer) for nats, row in ((edit.bound_before, before), (edit.bound, after)))
-        numbers = facts(
-            ("", changed_words(edit.changed[0])),
-            (f"≤ {new:.2f}", f"bits per character, ≤ {old:.2f} before"),
-            (milliseconds(seconds), "in all"),
-        )
-        yield page(
-            card(stage(difference(before, after, tokenizer)) + numbers),
-            card(stage(final_tokens(before, tokenizer)) + muted("the original")),
-        )
-
-
-def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, level: Any, seed: Any) -> Iterator[str]:
-    """HTML of the way from one text to another of the same length, with a slider."""
-    name, toward = request.one_of(level, "state", LEVELS), request.text(other, "other text")
-
-    def change(flow: TarFlowLM, tokens: Tensor, generator: torch.Generator, tick: Tick) -> list[Edit]:
-        second = request.required(catalogue.load(model).tokenizer, toward, "other text")
-        length = min(len(tokens), len(second))
-        a, b = (encode(flow, x[None, :length], generator) for x in (tokens, second))
-        at = 0 if name == LATENTS else flow.num_blocks
-        return [
-            interpolate(
-                flow, a, b, level=at, weight=i / STEPS, generator=generator, decoder="auto", tick=tick
+        before = edit.before[0].cpu()
+        cards = []
+        for after, changed, old, new in zip(
+            edit.tokens.cpu(), edit.changed, edit.bound_before, edit.bound, strict=True
+        ):
+            numbers = facts(
+                ("", changed_words(changed)),
+                (
+                    f"≤ {_bits(new, after, tokenizer):.2f}",
+                    f"bits per character, ≤ {_bits(old, before, tokenizer):.2f} before",
+                ),
             )
-            for i in range(STEPS + 1)
-        ]  # fmt: skip
+            cards.append(card(stage(difference(before, after, tokenizer)) + numbers))
+        original = stage(final_tokens(before, tokenizer)) + muted("the original")
+        yield page(card(original), *cards, card(facts((milliseconds(seconds), "in all"))))
+
+
+def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, seed: Any) -> Iterator[str]:
+    """HTML of the way from one text to another, cut to the same length, with a slider."""
+    kind, toward = request.one_of(target, "target", TARGETS), request.text(other, "other text")
+
+    def change(source: Source, tick: Tick) -> list[Edit]:
+        flow, generator = source.flow, source.generator
+        second = request.required(source.tokenizer, toward, "other text")
+        length = min(len(source.tokens), len(second))
+        texts = source.tokens[:length], second[:length]
+        a, b = (encode(flow, tokens[None], generator) for tokens in texts)
+        if kind != WORDS:
+            at = source.level(kind)
+            return [
+                interpolate(flow, a, b, level=at, weight=i / STEPS, generator=generator, decoder="auto", tick=tick)
+                for i in range(STEPS + 1)
+            ]
+        first_words, second_words = map(source.words, texts)
+        order, found = generator.get_state(), []
+        for i in range(STEPS + 1):
+            # the same order at every step, so that a word once taken stays
+            count, again = round(i / STEPS * len(second_words)), torch.Generator()
+            again.set_state(order)
+            taken = pick_words(second_words, count, again)
+            spans = [blended_spans(first_words, second_words, taken, length)]
+            found.append(editing.blend(flow, a, b, spans, tick=tick, **source.settings))
+        return found
 
     for shown in _edited(catalogue, model, text, seed, change):
         if isinstance(shown, str):
@@ -125,40 +159,67 @@ def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, level: Any, s
             continue
         tokenizer, edits, seconds = shown
         texts = [edit.tokens[0].cpu() for edit in edits]
-        rows = [GridRow("0 % of the other text", final_tokens(texts[0], tokenizer))]
+        rows = [GridRow("the text", final_tokens(texts[0], tokenizer))]
         rows += [
-            GridRow(f"{100 * i // STEPS} % · {changed_words(now != before)}", difference(before, now, tokenizer))
+            GridRow(
+                f"{100 * i // STEPS} % · {int((now != before).sum())} changed", difference(before, now, tokenizer)
+            )
             for i, (before, now) in enumerate(itertools.pairwise(texts), 1)
         ]
         body = stage(rows[-1].tokens) + facts((milliseconds(seconds), "in all"))
-        yield page(card(body + scrubbed(rows, "weight of the other text", summary="every step of the way")))
+        yield page(card(body + scrubbed(rows, "share of the other text", summary="every step of the way")))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text to edit, and with what."""
+
+    flow: TarFlowLM
+    tokenizer: Tokenizer
+    tokens: Tensor
+    """[T]."""
+    generator: torch.Generator
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How words are redrawn."""
+        # where block 1 has no weights of tokens, the model is sampled as it is
+        temperature = TEMPERATURE if weighs_tokens(self.flow.prior.block(0).coupling) else 1.0
+        return {"candidates": CANDIDATES, "temperature": temperature, "generator": self.generator}
+
+    def level(self, target: str) -> int:
+        """The number of the state that `target` names."""
+        return 0 if target == LATENTS else self.flow.num_blocks
+
+    def words(self, tokens: Tensor) -> list[Span]:
+        """The words of `tokens` [T]. UserError if there are none."""
+        found = words_of([self.tokenizer.token_bytes[token] for token in tokens.tolist()])
+        if not found:
+            raise UserError("the text has no words: write some")
+        return found
 
 
 def _edited(
-    catalogue: Catalogue,
-    model: Any,
-    text: Any,
-    seed: Any,
-    change: Callable[[TarFlowLM, Tensor, torch.Generator, Tick], Any],
+    catalogue: Catalogue, model: Any, text: Any, seed: Any, change: Callable[[Source, Tick], Any]
 ) -> Iterator[str | tuple[Tokenizer, Any, float]]:
     """Progress as HTML, then the tokenizer, what `change` found, and the seconds that it took."""
     checkpoint = catalogue.load(model)
-    flow = as_flow(checkpoint.model, NO_LATENTS)
-    tokens = request.required(checkpoint.tokenizer, request.text(text, "text"), "text")
+    flow, tokenizer = as_flow(checkpoint.model, NO_LATENTS), checkpoint.tokenizer
+    tokens = request.required(tokenizer, request.text(text, "text"), "text")
     request.one_window(len(tokens), flow.config.context)
     generator = torch.Generator().manual_seed(request.whole(seed, "seed", 0, 2**31))
 
     def work(job: Job[Any]) -> Any:
         with threads_for(1):
-            return change(flow, tokens, generator, job.tick)
+            return change(Source(flow, tokenizer, tokens, generator), job.tick)
 
     job = Job(work)
     for _ in job.follow():
-        yield stage(final_tokens(tokens, checkpoint.tokenizer)) + bar(0.5) + muted("editing")
-    yield checkpoint.tokenizer, job.result, job.seconds_taken
+        yield stage(final_tokens(tokens, tokenizer)) + muted("editing")
+    yield tokenizer, job.result, job.seconds_taken
 
 
 def _bits(nats: Tensor, tokens: Tensor, tokenizer: Tokenizer) -> float:
-    """Bits per character of a text [T] with this bound, [1], in nats."""
+    """Bits per character of a text [T] with this bound, a scalar, in nats."""
     characters = int(tokenizer.characters_per_token[tokens.numpy()].sum())
     return bits(nats.cpu()).item() / max(characters, 1)

@@ -6,7 +6,7 @@ from typing import Any
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.curves import AXES, runs
-from tarflowlm.studio.edit import LATENTS, LEVELS, blend, loosen, replace_words
+from tarflowlm.studio.edit import TARGETS, WORDS, blend, replace_words, rewrite
 from tarflowlm.studio.infill import TRIES, infill
 from tarflowlm.studio.pieces import card, guarded, muted, page
 from tarflowlm.studio.score import MODELS, compare
@@ -114,21 +114,22 @@ def _edit(catalogue: Catalogue) -> None:
                     )
                     tries, particles = _tries()
                     replace, stop_replacing = _buttons("Replace")
-                with gr.Tab("Loosen"):
+                with gr.Tab("Rewrite"):
                     strength = gr.Slider(
-                        0.0, 1.0, 0.3, step=0.05, label="Strength", info="0 keeps the text, 1 forgets it."
+                        0.0, 1.0, 0.2, step=0.05, label="Strength", info="0 keeps the text, 1 forgets it."
                     )
-                    level = _level()
-                    loose, stop_loosening = _buttons("Loosen")
+                    target = _target()
+                    num = gr.Slider(1, request.SAMPLES, 3, step=1, label="Edits")
+                    rewriting, stop_rewriting = _buttons("Rewrite")
                 with gr.Tab("Blend"):
                     other = gr.Textbox(label="Other text", value=OTHER, lines=3, max_lines=8)
-                    between = _level()
+                    between = _target()
                     mix, stop_blending = _buttons("Blend")
         with gr.Column(scale=7, min_width=320):
             out = _output("The edit appears here, beside the original.")
     _bind(replace, stop_replacing, replace_words, catalogue, [model, text, words, tries, particles, seed], out)
-    loosening = [model, text, level, strength, seed]
-    _bind(loose, stop_loosening, loosen, catalogue, loosening, out, also=[strength.release])
+    inputs = [model, text, target, strength, num, seed]
+    _bind(rewriting, stop_rewriting, rewrite, catalogue, inputs, out, also=[strength.release])
     _bind(mix, stop_blending, blend, catalogue, [model, text, other, between, seed], out)
 
 
@@ -187,10 +188,10 @@ def _seed() -> Component:
     return gr.Number(0, label="Seed", precision=0, minimum=0, min_width=110)
 
 
-def _level() -> Component:
+def _target() -> Component:
     import gradio as gr
 
-    return gr.Radio(list(LEVELS), value=LATENTS, label="What is changed")
+    return gr.Radio(list(TARGETS), value=WORDS, label="What is changed", info="Words work best.")
 
 
 def _tries() -> tuple[Component, Component]:
