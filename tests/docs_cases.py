@@ -74,6 +74,11 @@ def blocks(documents: list[Path]) -> tuple[list[Block], list[Block]]:
     return shell, python
 
 
+def session(document: Path) -> str:
+    """All of its Python sessions (`pycon`), one after the other."""
+    return "\n".join(token.content for token in parsed(document) if token.type == "fence" and token.info == "pycon")
+
+
 def commands(block: Block, folder: Path) -> list[list[str]]:
     """The words of every command of a block, as bash calls it: loops run, variables and quotes are replaced.
 

@@ -5,6 +5,7 @@ where its work would begin: its arguments have been read by then.
 """
 
 import contextlib
+import doctest
 import importlib.util
 import io
 import lzma
@@ -33,10 +34,12 @@ from docs_cases import (
     inline_codes,
     links,
     name_of,
+    session,
 )
 from tarflowlm.cli.bench import BENCHMARKS
 from tarflowlm.cli.main import COMMANDS, main
 from tarflowlm.data import DataConfig, TokenizerConfig
+from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import stack
 from tarflowlm.reproduce import RECIPES
@@ -308,7 +311,19 @@ def test_python_runs(block, place, trained):
     for name in RUNS:
         shutil.copytree(trained / RUNS[name], name)
     code = "\n" * (block.line - 1) + block.code  # so that a traceback has the line of the document
-    exec(compile(code, str(block.document), "exec"), {"__name__": "__main__"})
+    try:
+        exec(compile(code, str(block.document), "exec"), {"__name__": "__main__"})
+    except UserError as error:
+        if "is not installed" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("document", [d for d in CURRENT if session(d)], ids=name_of)
+def test_python_sessions_print_what_they_show(document):
+    example = doctest.DocTestParser().get_doctest(session(document), {}, name_of(document), str(document), 0)
+    found = io.StringIO()
+    assert not doctest.DocTestRunner().run(example, out=found.write).failed, found.getvalue()
 
 
 @pytest.fixture(scope="module")
