@@ -131,7 +131,7 @@ def trust(found: Candidates, particles: Any, seconds: float) -> str:
     if found.tries == 1:
         words = "One try has nothing to be compared with: ask for more."
     elif share >= 0.5:
-        words = "The tries fit the given text about equally well, so the weights can be relied on."
+        words = "The tries fit the given text about equally well."
     else:
         words = "A few tries fit the given text far better than the others. More particles find more such texts."
     numbers = facts((f"{int(particles):,}", "particles in each try"), (milliseconds(seconds), "in all"))
