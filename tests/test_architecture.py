@@ -25,6 +25,8 @@ LAYERS = [
     {"evaluation", "editing"},
     {"training"},
     {"report"},
+    {"sharing"},
+    {"hf"},
     {""},  # the public names
     {"terminal"},
     {"reproduce", "bench"},

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tarflowlm.model import FlowConfig, TarFlowLM
     from tarflowlm.objective import elbo, importance_weighted_bound
     from tarflowlm.runs.checkpoint import load
+    from tarflowlm.sharing import from_pretrained, push_to_hub, save_pretrained
     from tarflowlm.training.lifecycle import resume, train
 
 __all__ = [
@@ -22,10 +23,13 @@ __all__ = [
     "UserError",
     "elbo",
     "evaluate",
+    "from_pretrained",
     "generate",
     "importance_weighted_bound",
     "load",
+    "push_to_hub",
     "resume",
+    "save_pretrained",
     "train",
 ]
 
@@ -37,10 +41,13 @@ _MODULES = {
     "UserError": "errors",
     "elbo": "objective",
     "evaluate": "evaluation.likelihood",
+    "from_pretrained": "sharing",
     "generate": "generation",
     "importance_weighted_bound": "objective",
     "load": "runs.checkpoint",
+    "push_to_hub": "sharing",
     "resume": "training.lifecycle",
+    "save_pretrained": "sharing",
     "train": "training.lifecycle",
 }
 """The module of every public name, imported on first use: PyTorch reads some environment variables at import, and the

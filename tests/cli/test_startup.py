@@ -124,7 +124,7 @@ LIGHT = {
     "unknown-command": (["trian"], set(), HELP),
     **{
         name: ([name, "--help"], {"tyro"}, ARGUMENTS)
-        for name in ("quickstart", "sample", "eval", "edit", "report", "seal", "export")
+        for name in ("quickstart", "sample", "eval", "edit", "report", "seal", "export", "push")
     },
     "unknown-option": (["sample", "--nmu", "3"], {"tyro"}, ARGUMENTS),
     "contradiction": (["edit", "--text", "abc", "--num", "0"], {"tyro"}, ARGUMENTS),
