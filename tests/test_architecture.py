@@ -23,9 +23,9 @@ LAYERS = [
     {"runs"},
     {"generation"},
     {"evaluation", "editing"},
-    {"training"},
-    {"report"},
     {"sharing"},
+    {"training", "pretrained"},
+    {"report"},
     {"hf"},
     {""},  # the public names
     {"terminal"},

@@ -153,9 +153,9 @@ def stand_in(argv: list[str], trained: Path) -> list[str] | None:
             return [*argv, "--num", "4", "--judge", str(trained / RUNS["runs/judge"]), "--device", "cpu"]
         case ["eval" | "sample", directory, *_] if directory.startswith("hf:"):
             return None
-        case ["eval" | "sample" | "edit" | "report", *_]:
+        case ["eval" | "score" | "sample" | "edit" | "report", *_]:
             return [*argv, "--device", "cpu"]
-        case ["seal" | "export", *_]:
+        case ["seal" | "export" | "info" | "runs", *_]:
             return argv
         case ["push", *_] if "--dry-run" in argv:
             return argv

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, DataConfig
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
-from tarflowlm.runs.checkpoint import export, load, save_weights, write_run
+from tarflowlm.pretrained import load
+from tarflowlm.runs.checkpoint import export, save_weights, write_run
 from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.runs.released import FOLDER, released
 

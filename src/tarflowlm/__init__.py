@@ -1,6 +1,6 @@
 """TarFlowLM: language modelling in continuous space with Transformer autoregressive flows (arXiv 2507.00425)."""
 
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -8,16 +8,18 @@ if TYPE_CHECKING:
     from tarflowlm.baseline import BaselineConfig, TokenLM
     from tarflowlm.errors import UserError
     from tarflowlm.evaluation.likelihood import evaluate
+    from tarflowlm.evaluation.scores import Scores, score
     from tarflowlm.generation import generate
     from tarflowlm.model import FlowConfig, TarFlowLM
     from tarflowlm.objective import elbo, importance_weighted_bound
-    from tarflowlm.runs.checkpoint import load
-    from tarflowlm.sharing import from_pretrained, push_to_hub, save_pretrained
+    from tarflowlm.pretrained import Pretrained, from_pretrained, load
     from tarflowlm.training.lifecycle import resume, train
 
 __all__ = [
     "BaselineConfig",
     "FlowConfig",
+    "Pretrained",
+    "Scores",
     "TarFlowLM",
     "TokenLM",
     "UserError",
@@ -27,34 +29,44 @@ __all__ = [
     "generate",
     "importance_weighted_bound",
     "load",
-    "push_to_hub",
     "resume",
-    "save_pretrained",
+    "score",
     "train",
 ]
 
 _MODULES = {
     "BaselineConfig": "baseline",
     "FlowConfig": "model",
+    "Pretrained": "pretrained",
+    "Scores": "evaluation.scores",
     "TarFlowLM": "model",
     "TokenLM": "baseline",
     "UserError": "errors",
     "elbo": "objective",
     "evaluate": "evaluation.likelihood",
-    "from_pretrained": "sharing",
+    "from_pretrained": "pretrained",
     "generate": "generation",
     "importance_weighted_bound": "objective",
-    "load": "runs.checkpoint",
-    "push_to_hub": "sharing",
+    "load": "pretrained",
     "resume": "training.lifecycle",
-    "save_pretrained": "sharing",
+    "score": "evaluation.scores",
     "train": "training.lifecycle",
 }
 """The module of every public name, imported on first use: PyTorch reads some environment variables at import, and the
 command line has to set them first."""
 
 
+def version() -> str:
+    """The version of the installed package; "unknown" for files that were never installed."""
+    try:
+        return metadata.version("tarflowlm")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version()
     if name not in _MODULES:
         if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
             return import_module(f"{__name__}.{name}")

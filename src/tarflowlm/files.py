@@ -137,6 +137,23 @@ def writer_lock(directory: Path) -> Iterator[None]:
         lock.release()
 
 
+def writer_of(directory: Path) -> str | None:
+    """Which process holds the `writer_lock` of a directory, in words; None if none does. Changes no file."""
+    holder = directory / _HOLDER
+    if not holder.exists():
+        return None
+    lock = FileLock(directory / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return _read_holder(holder)
+    except (OSError, NotImplementedError):
+        # a folder that is only to be read, or without locks: what the file says may be of a process that was killed
+        return None
+    lock.release()
+    return None
+
+
 @contextmanager
 def _locks_as_user_error(folder: Path) -> Iterator[None]:
     """UserError where the file system of `folder` knows no locks, as some network ones."""

@@ -1,6 +1,7 @@
 """Bounds on -log p(x): the ELBO, the bound on a continuation, and the importance-weighted bound. All in nats."""
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -8,10 +9,50 @@ from torch import Tensor
 
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.model import ElboTerms, TarFlowLM
+from tarflowlm.model import ElboTerms, TarFlowLM, as_flow
 
 CPU_TOKENS = 2048
 """Tokens whose bounds a CPU computes together: an activation of 4 D channels takes 4 MiB at D = 128."""
+
+
+def check_integers(tokens: Any, name: str, *shapes: str) -> None:
+    """UserError unless `tokens` are a tensor of integers with one of the `shapes`, say "[T]" or "[B, T]"."""
+    what = f"{name} {tokens!r:.40} of type {type(tokens).__name__}"
+    if isinstance(tokens, Tensor):
+        what = f"{name} of shape {list(tokens.shape)} and type {tokens.dtype}"
+        whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+        if whole and tokens.dim() in (shape.count(",") + 1 for shape in shapes):
+            return
+    elif isinstance(tokens, str):
+        what = f"{name} {tokens!r:.40}, a text"
+    batch = "" if "[T]" in shapes else "[None]"
+    raise UserError(
+        f"{what}: give a tensor of integers {' or '.join(shapes)}, for a text "
+        f"torch.from_numpy(tokenizer.encode(text)){batch}; tarflowlm.load(...) has methods that take texts"
+    )
+
+
+def check_tokens(model: LanguageModel, tokens: Any, *, name: str = "tokens") -> None:
+    """UserError unless `tokens` [B, T] are texts of the model: integers below V, at most its context of them."""
+    check_integers(tokens, name, "[B, T]")
+    check_vocabulary(model, tokens, name=name)
+    if tokens.shape[1] > model.config.context:
+        raise UserError(
+            f"{name} of shape {list(tokens.shape)}: {tokens.shape[1]} tokens exceed the context of "
+            f"{model.config.context}: cut them into windows, or use tarflowlm.score, which does"
+        )
+
+
+def check_vocabulary(model: LanguageModel, tokens: Tensor, *, name: str = "tokens") -> None:
+    """UserError if there are no `tokens` [..., T], or some are not among 0, ..., V - 1."""
+    if not tokens.numel():
+        raise UserError(f"{name} of shape {list(tokens.shape)}: give at least one token")
+    vocab_size = model.config.vocab_size
+    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if len(outside):
+        raise UserError(
+            f"{name} hold {outside[0].item()}, the model knows 0 to {vocab_size - 1}: encode the text again"
+        )
 
 
 def elbo(
@@ -23,8 +64,11 @@ def elbo(
 ) -> ElboTerms:
     """One sample of the ELBO in its terms (docs/math.md, eq. 11).
 
-    `noise` fixes the posterior sample; by default it is drawn with `generator`. UserError if P does not divide T.
+    `noise` fixes the posterior sample; by default it is drawn with `generator`. UserError for the baseline, for
+    tokens that are no texts of the model (`check_tokens`), and if P does not divide T.
     """
+    as_flow(model, "elbo of the discrete baseline, which needs no bound: model.log_prob(tokens) is exact")
+    check_tokens(model, tokens)
     return model.elbo(tokens, model.draw_noise(tokens, generator) if noise is None else noise)[0]
 
 
@@ -125,6 +169,7 @@ def importance_weighted_bound(
 ) -> Float[Tensor, " B"]:
     """The importance-weighted bound on -log p(x) from `samples` posterior samples, in nats (docs/math.md, eq. 13).
 
-    UserError for `samples` < 1, or if P does not divide T.
+    UserError for `samples` < 1, for tokens that are no texts of the model, or if P does not divide T.
     """
+    check_tokens(model, tokens)
     return importance_weighted(log_importance_weights(model, tokens, samples=samples, generator=generator))

@@ -7,7 +7,8 @@ import torch
 
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, DataConfig
 from tarflowlm.objective import negative_bound
-from tarflowlm.runs.checkpoint import load, save_weights, seal, write_run
+from tarflowlm.pretrained import load
+from tarflowlm.runs.checkpoint import save_weights, seal, write_run
 from tarflowlm.runs.config import RunConfig, TrainConfig
 
 
@@ -142,12 +143,42 @@ def test_what_the_model_cannot_do_is_said(refused, runs):
     refused(runs["two"], "--quality", "--judge", runs["one"], names=["flow", "mini-ar"])
 
 
+def test_a_short_text_is_one_window(run_json, run, runs, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text(" a few words", encoding="utf-8")
+    model, tokenizer = load(runs["ar"])
+    nats = -model.log_prob(torch.from_numpy(tokenizer.encode(" a few words"))[None]).item()
+    result = run_json(runs["ar"], "--data", short, "--split", "all")
+    assert (result["windows"], result["tokens"], result["context"]) == (1, 12, 12)
+    assert result["nats_per_token"] == pytest.approx(nats / 12, rel=1e-5)
+    # whole patches alone
+    short.write_text(" a few word", encoding="utf-8")
+    assert run_json(runs["patches"], "--data", short, "--split", "all")["tokens"] == 10
+    assert "one window of 10 tokens" in run(runs["patches"], "--data", short, "--split", "all").err
+
+
+def test_the_time_is_told_before(run, runs, monkeypatch):
+    monkeypatch.setattr("tarflowlm.cli.evaluate.seconds_per_window", lambda _model, windows: 600 / len(windows))
+    assert "about 30:00 minutes; --windows 1 takes" in run(runs["two"], "--samples", 3).err
+
+
+def test_a_single_text_is_for_another_command(refused, runs):
+    refused(runs["ar"], "--text", "a few words", names=["--text", "tarflowlm score"])
+
+
+def test_the_training_text_does_not_come_with_a_model(run):
+    result = run("english-mini", "--windows", 1)
+    assert result.status == 2
+    for part in ("english27.txt.xz", "english-mini", "--data english", "--data FILE"):
+        assert part in result.err
+
+
 def test_texts_that_cannot_be_scored(refused, runs, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("a few words of text", encoding="utf-8")
-    refused(runs["ar"], "--data", short, names=["fewer than one context of 16", "--split all"])
-    short.write_text("a b", encoding="utf-8")
-    refused(runs["ar"], "--data", short, "--split", "all", names=["4 tokens", "longer text"])
+    refused(runs["ar"], "--data", short, names=["fewer than 16", "--split all", "tarflowlm score"])
+    short.write_text("a", encoding="utf-8")
+    refused(runs["two"], "--data", short, "--split", "all", "--latents", names=["2 tokens", "longer text"])
     plain = tmp_path / "plain"
     plain.mkdir()
     for file in runs["ar"].iterdir():

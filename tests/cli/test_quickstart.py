@@ -64,6 +64,8 @@ def test_it_trains_evaluates_and_samples(tiny, call, tmp_path):
     # known of the corpus: about 4.1 and 2.6 bits, while a model of a few seconds has learned little
     assert 3.9 < result["unigram_bpc"] < 4.3
     assert 2.3 < result["trigram_bpc"] < 2.9
+    # a bigram model of tokens and the compressors know more than trigrams of characters
+    assert 1.3 < result["bigram_bpc"] < result["bz2_bpc"] < result["lzma_bpc"] < result["trigram_bpc"]
     # a uniform choice among the 2,048 tokens is 11 bits for some four characters
     assert 1.8 < result["bpc"] < 3.0
     assert 0 < result["seconds"] < 120

@@ -121,10 +121,15 @@ HELP = {"", ".cli", ".cli.main", ".cli.signals", ".cli.threads", ".errors"}
 ARGUMENTS = {*HELP, ".choices", ".cli.arguments", ".cli.parsing"}
 LIGHT = {
     "help": (["--help"], {"rich"}, {*HELP, ".terminal", ".terminal.tables"}),
+    "version": (["--version"], set(), HELP),
     "unknown-command": (["trian"], set(), HELP),
     **{
         name: ([name, "--help"], {"tyro"}, ARGUMENTS)
         for name in ("quickstart", "sample", "eval", "edit", "report", "seal", "export", "push")
+    },
+    **{
+        name: ([name, "--help"], {"tyro"}, {*ARGUMENTS, ".cli.inspect_arguments"})
+        for name in ("score", "info", "runs")
     },
     "unknown-option": (["sample", "--nmu", "3"], {"tyro"}, ARGUMENTS),
     "contradiction": (["edit", "--text", "abc", "--num", "0"], {"tyro"}, ARGUMENTS),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.ngram import ngram_entropy
+from tarflowlm.evaluation.ngram import bigram_cross_entropy, compressed_bits, ngram_entropy
 
 
 def plain(text: str, order: int) -> float:
@@ -85,3 +85,48 @@ def test_large_ids_and_long_contexts_do_not_overflow():
 def test_what_makes_no_sense_is_refused(ids, order, message):
     with pytest.raises(UserError, match=message):
         ngram_entropy(ids, order)
+
+
+# --- what a text takes without a network
+
+
+def test_the_bigram_model_is_a_distribution():
+    """Its probabilities of the token after w, read from texts (0, w, a), sum to one, whether w was seen or not."""
+    rng = np.random.default_rng(3)
+    train = rng.integers(0, 5, 60)
+
+    def bits(*test: int) -> float:
+        return len(test) * bigram_cross_entropy(train, np.array(test), 7)
+
+    for w in range(7):
+        assert sum(2 ** -(bits(0, w, a) - bits(0, w)) for a in range(7)) == pytest.approx(1)
+
+
+def test_the_bigram_model_by_hand():
+    # of 0 0 0 1: bigrams 00 twice, 01 once, so n_1 = n_2 = 1, D = 1/3; N(. a) = 1, 1, 0; K = 2, N = 2, V = 3
+    p = [(2 / 3 + 2 / 9) / 2, (2 / 3 + 2 / 9) / 2, (2 / 9) / 2]
+    after = [(2 - 1 / 3 + 2 / 3 * p[0]) / 3, (1 - 1 / 3 + 2 / 3 * p[1]) / 3, 2 / 3 * p[2] / 3]
+    expected = -sum(map(math.log2, [p[0], after[0], after[2], p[1]])) / 4
+    assert bigram_cross_entropy(np.array([0, 0, 0, 1]), np.array([0, 0, 2, 1]), 3) == pytest.approx(expected)
+
+
+def test_the_bigram_model_approaches_the_entropy_of_a_markov_chain():
+    rng = np.random.default_rng(4)
+    chain, ids = rng.dirichlet(np.full(6, 0.5), size=6), [0]
+    for _ in range(20_000):
+        ids.append(int(rng.choice(6, p=chain[ids[-1]])))
+    train, test = np.array(ids[:15_000]), np.array(ids[15_000:])
+    assert ngram_entropy(test, 2) < bigram_cross_entropy(train, test, 6) < ngram_entropy(test, 2) + 0.02
+
+
+@pytest.mark.parametrize("train", [np.array([1]), np.array([0, 9]), np.array([0, -1])])
+def test_bigrams_need_two_known_tokens(train):
+    with pytest.raises(UserError, match="the train text"):
+        bigram_cross_entropy(train, np.array([0, 1]), 5)
+
+
+def test_compressors_see_repetition_and_no_more_in_noise():
+    noise = "".join(np.random.default_rng(5).choice(list("abcd"), 20_000))
+    for name in ("bz2", "lzma"):
+        assert compressed_bits("all work and no play " * 1000)[name] < 0.2
+        assert 2.0 < compressed_bits(noise)[name] < 2.6

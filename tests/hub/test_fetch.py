@@ -11,7 +11,8 @@ from huggingface_hub import constants
 
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
-from tarflowlm.runs.checkpoint import load, load_checkpoint
+from tarflowlm.pretrained import load
+from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.hub import fetch
 
 

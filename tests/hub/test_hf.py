@@ -18,7 +18,7 @@ def seeded():
 
 
 def test_a_folder_gives_config_and_model(trained, tmp_path):
-    folder = tarflowlm.save_pretrained(trained, tmp_path / "mine")
+    folder = tarflowlm.load(trained).save_pretrained(tmp_path / "mine")
     config = transformers.AutoConfig.from_pretrained(folder)
     assert isinstance(config, hf.TarFlowLMConfig)
     assert config.model["context"] == 16

@@ -35,7 +35,7 @@ def files_in(folder):
 
 def test_what_is_pushed_comes_back_bit_for_bit(hub, log_in, finished):
     log_in()
-    url = tarflowlm.push_to_hub(finished, "ada/mine", licence="cc0-1.0")
+    url = tarflowlm.load(finished).push_to_hub("ada/mine", licence="cc0-1.0")
     assert url == f"{hub.url}/ada/mine"
     (ours, tokenizer), (theirs, _) = tarflowlm.from_pretrained("ada/mine"), tarflowlm.load(finished)
     expected = theirs.state_dict()
@@ -51,13 +51,13 @@ def test_what_is_pushed_comes_back_bit_for_bit(hub, log_in, finished):
 
 def test_what_is_pushed_is_what_is_fetched(hub, log_in, finished):
     log_in()
-    tarflowlm.push_to_hub(finished, "ada/mine")
+    tarflowlm.load(finished).push_to_hub("ada/mine")
     wanted = {f"{folder}/{file}".lstrip("/") for folder, files in FILES.items() for file in files}
     assert hub.repositories["ada/mine"].files.keys() == wanted | {"README.md"}
 
 
 def test_a_card_says_what_the_model_is(finished, tmp_path):
-    card = (tarflowlm.save_pretrained(finished, tmp_path / "mine", licence="cc0-1.0") / "README.md").read_text(
+    card = (tarflowlm.load(finished).save_pretrained(tmp_path / "mine", licence="cc0-1.0") / "README.md").read_text(
         "utf-8"
     )
     for part in (
@@ -66,13 +66,13 @@ def test_a_card_says_what_the_model_is(finished, tmp_path):
     ):  # fmt: skip
         assert part in card
     assert str(tmp_path) not in card
-    plain = tarflowlm.save_pretrained(tmp_path / "mine", tmp_path / "again")
+    plain = tarflowlm.load(tmp_path / "mine").save_pretrained(tmp_path / "again")
     # its card is kept
     assert (plain / "README.md").read_text("utf-8") == card
 
 
 def test_results_that_are_not_there_are_not_made_up(trained, tmp_path):
-    card = (tarflowlm.save_pretrained(trained, tmp_path / "mine") / "README.md").read_text(encoding="utf-8")
+    card = (tarflowlm.load(trained).save_pretrained(tmp_path / "mine") / "README.md").read_text(encoding="utf-8")
     assert "| test | not recorded |" in card
     assert "| licence | not stated by its owner |" in card
     assert "model-index" not in card
@@ -96,10 +96,10 @@ def test_the_command_of_a_card_gives_the_run(name):
 
 def test_a_second_push_replaces_the_first(hub, log_in, finished):
     log_in()
-    tarflowlm.push_to_hub(finished, "ada/mine")
+    tarflowlm.load(finished).push_to_hub("ada/mine")
     for path in (finished / "draft").iterdir():
         path.unlink()
-    tarflowlm.push_to_hub(finished, "ada/mine")
+    tarflowlm.load(finished).push_to_hub("ada/mine")
     assert not [path for path in hub.repositories["ada/mine"].files if path.startswith("draft/")]
     assert tarflowlm.from_pretrained("hf:ada/mine")[0].draft is None
 
@@ -111,7 +111,7 @@ def test_private_means_private(hub, log_in, finished, refused, run_json):
     hub.repositories["ada/open"] = Repository()
     hub.repositories["ada/open"].commit({})
     with pytest.raises(UserError, match="ada/open exists and is public"):
-        tarflowlm.push_to_hub(finished, "ada/open", private=True)
+        tarflowlm.load(finished).push_to_hub("ada/open", private=True)
     assert not hub.repositories["ada/open"].files
 
 
@@ -135,6 +135,11 @@ def test_what_cannot_be_pushed_costs_one_line(hub, finished, run, refused, tmp_p
     assert done.err.splitlines()[-1].startswith("tarflowlm: ada/mine: ")
     assert "HF_TOKEN" in done.err
     assert not hub.repositories
+
+
+def test_a_model_of_the_hub_is_scored_and_described(shared, run_json):
+    assert run_json("score", "hf:ada/tiny", "--text", "abc")["characters"] == 3
+    assert run_json("info", "hf:ada/tiny")["name"] == "hf:ada/tiny"
 
 
 def test_revisions_belong_to_the_hub(trained):

@@ -102,6 +102,8 @@ class EvalArgs:
     model: ReleasedModel = None
     data: str | None = None
     """Another text: corpus name, file or prepared directory; the default is the run's own corpus."""
+    text: str | None = None
+    """Not here: `tarflowlm score` takes a single text, of any length."""
     split: Literal["train", "valid", "test", "all"] = "test"
     """Part of the text; a file is split 90/5/5."""
     samples: int = 1
@@ -133,6 +135,8 @@ class EvalArgs:
     json: PrintJson = False
 
     def __post_init__(self) -> None:
+        if self.text is not None:
+            raise UserError("--text: `tarflowlm score MODEL --text TEXT` scores a single text, of any length")
         if self.samples < 1:
             raise UserError(f"samples {self.samples}: must be at least 1")
         for name in (*SAMPLING, "judge"):

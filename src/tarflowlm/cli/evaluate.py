@@ -24,16 +24,19 @@ from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report
 from tarflowlm.evaluation.judges import load_judge
-from tarflowlm.evaluation.likelihood import Likelihood, evaluate
+from tarflowlm.evaluation.likelihood import Likelihood, evaluate, seconds_per_window
 from tarflowlm.evaluation.quality import Quality, SamplingConfig, TextStatistics, measure_quality
 from tarflowlm.model import as_flow
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.released import chosen
 from tarflowlm.terminal.bars import bar, corpus_bar, stages_bar
+from tarflowlm.terminal.progress import minutes
 from tarflowlm.terminal.tables import column_table, print_json, print_notice, print_table
 
 DEFAULT_JUDGE = "gpt2-large"
+WORTH_SAYING = 90.0
+"""Seconds from which on an evaluation says at its start how long it will take."""
 
 
 def run_eval(args: EvalArgs) -> None:
@@ -52,7 +55,7 @@ def run_eval(args: EvalArgs) -> None:
     # before anything that takes time, so that a judge that is not there costs none
     judge = load_judge(args.judge or DEFAULT_JUDGE, device) if sampling is not None else None
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
-    source = checkpoint.run.data.source if args.data is None else args.data
+    source = _source(args, directory, checkpoint)
     tokens = _tokens(args, checkpoint, tokenizer, source)
     result, extra = _likelihood(args, checkpoint, tokenizer, tokens, source, console)
     states, quality = None, None
@@ -85,6 +88,19 @@ def run_eval(args: EvalArgs) -> None:
         _print_quality(Console(), quality)
 
 
+def _source(args: EvalArgs, directory: Path, checkpoint: Checkpoint) -> str:
+    """The text to evaluate. UserError where it is to be the run's own, and that is not here."""
+    if args.data is not None:
+        return args.data
+    source = checkpoint.run.data.source
+    if source not in SOURCE_NAMES and not Path(source).exists():
+        raise UserError(
+            f"the text that {directory.name} was trained on, {source}, is not here (no text comes with a model): "
+            f"evaluate another one, with --data english or --data FILE"
+        )
+    return source
+
+
 def _sampling(args: EvalArgs) -> SamplingConfig | None:
     """How --quality samples; None without it."""
     given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
@@ -101,11 +117,15 @@ def _tokens(args: EvalArgs, checkpoint: Checkpoint, tokenizer: Tokenizer, source
             found = encode_text_source(source, tokenizer, (args.split,), progress=progress, notice=notice)
             tokens = found[args.split]
     context = checkpoint.run.model.context
-    if len(tokens) < context:
-        whole = "" if args.split == "all" else ", or --split all"
+    if args.split == "all" and not args.latents and not args.quality:
+        least = checkpoint.model.config.patch
+    else:
+        least = context
+    if len(tokens) < least:
+        whole = "" if args.split == "all" else ", --split all"
         raise UserError(
-            f"{args.split} of {source} has {len(tokens)} tokens, fewer than one context of {context}: "
-            f"use a longer text{whole}"
+            f"{args.split} of {source} has {len(tokens)} tokens, fewer than {least}: use a longer text{whole}, or "
+            f"`tarflowlm score MODEL --file FILE`, which takes any length"
         )
     return tokens
 
@@ -115,6 +135,9 @@ def _likelihood(
 ) -> tuple[Likelihood, dict[str, Any]]:
     """The likelihood, and what else belongs beside it in the JSON object."""
     model, context = checkpoint.model, checkpoint.run.model.context
+    if len(tokens) < context:
+        context = len(tokens) - len(tokens) % model.config.patch
+        print_notice(console, f"the text is shorter than the context: one window of {context} tokens")
     stride = context if args.stride is None else args.stride
     windows, given = sliding_windows(tokens, context, stride, args.windows)
     if stride % model.config.patch:
@@ -125,8 +148,15 @@ def _likelihood(
             f"the {model.num_blocks} blocks of this model: leave --stride out"
         )
     start = time.perf_counter()
-    samples = f", {args.samples} samples each" if args.samples > 1 else ""
+    draws = 1 if model.is_exact else args.samples
+    samples = f", {draws} samples each" if draws > 1 else ""
     print_notice(console, f"evaluating {len(windows):,} windows of {context} tokens{samples}: {source}, {args.split}")
+    # those that slide are evaluated twice, with and without their context
+    passes = draws * len(windows) * (1 if stride == context or model.is_exact else 2)
+    seconds = passes * seconds_per_window(model, windows)
+    if seconds >= WORTH_SAYING:
+        fewer = max(1, round(60 * len(windows) / seconds))
+        print_notice(console, f"about {minutes(seconds)} minutes; --windows {fewer} takes about one")
     with bar(console, "evaluating", len(windows)) as update:
         update(0)
         result = evaluate(
@@ -152,10 +182,11 @@ def _likelihood(
 
 def _print_likelihood(console: Console, title: str, result: Likelihood, extra: dict[str, Any]) -> None:
     sign = result.sign
+    spread = f" (standard error {result.stderr:.4f})" if result.windows > 1 else ""
     rows = [
         ("bits per character", f"{sign} {result.bpc:.4f}"),
         ("bits per byte", f"{sign} {result.bits_per_byte:.4f}"),
-        ("nats per token", f"{sign} {result.nats_per_token:.4f} (standard error {result.stderr:.4f})"),
+        ("nats per token", f"{sign} {result.nats_per_token:.4f}{spread}"),
         ("perplexity per token", f"{sign} {result.ppl:.4f}"),
         ("bound", result.bound),
     ]

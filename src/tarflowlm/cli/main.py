@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NoReturn
 
+import tarflowlm
 from tarflowlm.cli.signals import INTERRUPTED, exit_on_interrupt
 from tarflowlm.cli.threads import settle_threads
 from tarflowlm.errors import Stopped, UserError
@@ -55,7 +56,22 @@ COMMANDS = {
         "evaluate:run_eval",
         "arguments:EvalArgs",
     ),
+    "score": Command(
+        "Show how many bits every token of a text takes, and the text as a whole; under one model or two.",
+        "score:run_score",
+        "inspect_arguments:ScoreArgs",
+    ),
     "sample": Command("Generate text from a trained model.", "sample:run_sample", "arguments:SampleArgs"),
+    "info": Command(
+        "Say what a model is, what it was trained on and how well it does; without one, list the shipped models.",
+        "info:run_info",
+        "inspect_arguments:InfoArgs",
+    ),
+    "runs": Command(
+        "Compare training runs in a table: bits per character, tokens, time and state.",
+        "info:run_runs",
+        "inspect_arguments:RunsArgs",
+    ),
     "edit": Command(
         "Change a text in latent space: --strength (re-noise), --toward (interpolate) or --replace OLD NEW.",
         "edit:run_edit",
@@ -127,6 +143,9 @@ def _dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         _print_help()
         return
+    if argv[0] == "--version":
+        sys.stdout.write(f"tarflowlm {tarflowlm.__version__}\n")
+        return
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
         raise UserError(f"command {name!r} is unknown: choose one of {', '.join(COMMANDS)}")
@@ -157,7 +176,7 @@ def _print_help() -> None:
     from tarflowlm.terminal.tables import print_table
 
     rows = [(name, command.summary) for name, command in COMMANDS.items()]
-    print_table(Console(), "tarflowlm COMMAND --help", rows)
+    print_table(Console(), "tarflowlm COMMAND --help   or   tarflowlm --version", rows)
 
 
 def _fail(message: str, *, everywhere: bool = False) -> NoReturn:

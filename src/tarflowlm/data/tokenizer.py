@@ -73,6 +73,14 @@ class Tokenizer(ABC):
         """`text` normalised as this tokenizer is configured; call it once, before `encode`."""
         return normalize(text, self.normalization)
 
+    def in_known_case(self, text: str) -> str:
+        """`text`, in lower case where no other letters occur: in TEXT8, or an alphabet of lower case."""
+        return text.lower() if self._is_lower else text
+
+    @property
+    def _is_lower(self) -> bool:
+        return self.normalization == "text8"
+
     def with_normalization(self, normalization: Normalization | None) -> "Tokenizer":
         """This tokenizer with another normalisation of texts; itself for None."""
         if normalization is None:
@@ -219,6 +227,10 @@ class CharTokenizer(Tokenizer):
             if character.isascii():
                 table[ord(character)] = index
         return bytes(table)
+
+    @property
+    def _is_lower(self) -> bool:
+        return self.alphabet == self.alphabet.lower()
 
     def decode(self, ids: Any) -> str:
         return self._codes[self._validated_ids(ids)].tobytes().decode("utf-32-le")

@@ -4,6 +4,7 @@ Shape legend: W windows of T tokens, S posterior samples for each, V token types
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -15,11 +16,15 @@ from torch import Tensor
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.objective import importance_weighted, log_importance_weights
+from tarflowlm.objective import check_tokens, importance_weighted, log_importance_weights, negative_bound
 
 Nats = TypeVar("Nats", float, Tensor)
 Progress = Callable[[int, int], None]
 """Called with the number of parts done and their total."""
+
+
+TIMED_WINDOWS = 8
+"""Windows that a CPU is timed with."""
 
 
 def bits(nats: Nats) -> Nats:
@@ -98,10 +103,11 @@ def evaluate(
     evaluated at once. `weigh` replaces the function that computes the log-weights of a batch, for instance by a
     parallel one. `progress` gets the number of windows done and their total. Same seed, same result.
 
-    Raises UserError for `samples` below 1, and as `conditional_bound`.
+    Raises UserError for `samples` below 1, for windows that are no texts of the model, and as `conditional_bound`.
     """
     if samples < 1:
         raise UserError(f"samples {samples}: must be at least 1")
+    check_tokens(model, windows, name="windows")
     given = torch.zeros(len(windows), dtype=torch.int64) if given is None else given
     batch = batch or windows_per_batch(windows.shape[1])
     device = model.device
@@ -124,6 +130,17 @@ def evaluate(
         characters=characters,
         num_bytes=num_bytes if bytes_per_token is not None else None,
     )
+
+
+@torch.no_grad()
+def seconds_per_window(model: LanguageModel, windows: Int[Tensor, "W T"]) -> float:
+    """How long `evaluate` will take for a window and a sample, from a few of the windows: within a factor of two."""
+    size = windows_per_batch(windows.shape[1]) if model.device.type != "cpu" else TIMED_WINDOWS
+    few = windows[:size].to(model.device)
+    negative_bound(model, few[:1])  # what only the first call takes
+    start = time.perf_counter()
+    negative_bound(model, few).sum().item()
+    return (time.perf_counter() - start) / len(few)
 
 
 def _batches(given: Tensor, batch: int) -> Iterator[tuple[int, int, int]]:

@@ -80,6 +80,13 @@ class FlowBlock(Bijection):
         u, log_det = self.coupling(h, self._features(h))
         return self.order.inverse(u), log_det
 
+    def position_forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
+        """As `forward`, with the share of every position in log|det J_l|, listed in the order of the tokens."""
+        h = self.order(z)[0]
+        u, log_det = self.coupling(h.flatten(0, 1)[:, None], self._features(h).flatten(0, 1)[:, None])
+        per_position = self.direction.inverse(log_det.view(*h.shape[:2], 1)).squeeze(-1)
+        return self.order.inverse(u.reshape(h.shape)), per_position
+
     def log_prob(
         self, z: Float[Tensor, "B N C"], *, equal_cotangents: bool = False, relative: bool = False
     ) -> Float[Tensor, " B"]:

@@ -1,6 +1,7 @@
 """`generate`, the entry point of sampling: either model, with or without given tokens (docs/math.md, 7 and 9)."""
 
 from dataclasses import replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from tarflowlm.generation.window import check_length, num_unseen, slide, spans
 from tarflowlm.generation.writing import Generation, Request, write_window
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
+from tarflowlm.objective import check_integers
 
 
 @torch.no_grad()
@@ -136,8 +138,13 @@ def _given(
     """The given tokens of every sample, BLANK elsewhere: [num, T] on the CPU, padded to whole patches."""
     context, vocab_size, patch = model.config.context, model.config.vocab_size, model.config.patch
     for name, value in (("num", num), ("length", num_tokens), ("particles", particles)):
+        if not isinstance(value, Integral):
+            raise UserError(f"{name} {value!r}: must be an integer")
         if value < 1:
             raise UserError(f"{name} {value}: must be at least 1")
+    for name, tokens in (("prompt", prompt), ("template", template)):
+        if tokens is not None:
+            check_integers(tokens, name, "[T]", "[num, T]")
     given = torch.full((num, -(-num_tokens // patch) * patch), BLANK)
     if prompt is not None and template is not None:
         raise UserError("both a prompt and a template: put the prompt at the start of the template")

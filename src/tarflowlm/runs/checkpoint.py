@@ -151,12 +151,6 @@ def _load(directory: Path, device: str | torch.device, *, sealed: bool = True) -
     return Checkpoint(model=model, tokenizer=tokenizer, run=run, info=info, directory=directory)
 
 
-def load(directory: str | Path, device: str | torch.device = "cpu") -> tuple[LanguageModel, Tokenizer]:
-    """The model, in eval mode, and the tokenizer of a run directory. UserError as in `load_checkpoint`."""
-    checkpoint = load_checkpoint(directory, device)
-    return checkpoint.model, checkpoint.tokenizer
-
-
 def whole_states(directory: Path) -> list[Path]:
     """The undamaged training states of a run directory, oldest first."""
     return [state for state in sorted((directory / STATE).glob("step-*")) if is_whole(state, COUNTERS)]

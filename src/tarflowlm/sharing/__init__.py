@@ -1,42 +1,18 @@
-"""Models for others: saved with a model card, loaded from the Hugging Face hub and pushed to it (docs/hub.md)."""
+"""Models for others: saved with a model card, and pushed to the Hugging Face hub (docs/hub.md)."""
 
 import re
 import shutil
 import tempfile
 from pathlib import Path
 
-import torch
-
-from tarflowlm.data import Tokenizer
 from tarflowlm.data.download import quiet_hub
 from tarflowlm.errors import UserError
-from tarflowlm.language_model import LanguageModel
-from tarflowlm.runs.checkpoint import Checkpoint, export, load, load_checkpoint
+from tarflowlm.runs.checkpoint import Checkpoint, export, load_checkpoint
 from tarflowlm.runs.hub import CARD, PREFIX, hub_client, hub_errors
-from tarflowlm.runs.released import released
 from tarflowlm.sharing.card import model_card
 
-__all__ = ["checked_repository", "from_pretrained", "push_folder", "push_to_hub", "save_pretrained"]
-
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def from_pretrained(
-    name: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu"
-) -> tuple[LanguageModel, Tokenizer]:
-    """The model and tokenizer of a folder, a shipped model's name, OWNER/NAME or hf:OWNER/NAME of the hub.
-
-    As `tarflowlm.load`, with `revision` a branch, tag or commit of a model on the hub. UserError as in `hub.fetch`
-    and `load_checkpoint`, and for a revision of something that is not on the hub.
-    """
-    text = Path(name).as_posix()
-    if not Path(name).exists() and text not in released() and REPOSITORY.fullmatch(text):
-        text = PREFIX + text
-    if revision is not None:
-        if not text.startswith(PREFIX):
-            raise UserError(f"revision {revision!r}: {text} is not on the hub, and has none; leave it out")
-        text += f"@{revision}"
-    return load(text if text.startswith(PREFIX) else name, device)
+"""OWNER/NAME."""
 
 
 def save_pretrained(

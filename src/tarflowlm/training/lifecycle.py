@@ -139,7 +139,9 @@ def _finish(run: Run) -> dict[str, Any]:
     if minutes:
         _fix_lengths(run)
     windows = eval_windows(run.corpus.split("test"), run.config.model.context, run.config.train.test_windows or None)
-    run.reporter.notice(f"evaluating {len(windows):,} windows of the test split")
+    seconds = len(windows) * run.counters.spent.per_window
+    about = f", about {seconds:,.0f} s" if seconds >= 1 else ""
+    run.reporter.notice(f"evaluating {len(windows):,} windows of the test split{about}")
 
     def progress(done: int, total: int) -> None:
         run.stop_if_asked()

@@ -1,0 +1,64 @@
+"""What `score`, `info` and `runs` take. Light to import, as `arguments`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from tarflowlm.cli.arguments import Device, Normalize, PrintJson, ReleasedModel, RunOrModel
+from tarflowlm.errors import UserError
+
+
+@dataclass(frozen=True)
+class ScoreArgs:
+    """Arguments of `tarflowlm score`."""
+
+    directory: RunOrModel = None
+    model: ReleasedModel = None
+    text: str | None = None
+    """The text to score."""
+    file: str | None = None
+    """A file with the text in place of it, or - for standard input; normalised as the model's training text was."""
+    baseline: Path | None = None
+    """A second model to score the same text with: run directory, or the name of a model of the package."""
+    samples: int = 8
+    """Posterior samples that the bound of a flow is the mean of; the baseline is exact."""
+    normalize: Normalize = None
+    """Normalise the text first, whatever the model's tokenizer does."""
+    seed: int = 0
+    """Seed of the posterior samples."""
+    device: Device = "auto"
+    json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.file is None):
+            raise UserError("give the text to score: either --text TEXT, or --file FILE (- for standard input)")
+        if self.samples < 1:
+            raise UserError(f"samples {self.samples}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class InfoArgs:
+    """Arguments of `tarflowlm info`."""
+
+    directory: Annotated[
+        tyro.conf.Positional[Path | None],
+        tyro.conf.arg(help="Run directory, hf:OWNER/NAME, or a model of the package; without it those are listed."),
+    ] = None
+    json: PrintJson = False
+
+
+@dataclass(frozen=True)
+class RunsArgs:
+    """Arguments of `tarflowlm runs`."""
+
+    directories: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(help="Run directories, or folders that hold some, at most two levels down."),
+    ]
+    json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        if not self.directories:
+            raise UserError("name the directory that holds the runs, say `tarflowlm runs runs`")

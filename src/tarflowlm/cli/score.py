@@ -1,0 +1,139 @@
+"""`tarflowlm score`: the bits that every token of a text takes, under one model or two."""
+
+import math
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from tarflowlm.cli.inspect_arguments import ScoreArgs
+from tarflowlm.cli.models import load_checkpoint
+from tarflowlm.data import Tokenizer, read_text
+from tarflowlm.device import pick_device
+from tarflowlm.errors import UserError
+from tarflowlm.evaluation.scores import Scores, score
+from tarflowlm.runs.released import chosen
+from tarflowlm.terminal.bars import stages_bar
+from tarflowlm.terminal.tables import column_table, print_json, print_notice
+
+LEVELS = ((1.0, ""), (2.0, "green"), (4.0, "yellow"), (8.0, "magenta"), (float("inf"), "bold red"))
+"""Bits below which a token has a colour."""
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A text under one model."""
+
+    name: str
+    symbols: list[str]
+    characters: int
+    samples: int
+    scores: Scores
+
+    @property
+    def sign(self) -> str:
+        return "=" if self.scores.exact else "<="
+
+    @property
+    def bpc(self) -> float:
+        return self.scores.total / self.characters
+
+    def to_json(self) -> dict[str, Any]:
+        bits, blocks = self.scores.bits.tolist(), self.scores.blocks
+        tokens = [{"text": symbol, "bits": b} for symbol, b in zip(self.symbols, bits, strict=True)]
+        if blocks is not None:
+            for token, column in zip(tokens, blocks.T.tolist(), strict=True):
+                token["log2_dets"] = column
+        return {
+            "model": self.name,
+            "bound": "exact" if self.scores.exact else "elbo",
+            "samples": self.samples,
+            "bpc": self.bpc,
+            "bits": self.scores.total,
+            "bits_per_token": self.scores.per_token,
+            "characters": self.characters,
+            "tokens": tokens,
+        }
+
+
+def run_score(args: ScoreArgs) -> None:
+    notes, console = Console(stderr=True), Console()
+    names = [chosen(args.directory, args.model), *([args.baseline] if args.baseline is not None else [])]
+    # all before the first is used, so that a model that is not there costs no time
+    checkpoints = [load_checkpoint(name, pick_device(args.device)) for name in names]
+    text = args.text if args.text is not None else _read(str(args.file))
+    found = []
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
+        prepared = _prepared(text, tokenizer, args, name.name, notes)
+        tokens = torch.from_numpy(tokenizer.encode(prepared))
+        with stages_bar(notes) as show:
+            progress = partial(show, f"scoring with {name.name}, windows")
+            scores = score(checkpoint.model, tokens, samples=args.samples, seed=args.seed, progress=progress)
+        symbols = [tokenizer.symbols[i] for i in tokens.tolist()]
+        found.append(_Scored(name.name, symbols, len(prepared), 1 if scores.exact else args.samples, scores))
+    if args.json:
+        print_json(found[0].to_json() | ({"baseline": found[1].to_json()} if len(found) > 1 else {}))
+        return
+    if console.is_terminal:
+        _print_coloured(console, found)
+    else:
+        _print_plain(found)
+    rows = [
+        ["bits per character", *(f"{s.sign} {s.bpc:.4f}" for s in found)],
+        ["bits per token", *(f"{s.sign} {s.scores.per_token:.4f}" for s in found)],
+        ["bits in all", *(f"{s.sign} {s.scores.total:.2f}" for s in found)],
+        ["characters", *(f"{s.characters:,}" for s in found)],
+        ["tokens", *(f"{len(s.symbols):,}" for s in found)],
+        ["posterior samples", *("none, exact" if s.scores.exact else f"{s.samples:,}" for s in found)],
+    ]
+    console.print(column_table("score", ["", *(s.name for s in found)], rows))
+
+
+def _read(file: str) -> str:
+    """The text of a file, or of standard input for -. UserError if there is none, or it is not UTF-8."""
+    if file != "-":
+        return read_text(file)
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text (byte {error.start}): convert it to UTF-8") from None
+
+
+def _prepared(text: str, tokenizer: Tokenizer, args: ScoreArgs, name: str, notes: Console) -> str:
+    """The text in the symbols that the model knows."""
+    if args.file is not None or args.normalize is not None:
+        text = tokenizer.prepare(text)
+    elif (lower := tokenizer.in_known_case(text)) != text:
+        print_notice(notes, f"{name} knows no upper case: the text is scored in lower case")
+        text = lower
+    if not text:
+        raise UserError("the text is empty: give at least one character")
+    return text
+
+
+def _print_coloured(console: Console, found: list[_Scored]) -> None:
+    legend = Text("bits per token: ", style="dim")
+    for below, style in LEVELS:
+        legend.append("more" if math.isinf(below) else f"below {below:g}", style=style or "default").append("  ")
+    for scored in found:
+        console.print(Text(scored.name, style="bold"), soft_wrap=True)
+        line = Text()
+        for symbol, bits in zip(scored.symbols, scored.scores.bits.tolist(), strict=True):
+            style = next(style for below, style in LEVELS if bits < below)
+            # a space has no colour of its own
+            line.append(symbol, style=f"{style} underline" if style and not symbol.strip() else style)
+        console.print(line)
+    console.print(legend)
+
+
+def _print_plain(found: list[_Scored]) -> None:
+    """A line per token: the token, and its bits under every model; one model after the other if tokens differ."""
+    alike = all(s.symbols == found[0].symbols for s in found)
+    for group in [found] if alike else [[s] for s in found]:
+        for symbol, *bits in zip(group[0].symbols, *(s.scores.bits.tolist() for s in group), strict=True):
+            sys.stdout.write("\t".join([symbol, *(f"{b:.3f}" for b in bits)]) + "\n")

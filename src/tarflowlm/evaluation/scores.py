@@ -1,0 +1,152 @@
+"""Bits of every token of one text: exact for the baseline, the shares of a bound for a flow."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.errors import UserError
+from tarflowlm.evaluation.likelihood import Progress, bits, windows_per_batch
+from tarflowlm.flow.numerics import standard_normal_log_prob
+from tarflowlm.flow.precision import full_precision
+from tarflowlm.generation import generate
+from tarflowlm.generation.window import spans
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import as_flow
+from tarflowlm.objective import check_integers, check_vocabulary
+from tarflowlm.runs.config import checked_seed
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Bits of the T tokens of a text, on the CPU in float64."""
+
+    bits: Tensor
+    """[T]: -log2 p(x_t | x_<t) of the baseline; of a flow, what falls on token t of a bound on -log2 p(x)."""
+    blocks: Tensor | None
+    """[L, T]: log2|det J| of every block at every token, block 1 first; None for the baseline."""
+    exact: bool
+    """Whether the bits are exact. Else they sum to an upper bound, and those of one token are no bound alone."""
+
+    @property
+    def total(self) -> float:
+        """Bits of the whole text."""
+        return self.bits.sum().item()
+
+    @property
+    def per_token(self) -> float:
+        """Mean bits per token."""
+        return self.bits.mean().item()
+
+
+@torch.no_grad()
+def score(
+    model: LanguageModel,
+    tokens: Tensor,
+    *,
+    samples: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Scores:
+    r"""How many bits each of the `tokens` [T] of a text takes; one token is enough.
+
+    For a flow these are the terms of the negative ELBO (docs/math.md, eq. 11a) at token t, in the mean over `samples`
+    posterior samples:
+
+        log q(z_t | x_t) - log p(x_t | z_t) - log N(u_t; 0, I) - sum_l log|det J_l|_t
+
+    The blocks of a flow read in both directions, so a token's share depends on tokens on both sides of it. With P > 1
+    the log-determinant of a position is spread evenly over its P tokens. An incomplete last patch is filled up with
+    tokens that the model draws; their bits count with the last token, so that the sum remains a bound.
+
+    A text beyond the trained context is scored in windows. The baseline and flows of one block see the last half of
+    the window before as context; flows of several blocks begin every window anew, as no bound is known for them else.
+
+    The baseline needs no samples. Same seed, same result; the noise is that of `evaluate`. `progress` gets the number
+    of windows done and their total, every window counted once per sample. UserError for no tokens, tokens that are
+    not [T] or outside the vocabulary, and `samples` below 1.
+    """
+    if samples < 1:
+        raise UserError(f"samples {samples}: must be at least 1")
+    check_integers(tokens, "tokens", "[T]")
+    check_vocabulary(model, tokens)
+    generator = torch.Generator(device=model.device).manual_seed(checked_seed(seed))
+    windows = _windows(model, len(tokens))
+    whole = _fill(model, tokens, windows[-1][0], seed)
+    draws, found, done = 1 if model.is_exact else samples, [], 0
+    for some in _batches(windows):
+        rows = torch.stack([whole[start:end] for start, end, _ in some]).to(model.device)
+        nats = torch.zeros(())
+        for _ in range(draws):
+            nats = nats + _shares(model, rows, generator).cpu().double() / draws
+            done += len(some)
+            if progress is not None:
+                progress(done, draws * len(windows))
+        # in one batch all windows have the same number of given tokens
+        found.append(nats[:, :, some[0][2] :].flatten(1))
+    shares, last = bits(torch.cat(found, dim=1)), len(tokens) - 1
+    if not model.is_exact:
+        # what fills the last patch of a flow counts with the last token
+        shares[:, last] += shares[:, last + 1 :].sum(1)
+    shares = shares[:, : last + 1]
+    return Scores(bits=shares[0], blocks=None if model.is_exact else shares[1:], exact=model.is_exact)
+
+
+def _windows(model: LanguageModel, num_tokens: int) -> list[tuple[int, int, int]]:
+    """(start, end, given) of every window of a text, in whole patches; `given` tokens of it are context only."""
+    config = model.config
+    num_tokens += -num_tokens % config.patch
+    if model.num_blocks > 1:
+        starts = range(0, num_tokens, config.context)
+        return [(start, min(start + config.context, num_tokens), 0) for start in starts]
+    found, scored = [], 0
+    for start, end in spans(config, num_tokens):
+        found.append((start, end, scored - start))
+        scored = end
+    return found
+
+
+def _fill(model: LanguageModel, tokens: Tensor, start: int, seed: int) -> Tensor:
+    """The text with an incomplete last patch filled up, given where its last window starts.
+
+    In the baseline what follows a token has no influence on it, so anything will do; a flow draws what is likely.
+    """
+    missing = -len(tokens) % model.config.patch
+    if not missing or model.is_exact:
+        return F.pad(tokens.cpu(), (0, missing))
+    drawn = generate(
+        model,
+        num_tokens=len(tokens) - start + missing,
+        template=tokens[start:],
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return torch.cat((tokens.cpu(), drawn.tokens[0, -missing:].cpu()))
+
+
+def _batches(windows: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
+    """Neighbouring windows of the same length and number of given tokens, as many as `evaluate` takes at once."""
+    for (length, _), run in groupby(windows, lambda window: (window[1] - window[0], window[2])):
+        alike, size = list(run), windows_per_batch(length)
+        yield from (alike[i : i + size] for i in range(0, len(alike), size))
+
+
+def _shares(model: LanguageModel, tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """Nats of every token of texts [B, T] and, of a flow, the log-determinant of every block at it: [1 + L, B, T]."""
+    if isinstance(model, TokenLM):
+        return -model.token_log_prob(tokens)[None]
+    flow, noise = as_flow(model), model.draw_noise(tokens, generator)
+    prior, patch = flow.prior, model.config.patch
+    with full_precision(noise):
+        z = flow.codebook.encode(tokens, noise)
+        # log q(z_t | x_t) - log p(x_t | z_t)
+        nats = flow.codebook.log_normaliser(z)
+    h, log_dets = prior.patch(z)[0], []
+    for index in range(flow.num_blocks):
+        h, log_det = prior.block(index).position_forward(h)
+        log_dets.append(log_det.repeat_interleave(patch, dim=1) / patch)
+    base = standard_normal_log_prob(prior.patch.inverse(h).flatten(0, 1)[:, None]).view_as(nats)
+    return torch.stack([nats - base - sum(log_dets), *log_dets])

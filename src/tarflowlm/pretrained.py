@@ -1,0 +1,156 @@
+"""A trained model with its tokenizer, and what to do with texts: write, score, encode, decode."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tarflowlm.data import Tokenizer
+from tarflowlm.errors import UserError
+from tarflowlm.evaluation.scores import Scores, score
+from tarflowlm.generation import generate
+from tarflowlm.generation.inversion import Decoders
+from tarflowlm.generation.sampling import encode_template
+from tarflowlm.language_model import LanguageModel, LanguageModelConfig
+from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
+from tarflowlm.runs.config import checked_seed
+from tarflowlm.runs.hub import PREFIX, is_reference
+from tarflowlm.sharing import REPOSITORY, push_to_hub, save_pretrained
+
+
+class _Pair(NamedTuple):
+    model: LanguageModel
+    tokenizer: Tokenizer
+
+
+class Pretrained(_Pair):
+    """A model in eval mode with its tokenizer, as `load` returns it: `model, tokenizer = load(...)` works as well.
+
+    Texts come in upper or lower case: a model that knows lower case alone gets them so.
+    """
+
+    checkpoint: Checkpoint
+    """What it was made from, with the configuration of its training."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Pretrained":
+        """The model of a checkpoint."""
+        pretrained = cls(checkpoint.model, checkpoint.tokenizer)
+        pretrained.checkpoint = checkpoint
+        return pretrained
+
+    @property
+    def config(self) -> LanguageModelConfig:
+        """The shape of the model."""
+        return self.model.config
+
+    def write(
+        self,
+        prompt: str | None = None,
+        *,
+        num_tokens: int | None = None,
+        template: str | None = None,
+        blank: str = "_",
+        num: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        particles: int = 1,
+        seed: int = 0,
+        decoder: Decoders = "auto",
+    ) -> str | list[str]:
+        """A text that begins with `prompt` or fills the blanks of `template`; with `num`, a list of so many texts.
+
+        `num_tokens` is the length in tokens, given ones included; by default that of the trained context, or of the
+        template. The other arguments are those of `generate`. Same seed, same texts. UserError for characters that
+        the tokenizer does not know, and as `generate`.
+        """
+        given = None if not prompt else self.encode(prompt, name="prompt")
+        blanks = None
+        if template is not None:
+            blanks = encode_template(self.tokenizer, self._checked(template, "template"), blank)
+        if num_tokens is None:
+            num_tokens = self.config.context if blanks is None else len(blanks)
+        tokens = generate(
+            self.model,
+            num_tokens=num_tokens,
+            num=1 if num is None else num,
+            prompt=given,
+            template=blanks,
+            particles=particles,
+            generator=torch.Generator().manual_seed(checked_seed(seed)),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            decoder=decoder,
+        ).tokens
+        texts = [self.decode(row) for row in tokens]
+        return texts[0] if num is None else texts
+
+    def score(self, text: str, *, samples: int = 8, seed: int = 0) -> Scores:
+        """The bits of every token of a text of any length; see `tarflowlm.score`. UserError as there."""
+        return score(self.model, self.encode(text), samples=samples, seed=seed)
+
+    def save_pretrained(self, folder: str | Path, *, half: bool = False, licence: str | None = None) -> Path:
+        """Write the model with its tokenizer, draft, hashes and a model card to a new folder, which `load` takes.
+
+        Arguments and errors as in `sharing.save_pretrained`.
+        """
+        return save_pretrained(self.checkpoint, folder, half=half, licence=licence)
+
+    def push_to_hub(
+        self, repository: str, *, private: bool = False, half: bool = False, licence: str | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes to OWNER/NAME on the Hugging Face hub; returns its address.
+
+        Arguments and errors as in `sharing.push_to_hub`.
+        """
+        return push_to_hub(self.checkpoint, repository, private=private, half=half, licence=licence)
+
+    def encode(self, text: str, *, name: str = "text") -> Tensor:
+        """Token ids [T] of a text. UserError, calling it `name`, for characters that the tokenizer does not know."""
+        return torch.from_numpy(self.tokenizer.encode(self._checked(text, name)))
+
+    def decode(self, tokens: Any) -> str:
+        """The text of token ids [T], a tensor, array or list. UserError for ids that the tokenizer does not have."""
+        return self.tokenizer.decode(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
+
+    def _checked(self, text: Any, name: str) -> str:
+        if not isinstance(text, str):
+            raise UserError(f"{name} {text!r:.40} of type {type(text).__name__}: give a text, a str")
+        return self.tokenizer.in_known_case(text)
+
+    def __repr__(self) -> str:
+        """What the model is, and what can be asked of it."""
+        model = self.model
+        kind = "discrete autoregressive model" if model.is_exact else f"TarFlowLM of {model.num_blocks} blocks"
+        size = f"{sum(p.numel() for p in model.parameters()):,} parameters, context {self.config.context}"
+        names = ".write(prompt), .score(text), .encode, .decode, .config, .save_pretrained(folder)"
+        return f"<{kind}: {size}, {self.tokenizer.vocab_size:,} symbols; {names}; or model, tokenizer = ...>"
+
+
+def load(directory: str | Path, device: str | torch.device = "cpu") -> Pretrained:
+    """The model, in eval mode, and the tokenizer of a run directory, a shipped model's name, or hf:OWNER/NAME.
+
+    UserError as in `load_checkpoint`.
+    """
+    return Pretrained.of(load_checkpoint(directory, device))
+
+
+def from_pretrained(
+    name: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu"
+) -> Pretrained:
+    """As `load`, and OWNER/NAME alone names a model of the hub where there is no such folder.
+
+    `revision` is a branch, tag or commit of a model on the hub. UserError as in `load_checkpoint`, and for a revision
+    of anything else.
+    """
+    text = Path(name).as_posix()
+    if not Path(name).exists() and REPOSITORY.fullmatch(text):
+        text = PREFIX + text
+    if revision is not None:
+        if not is_reference(text):
+            raise UserError(f"revision {revision!r}: {text} is not on the hub, and has none; leave it out")
+        text += f"@{revision}"
+    return load(text if is_reference(text) else name, device)

@@ -1,0 +1,114 @@
+"""Bits of every token: exact for the baseline, shares of a bound for a flow."""
+
+import itertools
+
+import pytest
+import torch
+
+from tarflowlm.data import sliding_windows
+from tarflowlm.errors import UserError
+from tarflowlm.evaluation.likelihood import bits, evaluate
+from tarflowlm.evaluation.scores import score
+from tarflowlm.objective import elbo
+
+ONE_EACH = torch.ones(5, dtype=torch.int64)
+
+
+def text(num_tokens: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(5, (num_tokens,), generator=torch.Generator().manual_seed(seed))
+
+
+STACKS = [("mixd",), ("mixd", "mix1"), ("mix1", "affine", "token-affine")]
+
+
+@pytest.mark.parametrize("couplings", STACKS)
+@pytest.mark.parametrize("num_tokens", [1, 3, 8])
+def test_the_bits_of_a_flow_sum_to_its_bound_and_the_blocks_to_its_log_determinants(tiny_flow, couplings, num_tokens):
+    model, tokens = tiny_flow(couplings=couplings).eval(), text(num_tokens)
+    found = score(model, tokens, samples=1, seed=3)
+    terms = elbo(model, tokens[None], generator=torch.Generator().manual_seed(3))
+    assert found.bits.shape == (num_tokens,)
+    assert not found.exact
+    assert found.total == pytest.approx(bits(terms.nelbo.item()), rel=1e-5)
+    assert found.per_token == pytest.approx(found.total / num_tokens)
+    log_dets = torch.stack(terms.log_dets).detach()[:, 0]
+    torch.testing.assert_close(found.blocks.sum(1), bits(log_dets))
+
+
+@pytest.mark.parametrize("patch", [2, 4])
+def test_patches(tiny_flow, patch):
+    model, tokens = tiny_flow(patch=patch, context=16).eval(), text(8)
+    terms = elbo(model, tokens[None], generator=torch.Generator().manual_seed(0))
+    assert score(model, tokens, samples=1).total == pytest.approx(bits(terms.nelbo.item()), rel=1e-5)
+
+
+def test_samples_are_averaged(tiny_flow):
+    model, tokens, generator = tiny_flow().eval(), text(8), torch.Generator().manual_seed(2)
+    draws = [elbo(model, tokens[None], generator=generator).nelbo.item() for _ in range(4)]
+    assert score(model, tokens, samples=4, seed=2).total == pytest.approx(bits(sum(draws) / 4), rel=1e-5)
+
+
+@pytest.mark.parametrize(("couplings", "stride"), [(("mixd", "mix1"), 8), (("mixd",), 4)])
+def test_long_texts_are_scored_as_evaluate_scores_their_windows(tiny_flow, couplings, stride):
+    model, tokens = tiny_flow(couplings=couplings).eval(), text(32)
+    windows, given = sliding_windows(tokens.numpy(), 8, stride)
+    result, seen = evaluate(model, windows, ONE_EACH, given=given, samples=3, seed=5), []
+    found = score(model, tokens, samples=3, seed=5, progress=lambda done, total: seen.append((done, total)))
+    assert result.tokens == 32
+    assert found.per_token == pytest.approx(bits(result.elbo), rel=1e-5)
+    assert seen[-1] == (3 * len(windows), 3 * len(windows))
+
+
+@pytest.mark.parametrize("num_tokens", [9, 13, 21])
+def test_the_baseline_is_exact_whatever_the_length(tiny_ar, num_tokens):
+    model, tokens = tiny_ar().eval(), text(num_tokens)
+    found = score(model, tokens)
+    assert found.exact
+    assert found.blocks is None
+    for t in range(num_tokens):
+        start = max(0, -(-(t - 7) // 4)) * 4  # of the first window that holds token t
+        logits = model.logits(tokens[None, start : t + 1])[0, -1]
+        assert found.bits[t].item() == pytest.approx(bits(-logits.log_softmax(-1)[tokens[t]].item()))
+
+
+@pytest.mark.parametrize("fields", [{}, {"patch": 4}, {"patch": 4, "in_patch": "autoregressive"}])
+def test_the_probabilities_of_all_texts_sum_to_one(tiny_ar, fields):
+    """Also with an incomplete last patch."""
+    model = tiny_ar(vocab_size=3, **fields).eval()
+    total = sum(2 ** -score(model, torch.tensor(x)).total for x in itertools.product(range(3), repeat=3))
+    assert total == pytest.approx(1)
+
+
+def test_what_fills_an_incomplete_patch_counts_with_the_last_token(tiny_flow):
+    """So that the sum is a bound on the text: no text becomes more probable by a token more."""
+    model, tokens = tiny_flow(patch=4, log_std=-6.0).eval(), text(5)
+    found = score(model, tokens, samples=1)
+    assert found.bits.shape == (5,)
+    assert found.blocks.shape == (2, 5)
+    totals = [
+        score(model, torch.cat((tokens, torch.tensor(rest))), samples=1).total
+        for rest in itertools.product(range(5), repeat=3)
+    ]
+    assert min(abs(found.total - total) for total in totals) < 1e-6
+    assert score(model, tokens, samples=1).total == found.total
+
+
+@pytest.mark.parametrize(
+    ("tokens", "name"),
+    [
+        (torch.zeros(0, dtype=torch.int64), "at least one token"),
+        (torch.zeros(1, 8, dtype=torch.int64), r"\[1, 8\]"),
+        (torch.zeros(8), "float32"),
+        (torch.tensor([1, 5]), "hold 5"),
+        (torch.tensor([1, -1]), "hold -1"),
+    ],
+)
+def test_other_tokens_are_refused(tiny_ar, tokens, name):
+    with pytest.raises(UserError, match=name):
+        score(tiny_ar(), tokens)
+
+
+@pytest.mark.parametrize("arguments", [{"samples": 0}, {"seed": -1}])
+def test_numbers_out_of_range_are_refused(tiny_flow, arguments):
+    with pytest.raises(UserError, match=f"{next(iter(arguments))} "):
+        score(tiny_flow(), text(8), **arguments)

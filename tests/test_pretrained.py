@@ -1,0 +1,69 @@
+"""The object that `load` returns, and the version."""
+
+from importlib import metadata
+
+import pytest
+import torch
+
+import tarflowlm
+from tarflowlm.errors import UserError
+
+
+@pytest.fixture(scope="module", params=["english-mini", "english-mini-ar"])
+def loaded(request) -> tarflowlm.Pretrained:
+    return tarflowlm.load(request.param)
+
+
+def test_it_unpacks(loaded):
+    model, tokenizer = loaded
+    assert model is loaded.model is loaded[0]
+    assert tokenizer is loaded.tokenizer
+    assert loaded.config is model.config
+    assert "parameters" in repr(loaded)
+    assert ".write(prompt)" in repr(loaded)
+
+
+def test_it_writes(loaded):
+    text = loaded.write("The King", num_tokens=12, seed=3)
+    assert len(text) == 12
+    assert text.startswith("the king")
+    assert text == loaded.write("the king", num_tokens=12, seed=3)
+    several = loaded.write("the king", num_tokens=12, seed=3, num=2, temperature=0.7)
+    assert len(several) == 2
+    assert len(set(several)) == 2
+    prompt = loaded.encode("the king")
+    generator = torch.Generator().manual_seed(3)
+    same = tarflowlm.generate(loaded.model, num_tokens=12, prompt=prompt, generator=generator)
+    assert loaded.decode(same.tokens[0]) == text
+
+
+def test_it_fills_blanks(loaded):
+    text = loaded.write(template="The ___ of", particles=2)
+    assert (text[:4], text[7:], len(text)) == ("the ", " of", 10)
+
+
+def test_it_scores(loaded):
+    tokens = loaded.encode("The king")
+    assert loaded.decode(tokens) == "the king"
+    found, expected = (
+        loaded.score("The king", samples=2, seed=1),
+        tarflowlm.score(loaded.model, tokens, samples=2, seed=1),
+    )
+    assert torch.equal(found.bits, expected.bits)
+
+
+def test_characters_that_it_does_not_know_are_named(loaded):
+    for call in (loaded.write, loaded.score, loaded.encode):
+        with pytest.raises(UserError, match="'7' x1"):
+            call("the 7 kings")
+
+
+def test_the_version(run, monkeypatch):
+    assert tarflowlm.__version__ == metadata.version("tarflowlm")
+    assert run("--version").out == f"tarflowlm {tarflowlm.__version__}\n"
+
+    def missing(_name: str) -> str:
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert tarflowlm.__version__ == "unknown"
