@@ -23,8 +23,10 @@ LAYERS = [
     {"runs"},
     {"generation"},
     {"evaluation", "editing"},
+    {"sharing"},
     {"training", "pretrained"},
     {"report"},
+    {"hf"},
     {""},  # the public names
     {"terminal"},
     {"reproduce", "bench", "harness"},

@@ -156,11 +156,15 @@ def stand_in(argv: list[str], trained: Path) -> list[str] | None:
             return [*argv, "--minutes", "0.01", "--device", "cpu"]
         case ["eval", *_] if "--quality" in argv:
             return [*argv, "--num", "4", "--judge", str(trained / RUNS["runs/judge"]), "--device", "cpu"]
+        case ["eval" | "sample", directory, *_] if directory.startswith("hf:"):
+            return None
         case ["eval" | "score" | "sample" | "edit" | "report", *_]:
             return [*argv, "--device", "cpu"]
         case ["seal" | "export" | "info" | "runs", *_]:
             return argv
-        case ["train" | "data" | "reproduce" | "bench" | "studio" | "harness", *_]:
+        case ["push", *_] if "--dry-run" in argv:
+            return argv
+        case ["push" | "train" | "data" | "reproduce" | "bench" | "studio" | "harness", *_]:
             return None
         case [name, *_] if name not in COMMANDS:
             return None  # which the command line says better
@@ -189,6 +193,7 @@ def only_read(argv: list[str]) -> None:
     work = ["cli.train.train", "cli.train.resume", "cli.directories.prepare_corpus", "cli.reproduce.estimate"]
     work += ["cli.reproduce.finish", "cli.evaluate.load_checkpoint", "cli.directories.write_report"]
     work += ["cli.studio.Server", "cli.harness.run_lm_eval", *(f"bench.{name}.run" for name in BENCHMARKS)]
+    work += ["cli.sample.load_checkpoint", "cli.push.load_checkpoint"]
     with pytest.MonkeyPatch.context() as patch:
         for name in work:
             patch.setattr(f"tarflowlm.{name}", reached)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tarflowlm.generation import generate
     from tarflowlm.model import FlowConfig, TarFlowLM
     from tarflowlm.objective import elbo, importance_weighted_bound
-    from tarflowlm.pretrained import Pretrained, load
+    from tarflowlm.pretrained import Pretrained, from_pretrained, load
     from tarflowlm.training.lifecycle import resume, train
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "UserError",
     "elbo",
     "evaluate",
+    "from_pretrained",
     "generate",
     "importance_weighted_bound",
     "load",
@@ -43,6 +44,7 @@ _MODULES = {
     "UserError": "errors",
     "elbo": "objective",
     "evaluate": "evaluation.likelihood",
+    "from_pretrained": "pretrained",
     "generate": "generation",
     "importance_weighted_bound": "objective",
     "load": "pretrained",

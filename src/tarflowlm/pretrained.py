@@ -13,18 +13,32 @@ from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import Decoders
 from tarflowlm.generation.sampling import encode_template
 from tarflowlm.language_model import LanguageModel, LanguageModelConfig
-from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.config import checked_seed
+from tarflowlm.runs.hub import PREFIX, is_reference
+from tarflowlm.sharing import REPOSITORY, push_to_hub, save_pretrained
 
 
-class Pretrained(NamedTuple):
+class _Pair(NamedTuple):
+    model: LanguageModel
+    tokenizer: Tokenizer
+
+
+class Pretrained(_Pair):
     """A model in eval mode with its tokenizer, as `load` returns it: `model, tokenizer = load(...)` works as well.
 
     Texts come in upper or lower case: a model that knows lower case alone gets them so.
     """
 
-    model: LanguageModel
-    tokenizer: Tokenizer
+    checkpoint: Checkpoint
+    """What it was made from, with the configuration of its training."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Pretrained":
+        """The model of a checkpoint."""
+        pretrained = cls(checkpoint.model, checkpoint.tokenizer)
+        pretrained.checkpoint = checkpoint
+        return pretrained
 
     @property
     def config(self) -> LanguageModelConfig:
@@ -78,6 +92,22 @@ class Pretrained(NamedTuple):
         """The bits of every token of a text of any length; see `tarflowlm.score`. UserError as there."""
         return score(self.model, self.encode(text), samples=samples, seed=seed)
 
+    def save_pretrained(self, folder: str | Path, *, half: bool = False, licence: str | None = None) -> Path:
+        """Write the model with its tokenizer, draft, hashes and a model card to a new folder, which `load` takes.
+
+        Arguments and errors as in `sharing.save_pretrained`.
+        """
+        return save_pretrained(self.checkpoint, folder, half=half, licence=licence)
+
+    def push_to_hub(
+        self, repository: str, *, private: bool = False, half: bool = False, licence: str | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes to OWNER/NAME on the Hugging Face hub; returns its address.
+
+        Arguments and errors as in `sharing.push_to_hub`.
+        """
+        return push_to_hub(self.checkpoint, repository, private=private, half=half, licence=licence)
+
     def encode(self, text: str, *, name: str = "text") -> Tensor:
         """Token ids [T] of a text. UserError, calling it `name`, for characters that the tokenizer does not know."""
         return torch.from_numpy(self.tokenizer.encode(self._checked(text, name)))
@@ -96,14 +126,31 @@ class Pretrained(NamedTuple):
         model = self.model
         kind = "discrete autoregressive model" if model.is_exact else f"TarFlowLM of {model.num_blocks} blocks"
         size = f"{sum(p.numel() for p in model.parameters()):,} parameters, context {self.config.context}"
-        names = ".write(prompt), .score(text), .encode, .decode, .config"
+        names = ".write(prompt), .score(text), .encode, .decode, .config, .save_pretrained(folder)"
         return f"<{kind}: {size}, {self.tokenizer.vocab_size:,} symbols; {names}; or model, tokenizer = ...>"
 
 
 def load(directory: str | Path, device: str | torch.device = "cpu") -> Pretrained:
-    """The model, in eval mode, and the tokenizer of a run directory, or of the shipped model of that name.
+    """The model, in eval mode, and the tokenizer of a run directory, a shipped model's name, or hf:OWNER/NAME.
 
     UserError as in `load_checkpoint`.
     """
-    checkpoint = load_checkpoint(directory, device)
-    return Pretrained(checkpoint.model, checkpoint.tokenizer)
+    return Pretrained.of(load_checkpoint(directory, device))
+
+
+def from_pretrained(
+    name: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu"
+) -> Pretrained:
+    """As `load`, and OWNER/NAME alone names a model of the hub where there is no such folder.
+
+    `revision` is a branch, tag or commit of a model on the hub. UserError as in `load_checkpoint`, and for a revision
+    of anything else.
+    """
+    text = Path(name).as_posix()
+    if not Path(name).exists() and REPOSITORY.fullmatch(text):
+        text = PREFIX + text
+    if revision is not None:
+        if not is_reference(text):
+            raise UserError(f"revision {revision!r}: {text} is not on the hub, and has none; leave it out")
+        text += f"@{revision}"
+    return load(text if is_reference(text) else name, device)

@@ -129,7 +129,7 @@ LIGHT = {
     "unknown-command": (["trian"], set(), HELP),
     **{
         name: ([name, "--help"], {"tyro"}, ARGUMENTS)
-        for name in ("quickstart", "sample", "eval", "edit", "report", "seal", "export", "harness")
+        for name in ("quickstart", "sample", "eval", "edit", "report", "seal", "export", "harness", "push")
     },
     **{
         name: ([name, "--help"], {"tyro"}, {*ARGUMENTS, ".cli.inspect_arguments"})

@@ -314,6 +314,31 @@ class SealArgs:
 
 
 @dataclass(frozen=True)
+class PushArgs:
+    """Arguments of `tarflowlm push`."""
+
+    directory: Annotated[
+        tyro.conf.Positional[Path], tyro.conf.arg(help="Run directory, or a model that comes with the package.")
+    ]
+    repository: Annotated[tyro.conf.Positional[str], tyro.conf.arg(help="OWNER/NAME on the hub, made if needed.")]
+    private: bool = False
+    """Let nobody else see it; for a new repository, or one that is private already."""
+    half: bool = False
+    """Store weight matrices in bfloat16, which halves the size."""
+    licence: str | None = None
+    """Licence of the weights, as the hub calls it: apache-2.0, cc-by-sa-4.0."""
+    out: Path | None = None
+    """Directory to create, to keep what is uploaded."""
+    dry_run: bool = False
+    """Upload nothing: write the directory, by default ./NAME, and say what would be uploaded."""
+    json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        if self.dry_run and self.private:
+            raise UserError("--private has no effect with --dry-run: leave one of them out")
+
+
+@dataclass(frozen=True)
 class ExportArgs:
     """Arguments of `tarflowlm export`."""
 

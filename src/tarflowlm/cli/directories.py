@@ -13,6 +13,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import writer_lock
 from tarflowlm.report import write_report
 from tarflowlm.runs.checkpoint import export, read_run, seal
+from tarflowlm.runs.hub import is_reference
 from tarflowlm.runs.released import FOLDER
 from tarflowlm.terminal.bars import corpus_bar, stages_bar
 from tarflowlm.terminal.tables import print_json, print_notice, print_table
@@ -59,6 +60,8 @@ def run_export(args: ExportArgs) -> None:
 
 
 def run_seal(args: SealArgs) -> None:
+    if is_reference(args.directory) and not args.directory.exists():
+        raise UserError(f"{args.directory.as_posix()} is on the hub: seal a copy of it, from `tarflowlm export`")
     directory = locate(args.directory)
     if directory.resolve().parent == FOLDER.resolve():
         raise UserError(f"{directory.name} comes with the package: seal a copy of it, from `tarflowlm export`")

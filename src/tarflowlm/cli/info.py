@@ -19,6 +19,7 @@ from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
 from tarflowlm.report.records import RunRecord, read_record
 from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, WEIGHTS, Checkpoint
+from tarflowlm.runs.hub import is_reference
 from tarflowlm.runs.released import FOLDER, released
 from tarflowlm.terminal.progress import minutes
 from tarflowlm.terminal.tables import column_table, print_json, print_notice, print_table
@@ -41,6 +42,9 @@ def run_info(args: InfoArgs) -> None:
         print_table(console, "models that come with the package; `tarflowlm info NAME` says more", rows)
         return
     found = _describe(locate(args.directory))
+    if is_reference(args.directory):
+        # not the hash of its commit
+        found["name"] = args.directory.as_posix()
     if args.json:
         print_json(found)
     else:

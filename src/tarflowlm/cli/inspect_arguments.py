@@ -45,7 +45,7 @@ class InfoArgs:
 
     directory: Annotated[
         tyro.conf.Positional[Path | None],
-        tyro.conf.arg(help="Run directory, or a model that comes with the package; without it those are listed."),
+        tyro.conf.arg(help="Run directory, hf:OWNER/NAME, or a model of the package; without it those are listed."),
     ] = None
     json: PrintJson = False
 

@@ -105,6 +105,11 @@ COMMANDS = {
         "directories:run_export",
         "arguments:ExportArgs",
     ),
+    "push": Command(
+        "Put a model with its model card on the Hugging Face hub; --dry-run writes both here.",
+        "push:run_push",
+        "arguments:PushArgs",
+    ),
     "reproduce": Command(
         "Reproduce a table or figure of the paper, or an experiment of ours; `all` runs every one of them.",
         "reproduce:run_reproduce",

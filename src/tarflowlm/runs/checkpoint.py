@@ -42,6 +42,8 @@ class Checkpoint:
     run: RunConfig
     info: dict[str, str]
     """step, tokens and blocks of the run when the weights were saved, as strings."""
+    directory: Path
+    """Where it was loaded from."""
 
 
 def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
@@ -103,14 +105,15 @@ def seal(directory: str | Path) -> list[str]:
     return [CONFIG, TOKENIZER, WEIGHTS, *draft]
 
 
-def export(directory: str | Path, out: str | Path, *, half: bool = False) -> Path:
-    """Copy the files needed to load a model into the new directory `out`, without the training state; returns `out`.
+def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = False) -> Path:
+    """Write the files needed to load a model into the new directory `out`, without the training state; returns `out`.
 
+    `source` is a checkpoint, or whatever `load_checkpoint` takes.
     `half` stores the matrices of linear layers in bfloat16; loading converts them to float32. Codebooks, biases and
     the evidence of heads keep their precision. Paths in the configuration are cut to the file name. UserError if
     `out` exists, if the disk is full, and as in `load_checkpoint`; what was written by then is removed.
     """
-    checkpoint, out = load_checkpoint(directory), Path(out)
+    checkpoint, out = source if isinstance(source, Checkpoint) else load_checkpoint(source), Path(out)
     if out.exists():
         raise UserError(f"{out} exists already: choose a new directory")
     out.mkdir(parents=True)
@@ -153,7 +156,7 @@ def _load(directory: Path, device: str | torch.device, *, sealed: bool = True) -
     model.to(device).eval()
     if not model.is_exact:
         as_flow(model).use_draft(load_draft(directory, as_flow(model), sealed=sealed))
-    return Checkpoint(model=model, tokenizer=tokenizer, run=run, info=info)
+    return Checkpoint(model=model, tokenizer=tokenizer, run=run, info=info, directory=directory)
 
 
 def whole_states(directory: Path) -> list[Path]:

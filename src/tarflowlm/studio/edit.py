@@ -100,7 +100,8 @@ def rewrite(
                 tick=tick,
             )
         words = source.words(source.tokens)
-        picked = [pick_words(words, count_of(share, words), generator) for _ in range(edits)]
+        count, length = count_of(share, words), len(source.tokens)
+        picked = [pick_words(words, count, length, generator) for _ in range(edits)]
         spans = [joined(row, words) for row in picked]
         return editing.rewrite(flow, encoded, spans, tick=tick, **source.settings)
 
@@ -143,12 +144,10 @@ def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, 
                 for i in range(STEPS + 1)
             ]
         first_words, second_words = map(source.words, texts)
-        order, found = generator.get_state(), []
+        found = []
         for i in range(STEPS + 1):
-            # the same order at every step, so that a word once taken stays
-            count, again = round(i / STEPS * len(second_words)), torch.Generator()
-            again.set_state(order)
-            taken = pick_words(second_words, count, again)
+            # from the start of the text on, so that a word once taken stays
+            taken = second_words[: round(i / STEPS * len(second_words))]
             spans = [blended_spans(first_words, second_words, taken, length)]
             found.append(editing.blend(flow, a, b, spans, tick=tick, **source.settings))
         return found

@@ -1,0 +1,175 @@
+"""The model card, README.md of a saved model: what it is, how it was made, how well it does and what it writes."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tarflowlm.baseline import BaselineConfig
+from tarflowlm.errors import UserError
+from tarflowlm.files import read_json
+from tarflowlm.generation import generate
+from tarflowlm.model import as_flow
+from tarflowlm.runs.checkpoint import COUNTERS, SUMMARY, Checkpoint, whole_states
+from tarflowlm.runs.config import RunConfig
+from tarflowlm.runs.hub import CARD
+from tarflowlm.runs.presets import PRESETS, preset
+from tarflowlm.runs.strict_json import to_dict
+
+NUM_SAMPLES, LONGEST = 2, 256
+"""Samples on a card, and their length in tokens unless the context is shorter."""
+
+FLOW = """A TarFlowLM ([arXiv 2507.00425](https://arxiv.org/abs/2507.00425)): every token is a Gaussian in a learned
+codebook, and a stack of autoregressive Transformer flows models the latent vectors. Figures of its likelihood are
+upper bounds (<=)."""
+BASELINE = "A discrete autoregressive Transformer, the baseline of a TarFlowLM. Its likelihood is exact."
+LIMITS = """Samples are untrue, follow no instructions, and may repeat passages of the training text. Figures compare
+with those of other models only on the same text, with the same windows and per the same unit."""
+
+
+def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | None) -> str:
+    """README.md of the saved model `checkpoint`: a head of metadata for the hub, then Markdown.
+
+    `origin` is the folder that it was made from, with the results of its training; a README.md there is kept as the
+    text. `name` is its OWNER/NAME or the name of its folder.
+    """
+    summary = _summary(origin)
+    written = origin / CARD
+    if written.is_file():
+        text = written.read_text(encoding="utf-8")
+        return text if text.startswith("---\n") else _head(checkpoint, summary, name, licence) + text
+    rows = "".join(f"| {left} | {right} |\n" for left, right in _rows(checkpoint, origin, summary, licence))
+    reference = f"hf:{name}" if "/" in name else name
+    length = min(LONGEST, checkpoint.run.model.context)
+    return f"""{_head(checkpoint, summary, name, licence)}# {name.rpartition("/")[2]}
+
+{BASELINE if checkpoint.model.is_exact else FLOW}
+
+```
+pip install 'tarflowlm[hub]'
+tarflowlm sample {reference} --num 2
+```
+
+```python
+model, tokenizer = tarflowlm.from_pretrained("{name}")
+```
+
+| | |
+| --- | --- |
+{rows}
+## Samples
+
+Not selected: `tarflowlm sample {reference} --num {NUM_SAMPLES} --length {length} --seed 0 --device cpu`
+
+{_samples(checkpoint, length)}## Limits
+
+{LIMITS}
+"""
+
+
+def _head(checkpoint: Checkpoint, summary: dict[str, Any], name: str, licence: str | None) -> str:
+    """Metadata in YAML, of which JSON values are a part."""
+    values: dict[str, Any] = {"library_name": "tarflowlm", "pipeline_tag": "text-generation"}
+    values |= {"license": licence} if licence else {}
+    values["tags"] = ["tarflowlm", "normalizing-flows"] if not checkpoint.model.is_exact else ["tarflowlm"]
+    if test := summary.get("test"):
+        kind = "exact" if test["bound"] == "exact" else f"upper bound, {test['bound']}"
+        metric = {"type": "bpc", "name": f"bits per character ({kind})", "value": round(test["bpc"], 4)}
+        data = {"name": checkpoint.run.data.source, "type": "text"}
+        result = {"task": {"type": "text-generation"}, "dataset": data, "metrics": [metric]}
+        values["model-index"] = [{"name": name.rpartition("/")[2], "results": [result]}]
+    return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items()) + "---\n\n"
+
+
+def _rows(
+    checkpoint: Checkpoint, origin: Path, summary: dict[str, Any], licence: str | None
+) -> Iterator[tuple[str, str]]:
+    run, model, tokenizer = checkpoint.run, checkpoint.model, checkpoint.tokenizer
+    config = run.model
+    if isinstance(config, BaselineConfig):
+        shape = f"{config.layers} layers"
+    else:
+        blocks = range(model.num_blocks)
+        shape = ", ".join(f"{config.describe(b)} ({config.blocks[b].layers})" for b in blocks)
+        shape = f"{shape}, Transformer layers in brackets; d = {config.latent_dim}"
+    shape += f"; width {config.trunk.width}, context {config.context}"
+    yield "model", f"preset `{run.name}`: {shape}; {sum(p.numel() for p in model.parameters()):,} parameters"
+    yield "symbols", f"{tokenizer.vocab_size:,} ({tokenizer.kind}), normalisation {tokenizer.normalization}"
+    info = checkpoint.info
+    counts = [f"{int(info[key]):,} {unit}" for key, unit in (("step", "steps"), ("tokens", "tokens")) if key in info]
+    yield "trained on", ", ".join([f"`{run.data.source}`", *counts, f"seed {run.seed}"])
+    if (digest := _corpus_digest(origin)) is not None:
+        yield "tokens", f"sha256 of the hashes of their shards `{digest}`"
+    if (command := training_command(run)) is not None:
+        yield "command", f"`{command}`"
+    if test := summary.get("test"):
+        sign = "=" if test["bound"] == "exact" else "<="
+        nats = f"{sign} {test['nats_per_token']:.4f} nats per token (standard error {test['stderr']:.4f})"
+        windows = f"{test['windows']:,} windows of the test split ({test['bound']})"
+        yield "test", f"{sign} {test['bpc']:.4f} bits per character, {nats}, over {windows}"
+    else:
+        yield "test", "not recorded"
+    if not model.is_exact and (draft := as_flow(model).draft) is not None:
+        yield "draft", f"{sum(p.numel() for p in draft.parameters()):,} parameters, for `--decoder drafted`"
+    yield "licence", licence or "not stated by its owner"
+
+
+def _summary(origin: Path) -> dict[str, Any]:
+    """The results of the run, or nothing where there are none."""
+    try:
+        found = read_json(origin / SUMMARY)
+    except UserError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _corpus_digest(origin: Path) -> str | None:
+    states = whole_states(origin)
+    digest = read_json(states[-1] / COUNTERS).get("corpus") if states else None
+    return digest if isinstance(digest, str) else None
+
+
+def _samples(checkpoint: Checkpoint, length: int) -> str:
+    generator = torch.Generator().manual_seed(0)
+    tokens = generate(checkpoint.model, num_tokens=length, num=NUM_SAMPLES, generator=generator).tokens
+    # indented, so that nothing in a sample is taken for Markdown
+    card = ""
+    for number, row in enumerate(tokens.tolist(), 1):
+        lines = checkpoint.tokenizer.decode(row).splitlines()
+        card += f"{number}.\n\n" + "".join(f"        {line}\n" for line in lines) + "\n"
+    return card
+
+
+def training_command(run: RunConfig) -> str | None:
+    """The `tarflowlm train` that gives `run`: its preset and every field that differs; None for no preset of ours."""
+    if run.name not in PRESETS:
+        return None
+    options = ["--data", run.data.source]
+    theirs = _leaves(to_dict(preset(run.name)))
+    ours = _leaves(to_dict(run))
+    # the size of the vocabulary comes from the data
+    for name in sorted(ours.keys() - {"data.source", "model.vocab_size"}):
+        if name in theirs and ours[name] != theirs[name]:
+            value, option = ours[name], "--" + name.replace("_", "-")
+            if isinstance(value, bool) and isinstance(theirs[name], bool):
+                # a flag; `train.compile` takes a value, and no preset sets it
+                options.append(option if value else re.sub(r"([^.]+)$", r"no-\1", option))
+            else:
+                options += [option, *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(["tarflowlm", "train", run.name, "--out", f"runs/{run.name}", *options])
+
+
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """The fields of a nested configuration by their dotted names, as options call them."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _leaves(inner, f"{name}.{key}" if name else str(key))
+    return found
