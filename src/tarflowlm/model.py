@@ -95,6 +95,10 @@ class TarFlowLM(LanguageModel):
         """A new draft of block 1, not attached. UserError for a block that a draft cannot serve."""
         if self.config.context == self.config.patch:
             raise UserError(f"context {self.config.context}: the only position of a text leaves nothing to draft")
+        positions = self.config.context // self.config.patch
+        for name, value in (("past", config.past), ("ahead", config.ahead)):
+            if value > positions:
+                raise UserError(f"{name} {value}: must be at most {positions}, the positions of a text")
         if not self.prior.block(0).keeps_order:
             raise UserError("block 1 reads positions or channels in another order: a draft needs that of the text")
         return Draft(

@@ -157,6 +157,9 @@ def test_data_prepares_a_directory_that_train_and_eval_take(run_json, run, model
     argv = ["--data", tmp_path / "corpus", "--steps", 1, *TINY, *FAMILIES["mini-ar"]]
     assert run("train", "mini-ar", "--out", tmp_path / "run", *argv).status == 0
     assert "train" in run("data", text_file, "--out", tmp_path / "table").out
+    again = run("data", tmp_path / "corpus", "--out", tmp_path / "again")
+    assert again.status == 2
+    assert "prepared corpus already" in again.err
 
 
 def test_exported_and_sealed_models_are_named(run, run_json, refused, model, tmp_path):

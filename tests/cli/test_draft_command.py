@@ -46,6 +46,8 @@ def test_what_a_draft_cannot_serve_is_said(refused, models, copy, text_file, tmp
     refused("draft", copy, "--minutes", 0, names=["minutes 0"])
     refused("draft", copy, "--steps", 0, names=["steps 0"])
     refused("draft", copy, "--ahead", 0, names=["ahead 0"])
+    refused("draft", copy, "--ahead", 33, "--out", tmp_path / "x", names=["ahead 33", "at most 32"])
+    assert not (tmp_path / "x").exists()
     refused("draft", copy, "--resume", names=["draft", "no training state"])
     refused("draft", copy, "--resume", "--out", tmp_path / "x", names=["--resume", "--out"])
     refused("draft", copy, "--out", copy, "--data", text_file, names=[str(copy), "exists"])

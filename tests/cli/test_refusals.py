@@ -66,7 +66,7 @@ WRONG_FIELDS = {
     "coupling": (["--model.blocks.1.coupling", "mixx"], ["'mixx'", "mix1"]),
     "layers": (["--model.blocks.1.layers", "0"], ["model.blocks.1.layers 0"]),
     "width": (["--model.trunk.width", "33"], ["width 33", "multiple"]),
-    "rate": (["--optim.lr", "-1"], ["optim.lr -1.0"]),
+    "rate": (["--optim.lr", "-1"], ["tarflowlm: optim.lr -1.0"]),
     "decay": (["--optim.weight-decay", "-1"], ["optim.weight_decay -1.0"]),
     "batch": (["--train.batch-size", "0"], ["train.batch_size 0"]),
     "test": (["--train.test-windows", "-1"], ["train.test_windows -1"]),

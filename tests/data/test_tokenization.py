@@ -18,6 +18,7 @@ from tarflowlm.errors import UserError
         ({"kind": "byte", "alphabet": "ab"}, "alphabet='ab' has no effect"),
         ({"kind": "byte", "vocab_size": 256}, "vocab_size=256 has no effect"),
         ({"kind": "bpe"}, "vocab_size=0 is too small for a BPE trained here: it needs 28"),
+        ({"kind": "bpe", "vocab_size": 10**9}, "vocab_size=1000000000 is too large for a BPE"),
         ({"kind": "bpe", "vocab_size": 27}, "vocab_size=27 is too small"),
         ({"kind": "bpe", "vocab_size": 256, "normalize": "none"}, "it needs 257"),
         ({"kind": "bpe", "vocab_size": -1, "normalize": "none"}, "it needs 257"),

@@ -282,3 +282,8 @@ def test_all_recipes_are_run_and_what_they_share_is_planned_once(settings, run_j
 )
 def test_wrong_requests_are_named(refused, tmp_path, argv, names):
     refused("reproduce", *argv, "--out", tmp_path / "out", names=names)
+
+
+def test_results_need_a_directory(refused, tmp_path):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    refused("reproduce", "fig3", "--dry-run", "--out", tmp_path / "file", names=["file is a file", "--out"])

@@ -9,7 +9,7 @@ import tyro
 
 from tarflowlm.choices import DeviceName
 from tarflowlm.errors import UserError
-from tarflowlm.runs.presets import PAPER_PRESETS
+from tarflowlm.runs.presets import PAPER_PRESETS, preset
 
 
 def at_least(args: Any, least: int, *names: str) -> None:
@@ -54,6 +54,7 @@ class DataArgs:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "rounds", "speed_mb", "small_mb", "large_mb")
+        preset(self.preset)  # for its error
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ class TrainArgs:
     def __post_init__(self) -> None:
         at_least(self, 1, "presets", "rounds", "steps", "vocab_size", "threads", "muon")
         above_zero(self, "peak_tflops")
+        for name in (*self.presets, *self.scaling_presets):
+            preset(name)  # for its error
 
 
 @dataclass(frozen=True)

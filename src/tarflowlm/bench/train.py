@@ -55,7 +55,7 @@ def run(args: TrainArgs, progress: StageProgress = no_progress) -> dict[str, Any
     """{"rows": [{"name", "tokens_per_second", "ratio", "milliseconds", ...}], ...}; ratios are to the first row.
 
     Numbers are medians over rounds, ratios medians of the rounds' own ratios (`median_ratio`).
-    Raises UserError for unknown presets, and as `peers`.
+    Raises UserError as `peers`.
     """
     runs = {name: preset(name) for name in (*args.presets, *args.scaling_presets)}
     if args.threads is not None:

@@ -382,6 +382,8 @@ class ReproduceArgs:
             raise UserError(f"{self.name!r} is no recipe: choose one of {', '.join([*RECIPE_NAMES, ALL])}")
         if self.seeds < 1:
             raise UserError(f"seeds {self.seeds}: must be at least 1")
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"{self.out} is a file: name a directory with --out")
         if self.data is not None and self.scale == "paper":
             raise UserError(f"--data {self.data} has no effect with --scale paper, which keeps the paper's texts")
         if self.second_text is not None and self.name not in ("table2", ALL):

@@ -69,7 +69,7 @@ def parse_known(
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_one_line(box.getvalue(), cls.__name__, prog)) from None
+        raise UserError(_one_line(box.getvalue(), prog)) from None
     return found if others else (found, [])
 
 
@@ -94,8 +94,8 @@ def _optional(info: PrimitiveTypeInfo) -> Any:
     )
 
 
-def _one_line(box: str, cls: str, prog: str) -> str:
-    """tyro's message without frame, title, help text, and the name of the class that refused its fields."""
+def _one_line(box: str, prog: str) -> str:
+    """tyro's message without frame, title, help text, and the name of what refused its fields."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     text = re.sub(r"^\s*╭.*", "", text)
     # where stdout is not UTF-8, the frame is a title and lines of dashes
@@ -105,7 +105,7 @@ def _one_line(box: str, cls: str, prog: str) -> str:
     text = re.sub(r"[╭╮╰╯│─]+", " ", text)
     text = re.sub(r"For full helptext.*", "", text, flags=re.DOTALL)
     text = re.sub(r"\[/?bold\]", "", text).replace("Expected 1 values", "Expected 1 value")
-    text = " ".join(text.split()).removeprefix(f"Error parsing {cls}: ")
+    text = re.sub(r"^Error parsing [\w.]+: ", "", " ".join(text.split()))
     text = re.sub(r"invalid literal for int\(\) with base 10: ('.*'|\".*\")", r"\1 is not a whole number", text)
     text = re.sub(r"could not convert string to float: ('.*'|\".*\")", r"\1 is not a number", text)
     return f"{text or 'the arguments do not parse'}; see `{prog} --help`"

@@ -231,6 +231,8 @@ def resolve_source(source: str) -> Source:
     if source in _REGISTRY:
         return _REGISTRY[source]()
     path = os.path.expanduser(source)
+    if os.path.isfile(os.path.join(path, "meta.json")):
+        raise UserError(f"{source!r} is a prepared corpus already: `train --data` and `eval --data` take it as it is")
     if os.path.isdir(path):
         raise UserError(f"{source!r} is a directory and no prepared corpus (no meta.json): give a text file")
     if not os.path.exists(path):  # os.path: False, not OSError, for impossible names

@@ -10,6 +10,8 @@ from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, ch
 from tarflowlm.errors import UserError
 
 Kind = Literal["char", "byte", "bpe"]
+LARGEST_BPE = 1 << 22
+"""Tokens of a BPE at most: the library reserves memory for all of them, and aborts the process where it fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class TokenizerConfig:
                     f"vocab_size={self.vocab_size} is too small for a BPE trained here: it needs {minimum} or "
                     "more (or set source to a tokenizer.json or hub name)"
                 )
+            if self.vocab_size > LARGEST_BPE:
+                raise UserError(f"vocab_size={self.vocab_size} is too large for a BPE: at most {LARGEST_BPE:,}")
         if self.uses_alphabet:
             check_alphabet(self.alphabet)
             missing = sorted(set(TEXT8_ALPHABET) - set(self.alphabet))
