@@ -1,4 +1,4 @@
-"""TensorBoard and W&B beside metrics.jsonl: read back what was written, and let them fail."""
+"""TensorBoard, W&B and Trackio beside metrics.jsonl: read back what was written, and let them fail."""
 
 import importlib.util
 import json
@@ -180,6 +180,25 @@ def test_wandb_offline_for_real(tmp_path, interrupted, monkeypatch):
     assert [step for step, values in sent if "valid/bpc" in values] == [2, 4, 6, 8]
 
 
+def test_trackio_for_real(tmp_path, interrupted, monkeypatch, capsys):
+    trackio = pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    for module in ("trackio.utils", "trackio.sqlite_storage"):
+        monkeypatch.setattr(f"{module}.TRACKIO_DIR", tmp_path / "trackio")
+    out = tmp_path / "run"
+    assert "trackio show --project tarflowlm" in interrupted(out, "trackio").notices
+    resume(out, device=CPU)
+    identity = json.loads((out / "trackio.json").read_text(encoding="utf-8"))["id"]
+    assert SQLiteStorage.get_runs("tarflowlm") == [f"run-{identity}"]
+    sent = SQLiteStorage.get_logs("tarflowlm", f"run-{identity}")
+    for split in ("train", "valid"):
+        shown = [(point["step"], point[f"{split}/bpc"]) for point in sent if f"{split}/bpc" in point]
+        assert shown == [(line["step"], line["bpc"]) for line in lines(out) if line["split"] == split]
+    assert "rackio" not in capsys.readouterr().out
+    assert trackio.context_vars.current_run.get() is None  # it would print a line as the program ends
+
+
 class Broken:
     def __init__(self, run, out, notice, *, resume_at):
         self.left = 2
@@ -244,5 +263,5 @@ def test_trackers_survive_the_config_file(tiny_run):
     run = tiny_run(track=("wandb", "tensorboard"))
     assert from_dict(RunConfig, to_dict(run)) == run
     wrong = to_dict(run) | {"train": to_dict(run)["train"] | {"track": ["mlflow"]}}
-    with pytest.raises(UserError, match="'mlflow' is not one of 'tensorboard', 'wandb'"):
+    with pytest.raises(UserError, match="'mlflow' is not one of 'tensorboard', 'wandb', 'trackio'"):
         from_dict(RunConfig, wrong)

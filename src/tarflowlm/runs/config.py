@@ -9,7 +9,7 @@ from tarflowlm.data import DataConfig
 from tarflowlm.errors import UserError
 from tarflowlm.shapes import BaselineConfig, FlowConfig
 
-TrackerName = Literal["tensorboard", "wandb"]
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 """Experiment trackers that metrics can be sent to."""
 
 
@@ -117,7 +117,7 @@ class TrainConfig:
     spike_sigma: float = 6.0
     """A loss this many standard deviations above its running mean is recorded as a spike."""
     track: tuple[TrackerName, ...] = ()
-    """Trackers that also receive the lines of metrics.jsonl: tensorboard, wandb (extra `track`)."""
+    """Trackers that also receive the lines of metrics.jsonl: tensorboard, wandb, trackio (extra `track`)."""
 
     def __post_init__(self) -> None:
         if not self.stage_steps or min(self.stage_steps) < 1:

@@ -1,12 +1,14 @@
-"""TensorBoard and Weights & Biases, in addition to metrics.jsonl. A tracker that fails never stops a run."""
+"""TensorBoard, Weights & Biases and Trackio, in addition to metrics.jsonl. A tracker that fails never stops a run."""
 
 import importlib.util
+import io
 import json
 import os
 import secrets
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +17,8 @@ from tarflowlm.files import read_json, write_json
 from tarflowlm.runs.config import RunConfig, TrackerName
 from tarflowlm.runs.strict_json import to_dict
 
-TENSORBOARD, WANDB = "tensorboard", "wandb.json"
+TENSORBOARD, WANDB, TRACKIO = "tensorboard", "wandb.json", "trackio.json"
+TRACKIO_PROJECT = "tarflowlm"
 
 
 class Sink(Protocol):
@@ -53,7 +56,11 @@ class Sinks:
     def __init__(self, run: RunConfig, out: Path, notice: Callable[[str], None], *, resume_at: int | None) -> None:
         self.notice = notice
         self.sinks: dict[str, Sink] = {}
-        kinds: dict[TrackerName, Callable[..., Sink]] = {"tensorboard": TensorBoardSink, "wandb": WandbSink}
+        kinds: dict[TrackerName, Callable[..., Sink]] = {
+            "tensorboard": TensorBoardSink,
+            "wandb": WandbSink,
+            "trackio": TrackioSink,
+        }
         for name in dict.fromkeys(run.train.track):
             with self._dropping(name):
                 check_installed((name,))
@@ -108,20 +115,40 @@ class TensorBoardSink:
         self.writer.close()
 
 
-class WandbSink:
-    """A run of Weights & Biases, online or offline according to WANDB_MODE, with its files in DIR/wandb.
+class SentOnce(ABC):
+    """A sink that cannot replace points: a resumed run, which repeats its steps bit for bit, sends none twice.
 
-    DIR/wandb.json keeps the run's id and the last step sent of every split. W&B cannot replace points, so a resumed
-    run, which repeats its steps bit for bit, does not send them again.
+    A file in the run directory keeps an id of the run there and the last step sent of every split.
     """
+
+    def __init__(self, path: Path, *, resume_at: int | None) -> None:
+        self.path = path
+        known = resume_at is not None and path.exists()
+        self.state: dict[str, Any] = read_json(path) if known else {"id": secrets.token_hex(4), "sent": {}}
+        write_json(path, self.state)
+
+    @abstractmethod
+    def send(self, values: dict[str, int | float], step: int) -> None:
+        """Send the numbers of one record."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Send the numbers of a record, unless its step was sent before."""
+        split, step = record["split"], record["step"]
+        if step <= self.state["sent"].get(split, 0):
+            return
+        # saved first: a kill in between loses a point, where the other order would send it twice
+        self.state["sent"][split] = step
+        write_json(self.path, self.state)
+        self.send(scalars(record), step)
+
+
+class WandbSink(SentOnce):
+    """A run of Weights & Biases, online or offline according to WANDB_MODE, with its files in DIR/wandb."""
 
     def __init__(self, run: RunConfig, out: Path, notice: Callable[[str], None], *, resume_at: int | None) -> None:
         import wandb
 
-        self.path = out / WANDB
-        known = resume_at is not None and self.path.exists()
-        self.state: dict[str, Any] = read_json(self.path) if known else {"id": secrets.token_hex(4), "sent": {}}
-        write_json(self.path, self.state)
+        super().__init__(out / WANDB, resume_at=resume_at)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "tarflowlm"),
             name=out.resolve().name,
@@ -136,16 +163,43 @@ class WandbSink:
         where = f"offline, send it with `wandb sync {out}/wandb/offline-*`" if self.run.offline else self.run.url
         notice(f"wandb: {where}")
 
-    def record(self, record: dict[str, Any]) -> None:
-        """Send the numbers of a record, unless its step was sent before."""
-        split, step = record["split"], record["step"]
-        if step <= self.state["sent"].get(split, 0):
-            return
-        # saved first: a kill in between loses a point, where the other order would send it twice
-        self.state["sent"][split] = step
-        write_json(self.path, self.state)
-        self.run.log(scalars(record), step=step)
+    def send(self, values: dict[str, int | float], step: int) -> None:
+        """Send the numbers of one record."""
+        self.run.log(values, step=step)
 
     def close(self) -> None:
         """Finish the W&B run, as failed if an exception is passing through."""
         self.run.finish(exit_code=int(sys.exc_info()[0] is not None))
+
+
+class TrackioSink(SentOnce):
+    """A run of Trackio in the project `tarflowlm`, on this machine: `trackio show` draws it."""
+
+    def __init__(self, run: RunConfig, out: Path, notice: Callable[[str], None], *, resume_at: int | None) -> None:
+        import trackio
+
+        super().__init__(out / TRACKIO, resume_at=resume_at)
+        # the terminal belongs to the progress bar
+        with redirect_stdout(io.StringIO()):
+            self.run = trackio.init(
+                project=TRACKIO_PROJECT,
+                # runs are resumed by their name
+                name=f"{out.resolve().name}-{self.state['id']}",
+                resume="allow",
+                config=to_dict(run),
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+        notice(f"trackio show --project {TRACKIO_PROJECT}")
+
+    def send(self, values: dict[str, int | float], step: int) -> None:
+        """Send the numbers of one record."""
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        """Write what is pending and finish the run."""
+        import trackio
+
+        # not `self.run.finish()`: that would be called, and print a line, once more at the end of the program
+        with redirect_stdout(io.StringIO()):
+            trackio.finish()
