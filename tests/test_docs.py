@@ -157,7 +157,7 @@ def stand_in(argv: list[str], trained: Path) -> list[str] | None:
             return [*argv, "--device", "cpu"]
         case ["seal" | "export" | "info" | "runs", *_]:
             return argv
-        case ["train" | "data" | "reproduce" | "bench", *_]:
+        case ["train" | "data" | "reproduce" | "bench" | "studio", *_]:
             return None
         case [name, *_] if name not in COMMANDS:
             return None  # which the command line says better
@@ -185,6 +185,7 @@ def only_read(argv: list[str]) -> None:
 
     work = ["cli.train.train", "cli.train.resume", "cli.directories.prepare_corpus", "cli.reproduce.estimate"]
     work += ["cli.reproduce.finish", "cli.evaluate.load_checkpoint", "cli.directories.write_report"]
+    work += ["cli.studio.check_gradio"]
     work += [f"bench.{name}.run" for name in BENCHMARKS]
     with pytest.MonkeyPatch.context() as patch:
         for name in work:
@@ -356,6 +357,14 @@ def test_options_in_the_text_exist(document, options):
             assert known is None or name in (*known, *PLACEHOLDERS, "..."), place
             after = {option for option in given if option in rest}
             assert after <= options[command] | {"--help"}, place
+
+
+def test_every_command_is_documented():
+    """As `tarflowlm NAME ...`, in a block or in running text."""
+    codes = [block.code for block in SHELL] + [code for document in CURRENT for _, code in inline_codes(document)]
+    found = {name for code in codes for name in re.findall(r"\btarflowlm ([a-z]+)\b", code)}
+    missing = COMMANDS.keys() - found
+    assert not missing, f"neither the README nor a page in docs/ shows {', '.join(sorted(missing))}"
 
 
 def test_variables_of_the_environment_exist():
