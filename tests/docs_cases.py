@@ -1,8 +1,12 @@
-"""The Markdown documents of the repository: their code blocks, links and headings, and the commands of a block."""
+"""The documents of the repository: their code blocks, links and headings, and the commands of a block.
+
+They are Markdown files and, as far as their prose goes, notebooks.
+"""
 
 import ast
 import contextlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -12,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -23,6 +28,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "docs").glob("*.ipynb")),
     *sorted((ROOT / "examples").glob("*.md")),
 ]
 PROGRAMS = ("tarflowlm", "pip", "pytest", "torchrun", "sbatch")
@@ -52,8 +58,18 @@ class Block:
         return f"{name_of(self.document)}:{self.line}"
 
 
+def cells(notebook: Path, kind: str) -> list[dict[str, Any]]:
+    """The cells of a notebook that are of this kind: "markdown" or "code"."""
+    return [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+
+
 def parsed(document: Path) -> list[Token]:
-    return MarkdownIt("commonmark").enable("table").parse(document.read_text(encoding="utf-8"))
+    """Lines of a notebook count from its first cell of prose on, without code."""
+    if document.suffix == ".ipynb":
+        text = "\n\n".join("".join(cell["source"]) for cell in cells(document, "markdown"))
+    else:
+        text = document.read_text(encoding="utf-8")
+    return MarkdownIt("commonmark").enable("table").parse(text)
 
 
 def blocks(documents: list[Path]) -> tuple[list[Block], list[Block]]:

@@ -379,6 +379,14 @@ def test_options_in_the_text_exist(document, options):
             assert after <= options[command] | {"--help"}, place
 
 
+def test_every_command_is_documented():
+    """As `tarflowlm NAME ...`, in a block or in running text."""
+    codes = [block.code for block in SHELL] + [code for document in CURRENT for _, code in inline_codes(document)]
+    found = {name for code in codes for name in re.findall(r"\btarflowlm ([a-z]+)\b", code)}
+    missing = COMMANDS.keys() - found
+    assert not missing, f"neither the README nor a page in docs/ shows {', '.join(sorted(missing))}"
+
+
 def test_variables_of_the_environment_exist():
     files = [file for folder in ("src", "tests") for file in (ROOT / folder).rglob("*.py")]
     code = "".join(file.read_text(encoding="utf-8") for file in files)
