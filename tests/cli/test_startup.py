@@ -129,11 +129,11 @@ LIGHT = {
     "unknown-command": (["trian"], set(), HELP),
     **{
         name: ([name, "--help"], {"tyro"}, ARGUMENTS)
-        for name in ("quickstart", "sample", "eval", "edit", "report", "seal", "export", "harness", "push")
+        for name in ("quickstart", "sample", "edit", "report", "studio", "seal", "push", "export")
     },
     **{
         name: ([name, "--help"], {"tyro"}, {*ARGUMENTS, ".cli.inspect_arguments"})
-        for name in ("score", "info", "runs")
+        for name in ("eval", "score", "info", "runs", "harness")
     },
     "unknown-option": (["sample", "--nmu", "3"], {"tyro"}, ARGUMENTS),
     "contradiction": (["edit", "--text", "abc", "--num", "0"], {"tyro"}, ARGUMENTS),

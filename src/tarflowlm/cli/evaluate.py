@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from tarflowlm.cli.arguments import SAMPLING, EvalArgs
+from tarflowlm.cli.inspect_arguments import SAMPLING, EvalArgs
 from tarflowlm.cli.models import load_checkpoint
 from tarflowlm.data import (
     SOURCE_NAMES,

@@ -60,7 +60,7 @@ COMMANDS = {
     "eval": Command(
         "Measure the likelihood of a text under a model; on request, its latents and the quality of samples.",
         "evaluate:run_eval",
-        "arguments:EvalArgs",
+        "inspect_arguments:EvalArgs",
     ),
     "score": Command(
         "Show how many bits every token of a text takes, and the text as a whole; under one model or two.",
