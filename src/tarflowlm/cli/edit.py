@@ -1,6 +1,6 @@
 """`tarflowlm edit`: some words of a text redrawn, or its states changed in latent space."""
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -72,9 +72,7 @@ def _edited(
     generator: torch.Generator,
     progress: StageProgress,
 ) -> Edit:
-    def tick(what: str, total: int) -> Callable[[], None]:
-        return ticker(progress, what, total)
-
+    tick = partial(ticker, progress)
     num_positions = text.tokens.shape[1] // model.config.patch
     candidates = CANDIDATES if args.candidates is None else args.candidates
     # where block 1 has no weights of tokens, the model is sampled as it is
@@ -217,18 +215,15 @@ def _show(args: EditArgs, edit: Edit, tokenizer: Tokenizer) -> None:
 
 def _advice(args: EditArgs, edit: Edit) -> str | None:
     """What works better than the edit of a state that has lost the text."""
-    if args.level is None:
+    weight = 0.0 if args.toward is None else WEIGHT if args.weight is None else args.weight
+    if args.level is None or weight == 1:
         return None
     changed, times = edit.changed.double().mean().item(), (edit.bound.sum() / edit.bound_before.sum()).item()
-    if args.toward is not None:
-        if times <= MUCH_LONGER and args.weight not in (0, 1):
-            return None
-        lost, better = f"bits x {times:.2f}", "words of both texts are mixed"
-    elif changed > MUCH_CHANGED or times > MUCH_LONGER:
-        lost, better = (
-            f"{changed:.0%} of the tokens changed, bits x {times:.2f}",
-            "some words are redrawn and the rest stays",
-        )
-    else:
+    # of a text that is to move, a part has to change
+    if changed <= weight + (1 - weight) * MUCH_CHANGED and times <= MUCH_LONGER:
         return None
-    return f"state {args.level} does not steer this text ({lost}): without --level {better}"
+    better = "some words are redrawn" if args.toward is None else "a stretch of the other text is taken"
+    return (
+        f"state {args.level} does not steer this text ({changed:.0%} of the tokens changed, bits x {times:.2f}): "
+        f"without --level {better} and the rest stays"
+    )

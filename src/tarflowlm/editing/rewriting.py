@@ -75,11 +75,8 @@ def blend(
         row, other = first.row(b), second.row(b)
         mask = is_second.to(row.tokens.device)
         z = torch.where(mask[:, None], other.states[0], row.states[0])
-        row = replace(
-            row,
-            tokens=torch.where(mask, other.tokens, row.tokens),
-            states=tuple(model.prior.states(z)[0]),
-        )
+        tokens = torch.where(mask, other.tokens, row.tokens)
+        row = replace(row, tokens=tokens, states=tuple(model.prior.states(z)[0]))
         free = ~(is_second | stays)
         free[first.length :] = False
         for span in _runs(free):
