@@ -42,7 +42,7 @@ def run_harness(args: HarnessArgs, words: list[str]) -> None:
 
 
 def split_results(shown: str) -> tuple[dict[str, Any], str]:
-    """The object that lm-eval prints with --show_config, and its tables after it. UserError without such an object."""
+    """The object that lm-eval prints with --show_config, and its tables after it. UserError without one."""
     start = shown.find("{\n")
     if start < 0:
         raise UserError(f"lm-eval evaluated nothing, it says {shown[:200]!r}: leave --json out")
