@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from io import StringIO
 
 import pytest
@@ -15,6 +16,7 @@ from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.runs.presets import preset
 
+needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 TINY = BaselineConfig(
     vocab_size=5, context=16, trunk=TransformerConfig(width=24, num_heads=2, mlp_ratio=2), layers=2
 )  # fmt: skip
@@ -28,6 +30,7 @@ def parameters_in_layers(model: torch.nn.Module, part: str) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if part in name and p.ndim == 2)
 
 
+@needs_transformers
 def test_matrices_of_the_layers_are_as_large_as_ours():
     config = replace(preset("mini-ar").model, vocab_size=27)
     ours = parameters_in_layers(TokenLM(config), "transformer.layers.")
@@ -35,6 +38,7 @@ def test_matrices_of_the_layers_are_as_large_as_ours():
     assert 0.98 * ours < parameters_in_layers(llama(config), "model.layers.") <= ours
 
 
+@needs_transformers
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_peers_are_causal_and_do_the_same_in_training(make):
     torch.manual_seed(0)
@@ -48,6 +52,7 @@ def test_peers_are_causal_and_do_the_same_in_training(make):
     assert apart.nonzero().flatten().tolist() == list(range(9, 16))
 
 
+@needs_transformers
 def test_rows():
     rows = peers(tiny(vocab_size=0), 5, rounds=1, steps=1, device=torch.device("cpu"))
     assert [row["name"] for row in rows] == ["tiny", "GPT-2", "Llama"]

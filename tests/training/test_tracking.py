@@ -24,6 +24,11 @@ from tarflowlm.training.state import newest_state
 CPU = torch.device("cpu")
 
 
+needs_tensorboard = pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
+)
+
+
 class Killed(BaseException):
     pass
 
@@ -125,6 +130,7 @@ def wandb_history(file: Path) -> Iterator[tuple[int, dict]]:
             yield record.history.step.num, {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
 
 
+@needs_tensorboard
 def test_tensorboard_shows_the_lines_of_metrics(tmp_path, tiny_run, go):
     watcher = Watcher()
     go(tiny_run(track=("tensorboard",)), tmp_path / "run", watcher)
@@ -132,6 +138,7 @@ def test_tensorboard_shows_the_lines_of_metrics(tmp_path, tiny_run, go):
     assert points(tmp_path / "run" / "tensorboard") == expected(tmp_path / "run")
 
 
+@needs_tensorboard
 @pytest.mark.parametrize("cut", [0, 7])
 def test_a_resumed_run_repeats_no_point_in_tensorboard(tmp_path, interrupted, cut):
     out = tmp_path / "run"
@@ -212,6 +219,7 @@ class Broken:
         raise RuntimeError("closing fails too")
 
 
+@needs_tensorboard
 def test_a_sink_that_fails_is_told_of_once_and_dropped(tmp_path, tiny_run, go, monkeypatch, same_weights):
     monkeypatch.setattr(tracking, "TensorBoardSink", Broken)
     watcher = Watcher()
@@ -222,6 +230,7 @@ def test_a_sink_that_fails_is_told_of_once_and_dropped(tmp_path, tiny_run, go, m
     assert same_weights(tmp_path / "tracked", tmp_path / "plain")
 
 
+@needs_tensorboard
 def test_a_sink_that_cannot_start_or_end_stops_nothing(tmp_path, tiny_run, go, fake_wandb, monkeypatch):
     monkeypatch.setattr(fake_wandb, "init", lambda **options: 1 / 0)
     monkeypatch.setattr(Broken, "record", lambda self, record: None)
@@ -250,6 +259,7 @@ def test_a_folder_of_the_same_name_is_no_package(tmp_path, monkeypatch):
         tracking.check_installed(("wandb",))
 
 
+@needs_tensorboard
 def test_a_package_that_is_gone_does_not_stop_a_resumed_run(tmp_path, tiny_run, go, monkeypatch):
     out, watcher = tmp_path / "run", Watcher()
     with pytest.raises(Killed):

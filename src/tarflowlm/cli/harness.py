@@ -43,7 +43,9 @@ def run_harness(given: tuple[HarnessArgs, list[str]]) -> None:
 
 
 def split_results(shown: str) -> tuple[dict[str, Any], str]:
-    """The object that lm-eval prints with --show_config, and its tables after it."""
-    start = shown.index("{\n")
+    """The object that lm-eval prints with --show_config, and its tables after it. UserError without one."""
+    start = shown.find("{\n")
+    if start < 0:
+        raise UserError(f"lm-eval evaluated nothing, it says {shown[:200]!r}: leave --json out")
     results, end = json.JSONDecoder().raw_decode(shown, start)
     return results, shown[end:].lstrip()
