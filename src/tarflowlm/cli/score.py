@@ -14,6 +14,7 @@ from tarflowlm.cli.inspect_arguments import ScoreArgs
 from tarflowlm.cli.models import load_checkpoint
 from tarflowlm.cli.prompts import Wording, read_source
 from tarflowlm.device import pick_device
+from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.evaluation.scores import Scores, score
 from tarflowlm.runs.released import chosen
 from tarflowlm.terminal.bars import stages_bar
@@ -34,8 +35,8 @@ class _Scored:
     scores: Scores
 
     @property
-    def sign(self) -> str:
-        return "=" if self.scores.exact else "<="
+    def bound(self) -> str:
+        return "exact" if self.scores.exact else "elbo"
 
     @property
     def bpc(self) -> float:
@@ -49,7 +50,7 @@ class _Scored:
                 token["log2_dets"] = column
         return {
             "model": self.name,
-            "bound": "exact" if self.scores.exact else "elbo",
+            "bound": self.bound,
             "samples": self.samples,
             "bpc": self.bpc,
             "bits": self.scores.total,
@@ -84,9 +85,9 @@ def run_score(args: ScoreArgs) -> None:
     else:
         _print_plain(found)
     rows = [
-        ["bits per character", *(f"{s.sign} {s.bpc:.4f}" for s in found)],
-        ["bits per token", *(f"{s.sign} {s.scores.per_token:.4f}" for s in found)],
-        ["bits in all", *(f"{s.sign} {s.scores.total:.2f}" for s in found)],
+        ["bits per character", *(f"{sign_of(s.bound)} {s.bpc:.4f}" for s in found)],
+        ["bits per token", *(f"{sign_of(s.bound)} {s.scores.per_token:.4f}" for s in found)],
+        ["bits in all", *(f"{sign_of(s.bound)} {s.scores.total:.2f}" for s in found)],
         ["characters", *(f"{s.characters:,}" for s in found)],
         ["tokens", *(f"{len(s.symbols):,}" for s in found)],
         ["posterior samples", *("none, exact" if s.scores.exact else f"{s.samples:,}" for s in found)],
