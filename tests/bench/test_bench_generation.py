@@ -202,7 +202,7 @@ def test_a_state_that_does_not_steer_the_text_is_said_to(directories, run, run_j
         (["--strength", "0.5", "--num", "0"], "num 0"),
         (["--text", ""], "empty"),
         (["--text", " "], "no words"),
-        (["--strength", "0.5", "--text", "X"], "'X' x1"),
+        (["--strength", "0.5", "--text", "x!"], "'!' x1"),
         (["--strength", "0.5", "--text", "a" * 33], "33 tokens"),
     ],
 )
@@ -218,3 +218,10 @@ def test_edits_normalise_all_texts(directories, run_json):
     options = ["--toward", "A Dog, ran B", "--weight", "1", "--normalize", "text8"]
     result = run_json("edit", directories[1], "--text", "The CAT sat", *options)
     assert result["before"] == " the cat sat"
+
+
+def test_edits_take_upper_case(directories, run, run_json):
+    argv = ["edit", directories[1], "--text", "The CAT sat"]
+    for options in (["--rewrite", "Cat"], ["--replace", "CAT", "Dog"], ["--toward", "A dog ran B"]):
+        assert run_json(*argv, *options)["before"] == "the cat sat"
+    assert run(*argv).err.count("knows no upper case") == 1

@@ -159,7 +159,7 @@ def test_what_is_finished_is_kept(run, model, tmp_path, monkeypatch, small_batch
 
 def test_a_model_of_lower_case_gets_lower_case(run, run_json, refused, model):
     argv = ["sample", model, "--length", "12"]
-    for given in (["--prompt", "The Cat"], ["--template", "The ___ of"]):
+    for given in (["--prompt", "The Cat"], ["--template", "The ___ of"], ["--template", "The XX of", "--blank", "X"]):
         done = run(*argv, *given, "--json")
         assert (done.status, done.err.count("\n")) == (0, 1)
         assert "lower case" in done.err

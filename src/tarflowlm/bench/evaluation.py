@@ -13,7 +13,7 @@ from tarflowlm.bench.arguments import EvaluationArgs
 from tarflowlm.bench.measure import median_ratio, seconds_per_call
 from tarflowlm.data import encode_text_source, eval_windows
 from tarflowlm.device import pick_device
-from tarflowlm.evaluation.likelihood import Likelihood, evaluate
+from tarflowlm.evaluation.likelihood import Likelihood, evaluate, sign_of
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.terminal.bars import StageProgress, no_progress
 
@@ -61,7 +61,7 @@ def print_result(result: dict[str, Any], console: Console) -> None:
     title = f"evaluation, {result['device']}, {result['threads']} threads"
     table = Table("", "bound", "nats per token", "us per token", "over the first", title=title, title_justify="left")
     for row in result["models"]:
-        sign = "=" if row["bound"] == "exact" else "<="
+        sign = sign_of(row["bound"])
         nats, micros = f"{sign} {row['nats_per_token']:.4f}", f"{1e6 * row['seconds_per_token']:.1f}"
         table.add_row(row["name"], row["bound"], nats, micros, f"{row['ratio']:.2f}")
     console.print(table)

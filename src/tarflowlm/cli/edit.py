@@ -7,6 +7,7 @@ from rich.console import Console
 
 from tarflowlm.cli.arguments import EditArgs
 from tarflowlm.cli.models import load_checkpoint
+from tarflowlm.cli.prompts import Wording
 from tarflowlm.data import Tokenizer
 from tarflowlm.device import pick_device
 from tarflowlm.editing import Edit, Encoded, blend, encode, interpolate, renoise, rewrite, substitute, token_costs
@@ -27,7 +28,7 @@ from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.released import chosen
 from tarflowlm.terminal.bars import StageProgress, stages_bar, ticker
-from tarflowlm.terminal.tables import print_json
+from tarflowlm.terminal.tables import print_json, print_notice
 from tarflowlm.terminal.texts import print_edits
 
 STRENGTH, CANDIDATES, TEMPERATURE, WEIGHT = 0.1, 32, 0.7, 0.5
@@ -42,47 +43,42 @@ def run_edit(args: EditArgs) -> None:
     checkpoint = load_checkpoint(directory, pick_device(args.device))
     refusal = f"{directory} is a discrete baseline, which has no latents to edit: give a flow"
     model = as_flow(checkpoint.model, refusal)
-    tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
+    wording = Wording(checkpoint.tokenizer, args.normalize)
     generator = torch.Generator().manual_seed(checked_seed(args.seed))
-    text = _encoded(args, model, tokenizer, args.text, "text", generator)
-    with stages_bar(Console(stderr=True)) as progress:
-        edit = _edited(args, model, tokenizer, text, generator, progress)
-    _show(args, edit, tokenizer)
-
-
-def _tokens(args: EditArgs, tokenizer: Tokenizer, text: str, name: str) -> torch.Tensor:
-    prepared = text if args.normalize is None else tokenizer.prepare(text)
-    if not prepared:
-        raise UserError(f"the {name} is empty: give at least one token")
-    return torch.from_numpy(tokenizer.encode(prepared))
+    notes = Console(stderr=True)
+    text = _encoded(args, model, wording, args.text, "text", generator)
+    with stages_bar(notes) as progress:
+        edit = _edited(args, model, wording, text, generator, progress)
+    wording.say(partial(print_notice, notes))
+    _show(args, edit, wording.tokenizer)
 
 
 def _encoded(
-    args: EditArgs, model: TarFlowLM, tokenizer: Tokenizer, text: str, name: str, generator: torch.Generator
+    args: EditArgs, model: TarFlowLM, wording: Wording, text: str, name: str, generator: torch.Generator
 ) -> Encoded:
     """The text once for every edit: all of them start from the same latents."""
-    return encode(model, _tokens(args, tokenizer, text, name)[None], generator).repeated(args.num)
+    return encode(model, wording.tokens(text, name)[None], generator).repeated(args.num)
 
 
 def _edited(
     args: EditArgs,
     model: TarFlowLM,
-    tokenizer: Tokenizer,
+    wording: Wording,
     text: Encoded,
     generator: torch.Generator,
     progress: StageProgress,
 ) -> Edit:
     tick = partial(ticker, progress)
-    num_positions = text.tokens.shape[1] // model.config.patch
+    tokenizer, num_positions = wording.tokenizer, text.tokens.shape[1] // model.config.patch
     candidates = CANDIDATES if args.candidates is None else args.candidates
     # where block 1 has no weights of tokens, the model is sampled as it is
     usual = TEMPERATURE if weighs_tokens(model.prior.block(0).coupling) else 1.0
     temperature = usual if args.temperature is None else args.temperature
     if args.replace is not None:
-        wanted = _replacements(args, tokenizer, text)
+        wanted = _replacements(args, wording, text)
         return substitute(model, text, wanted, generator=generator, tick=tick("editing, positions", num_positions))
     if args.toward is not None:
-        other = _encoded(args, model, tokenizer, args.toward, "other text", generator)
+        other = _encoded(args, model, wording, args.toward, "other text", generator)
         weight = WEIGHT if args.weight is None else args.weight
         if args.level is None:
             spans = _blended(text, other, tokenizer, weight, args.num, generator)
@@ -97,7 +93,7 @@ def _edited(
         )  # fmt: skip
     strength = STRENGTH if args.strength is None else args.strength
     if args.level is None:
-        chosen_spans = _redrawn(args, model, tokenizer, text, strength, generator)
+        chosen_spans = _redrawn(args, model, wording, text, strength, generator)
         ticks = tick("redrawing, pieces", sum(map(len, chosen_spans)))
         return rewrite(
             model, text, chosen_spans, candidates=candidates, temperature=temperature, generator=generator, tick=ticks
@@ -122,24 +118,26 @@ def _pieces(text: Encoded, tokenizer: Tokenizer) -> list[bytes]:
 def _redrawn(
     args: EditArgs,
     model: TarFlowLM,
-    tokenizer: Tokenizer,
+    wording: Wording,
     text: Encoded,
     strength: float,
     generator: torch.Generator,
 ) -> list[list[Span]]:
     """The spans that each edit redraws."""
-    parts = _pieces(text, tokenizer)
+    parts = _pieces(text, wording.tokenizer)
     if args.rewrite is not None:
         if not args.rewrite:
             raise UserError("--rewrite names no piece of the text: give at least one")
-        strip = args.normalize is not None
-        pieces = [tokenizer.prepare(piece).strip() if strip else piece for piece in args.rewrite]
+        pieces = [wording.text(piece, "piece") for piece in args.rewrite]
+        if wording.normalizes:
+            pieces = [piece.strip() for piece in pieces]
         return [sorted(find_piece(parts, piece) for piece in pieces)] * args.num
     words = words_of(parts)
     if not words:
         raise UserError(f"the text {args.text!r} has no words: give some, or name a piece of it with --rewrite")
     count = count_of(strength, words) if args.words is None else args.words
-    return [joined(row, words) for row in _picked(args, model, tokenizer, text, count, args.num, generator)]
+    picked = _picked(args, model, wording.tokenizer, text, count, args.num, generator)
+    return [joined(row, words) for row in picked]
 
 
 def _picked(
@@ -168,10 +166,10 @@ def _blended(
     return [blended_spans(first, second, row, text.length) for row in taken]
 
 
-def _replacements(args: EditArgs, tokenizer: Tokenizer, text: Encoded) -> torch.Tensor:
+def _replacements(args: EditArgs, wording: Wording, text: Encoded) -> torch.Tensor:
     assert args.replace is not None
     tokens = text.tokens[0, : text.length].cpu()
-    old, new = (_tokens(args, tokenizer, part, "replacement") for part in args.replace)
+    old, new = (wording.tokens(part, "replacement") for part in args.replace)
     if len(old) != len(new):
         raise UserError(f"{args.replace[0]!r} has {len(old)} tokens, {args.replace[1]!r} {len(new)}: they must agree")
     found = (tokens.unfold(0, len(old), 1) == old).all(-1).nonzero() if len(old) <= len(tokens) else tokens[:0]

@@ -14,6 +14,7 @@ from tarflowlm.baseline import BaselineConfig
 from tarflowlm.cli.inspect_arguments import InfoArgs, RunsArgs
 from tarflowlm.cli.models import load_checkpoint, locate
 from tarflowlm.errors import UserError, first_line
+from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.files import read_json, writer_of
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
@@ -153,7 +154,7 @@ def _print_info(console: Console, found: dict[str, Any]) -> None:
     if found["saved"]:
         rows.append(("saved", found["saved"]))
     if found["bpc"] is not None:
-        sign = "=" if found["bound"] == "exact" else "<="
+        sign = sign_of(found["bound"])
         rows.append(("test", f"{sign} {found['bpc']:.4f} bits per character ({found['bound']})"))
     draft = found["draft_parameters"]
     rows += [
@@ -261,7 +262,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
         return ""
     match name:
         case "bpc":
-            sign = "=" if row["bound"] == "exact" else "<="
+            sign = sign_of(row["bound"])
             return f"{sign} {value:.4f}" + " v" * (row["split"] == "valid") + " *" * row["best"]
         case "tokens":
             return f"{value / 1e6:.2f}M"

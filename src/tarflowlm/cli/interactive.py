@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import Tensor
 
 from tarflowlm.cli.arguments import SampleArgs
-from tarflowlm.cli.prompts import Wording
+from tarflowlm.cli.prompts import Wording, not_utf8
 from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
@@ -62,7 +62,7 @@ def converse(model: LanguageModel, wording: Wording, args: SampleArgs) -> None:
                 write_out("\n")
             return
         except UnicodeDecodeError as error:
-            raise UserError(f"standard input is not UTF-8 text ({error.reason}): convert it") from None
+            raise not_utf8(error) from None
         except UserError as error:
             session.console.print(f"tarflowlm: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         line = None

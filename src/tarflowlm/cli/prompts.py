@@ -1,4 +1,4 @@
-"""What users write for a model to continue or fill in, as its tokenizer takes it."""
+"""What users write for a model to continue, fill in, edit or score, as its tokenizer takes it."""
 
 import sys
 from collections.abc import Callable
@@ -6,46 +6,54 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tarflowlm.data import TEXT8_ALPHABET, Tokenizer
-from tarflowlm.data.text import read_text
+from tarflowlm.data import Tokenizer
+from tarflowlm.data.text import Normalization, read_text
 from tarflowlm.errors import UserError
 from tarflowlm.generation.sampling import BLANK, encode_template, normalize_template
 
 
 class Wording:
-    """Turns prompts, templates and stops into what `tokenizer` knows.
+    """Turns texts, prompts, templates and stops into what the tokenizer of a model knows.
 
     They are normalised on request. Upper case becomes lower case where the model knows no other.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, normalize: bool) -> None:
-        self.tokenizer, self.normalize = tokenizer, normalize
-        self._known = set[str]()
-        if tokenizer.kind == "char":
-            self._known = set(tokenizer.symbols)
-        elif tokenizer.normalization == "text8":
-            self._known = set(TEXT8_ALPHABET)
+    def __init__(self, tokenizer: Tokenizer, normalization: Normalization | None, *, is_file: bool = False) -> None:
+        """`normalization` is that of --normalize. A file is normalised in any case, as the training text was."""
+        self.tokenizer = tokenizer.with_normalization(normalization)
+        self.normalizes = is_file or normalization is not None
         self._has_lowered = self._has_said = False
 
-    def say(self, notice: Callable[[str], None]) -> None:
+    def say(self, notice: Callable[[str], None], model: str = "this model") -> None:
         """Tell `notice` once if upper case has become lower case."""
         if self._has_lowered and not self._has_said:
             self._has_said = True
-            notice("this model knows no upper case: it gets the text in lower case")
+            notice(f"{model} knows no upper case: it gets the text in lower case")
+
+    def text(self, text: str, name: str) -> str:
+        """`text` as the model knows it. UserError, calling it `name`, for an empty one."""
+        text = self.tokenizer.prepare(text) if self.normalizes else self._lowered(text)
+        if not text:
+            raise UserError(f"the {name} is empty: give at least one character")
+        return text
+
+    def tokens(self, text: str, name: str) -> Tensor:
+        """Tokens [tokens]. UserError for an empty text, which it calls `name`, and for unknown characters."""
+        return torch.from_numpy(self.tokenizer.encode(self.text(text, name)))
 
     def prompt(self, text: str) -> Tensor:
-        """Tokens [tokens]. UserError for an empty text and for unknown characters."""
+        """Tokens [tokens]. UserError as in `tokens`."""
         if not text:
             raise UserError("the prompt is empty: leave --prompt out to sample without one")
-        text = self.tokenizer.prepare(text) if self.normalize else self._lowered(text)
-        return torch.from_numpy(self.tokenizer.encode(text))
+        return self.tokens(text, "prompt")
 
     def template(self, text: str, blank: str) -> Tensor:
         """Tokens [tokens], BLANK for every blank. UserError as `encode_template`, and for a text without blanks."""
-        if self.normalize and len(blank) == 1:
-            text = normalize_template(self.tokenizer, text, blank)
-        else:
-            text = self._lowered(text, blank)
+        if len(blank) == 1:
+            if self.normalizes:
+                text = normalize_template(self.tokenizer, text, blank)
+            else:
+                text = blank.join(map(self._lowered, text.split(blank)))
         tokens = encode_template(self.tokenizer, text, blank)
         if not (tokens == BLANK).any():
             raise UserError(
@@ -59,11 +67,25 @@ class Wording:
         self.tokenizer.encode(text)
         return text
 
-    def _lowered(self, text: str, blank: str = "") -> str:
-        known = self._known
-        lowered = "".join(c.lower() if c != blank and c not in known and c.lower() in known else c for c in text)
+    def _lowered(self, text: str) -> str:
+        lowered = self.tokenizer.in_known_case(text)
         self._has_lowered |= lowered != text
         return lowered
+
+
+def not_utf8(error: UnicodeDecodeError) -> UserError:
+    """What to say of standard input that is no text."""
+    return UserError(f"standard input is not UTF-8 text ({error.reason}): convert it to UTF-8")
+
+
+def read_source(source: str) -> str:
+    """The text of a file, or of standard input for "-". UserError if there is none, or it is not UTF-8."""
+    if source != "-":
+        return read_text(source)
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise not_utf8(error) from None
 
 
 def read_prompts(source: str) -> dict[int, str]:
@@ -71,13 +93,7 @@ def read_prompts(source: str) -> dict[int, str]:
 
     UserError for what is not a text, and if no line is left.
     """
-    if source == "-":
-        try:
-            text = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input is not UTF-8 text ({error.reason}): convert it") from None
-    else:
-        text = read_text(source)
+    text = read_source(source)
     lines = {number: line.removesuffix("\r") for number, line in enumerate(text.split("\n"), 1) if line.strip()}
     if not lines:
         raise UserError(f"prompts {source}: holds no prompt; write one a line")

@@ -42,8 +42,7 @@ BATCH_TOKENS = 6144
 
 def run_sample(args: SampleArgs) -> None:
     checkpoint = load_checkpoint(chosen(args.directory, args.model), pick_device(args.device))
-    tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
-    wording = Wording(tokenizer, normalize=args.normalize is not None)
+    wording = Wording(checkpoint.tokenizer, args.normalize)
     if checkpoint.model.is_exact and (args.passes or args.states):
         flag = "passes" if args.passes else "states"
         raise UserError(f"--{flag}: this model is a baseline, which writes token by token, in one pass: leave it out")
@@ -53,7 +52,7 @@ def run_sample(args: SampleArgs) -> None:
     order = _ordered(args, wording, checkpoint.model.config.context)
     wording.say(partial(print_notice, Console(stderr=True)))
     with interrupt_on_termination(), nullcontext() if args.out is None else NewLines(args.out) as out:
-        _Sampling(checkpoint.model, tokenizer, args, order, out).run()
+        _Sampling(checkpoint.model, wording.tokenizer, args, order, out).run()
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from tarflowlm.cli.inspect_arguments import ScoreArgs
 from tarflowlm.cli.models import load_checkpoint
-from tarflowlm.data import Tokenizer, read_text
+from tarflowlm.cli.prompts import Wording, read_source
 from tarflowlm.device import pick_device
-from tarflowlm.errors import UserError
+from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.evaluation.scores import Scores, score
 from tarflowlm.runs.released import chosen
 from tarflowlm.terminal.bars import stages_bar
@@ -35,8 +35,8 @@ class _Scored:
     scores: Scores
 
     @property
-    def sign(self) -> str:
-        return "=" if self.scores.exact else "<="
+    def bound(self) -> str:
+        return "exact" if self.scores.exact else "elbo"
 
     @property
     def bpc(self) -> float:
@@ -50,7 +50,7 @@ class _Scored:
                 token["log2_dets"] = column
         return {
             "model": self.name,
-            "bound": "exact" if self.scores.exact else "elbo",
+            "bound": self.bound,
             "samples": self.samples,
             "bpc": self.bpc,
             "bits": self.scores.total,
@@ -65,16 +65,17 @@ def run_score(args: ScoreArgs) -> None:
     names = [chosen(args.directory, args.model), *([args.baseline] if args.baseline is not None else [])]
     # all before the first is used, so that a model that is not there costs no time
     checkpoints = [load_checkpoint(name, pick_device(args.device)) for name in names]
-    text = args.text if args.text is not None else _read(str(args.file))
+    text = args.text if args.text is not None else read_source(str(args.file))
     found = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
-        tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
-        prepared = _prepared(text, tokenizer, args, name.name, notes)
-        tokens = torch.from_numpy(tokenizer.encode(prepared))
+        wording = Wording(checkpoint.tokenizer, args.normalize, is_file=args.file is not None)
+        prepared = wording.text(text, "text")
+        tokens = torch.from_numpy(wording.tokenizer.encode(prepared))
+        wording.say(partial(print_notice, notes), name.name)
         with stages_bar(notes) as show:
             progress = partial(show, f"scoring with {name.name}, windows")
             scores = score(checkpoint.model, tokens, samples=args.samples, seed=args.seed, progress=progress)
-        symbols = [tokenizer.symbols[i] for i in tokens.tolist()]
+        symbols = [wording.tokenizer.symbols[i] for i in tokens.tolist()]
         found.append(_Scored(name.name, symbols, len(prepared), 1 if scores.exact else args.samples, scores))
     if args.json:
         print_json(found[0].to_json() | ({"baseline": found[1].to_json()} if len(found) > 1 else {}))
@@ -84,36 +85,14 @@ def run_score(args: ScoreArgs) -> None:
     else:
         _print_plain(found)
     rows = [
-        ["bits per character", *(f"{s.sign} {s.bpc:.4f}" for s in found)],
-        ["bits per token", *(f"{s.sign} {s.scores.per_token:.4f}" for s in found)],
-        ["bits in all", *(f"{s.sign} {s.scores.total:.2f}" for s in found)],
+        ["bits per character", *(f"{sign_of(s.bound)} {s.bpc:.4f}" for s in found)],
+        ["bits per token", *(f"{sign_of(s.bound)} {s.scores.per_token:.4f}" for s in found)],
+        ["bits in all", *(f"{sign_of(s.bound)} {s.scores.total:.2f}" for s in found)],
         ["characters", *(f"{s.characters:,}" for s in found)],
         ["tokens", *(f"{len(s.symbols):,}" for s in found)],
         ["posterior samples", *("none, exact" if s.scores.exact else f"{s.samples:,}" for s in found)],
     ]
     console.print(column_table("score", ["", *(s.name for s in found)], rows))
-
-
-def _read(file: str) -> str:
-    """The text of a file, or of standard input for -. UserError if there is none, or it is not UTF-8."""
-    if file != "-":
-        return read_text(file)
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not UTF-8 text (byte {error.start}): convert it to UTF-8") from None
-
-
-def _prepared(text: str, tokenizer: Tokenizer, args: ScoreArgs, name: str, notes: Console) -> str:
-    """The text in the symbols that the model knows."""
-    if args.file is not None or args.normalize is not None:
-        text = tokenizer.prepare(text)
-    elif (lower := tokenizer.in_known_case(text)) != text:
-        print_notice(notes, f"{name} knows no upper case: the text is scored in lower case")
-        text = lower
-    if not text:
-        raise UserError("the text is empty: give at least one character")
-    return text
 
 
 def _print_coloured(console: Console, found: list[_Scored]) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from tarflowlm.cli.configured import ResumeArgs, TrainArgs
 from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.device import pick_device
+from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.terminal.tables import print_json, print_table
 from tarflowlm.terminal.training import ProgressReporter
 from tarflowlm.training.distributed import Processes, launched
@@ -44,7 +45,7 @@ def _show(summary: dict[str, Any], processes: Processes, *, as_json: bool) -> No
         print_json(summary)
         return
     test = summary["test"]
-    sign = "=" if test["bound"] == "exact" else "<="
+    sign = sign_of(test["bound"])
     rows = [
         ("test", f"{sign} {test['bpc']:.4f} bits per character ({test['bound']}, {test['tokens']:,} tokens)"),
         ("stages, valid", ", ".join(f"{bpc:.4f}" for bpc in summary["stage_valid_bpc"])),

@@ -32,6 +32,11 @@ def bits(nats: Nats) -> Nats:
     return nats / math.log(2)
 
 
+def sign_of(bound: str) -> str:
+    """How to print what has this `bound`: = for "exact", <= for the others."""
+    return "=" if bound == "exact" else "<="
+
+
 def windows_per_batch(num_tokens: int) -> int:
     """Windows that are evaluated at once: 8,192 tokens keep two cores or a small GPU busy."""
     return max(1, 8192 // num_tokens)
@@ -73,7 +78,7 @@ class Likelihood:
     @property
     def sign(self) -> str:
         """How to print the numbers: = for exact ones, <= for bounds."""
-        return "=" if self.bound == "exact" else "<="
+        return sign_of(self.bound)
 
     def to_json(self) -> dict[str, Any]:
         """All fields, for JSON."""

@@ -9,7 +9,7 @@ import torch
 from tarflowlm.data import TokenArray, eval_windows
 from tarflowlm.evaluation.blocks import StateReport, latent_report
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
-from tarflowlm.evaluation.likelihood import Likelihood, Progress, evaluate
+from tarflowlm.evaluation.likelihood import Likelihood, Progress, evaluate, sign_of
 from tarflowlm.evaluation.quality import Quality, SamplingConfig, measure_quality
 from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.generate import num_ticks
@@ -34,7 +34,7 @@ def summary_row(done: Finished) -> Row:
     return {
         "model": done.training.label,
         "seed": summary["seed"],
-        "": "=" if test["bound"] == "exact" else "<=",
+        "": sign_of(test["bound"]),
         "test bpc": test["bpc"],
         "ppl": test["ppl"],
         "stderr, nats": test["stderr"],

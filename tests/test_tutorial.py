@@ -1,0 +1,54 @@
+"""The tutorial runs from top to bottom in an empty folder, and its stored outputs are fit to be read.
+
+After a change, store new outputs, with nbclient and ipykernel: `jupyter execute --inplace docs/tutorial.ipynb`.
+Links of its prose are followed in test_docs.py.
+"""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from docs_cases import ROOT, cells
+
+NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
+CODE = cells(NOTEBOOK, "code")
+OUTPUTS = [output for cell in CODE for output in cell["outputs"]]
+TEXT_BYTES, IMAGE_BYTES = 20_000, 60_000
+STAND_IN = """
+import sys, types
+
+display = types.ModuleType("IPython.display")
+display.HTML = str
+sys.modules |= {"IPython": types.ModuleType("IPython"), "IPython.display": display}
+"""
+"""What the notebook uses of IPython, which need not be here."""
+
+
+def test_it_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("TARFLOWLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    code = "\n\n".join([STAND_IN, *("".join(cell["source"]) for cell in CODE)])
+    short = code.replace("\nMINUTES = 5\n", "\nMINUTES = 0.02\n")
+    assert short != code
+    (tmp_path / "tutorial.py").write_text(short, encoding="utf-8")
+    done = subprocess.run([sys.executable, "tutorial.py"], capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"largest error (\S+)", done.stdout)[1]) < 1e-9
+    exact, by_autograd = re.search(r"log \|det J\|: (\S+); by autograd (\S+)", done.stdout).groups()
+    assert float(exact) == pytest.approx(float(by_autograd))
+    assert "same text as above: False" not in done.stdout
+    assert re.search(r"test: <= \d", done.stdout)
+
+
+def test_its_outputs_are_those_of_one_run():
+    assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
+    assert not [output for output in OUTPUTS if output["output_type"] == "error"]
+    assert not re.search(r"/(home|root|tmp|work|Users)/|\\\\Users\\\\|site-packages", str(OUTPUTS))
+
+
+def test_its_outputs_are_small():
+    for output in OUTPUTS:
+        for kind, value in {"text": output.get("text", ""), **output.get("data", {})}.items():
+            assert len("".join(value)) <= (IMAGE_BYTES if kind.startswith("image/") else TEXT_BYTES), kind
