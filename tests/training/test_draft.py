@@ -1,5 +1,6 @@
 """The draft of a run: trained beside a frozen model, stored, resumed, exported and found."""
 
+import errno
 import json
 import shutil
 from contextlib import contextmanager
@@ -128,6 +129,27 @@ def test_a_draft_is_not_overwritten_and_nothing_is_not_resumed(run_directory):
     learn(run_directory)
     with pytest.raises(UserError, match="exists already: continue it with --resume"):
         learn(run_directory)
+
+
+@pytest.mark.parametrize("full", ["write_json", "save_state"])
+def test_a_full_disk_names_a_remedy_that_works(run_directory, monkeypatch, full):
+    """At the end, with a state; and before the first one."""
+
+    def fail(*_args, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"tarflowlm.training.draft.{full}", fail)
+        with pytest.raises(UserError, match="No space left on device") as raised:
+            learn(run_directory)
+    if full == "write_json":
+        assert "continue with" in str(raised.value)
+        learn(run_directory, resume=True)
+    else:
+        assert f"remove {run_directory / 'draft'} and start again with" in str(raised.value)
+        shutil.rmtree(run_directory / "draft")
+        learn(run_directory)
+    assert load_checkpoint(run_directory).model.draft is not None
 
 
 def test_another_text_is_not_resumed(run_directory, tmp_path):

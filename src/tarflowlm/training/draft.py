@@ -89,7 +89,7 @@ def train_draft(
     checkpoint = _finished(directory, device)
     model = as_flow(checkpoint.model)
     folder = (directory if out is None else out) / DRAFT
-    can_resume = (folder / STATE).exists()
+    can_resume = _has_state(folder)
     if not resume and (can_resume or (folder / WEIGHTS).exists()):
         go_on = "continue it with --resume, or " if can_resume else ""
         raise UserError(f"{folder} exists already: {go_on}remove it to start again")
@@ -101,12 +101,23 @@ def train_draft(
         export(directory, out)
         shutil.rmtree(out / DRAFT, ignore_errors=True)
         directory = out
-    remedy = f"continue with `tarflowlm draft {directory} --resume`"
-    with full_disk_as_user_error(directory, lambda: remedy), writer_lock(directory):
+
+    def remedy() -> str:
+        if _has_state(folder):
+            return f"continue with `tarflowlm draft {directory} --resume`"
+        rest = f"remove {folder} and " if (folder / WEIGHTS).exists() else ""
+        return f"{rest}start again with `tarflowlm draft {directory}`"
+
+    with full_disk_as_user_error(directory, remedy), writer_lock(directory):
         folder.mkdir(exist_ok=True)
         run = _DraftRun(directory, model, corpus, config, training, reporter, resume=resume)
         with stop_requests() as run.stop_signal, run.logging():
             return run.train()
+
+
+def _has_state(folder: Path) -> bool:
+    """Whether there is something to resume. The folder of the states is there before the first of them."""
+    return any((folder / STATE).glob("step-*"))
 
 
 def _finished(directory: Path, device: torch.device) -> Checkpoint:
