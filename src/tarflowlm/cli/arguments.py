@@ -18,7 +18,10 @@ PrintJson = Annotated[bool, tyro.conf.arg(help="Print one JSON object as the las
 RunDirectory = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="Run directory.")]
 RunOrModel = Annotated[
     tyro.conf.Positional[Path | None],
-    tyro.conf.arg(help="Run directory, a model that comes with the package, or hf:OWNER/NAME of the hub."),
+    tyro.conf.arg(
+        help="Run directory, a model that comes with the package, or hf:OWNER/NAME of the hub. `tarflowlm info` "
+        "lists the models and says which one is taken if none is named."
+    ),
 ]
 ReleasedModel = Annotated[
     str | None, tyro.conf.arg(help="In place of a directory: a model that comes with the package, say english-mini.")

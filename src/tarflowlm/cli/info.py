@@ -21,7 +21,7 @@ from tarflowlm.model import as_flow
 from tarflowlm.report.records import RunRecord, read_record
 from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, WEIGHTS, Checkpoint
 from tarflowlm.runs.hub import is_reference
-from tarflowlm.runs.released import FOLDER, released
+from tarflowlm.runs.released import DEFAULT, FOLDER, released
 from tarflowlm.terminal.progress import minutes
 from tarflowlm.terminal.tables import column_table, print_json, print_notice, print_table
 from tarflowlm.training.metrics import METRICS
@@ -39,7 +39,8 @@ def run_info(args: InfoArgs) -> None:
         if args.json:
             print_json({"models": models})
             return
-        rows = [(m["name"], f"{_kind(m)}; {m['parameters']['all']:,} parameters; {m['tokenizer']}") for m in models]
+        note = {DEFAULT: ", the default"}
+        rows = [(m["name"] + note.get(m["name"], ""), f"{_kind(m)}; {m['tokenizer']}") for m in models]
         print_table(console, "models that come with the package; `tarflowlm info NAME` says more", rows)
         return
     found = _describe(locate(args.directory))

@@ -37,14 +37,16 @@ def locate(directory: str | Path, progress: DownloadProgress | None = None) -> P
 
 
 def chosen(directory: Path | None, model: str | None) -> Path:
-    """The run directory of a command: `directory`, or that of the released model `model`.
+    """The run directory of a command: `directory`, or that of the released model `model`; of `DEFAULT` without both.
 
-    UserError unless exactly one of them is given, and for an unknown model.
+    UserError if both are given, and for an unknown model.
     """
-    if (directory is None) == (model is None):
-        raise UserError("give a run directory, hf:OWNER/NAME, or --model with one of " + ", ".join(released()))
+    if directory is not None and model is not None:
+        raise UserError(f"{directory} and --model {model}: give one of them")
     if directory is not None:
         return directory
+    if model is None:
+        return FOLDER / DEFAULT
     if model not in released():
         raise UserError(f"model {model!r} does not come with the package: choose one of {', '.join(released())}")
     return FOLDER / model
