@@ -237,7 +237,7 @@ def test_directories_that_are_none_or_foreign(refused, tmp_path):
     for command in ("eval", "sample"):
         refused(command, tmp_path / "missing", names=["missing", "tarflowlm train"])
         refused(command, tmp_path, names=["config.json"])
-        refused(command, names=["run directory", "--model"])
+        refused(command, tmp_path, "--model", "english-mini", names=["english-mini", "one of them"])
         refused(command, "x" * 5000, names=["name too long"])
     refused("train", "--resume", tmp_path / "missing", names=["missing"])
     refused("train", "--resume", names=["--resume"])
