@@ -201,8 +201,8 @@ def _find(directories: Sequence[Path]) -> dict[str, Path]:
             raise UserError(
                 f"{folder} holds no run, also not {DEPTH} levels down: give a directory made by `tarflowlm train`"
             )
-        alone = len(directories) == 1 and below != [folder]
-        found |= {str(path.relative_to(folder) if alone else path): path for path in below}
+        short = {folder.resolve().name if path == folder else str(path.relative_to(folder)): path for path in below}
+        found |= {name if name not in found else str(path): path for name, path in short.items()}
     return found
 
 

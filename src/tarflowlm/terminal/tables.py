@@ -60,12 +60,21 @@ def print_table(console: Console, title: str, rows: Iterable[tuple[str, str]]) -
     console.print(table)
 
 
+NUMBER = 14
+"""Characters of the longest cell that is kept on one line."""
+
+
 def column_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
-    """A table of numbers under headings; the column without a heading holds names, which are never cut short."""
+    """A table of numbers under headings; the column without a heading holds names.
+
+    Names and numbers are never cut short: where the width does not suffice, longer texts wrap.
+    """
     table = Table(title=Text(title), title_justify="left", title_style="bold")
-    for column in columns:
+    rows = list(rows)
+    for index, column in enumerate(columns):
         if column:
-            table.add_column(column, justify="right")
+            is_short = bool(rows) and all(len(row[index]) <= NUMBER for row in rows)
+            table.add_column(column, justify="right", no_wrap=is_short, overflow="fold")
         else:
             table.add_column(column, no_wrap=True, style="cyan")
     for row in rows:
