@@ -16,7 +16,6 @@ import tarflowlm
 from tarflowlm.data import encode_text_source, eval_windows
 from tarflowlm.editing import blend, bound, encode, interpolate, renoise, rewrite, token_costs
 from tarflowlm.editing.words import blended_spans, count_of, joined, pick_stretch, pick_words, words_of
-from tarflowlm.generation import generate
 from tarflowlm.language_model import LanguageModel
 
 TEXTS, LENGTH, SEED, CANDIDATES, TEMPERATURE = 32, 96, 0, 32, 0.7
@@ -67,12 +66,6 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
             model, text, spans, candidates=CANDIDATES, temperature=temperature, generator=generator(2)
         ).tokens
 
-    def filled(strength: float) -> torch.Tensor:
-        template = torch.where(mask(chosen(strength)), -1, texts)
-        return generate(
-            model, num_tokens=LENGTH, num=TEXTS, template=template, particles=CANDIDATES, generator=generator(2)
-        ).tokens
-
     def noisy(level: int, strength: float, share: float | None = None) -> torch.Tensor:
         if share is None:
             return renoise(model, text, level=level, strength=strength, generator=generator(2), decoder="auto").tokens
@@ -117,7 +110,6 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
         show(f"interpolate states {level}, weight 0.5", arc, level, 0.5)
     for weight in (0.25, 0.5):
         show(f"words of another text, weight {weight}", blended, weight)
-    show("share 0.1 blanked at once, 32 particles", filled, 0.1)
 
 
 def mask(rows: Sequence) -> torch.Tensor:
