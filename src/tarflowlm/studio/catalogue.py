@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint, read_run
-from tarflowlm.runs.released import DEFAULT, baseline_of, locate, released
+from tarflowlm.runs.released import DEFAULT, locate, released
 from tarflowlm.training.metrics import METRICS
 
 MOST = 200
@@ -64,12 +64,12 @@ def _loaded(place: Path, saved: int, device: str) -> Checkpoint:
 
 
 def collect(names: Sequence[str], device: str = "cpu") -> Catalogue:
-    """The catalogue of released models by name, run directories, and folders of runs; without names, of the default.
+    """The catalogue of released models by name, run directories, and folders of runs; without names, of all released.
 
     UserError for what is none of them.
     """
     if not names:
-        names = [name for name in (DEFAULT, baseline_of(DEFAULT)) if name is not None]
+        names = sorted(released(), key=lambda name: name != DEFAULT)
     found = [place for name in names for place in _runs_in(name)]
     # each run once, by the name that it was given
     found = list({place.resolve(): Path(os.path.abspath(place)) for place in found}.values())
