@@ -86,7 +86,6 @@ def test_a_directory_of_that_name_comes_first(shelf, trained, tmp_path, monkeypa
 
 @pytest.mark.parametrize("command", [["sample"], ["eval"], ["edit", "--text", "a", "--strength", "1"]])
 def test_one_model_at_a_time(shelf, trained, refused, command):
-    refused(*command, names=["--model", "tiny"])
     refused(*command, trained, "--model", "tiny", names=["--model"])
     refused(*command, "--model", "big", names=["'big'", "tiny"])
     refused(*command, "no-such-run", names=["no-such-run", "tiny"])
