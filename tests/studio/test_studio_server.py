@@ -45,7 +45,9 @@ def test_the_page_is_served(path):
     assert is_allowed(path)
 
 
-def ask(path: str, host: str, hosts: tuple[str, ...] | None, kind: str = "http") -> list[dict]:
+def ask(
+    path: str, host: str, hosts: tuple[str, ...] | None, kind: str = "http", origin: str | None = None
+) -> list[dict]:
     """What a guarded application answers."""
     sent: list[dict] = []
 
@@ -59,7 +61,8 @@ def ask(path: str, host: str, hosts: tuple[str, ...] | None, kind: str = "http")
     async def receive():
         return {}
 
-    scope = {"type": kind, "path": path, "headers": [(b"host", host.encode())]}
+    headers = [(b"host", host.encode()), *([] if origin is None else [(b"origin", origin.encode())])]
+    scope = {"type": kind, "path": path, "headers": headers}
     asyncio.run(Guard(app, hosts)(scope, receive, send))
     return sent
 
@@ -81,6 +84,21 @@ def test_a_request_is_guarded(path, host, hosts, status):
     assert start["status"] == status
     if status == 200:
         assert b"default-src 'self'" in dict(start["headers"])[b"content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://127.0.0.1:7860", 200),
+        ("http://elsewhere.example", 403),
+        ("http://127.0.0.1:8888", 403),
+        ("null", 403),
+    ],
+)
+def test_other_pages_cannot_ask(origin, status):
+    path, host = "/gradio_api/queue/join", "127.0.0.1:7860"
+    assert ask(path, host, ("127.0.0.1",), origin=origin)[0]["status"] == status
+    assert ask(path, host, None, origin=origin)[0]["status"] == 200
 
 
 def test_no_websocket_is_opened():

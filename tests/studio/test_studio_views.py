@@ -1,6 +1,7 @@
 """The views without a browser: what they show, that texts are texts, and that any value is answered in words."""
 
 import re
+from dataclasses import replace
 from html import unescape
 
 import pytest
@@ -13,9 +14,10 @@ from tarflowlm.studio.catalogue import collect
 from tarflowlm.studio.curves import runs, ticks
 from tarflowlm.studio.edit import TARGETS, blanked, blend, replace_words, rewrite
 from tarflowlm.studio.infill import infill, weighed
+from tarflowlm.studio.job import Job
 from tarflowlm.studio.pieces import guarded
 from tarflowlm.studio.score import compare
-from tarflowlm.studio.write import write
+from tarflowlm.studio.write import _generate, _order, _so_far, write
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -48,7 +50,7 @@ def test_a_view_answers(catalogue, view):
     assert "st-notice" not in html
 
 
-@pytest.mark.parametrize("value", [None, "x" * 5000, float("nan"), 10**9, "../../etc", ["flow"], {}])
+@pytest.mark.parametrize("value", [None, "x" * 5000, float("nan"), 10**9, 10**400, "../../etc", ["flow"], [], {}])
 @pytest.mark.parametrize("view", VALID, ids=lambda view: view.__name__)
 def test_any_value_is_answered_in_words(catalogue, caplog, view, value):
     for place in range(len(VALID[view])):
@@ -152,6 +154,13 @@ def test_curves_are_drawn_and_follow_the_run(catalogue):
     assert shown(runs, catalogue, [["flow"], "seconds"]).count("<path") < html.count("<path")
 
 
+def test_a_model_without_its_log_has_no_curve(catalogue):
+    both = replace(catalogue, places=catalogue.places | collect([]).places)
+    html = shown(runs, both, [["flow", "english-mini"], "tokens"])
+    assert "English-mini is a model without its training log" in html
+    assert html.count("<svg") == 2
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (1.9, 5.2), (0, 1e7), (0, 3e-4)])
 def test_ticks_are_few_and_round(low, high):
     found = ticks(float(low), float(high))
@@ -179,7 +188,7 @@ def test_a_catalogue_tells_runs_of_one_name_apart(folder, tmp_path):
         found.load("other/flow")
 
 
-def test_without_names_the_catalogue_has_the_default():
+def test_without_names_the_catalogue_has_all_that_are_shipped():
     assert collect([]).models == ["english-mini", "english-mini-ar"]
 
 
@@ -192,3 +201,12 @@ def test_a_catalogue_refuses_what_is_no_run(tmp_path):
 def test_a_whole_number_is_within_bounds(value):
     with pytest.raises(UserError, match=r"^samples"):
         request.whole(value, "samples", 1, 4)
+
+
+def test_the_progress_of_a_text_in_windows_counts_all_of_them(catalogue):
+    checkpoint = catalogue.load("flow")
+    order = _order(checkpoint, "the ", 80, 1.0, 1.0, 1, 0)
+    job = Job(lambda job: _generate(checkpoint, order, False, False, job))
+    list(job.follow())
+    job.ticks = job.ticks[: len(job.ticks) // 2]
+    assert "width:50.0%" in _so_far(checkpoint, order, job)

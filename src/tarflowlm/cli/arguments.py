@@ -238,7 +238,7 @@ class StudioArgs:
     """Arguments of `tarflowlm studio`."""
 
     models: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Models by name, run directories, folders of runs; without any, a model that comes with the package."""
+    """Models by name, run directories, folders of runs; without any, those that come with the package."""
     port: int | None = None
     """Port to serve at; the default is the first free one from 7860 on."""
     host: str = "127.0.0.1"

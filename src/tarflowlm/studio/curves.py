@@ -40,7 +40,10 @@ def runs(catalogue: Catalogue, names: Any, axis: Any) -> Iterator[str]:
     for name in wanted[:MOST]:
         place = catalogue.place(name)
         try:
-            records.append((str(name), _record(place, *_written(place))))
+            record = _record(place, *_written(place))
+            if not record.has_log:
+                raise UserError(f"{name} is a model without its training log: choose another")
+            records.append((str(name), record))
         except UserError as error:
             problems.append(notice(sentence(str(error).replace(str(place), str(name)))))
     if len(wanted) > MOST:

@@ -7,7 +7,6 @@ from html import escape
 from tarflowlm.errors import UserError
 from tarflowlm.report.grid import CSS as TOKEN_CSS
 from tarflowlm.report.grid import GridRow, Token, grid, spans
-from tarflowlm.studio.job import Halted
 
 LOG = logging.getLogger("tarflowlm.studio")
 
@@ -18,8 +17,6 @@ def guarded(view: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
     def safe(*values: object) -> Iterator[str]:
         try:
             yield from view(*values)
-        except Halted:
-            yield page(notice("Stopped."))
         except UserError as error:
             yield page(notice(sentence(str(error))))
         except MemoryError:

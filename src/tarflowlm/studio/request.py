@@ -1,6 +1,5 @@
 """What a visitor asks for, checked on the server: the page can be called with anything."""
 
-import math
 import re
 from typing import Any
 
@@ -18,22 +17,16 @@ MARK = "_"
 
 def whole(value: Any, name: str, least: int, most: int) -> int:
     """A whole number within bounds; UserError, naming it, for anything else."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value != int(value)
-    ):
-        raise UserError(f"{name}: give a whole number from {least} to {most:,}")
-    if not least <= value <= most:
-        raise UserError(f"{name} {int(value):,}: must be from {least} to {most:,} on this page")
-    return int(value)
+    found = number(value, name, least, most)
+    if found != int(found):
+        raise UserError(f"{name} {found:g}: give a whole number from {least} to {most:,}")
+    return int(found)
 
 
-def number(value: Any, name: str, least: float, most: float) -> float:
+def number(value: Any, name: str, least: int | float, most: int | float) -> float:
     """A number within bounds; UserError, naming it, for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise UserError(f"{name}: give a number from {least:g} to {most:g}")
+        raise UserError(f"{name}: give a number from {least:,} to {most:,}")
     return float(value)
 
 

@@ -46,7 +46,7 @@ def difference(before: Tensor, after: Tensor, tokenizer: Tokenizer) -> list[Toke
 def round_rows(
     result: Generation, row: int, num_given: int, tokenizer: Tokenizer, ticks: Sequence[float]
 ) -> list[GridRow]:
-    """Sample `row` after every round of drafts; `ticks` has the seconds at which each of its positions ended."""
+    """Sample `row` after every round of drafts; `ticks` has the seconds at which each of its tokens was final."""
     rows: list[GridRow] = []
     length, before = result.tokens.shape[1], num_given
     for found in result.rounds:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.device import threads_for
+from tarflowlm.errors import UserError
 from tarflowlm.evaluation.scores import Scores, score
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
@@ -31,6 +32,8 @@ def compare(catalogue: Catalogue, names: Any, text: Any) -> Iterator[str]:
     text = request.text(text, "text")
     found: list[tuple[str, Tokenizer, Tensor, Scores]] = []
     wanted = names if isinstance(names, list) else [names]
+    if not wanted:
+        raise UserError("no model is chosen: choose one or two")
     checkpoints = [catalogue.load(name) for name in wanted[:MODELS]]
     seconds = 0.0
     for name, checkpoint in zip(wanted, checkpoints, strict=False):

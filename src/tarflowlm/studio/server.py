@@ -35,10 +35,10 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class Guard:
-    """ASGI middleware: 404 for what the page does not call, 403 for other host names, headers on the rest.
+    """ASGI middleware: 404 for what the page does not call, 403 for other hosts and origins, headers on the rest.
 
-    A page elsewhere could have its own name point at this machine and so read from it; `hosts` are the names that are
-    answered, or None for all.
+    A page elsewhere could have its own name point at this machine and so read from it, or have the browser send
+    requests of its own; `hosts` are the names that are answered, to pages from there alone, or None for all.
     """
 
     def __init__(self, app: Any, hosts: tuple[str, ...] | None) -> None:
@@ -49,8 +49,11 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        name = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0].strip("[]")
-        if scope["type"] != "http" or (self.hosts is not None and name not in self.hosts):
+        host = headers.get(b"host", b"")
+        name = host.decode("latin-1").rsplit(":", 1)[0].strip("[]")
+        # browsers name the page that asks, but for plain visits and images
+        is_ours = name in (self.hosts or ()) and headers.get(b"origin", host).removeprefix(b"http://") == host
+        if scope["type"] != "http" or (self.hosts is not None and not is_ours):
             await _refuse(scope, send, 403)
         elif not is_allowed(scope["path"]):
             await _refuse(scope, send, 404)

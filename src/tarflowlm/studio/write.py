@@ -35,6 +35,11 @@ class Order:
     temperature: float
     top_p: float
 
+    @property
+    def num_given(self) -> int:
+        """Tokens that the model does not write."""
+        return int((self.given != BLANK).sum())
+
 
 def write(
     catalogue: Catalogue, model: Any, text: Any, length: Any, temperature: Any, top_p: Any, num: Any, seed: Any
@@ -84,14 +89,13 @@ def _shows(checkpoint: Checkpoint, order: Order) -> tuple[bool, bool]:
 
 
 def _generate(checkpoint: Checkpoint, order: Order, drafts: bool, passes: bool, job: Job[Generation]) -> Generation:
-    num_given = int((order.given != BLANK).sum())
-    tokens = {"prompt": order.given[:num_given]} if order.is_prompt else {"template": order.given}
+    tokens = {"prompt": order.given[: order.num_given]} if order.is_prompt else {"template": order.given}
     with threads_for(order.num):
         return generate(
             checkpoint.model,
             num_tokens=len(order.given),
             num=order.num,
-            **(tokens if num_given else {}),  # type: ignore[arg-type]
+            **(tokens if order.num_given else {}),  # type: ignore[arg-type]
             generator=torch.Generator().manual_seed(order.seed),
             temperature=order.temperature,
             top_p=order.top_p,
@@ -105,7 +109,7 @@ def _generate(checkpoint: Checkpoint, order: Order, drafts: bool, passes: bool, 
 
 def _so_far(checkpoint: Checkpoint, order: Order, job: Job[Generation]) -> str:
     """What is written by now, and how much is left."""
-    total = num_ticks(checkpoint.model, len(order.given), len(order.given) if order.is_prompt else 0)
+    total = num_ticks(checkpoint.model, len(order.given), order.num_given if order.is_prompt else 0)
     told = torch.cat(job.told, 1)[0] if job.told else order.given[:0]
     share = len(job.ticks) / max(total, 1)
     locked = order.given[: len(told)] != BLANK
@@ -133,9 +137,11 @@ def _rows(
     rows: list[GridRow] = []
     locked = order.given != BLANK
     if result.rounds:
-        # the ticks of block 1 are the last ones
-        ends = job.ticks[-len(order.given) // checkpoint.model.config.patch :] if order.num == 1 else []
-        rows = round_rows(result, row, int(locked.sum()), checkpoint.tokenizer, ends)
+        patch = checkpoint.model.config.patch
+        # the ticks of block 1 are the last ones; the tokens of a position end together
+        ticks = job.ticks[-len(order.given) // patch :] if order.num == 1 else []
+        ends = [tick for tick in ticks for _ in range(patch)]
+        rows = round_rows(result, row, order.num_given, checkpoint.tokenizer, ends)
     if not result.passes:
         return rows, ""
     passes, hidden = pass_rows(as_flow(checkpoint.model), result, row, checkpoint.tokenizer, locked)
