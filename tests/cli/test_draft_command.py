@@ -38,7 +38,7 @@ def test_rounds_end_with_the_text(run, run_json, copy):
 
 
 def test_what_a_draft_cannot_serve_is_said(refused, models, copy, text_file, tmp_path):
-    refused("draft", names=["run directory", "--model"])
+    refused("draft", names=["english-mini comes with the package", "--out"])
     refused("draft", models["mini-ar"], names=["mini-ar", "baseline", "no block 1"])
     refused("draft", "english-mini", names=["english-mini", "--out"])
     refused("draft", "--model", "english-mini", names=["english-mini", "--out"])

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tarflowlm.cli import quickstart
+from tarflowlm.cli.configured import TrainArgs
 from tarflowlm.cli.main import main
-from tarflowlm.cli.train import TrainArgs, overridden
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import stack
 from tarflowlm.runs.presets import preset
@@ -138,5 +138,5 @@ def test_without_the_corpus_the_package_is_named(call, tmp_path, monkeypatch):
     ids=["preset", "minutes", "steps"],
 )
 def test_the_preset_trains_by_time_unless_steps_are_given(given, minutes, stages):
-    train = overridden(TrainArgs(run=preset("quickstart"), **given)).train
+    train = TrainArgs(run=preset("quickstart"), **given).configured().train
     assert (train.minutes, train.stage_steps) == (minutes, stages)

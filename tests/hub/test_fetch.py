@@ -133,7 +133,10 @@ def test_a_missing_client_is_named(shared, refused, monkeypatch):
 
 
 def test_a_model_of_the_hub_is_not_written_to(shared, refused):
-    refused("draft", "hf:ada/tiny", names=["hf:ada/tiny", "--out"])
+    refused("report", "hf:ada/tiny", names=["hf:ada/tiny is on the hub", "--out tiny-report"])
+    refused("draft", "hf:ada/tiny", names=["hf:ada/tiny is on the hub", "--out"])
+    refused("seal", "hf:ada/tiny", names=["hf:ada/tiny is on the hub", "export"])
+    assert not shared.requests
 
 
 def test_the_command_line_from_start_to_end(shared, tmp_path):
@@ -144,3 +147,9 @@ def test_the_command_line_from_start_to_end(shared, tmp_path):
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.strip("\n")) >= 8
+
+
+def test_a_report_calls_a_model_of_the_hub_by_its_name(shared, run_json, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = run_json("report", "hf:ada/tiny", "--out", tmp_path / "report")
+    assert [run["name"] for run in result["runs"]] == ["hf:ada/tiny"]

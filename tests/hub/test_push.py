@@ -9,9 +9,9 @@ import torch
 from hub_server import Repository
 
 import tarflowlm
+from tarflowlm.cli.configured import TrainArgs
 from tarflowlm.cli.main import main
 from tarflowlm.cli.parsing import parse
-from tarflowlm.cli.train import TrainArgs, overridden
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.runs.checkpoint import load_checkpoint
@@ -90,7 +90,7 @@ def test_the_command_of_a_card_gives_the_run(name):
     run = replace(run, seed=7, train=train, model=model, data=data, optim=replace(run.optim, lr=1e-3))
     _, _, given, *words = shlex.split(training_command(run))
     assert given == name
-    assert overridden(parse(TrainArgs, words, "train", default=TrainArgs(run=preset(name)))) == run
+    assert parse(TrainArgs, words, "train", default=TrainArgs(run=preset(name))).configured() == run
     assert training_command(replace(run, name="mine")) is None
 
 

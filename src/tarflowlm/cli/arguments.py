@@ -226,7 +226,7 @@ class ReportArgs:
     """Arguments of `tarflowlm report`."""
 
     directories: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories, or names of models that come with the package; several are drawn into the same figures."""
+    """Run directories, shipped models or hf:OWNER/NAME; several are drawn into the same figures."""
     out: Path | None = None
     """Directory to write; by default DIR/report for a single run directory. An earlier report there is replaced."""
     device: Device = "auto"

@@ -6,15 +6,13 @@ from rich.console import Console
 
 from tarflowlm.cli.arguments import ExportArgs, ReportArgs, SealArgs
 from tarflowlm.cli.configured import DataArgs
-from tarflowlm.cli.models import locate
 from tarflowlm.data import prepare_corpus
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.files import writer_lock
 from tarflowlm.report import write_report
 from tarflowlm.runs.checkpoint import export, read_run, seal
-from tarflowlm.runs.hub import is_reference
-from tarflowlm.runs.released import FOLDER
+from tarflowlm.runs.released import borrowed
 from tarflowlm.terminal.bars import corpus_bar, stages_bar
 from tarflowlm.terminal.tables import print_json, print_notice, print_table
 
@@ -37,9 +35,8 @@ def run_data(args: DataArgs) -> None:
 
 
 def run_report(args: ReportArgs) -> None:
-    directories = [locate(directory) for directory in args.directories]
     with stages_bar(Console(stderr=True)) as progress:
-        result = write_report(directories, args.out, device=pick_device(args.device), progress=progress)
+        result = write_report(args.directories, args.out, device=pick_device(args.device), progress=progress)
     if args.json:
         print_json(result)
         return
@@ -60,11 +57,9 @@ def run_export(args: ExportArgs) -> None:
 
 
 def run_seal(args: SealArgs) -> None:
-    if is_reference(args.directory) and not args.directory.exists():
-        raise UserError(f"{args.directory.as_posix()} is on the hub: seal a copy of it, from `tarflowlm export`")
-    directory = locate(args.directory)
-    if directory.resolve().parent == FOLDER.resolve():
-        raise UserError(f"{directory.name} comes with the package: seal a copy of it, from `tarflowlm export`")
+    directory = args.directory
+    if (whose := borrowed(directory)) is not None:
+        raise UserError(f"{whose}: seal a copy of it, from `tarflowlm export`")
     read_run(directory, check=False)
     with writer_lock(directory):
         files = seal(directory)

@@ -8,8 +8,7 @@ from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.runs.drafts import DRAFT
-from tarflowlm.runs.hub import is_reference
-from tarflowlm.runs.released import FOLDER, chosen
+from tarflowlm.runs.released import borrowed, chosen
 from tarflowlm.terminal.tables import print_json, print_table
 from tarflowlm.terminal.training import DraftReporter
 from tarflowlm.training.draft import DraftTraining, train_draft
@@ -17,11 +16,9 @@ from tarflowlm.training.draft import DraftTraining, train_draft
 
 def run_draft(args: DraftArgs) -> None:
     given = chosen(args.directory, args.model)
-    if args.out is None and is_reference(given) and not given.exists():
-        raise UserError(f"{given.as_posix()} is on the hub: name a directory for a copy of it with --out")
+    if args.out is None and (whose := borrowed(given)) is not None:
+        raise UserError(f"{whose}: name a directory for a copy of it with --out")
     directory = locate(given)
-    if directory.parent == FOLDER and args.out is None:
-        raise UserError(f"{directory.name} comes with the package: name a directory for a copy of it with --out")
     if args.resume and args.out is not None:
         raise UserError(f"--resume with --out {args.out}: resume that directory itself, `draft {args.out} --resume`")
     training: DraftTraining | None = DraftTraining(seed=args.seed)

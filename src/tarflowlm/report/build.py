@@ -1,7 +1,8 @@
 """Building a report: read the runs and their models, draw figures, and write one page."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from tarflowlm.report.records import RunRecord, read_records
 from tarflowlm.report.samples import CSS, SEED, Samples, draw_samples, passes_markup, texts_markup
 from tarflowlm.report.style import Figure, check_matplotlib, render, render_narrow
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
-from tarflowlm.runs.released import locate
+from tarflowlm.runs.hub import is_reference
+from tarflowlm.runs.released import borrowed, locate
 
 PAGE = "index.html"
 WIDTH = 9.6
@@ -38,8 +40,8 @@ WIDTH = 9.6
 COUNTED = 1 << 22
 """Tokens of the validation split whose frequencies are counted."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with the name of a step, how much of it is done, and the total."""
+Progress = Callable[[str, int, int | None], None]
+"""Called with the name of a step, how much of it is done, and the total, if that is known."""
 
 
 @dataclass
@@ -63,9 +65,9 @@ def write_report(
 ) -> dict[str, Any]:
     """Write PNG figures and index.html about the runs in `directories` into `out`, and return what was written.
 
-    A run is a run directory, a model exported from one, or the name of a released model; the last two have no curves.
-    `out` defaults to DIR/report for a single run. An earlier report there is replaced file by file. `device` draws
-    the samples and computes the terms of the bound.
+    A run is a run directory, a model exported from one, the name of a released model or hf:OWNER/NAME; all but the
+    first have no curves. `out` defaults to DIR/report for a single run directory. An earlier report there is replaced
+    file by file. `device` draws the samples and computes the terms of the bound.
 
     Raises UserError, before anything is written, if a directory is not a run or has no metrics yet, if two runs have
     the same name, if `out` is missing where it is needed or holds something other than a report, or if matplotlib is
@@ -76,14 +78,17 @@ def write_report(
         raise UserError("report needs a run directory: name one or more")
     if out is None and len(directories) > 1:
         raise UserError(f"a report of {len(directories)} runs needs a place: name it with --out")
-    places = [locate(directory) for directory in directories]
-    if out is None and places[0] != Path(directories[0]):
-        name = directories[0]
-        raise UserError(f"{name} comes with the package, which is no place for a report: add --out {name}-report")
-    out = places[0] / "report" if out is None else out
-    records = read_records(places)
-    _check_out(out)
+    if out is None and (whose := borrowed(directories[0])) is not None:
+        raise UserError(f"{whose}, which is no place for a report: add --out {Path(directories[0]).name}-report")
     progress = progress or (lambda _what, _done, _total: None)
+    places = [locate(d, partial(progress, f"downloading {d.as_posix()}, bytes")) for d in directories]
+    out = places[0] / "report" if out is None else out
+    # folders in the hub's cache are named after commits
+    records = [
+        replace(record, name=given.as_posix()) if is_reference(given) else record
+        for record, given in zip(read_records(places), directories, strict=True)
+    ]
+    _check_out(out)
     insights = [_inspect(record, device or torch.device("cpu"), progress) for record in records]
     out.mkdir(parents=True, exist_ok=True)
     curves = 3 * any(record.has_log for record in records)

@@ -36,6 +36,15 @@ def locate(directory: str | Path, progress: DownloadProgress | None = None) -> P
     return FOLDER / path if not path.exists() and str(path) in released() else path
 
 
+def borrowed(directory: str | Path) -> str | None:
+    """Whose the run directory is that `locate` finds, in words; None for the user's own, which may be written to."""
+    path = Path(directory)
+    if is_reference(path) and not path.exists():
+        return f"{path.as_posix()} is on the hub"
+    path = locate(path).resolve()
+    return f"{path.name} comes with the package" if path.parent == FOLDER.resolve() else None
+
+
 def chosen(directory: Path | None, model: str | None) -> Path:
     """The run directory of a command: `directory`, or that of the released model `model`; of `DEFAULT` without both.
 
