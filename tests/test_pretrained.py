@@ -40,6 +40,8 @@ def test_it_writes(loaded):
 def test_it_fills_blanks(loaded):
     text = loaded.write(template="The ___ of", particles=2)
     assert (text[:4], text[7:], len(text)) == ("the ", " of", 10)
+    text = loaded.write(template="The XXX of", blank="X")
+    assert (text[:4], text[7:], len(text)) == ("the ", " of", 10)
 
 
 def test_it_scores(loaded):

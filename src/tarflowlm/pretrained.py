@@ -69,7 +69,10 @@ class Pretrained(_Pair):
         given = None if not prompt else self.encode(prompt, name="prompt")
         blanks = None
         if template is not None:
-            blanks = encode_template(self.tokenizer, self._checked(template, "template"), blank)
+            # a blank keeps its case
+            parts = template.split(blank) if isinstance(template, str) and blank else [template]
+            text = blank.join(self._checked(part, "template") for part in parts)
+            blanks = encode_template(self.tokenizer, text, blank)
         if num_tokens is None:
             num_tokens = self.config.context if blanks is None else len(blanks)
         tokens = generate(

@@ -114,7 +114,7 @@ def test_templates_on_the_command_line(directories, run, run_json):
     ("options", "words"),
     [
         (["--template", ""], "template is empty"),
-        (["--template", "A_"], "'A' x1"),
+        (["--template", "a!_"], "'!' x1"),
         (["--template", "a__", "--blank", "a"], "alphabet"),
         (["--template", "a__", "--blank", "__"], "single character"),
         (["--template", "_" * 40], "length 40"),

@@ -1,15 +1,20 @@
 """Every command, in process: what it prints and what it writes."""
 
+import io
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 from command_cases import CHECKPOINT, FAMILIES, ONE_LAYER, TINY
 from safetensors.torch import load_file
 
+from tarflowlm.cli.main import main
 from tarflowlm.data import TEXT8_ALPHABET
 from tarflowlm.runs.released import FOLDER
+from tarflowlm.terminal.streams import write_out
+from tarflowlm.terminal.tables import print_json
 
 EVAL_KEYS = {"bpc", "ppl", "nats_per_token", "bound", "samples", "stderr", "tokens", "characters", "windows"}
 
@@ -211,3 +216,12 @@ def test_a_stopped_run_continues(run, run_json, model, text_file, tmp_path, monk
     assert run_json("train", "--resume", out, "--device", "cpu")["steps"] == 6
     ours, theirs = load_file(out / "model.safetensors"), load_file(model / "model.safetensors")
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_characters_that_the_output_lacks_end_nothing(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="")
+    monkeypatch.setattr(sys, "stdout", out)
+    main(["--version"])
+    print_json({"text": "caf\u00e9"})
+    write_out("\u2019")
+    assert out.buffer.getvalue().endswith(b'{"text": "caf?"}\n?')

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from tarflowlm.editing.words import blended_spans, count_of, find_piece, joined, pick_stretch, pick_words, words_of
+from tarflowlm.editing.words import (
+    blended_spans,
+    count_of,
+    find_piece,
+    find_words,
+    joined,
+    pick_stretch,
+    pick_words,
+    words_of,
+)
 from tarflowlm.errors import UserError
 
 
@@ -79,3 +88,11 @@ def test_pieces_are_found_as_words_first():
     for piece in ("", "queen"):
         with pytest.raises(UserError, match="does not occur"):
             find_piece(text, piece)
+
+
+def test_words_are_found_in_parts_of_characters():
+    pieces = [b"caf", b"\xc3", b"\xa9", b" na", b"\xc3", b"\xafve", b" caf", b"\xc3\xa9", b" caf"]
+    assert find_words(pieces, "caf\u00e9") == [(0, 3), (6, 8)]
+    assert find_words(pieces, "na\u00efve") == [(3, 6)]
+    assert find_piece(pieces, "caf") == (8, 9)
+    assert find_words(pieces, "") == []

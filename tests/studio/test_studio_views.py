@@ -7,6 +7,7 @@ from html import unescape
 import pytest
 import torch
 
+from tarflowlm.data import ByteTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.studio import request
@@ -16,7 +17,8 @@ from tarflowlm.studio.edit import TARGETS, blanked, blend, replace_words, rewrit
 from tarflowlm.studio.infill import infill, weighed
 from tarflowlm.studio.job import Job
 from tarflowlm.studio.pieces import guarded
-from tarflowlm.studio.score import compare
+from tarflowlm.studio.rows import symbols
+from tarflowlm.studio.score import _symbols, compare
 from tarflowlm.studio.write import _generate, _order, _so_far, write
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -121,6 +123,18 @@ def test_only_whole_words_are_replaced(catalogue):
     assert "".join("_" if t < 0 else tokenizer.decode([t]) for t in template.tolist()) == "___ a catcat ___"
     with pytest.raises(UserError, match="no word of the text"):
         blanked(tokenizer, template.clamp_min(0), "dog")
+
+
+def test_word_pieces_are_shown_as_text():
+    text = "a na\u00efve \u2014 word"
+    tokenizer = ByteTokenizer()
+    tokens = torch.from_numpy(tokenizer.encode(text))
+    assert "".join(symbols(tokens.tolist(), tokenizer)) == text
+    assert "".join(symbols(tokens[:4].tolist(), tokenizer)) == "a na"
+    assert "".join(symbols(tokens[:5].tolist(), tokenizer)) == "a na\ufffd"
+    blanks = blanked(tokenizer, tokens, "na\u00efve") == -1
+    assert blanks.nonzero()[:, 0].tolist() == list(range(2, 8))
+    assert "\\xc3" in _symbols(tokens, tokenizer)
 
 
 def test_an_edit_of_strength_zero_changes_nothing(catalogue):

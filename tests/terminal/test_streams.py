@@ -1,10 +1,15 @@
 """Texts shown while they are written: all of them, nothing of a stop, and no half of a character."""
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 
 from tarflowlm.data.tokenizer import ByteTokenizer
+from tarflowlm.generation import Generation
 from tarflowlm.terminal.streams import TextStream, first_stop
+from tarflowlm.terminal.texts import print_samples
 
 
 def streamed(text: str, stops: tuple[str, ...] = (), *, start: int = 0, shown: int = 0) -> tuple[str, TextStream]:
@@ -56,3 +61,11 @@ def test_characters_come_whole():
     stream.add(torch.tensor(list("a☃".encode()[:-1])))
     assert pieces == ["a"]
     assert stream.close() == "a\ufffd"
+
+
+def test_a_sample_gives_the_terminal_no_commands():
+    out = io.StringIO()
+    tokens = torch.tensor([list(b"a\x1b[2Jb\rc\nd")])
+    print_samples(Console(file=out, width=40), Generation(tokens), ByteTokenizer())
+    assert "a\ufffd[2Jb\ufffdc " in out.getvalue()
+    assert "\x1b" not in out.getvalue()

@@ -167,7 +167,8 @@ class EditArgs:
     weight: float | None = None
     """With --toward: the share of words to take (0.5); 0 is the text, 1 the other text."""
     replace: tuple[str, str] | None = None
-    """OLD NEW: replace the first OLD by NEW, of as many tokens, and regenerate the rest from its noise."""
+    """OLD NEW: replace the first OLD, as a word if it is one, by NEW, of as many tokens, and regenerate the rest from
+    its noise."""
     level: int | None = None
     """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is the noise. Re-noises
     by h -> sqrt(1 - s^2) h + s eps with s the strength, or interpolates."""

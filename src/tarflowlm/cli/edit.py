@@ -128,9 +128,7 @@ def _redrawn(
     if args.rewrite is not None:
         if not args.rewrite:
             raise UserError("--rewrite names no piece of the text: give at least one")
-        pieces = [wording.text(piece, "piece") for piece in args.rewrite]
-        if wording.normalizes:
-            pieces = [piece.strip() for piece in pieces]
+        pieces = [wording.piece(piece, "piece") for piece in args.rewrite]
         return [sorted(find_piece(parts, piece) for piece in pieces)] * args.num
     words = words_of(parts)
     if not words:
@@ -168,16 +166,16 @@ def _blended(
 
 def _replacements(args: EditArgs, wording: Wording, text: Encoded) -> torch.Tensor:
     assert args.replace is not None
-    tokens = text.tokens[0, : text.length].cpu()
-    old, new = (wording.tokens(part, "replacement") for part in args.replace)
-    if len(old) != len(new):
-        raise UserError(f"{args.replace[0]!r} has {len(old)} tokens, {args.replace[1]!r} {len(new)}: they must agree")
-    found = (tokens.unfold(0, len(old), 1) == old).all(-1).nonzero() if len(old) <= len(tokens) else tokens[:0]
-    if not len(found):
-        raise UserError(f"{args.replace[0]!r} does not occur in the text: give a piece of it")
-    at = int(found[0])
-    replacements = torch.full_like(tokens, -1)
-    replacements[at : at + len(new)] = new
+    parts = _pieces(text, wording.tokenizer)
+    old, new = (wording.piece(part, "replacement") for part in args.replace)
+    start, stop = find_piece(parts, old)
+    # with what else is in these tokens: those of word pieces begin with a space
+    held = b"".join(parts[start:stop]).decode("utf-8", errors="replace")
+    tokens = torch.from_numpy(wording.tokenizer.encode(held.replace(old, new, 1)))
+    if len(tokens) != stop - start:
+        raise UserError(f"{held!r} has {stop - start} tokens, {new!r} in its place {len(tokens)}: they must agree")
+    replacements = torch.full((text.length,), -1)
+    replacements[start:stop] = tokens
     return replacements
 
 

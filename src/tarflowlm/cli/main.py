@@ -5,6 +5,7 @@ itself, 130 when interrupted otherwise (docs/reliability.md).
 """
 
 import contextlib
+import io
 import os
 import sys
 from dataclasses import dataclass
@@ -129,6 +130,9 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> None:
     """Entry point: runs a command and exits."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a character that the output cannot take is no reason to end
+        sys.stdout.reconfigure(errors="replace")
     try:
         try:
             _dispatch(argv)

@@ -41,6 +41,11 @@ class Wording:
         """Tokens [tokens]. UserError for an empty text, which it calls `name`, and for unknown characters."""
         return torch.from_numpy(self.tokenizer.encode(self.text(text, name)))
 
+    def piece(self, text: str, name: str) -> str:
+        """As `text`, for a piece of another one: without the spaces that normalisation leaves around it."""
+        found = self.text(text, name)
+        return found.strip() if self.normalizes else found
+
     def prompt(self, text: str) -> Tensor:
         """Tokens [tokens]. UserError as in `tokens`."""
         if not text:

@@ -127,7 +127,7 @@ def propose(
 
     The noise of the span is standard normal, so that a candidate has the density prod_t p(z_t | z_<t) of block 1.
     Its weight is p(z) over that: the densities of block 1 behind the span, times p_{>1}(h) / N(h; 0, I) for the noise
-    h = h^(1) of the whole text.
+    h = h^(1) of the whole text. At another temperature h keeps the noise that was drawn in the span.
     """
     start, stop = span
     patch, prior = model.config.patch, model.prior

@@ -51,7 +51,7 @@ def pick_words(
     or ends there, so a piece of one may take its place. UserError for more words than there are.
     """
     if not 0 <= count <= len(words):
-        raise UserError(f"words {count}: the text has {len(words)}")
+        raise UserError(f"words {count}: the text has {len(words)}, give at most so many")
     if costs is None:
         order = torch.randperm(len(words), generator=generator).tolist()
     else:
@@ -98,9 +98,21 @@ def find_piece(pieces: Sequence[bytes], piece: str) -> Span:
 
     UserError for a piece that is empty or not in the text.
     """
-    whole, wanted = b"".join(pieces), piece.encode("utf-8", errors="replace")
-    found = re.search(rb"(?<!\w)" + re.escape(wanted) + rb"(?!\w)", whole) or re.search(re.escape(wanted), whole)
-    if not wanted or found is None:
+    found = find_words(pieces, piece) or _found(pieces, re.escape(piece))
+    if not piece or not found:
         raise UserError(f"{piece!r} does not occur in the text: give a piece of it")
+    return found[0]
+
+
+def find_words(pieces: Sequence[bytes], piece: str) -> list[Span]:
+    """The tokens that hold each occurrence of `piece` as whole words."""
+    return _found(pieces, rf"(?<!\w){re.escape(piece)}(?!\w)") if piece else []
+
+
+def _found(pieces: Sequence[bytes], pattern: str) -> list[Span]:
+    # tokens may hold parts of characters, so places are counted in bytes; the error handler keeps any of them
+    handler = "surrogateescape"
+    text = b"".join(pieces).decode("utf-8", handler)
     ends = list(itertools.accumulate(len(part) for part in pieces))
-    return bisect_right(ends, found.start()), bisect_left(ends, found.end()) + 1
+    places = [[len(text[:at].encode("utf-8", handler)) for at in m.span()] for m in re.finditer(pattern, text)]
+    return [(bisect_right(ends, start), bisect_left(ends, stop) + 1) for start, stop in places]

@@ -1,7 +1,6 @@
 """The view that edits: words replaced or rewritten, states re-noised, the way from one text to another."""
 
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from tarflowlm import editing
 from tarflowlm.data import Tokenizer
 from tarflowlm.device import threads_for
 from tarflowlm.editing import Edit, encode, interpolate, renoise
-from tarflowlm.editing.words import Span, blended_spans, count_of, joined, pick_words, words_of
+from tarflowlm.editing.words import Span, blended_spans, count_of, find_words, joined, pick_words, words_of
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.generation.choice import weighs_tokens
@@ -63,17 +62,13 @@ def blanked(tokenizer: Tokenizer, tokens: Tensor, words: str) -> Tensor:
     pieces = [piece.strip() for piece in words.split(",") if piece.strip()]
     if not pieces:
         raise UserError("no word is named: write the words to replace, separated by commas")
-    template, decoded = tokens.clone(), [tokenizer.decode([token]) for token in tokens.tolist()]
-    whole = "".join(decoded)
-    ends = torch.tensor([len(piece) for piece in decoded]).cumsum(0)
+    template, parts = tokens.clone(), [tokenizer.token_bytes[token] for token in tokens.tolist()]
     for piece in pieces:
-        wanted = tokenizer.decode(request.encoded(tokenizer, piece)).strip()
-        found = list(re.finditer(rf"(?<!\w){re.escape(wanted)}(?!\w)", whole)) if wanted else []
+        found = find_words(parts, tokenizer.decode(request.encoded(tokenizer, piece)).strip())
         if not found:
             raise UserError(f"{piece!r} is no word of the text: copy one from it")
-        for match in found:
-            begins = torch.cat((ends.new_zeros(1), ends[:-1]))
-            template[(begins < match.end()) & (ends > match.start())] = BLANK
+        for start, stop in found:
+            template[start:stop] = BLANK
     if (template == BLANK).all():
         raise UserError("every word would be replaced: keep some")
     return template

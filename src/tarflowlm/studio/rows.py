@@ -1,5 +1,6 @@
 """Texts that change, as rows of coloured tokens: rounds of drafts, passes of blocks, an edit beside its original."""
 
+import codecs
 from collections.abc import Sequence
 
 import torch
@@ -16,15 +17,10 @@ LEAST_CHANGE = 0.1
 
 
 def symbols(tokens: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """Tokens as strings that concatenate to the text; a token that is not whole characters is printed escaped."""
-    table, shown = tokenizer.token_bytes, tokenizer.symbols
-    found = []
-    for token in tokens:
-        try:
-            found.append(table[token].decode("utf-8"))
-        except UnicodeDecodeError:
-            found.append(shown[token])
-    return found
+    """Tokens as strings that concatenate to the text: a character of several tokens comes with the last of them."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    found = [decoder.decode(tokenizer.token_bytes[token]) for token in tokens]
+    return [*found[:-1], found[-1] + decoder.decode(b"", final=True)] if found else []
 
 
 def marked(tokens: Sequence[int], tokenizer: Tokenizer, kinds: Sequence[Kind]) -> list[Token]:

@@ -16,7 +16,6 @@ from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
 from tarflowlm.studio.pieces import bar, card, facts, milliseconds, muted, page, title
-from tarflowlm.studio.rows import symbols
 
 SAMPLES = 8
 """Draws from the posterior that a bound is averaged over."""
@@ -66,7 +65,7 @@ def _card(name: str, tokenizer: Tokenizer, tokens: Tensor, scores: Scores, most:
         (f"{sign}{scores.total:.1f}", "bits in all"),
         ("", "exact" if scores.exact else f"a bound, mean of {SAMPLES} posterior samples"),
     )
-    return card(title(name), heat(symbols(tokens.tolist(), tokenizer), scores.bits.tolist(), most), numbers)
+    return card(title(name), heat(_symbols(tokens, tokenizer), scores.bits.tolist(), most), numbers)
 
 
 def _difference(found: Sequence[tuple[str, Tokenizer, Tensor, Scores]]) -> str:
@@ -74,7 +73,7 @@ def _difference(found: Sequence[tuple[str, Tokenizer, Tensor, Scores]]) -> str:
     if len(found) < 2 or found[0][1].fingerprint != found[1][1].fingerprint:
         return ""
     (first, tokenizer, tokens, a), (second, _, _, b) = found
-    shown = heat(symbols(tokens.tolist(), tokenizer), (a.bits - b.bits).tolist(), GAP)
+    shown = heat(_symbols(tokens, tokenizer), (a.bits - b.bits).tolist(), GAP)
     text = f"Blue: {first} needs fewer bits than {second}. Orange: it needs more. Full colour: {GAP:g} bits."
     return card(title(f"{first} against {second}"), shown, muted(text))
 
@@ -84,7 +83,7 @@ def _blocks(one: tuple[str, Tokenizer, Tensor, Scores]) -> str:
     name, tokenizer, tokens, scores = one
     if scores.blocks is None or len(scores.blocks) < 2:
         return ""
-    shown, rows = symbols(tokens.tolist(), tokenizer), ""
+    shown, rows = _symbols(tokens, tokenizer), ""
     for block, row in enumerate(scores.blocks, 1):
         words = f"block {block}: {row.mean().item():+.2f} bits a token"
         body = heat(shown, (row.mean() - row).tolist(), max(GAP, row.std(correction=0).item() * 2))
@@ -94,6 +93,15 @@ def _blocks(one: tuple[str, Tokenizer, Tensor, Scores]) -> str:
         "which makes it likelier; orange: less."
     )
     return card(title(f"Blocks of {name}"), rows, muted(text))
+
+
+def _symbols(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
+    """Tokens as they are; escaped where they are not whole characters, as every token has a number to be seen."""
+    whole = [tokenizer.token_bytes[token].decode("utf-8", errors="replace") for token in tokens.tolist()]
+    return [
+        tokenizer.symbols[token] if "\ufffd" in text else text
+        for token, text in zip(tokens.tolist(), whole, strict=True)
+    ]
 
 
 def heat(shown: Sequence[str], values: Sequence[float], most: float) -> str:

@@ -13,12 +13,15 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """What a terminal may take for a command; not tabs and line ends."""
 
 
+def printable(text: str) -> str:
+    """The text for a terminal, which takes some characters for commands."""
+    return _CONTROL.sub("\ufffd", text)
+
+
 def write_out(piece: str) -> None:
     """A piece of text to stdout at once."""
     out = sys.stdout
-    piece = _CONTROL.sub("\ufffd", piece) if out.isatty() else piece
-    encoding = out.encoding or "utf-8"
-    out.write(piece.encode(encoding, errors="replace").decode(encoding))
+    out.write(printable(piece) if out.isatty() else piece)
     out.flush()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tarflowlm.data import Tokenizer
 from tarflowlm.generation import Generation
 from tarflowlm.generation.pareto import UNRELIABLE
+from tarflowlm.terminal.streams import printable
 
 
 def print_samples(
@@ -31,7 +32,7 @@ def print_samples(
     for row, tokens in enumerate(result.tokens):
         passes = [symbols(state[row], tokenizer) for state in result.passes]
         text = tokenizer.decode(tokens.tolist()) if texts is None else texts[row]
-        body = _passes_text(passes) if passes else Text(text)
+        body = _passes_text(passes) if passes else Text(printable(text))
         if result.rounds:
             rounds = [
                 (symbols(r.tokens[row], tokenizer), int(r.final[row]), int(r.guessed[row])) for r in result.rounds

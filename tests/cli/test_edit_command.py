@@ -1,0 +1,35 @@
+"""What `tarflowlm edit` looks for in a text of word pieces, which begin with a space."""
+
+import pytest
+import torch
+
+from tarflowlm.cli.arguments import EditArgs
+from tarflowlm.cli.edit import _replacements
+from tarflowlm.cli.prompts import Wording
+from tarflowlm.data.bpe import train_bpe
+from tarflowlm.editing import Encoded
+from tarflowlm.errors import UserError
+
+TEXT = "The king saw the other King"
+TOKENIZER = train_bpe([f"{TEXT} The Queen saw the queen. " * 9], 280, alphabet=None, normalization="none")
+
+
+def replaced(old: str, new: str) -> str:
+    wording = Wording(TOKENIZER, None)
+    tokens = wording.tokens(TEXT, "text")
+    wanted = _replacements(EditArgs(text=TEXT, replace=(old, new)), wording, Encoded(tokens[None], len(tokens), ()))
+    return TOKENIZER.decode(torch.where(wanted >= 0, wanted, tokens))
+
+
+def test_a_word_is_replaced_with_the_space_of_its_token():
+    assert len(TOKENIZER.encode(TEXT)) == 6
+    assert replaced("king", "queen") == "The queen saw the other King"
+    assert replaced("King", "Queen") == "The king saw the other Queen"
+    assert replaced("The king", "The Queen") == "The Queen saw the other King"
+
+
+def test_a_replacement_has_as_many_tokens():
+    with pytest.raises(UserError, match="' king' has 1 tokens, 'zzz' in its place"):
+        replaced("king", "zzz")
+    with pytest.raises(UserError, match="'dog' does not occur"):
+        replaced("dog", "queen")
