@@ -51,7 +51,7 @@ def test_what_is_pushed_comes_back_bit_for_bit(hub, log_in, finished):
 
 def test_what_is_pushed_is_what_is_fetched(hub, log_in, finished):
     log_in()
-    tarflowlm.load(finished).push_to_hub("ada/mine")
+    tarflowlm.load(finished).push_to_hub("hf:ada/mine")
     wanted = {f"{folder}/{file}".lstrip("/") for folder, files in FILES.items() for file in files}
     assert hub.repositories["ada/mine"].files.keys() == wanted | {"README.md"}
 
@@ -127,6 +127,7 @@ def test_a_dry_run_uploads_nothing_and_shows_everything(hub, finished, tmp_path,
 
 def test_what_cannot_be_pushed_costs_one_line(hub, finished, run, refused, tmp_path):
     refused("push", finished, "mine", names=["'mine'", "OWNER/NAME"])
+    refused("push", finished, "ada/..", names=["'ada/..'", "OWNER/NAME"])
     refused("push", finished, "ada/mine", "--dry-run", "--private", names=["--private", "--dry-run"])
     refused("push", tmp_path / "none", "ada/mine", names=["none", "is not a directory"])
     done = run("push", finished, "ada/mine")
@@ -145,6 +146,13 @@ def test_a_model_of_the_hub_is_scored_and_described(shared, run_json):
 def test_revisions_belong_to_the_hub(trained):
     with pytest.raises(UserError, match="revision 'v1'"):
         tarflowlm.from_pretrained(trained, revision="v1")
+
+
+@pytest.mark.parametrize("name", ["../none", "./none"])
+def test_a_folder_that_is_not_there_is_no_name_on_the_hub(hub, name):
+    with pytest.raises(UserError, match="is not a directory"):
+        tarflowlm.from_pretrained(name)
+    assert not hub.requests
 
 
 def test_push_takes_shipped_models(tmp_path, monkeypatch):
