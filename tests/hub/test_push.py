@@ -69,6 +69,9 @@ def test_a_card_says_what_the_model_is(finished, tmp_path):
     plain = tarflowlm.load(tmp_path / "mine").save_pretrained(tmp_path / "again")
     # its card is kept
     assert (plain / "README.md").read_text("utf-8") == card
+    with pytest.raises(UserError, match=r"licence 'mit': .*README\.md has a head"):
+        tarflowlm.load(tmp_path / "mine").save_pretrained(tmp_path / "third", licence="mit")
+    assert not (tmp_path / "third").exists()
 
 
 def test_results_that_are_not_there_are_not_made_up(trained, tmp_path):
@@ -92,6 +95,15 @@ def test_the_command_of_a_card_gives_the_run(name):
     assert given == name
     assert parse(TrainArgs, words, "train", default=TrainArgs(run=preset(name))).configured() == run
     assert training_command(replace(run, name="mine")) is None
+
+
+@pytest.mark.parametrize("options", [["--blocks", "2"], ["--blocks", "1", "--steps", "7"], ["--train.mode", "joint"]])
+def test_the_command_of_a_card_says_which_blocks(options):
+    default = TrainArgs(run=preset("mini-mixd"))
+    joint = ["--train.stage-steps", "7"] if "joint" in options else []
+    run = parse(TrainArgs, [*options, *joint], "train", default=default).configured()
+    words = shlex.split(training_command(run))[3:]
+    assert parse(TrainArgs, words, "train", default=default).configured() == run
 
 
 def test_a_second_push_replaces_the_first(hub, log_in, finished):
