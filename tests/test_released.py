@@ -38,6 +38,7 @@ def shelf(tmp_path, trained, monkeypatch):
     """A shelf of released models with one on it, by the name of tiny."""
     export(trained, tmp_path / "shelf" / "tiny")
     monkeypatch.setattr("tarflowlm.runs.released.FOLDER", tmp_path / "shelf")
+    monkeypatch.setattr("tarflowlm.runs.released.DEFAULT", "tiny")
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -70,7 +71,8 @@ def test_a_released_model_is_found_by_name(shelf, trained, run_json, run):
     model, _ = load("tiny")
     (by_name,) = run_json("sample", "--model", "tiny", "--length", 8)["samples"]
     (by_path,) = run_json("sample", trained, "--length", 8)["samples"]
-    assert by_name == by_path
+    (unnamed,) = run_json("sample", "--length", 8)["samples"]
+    assert by_name == by_path == unnamed
     assert run("edit", "--model", "tiny", "--text", "abc", "--strength", "0.5").status == 0
     sample = generate(model, num_tokens=8, generator=torch.Generator().manual_seed(0))
     assert sample.tokens.shape == (1, 8)

@@ -1,5 +1,6 @@
 """A trained model with its tokenizer, and what to do with texts: write, score, encode, decode."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ from tarflowlm.generation.sampling import encode_template
 from tarflowlm.language_model import LanguageModel, LanguageModelConfig
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.config import checked_seed
-from tarflowlm.runs.hub import PREFIX, is_reference
-from tarflowlm.sharing import REPOSITORY, push_to_hub, save_pretrained
+from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
+from tarflowlm.sharing import push_to_hub, save_pretrained
 
 
 class _Pair(NamedTuple):
@@ -150,7 +151,7 @@ def from_pretrained(
     of anything else.
     """
     text = Path(name).as_posix()
-    if not Path(name).exists() and REPOSITORY.fullmatch(text):
+    if not Path(name).exists() and re.fullmatch(REPOSITORY, text):
         text = PREFIX + text
     if revision is not None:
         if not is_reference(text):

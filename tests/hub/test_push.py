@@ -51,7 +51,7 @@ def test_what_is_pushed_comes_back_bit_for_bit(hub, log_in, finished):
 
 def test_what_is_pushed_is_what_is_fetched(hub, log_in, finished):
     log_in()
-    tarflowlm.load(finished).push_to_hub("ada/mine")
+    tarflowlm.load(finished).push_to_hub("hf:ada/mine")
     wanted = {f"{folder}/{file}".lstrip("/") for folder, files in FILES.items() for file in files}
     assert hub.repositories["ada/mine"].files.keys() == wanted | {"README.md"}
 
@@ -69,6 +69,9 @@ def test_a_card_says_what_the_model_is(finished, tmp_path):
     plain = tarflowlm.load(tmp_path / "mine").save_pretrained(tmp_path / "again")
     # its card is kept
     assert (plain / "README.md").read_text("utf-8") == card
+    with pytest.raises(UserError, match=r"licence 'mit': .*README\.md has a head"):
+        tarflowlm.load(tmp_path / "mine").save_pretrained(tmp_path / "third", licence="mit")
+    assert not (tmp_path / "third").exists()
 
 
 def test_results_that_are_not_there_are_not_made_up(trained, tmp_path):
@@ -92,6 +95,15 @@ def test_the_command_of_a_card_gives_the_run(name):
     assert given == name
     assert parse(TrainArgs, words, "train", default=TrainArgs(run=preset(name))).configured() == run
     assert training_command(replace(run, name="mine")) is None
+
+
+@pytest.mark.parametrize("options", [["--blocks", "2"], ["--blocks", "1", "--steps", "7"], ["--train.mode", "joint"]])
+def test_the_command_of_a_card_says_which_blocks(options):
+    default = TrainArgs(run=preset("mini-mixd"))
+    joint = ["--train.stage-steps", "7"] if "joint" in options else []
+    run = parse(TrainArgs, [*options, *joint], "train", default=default).configured()
+    words = shlex.split(training_command(run))[3:]
+    assert parse(TrainArgs, words, "train", default=default).configured() == run
 
 
 def test_a_second_push_replaces_the_first(hub, log_in, finished):
@@ -127,6 +139,7 @@ def test_a_dry_run_uploads_nothing_and_shows_everything(hub, finished, tmp_path,
 
 def test_what_cannot_be_pushed_costs_one_line(hub, finished, run, refused, tmp_path):
     refused("push", finished, "mine", names=["'mine'", "OWNER/NAME"])
+    refused("push", finished, "ada/..", names=["'ada/..'", "OWNER/NAME"])
     refused("push", finished, "ada/mine", "--dry-run", "--private", names=["--private", "--dry-run"])
     refused("push", tmp_path / "none", "ada/mine", names=["none", "is not a directory"])
     done = run("push", finished, "ada/mine")
@@ -145,6 +158,13 @@ def test_a_model_of_the_hub_is_scored_and_described(shared, run_json):
 def test_revisions_belong_to_the_hub(trained):
     with pytest.raises(UserError, match="revision 'v1'"):
         tarflowlm.from_pretrained(trained, revision="v1")
+
+
+@pytest.mark.parametrize("name", ["../none", "./none"])
+def test_a_folder_that_is_not_there_is_no_name_on_the_hub(hub, name):
+    with pytest.raises(UserError, match="is not a directory"):
+        tarflowlm.from_pretrained(name)
+    assert not hub.requests
 
 
 def test_push_takes_shipped_models(tmp_path, monkeypatch):

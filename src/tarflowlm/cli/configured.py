@@ -13,7 +13,7 @@ from tarflowlm.cli.parsing import parse
 from tarflowlm.data import TokenizerConfig
 from tarflowlm.errors import UserError
 from tarflowlm.runs.config import RunConfig
-from tarflowlm.runs.presets import PRESETS, preset, with_steps
+from tarflowlm.runs.presets import PRESETS, preset, with_blocks, with_steps
 from tarflowlm.shapes import DraftConfig
 
 
@@ -99,8 +99,7 @@ class TrainArgs:
         if self.checkpoint_every is not None:
             run = replace(run, train=replace(run.train, checkpoint_every=self.checkpoint_every))
         if self.blocks is not None:
-            steps = run.train.stage_steps[: self.blocks] if run.num_stages > 1 else run.train.stage_steps
-            run = replace(run, model=run.model.first_blocks(self.blocks), train=replace(run.train, stage_steps=steps))
+            run = with_blocks(run, self.blocks)
         if self.minutes is not None:
             run = replace(run, train=replace(run.train, minutes=self.minutes))
         return run if self.steps is None else with_steps(run, self.steps)

@@ -54,9 +54,9 @@ class Continuation:
 class TextScorer:
     """Log-likelihoods and continuations of texts under a model, all in nats.
 
-    `samples` posterior samples and their `seed` are for flows alone, as in `evaluate`. All continuations see the same
-    noise at the same position of their window: choices are compared under common noise, and no result depends on what
-    else is asked.
+    `samples` posterior samples and their `seed` are for flows alone, as in `evaluate`. All continuations that are
+    scored see the same noise at the same position of their window: choices are compared under common noise, and no
+    log-likelihood depends on what else is asked.
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, *, samples: int = 1, seed: int = 0) -> None:
@@ -134,6 +134,8 @@ class TextScorer:
     def complete(self, requests: Sequence[tuple[str, Continuation]], tick: Tick) -> list[str]:
         """Text that follows each context. Contexts of one length are continued together.
 
+        The rows of a batch have noise of their own, so a text that is drawn, or comes from a flow of several blocks,
+        depends on which contexts are asked for with it.
         UserError where the model has no probabilities of tokens to change, which top-k = 1 needs.
         """
         groups: dict[tuple[int, Continuation], list[int]] = defaultdict(list)

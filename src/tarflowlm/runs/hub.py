@@ -23,7 +23,9 @@ FILES = {
     "draft": ("config.json", "draft.safetensors", MANIFEST),
 }
 """Folder -> the files of a model, all that is fetched beside its card."""
-_REFERENCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
+"""OWNER/NAME; never the path of a folder above."""
+_REFERENCE = re.compile(rf"{PREFIX}({REPOSITORY})(?:@([\w./-]+))?")
 
 
 def is_reference(name: str | Path) -> bool:

@@ -207,6 +207,12 @@ def preset(name: str) -> RunConfig:
     return PRESETS[name]()
 
 
+def with_blocks(run: RunConfig, num_blocks: int) -> RunConfig:
+    """`run` with the first `num_blocks` blocks of its stack alone, and their stages."""
+    steps = run.train.stage_steps[:num_blocks] if run.num_stages > 1 else run.train.stage_steps
+    return replace(run, model=run.model.first_blocks(num_blocks), train=replace(run.train, stage_steps=steps))
+
+
 def with_steps(run: RunConfig, num_steps: int) -> RunConfig:
     """`run` with `num_steps` optimiser steps in place of its steps or time, its stages in the same proportions.
 

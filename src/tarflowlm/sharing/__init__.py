@@ -8,11 +8,8 @@ from pathlib import Path
 from tarflowlm.data.download import quiet_hub
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import Checkpoint, export, load_checkpoint
-from tarflowlm.runs.hub import CARD, PREFIX, hub_client, hub_errors
+from tarflowlm.runs.hub import CARD, PREFIX, REPOSITORY, hub_client, hub_errors
 from tarflowlm.sharing.card import model_card
-
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-"""OWNER/NAME."""
 
 
 def save_pretrained(
@@ -50,7 +47,7 @@ def push_to_hub(
     licence: str | None = None,
 ) -> str:
     """`save_pretrained` into a temporary folder, and `push_folder`; returns the address of the model."""
-    checked_repository(repository)
+    repository = checked_repository(repository)
     with tempfile.TemporaryDirectory() as place:
         name = repository.rpartition("/")[2]
         folder = save_pretrained(source, Path(place) / name, half=half, licence=licence, repository=repository)
@@ -81,6 +78,6 @@ def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
 def checked_repository(name: str) -> str:
     """OWNER/NAME, without hf: before it. UserError for anything else."""
     name = name.removeprefix(PREFIX)
-    if not REPOSITORY.fullmatch(name):
+    if not re.fullmatch(REPOSITORY, name):
         raise UserError(f"{name!r} is no name on the hub: give OWNER/NAME, of letters, digits and - _ . between them")
     return name

@@ -1,6 +1,7 @@
 """The model card, README.md of a saved model: what it is, how it was made, how well it does and what it writes."""
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from tarflowlm.model import as_flow
 from tarflowlm.runs.checkpoint import COUNTERS, SUMMARY, Checkpoint, whole_states
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.hub import CARD
-from tarflowlm.runs.presets import PRESETS, preset
+from tarflowlm.runs.presets import PRESETS, preset, with_blocks
 from tarflowlm.runs.strict_json import to_dict
 
 NUM_SAMPLES, LONGEST = 2, 256
@@ -35,13 +36,21 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
     """README.md of the saved model `checkpoint`: a head of metadata for the hub, then Markdown.
 
     `origin` is the folder that it was made from, with the results of its training; a README.md there is kept as the
-    text. `name` is its OWNER/NAME or the name of its folder.
+    text. `name` is its OWNER/NAME or the name of its folder. UserError for a `licence` beside a README.md that has a
+    head of its own.
     """
     summary = _summary(origin)
     written = origin / CARD
     if written.is_file():
         text = written.read_text(encoding="utf-8")
-        return text if text.startswith("---\n") else _head(checkpoint, summary, name, licence) + text
+        if not text.startswith("---\n"):
+            return _head(checkpoint, summary, name, licence) + text
+        if licence is not None:
+            raise UserError(
+                f"licence {licence!r}: {written} has a head, which is kept: state it there and leave it out here, or "
+                "share a copy from `tarflowlm export`, which has no card"
+            )
+        return text
     rows = "".join(f"| {left} | {right} |\n" for left, right in _rows(checkpoint, origin, summary, licence))
     reference = f"hf:{name}" if "/" in name else name
     length = min(LONGEST, checkpoint.run.model.context)
@@ -108,7 +117,9 @@ def _rows(
         yield "command", f"`{command}`"
     if test := summary.get("test"):
         sign = "=" if test["bound"] == "exact" else "<="
-        nats = f"{sign} {test['nats_per_token']:.4f} nats per token (standard error {test['stderr']:.4f})"
+        nats = f"{sign} {test['nats_per_token']:.4f} nats per token"
+        if math.isfinite(test["stderr"]):  # one window alone has none
+            nats += f" (standard error {test['stderr']:.4f})"
         windows = f"{test['windows']:,} windows of the test split ({test['bound']})"
         yield "test", f"{sign} {test['bpc']:.4f} bits per character, {nats}, over {windows}"
     else:
@@ -145,16 +156,25 @@ def _samples(checkpoint: Checkpoint, length: int) -> str:
 
 
 def training_command(run: RunConfig) -> str | None:
-    """The `tarflowlm train` that gives `run`: its preset and every field that differs; None for no preset of ours."""
+    """The `tarflowlm train` that gives `run`: its preset and every field that differs; None where no preset does."""
     if run.name not in PRESETS:
         return None
     options = ["--data", run.data.source]
-    theirs = _leaves(to_dict(preset(run.name)))
-    ours = _leaves(to_dict(run))
+    base, missing = preset(run.name), 0
+    if run.model.num_blocks < base.model.num_blocks:
+        missing = base.model.num_blocks - run.model.num_blocks
+        base = with_blocks(base, run.model.num_blocks)
+        options += ["--blocks", str(run.model.num_blocks)]
+    theirs, ours = _leaves(to_dict(base)), _leaves(to_dict(run))
+    if theirs.keys() != ours.keys():
+        return None
     # the size of the vocabulary comes from the data
     for name in sorted(ours.keys() - {"data.source", "model.vocab_size"}):
-        if name in theirs and ours[name] != theirs[name]:
+        if ours[name] != theirs[name]:
             value, option = ours[name], "--" + name.replace("_", "-")
+            if name == "train.stage_steps" and run.train.mode == "progressive":
+                # one for each block of the preset, of which --blocks keeps the first
+                value = [*value, *[1] * missing]
             if isinstance(value, bool) and isinstance(theirs[name], bool):
                 # a flag; `train.compile` takes a value, and no preset sets it
                 options.append(option if value else re.sub(r"([^.]+)$", r"no-\1", option))
