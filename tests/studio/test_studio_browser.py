@@ -97,7 +97,7 @@ def test_write_streams_and_shows_how(page):
     assert "pass 1 ·" in use(page, "Write", "Write")
     stage = page.locator(".st-view:visible .st-stage").first
     text = stage.inner_text()
-    assert text.startswith("the history of ")
+    assert text.startswith("the people of")
     slider = page.get_by_label("pass", exact=True)
     slider.fill("0")
     assert stage.inner_text() != text

@@ -59,8 +59,8 @@ def _write(catalogue: Catalogue) -> None:
             model = _model(catalogue.models)
             text = gr.Textbox(
                 label="Start, or a text with blanks",
-                value="the history of ",
-                placeholder="empty: from nothing · the ____ of the ____",
+                value="The people of",
+                placeholder="empty: from nothing · the people of the____ in peace",
                 info="Every _ is one token that the model chooses.",
                 lines=2,
                 max_lines=6,
@@ -85,7 +85,7 @@ def _infill(catalogue: Catalogue) -> None:
             model = _model(catalogue.models)
             text = gr.Textbox(
                 label="Text with blanks",
-                value="the ____ of the ______ was born in the city of ______ in the",
+                value="The people of the______ in the______ of peace",
                 info="Every _ is one token that the model chooses, with regard to both sides.",
                 lines=3,
                 max_lines=8,
