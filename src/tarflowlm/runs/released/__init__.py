@@ -10,7 +10,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.runs.hub import fetch, is_reference
 
 FOLDER = Path(__file__).parent
-DEFAULT = "english-mini"
+DEFAULT = "english-small"
 """The model of whoever names none."""
 
 
