@@ -192,7 +192,7 @@ def only_read(argv: list[str]) -> None:
 
     work = ["cli.train.train", "cli.train.resume", "cli.directories.prepare_corpus", "cli.reproduce.estimate"]
     work += ["cli.reproduce.finish", "cli.evaluate.load_checkpoint", "cli.directories.write_report"]
-    work += ["cli.studio.check_gradio", "cli.harness.run_lm_eval", *(f"bench.{name}.run" for name in BENCHMARKS)]
+    work += ["cli.studio.Server", "cli.harness.run_lm_eval", *(f"bench.{name}.run" for name in BENCHMARKS)]
     work += ["cli.sample.load_checkpoint", "cli.push.load_checkpoint"]
     with pytest.MonkeyPatch.context() as patch:
         for name in work:
