@@ -170,7 +170,7 @@ def test_contradictions_are_refused(cls, fields, message):
 
 
 def test_an_unknown_preset_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match="preset 'mini' is unknown: choose one of quickstart, mini-ar"):
+    with pytest.raises(UserError, match="preset 'mini' is unknown: choose one of quickstart, english-small"):
         preset("mini")
 
 
