@@ -240,7 +240,7 @@ def test_memory_does_not_grow_with_the_text(tokenizer, words, tmp_path, monkeypa
         prepare_corpus(TextFile(path, block=1 << 14), given, tmp_path / f"out{repeats}", shard_tokens=1 << 16)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0]
+    assert peaks[1] < 2 * peaks[0]  # five times the text
 
 
 def test_the_text_may_not_change_while_it_is_read(texts, tmp_path, monkeypatch):
