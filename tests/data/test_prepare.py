@@ -1,6 +1,7 @@
 """Preparing a corpus: killed at any instant and resumed, in several processes at once, in constant memory."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import random
@@ -236,11 +237,12 @@ def test_memory_does_not_grow_with_the_text(tokenizer, words, tmp_path, monkeypa
     for repeats in (20, 100):
         path = tmp_path / f"{repeats}.txt"
         path.write_text(words * repeats)
+        gc.collect()  # what earlier tests left behind is not to be freed and allocated in between
         tracemalloc.start()
         prepare_corpus(TextFile(path, block=1 << 14), given, tmp_path / f"out{repeats}", shard_tokens=1 << 16)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 2 * peaks[0]  # five times the text
+    assert peaks[1] < 1.5 * peaks[0]
 
 
 def test_the_text_may_not_change_while_it_is_read(texts, tmp_path, monkeypatch):

@@ -159,9 +159,10 @@ def _load(directory: Path, device: str | torch.device, *, sealed: bool = True) -
     return Checkpoint(model=model, tokenizer=tokenizer, run=run, info=info, directory=directory)
 
 
-def whole_states(directory: Path) -> list[Path]:
-    """The undamaged training states of a run directory, oldest first."""
-    return [state for state in sorted((directory / STATE).glob("step-*")) if is_whole(state, COUNTERS)]
+def undamaged_state(directory: Path) -> Path | None:
+    """The newest undamaged training state of a run directory; older ones are not read."""
+    states = sorted((directory / STATE).glob("step-*"), reverse=True)
+    return next((state for state in states if is_whole(state, COUNTERS)), None)
 
 
 def weights_problem(directory: Path) -> str | None:
@@ -191,8 +192,8 @@ def _wants_manifest(directory: Path) -> bool:
 def _remedies(directory: Path, name: str) -> str:
     """What a user can do about a damaged file: use an undamaged checkpoint beside it, or accept the file."""
     found = []
-    if name == WEIGHTS and (states := whole_states(directory)):
-        found.append(f"`tarflowlm train --resume {directory}` restores it from {STATE}/{states[-1].name}")
+    if name == WEIGHTS and (state := undamaged_state(directory)):
+        found.append(f"`tarflowlm train --resume {directory}` restores it from {STATE}/{state.name}")
     other = directory.parent if directory.name == BEST else directory / BEST
     if is_whole(other, WEIGHTS):
         found.append(f"{other} is undamaged")

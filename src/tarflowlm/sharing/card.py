@@ -15,7 +15,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
 from tarflowlm.generation import generate
 from tarflowlm.model import as_flow
-from tarflowlm.runs.checkpoint import COUNTERS, SUMMARY, Checkpoint, whole_states
+from tarflowlm.runs.checkpoint import COUNTERS, SUMMARY, Checkpoint, undamaged_state
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.hub import CARD
 from tarflowlm.runs.presets import PRESETS, preset, with_blocks
@@ -139,8 +139,8 @@ def _summary(origin: Path) -> dict[str, Any]:
 
 
 def _corpus_digest(origin: Path) -> str | None:
-    states = whole_states(origin)
-    digest = read_json(states[-1] / COUNTERS).get("corpus") if states else None
+    state = undamaged_state(origin)
+    digest = read_json(state / COUNTERS).get("corpus") if state else None
     return digest if isinstance(digest, str) else None
 
 

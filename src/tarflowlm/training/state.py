@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json, sync_file, sync_folder, write_json
-from tarflowlm.runs.checkpoint import COUNTERS, STATE
-from tarflowlm.runs.manifest import is_whole, write_manifest
+from tarflowlm.runs.checkpoint import COUNTERS, STATE, undamaged_state
+from tarflowlm.runs.manifest import write_manifest
 from tarflowlm.training.distributed import ALONE, Processes
 from tarflowlm.training.guards import RunningLoss
 from tarflowlm.training.pace import TimeSpent
@@ -154,7 +154,7 @@ def newest_state(directory: Path, notice: Callable[[str], None]) -> Path:
     UserError if there is none.
     """
     states = sorted((directory / STATE).glob("step-*"))
-    whole = next((state for state in reversed(states) if is_whole(state, COUNTERS)), None)
+    whole = undamaged_state(directory)
     if whole is None:
         rest = f"; all of {', '.join(state.name for state in states)} are damaged" if states else ""
         raise UserError(f"{directory} has no state to resume from{rest}: start a new run with another --out")
