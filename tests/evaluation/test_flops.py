@@ -17,7 +17,7 @@ from tarflowlm.model import FlowConfig, stack
 from tarflowlm.objective import negative_bound
 from tarflowlm.runs.presets import PRESETS, preset
 
-VOCAB = {"text8": 27, "mini": 27, "owt": 50_257, "quickstart": 2048}
+VOCAB = {"text8": 27, "mini": 27, "owt": 50_257, "quickstart": 2048, "english": 4096}
 
 
 def counted(work: Callable[[], object]) -> int:
