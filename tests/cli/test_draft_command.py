@@ -4,6 +4,8 @@ import shutil
 
 import pytest
 
+from tarflowlm.runs.released import DEFAULT
+
 SMALL = ["--width", 16, "--hidden", 16, "--past", 2, "--ahead", 3]
 
 
@@ -38,7 +40,7 @@ def test_rounds_end_with_the_text(run, run_json, copy):
 
 
 def test_what_a_draft_cannot_serve_is_said(refused, models, copy, text_file, tmp_path):
-    refused("draft", names=["english-mini comes with the package", "--out"])
+    refused("draft", names=[f"{DEFAULT} comes with the package", "--out"])
     refused("draft", models["mini-ar"], names=["mini-ar", "baseline", "no block 1"])
     refused("draft", "english-mini", names=["english-mini", "--out"])
     refused("draft", "--model", "english-mini", names=["english-mini", "--out"])
