@@ -15,6 +15,9 @@ Decoding = Literal["mode", "drawn"]
 Scale = Literal["mini", "paper"]
 """Of `reproduce`: models that a CPU trains, or the published size."""
 
+Precision = Literal["float32", "bfloat16"]
+"""Of matrix products."""
+
 RECIPE_NAMES = (
     "table2", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "table6", "progressive", "patches", "one-block",
     "frontier",

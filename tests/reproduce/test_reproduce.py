@@ -55,7 +55,10 @@ def test_plans_share_a_run_only_where_it_is_the_same(scale):
 
 def test_the_users_text_and_steps_reach_the_mini_runs_and_not_the_papers():
     for scale, sources in (("mini", {"mine.txt"}), ("paper", {"text8", "openwebtext"})):
-        plan = passes.plan_fig6(Settings(scale=scale, out=Path("out"), data="mine.txt", steps=9))
+        plan = passes.plan_fig6(
+            Settings(scale=scale, out=Path("out"), data="mine.txt", steps=9, precision="bfloat16")
+        )
+        assert {training.run.train.precision for training in plan} == {"bfloat16"}
         assert {training.run.data.source for training in plan} == sources
         assert {training.run.train.num_steps for training in plan} == {9}
 
@@ -102,6 +105,8 @@ def test_a_recipe_of_small_differences_has_more_than_one_seed(scale, asked, seed
     settings = Settings(scale=scale, out=Path("out"), seeds=asked)
     assert [t.run.seed for t in replace(TINY_RECIPE, seeds=2).trainings(settings)] == seeds
     assert [t.run.seed for t in TINY_RECIPE.trainings(settings)] == list(range(asked))
+    clear = replace(TINY_RECIPE, seeds=2, clear=("tiny",))
+    assert [t.run.seed for t in clear.trainings(settings)] == list(range(asked))
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from tarflowlm.choices import RECIPE_NAMES, Decoder, Decoding, DeviceName, Scale
+from tarflowlm.choices import RECIPE_NAMES, Decoder, Decoding, DeviceName, Precision, Scale
 from tarflowlm.errors import UserError
 
 Device = Annotated[DeviceName, tyro.conf.arg(help="auto picks cuda, then mps, then cpu.")]
@@ -320,6 +320,8 @@ class ReproduceArgs:
     """Train each model this many times, with seeds 0, 1, ...; where differences are small, at least twice."""
     steps: int | None = None
     """Optimiser steps of every training in place of the recipe's, for a quick look."""
+    precision: Precision | None = None
+    """Of the matrix products of training; densities are in float32 either way. bfloat16 is faster on some CPUs."""
     dry_run: bool = False
     """Train nothing: list the trainings with a rough time for each, from a few timed steps."""
     device: Device = "auto"

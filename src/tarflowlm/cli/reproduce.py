@@ -30,6 +30,7 @@ def run_reproduce(args: ReproduceArgs) -> None:
         second_text=args.second_text,
         seeds=args.seeds,
         steps=args.steps,
+        precision=args.precision,
         device=pick_device(args.device),
     )
     if args.dry_run:

@@ -24,6 +24,7 @@ from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import PLAIN_CODEBOOK
 
+BASE = "base"
 SIX = 6
 COMPONENTS = (1, 2, 4, 8, 16, 27)
 ALONE, HEAD, STARTED = "features alone", "with the channels before", "with them, start from the codebook"
@@ -46,7 +47,7 @@ def plan_fig2(settings: Settings) -> list[Training]:
     return trainings(
         settings,
         {
-            "base": base,
+            BASE: base,
             "+ channel-wise": affine,
             "+ Mix-1": settings.preset("mix1", "owt"),
             "+ Mix-d": joint(progressive),
@@ -172,6 +173,7 @@ FIG2 = Recipe(
     measure=summaries,
     draw=plot_models(),
     seeds=2,
+    clear=(BASE,),
 )
 
 FIG3 = Recipe(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from tarflowlm.choices import Scale
+from tarflowlm.choices import Precision, Scale
 from tarflowlm.data import (
     SOURCE_NAMES,
     TokenArray,
@@ -55,6 +55,8 @@ class Settings:
     seeds: int = 1
     steps: int | None = None
     """Optimiser steps of every training, in place of the recipe's: for a quick look."""
+    precision: Precision | None = None
+    """Of the matrix products of training, in place of the preset's."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def preset(self, kind: str, corpus: Literal["text8", "owt"]) -> RunConfig:
@@ -62,9 +64,11 @@ class Settings:
         return preset(f"{'mini' if self.scale == 'mini' else corpus}-{kind}")
 
     def adapt(self, run: RunConfig) -> RunConfig:
-        """The run with the user's text and number of steps. The paper scale keeps its texts."""
+        """The run with the user's text, precision and number of steps. The paper scale keeps its texts."""
         if self.data is not None and self.scale == "mini":
             run = replace(run, data=replace(run.data, source=self.data))
+        if self.precision is not None:
+            run = replace(run, train=replace(run.train, precision=self.precision))
         return run if self.steps is None else with_steps(run, self.steps)
 
 
@@ -144,11 +148,14 @@ class Recipe:
     """Markdown to print below the table, for instance samples."""
     seeds: int = 1
     """Seeds at least, at mini scale: more than one where a claim hangs on less than 2 %."""
+    clear: tuple[str, ...] = ()
+    """Labels of trainings that `seeds` does not apply to, because they differ by far more."""
 
     def trainings(self, settings: Settings) -> list[Training]:
-        """The plan with at least `seeds` seeds."""
+        """The plan with at least `seeds` seeds, except of what is clear with one."""
         least = self.seeds if settings.scale == "mini" else 1
-        return self.plan(replace(settings, seeds=max(settings.seeds, least)))
+        plan = self.plan(replace(settings, seeds=max(settings.seeds, least)))
+        return [t for t in plan if t.label not in self.clear or t.run.seed < settings.seeds]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Literal
 
+from tarflowlm.choices import Precision
 from tarflowlm.data import DataConfig
 from tarflowlm.errors import UserError
 from tarflowlm.shapes import BaselineConfig, FlowConfig
@@ -92,7 +93,7 @@ class TrainConfig:
     """Parts into which a process cuts its share of the batch; their gradients are accumulated."""
     dropout: float = 0.0
     """Share of what attention and MLPs write that is dropped in training: for several passes over a small text."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """Of matrix products; densities, log-dets and inverses are always float32 or wider."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: replicate the model and average gradients, or shard it."""

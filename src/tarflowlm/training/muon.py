@@ -1,13 +1,14 @@
 """Muon with a choice of precision, for whole matrices and for those that FSDP2 has sharded."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-Precision = Literal["float32", "bfloat16"]
+from tarflowlm.choices import Precision
+
 _DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 LARGE = 512 * 512
