@@ -169,16 +169,11 @@ def measure_quality(
     """
     mauve_function()  # a missing package is reported before the samples are drawn
     samples = draw_samples(model, config, progress)
-    measured = []
-    for name, tokens in (("samples", samples), ("text", text)):
-        texts = [tokenizer.decode(row.tolist()) for row in tokens]
-        reading = judge.read(texts, _named(progress, f"judge, {name}"))
-        measured.append((_statistics(tokens, texts, reading.perplexity, reading.tokens), reading.features))
-    (of_samples, sample_features), (of_text, text_features) = measured
+    of_samples, of_text, similarity = compare_texts(samples, text, tokenizer, judge, progress)
     return Quality(
         samples=of_samples,
         text=of_text,
-        mauve=mauve(text_features, sample_features),
+        mauve=similarity,
         judge=judge.name,
         judge_kind=judge.kind,
         remarks=_remarks(judge, config.num, trained_on),
@@ -190,6 +185,22 @@ def measure_quality(
         top_p=config.top_p,
         seed=config.seed,
     )
+
+
+def compare_texts(
+    samples: Tensor, text: Tensor, tokenizer: Tokenizer, judge: Judge, progress: Progress | None = None
+) -> tuple[TextStatistics, TextStatistics, float]:
+    """Statistics of `samples` and of real `text`, token ids [N, T] of any model, and the MAUVE between them.
+
+    Raises errors as `Judge.read` and `mauve`.
+    """
+    statistics, features = [], []
+    for name, tokens in (("samples", samples), ("text", text)):
+        texts = [tokenizer.decode(row.tolist()) for row in tokens]
+        reading = judge.read(texts, _named(progress, f"judge, {name}"))
+        statistics.append(_statistics(tokens, texts, reading.perplexity, reading.tokens))
+        features.append(reading.features)
+    return statistics[0], statistics[1], mauve(features[1], features[0])
 
 
 def draw_samples(model: LanguageModel, config: SamplingConfig, progress: Progress | None = None) -> Tensor:
