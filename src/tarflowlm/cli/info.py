@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -169,25 +170,23 @@ def _print_info(console: Console, found: dict[str, Any]) -> None:
 
 def run_runs(args: RunsArgs) -> None:
     rows = _sorted([_row(name, directory) for name, directory in _find(args.directories).items()])
-    sources = {row["source"] for row in rows if row["source"] is not None}
     if args.json:
         print_json({"runs": rows})
         return
     columns = {"": "name", "preset": "preset", "bpc": "bpc", "best step": "best_step", "tokens": "tokens"}
-    columns |= {"time": "seconds", "state": "state", "text": "source"}
+    columns |= {"time": "seconds", "state": "state"}
     if all((row["preset"] or "") in row["name"] for row in rows):
         del columns["preset"]
-    if len(sources) < 2:
-        del columns["text"]
-    cells = [[_cell(row, name) for name in columns.values()] for row in rows]
-    Console().print(column_table("bits per character (bpc) and more of every run", list(columns), cells))
+    # bits per character compare within a text only
+    for source, same in groupby(rows, lambda row: row["source"]):
+        text = "" if source is None else f" on {Path(source).name}"
+        cells = [[_cell(row, name) for name in columns.values()] for row in same]
+        Console().print(column_table(f"runs{text}: bits per character (bpc) and more", list(columns), cells))
     notes = Console(stderr=True)
     if any(row["best"] for row in rows):
-        print_notice(notes, "* the fewest bits per character" + (" on its text" if len(sources) > 1 else ""))
+        print_notice(notes, "* the fewest bits per character on its text")
     if any(row["split"] == "valid" for row in rows):
         print_notice(notes, "v: the best validation so far, over fewer windows than a test")
-    if len(sources) > 1:
-        print_notice(notes, f"{len(sources)} texts: bits per character compare within a text, not between texts")
 
 
 def _find(directories: Sequence[Path]) -> dict[str, Path]:
@@ -247,7 +246,7 @@ def _state(record: RunRecord) -> str:
 
 def _sorted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Text by text and by bits per character, the best of every text marked; broken runs last."""
-    rows = sorted(rows, key=lambda r: (r["bpc"] is None, r["source"] or "", r["bpc"] or math.inf, r["name"]))
+    rows = sorted(rows, key=lambda r: (r["source"] is None, r["source"] or "", r["bpc"] or math.inf, r["name"]))
     for source in {row["source"] for row in rows}:
         same = [row for row in rows if row["source"] == source and row["bpc"] is not None]
         # a test says more than a validation, where there is one
@@ -269,6 +268,4 @@ def _cell(row: dict[str, Any], name: str) -> str:
             return f"{value / 1e6:.2f}M"
         case "seconds":
             return minutes(value)
-        case "source":
-            return Path(value).name
     return f"{value:,}" if isinstance(value, int) else value
