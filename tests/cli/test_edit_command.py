@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from rich.console import Console
 
 from tarflowlm.cli.arguments import EditArgs
-from tarflowlm.cli.edit import _replacements
+from tarflowlm.cli.edit import _replacements, _texts
 from tarflowlm.cli.prompts import Wording
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.editing import Encoded
@@ -33,3 +34,11 @@ def test_a_replacement_has_as_many_tokens():
         replaced("king", "zzz")
     with pytest.raises(UserError, match="'dog' does not occur"):
         replaced("dog", "queen")
+
+
+def test_the_longer_of_two_texts_is_cut(capsys):
+    wording = Wording(TOKENIZER, None)
+    for text, other in ((TEXT, "The queen"), ("The queen", TEXT)):
+        first, second = _texts(EditArgs(text=text, toward=other), wording, Console(stderr=True))
+        assert {TOKENIZER.decode(first), TOKENIZER.decode(second)} == {"The king", "The queen"}
+        assert "is cut from 6 to 2 tokens" in capsys.readouterr().err

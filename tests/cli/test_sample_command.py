@@ -7,6 +7,8 @@ import signal
 import pytest
 
 from tarflowlm.cli import sample
+from tarflowlm.cli.prompts import Wording
+from tarflowlm.data import TokenizerConfig, build_tokenizer
 from tarflowlm.terminal.streams import first_stop
 
 FEW = ("mini-ar", "mini-mixd", "mini-mixd-p2")
@@ -67,6 +69,14 @@ def test_no_window_follows_when_all_rows_have_stopped(run_json, model):
     done = run_json(*argv, "--stop", text[0])
     assert done["samples"][0]["text"] == ""
     assert done["sweeps"] == [32, 32, 32]
+
+
+def test_a_stop_is_normalised_as_a_prompt_is():
+    tokenizer = build_tokenizer(TokenizerConfig())
+    assert Wording(tokenizer, "text8").stop("The, ") == "the"
+    assert Wording(tokenizer, None).stop("The ") == "the "
+    # nothing would be left of it
+    assert Wording(tokenizer, "text8").stop(" ") == " "
 
 
 def test_prompts_come_from_a_file_or_standard_input(run_json, texts, models, tmp_path, monkeypatch, small_batches):

@@ -1,9 +1,11 @@
 """`tarflowlm edit`: some words of a text redrawn, or its states changed in latent space."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from tarflowlm.cli.arguments import EditArgs
 from tarflowlm.cli.models import load_checkpoint
@@ -46,28 +48,36 @@ def run_edit(args: EditArgs) -> None:
     wording = Wording(checkpoint.tokenizer, args.normalize)
     generator = torch.Generator().manual_seed(checked_seed(args.seed))
     notes = Console(stderr=True)
-    text = _encoded(args, model, wording, args.text, "text", generator)
+    # once for every edit: all of them start from the same latents
+    texts = [encode(model, t[None], generator).repeated(args.num) for t in _texts(args, wording, notes)]
     with stages_bar(notes) as progress:
-        edit = _edited(args, model, wording, text, generator, progress)
+        edit = _edited(args, model, wording, texts, generator, progress)
     wording.say(partial(print_notice, notes))
     _show(args, edit, wording.tokenizer)
 
 
-def _encoded(
-    args: EditArgs, model: TarFlowLM, wording: Wording, text: str, name: str, generator: torch.Generator
-) -> Encoded:
-    """The text once for every edit: all of them start from the same latents."""
-    return encode(model, wording.tokens(text, name)[None], generator).repeated(args.num)
+def _texts(args: EditArgs, wording: Wording, notes: Console) -> list[Tensor]:
+    """Tokens [tokens] of the text, and of the text to move toward if there is one: the longer one is cut."""
+    texts = [wording.tokens(args.text, "text")]
+    if args.toward is not None:
+        texts.append(wording.tokens(args.toward, "other text"))
+    shortest = min(map(len, texts))
+    for name, text in zip(("text", "other text"), texts, strict=False):
+        if len(text) > shortest:
+            print_notice(notes, f"the {name} is cut from {len(text)} to {shortest} tokens, the length of the other")
+    return [text[:shortest] for text in texts]
 
 
 def _edited(
     args: EditArgs,
     model: TarFlowLM,
     wording: Wording,
-    text: Encoded,
+    texts: Sequence[Encoded],
     generator: torch.Generator,
     progress: StageProgress,
 ) -> Edit:
+    """The edit of the first text; a second one is what it moves toward."""
+    text, *others = texts
     tick = partial(ticker, progress)
     tokenizer, num_positions = wording.tokenizer, text.tokens.shape[1] // model.config.patch
     candidates = CANDIDATES if args.candidates is None else args.candidates
@@ -77,8 +87,8 @@ def _edited(
     if args.replace is not None:
         wanted = _replacements(args, wording, text)
         return substitute(model, text, wanted, generator=generator, tick=tick("editing, positions", num_positions))
-    if args.toward is not None:
-        other = _encoded(args, model, wording, args.toward, "other text", generator)
+    if others:
+        (other,) = others
         weight = WEIGHT if args.weight is None else args.weight
         if args.level is None:
             spans = _blended(text, other, tokenizer, weight, args.num, generator)

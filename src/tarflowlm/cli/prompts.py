@@ -68,7 +68,8 @@ class Wording:
 
     def stop(self, text: str) -> str:
         """A text that the model can write. UserError for unknown characters."""
-        text = self._lowered(text)
+        # what normalisation leaves nothing of, a space for instance, is meant as it stands
+        text = (self.tokenizer.prepare(text).strip() if self.normalizes else "") or self._lowered(text)
         self.tokenizer.encode(text)
         return text
 
