@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tarflowlm.data import DataConfig, TokenizerConfig
-from tarflowlm.model import BlockConfig, as_flow_config
+from tarflowlm.model import BlockConfig, as_flow_config, stack
 from tarflowlm.report.style import COLOURS, SMALL, Figure
 from tarflowlm.reproduce.measures import SHORT_WINDOWS, latents, sampled, share, summary_row
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
@@ -29,12 +29,12 @@ def plan_frontier(settings: Settings) -> list[Training]:
         "Mix-d": preset("mini-mixd"),
         "Mix-1, start from the codebook": preset("mini-mix1"),
         f"{plain}, layers 4, 1, 1": preset("mini-mix1-plain"),
-        f"{plain}, layers 1, 1, 4": _mix1("plain", (1, 1, 4)),
+        f"{plain}, layers 1, 1, 4": preset("mini-passes"),
         f"{plain}, K = 8, layers 1, 1, 4": _mix1("plain", (1, 1, 4), components=8),
         f"{plain}, layers 1, 1, 4, separation 3": _mix1("plain", (1, 1, 4), separation=3.0),
         "Mix-1, flattened start, layers 1, 1, 4": _mix1("flattened", (1, 1, 4)),
         "affine": preset("mini-affine"),
-        "affine, then Mix-d": _quick_test(preset("mini-passes")),
+        "affine, then Mix-d": _affine_mixd(),
         "BPE, AR": _bpe(preset("mini-ar")),
         "BPE, Mix-d": _bpe(preset("mini-mixd")),
         f"BPE, {plain}, K = 16, layers 1, 1, 4": _bpe(_mix1("plain", (1, 1, 4), components=16)),
@@ -53,6 +53,15 @@ def _mix1(start: str, layers: tuple[int, int, int], *, components: int = 27, sep
     name = f"mini-mix1-{start}-k{components}-l{''.join(map(str, layers))}-s{separation:g}"
     model = replace(as_flow_config(run.model), blocks=blocks, separation=separation)
     return _quick_test(replace(run, name=name, model=model))
+
+
+def _affine_mixd() -> RunConfig:
+    """An affine block 1 under a Mix-d block that is the language model: its text is there before the last pass."""
+    run = preset("mini-mixd")
+    blocks = stack(("affine", "mixd"), (1, 5), (1, 0))
+    model = replace(as_flow_config(run.model), blocks=blocks, channel_mix=None)
+    joint = preset("mini-mix1").train
+    return _quick_test(replace(run, name="mini-affine-mixd", model=model, train=joint))
 
 
 def _quick_test(run: RunConfig) -> RunConfig:

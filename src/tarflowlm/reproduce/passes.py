@@ -1,18 +1,14 @@
 """Figure 6 of the paper: a sample decoded after every block, with what the block edited."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from tarflowlm.model import as_flow_config, stack
 from tarflowlm.reproduce.measures import sampled, share
 from tarflowlm.reproduce.panels import WIDTH, draw_panels, panels_page, pieces, spans_of
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
-from tarflowlm.runs.config import RunConfig
-from tarflowlm.runs.presets import PAPER_CORPORA, preset, with_steps
+from tarflowlm.runs.presets import PAPER_CORPORA, preset
 
 NUM, LENGTH = 8, 128
 """Samples, and their tokens. The first one is shown."""
-DEEP_STEPS = 1000
 LABELS = {"affine": "affine", "mix1": "Mix-1", "mixd": "Mix-d"}
 
 
@@ -26,19 +22,12 @@ def plan_fig6(settings: Settings) -> list[Training]:
         settings,
         {
             "Mix-1, plain start": preset("mini-mix1-plain"),
-            "Mix-1, plain start, last block deepest": _published_proportions(),
+            # the paper's shares of layers; in the presets the first block is the deepest
+            "Mix-1, plain start, last block deepest": preset("mini-passes"),
             "affine": preset("mini-affine"),
             "Mix-d": preset("mini-mixd"),
         },
     )
-
-
-def _published_proportions() -> RunConfig:
-    """Mini Mix-1 with the paper's shares of layers (1, 1, 4) and K = 27; in the presets the first is the deepest."""
-    run = preset("mini-mix1-plain")
-    model = replace(as_flow_config(run.model), blocks=stack(("mix1",) * 3, (1, 1, 4), (27,) * 3))
-    run = replace(run, name="mini-mix1-plain-deep-last", model=model.each_block(start="plain"))
-    return with_steps(run, DEEP_STEPS)
 
 
 def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
