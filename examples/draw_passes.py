@@ -1,6 +1,6 @@
-"""The picture of the README: the latents of a sample, before and after the flow, in the plane of the codebook.
+"""The picture of the README: the latents of a sample after every pass, in the plane of the codebook.
 
-python examples/draw_passes.py [MODEL] [OUT.png]      # english-mini, docs/passes.png; needs the extra `plots`
+python examples/draw_passes.py [MODEL] [OUT.png]      # english-passes, docs/passes.png; needs the extra `plots`
 """
 
 import sys
@@ -17,7 +17,7 @@ LENGTH, SEED = 96, 3
 INK, ACCENT, PALE = "#1d2a3a", "#e07a5f", "#dbe2ea"
 
 
-def main(name: str = "english-mini", out: str = "docs/passes.png") -> None:
+def main(name: str = "english-passes", out: str = "docs/passes.png") -> None:
     model, tokenizer = tarflowlm.load(name)
     generator = torch.Generator().manual_seed(SEED)
     result = tarflowlm.generate(model, num_tokens=LENGTH, generator=generator, return_passes=True)
@@ -25,18 +25,24 @@ def main(name: str = "english-mini", out: str = "docs/passes.png") -> None:
     # the two principal components of the codebook
     plane = torch.linalg.svd(mean - mean.mean(0)).Vh[:2].T
     codes = (mean - mean.mean(0)) @ plane
-    figure, panels = plt.subplots(1, 2, figsize=(10.5, 5.6), sharex=True, sharey=True)
-    for axes, title, index in zip(panels, ("noise u", "latents z, decoded to text"), (0, -1), strict=True):
+    num = len(result.passes)
+    titles = ["noise u", *(f"block {block} inverted" for block in range(num - 1, 0, -1))]
+    figure, grid = plt.subplots(2, -(-num // 2), figsize=(10.5, 11.2), sharex=True, sharey=True, squeeze=False)
+    final = result.passes[-1][0]
+    for axes, title, state, tokens in zip(grid.flat, titles, result.states, result.passes, strict=False):
         for (x, y), radius, symbol in zip(codes.tolist(), std.tolist(), tokenizer.symbols, strict=True):
             axes.add_patch(plt.Circle((x, y), 2 * radius, color=PALE, lw=0))
             axes.text(x, y, symbol.replace(" ", "␣"), color=INK, ha="center", va="center", fontsize=11, zorder=4)
-        points = (result.states[index][0] - mean.mean(0)) @ plane
+        points = (state[0] - mean.mean(0)) @ plane
         axes.scatter(*points.T, s=42, color=ACCENT, alpha=0.55, lw=0, zorder=3)
-        axes.set_title(title, color=INK, fontsize=13)
-        line = tokenizer.decode(result.passes[index][0].tolist())
+        share = (tokens[0] == final).double().mean().item()
+        axes.set_title(f"{title}: {share:.0%} of the final text", color=INK, fontsize=13)
+        line = tokenizer.decode(tokens[0].tolist())
         axes.set_xlabel(f"{line[:48]}\n{line[48:]}", family="monospace", fontsize=9.5, color=INK)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_color(PALE)
+    for axes in list(grid.flat)[num:]:
+        axes.remove()
     figure.tight_layout()
     figure.savefig(out, dpi=110)
 

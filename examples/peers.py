@@ -44,8 +44,8 @@ from tarflowlm.training.muon import Muon
 from tarflowlm.training.optim import schedule, set_learning_rate
 
 BATCH, EVAL_BATCH = 64, 32
-TIMES = 8
-"""Values of t per window in the bound of the masked flow, one from each eighth of [0, 1]."""
+TIMES = 4
+"""Values of t per window in the bound of the masked flow, one from each quarter of [0, 1]."""
 
 
 class Peer(ABC):
@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ours", nargs="*", default=[], type=Path, help="finished runs of tarflowlm")
     parser.add_argument("--peers", nargs="*", default=["gpt2", "masked"], choices=["gpt2", "masked"])
     parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="weights, trained once, and samples")
-    parser.add_argument("--denoising-steps", type=int, nargs="*", default=[256, 64, 16])
+    parser.add_argument("--denoising-steps", type=int, nargs="*", default=[64, 16])
     parser.add_argument("--lr", type=float, help="peak rate of the peers; the default is that of mini-ar")
     parser.add_argument("--steps", type=int, help="fewer, for a quick look")
     parser.add_argument("--windows", type=int, default=4096)

@@ -23,6 +23,8 @@ from tarflowlm.runs.presets import mini_ar, with_steps
 JUDGE_STEPS = 1300
 SHORT_STEPS, SHORT_WINDOWS = 300, 1024
 """Of mini trainings whose ranking shows early."""
+DEEPEST_LAST = "Mix-1, plain start, last block deepest"
+"""Label of `mini-passes`."""
 LATENT_WINDOWS = 256
 """Windows whose states are measured."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tarflowlm.reproduce.measures import sampled, share
+from tarflowlm.reproduce.measures import DEEPEST_LAST, sampled, share
 from tarflowlm.reproduce.panels import WIDTH, draw_panels, panels_page, pieces, spans_of
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.runs.presets import PAPER_CORPORA, preset
@@ -23,7 +23,7 @@ def plan_fig6(settings: Settings) -> list[Training]:
         {
             "Mix-1, plain start": preset("mini-mix1-plain"),
             # the paper's shares of layers; in the presets the first block is the deepest
-            "Mix-1, plain start, last block deepest": preset("mini-passes"),
+            DEEPEST_LAST: preset("mini-passes"),
             "affine": preset("mini-affine"),
             "Mix-d": preset("mini-mixd"),
         },

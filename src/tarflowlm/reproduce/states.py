@@ -7,7 +7,7 @@ from itertools import groupby, pairwise
 from tarflowlm.evaluation.blocks import state_metrics
 from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
 from tarflowlm.report.style import SMALL, Figure
-from tarflowlm.reproduce.measures import latents, sampled
+from tarflowlm.reproduce.measures import DEEPEST_LAST, latents, sampled
 from tarflowlm.reproduce.recipe import GPT2_VOCAB, Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.reproduce.write import markdown_table
 from tarflowlm.runs.checkpoint import read_run
@@ -26,11 +26,11 @@ FLOW_PATCHES = (1, 2, 4)
 
 
 def plan_fig7(settings: Settings) -> list[Training]:
-    """Affine, Mix-1 and Mix-d; at mini scale Mix-1 without its start from the codebook, too, as in the paper."""
+    """Affine, Mix-1 and Mix-d; at mini scale also Mix-1 without its start from the codebook, as in the paper."""
     kinds = {"affine": "affine", "Mix-1": "mix1", "Mix-d": "mixd"}
     runs = {label: settings.preset(kind, "owt") for label, kind in kinds.items()}
     if settings.scale == "mini":
-        runs["Mix-1, plain start"] = preset("mini-mix1-plain")
+        runs |= {"Mix-1, plain start": preset("mini-mix1-plain"), DEEPEST_LAST: preset("mini-passes")}
     return trainings(settings, runs)
 
 
