@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tarflowlm.baseline import BaselineConfig
-from tarflowlm.bench.peers import gpt2
+from tarflowlm.bench.peers import gpt2, stepper
 from tarflowlm.data import Corpus, WindowSampler, cached_corpus, eval_windows
 from tarflowlm.evaluation.judges import Judge, load_judge
 from tarflowlm.evaluation.likelihood import evaluate
@@ -76,13 +76,11 @@ class Gpt2(Peer):
 
     @torch.inference_mode()
     def sample(self, batch: int, length: int) -> Tensor:
-        token, past, drawn = torch.full((batch, 1), self.extra), None, []
+        following, drawn = stepper(self.model), [torch.full((batch, 1), self.extra)]
         for _ in range(length):
-            found = self.model(input_ids=token, past_key_values=past, use_cache=True)
-            past = found.past_key_values
-            token = torch.multinomial(found.logits[:, -1, : self.vocab_size].softmax(-1), 1)
-            drawn.append(token)
-        return torch.cat(drawn, 1)
+            logits = following(drawn[-1])[:, : self.vocab_size]
+            drawn.append(torch.multinomial(logits.softmax(-1), 1))
+        return torch.cat(drawn[1:], 1)
 
 
 class Masked(Peer):

@@ -8,6 +8,7 @@ attention by `scaled_dot_product_attention`. Options that only affect speed are 
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -130,14 +131,20 @@ def sampler(model: nn.Module, vocab_size: int) -> Callable[[int, int], Tensor]:
     def sample(batch: int, length: int) -> Tensor:
         device = next(model.parameters()).device
         drawn = [torch.randint(vocab_size, (batch, 1), device=device)]
-        past = None
+        following = stepper(model)
         for _ in range(length - 1):
-            found = model(input_ids=drawn[-1], past_key_values=past, use_cache=True)
-            past = found.past_key_values
-            drawn.append(torch.multinomial(found.logits[:, -1].softmax(-1), 1))
+            drawn.append(torch.multinomial(following(drawn[-1]).softmax(-1), 1))
         return torch.cat(drawn, 1)
 
     return sample
+
+
+def stepper(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A function token [B, 1] -> logits [B, V] of what follows it and all tokens before, over an empty KV cache."""
+    cache = _transformers().DynamicCache()
+    # transformers 5.24 renamed it
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    return lambda token: model(input_ids=token, use_cache=True, **{name: cache}).logits[:, -1]
 
 
 def _contender(model: nn.Module, run: RunConfig) -> _Contender:
