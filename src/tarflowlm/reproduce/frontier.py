@@ -95,20 +95,22 @@ def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[R
 
 
 def draw_frontier(figure: Figure, rows: Sequence[Row]) -> None:
-    """Every flow as a point; the baselines as lines."""
-    axes = figure.subplots()
+    """Every flow as a numbered point; the baselines as lines."""
+    axes, number = figure.subplots(), 0
     for row in rows:
-        bpc, share = row["test bpc"], row["before the last pass"]
-        bpe = str(row["model"]).startswith("BPE")
+        bpc, share, model = row["test bpc"], row["before the last pass"], str(row["model"])
+        bpe = model.startswith("BPE")
+        colour = COLOURS[1 if bpe else 0]
         if share is None:
-            axes.axhline(bpc, color=COLOURS[1 if bpe else 0], linestyle=":", label=f"{row['model']}, bpc")
+            axes.axhline(bpc, color=colour, linestyle=":", label=model)
             continue
-        axes.plot(share, bpc, "o" if not bpe else "s", color=COLOURS[1 if bpe else 0], markersize=5)
-        axes.annotate(str(row["model"]), (share, bpc), xytext=(5, 3), textcoords="offset points", fontsize=SMALL - 2)
-    axes.set_xlim(-0.05, 1.4)
+        number += 1
+        axes.plot(share, bpc, "s" if bpe else "o", color=colour, markersize=5, label=f"{number}  {model}")
+        axes.annotate(str(number), (share, bpc), xytext=(4, 4), textcoords="offset points", fontsize=SMALL)
+    axes.set_xlim(-0.05, 1.1)
     axes.set_xlabel("share of tokens that the pass before the last already has")
     axes.set_ylabel("test bits per character, <=")
-    axes.legend(loc="upper left", fontsize=SMALL)
+    figure.legend(loc="outside right upper", fontsize=SMALL)
 
 
 FRONTIER = Recipe(
@@ -119,4 +121,5 @@ FRONTIER = Recipe(
     plan=plan_frontier,
     measure=measure_frontier,
     draw=draw_frontier,
+    size=(9.5, 4.5),
 )
