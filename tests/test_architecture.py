@@ -108,7 +108,7 @@ def test_modules_do_not_import_each_other_in_circles():
         ("flow.bijection", {"errors"}),
         ("flow.codebook", {"flow.numerics"}),
         ("runs.strict_json", {"errors"}),
-        ("runs.config", {"shapes", "data", "errors"}),
+        ("runs.config", {"choices", "shapes", "data", "errors"}),
         ("data", {"errors", "files"}),
     ],
 )
