@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tarflowlm.editing import encode, interpolate, renoise, substitute
+from tarflowlm.editing import blend, encode, interpolate, renoise, substitute
 from tarflowlm.errors import UserError
 from tarflowlm.model import TarFlowLM
 from tarflowlm.objective import elbo
@@ -110,6 +110,14 @@ def test_interpolation_counts_changes_from_the_first_text(model):
     edit = interpolate(model, first, second, level=1, weight=1.0, generator=generator())
     assert torch.equal(edit.before, TEXT[:1])
     assert torch.equal(edit.changed, TEXT[:1] != TEXT[1:])
+
+
+def test_texts_of_different_lengths_are_refused(model):
+    first, second = encode(model, TEXT[:1], generator()), encode(model, TEXT[1:, :5], generator())
+    with pytest.raises(UserError, match="7 and 5 tokens"):
+        interpolate(model, first, second, level=1, weight=0.5, generator=generator())
+    with pytest.raises(UserError, match="7 and 5 tokens"):
+        blend(model, first, second, [[(0, 2)]], candidates=2, temperature=1.0, generator=generator())
 
 
 def test_substitution_keeps_the_noise_of_the_rest(model):
