@@ -117,7 +117,7 @@ def test_texts_of_different_lengths_are_refused(model):
     with pytest.raises(UserError, match="7 and 5 tokens"):
         interpolate(model, first, second, level=1, weight=0.5, generator=generator())
     with pytest.raises(UserError, match="7 and 5 tokens"):
-        blend(model, first, second, [[(0, 2)]], candidates=2, temperature=1.0, generator=generator())
+        blend(model, first, second, [([(0, 2)], [])], candidates=2, generator=generator())
 
 
 def test_substitution_keeps_the_noise_of_the_rest(model):
