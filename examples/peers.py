@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tarflowlm.baseline import BaselineConfig
-from tarflowlm.bench.peers import gpt2, stepper
+from tarflowlm.bench.peers import gated_width, gpt2, stepper
 from tarflowlm.data import Corpus, WindowSampler, cached_corpus, eval_windows
 from tarflowlm.evaluation.judges import Judge, load_judge
-from tarflowlm.evaluation.likelihood import evaluate
+from tarflowlm.evaluation.likelihood import bits, evaluate
 from tarflowlm.evaluation.quality import TextStatistics, compare_texts
 from tarflowlm.generation import generate
 from tarflowlm.language_model import seeded
@@ -135,11 +135,10 @@ def modernbert(config: BaselineConfig, vocab_size: int) -> nn.Module:
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
     trunk = config.trunk
-    hidden = 2 * trunk.mlp_ratio * trunk.width // 3
     theirs = ModernBertConfig(
         vocab_size=vocab_size, max_position_embeddings=config.context, hidden_size=trunk.width,
         num_hidden_layers=config.layers, num_attention_heads=trunk.num_heads,
-        intermediate_size=hidden - hidden % 16, layer_types=["full_attention"] * config.layers,
+        intermediate_size=gated_width(trunk), layer_types=["full_attention"] * config.layers,
         initializer_range=trunk.width**-0.5, attn_implementation="sdpa",
         pad_token_id=None, bos_token_id=None, eos_token_id=None, cls_token_id=None, sep_token_id=None,
     )  # fmt: skip
@@ -176,16 +175,16 @@ def train(peer: Peer, corpus: Corpus, run: RunConfig) -> None:
             optimizer.zero_grad()
         losses.append(loss.item())
         if (step + 1) % 100 == 0:
-            recent = sum(losses[-100:]) / 100 / math.log(2)
+            recent = bits(sum(losses[-100:]) / 100)
             seconds = time.perf_counter() - start
             say(f"step {step + 1} of {steps}: {recent:.3f} bits, {seconds:.0f} s")
 
 
 @torch.inference_mode()
-def bits(peer: Peer, windows: Tensor) -> tuple[float, float]:
-    """Bits per token over windows of real text, and its standard error."""
+def bound(peer: Peer, windows: Tensor) -> tuple[float, float]:
+    """(A bound on) bits per token over windows of real text, and its standard error."""
     nats = torch.cat([peer.nats(part, TIMES).double().mean(1) for part in windows.split(EVAL_BATCH)])
-    return nats.mean().item() / math.log(2), nats.std().item() / math.log(2) / len(nats) ** 0.5
+    return bits(nats.mean().item()), bits(nats.std().item()) / len(nats) ** 0.5
 
 
 class Measurements:
@@ -203,7 +202,7 @@ class Measurements:
         """A row for each number of denoising steps; samples go to `out`."""
         peer.model.eval()
         with seeded(self.run.seed):
-            found = bits(peer, self.windows)
+            found = bound(peer, self.windows)
         for steps in denoising_steps if isinstance(peer, Masked) else [None]:
             label = name if steps is None else f"{name}, {steps} steps"
             if isinstance(peer, Masked) and steps is not None:
@@ -222,7 +221,7 @@ class Measurements:
         def draw(batch: int, length: int) -> Tensor:
             return generate(model, num_tokens=length, num=batch, generator=generator, decoder="auto").tokens
 
-        found = (measured.bpc, measured.stderr / math.log(2))
+        found = (measured.bpc, bits(measured.stderr))
         self._row(directory.name, "" if model.is_exact else "<= ", found, model, draw)
 
     def _row(

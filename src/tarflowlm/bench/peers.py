@@ -24,6 +24,7 @@ from tarflowlm.device import now
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.runs.config import RunConfig
+from tarflowlm.shapes import TransformerConfig
 from tarflowlm.terminal.tables import column_table
 from tarflowlm.training.optim import build_optimizers
 
@@ -105,20 +106,25 @@ def gpt2(config: BaselineConfig) -> nn.Module:
 
 
 def llama(config: BaselineConfig) -> nn.Module:
-    """A Llama of our shape. Its MLP has three matrices, ours two, so its hidden width is 2/3 of ours.
-
-    The width is rounded down to a multiple of 16: no more parameters than ours, and whole vector registers.
-    """
+    """A Llama of our shape."""
     transformers = _transformers()
     trunk = config.trunk
-    hidden = 2 * trunk.mlp_ratio * trunk.width // 3
     theirs = transformers.LlamaConfig(
         vocab_size=config.vocab_size, max_position_embeddings=config.context, hidden_size=trunk.width,
         num_hidden_layers=config.layers, num_attention_heads=trunk.num_heads, num_key_value_heads=trunk.num_heads,
-        intermediate_size=max(16, hidden - hidden % 16), attention_dropout=0.0, use_cache=False,
+        intermediate_size=gated_width(trunk), attention_dropout=0.0, use_cache=False,
         bos_token_id=0, eos_token_id=0, attn_implementation="sdpa",
     )  # fmt: skip
     return transformers.LlamaForCausalLM(theirs)
+
+
+def gated_width(trunk: TransformerConfig) -> int:
+    """Hidden width of an MLP of three matrices, where ours has two: 2/3 of ours.
+
+    Rounded down to a multiple of 16: no more parameters than ours, and whole vector registers.
+    """
+    hidden = 2 * trunk.mlp_ratio * trunk.width // 3
+    return max(16, hidden - hidden % 16)
 
 
 def sampler(model: nn.Module, vocab_size: int) -> Callable[[int, int], Tensor]:
