@@ -76,8 +76,10 @@ def test_no_field_value_breaks_training(run, text_file, tmp_path, field, value):
         st.one_of(words, st.sampled_from(["train", "mini-ar", "--out", "--resume", "eval", "--json"])), max_size=5
     )
 )
-def test_no_command_line_breaks(run, tmp_path, monkeypatch, argv):
+def test_no_command_line_breaks(run, model, tmp_path, monkeypatch, argv):
     monkeypatch.chdir(tmp_path)
+    # the released one is evaluated on a whole corpus
+    monkeypatch.setattr("tarflowlm.runs.released.DEFAULT", str(model))
     assert_no_traceback(run("train", *argv))
     assert_no_traceback(run("eval", *argv))
     assert not list(tmp_path.iterdir())

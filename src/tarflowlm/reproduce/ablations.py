@@ -24,7 +24,7 @@ from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training
 from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.presets import PLAIN_CODEBOOK
 
-BASE = "base"
+BASE, CHANNELWISE = "base", "+ channel-wise"
 SIX = 6
 COMPONENTS = (1, 2, 4, 8, 16, 27)
 ALONE, HEAD, STARTED = "features alone", "with the channels before", "with them, start from the codebook"
@@ -48,7 +48,7 @@ def plan_fig2(settings: Settings) -> list[Training]:
         settings,
         {
             BASE: base,
-            "+ channel-wise": affine,
+            CHANNELWISE: affine,
             "+ Mix-1": settings.preset("mix1", "owt"),
             "+ Mix-d": joint(progressive),
             "+ progressive": progressive,
@@ -173,7 +173,7 @@ FIG2 = Recipe(
     measure=summaries,
     draw=plot_models(),
     seeds=2,
-    clear=(BASE,),
+    clear=(BASE, CHANNELWISE),
 )
 
 FIG3 = Recipe(
