@@ -44,6 +44,14 @@ def test_it_fills_blanks(loaded):
     assert (text[:4], text[7:], len(text)) == ("the ", " of", 10)
 
 
+def test_tokens_bring_the_space_before_them():
+    """One before a blank, or at the end of a prompt, is that of the token to be drawn."""
+    small = tarflowlm.load("english-small")
+    assert small.write(template="The _ of the _ States", seed=1) == small.write(template="The_ of the_ States", seed=1)
+    assert small.write("We must ", num_tokens=6) == small.write("We must", num_tokens=6)
+    assert small.write(" ", num_tokens=2).startswith(" ")
+
+
 def test_it_scores(loaded):
     tokens = loaded.encode("The king")
     assert loaded.decode(tokens) == "the king"

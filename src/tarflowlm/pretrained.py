@@ -12,7 +12,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.scores import Scores, score
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import Decoders
-from tarflowlm.generation.sampling import encode_template
+from tarflowlm.generation.sampling import encode_prompt, encode_template
 from tarflowlm.language_model import LanguageModel, LanguageModelConfig
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.config import checked_seed
@@ -67,7 +67,7 @@ class Pretrained(_Pair):
         template. The other arguments are those of `generate`. Same seed, same texts. UserError for characters that
         the tokenizer does not know, and as `generate`.
         """
-        given = None if not prompt else self.encode(prompt, name="prompt")
+        given = encode_prompt(self.tokenizer, self._checked(prompt, "prompt")) if prompt else None
         blanks = None
         if template is not None:
             # a blank keeps its case

@@ -69,7 +69,7 @@ class SampleArgs:
     prompts: str | None = None
     """File with one prompt a line, or - for standard input; --num samples of each. Empty lines are skipped."""
     template: str | None = None
-    """Text with a blank for every token to fill in: "the ____ of ____"."""
+    """Text with a blank for every token to fill in: "the ____ of ____". A BPE token brings the space before it."""
     blank: str = "_"
     """Character that marks a blank in the template."""
     particles: int = 1

@@ -9,7 +9,7 @@ from torch import Tensor
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.text import Normalization, read_text
 from tarflowlm.errors import UserError
-from tarflowlm.generation.sampling import BLANK, encode_template, normalize_template
+from tarflowlm.generation.sampling import BLANK, encode_prompt, encode_template, normalize_template
 
 
 class Wording:
@@ -47,10 +47,10 @@ class Wording:
         return found.strip() if self.normalizes else found
 
     def prompt(self, text: str) -> Tensor:
-        """Tokens [tokens]. UserError as in `tokens`."""
+        """Tokens [tokens] of a text to continue. UserError as in `tokens`."""
         if not text:
             raise UserError("the prompt is empty: leave --prompt out to sample without one")
-        return self.tokens(text, "prompt")
+        return encode_prompt(self.tokenizer, self.text(text, "prompt"))
 
     def template(self, text: str, blank: str) -> Tensor:
         """Tokens [tokens], BLANK for every blank. UserError as `encode_template`, and for a text without blanks."""

@@ -70,6 +70,13 @@ class BPETokenizer(Tokenizer):
     def encode(self, text: str) -> npt.NDArray[np.int64]:
         return self.encode_each([text])
 
+    def encode_open(self, text: str) -> npt.NDArray[np.int64]:
+        return self.encode(text.removesuffix(" ") if self._holds_spaces else text)
+
+    @cached_property
+    def _holds_spaces(self) -> bool:
+        return any(token[:1] == b" " and len(token) > 1 for token in self.token_bytes)
+
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         for text in texts:
             encode_utf8(text)  # for its message: the library would raise TypeError

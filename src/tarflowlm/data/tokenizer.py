@@ -51,6 +51,12 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> npt.NDArray[np.int64]:
         """Token ids [N] of `text`, which is not normalised. UserError for characters outside the vocabulary."""
 
+    def encode_open(self, text: str) -> npt.NDArray[np.int64]:
+        """Token ids [N] of a text that goes on. Where tokens hold the space before a word, one at its end is left to
+        the next token: as a token of its own, it is what no text of the training has there. UserError as in `encode`.
+        """
+        return self.encode(text)
+
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         """Token ids [N] of `texts`, each encoded on its own, concatenated."""
         return concatenated([self.encode(text) for text in texts])

@@ -1,7 +1,6 @@
 """Parts of a sampler: a random stream per row, draws of tokens, adjusted weights, and templates."""
 
 import math
-import re
 from collections.abc import Iterable
 
 import torch
@@ -17,11 +16,18 @@ BLANK = -1
 """Marks a token of a template that is to be drawn."""
 
 
+def encode_prompt(tokenizer: Tokenizer, text: str) -> Tensor:
+    """Tokens [tokens] of a text to continue, by `Tokenizer.encode_open` unless that leaves nothing. UserError as there."""
+    tokens = torch.from_numpy(tokenizer.encode_open(text))
+    return tokens if len(tokens) else torch.from_numpy(tokenizer.encode(text))
+
+
 def encode_template(tokenizer: Tokenizer, text: str, blank: str = "_") -> Tensor:
     """Tokens [tokens] of a text in which every `blank` stands for one token to be drawn (BLANK).
 
-    The pieces between blanks are encoded one by one. UserError for an empty template, for unknown characters, and for
-    a blank that is not a single character or is a symbol of a character tokenizer.
+    The pieces between blanks are encoded one by one, those before a blank by `Tokenizer.encode_open`. UserError for an
+    empty template, for unknown characters, and for a blank that is not a single character or is a symbol of a character
+    tokenizer.
     """
     if len(blank) != 1:
         raise UserError(f"blank {blank!r}: must be a single character")
@@ -29,10 +35,11 @@ def encode_template(tokenizer: Tokenizer, text: str, blank: str = "_") -> Tensor
         raise UserError("the template is empty: give text with at least one token or blank")
     if tokenizer.kind == "char" and blank in tokenizer.symbols:
         raise UserError(f"blank {blank!r} is a character of the model's alphabet: choose another with --blank")
-    pieces: list[int] = []
-    for piece in re.split(f"({re.escape(blank)})", text):
-        pieces += [BLANK] if piece == blank else tokenizer.encode(piece).tolist() if piece else []
-    return torch.tensor(pieces)
+    *before, last = text.split(blank)
+    tokens: list[int] = []
+    for piece in before:
+        tokens += [*tokenizer.encode_open(piece).tolist(), BLANK]
+    return torch.tensor([*tokens, *tokenizer.encode(last).tolist()], dtype=torch.long)
 
 
 def normalize_template(tokenizer: Tokenizer, text: str, blank: str = "_") -> str:

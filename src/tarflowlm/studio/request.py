@@ -1,6 +1,5 @@
 """What a visitor asks for, checked on the server: the page can be called with anything."""
 
-import re
 from typing import Any
 
 import torch
@@ -51,16 +50,22 @@ def text(value: Any, name: str) -> str:
 
 
 def encoded(tokenizer: Tokenizer, piece: str) -> list[int]:
-    """The tokens of a piece of text, which is normalised where the tokenizer does not know it as it is.
+    """The tokens of a piece of text, which is normalised where the tokenizer does not know it as it is."""
+    return tokenizer.encode(known(tokenizer, piece)).tolist()
+
+
+def known(tokenizer: Tokenizer, piece: str) -> str:
+    """A piece of text as the tokenizer knows it.
 
     A space at either end stays one: the piece may continue, or be continued.
     """
     try:
-        return tokenizer.encode(piece).tolist() if piece else []
+        tokenizer.encode(piece)
     except UserError:
         prepared = tokenizer.prepare(piece).strip()
         before, after = (" " if piece[i : i + 1].isspace() else "" for i in (0, len(piece) - 1))
-        return tokenizer.encode(f"{before}{prepared}{after}").tolist() if prepared else tokenizer.encode(" ").tolist()
+        return f"{before}{prepared}{after}" if prepared else " "
+    return piece
 
 
 def required(tokenizer: Tokenizer, piece: str, name: str) -> torch.Tensor:
@@ -71,11 +76,11 @@ def required(tokenizer: Tokenizer, piece: str, name: str) -> torch.Tensor:
 
 
 def template(tokenizer: Tokenizer, piece: str) -> torch.Tensor:
-    """The tokens [T] of a text, BLANK for every mark in it."""
+    """The tokens [T] of a text that may go on, BLANK for every mark in it."""
     found: list[int] = []
-    for part in re.split(f"({MARK})", piece):
-        found += [BLANK] if part == MARK else encoded(tokenizer, part)
-    return torch.tensor(found, dtype=torch.long)
+    for part in piece.split(MARK):
+        found += [*tokenizer.encode_open(known(tokenizer, part)).tolist(), BLANK]
+    return torch.tensor(found[:-1], dtype=torch.long)
 
 
 def one_window(length: int, context: int) -> None:
