@@ -17,7 +17,7 @@ BLANK = -1
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> Tensor:
-    """Tokens [tokens] of a text to continue, by `Tokenizer.encode_open` unless that leaves nothing. UserError as there."""
+    """Tokens [tokens] of a text to continue: `encode_open`, unless that leaves nothing. UserError as there."""
     tokens = torch.from_numpy(tokenizer.encode_open(text))
     return tokens if len(tokens) else torch.from_numpy(tokenizer.encode(text))
 
@@ -25,9 +25,9 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> Tensor:
 def encode_template(tokenizer: Tokenizer, text: str, blank: str = "_") -> Tensor:
     """Tokens [tokens] of a text in which every `blank` stands for one token to be drawn (BLANK).
 
-    The pieces between blanks are encoded one by one, those before a blank by `Tokenizer.encode_open`. UserError for an
-    empty template, for unknown characters, and for a blank that is not a single character or is a symbol of a character
-    tokenizer.
+    The pieces between blanks are encoded one by one, those before a blank by `Tokenizer.encode_open`. UserError for
+    an empty template, for unknown characters, and for a blank that is not a single character or is a symbol of a
+    character tokenizer.
     """
     if len(blank) != 1:
         raise UserError(f"blank {blank!r}: must be a single character")

@@ -19,12 +19,6 @@ def released() -> list[str]:
     return sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
 
 
-def baseline_of(name: str) -> str | None:
-    """The released baseline that a released model is compared with, if there is one."""
-    other = f"{name}-ar"
-    return other if other in released() else None
-
-
 def locate(directory: str | Path, progress: DownloadProgress | None = None) -> Path:
     """A run directory: the path itself, or where there is no such path, the released model or that of the hub.
 
