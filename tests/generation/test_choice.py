@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ FREE = {
 
 
 @pytest.mark.parametrize("fields", FREE.values(), ids=FREE.keys())
-def test_rows_do_not_depend_on_each_other_and_given_tokens_are_kept(fields, tiny_flow):
+def test_rows_do_not_depend_on_each_other_and_given_tokens_are_kept(fields, tiny_flow, any_stack):
     model = tiny_flow(**fields)
     templates = torch.tensor([[-1, 3, -1, 1, -1], [2, -1, -1, -1, 0], [-1] * 5])
     for options in ({}, {"prompt": torch.tensor([3, 1, 4])}, {"template": templates, "particles": 3}):
@@ -176,3 +177,15 @@ def test_blocks_without_probabilities_of_tokens_refuse(options, name, tiny_flow,
     monkeypatch.setattr(choice, "LARGEST_VOCABULARY", 4)
     with pytest.raises(UserError, match=rf"{name}: block 1 \(mix1\) .* all 5 of them .* at most 4: .*temperature 1"):
         sample(mix1, num=1, **options)
+
+
+@pytest.mark.parametrize(("scale", "is_refused"), [(1.0, True), (0.0, False)])
+def test_choices_that_ignore_much_of_what_upper_blocks_know_are_refused(scale, is_refused, tiny_flow):
+    model = tiny_flow(couplings=("mix1", "mix1"))
+    with torch.no_grad():
+        for parameter in model.prior.block(1).parameters():
+            parameter *= scale
+    options = {"num_tokens": 6, "generator": torch.Generator().manual_seed(0)}
+    generate(model, **options)
+    with pytest.raises(UserError, match=r"bits a token: sample it at temperature 1") if is_refused else nullcontext():
+        generate(model, temperature=0.9, **options)

@@ -178,7 +178,7 @@ def test_auto_takes_the_quicker_way_and_says_which(tiny_flow, monkeypatch):
         assert torch.equal(again.tokens, found.tokens)
 
 
-def test_changed_weights_ask_for_steps(tiny_flow):
+def test_changed_weights_ask_for_steps(tiny_flow, any_stack):
     model = tiny_flow(couplings=("mix1", "mix1"), context=16)
     found = generate(model, num_tokens=16, decoder="parallel", temperature=0.7)
     assert found.decoders == ("parallel", "sequential")

@@ -12,7 +12,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow.channelwise import AffineCoupling
 from tarflowlm.flow.couplings import AdjustWeights, Coupling
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.numerics import held_rows, wide_dtype
+from tarflowlm.flow.numerics import held_rows, log_standard_normal, wide_dtype
 from tarflowlm.generation.sampling import inverse_cdf, row_normal, row_uniform
 from tarflowlm.model import TarFlowLM
 
@@ -21,6 +21,9 @@ LARGEST_VOCABULARY = 1024
 DRAWS = 4
 """Latents S per token of the vocabulary. Each estimate of a probability is unbiased for any S, but its power
 1 / tau and the order of tokens are not: S draws shrink that error. With sharp codes one draw would do."""
+
+MOST_DISCARDED = 1.0
+"""Nats a token of what the blocks above block 1 know that a choice of tokens in block 1 may ignore."""
 
 
 def weighs_tokens(coupling: Coupling) -> bool:
@@ -41,6 +44,20 @@ def check_choice(model: TarFlowLM, settings: str) -> None:
             f"{settings}: block 1 ({name}) has no weights of tokens, and would estimate all {V} of them for every "
             f"token, at most {LARGEST_VOCABULARY}: sample at temperature 1 without top-k and top-p, or use a model "
             f"whose block 1 is mixd"
+        )
+
+
+def check_discarded(model: TarFlowLM, h: Tensor, log_p: Tensor) -> None:
+    """UserError where tokens cannot be chosen in block 1, because the blocks above it do much of the work.
+
+    What they know is E[log p_{>1}(h) - log N(h; 0, I)], the divergence of their noise for block 1 from the normal
+    noise that a choice assumes. `h` [rows, T, d] are draws of it, `log_p` [rows] their log-densities.
+    """
+    nats = 0.0 if model.num_blocks == 1 else float((log_p - log_standard_normal(h).sum((1, 2))).mean()) / h.shape[1]
+    if nats > MOST_DISCARDED:
+        raise UserError(
+            f"temperature, top-k and top-p choose tokens in block 1 and ignore what the blocks above it know, in "
+            f"this model {nats / math.log(2):.1f} bits a token: sample it at temperature 1 without top-k and top-p"
         )
 
 

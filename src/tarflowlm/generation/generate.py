@@ -57,7 +57,7 @@ def generate(
     weights; the noise is not scaled, since Phi(u) has to stay uniform. For Mix-1, or Mix-d with components of its
     own, they are estimated for all V tokens (`TokenChoice`): a token is chosen, whatever `decoding` says, together
     with latents of its own, and the noise that the blocks above drew for it is not used. UserError for this with more
-    than 1,024 tokens, and for an affine block 1.
+    than 1,024 tokens, for an affine block 1, and where the blocks above know more than a nat a token.
 
     `prompt` [tokens] comes first, or [num, tokens] with one prompt per sample, where -1 (BLANK) fills the ends of
     shorter ones; these must be shorter than the context. `template` [tokens], or [num, tokens] with one template per

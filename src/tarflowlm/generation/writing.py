@@ -10,7 +10,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.choices import Decoder, Decoding
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.generation.choice import TokenChoice, weighs_tokens
+from tarflowlm.generation.choice import TokenChoice, check_discarded, weighs_tokens
 from tarflowlm.generation.drafted import (
     Round,
     Watch,
@@ -177,6 +177,7 @@ def _completed(model: TarFlowLM, given: Tensor, num_tokens: int, request: Reques
     known = book.encode(spread.clamp_min(0).to(book.mean.device), eps)
     choice = None
     if adjust is not None and not weighs_tokens(model.prior.block(0).coupling):
+        check_discarded(model, source.draw, source.log_p)
         choice, adjust = TokenChoice(model, adjust, generators, particles, given.shape[1]), None
     passage = LatentPassage(model, source.draw, known, is_known, adjust, choice)
     weights = Weights.uniform(num, particles)
