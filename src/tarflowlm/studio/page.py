@@ -22,8 +22,8 @@ WAITING = 16
 REFRESH = 4.0
 """Seconds between two looks at the metrics of runs."""
 
-SENTENCE = "the king of the land was born in the city of london"
-HISTORY = "in the year one thousand and sixty six the norman duke william was crowned king of england in london"
+SENTENCE = "The people of this country have a right to peace and to work."
+HISTORY = "The war of the nations had come to an end, and the President asked the Congress to make a lasting peace."
 OTHER = "a group of people who live in the north of the rive"
 
 
@@ -60,7 +60,7 @@ def _write(catalogue: Catalogue) -> None:
             text = gr.Textbox(
                 label="Start, or a text with blanks",
                 value="The people of",
-                placeholder="empty: from nothing · the people of the____ in peace",
+                placeholder="empty: from nothing · the people of the _ in peace",
                 info="Every _ is one token that the model chooses.",
                 lines=2,
                 max_lines=6,
@@ -85,7 +85,7 @@ def _infill(catalogue: Catalogue) -> None:
             model = _model(catalogue.models)
             text = gr.Textbox(
                 label="Text with blanks",
-                value="The people of the______ in the______ of peace",
+                value="The people of the _ _ in the _ of peace",
                 info="Every _ is one token that the model chooses, with regard to both sides.",
                 lines=3,
                 max_lines=8,
@@ -110,7 +110,7 @@ def _edit(catalogue: Catalogue) -> None:
             with gr.Tabs():
                 with gr.Tab("Replace"):
                     words = gr.Textbox(
-                        label="Words to replace", value="king, born", info="Separated by commas. The rest is kept."
+                        label="Words to replace", value="peace, work", info="Separated by commas. The rest is kept."
                     )
                     tries, particles = _tries()
                     replace, stop_replacing = _buttons("Replace")
