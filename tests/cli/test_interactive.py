@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import select
+import signal
 import sys
 import time
 
@@ -84,6 +85,8 @@ def test_at_a_terminal_control_c_stops_the_writing_and_then_the_loop(model):
 
     child, terminal = pty.fork()
     if child == 0:
+        # a shell that runs the tests in the background has them ignore interrupts
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         command = [sys.executable, "-m", "tarflowlm", "sample", str(model), "--interactive", "--length", "100000"]
         os.execv(sys.executable, command)
     seen, until = "", time.monotonic() + 120
