@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ def private_places(cache, monkeypatch):
     """No test reads or fills the user's cache; lines have a known length."""
     monkeypatch.setenv("TARFLOWLM_CACHE", cache)
     monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.fixture
+def interruptible():
+    """A shell that runs the tests in the background has them, and what they start, ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

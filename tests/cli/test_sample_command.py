@@ -136,12 +136,10 @@ def test_samples_go_to_a_new_file(run, run_json, refused, texts, model, tmp_path
     assert other.read_bytes() == before
 
 
+@pytest.mark.usefixtures("interruptible", "small_batches")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_what_is_finished_is_kept(run, model, tmp_path, monkeypatch, request, small_batches, number):
+def test_what_is_finished_is_kept(run, model, tmp_path, monkeypatch, number):
     calls: list[int] = []
-    # a shell that runs the tests in the background has them ignore interrupts
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def interrupted(*args, **options):
         calls.append(1)

@@ -15,6 +15,8 @@ from tarflowlm.cli.main import COMMANDS
 from tarflowlm.cli.signals import exit_on_interrupt
 from tarflowlm.reproduce import RECIPES
 
+pytestmark = pytest.mark.usefixtures("interruptible")
+
 FAKE_TORCH = """
 import os
 print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"), flush=True)
@@ -24,14 +26,6 @@ if "INTERRUPT" in os.environ:
     time.sleep(20)
 os._exit(0)
 """
-
-
-@pytest.fixture(autouse=True)
-def interruptible():
-    """A shell that runs the tests in the background has them, and what they start, ignore interrupts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
