@@ -25,6 +25,8 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
     torch.set_flush_denormal(True)
     model, tokenizer = tarflowlm.load(name)
     judge, _ = tarflowlm.load(judge_name)
+    # as `tarflowlm edit` does
+    usual = TEMPERATURE if model.config.weighs_tokens else 1.0
     tokens = encode_text_source(source, tokenizer, ("test",))["test"]
     wide = eval_windows(tokens, 2 * LENGTH, TEXTS)
     space = tokenizer.encode(" ")[0]
@@ -91,7 +93,7 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
             taken = pick_stretch(second, round(weight * len(second)), g)
             spans.append(blended_spans(words[i], second, taken, LENGTH))
         return blend(
-            model, text, other, spans, candidates=CANDIDATES, temperature=TEMPERATURE, generator=generator(2)
+            model, text, other, spans, candidates=CANDIDATES, temperature=usual, generator=generator(2)
         ).tokens
 
     print(f"the original texts: <= {before[0]:.3f} bits per character, judge {before[1]:.3f}\n")
@@ -99,9 +101,9 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
     print("| --- | --- | --- | --- | --- | --- |")
     levels = range(model.num_blocks + 1)
     for share in (0.1, 0.25, 0.5, 1.0):
-        show(f"redraw, share {share}", redrawn, share, "random", TEMPERATURE)
+        show(f"redraw, share {share}", redrawn, share, "random", usual)
     show("redraw, share 0.1, temperature 1", redrawn, 0.1, "random", 1.0)
-    show("redraw, share 0.1, the least likely words", redrawn, 0.1, "unlikely", TEMPERATURE)
+    show("redraw, share 0.1, the least likely words", redrawn, 0.1, "unlikely", usual)
     for level, strength in product(levels, (0.05, 0.1, 0.3, 0.6)):
         show(f"re-noise state {level}, strength {strength}", noisy, level, strength)
     for level in levels:

@@ -78,6 +78,11 @@ class LanguageModelConfig:
         """Flow blocks L, at most one training stage each; 1 for the baseline."""
         return 1
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether a token is drawn by weights of tokens, which a temperature, top-k and top-p change as they are."""
+        return True
+
     def first_blocks(self: C, num_blocks: int) -> C:
         """The configuration of the first `num_blocks` blocks, the model of a progressive stage."""
         assert num_blocks >= self.num_blocks
@@ -203,6 +208,11 @@ class FlowConfig(LanguageModelConfig):
     def num_blocks(self) -> int:
         """Flow blocks L."""
         return len(self.blocks)
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether the components of block 1 are tokens: those of a Mix-d coupling tied to the codebook."""
+        return self.blocks[0].coupling == "mixd" and self.blocks[0].components == 0
 
     @property
     def mixes_channels(self) -> bool:

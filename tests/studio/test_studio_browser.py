@@ -38,7 +38,8 @@ PATIENCE = 40_000
 def server(folder):
     """The command, serving: its `url`, and `next_line` of its output. It ends in silence when interrupted."""
     program = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("studio_cases.py"), "english-mini", folder, "--no-browser"],
+        [sys.executable, Path(__file__).with_name("studio_cases.py"), "english-mini", folder, "english-passes",
+         "--no-browser"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         # a shell that runs the tests in the background has them ignore interrupts
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -103,6 +104,15 @@ def test_write_streams_and_shows_how(page):
     assert stage.inner_text() != text
     slider.fill(slider.get_attribute("max"))
     assert stage.inner_text() == text
+
+
+def test_a_model_brings_the_temperature_that_suits_it(page):
+    temperature = page.get_by_label("number input for Temperature").locator("visible=true")
+    assert temperature.input_value() == "0.7"
+    for name, suited in (("english-passes", "1"), ("flow", "0.7")):
+        page.get_by_label("Model").locator("visible=true").first.click()
+        page.get_by_role("option", name=name, exact=True).click()
+        page.wait_for_function("([n, v]) => n.value === v", arg=[temperature.element_handle(), suited])
 
 
 def test_infill(page):

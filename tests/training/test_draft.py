@@ -93,6 +93,32 @@ def test_time_ends_a_training(run_directory):
     assert learn(run_directory, training=training)["steps"] == 1
 
 
+def test_the_last_measurement_is_within_the_time(run_directory, monkeypatch):
+    now = [0.0]
+
+    class Timed:
+        def __init__(self, before):
+            now[0] = before
+
+        def seconds(self):
+            return now[0]
+
+    def takes(seconds, made):
+        def call(*args):
+            now[0] += seconds
+            return made(*args)
+
+        return call
+
+    monkeypatch.setattr("tarflowlm.training.draft.Clock", Timed)
+    monkeypatch.setattr("tarflowlm.training.draft.draft_loss", takes(1.0, draft_loss))
+    monkeypatch.setattr("tarflowlm.training.draft.tokens_per_pass", takes(20.0, tokens_per_pass))
+    training = DraftTraining(minutes=2.0, batch_size=2, evaluate_every=40)
+    summary = learn(run_directory, training=training)
+    assert (summary["steps"], summary["seconds"]) == (80, 120.0)
+    assert learn(run_directory, training=None, resume=True)["steps"] == 80
+
+
 def test_export_takes_the_draft_along(run_directory, tmp_path):
     learn(run_directory)
     for half in (False, True):
@@ -239,11 +265,14 @@ def test_tokens_per_pass_counts_up_to_the_first_wrong_draft(tiny_flow):
     draft = model.new_draft(CONFIG).double()
 
     class Knowing(type(draft)):
+        def start(self, features):
+            return torch.arange(2 * 16).view(2, 16, 1)
+
         def step(self, state, features, z):
             step = next(self.steps)
-            rolled = torch.roll(pairs.features, -step, 1)
+            known = pairs.features.flatten(0, 1)[state[:, 0] + step]
             # latents that are not a number decode to token 0, which is not there
-            return state, rolled if step <= self.right else torch.full_like(rolled, torch.nan)
+            return state, known if step <= self.right else torch.full_like(known, torch.nan)
 
     draft.__class__ = Knowing
     for right, expected in ((3, 4.0), (1, 2.0)):

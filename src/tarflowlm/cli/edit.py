@@ -25,7 +25,6 @@ from tarflowlm.editing.words import (
 )
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
-from tarflowlm.generation.choice import weighs_tokens
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.released import chosen
@@ -82,7 +81,7 @@ def _edited(
     tokenizer, num_positions = wording.tokenizer, text.tokens.shape[1] // model.config.patch
     candidates = CANDIDATES if args.candidates is None else args.candidates
     # where block 1 has no weights of tokens, the model is sampled as it is
-    usual = TEMPERATURE if weighs_tokens(model.prior.block(0).coupling) else 1.0
+    usual = TEMPERATURE if model.config.weighs_tokens else 1.0
     temperature = usual if args.temperature is None else args.temperature
     if args.replace is not None:
         wanted = _replacements(args, wording, text)

@@ -16,7 +16,6 @@ from tarflowlm.editing.words import Span
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.generation.choice import weighs_tokens
 from tarflowlm.generation.inversion import Tick
 from tarflowlm.generation.particles import resample
 from tarflowlm.generation.passage import LatentPassage
@@ -161,7 +160,7 @@ def propose(
 
 def _adjustment(model: TarFlowLM, temperature: float) -> AdjustWeights | None:
     adjust = adjust_weights(temperature)
-    if adjust is not None and not weighs_tokens(model.prior.block(0).coupling):
+    if adjust is not None and not model.config.weighs_tokens:
         raise UserError(f"temperature {temperature}: block 1 of this model has no weights of tokens, take 1")
     return adjust
 

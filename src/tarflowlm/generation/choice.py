@@ -10,8 +10,7 @@ from torch import Tensor
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow.channelwise import AffineCoupling
-from tarflowlm.flow.couplings import AdjustWeights, Coupling
-from tarflowlm.flow.mixd import MixDCoupling
+from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import held_rows, log_standard_normal, wide_dtype
 from tarflowlm.generation.sampling import inverse_cdf, row_normal, row_uniform
 from tarflowlm.model import TarFlowLM
@@ -24,11 +23,6 @@ DRAWS = 4
 
 MOST_DISCARDED = 1.0
 """Nats a token of what the blocks above block 1 know that a choice of tokens in block 1 may ignore."""
-
-
-def weighs_tokens(coupling: Coupling) -> bool:
-    """Whether the mixture weights of this block 1 are weights of tokens, which can be adjusted as they are."""
-    return isinstance(coupling, MixDCoupling) and coupling.is_tied
 
 
 def check_choice(model: TarFlowLM, settings: str) -> None:

@@ -12,7 +12,7 @@ from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.flow.compiled import compiled_steps
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.generation.choice import check_choice, weighs_tokens
+from tarflowlm.generation.choice import check_choice
 from tarflowlm.generation.inversion import Decoders, Tick
 from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
 from tarflowlm.generation.telling import OnTokens, Telling
@@ -138,7 +138,7 @@ def _adjustment(
     adjust = adjust_weights(temperature, top_k, top_p)
     if top_k is not None and top_k >= model.config.vocab_size:
         adjust, top_k = adjust_weights(temperature, None, top_p), None
-    if adjust is not None and not model.is_exact and not weighs_tokens(as_flow(model).prior.block(0).coupling):
+    if adjust is not None and not model.config.weighs_tokens:
         settings = [f"temperature {temperature}"] if temperature != 1.0 else []
         settings += [f"{name} {value}" for name, value in (("top-k", top_k), ("top-p", top_p)) if value is not None]
         check_choice(as_flow(model), ", ".join(settings))

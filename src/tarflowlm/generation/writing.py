@@ -10,7 +10,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.choices import Decoder, Decoding
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.generation.choice import TokenChoice, check_discarded, weighs_tokens
+from tarflowlm.generation.choice import TokenChoice, check_discarded
 from tarflowlm.generation.drafted import (
     Round,
     Watch,
@@ -100,7 +100,7 @@ def _from_flow(flow: TarFlowLM, given: Tensor, num_tokens: int, request: Request
             tell(int(found.final.min()), lambda span: found.tokens[:, span])
 
     watch = see if request.rounds or tell is not None else None
-    if (given == BLANK).all() and (adjust is None or weighs_tokens(flow.prior.block(0).coupling)):
+    if (given == BLANK).all() and (adjust is None or flow.config.weighs_tokens):
         noise = row_normal(request.generators, given.shape[1], flow.config.latent_dim).to(flow.codebook.mean)
         states, work = invert_stack_with_drafts(
             flow,
@@ -176,7 +176,7 @@ def _completed(model: TarFlowLM, given: Tensor, num_tokens: int, request: Reques
     eps = row_normal(generators, *source.shape).flatten(0, 1).to(book.mean)
     known = book.encode(spread.clamp_min(0).to(book.mean.device), eps)
     choice = None
-    if adjust is not None and not weighs_tokens(model.prior.block(0).coupling):
+    if adjust is not None and not model.config.weighs_tokens:
         check_discarded(model, source.draw, source.log_p)
         choice, adjust = TokenChoice(model, adjust, generators, particles, given.shape[1]), None
     passage = LatentPassage(model, source.draw, known, is_known, adjust, choice)

@@ -45,6 +45,10 @@ class Catalogue:
             raise UserError("this page has no model of that name: choose one from the list")
         return self.places[name]
 
+    def weighs_tokens(self, name: object) -> bool:
+        """Whether a temperature suits the model of that name; others are drawn from as they are. As `place`."""
+        return read_run(self.place(name)).model.weighs_tokens
+
     def load(self, name: object) -> Checkpoint:
         """The model of that name, kept for the next call; UserError if it has no weights yet, or is damaged."""
         place = self.place(name)

@@ -15,7 +15,6 @@ from tarflowlm.editing import Edit, encode, interpolate, renoise
 from tarflowlm.editing.words import Span, blended_spans, count_of, find_words, joined, pick_words, words_of
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
-from tarflowlm.generation.choice import weighs_tokens
 from tarflowlm.generation.inversion import Tick
 from tarflowlm.generation.sampling import BLANK
 from tarflowlm.model import TarFlowLM, as_flow
@@ -178,7 +177,7 @@ class Source:
     def settings(self) -> dict[str, Any]:
         """How words are redrawn."""
         # where block 1 has no weights of tokens, the model is sampled as it is
-        temperature = TEMPERATURE if weighs_tokens(self.flow.prior.block(0).coupling) else 1.0
+        temperature = TEMPERATURE if self.flow.config.weighs_tokens else 1.0
         return {"candidates": CANDIDATES, "temperature": temperature, "generator": self.generator}
 
     def level(self, target: str) -> int:

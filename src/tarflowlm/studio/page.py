@@ -22,6 +22,9 @@ WAITING = 16
 REFRESH = 4.0
 """Seconds between two looks at the metrics of runs."""
 
+# reading files of runs waits for no model
+LOOK = {"concurrency_id": "runs", "concurrency_limit": 2, "show_progress": "hidden", "api_visibility": "private"}
+
 SENTENCE = "The people of this country have a right to peace and to work."
 HISTORY = "The war of the nations had come to an end, and the President asked the Congress to make a lasting peace."
 OTHER = "a group of people who live in the north of the rive"
@@ -66,7 +69,7 @@ def _write(catalogue: Catalogue) -> None:
                 max_lines=6,
             )
             length = gr.Slider(8, request.TOKENS, 160, step=8, label="Length in tokens")
-            temperature = gr.Slider(0.1, 1.5, 0.7, step=0.05, label="Temperature")
+            temperature = _temperature(catalogue, model, 0.7)
             top_p = gr.Slider(0.1, 1.0, 1.0, step=0.05, label="Top-p")
             with gr.Row():
                 num = gr.Number(1, label="Samples", precision=0, minimum=1, maximum=request.SAMPLES, min_width=110)
@@ -91,7 +94,7 @@ def _infill(catalogue: Catalogue) -> None:
                 max_lines=8,
             )
             tries, particles = _tries()
-            temperature = gr.Slider(0.1, 1.5, 0.6, step=0.05, label="Temperature")
+            temperature = _temperature(catalogue, model, 0.6)
             seed = _seed()
             go, stop = _buttons("Fill in")
         with gr.Column(scale=7, min_width=320):
@@ -165,10 +168,8 @@ def _runs(catalogue: Catalogue) -> None:
     if not names:
         return
     inputs = [chosen, axis]
-    # reading metrics waits for no model
-    look = {"concurrency_id": "runs", "concurrency_limit": 2, "show_progress": "hidden", "api_visibility": "private"}
     for event in (chosen.change, axis.change, gr.Timer(REFRESH).tick):
-        event(lambda *values: _last(view(*values)), inputs, out, **look)
+        event(lambda *values: _last(view(*values)), inputs, out, **LOOK)
 
 
 def _last(shown: Iterator[str]) -> str:
@@ -180,6 +181,19 @@ def _model(names: Sequence[str]) -> Component:
     import gradio as gr
 
     return gr.Dropdown(list(names), value=next(iter(names), None), label="Model", filterable=False)
+
+
+def _temperature(catalogue: Catalogue, model: Component, usual: float) -> Component:
+    """A slider at `usual`, or at 1 for a model that is best drawn from as it is; choosing a model resets it."""
+    import gradio as gr
+
+    def suited(name: object) -> float:
+        return usual if catalogue.weighs_tokens(name) else 1.0
+
+    first = usual if model.value is None else suited(model.value)
+    slider = gr.Slider(0.1, 1.5, first, step=0.05, label="Temperature")
+    model.change(suited, model, slider, **LOOK)
+    return slider
 
 
 def _seed() -> Component:

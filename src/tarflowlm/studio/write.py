@@ -10,7 +10,6 @@ from torch import Tensor
 from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.choice import weighs_tokens
 from tarflowlm.generation.generate import num_ticks
 from tarflowlm.generation.sampling import BLANK
 from tarflowlm.model import as_flow
@@ -84,7 +83,7 @@ def _shows(checkpoint: Checkpoint, order: Order) -> tuple[bool, bool]:
     if model.is_exact or len(order.given) > model.config.context:
         return False, False
     flow, is_adjusted = as_flow(model), order.temperature != 1 or order.top_p < 1
-    may_draft = order.is_prompt and (not is_adjusted or weighs_tokens(flow.prior.block(0).coupling))
+    may_draft = order.is_prompt and (not is_adjusted or flow.config.weighs_tokens)
     return flow.draft is not None and may_draft, flow.num_blocks > 1
 
 

@@ -187,6 +187,8 @@ class _DraftRun:
             self.step = saved["step"]
             reporter.notice(f"resuming {self.folder} at step {self.step}")
         self.clock = Clock(saved.get("seconds", 0.0))
+        self.validation = saved.get("validation", 0.0)
+        """The longest measurement on the validation split so far, in seconds. The last one ends the training."""
         self._log_at = saved.get("metrics", 0)
         self.stop_signal: Any = lambda: None
         self.log: MetricsLog
@@ -202,8 +204,10 @@ class _DraftRun:
 
     def share(self) -> float:
         """How much of the steps or of the time is over, 0 to 1."""
-        limit = 60 * self.training.minutes
-        return min(1.0, self.clock.seconds() / limit if limit else self.step / self.training.steps)
+        if not self.training.minutes:
+            return min(1.0, self.step / self.training.steps)
+        left = 60 * self.training.minutes - self.validation
+        return min(1.0, self.clock.seconds() / left) if left > 0 else 1.0
 
     def train(self) -> dict[str, Any]:
         """Train to the end; returns the summary, which is also written to draft/summary.json."""
@@ -254,9 +258,11 @@ class _DraftRun:
         return loss.item(), pairs.tokens.numel()
 
     def _validate(self) -> None:
+        begun = self.clock.seconds()
         self.tokens_per_pass = tokens_per_pass(self.model, self.draft, self.valid)
         record = {"step": self.step, "split": "valid", "tokens_per_pass": self.tokens_per_pass}
         self.log.write(record | {"seconds": round(self.clock.seconds(), 1)})
+        self.validation = max(self.validation, self.clock.seconds() - begun)
 
     def _save(self) -> None:
         info = {"step": str(self.step), "tokens_per_pass": f"{self.tokens_per_pass:.4f}"}
@@ -264,6 +270,7 @@ class _DraftRun:
         counters = {
             "step": self.step,
             "seconds": self.clock.seconds(),
+            "validation": self.validation,
             "tokens_per_pass": self.tokens_per_pass,
             "config": asdict(self.draft.config),
             "training": asdict(self.training),

@@ -91,24 +91,26 @@ def tokens_per_pass(model: TarFlowLM, draft: Draft, pairs: Pairs) -> float:
 
     On real text and its noise: a round goes from a frontier to the first wrong draft, which the pass corrects.
     """
-    block, (B, N, P) = model.prior.block(0), pairs.tokens.shape
-    noise = block.coupling(pairs.z, pairs.features)[0]
-    state = _start(draft, pairs, torch.arange(N, device=pairs.z.device).expand(B, -1))
-    features, z = pairs.features, pairs.z
-    right, gained = torch.ones(B, N, dtype=torch.bool, device=z.device), torch.ones(B, N, device=z.device)
+    coupling, (B, N, P) = model.prior.block(0).coupling, pairs.tokens.shape
+    noise = coupling(pairs.z, pairs.features)[0].flatten(0, 1)
+    tokens, z, features = (part.flatten(0, 1) for part in (pairs.tokens, pairs.z, pairs.features))
+    # only from frontiers whose drafts were all right so far, and not behind the end, is drafted on
+    front = torch.arange(B * N, device=z.device)
+    state = _start(draft, pairs, front.remainder(N).view(B, N)).flatten(0, 1)
+    gained = torch.ones_like(front)
     for i in range(1, draft.config.ahead + 1):
+        inside = front.remainder(N) + i < N
+        front, state, features, z = (part[inside] for part in (front, state, features, z))
+        if not len(front):
+            break
         state, features = draft.step(state, features, z)
-        # behind the end there is nothing to draft
-        u, tokens = (
-            F.pad(noise[:, i:], (0, 0, 0, min(i, N))),
-            F.pad(pairs.tokens[:, i:], (0, 0, 0, min(i, N)), value=-1),
-        )
-        z = block.coupling.invert(u.flatten(0, 1), features.flatten(0, 1)).view_as(z)
-        right &= (model.codebook.decode(z.unflatten(-1, (P, -1)).flatten(1, 2)).view(B, N, P) == tokens).all(-1)
-        gained += right
+        z = coupling.invert(noise[front + i], features)
+        right = (model.codebook.decode(z.unflatten(-1, (P, -1))) == tokens[front + i]).all(-1)
+        front, state, features, z = (part[right] for part in (front, state, features, z))
+        gained[front] += 1
     # the first pass has nothing known before it, and finishes one position
     passes = 0
-    for row in gained.long().tolist():
+    for row in gained.view(B, N).tolist():
         at = 1
         while at < N:
             at += row[at - 1]
