@@ -14,7 +14,7 @@ import torch
 
 import tarflowlm
 from tarflowlm.data import encode_text_source, eval_windows
-from tarflowlm.editing import blend, bound, encode, interpolate, renoise, rewrite, token_costs
+from tarflowlm.editing import blend, bound, encode, interpolate, renoise, rewrite, telling_level, token_costs
 from tarflowlm.editing.words import blended_spans, count_of, joined, pick_stretch, pick_words, words_of
 from tarflowlm.language_model import LanguageModel
 
@@ -36,7 +36,7 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
     text = encode(model, texts, generator())
     other = encode(model, texts.roll(1, 0), generator())
     words = [words_of([tokenizer.token_bytes[token] for token in row]) for row in texts.tolist()]
-    costs = token_costs(model, text).tolist()
+    costs, told = token_costs(model, text).tolist(), telling_level(model, text)
     before = [bits(one, texts) for one in (model, judge)]
 
     def chosen(strength: float, pick: str = "random") -> list:
@@ -65,7 +65,7 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
     def redrawn(strength: float, pick: str, temperature: float) -> torch.Tensor:
         spans = [joined(some, row) for some, row in zip(chosen(strength, pick), words, strict=True)]
         return rewrite(
-            model, text, spans, candidates=CANDIDATES, temperature=temperature, generator=generator(2)
+            model, text, spans, candidates=CANDIDATES, temperature=temperature, level=told, generator=generator(2)
         ).tokens
 
     def noisy(level: int, strength: float, share: float | None = None) -> torch.Tensor:
@@ -93,7 +93,7 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
             taken = pick_stretch(second, round(weight * len(second)), g)
             spans.append(blended_spans(words[i], second, taken, LENGTH))
         return blend(
-            model, text, other, spans, candidates=CANDIDATES, temperature=usual, generator=generator(2)
+            model, text, other, spans, candidates=CANDIDATES, temperature=usual, level=told, generator=generator(2)
         ).tokens
 
     print(f"the original texts: <= {before[0]:.3f} bits per character, judge {before[1]:.3f}\n")

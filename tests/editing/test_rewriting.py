@@ -5,8 +5,9 @@ from itertools import product
 import pytest
 import torch
 
-from tarflowlm.editing import blend, encode, redraw, renoise, rewrite, token_costs
-from tarflowlm.editing.rewriting import propose
+import tarflowlm
+from tarflowlm.editing import blend, encode, redraw, renoise, rewrite, telling_level, token_costs
+from tarflowlm.editing.proposals import propose, propose_state
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
 
@@ -51,6 +52,49 @@ def test_weights_are_the_density_over_that_of_the_proposal(model, span):
         expected = model.prior.log_prob(z) - proposal[:, span[0] // patch : span[1] // patch].sum(1)
     difference = log_w - expected
     torch.testing.assert_close(difference, difference[:1].expand(5), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("couplings", "level"), [(("mix1", "mix1"), 1), (("mixd", "mix1", "mix1"), 1), (("mix1",) * 3, 2)]
+)
+@pytest.mark.parametrize(("patch", "span"), [(1, (2, 5)), (1, (0, 2)), (2, (2, 6)), (2, (6, 8))])
+def test_weights_of_a_state_are_the_density_over_that_of_the_proposal(couplings, level, patch, span, tiny_flow):
+    model = tiny_flow(log_std=-3.0, couplings=couplings, patch=patch)
+    text = encode(model, torch.cat((TEXT, TEXT[:, :1]), 1), generator()).row(0)
+    z, tokens, log_w = propose_state(model, text, span, level=level, candidates=5, generator=generator(1))
+    assert torch.equal(tokens, model.codebook.decode(z))
+    with torch.no_grad():
+        h = model.prior.states(z)[0][level]
+        proposal = model.prior.block(level).position_log_prob(model.prior.patch(h)[0])
+        expected = model.prior.log_prob(h, above=level) - proposal[:, span[0] // patch : span[1] // patch].sum(1)
+    difference = log_w - expected
+    torch.testing.assert_close(difference, difference[:1].expand(5), rtol=1e-8, atol=1e-8)
+    outside = torch.ones(8, dtype=torch.bool)
+    outside[slice(*span)] = False
+    before = text.states[level].expand_as(h)
+    torch.testing.assert_close(h[:, outside], before[:, outside], rtol=1e-8, atol=1e-8)
+    assert (h[:, ~outside] - before[:, ~outside]).abs().amax((1, 2)).min() > 1e-3
+
+
+def test_words_are_redrawn_in_the_state_that_tells_most():
+    """Two of three blocks of english-passes know little; with its third one a new word is spelled, not drawn."""
+    model, tokenizer = tarflowlm.load("english-passes")
+    sentence = "the government of the united states is a great nation of the people"
+    text = encode(model, torch.from_numpy(tokenizer.encode(sentence))[None], generator())
+    assert telling_level(model, text) == 2
+    start = sentence.index("great")
+    edits = [[(start, start + 5)]] * 4
+    lower, upper = (
+        rewrite(model, text.repeated(4), edits, candidates=16, level=level, generator=generator(1))
+        for level in (0, 2)
+    )
+    assert upper.bound.mean() < lower.bound.mean()
+    assert upper.changed[:, start : start + 5].any(1).all()
+
+
+def test_tokens_with_weights_are_redrawn_in_block_1(tiny_flow):
+    model = tiny_flow(couplings=("mixd", "mix1"))
+    assert telling_level(model, encode(model, TEXT, generator())) == 0
 
 
 def test_part_of_a_position_is_weighed_by_what_it_keeps(tiny_flow):
@@ -141,6 +185,8 @@ def test_refusals(tiny_flow):
         ({"span": (3, 3)}, "tokens 3 to 3"),
         ({"span": (3, 8)}, "the text has 7"),
         ({"temperature": 0.5}, "no weights of tokens"),
+        ({"temperature": 0.5, "level": 1}, "state 1 has no weights of tokens"),
+        ({"level": 2}, r"level 2: .* to 1"),
     ):
         given = {"span": (1, 3), "candidates": 2, "generator": generator()} | options
         with pytest.raises(UserError, match=words):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,7 +13,18 @@ from tarflowlm.cli.models import load_checkpoint
 from tarflowlm.cli.prompts import Wording
 from tarflowlm.data import Tokenizer
 from tarflowlm.device import pick_device
-from tarflowlm.editing import Edit, Encoded, blend, encode, interpolate, renoise, rewrite, substitute, token_costs
+from tarflowlm.editing import (
+    Edit,
+    Encoded,
+    blend,
+    encode,
+    interpolate,
+    renoise,
+    rewrite,
+    substitute,
+    telling_level,
+    token_costs,
+)
 from tarflowlm.editing.words import (
     Span,
     blended_spans,
@@ -79,10 +91,14 @@ def _edited(
     text, *others = texts
     tick = partial(ticker, progress)
     tokenizer, num_positions = wording.tokenizer, text.tokens.shape[1] // model.config.patch
-    candidates = CANDIDATES if args.candidates is None else args.candidates
     # where block 1 has no weights of tokens, the model is sampled as it is
     usual = TEMPERATURE if model.config.weighs_tokens else 1.0
-    temperature = usual if args.temperature is None else args.temperature
+    redrawing: dict[str, Any] = {
+        "candidates": CANDIDATES if args.candidates is None else args.candidates,
+        "temperature": usual if args.temperature is None else args.temperature,
+        "level": telling_level(model, text),
+        "generator": generator,
+    }
     if args.replace is not None:
         wanted = _replacements(args, wording, text)
         return substitute(model, text, wanted, generator=generator, tick=tick("editing, positions", num_positions))
@@ -92,10 +108,7 @@ def _edited(
         if args.level is None:
             spans = _blended(text, other, tokenizer, weight, args.num, generator)
             ticks = tick("redrawing, texts", args.num)
-            return blend(
-                model, text, other, spans, candidates=candidates, temperature=temperature, generator=generator,
-                tick=ticks,
-            )  # fmt: skip
+            return blend(model, text, other, spans, tick=ticks, **redrawing)
         return interpolate(
             model, text, other, level=args.level, weight=weight, generator=generator, decoder=args.decoder or "auto",
             tick=tick("editing, positions", args.level * num_positions),
@@ -104,9 +117,7 @@ def _edited(
     if args.level is None:
         chosen_spans = _redrawn(args, model, wording, text, strength, generator)
         ticks = tick("redrawing, pieces", sum(map(len, chosen_spans)))
-        return rewrite(
-            model, text, chosen_spans, candidates=candidates, temperature=temperature, generator=generator, tick=ticks
-        )
+        return rewrite(model, text, chosen_spans, tick=ticks, **redrawing)
     where = None
     if args.words is not None:
         (chosen_words,) = _picked(args, model, tokenizer, text, args.words, 1, generator)

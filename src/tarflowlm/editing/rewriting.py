@@ -1,25 +1,22 @@
-r"""Editing by redrawing: a span of a text gets new tokens, and all other tokens keep theirs, latents included.
+r"""Editing by redrawing: a span of a text gets new tokens, and what is around it stays.
 
-Candidates for the span come from block 1 given what is before it; one is taken by how well the model expects what
-follows (docs/math.md, section 10, eq. 24).
+Candidates for the span come from a block given what is before it; one is taken by how well the model expects what
+follows (docs/math.md, section 10, eq. 24). By default that is block 1, and all other tokens keep their latents.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from tarflowlm.editing.proposals import propose, propose_state
 from tarflowlm.editing.states import Edit, Encoded, compared
 from tarflowlm.editing.words import Span
 from tarflowlm.errors import UserError
-from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.inversion import Tick
 from tarflowlm.generation.particles import resample
-from tarflowlm.generation.passage import LatentPassage
-from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.model import TarFlowLM
 
 
@@ -31,6 +28,7 @@ def rewrite(
     *,
     candidates: int,
     temperature: float = 1.0,
+    level: int = 0,
     generator: torch.Generator,
     tick: Tick | None = None,
 ) -> Edit:
@@ -42,7 +40,9 @@ def rewrite(
     for b, chosen in enumerate(spans):
         row = text.row(b)
         for span in chosen:
-            row = redraw(model, row, span, candidates=candidates, temperature=temperature, generator=generator)
+            row = redraw(
+                model, row, span, candidates=candidates, temperature=temperature, level=level, generator=generator
+            )
             if tick is not None:
                 tick()
         rows.append(row)
@@ -58,6 +58,7 @@ def blend(
     *,
     candidates: int,
     temperature: float = 1.0,
+    level: int = 0,
     generator: torch.Generator,
     tick: Tick | None = None,
 ) -> Edit:
@@ -79,7 +80,9 @@ def blend(
         free = ~(is_second | stays)
         free[first.length :] = False
         for span in _runs(free):
-            row = redraw(model, row, span, candidates=candidates, temperature=temperature, generator=generator)
+            row = redraw(
+                model, row, span, candidates=candidates, temperature=temperature, level=level, generator=generator
+            )
         if tick is not None:
             tick()
         rows.append(row)
@@ -94,75 +97,39 @@ def redraw(
     *,
     candidates: int,
     temperature: float = 1.0,
+    level: int = 0,
     generator: torch.Generator,
 ) -> Encoded:
     """The text [1, T] with the tokens of `span` redrawn given all others, which keep their latents.
 
     Of R = `candidates` draws of the span, one is taken by its weight (docs/math.md, eq. 24); those that repeat the
-    tokens that were there only if all do. UserError for fewer than 1 candidate, or a span outside the text.
+    tokens that were there only if all do. At a `level` above 0 the span is redrawn in that state (see
+    `telling_level`); then tokens beside it change only if they do for all candidates.
+
+    UserError for fewer than 1 candidate, a span outside the text, a level that is not there, or a temperature other
+    than 1 where there are no weights of tokens.
     """
     start, stop = span
     if candidates < 1:
         raise UserError(f"candidates {candidates}: must be at least 1")
     if not 0 <= start < stop <= text.length:
         raise UserError(f"tokens {start} to {stop}: the text has {text.length}")
-    z, tokens, log_w = propose(model, text, span, candidates=candidates, temperature=temperature, generator=generator)
-    same = (tokens == text.tokens).all(1).cpu()
-    log_w = torch.where(same & ~same.all(), -torch.inf, log_w)
+    if not 0 <= level < model.num_blocks:
+        raise UserError(f"level {level}: words are redrawn in states 0 (the latents) to {model.num_blocks - 1}")
+    if level and temperature != 1.0:
+        raise UserError(f"temperature {temperature}: state {level} has no weights of tokens, take 1")
+    z, tokens, log_w = (
+        propose_state(model, text, span, level=level, candidates=candidates, generator=generator)
+        if level
+        else propose(model, text, span, candidates=candidates, temperature=temperature, generator=generator)
+    )
+    changed = (tokens != text.tokens).cpu()
+    num_inside = changed[:, start:stop].sum(1)
+    for wanted in (num_inside > 0, num_inside == changed.sum(1)):
+        if (wanted & (log_w > -torch.inf)).any():
+            log_w = torch.where(wanted, log_w, -torch.inf)
     chosen = resample(log_w, 1, generator).to(z.device)
     return replace(text, tokens=tokens[chosen], states=tuple(model.prior.states(z[chosen])[0]))
-
-
-def propose(
-    model: TarFlowLM,
-    text: Encoded,
-    span: Span,
-    *,
-    candidates: int,
-    temperature: float = 1.0,
-    generator: torch.Generator,
-) -> tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]]:
-    """R candidates for a span of the text [1, T]: latents, tokens, and log-weights in float64 on the CPU, in nats.
-
-    The noise of the span is standard normal, so that a candidate has the density prod_t p(z_t | z_<t) of block 1.
-    Its weight is p(z) over that: the densities of block 1 behind the span, times p_{>1}(h) / N(h; 0, I) for the noise
-    h = h^(1) of the whole text. At another temperature h keeps the noise that was drawn in the span.
-    """
-    start, stop = span
-    patch, prior = model.config.patch, model.prior
-    known, before = prior.patch(text.states[0])[0], prior.patch(text.states[1])[0]
-    first, end = start // patch, -(-stop // patch)
-    R, (T, d) = candidates, text.states[0].shape[1:]
-    noise = torch.randn(R, T, d, generator=generator, device=generator.device).to(known)
-    is_known = torch.ones(R, T, dtype=torch.bool)
-    is_known[:, start:stop] = False
-    passage = LatentPassage(model, noise, text.states[0].expand(R, -1, -1), is_known, _adjustment(model, temperature))
-    passage.settle(known, first)
-    passage.noise[:, :first] = before[:, :first]
-    log_w = noise.new_zeros(R)
-    while passage.at < end:
-        log_p = passage.step()
-        log_w = log_w if log_p is None else log_w + log_p
-    if end < passage.num_positions:
-        behind = known[:, end:].expand(R, -1, -1)
-        features = passage.block.features_of(
-            passage.cache, torch.cat((passage.values[:, end - 1 : end], behind[:, :-1]), 1), first=False
-        )
-        passage.noise[:, end:], log_det = passage.block.coupling(behind, features)
-        passage.values[:, end:] = behind
-        log_w = log_w + log_det + standard_normal_log_prob(passage.noise[:, end:])
-    z, h = prior.patch.inverse(passage.values), prior.patch.inverse(passage.noise)
-    if model.num_blocks > 1:
-        log_w = log_w + prior.log_prob(h, above=1) - standard_normal_log_prob(passage.noise)
-    tokens = torch.where(is_known.to(z.device), text.tokens, model.codebook.decode(z))
-    return z, tokens, log_w.double().cpu().nan_to_num(nan=-torch.inf)
-
-
-def _adjustment(model: TarFlowLM, temperature: float) -> AdjustWeights | None:
-    adjust = adjust_weights(temperature)
-    if adjust is not None and not model.config.weighs_tokens:
-        raise UserError(f"temperature {temperature}: block 1 of this model has no weights of tokens, take 1")
-    return adjust
 
 
 @torch.no_grad()

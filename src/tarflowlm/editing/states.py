@@ -200,6 +200,17 @@ def _descend(
     """Invert the blocks below a changed state h^(level) of `text`, and compare with `before` (by default `text`)."""
     if not torch.isfinite(state).all():
         raise UserError("the state is not finite: lower the strength, or use another checkpoint")
+    states = inverted_below(model, text, level, state, decoder, tick)
+    return compared(model, before or text, model.codebook.decode(states[-1]), tuple(states), generator)
+
+
+def inverted_below(
+    model: TarFlowLM, text: Encoded, level: int, state: Tensor, decoder: Decoders, tick: Tick | None = None
+) -> list[Tensor]:
+    """The states h^(level) = `state`, ..., h^(0), each [B, T, d]. What agrees with `text` is copied from it.
+
+    In each block these are the positions before the first changed one, in the block's order.
+    """
     prior, (upper, first) = model.prior, split_decoders(model, decoder)
     chosen = (*upper, first)
 
@@ -217,8 +228,7 @@ def _descend(
             return invert_with_drafts(model, u, decoder=how, settled=below, num_settled=settled, tick=tick).h
         return invert_block(block, u, decoder=how, settled=below, num_settled=settled, tick=tick).h
 
-    states = prior.descend(state, invert, top=level)
-    return compared(model, before or text, model.codebook.decode(states[-1]), tuple(states), generator)
+    return prior.descend(state, invert, top=level)
 
 
 def compared(

@@ -11,12 +11,13 @@ from torch import Tensor
 from tarflowlm import editing
 from tarflowlm.data import Tokenizer
 from tarflowlm.device import threads_for
-from tarflowlm.editing import Edit, encode, interpolate, renoise
+from tarflowlm.editing import Edit, Encoded, encode, interpolate, renoise, telling_level
 from tarflowlm.editing.words import Span, blended_spans, count_of, find_words, joined, pick_words, words_of
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.generation.inversion import Tick
 from tarflowlm.generation.sampling import BLANK
+from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.report.grid import GridRow
 from tarflowlm.studio import request
@@ -33,7 +34,7 @@ CANDIDATES = 32
 STEPS = 8
 """Parts of the way from one text to another."""
 TEMPERATURE = 0.7
-"""Of replaced words: rare words are rarely what was meant."""
+"""Of new words, where a model has one: rare words are rarely what was meant."""
 NO_LATENTS = "a discrete baseline has no latents to edit: choose a flow"
 
 
@@ -45,7 +46,7 @@ def replace_words(
     tokenizer = checkpoint.tokenizer
     tokens = request.required(tokenizer, request.text(text, "text"), "text")
     template = blanked(tokenizer, tokens, request.text(words, "list of words"))
-    for shown in drawn(checkpoint, template, tries, particles, TEMPERATURE, seed):
+    for shown in drawn(checkpoint, template, tries, particles, _temperature(checkpoint.model), seed):
         if isinstance(shown, str):
             yield page(card(stage(template_tokens(tokenizer, template), is_open=True) + shown))
         else:
@@ -97,7 +98,7 @@ def rewrite(
         count, length = count_of(share, words), len(source.tokens)
         picked = [pick_words(words, count, length, generator) for _ in range(edits)]
         spans = [joined(row, words) for row in picked]
-        return editing.rewrite(flow, encoded, spans, tick=tick, **source.settings)
+        return editing.rewrite(flow, encoded, spans, tick=tick, **source.settings(encoded))
 
     for shown in _edited(catalogue, model, text, seed, change):
         if isinstance(shown, str):
@@ -143,7 +144,7 @@ def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, 
             # from the start of the text on, so that a word once taken stays
             taken = second_words[: round(i / STEPS * len(second_words))]
             spans = [blended_spans(first_words, second_words, taken, length)]
-            found.append(editing.blend(flow, a, b, spans, tick=tick, **source.settings))
+            found.append(editing.blend(flow, a, b, spans, tick=tick, **source.settings(a)))
         return found
 
     for shown in _edited(catalogue, model, text, seed, change):
@@ -173,12 +174,14 @@ class Source:
     """[T]."""
     generator: torch.Generator
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """How words are redrawn."""
-        # where block 1 has no weights of tokens, the model is sampled as it is
-        temperature = TEMPERATURE if self.flow.config.weighs_tokens else 1.0
-        return {"candidates": CANDIDATES, "temperature": temperature, "generator": self.generator}
+    def settings(self, text: Encoded) -> dict[str, Any]:
+        """How words of the text are redrawn."""
+        return {
+            "candidates": CANDIDATES,
+            "temperature": _temperature(self.flow),
+            "level": telling_level(self.flow, text),
+            "generator": self.generator,
+        }
 
     def level(self, target: str) -> int:
         """The number of the state that `target` names."""
@@ -210,6 +213,10 @@ def _edited(
     for _ in job.follow():
         yield stage(final_tokens(tokens, tokenizer)) + muted("editing")
     yield tokenizer, job.result, job.seconds_taken
+
+
+def _temperature(model: LanguageModel) -> float:
+    return TEMPERATURE if model.config.weighs_tokens else 1.0
 
 
 def _bits(nats: Tensor, tokens: Tensor, tokenizer: Tokenizer) -> float:
