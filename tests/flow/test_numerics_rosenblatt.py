@@ -10,7 +10,14 @@ import pytest
 import torch
 from numerics_cases import codebook_case
 
-from tarflowlm.flow.numerics import layout, mixture_cdf, mixture_log_prob, rosenblatt, rosenblatt_inverse
+from tarflowlm.flow.numerics import (
+    layout,
+    mixture_cdf,
+    mixture_log_prob,
+    reference,
+    rosenblatt,
+    rosenblatt_inverse,
+)
 
 
 def standard_normal(u):
@@ -166,6 +173,22 @@ def test_far_channels_and_tiny_scales():
     assert exact[0].abs().max() > 20
     torch.testing.assert_close(u.double(), exact[0], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(log_det.double(), exact[1], rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("rows", [20, 1000])
+def test_sharp_codes_in_the_far_tails(rows, dtype, bound):
+    """Up to 30 sigma between codes a hundred sigma apart: components of the smallest weight own the tails."""
+    _, log_w, mean, log_std = codebook_case(rows, 27, 6, 3)
+    random = torch.Generator().manual_seed(4)
+    u = 60 * torch.rand(rows, 6, generator=random, dtype=torch.float64) - 30
+    single = [t.to(dtype) for t in (u, log_w, mean, 0.02 * log_std - 4.0)]
+    z = rosenblatt_inverse(*single)
+    exact, exact_det = reference.rosenblatt(*(t.double() for t in (z, *single[1:])))
+    assert (exact - single[0].double()).abs().max() < bound
+    back, log_det = rosenblatt(z, *single[1:])
+    assert (back.double() - exact).abs().max() < bound
+    torch.testing.assert_close(log_det.double(), exact_det, rtol=bound, atol=bound)
 
 
 def test_two_channels_integrate_to_one():

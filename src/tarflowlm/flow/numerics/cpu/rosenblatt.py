@@ -3,6 +3,8 @@
 N rows, n of them in a chunk, K components, d channels. z, u [N, d]; log_w [N, K]; mean [K, d]; log_std [K].
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,9 @@ def _chunk(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, space: Works
     weights sum to is log p_mix. The quantiles of all channels are taken at once, after the recursion.
     """
     n, axis, spread = z.shape[0], space.axis, space.spread
-    lowest = LOWEST_EXPONENT[z.dtype]
+    lowest, eps = LOWEST_EXPONENT[z.dtype], torch.finfo(z.dtype).eps
+    # beside a smaller tail the mass that the floor adds to the other components would show
+    smallest = max(SMALLEST[z.dtype], math.exp(lowest) * space.num_components / eps)
     log_alpha, alpha = torch.add(space.orient(log_w), space.zero, out=space(0, n)), space(1, n)
     a, scratch = space(2, n), space(3, n)
     inv_std = space.orient(torch.exp(-log_std)[None])
@@ -64,7 +68,7 @@ def _chunk(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, space: Works
         torch.mul(a, spread(side[i] * UNIT), out=scratch)
         mass = linear.tail_(linear.clamp_(scratch)).mul_(alpha)
         torch.sum(mass, axis, out=tail[i]).mul_(TAIL_SCALE).div_(total)
-        far = rows_below(tail[i], SMALLEST[z.dtype])
+        far = rows_below(tail[i], smallest)
         if far is not None:
             wide = (space.orient(log_alpha)[far], mean[None, :, i], log_std[None])
             found = mixture_cdf(z[far, i].double(), *(p.double() for p in wide))[0]
@@ -137,5 +141,7 @@ def _from_one_component(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Ten
     log_odds[..., 1:] += evidence[..., :-1]
     log_odds -= log_odds.gather(1, index)
     others = log_odds.scatter_(1, index, -torch.inf).exp_().sum(1)
-    limit = torch.finfo(u.dtype).eps / 4 * upper_tail(u.abs())
-    return z, (others <= limit).all(-1)
+    float_ = torch.finfo(u.dtype)
+    limit = float_.eps / 4 * upper_tail(u.abs())
+    # where e_i may have underflowed, nothing is known about it
+    return z, ((others <= limit) & (limit > float_.tiny / float_.eps)).all(-1)
