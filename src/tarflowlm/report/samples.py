@@ -42,17 +42,18 @@ def draw_samples(
 ) -> Samples:
     """NUM samples of the trained context, or of LENGTH tokens where that is less; always the same for a model.
 
-    At TEMPERATURE, or at 1 where block 1 has no weights of tokens that it could change. `progress` gets the number of
-    positions done, over all blocks, and their total.
+    At TEMPERATURE, or at 1 for models that refuse another. `progress` gets the number of positions done, over all
+    blocks, and their total.
     """
     length = min(LENGTH, model.config.context)
-    done = itertools.count(1)
-
-    def tick() -> None:
-        if progress is not None:
-            progress(next(done), num_ticks(model, length))
 
     def draw(temperature: float) -> Generation:
+        done = itertools.count(1)
+
+        def tick() -> None:
+            if progress is not None:
+                progress(next(done), num_ticks(model, length))
+
         return generate(
             model,
             num_tokens=length,
@@ -66,7 +67,7 @@ def draw_samples(
     temperature = TEMPERATURE
     try:
         result = draw(temperature)
-    except UserError:  # before anything is drawn
+    except UserError:  # before block 1 draws, but perhaps after the blocks above it have
         temperature = 1.0
         result = draw(temperature)
     symbols = tokenizer.symbols
