@@ -15,13 +15,33 @@ from tarflowlm.errors import UserError
 
 def pick_device(name: DeviceName = "auto") -> torch.device:
     """The device of that name; auto takes cuda, then mps, then cpu. UserError if it is not available."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = _available()
     if name == "auto":
-        name = next(candidate for candidate in ("cuda", "mps", "cpu") if available[candidate])
-    if not available.get(name, False):
-        usable = ", ".join(candidate for candidate, there in available.items() if there)
-        raise UserError(f"device {name}: not available on this machine; use one of auto, {usable}")
+        return torch.device(available[0])
+    if name not in available:
+        raise _not_available(name)
     return torch.device(name)
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """Any device of PyTorch, such as "cuda:1", or auto, as `pick_device`. UserError if it is not available."""
+    if device == "auto":
+        return pick_device("auto")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (TypeError, RuntimeError, AssertionError):  # what PyTorch raises depends on how it was built
+        raise _not_available(device) from None
+    return found
+
+
+def _available() -> list[str]:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name in there if there[name]]
+
+
+def _not_available(device: object) -> UserError:
+    return UserError(f"device {device}: not available on this machine; use one of auto, {', '.join(_available())}")
 
 
 def missing_for_compilation(device: torch.device) -> str | None:

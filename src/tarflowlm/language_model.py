@@ -1,9 +1,10 @@
-"""The common interface of the two models, TarFlowLM and the baseline."""
+"""The common interface of the two models, TarFlowLM and the baseline, and checks of what callers give them."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from numbers import Integral, Real
+from typing import Any, ClassVar, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -107,6 +108,44 @@ class LanguageModel(nn.Module):
             if not parameter.numel():
                 # empty, in a head with a single group: it would never get a gradient
                 parameter.requires_grad_(False)
+
+
+def check_type(value: Any, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """UserError, which asks for what is `wanted`, unless `value` is of one of the `kinds`. A bool is no number."""
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        shown = " ".join(repr(value).split())
+        shown = shown if len(shown) <= 40 else f"{shown:.37}..."
+        raise UserError(f"{name} {shown} of type {type(value).__name__}: {wanted}")
+
+
+def check_model(model: Any) -> None:
+    """UserError unless `model` is one; what `load` returns has one."""
+    check_type(model, "model", LanguageModel, "pass lm.model, where lm = tarflowlm.load(...)")
+
+
+def check_generator(generator: Any) -> None:
+    """UserError unless `generator` is one, or None."""
+    check_type(generator, "generator", (torch.Generator, type(None)), "give torch.Generator().manual_seed(0) or None")
+
+
+def check_option(value: Any, name: str, literal: Any) -> None:
+    """UserError unless `value` is one of the names of a `literal` type."""
+    wanted = f"choose one of {', '.join(get_args(literal))}"
+    check_type(value, name, str, wanted)
+    if value not in get_args(literal):
+        raise UserError(f"{name} {value!r:.40}: {wanted}")
+
+
+def as_integer(value: Any, name: str) -> int:
+    """`value`, an integer of Python or NumPy. UserError for anything else."""
+    check_type(value, name, Integral, "must be an integer")
+    return int(value)
+
+
+def as_number(value: Any, name: str) -> float:
+    """`value`, a number of Python or NumPy. UserError for anything else."""
+    check_type(value, name, Real, "must be a number")
+    return float(value)
 
 
 @contextmanager

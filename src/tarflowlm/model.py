@@ -17,7 +17,7 @@ from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.precision import full_precision
 from tarflowlm.flow.stack import FlowBlock, Prior
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.language_model import LanguageModel, check_model
 from tarflowlm.shapes import BlockConfig as BlockConfig
 from tarflowlm.shapes import CouplingName as CouplingName
 from tarflowlm.shapes import FlowConfig as FlowConfig
@@ -245,7 +245,8 @@ NO_LATENTS = "this model is the discrete baseline, which has no latents: give a 
 
 
 def as_flow(model: LanguageModel, refusal: str = NO_LATENTS) -> TarFlowLM:
-    """`model`, narrowed to TarFlowLM; UserError with the message `refusal` for the baseline."""
+    """`model`, narrowed to TarFlowLM; UserError with the message `refusal` for the baseline, and for no model."""
+    check_model(model)
     if not isinstance(model, TarFlowLM):
         raise UserError(refusal)
     return model

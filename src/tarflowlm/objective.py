@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tarflowlm.errors import UserError
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.language_model import LanguageModel, as_integer, check_generator, check_model
 from tarflowlm.model import ElboTerms, TarFlowLM, as_flow
 
 CPU_TOKENS = 2048
@@ -34,6 +34,7 @@ def check_integers(tokens: Any, name: str, *shapes: str) -> None:
 
 def check_tokens(model: LanguageModel, tokens: Any, *, name: str = "tokens") -> None:
     """UserError unless `tokens` [B, T] are texts of the model: integers below V, at most its context of them."""
+    check_model(model)
     check_integers(tokens, name, "[B, T]")
     check_vocabulary(model, tokens, name=name)
     if tokens.shape[1] > model.config.context:
@@ -74,6 +75,7 @@ def elbo(
     """
     as_flow(model, "elbo of the discrete baseline, which needs no bound: model.log_prob(tokens) is exact")
     check_tokens(model, tokens)
+    check_generator(generator)
     return model.elbo(tokens, model.draw_noise(tokens, generator) if noise is None else noise)[0]
 
 
@@ -136,6 +138,7 @@ def log_importance_weights(
     With `given` > 0, of the tokens after the first `given`, conditional on those. The baseline gives one row, its
     exact log p(x). UserError for `samples` < 1, and as in `conditional_bound`.
     """
+    samples = as_integer(samples, "samples")
     if samples < 1:
         raise UserError(f"samples {samples}: must be at least 1")
     rows = _rows_at_once(tokens)
@@ -177,4 +180,5 @@ def importance_weighted_bound(
     UserError for `samples` < 1, for tokens that are no texts of the model, or if P does not divide T.
     """
     check_tokens(model, tokens)
+    check_generator(generator)
     return importance_weighted(log_importance_weights(model, tokens, samples=samples, generator=generator))

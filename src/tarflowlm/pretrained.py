@@ -1,5 +1,6 @@
 """A trained model with its tokenizer, and what to do with texts: write, score, encode, decode."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,12 +9,13 @@ import torch
 from torch import Tensor
 
 from tarflowlm.data import Tokenizer
+from tarflowlm.device import checked_device
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.scores import Scores, score
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import Decoders
-from tarflowlm.generation.sampling import encode_prompt, encode_template
-from tarflowlm.language_model import LanguageModel, LanguageModelConfig
+from tarflowlm.generation.sampling import BLANK, encode_prompt, encode_template
+from tarflowlm.language_model import LanguageModel, LanguageModelConfig, as_integer, check_type
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
@@ -65,15 +67,11 @@ class Pretrained(_Pair):
 
         `num_tokens` is the length in tokens, given ones included; by default that of the trained context, or of the
         template. The other arguments are those of `generate`. Same seed, same texts. UserError for characters that
-        the tokenizer does not know, and as `generate`.
+        the tokenizer does not know, for a template without a blank, and as `generate`.
         """
-        given = encode_prompt(self.tokenizer, self._checked(prompt, "prompt")) if prompt else None
-        blanks = None
-        if template is not None:
-            # a blank keeps its case
-            parts = template.split(blank) if isinstance(template, str) and blank else [template]
-            text = blank.join(self._checked(part, "template") for part in parts)
-            blanks = encode_template(self.tokenizer, text, blank)
+        text = None if prompt is None else self._checked(prompt, "prompt")
+        given = encode_prompt(self.tokenizer, text) if text else None
+        blanks = None if template is None else self._template(template, blank)
         if num_tokens is None:
             num_tokens = self.config.context if blanks is None else len(blanks)
         tokens = generate(
@@ -83,7 +81,7 @@ class Pretrained(_Pair):
             prompt=given,
             template=blanks,
             particles=particles,
-            generator=torch.Generator().manual_seed(checked_seed(seed)),
+            generator=torch.Generator().manual_seed(checked_seed(as_integer(seed, "seed"))),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -120,9 +118,17 @@ class Pretrained(_Pair):
         """The text of token ids [T], a tensor, array or list. UserError for ids that the tokenizer does not have."""
         return self.tokenizer.decode(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
 
+    def _template(self, text: Any, blank: Any) -> Tensor:
+        check_type(blank, "blank", str, "must be a single character")
+        # a blank keeps its case
+        parts = text.split(blank) if isinstance(text, str) and blank else [text]
+        tokens = encode_template(self.tokenizer, blank.join(self._checked(part, "template") for part in parts), blank)
+        if not (tokens == BLANK).any():
+            raise UserError(f"the template {text!r} has no blank: mark tokens by {blank!r}, or give it as prompt")
+        return tokens
+
     def _checked(self, text: Any, name: str) -> str:
-        if not isinstance(text, str):
-            raise UserError(f"{name} {text!r:.40} of type {type(text).__name__}: give a text, a str")
+        check_type(text, name, str, "give a text, a str")
         return self.tokenizer.in_known_case(text)
 
     def __repr__(self) -> str:
@@ -137,9 +143,14 @@ class Pretrained(_Pair):
 def load(directory: str | Path, device: str | torch.device = "cpu") -> Pretrained:
     """The model, in eval mode, and the tokenizer of a run directory, a shipped model's name, or hf:OWNER/NAME.
 
-    UserError as in `load_checkpoint`.
+    `device` is one of PyTorch, or auto. UserError if it is not available, and as in `load_checkpoint`.
     """
-    return Pretrained.of(load_checkpoint(directory, device))
+    _check_place(directory)
+    return Pretrained.of(load_checkpoint(directory, checked_device(device)))
+
+
+def _check_place(place: Any) -> None:
+    check_type(place, "model", (str, os.PathLike), "give a run directory, a shipped model's name, or hf:OWNER/NAME")
 
 
 def from_pretrained(
@@ -150,6 +161,7 @@ def from_pretrained(
     `revision` is a branch, tag or commit of a model on the hub. UserError as in `load_checkpoint`, and for a revision
     of anything else.
     """
+    _check_place(name)
     text = Path(name).as_posix()
     if not Path(name).exists() and re.fullmatch(REPOSITORY, text):
         text = PREFIX + text

@@ -193,7 +193,7 @@ def test_a_state_that_does_not_steer_the_text_is_said_to(directories, run, run_j
         (["--rewrite", "dog"], "does not occur"),
         (["--rewrite"], "rewrite"),
         (["--strength", "1.5"], "strength 1.5"),
-        (["--strength", "0.5", "--level", "3"], "block 3"),
+        (["--strength", "0.5", "--level", "3"], "level 3"),
         (["--toward", ""], "empty"),
         (["--toward", "the dog ran", "--weight", "2"], "weight 2"),
         (["--replace", "cat", "horse"], "must agree"),

@@ -30,8 +30,14 @@ def test_a_word_is_replaced_with_the_space_of_its_token():
 
 
 def test_a_replacement_has_as_many_tokens():
-    with pytest.raises(UserError, match="' king' has 1 tokens, 'zzz' in its place"):
+    with pytest.raises(UserError, match="' king' has 1 token, with 'zzz' in its place 4, and these must agree"):
         replaced("king", "zzz")
+    with pytest.raises(UserError, match=r"of 2 tokens, or .*, with --rewrite 'The king' in place of --replace"):
+        replaced("The king", "queen")
+    with pytest.raises(UserError, match="the text to replace is empty"):
+        replaced("", "queen")
+    with pytest.raises(UserError, match="the replacement is empty"):
+        replaced("king", "")
     with pytest.raises(UserError, match="'dog' does not occur"):
         replaced("dog", "queen")
 

@@ -114,6 +114,7 @@ def test_quality_is_printed_together(run_json, run, runs):
     assert f"{quality['samples']['perplexity']:.3f}" in shown
     assert f"{quality['mauve']:.4f}" in shown
     assert run_json(runs["ar"], *argv)["quality"]["decoder"] == "sequential"
+    assert run_json(runs["two"], *argv, "--judge", "english-mini-ar")["quality"]["judge"] == "english-mini-ar"
 
 
 WRONG = {
@@ -141,7 +142,8 @@ def test_wrong_requests_are_named(refused, runs, wrong, names):
 def test_what_the_model_cannot_do_is_said(refused, runs):
     refused(runs["ar"], "--latents", names=["baseline", "--latents"])
     refused(runs["patches"], "--stride", 3, names=["stride 3", "patch of 2"])
-    refused(runs["two"], "--quality", "--judge", runs["one"], names=["flow", "mini-ar"])
+    for flow in (runs["one"], "english-mini"):
+        refused(runs["two"], "--quality", "--judge", flow, names=[f"the judge {flow} is a flow", "mini-ar"])
 
 
 def test_a_short_text_is_one_window(run_json, run, runs, tmp_path):

@@ -77,6 +77,23 @@ def test_runs_are_compared(run_json, run, folder):
     assert shown.out.count("(bpc) and more") == 3
 
 
+def test_a_model_without_its_log_is_listed_beside_others(run_json, run, models, tmp_path):
+    for name in ("copied", "measured"):
+        left_out = shutil.ignore_patterns("state", "metrics.jsonl", *(["summary.json"] if name == "copied" else []))
+        shutil.copytree(models["mini-mixd"], tmp_path / name, ignore=left_out)
+    shutil.copytree(models["mini-ar"], tmp_path / "whole")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{", encoding="utf-8")
+    rows = {row["name"]: row for row in run_json("runs", tmp_path)["runs"]}
+    copied, measured = rows["copied"], rows["measured"]
+    assert (copied["preset"], copied["state"]) == ("mini-mixd", "a model without its training log")
+    assert copied["bpc"] is copied["tokens"] is copied["seconds"] is None
+    assert (measured["state"], measured["tokens"]) == ("finished", 6 * 4 * 32)
+    assert (rows["whole"]["state"], rows["whole"]["best"]) == ("finished", True)
+    assert "config.json" in rows["broken"]["state"]
+    assert "training log" in " ".join(run("runs", tmp_path / "copied").out.split())
+
+
 def test_runs_are_sorted_and_best_is_the_lowest(run_json, models):
     rows = run_json("runs", *models.values())["runs"]
     values = [row["bpc"] for row in rows]

@@ -16,13 +16,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
 
 @pytest.fixture
 def talk(run, model, monkeypatch):
-    """talk(*lines, options=()): what `sample --interactive` answers to these lines."""
+    """talk(*lines, options=(), status=0): what `sample --interactive` answers to these lines."""
 
-    def call(*lines: str, options: tuple[object, ...] = ()):
+    def call(*lines: str, options: tuple[object, ...] = (), status: int = 0):
         text = "".join(f"{line}\n" for line in lines)
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8"))
         done = run("sample", model, "--interactive", "--length", 40, *options)
-        assert done.status == 0, done.err
+        assert done.status == status, done.err
         return done
 
     return call
@@ -69,13 +69,23 @@ def test_a_stop_ends_the_text_which_goes_on_from_there(talk):
 
 def test_mistakes_cost_a_line_and_go_on(talk):
     mistakes = ["/nope", "/seed x", "/temperature 0", "/temperature", "/length 0", "a!", "/stop !", "/seed -1"]
-    done = talk(*mistakes, "/help", "Ab", "/quit", "never read")
+    done = talk(*mistakes, "/help", "Ab", "/quit", "never read", status=2)
     errors = done.err.splitlines()
     assert [error.startswith("tarflowlm: ") for error in errors] == [True] * len(mistakes) + [False]
     assert "no such command" in errors[0]
     assert "lower case" in errors[-1]
     assert "/again" in done.out
     assert done.out.splitlines()[-1].startswith("ab")
+    assert len(talk("ab", options=("--prompt", "a!"), status=2).out.splitlines()) == 1
+
+
+def test_bytes_that_are_not_utf8_cost_a_line(run, model, monkeypatch):
+    # as Python reads a pipe in the locales C and C.UTF-8
+    stdin = io.TextIOWrapper(io.BytesIO(b"\xff\nab\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", stdin)
+    done = run("sample", model, "--interactive", "--length", 5)
+    assert (done.status, len(done.out)) == (2, 8)
+    assert "the prompt is not UTF-8 (character 0 is byte 0xff)" in done.err
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -108,6 +118,10 @@ def test_at_a_terminal_control_c_stops_the_writing_and_then_the_loop(model):
         expect("> ")
         os.write(terminal, b"/length 5\n")
         expect("length 5")
+        expect("> ")
+        # which costs the exit status only where nobody sees it
+        os.write(terminal, b"/nope\n")
+        expect("no such command")
         expect("> ")
         # Python's readline misses a Ctrl-C that comes after the prompt but before it waits for a key: press it again
         with contextlib.suppress(OSError):

@@ -29,6 +29,15 @@ def test_what_does_not_parse_is_said_in_words(refused):
     refused("sample", "x", "--length", "abc", names=["--length: 'abc' is not a whole number; see"])
     refused("train", "mini-ar", "--out", "x", "--minutes", "1:30", names=["--minutes: '1:30' is not a number; see"])
     refused("edit", "x", "--text", "a", "--replace", "a", names=["'--replace'. Expected 2 values"])
+    error = refused("edit", "x", "--text", "a", "--decoder", "auto", names=["--decoder has no effect"])
+    assert error.count("edit --help") == 1
+
+
+def test_a_name_that_is_empty_is_not_the_current_folder(refused):
+    refused("sample", "--out", "", names=["--out: the name is empty"])
+    refused("train", "mini-ar", "--out", "", names=["--out: the name is empty"])
+    refused("export", "english-mini", "--out", "", names=["--out: the name is empty"])
+    refused("info", "", names=["the name is empty"])
 
 
 def test_help_says_what_an_option_takes_and_a_flag_does(run):
@@ -94,9 +103,19 @@ def test_out_is_needed(refused):
 
 def test_an_existing_directory_is_left_alone(refused, model, text_file):
     before = listing(model)
-    refused("train", "mini-mixd", "--out", model, "--data", text_file, names=[str(model), "--resume", "--out"])
+    refused("train", "mini-mixd", "--out", model, "--data", text_file, names=[str(model), "--out"])
     refused("data", text_file, "--out", model, names=[str(model), "--out"])
     assert listing(model) == before
+
+
+def test_only_what_can_be_resumed_is_said_to(refused, model, tmp_path):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    shutil.copytree(model, tmp_path / "export", ignore=shutil.ignore_patterns("state", "*.jsonl", "summary.json"))
+    shutil.copytree(model, tmp_path / "stopped", ignore=shutil.ignore_patterns("summary.json"))
+    for out in (model, tmp_path / "file", tmp_path / "export"):
+        error = refused("train", "mini-mixd", "--out", out, names=[f"{out} exists already: choose another --out"])
+        assert "--resume" not in error
+    refused("train", "mini-mixd", "--out", tmp_path / "stopped", names=[f"`train --resume {tmp_path / 'stopped'}`"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -123,6 +142,22 @@ def test_texts_that_cannot_be_used(refused, model, tmp_path, content, names):
     if content != BAD_TEXTS["short"][0]:
         refused("data", path, "--out", tmp_path / "corpus", names=names)
     assert {p.name for p in tmp_path.iterdir()} - {".corpus.lock"} == {"bad.txt"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["sample", "--prompt", "\udcff\udcfe"], "the prompt is not UTF-8 (character 0 is byte 0xff)"),
+        (["sample", "--prompt", "a\udc80", "--normalize", "text8"], "the prompt is not UTF-8"),
+        (["sample", "--template", "a_\udcff"], "the template is not UTF-8"),
+        (["sample", "--stop", "\udcff"], "the stop is not UTF-8"),
+        (["score", "--text", "a\udcff"], "the text is not UTF-8 (character 1 is byte 0xff)"),
+        (["edit", "--text", "ab", "--toward", "\udcff"], "the other text is not UTF-8"),
+        (["edit", "--text", "ab", "--replace", "a", "\udcff"], "the replacement is not UTF-8"),
+    ],
+)
+def test_words_that_are_not_utf8(refused, model, argv, name):
+    refused(argv[0], model, *argv[1:], names=[name, "convert it"])
 
 
 def test_missing_texts_are_named(refused, model, tmp_path):
@@ -165,6 +200,7 @@ WRONG_SAMPLES = {
     "long-template": (["--template", "a_" * 17], ["length 34", "template", "32"]),
     "cold": (["--temperature", "0"], ["temperature 0.0"]),
     "nan": (["--temperature", "nan"], ["temperature nan"]),
+    "hot": (["--temperature", "inf"], ["temperature inf", "finite"]),
     "top-k": (["--top-k", "0"], ["top-k 0"]),
     "top-p": (["--top-p", "1.5"], ["top-p 1.5"]),
     "seed": (["--seed", str(2**80)], [f"seed {2**80}"]),

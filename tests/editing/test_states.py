@@ -155,8 +155,8 @@ def test_bounds_are_means_of_the_negative_elbo(tiny_flow):
         ({"strength": -0.1}, "strength -0.1"),
         ({"strength": 1.5}, "strength 1.5"),
         ({"strength": math.nan}, "strength nan"),
-        ({"level": 4}, "block 4"),
-        ({"level": -1}, "block -1"),
+        ({"level": 4}, "level 4"),
+        ({"level": -1}, "level -1"),
     ],
 )
 def test_renoising_refuses(options, words, tiny_flow):

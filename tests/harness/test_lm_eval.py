@@ -1,6 +1,7 @@
 """lm-evaluation-harness itself, on tasks of its own in local files: nothing is fetched."""
 
 import json
+import logging
 from functools import partial
 
 import pytest
@@ -66,6 +67,22 @@ def test_tasks_run_offline_and_agree_with_eval(run, run_json, folder):
     # what the numbers mean, and what has no effect, is said once
     for said in ("lower bound: ELBO", "no bound itself", "(text8)", "batch size 8", "num_beams"):
         assert done.err.count(said) == 1, said
+
+
+def test_lm_eval_logs_its_steps_only_if_asked(run, folder, monkeypatch, caplog):
+    # it may not pass its log on
+    monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)
+    argv = ("harness", "english-mini", "--tasks", "local_choice", "--include_path", folder)
+
+    def levels() -> set[str]:
+        caplog.clear()
+        assert run(*argv).status == 0
+        return {record.levelname for record in caplog.records if record.name.startswith("lm_eval")}
+
+    monkeypatch.delenv("LMEVAL_LOG_LEVEL", raising=False)
+    assert levels() == {"WARNING"}
+    monkeypatch.setenv("LMEVAL_LOG_LEVEL", "INFO")
+    assert levels() == {"INFO", "WARNING"}
 
 
 def test_an_error_of_lm_eval_costs_one_line(run, folder):

@@ -200,7 +200,7 @@ class EditArgs:
         for name in ("strength", "words", "pick", "candidates", "temperature", "weight", "level", "decoder"):
             if getattr(self, name) is not None and name not in EDIT_OPTIONS[kind]:
                 which = "redrawn words" if kind == "words" else f"--{kind}"
-                raise UserError(f"--{name} has no effect with {which}: leave it out, or see tarflowlm edit --help")
+                raise UserError(f"--{name} has no effect with {which}: leave it out")
         if kind == "words" and self.words is not None and self.strength is not None:
             raise UserError("--words and --strength both say how many words to redraw: give one of them")
         if kind == "level" and self.pick is not None and self.words is None:

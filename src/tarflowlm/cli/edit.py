@@ -1,5 +1,6 @@
 """`tarflowlm edit`: some words of a text redrawn, or its states changed in latent space."""
 
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -187,13 +188,18 @@ def _blended(
 def _replacements(args: EditArgs, wording: Wording, text: Encoded) -> torch.Tensor:
     assert args.replace is not None
     parts = _pieces(text, wording.tokenizer)
-    old, new = (wording.piece(part, "replacement") for part in args.replace)
+    names = ("text to replace", "replacement")
+    old, new = (wording.piece(part, name) for part, name in zip(args.replace, names, strict=True))
     start, stop = find_piece(parts, old)
     # with what else is in these tokens: those of word pieces begin with a space
     held = b"".join(parts[start:stop]).decode("utf-8", errors="replace")
     tokens = torch.from_numpy(wording.tokenizer.encode(held.replace(old, new, 1)))
     if len(tokens) != stop - start:
-        raise UserError(f"{held!r} has {stop - start} tokens, {new!r} in its place {len(tokens)}: they must agree")
+        count = f"{stop - start} token{'s' * (stop - start != 1)}"
+        raise UserError(
+            f"{held!r} has {count}, with {new!r} in its place {len(tokens)}, and these must agree: choose words of "
+            f"{count}, or let the model choose them, with --rewrite {shlex.quote(old)} in place of --replace"
+        )
     replacements = torch.full((text.length,), -1)
     replacements[start:stop] = tokens
     return replacements

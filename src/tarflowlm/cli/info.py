@@ -224,7 +224,8 @@ def _row(name: str, directory: Path) -> dict[str, Any]:
         return row | {"state": first_line(error).removeprefix(f"{directory} ").removeprefix(f"{directory}/")}
     summary, valid = record.summary, record.valid
     row |= {"preset": record.run.name, "source": record.run.data.source, "state": _state(record)}
-    row |= {"tokens": int(record.train["tokens"].max()), "seconds": float(record.seconds[-1])}
+    if record.has_log:
+        row |= {"tokens": int(record.train["tokens"].max()), "seconds": float(record.seconds[-1])}
     row["bound"] = "exact" if record.is_exact else "elbo"
     if len(valid["bpc"]):
         best = int(valid["bpc"].argmin())
@@ -236,8 +237,8 @@ def _row(name: str, directory: Path) -> dict[str, Any]:
 
 
 def _state(record: RunRecord) -> str:
-    if record.summary is not None:
-        return "finished"
+    if record.summary is not None or not record.has_log:
+        return record.status
     train = record.run.train
     # a run with a time limit learns its steps at its end
     step = f"step {record.last_step:,}" + ("" if train.minutes else f" of {train.num_steps:,}")

@@ -36,7 +36,8 @@ class EvalArgs:
     """Also samples: generative perplexity, MAUVE, entropy, distinct n-grams, repetition, beside those of the text.
     Needs the extra quality (mauve-text, transformers)."""
     judge: str | None = None
-    """With --quality: a run directory of the baseline, a directory of transformers, or a hub name (gpt2-large)."""
+    """With --quality: a run directory or shipped model of the baseline, a directory of transformers, or a hub name
+    (gpt2-large)."""
     num: int | None = None
     """With --quality: number of samples; 5000, as in the paper."""
     length: int | None = None

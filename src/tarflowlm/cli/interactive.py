@@ -43,29 +43,35 @@ OPTIONAL = ("top-k", "top-p")
 
 
 def converse(model: LanguageModel, wording: Wording, args: SampleArgs) -> None:
-    """Read and continue prompts until the input ends, or Ctrl-C is pressed while nothing is written."""
+    """Read and continue prompts until the input ends, or Ctrl-C is pressed while nothing is written.
+
+    Mistakes cost a line each. Where nobody was there to see them, they also cost the exit status 2 at the end.
+    """
     session = _Session(model, wording, args)
     asks = sys.stdin.isatty() and sys.stdout.isatty()
     if asks:
         with suppress(ImportError):
             import readline  # noqa: F401  (it lets `input` edit and repeat lines)
         print_notice(session.console, "Type a text to continue; an empty line goes on; /help lists the commands.")
-    line = args.prompt
+    line, status = args.prompt, 0
     while True:
         try:
             line = input("> " if asks else "") if line is None else line
             if line.strip() == "/quit":
-                return
+                break
             session.obey(line)
         except (EOFError, KeyboardInterrupt):
             if asks:
                 write_out("\n")
-            return
+            break
         except UnicodeDecodeError as error:
             raise not_utf8(error) from None
         except UserError as error:
             session.console.print(f"tarflowlm: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+            status = 0 if sys.stdin.isatty() else 2
         line = None
+    if status:
+        sys.exit(status)
 
 
 class _Stopped(Exception):

@@ -54,6 +54,7 @@ def parse_known(
     box = io.StringIO()
     marks = (tyro.conf.AvoidSubcommands,) if has_pairs else (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
     registry = ConstructorRegistry()
+    registry.primitive_rule(_path)
     registry.primitive_rule(_optional)
     try:
         with contextlib.redirect_stderr(box), registry:
@@ -71,6 +72,25 @@ def parse_known(
             raise
         raise UserError(_one_line(box.getvalue(), prog)) from None
     return found if others else (found, [])
+
+
+def _path(info: PrimitiveTypeInfo) -> Any:
+    """How tyro reads a path: by itself it takes no name at all for the current folder."""
+
+    def named(words: list[str]) -> Path:
+        if not words[0]:
+            raise ValueError("the name is empty: give one")
+        return Path(words[0])
+
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=named,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def _optional(info: PrimitiveTypeInfo) -> Any:

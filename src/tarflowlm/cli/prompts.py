@@ -1,5 +1,6 @@
 """What users write for a model to continue, fill in, edit or score, as its tokenizer takes it."""
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -31,7 +32,8 @@ class Wording:
             notice(f"{model} knows no upper case: it gets the text in lower case")
 
     def text(self, text: str, name: str) -> str:
-        """`text` as the model knows it. UserError, calling it `name`, for an empty one."""
+        """`text` as the model knows it. UserError, calling it `name`, for one that is empty or not UTF-8."""
+        _check_utf8(text, name)
         text = self.tokenizer.prepare(text) if self.normalizes else self._lowered(text)
         if not text:
             raise UserError(f"the {name} is empty: give at least one character")
@@ -53,7 +55,11 @@ class Wording:
         return encode_prompt(self.tokenizer, self.text(text, "prompt"))
 
     def template(self, text: str, blank: str) -> Tensor:
-        """Tokens [tokens], BLANK for every blank. UserError as `encode_template`, and for a text without blanks."""
+        """Tokens [tokens], BLANK for every blank.
+
+        UserError as `encode_template`, and for a text that has no blanks or is not UTF-8.
+        """
+        _check_utf8(text, "template")
         if len(blank) == 1:
             if self.normalizes:
                 text = normalize_template(self.tokenizer, text, blank)
@@ -67,7 +73,8 @@ class Wording:
         return tokens
 
     def stop(self, text: str) -> str:
-        """A text that the model can write. UserError for unknown characters."""
+        """A text that the model can write. UserError for unknown characters, and for what is not UTF-8."""
+        _check_utf8(text, "stop")
         # what normalisation leaves nothing of, a space for instance, is meant as it stands
         text = (self.tokenizer.prepare(text).strip() if self.normalizes else "") or self._lowered(text)
         self.tokenizer.encode(text)
@@ -77,6 +84,15 @@ class Wording:
         lowered = self.tokenizer.in_known_case(text)
         self._has_lowered |= lowered != text
         return lowered
+
+
+def _check_utf8(text: str, name: str) -> None:
+    """UserError if `text` holds bytes that Python could not decode, and kept as surrogates (PEP 383)."""
+    if (found := re.search("[\udc80-\udcff]", text)) is not None:
+        raise UserError(
+            f"the {name} is not UTF-8 (character {found.start()} is byte 0x{ord(found[0]) - 0xDC00:02x}): "
+            f"convert it to UTF-8"
+        )
 
 
 def not_utf8(error: UnicodeDecodeError) -> UserError:

@@ -273,5 +273,5 @@ def bound(
 
 def _checked_level(model: TarFlowLM, level: int) -> int:
     if not 0 <= level <= model.num_blocks:
-        raise UserError(f"block {level}: the model has states 0 (the latents) to {model.num_blocks} (the noise)")
+        raise UserError(f"level {level}: the model has states 0 (the latents) to {model.num_blocks} (the noise)")
     return level

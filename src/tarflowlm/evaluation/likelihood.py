@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.language_model import LanguageModel, as_integer
 from tarflowlm.objective import check_tokens, importance_weighted, log_importance_weights, negative_bound
+from tarflowlm.runs.config import checked_seed
 
 Nats = TypeVar("Nats", float, Tensor)
 Progress = Callable[[int, int], None]
@@ -155,6 +156,7 @@ def log_weights(
     progress: Progress | None = None,
 ) -> Float[Tensor, "S W"]:
     """The log-weights of every window, in nats and float64 on the CPU: what `evaluate` sums up, its arguments."""
+    samples, seed = as_integer(samples, "samples"), checked_seed(as_integer(seed, "seed"))
     if samples < 1:
         raise UserError(f"samples {samples}: must be at least 1")
     keep_freed_memory()

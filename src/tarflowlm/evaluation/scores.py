@@ -15,7 +15,7 @@ from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.precision import full_precision
 from tarflowlm.generation import generate
 from tarflowlm.generation.window import spans
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.language_model import LanguageModel, as_integer, check_model
 from tarflowlm.model import as_flow
 from tarflowlm.objective import check_integers, check_vocabulary
 from tarflowlm.runs.config import checked_seed
@@ -70,11 +70,13 @@ def score(
     of windows done and their total, every window counted once per sample. UserError for no tokens, tokens that are
     not [T] or outside the vocabulary, and `samples` below 1.
     """
+    check_model(model)
+    samples, seed = as_integer(samples, "samples"), checked_seed(as_integer(seed, "seed"))
     if samples < 1:
         raise UserError(f"samples {samples}: must be at least 1")
     check_integers(tokens, "tokens", "[T]")
     check_vocabulary(model, tokens)
-    generator = torch.Generator(device=model.device).manual_seed(checked_seed(seed))
+    generator = torch.Generator(device=model.device).manual_seed(seed)
     windows = _windows(model, len(tokens))
     whole = _fill(model, tokens, windows[-1][0], seed)
     draws, found, done = 1 if model.is_exact else samples, [], 0

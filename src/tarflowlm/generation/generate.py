@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -13,12 +12,12 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow.compiled import compiled_steps
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.choice import check_choice
-from tarflowlm.generation.inversion import Decoders, Tick
+from tarflowlm.generation.inversion import Decoders, Tick, check_decoders
 from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
 from tarflowlm.generation.telling import OnTokens, Telling
 from tarflowlm.generation.window import check_length, num_unseen, slide, spans
 from tarflowlm.generation.writing import Generation, Request, write_window
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.language_model import LanguageModel, as_integer, check_generator, check_model, check_option
 from tarflowlm.model import as_flow
 from tarflowlm.objective import check_integers
 
@@ -91,8 +90,15 @@ def generate(
     Beyond the context `enough` is called with the tokens [num, t] after every window; once it is true, the text ends
     there, shorter than `num_tokens`.
 
-    UserError for sizes that the model cannot generate, for settings out of range and for unknown given tokens.
+    UserError for sizes that the model cannot generate, for settings out of range and for unknown given tokens, and
+    for arguments of a wrong type.
     """
+    check_model(model)
+    check_generator(generator)
+    check_option(decoding, "decoding", Decoding)
+    check_decoders(decoder)
+    num, num_tokens = as_integer(num, "num"), as_integer(num_tokens, "num_tokens")
+    particles = as_integer(particles, "particles")
     keep_freed_memory()
     given = _given(model, num, num_tokens, prompt, template, particles)
     passes = "passes and states" if return_passes else "rounds" if return_rounds else None
@@ -160,8 +166,6 @@ def _given(
     """The given tokens of every sample, BLANK elsewhere: [num, T] on the CPU, padded to whole patches."""
     context, vocab_size, patch = model.config.context, model.config.vocab_size, model.config.patch
     for name, value in (("num", num), ("length", num_tokens), ("particles", particles)):
-        if not isinstance(value, Integral):
-            raise UserError(f"{name} {value!r}: must be an integer")
         if value < 1:
             raise UserError(f"{name} {value}: must be at least 1")
     for name, tokens in (("prompt", prompt), ("template", template)):

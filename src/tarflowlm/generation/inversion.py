@@ -6,6 +6,7 @@ Steps and sweeps share one guess and one KV cache, so a block can change from on
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from tarflowlm.flow.channelwise import ChannelCoupling
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.newton import CONTRACTION, RESIDUAL, Newton
 from tarflowlm.flow.stack import FlowBlock
+from tarflowlm.language_model import check_option
 from tarflowlm.model import TarFlowLM
 
 Decoders = Decoder | Sequence[Decoder]
@@ -290,6 +292,13 @@ def invert_stack(
         return work[-1].h
 
     return model.prior.descend(noise, invert, bottom=above), work
+
+
+def check_decoders(decoder: Any) -> None:
+    """UserError unless `decoder` is one of the decoders, or lists some."""
+    several = isinstance(decoder, Sequence) and not isinstance(decoder, str)
+    for one in decoder if several else (decoder,):
+        check_option(one, "decoder", Decoder)
 
 
 def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:

@@ -11,6 +11,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import held_rows, wide_dtype
+from tarflowlm.language_model import as_integer, as_number
 
 BLANK = -1
 """Marks a token of a template that is to be drawn."""
@@ -100,10 +101,13 @@ def adjust_weights(
 
     It raises weights to the power 1 / `temperature`, keeps the `top_k` largest, then the smallest set of the largest
     whose probability reaches `top_p`. Dropped tokens get the lowest finite log-weight: probability zero.
-    UserError for settings out of range.
+    UserError for settings out of range, and for what is no number.
     """
+    temperature = as_number(temperature, "temperature")
+    top_k = None if top_k is None else as_integer(top_k, "top-k")
+    top_p = None if top_p is None else as_number(top_p, "top-p")
     if not (math.isfinite(temperature) and temperature > 0):
-        raise UserError(f"temperature {temperature}: must be above 0 (1.0 is the model itself)")
+        raise UserError(f"temperature {temperature}: must be above 0 and finite (1.0 is the model itself)")
     if top_k is not None and top_k < 1:
         raise UserError(f"top-k {top_k}: must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:

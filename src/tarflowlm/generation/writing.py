@@ -92,6 +92,11 @@ def write_window(model: LanguageModel, given: Tensor, num_tokens: int, request: 
 
 def _from_flow(flow: TarFlowLM, given: Tensor, num_tokens: int, request: Request) -> Generation:
     adjust, tell, rounds = request.adjust, request.tell_early, list[Round]()
+    if request.rounds and not uses_draft(flow, split_decoders(flow, request.decoder)[1]):
+        why = "only the decoder drafted has them: choose it"
+        if flow.draft is None:
+            why = "the model has no draft: train one with `tarflowlm draft`"
+        raise UserError(f"rounds: {why}, or leave them out")
 
     def see(found: Round) -> None:
         if request.rounds:

@@ -1,5 +1,6 @@
 """Models for others: saved with a model card, and pushed to the Hugging Face hub (docs/hub.md)."""
 
+import os
 import re
 import shutil
 import tempfile
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from tarflowlm.data.download import quiet_hub
 from tarflowlm.errors import UserError
+from tarflowlm.language_model import check_type
 from tarflowlm.runs.checkpoint import Checkpoint, export, load_checkpoint
 from tarflowlm.runs.hub import CARD, PREFIX, REPOSITORY, hub_client, hub_errors
 from tarflowlm.sharing.card import model_card
@@ -26,6 +28,7 @@ def save_pretrained(
     in `export`, `licence` an identifier of the hub (apache-2.0), `repository` the OWNER/NAME that the card is to
     name. Returns `folder`. UserError as in `export`; nothing is left behind if this fails.
     """
+    check_type(folder, "folder", (str, os.PathLike), "give the path of a new folder")
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
     folder = export(checkpoint, folder, half=half)
     try:
@@ -77,6 +80,7 @@ def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
 
 def checked_repository(name: str) -> str:
     """OWNER/NAME, without hf: before it. UserError for anything else."""
+    check_type(name, "repository", str, "give OWNER/NAME, a text")
     name = name.removeprefix(PREFIX)
     if not re.fullmatch(REPOSITORY, name):
         raise UserError(f"{name!r} is no name on the hub: give OWNER/NAME, of letters, digits and - _ . between them")

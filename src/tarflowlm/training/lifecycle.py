@@ -257,7 +257,9 @@ def check_new(out: Path) -> None:
     if out.exists() and (
         not out.is_dir() or not all(path.name.startswith(tuple(leftovers)) for path in out.iterdir())
     ):
-        raise UserError(f"{out} exists already: choose another --out, or resume it with `train --resume {out}`")
+        can_resume = (out / STATE).is_dir() and not (out / SUMMARY).exists()
+        resume_it = f", or resume it with `train --resume {out}`" if can_resume else ""
+        raise UserError(f"{out} exists already: choose another --out{resume_it}")
 
 
 def _checked_vocab_size(run: RunConfig, corpus: Corpus) -> int:
