@@ -1,7 +1,7 @@
 """The view that edits: words replaced or rewritten, states re-noised, the way from one text to another."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.report.grid import GridRow
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
-from tarflowlm.studio.infill import choices, drawn, template_tokens, trust
+from tarflowlm.studio.infill import TRIES, choices, drawn, template_tokens, trust
 from tarflowlm.studio.job import Job
 from tarflowlm.studio.pieces import card, facts, milliseconds, muted, page, scrubbed, stage
 from tarflowlm.studio.rows import changed_words, difference, final_tokens
@@ -41,11 +41,24 @@ NO_LATENTS = "a discrete baseline has no latents to edit: choose a flow"
 def replace_words(
     catalogue: Catalogue, model: Any, text: Any, words: Any, tries: Any, particles: Any, seed: Any
 ) -> Iterator[str]:
-    """HTML of texts in which other words stand for `words` (several, separated by commas), drawn by particles."""
+    """HTML of texts in which other words stand for `words` (several, separated by commas).
+
+    They are drawn by particles, or redrawn where block 1, from which particles come, has no weights of tokens.
+    """
     checkpoint = catalogue.load(model)
     tokenizer = checkpoint.tokenizer
     tokens = request.required(tokenizer, request.text(text, "text"), "text")
-    template = blanked(tokenizer, tokens, request.text(words, "list of words"))
+    spans = named(tokenizer, tokens, request.text(words, "list of words"))
+    template = blanked(tokens, spans)
+    if not checkpoint.model.config.weighs_tokens:
+        edits = request.whole(tries, "tries", 1, TRIES)
+
+        def change(source: Source, tick: Tick) -> Edit:
+            encoded = encode(source.flow, source.tokens[None], source.generator).repeated(edits)
+            return editing.rewrite(source.flow, encoded, [spans] * edits, tick=tick, **source.settings(encoded))
+
+        yield from _compared(_edited(catalogue, model, text, seed, change))
+        return
     for shown in drawn(checkpoint, template, tries, particles, _temperature(checkpoint.model), seed):
         if isinstance(shown, str):
             yield page(card(stage(template_tokens(tokenizer, template), is_open=True) + shown))
@@ -57,18 +70,25 @@ def replace_words(
             )
 
 
-def blanked(tokenizer: Tokenizer, tokens: Tensor, words: str) -> Tensor:
-    """The text [T] with a blank for every token of `words`, wherever they stand as whole words."""
+def named(tokenizer: Tokenizer, tokens: Tensor, words: str) -> list[Span]:
+    """Where these `words`, separated by commas, stand as whole words in the text [T]."""
     pieces = [piece.strip() for piece in words.split(",") if piece.strip()]
     if not pieces:
         raise UserError("no word is named: write the words to replace, separated by commas")
-    template, parts = tokens.clone(), [tokenizer.token_bytes[token] for token in tokens.tolist()]
+    parts, spans = [tokenizer.token_bytes[token] for token in tokens.tolist()], set[Span]()
     for piece in pieces:
         found = find_words(parts, tokenizer.decode(request.encoded(tokenizer, piece)).strip())
         if not found:
             raise UserError(f"{piece!r} is no word of the text: copy one from it")
-        for start, stop in found:
-            template[start:stop] = BLANK
+        spans.update(found)
+    return sorted(spans)
+
+
+def blanked(tokens: Tensor, spans: Sequence[Span]) -> Tensor:
+    """The text [T] with a blank for every token of the spans. UserError if nothing is left."""
+    template = tokens.clone()
+    for start, stop in spans:
+        template[start:stop] = BLANK
     if (template == BLANK).all():
         raise UserError("every word would be replaced: keep some")
     return template
@@ -100,7 +120,12 @@ def rewrite(
         spans = [joined(row, words) for row in picked]
         return editing.rewrite(flow, encoded, spans, tick=tick, **source.settings(encoded))
 
-    for shown in _edited(catalogue, model, text, seed, change):
+    yield from _compared(_edited(catalogue, model, text, seed, change))
+
+
+def _compared(edited: Iterator[str | tuple[Tokenizer, Any, float]]) -> Iterator[str]:
+    """HTML of the progress, then of an `Edit`, every text beside the original."""
+    for shown in edited:
         if isinstance(shown, str):
             yield page(card(shown))
             continue
