@@ -173,7 +173,7 @@ class EditArgs:
     """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is the noise. Re-noises
     by h -> sqrt(1 - s^2) h + s eps with s the strength, or interpolates."""
     num: int = 1
-    """Number of edits, each with its own noise."""
+    """Number of edits, each with its own noise (of --replace that is the noise of the new words alone)."""
     seed: int = 0
     """The same seed gives the same edits."""
     decoder: Decoder | None = None
