@@ -29,6 +29,16 @@ def test_a_word_is_replaced_with_the_space_of_its_token():
     assert replaced("The king", "The Queen") == "The Queen saw the other King"
 
 
+def test_what_the_model_is_certain_of_stays_and_is_called_so(run):
+    text = "The people of the United States have always been ready to defend it."
+    done = run("edit", "english-small", "--text", text, "--rewrite", "States", "--candidates", 2)
+    assert "0 of 14 tokens changed" in done.out
+    assert "all candidates were what is there" in done.out
+    done = run("edit", "english-small", "--text", text, "--candidates", 8)
+    assert "1 of 14 tokens changed" in done.out
+    assert "all candidates" not in done.out
+
+
 def test_a_replacement_has_as_many_tokens():
     with pytest.raises(UserError, match="' king' has 1 token, with 'zzz' in its place 4, and these must agree"):
         replaced("king", "zzz")

@@ -141,6 +141,28 @@ def test_candidates_that_repeat_the_text_come_last(tiny_flow):
     assert TEXT[0, 3] in only
 
 
+def test_another_span_is_tried_where_all_candidates_repeat_one(tiny_flow, monkeypatch):
+    model = tiny_flow(log_std=-6.0, couplings=("mixd",))
+    text = encode(model, TEXT[:1], generator()).repeated(2)
+    asked = []
+
+    def one_is_certain(model, row, span, **options):
+        asked.append(span)
+        return row if span in ((1, 2), (3, 4)) else redraw(model, row, span, **options)
+
+    monkeypatch.setattr("tarflowlm.editing.rewriting.redraw", one_is_certain)
+    words = [(at, at + 1) for at in range(7)]
+    edit = rewrite(model, text, [[(1, 2)], [(2, 3)]], spare=words, candidates=60, generator=generator(1))
+    assert edit.changed.sum(1).tolist() == [1, 1]
+    assert edit.changed[1, 2]
+    assert not edit.changed[0, [0, 1, 3, 6]].any()
+    assert asked[0] == (1, 2)
+    assert asked.count((1, 2)) == 1
+    asked.clear()
+    assert not rewrite(model, text, [[(1, 2)], []], candidates=60, generator=generator(1)).changed.any()
+    assert asked == [(1, 2)]
+
+
 def test_blends_take_and_keep_what_they_are_told(model):
     first, second = (encode(model, x[None], generator()) for x in TEXT)
     spans = [([(0, 2)], [(4, 7)])]

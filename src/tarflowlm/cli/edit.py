@@ -117,8 +117,10 @@ def _edited(
     strength = STRENGTH if args.strength is None else args.strength
     if args.level is None:
         chosen_spans = _redrawn(args, model, wording, text, strength, generator)
+        # pieces that are named are meant; a word that was picked may as well be another
+        spare = [] if args.rewrite is not None else words_of(_pieces(text, tokenizer))
         ticks = tick("redrawing, pieces", sum(map(len, chosen_spans)))
-        return rewrite(model, text, chosen_spans, tick=ticks, **redrawing)
+        return rewrite(model, text, chosen_spans, spare=spare, tick=ticks, **redrawing)
     where = None
     if args.words is not None:
         (chosen_words,) = _picked(args, model, tokenizer, text, args.words, 1, generator)
@@ -236,7 +238,9 @@ def _show(args: EditArgs, edit: Edit, tokenizer: Tokenizer) -> None:
 
 
 def _advice(args: EditArgs, edit: Edit) -> str | None:
-    """What works better than the edit of a state that has lost the text."""
+    """What works better than an edit that has lost the text, or changed nothing of what it was to change."""
+    if args.rewrite is not None and not edit.changed.any():
+        return "all candidates were what is there: more --candidates or a higher --temperature find others"
     weight = 0.0 if args.toward is None else WEIGHT if args.weight is None else args.weight
     if args.level is None or weight == 1:
         return None

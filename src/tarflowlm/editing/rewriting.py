@@ -19,6 +19,9 @@ from tarflowlm.generation.inversion import Tick
 from tarflowlm.generation.particles import resample
 from tarflowlm.model import TarFlowLM
 
+SPARE_TRIES = 8
+"""Other spans that are tried in place of one that the model would not change."""
+
 
 @torch.no_grad()
 def rewrite(
@@ -26,6 +29,7 @@ def rewrite(
     text: Encoded,
     spans: Sequence[Sequence[Span]],
     *,
+    spare: Sequence[Span] = (),
     candidates: int,
     temperature: float = 1.0,
     level: int = 0,
@@ -34,15 +38,26 @@ def rewrite(
 ) -> Edit:
     """Redraw the spans of every text, `spans[b]` those of row b, one after the other given everything else.
 
-    `tick` is called once per span. UserError as in `redraw`.
+    Where all candidates of a span repeat it, some of the `spare` spans are tried in its place, but none at either end
+    of the text. `tick` is called once per span. UserError as in `redraw`.
     """
     rows = []
     for b, chosen in enumerate(spans):
         row = text.row(b)
+        left = [
+            (start, stop)
+            for start, stop in spare
+            if start > 0 and stop < text.length and not any(start < end and first < stop for first, end in chosen)
+        ]
         for span in chosen:
-            row = redraw(
-                model, row, span, candidates=candidates, temperature=temperature, level=level, generator=generator
-            )
+            before, tries = row.tokens, SPARE_TRIES
+            while True:
+                row = redraw(
+                    model, row, span, candidates=candidates, temperature=temperature, level=level, generator=generator
+                )
+                if not (left and tries) or not torch.equal(row.tokens, before):
+                    break
+                span, tries = left.pop(int(torch.randint(len(left), (), generator=generator))), tries - 1
             if tick is not None:
                 tick()
         rows.append(row)

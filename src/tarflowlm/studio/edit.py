@@ -118,7 +118,7 @@ def rewrite(
         count, length = count_of(share, words), len(source.tokens)
         picked = [pick_words(words, count, length, generator) for _ in range(edits)]
         spans = [joined(row, words) for row in picked]
-        return editing.rewrite(flow, encoded, spans, tick=tick, **source.settings(encoded))
+        return editing.rewrite(flow, encoded, spans, spare=words, tick=tick, **source.settings(encoded))
 
     yield from _compared(_edited(catalogue, model, text, seed, change))
 
