@@ -237,8 +237,10 @@ def _row(name: str, directory: Path) -> dict[str, Any]:
 
 
 def _state(record: RunRecord) -> str:
-    if record.summary is not None or not record.has_log:
-        return record.status
+    if record.summary is not None:
+        return "finished"
+    if not record.has_log:
+        return "no log"
     train = record.run.train
     # a run with a time limit learns its steps at its end
     step = f"step {record.last_step:,}" + ("" if train.minutes else f" of {train.num_steps:,}")

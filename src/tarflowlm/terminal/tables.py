@@ -67,16 +67,17 @@ NUMBER = 14
 def column_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
     """A table of numbers under headings; the column without a heading holds names.
 
-    Names and numbers are never cut short: where the width does not suffice, longer texts wrap.
+    Names and numbers are never cut short: where the width does not suffice, longer texts wrap, or else the names.
     """
     table = Table(title=Text(title), title_justify="left", title_style="bold")
     rows = list(rows)
-    for index, column in enumerate(columns):
+    is_short = [bool(rows) and all(len(row[index]) <= NUMBER for row in rows) for index in range(len(columns))]
+    some_wrap = not all(short for column, short in zip(columns, is_short, strict=True) if column)
+    for column, short in zip(columns, is_short, strict=True):
         if column:
-            is_short = bool(rows) and all(len(row[index]) <= NUMBER for row in rows)
-            table.add_column(column, justify="right", no_wrap=is_short, overflow="fold")
+            table.add_column(column, justify="right", no_wrap=short, overflow="fold")
         else:
-            table.add_column(column, no_wrap=True, style="cyan")
+            table.add_column(column, no_wrap=some_wrap, overflow="fold", style="cyan")
     for row in rows:
         table.add_row(*map(Text, row))
     return table
