@@ -62,10 +62,10 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
         )
         print(f"{label}: {tokenizer.decode(new[0].tolist())}", file=sys.stderr, flush=True)
 
-    def redrawn(strength: float, pick: str, temperature: float) -> torch.Tensor:
+    def redrawn(strength: float, pick: str, temperature: float, level: int = told) -> torch.Tensor:
         spans = [joined(some, row) for some, row in zip(chosen(strength, pick), words, strict=True)]
         return rewrite(
-            model, text, spans, candidates=CANDIDATES, temperature=temperature, level=told, generator=generator(2)
+            model, text, spans, candidates=CANDIDATES, temperature=temperature, level=level, generator=generator(2)
         ).tokens
 
     def noisy(level: int, strength: float, share: float | None = None) -> torch.Tensor:
@@ -102,9 +102,11 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
     levels = range(model.num_blocks + 1)
     for share in (0.1, 0.25, 0.5, 1.0):
         show(f"redraw, share {share}", redrawn, share, "random", usual)
+    if told:
+        show("redraw, share 0.1, in the latents", redrawn, 0.1, "random", usual, 0)
     show("redraw, share 0.1, temperature 1", redrawn, 0.1, "random", 1.0)
     show("redraw, share 0.1, the least likely words", redrawn, 0.1, "unlikely", usual)
-    for level, strength in product(levels, (0.05, 0.1, 0.3, 0.6)):
+    for level, strength in product(levels, (0.01, 0.05, 0.1, 0.3, 0.6)):
         show(f"re-noise state {level}, strength {strength}", noisy, level, strength)
     for level in levels:
         show(f"re-noise state {level} of a tenth of the words, strength 0.3", noisy, level, 0.3, 0.1)

@@ -105,6 +105,10 @@ RIGHT = {
         "small.write('The', num_tokens=8, temperature=np.float64(0.5), top_k=np.int64(3), top_p=np.float64(0.5))"
         " == small.write('The', num_tokens=8, temperature=0.5, top_k=3, top_p=0.5)"
     ),
+    "numbers in tensors": (
+        "small.write('The', num_tokens=8, temperature=torch.tensor(0.5), top_k=torch.tensor(3), seed=np.array(1))"
+        " == small.write('The', num_tokens=8, temperature=0.5, top_k=3, seed=1)"
+    ),
     "ints for floats": "len(flow_and_more.write('the', num_tokens=8, temperature=1, top_p=1)) == 8",
     "score": "flow_and_more.score('the', samples=np.int64(2), seed=np.int64(1)).total > 0",
     "evaluate": "evaluate(flow, tokens[None], one_each, samples=np.int64(2), seed=np.int64(1)).samples == 2",

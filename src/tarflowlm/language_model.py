@@ -137,15 +137,22 @@ def check_option(value: Any, name: str, literal: Any) -> None:
 
 
 def as_integer(value: Any, name: str) -> int:
-    """`value`, an integer of Python or NumPy. UserError for anything else."""
+    """`value`, an integer of Python, NumPy or PyTorch. UserError for anything else."""
+    value = _scalar(value)
     check_type(value, name, Integral, "must be an integer")
     return int(value)
 
 
 def as_number(value: Any, name: str) -> float:
-    """`value`, a number of Python or NumPy. UserError for anything else."""
+    """`value`, a number of Python, NumPy or PyTorch. UserError for anything else."""
+    value = _scalar(value)
     check_type(value, name, Real, "must be a number")
     return float(value)
+
+
+def _scalar(value: Any) -> Any:
+    """The number in a tensor or an array without axes."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 @contextmanager

@@ -76,6 +76,17 @@ def test_weights_of_a_state_are_the_density_over_that_of_the_proposal(couplings,
     assert (h[:, ~outside] - before[:, ~outside]).abs().amax((1, 2)).min() > 1e-3
 
 
+def test_parts_of_positions_are_redrawn_with_their_position(tiny_flow):
+    """Seven tokens in four positions of two: the padding behind the text does not count."""
+    model = tiny_flow(log_std=-3.0, couplings=("mix1", "mix1"), patch=2)
+    text = encode(model, TEXT, generator())
+    edit = rewrite(model, text, [[(3, 4)], [(6, 7)]], level=1, candidates=30, generator=generator(1))
+    assert edit.tokens.shape == TEXT.shape
+    assert edit.changed[0, 3]
+    assert edit.changed[1, 6]
+    assert torch.isfinite(edit.bound).all()
+
+
 def test_words_are_redrawn_in_the_state_that_tells_most():
     """Two of three blocks of english-passes know little; with its third one a new word is spelled, not drawn."""
     model, tokenizer = tarflowlm.load("english-passes")

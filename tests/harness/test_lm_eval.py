@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from functools import partial
 
 import pytest
@@ -81,6 +82,7 @@ def test_lm_eval_logs_its_steps_only_if_asked(run, folder, monkeypatch, caplog):
 
     monkeypatch.delenv("LMEVAL_LOG_LEVEL", raising=False)
     assert levels() == {"WARNING"}
+    assert "LMEVAL_LOG_LEVEL" not in os.environ
     monkeypatch.setenv("LMEVAL_LOG_LEVEL", "INFO")
     assert levels() == {"INFO", "WARNING"}
 

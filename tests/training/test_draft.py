@@ -93,7 +93,8 @@ def test_time_ends_a_training(run_directory):
     assert learn(run_directory, training=training)["steps"] == 1
 
 
-def test_the_last_measurement_is_within_the_time(run_directory, monkeypatch):
+@pytest.mark.parametrize(("evaluate_every", "steps", "seconds"), [(40, 80, 120.0), (39, 78, 118.0), (50, 80, 120.0)])
+def test_the_last_measurement_is_within_the_time(run_directory, monkeypatch, evaluate_every, steps, seconds):
     now = [0.0]
 
     class Timed:
@@ -113,10 +114,10 @@ def test_the_last_measurement_is_within_the_time(run_directory, monkeypatch):
     monkeypatch.setattr("tarflowlm.training.draft.Clock", Timed)
     monkeypatch.setattr("tarflowlm.training.draft.draft_loss", takes(1.0, draft_loss))
     monkeypatch.setattr("tarflowlm.training.draft.tokens_per_pass", takes(20.0, tokens_per_pass))
-    training = DraftTraining(minutes=2.0, batch_size=2, evaluate_every=40)
+    training = DraftTraining(minutes=2.0, batch_size=2, evaluate_every=evaluate_every)
     summary = learn(run_directory, training=training)
-    assert (summary["steps"], summary["seconds"]) == (80, 120.0)
-    assert learn(run_directory, training=None, resume=True)["steps"] == 80
+    assert (summary["steps"], summary["seconds"]) == (steps, seconds)
+    assert learn(run_directory, training=None, resume=True)["steps"] == steps
 
 
 def test_export_takes_the_draft_along(run_directory, tmp_path):

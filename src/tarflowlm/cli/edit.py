@@ -65,7 +65,7 @@ def run_edit(args: EditArgs) -> None:
     with stages_bar(notes) as progress:
         edit = _edited(args, model, wording, texts, generator, progress)
     wording.say(partial(print_notice, notes))
-    _show(args, edit, wording.tokenizer)
+    _show(args, edit, wording.tokenizer, _advice(args, edit, model))
 
 
 def _texts(args: EditArgs, wording: Wording, notes: Console) -> list[Tensor]:
@@ -94,12 +94,15 @@ def _edited(
     tokenizer, num_positions = wording.tokenizer, text.tokens.shape[1] // model.config.patch
     # where block 1 has no weights of tokens, the model is sampled as it is
     usual = TEMPERATURE if model.config.weighs_tokens else 1.0
-    redrawing: dict[str, Any] = {
-        "candidates": CANDIDATES if args.candidates is None else args.candidates,
-        "temperature": usual if args.temperature is None else args.temperature,
-        "level": telling_level(model, text),
-        "generator": generator,
-    }
+
+    def redrawing() -> dict[str, Any]:
+        return {
+            "candidates": CANDIDATES if args.candidates is None else args.candidates,
+            "temperature": usual if args.temperature is None else args.temperature,
+            "level": telling_level(model, text.row(0)),
+            "generator": generator,
+        }
+
     if args.replace is not None:
         wanted = _replacements(args, wording, text)
         return substitute(model, text, wanted, generator=generator, tick=tick("editing, positions", num_positions))
@@ -109,7 +112,7 @@ def _edited(
         if args.level is None:
             spans = _blended(text, other, tokenizer, weight, args.num, generator)
             ticks = tick("redrawing, texts", args.num)
-            return blend(model, text, other, spans, tick=ticks, **redrawing)
+            return blend(model, text, other, spans, tick=ticks, **redrawing())
         return interpolate(
             model, text, other, level=args.level, weight=weight, generator=generator, decoder=args.decoder or "auto",
             tick=tick("editing, positions", args.level * num_positions),
@@ -120,7 +123,7 @@ def _edited(
         # pieces that are named are meant; a word that was picked may as well be another
         spare = [] if args.rewrite is not None else words_of(_pieces(text, tokenizer))
         ticks = tick("redrawing, pieces", sum(map(len, chosen_spans)))
-        return rewrite(model, text, chosen_spans, spare=spare, tick=ticks, **redrawing)
+        return rewrite(model, text, chosen_spans, spare=spare, tick=ticks, **redrawing())
     where = None
     if args.words is not None:
         (chosen_words,) = _picked(args, model, tokenizer, text, args.words, 1, generator)
@@ -207,14 +210,13 @@ def _replacements(args: EditArgs, wording: Wording, text: Encoded) -> torch.Tens
     return replacements
 
 
-def _show(args: EditArgs, edit: Edit, tokenizer: Tokenizer) -> None:
+def _show(args: EditArgs, edit: Edit, tokenizer: Tokenizer, advice: str | None) -> None:
     def per_character(nats: torch.Tensor, tokens: torch.Tensor) -> list[float]:
         characters = torch.as_tensor(tokenizer.characters_per_token)[tokens.cpu()].sum(-1)
         return (bits(nats.cpu()) / characters).tolist()
 
     texts = [tokenizer.decode(row) for row in edit.tokens.tolist()]
     old, new = per_character(edit.bound_before, edit.before), per_character(edit.bound, edit.tokens)
-    advice = _advice(args, edit)
     if args.json:
         before = tokenizer.decode(edit.before[0].tolist())
         rows = zip(texts, edit.changed.tolist(), old, new, strict=True)
@@ -237,10 +239,11 @@ def _show(args: EditArgs, edit: Edit, tokenizer: Tokenizer) -> None:
     print_edits(Console(), [symbols[i] for i in edit.before[0].tolist()], shown, notes, advice)
 
 
-def _advice(args: EditArgs, edit: Edit) -> str | None:
+def _advice(args: EditArgs, edit: Edit, model: TarFlowLM) -> str | None:
     """What works better than an edit that has lost the text, or changed nothing of what it was to change."""
     if args.rewrite is not None and not edit.changed.any():
-        return "all candidates were what is there: more --candidates or a higher --temperature find others"
+        more = "more --candidates or a higher --temperature" if model.config.weighs_tokens else "more --candidates"
+        return f"all candidates were what is there: {more} may find others"
     weight = 0.0 if args.toward is None else WEIGHT if args.weight is None else args.weight
     if args.level is None or weight == 1:
         return None

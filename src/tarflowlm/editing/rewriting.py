@@ -55,7 +55,7 @@ def rewrite(
                 row = redraw(
                     model, row, span, candidates=candidates, temperature=temperature, level=level, generator=generator
                 )
-                if not (left and tries) or not torch.equal(row.tokens, before):
+                if not (left and tries) or (row.tokens != before)[:, : text.length].any():
                     break
                 span, tries = left.pop(int(torch.randint(len(left), (), generator=generator))), tries - 1
             if tick is not None:
@@ -138,7 +138,7 @@ def redraw(
         if level
         else propose(model, text, span, candidates=candidates, temperature=temperature, generator=generator)
     )
-    changed = (tokens != text.tokens).cpu()
+    changed = (tokens != text.tokens)[:, : text.length].cpu()
     num_inside = changed[:, start:stop].sum(1)
     for wanted in (num_inside > 0, num_inside == changed.sum(1)):
         if (wanted & (log_w > -torch.inf)).any():

@@ -21,7 +21,7 @@ from tarflowlm.flow.precision import widen
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.config import MODEL_TYPE
 from tarflowlm.runs.hub import is_reference
-from tarflowlm.runs.released import locate, released
+from tarflowlm.runs.released import released
 
 LONGEST = 1024
 """Tokens that a judge of `transformers` reads at once: GPT-2's context, and where MAUVE cuts texts."""
@@ -172,7 +172,7 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
         is_dir = False
     is_ours = not _is_transformers(path) if is_dir else is_reference(name) or name in released()
     if is_ours:
-        return BaselineJudge(name, load_checkpoint(locate(path), device))
+        return BaselineJudge(name, load_checkpoint(path, device))
     if not is_dir and (name.startswith((".", "/", "~")) or not name or len(path.parts) > 2):
         raise UserError(f"the judge {name!r} is no directory: give a run of the baseline, or a hub name")
     model, tokenizer = _from_transformers(str(path) if is_dir else name, is_dir)

@@ -34,9 +34,10 @@ def run_lm_eval(words: Sequence[str]) -> None:
     except ImportError:
         raise UserError("lm-eval is not installed: pip install 'tarflowlm[lm-eval]'") from None
     register()
+    before, level = sys.argv, os.environ.get(SEE_MORE)
     # without a level it logs every step
-    os.environ.setdefault(SEE_MORE, "WARNING")
-    before = sys.argv
+    if level is None and not any(word.startswith(("-v", "--verbosity")) for word in words):
+        os.environ[SEE_MORE] = "WARNING"
     sys.argv = ["lm-eval", *words]
     try:
         cli_evaluate()
@@ -44,12 +45,14 @@ def run_lm_eval(words: Sequence[str]) -> None:
         raise
     except Exception as error:
         # a plain RuntimeError may mean that memory ran out, which the caller knows how to say
-        if type(error) is RuntimeError or os.environ[SEE_MORE].upper() == "DEBUG":
+        if type(error) is RuntimeError or os.environ.get(SEE_MORE, "").upper() == "DEBUG":
             raise
         what = f"lm-eval stopped: {first_line(error)} ({type(error).__name__})"
         raise UserError(f"{what}; set {SEE_MORE}=DEBUG to see where") from None
     finally:
         sys.argv = before
+        if level is None:
+            os.environ.pop(SEE_MORE, None)
 
 
 def meaning(model: LanguageModel, samples: int) -> dict[str, str]:

@@ -22,6 +22,8 @@ class Catalogue:
     places: dict[str, Path]
     baselines: frozenset[str]
     """The names of discrete baselines."""
+    weighing: frozenset[str]
+    """The names of models that draw tokens by weights of tokens, baselines among them."""
     device: str = "cpu"
 
     @property
@@ -46,8 +48,8 @@ class Catalogue:
         return self.places[name]
 
     def weighs_tokens(self, name: object) -> bool:
-        """Whether a temperature suits the model of that name; others are drawn from as they are. As `place`."""
-        return read_run(self.place(name)).model.weighs_tokens
+        """Whether a temperature suits the model of that name; others are drawn from as they are."""
+        return name in self.weighing
 
     def load(self, name: object) -> Checkpoint:
         """The model of that name, kept for the next call; UserError if it has no weights yet, or is damaged."""
@@ -86,8 +88,10 @@ def collect(names: Sequence[str], device: str = "cpu") -> Catalogue:
         while name in places:
             name, folder = (f"{folder.name}/{name}", folder.parent) if folder.name else (f"{name}+", folder)
         places[name] = place
-    baselines = frozenset(name for name, place in places.items() if read_run(place).model.family == "ar")
-    return Catalogue(places, baselines, device)
+    models = {name: read_run(place).model for name, place in places.items()}
+    baselines = frozenset(name for name, model in models.items() if model.family == "ar")
+    weighing = frozenset(name for name, model in models.items() if model.weighs_tokens)
+    return Catalogue(places, baselines, weighing, device)
 
 
 def _runs_in(name: str) -> list[Path]:

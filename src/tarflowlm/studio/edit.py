@@ -204,7 +204,7 @@ class Source:
         return {
             "candidates": CANDIDATES,
             "temperature": _temperature(self.flow),
-            "level": telling_level(self.flow, text),
+            "level": telling_level(self.flow, text.row(0)),
             "generator": self.generator,
         }
 

@@ -22,7 +22,7 @@ WAITING = 16
 REFRESH = 4.0
 """Seconds between two looks at the metrics of runs."""
 
-# reading files of runs waits for no model
+# what needs no model waits for none
 LOOK = {"concurrency_id": "runs", "concurrency_limit": 2, "show_progress": "hidden", "api_visibility": "private"}
 
 SENTENCE = "The people of this country have a right to peace and to work."

@@ -77,7 +77,7 @@ def column_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str
         if column:
             table.add_column(column, justify="right", no_wrap=short, overflow="fold")
         else:
-            table.add_column(column, no_wrap=some_wrap, overflow="fold", style="cyan")
+            table.add_column(column, no_wrap=some_wrap, overflow="ellipsis" if some_wrap else "fold", style="cyan")
     for row in rows:
         table.add_row(*map(Text, row))
     return table

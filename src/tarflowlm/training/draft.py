@@ -225,6 +225,7 @@ class _DraftRun:
                 self.log.write({"step": self.step, "split": "train", "loss": loss, "tokens_per_second": rate})
                 self._validate()
                 self._save()
+                share = self.share()
                 begun, tokens = self.clock.seconds(), 0
             if asked is not None:
                 raise Stopped(
