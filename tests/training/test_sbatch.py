@@ -44,7 +44,8 @@ def slurm(tmp_path):
     job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
     numbers = range(os.getpid(), os.getpid() + 100)
     job["SLURM_JOB_ID"] = str(next(number for number in numbers if is_free(20000 + number % 20000)))
-    return {**os.environ, **job, "PATH": path, "NOTES": str(tmp_path / "notes"), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **job, "PATH": path, "NOTES": str(tmp_path / "notes"), "OMP_NUM_THREADS": "1",
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}  # fmt: skip
 
 
 def is_free(port: int) -> bool:
@@ -56,6 +57,18 @@ def submitted(slurm: dict[str, str], *args: object) -> subprocess.Popen:
     return subprocess.Popen(
         ["bash", str(SCRIPT), *map(str, args)], env=slurm, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+def test_a_launcher_that_never_ends_is_ended(slurm, tmp_path):
+    torchrun = tmp_path / "bin" / "torchrun"
+    torchrun.write_text("#!/bin/bash\ntrap '' TERM\necho begun\nwhile true; do sleep 0.1; done\n", encoding="utf-8")
+    torchrun.chmod(0o755)
+    job = submitted(slurm | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "-14"}, "mini-ar", tmp_path / "run")
+    assert job.stdout.readline() == "begun\n"
+    job.send_signal(signal.SIGTERM)
+    assert "back into the queue" in job.communicate(timeout=60)[0]
+    assert job.returncode == 0
+    assert "requeue" in Path(slurm["NOTES"]).read_text(encoding="utf-8")
 
 
 def test_the_script_parses_and_says_how_it_is_used(slurm):
