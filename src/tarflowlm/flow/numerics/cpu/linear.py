@@ -48,7 +48,7 @@ class Workspace:
     def __init__(self, num_buffers: int, num_components: int, dtype: torch.dtype, rows: int | None = None) -> None:
         """For chunks of up to `rows` rows, by default those of `row_chunks`."""
         self.axis = 0 if num_components < _WIDE else 1
-        self.num_components = num_components
+        self._num_components = num_components
         size = num_components * (chunk_rows(num_components) if rows is None else rows)
         self._buffers = [torch.empty(size, dtype=dtype) for _ in range(num_buffers)]
         self.one = torch.ones((), dtype=dtype)
@@ -56,8 +56,8 @@ class Workspace:
 
     def __call__(self, index: int, rows: int) -> Tensor:
         """Buffer `index` as a contiguous chunk of `rows`; its contents are whatever was left there."""
-        flat = self._buffers[index][: self.num_components * rows]
-        return flat.view(self.num_components, rows) if self.axis == 0 else flat.view(rows, self.num_components)
+        flat = self._buffers[index][: self._num_components * rows]
+        return flat.view(self._num_components, rows) if self.axis == 0 else flat.view(rows, self._num_components)
 
     def orient(self, p: Tensor) -> Tensor:
         """[n, K] as a chunk (a view), and back."""

@@ -47,7 +47,7 @@ def _chunk(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, space: Works
     n, axis, spread = z.shape[0], space.axis, space.spread
     lowest, eps = LOWEST_EXPONENT[z.dtype], torch.finfo(z.dtype).eps
     # beside a smaller tail the mass that the floor adds to the other components would show
-    smallest = max(SMALLEST[z.dtype], math.exp(lowest) * space.num_components / eps)
+    smallest = max(SMALLEST[z.dtype], math.exp(lowest) * mean.shape[0] / eps)
     log_alpha, alpha = torch.add(space.orient(log_w), space.zero, out=space(0, n)), space(1, n)
     a, scratch = space(2, n), space(3, n)
     inv_std = space.orient(torch.exp(-log_std)[None])
