@@ -23,7 +23,7 @@ class Catalogue:
     baselines: frozenset[str]
     """The names of discrete baselines."""
     weighing: frozenset[str]
-    """The names of models that draw tokens by weights of tokens, baselines among them."""
+    """The names of models that draw tokens by weights of tokens, baselines among them: a temperature suits these."""
     device: str = "cpu"
 
     @property
@@ -46,10 +46,6 @@ class Catalogue:
         if not isinstance(name, str) or name not in self.places:
             raise UserError("this page has no model of that name: choose one from the list")
         return self.places[name]
-
-    def weighs_tokens(self, name: object) -> bool:
-        """Whether a temperature suits the model of that name; others are drawn from as they are."""
-        return name in self.weighing
 
     def load(self, name: object) -> Checkpoint:
         """The model of that name, kept for the next call; UserError if it has no weights yet, or is damaged."""

@@ -188,10 +188,9 @@ def _temperature(catalogue: Catalogue, model: Component, usual: float) -> Compon
     import gradio as gr
 
     def suited(name: object) -> float:
-        return usual if catalogue.weighs_tokens(name) else 1.0
+        return usual if name in catalogue.weighing else 1.0
 
-    first = usual if model.value is None else suited(model.value)
-    slider = gr.Slider(0.1, 1.5, first, step=0.05, label="Temperature")
+    slider = gr.Slider(0.1, 1.5, suited(model.value), step=0.05, label="Temperature")
     model.change(suited, model, slider, **LOOK)
     return slider
 
