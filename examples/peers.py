@@ -27,19 +27,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tarflowlm.bench.peers import gated_width, gpt2, stepper
 from torch import Tensor, nn
 
 from tarflowlm.baseline import BaselineConfig
-from tarflowlm.bench.peers import gated_width, gpt2, stepper
+from tarflowlm.config import RunConfig
 from tarflowlm.data import Corpus, WindowSampler, cached_corpus, eval_windows
 from tarflowlm.evaluation.judges import Judge, load_judge
 from tarflowlm.evaluation.likelihood import bits, evaluate
 from tarflowlm.evaluation.quality import TextStatistics, compare_texts
 from tarflowlm.generation import generate
 from tarflowlm.language_model import seeded
+from tarflowlm.presets import preset, with_steps
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.runs.config import RunConfig
-from tarflowlm.runs.presets import preset, with_steps
 from tarflowlm.training.muon import Muon
 from tarflowlm.training.optim import schedule, set_learning_rate
 

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 import tarflowlm
 from tarflowlm.baseline import BaselineConfig
+from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, TarFlowLM, stack
 from tarflowlm.runs.checkpoint import load_checkpoint, save_weights, write_run
-from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.runs.manifest import write_manifest
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from tarflowlm.baseline import BaselineConfig
+from tarflowlm.config import OptimConfig, RunConfig, TrainConfig
 from tarflowlm.data import DataConfig
 from tarflowlm.errors import UserError
 from tarflowlm.model import FlowConfig, stack
-from tarflowlm.runs.config import OptimConfig, RunConfig, TrainConfig
-from tarflowlm.runs.presets import PRESETS, preset, with_steps
+from tarflowlm.presets import PRESETS, preset, with_steps
 from tarflowlm.runs.strict_json import from_dict, to_dict
 
 

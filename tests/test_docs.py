@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tarflowlm.cli.bench import BENCHMARKS
 from torch.distributed.run import get_args_parser
 
 from docs_cases import (
@@ -36,14 +37,13 @@ from docs_cases import (
     name_of,
     session,
 )
-from tarflowlm.cli.bench import BENCHMARKS
 from tarflowlm.cli.main import COMMANDS, main
 from tarflowlm.data import DataConfig, TokenizerConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import stack
+from tarflowlm.presets import PRESETS, preset
 from tarflowlm.reproduce import RECIPES
-from tarflowlm.runs.presets import PRESETS, preset
 
 CURRENT = [document for document in DOCUMENTS if document != LOG]
 SHELL, PYTHON = blocks(CURRENT)

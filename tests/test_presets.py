@@ -9,7 +9,7 @@ from tarflowlm.flow.channelwise import AffineCoupling, Mix1Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, TarFlowLM
-from tarflowlm.runs.presets import PRESETS, preset
+from tarflowlm.presets import PRESETS, preset
 
 CORPORA = ("text8", "owt")
 VOCAB, CHANNELS, COMPONENTS = {"text8": 27, "owt": 50_257}, {"text8": 5, "owt": 16}, {"text8": 27, "owt": 64}

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, DataConfig
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.pretrained import load
 from tarflowlm.runs.checkpoint import export, save_weights, write_run
-from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.runs.released import FOLDER, released
 
 

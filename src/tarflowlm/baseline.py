@@ -6,14 +6,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tarflowlm.config import BaselineConfig as BaselineConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow.cached import KVCache
-from tarflowlm.flow.compiled import allocate
 from tarflowlm.flow.heads import TokenFeatures
 from tarflowlm.flow.precision import widen
 from tarflowlm.flow.transformer import Transformer
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.shapes import BaselineConfig as BaselineConfig
 
 IN_PATCH_CHANNELS = 32
 """Embedding width of a token in the in-patch head."""
@@ -141,7 +140,7 @@ class TokenLM(LanguageModel):
 
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
         """An empty KV cache for `num_positions` positions."""
-        return allocate(self.transformer, batch, num_positions, self.start)
+        return KVCache(self.transformer, batch, num_positions, self.start)
 
     def states(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B positions D"]:
         """Features after the start vector and after each of the N positions; the last are those of the whole text."""

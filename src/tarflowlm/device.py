@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from tarflowlm.choices import DeviceName
+from tarflowlm.config import DeviceName
 from tarflowlm.errors import UserError
 
 

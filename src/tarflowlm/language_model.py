@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tarflowlm.config import LanguageModelConfig as LanguageModelConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow.cached import KVCache
-from tarflowlm.shapes import LanguageModelConfig as LanguageModelConfig
 
 
 class LanguageModel(nn.Module):

@@ -1,13 +1,17 @@
 """TarFlowLM: a Gaussian codebook and a prior of stacked autoregressive flows, trained by the ELBO."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tarflowlm.draft import Draft, DraftConfig
+from tarflowlm.config import BlockConfig as BlockConfig
+from tarflowlm.config import CouplingName as CouplingName
+from tarflowlm.config import FlowConfig as FlowConfig
+from tarflowlm.config import as_flow_config as as_flow_config
+from tarflowlm.config import stack as stack
 from tarflowlm.errors import UserError
 from tarflowlm.flow.cached import KVCache
 from tarflowlm.flow.channelwise import AffineCoupling, Mix1Coupling
@@ -18,11 +22,6 @@ from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.precision import full_precision
 from tarflowlm.flow.stack import FlowBlock, Prior
 from tarflowlm.language_model import LanguageModel, check_model
-from tarflowlm.shapes import BlockConfig as BlockConfig
-from tarflowlm.shapes import CouplingName as CouplingName
-from tarflowlm.shapes import FlowConfig as FlowConfig
-from tarflowlm.shapes import as_flow_config as as_flow_config
-from tarflowlm.shapes import stack as stack
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,6 @@ class TarFlowLM(LanguageModel):
         super().__init__(config)
         self.codebook = Codebook(config.vocab_size, config.latent_dim, separation=config.separation)
         self.prior = Prior(config.patch, ())
-        # in a list, so that its parameters are not registered as the model's
-        self._draft: list[Draft] = []
         for _ in config.blocks:
             self.append_block()
 
@@ -74,38 +71,6 @@ class TarFlowLM(LanguageModel):
     def num_blocks(self) -> int:
         """Flow blocks built so far."""
         return len(self.prior.blocks)
-
-    @property
-    def draft(self) -> Draft | None:
-        """The network that guesses features of block 1 for the decoder "drafted"; not in the weights of the model."""
-        return self._draft[0] if self._draft else None
-
-    def use_draft(self, draft: Draft | None) -> None:
-        """Attach a draft, which moves to the model's device, or detach the one there is."""
-        # a method: PyTorch registers every module that is assigned
-        self._draft = [] if draft is None else [draft.to(self.device).eval()]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TarFlowLM":
-        """As `Module._apply`, which `to`, `double` and others use: the draft follows the model."""
-        for draft in self._draft:
-            draft._apply(fn, recurse)
-        return super()._apply(fn, recurse)
-
-    def new_draft(self, config: DraftConfig) -> Draft:
-        """A new draft of block 1, not attached. UserError for a block that a draft cannot serve."""
-        if self.config.context == self.config.patch:
-            raise UserError(f"context {self.config.context}: the only position of a text leaves nothing to draft")
-        positions = self.config.context // self.config.patch
-        for name, value in (("past", config.past), ("ahead", config.ahead)):
-            if value > positions:
-                raise UserError(f"{name} {value}: must be at most {positions}, the positions of a text")
-        if not self.prior.block(0).keeps_order:
-            raise UserError("block 1 reads positions or channels in another order: a draft needs that of the text")
-        return Draft(
-            config,
-            features=self.config.trunk.width,
-            channels=self.config.patch * self.config.latent_dim,
-        )
 
     def append_block(self) -> FlowBlock:
         """Build the next block of the configuration on top of the stack, and return it."""

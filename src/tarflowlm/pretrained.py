@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tarflowlm.config import checked_seed
 from tarflowlm.data import Tokenizer
 from tarflowlm.device import checked_device
 from tarflowlm.errors import UserError
@@ -17,7 +18,6 @@ from tarflowlm.generation.inversion import Decoders
 from tarflowlm.generation.sampling import BLANK, encode_prompt, encode_template
 from tarflowlm.language_model import LanguageModel, LanguageModelConfig, as_integer, check_type
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
-from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
 from tarflowlm.sharing import push_to_hub, save_pretrained
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, DataConfig
 from tarflowlm.objective import negative_bound
 from tarflowlm.pretrained import load
 from tarflowlm.runs.checkpoint import save_weights, seal, write_run
-from tarflowlm.runs.config import RunConfig, TrainConfig
 
 
 @pytest.fixture(autouse=True)

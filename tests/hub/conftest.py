@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 from hub_server import TOKEN, Hub, Repository, serve
-
-from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, DataConfig
 from tarflowlm.draft import DraftConfig
-from tarflowlm.runs.checkpoint import save_weights, write_run
-from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.runs.drafts import save_draft
+
+from tarflowlm.config import RunConfig, TrainConfig
+from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, DataConfig
+from tarflowlm.runs.checkpoint import save_weights, write_run
 
 constants = pytest.importorskip("huggingface_hub.constants")
 

@@ -14,9 +14,9 @@ from tarflowlm.cli.main import main
 from tarflowlm.cli.parsing import parse
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
+from tarflowlm.presets import preset
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.hub import FILES
-from tarflowlm.runs.presets import preset
 from tarflowlm.sharing.card import training_command
 
 TEST = {"bound": "elbo", "bpc": 1.90625, "nats_per_token": 1.3213, "stderr": 0.004, "windows": 4096}

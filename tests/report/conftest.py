@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tarflowlm.baseline import BaselineConfig
+from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import DataConfig
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, stack
-from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.training.lifecycle import train
 
 collect_ignore_glob = ["*"] if importlib.util.find_spec("matplotlib") is None else []

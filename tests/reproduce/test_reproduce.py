@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import TEXT8_ALPHABET
 from tarflowlm.errors import UserError
 from tarflowlm.files import writer_lock
@@ -18,7 +19,6 @@ from tarflowlm.model import FlowConfig, stack
 from tarflowlm.reproduce import RECIPES, passes
 from tarflowlm.reproduce.measures import summary_row
 from tarflowlm.reproduce.recipe import Recipe, Settings, directory_of, estimate, finish, state_of, trainings
-from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.training.metrics import Reporter
 
 NAMES = {

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tarflowlm.baseline import BaselineConfig
+from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import DataConfig
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, stack
-from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.studio.catalogue import Catalogue, collect
 from tarflowlm.training.lifecycle import train
 

@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 
 from tarflowlm.baseline import BaselineConfig
+from tarflowlm.config import OptimConfig, RunConfig, TrainConfig
 from tarflowlm.data import DataConfig
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, stack
-from tarflowlm.runs.config import OptimConfig, RunConfig, TrainConfig
 from tarflowlm.training.lifecycle import train
 from tarflowlm.training.metrics import Reporter
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from tarflowlm.baseline import BaselineConfig
+from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import DataConfig
 from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.language_model import seeded
 from tarflowlm.model import FlowConfig, stack
-from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.training import lifecycle
 from tarflowlm.training.distributed import Processes, launched
 from tarflowlm.training.guards import Guard

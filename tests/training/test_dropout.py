@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tarflowlm.config import TrainConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import Layer
-from tarflowlm.runs.config import TrainConfig
 from tarflowlm.training.lifecycle import resume
 from tarflowlm.training.parallel import Engine
 

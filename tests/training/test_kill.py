@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.lifecycle import resume, train
 
 KILLS = int(os.environ.get("TARFLOWLM_KILLS", "20"))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from tarflowlm.config import OptimConfig
 from tarflowlm.runs.checkpoint import read_run, seal
-from tarflowlm.runs.config import OptimConfig
 from tarflowlm.training import lifecycle, muon, optim
 from tarflowlm.training import run as training_run
 from tarflowlm.training.metrics import Reporter

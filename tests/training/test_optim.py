@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from tarflowlm.config import OptimConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, TarFlowLM, stack
-from tarflowlm.runs.config import OptimConfig
 from tarflowlm.training.optim import build_optimizers, schedule, set_learning_rate
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from tarflowlm.config import OptimConfig, TrainConfig
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import read_run
-from tarflowlm.runs.config import OptimConfig, TrainConfig
 from tarflowlm.training import lifecycle
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.optim import schedule

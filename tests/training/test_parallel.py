@@ -15,9 +15,9 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
 
+from tarflowlm.config import TrainConfig
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.runs.config import TrainConfig
 from tarflowlm.runs.strict_json import from_dict
 from tarflowlm.training import parallel
 from tarflowlm.training.distributed import ALONE, Processes, launched

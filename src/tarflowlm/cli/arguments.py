@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from tarflowlm.choices import RECIPE_NAMES, Decoder, Decoding, DeviceName, Precision, Scale
+from tarflowlm.config import RECIPE_NAMES, Decoder, Decoding, DeviceName, Precision, Scale
 from tarflowlm.errors import UserError
 
 Device = Annotated[DeviceName, tyro.conf.arg(help="auto picks cuda, then mps, then cpu.")]
@@ -82,13 +82,9 @@ class SampleArgs:
     decoding: Decoding = "mode"
     """Tokens of the latents: the most probable ones, or drawn from p(x|z), which is exact; alike for sharp codes."""
     decoder: Decoder = "auto"
-    """How to invert a block: position by position, in parallel sweeps, by drafts (block 1), or what is quickest."""
-    compile: bool = False
-    """Compile the step of one position, which takes a quarter of a minute: for many or long samples."""
+    """How to invert a block: position by position, in parallel sweeps, or the cheaper of the two."""
     passes: bool = False
     """Show the text decoded after every block."""
-    rounds: bool = False
-    """Show the text after every round of the decoder "drafted": final tokens, and dimmed what is not yet."""
     states: bool = False
     """With --json or --out: the latents after every block as well."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -105,8 +101,6 @@ class SampleArgs:
     json: PrintJson = False
 
     def __post_init__(self) -> None:
-        if self.rounds and self.decoder not in ("auto", "drafted"):
-            raise UserError(f"--rounds with --decoder {self.decoder}: only the decoder drafted has rounds")
         for one, others in EXCLUSIVE.items():
             for other in others:
                 if self._is_given(one) and self._is_given(other):
@@ -125,12 +119,12 @@ class SampleArgs:
         return {name: getattr(self, name) for name in WRITING}
 
 
-WRITING = ("particles", "temperature", "top_k", "top_p", "decoding", "compile")
+WRITING = ("particles", "temperature", "top_k", "top_p", "decoding")
 EXCLUSIVE = {
-    "interactive": ("num", "prompts", "template", "out", "json", "passes", "rounds", "states"),
-    "stream": ("json", "passes", "rounds", "particles"),
-    "prompts": ("prompt", "template", "rounds"),
-    "stop": ("template", "passes", "rounds", "states"),
+    "interactive": ("num", "prompts", "template", "out", "json", "passes", "states"),
+    "stream": ("json", "passes", "particles"),
+    "prompts": ("prompt", "template"),
+    "stop": ("template", "passes", "states"),
 }
 """Arguments of `sample` that contradict each other."""
 NEEDED = {
@@ -251,14 +245,6 @@ class StudioArgs:
     def __post_init__(self) -> None:
         if self.port is not None and not 1 <= self.port <= 65535:
             raise UserError(f"port {self.port}: must be from 1 to 65535")
-
-
-@dataclass(frozen=True)
-class SealArgs:
-    """Arguments of `tarflowlm seal`."""
-
-    directory: RunDirectory
-    json: PrintJson = False
 
 
 @dataclass(frozen=True)

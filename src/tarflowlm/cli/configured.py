@@ -3,18 +3,15 @@
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import tyro
 
-from tarflowlm.bench.arguments import BENCHMARKS
-from tarflowlm.cli.arguments import Device, PrintJson, ReleasedModel, RunOrModel
+from tarflowlm.cli.arguments import Device, PrintJson
 from tarflowlm.cli.parsing import parse
-from tarflowlm.data import TokenizerConfig
+from tarflowlm.config import RunConfig, TokenizerConfig
 from tarflowlm.errors import UserError
-from tarflowlm.runs.config import RunConfig
-from tarflowlm.runs.presets import PRESETS, preset, with_blocks, with_steps
-from tarflowlm.shapes import DraftConfig
+from tarflowlm.presets import PRESETS, preset, with_blocks, with_steps
 
 
 @dataclass(frozen=True)
@@ -28,36 +25,6 @@ class DataArgs:
     tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerConfig)
     """How text becomes tokens."""
     json: PrintJson = False
-
-
-@dataclass(frozen=True)
-class DraftArgs:
-    """Arguments of `tarflowlm draft`."""
-
-    directory: RunOrModel = None
-    model: ReleasedModel = None
-    out: Path | None = None
-    """Directory to create: a copy of the model with its draft. Without, the draft is added to the run."""
-    data: str | None = None
-    """Corpus name, text file, or directory made by `tarflowlm data`; the default is the run's own corpus."""
-    steps: int | None = None
-    """Optimiser steps in total, 4000."""
-    minutes: float | None = None
-    """Train for this time instead."""
-    resume: bool = False
-    """Continue where training stopped; --steps or --minutes may ask for more than before."""
-    seed: int = 0
-    """Seed of the start, the order of the data and the noise."""
-    device: Device = "auto"
-    json: PrintJson = False
-    draft: Annotated[DraftConfig, tyro.conf.arg(name="")] = field(default_factory=DraftConfig)
-    """Shape of the draft."""
-
-    def __post_init__(self) -> None:
-        if self.minutes is not None and self.steps is not None:
-            raise UserError(f"--steps {self.steps} with --minutes {self.minutes}: give one of them")
-        if self.minutes is not None and not self.minutes > 0:
-            raise UserError(f"minutes {self.minutes}: must be above 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -130,17 +97,6 @@ def read_train(argv: list[str]) -> TrainArgs | ResumeArgs:
     if any(word.partition("=")[0] == "--resume" for word in argv):
         return parse(ResumeArgs, argv, "tarflowlm train --resume DIR")
     raise UserError(f"train needs a preset ({', '.join(PRESETS)}) or --resume DIR")
-
-
-def read_bench(argv: list[str]) -> Any:
-    """What follows `tarflowlm bench`: the arguments of a class in BENCHMARKS. Help pages end the process."""
-    name = argv[0] if argv else ""
-    if name in ("-h", "--help"):
-        usage = "tarflowlm bench NAME [--help for its options]"
-        _list(usage, {name: cls.__doc__ for name, cls in BENCHMARKS.items()})
-    if name not in BENCHMARKS:
-        raise UserError(f"benchmark {name!r} is unknown: choose one of {', '.join(BENCHMARKS)}")
-    return parse(BENCHMARKS[name], argv[1:], f"tarflowlm bench {name}", has_pairs=True)
 
 
 def _list(usage: str, described: dict[str, str | None]) -> NoReturn:

@@ -1,18 +1,15 @@
-"""`tarflowlm data`, `report`, `export` and `seal`: directories of tokens, figures and models."""
+"""`tarflowlm data`, `report` and `export`: directories of tokens, figures and models."""
 
 from functools import partial
 
 from rich.console import Console
 
-from tarflowlm.cli.arguments import ExportArgs, ReportArgs, SealArgs
+from tarflowlm.cli.arguments import ExportArgs, ReportArgs
 from tarflowlm.cli.configured import DataArgs
 from tarflowlm.data import prepare_corpus
 from tarflowlm.device import pick_device
-from tarflowlm.errors import UserError
-from tarflowlm.files import writer_lock
 from tarflowlm.report import write_report
-from tarflowlm.runs.checkpoint import export, read_run, seal
-from tarflowlm.runs.released import borrowed
+from tarflowlm.runs.checkpoint import export
 from tarflowlm.terminal.bars import corpus_bar, stages_bar
 from tarflowlm.terminal.tables import print_json, print_notice, print_table
 
@@ -56,14 +53,3 @@ def run_export(args: ExportArgs) -> None:
     print_table(Console(), str(out), [("size", f"{size / 1e6:.2f} MB")])
 
 
-def run_seal(args: SealArgs) -> None:
-    directory = args.directory
-    if (whose := borrowed(directory)) is not None:
-        raise UserError(f"{whose}: seal a copy of it, from `tarflowlm export`")
-    read_run(directory, check=False)
-    with writer_lock(directory):
-        files = seal(directory)
-    if args.json:
-        print_json({"out": str(directory), "files": files})
-        return
-    print_table(Console(), str(directory), [("sealed", ", ".join(files))])

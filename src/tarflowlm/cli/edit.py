@@ -12,6 +12,7 @@ from torch import Tensor
 from tarflowlm.cli.arguments import EditArgs
 from tarflowlm.cli.models import load_checkpoint
 from tarflowlm.cli.prompts import Wording
+from tarflowlm.config import checked_seed
 from tarflowlm.data import Tokenizer
 from tarflowlm.device import pick_device
 from tarflowlm.editing import (
@@ -39,7 +40,6 @@ from tarflowlm.editing.words import (
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import TarFlowLM, as_flow
-from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.released import chosen
 from tarflowlm.terminal.bars import StageProgress, stages_bar, ticker
 from tarflowlm.terminal.tables import print_json, print_notice

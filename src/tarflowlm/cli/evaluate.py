@@ -11,6 +11,7 @@ from rich.text import Text
 
 from tarflowlm.cli.inspect_arguments import SAMPLING, EvalArgs
 from tarflowlm.cli.models import load_checkpoint
+from tarflowlm.config import checked_seed
 from tarflowlm.data import (
     SOURCE_NAMES,
     TokenArray,
@@ -34,7 +35,6 @@ from tarflowlm.evaluation.quality import (
 )
 from tarflowlm.model import as_flow
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.released import chosen
 from tarflowlm.terminal.bars import bar, corpus_bar, stages_bar
 from tarflowlm.terminal.progress import minutes

@@ -7,9 +7,9 @@ import sys
 from typing import Any
 
 from tarflowlm.cli.inspect_arguments import HarnessArgs
+from tarflowlm.config import checked_seed
 from tarflowlm.errors import UserError
 from tarflowlm.harness.register import run_lm_eval
-from tarflowlm.runs.config import checked_seed
 from tarflowlm.terminal.tables import print_json
 
 OURS = ("--model", "-M", "--model_args", "-a")

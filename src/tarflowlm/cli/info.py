@@ -18,7 +18,6 @@ from tarflowlm.errors import UserError, first_line
 from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.files import read_json, writer_of
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.model import as_flow
 from tarflowlm.report.records import RunRecord, read_record
 from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, WEIGHTS, Checkpoint
 from tarflowlm.runs.hub import is_reference
@@ -60,7 +59,6 @@ def _describe(directory: Path) -> dict[str, Any]:
     run, model, tokenizer = checkpoint.run, checkpoint.model, checkpoint.tokenizer
     summary = _summary(directory)
     test = summary.get("test") or {}
-    draft = None if model.is_exact else as_flow(model).draft
     card, shipped = directory / CARD, directory.parent == FOLDER
     return {
         "name": directory.resolve().name,
@@ -83,7 +81,6 @@ def _describe(directory: Path) -> dict[str, Any]:
         "saved": None if shipped else _date(directory / WEIGHTS),
         "bpc": test.get("bpc"),
         "bound": test.get("bound"),
-        "draft_parameters": None if draft is None else sum(p.numel() for p in draft.parameters()),
         "files": dict(_sizes(directory)),
         "card": card.read_text(encoding="utf-8") if card.is_file() else None,
     }
@@ -158,9 +155,7 @@ def _print_info(console: Console, found: dict[str, Any]) -> None:
     if found["bpc"] is not None:
         sign = sign_of(found["bound"])
         rows.append(("test", f"{sign} {found['bpc']:.4f} bits per character ({found['bound']})"))
-    draft = found["draft_parameters"]
     rows += [
-        ("draft", "none" if draft is None else f"{draft:,} parameters: `sample --decoder drafted` uses it"),
         ("files", "\n".join(f"{name}  {size:,} bytes" for name, size in found["files"].items())),
     ]
     print_table(console, found["name"] if found["shipped"] else found["directory"], rows)

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tarflowlm.choices import Decoder
 from tarflowlm.cli.arguments import TEMPERATURE, TOP_K, TOP_P, Device, Normalize, PrintJson, ReleasedModel, RunOrModel
 from tarflowlm.cli.parsing import parse_known
+from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
 
 

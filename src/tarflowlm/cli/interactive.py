@@ -14,12 +14,12 @@ from torch import Tensor
 
 from tarflowlm.cli.arguments import SampleArgs
 from tarflowlm.cli.prompts import Wording, not_utf8
+from tarflowlm.config import checked_seed
 from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.runs.config import checked_seed
 from tarflowlm.terminal.streams import TextStream, write_out
 from tarflowlm.terminal.tables import print_notice
 

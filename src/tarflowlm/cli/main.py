@@ -52,12 +52,6 @@ COMMANDS = {
         "train:run_train",
         "configured:read_train",
     ),
-    "draft": Command(
-        "Train a draft for a finished run: a small network that guesses features, which block 1 then verifies in "
-        "parallel. Sampling gets faster, its result stays the same.",
-        "draft:run_draft",
-        "configured:DraftArgs",
-    ),
     "eval": Command(
         "Measure the likelihood of a text under a model; on request, its latents and the quality of samples.",
         "evaluate:run_eval",
@@ -96,11 +90,6 @@ COMMANDS = {
         "studio:run_studio",
         "arguments:StudioArgs",
     ),
-    "seal": Command(
-        "Accept files of a run that were changed by hand: check that they load and write manifest.json again.",
-        "directories:run_seal",
-        "arguments:SealArgs",
-    ),
     "export": Command(
         "Copy a model out of its run directory: configuration, tokenizer and weights, without its training state.",
         "directories:run_export",
@@ -115,9 +104,6 @@ COMMANDS = {
         "Reproduce a table or figure of the paper, or an experiment of ours; `all` runs every one of them.",
         "reproduce:run_reproduce",
         "arguments:ReproduceArgs",
-    ),
-    "bench": Command(
-        "Measure speed and accuracy, as ratios within one run.", "bench:run_bench", "configured:read_bench"
     ),
     "harness": Command(
         "Evaluate a model with lm-evaluation-harness: harness MODEL --tasks NAMES and any other option of lm-eval.",

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tarflowlm.config import Normalization
 from tarflowlm.data import Tokenizer
-from tarflowlm.data.text import Normalization, read_text
+from tarflowlm.data.text import read_text
 from tarflowlm.errors import UserError
 from tarflowlm.generation.sampling import BLANK, encode_prompt, encode_template, normalize_template
 

@@ -13,8 +13,8 @@ from tarflowlm.data import Corpus, cached_corpus
 from tarflowlm.device import pick_device
 from tarflowlm.evaluation.ngram import bigram_cross_entropy, compressed_bits, ngram_entropy
 from tarflowlm.generation import generate
+from tarflowlm.presets import preset
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.runs.presets import preset
 from tarflowlm.terminal.bars import sampling_bar
 from tarflowlm.terminal.tables import print_json, print_table
 from tarflowlm.terminal.texts import print_samples, samples_to_json

@@ -18,6 +18,7 @@ from tarflowlm.cli.interactive import converse
 from tarflowlm.cli.models import load_checkpoint
 from tarflowlm.cli.prompts import Wording, read_prompts
 from tarflowlm.cli.signals import interrupt_on_termination
+from tarflowlm.config import checked_seed
 from tarflowlm.data import Tokenizer
 from tarflowlm.device import pick_device, threads_for
 from tarflowlm.errors import UserError
@@ -28,7 +29,6 @@ from tarflowlm.generation.inversion import Decoders, Tick
 from tarflowlm.generation.sampling import BLANK
 from tarflowlm.generation.telling import OnTokens
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.runs.config import checked_seed
 from tarflowlm.runs.released import chosen
 from tarflowlm.terminal.bars import ticker
 from tarflowlm.terminal.progress import Bars
@@ -121,7 +121,7 @@ class _Sampling:
         self, model: LanguageModel, tokenizer: Tokenizer, args: SampleArgs, order: _Order, out: NewLines | None
     ) -> None:
         self.model, self.tokenizer, self.args, self.order, self.out = model, tokenizer, args, order, out
-        self.decoder: Decoders = "drafted" if args.rounds else args.decoder
+        self.decoder: Decoders = args.decoder
         self.objects: list[dict[str, Any]] = []
         self.sweeps: list[int] = []
         self.done = self.num_tokens = 0
@@ -181,7 +181,6 @@ class _Sampling:
                 # a new one, so that every batch gets its streams from the same state
                 generator=torch.Generator().manual_seed(args.seed),
                 return_passes=args.passes or args.states,
-                return_rounds=args.rounds,
                 decoder=self.decoder,
                 tick=tick,
                 on_tokens=on_tokens,

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tarflowlm.config import TEXT8_ALPHABET
 from tarflowlm.data.bpe import BPETokenizer
 from tarflowlm.data.corpus import Corpus, open_corpus
 from tarflowlm.data.load import DataConfig, cached_corpus, check_source, encode_text_source
@@ -10,7 +11,7 @@ from tarflowlm.data.prepare import prepare_corpus
 from tarflowlm.data.shards import TokenArray
 from tarflowlm.data.sources import SOURCE_NAMES
 from tarflowlm.data.stream import CorpusProgress
-from tarflowlm.data.text import TEXT8_ALPHABET, normalize_text8, read_text
+from tarflowlm.data.text import normalize_text8, read_text
 from tarflowlm.data.tokenization import TokenizerConfig, build_tokenizer
 from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from tarflowlm.config import Normalization
 from tarflowlm.data.download import check_hub_reachable, quiet_hub
-from tarflowlm.data.text import Normalization, text_pieces
+from tarflowlm.data.text import text_pieces
 from tarflowlm.data.tokenizer import (
     FORMAT,
     Tokenizer,

@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tarflowlm.config import DataConfig as DataConfig
 from tarflowlm.data.corpus import META, VERSION, Corpus, check_tokenizer, open_corpus
 from tarflowlm.data.download import cache_root
 from tarflowlm.data.prepare import encode_in_order, write_corpus
@@ -20,16 +21,6 @@ from tarflowlm.data.stream import SPLITS, CorpusProgress, Notice
 from tarflowlm.data.tokenization import TokenizerConfig, build_tokenizer
 from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Text and tokens."""
-
-    source: str = "english"
-    """A corpus name (english, text8, openwebtext), a text file, or a directory made by `tarflowlm data`."""
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """How text becomes tokens."""
 
 
 def cached_corpus(

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tarflowlm.config import Normalization
 from tarflowlm.data.download import check_hub_reachable, quiet_hub, sources_dir
 from tarflowlm.data.stream import (
     SPLITS,
@@ -18,7 +19,7 @@ from tarflowlm.data.stream import (
     Stream,
     split_of_document,
 )
-from tarflowlm.data.text import Normalization, normalize
+from tarflowlm.data.text import normalize
 from tarflowlm.errors import UserError, first_line
 
 SEPARATOR = "<|endoftext|>"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tarflowlm.config import TEXT8_ALPHABET, Normalization
 from tarflowlm.data.download import download, sources_dir
 from tarflowlm.data.openwebtext import Documents
 from tarflowlm.data.stream import (
@@ -22,7 +23,7 @@ from tarflowlm.data.stream import (
     split_of_document,
     split_ranges,
 )
-from tarflowlm.data.text import TEXT8_ALPHABET, Normalization, normalize, read_text, text_blocks, text_pieces
+from tarflowlm.data.text import normalize, read_text, text_blocks, text_pieces
 from tarflowlm.errors import UserError
 
 BLOCK = 1 << 20

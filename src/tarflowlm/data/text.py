@@ -10,17 +10,11 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 
+from tarflowlm.config import Normalization
 from tarflowlm.errors import UserError
-
-Normalization = Literal["none", "text8"]
-NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
-
-TEXT8_ALPHABET = " abcdefghijklmnopqrstuvwxyz"
-"""The 27 characters of text8: single spaces and `a`-`z`."""
 
 _BLOCK = 1 << 20  # bytes read at once
 _ZST_BLOCK = 1 << 16  # compressed bytes: what they decompress to has no bound of its own

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from tarflowlm.data.text import NORMALIZATIONS, Normalization, normalize
+from tarflowlm.config import NORMALIZATIONS, Normalization, check_alphabet
+from tarflowlm.data.text import normalize
 from tarflowlm.errors import UserError, first_line
 from tarflowlm.files import replacing
 
@@ -299,16 +300,6 @@ def concatenated(parts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def check_alphabet(alphabet: str) -> None:
-    """UserError unless `alphabet` has at least two characters, no duplicates and no lone surrogates."""
-    if len(alphabet) < 2:
-        raise UserError(f"alphabet={alphabet!r} must hold at least two characters")
-    duplicates = sorted({c for c in alphabet if alphabet.count(c) > 1})
-    if duplicates:
-        shown = ", ".join(map(repr, duplicates[:8]))
-        raise UserError(f"alphabet holds {shown} more than once: list each character once")
-    if any(0xD800 <= ord(c) <= 0xDFFF for c in alphabet):
-        raise UserError("alphabet holds half of a surrogate pair, which is no character: remove it")
 
 
 def unknown_characters_message(text: str, alphabet: str) -> str:

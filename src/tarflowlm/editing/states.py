@@ -14,8 +14,7 @@ from torch import Tensor
 from tarflowlm.errors import UserError
 from tarflowlm.flow.precision import wide_dtype
 from tarflowlm.generation import generate
-from tarflowlm.generation.drafted import invert_with_drafts, split_decoders, uses_draft
-from tarflowlm.generation.inversion import Decoders, Tick, invert_block
+from tarflowlm.generation.inversion import Decoders, Tick, invert_block, per_block
 from tarflowlm.generation.passage import LatentPassage
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
@@ -75,7 +74,7 @@ def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: torch.Genera
     if length % patch:
         full = length + patch - length % patch
         tokens = generate(
-            model, num_tokens=full, num=len(tokens), template=tokens, generator=generator, decoder="parallel"
+            model, num_tokens=full, num=len(tokens), template=tokens, generator=generator, decoder="sweeps"
         ).tokens.cpu()
     book = model.codebook
     tokens = tokens.to(book.mean.device)
@@ -93,7 +92,7 @@ def renoise(
     strength: float,
     generator: torch.Generator,
     where: Bool[Tensor, " T"] | None = None,
-    decoder: Decoders = "sequential",
+    decoder: Decoders = "steps",
     tick: Tick | None = None,
 ) -> Edit:
     r"""Re-noise state l: h^(l) -> sqrt(1 - eta^2) h^(l) + eta eps with eps ~ N(0, I) (docs/math.md, eq. 23).
@@ -124,7 +123,7 @@ def interpolate(
     level: int,
     weight: float,
     generator: torch.Generator,
-    decoder: Decoders = "sequential",
+    decoder: Decoders = "steps",
     tick: Tick | None = None,
 ) -> Edit:
     r"""Spherical interpolation of the states l of two texts (docs/math.md, eq. 23), then blocks l, ..., 1 inverted:
@@ -211,8 +210,7 @@ def inverted_below(
 
     In each block these are the positions before the first changed one, in the block's order.
     """
-    prior, (upper, first) = model.prior, split_decoders(model, decoder)
-    chosen = (*upper, first)
+    prior, chosen = model.prior, per_block(decoder, model.num_blocks)
 
     def invert(index: int, u: Tensor) -> Tensor:
         block = prior.block(index)
@@ -220,13 +218,7 @@ def inverted_below(
         # leading positions, in the block's order, whose noise is unchanged in all rows
         same = (block.order(u)[0] == block.order(above)[0]).all(2).all(0)
         settled = int(same.long().cumprod(0).sum())
-        how = chosen[-1 - index]
-        if index == 0 and uses_draft(model, how):
-            if tick is not None:
-                for _ in range(settled):
-                    tick()
-            return invert_with_drafts(model, u, decoder=how, settled=below, num_settled=settled, tick=tick).h
-        return invert_block(block, u, decoder=how, settled=below, num_settled=settled, tick=tick).h
+        return invert_block(block, u, decoder=chosen[-1 - index], settled=below, num_settled=settled, tick=tick).h
 
     return prior.descend(state, invert, top=level)
 

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
+from tarflowlm.config import MODEL_TYPE
 from tarflowlm.data.download import check_hub_reachable
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import Progress, windows_per_batch
 from tarflowlm.flow.precision import widen
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
-from tarflowlm.runs.config import MODEL_TYPE
 from tarflowlm.runs.hub import is_reference
 from tarflowlm.runs.released import released
 

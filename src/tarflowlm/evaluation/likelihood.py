@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tarflowlm.config import checked_seed
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel, as_integer
 from tarflowlm.objective import check_tokens, importance_weighted, log_importance_weights, negative_bound
-from tarflowlm.runs.config import checked_seed
 
 Nats = TypeVar("Nats", float, Tensor)
 Progress = Callable[[int, int], None]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflowlm.choices import Decoder
+from tarflowlm.config import Decoder
 from tarflowlm.data import Tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge
@@ -178,7 +178,7 @@ def measure_quality(
         judge_kind=judge.kind,
         remarks=_remarks(judge, config.num, trained_on),
         length=samples.shape[1],
-        decoder="sequential" if model.is_exact else config.decoder,
+        decoder="steps" if model.is_exact else config.decoder,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         temperature=config.temperature,
         top_k=config.top_k,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
+from tarflowlm.config import checked_seed
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import Progress, bits, windows_per_batch
 from tarflowlm.flow.numerics import standard_normal_log_prob
@@ -18,7 +19,6 @@ from tarflowlm.generation.window import spans
 from tarflowlm.language_model import LanguageModel, as_integer, check_model
 from tarflowlm.model import as_flow
 from tarflowlm.objective import check_integers, check_vocabulary
-from tarflowlm.runs.config import checked_seed
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from tarflowlm.flow.bijection import Bijection, ChannelMix, Compose, Direction, Patch, zero_log_det
 from tarflowlm.flow.cached import KVCache
-from tarflowlm.flow.compiled import allocate
 from tarflowlm.flow.couplings import AdjustWeights, Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
@@ -132,7 +131,7 @@ class FlowBlock(Bijection):
 
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
         """An empty KV cache for `num_positions` positions of this block."""
-        return allocate(self.transformer, batch, num_positions, self.start)
+        return KVCache(self.transformer, batch, num_positions, self.start)
 
     def invert_position(
         self,

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tarflowlm.shapes import TransformerConfig as TransformerConfig
+from tarflowlm.config import TransformerConfig as TransformerConfig
 
 
 def rotary_tables(positions: Tensor, num_heads: int, head_width: int, base: float) -> tuple[Tensor, Tensor]:
@@ -97,8 +97,6 @@ class Transformer(nn.Module):
     Transformer is therefore the identity up to the final norm, at any depth.
     """
 
-    compiles_steps = False
-    """Whether caches of this Transformer compile their steps (`compiled.compiled_steps`)."""
 
     def __init__(self, config: TransformerConfig, num_layers: int) -> None:
         super().__init__()

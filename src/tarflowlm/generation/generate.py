@@ -6,10 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tarflowlm.choices import Decoding
+from tarflowlm.config import Decoding
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
-from tarflowlm.flow.compiled import compiled_steps
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.choice import check_choice
 from tarflowlm.generation.inversion import Decoders, Tick, check_decoders
@@ -37,9 +36,7 @@ def generate(
     top_p: float | None = None,
     decoding: Decoding = "mode",
     return_passes: bool = False,
-    return_rounds: bool = False,
-    decoder: Decoders = "sequential",
-    compile: bool = False,
+    decoder: Decoders = "steps",
     tick: Tick | None = None,
     rows: Sequence[int] | None = None,
     on_tokens: OnTokens | None = None,
@@ -75,18 +72,13 @@ def generate(
     Row b has its own random stream, seeded from `generator`, so rows do not depend on `num`. `rows` numbers them, in
     place of 0 to `num` - 1: a part of many samples, drawn alone, is what it is among all of them.
 
-    `decoder`: sequential inverts every block position by position; parallel by sweeps, with the same result up to
-    rounding (`inversion.py`); drafted lets block 1 verify what the model's draft guesses, with the same result again
-    (`drafted.py`), and decodes the blocks above by auto; auto times the ways there are on the first positions of
-    every block. Block 1 is swept only if no tokens are given and no probabilities adjusted. It is drafted also then,
-    but not with particles, with tokens given further right, or where `TokenChoice` draws them.
-    `compile` compiles the step of one position, once per shape of the model and batch, which takes a quarter of a
-    minute; without a compiler it warns and goes on. `tick` is called `num_ticks` times, once per position and block.
+    `decoder`: steps inverts every block position by position; sweeps by parallel sweeps, with the same result up to
+    rounding (`inversion.py`); auto takes the cheaper of the two. Block 1 is swept only if no tokens are given and no
+    probabilities adjusted. `tick` is called `num_ticks` times, once per position and block.
 
     `on_tokens` is told the tokens as they become final, given ones included: the next ones of all rows, [num, n] on
-    the CPU, until all have been told. With the baseline, or block 1 inverted by steps, they come one by one; with
-    drafts several at a time; else, and with particles or drawn tokens, at the end of a window. Should the final check
-    of a drafted text fail, which rounding can cause, the tokens that are returned differ from those told.
+    the CPU, until all have been told. With the baseline, or block 1 inverted by steps, they come one by one; else,
+    and with particles or drawn tokens, at the end of a window.
     Beyond the context `enough` is called with the tokens [num, t] after every window; once it is true, the text ends
     there, shorter than `num_tokens`.
 
@@ -101,18 +93,17 @@ def generate(
     particles = as_integer(particles, "particles")
     keep_freed_memory()
     given = _given(model, num, num_tokens, prompt, template, particles)
-    passes = "passes and states" if return_passes else "rounds" if return_rounds else None
+    passes = "passes and states" if return_passes else None
     check_length(model.config, num_tokens, template=template is not None, particles=particles, passes=passes)
     adjust = _adjustment(model, temperature, top_k, top_p)
     streams = row_generators(
         range(num) if rows is None else rows, generator or torch.Generator().manual_seed(torch.seed())
     )
     tell = None if on_tokens is None else Telling(on_tokens, given[:, :num_tokens])
-    request = Request(streams, particles, adjust, decoding, decoder, return_passes, return_rounds, tick, tell)
-    with compiled_steps(model, compile):
-        if num_tokens <= model.config.context:
-            return write_window(model, given, num_tokens, request)
-        return _in_windows(model, given[:, :num_tokens], request, enough)
+    request = Request(streams, particles, adjust, decoding, decoder, return_passes, tick, tell)
+    if num_tokens <= model.config.context:
+        return write_window(model, given, num_tokens, request)
+    return _in_windows(model, given[:, :num_tokens], request, enough)
 
 
 def _in_windows(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflowlm.choices import Decoder
+from tarflowlm.config import Decoder
 from tarflowlm.device import now
 from tarflowlm.errors import UserError
 from tarflowlm.flow.channelwise import ChannelCoupling
@@ -49,7 +49,7 @@ class Inverted:
     h: Tensor
     """Latents [B, N, C], in the order of the tokens."""
     decoder: Decoder
-    """sequential, parallel or drafted."""
+    """steps or sweeps."""
     passes: int
     """Steps and sweeps, each one pass of the Transformer over some positions."""
     repeated: int = 0
@@ -61,7 +61,7 @@ def invert_block(
     block: FlowBlock,
     u: Tensor,
     *,
-    decoder: Decoder = "sequential",
+    decoder: Decoder = "steps",
     adjust: AdjustWeights | None = None,
     settled: Tensor | None = None,
     num_settled: int = 0,
@@ -79,13 +79,13 @@ def invert_block(
     once per position, and `follow` after every step; what sweeps found is final when they are checked, at the end.
     """
     if adjust is not None:
-        decoder = "sequential"
+        decoder = "steps"
     work = _Inversion(block, u, adjust, tick, follow)
     if settled is not None and num_settled:
         work.settle(settled, num_settled)
     if decoder == "auto":
         decoder = work.trial()
-    if decoder == "sequential":
+    if decoder == "steps":
         work.step(until=work.num_positions)
         return Inverted(work.result(), decoder, work.passes)
     work.sweep()
@@ -223,12 +223,12 @@ class _Inversion:
             rows = max(TRIAL_SEGMENT, TRIAL_ROWS // len(self.h))
             self.contracts = self.newton(min(start + rows, self.num_positions))
             if self.at == self.num_positions:
-                return "parallel"
+                return "sweeps"
         by_sweep = (now(self.h.device) - begun) / max(self.at - start, 1)
         by_step = self._time_of_a_step()
         if not self.contracts:
             by_sweep = self._time_of_sweeps(by_step)
-        return "parallel" if by_sweep < by_step else "sequential"
+        return "sweeps" if by_sweep < by_step else "steps"
 
     def _time_of_a_step(self) -> float:
         """Seconds, the shortest of some steps but the first, which warms up; infinite where too few are left."""
@@ -271,7 +271,7 @@ def invert_stack(
     model: TarFlowLM,
     noise: Tensor,
     *,
-    decoder: Decoders = "sequential",
+    decoder: Decoders = "steps",
     above: int = 0,
     adjust: AdjustWeights | None = None,
     tick: Tick | None = None,

@@ -1,25 +1,16 @@
 """One window of text from either model: freely, or around given tokens (docs/math.md, sections 7 and 9)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.choices import Decoder, Decoding
-from tarflowlm.errors import UserError
+from tarflowlm.config import Decoder, Decoding
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.choice import TokenChoice, check_discarded
-from tarflowlm.generation.drafted import (
-    Round,
-    Watch,
-    invert_stack_with_drafts,
-    invert_with_drafts,
-    split_decoders,
-    uses_draft,
-)
-from tarflowlm.generation.inversion import Decoders, Follow, Inverted, Tick
+from tarflowlm.generation.inversion import Decoders, Follow, Inverted, Tick, invert_stack, per_block
 from tarflowlm.generation.particles import LatentSource, UniformSource, Weights, particle_filter, resample
 from tarflowlm.generation.passage import LatentPassage, Passage, TokenPassage
 from tarflowlm.generation.sampling import BLANK, draw_tokens, row_normal
@@ -43,8 +34,6 @@ class Generation:
     """Passes over positions that each block took, block L first; N for a block inverted sequentially."""
     decoders: tuple[Decoder, ...] = ()
     """How each block was inverted, block L first; pass it as `decoder` to repeat the choice."""
-    rounds: tuple[Round, ...] = ()
-    """The text after every round of the decoder "drafted". Only on request."""
     log_evidence: Tensor | None = None
     """With given tokens: an estimate of log p(given tokens), [B], in nats; its exponential is unbiased."""
     ess: Tensor | None = None
@@ -67,7 +56,6 @@ class Request:
     decoding: Decoding
     decoder: Decoders
     passes: bool
-    rounds: bool
     tick: Tick | None
     tell: Telling | None = None
 
@@ -80,8 +68,6 @@ class Request:
 def write_window(model: LanguageModel, given: Tensor, num_tokens: int, request: Request) -> Generation:
     """`num_tokens` tokens from given ones [num, whole patches], BLANK elsewhere; within the context."""
     if isinstance(model, TokenLM):
-        if request.rounds:
-            raise UserError("rounds: a baseline has no drafts, it writes one position after another")
         result = _from_baseline(model, given, num_tokens, request)
     else:
         result = _from_flow(as_flow(model), given, num_tokens, request)
@@ -91,36 +77,20 @@ def write_window(model: LanguageModel, given: Tensor, num_tokens: int, request: 
 
 
 def _from_flow(flow: TarFlowLM, given: Tensor, num_tokens: int, request: Request) -> Generation:
-    adjust, tell, rounds = request.adjust, request.tell_early, list[Round]()
-    if request.rounds and not uses_draft(flow, split_decoders(flow, request.decoder)[1]):
-        why = "only the decoder drafted has them: choose it"
-        if flow.draft is None:
-            why = "the model has no draft: train one with `tarflowlm draft`"
-        raise UserError(f"rounds: {why}, or leave them out")
-
-    def see(found: Round) -> None:
-        if request.rounds:
-            rounds.append(found)
-        if tell is not None:
-            tell(int(found.final.min()), lambda span: found.tokens[:, span])
-
-    watch = see if request.rounds or tell is not None else None
+    adjust, tell = request.adjust, request.tell_early
     if (given == BLANK).all() and (adjust is None or flow.config.weighs_tokens):
         noise = row_normal(request.generators, given.shape[1], flow.config.latent_dim).to(flow.codebook.mean)
-        states, work = invert_stack_with_drafts(
+        states, work = invert_stack(
             flow,
             noise,
             decoder=request.decoder,
             adjust=adjust,
             tick=request.tick,
-            watch=watch,
             follow=_follow(flow, tell),
         )
         tokens = _decoded(flow, states[-1], request.decoding, request.generators)
-        result = _generation(flow, tokens[:, :num_tokens], states, work, request.passes)
-    else:
-        result = _completed(flow, given, num_tokens, request, watch)
-    return replace(result, rounds=tuple(r.cut(num_tokens) for r in rounds))
+        return _generation(flow, tokens[:, :num_tokens], states, work, request.passes)
+    return _completed(flow, given, num_tokens, request)
 
 
 def _follow(model: TarFlowLM, tell: Telling | None) -> Follow | None:
@@ -164,11 +134,11 @@ def _generation(
         states=shown,
         sweeps=tuple(w.passes for w in work),
         decoders=tuple(w.decoder for w in work),
-        **weights,  # type: ignore[arg-type]
+        **weights,
     )
 
 
-def _completed(model: TarFlowLM, given: Tensor, num_tokens: int, request: Request, watch: Watch | None) -> Generation:
+def _completed(model: TarFlowLM, given: Tensor, num_tokens: int, request: Request) -> Generation:
     """Samples with some tokens given or chosen, by a particle filter through block 1 (docs/math.md, section 9)."""
     book, num, generators, tick = model.codebook, len(given), request.generators, request.tick
     adjust, decoding = request.adjust, request.decoding
@@ -176,8 +146,8 @@ def _completed(model: TarFlowLM, given: Tensor, num_tokens: int, request: Reques
     particles = 1 if (given == BLANK).all() else request.particles
     spread = given.repeat_interleave(particles, dim=0)
     is_known = spread != BLANK
-    upper, first = split_decoders(model, request.decoder)
-    source = LatentSource(model, generators, particles, is_known, (*upper, "sequential"), tick)
+    *upper, _ = per_block(request.decoder, model.num_blocks)
+    source = LatentSource(model, generators, particles, is_known, (*upper, "steps"), tick)
     eps = row_normal(generators, *source.shape).flatten(0, 1).to(book.mean)
     known = book.encode(spread.clamp_min(0).to(book.mean.device), eps)
     choice = None
@@ -191,14 +161,6 @@ def _completed(model: TarFlowLM, given: Tensor, num_tokens: int, request: Reques
         for _ in range(passage.at):
             tick()
     work = [*source.work]
-    may_draft = particles == 1 and choice is None and not passage.is_known[:, passage.at + 1 :].any()
-    if request.rounds and not may_draft:
-        raise UserError(
-            "rounds: only drafts have them, and these need one particle, tokens given at the start alone, and a "
-            "block 1 with weights of tokens where probabilities are adjusted"
-        )
-    if may_draft and uses_draft(model, first):
-        work += _drafted_rest(model, passage, weights, first, tick, watch)
     ready = _decoding(model, passage.values) if choice is None else lambda span: passage.tokens.flatten(1)[:, span]
     particle_filter(passage, weights, generators, source, _telling(request, passage, model.config.patch, ready))
     weights.add(source.log_factor(model.prior.patch.inverse(passage.noise)))
@@ -212,44 +174,9 @@ def _completed(model: TarFlowLM, given: Tensor, num_tokens: int, request: Reques
     # the states of these latents, not the draws from above: the given tokens have changed their noise
     states = model.prior.states(z)[0][::-1] if request.passes else ()
     if len(work) < model.num_blocks:
-        work.append(Inverted(passage.values, "sequential", passage.num_positions))
+        work.append(Inverted(passage.values, "steps", passage.num_positions))
     summary = {} if (given == BLANK).all() else _summary(weights)
     return _generation(model, tokens[:, :num_tokens], states, work, request.passes, **summary)
-
-
-def _drafted_rest(
-    model: TarFlowLM,
-    passage: LatentPassage,
-    weights: Weights,
-    decoder: Decoder,
-    tick: Tick | None,
-    watch: Watch | None,
-) -> list[Inverted]:
-    """Complete `passage`, whose tokens are given at its start alone, by drafts; how it was done, if any were left.
-
-    A row is a sample here, not a particle, so nothing depends on the positions that follow.
-    """
-    at = passage.at
-    if at == passage.num_positions:
-        return []
-    if passage.is_known[:, at].any():
-        weights.add(passage.step())
-        if tick is not None:
-            tick()
-    if passage.at == passage.num_positions:
-        return []
-    found = invert_with_drafts(
-        model,
-        passage.noise,
-        decoder=decoder,
-        adjust=passage.adjust,
-        settled=passage.values,
-        num_settled=passage.at,
-        tick=tick,
-        watch=watch,
-    )
-    passage.values, passage.at = found.h, passage.num_positions
-    return [found]
 
 
 def _from_baseline(model: TokenLM, given: Tensor, num_tokens: int, request: Request) -> Generation:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
 from tarflowlm.runs.checkpoint import SUMMARY, WEIGHTS, read_run
-from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.metrics import METRICS
 
 Series = npt.NDArray[np.float64]

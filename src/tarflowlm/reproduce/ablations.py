@@ -6,10 +6,12 @@ from typing import Any, Literal
 
 import torch
 
+from tarflowlm.config import RunConfig
 from tarflowlm.data import eval_windows
 from tarflowlm.generation import generate
 from tarflowlm.generation.generate import num_ticks
 from tarflowlm.model import as_flow_config, stack
+from tarflowlm.presets import PLAIN_CODEBOOK
 from tarflowlm.report.style import Figure
 from tarflowlm.reproduce.measures import (
     judge_of,
@@ -21,8 +23,6 @@ from tarflowlm.reproduce.measures import (
     summaries_by,
 )
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
-from tarflowlm.runs.config import RunConfig
-from tarflowlm.runs.presets import PLAIN_CODEBOOK
 
 BASE, CHANNELWISE = "base", "+ channel-wise"
 SIX = 6

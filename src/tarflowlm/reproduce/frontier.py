@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from tarflowlm.config import RunConfig
 from tarflowlm.data import DataConfig, TokenizerConfig
 from tarflowlm.model import as_flow_config, stack
+from tarflowlm.presets import PRESETS, preset
 from tarflowlm.report.style import COLOURS, SMALL, Figure
 from tarflowlm.reproduce.measures import SHORT_WINDOWS, latents, sampled, share, summary_row
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
-from tarflowlm.runs.config import RunConfig
-from tarflowlm.runs.presets import PRESETS, preset
 
 SAMPLES, LENGTH = 16, 128
 BPE = TokenizerConfig(kind="bpe", vocab_size=2048)

@@ -6,6 +6,7 @@ from textwrap import fill
 
 import torch
 
+from tarflowlm.config import RunConfig
 from tarflowlm.data import TokenArray, eval_windows
 from tarflowlm.evaluation.blocks import StateReport, latent_report
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
@@ -14,11 +15,10 @@ from tarflowlm.evaluation.quality import Quality, SamplingConfig, measure_qualit
 from tarflowlm.generation import Generation, generate
 from tarflowlm.generation.generate import num_ticks
 from tarflowlm.model import FlowConfig, as_flow, as_flow_config
+from tarflowlm.presets import mini_ar, with_steps
 from tarflowlm.report.style import COLOURS, SMALL, Axes, Figure
 from tarflowlm.reproduce.recipe import Draw, Finished, Row, Settings, Training
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.runs.config import RunConfig
-from tarflowlm.runs.presets import mini_ar, with_steps
 
 JUDGE_STEPS = 1300
 SHORT_STEPS, SHORT_WINDOWS = 300, 1024

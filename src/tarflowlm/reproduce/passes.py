@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from tarflowlm.presets import PAPER_CORPORA, preset
 from tarflowlm.reproduce.measures import DEEPEST_LAST, sampled, share
 from tarflowlm.reproduce.panels import WIDTH, draw_panels, panels_page, pieces, spans_of
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
-from tarflowlm.runs.presets import PAPER_CORPORA, preset
 
 NUM, LENGTH = 8, 128
 """Samples, and their tokens. The first one is shown."""

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from tarflowlm.config import RunConfig
 from tarflowlm.model import as_flow_config, stack
+from tarflowlm.presets import PLAIN_CODEBOOK
 from tarflowlm.report.records import RunRecord, read_record
 from tarflowlm.report.style import Figure
 from tarflowlm.reproduce.ablations import joint
@@ -17,8 +19,6 @@ from tarflowlm.reproduce.measures import (
     summary_row,
 )
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
-from tarflowlm.runs.config import RunConfig
-from tarflowlm.runs.presets import PLAIN_CODEBOOK
 
 MINI_BOUND, PAPER_BOUND = 2.1, 1.4
 """Bits per character of the training text, of which no step at mini scale sees a part twice."""

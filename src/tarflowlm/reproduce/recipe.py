@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from tarflowlm.choices import Precision, Scale
+from tarflowlm.config import Precision, RunConfig, Scale
 from tarflowlm.data import (
     SOURCE_NAMES,
     TokenArray,
@@ -20,10 +20,9 @@ from tarflowlm.data import (
 )
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
+from tarflowlm.presets import preset, with_steps
 from tarflowlm.report.style import Figure
 from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, Checkpoint, load_checkpoint, read_run
-from tarflowlm.runs.config import RunConfig
-from tarflowlm.runs.presets import preset, with_steps
 from tarflowlm.terminal.bars import StageProgress, no_progress, ticker
 from tarflowlm.training.lifecycle import resume, train
 from tarflowlm.training.metrics import Reporter

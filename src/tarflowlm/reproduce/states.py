@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
 
+from tarflowlm.config import RunConfig
 from tarflowlm.evaluation.blocks import state_metrics
 from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
+from tarflowlm.presets import preset
 from tarflowlm.report.style import SMALL, Figure
 from tarflowlm.reproduce.measures import DEEPEST_LAST, latents, sampled
 from tarflowlm.reproduce.recipe import GPT2_VOCAB, Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.reproduce.write import markdown_table
 from tarflowlm.runs.checkpoint import read_run
-from tarflowlm.runs.config import RunConfig
-from tarflowlm.runs.presets import preset
 
 SAMPLES = 64
 """Of each model, whose states are measured from the noise down."""

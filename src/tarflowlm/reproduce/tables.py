@@ -5,9 +5,9 @@ from typing import Any
 
 from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.evaluation.quality import PAPER_SAMPLES, TextStatistics
+from tarflowlm.presets import preset
 from tarflowlm.reproduce.measures import judge_of, judge_training, likelihood, plot_models, quality, summary_row
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
-from tarflowlm.runs.presets import preset
 
 FAMILIES = {"AR": "ar", "affine": "affine", "Mix-1": "mix1", "Mix-d": "mixd"}
 PLAIN = "Mix-1, plain start as in the paper"

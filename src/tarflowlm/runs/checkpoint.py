@@ -10,15 +10,13 @@ from pathlib import Path
 
 import torch
 
+from tarflowlm.config import MODEL_TYPE, RunConfig, current_form
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.data.download import DownloadProgress
 from tarflowlm.errors import UserError
 from tarflowlm.files import full_disk_as_user_error, read_json
 from tarflowlm.language_model import LanguageModel, seeded
-from tarflowlm.model import as_flow
-from tarflowlm.runs.config import MODEL_TYPE, RunConfig, current_form
-from tarflowlm.runs.drafts import load_draft, save_draft, seal_draft
-from tarflowlm.runs.manifest import MANIFEST, is_whole, problem_of, replacing_listed, write_manifest
+from tarflowlm.runs.manifest import MANIFEST, is_whole, problem_of, replacing_listed
 from tarflowlm.runs.released import locate, released
 from tarflowlm.runs.strict_json import from_dict, to_dict
 from tarflowlm.runs.weights import check_weights, halved, read_weights, write_weights
@@ -92,19 +90,6 @@ def load_checkpoint(
     return _load(directory, device)
 
 
-def seal(directory: str | Path) -> list[str]:
-    """Accept the files of a run directory and of its draft as they are, and write a new manifest.json for each.
-
-    For a directory that was edited by hand or whose manifest was lost. Returns the names of the files.
-    UserError if it does not load.
-    """
-    directory = Path(directory)
-    _load(directory, "cpu", sealed=False)
-    draft = seal_draft(directory)
-    write_manifest(directory, (CONFIG, TOKENIZER, WEIGHTS))
-    return [CONFIG, TOKENIZER, WEIGHTS, *draft]
-
-
 def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = False) -> Path:
     """Write the files needed to load a model into the new directory `out`, without the training state; returns `out`.
 
@@ -125,8 +110,6 @@ def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = Fal
         with full_disk_as_user_error(out, lambda: "export it again"):
             write_run(out, replace(checkpoint.run, data=data), checkpoint.tokenizer)
             save_weights(out, halved(weights) if half else weights, checkpoint.info)
-            if not checkpoint.model.is_exact and (draft := as_flow(checkpoint.model).draft) is not None:
-                save_draft(out, draft, half=half)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
@@ -139,7 +122,7 @@ def _without_folders(source: str) -> str:
     return f"./{path.name}" if path.is_absolute() else source
 
 
-def _load(directory: Path, device: str | torch.device, *, sealed: bool = True) -> Checkpoint:
+def _load(directory: Path, device: str | torch.device) -> Checkpoint:
     run = read_run(directory, check=False)
     # read first: weights are written last, so without them the other files need not be complete
     tensors, info = read_weights(directory / WEIGHTS)
@@ -154,8 +137,6 @@ def _load(directory: Path, device: str | torch.device, *, sealed: bool = True) -
     check_weights(directory / WEIGHTS, model, tensors, CONFIG)
     model.load_state_dict(tensors)
     model.to(device).eval()
-    if not model.is_exact:
-        as_flow(model).use_draft(load_draft(directory, as_flow(model), sealed=sealed))
     return Checkpoint(model=model, tokenizer=tokenizer, run=run, info=info, directory=directory)
 
 
@@ -177,7 +158,7 @@ def _check(directory: Path, name: str) -> None:
     try:
         problem = problem_of(directory, [name])
     except UserError as error:
-        raise UserError(f"{error}; or accept the files as they are with `tarflowlm seal {directory}`") from None
+        raise UserError(f"{error}") from None
     if problem is not None:
         raise UserError(f"{problem}: {_remedies(directory, name)}")
 
@@ -197,6 +178,4 @@ def _remedies(directory: Path, name: str) -> str:
     other = directory.parent if directory.name == BEST else directory / BEST
     if is_whole(other, WEIGHTS):
         found.append(f"{other} is undamaged")
-    if name != WEIGHTS:
-        found.append(f"`tarflowlm seal {directory}` accepts it if you changed it yourself")
     return "; ".join(found or ["restore it or train again"])

@@ -20,7 +20,6 @@ CARD = "README.md"
 """The model card."""
 FILES = {
     "": ("config.json", "tokenizer.json", "model.safetensors", MANIFEST),
-    "draft": ("config.json", "draft.safetensors", MANIFEST),
 }
 """Folder -> the files of a model, all that is fetched beside its card."""
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"

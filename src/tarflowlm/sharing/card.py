@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from tarflowlm.baseline import BaselineConfig
+from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
 from tarflowlm.generation import generate
-from tarflowlm.model import as_flow
+from tarflowlm.presets import PRESETS, preset, with_blocks
 from tarflowlm.runs.checkpoint import COUNTERS, SUMMARY, Checkpoint, undamaged_state
-from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.hub import CARD
-from tarflowlm.runs.presets import PRESETS, preset, with_blocks
 from tarflowlm.runs.strict_json import to_dict
 
 NUM_SAMPLES, LONGEST = 2, 256
@@ -124,8 +123,6 @@ def _rows(
         yield "test", f"{sign} {test['bpc']:.4f} bits per character, {nats}, over {windows}"
     else:
         yield "test", "not recorded"
-    if not model.is_exact and (draft := as_flow(model).draft) is not None:
-        yield "draft", f"{sum(p.numel() for p in draft.parameters()):,} parameters, for `--decoder drafted`"
     yield "licence", licence or "not stated by its owner"
 
 

@@ -10,7 +10,7 @@ from tarflowlm.data import Tokenizer
 from tarflowlm.generation import Generation
 from tarflowlm.model import TarFlowLM
 from tarflowlm.report.grid import GridRow, Kind, Token
-from tarflowlm.studio.pieces import counted, milliseconds
+from tarflowlm.studio.pieces import counted
 
 LEAST_CHANGE = 0.1
 """A pass is shown if it changes at least this share of the tokens."""
@@ -37,34 +37,6 @@ def final_tokens(tokens: Tensor, tokenizer: Tokenizer, given: Tensor | None = No
 def difference(before: Tensor, after: Tensor, tokenizer: Tokenizer) -> list[Token]:
     """The text `after` [T], where it differs from `before` [T] as changed."""
     return marked(after.tolist(), tokenizer, ["changed" if d else "final" for d in (before != after).tolist()])
-
-
-def round_rows(
-    result: Generation, row: int, num_given: int, tokenizer: Tokenizer, ticks: Sequence[float]
-) -> list[GridRow]:
-    """Sample `row` after every round of drafts; `ticks` has the seconds at which each of its tokens was final."""
-    rows: list[GridRow] = []
-    length, before = result.tokens.shape[1], num_given
-    for found in result.rounds:
-        if before == length:
-            break
-        final, guessed = int(found.final[row]), int(found.guessed[row])
-        if guessed <= before:  # the given tokens were read
-            continue
-        spans: list[tuple[Kind, int]] = [
-            ("given", num_given),
-            ("final", before - num_given),
-            ("changed", final - before),
-            ("draft", guessed - final),
-        ]
-        kinds = [kind for kind, count in spans for _ in range(count)]
-        at = f" · {milliseconds(ticks[final - 1])}" if final <= len(ticks) and final else ""
-        tokens = found.tokens[row, :guessed].tolist()
-        rows.append(
-            GridRow(f"pass {len(rows) + 1} · +{final - before}{at}", marked(tokens, tokenizer, kinds[:guessed]))
-        )
-        before = final
-    return rows
 
 
 def pass_rows(

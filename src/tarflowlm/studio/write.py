@@ -19,7 +19,7 @@ from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
 from tarflowlm.studio.pieces import bar, card, counted, facts, milliseconds, muted, page, scrubbed, stage
-from tarflowlm.studio.rows import final_tokens, pass_rows, round_rows
+from tarflowlm.studio.rows import final_tokens, pass_rows
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def write(
     """HTML of the text while it is written, then of what came out. UserError for what the model cannot write."""
     checkpoint = catalogue.load(model)
     order = _order(checkpoint, text, length, temperature, top_p, num, seed)
-    drafts, passes = _shows(checkpoint, order)
-    job = Job(lambda job: _generate(checkpoint, order, drafts, passes, job))
+    passes = _shows_passes(checkpoint, order)
+    job = Job(lambda job: _generate(checkpoint, order, passes, job))
     for _ in job.follow():
         yield page(card(_so_far(checkpoint, order, job)))
     assert job.result is not None
@@ -77,17 +77,13 @@ def _order(
     )
 
 
-def _shows(checkpoint: Checkpoint, order: Order) -> tuple[bool, bool]:
-    """Whether there are rounds of drafts to show, and whether there are passes."""
+def _shows_passes(checkpoint: Checkpoint, order: Order) -> bool:
+    """Whether there are passes to show."""
     model = checkpoint.model
-    if model.is_exact or len(order.given) > model.config.context:
-        return False, False
-    flow, is_adjusted = as_flow(model), order.temperature != 1 or order.top_p < 1
-    may_draft = order.is_prompt and (not is_adjusted or flow.config.weighs_tokens)
-    return flow.draft is not None and may_draft, flow.num_blocks > 1
+    return not model.is_exact and len(order.given) <= model.config.context and model.num_blocks > 1
 
 
-def _generate(checkpoint: Checkpoint, order: Order, drafts: bool, passes: bool, job: Job[Generation]) -> Generation:
+def _generate(checkpoint: Checkpoint, order: Order, passes: bool, job: Job[Generation]) -> Generation:
     tokens = {"prompt": order.given[: order.num_given]} if order.is_prompt else {"template": order.given}
     with threads_for(order.num):
         return generate(
@@ -99,8 +95,7 @@ def _generate(checkpoint: Checkpoint, order: Order, drafts: bool, passes: bool, 
             temperature=order.temperature,
             top_p=order.top_p,
             return_passes=passes,
-            return_rounds=drafts,
-            decoder="drafted" if drafts else "auto",
+            decoder="auto",
             tick=job.tick,
             on_tokens=job.tell,
         )
@@ -120,33 +115,22 @@ def _cards(checkpoint: Checkpoint, order: Order, result: Generation, job: Job[Ge
     tokenizer, T = checkpoint.tokenizer, len(order.given)
     locked = order.given != BLANK
     for row, tokens in enumerate(result.tokens):
-        rows, note = _rows(checkpoint, order, result, row, job)
+        rows, note = _rows(checkpoint, order, result, row)
         body = stage(final_tokens(tokens, tokenizer, locked)) + _facts(result, T, order.num, job.seconds_taken)
         if rows:
-            drafted = bool(result.rounds)
-            summary = f"how it was written, {'pass by pass' if drafted else 'block by block'}"
+            summary = "how it was written, block by block"
             body += scrubbed(rows, "pass", summary=summary, is_open=row == 0)
         yield card(body, muted(note) if note else "")
 
 
-def _rows(
-    checkpoint: Checkpoint, order: Order, result: Generation, row: int, job: Job[Generation]
-) -> tuple[list[GridRow], str]:
+def _rows(checkpoint: Checkpoint, order: Order, result: Generation, row: int) -> tuple[list[GridRow], str]:
     """The rows that show how the sample came about, and a note about what they leave out."""
-    rows: list[GridRow] = []
-    locked = order.given != BLANK
-    if result.rounds:
-        patch = checkpoint.model.config.patch
-        # the ticks of block 1 are the last ones; the tokens of a position end together
-        ticks = job.ticks[-len(order.given) // patch :] if order.num == 1 else []
-        ends = [tick for tick in ticks for _ in range(patch)]
-        rows = round_rows(result, row, order.num_given, checkpoint.tokenizer, ends)
     if not result.passes:
-        return rows, ""
-    passes, hidden = pass_rows(as_flow(checkpoint.model), result, row, checkpoint.tokenizer, locked)
+        return [], ""
+    locked = order.given != BLANK
+    rows, hidden = pass_rows(as_flow(checkpoint.model), result, row, checkpoint.tokenizer, locked)
     note = f"{counted(hidden, 'block')} above changed next to nothing and {'is' if hidden == 1 else 'are'} not shown."
-    # a draft shows block 1 itself at work, between noise and text
-    return (passes[:-1] + rows if rows else passes), note if hidden else ""
+    return rows, note if hidden else ""
 
 
 def _facts(result: Generation, length: int, num: int, seconds: float) -> str:
@@ -156,6 +140,6 @@ def _facts(result: Generation, length: int, num: int, seconds: float) -> str:
         (f"{num * length / seconds:,.0f}", "tokens a second"),
     ]
     for block, (passes, how) in enumerate(zip(reversed(result.sweeps), reversed(result.decoders), strict=True), 1):
-        words = {"drafted": "by drafts", "parallel": "in sweeps", "sequential": "step by step"}[how]
+        words = {"sweeps": "in sweeps", "steps": "step by step"}[how]
         found.append((f"{passes:,}", f"{'pass' if passes == 1 else 'passes'} of block {block}, {words}"))
     return facts(*found)

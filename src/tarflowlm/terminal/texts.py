@@ -24,7 +24,7 @@ def print_samples(
     first: int = 0,
     candidates: int = 1,
 ) -> None:
-    """Every sample in a panel, with its passes or rounds if there are any.
+    """Every sample in a panel, with its passes if there are any.
 
     `texts` replaces the decoded tokens, `first` samples came before. Of several `candidates` per sample it says how
     many count.
@@ -33,11 +33,6 @@ def print_samples(
         passes = [symbols(state[row], tokenizer) for state in result.passes]
         text = tokenizer.decode(tokens.tolist()) if texts is None else texts[row]
         body = _passes_text(passes) if passes else Text(printable(text))
-        if result.rounds:
-            rounds = [
-                (symbols(r.tokens[row], tokenizer), int(r.final[row]), int(r.guessed[row])) for r in result.rounds
-            ]
-            body = Text("\n").join((_rounds_text(rounds), body)) if passes else _rounds_text(rounds)
         console.print(_panel(body, f"sample {first + row + 1}"))
         for note in _weights_notes(result, row, candidates):
             console.print(f"  {note}", highlight=False)
@@ -68,11 +63,6 @@ def samples_to_json(
         sample: dict[str, Any] = {"text": tokenizer.decode(tokens.tolist()) if texts is None else texts[row]}
         if result.passes:
             sample["passes"] = [tokenizer.decode(state[row].tolist()) for state in result.passes]
-        if result.rounds:
-            sample["rounds"] = [
-                {"text": tokenizer.decode(r.tokens[row, : r.guessed[row]].tolist()), "final": int(r.final[row])}
-                for r in result.rounds
-            ]
         if states:
             sample["states"] = [state[row].tolist() for state in result.states]
         for name in ("log_evidence", "ess", "draws"):
@@ -129,17 +119,3 @@ def _passes_text(passes: Sequence[Sequence[str]]) -> Text:
         before = symbols
     return body
 
-
-def _rounds_text(rounds: Sequence[tuple[Sequence[str], int, int]]) -> Text:
-    """The symbols after every round until all are final: new ones highlighted, guesses dimmed, then dots."""
-    body, before = Text(), 0
-    for number, (shown, final, guessed) in enumerate(rounds, 1):
-        if before == len(shown):
-            break
-        body.append("\n" if number > 1 else "")
-        body.append(f"round {number}  ({final - before} of {len(shown)} became final)\n", style="bold cyan")
-        body.append("".join(shown[:before]))
-        body.append("".join(shown[before:final]), style="green")
-        body.append("".join(shown[final:guessed]) + "·" * (len(shown) - guessed), style="dim")
-        before = final
-    return body

@@ -136,16 +136,3 @@ class ProgressReporter(Reporter):
     def notice(self, text: str) -> None:
         print_notice(self.console, text)
 
-
-class DraftReporter(ProgressReporter):
-    """As `ProgressReporter`, for a draft: its loss, and the tokens that a pass makes final."""
-
-    def record(self, record: dict[str, Any]) -> None:
-        if record["split"] == "train":
-            self._bpc, self._rate = f"loss {record['loss']:.3f}", record["tokens_per_second"]
-        else:
-            self._valid = f"{record['tokens_per_pass']:.2f} tokens a pass"
-        if self.lines is None:
-            self._draw(advance=0)
-        elif record["split"] == "valid" and self.lines.overdue() is not None:
-            self._write_line()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tarflowlm.config import RunConfig
 from tarflowlm.data import SOURCE_NAMES, Corpus, cached_corpus, eval_windows
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
@@ -25,7 +26,6 @@ from tarflowlm.runs.checkpoint import (
     weights_problem,
     write_run,
 )
-from tarflowlm.runs.config import RunConfig
 from tarflowlm.runs.manifest import MANIFEST
 from tarflowlm.training.distributed import ALONE, Processes
 from tarflowlm.training.loop import train_stage

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from tarflowlm.runs.config import OptimConfig
+from tarflowlm.config import OptimConfig
 from tarflowlm.training.muon import Muon, quicker_precision
 
 

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
-from tarflowlm.runs.config import TrainConfig
+from tarflowlm.config import TrainConfig
 from tarflowlm.training.distributed import ALONE, Processes
 
 SAVE_SECONDS, SAVES_SHARE = 60.0, 0.05

@@ -17,13 +17,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.device import missing_for_compilation
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.objective import log_importance_weights
-from tarflowlm.runs.config import RunConfig, TrainConfig
 from tarflowlm.training.distributed import ALONE, Processes
 
 

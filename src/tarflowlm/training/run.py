@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from tarflowlm.config import RunConfig
 from tarflowlm.data import Corpus, WindowSampler, eval_windows
 from tarflowlm.errors import Stopped
 from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.runs.checkpoint import BEST, TOKENIZER, save_weights, write_run
-from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.distributed import Processes
 from tarflowlm.training.guards import NAMED, RunningLoss
 from tarflowlm.training.metrics import MetricsLog, NoLog, Reporter

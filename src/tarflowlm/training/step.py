@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from tarflowlm.config import RunConfig
 from tarflowlm.language_model import seeded
-from tarflowlm.runs.config import RunConfig
 from tarflowlm.training.distributed import ALONE, Processes
 from tarflowlm.training.guards import Guard
 from tarflowlm.training.optim import build_optimizers

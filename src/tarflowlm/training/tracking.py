@@ -12,9 +12,9 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from tarflowlm.config import RunConfig, TrackerName
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json, write_json
-from tarflowlm.runs.config import RunConfig, TrackerName
 from tarflowlm.runs.strict_json import to_dict
 
 TENSORBOARD, WANDB, TRACKIO = "tensorboard", "wandb.json", "trackio.json"

@@ -7,17 +7,19 @@ their results come from the model.
 from collections.abc import Callable
 from dataclasses import replace
 
-from tarflowlm.data import DataConfig, TokenizerConfig
-from tarflowlm.errors import UserError
-from tarflowlm.runs.config import OptimConfig, RunConfig, TrainConfig
-from tarflowlm.shapes import (
+from tarflowlm.config import (
     BaselineConfig,
     CouplingName,
     FlowConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
     TransformerConfig,
     as_flow_config,
     stack,
 )
+from tarflowlm.data import DataConfig, TokenizerConfig
+from tarflowlm.errors import UserError
 
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2)
 MINI_STEPS = 2600

@@ -1,0 +1,27 @@
+"""How long work reports its progress: the one protocol that all of it uses."""
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """What long work calls as it goes on. Work that knows its parts names them by `stage`; inner loops `advance`."""
+
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
+        """Begin a part called `name`, of `total` units if that is known, `done` of which were done before."""
+
+    def advance(self, count: int = 1) -> None:
+        """`count` more units of the current part are done."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
+        """Do nothing."""
+
+    def advance(self, count: int = 1) -> None:
+        """Do nothing."""
+
+
+SILENT: Progress = Silent()
+"""The default of functions that take a `Progress`."""
