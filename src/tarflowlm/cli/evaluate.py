@@ -34,9 +34,10 @@ from tarflowlm.evaluation.quality import (
     measure_quality,
 )
 from tarflowlm.model import as_flow
+from tarflowlm.progress import Counted
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.runs.released import chosen
-from tarflowlm.terminal.bars import bar, corpus_bar, stages_bar
+from tarflowlm.terminal.bars import Stages, bar, corpus_bar, stages_bar
 from tarflowlm.terminal.progress import minutes
 from tarflowlm.terminal.tables import column_table, print_json, print_notice, print_table
 
@@ -72,7 +73,7 @@ def run_eval(args: EvalArgs) -> None:
         windows = eval_windows(tokens, context, args.windows)
         with bar(console, "latents", len(windows)) as update:
             states = latent_report(
-                as_flow(checkpoint.model), windows, seed=args.seed, progress=lambda done, _total: update(done)
+                as_flow(checkpoint.model), windows, seed=args.seed, progress=Counted(update)
             )
     if sampling is not None and judge is not None:
         text = eval_windows(tokens, length, sampling.num)
@@ -84,7 +85,7 @@ def run_eval(args: EvalArgs) -> None:
                 text,
                 sampling,
                 trained_on=checkpoint.run.data.source,
-                progress=progress,
+                progress=Stages(progress),
             )
     if args.json:
         latents = {"latents": [state.to_json() for state in states]} if states is not None else {}
@@ -176,7 +177,7 @@ def _likelihood(
             given=given,
             samples=args.samples,
             seed=args.seed,
-            progress=lambda done, _total: update(done),
+            progress=Counted(update),
         )
     extra = {
         "source": source,

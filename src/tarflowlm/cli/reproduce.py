@@ -15,7 +15,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.reproduce import RECIPES
 from tarflowlm.reproduce.recipe import Planned, Recipe, Settings, check_texts, estimate, finish, state_of
 from tarflowlm.reproduce.write import write_results
-from tarflowlm.terminal.bars import stages_bar
+from tarflowlm.terminal.bars import Stages, stages_bar
 from tarflowlm.terminal.tables import print_json, print_notice, print_table
 from tarflowlm.terminal.training import ProgressReporter
 
@@ -66,7 +66,7 @@ def _reproduce(recipe: Recipe, settings: Settings, args: ReproduceArgs) -> dict[
     with ProgressReporter(console) as reporter:
         finished = finish(settings, recipe.trainings(settings), reporter, stop_on_signals)
     with stages_bar(console) as progress:
-        finished = [replace(done, progress=progress) for done in finished]
+        finished = [replace(done, progress=Stages(progress)) for done in finished]
         rows = recipe.measure(settings, finished)
         written = write_results(recipe, settings, rows, finished, command=["tarflowlm", *sys.argv[1:]])
     if not args.json:

@@ -16,6 +16,7 @@ from tarflowlm.cli.prompts import Wording, read_source
 from tarflowlm.device import pick_device
 from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.evaluation.scores import Scores, score
+from tarflowlm.progress import Counted
 from tarflowlm.runs.released import chosen
 from tarflowlm.terminal.bars import stages_bar
 from tarflowlm.terminal.tables import column_table, print_json, print_notice
@@ -73,7 +74,7 @@ def run_score(args: ScoreArgs) -> None:
         tokens = torch.from_numpy(wording.tokenizer.encode(prepared))
         wording.say(partial(print_notice, notes), name.name)
         with stages_bar(notes) as show:
-            progress = partial(show, f"scoring with {name.name}, windows")
+            progress = Counted(lambda done, name=name: show(f"scoring with {name.name}, windows", done, None))
             scores = score(checkpoint.model, tokens, samples=args.samples, seed=args.seed, progress=progress)
         symbols = [wording.tokenizer.symbols[i] for i in tokens.tolist()]
         found.append(_Scored(name.name, symbols, len(prepared), 1 if scores.exact else args.samples, scores))

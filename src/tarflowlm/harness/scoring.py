@@ -22,6 +22,7 @@ from tarflowlm.generation import generate
 from tarflowlm.generation.sampling import BLANK
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.objective import CPU_TOKENS, importance_weighted
+from tarflowlm.progress import Counted
 
 Tick = Callable[[int], None]
 """Called with the number of parts that are done."""
@@ -103,7 +104,7 @@ class TextScorer:
                 torch.zeros_like(owner),
                 samples=self.samples,
                 seed=self.seed,
-                progress=lambda done, _total: tick(done),
+                progress=Counted(tick),
             )
             total.index_add_(0, owner, -importance_weighted(weights))
         rest = [Piece(t[len(w) * T :], 0) for t, w in zip(tokens, whole, strict=True)]

@@ -14,6 +14,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.blocks import BoundParts, bound_parts
 from tarflowlm.files import replacing
 from tarflowlm.model import as_flow
+from tarflowlm.progress import Counted
 from tarflowlm.report.blocks import draw_blocks, terms_table
 from tarflowlm.report.codes import (
     FEW,
@@ -159,11 +160,12 @@ def _inspect(record: RunRecord, device: torch.device, progress: Progress) -> Ins
     insight.codes = codes_of(checkpoint.model, checkpoint.tokenizer, counts)
     if corpus is not None and not checkpoint.model.is_exact:
         config = record.run
+        windows = eval_windows(corpus.split("valid"), config.model.context, config.train.evaluate_windows)
         insight.parts = bound_parts(
             as_flow(checkpoint.model),
-            eval_windows(corpus.split("valid"), config.model.context, config.train.evaluate_windows),
+            windows,
             torch.from_numpy(checkpoint.tokenizer.characters_per_token),
-            progress=lambda done, total: progress(f"validation windows of {record.name}", done, total),
+            progress=Counted(lambda done: progress(f"validation windows of {record.name}", done, len(windows))),
         )
     return insight
 

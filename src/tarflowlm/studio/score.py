@@ -11,6 +11,7 @@ from tarflowlm.data import Tokenizer
 from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.scores import Scores, score
+from tarflowlm.progress import Counted
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
@@ -52,7 +53,7 @@ def compare(catalogue: Catalogue, names: Any, text: Any) -> Iterator[str]:
 def _scored(checkpoint: Checkpoint, tokens: Tensor, job: Job[Scores]) -> Scores:
     job.tick()
     with threads_for(1):
-        found = score(checkpoint.model, tokens, samples=SAMPLES, progress=lambda done, total: job.tick())
+        found = score(checkpoint.model, tokens, samples=SAMPLES, progress=Counted(lambda done: job.tick()))
     job.tick()
     return found
 

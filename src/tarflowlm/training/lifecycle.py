@@ -15,6 +15,7 @@ from tarflowlm.data import SOURCE_NAMES, Corpus, cached_corpus, eval_windows
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.files import LOCK, full_disk_as_user_error, remove_leftovers, write_json, writer_lock
+from tarflowlm.progress import Counted
 from tarflowlm.runs.checkpoint import (
     BEST,
     CONFIG,
@@ -154,12 +155,12 @@ def _finish(run: Run) -> dict[str, Any]:
     about = f", about {seconds:,.0f} s" if seconds >= 1 else ""
     run.reporter.notice(f"evaluating {len(windows):,} windows of the test split{about}")
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int) -> None:
         run.stop_if_asked()
-        run.reporter.testing(done, total)
+        run.reporter.testing(done, len(windows))
 
     run.reporter.testing(0, len(windows))
-    test = run.engine.evaluate(windows, run.characters_per_token, progress=progress)
+    test = run.engine.evaluate(windows, run.characters_per_token, progress=Counted(progress))
     counters, parameters = run.counters, dict(run.model.named_parameters())
     summary = {
         "preset": run.config.name,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tarflowlm.evaluation.likelihood import Likelihood, bits
+from tarflowlm.progress import Counted
 from tarflowlm.training.guards import POLL, Guard, broken_gradients, in_words, skipped_record
 from tarflowlm.training.optim import schedule, set_learning_rate
 from tarflowlm.training.pace import Pace, StepPace, TimePace
@@ -204,7 +205,7 @@ def validate(run: Run) -> Likelihood:
     run.model.eval()
     start = run.clock.seconds()
     # `evaluate` uses the same noise at every call
-    result = run.engine.evaluate(run.valid, run.characters_per_token, progress=lambda *_: run.stop_if_asked())
+    result = run.engine.evaluate(run.valid, run.characters_per_token, progress=Counted(lambda _: run.stop_if_asked()))
     run.model.train()
     run.log.write(
         {

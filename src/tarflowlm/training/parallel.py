@@ -6,7 +6,7 @@ its own.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -24,6 +24,7 @@ from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.objective import log_importance_weights
+from tarflowlm.progress import SILENT, Progress
 from tarflowlm.training.distributed import ALONE, Processes
 
 
@@ -144,7 +145,7 @@ class Engine:
         self,
         windows: Int[Tensor, "windows T"],
         characters_per_token: Tensor,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress = SILENT,
     ) -> Likelihood:
         """The bound over `windows`, with the rows of every batch divided between the processes. Collective; all
         processes get the same result. Arguments as `evaluation.likelihood.evaluate`."""
