@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 
-@runtime_checkable  # annotations are checked in the tests
+@runtime_checkable
 class Progress(Protocol):
     """What long work calls as it goes on. Work that knows its parts names them by `stage`; inner loops `advance`."""
 
