@@ -24,7 +24,7 @@ from tarflowlm.report.samples import CSS, LENGTH, NUM, SEED, Samples, draw_sampl
 from tarflowlm.report.style import Figure, check_matplotlib, render
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import is_reference
-from tarflowlm.runs.released import borrowed, locate
+from tarflowlm.runs.released import locate, read_only_reason
 
 PAGE = "index.html"
 WIDTH, DPI = 4.6, 240
@@ -66,9 +66,9 @@ def write_report(
         raise UserError("report needs a run directory: name one or more")
     if out is None and len(directories) > 1:
         raise UserError(f"a report of {len(directories)} runs needs a place: name it with --out")
-    if out is None and (whose := borrowed(directories[0])) is not None:
+    if out is None and (whose := read_only_reason(directories[0])) is not None:
         raise UserError(f"{whose}, which is no place for a report: add --out {Path(directories[0]).name}-report")
-    places = [locate(directory) for directory in directories]
+    places = [locate(directory, progress) for directory in directories]
     out = places[0] / "report" if out is None else out
     # folders in the hub's cache are named after commits
     records = [

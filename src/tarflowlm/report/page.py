@@ -9,7 +9,7 @@ from typing import Any
 
 from tarflowlm.report.records import RunRecord
 from tarflowlm.report.style import COLOURS, GRID, INK, MUTED, PAPER
-from tarflowlm.runs.strict_json import to_dict
+from tarflowlm.runs.strict_json import flatten
 
 GENERATOR = "tarflowlm report"
 
@@ -137,19 +137,11 @@ def _plain(value: Any) -> str:
 
 def config_table(records: Sequence[RunRecord]) -> str:
     """Every field of the configurations by its dotted name; fields in which the runs differ come first."""
-    flat = [_flat(to_dict(r.run)) for r in records]
+    flat = [flatten(r.run) for r in records]
     names = list(dict.fromkeys(name for one in flat for name in one))
-    names.sort(key=lambda name: len({one.get(name) for one in flat}) == 1)
-    return runs_table(records, [{name: one.get(name, "") for name in names} for one in flat])
+    names.sort(key=lambda name: all(name in one and one[name] == flat[0].get(name) for one in flat))
+    return runs_table(records, [{name: _words(one[name]) for name in names if name in one} for one in flat])
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, item in value.items():
-        if isinstance(item, list) and item and isinstance(item[0], dict):
-            item = {str(index): inner for index, inner in enumerate(item)}
-        if isinstance(item, dict):
-            found |= _flat(item, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = ", ".join(map(str, item)) if isinstance(item, list) else str(item)
-    return found
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
-from tarflowlm.files import read_json
-from tarflowlm.runs.checkpoint import SUMMARY, WEIGHTS, read_run
+from tarflowlm.runs.checkpoint import SUMMARY, WEIGHTS, read_run, read_summary
 from tarflowlm.training.metrics import METRICS
 
 Series = npt.NDArray[np.float64]
@@ -121,13 +120,11 @@ def read_record(directory: Path) -> RunRecord:
         np.interp(valid["step"], train["step"], train["seconds"]) if len(train["step"]) else np.zeros(0)
     )
     summary = None
-    if (directory / SUMMARY).exists():
-        try:
-            summary = read_json(directory / SUMMARY)
-            float(summary["test"]["bpc"])
-        except (UserError, KeyError, TypeError, ValueError) as error:
-            notes.append(f"{SUMMARY} cannot be used ({error}).")
-            summary = None
+    try:
+        if (found := read_summary(directory)) is not None and math.isfinite(found["test"]["bpc"]):
+            summary = found
+    except (UserError, KeyError, TypeError) as error:
+        notes.append(f"{SUMMARY} cannot be used ({error}).")
     return RunRecord(directory.resolve().name, directory, run, train, valid, summary, notes)
 
 
