@@ -8,9 +8,9 @@ from tarflowlm.cli.arguments import ExportArgs, ReportArgs
 from tarflowlm.cli.configured import DataArgs
 from tarflowlm.data import prepare_corpus
 from tarflowlm.device import pick_device
-from tarflowlm.report import write_report
+from tarflowlm.report.build import write_report
 from tarflowlm.runs.checkpoint import export
-from tarflowlm.terminal.bars import corpus_bar, stages_bar
+from tarflowlm.terminal.bars import corpus_bar
 from tarflowlm.terminal.tables import print_json, print_notice, print_table
 
 SPLITS = ("train", "valid", "test")
@@ -32,8 +32,7 @@ def run_data(args: DataArgs) -> None:
 
 
 def run_report(args: ReportArgs) -> None:
-    with stages_bar(Console(stderr=True)) as progress:
-        result = write_report(args.directories, args.out, device=pick_device(args.device), progress=progress)
+    result = write_report(args.directories, args.out, device=pick_device(args.device))
     if args.json:
         print_json(result)
         return
