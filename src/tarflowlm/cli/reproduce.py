@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,7 +15,7 @@ from tarflowlm.reproduce import RECIPES
 from tarflowlm.reproduce.recipe import Planned, Recipe, Settings, check_texts, estimate, finish, state_of
 from tarflowlm.reproduce.write import write_results
 from tarflowlm.terminal.bars import Stages, stages_bar
-from tarflowlm.terminal.tables import print_json, print_notice, print_table
+from tarflowlm.terminal.tables import print_json, print_table
 from tarflowlm.terminal.training import ProgressReporter
 
 
@@ -38,8 +37,7 @@ def run_reproduce(args: ReproduceArgs) -> None:
         plan = {training.name: training for recipe in recipes for training in recipe.trainings(settings)}
         check_texts(settings, list(plan.values()))
         title = recipes[0].title if len(recipes) == 1 else "All recipes"
-        notice = partial(print_notice, Console(stderr=True))
-        _print_plan(args, title, estimate(settings, list(plan.values()), notice))
+        _print_plan(args, title, estimate(settings, list(plan.values())))
         return
     # before anything that takes hours
     for recipe in recipes:
