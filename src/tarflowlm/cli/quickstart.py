@@ -19,7 +19,7 @@ from tarflowlm.terminal.bars import sampling_bar
 from tarflowlm.terminal.tables import print_json, print_table
 from tarflowlm.terminal.texts import print_samples, samples_to_json
 from tarflowlm.terminal.training import ProgressReporter
-from tarflowlm.training.lifecycle import check_new, train
+from tarflowlm.training.train import check_new, train
 
 SAMPLING_SHARE = 0.06
 """Of --minutes; the run has the rest, including validation and test."""

@@ -11,9 +11,9 @@ from tarflowlm.device import pick_device
 from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.terminal.tables import print_json, print_table
 from tarflowlm.terminal.training import ProgressReporter
-from tarflowlm.training.distributed import Processes, launched
-from tarflowlm.training.lifecycle import resume, train
 from tarflowlm.training.metrics import Reporter
+from tarflowlm.training.processes import Processes, launched
+from tarflowlm.training.train import resume, train
 
 
 def run_train(args: TrainArgs | ResumeArgs) -> None:

@@ -24,10 +24,9 @@ from tarflowlm.presets import preset, with_steps
 from tarflowlm.report.style import Figure
 from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, Checkpoint, load_checkpoint, read_run
 from tarflowlm.terminal.bars import StageProgress, no_progress, ticker
-from tarflowlm.training.lifecycle import resume, train
+from tarflowlm.training.loop import seconds_per_step
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.run import StopRequests, no_stop_requests
-from tarflowlm.training.step import seconds_per_step
+from tarflowlm.training.train import StopRequests, no_stop_requests, resume, train
 
 State = Literal["finished", "stopped", "new"]
 Row = dict[str, Any]
