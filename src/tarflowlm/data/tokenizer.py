@@ -300,6 +300,8 @@ def concatenated(parts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
+
+
 def unknown_characters_message(text: str, alphabet: str) -> str:
     """What to tell about characters of `text` outside `alphabet`: how many, the most frequent ones, the remedy."""
     codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
