@@ -1,5 +1,6 @@
 """Recipes: named trainings, numbers measured on them, and a plot. Runs the trainings, or estimates their time."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -207,7 +208,7 @@ def finish(
     for training in plan:
         directory, state = directory_of(settings, training), state_of(settings, training)
         if state == "finished":
-            reporter.notice(f"{training.name} is done")
+            logging.getLogger("tarflowlm").info("%s is done", training.name)
         elif state == "stopped":
             resume(directory, **options)
         else:

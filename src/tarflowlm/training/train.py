@@ -27,7 +27,6 @@ from tarflowlm.runs.checkpoint import (
     weights_problem,
     write_run,
 )
-from tarflowlm.runs.manifest import MANIFEST
 from tarflowlm.training.loop import train_stage
 from tarflowlm.training.metrics import METRICS, Reporter
 from tarflowlm.training.pace import test_seconds
@@ -222,10 +221,9 @@ def check_new(out: Path) -> None:
     """UserError if `out` exists and holds anything but the remains of a run that ended before it saved weights."""
     if not out.exists():
         return
-    leftovers = {MANIFEST}
-    if (out / STATE).is_dir() and not any((out / STATE).iterdir()):
-        # the folder that `write_start` writes last, and no other program does
-        leftovers |= {CONFIG, TOKENIZER, METRICS, STATE}
+    # the folder that `write_start` writes last, and no other program does
+    begun = (out / STATE).is_dir() and not any((out / STATE).iterdir())
+    leftovers = {CONFIG, TOKENIZER, METRICS, STATE} if begun else set()
     if not out.is_dir() or any(path.name not in leftovers and path.name[0] != "." for path in out.iterdir()):
         can_resume = (out / STATE).is_dir() and not (out / SUMMARY).exists()
         resume_it = f", or resume it with `train --resume {out}`" if can_resume else ""
