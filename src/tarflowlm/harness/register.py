@@ -140,7 +140,7 @@ def register() -> None:
             return {"log_likelihoods": self.meaning, "normalization": self.tokenizer.normalization, **how}
 
         def _say(self, text: str) -> None:
-            print_notice(self.console, text)
+            print_notice(text)
 
 
 def how_to_continue(options: dict[str, Any]) -> Continuation:
