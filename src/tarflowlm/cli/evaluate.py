@@ -96,20 +96,20 @@ def run(args: Args) -> None:
     from tarflowlm.evaluation.judges import load_judge
     from tarflowlm.evaluation.quality import SamplingConfig, mauve_function, measure_quality
     from tarflowlm.model import as_flow
-    from tarflowlm.runs.released import chosen
+    from tarflowlm.runs.released import choose_directory
     from tarflowlm.terminal.bars import Bars
     from tarflowlm.terminal.tables import print_json
 
     checked_seed(args.seed)
     given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
     sampling = SamplingConfig(**given, seed=args.seed) if args.quality else None
-    directory = chosen(args.directory, args.model)
+    directory = choose_directory(args.directory, args.model)
     checkpoint = load_checkpoint(directory, args.device)
     model, context = checkpoint.model, checkpoint.run.model.context
     if args.latents and model.is_exact:
         raise UserError(f"{directory} is the discrete baseline, which has no latents: leave --latents out")
     if args.length is not None and not 1 <= args.length <= context:
-        raise UserError(f"length {args.length}: must be at least 1 and at most the trained context of {context} tokens")
+        raise UserError(f"length {args.length}: must be between 1 and the trained context of {context} tokens")
     judge = None
     if sampling is not None:
         # before anything that takes time, so that a missing judge or package costs none
@@ -251,7 +251,8 @@ def _print_likelihood(title: str, found: dict[str, Any]) -> None:
             ("gap to the ELBO", f"{found['gap']:.5f} nats per token (standard error {found['gap_stderr']:.5f})"),
         ]
     context, stride, count = found["context"], found["stride"], found["windows"]
-    kind, how = ("fresh context", "") if stride == context else ("window", f", {context - stride} tokens of context each")
+    given = context - stride
+    kind, how = ("window", f", {given} tokens of context each") if given else ("fresh context", "")
     text = f"{found['tokens']:,} of {found['text_tokens']:,} tokens, {found['characters']:,} characters; "
     rows += [
         ("text", f"{text}{count:,} {kind}{'s' * (count != 1)}{how}, stride {stride}"),

@@ -48,8 +48,7 @@ def _describe(given: Path) -> dict[str, Any]:
     from datetime import UTC, datetime
 
     from tarflowlm.config import BaselineConfig
-    from tarflowlm.files import read_json
-    from tarflowlm.runs.checkpoint import SUMMARY, WEIGHTS
+    from tarflowlm.runs.checkpoint import WEIGHTS, read_summary
     from tarflowlm.runs.hub import is_reference
     from tarflowlm.runs.released import FOLDER, locate
 
@@ -57,7 +56,7 @@ def _describe(given: Path) -> dict[str, Any]:
     directory = locate(given)  # of a model of the hub, which has been downloaded above
     run, model, tokenizer = checkpoint.run, checkpoint.model, checkpoint.tokenizer
     config, info = run.model, checkpoint.info
-    summary = read_json(directory / SUMMARY) if (directory / SUMMARY).is_file() else {}
+    test = (read_summary(directory) or {}).get("test") or {}
     card, shipped = directory / CARD, directory.parent == FOLDER
     saved = datetime.fromtimestamp((directory / WEIGHTS).stat().st_mtime, UTC)
     parts: dict[str, int] = {}
@@ -97,7 +96,8 @@ def _describe(given: Path) -> dict[str, Any]:
         "seed": run.seed,
         # of a shipped model it would be the date of its installation
         "saved": None if shipped else saved.strftime("%Y-%m-%d"),
-        **{name: (summary.get("test") or {}).get(name) for name in ("bpc", "bound")},
+        "bpc": test.get("bpc"),
+        "bound": test.get("bound"),
         "files": files,
         "card": card.read_text(encoding="utf-8") if card.is_file() else None,
     }

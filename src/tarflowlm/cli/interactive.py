@@ -90,9 +90,7 @@ class _Session:
         name, _, value = line[1:].partition(" ")
         if not line.startswith("/"):
             if line:
-                reading = read(
-                    self.tokenizer, line, name="prompt", normalize=self.args.normalize, goes_on=True
-                )
+                reading = read(self.tokenizer, line, name="prompt", normalize=self.args.normalize, goes_on=True)
                 self.tokens = reading.tokens
                 if reading.notice:
                     print_notice(reading.notice)

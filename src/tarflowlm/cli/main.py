@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import tarflowlm
 from tarflowlm.cli.signals import INTERRUPTED, exit_on_interrupt
-from tarflowlm.errors import Stopped, UserError
+from tarflowlm.errors import Stopped, UnknownCharacters, UserError
 
 STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:
         _end_quietly()
     except (UserError, FloatingPointError) as error:
-        _fail(str(error))
+        hint = ", or pass --normalize text8" if isinstance(error, UnknownCharacters) else ""
+        _fail(f"{error}{hint}")
     except OSError as error:
         place = f"cannot use {error.filename or 'the output'}: {error.strerror or error}"
         _fail(f"{place}; check the path, its permissions and the disk", everywhere=True)

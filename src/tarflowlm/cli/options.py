@@ -1,4 +1,4 @@
-"""Types of options that several commands share, and the model that these options name. No torch until it is loaded."""
+"""Types of options that several commands share, and the model and texts that they name. Light to import."""
 
 import sys
 from pathlib import Path
@@ -62,15 +62,14 @@ def check_at_least_one(args: object, *names: str) -> None:
             raise UserError(f"{name.replace('_', ' ')} {value}: must be at least 1")
 
 
-def load_checkpoint(directory: Path, device: str) -> Checkpoint:
+def load_checkpoint(directory: Path, device: DeviceName) -> Checkpoint:
     """The model in a directory, among the shipped ones or on the hub, downloaded with a bar."""
     from tarflowlm.device import pick_device
     from tarflowlm.runs import checkpoint
     from tarflowlm.terminal.bars import Bars
 
     with Bars() as bars:
-        label = f"downloading {directory.as_posix()}, bytes"
-        return checkpoint.load_checkpoint(directory, pick_device(device), lambda d, t: bars.show(label, d, t))
+        return checkpoint.load_checkpoint(directory, pick_device(device), bars)
 
 
 def read_source(source: str) -> str:

@@ -3,20 +3,18 @@
 import contextlib
 import io
 import sys
-from typing import Any, TypeVar
+from typing import Any
 
 import tyro
 
 from tarflowlm.errors import UserError
 
-T = TypeVar("T")
 
-
-def parse(args: type[T], argv: list[str], prog: str, *, description: str | None = None, **options: Any) -> T:
+def parse(args: type, argv: list[str], prog: str, *, description: str | None = None, **options: Any) -> Any:
     """An instance of the dataclass `args`; `options` and the help pages as in `tyro.cli`.
 
-    Where an option is misspelt tyro prints its box and exits with status 2. A UserError of the dataclass itself, or of
-    one inside it, passes through.
+    Where an option is misspelt tyro prints its box and exits with status 2. A UserError of the dataclass itself, or
+    of one inside it, passes through.
     """
     markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     options = {"config": markers} | options

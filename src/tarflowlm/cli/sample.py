@@ -69,8 +69,8 @@ class Args:
     top_k: Annotated[int | None, arg("INT", TOP_K.capitalize())] = None
     top_p: Annotated[float | None, arg("FLOAT", TOP_P.capitalize())] = None
     decoding: Decoding = "mode"
-    """Tokens of the latents. mode: the most probable token. drawn: a sample of p(x|z), which makes samples exact. They
-    hardly differ for a sharp codebook."""
+    """Tokens of the latents. mode: the most probable token. drawn: a sample of p(x|z), which makes samples exact.
+    They hardly differ for a sharp codebook."""
     decoder: Decoder = "auto"
     """How to invert a block: position by position, in parallel sweeps, or the cheaper of the two."""
     passes: Flag = False
@@ -112,9 +112,9 @@ def run(args: Args) -> None:
     from tarflowlm.cli.signals import interrupt_on_termination
     from tarflowlm.config import checked_seed
     from tarflowlm.files import NewLines
-    from tarflowlm.runs.released import chosen
+    from tarflowlm.runs.released import choose_directory
 
-    checkpoint = load_checkpoint(chosen(args.directory, args.model), args.device)
+    checkpoint = load_checkpoint(choose_directory(args.directory, args.model), args.device)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     checked_seed(args.seed)
     if model.is_exact and (args.passes or args.states):

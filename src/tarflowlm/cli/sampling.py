@@ -88,7 +88,9 @@ class Sampling:
             interrupt = KeyboardInterrupt(f"{self.done} of {self.total} samples are finished{where}")
         if self.args.json:
             seconds = time.perf_counter() - start
-            result = {"samples": self.objects} if out is None else {"out": str(out.path), "written": self.done}
+            result: dict[str, Any] = (
+                {"samples": self.objects} if out is None else {"out": str(out.path), "written": self.done}
+            )
             result |= {"sweeps": self.sweeps, "decoders": [] if isinstance(self.decoder, str) else self.decoder}
             result |= {"seconds": seconds, "tokens_per_second": self.num_tokens / seconds}
             print_json(result | ({"interrupted": True} if interrupt else {}))
@@ -108,7 +110,8 @@ class Sampling:
                     result, texts = self._stream(rows)
                 else:
                     result = self._draw(rows, tick=bars.advance)
-                    texts = [self._cut(row, self.tokenizer.decode(t.tolist())) for row, t in zip(rows, result.tokens, strict=True)]
+                    decoded = map(self.tokenizer.decode, result.tokens.tolist())
+                    texts = [self._cut(row, text) for row, text in zip(rows, decoded, strict=True)]
                     # rich would print below a running bar, on stderr
                     bars.close()
                 self._put(rows, result, texts, out)
@@ -136,11 +139,9 @@ class Sampling:
         tick: Callable[[], None] | None = None,
         on_tokens: Callable[[Tensor], None] | None = None,
     ) -> Generation:
-        from torch.nn.utils.rnn import pad_sequence
-
 
         args, tokens = self.args, pad_sequence(self._prompts(rows), batch_first=True, padding_value=BLANK)
-        given: dict[str, Tensor] = {"template": tokens[0]} if args.template is not None else {"prompt": tokens}
+        given: dict[str, Any] = {"template": tokens[0]} if args.template is not None else {"prompt": tokens}
         with threads_for(len(rows) * args.particles):
             result = generate(
                 self.model,
@@ -213,7 +214,5 @@ class Sampling:
                 numbered = zip(rows, objects, strict=True)
                 out.write("".join(json_line({"index": row, "seed": args.seed} | one) for row, one in numbered))
         elif not args.stream:
-            print_samples(
-                Console(), result, self.tokenizer, texts=texts, first=rows.start, candidates=args.particles
-            )
+            print_samples(Console(), result, self.tokenizer, texts=texts, first=rows.start, candidates=args.particles)
         self.done += len(rows)

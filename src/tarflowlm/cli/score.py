@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,11 +56,11 @@ def run(args: Args) -> None:
     from tarflowlm.data.prompts import read
     from tarflowlm.evaluation.likelihood import sign_of
     from tarflowlm.evaluation.scores import score
-    from tarflowlm.runs.released import chosen
+    from tarflowlm.runs.released import choose_directory
     from tarflowlm.terminal.bars import Bars
     from tarflowlm.terminal.tables import print_columns, print_json, print_notice
 
-    names = [chosen(args.directory, args.model), *([args.baseline] if args.baseline is not None else [])]
+    names = [choose_directory(args.directory, args.model), *([args.baseline] if args.baseline is not None else [])]
     # all before the first is used, so that a missing model costs no time
     checkpoints = [load_checkpoint(name, args.device) for name in names]
     text = args.text if args.text is not None else read_source(str(args.file))
@@ -69,14 +70,8 @@ def run(args: Args) -> None:
         if args.text is not None and reading.notice:
             print_notice(f"{name.name}: {reading.notice}")
         with Bars() as bars:
-            label = f"scoring with {name.name}, windows"
-            scores = score(
-                checkpoint.model,
-                reading.tokens,
-                samples=args.samples,
-                seed=args.seed,
-                progress=lambda done, total, label=label, bars=bars: bars.show(label, done, total),
-            )
+            progress = partial(bars.show, f"scoring with {name.name}, windows")
+            scores = score(checkpoint.model, reading.tokens, samples=args.samples, seed=args.seed, progress=progress)
         symbols = [checkpoint.tokenizer.symbols[i] for i in reading.tokens.tolist()]
         tokens = [{"text": symbol, "bits": bits} for symbol, bits in zip(symbols, scores.bits.tolist(), strict=True)]
         if scores.blocks is not None:
@@ -106,7 +101,7 @@ def run(args: Args) -> None:
     rows += [
         ["characters", *(f"{one['characters']:,}" for one in found)],
         ["tokens", *(f"{len(one['tokens']):,}" for one in found)],
-        ["posterior samples", *("none, exact" if one["bound"] == "exact" else f"{one['samples']:,}" for one in found)],
+        ["posterior samples", *("none" if one["bound"] == "exact" else f"{one['samples']:,}" for one in found)],
     ]
     print_columns("score", ["", *(one["model"] for one in found)], rows)
 
