@@ -118,4 +118,3 @@ def _passes_text(passes: Sequence[Sequence[str]]) -> Text:
         body.append("" if index == last else "\n")
         before = symbols
     return body
-
