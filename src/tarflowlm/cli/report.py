@@ -30,7 +30,7 @@ def run(args: Args) -> None:
     from tarflowlm.terminal.tables import print_json, print_table
 
     with Bars() as bars:
-        result = write_report(args.directories, args.out, device=pick_device(args.device), progress=bars.show)
+        result = write_report(args.directories, args.out, device=pick_device(args.device), progress=bars)
     if args.json:
         print_json(result)
         return
