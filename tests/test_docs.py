@@ -50,13 +50,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 
 def call(argv: list[str]) -> str:
-    """What a command prints; AssertionError with its error message."""
+    """What a command prints; the test fails with its error message."""
     out, errors = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
             main(argv)
     except SystemExit as stop:
-        assert not stop.code, f"tarflowlm {shlex.join(argv)}: {errors.getvalue()}"
+        if stop.code:
+            pytest.fail(f"tarflowlm {shlex.join(argv)}: {errors.getvalue()}")
     finally:
         torch.set_flush_denormal(False)
     return out.getvalue()
@@ -198,7 +199,7 @@ def test_links_lead_somewhere(document):
 
 @pytest.mark.parametrize("document", CURRENT, ids=name_of)
 def test_links_to_code_name_what_is_there(document):
-    """A link `function` leads to a file that defines it, `Class.method` likewise; a link `name` to a file of that name."""
+    """A link `function` or `Class.method` leads to a file that defines it, a link `name` to a file of that name."""
     for link in links(document):
         for code in link.codes if link.path.suffix == ".py" or (link.path / "__init__.py").exists() else ():
             name = code.partition("(")[0].rstrip("/")

@@ -40,7 +40,7 @@ from tarflowlm.editing.words import (
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import TarFlowLM, as_flow
-from tarflowlm.runs.released import chosen
+from tarflowlm.runs.released import choose_directory
 from tarflowlm.terminal.bars import StageProgress, stages_bar, ticker
 from tarflowlm.terminal.tables import print_json, print_notice
 from tarflowlm.terminal.texts import print_edits
@@ -53,7 +53,7 @@ with a note on what keeps a text."""
 
 
 def run_edit(args: EditArgs) -> None:
-    directory = chosen(args.directory, args.model)
+    directory = choose_directory(args.directory, args.model)
     checkpoint = load_checkpoint(directory, pick_device(args.device))
     refusal = f"{directory} is a discrete baseline, which has no latents to edit: give a flow"
     model = as_flow(checkpoint.model, refusal)

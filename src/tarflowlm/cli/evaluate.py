@@ -35,7 +35,7 @@ from tarflowlm.evaluation.quality import (
 )
 from tarflowlm.model import as_flow
 from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.runs.released import chosen
+from tarflowlm.runs.released import choose_directory
 from tarflowlm.terminal.bars import bar, corpus_bar, stages_bar
 from tarflowlm.terminal.progress import minutes
 from tarflowlm.terminal.tables import column_table, print_json, print_notice, print_table
@@ -50,7 +50,7 @@ def run_eval(args: EvalArgs) -> None:
     checked_seed(args.seed)
     sampling = _sampling(args)
     device = pick_device(args.device)
-    directory = chosen(args.directory, args.model)
+    directory = choose_directory(args.directory, args.model)
     checkpoint = load_checkpoint(directory, device)
     if args.latents and checkpoint.model.is_exact:
         raise UserError(f"{directory} is the discrete baseline, which has no latents: leave --latents out")

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import tarflowlm
 from tarflowlm.cli.signals import INTERRUPTED, exit_on_interrupt
 from tarflowlm.cli.threads import settle_threads
-from tarflowlm.errors import Stopped, UserError
+from tarflowlm.errors import Stopped, UnknownCharacters, UserError
 
 STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
@@ -131,6 +131,8 @@ def main(argv: list[str] | None = None) -> None:
         raise
     except BrokenPipeError:
         _leave_unread()
+    except UnknownCharacters as error:
+        _fail(f"{error}, or pass --normalize text8")
     except (UserError, FloatingPointError) as error:
         _fail(str(error))
     except OSError as error:

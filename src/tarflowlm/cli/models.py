@@ -1,13 +1,13 @@
 """What the commands make of the model that they are given: a folder, downloaded with a bar if it is on the hub."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from tarflowlm.data.download import DownloadProgress
+from tarflowlm.progress import Progress
 from tarflowlm.runs import checkpoint, released
 from tarflowlm.terminal.bars import stages_bar
 
@@ -25,7 +25,20 @@ def locate(directory: Path) -> Path:
 
 
 @contextmanager
-def _bar(directory: Path) -> Iterator[DownloadProgress]:
+def _bar(directory: Path) -> Iterator[Progress]:
     with stages_bar(Console(stderr=True)) as show:
-        label = f"downloading {directory.as_posix()}, bytes"
-        yield lambda done, total: show(label, done, total)
+        yield _Download(lambda done: show(f"downloading {directory.as_posix()}, bytes", done, None))
+
+
+class _Download:
+    """Counts bytes for a bar."""
+
+    def __init__(self, show: Callable[[int], None]) -> None:
+        self._show, self._done = show, 0
+
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
+        self._done = done
+
+    def advance(self, count: int = 1) -> None:
+        self._done += count
+        self._show(self._done)

@@ -29,7 +29,7 @@ from tarflowlm.generation.inversion import Decoders, Tick
 from tarflowlm.generation.sampling import BLANK
 from tarflowlm.generation.telling import OnTokens
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.runs.released import chosen
+from tarflowlm.runs.released import choose_directory
 from tarflowlm.terminal.bars import ticker
 from tarflowlm.terminal.progress import Bars
 from tarflowlm.terminal.streams import TextStream, first_stop, write_out
@@ -41,7 +41,7 @@ BATCH_TOKENS = 6144
 
 
 def run_sample(args: SampleArgs) -> None:
-    checkpoint = load_checkpoint(chosen(args.directory, args.model), pick_device(args.device))
+    checkpoint = load_checkpoint(choose_directory(args.directory, args.model), pick_device(args.device))
     wording = Wording(checkpoint.tokenizer, args.normalize)
     if checkpoint.model.is_exact and (args.passes or args.states):
         flag = "passes" if args.passes else "states"

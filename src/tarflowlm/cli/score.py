@@ -16,7 +16,7 @@ from tarflowlm.cli.prompts import Wording, read_source
 from tarflowlm.device import pick_device
 from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.evaluation.scores import Scores, score
-from tarflowlm.runs.released import chosen
+from tarflowlm.runs.released import choose_directory
 from tarflowlm.terminal.bars import stages_bar
 from tarflowlm.terminal.tables import column_table, print_json, print_notice
 
@@ -62,7 +62,7 @@ class _Scored:
 
 def run_score(args: ScoreArgs) -> None:
     notes, console = Console(stderr=True), Console()
-    names = [chosen(args.directory, args.model), *([args.baseline] if args.baseline is not None else [])]
+    names = [choose_directory(args.directory, args.model), *([args.baseline] if args.baseline is not None else [])]
     # all before the first is used, so that a model that is not there costs no time
     checkpoints = [load_checkpoint(name, pick_device(args.device)) for name in names]
     text = args.text if args.text is not None else read_source(str(args.file))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from tarflowlm.report.samples import CSS, SEED, Samples, draw_samples, passes_ma
 from tarflowlm.report.style import Figure, check_matplotlib, render, render_narrow
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import is_reference
-from tarflowlm.runs.released import borrowed, locate
+from tarflowlm.runs.released import locate, read_only_reason
 
 PAGE = "index.html"
 WIDTH = 9.6
@@ -78,10 +77,10 @@ def write_report(
         raise UserError("report needs a run directory: name one or more")
     if out is None and len(directories) > 1:
         raise UserError(f"a report of {len(directories)} runs needs a place: name it with --out")
-    if out is None and (whose := borrowed(directories[0])) is not None:
+    if out is None and (whose := read_only_reason(directories[0])) is not None:
         raise UserError(f"{whose}, which is no place for a report: add --out {Path(directories[0]).name}-report")
     progress = progress or (lambda _what, _done, _total: None)
-    places = [locate(d, partial(progress, f"downloading {d.as_posix()}, bytes")) for d in directories]
+    places = [locate(d) for d in directories]
     out = places[0] / "report" if out is None else out
     # folders in the hub's cache are named after commits
     records = [
