@@ -96,6 +96,8 @@ def small(argv: list[str]) -> list[str]:
             shutil.rmtree(run, ignore_errors=True)
             data = [] if "--data" in argv else ["--data", "my_text.txt"]
             return [*argv, *data, *(["--minutes", "0.01"] if "--minutes" in argv else ["--steps", "3"]), *SMALL]
+        case ["sample", *_] if "--num" in argv and "--template" not in argv:
+            return [*argv, "--num", "2", "--length", "24", "--device", "cpu"]
         case ["eval" | "score" | "sample" | "edit" | "report", *_]:
             return [*argv, "--device", "cpu"]
     return argv
