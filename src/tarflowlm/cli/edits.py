@@ -235,13 +235,11 @@ def _show(args: Args, edit: Edit, tokenizer: Tokenizer, advice: str | None) -> N
             }
         )
         return
-    symbols = tokenizer.symbols
     notes = [
         f"{sum(changed)} of {len(changed)} tokens changed; bits per character <= {a:.3f} before, <= {b:.3f} now"
         for changed, a, b in zip(edit.changed.tolist(), old, new, strict=True)
     ]
-    shown = [[symbols[i] for i in row] for row in edit.tokens.tolist()]
-    print_edits(Console(), [symbols[i] for i in edit.before[0].tolist()], shown, notes, advice)
+    print_edits(Console(), tokenizer, edit.before[0], edit.tokens, notes, advice)
 
 
 def _advice(args: Args, edit: Edit, model: TarFlowLM) -> str | None:
