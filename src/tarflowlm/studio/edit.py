@@ -10,13 +10,13 @@ from torch import Tensor
 
 from tarflowlm import editing
 from tarflowlm.data import Tokenizer
+from tarflowlm.data.prompts import BLANK
 from tarflowlm.device import threads_for
 from tarflowlm.editing import Edit, Encoded, encode, interpolate, renoise, telling_level
 from tarflowlm.editing.words import Span, blended_spans, count_of, find_words, joined, pick_words, words_of
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.generation.inversion import Tick
-from tarflowlm.data.prompts import BLANK
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.report.grid import Row, text_tokens
@@ -175,12 +175,9 @@ def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, 
         tokenizer, edits, seconds = shown
         texts = [edit.tokens[0].cpu() for edit in edits]
         rows = [Row("the text", text_tokens(texts[0], tokenizer))]
-        rows += [
-            Row(
-                f"{100 * i // STEPS} % · {int((now != before).sum())} changed", text_tokens(now, tokenizer, before=before)
-            )
-            for i, (before, now) in enumerate(itertools.pairwise(texts), 1)
-        ]
+        for i, (before, now) in enumerate(itertools.pairwise(texts), 1):
+            label = f"{100 * i // STEPS} % · {int((now != before).sum())} changed"
+            rows.append(Row(label, text_tokens(now, tokenizer, before=before)))
         body = stage(rows[-1].tokens) + facts(took(seconds))
         yield page(card(body + slider(rows, "share of the other text", summary="every step of the way")))
 

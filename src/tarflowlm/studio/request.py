@@ -20,7 +20,7 @@ def whole(value: Any, name: str, least: int, most: int) -> int:
     return int(found)
 
 
-def number(value: Any, name: str, least: float, most: float) -> float:
+def number(value: Any, name: str, least: int | float, most: int | float) -> float:
     """A number within bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise UserError(f"{name}: give a number from {least:,} to {most:,}")

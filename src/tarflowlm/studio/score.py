@@ -51,7 +51,8 @@ def compare(catalogue: Catalogue, names: Any, text: Any) -> Iterator[str]:
         raise UserError("no model is chosen: choose one or two")
     checkpoints = [(str(name), catalogue.load(name)) for name in wanted[:MODELS]]
     readings = [request.reading(checkpoint.tokenizer, text) for _, checkpoint in checkpoints]
-    found, seconds = [], 0.0
+    found: list[Scored] = []
+    seconds = 0.0
     for (name, checkpoint), reading in zip(checkpoints, readings, strict=True):
         job = Job(partial(_scored, checkpoint, reading))
         for _ in job.follow():

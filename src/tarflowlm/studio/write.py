@@ -29,11 +29,9 @@ def write(
     lm, tokenizer = checkpoint.model, checkpoint.tokenizer
     wanted = request.whole(length, "length", 1, request.TOKENS)
     num = request.whole(num, "samples", 1, request.SAMPLES)
-    settings = {
-        "generator": torch.Generator().manual_seed(request.whole(seed, "seed", 0, 2**31)),
-        "temperature": request.number(temperature, "temperature", 0.1, 2.0),
-        "top_p": request.number(top_p, "top-p", 0.05, 1.0),
-    }
+    seed = request.whole(seed, "seed", 0, 2**31)
+    temperature = request.number(temperature, "temperature", 0.1, 2.0)
+    top_p = request.number(top_p, "top-p", 0.05, 1.0)
     reading = request.template(tokenizer, text) if request.text(text, "text") else None
     tokens = torch.empty(0, dtype=torch.long) if reading is None else reading.tokens
     is_prompt = bool((tokens != BLANK).all())
@@ -48,12 +46,21 @@ def write(
     has_passes = isinstance(lm, TarFlowLM) and len(given) <= lm.config.context and lm.num_blocks > 1
 
     def work(job: Job[Generation]) -> Generation:
-        kind = {"prompt" if is_prompt else "template": tokens} if len(tokens) else {}
         with threads_for(num):
             return generate(
-                lm, num_tokens=len(given), num=num, decoder="auto", return_passes=has_passes, tick=job.advance,
-                on_tokens=job.tokens.append, **kind, **settings,
-            )  # fmt: skip
+                lm,
+                num_tokens=len(given),
+                num=num,
+                prompt=tokens if is_prompt and len(tokens) else None,
+                template=None if is_prompt else tokens,
+                temperature=temperature,
+                top_p=top_p,
+                decoder="auto",
+                generator=torch.Generator().manual_seed(seed),
+                return_passes=has_passes,
+                tick=job.advance,
+                on_tokens=job.tokens.append,
+            )
 
     job = Job(work)
     for _ in job.follow():
@@ -65,7 +72,9 @@ def write(
     assert result is not None
     cards = []
     for row, sample in enumerate(result.tokens):
-        body = stage(text_tokens(sample, tokenizer, given=given != BLANK)) + muted(reading and reading.notice)
+        body = stage(text_tokens(sample, tokenizer, given=given != BLANK)) + muted(
+            None if reading is None else reading.notice
+        )
         body += _facts(result, len(given), num, job.seconds)
         if result.passes:
             assert isinstance(lm, TarFlowLM)
