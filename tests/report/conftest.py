@@ -13,7 +13,7 @@ from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import DataConfig
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, stack
-from tarflowlm.training.lifecycle import train
+from tarflowlm.training.train import train
 
 collect_ignore_glob = ["*"] if importlib.util.find_spec("matplotlib") is None else []
 

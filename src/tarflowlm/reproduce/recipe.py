@@ -23,10 +23,9 @@ from tarflowlm.presets import preset, with_steps
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.report.style import Figure
 from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, Checkpoint, load_checkpoint, read_run
-from tarflowlm.training.lifecycle import resume, train
+from tarflowlm.training.loop import seconds_per_step
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.run import StopRequests, no_stop_requests
-from tarflowlm.training.step import seconds_per_step
+from tarflowlm.training.train import StopRequests, no_stop_requests, resume, train
 
 logger = logging.getLogger("tarflowlm")
 
