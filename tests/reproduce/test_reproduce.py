@@ -246,7 +246,6 @@ def test_command_writes_results_with_provenance(settings, run, run_json, monkeyp
         (["fig9"], ["'fig9'", "table2"]),
         (["fig3", "--seeds", "0"], ["seeds 0"]),
         (["fig3", "--steps", "0"], ["steps 0"]),
-        (["fig3", "--scale", "huge"], ["'huge'", "mini"]),
         (["fig3", "--data", "no-such.txt"], ["'no-such.txt'"]),
         (["table2", "--second-text", "no-such.txt", "--dry-run"], ["'no-such.txt'"]),
         (["table6", "--judge-data", "no-such.txt", "--dry-run"], ["'no-such.txt'"]),
