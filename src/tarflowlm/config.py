@@ -18,6 +18,8 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 Decoder = Literal["steps", "sweeps", "auto"]
 """How a block is inverted: position by position, in parallel sweeps, or by the cheaper of the two."""
+OLD_DECODERS: dict[str, Decoder] = {"sequential": "steps", "parallel": "sweeps", "drafted": "auto"}
+"""The present names of decoders that earlier versions had."""
 
 Decoding = Literal["mode", "drawn"]
 """Which token latents become: the most probable one of p(x|z), or one drawn from it."""

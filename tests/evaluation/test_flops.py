@@ -75,7 +75,7 @@ def test_generation_counts(couplings, changes, tiny_flow, tiny_ar):
     # for one channel after the other, since Newton steps count the head several times
     num = 1100
     assert not are_few(num, 3)
-    done = counted(lambda: generate(model, num_tokens=12, num=num, decoder="sequential", generator=torch.Generator()))
+    done = counted(lambda: generate(model, num_tokens=12, num=num, decoder="steps", generator=torch.Generator()))
     assert num * generation_flops(model.config) == pytest.approx(done, rel=0.02)
 
 

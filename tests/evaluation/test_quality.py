@@ -108,7 +108,7 @@ def test_everything_is_reported_together(model, windows):
     assert result.mauve == mauve(*features)  # of the first chunk, which ends after six tokens
     assert (result.temperature, result.top_k, result.top_p, result.seed, result.length) == (0.8, 3, None, 3, 8)
     assert (result.dtype, result.judge) == ("float32", "letters")
-    assert result.decoder == ("auto" if hasattr(model, "codebook") else "sequential")
+    assert result.decoder == ("auto" if hasattr(model, "codebook") else "steps")
     assert {name for name, _, _ in seen} == {"samples", "judge, samples", "judge, text"}
 
 

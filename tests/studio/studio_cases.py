@@ -15,14 +15,14 @@ ENDLESS = 12345
 def run() -> None:
     generate = write._generate
 
-    def endless(checkpoint, order, drafts, passes, job):
+    def endless(checkpoint, order, job):
         if order.seed != ENDLESS:
-            return generate(checkpoint, order, drafts, passes, job)
+            return generate(checkpoint, order, job)
         print("begun", flush=True)
         try:
             while True:
                 time.sleep(0.01)
-                job.tick()
+                job.advance()
         finally:
             print("ended", flush=True)
 

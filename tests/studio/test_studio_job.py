@@ -12,13 +12,13 @@ from tarflowlm.studio.job import Halted, Job
 def endless(job: Job[None]) -> None:
     while True:
         time.sleep(0.002)
-        job.tick()
+        job.advance()
 
 
 def test_work_is_followed_to_its_end():
     def work(job):
         for _ in range(3):
-            job.tick()
+            job.advance()
         return 7
 
     job = Job(work)

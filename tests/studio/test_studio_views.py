@@ -232,7 +232,7 @@ def test_a_whole_number_is_within_bounds(value):
 def test_the_progress_of_a_text_in_windows_counts_all_of_them(catalogue):
     checkpoint = catalogue.load("flow")
     order = _order(checkpoint, "the ", 80, 1.0, 1.0, 1, 0)
-    job = Job(lambda job: _generate(checkpoint, order, False, False, job))
+    job = Job(lambda job: _generate(checkpoint, order, job))
     list(job.follow())
     job.ticks = job.ticks[: len(job.ticks) // 2]
     assert "width:50.0%" in _so_far(checkpoint, order, job)

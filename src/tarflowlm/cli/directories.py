@@ -51,5 +51,3 @@ def run_export(args: ExportArgs) -> None:
         print_json({"out": str(out), "bytes": size})
         return
     print_table(Console(), str(out), [("size", f"{size / 1e6:.2f} MB")])
-
-

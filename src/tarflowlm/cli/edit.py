@@ -41,7 +41,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.runs.released import chosen
-from tarflowlm.terminal.bars import StageProgress, stages_bar, ticker
+from tarflowlm.terminal.bars import Stage, StageProgress, stages_bar
 from tarflowlm.terminal.tables import print_json, print_notice
 from tarflowlm.terminal.texts import print_edits
 
@@ -90,7 +90,7 @@ def _edited(
 ) -> Edit:
     """The edit of the first text; a second one is what it moves toward."""
     text, *others = texts
-    tick = partial(ticker, progress)
+    stage = partial(Stage, progress)
     tokenizer, num_positions = wording.tokenizer, text.tokens.shape[1] // model.config.patch
     # where block 1 has no weights of tokens, the model is sampled as it is
     usual = TEMPERATURE if model.config.weighs_tokens else 1.0
@@ -105,25 +105,26 @@ def _edited(
 
     if args.replace is not None:
         wanted = _replacements(args, wording, text)
-        return substitute(model, text, wanted, generator=generator, tick=tick("editing, positions", num_positions))
+        parts = stage("editing, positions", num_positions)
+        return substitute(model, text, wanted, generator=generator, progress=parts)
     if others:
         (other,) = others
         weight = WEIGHT if args.weight is None else args.weight
         if args.level is None:
             spans = _blended(text, other, tokenizer, weight, args.num, generator)
-            ticks = tick("redrawing, texts", args.num)
-            return blend(model, text, other, spans, tick=ticks, **redrawing())
+            parts = stage("redrawing, texts", args.num)
+            return blend(model, text, other, spans, progress=parts, **redrawing())
         return interpolate(
             model, text, other, level=args.level, weight=weight, generator=generator, decoder=args.decoder or "auto",
-            tick=tick("editing, positions", args.level * num_positions),
+            progress=stage("editing, positions", args.level * num_positions),
         )  # fmt: skip
     strength = STRENGTH if args.strength is None else args.strength
     if args.level is None:
         chosen_spans = _redrawn(args, model, wording, text, strength, generator)
         # pieces that are named are meant; a word that was picked may as well be another
         spare = [] if args.rewrite is not None else words_of(_pieces(text, tokenizer))
-        ticks = tick("redrawing, pieces", sum(map(len, chosen_spans)))
-        return rewrite(model, text, chosen_spans, spare=spare, tick=ticks, **redrawing())
+        parts = stage("redrawing, pieces", sum(map(len, chosen_spans)))
+        return rewrite(model, text, chosen_spans, spare=spare, progress=parts, **redrawing())
     where = None
     if args.words is not None:
         (chosen_words,) = _picked(args, model, tokenizer, text, args.words, 1, generator)
@@ -132,7 +133,7 @@ def _edited(
             where[start:stop] = True
     return renoise(
         model, text, level=args.level, strength=strength, generator=generator, where=where,
-        decoder=args.decoder or "auto", tick=tick("editing, positions", args.level * num_positions),
+        decoder=args.decoder or "auto", progress=stage("editing, positions", args.level * num_positions),
     )  # fmt: skip
 
 

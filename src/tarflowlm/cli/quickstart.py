@@ -12,7 +12,7 @@ from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.data import Corpus, cached_corpus
 from tarflowlm.device import pick_device
 from tarflowlm.evaluation.ngram import bigram_cross_entropy, compressed_bits, ngram_entropy
-from tarflowlm.generation import generate
+from tarflowlm.generation import Watch, generate
 from tarflowlm.presets import preset
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.terminal.bars import sampling_bar
@@ -57,14 +57,14 @@ def run_quickstart(args: QuickstartArgs) -> None:
     checkpoint = load_checkpoint(args.out, device)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     length = min(SAMPLE_LENGTH, run.model.context)
-    with sampling_bar(progress, model, length) as tick:
+    with sampling_bar(progress, model, length) as bar:
         result = generate(
             model,
             num_tokens=length,
             num=NUM_SAMPLES,
             generator=torch.Generator().manual_seed(args.seed),
             decoder="auto",
-            tick=tick,
+            watch=Watch(bar),
         )
     seconds = time.perf_counter() - start
     print_samples(console, result, tokenizer)

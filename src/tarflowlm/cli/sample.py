@@ -1,7 +1,7 @@
 """`tarflowlm sample`: text from a trained model, in batches of bounded size."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,13 +24,13 @@ from tarflowlm.device import pick_device, threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.files import NewLines
 from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.generate import num_ticks
-from tarflowlm.generation.inversion import Decoders, Tick
-from tarflowlm.generation.sampling import BLANK
-from tarflowlm.generation.telling import OnTokens
+from tarflowlm.generation.inversion import Decoders
+from tarflowlm.generation.sampling import BLANK, row_generators
+from tarflowlm.generation.streaming import Watch
+from tarflowlm.generation.window import num_positions
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.runs.released import chosen
-from tarflowlm.terminal.bars import ticker
+from tarflowlm.terminal.bars import Stage
 from tarflowlm.terminal.progress import Bars
 from tarflowlm.terminal.streams import TextStream, first_stop, write_out
 from tarflowlm.terminal.tables import json_line, print_json, print_notice
@@ -152,39 +152,36 @@ class _Sampling:
         rows_at_once = BATCH_TOKENS // max(min(order.length, context) * args.particles, 1)
         size = 1 if args.stream else max(rows_at_once, 1)
         batches = list(order.batches(size, context))
-        ticks = sum(num_ticks(self.model, order.length, max(map(len, order.of(rows)))) for rows in batches)
+        total = sum(num_positions(self.model, order.length, min(map(len, order.of(rows)))) for rows in batches)
         bars = Bars(Console(stderr=True))
-        tick = ticker(bars.show, "sampling, positions", ticks)
+        progress = Stage(bars.show, "sampling, positions", total)
         try:
             for rows in batches:
                 if args.stream:
                     self._put(rows, *self._streamed(rows))
                     continue
-                result = self._drawn(rows, tick=tick)
+                result = self._drawn(rows, Watch(progress, self._stopping(rows)))
                 # rich would take what is printed below a running bar to stderr
                 bars.close()
                 self._put(rows, result, self._texts(rows, result))
         finally:
             bars.close()
 
-    def _drawn(self, rows: range, *, tick: Tick | None = None, on_tokens: OnTokens | None = None) -> Generation:
+    def _drawn(self, rows: range, watch: Watch) -> Generation:
         args, order = self.args, self.order
-        prompt = pad_sequence(order.of(rows), batch_first=True, padding_value=BLANK)
+        prompt = order.template
+        if prompt is None:
+            prompt = pad_sequence(order.of(rows), batch_first=True, padding_value=BLANK)
         with threads_for(len(rows) * args.particles):
             result = generate(
                 self.model,
                 num_tokens=order.length,
                 num=len(rows),
-                rows=rows,
-                prompt=prompt if prompt.shape[1] else None,
-                template=order.template,
-                # a new one, so that every batch gets its streams from the same state
-                generator=torch.Generator().manual_seed(args.seed),
-                return_passes=args.passes or args.states,
+                prompt=prompt,
+                # rows are numbered over all batches, so that a sample does not depend on their size
+                generator=row_generators(rows, torch.Generator().manual_seed(args.seed)),
                 decoder=self.decoder,
-                tick=tick,
-                on_tokens=on_tokens,
-                enough=partial(self._have_stopped, rows) if order.stops else None,
+                watch=watch,
                 **args.writing(),
             )
         self.num_tokens += result.tokens.numel()
@@ -193,9 +190,16 @@ class _Sampling:
         self.sweeps = [a + b for a, b in zip_longest(self.sweeps, result.sweeps, fillvalue=0)]
         return result
 
-    def _have_stopped(self, rows: range, tokens: Tensor) -> bool:
-        texts = [self.tokenizer.decode(row.tolist()) for row in tokens]
-        return all(self._end(row, text) < len(text) for row, text in zip(rows, texts, strict=True))
+    def _stopping(self, rows: range) -> Callable[[Tensor], bool] | None:
+        """Whether all texts of a batch contain a stop by now, given the tokens as they become final."""
+        parts = list[Tensor]()
+
+        def have_stopped(tokens: Tensor) -> bool:
+            parts.append(tokens)
+            texts = [self.tokenizer.decode(row.tolist()) for row in torch.cat(parts, 1)]
+            return all(self._end(row, text) < len(text) for row, text in zip(rows, texts, strict=True))
+
+        return have_stopped if self.order.stops else None
 
     def _end(self, row: int, text: str) -> int:
         """Where the sample with this text ends."""
@@ -211,14 +215,15 @@ class _Sampling:
         title = "" if self.order.total == 1 else f"sample {row + 1}\n" if row == 0 else f"\nsample {row + 1}\n"
         stream = TextStream(write_out, self.tokenizer, self.order.stops, start=len(self.order.text_of(row)))
 
-        def on_tokens(tokens: Tensor) -> None:
+        def on_tokens(tokens: Tensor) -> bool:
             nonlocal title
             write_out(title)
             title = ""
             stream.add(tokens[0])
+            return stream.has_stopped
 
         try:
-            result = self._drawn(rows, on_tokens=on_tokens)
+            result = self._drawn(rows, Watch(on_tokens=on_tokens))
         except KeyboardInterrupt:
             write_out("\n")
             raise

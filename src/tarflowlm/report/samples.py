@@ -9,9 +9,10 @@ import torch
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.generate import num_ticks
+from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation.window import num_positions
 from tarflowlm.language_model import LanguageModel
+from tarflowlm.progress import Silent
 from tarflowlm.report.grid import GridRow, Kind, Token, grid
 from tarflowlm.report.page import Markup
 
@@ -47,21 +48,24 @@ def draw_samples(
     """
     length = min(LENGTH, model.config.context)
 
+    total, done = num_positions(model, length), itertools.count(1)
+
+    class Bar(Silent):
+        def advance(self, count: int = 1) -> None:
+            for _ in range(count):
+                if progress is not None:
+                    progress(min(next(done), total), total)
+
+    bar = Bar()
+
     def draw(temperature: float) -> Generation:
-        done = itertools.count(1)
-
-        def tick() -> None:
-            if progress is not None:
-                progress(next(done), num_ticks(model, length))
-
         return generate(
             model,
             num_tokens=length,
             num=NUM,
             generator=torch.Generator().manual_seed(SEED),
             temperature=temperature,
-            return_passes=model.num_blocks > 1,
-            tick=tick,
+            watch=Watch(bar),
         )
 
     temperature = TEMPERATURE

@@ -23,7 +23,7 @@ from tarflowlm.files import read_json
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.report.style import Figure
 from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, Checkpoint, load_checkpoint, read_run
-from tarflowlm.terminal.bars import StageProgress, no_progress, ticker
+from tarflowlm.terminal.bars import Stage, StageProgress, no_progress
 from tarflowlm.training.lifecycle import resume, train
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.run import StopRequests, no_stop_requests
@@ -104,9 +104,9 @@ class Finished:
         """Progress (done, total) of one measurement of this training."""
         return partial(self.progress, f"{self.training.name}, {what}")
 
-    def tick_of(self, what: str, total: int) -> Callable[[], None]:
-        """The same as a function that counts its calls, up to `total`."""
-        return ticker(self.progress, f"{self.training.name}, {what}", total)
+    def stage_of(self, what: str, total: int) -> Stage:
+        """The same as a `Progress` of `total` units."""
+        return Stage(self.progress, f"{self.training.name}, {what}", total)
 
     @property
     def summary(self) -> dict[str, Any]:

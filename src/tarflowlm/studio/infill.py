@@ -10,9 +10,9 @@ from torch import Tensor
 from tarflowlm.data import Tokenizer
 from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
-from tarflowlm.generation import generate
-from tarflowlm.generation.generate import num_ticks
+from tarflowlm.generation import Watch, generate
 from tarflowlm.generation.sampling import BLANK
+from tarflowlm.generation.window import num_positions
 from tarflowlm.report.grid import Kind, spans
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
@@ -83,18 +83,18 @@ def drawn(
                 checkpoint.model,
                 num_tokens=len(template),
                 num=num,
-                template=template,
+                prompt=template,
                 generator=torch.Generator().manual_seed(seed),
                 particles=each,
                 temperature=tau,
                 decoder="auto",
-                tick=job.tick,
+                watch=Watch(job),
             )
         assert result.log_evidence is not None
         return weighed(result.tokens.cpu(), result.log_evidence)
 
     job = Job(work)
-    total = num_ticks(checkpoint.model, len(template))
+    total = num_positions(checkpoint.model, len(template))
     for _ in job.follow():
         yield bar(len(job.ticks) / total) + muted("waiting for its turn" if not job.ticks else "trying")
     assert job.result is not None

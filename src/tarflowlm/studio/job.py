@@ -25,7 +25,7 @@ class Halted(Exception):
 
 
 class Job(Generic[R]):
-    """A function that is run on a thread; it calls `tick` often, where it can be stopped."""
+    """A function that is run on a thread; it calls `advance` often, where it can be stopped."""
 
     def __init__(self, function: Callable[["Job[R]"], R], *, seconds: float = SECONDS) -> None:
         self.function, self.seconds = function, seconds
@@ -40,10 +40,13 @@ class Job(Generic[R]):
         self._begun = 0.0
         self._over, self._unwanted = threading.Event(), threading.Event()
 
-    def tick(self) -> None:
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
+        """Do nothing."""
+
+    def advance(self, count: int = 1) -> None:
         """Note the time. Raises Halted where nobody waits any more, UserError when the time is over."""
         passed = time.perf_counter() - self._begun
-        self.ticks.append(passed)
+        self.ticks += [passed] * count
         if self._unwanted.is_set():
             raise Halted
         if passed > self.seconds:

@@ -50,10 +50,10 @@ def compare(catalogue: Catalogue, names: Any, text: Any) -> Iterator[str]:
 
 
 def _scored(checkpoint: Checkpoint, tokens: Tensor, job: Job[Scores]) -> Scores:
-    job.tick()
+    job.advance()
     with threads_for(1):
-        found = score(checkpoint.model, tokens, samples=SAMPLES, progress=lambda done, total: job.tick())
-    job.tick()
+        found = score(checkpoint.model, tokens, samples=SAMPLES, progress=lambda done, total: job.advance())
+    job.advance()
     return found
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
-from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.generate import num_ticks
+from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.generation.sampling import BLANK
+from tarflowlm.generation.window import num_positions
 from tarflowlm.model import as_flow
 from tarflowlm.report.grid import GridRow
 from tarflowlm.runs.checkpoint import Checkpoint
@@ -46,8 +46,7 @@ def write(
     """HTML of the text while it is written, then of what came out. UserError for what the model cannot write."""
     checkpoint = catalogue.load(model)
     order = _order(checkpoint, text, length, temperature, top_p, num, seed)
-    passes = _shows_passes(checkpoint, order)
-    job = Job(lambda job: _generate(checkpoint, order, passes, job))
+    job = Job(lambda job: _generate(checkpoint, order, job))
     for _ in job.follow():
         yield page(card(_so_far(checkpoint, order, job)))
     assert job.result is not None
@@ -77,33 +76,24 @@ def _order(
     )
 
 
-def _shows_passes(checkpoint: Checkpoint, order: Order) -> bool:
-    """Whether there are passes to show."""
-    model = checkpoint.model
-    return not model.is_exact and len(order.given) <= model.config.context and model.num_blocks > 1
-
-
-def _generate(checkpoint: Checkpoint, order: Order, passes: bool, job: Job[Generation]) -> Generation:
-    tokens = {"prompt": order.given[: order.num_given]} if order.is_prompt else {"template": order.given}
+def _generate(checkpoint: Checkpoint, order: Order, job: Job[Generation]) -> Generation:
     with threads_for(order.num):
         return generate(
             checkpoint.model,
             num_tokens=len(order.given),
             num=order.num,
-            **(tokens if order.num_given else {}),  # type: ignore[arg-type]
+            prompt=order.given,
             generator=torch.Generator().manual_seed(order.seed),
             temperature=order.temperature,
             top_p=order.top_p,
-            return_passes=passes,
             decoder="auto",
-            tick=job.tick,
-            on_tokens=job.tell,
+            watch=Watch(job, job.tell),
         )
 
 
 def _so_far(checkpoint: Checkpoint, order: Order, job: Job[Generation]) -> str:
     """What is written by now, and how much is left."""
-    total = num_ticks(checkpoint.model, len(order.given), order.num_given if order.is_prompt else 0)
+    total = num_positions(checkpoint.model, len(order.given), order.num_given if order.is_prompt else 0)
     told = torch.cat(job.told, 1)[0] if job.told else order.given[:0]
     share = len(job.ticks) / max(total, 1)
     locked = order.given[: len(told)] != BLANK
@@ -125,7 +115,7 @@ def _cards(checkpoint: Checkpoint, order: Order, result: Generation, job: Job[Ge
 
 def _rows(checkpoint: Checkpoint, order: Order, result: Generation, row: int) -> tuple[list[GridRow], str]:
     """The rows that show how the sample came about, and a note about what they leave out."""
-    if not result.passes:
+    if checkpoint.model.num_blocks == 1 or not result.passes:
         return [], ""
     locked = order.given != BLANK
     rows, hidden = pass_rows(as_flow(checkpoint.model), result, row, checkpoint.tokenizer, locked)

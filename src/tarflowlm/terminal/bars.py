@@ -1,6 +1,5 @@
 """Progress of everything but training: stages of work, each a bar on a terminal or plain lines in a log file."""
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -8,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from rich.console import Console
 
 from tarflowlm.data import CorpusProgress
-from tarflowlm.generation.generate import num_ticks
+from tarflowlm.generation.window import num_positions
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.terminal.progress import Bars, Clock
 
@@ -28,10 +27,21 @@ def no_progress(stage: str, completed: int, total: int | None) -> None:
     """A `StageProgress` that shows nothing."""
 
 
-def ticker(progress: StageProgress, stage: str, total: int) -> Callable[[], None]:
-    """A function to call once for every part of the stage that is done."""
-    done = itertools.count(1)
-    return lambda: progress(stage, next(done), total)
+class Stage:
+    """A `Progress` that reports to a `StageProgress`."""
+
+    def __init__(self, show: StageProgress, name: str, total: int | None) -> None:
+        self.show = show
+        self.stage(name, total)
+
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
+        """Begin a part of the work."""
+        self.name, self.total, self.done = name, total, done
+
+    def advance(self, count: int = 1) -> None:
+        """`count` more units are done."""
+        self.done += count
+        self.show(self.name, self.done, self.total)
 
 
 @contextmanager
@@ -70,10 +80,7 @@ def corpus_bar(
 
 
 @contextmanager
-def sampling_bar(
-    console: Console, model: LanguageModel, num_tokens: int, num_given: int = 0
-) -> Iterator[Callable[[], None]]:
-    """Progress over the positions that `generate` inverts, arguments as `num_ticks`; yields its `tick`."""
-    done = itertools.count(1)
-    with bar(console, "sampling, positions", num_ticks(model, num_tokens, num_given)) as update:
-        yield lambda: update(next(done))
+def sampling_bar(console: Console, model: LanguageModel, num_tokens: int, num_given: int = 0) -> Iterator[Stage]:
+    """Progress over the positions that `generate` inverts, arguments as `num_positions`."""
+    with stages_bar(console) as show:
+        yield Stage(show, "sampling, positions", num_positions(model, num_tokens, num_given))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.generation import Generation
-from tarflowlm.generation.pareto import UNRELIABLE
+from tarflowlm.generation.particles import UNRELIABLE
 from tarflowlm.terminal.streams import printable
 
 
@@ -118,4 +118,3 @@ def _passes_text(passes: Sequence[Sequence[str]]) -> Text:
         body.append("" if index == last else "\n")
         before = symbols
     return body
-

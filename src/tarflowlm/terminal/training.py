@@ -135,4 +135,3 @@ class ProgressReporter(Reporter):
 
     def notice(self, text: str) -> None:
         print_notice(self.console, text)
-
