@@ -96,7 +96,7 @@ class Pretrained(_Pair):
         return score(self.model, self.encode(text), samples=samples, seed=seed)
 
     def save_pretrained(self, folder: str | Path, *, half: bool = False, licence: str | None = None) -> Path:
-        """Write the model with its tokenizer, draft, hashes and a model card to a new folder, which `load` takes.
+        """Write the model with its tokenizer and a model card to a new folder, which `load` takes.
 
         Arguments and errors as in `sharing.save_pretrained`.
         """

@@ -137,7 +137,7 @@ def test_a_failure_leaves_nothing_behind(text_file, tmp_path, monkeypatch):
         prepare_corpus(str(text_file), CHARS, tmp_path / "out")
     assert sorted(path for path in tmp_path.iterdir() if path.suffix != ".lock") == before
     (tmp_path / "cased.txt").write_text("Upper Case " * 100)
-    with pytest.raises(UserError, match="--normalize text8"):
+    with pytest.raises(UserError, match="not in the tokenizer"):
         prepare_corpus(str(tmp_path / "cased.txt"), TokenizerConfig(normalize="none"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} <= {".out.lock"}

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tarflowlm.training.lifecycle import resume
 
 from tarflowlm.config import TrainConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import Layer
-from tarflowlm.training.lifecycle import resume
 from tarflowlm.training.parallel import Engine
 
 CPU = torch.device("cpu")

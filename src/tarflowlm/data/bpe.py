@@ -21,9 +21,8 @@ from tarflowlm.data.tokenizer import (
     concatenated,
     encode_utf8,
     load_tokenizer,
-    unknown_characters_message,
 )
-from tarflowlm.errors import UserError, first_line
+from tarflowlm.errors import UnknownCharacters, UserError, first_line
 
 _PIECE = 1 << 15  # characters per unit of the library's work, which it distributes over threads
 _BATCH = 1 << 20  # characters passed to the library at once: its per-token bookkeeping needs much memory
@@ -89,15 +88,15 @@ class BPETokenizer(Tokenizer):
         ids = concatenated(parts)
         # the library drops unknown characters silently
         if int(self.characters_per_token[ids].sum()) != sum(map(len, texts)):
-            raise UserError(self._lossy_message("".join(texts)))
+            raise self._loss("".join(texts))
         return ids
 
-    def _lossy_message(self, text: str) -> str:
+    def _loss(self, text: str) -> UserError:
         if not self.is_byte_level:
             alphabet = "".join(t for t in (token.decode() for token in self.token_bytes) if len(t) == 1)
             if not set(text) <= set(alphabet):
-                return unknown_characters_message(text, alphabet)
-        return "this BPE tokenizer does not keep all of the text (do special tokens swallow spaces?)"
+                return UnknownCharacters(text, alphabet)
+        return UserError("this BPE tokenizer does not keep all of the text (do special tokens swallow spaces?)")
 
     def _payload(self) -> dict[str, Any]:
         return {"tokenizers": self._specification}
@@ -200,7 +199,7 @@ def _validated_pieces(pieces: Iterable[str], alphabet: str | None) -> Iterator[s
     for piece in pieces:
         encode_utf8(piece)
         if alphabet is not None and not set(piece) <= set(alphabet):
-            raise UserError(unknown_characters_message(piece, alphabet))
+            raise UnknownCharacters(piece, alphabet)
         # smaller pieces let the library count words in parallel
         yield from text_pieces(piece, _PIECE)
 

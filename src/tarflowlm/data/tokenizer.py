@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tarflowlm.config import NORMALIZATIONS, Normalization, check_alphabet
 from tarflowlm.data.text import normalize
-from tarflowlm.errors import UserError, first_line
+from tarflowlm.errors import UnknownCharacters, UserError, first_line
 from tarflowlm.files import replacing
 
 FORMAT = "tarflowlm-tokenizer"
@@ -216,13 +216,13 @@ class CharTokenizer(Tokenizer):
         if self._ascii_table is not None and text.isascii():
             small = np.frombuffer(text.encode("ascii").translate(self._ascii_table), dtype=np.uint8)
             if small.size and small.max() == 255:
-                raise UserError(unknown_characters_message(text, self.alphabet))
+                raise UnknownCharacters(text, self.alphabet)
             ids = small.astype(np.int64)
         else:
             codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
             ids = self._table[np.minimum(codes, len(self._table) - 1)]
         if ids.size and ids.min() < 0:
-            raise UserError(unknown_characters_message(text, self.alphabet))
+            raise UnknownCharacters(text, self.alphabet)
         return ids
 
     def _byte_table(self) -> bytes | None:
@@ -298,24 +298,6 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 def concatenated(parts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
     """`numpy.concatenate`, also for no parts."""
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-
-
-
-def unknown_characters_message(text: str, alphabet: str) -> str:
-    """What to tell about characters of `text` outside `alphabet`: how many, the most frequent ones, the remedy."""
-    codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
-    kinds, counts = np.unique(codes, return_counts=True)
-    known = {ord(c) for c in alphabet}
-    unknown = [(int(n), int(c)) for c, n in zip(kinds, counts, strict=True) if int(c) not in known]
-    unknown.sort(key=lambda item: (-item[0], item[1]))
-    shown = ", ".join(f"{chr(code)!r} x{count}" for count, code in unknown[:8])
-    more = ", ..." if len(unknown) > 8 else ""
-    total = sum(count for count, _ in unknown)
-    return (
-        f"{total} of {len(text)} characters ({len(unknown)} kinds: {shown}{more}) are not in the tokenizer's "
-        f"alphabet of {len(alphabet)}: pass --normalize text8, or use a byte or BPE tokenizer"
-    )
 
 
 def encode_utf8(text: str) -> bytes:

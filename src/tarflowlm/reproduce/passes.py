@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from tarflowlm.presets import PAPER_CORPORA, preset
+from tarflowlm.report.grid import symbols
 from tarflowlm.reproduce.measures import DEEPEST_LAST, sampled, share
-from tarflowlm.reproduce.panels import WIDTH, draw_panels, panels_page, pieces, spans_of
+from tarflowlm.reproduce.panels import edited_spans, panels_page
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 
 NUM, LENGTH = 8, 128
@@ -31,19 +32,18 @@ def plan_fig6(settings: Settings) -> list[Training]:
 
 
 def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """Shares of tokens over all samples, and the first sample with its edits (`Spans`), after every pass."""
+    """Shares of tokens over all samples, and the first sample with its edited characters, after every pass."""
     rows: list[Row] = []
     for done in finished:
         checkpoint = done.load()
         passes = sampled(done, checkpoint, NUM, min(LENGTH, checkpoint.run.model.context)).passes
-        before: list[str] = []
         for number, tokens in enumerate(passes):
             row: Row = {"model": done.training.label, "seed": done.training.run.seed}
             block = len(passes) - number
             row["state"] = f"block {block} inverted" if number else "noise"
             row["tokens as in the end"] = share(tokens == passes[-1])
-            after = pieces(checkpoint.tokenizer.decode, tokens[0].tolist())
-            row |= {"tokens edited": None, "text": "".join(after)}
+            text = symbols(tokens[0], checkpoint.tokenizer)
+            row |= {"tokens edited": None, "text": "".join(text)}
             if number:
                 edits = tokens != passes[number - 1]
                 is_edited = edits[0].tolist()
@@ -53,11 +53,9 @@ def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
                     "direction": "left to right" if block % 2 else "right to left",
                     "edits": sum(is_edited),
                     "tokens": len(is_edited),
-                    "replaced": spans_of(before, is_edited),
-                    "edited": spans_of(after, is_edited),
+                    "edited": edited_spans(text, is_edited),
                 }
             rows.append(row)
-            before = after
     return rows
 
 
@@ -77,9 +75,9 @@ TITLE = "Text after each pass"
 def page_fig6(rows: Sequence[Row]) -> str:
     """Figure 6 as a page."""
     notes = (
-        "One panel per block, in the order of generation: the last block turns noise into the first state, block 1 "
+        "One row per block, in the order of generation: the last block turns noise into the first state, block 1 "
         "gives the final text. Every state is decoded with the codebook.",
-        f"The first of {NUM} samples; a token counts as edited where the decoded token differs.",
+        f"The first of {NUM} samples; a token counts as edited where its decoded token differs.",
     )
     return panels_page(TITLE, notes, rows)
 
@@ -88,12 +86,10 @@ FIG6 = Recipe(
     name="fig6",
     title=TITLE,
     claim="The paper: every intermediate state decodes to text, which each pass refines from coarse to fine. Its "
-    "panels show, for every block, the decoded text before (green) and after (red), with the edits highlighted.",
+    "panels show the decoded text before and after every block, with the edits highlighted.",
     plan=plan_fig6,
     measure=measure_fig6,
-    draw=draw_panels,
-    size=(WIDTH, WIDTH),
     page=page_fig6,
-    csv_only=("text", "block", "direction", "edits", "tokens", "replaced", "edited"),
+    csv_only=("text", "block", "direction", "edits", "tokens", "edited"),
     text=sample_texts,
 )

@@ -1,5 +1,6 @@
 """Recipes: named trainings, numbers measured on them, and a plot. Runs the trainings, or estimates their time."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,11 +24,10 @@ from tarflowlm.files import read_json
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.report.style import Figure
 from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, Checkpoint, load_checkpoint, read_run
-from tarflowlm.terminal.bars import Stage, StageProgress, no_progress
-from tarflowlm.training.lifecycle import resume, train
+from tarflowlm.terminal.bars import StageProgress, Stages, no_progress
+from tarflowlm.training.loop import seconds_per_step
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.run import StopRequests, no_stop_requests
-from tarflowlm.training.step import seconds_per_step
+from tarflowlm.training.train import StopRequests, no_stop_requests, resume, train
 
 State = Literal["finished", "stopped", "new"]
 Row = dict[str, Any]
@@ -104,9 +104,11 @@ class Finished:
         """Progress (done, total) of one measurement of this training."""
         return partial(self.progress, f"{self.training.name}, {what}")
 
-    def stage_of(self, what: str, total: int) -> Stage:
+    def stage_of(self, what: str, total: int) -> Stages:
         """The same as a `Progress` of `total` units."""
-        return Stage(self.progress, f"{self.training.name}, {what}", total)
+        stages = Stages(self.progress)
+        stages.stage(f"{self.training.name}, {what}", total)
+        return stages
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -208,7 +210,7 @@ def finish(
     for training in plan:
         directory, state = directory_of(settings, training), state_of(settings, training)
         if state == "finished":
-            reporter.notice(f"{training.name} is done")
+            logging.getLogger("tarflowlm").info("%s is done", training.name)
         elif state == "stopped":
             resume(directory, **options)
         else:

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tarflowlm.data.download import quiet_hub
 from tarflowlm.errors import UserError
 from tarflowlm.language_model import check_type
 from tarflowlm.runs.checkpoint import Checkpoint, export, load_checkpoint
@@ -22,7 +21,7 @@ def save_pretrained(
     licence: str | None = None,
     repository: str | None = None,
 ) -> Path:
-    """Write a model with its tokenizer, configuration, draft, hashes and a model card into the new `folder`.
+    """Write a model with its tokenizer, configuration and a model card into the new `folder`.
 
     `source` is a checkpoint, or whatever `load_checkpoint` takes; a README.md beside it becomes the card. `half` as
     in `export`, `licence` an identifier of the hub (apache-2.0), `repository` the OWNER/NAME that the card is to
@@ -60,12 +59,12 @@ def push_to_hub(
 def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
     """Upload what `save_pretrained` wrote as one commit to OWNER/NAME, made if it is not there; returns its address.
 
-    A draft that is there already is replaced or removed. UserError, naming the remedy, if the hub cannot be reached
-    or refuses, or if `private` is asked for and the repository exists and is public.
+    UserError, naming the remedy, if the hub cannot be reached or refuses, or if `private` is asked for and the
+    repository exists and is public.
     """
     hub = hub_client(f"pushing {repository}")
     api = hub.HfApi(library_name="tarflowlm")
-    with quiet_hub(), hub_errors(repository):
+    with hub_errors(repository):
         api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.model_info(repository).private:
             raise UserError(f"{repository} exists and is public: make it private in its settings, or name another")
@@ -73,7 +72,7 @@ def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
             repo_id=repository,
             folder_path=folder,
             commit_message="Upload a model made with tarflowlm",
-            delete_patterns="draft/*",
+            delete_patterns=["draft/*", "manifest.json"],  # of earlier versions
         )
     return f"{hub.constants.ENDPOINT}/{repository}"
 

@@ -16,9 +16,9 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
 from tarflowlm.generation import generate
 from tarflowlm.presets import PRESETS, preset, with_blocks
-from tarflowlm.runs.checkpoint import COUNTERS, SUMMARY, Checkpoint, undamaged_state
+from tarflowlm.runs.checkpoint import COUNTERS, Checkpoint, read_summary, undamaged_state
 from tarflowlm.runs.hub import CARD
-from tarflowlm.runs.strict_json import to_dict
+from tarflowlm.runs.strict_json import flatten
 
 NUM_SAMPLES, LONGEST = 2, 256
 """Samples on a card, and their length in tokens unless the context is shorter."""
@@ -38,7 +38,7 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
     text. `name` is its OWNER/NAME or the name of its folder. UserError for a `licence` beside a README.md that has a
     head of its own.
     """
-    summary = _summary(origin)
+    summary = read_summary(origin) or {}
     written = origin / CARD
     if written.is_file():
         text = written.read_text(encoding="utf-8")
@@ -126,15 +126,6 @@ def _rows(
     yield "licence", licence or "not stated by its owner"
 
 
-def _summary(origin: Path) -> dict[str, Any]:
-    """The results of the run, or nothing where there are none."""
-    try:
-        found = read_json(origin / SUMMARY)
-    except UserError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _corpus_digest(origin: Path) -> str | None:
     state = undamaged_state(origin)
     digest = read_json(state / COUNTERS).get("corpus") if state else None
@@ -162,7 +153,7 @@ def training_command(run: RunConfig) -> str | None:
         missing = base.model.num_blocks - run.model.num_blocks
         base = with_blocks(base, run.model.num_blocks)
         options += ["--blocks", str(run.model.num_blocks)]
-    theirs, ours = _leaves(to_dict(base)), _leaves(to_dict(run))
+    theirs, ours = flatten(base), flatten(run)
     if theirs.keys() != ours.keys():
         return None
     # the size of the vocabulary comes from the data
@@ -178,15 +169,3 @@ def training_command(run: RunConfig) -> str | None:
             else:
                 options += [option, *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(["tarflowlm", "train", run.name, "--out", f"runs/{run.name}", *options])
-
-
-def _leaves(value: Any, name: str = "") -> dict[str, Any]:
-    """The fields of a nested configuration by their dotted names, as options call them."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict):
-        return {name: value}
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found |= _leaves(inner, f"{name}.{key}" if name else str(key))
-    return found
