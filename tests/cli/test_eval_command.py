@@ -113,7 +113,7 @@ def test_quality_is_printed_together(run_json, run, runs):
         assert name in " ".join(shown.split())
     assert f"{quality['samples']['perplexity']:.3f}" in shown
     assert f"{quality['mauve']:.4f}" in shown
-    assert run_json(runs["ar"], *argv)["quality"]["decoder"] == "sequential"
+    assert run_json(runs["ar"], *argv)["quality"]["decoder"] == "steps"
     assert run_json(runs["two"], *argv, "--judge", "english-mini-ar")["quality"]["judge"] == "english-mini-ar"
 
 

@@ -204,7 +204,7 @@ WRONG_SAMPLES = {
     "top-k": (["--top-k", "0"], ["top-k 0"]),
     "top-p": (["--top-p", "1.5"], ["top-p 1.5"]),
     "seed": (["--seed", str(2**80)], [f"seed {2**80}"]),
-    "decoder": (["--decoder", "magic"], ["'magic'", "sequential"]),
+    "decoder": (["--decoder", "magic"], ["'magic'", "steps"]),
     "decoding": (["--decoding", "magic"], ["'magic'", "drawn"]),
     "word": (["--num", "two"], ["--num", "'two'"]),
 }

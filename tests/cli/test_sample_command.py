@@ -43,7 +43,7 @@ def test_texts_do_not_depend_on_the_batches(texts, run, models, name, more, requ
 @pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("more", [[], ["--prompt", "ab"], ["--length", "70", "--stop", "e"]])
 def test_what_is_streamed_is_the_text(texts, run, models, name, more):
-    argv = [models[name], "--decoder", "sequential", *more]
+    argv = [models[name], "--decoder", "steps", *more]
     (text,) = texts(*argv)
     assert run("sample", *argv, "--stream").out == f"{text}\n"
 
@@ -64,7 +64,7 @@ def test_a_sample_ends_before_a_stop_that_follows_the_prompt(texts, models, name
 
 
 def test_no_window_follows_when_all_rows_have_stopped(run_json, model):
-    argv = ["sample", model, "--length", 90, "--decoder", "sequential"]
+    argv = ["sample", model, "--length", 90, "--decoder", "steps"]
     text = run_json(*argv)["samples"][0]["text"]
     done = run_json(*argv, "--stop", text[0])
     assert done["samples"][0]["text"] == ""
