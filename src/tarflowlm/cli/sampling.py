@@ -201,7 +201,7 @@ class Sampling:
         """Print, write or keep the samples of a batch."""
         args = self.args
         if out is not None or args.json:
-            objects = samples_to_json(result, self.tokenizer, texts=texts, states=args.states)
+            objects = samples_to_json(result, self.tokenizer, texts=texts, passes=args.passes, states=args.states)
             if args.template is not None:
                 objects = [{"template": args.template} | sample for sample in objects]
             elif self.given:
@@ -215,5 +215,13 @@ class Sampling:
                 numbered = zip(rows, objects, strict=True)
                 out.write("".join(json_line({"index": row, "seed": args.seed} | one) for row, one in numbered))
         elif not args.stream:
-            print_samples(Console(), result, self.tokenizer, texts=texts, first=rows.start, candidates=args.particles)
+            print_samples(
+                Console(),
+                result,
+                self.tokenizer,
+                texts=texts,
+                first=rows.start,
+                candidates=args.particles,
+                passes=args.passes,
+            )
         self.done += len(rows)
