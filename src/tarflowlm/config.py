@@ -205,7 +205,7 @@ class LanguageModelConfig:
         return 1
 
     @property
-    def weighs_tokens(self) -> bool:
+    def has_token_weights(self) -> bool:
         """Whether a token is drawn by weights of tokens, which a temperature, top-k and top-p change as they are."""
         return True
 
@@ -336,7 +336,7 @@ class FlowConfig(LanguageModelConfig):
         return len(self.blocks)
 
     @property
-    def weighs_tokens(self) -> bool:
+    def has_token_weights(self) -> bool:
         """Whether the components of block 1 are tokens: those of a Mix-d coupling tied to the codebook."""
         return self.blocks[0].coupling == "mixd" and self.blocks[0].components == 0
 

@@ -78,7 +78,7 @@ def write_window(model: LanguageModel, given: Tensor, num_tokens: int, request: 
 
 def _from_flow(flow: TarFlowLM, given: Tensor, num_tokens: int, request: Request) -> Generation:
     adjust, tell = request.adjust, request.tell_early
-    if (given == BLANK).all() and (adjust is None or flow.config.weighs_tokens):
+    if (given == BLANK).all() and (adjust is None or flow.config.has_token_weights):
         noise = row_normal(request.generators, given.shape[1], flow.config.latent_dim).to(flow.codebook.mean)
         states, work = invert_stack(
             flow,
@@ -151,7 +151,7 @@ def _completed(model: TarFlowLM, given: Tensor, num_tokens: int, request: Reques
     eps = row_normal(generators, *source.shape).flatten(0, 1).to(book.mean)
     known = book.encode(spread.clamp_min(0).to(book.mean.device), eps)
     choice = None
-    if adjust is not None and not model.config.weighs_tokens:
+    if adjust is not None and not model.config.has_token_weights:
         check_discarded(model, source.draw, source.log_p)
         choice, adjust = TokenChoice(model, adjust, generators, particles, given.shape[1]), None
     passage = LatentPassage(model, source.draw, known, is_known, adjust, choice)

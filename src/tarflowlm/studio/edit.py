@@ -50,7 +50,7 @@ def replace_words(
     tokens = request.required(tokenizer, request.text(text, "text"), "text")
     spans = named(tokenizer, tokens, request.text(words, "list of words"))
     template = blanked(tokens, spans)
-    if not checkpoint.model.config.weighs_tokens:
+    if not checkpoint.model.config.has_token_weights:
         edits = request.whole(tries, "tries", 1, TRIES)
 
         def change(source: Source, tick: Tick) -> Edit:
@@ -241,7 +241,7 @@ def _edited(
 
 
 def _temperature(model: LanguageModel) -> float:
-    return TEMPERATURE if model.config.weighs_tokens else 1.0
+    return TEMPERATURE if model.config.has_token_weights else 1.0
 
 
 def _bits(nats: Tensor, tokens: Tensor, tokenizer: Tokenizer) -> float:

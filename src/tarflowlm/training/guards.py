@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import TarFlowLM
 
 NAMED = 8
 """Parameters listed by name in a record or message."""
@@ -78,7 +79,11 @@ def broken_terms(model: LanguageModel, tokens: Tensor, generator: torch.Generato
     """
     # `Engine.whole` puts the copy of a sharded model on the CPU
     tokens = tokens.to(model.device)
-    terms = model.terms(tokens, model.draw_noise(tokens, generator))
+    noise = model.draw_noise(tokens, generator)
+    if isinstance(model, TarFlowLM):
+        terms = model.elbo(tokens, noise)[0].by_name()
+    else:
+        terms = {"log_prob": model.bound(tokens, noise)}
     return [name for name, value in terms.items() if not torch.isfinite(value).all()]
 
 

@@ -28,15 +28,15 @@ from tarflowlm.training.distributed import ALONE, Processes
 
 
 class Bound(nn.Module):
-    """`negative_bound` as the forward of a module, which DDP, FSDP2 and torch.compile need."""
+    """`LanguageModel.bound` as the forward of a module, which DDP, FSDP2 and torch.compile need."""
 
     def __init__(self, model: LanguageModel, frozen: int) -> None:
         super().__init__()
         self.model, self.frozen = model, frozen
 
     def forward(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
-        """The negative bound of every sequence, in nats, for a loss that weights all of them equally."""
-        return self.model.negative_bound(tokens, noise, frozen=self.frozen, equal_cotangents=True)
+        """The bound of every sequence, in nats."""
+        return self.model.bound(tokens, noise, frozen=self.frozen)
 
 
 def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> bool:
@@ -173,7 +173,7 @@ class Engine:
             # later code may read the parameters
             self.module.reshard()
         else:
-            nats = model.negative_bound(tokens[rows], noise[rows])
+            nats = model.bound(tokens[rows], noise[rows])
         return -self.processes.gather(nats)[None, : len(tokens)]
 
     def whole(self) -> LanguageModel:
@@ -194,7 +194,8 @@ def _layers(module: nn.Module) -> list[Layer]:
 def _shard(bound: Bound, mesh: DeviceMesh) -> None:
     """Apply FSDP2 in place: Transformer layers and heads are gathered one at a time, the small rest for the whole
     step."""
-    for module in [*_layers(bound), *bound.model.heads()]:
+    heads = [m for m in bound.modules() if isinstance(m, Coupling) or m is getattr(bound.model, "head", None)]
+    for module in [*_layers(bound), *heads]:
         fully_shard(module, mesh=mesh)
         if isinstance(module, Coupling):
             # the last block uses only `log_prob`
