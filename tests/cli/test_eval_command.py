@@ -8,7 +8,6 @@ import torch
 
 from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, DataConfig
-from tarflowlm.objective import negative_bound
 from tarflowlm.pretrained import load
 from tarflowlm.runs.checkpoint import save_weights, seal, write_run
 
@@ -74,7 +73,7 @@ def test_a_sliding_window_says_what_the_model_says_of_its_last_tokens(run_json, 
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
     tokens = torch.from_numpy(tokenizer.encode(text))[None]
     with torch.no_grad():
-        nats = negative_bound(model, tokens[:, :16]) - model.token_log_prob(tokens[:, 3:19])[:, 13:].sum()
+        nats = -model.log_prob(tokens[:, :16]) - model.token_log_prob(tokens[:, 3:19])[:, 13:].sum()
     result = run_json(runs["ar"], "--data", tmp_path / "t.txt", "--split", "all", "--stride", 3)
     assert (result["tokens"], result["windows"]) == (19, 2)
     assert result["nats_per_token"] == pytest.approx(nats.item() / 19, rel=1e-5)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from command_cases import CHECKPOINT, FAMILIES, ONE_LAYER, TINY, listing, put_config
 from safetensors.torch import load_file, save_file
-
 from tarflowlm.cli.arguments import SampleArgs
+
 from tarflowlm.cli.parsing import parse
 from tarflowlm.errors import UserError
 from tarflowlm.runs.manifest import write_manifest

@@ -5,9 +5,9 @@ import json
 import signal
 
 import pytest
+from tarflowlm.cli.prompts import Wording
 
 from tarflowlm.cli import sample
-from tarflowlm.cli.prompts import Wording
 from tarflowlm.data import TokenizerConfig, build_tokenizer
 from tarflowlm.terminal.streams import first_stop
 
