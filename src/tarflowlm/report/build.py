@@ -123,7 +123,8 @@ def _inspect(record: RunRecord, device: torch.device, progress: Progress) -> Ins
         if not model.is_exact:
             windows = eval_windows(valid, model.config.context, record.run.train.evaluate_windows)
             progress.stage(f"validation windows of {record.name}", len(windows))
-            insight.parts = bound_parts(as_flow(model), windows, torch.from_numpy(tokenizer.characters_per_token))
+            characters = torch.from_numpy(tokenizer.characters_per_token)
+            insight.parts = bound_parts(as_flow(model), windows, characters, progress=progress)
     insight.codes = codes_of(model, tokenizer, counts)
     return insight
 

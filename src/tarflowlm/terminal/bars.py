@@ -119,6 +119,23 @@ class Bars:
 StageProgress = Callable[[str, int, int | None], None]
 
 
+class Stages:
+    """A `Progress` that calls a `StageProgress`."""
+
+    def __init__(self, show: StageProgress) -> None:
+        self.show = show
+
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
+        """Begin a part."""
+        self.name, self.total, self.done = name, total, done
+        self.show(name, done, total)
+
+    def advance(self, count: int = 1) -> None:
+        """Count on."""
+        self.done += count
+        self.show(self.name, self.done, self.total)
+
+
 def no_progress(stage: str, completed: int, total: int | None) -> None:
     pass
 

@@ -62,16 +62,13 @@ def in_words(record: dict[str, Any]) -> str:
     """The record of a skipped step as one line: terms, parameters, and gradients with their ranges."""
     gradients = []
     for name, g in list(record["gradients"].items())[:2]:
-        rest = "" if g["range"] is None else ", the others in [{:.3g}, {:.3g}]".format(*g["range"])
-        gradients.append(f"{name} ({g['not_finite']} of {g['of']}{rest})")
+        others = ", the others in [{:.3g}, {:.3g}]".format(*g["range"]) if g["range"] else ""
+        gradients.append(f"{name} ({g['not_finite']} of {g['of']}{others})")
     if record["num_gradients"] > len(gradients):
         gradients.append(f"{record['num_gradients'] - len(gradients)} more")
-    return (
-        f"the loss or gradient is not finite at step {record['step']}: "
-        f"terms {', '.join(record['terms']) or 'all finite'}; "
-        f"parameters {', '.join(record['parameters']) or 'all finite'}; "
-        f"gradients {', '.join(gradients) or 'all finite'}"
-    )
+    parts = {"terms": record["terms"], "parameters": record["parameters"], "gradients": gradients}
+    found = "; ".join(f"{part} {', '.join(names) or 'all finite'}" for part, names in parts.items())
+    return f"the loss or gradient is not finite at step {record['step']}: {found}"
 
 
 @dataclass

@@ -3,8 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +20,12 @@ from tarflowlm.training.parallel import ParallelModel
 from tarflowlm.training.run import TrainingRun
 from tarflowlm.training.state import Counters, LogWindow
 
+STEPS_BETWEEN_READS = {"cuda": 16}
+"""Steps after which results are read from a device, where a read synchronises it with the host; 1 on other devices.
+
+(Also on mps: fused AdamW cannot skip a step there.)
+"""
+
 logger = logging.getLogger("tarflowlm")
 
 
@@ -30,26 +35,28 @@ def train_stage(run: TrainingRun) -> Likelihood:
     Raises FloatingPointError, naming terms and parameters, if too many steps in a row have a non-finite loss or
     gradient; Stopped if the run was asked to stop.
     """
-    config, counters = run.config, run.counters
-    every = steps_between_reads(run.device)
-    pace, log = stage_pace(run), StepLog(run)
+    config, counters, log = run.config, run.counters, StepLog(run)
+    every = STEPS_BETWEEN_READS.get(run.device.type, 1)
+    pace = StepPace(config.train, counters)
+    if config.train.minutes:
+        pace = TimePace(config.train, counters, run.seconds, run.num_test_windows)
     run.reporter.stage(run.describe_stage(), pace.total, pace.done)
     while True:
         # after the checkpoint: a kill during a long evaluation loses nothing, and a resumed run starts with it
         if counters.due:
             result = validate(run)
-            pace.update(counters.stage_step)
+            pace.update()
             if pace.over:
                 return result
             log.restart()
         num_steps = max(counters.stage_step + 1, pace.num_steps)
         lr = config.optim.lr * schedule(config.optim, counters.stage_step, num_steps)
         set_learning_rate(run.optimizers, lr)
-        log.add(take_step(run, deferred=every > 1))
+        log.unread.append(take_step(run, deferred=every > 1))
         if counters.stage_step % every == 0:
             log.read()
         done = pace.done
-        pace.update(counters.stage_step)
+        pace.update()
         run.reporter.advance(pace.done - done)
         counters.due = pace.over or counters.step % config.train.evaluate_every == 0
         stop = run.stop_requested()
@@ -66,37 +73,17 @@ def train_stage(run: TrainingRun) -> Likelihood:
             run.stop(stop)
 
 
-def steps_between_reads(device: torch.device) -> int:
-    """Steps between reads of results from `device`: several on CUDA, where a read synchronises, otherwise 1.
-
-    (1 on mps too: fused AdamW cannot skip a step there.)
-    """
-    return 16 if device.type == "cuda" else 1
-
-
-def stage_pace(run: TrainingRun) -> StepPace:
-    """The pace of the current stage, by steps or by time."""
-    train, counters = run.config.train, run.counters
-    if not train.minutes:
-        return StepPace(train.stage_steps[counters.stage], counters.stage_step)
-    return TimePace(
-        train, counters.stage, counters.spent, run.seconds,
-        test_windows=run.num_test_windows, stage_step=counters.stage_step,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The outcome of an optimiser step."""
+class StepResult(NamedTuple):
+    """The outcome of an optimiser step; tensors are on the device."""
 
     loss: Tensor
-    """Loss of the global batch, in nats per token, on the device."""
+    """Loss of the global batch, in nats per token."""
     norm: Tensor
-    """Gradient norm of the global batch, on the device."""
+    """Gradient norm of the global batch."""
     skipped: Tensor
-    """Whether loss or norm is not finite, so that the step was not taken: a bool on the device."""
+    """Whether loss or norm is not finite, so that the step was not taken; a bool."""
     broken: dict[str, dict[str, Any]] | None
-    """Of a step that the host skipped: its `broken_gradients`."""
+    """The `broken_gradients` of a step that the host skipped."""
 
 
 def optimizer_step(
@@ -131,12 +118,10 @@ def optimizer_step(
     return StepResult(loss, norm, skipped, broken)
 
 
-@dataclass(frozen=True)
-class PendingStep:
+class PendingStep(NamedTuple):
     """A step whose result the host has not read yet, with everything needed to repeat it."""
 
     place: dict[str, int]
-    """The fields that place a record: step, tokens and block (1-based)."""
     result: StepResult
     tokens: Tensor
     noise: Tensor
@@ -151,9 +136,8 @@ def take_step(run: TrainingRun, *, deferred: bool) -> PendingStep:
         tokens = tokens.pin_memory()
     tokens = tokens.to(run.device, non_blocking=True)
     noise = run.generator.get_state()
-    result = optimizer_step(
-        run.parallel_model, run.optimizers, tokens, generator=run.generator, deferred=deferred
-    )  # fmt: skip
+    model, optimizers, generator = run.parallel_model, run.optimizers, run.generator
+    result = optimizer_step(model, optimizers, tokens, generator=generator, deferred=deferred)
     num_tokens = tokens.numel() * run.processes.world
     counters.step += 1
     counters.stage_step += 1
@@ -164,6 +148,7 @@ def take_step(run: TrainingRun, *, deferred: bool) -> PendingStep:
 
 
 def _place(counters: Counters) -> dict[str, int]:
+    """The fields that place a record; blocks count from 1."""
     return {"step": counters.step, "tokens": counters.tokens, "block": counters.stage + 1}
 
 
@@ -178,10 +163,6 @@ class StepLog:
     def restart(self) -> None:
         """Do not count the time since the last step as training."""
         self.start = time.perf_counter()
-
-    def add(self, step: PendingStep) -> None:
-        """Add a step, to be read later."""
-        self.unread.append(step)
 
     def read(self) -> None:
         """Read all pending steps, with one transfer: update the counters, record spikes and skipped steps."""

@@ -25,7 +25,6 @@ from tarflowlm.files import sync_file, sync_folder, write_json
 from tarflowlm.runs.checkpoint import COUNTERS, STATE, undamaged_state
 from tarflowlm.runs.manifest import write_manifest
 from tarflowlm.training.guards import RunningLoss
-from tarflowlm.training.pace import TimeSpent
 from tarflowlm.training.processes import ALONE, Processes
 
 # said of every save and load of a single process
@@ -45,6 +44,22 @@ class LogWindow:
     tokens: int = 0
     seconds: float = 0.0
     """Training time."""
+
+
+@dataclass
+class TimeSpent:
+    """Wall-clock time of a run, in seconds."""
+
+    total: float = 0.0
+    """From the start of the run to its last checkpoint; time lost by a kill does not count."""
+    stage_start: float = 0.0
+    """`total` at the start of the current stage."""
+    evaluation: float = 0.0
+    """Duration of the newest validation."""
+    per_window: float = 0.0
+    """Duration of the newest validation per window."""
+    save: float = 0.0
+    """Duration of the newest checkpoint."""
 
 
 @dataclass
