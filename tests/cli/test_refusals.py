@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_cases import TINY, TINY_AR, listing, save_untrained
+from command_cases import TINY, listing, save_untrained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file

@@ -268,7 +268,7 @@ def test_at_a_terminal_control_c_stops_the_writing_and_then_the_loop(model):
             while not ended:
                 assert time.monotonic() < until, seen
                 os.write(terminal, b"\x03")
-                while not ended and select.select([terminal], [], [], 1)[0]:
+                while not ended and select.select([terminal], [], [], 5)[0]:
                     ended = not os.read(terminal, 1000)
     finally:
         os.close(terminal)
