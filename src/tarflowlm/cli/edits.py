@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,8 +38,9 @@ from tarflowlm.editing.words import (
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import TarFlowLM, as_flow
+from tarflowlm.progress import Progress
 from tarflowlm.runs.released import choose_directory
-from tarflowlm.terminal.bars import Bars, StageProgress, ticker
+from tarflowlm.terminal.bars import Bars
 from tarflowlm.terminal.tables import print_json, print_notice
 from tarflowlm.terminal.texts import print_edits
 
@@ -61,7 +61,7 @@ def run_edit(args: Args) -> None:
     # once for every edit: all of them start from the same latents
     texts = [encode(model, t[None], generator).repeated(args.num) for t in _texts(args, tokenizer)]
     with Bars() as bars:
-        edit = _edited(args, model, tokenizer, texts, generator, bars.show)
+        edit = _edited(args, model, tokenizer, texts, generator, bars)
     _show(args, edit, tokenizer, _advice(args, edit, model))
 
 
@@ -87,11 +87,10 @@ def _edited(
     tokenizer: Tokenizer,
     texts: Sequence[Encoded],
     generator: torch.Generator,
-    progress: StageProgress,
+    progress: Progress,
 ) -> Edit:
     """The edit of the first text; a second one is what it moves toward."""
     text, *others = texts
-    tick = partial(ticker, progress)
     num_positions = text.tokens.shape[1] // model.config.patch
     # where block 1 has no weights of tokens, the model is sampled as it is
     usual = TEMPERATURE if model.config.weighs_tokens else 1.0
@@ -106,25 +105,28 @@ def _edited(
 
     if args.replace is not None:
         wanted = _replacements(args, tokenizer, text)
-        return substitute(model, text, wanted, generator=generator, tick=tick("editing, positions", num_positions))
+        progress.stage("editing, positions", num_positions)
+        return substitute(model, text, wanted, generator=generator, progress=progress)
     if others:
         (other,) = others
         weight = WEIGHT if args.weight is None else args.weight
         if args.level is None:
             spans = _blended(text, other, tokenizer, weight, args.num, generator)
-            ticks = tick("redrawing, texts", args.num)
-            return blend(model, text, other, spans, tick=ticks, **redrawing())
+            progress.stage("redrawing, texts", args.num)
+            return blend(model, text, other, spans, progress=progress, **redrawing())
+        progress.stage("editing, positions", args.level * num_positions)
         return interpolate(
             model, text, other, level=args.level, weight=weight, generator=generator, decoder=args.decoder or "auto",
-            tick=tick("editing, positions", args.level * num_positions),
+            progress=progress,
         )  # fmt: skip
     strength = STRENGTH if args.strength is None else args.strength
     if args.level is None:
         chosen_spans = _redrawn(args, model, tokenizer, text, strength, generator)
         # pieces that are named are meant; a word that was picked may as well be another
         spare = [] if args.rewrite is not None else words_of(_pieces(text, tokenizer))
-        ticks = tick("redrawing, pieces", sum(map(len, chosen_spans)))
-        return rewrite(model, text, chosen_spans, spare=spare, tick=ticks, **redrawing())
+        progress.stage("redrawing, pieces", sum(map(len, chosen_spans)))
+        return rewrite(model, text, chosen_spans, spare=spare, progress=progress, **redrawing())
+    progress.stage("editing, positions", args.level * num_positions)
     where = None
     if args.words is not None:
         (chosen_words,) = _picked(args, model, tokenizer, text, args.words, 1, generator)
@@ -133,7 +135,7 @@ def _edited(
             where[start:stop] = True
     return renoise(
         model, text, level=args.level, strength=strength, generator=generator, where=where,
-        decoder=args.decoder or "auto", tick=tick("editing, positions", args.level * num_positions),
+        decoder=args.decoder or "auto", progress=progress,
     )  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def _fill(model: LanguageModel, tokens: Tensor, start: int, seed: int) -> Tensor
     drawn = generate(
         model,
         num_tokens=len(tokens) - start + missing,
-        template=tokens[start:],
+        prompt=tokens[start:],
         generator=torch.Generator().manual_seed(seed),
     )
     return torch.cat((tokens.cpu(), drawn.tokens[0, -missing:].cpu()))

@@ -158,7 +158,6 @@ class TextScorer:
 
     def _continued(self, prompts: list[Tensor], how: Continuation) -> Tensor:
         given = F.pad(torch.stack(prompts), (0, how.max_tokens), value=BLANK)
-        one = len(prompts) == 1
         return generate(
             self.model,
             num_tokens=given.shape[1],
@@ -167,8 +166,7 @@ class TextScorer:
             temperature=how.temperature,
             top_k=how.top_k,
             top_p=how.top_p,
-            prompt=prompts[0] if one and len(prompts[0]) else None,
-            template=None if one else given,
+            prompt=given,
         ).tokens.cpu()
 
     def _pieces(self, tokens: Tensor, given: int) -> list[Piece]:

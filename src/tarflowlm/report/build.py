@@ -12,7 +12,7 @@ from tarflowlm.data import Corpus, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.blocks import BoundParts, bound_parts
 from tarflowlm.files import replacing
-from tarflowlm.generation.generate import num_ticks
+from tarflowlm.generation.window import num_positions
 from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.report.blocks import draw_blocks, terms_table
@@ -114,7 +114,7 @@ def _inspect(record: RunRecord, device: torch.device, progress: Progress) -> Ins
         insight.notes.append(f"Neither samples nor blocks nor codebook are shown: {error}.")
         return insight
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    progress.stage(f"samples of {record.name}, positions", num_ticks(model, min(LENGTH, model.config.context)))
+    progress.stage(f"samples of {record.name}, positions", num_positions(model, min(LENGTH, model.config.context)))
     insight.samples = draw_samples(model, tokenizer, progress)
     corpus, counts = _corpus(record, checkpoint, insight), None
     if corpus is not None:

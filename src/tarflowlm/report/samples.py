@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.generation import Generation, generate
+from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.report.grid import CSS as GRID_CSS
@@ -50,8 +50,7 @@ def draw_samples(model: LanguageModel, tokenizer: Tokenizer, progress: Progress 
             num=NUM,
             generator=torch.Generator().manual_seed(SEED),
             temperature=temperature,
-            return_passes=model.num_blocks > 1,
-            tick=progress.advance,
+            watch=Watch(progress),
         )
 
     temperature = TEMPERATURE

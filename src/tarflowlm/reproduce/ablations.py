@@ -8,8 +8,8 @@ import torch
 
 from tarflowlm.config import RunConfig
 from tarflowlm.data import eval_windows
-from tarflowlm.generation import generate
-from tarflowlm.generation.generate import num_ticks
+from tarflowlm.generation import Watch, generate
+from tarflowlm.generation.window import num_positions
 from tarflowlm.model import as_flow_config, stack
 from tarflowlm.presets import PLAIN_CODEBOOK
 from tarflowlm.report.style import Figure
@@ -140,10 +140,10 @@ def measure_fig5(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
                 checkpoint.model,
                 num=len(text),
                 num_tokens=context,
-                template=text[:, :prefix],
+                prompt=text[:, :prefix],
                 generator=torch.Generator().manual_seed(0),
                 decoder="auto",
-                tick=done.tick_of(f"prefix {prefix}, positions", num_ticks(checkpoint.model, context)),
+                watch=Watch(done.stage_of(f"prefix {prefix}, positions", num_positions(checkpoint.model, context))),
             )
             reading = judge.read([checkpoint.tokenizer.decode(row) for row in samples.tokens.tolist()])
             row = {"model": done.training.label, "seed": done.training.run.seed, "prefix": prefix}

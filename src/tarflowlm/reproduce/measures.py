@@ -12,8 +12,8 @@ from tarflowlm.evaluation.blocks import StateReport, latent_report
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
 from tarflowlm.evaluation.likelihood import Likelihood, Progress, evaluate, sign_of
 from tarflowlm.evaluation.quality import Quality, SamplingConfig, measure_quality
-from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.generate import num_ticks
+from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation.window import num_positions
 from tarflowlm.model import FlowConfig, as_flow, as_flow_config
 from tarflowlm.presets import mini_ar, with_steps
 from tarflowlm.report.style import COLOURS, SMALL, Axes, Figure
@@ -93,9 +93,8 @@ def sampled(
         num_tokens=length,
         num=num,
         generator=torch.Generator().manual_seed(0),
-        return_passes=True,
         decoder="auto",
-        tick=done.tick_of(what, num_ticks(checkpoint.model, length)),
+        watch=Watch(done.stage_of(what, num_positions(checkpoint.model, length))),
     )
 
 

@@ -24,7 +24,7 @@ from tarflowlm.files import read_json
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.report.style import Figure
 from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, Checkpoint, load_checkpoint, read_run
-from tarflowlm.terminal.bars import StageProgress, no_progress, ticker
+from tarflowlm.terminal.bars import StageProgress, Stages, no_progress
 from tarflowlm.training.loop import seconds_per_step
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.train import StopRequests, no_stop_requests, resume, train
@@ -104,9 +104,11 @@ class Finished:
         """Progress (done, total) of one measurement of this training."""
         return partial(self.progress, f"{self.training.name}, {what}")
 
-    def tick_of(self, what: str, total: int) -> Callable[[], None]:
-        """The same as a function that counts its calls, up to `total`."""
-        return ticker(self.progress, f"{self.training.name}, {what}", total)
+    def stage_of(self, what: str, total: int) -> Stages:
+        """The same as a `Progress` of `total` units."""
+        stages = Stages(self.progress)
+        stages.stage(f"{self.training.name}, {what}", total)
+        return stages
 
     @property
     def summary(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.generation import Generation
-from tarflowlm.generation.pareto import UNRELIABLE
+from tarflowlm.generation.particles import UNRELIABLE
 from tarflowlm.report.grid import Kind, Row, Token, pass_rows, text_tokens
 from tarflowlm.terminal.streams import printable
 
