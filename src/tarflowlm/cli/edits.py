@@ -185,8 +185,6 @@ def _blended(
     text: Encoded, other: Encoded, tokenizer: Tokenizer, weight: float, num: int, generator: torch.Generator
 ) -> list[tuple[list[Span], list[Span]]]:
     """What each edit takes from the other text, and what it keeps of this one."""
-    if not 0 <= weight <= 1:
-        raise UserError(f"weight {weight}: must be between 0 (the text) and 1 (the other text)")
     first, second = (words_of(_pieces(one, tokenizer)) for one in (text, other))
     count = round(weight * len(second))
     taken = [pick_stretch(second, count, generator) for _ in range(num)]
