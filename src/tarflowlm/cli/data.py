@@ -29,14 +29,13 @@ def run(args: Args) -> None:
     from tarflowlm.data import prepare_corpus
     from tarflowlm.terminal.bars import Bars
     from tarflowlm.terminal.tables import print_json, print_notice, print_table
-    from tarflowlm.terminal.training import CORPUS_STAGES
 
     with Bars() as bars:
         corpus = prepare_corpus(
             args.source,
             args.tokenizer,
             args.out,
-            progress=lambda stage, done, total: bars.show(CORPUS_STAGES[stage], done, total),
+            progress=bars.show,
             notice=print_notice,
         )
     splits = ("train", "valid", "test")

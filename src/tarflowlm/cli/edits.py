@@ -93,7 +93,7 @@ def _edited(
     text, *others = texts
     num_positions = text.tokens.shape[1] // model.config.patch
     # where block 1 has no weights of tokens, the model is sampled as it is
-    usual = TEMPERATURE if model.config.weighs_tokens else 1.0
+    usual = TEMPERATURE if model.config.has_token_weights else 1.0
 
     def redrawing() -> dict[str, Any]:
         return {
@@ -185,8 +185,6 @@ def _blended(
     text: Encoded, other: Encoded, tokenizer: Tokenizer, weight: float, num: int, generator: torch.Generator
 ) -> list[tuple[list[Span], list[Span]]]:
     """What each edit takes from the other text, and what it keeps of this one."""
-    if not 0 <= weight <= 1:
-        raise UserError(f"weight {weight}: must be between 0 (the text) and 1 (the other text)")
     first, second = (words_of(_pieces(one, tokenizer)) for one in (text, other))
     count = round(weight * len(second))
     taken = [pick_stretch(second, count, generator) for _ in range(num)]
@@ -247,7 +245,7 @@ def _show(args: Args, edit: Edit, tokenizer: Tokenizer, advice: str | None) -> N
 def _advice(args: Args, edit: Edit, model: TarFlowLM) -> str | None:
     """What works better than an edit that has lost the text, or changed nothing of what it was to change."""
     if args.rewrite is not None and not edit.changed.any():
-        more = "more --candidates or a higher --temperature" if model.config.weighs_tokens else "more --candidates"
+        more = "more --candidates or a higher --temperature" if model.config.has_token_weights else "more --candidates"
         return f"all candidates were what is there: {more} may find others"
     weight = 0.0 if args.toward is None else WEIGHT if args.weight is None else args.weight
     if args.level is None or weight == 1:

@@ -116,7 +116,7 @@ def run(args: Args) -> None:
         judge = load_judge(args.judge or "gpt2-large", pick_device(args.device))
         mauve_function()
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
-    source = args.data or checkpoint.run.data.source
+    source = checkpoint.run.data.source if args.data is None else args.data
     if args.data is None and source not in SOURCE_NAMES and not Path(source).exists():
         raise UserError(
             f"cannot find the training text {source} of {directory.name}; models are shipped without their data. "
@@ -161,10 +161,9 @@ def _tokens(source: str, split: str, tokenizer: Tokenizer, least: int) -> TokenA
     from tarflowlm.data import SOURCE_NAMES, cached_corpus, encode_text_source
     from tarflowlm.terminal.bars import Bars
     from tarflowlm.terminal.tables import print_notice
-    from tarflowlm.terminal.training import CORPUS_STAGES
 
     with Bars() as bars:
-        options: Any = {"progress": lambda s, d, t: bars.show(CORPUS_STAGES[s], d, t), "notice": print_notice}
+        options: Any = {"progress": bars.show, "notice": print_notice}
         if split != "all" and (source in SOURCE_NAMES or Path(source).is_dir()):
             tokens = cached_corpus(source, tokenizer, **options).split(split)
         else:

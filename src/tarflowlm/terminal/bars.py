@@ -75,7 +75,7 @@ class Bars:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def stage(self, name: str, total: float | None = None, done: int = 0) -> None:
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         """Begin a part called `name`. Nothing is shown yet: an error at its start prints its line alone."""
         if self._task is not None and self.keep:
             # a stage of training may end early
