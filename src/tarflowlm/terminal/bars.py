@@ -99,7 +99,7 @@ class Bars:
         if self.is_live or self.clock() < self._due or task.finished:
             return
         self._due = self.clock() + EVERY
-        left = "" if task.time_remaining is None else f", {minutes(task.time_remaining)} left"
+        left = "" if task.time_remaining is None else f", {minutes(float(task.time_remaining))} left"
         print_notice(f"{task.description}: {self._numbers.render(task)}{left}")
 
     def show(self, name: str, done: int, total: int | None) -> None:

@@ -40,11 +40,11 @@ def print_samples(
 
 
 def _weights_notes(result: Generation, row: int, candidates: int) -> Iterator[str]:
-    """What the weights of the candidates of a sample say."""
+    """Notes on the weights of the candidates of a sample."""
     if candidates == 1 or result.ess is None or result.log_evidence is None:
         return
     yield (
-        f"{candidates} candidates, of which about {result.ess[row].item():.1f} count; "
+        f"{candidates} candidates, effective number {result.ess[row].item():.1f}; "
         f"log p(given) about {result.log_evidence[row].item():.1f} nats"
     )
     # NaN is not above it
