@@ -1,7 +1,5 @@
 """`tarflowlm data`, `report` and `export`: directories of tokens, figures and models."""
 
-from functools import partial
-
 from rich.console import Console
 
 from tarflowlm.cli.arguments import ExportArgs, ReportArgs
@@ -10,18 +8,14 @@ from tarflowlm.data import prepare_corpus
 from tarflowlm.device import pick_device
 from tarflowlm.report import write_report
 from tarflowlm.runs.checkpoint import export
-from tarflowlm.terminal.bars import corpus_bar, stages_bar
-from tarflowlm.terminal.tables import print_json, print_notice, print_table
+from tarflowlm.terminal.bars import stages_bar
+from tarflowlm.terminal.tables import print_json, print_table
 
 SPLITS = ("train", "valid", "test")
 
 
 def run_data(args: DataArgs) -> None:
-    console = Console(stderr=True)
-    with corpus_bar(console, args.source) as progress:
-        corpus = prepare_corpus(
-            args.source, args.tokenizer, args.out, progress=progress, notice=partial(print_notice, console)
-        )
+    corpus = prepare_corpus(args.source, args.tokenizer, args.out)
     counts = {name: corpus.num_tokens(name) for name in SPLITS}
     vocab_size = corpus.tokenizer.vocab_size
     if args.json:
@@ -51,5 +45,3 @@ def run_export(args: ExportArgs) -> None:
         print_json({"out": str(out), "bytes": size})
         return
     print_table(Console(), str(out), [("size", f"{size / 1e6:.2f} MB")])
-
-

@@ -1,7 +1,6 @@
 """`tarflowlm eval`: the likelihood of a text; on request the latents after every block and the quality of samples."""
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from tarflowlm.evaluation.quality import (
 from tarflowlm.model import as_flow
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.runs.released import choose_directory
-from tarflowlm.terminal.bars import bar, corpus_bar, stages_bar
+from tarflowlm.terminal.bars import bar, stages_bar
 from tarflowlm.terminal.progress import minutes
 from tarflowlm.terminal.tables import column_table, print_json, print_notice, print_table
 
@@ -117,14 +116,10 @@ def _sampling(args: EvalArgs) -> SamplingConfig | None:
 
 
 def _tokens(args: EvalArgs, checkpoint: Checkpoint, tokenizer: Tokenizer, source: str) -> TokenArray:
-    console = Console(stderr=True)
-    notice = partial(print_notice, console)
-    with corpus_bar(console, source) as progress:
-        if args.split != "all" and (source in SOURCE_NAMES or Path(source).is_dir()):
-            tokens = cached_corpus(source, tokenizer, progress=progress, notice=notice).split(args.split)
-        else:
-            found = encode_text_source(source, tokenizer, (args.split,), progress=progress, notice=notice)
-            tokens = found[args.split]
+    if args.split != "all" and (source in SOURCE_NAMES or Path(source).is_dir()):
+        tokens = cached_corpus(source, tokenizer).split(args.split)
+    else:
+        tokens = encode_text_source(source, tokenizer, (args.split,))[args.split]
     context = checkpoint.run.model.context
     if args.split == "all" and not args.latents and not args.quality:
         least = checkpoint.model.config.patch

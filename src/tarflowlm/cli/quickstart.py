@@ -43,9 +43,7 @@ def run_quickstart(args: QuickstartArgs) -> None:
     device = pick_device(args.device)
     run = replace(preset("quickstart"), seed=args.seed)
     with ProgressReporter(progress) as reporter:
-        corpus = cached_corpus(
-            run.data.source, run.data.tokenizer, progress=reporter.preparing, notice=reporter.notice
-        )
+        corpus = cached_corpus(run.data.source, run.data.tokenizer)
         # before the training, whose time is what is left
         yardsticks = _yardsticks(corpus)
         sampling = max(SAMPLING_SHARE * args.minutes, min(SAMPLING_MINUTES, 0.3 * args.minutes))

@@ -7,12 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 
 from rich.console import Console
 
-from tarflowlm.data import CorpusProgress
 from tarflowlm.generation.generate import num_ticks
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.terminal.progress import Bars, Clock
 
-StageProgress = Callable[[str, int, int | None], None]
+StageProgress = CorpusProgress = Callable[[str, int, int | None], None]
 """Called with the name of a stage, how many of its parts are done, and the total where it is known."""
 
 CORPUS_STAGES = {

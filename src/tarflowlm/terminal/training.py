@@ -6,8 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tarflowlm.data import CorpusProgress
-from tarflowlm.terminal.bars import corpus_bar
+from tarflowlm.terminal.bars import CorpusProgress, corpus_bar
 from tarflowlm.terminal.progress import Bars, Clock, FittingProgress, PlainLines, is_live
 from tarflowlm.terminal.tables import print_notice
 from tarflowlm.training.metrics import Reporter

@@ -245,7 +245,7 @@ def _remedy(out: Path) -> str:
 
 
 def _corpus(run: RunConfig, reporter: Reporter) -> Corpus:
-    return cached_corpus(run.data.source, run.data.tokenizer, progress=reporter.preparing, notice=reporter.notice)
+    return cached_corpus(run.data.source, run.data.tokenizer)
 
 
 def check_new(out: Path) -> None:

@@ -15,7 +15,7 @@ class Reporter:
     """Receives the progress of a run. This one is silent; a front end overrides the methods it needs."""
 
     def preparing(self, stage: str, done: int, total: int | None) -> None:
-        """The corpus is being prepared; arguments as `data.CorpusProgress`."""
+        """The corpus is being prepared; arguments are a stage, how much of it is done, and its total."""
 
     def stage(self, index: int, num_stages: int, num_steps: int, done: int, description: str) -> None:
         """Stage `index` (0-based) begins, with `done` of its `num_steps` steps taken (0 for a stage with a time)."""
