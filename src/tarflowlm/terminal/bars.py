@@ -11,8 +11,10 @@ from tarflowlm.generation.generate import num_ticks
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.terminal.progress import Bars, Clock
 
-StageProgress = CorpusProgress = Callable[[str, int, int | None], None]
+StageProgress = Callable[[str, int, int | None], None]
 """Called with the name of a stage, how many of its parts are done, and the total where it is known."""
+
+CorpusProgress = StageProgress
 
 CORPUS_STAGES = {
     "fetch": "fetching {}, bytes",
