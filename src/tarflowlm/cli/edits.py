@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,8 +38,9 @@ from tarflowlm.editing.words import (
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import TarFlowLM, as_flow
+from tarflowlm.progress import Progress
 from tarflowlm.runs.released import choose_directory
-from tarflowlm.terminal.bars import Bars, StageProgress, ticker
+from tarflowlm.terminal.bars import Bars
 from tarflowlm.terminal.tables import print_json, print_notice
 from tarflowlm.terminal.texts import print_edits
 
@@ -61,7 +61,7 @@ def run_edit(args: Args) -> None:
     # once for every edit: all of them start from the same latents
     texts = [encode(model, t[None], generator).repeated(args.num) for t in _texts(args, tokenizer)]
     with Bars() as bars:
-        edit = _edited(args, model, tokenizer, texts, generator, bars.show)
+        edit = _edited(args, model, tokenizer, texts, generator, bars)
     _show(args, edit, tokenizer, _advice(args, edit, model))
 
 
@@ -87,14 +87,13 @@ def _edited(
     tokenizer: Tokenizer,
     texts: Sequence[Encoded],
     generator: torch.Generator,
-    progress: StageProgress,
+    progress: Progress,
 ) -> Edit:
     """The edit of the first text; a second one is what it moves toward."""
     text, *others = texts
-    tick = partial(ticker, progress)
     num_positions = text.tokens.shape[1] // model.config.patch
     # where block 1 has no weights of tokens, the model is sampled as it is
-    usual = TEMPERATURE if model.config.weighs_tokens else 1.0
+    usual = TEMPERATURE if model.config.has_token_weights else 1.0
 
     def redrawing() -> dict[str, Any]:
         return {
@@ -106,25 +105,28 @@ def _edited(
 
     if args.replace is not None:
         wanted = _replacements(args, tokenizer, text)
-        return substitute(model, text, wanted, generator=generator, tick=tick("editing, positions", num_positions))
+        progress.stage("editing, positions", num_positions)
+        return substitute(model, text, wanted, generator=generator, progress=progress)
     if others:
         (other,) = others
         weight = WEIGHT if args.weight is None else args.weight
         if args.level is None:
             spans = _blended(text, other, tokenizer, weight, args.num, generator)
-            ticks = tick("redrawing, texts", args.num)
-            return blend(model, text, other, spans, tick=ticks, **redrawing())
+            progress.stage("redrawing, texts", args.num)
+            return blend(model, text, other, spans, progress=progress, **redrawing())
+        progress.stage("editing, positions", args.level * num_positions)
         return interpolate(
             model, text, other, level=args.level, weight=weight, generator=generator, decoder=args.decoder or "auto",
-            tick=tick("editing, positions", args.level * num_positions),
+            progress=progress,
         )  # fmt: skip
     strength = STRENGTH if args.strength is None else args.strength
     if args.level is None:
         chosen_spans = _redrawn(args, model, tokenizer, text, strength, generator)
         # pieces that are named are meant; a word that was picked may as well be another
         spare = [] if args.rewrite is not None else words_of(_pieces(text, tokenizer))
-        ticks = tick("redrawing, pieces", sum(map(len, chosen_spans)))
-        return rewrite(model, text, chosen_spans, spare=spare, tick=ticks, **redrawing())
+        progress.stage("redrawing, pieces", sum(map(len, chosen_spans)))
+        return rewrite(model, text, chosen_spans, spare=spare, progress=progress, **redrawing())
+    progress.stage("editing, positions", args.level * num_positions)
     where = None
     if args.words is not None:
         (chosen_words,) = _picked(args, model, tokenizer, text, args.words, 1, generator)
@@ -133,7 +135,7 @@ def _edited(
             where[start:stop] = True
     return renoise(
         model, text, level=args.level, strength=strength, generator=generator, where=where,
-        decoder=args.decoder or "auto", tick=tick("editing, positions", args.level * num_positions),
+        decoder=args.decoder or "auto", progress=progress,
     )  # fmt: skip
 
 
@@ -183,8 +185,6 @@ def _blended(
     text: Encoded, other: Encoded, tokenizer: Tokenizer, weight: float, num: int, generator: torch.Generator
 ) -> list[tuple[list[Span], list[Span]]]:
     """What each edit takes from the other text, and what it keeps of this one."""
-    if not 0 <= weight <= 1:
-        raise UserError(f"weight {weight}: must be between 0 (the text) and 1 (the other text)")
     first, second = (words_of(_pieces(one, tokenizer)) for one in (text, other))
     count = round(weight * len(second))
     taken = [pick_stretch(second, count, generator) for _ in range(num)]
@@ -245,7 +245,7 @@ def _show(args: Args, edit: Edit, tokenizer: Tokenizer, advice: str | None) -> N
 def _advice(args: Args, edit: Edit, model: TarFlowLM) -> str | None:
     """What works better than an edit that has lost the text, or changed nothing of what it was to change."""
     if args.rewrite is not None and not edit.changed.any():
-        more = "more --candidates or a higher --temperature" if model.config.weighs_tokens else "more --candidates"
+        more = "more --candidates or a higher --temperature" if model.config.has_token_weights else "more --candidates"
         return f"all candidates were what is there: {more} may find others"
     weight = 0.0 if args.toward is None else WEIGHT if args.weight is None else args.weight
     if args.level is None or weight == 1:

@@ -18,7 +18,7 @@ from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import read
 from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
-from tarflowlm.generation import generate
+from tarflowlm.generation import Watch, generate
 from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.terminal.streams import TextStream, write_out
@@ -148,7 +148,7 @@ class _Session:
                     prompt=prompt if len(prompt) else None,
                     generator=self.generator,
                     decoder=args.decoder,
-                    on_tokens=on_tokens,
+                    watch=Watch(on_tokens=on_tokens),
                     **args.writing(),
                 )
         finally:

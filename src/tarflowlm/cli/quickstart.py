@@ -53,8 +53,8 @@ def run(args: Args) -> None:
     from tarflowlm.data import cached_corpus
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.ngram import bigram_cross_entropy, compressed_bits, ngram_entropy
-    from tarflowlm.generation import generate
-    from tarflowlm.generation.generate import num_ticks
+    from tarflowlm.generation import Watch, generate
+    from tarflowlm.generation.window import num_positions
     from tarflowlm.runs.checkpoint import load_checkpoint
     from tarflowlm.terminal.bars import Bars
     from tarflowlm.terminal.tables import print_json, print_table
@@ -67,9 +67,7 @@ def run(args: Args) -> None:
     device = pick_device(args.device)
     config = replace(preset("quickstart"), seed=args.seed)
     with ProgressReporter() as reporter:
-        corpus = cached_corpus(
-            config.data.source, config.data.tokenizer, progress=reporter
-        )
+        corpus = cached_corpus(config.data.source, config.data.tokenizer, progress=reporter)
         # before the training, which gets the time that is left
         train_tokens, test_tokens = (np.asarray(corpus.split(split)) for split in ("train", "test"))
         text = corpus.tokenizer.decode(test_tokens.tolist())
@@ -90,14 +88,14 @@ def run(args: Args) -> None:
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     length = min(SAMPLE_LENGTH, config.model.context)
     with Bars() as bars:
-        bars.stage("sampling, positions", num_ticks(model, length))
+        bars.stage("sampling, positions", num_positions(model, length))
         result = generate(
             model,
             num_tokens=length,
             num=NUM_SAMPLES,
             generator=torch.Generator().manual_seed(args.seed),
             decoder="auto",
-            tick=bars.advance,
+            watch=Watch(bars),
         )
     seconds = time.perf_counter() - start
     print_samples(Console(), result, tokenizer)

@@ -18,8 +18,9 @@ from tarflowlm.data.prompts import BLANK, Reading, read, read_template
 from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.files import NewLines
-from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.generate import num_ticks
+from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation.sampling import row_generators
+from tarflowlm.generation.window import num_positions
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.terminal.bars import Bars
 from tarflowlm.terminal.streams import TextStream, first_stop, write_out
@@ -43,6 +44,9 @@ class Sampling:
         self.given = self._read_given()
         if args.template is not None and args.length is None:
             self.length = len(self.given[0].tokens)
+        if self.length > self.context and (args.passes or args.states):
+            flag = "passes" if args.passes else "states"
+            raise UserError(f"--{flag} with length {self.length}: at most the context of {self.context} tokens")
         self.stops = tuple(self._read(stop, "stop").text for stop in args.stop)
         for notice in dict.fromkeys(reading.notice for reading in self.given):
             if notice is not None:
@@ -102,14 +106,14 @@ class Sampling:
     def _write_all(self, out: NewLines | None) -> None:
         args = self.args
         batches = list(self._batches())
-        ticks = sum(num_ticks(self.model, self.length, max(map(len, self._prompts(rows)))) for rows in batches)
+        ticks = sum(num_positions(self.model, self.length, max(map(len, self._prompts(rows)))) for rows in batches)
         with Bars() as bars:
             bars.stage("sampling, positions", ticks)
             for rows in batches:
                 if args.stream:
                     result, texts = self._stream(rows)
                 else:
-                    result = self._draw(rows, tick=bars.advance)
+                    result = self._draw(rows, Watch(bars, self._stopping(rows)))
                     decoded = map(self.tokenizer.decode, result.tokens.tolist())
                     texts = [self._cut(row, text) for row, text in zip(rows, decoded, strict=True)]
                     # rich would print below a running bar, on stderr
@@ -132,30 +136,18 @@ class Sampling:
             return [torch.zeros(0, dtype=torch.long)]
         return [self.given[row // self.args.num].tokens for row in rows]
 
-    def _draw(
-        self,
-        rows: range,
-        *,
-        tick: Callable[[], None] | None = None,
-        on_tokens: Callable[[Tensor], None] | None = None,
-    ) -> Generation:
-
-        args, tokens = self.args, pad_sequence(self._prompts(rows), batch_first=True, padding_value=BLANK)
-        given: dict[str, Any] = {"template": tokens[0]} if args.template is not None else {"prompt": tokens}
+    def _draw(self, rows: range, watch: Watch) -> Generation:
+        args = self.args
         with threads_for(len(rows) * args.particles):
             result = generate(
                 self.model,
                 num_tokens=self.length,
                 num=len(rows),
-                rows=rows,
-                **(given if self.given else {}),
-                # a new one, so that every batch gets its streams from the same state
-                generator=torch.Generator().manual_seed(args.seed),
-                return_passes=args.passes or args.states,
+                prompt=pad_sequence(self._prompts(rows), batch_first=True, padding_value=BLANK),
+                # streams of rows numbered over all batches, so that a sample does not depend on the batches
+                generator=row_generators(rows, torch.Generator().manual_seed(args.seed)),
                 decoder=self.decoder,
-                tick=tick,
-                on_tokens=on_tokens,
-                enough=(lambda tokens: self._have_stopped(rows, tokens)) if self.stops else None,
+                watch=watch,
                 **args.writing(),
             )
         self.num_tokens += result.tokens.numel()
@@ -164,9 +156,18 @@ class Sampling:
         self.sweeps = [a + b for a, b in zip_longest(self.sweeps, result.sweeps, fillvalue=0)]
         return result
 
-    def _have_stopped(self, rows: range, tokens: Tensor) -> bool:
-        texts = [self.tokenizer.decode(row.tolist()) for row in tokens]
-        return all(len(self._cut(row, text)) < len(text) for row, text in zip(rows, texts, strict=True))
+    def _stopping(self, rows: range) -> Callable[[Tensor], bool] | None:
+        """Whether all texts have come to a stop, given their tokens as they become final."""
+        if not self.stops or self.length <= self.context:
+            return None
+        texts = [TextStream(lambda _: None, self.tokenizer, self.stops, start=self._start(row)) for row in rows]
+
+        def have_stopped(tokens: Tensor) -> bool:
+            for text, new in zip(texts, tokens, strict=True):
+                text.add(new)
+            return all(text.has_stopped for text in texts)
+
+        return have_stopped
 
     def _start(self, row: int) -> int:
         """Characters of the prompt of a sample."""
@@ -183,8 +184,13 @@ class Sampling:
         if self.total > 1:
             write_out(f"sample {row + 1}\n" if row == 0 else f"\nsample {row + 1}\n")
         stream = TextStream(write_out, self.tokenizer, self.stops, start=self._start(row))
+
+        def on_tokens(tokens: Tensor) -> bool:
+            stream.add(tokens[0])
+            return stream.has_stopped
+
         try:
-            result = self._draw(rows, on_tokens=lambda tokens: stream.add(tokens[0]))
+            result = self._draw(rows, Watch(on_tokens=on_tokens))
         except KeyboardInterrupt:
             write_out("\n")
             raise
@@ -200,7 +206,7 @@ class Sampling:
         """Print, write or keep the samples of a batch."""
         args = self.args
         if out is not None or args.json:
-            objects = samples_to_json(result, self.tokenizer, texts=texts, states=args.states)
+            objects = samples_to_json(result, self.tokenizer, texts=texts, passes=args.passes, states=args.states)
             if args.template is not None:
                 objects = [{"template": args.template} | sample for sample in objects]
             elif self.given:
@@ -214,5 +220,13 @@ class Sampling:
                 numbered = zip(rows, objects, strict=True)
                 out.write("".join(json_line({"index": row, "seed": args.seed} | one) for row, one in numbered))
         elif not args.stream:
-            print_samples(Console(), result, self.tokenizer, texts=texts, first=rows.start, candidates=args.particles)
+            print_samples(
+                Console(),
+                result,
+                self.tokenizer,
+                texts=texts,
+                first=rows.start,
+                candidates=args.particles,
+                passes=args.passes,
+            )
         self.done += len(rows)

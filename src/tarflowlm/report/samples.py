@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.generation import Generation, generate
+from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.report.grid import CSS as GRID_CSS
@@ -50,8 +50,7 @@ def draw_samples(model: LanguageModel, tokenizer: Tokenizer, progress: Progress 
             num=NUM,
             generator=torch.Generator().manual_seed(SEED),
             temperature=temperature,
-            return_passes=model.num_blocks > 1,
-            tick=progress.advance,
+            watch=Watch(progress),
         )
 
     temperature = TEMPERATURE
@@ -60,7 +59,7 @@ def draw_samples(model: LanguageModel, tokenizer: Tokenizer, progress: Progress 
     except UserError:
         temperature = 1.0
         result = draw(temperature)
-    passes = [state[0] for state in result.passes]
+    passes = [state[0] for state in result.passes] if model.num_blocks > 1 else []
     return Samples([tokenizer.decode(row.tolist()) for row in result.tokens], passes, length, temperature)
 
 

@@ -12,8 +12,8 @@ from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.blocks import StateReport, latent_report
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
 from tarflowlm.evaluation.likelihood import sign_of
-from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.generate import num_ticks
+from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation.window import num_positions
 from tarflowlm.model import as_flow
 from tarflowlm.presets import mini_ar, with_steps
 from tarflowlm.report.style import COLOURS, SMALL, Axes, Figure
@@ -65,16 +65,15 @@ def sample(
     done: Finished, checkpoint: Checkpoint, num: int, length: int, *, prompt: Tensor | None = None, what: str = ""
 ) -> Generation:
     """`num` samples of `length` tokens, some given by `prompt` [num, T], by the decoder auto; the noise of seed 0."""
-    progress = done.stage(f"sampling{what}, positions", num_ticks(checkpoint.model, length))
+    progress = done.stage(f"sampling{what}, positions", num_positions(checkpoint.model, length))
     return generate(
         checkpoint.model,
         num_tokens=length,
         num=num,
-        template=prompt,
+        prompt=prompt,
         generator=torch.Generator().manual_seed(0),
-        return_passes=prompt is None,
         decoder="auto",
-        tick=progress.advance,
+        watch=Watch(progress),
     )
 
 

@@ -16,9 +16,9 @@ from tarflowlm.editing import Edit, Encoded, encode, interpolate, renoise, telli
 from tarflowlm.editing.words import Span, blended_spans, count_of, find_words, joined, pick_words, words_of
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
-from tarflowlm.generation.inversion import Tick
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
+from tarflowlm.progress import Progress
 from tarflowlm.report.grid import Row, text_tokens
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
@@ -49,12 +49,14 @@ def replace_words(
     tokens = request.reading(tokenizer, text).tokens
     spans = named(tokenizer, tokens, request.text(words, "list of words"))
     template = blanked(tokens, spans)
-    if not checkpoint.model.config.weighs_tokens:
+    if not checkpoint.model.config.has_token_weights:
         edits = request.whole(tries, "tries", 1, TRIES)
 
-        def change(source: Source, tick: Tick) -> Edit:
+        def change(source: Source, progress: Progress) -> Edit:
             encoded = encode(source.flow, source.tokens[None], source.generator).repeated(edits)
-            return editing.rewrite(source.flow, encoded, [spans] * edits, tick=tick, **source.settings(encoded))
+            return editing.rewrite(
+                source.flow, encoded, [spans] * edits, progress=progress, **source.settings(encoded)
+            )
 
         yield from _compared(_edited(catalogue, model, text, seed, change))
         return
@@ -97,7 +99,7 @@ def rewrite(
     kind, share = str(target), request.number(strength, "strength", 0.0, 1.0)
     edits = request.whole(num, "edits", 1, request.SAMPLES)
 
-    def change(source: Source, tick: Tick) -> Edit:
+    def change(source: Source, progress: Progress) -> Edit:
         flow, generator = source.flow, source.generator
         encoded = encode(flow, source.tokens[None], generator).repeated(edits)
         if kind != WORDS:
@@ -108,13 +110,13 @@ def rewrite(
                 strength=share,
                 generator=generator,
                 decoder="auto",
-                tick=tick,
+                progress=progress,
             )
         words = source.words(source.tokens)
         count, length = count_of(share, words), len(source.tokens)
         picked = [pick_words(words, count, length, generator) for _ in range(edits)]
         spans = [joined(row, words) for row in picked]
-        return editing.rewrite(flow, encoded, spans, spare=words, tick=tick, **source.settings(encoded))
+        return editing.rewrite(flow, encoded, spans, spare=words, progress=progress, **source.settings(encoded))
 
     yield from _compared(_edited(catalogue, model, text, seed, change))
 
@@ -147,7 +149,7 @@ def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, 
     """HTML of the way from one text to another, cut to the same length, with a slider."""
     kind, toward = str(target), request.text(other, "other text")
 
-    def change(source: Source, tick: Tick) -> list[Edit]:
+    def change(source: Source, progress: Progress) -> list[Edit]:
         flow, generator = source.flow, source.generator
         second = request.reading(source.tokenizer, toward, "other text").tokens
         length = min(len(source.tokens), len(second))
@@ -156,7 +158,9 @@ def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, 
         if kind != WORDS:
             at = source.level(kind)
             return [
-                interpolate(flow, a, b, level=at, weight=i / STEPS, generator=generator, decoder="auto", tick=tick)
+                interpolate(
+                    flow, a, b, level=at, weight=i / STEPS, generator=generator, decoder="auto", progress=progress
+                )
                 for i in range(STEPS + 1)
             ]
         first_words, second_words = map(source.words, texts)
@@ -165,7 +169,7 @@ def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, 
             # from the start of the text on, so that a word once taken stays
             taken = second_words[: round(i / STEPS * len(second_words))]
             spans = [blended_spans(first_words, second_words, taken, length)]
-            found.append(editing.blend(flow, a, b, spans, tick=tick, **source.settings(a)))
+            found.append(editing.blend(flow, a, b, spans, progress=progress, **source.settings(a)))
         return found
 
     for shown in _edited(catalogue, model, text, seed, change):
@@ -214,7 +218,7 @@ class Source:
 
 
 def _edited(
-    catalogue: Catalogue, model: Any, text: Any, seed: Any, change: Callable[[Source, Tick], Any]
+    catalogue: Catalogue, model: Any, text: Any, seed: Any, change: Callable[[Source, Progress], Any]
 ) -> Iterator[str | tuple[Tokenizer, Any, float]]:
     """Progress as HTML, then the tokenizer, what `change` found, and the seconds that it took."""
     checkpoint = catalogue.load(model)
@@ -225,7 +229,7 @@ def _edited(
 
     def work(job: Job[Any]) -> Any:
         with threads_for(1):
-            return change(Source(flow, tokenizer, tokens, generator), job.advance)
+            return change(Source(flow, tokenizer, tokens, generator), job)
 
     job = Job(work)
     for _ in job.follow():
@@ -234,7 +238,7 @@ def _edited(
 
 
 def _temperature(model: LanguageModel) -> float:
-    return TEMPERATURE if model.config.weighs_tokens else 1.0
+    return TEMPERATURE if model.config.has_token_weights else 1.0
 
 
 def _bits(nats: Tensor, tokens: Tensor, tokenizer: Tokenizer) -> float:

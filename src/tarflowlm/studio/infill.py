@@ -11,8 +11,8 @@ from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import BLANK
 from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
-from tarflowlm.generation import generate
-from tarflowlm.generation.generate import num_ticks
+from tarflowlm.generation import Watch, generate
+from tarflowlm.generation.window import num_positions
 from tarflowlm.report.grid import Token, spans, text_tokens
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
@@ -75,18 +75,18 @@ def fill(
                 checkpoint.model,
                 num_tokens=len(template),
                 num=num,
-                template=template,
+                prompt=template,
                 generator=torch.Generator().manual_seed(seed),
                 particles=each,
                 temperature=tau,
                 decoder="auto",
-                tick=job.advance,
+                watch=Watch(job),
             )
         assert result.log_evidence is not None
         return weigh(result.tokens.cpu(), result.log_evidence, each)
 
     job = Job(work)
-    total = num_ticks(checkpoint.model, len(template))
+    total = num_positions(checkpoint.model, len(template))
     given = stage(template_tokens(checkpoint.tokenizer, template), is_open=True)
     for _ in job.follow():
         yield given + bar(job.advanced / total) + muted("trying" if job.advanced else "waiting for its turn")

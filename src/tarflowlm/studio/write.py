@@ -8,8 +8,8 @@ import torch
 from tarflowlm.data.prompts import BLANK
 from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
-from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.generate import num_ticks
+from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation.window import num_positions
 from tarflowlm.model import TarFlowLM
 from tarflowlm.report.grid import Row, pass_rows, text_tokens
 from tarflowlm.studio import request
@@ -42,8 +42,7 @@ def write(
     # BLANK where the model writes
     given = torch.full((max(wanted, len(tokens)),), BLANK)
     given[: len(tokens)] = tokens
-    total = num_ticks(lm, len(given), len(tokens) if is_prompt else 0)
-    has_passes = isinstance(lm, TarFlowLM) and len(given) <= lm.config.context and lm.num_blocks > 1
+    total = num_positions(lm, len(given), len(tokens) if is_prompt else 0)
 
     def work(job: Job[Generation]) -> Generation:
         with threads_for(num):
@@ -51,15 +50,12 @@ def write(
                 lm,
                 num_tokens=len(given),
                 num=num,
-                prompt=tokens if is_prompt and len(tokens) else None,
-                template=None if is_prompt else tokens,
+                prompt=tokens,
                 temperature=temperature,
                 top_p=top_p,
                 decoder="auto",
                 generator=torch.Generator().manual_seed(seed),
-                return_passes=has_passes,
-                tick=job.advance,
-                on_tokens=job.tokens.append,
+                watch=Watch(job, job.tokens.append),
             )
 
     job = Job(work)
@@ -76,8 +72,7 @@ def write(
             None if reading is None else reading.notice
         )
         body += _facts(result, len(given), num, job.seconds)
-        if result.passes:
-            assert isinstance(lm, TarFlowLM)
+        if isinstance(lm, TarFlowLM) and lm.num_blocks > 1 and result.passes:
             rows, note = _passes(lm, result, row, tokenizer, given != BLANK)
             body += slider(rows, "pass", summary="how it was written, block by block", is_open=row == 0) + muted(note)
         cards.append(card(body))

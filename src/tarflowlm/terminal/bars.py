@@ -4,7 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
@@ -13,6 +13,7 @@ from rich.text import Text
 
 from tarflowlm.terminal.tables import print_notice
 
+B = TypeVar("B", bound="Bars")
 Clock = Callable[[], float]
 """Seconds from some fixed instant."""
 
@@ -69,13 +70,13 @@ class Bars:
         self._task: TaskID | None = None
         self._due = 0.0
 
-    def __enter__(self) -> "Bars":
+    def __enter__(self: B) -> B:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def stage(self, name: str, total: float | None = None, done: int = 0) -> None:
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         """Begin a part called `name`. Nothing is shown yet: an error at its start prints its line alone."""
         if self._task is not None and self.keep:
             # a stage of training may end early
@@ -98,7 +99,7 @@ class Bars:
         if self.is_live or self.clock() < self._due or task.finished:
             return
         self._due = self.clock() + EVERY
-        left = "" if task.time_remaining is None else f", {minutes(task.time_remaining)} left"
+        left = "" if task.time_remaining is None else f", {minutes(float(task.time_remaining))} left"
         print_notice(f"{task.description}: {self._numbers.render(task)}{left}")
 
     def show(self, name: str, done: int, total: int | None) -> None:
