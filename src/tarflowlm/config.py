@@ -24,6 +24,8 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 Decoder = Literal["steps", "sweeps", "auto"]
 """How a block is inverted: position by position, in parallel sweeps, or by the cheaper of the two."""
+OLD_DECODERS: dict[str, Decoder] = {"sequential": "steps", "parallel": "sweeps", "drafted": "auto"}
+"""The present names of decoders that earlier versions had."""
 
 Decoding = Literal["mode", "drawn"]
 """The token of a latent vector: the most probable one of p(x|z), or one drawn from it."""
@@ -45,6 +47,7 @@ NORMALIZATIONS: tuple[Normalization, ...] = typing.get_args(Normalization)
 
 TEXT8_ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 """The 27 characters of text8: single spaces and `a`-`z`."""
+
 
 def check_alphabet(alphabet: str) -> None:
     """UserError unless `alphabet` has at least two characters, no duplicates and no lone surrogates."""
@@ -190,12 +193,6 @@ class TrainConfig(Config):
     """Wall-clock time of the whole run, checkpoints and evaluation included; 0 counts steps instead."""
     mode: Literal["progressive", "joint"] = "progressive"
     """One block after another on the frozen ones below, or all blocks at once. The baseline has one stage."""
-    advance: Literal["budget", "stall"] = "budget"
-    """End a stage when its steps are used up, or earlier if the validation bound stalls."""
-    stall_evaluations: int = 4
-    """With `stall`: evaluations without an improvement of `stall_tolerance` that end a stage."""
-    stall_tolerance: float = 0.002
-    """With `stall`: nats per token that count as an improvement."""
     batch_size: int = 8
     """Sequences per optimiser step, over all processes and accumulation steps."""
     accumulate: int = 1
@@ -285,11 +282,14 @@ class RunConfig(Config):
 def current_form(document: Any) -> Any:
     """The run in config.json, in the current format, without `model_type`.
 
-    Earlier versions wrote no `model_type`, and three parallel lists in place of `blocks`. Other documents are
-    returned as they are; `from_dict` reports what is wrong with them.
+    Earlier versions wrote no `model_type`, three parallel lists in place of `blocks`, and fields for stages that end
+    early. Other documents are returned as they are; `from_dict` reports what is wrong with them.
     """
     if isinstance(document, dict) and document.get("model_type") == MODEL_TYPE:
         document = {key: value for key, value in document.items() if key != "model_type"}
+    if isinstance(document, dict) and isinstance(document.get("train"), dict):
+        gone = ("advance", "stall_evaluations", "stall_tolerance")
+        document = document | {"train": {k: v for k, v in document["train"].items() if k not in gone}}
     model = document.get("model") if isinstance(document, dict) else None
     old = ("couplings", "layers", "components")
     if not isinstance(model, dict) or not all(isinstance(model.get(name), list) for name in old):

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from tarflowlm.training.lifecycle import train
 
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.config import OptimConfig, RunConfig, TrainConfig
 from tarflowlm.data import DataConfig
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, stack
-from tarflowlm.training.lifecycle import train
 from tarflowlm.training.metrics import Reporter
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tarflowlm.training.distributed import Processes, launched
+from tarflowlm.training.step import optimizer_step
 
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.config import RunConfig, TrainConfig
@@ -17,13 +19,11 @@ from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.language_model import seeded
 from tarflowlm.model import FlowConfig, stack
 from tarflowlm.training import lifecycle
-from tarflowlm.training.distributed import Processes, launched
 from tarflowlm.training.guards import Guard
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.parallel import Engine
 from tarflowlm.training.run import Run
-from tarflowlm.training.step import optimizer_step
 
 MODES = ("ddp", "fsdp")
 STOP_AT = 14

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tarflowlm.training.lifecycle import resume
 
 from tarflowlm.cli import main as cli
 from tarflowlm.data import TokenizerConfig, prepare_corpus
@@ -23,7 +24,6 @@ from tarflowlm.runs import checkpoint, weights
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import lifecycle
 from tarflowlm.training import run as training_run
-from tarflowlm.training.lifecycle import resume
 from tarflowlm.training.metrics import MetricsLog, Reporter
 
 CPU = torch.device("cpu")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tarflowlm.training.step import optimizer_step
 
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import load_checkpoint
@@ -15,7 +16,6 @@ from tarflowlm.training.guards import Guard, RunningLoss, all_finite, gradient_r
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.parallel import Engine
-from tarflowlm.training.step import optimizer_step
 
 INF, NAN = math.inf, math.nan
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tarflowlm.training.lifecycle import resume, train
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.training.lifecycle import resume, train
 
 KILLS = int(os.environ.get("TARFLOWLM_KILLS", "20"))
 SEED = int(os.environ.get("TARFLOWLM_KILL_SEED", "0")) or random.randrange(1, 10**6)

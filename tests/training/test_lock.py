@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tarflowlm.training.lifecycle import resume, train
 
 from tarflowlm.errors import UserError
 from tarflowlm.files import LOCK, writer_lock
-from tarflowlm.training.lifecycle import resume, train
 from tarflowlm.training.metrics import Reporter
 
 

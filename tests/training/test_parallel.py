@@ -14,14 +14,14 @@ import pytest
 import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
+from tarflowlm.training.distributed import ALONE, Processes, launched
+from tarflowlm.training.lifecycle import resume, train
 
 from tarflowlm.config import TrainConfig
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.strict_json import from_dict
 from tarflowlm.training import parallel
-from tarflowlm.training.distributed import ALONE, Processes, launched
-from tarflowlm.training.lifecycle import resume, train
 from tarflowlm.training.parallel import Engine
 from tarflowlm.training.state import newest_state
 

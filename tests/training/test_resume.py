@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tarflowlm.training.lifecycle import resume
 
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import export, load_checkpoint
 from tarflowlm.training import state
-from tarflowlm.training.lifecycle import resume
 from tarflowlm.training.metrics import Reporter
 
 CPU = torch.device("cpu")

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from tarflowlm.training.lifecycle import resume, train
 
 from tarflowlm.cli.main import main
 from tarflowlm.cli.signals import stop_on_signals
@@ -12,7 +13,6 @@ from tarflowlm.errors import Stopped
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.terminal.training import ProgressReporter
 from tarflowlm.training import parallel
-from tarflowlm.training.lifecycle import resume, train
 from tarflowlm.training.metrics import Reporter
 
 CPU = torch.device("cpu")

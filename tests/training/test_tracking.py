@@ -11,13 +11,13 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from tarflowlm.training.lifecycle import resume
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import read_run
 from tarflowlm.runs.strict_json import from_dict, to_dict
 from tarflowlm.training import tracking
-from tarflowlm.training.lifecycle import resume
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.state import newest_state
 

@@ -9,8 +9,8 @@ import torch
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.report.page import Table
-from tarflowlm.report.style import COLOURS, MUTED, SMALL, Axes, Figure, add_legend, label_points, literal, two_panels
+from tarflowlm.report.page import table_html
+from tarflowlm.report.style import COLOURS, MUTED, SMALL, Axes, Figure, add_legend, label_points, literal
 
 Array = npt.NDArray[np.float64]
 
@@ -37,27 +37,27 @@ class Codes:
     std: Array | None
     """[V]: sigma_k; None for an embedding."""
     compared: npt.NDArray[np.int64]
-    """[M]: the tokens whose nearest neighbours are known, most frequent first."""
+    """[M]: the tokens that are compared with all others, most frequent first."""
     nearest: npt.NDArray[np.int64]
     """[M]: the nearest other token of each."""
     distance: Array
     """[M]: the distance to it in units of sigma_k, or of the root mean square norm of an embedding."""
     is_counted: bool
-    """Whether `compared` is ordered by frequency in a text; otherwise by token id."""
+    """`compared` is ordered by frequency in a text, and otherwise by token id."""
 
     @property
     def unit(self) -> str:
-        """Of the distances."""
+        """The unit of the distances."""
         return "σ" if self.std is not None else "r.m.s. norms"
 
     @property
     def noun(self) -> str:
-        """What the vectors are."""
+        """The name of the vectors."""
         return "codebook" if self.std is not None else "input embedding"
 
 
 def codes_of(model: LanguageModel, tokenizer: Tokenizer, counts: npt.NDArray[np.int64] | None) -> Codes:
-    """The codes of a model. `counts` [V] are the frequencies of the tokens, if known."""
+    """The codes of a model; `counts` [V] are the frequencies of the tokens, if known."""
     vectors, log_std = model.token_vectors()
     std = None if log_std is None else log_std.detach().cpu().double().exp().numpy()
     mean = vectors.detach().cpu().double().numpy()
@@ -106,7 +106,7 @@ def nearest_neighbours(
 
 def draw_codes(figure: Figure, codes: Codes) -> None:
     """The projection, with discs of radius sigma, then distances to nearest neighbours."""
-    left, right = two_panels(figure, (13.0, 5.0), (PLANE, neighbours_height(codes)))
+    upper, lower = figure.subplots(2, height_ratios=(PLANE, _lower_height(codes)))
     dot: dict[str, Any] = {"marker": "o", "linestyle": "none", "markersize": 3.0}
     entries = [("a symbol", dot | {"color": COLOURS[0]})]
     if codes.std is not None:
@@ -114,23 +114,27 @@ def draw_codes(figure: Figure, codes: Codes) -> None:
     if len(codes.symbols) > FEW:
         entries.append(("less frequent" if codes.is_counted else "later in the vocabulary", dot | {"color": MUTED}))
     add_legend(figure, entries)
-    _draw_plane(left, codes)
+    _draw_plane(upper, codes)
     if len(codes.symbols) <= FEW:
-        _draw_neighbours(right, codes)
+        _draw_neighbours(lower, codes)
     else:
-        _draw_histogram(right, codes)
+        _draw_histogram(lower, codes)
 
 
 PLANE = 4.0
-"""Height in inches of the projection in a narrow figure."""
+"""Height of the projection in inches."""
 
 
-def neighbours_height(codes: Codes) -> float:
-    """Height in inches of the other panel in a narrow figure."""
+def figure_height(codes: Codes) -> float:
+    """Height of the figure in inches."""
+    return PLANE + _lower_height(codes) + 0.8
+
+
+def _lower_height(codes: Codes) -> float:
     return 0.6 + 0.16 * min(len(codes.compared), PAIRS) if len(codes.symbols) <= FEW else 2.4
 
 
-def codes_table(codes: Codes, num_pairs: int = 8) -> Table:
+def codes_table(codes: Codes, num_pairs: int = 8) -> str:
     """Distances and scales, and the `num_pairs` closest pairs."""
     distance = np.sort(codes.distance)
     middle = float(np.median(distance))
@@ -150,7 +154,7 @@ def codes_table(codes: Codes, num_pairs: int = 8) -> Table:
         if len(closest) == num_pairs:
             break
     rows.append(("closest", ",  ".join(closest.values())))
-    return Table(["", ""], rows)
+    return table_html(["", ""], rows)
 
 
 def _draw_plane(axes: Axes, codes: Codes) -> None:

@@ -4,6 +4,7 @@ torchrun starts them and sets their ranks in the environment. Backends: gloo on 
 """
 
 import gc
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ class Processes:
         return self.rank == 0
 
     def rows_each(self, batch_size: int, accumulate: int) -> int:
-        """Sequences per process of a global batch. UserError if they do not divide evenly."""
+        """Sequences per process of a global batch, which must divide evenly into `accumulate` parts per process."""
         parts = self.world * accumulate
         if batch_size % parts:
             raise UserError(
@@ -82,14 +83,6 @@ class Processes:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def first_number(self, value: float) -> float:
-        """The number of the first process."""
-        if self.world == 1:
-            return value
-        number = torch.tensor(value, dtype=torch.float64)
-        dist.broadcast(number, src=0)
-        return number.item()
-
     def wait(self) -> None:
         """Wait until all processes have called it."""
         if self.world > 1:
@@ -113,31 +106,26 @@ ALONE = Processes()
 
 @contextmanager
 def launched(device: torch.device) -> Iterator[Processes]:
-    """Joins the process group that torchrun started, with one GPU per process; without torchrun, a group of one.
-
-    UserError for more processes on a machine than it has GPUs, and for devices that serve only one process.
-    """
+    """Join the process group that torchrun started, with one GPU per process; without torchrun, a group of one."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or "RANK" not in os.environ:
         yield Processes(device=device)
         return
     backend = "gloo"
     if device.type == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local + 1} of this machine sees {torch.cuda.device_count()} GPUs: "
-                f"start torchrun with --nproc-per-node {torch.cuda.device_count()}"
-            )
+        local, available = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= available:
+            raise UserError(f"this machine has {available} GPUs: start torchrun with --nproc-per-node {available}")
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise UserError(f"device {device.type}: serves only one process; use --device cpu, or train without torchrun")
     dist.init_process_group(backend)
-    with warnings.catch_warnings():
-        # happens for heads under FSDP2; harmless, since nothing here is changed in place
-        warnings.filterwarnings("ignore", message=".*returned a view tensor")
-        yield Processes(dist.get_rank(), dist.get_world_size(), device)
+    if dist.get_rank():
+        logging.getLogger("tarflowlm").setLevel(logging.ERROR)  # the first process gives the notices
+    # happens for heads under FSDP2; harmless, since nothing here is changed in place
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
+    yield Processes(dist.get_rank(), dist.get_world_size(), device)
     # sharded modules hold the group in reference cycles; one that outlives the group can abort the process on exit
     gc.collect()
     # not reached after an error: the others may be waiting for this process, and torchrun ends them
