@@ -86,7 +86,7 @@ def collect(names: Sequence[str], device: str = "cpu") -> Catalogue:
         places[name] = place
     models = {name: read_run(place).model for name, place in places.items()}
     baselines = frozenset(name for name, model in models.items() if model.family == "ar")
-    weighing = frozenset(name for name, model in models.items() if model.weighs_tokens)
+    weighing = frozenset(name for name, model in models.items() if model.has_token_weights)
     return Catalogue(places, baselines, weighing, device)
 
 

@@ -49,7 +49,7 @@ def replace_words(
     tokens = request.reading(tokenizer, text).tokens
     spans = named(tokenizer, tokens, request.text(words, "list of words"))
     template = blanked(tokens, spans)
-    if not checkpoint.model.config.weighs_tokens:
+    if not checkpoint.model.config.has_token_weights:
         edits = request.whole(tries, "tries", 1, TRIES)
 
         def change(source: Source, progress: Progress) -> Edit:
@@ -238,7 +238,7 @@ def _edited(
 
 
 def _temperature(model: LanguageModel) -> float:
-    return TEMPERATURE if model.config.weighs_tokens else 1.0
+    return TEMPERATURE if model.config.has_token_weights else 1.0
 
 
 def _bits(nats: Tensor, tokens: Tensor, tokenizer: Tokenizer) -> float:

@@ -26,16 +26,14 @@ def print_samples(
     candidates: int = 1,
     passes: bool = False,
 ) -> None:
-    """Every sample in a panel, or with `passes` its text after every block.
+    """Print every sample in a panel, with its passes on request, and the weights of several `candidates`.
 
-    `texts` replaces the decoded tokens, `first` samples came before. Of several `candidates` per sample the effective
-    number is printed.
+    `texts` replaces the decoded tokens; `first` samples came before.
     """
     for row, tokens in enumerate(result.tokens):
         text = tokenizer.decode(tokens.tolist()) if texts is None else texts[row]
-        body = Text(printable(text))
-        if passes:
-            body = grid_text(pass_rows([tokens[row] for tokens in result.passes], tokenizer))
+        states = [state[row] for state in result.passes] if passes else []
+        body = grid_text(pass_rows(states, tokenizer)) if states else Text(printable(text))
         console.print(_panel(body, f"sample {first + row + 1}"))
         for note in _weights_notes(result, row, candidates):
             console.print(f"  {note}", highlight=False)
