@@ -4,7 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
@@ -13,7 +13,6 @@ from rich.text import Text
 
 from tarflowlm.terminal.tables import print_notice
 
-B = TypeVar("B", bound="Bars")
 Clock = Callable[[], float]
 """Seconds from some fixed instant."""
 
@@ -70,7 +69,7 @@ class Bars:
         self._task: TaskID | None = None
         self._due = 0.0
 
-    def __enter__(self: B) -> B:
+    def __enter__(self) -> "Bars":
         return self
 
     def __exit__(self, *error: object) -> None:
