@@ -12,7 +12,7 @@ import pytest
 CALLS = {
     "text": ('generate(flow, num_tokens=8, prompt="the cat")', ["prompt", "'the cat'", "tokenizer.encode", "load"]),
     "list": ("generate(flow, num_tokens=8, prompt=[1, 2])", ["prompt", "[1, 2]", "list"]),
-    "floats": ("generate(flow, num_tokens=8, template=torch.zeros(4))", ["template", "float32"]),
+    "floats": ("generate(flow, num_tokens=8, prompt=torch.zeros(4))", ["prompt", "float32"]),
     "three axes": ("generate(flow, num_tokens=8, prompt=torch.ones(1, 1, 2).long())", ["[1, 1, 2]", "[num, T]"]),
     "unknown prompt": ("generate(flow, num_tokens=8, prompt=torch.tensor([99]))", ["99", "26"]),
     "length": ("generate(flow, num_tokens=8.5)", ["num_tokens 8.5", "integer"]),
@@ -21,16 +21,11 @@ CALLS = {
     "number": ('generate(flow, num_tokens=8, num="2")', ["num '2'", "integer"]),
     "particles": ("generate(flow, num_tokens=8, particles=None)", ["particles None", "integer"]),
     "generator": ("generate(flow, num_tokens=8, generator=3)", ["generator 3", "torch.Generator().manual_seed"]),
-    "decoder": ('generate(flow, num_tokens=8, decoder="foo")', ["decoder 'foo'", "sequential, parallel, drafted"]),
-    "decoder, number": ("generate(flow, num_tokens=8, decoder=5)", ["decoder 5", "sequential"]),
-    "decoders": ('generate(flow, num_tokens=8, decoder=("auto", "auto", 3))', ["decoder 3", "sequential"]),
-    "decoder of the baseline": ('generate(baseline, num_tokens=8, decoder="foo")', ["decoder 'foo'", "sequential"]),
+    "decoder": ('generate(flow, num_tokens=8, decoder="foo")', ["decoder 'foo'", "steps, sweeps, auto"]),
+    "decoder, number": ("generate(flow, num_tokens=8, decoder=5)", ["decoder 5", "steps"]),
+    "decoders": ('generate(flow, num_tokens=8, decoder=("auto", "auto", 3))', ["decoder 3", "steps"]),
+    "decoder of the baseline": ('generate(baseline, num_tokens=8, decoder="foo")', ["decoder 'foo'", "steps"]),
     "decoding": ('generate(flow, num_tokens=8, decoding="foo")', ["decoding 'foo'", "mode, drawn"]),
-    "rounds": ("generate(flow, num_tokens=8, return_rounds=True)", ["rounds", "choose it"]),
-    "rounds, no draft": (
-        'generate(small.model, num_tokens=8, return_rounds=True, decoder="auto")',
-        ["rounds", "has no draft", "tarflowlm draft"],
-    ),
     "pair": ("generate(flow_and_more, num_tokens=8)", ["of type Pretrained", "pass lm.model"]),
     "pair of a baseline": ("generate(baseline_and_more, num_tokens=8)", ["of type Pretrained", "pass lm.model"]),
     "name": ('generate("english-mini", num_tokens=8)', ["'english-mini'", "pass lm.model", "load"]),
@@ -71,7 +66,7 @@ CALLS = {
     "write, no blank": ('flow_and_more.write(template="the king")', ["'the king' has no blank", "'_'", "prompt"]),
     "write, blank": ('flow_and_more.write(template="a_", blank=None)', ["blank None", "single character"]),
     "write, blanks": ('flow_and_more.write(template="a_", blank="")', ["blank ''", "single character"]),
-    "write, decoder": ('flow_and_more.write("a", decoder="foo")', ["decoder 'foo'", "sequential"]),
+    "write, decoder": ('flow_and_more.write("a", decoder="foo")', ["decoder 'foo'", "steps"]),
     "write, temperature": ('flow_and_more.write("a", temperature="0.8")', ["temperature '0.8'", "number"]),
     "write, top-k": ('flow_and_more.write("a", top_k=1.5)', ["top-k 1.5", "integer"]),
     "write, top-p": ('flow_and_more.write("a", top_p="0.3")', ["top-p '0.3'", "number"]),
@@ -115,8 +110,7 @@ RIGHT = {
     "auto": "tarflowlm.load('english-mini', device='auto').model.device.type in ('cpu', 'mps')",
     "a device": "tarflowlm.load('english-mini', device=torch.device('cpu')).model.device == torch.device('cpu')",
     "no prompt": "flow_and_more.write('', num_tokens=8) == flow_and_more.write(num_tokens=8)",
-    "decoders": "generate(flow, num_tokens=8, decoder=['sequential'] * 3).decoders == ('sequential',) * 3",
-    "rounds": "len(generate(flow, num_tokens=8, return_rounds=True, decoder='drafted').rounds) > 0",
+    "decoders": "generate(flow, num_tokens=8, decoder=['sequential', 'steps', 'steps']).decoders == ('steps',) * 3",
 }
 """What is neither, and stays accepted."""
 ALL = [*(call for call, _ in CALLS.values()), *RIGHT.values()]

@@ -24,6 +24,8 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 Decoder = Literal["steps", "sweeps", "auto"]
 """How a block is inverted: position by position, in parallel sweeps, or by the cheaper of the two."""
+OLD_DECODERS: dict[str, Decoder] = {"sequential": "steps", "parallel": "sweeps", "drafted": "auto"}
+"""The present names of decoders that earlier versions had."""
 
 Decoding = Literal["mode", "drawn"]
 """The token of a latent vector: the most probable one of p(x|z), or one drawn from it."""
@@ -45,6 +47,7 @@ NORMALIZATIONS: tuple[Normalization, ...] = typing.get_args(Normalization)
 
 TEXT8_ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 """The 27 characters of text8: single spaces and `a`-`z`."""
+
 
 def check_alphabet(alphabet: str) -> None:
     """UserError unless `alphabet` has at least two characters, no duplicates and no lone surrogates."""

@@ -69,6 +69,8 @@ class Pretrained(_Pair):
         template. The other arguments are those of `generate`. Same seed, same texts. UserError for characters that
         the tokenizer does not know, for a template without a blank, and as `generate`.
         """
+        if prompt and template is not None:
+            raise UserError("both a prompt and a template: put the prompt at the start of the template")
         text = None if prompt is None else self._checked(prompt, "prompt")
         given = encode_prompt(self.tokenizer, text) if text else None
         blanks = None if template is None else self._template(template, blank)
@@ -78,8 +80,7 @@ class Pretrained(_Pair):
             self.model,
             num_tokens=num_tokens,
             num=1 if num is None else num,
-            prompt=given,
-            template=blanks,
+            prompt=blanks if given is None else given,
             particles=particles,
             generator=torch.Generator().manual_seed(checked_seed(as_integer(seed, "seed"))),
             temperature=temperature,

@@ -49,9 +49,6 @@ def test_values_and_gradients(tile_size):
     expected = plain(inputs[0], logits, *inputs[4:])
     torch.testing.assert_close(mixture_log_prob_from_features(*inputs), expected)
     assert torch.autograd.gradcheck(mixture_log_prob_from_features, inputs)
-    assert torch.autograd.gradcheck(
-        lambda *a: mixture_log_prob_from_features(*a, equal_cotangents=True).mean(), inputs
-    )
 
 
 def test_without_weights_it_is_the_normaliser_of_the_decoder():
@@ -68,14 +65,10 @@ def test_relative_to_the_normaliser_in_one_sweep(tile_size):
     found = mixture_log_prob_from_features(*inputs, relative=True)
     torch.testing.assert_close(found, torch.logsumexp(log_pi + log_posterior, -1))
     assert torch.autograd.gradcheck(lambda *a: mixture_log_prob_from_features(*a, relative=True), inputs)
-    assert torch.autograd.gradcheck(
-        lambda *a: mixture_log_prob_from_features(*a, relative=True, equal_cotangents=True).mean(), inputs
-    )
 
 
-@pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("frozen", [(), (0, 4, 5), (1, 2, 3)], ids=["all", "head alone", "codebook alone"])
-def test_one_sweep_equals_two(equal, frozen, tile_size):
+def test_one_sweep_equals_two(frozen, tile_size):
     inputs = head_case(40, 27, 8, 16, dtype=torch.float32)
     wanted = [t.requires_grad_() for i, t in enumerate(inputs) if i not in frozen]
 
@@ -83,10 +76,8 @@ def test_one_sweep_equals_two(equal, frozen, tile_size):
         return log_p, *torch.autograd.grad(log_p.mean(), wanted, allow_unused=True)
 
     z, mean, log_std = inputs[0], *inputs[4:]
-    one = results(mixture_log_prob_from_features(*inputs, equal_cotangents=equal, relative=True))
-    two = results(
-        mixture_log_prob_from_features(*inputs, equal_cotangents=equal) - mixture_log_prob(z, None, mean, log_std)
-    )
+    one = results(mixture_log_prob_from_features(*inputs, relative=True))
+    two = results(mixture_log_prob_from_features(*inputs) - mixture_log_prob(z, None, mean, log_std))
     for found, expected in zip(one, two, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -156,25 +147,17 @@ def test_no_tensor_of_tokens_times_components(monkeypatch):
     assert max(largest) < rows * components / 50
 
 
-@pytest.mark.parametrize("equal", [False, True])
-def test_under_autocast_only_the_head_is_half(equal, tile_size):
+def test_under_autocast_only_the_head_is_half(tile_size):
     inputs = [t.requires_grad_() for t in head_case(24, 40, 4, 32, dtype=torch.float32)]
     exact = torch.autograd.grad(mixture_log_prob_from_features(*inputs).sum(), inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        log_p = mixture_log_prob_from_features(*inputs, equal_cotangents=equal)
+        log_p = mixture_log_prob_from_features(*inputs)
     assert log_p.dtype == torch.float32
     logits = (inputs[1].bfloat16() @ inputs[2].bfloat16().T).float() + inputs[3]
     torch.testing.assert_close(log_p, plain(inputs[0], logits, *inputs[4:]), rtol=1e-5, atol=1e-4)
     for one, other in zip(torch.autograd.grad(log_p.sum(), inputs), exact, strict=True):
         assert one.dtype == torch.float32
         assert (one - other).abs().max() <= 0.1 * other.abs().max()
-
-
-def test_equal_cotangents_are_checked():
-    inputs = [t.requires_grad_() for t in head_case(6, 7, 3, 4)]
-    log_p = mixture_log_prob_from_features(*inputs, equal_cotangents=True)
-    with pytest.raises(RuntimeError, match="weights the elements"):
-        (log_p * torch.arange(6)).sum().backward()
 
 
 def test_frozen_inputs_get_no_gradient_and_none_is_harmless():

@@ -79,7 +79,8 @@ def trained(tmp_path, tiny_flow) -> Path:
     data, train = DataConfig(source="/somewhere/else/text.txt"), TrainConfig(stage_steps=(1,), mode="joint")
     folder = tmp_path / "run"
     folder.mkdir()
-    write_run(folder, RunConfig(name="mini-mixd", model=model.config, data=data, train=train), CharTokenizer(TEXT8_ALPHABET))
+    run = RunConfig(name="mini-mixd", model=model.config, data=data, train=train)
+    write_run(folder, run, CharTokenizer(TEXT8_ALPHABET))
     save_weights(folder, model.state_dict(), {"blocks": "2", "step": "1", "tokens": "128"})
     return folder
 

@@ -131,7 +131,7 @@ def test_card_without_results_says_so(trained, tmp_path):
 
 def configured(words):
     """The run that `tarflowlm train WORDS` would train."""
-    from tarflowlm.cli.configured import read_train as read
+    from tarflowlm.cli.train import read
 
     return read([*words, "--out", "x"] if "--out" not in words else words).configured()
 

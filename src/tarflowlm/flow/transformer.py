@@ -97,7 +97,6 @@ class Transformer(nn.Module):
     Transformer is therefore the identity up to the final norm, at any depth.
     """
 
-
     def __init__(self, config: TransformerConfig, num_layers: int) -> None:
         super().__init__()
         self.config = config

@@ -145,7 +145,7 @@ def register() -> None:
             return bars
 
         def _say(self, text: str) -> None:
-            print_notice(self.console, text)
+            print_notice(text)
 
 
 def how_to_continue(options: dict[str, Any]) -> Continuation:

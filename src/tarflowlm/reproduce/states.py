@@ -9,15 +9,15 @@ from tarflowlm.evaluation.blocks import state_metrics
 from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
 from tarflowlm.presets import preset
 from tarflowlm.report.style import SMALL, Figure
-from tarflowlm.reproduce.measures import DEEPEST_LAST, latents, sampled
+from tarflowlm.reproduce.measures import DEEPEST_LAST, latents, sample
 from tarflowlm.reproduce.recipe import GPT2_VOCAB, Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.reproduce.write import markdown_table
 from tarflowlm.runs.checkpoint import read_run
 
 SAMPLES = 64
-"""Of each model, whose states are measured from the noise down."""
+"""Samples of each model whose states are measured, from the noise down."""
 UP, DOWN = "latents of a text", "noise of a sample"
-"""What layer 0 is: the states go up from the latents to the noise, or down from the noise to the latents."""
+"""Two readings of layer 0: the states go up from the latents to the noise, or down from the noise to the latents."""
 METRICS = ("norm", "cosine", "participation_ratio", "centroid_shift")
 SHARES = ("log_det", "kl", "kl_gain", "nelbo")
 VISIBLE = 0.05
@@ -52,8 +52,7 @@ def measure_fig7(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
 def _states_of_samples(done: Finished) -> list[Row]:
     """The states from the noise to the latents: mean and standard deviation over samples of the model's length."""
     checkpoint = done.load()
-    length = checkpoint.run.model.context
-    states = sampled(done, checkpoint, SAMPLES, length, "states of samples, positions").states
+    states = sample(done, checkpoint, SAMPLES, checkpoint.run.model.context).states
     rows: list[Row] = []
     for layer, metrics in enumerate(state_metrics(states)):
         row: Row = {"layer 0": DOWN, "layer": layer, "block": len(states) - layer if layer else None}
@@ -196,6 +195,7 @@ FIG7 = Recipe(
     "diminishes, and the participation ratio drops at the right-to-left block and then rises.",
     plan=plan_fig7,
     measure=measure_fig7,
+    table=lambda rows: [],
     draw=draw_fig7,
     size=(10.0, 5.0),
     text=text_fig7,

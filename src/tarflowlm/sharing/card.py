@@ -169,4 +169,3 @@ def training_command(run: RunConfig) -> str | None:
             else:
                 options += [option, *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(["tarflowlm", "train", run.name, "--out", f"runs/{run.name}", *options])
-

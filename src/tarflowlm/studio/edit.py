@@ -10,22 +10,21 @@ from torch import Tensor
 
 from tarflowlm import editing
 from tarflowlm.data import Tokenizer
+from tarflowlm.data.prompts import BLANK
 from tarflowlm.device import threads_for
 from tarflowlm.editing import Edit, Encoded, encode, interpolate, renoise, telling_level
 from tarflowlm.editing.words import Span, blended_spans, count_of, find_words, joined, pick_words, words_of
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
-from tarflowlm.generation.inversion import Tick
-from tarflowlm.generation.sampling import BLANK
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
-from tarflowlm.report.grid import GridRow
+from tarflowlm.progress import Progress
+from tarflowlm.report.grid import Row, text_tokens
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
-from tarflowlm.studio.infill import TRIES, choices, drawn, template_tokens, trust
+from tarflowlm.studio.infill import TRIES, choices, fill, trust
 from tarflowlm.studio.job import Job
-from tarflowlm.studio.pieces import card, facts, milliseconds, muted, page, scrubbed, stage
-from tarflowlm.studio.rows import changed_words, difference, final_tokens
+from tarflowlm.studio.pieces import card, counted, facts, muted, page, slider, stage, took
 
 WORDS, LATENTS, NOISE = TARGETS = ("words", "latents", "noise")
 """What is changed: words, redrawn given all others, or a state: h^(0) = z, or h^(L) = u."""
@@ -47,27 +46,26 @@ def replace_words(
     """
     checkpoint = catalogue.load(model)
     tokenizer = checkpoint.tokenizer
-    tokens = request.required(tokenizer, request.text(text, "text"), "text")
+    tokens = request.reading(tokenizer, text).tokens
     spans = named(tokenizer, tokens, request.text(words, "list of words"))
     template = blanked(tokens, spans)
-    if not checkpoint.model.config.weighs_tokens:
+    if not checkpoint.model.config.has_token_weights:
         edits = request.whole(tries, "tries", 1, TRIES)
 
-        def change(source: Source, tick: Tick) -> Edit:
+        def change(source: Source, progress: Progress) -> Edit:
             encoded = encode(source.flow, source.tokens[None], source.generator).repeated(edits)
-            return editing.rewrite(source.flow, encoded, [spans] * edits, tick=tick, **source.settings(encoded))
+            return editing.rewrite(
+                source.flow, encoded, [spans] * edits, progress=progress, **source.settings(encoded)
+            )
 
         yield from _compared(_edited(catalogue, model, text, seed, change))
         return
-    for shown in drawn(checkpoint, template, tries, particles, _temperature(checkpoint.model), seed):
+    for shown in fill(checkpoint, template, tries, particles, _temperature(checkpoint.model), seed):
         if isinstance(shown, str):
-            yield page(card(stage(template_tokens(tokenizer, template), is_open=True) + shown))
+            yield page(card(shown))
         else:
-            found, seconds = shown
-            original = stage(final_tokens(tokens, tokenizer)) + muted("the original")
-            yield page(
-                card(original), card(choices(tokenizer, found, template)), card(trust(found, particles, seconds))
-            )
+            original = stage(text_tokens(tokens, tokenizer)) + muted("the original")
+            yield page(card(original), card(choices(tokenizer, shown, template)), card(trust(shown)))
 
 
 def named(tokenizer: Tokenizer, tokens: Tensor, words: str) -> list[Span]:
@@ -77,7 +75,7 @@ def named(tokenizer: Tokenizer, tokens: Tensor, words: str) -> list[Span]:
         raise UserError("no word is named: write the words to replace, separated by commas")
     parts, spans = [tokenizer.token_bytes[token] for token in tokens.tolist()], set[Span]()
     for piece in pieces:
-        found = find_words(parts, tokenizer.decode(request.encoded(tokenizer, piece)).strip())
+        found = find_words(parts, request.reading(tokenizer, piece, "word").text.strip())
         if not found:
             raise UserError(f"{piece!r} is no word of the text: copy one from it")
         spans.update(found)
@@ -98,10 +96,10 @@ def rewrite(
     catalogue: Catalogue, model: Any, text: Any, target: Any, strength: Any, num: Any, seed: Any
 ) -> Iterator[str]:
     """HTML of texts in which a share `strength` of the words is redrawn, or whose states are re-noised."""
-    kind, share = request.one_of(target, "target", TARGETS), request.number(strength, "strength", 0.0, 1.0)
+    kind, share = str(target), request.number(strength, "strength", 0.0, 1.0)
     edits = request.whole(num, "edits", 1, request.SAMPLES)
 
-    def change(source: Source, tick: Tick) -> Edit:
+    def change(source: Source, progress: Progress) -> Edit:
         flow, generator = source.flow, source.generator
         encoded = encode(flow, source.tokens[None], generator).repeated(edits)
         if kind != WORDS:
@@ -112,13 +110,13 @@ def rewrite(
                 strength=share,
                 generator=generator,
                 decoder="auto",
-                tick=tick,
+                progress=progress,
             )
         words = source.words(source.tokens)
         count, length = count_of(share, words), len(source.tokens)
         picked = [pick_words(words, count, length, generator) for _ in range(edits)]
         spans = [joined(row, words) for row in picked]
-        return editing.rewrite(flow, encoded, spans, spare=words, tick=tick, **source.settings(encoded))
+        return editing.rewrite(flow, encoded, spans, spare=words, progress=progress, **source.settings(encoded))
 
     yield from _compared(_edited(catalogue, model, text, seed, change))
 
@@ -136,31 +134,33 @@ def _compared(edited: Iterator[str | tuple[Tokenizer, Any, float]]) -> Iterator[
             edit.tokens.cpu(), edit.changed, edit.bound_before, edit.bound, strict=True
         ):
             numbers = facts(
-                ("", changed_words(changed)),
+                ("", f"{int(changed.sum())} of {counted(len(changed), 'token')} changed"),
                 (
                     f"≤ {_bits(new, after, tokenizer):.2f}",
                     f"bits per character, ≤ {_bits(old, before, tokenizer):.2f} before",
                 ),
             )
-            cards.append(card(stage(difference(before, after, tokenizer)) + numbers))
-        original = stage(final_tokens(before, tokenizer)) + muted("the original")
-        yield page(card(original), *cards, card(facts((milliseconds(seconds), "in all"))))
+            cards.append(card(stage(text_tokens(after, tokenizer, before=before)) + numbers))
+        original = stage(text_tokens(before, tokenizer)) + muted("the original")
+        yield page(card(original), *cards, card(facts(took(seconds))))
 
 
 def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, seed: Any) -> Iterator[str]:
     """HTML of the way from one text to another, cut to the same length, with a slider."""
-    kind, toward = request.one_of(target, "target", TARGETS), request.text(other, "other text")
+    kind, toward = str(target), request.text(other, "other text")
 
-    def change(source: Source, tick: Tick) -> list[Edit]:
+    def change(source: Source, progress: Progress) -> list[Edit]:
         flow, generator = source.flow, source.generator
-        second = request.required(source.tokenizer, toward, "other text")
+        second = request.reading(source.tokenizer, toward, "other text").tokens
         length = min(len(source.tokens), len(second))
         texts = source.tokens[:length], second[:length]
         a, b = (encode(flow, tokens[None], generator) for tokens in texts)
         if kind != WORDS:
             at = source.level(kind)
             return [
-                interpolate(flow, a, b, level=at, weight=i / STEPS, generator=generator, decoder="auto", tick=tick)
+                interpolate(
+                    flow, a, b, level=at, weight=i / STEPS, generator=generator, decoder="auto", progress=progress
+                )
                 for i in range(STEPS + 1)
             ]
         first_words, second_words = map(source.words, texts)
@@ -169,7 +169,7 @@ def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, 
             # from the start of the text on, so that a word once taken stays
             taken = second_words[: round(i / STEPS * len(second_words))]
             spans = [blended_spans(first_words, second_words, taken, length)]
-            found.append(editing.blend(flow, a, b, spans, tick=tick, **source.settings(a)))
+            found.append(editing.blend(flow, a, b, spans, progress=progress, **source.settings(a)))
         return found
 
     for shown in _edited(catalogue, model, text, seed, change):
@@ -178,15 +178,12 @@ def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, 
             continue
         tokenizer, edits, seconds = shown
         texts = [edit.tokens[0].cpu() for edit in edits]
-        rows = [GridRow("the text", final_tokens(texts[0], tokenizer))]
-        rows += [
-            GridRow(
-                f"{100 * i // STEPS} % · {int((now != before).sum())} changed", difference(before, now, tokenizer)
-            )
-            for i, (before, now) in enumerate(itertools.pairwise(texts), 1)
-        ]
-        body = stage(rows[-1].tokens) + facts((milliseconds(seconds), "in all"))
-        yield page(card(body + scrubbed(rows, "share of the other text", summary="every step of the way")))
+        rows = [Row("the text", text_tokens(texts[0], tokenizer))]
+        for i, (before, now) in enumerate(itertools.pairwise(texts), 1):
+            label = f"{100 * i // STEPS} % · {int((now != before).sum())} changed"
+            rows.append(Row(label, text_tokens(now, tokenizer, before=before)))
+        body = stage(rows[-1].tokens) + facts(took(seconds))
+        yield page(card(body + slider(rows, "share of the other text", summary="every step of the way")))
 
 
 @dataclass(frozen=True)
@@ -221,27 +218,27 @@ class Source:
 
 
 def _edited(
-    catalogue: Catalogue, model: Any, text: Any, seed: Any, change: Callable[[Source, Tick], Any]
+    catalogue: Catalogue, model: Any, text: Any, seed: Any, change: Callable[[Source, Progress], Any]
 ) -> Iterator[str | tuple[Tokenizer, Any, float]]:
     """Progress as HTML, then the tokenizer, what `change` found, and the seconds that it took."""
     checkpoint = catalogue.load(model)
     flow, tokenizer = as_flow(checkpoint.model, NO_LATENTS), checkpoint.tokenizer
-    tokens = request.required(tokenizer, request.text(text, "text"), "text")
-    request.one_window(len(tokens), flow.config.context)
+    tokens = request.reading(tokenizer, text).tokens
+    request.check_length(len(tokens), flow.config.context)
     generator = torch.Generator().manual_seed(request.whole(seed, "seed", 0, 2**31))
 
     def work(job: Job[Any]) -> Any:
         with threads_for(1):
-            return change(Source(flow, tokenizer, tokens, generator), job.tick)
+            return change(Source(flow, tokenizer, tokens, generator), job)
 
     job = Job(work)
     for _ in job.follow():
-        yield stage(final_tokens(tokens, tokenizer)) + muted("editing")
-    yield tokenizer, job.result, job.seconds_taken
+        yield stage(text_tokens(tokens, tokenizer)) + muted("editing")
+    yield tokenizer, job.result, job.seconds
 
 
 def _temperature(model: LanguageModel) -> float:
-    return TEMPERATURE if model.config.weighs_tokens else 1.0
+    return TEMPERATURE if model.config.has_token_weights else 1.0
 
 
 def _bits(nats: Tensor, tokens: Tensor, tokenizer: Tokenizer) -> float:

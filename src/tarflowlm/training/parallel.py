@@ -36,7 +36,7 @@ class NegativeBound(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
         """The negative bound of every sequence, in nats; the loss weights all of them equally."""
-        return self.model.negative_bound(tokens, noise, frozen=self.frozen, equal_cotangents=True)
+        return self.model.bound(tokens, noise, frozen=self.frozen)
 
 
 def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> bool:
@@ -179,7 +179,8 @@ def shard(loss: nn.Module, model: LanguageModel, processes: Processes, *, compil
     for layer in _layers(model):
         if compiled:
             layer.compile(fullgraph=True)
-    for module in [*_layers(model), *model.heads()]:
+    heads = [m for m in model.modules() if isinstance(m, Coupling) or m is getattr(model, "head", None)]
+    for module in [*_layers(model), *heads]:
         fully_shard(module, mesh=mesh)
         if isinstance(module, Coupling):
             # the last block uses only `log_prob`

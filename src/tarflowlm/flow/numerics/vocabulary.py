@@ -64,7 +64,6 @@ def mixture_log_prob_from_features(
     mean: Tensor,
     log_std: Tensor,
     *,
-    equal_cotangents: bool = False,
     relative: bool = False,
 ) -> Tensor:
     r"""`mixture_log_prob` with log_w = features @ weight.T + bias, which is never materialised beyond a tile.
@@ -72,9 +71,6 @@ def mixture_log_prob_from_features(
     Shapes: z [..., d]; features [..., E]; weight [K, E]; bias [K] or None; mean [K, d]; log_std [K]; returns [...],
     nats, in z's dtype. Under autocast the head's products run in the autocast format; densities and logsumexps keep
     z's. Backward recomputes the tiles: one product more than a head that keeps its logits, and no [tokens, K] tensor.
-    `equal_cotangents` promises a loss that weights all elements alike, such as a mean: gradients are then formed in
-    the forward, which saves that product; a broken promise raises RuntimeError in the backward (on an accelerator and
-    when compiled, where the check must not wait, it makes the gradients NaN).
     `relative` returns log p_mix(z) - log sum_k N(z; mu_k, s_k^2 I), which is log sum_k w_k p(k | z) under the decoder
     (docs/math.md, eq. 12), in nats: one sweep over the codebook serves both terms and their gradients.
     First derivatives only: a second backward raises RuntimeError. Errors: ValueError for shapes that do not fit.
@@ -90,7 +86,7 @@ def mixture_log_prob_from_features(
     shape = z.shape[:-1]
     flat_z, flat_features = z.reshape(-1, z.shape[-1]), features.reshape(-1, features.shape[-1])
     tensors = (flat_z, mean, log_std, None, flat_features, weight, bias)
-    return _apply(_Problem(matmul, relative, _needs(*tensors)), tensors, equal_cotangents).view(shape)
+    return _apply(_Problem(matmul, relative, _needs(*tensors)), tensors, False).view(shape)
 
 
 @torch.no_grad()

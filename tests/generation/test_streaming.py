@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_drafted import drafting
 from torch import Tensor
 
-from tarflowlm.generation import Generation, generate
+from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation.sampling import row_generators
 from tarflowlm.language_model import LanguageModel
 
 MODELS = {
@@ -25,13 +25,17 @@ def model(request, tiny_flow, tiny_ar) -> LanguageModel:
 
 
 def sample(model: LanguageModel, **options) -> Generation:
-    return generate(model, generator=torch.Generator().manual_seed(0), **({"num": 2} | options))
+    return generate(model, **({"num": 2, "generator": torch.Generator().manual_seed(0)} | options))
+
+
+def streams(rows) -> list[torch.Generator]:
+    return row_generators(rows, torch.Generator().manual_seed(0))
 
 
 def told(model: LanguageModel, **options) -> list[Tensor]:
     """What was told, which together is the text that is written without telling."""
     parts: list[Tensor] = []
-    tokens = sample(model, on_tokens=parts.append, **options).tokens
+    tokens = sample(model, watch=Watch(on_tokens=parts.append), **options).tokens
     assert torch.equal(torch.cat(parts, 1), tokens)
     assert torch.equal(sample(model, **options).tokens, tokens)
     return parts
@@ -52,19 +56,13 @@ def test_steps_tell_position_by_position(length, prompt, model):
     assert len(parts) >= (length - common) // P
 
 
-@pytest.mark.parametrize("decoder", ["parallel", "auto"])
+@pytest.mark.parametrize("decoder", ["sweeps", "auto"])
 def test_sweeps_tell_what_is_checked(decoder, tiny_flow):
     model = tiny_flow(couplings=("mixd", "mix1"), log_std=-5.0)
     parts = told(model, num_tokens=18, decoder=decoder)
-    if decoder == "parallel":
+    if decoder == "sweeps":
         # the first window is swept, and the others, after given tokens, have a block 1 that goes by steps
         assert [part.shape[1] for part in parts] == [8] + 10 * [1]
-
-
-@pytest.mark.parametrize("prompt", [None, torch.tensor([1, 2])])
-def test_drafts_tell_what_is_final(prompt, tiny_flow):
-    model = drafting(tiny_flow(couplings=("mixd", "mix1"), log_std=-5.0))
-    assert len(told(model, num_tokens=18, prompt=prompt, decoder="drafted")) > 3
 
 
 @pytest.mark.parametrize(
@@ -72,8 +70,8 @@ def test_drafts_tell_what_is_final(prompt, tiny_flow):
     [
         {"particles": 3, "prompt": torch.tensor([1, 2])},
         {"decoding": "drawn"},
-        {"template": torch.tensor([-1, 1, -1, 2])},
-        {"template": torch.tensor([2, -1, 2]), "temperature": 0.5},
+        {"prompt": torch.tensor([-1, 1, -1, 2])},
+        {"prompt": torch.tensor([2, -1, 2]), "temperature": 0.5},
     ],
 )
 def test_other_ways_to_write_tell_the_same_text(options, model):
@@ -87,7 +85,9 @@ def test_chosen_tokens_are_told_one_by_one(tiny_flow, any_stack):
 
 def test_parts_of_many_samples_are_what_they_are_among_all(model):
     all_of_them = sample(model, num_tokens=11, num=5).tokens
-    parts = [sample(model, num_tokens=11, num=2, rows=rows).tokens for rows in (range(1, 3), range(3, 5), [4, 0])]
+    parts = [
+        sample(model, num_tokens=11, generator=streams(rows)).tokens for rows in (range(1, 3), range(3, 5), [4, 0])
+    ]
     assert torch.equal(torch.cat(parts), all_of_them[[1, 2, 3, 4, 4, 0]])
 
 
@@ -96,19 +96,19 @@ def test_prompts_of_different_lengths_do_not_influence_each_other(model):
     for length in (8, 14):
         together = sample(model, num_tokens=length, prompt=prompts)
         for row, prompt in enumerate((prompts[0], prompts[1, :1])):
-            alone = sample(model, num_tokens=length, num=1, rows=[row], prompt=prompt)
+            alone = sample(model, num_tokens=length, num=1, generator=streams([row]), prompt=prompt)
             assert torch.equal(alone.tokens[0], together.tokens[row])
             torch.testing.assert_close(alone.log_evidence[0], together.log_evidence[row])
 
 
-def test_enough_ends_a_text_after_a_window(model):
+def test_on_tokens_ends_a_text_after_a_window(model):
     seen: list[int] = []
     whole = sample(model, num_tokens=30).tokens
 
-    def enough(tokens: Tensor) -> bool:
+    def on_tokens(tokens: Tensor) -> bool:
         seen.append(tokens.shape[1])
-        return len(seen) == 2
+        return sum(seen) in (9, 12)
 
-    found = sample(model, num_tokens=30, enough=enough)
-    assert seen == [8, 12]
+    found = sample(model, num_tokens=30, watch=Watch(on_tokens=on_tokens))
+    assert sum(seen) == 12
     assert torch.equal(found.tokens, whole[:, :12])

@@ -21,11 +21,11 @@ DRAWS = 4
 """Latents S per token of the vocabulary. Each estimate of a probability is unbiased for any S, but its power
 1 / tau and the order of tokens are not: S draws shrink that error. With sharp codes one draw would do."""
 
-MOST_DISCARDED = 1.0
-"""Nats a token of what the blocks above block 1 know that a choice of tokens in block 1 may ignore."""
+MOST_LOST = 1.0
+"""Temperature in block 1 ignores the upper blocks. It is refused if these contribute more nats per token."""
 
 
-def check_choice(model: TarFlowLM, settings: str) -> None:
+def check_estimable(model: TarFlowLM, settings: str) -> None:
     """UserError where tokens cannot be chosen by probability; `settings` names what asks for it: "top-k 3"."""
     name, V = model.config.blocks[0].coupling, model.config.vocab_size
     if isinstance(model.prior.block(0).coupling, AffineCoupling):
@@ -41,21 +41,21 @@ def check_choice(model: TarFlowLM, settings: str) -> None:
         )
 
 
-def check_discarded(model: TarFlowLM, h: Tensor, log_p: Tensor) -> None:
+def check_lost_information(model: TarFlowLM, h: Tensor, log_p: Tensor) -> None:
     """UserError where tokens cannot be chosen in block 1, because the blocks above it do much of the work.
 
     What they know is E[log p_{>1}(h) - log N(h; 0, I)], the divergence of their noise for block 1 from the normal
     noise that a choice assumes. `h` [rows, T, d] are draws of it, `log_p` [rows] their log-densities.
     """
     nats = 0.0 if model.num_blocks == 1 else float((log_p - log_standard_normal(h).sum((1, 2))).mean()) / h.shape[1]
-    if nats > MOST_DISCARDED:
+    if nats > MOST_LOST:
         raise UserError(
             f"temperature, top-k and top-p choose tokens in block 1 and ignore what the blocks above it know, in "
             f"this model {nats / math.log(2):.1f} bits a token: sample it at temperature 1 without top-k and top-p"
         )
 
 
-class TokenChoice:
+class EstimatedTokens:
     r"""Draws tokens by their adjusted probabilities given everything before (docs/math.md, eq. 18a).
 
         log p(x = k | past)  ~  log mean_s p(z_ks | past) / sum_j N_j(z_ks),    z_ks = mu_k + sigma_k eps_s

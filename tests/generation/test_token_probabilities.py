@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tarflowlm.errors import UserError
-from tarflowlm.generation import choice, generate
+from tarflowlm.generation import generate, token_probabilities
 from tarflowlm.model import TarFlowLM
 
 V, NUM = 4, 1500
@@ -128,8 +128,8 @@ FREE = {
 def test_rows_do_not_depend_on_each_other_and_given_tokens_are_kept(fields, tiny_flow, any_stack):
     model = tiny_flow(**fields)
     templates = torch.tensor([[-1, 3, -1, 1, -1], [2, -1, -1, -1, 0], [-1] * 5])
-    for options in ({}, {"prompt": torch.tensor([3, 1, 4])}, {"template": templates, "particles": 3}):
-        alone = dict(options, template=templates[:1]) if "template" in options else options
+    for options in ({}, {"prompt": torch.tensor([3, 1, 4])}, {"prompt": templates, "particles": 3}):
+        alone = dict(options, prompt=templates[:1]) if "particles" in options else options
         common = {"num_tokens": 7, "temperature": 0.7, "top_k": 3}
         many, one = (
             generate(model, num=num, generator=torch.Generator().manual_seed(2), **common, **given)
@@ -137,10 +137,8 @@ def test_rows_do_not_depend_on_each_other_and_given_tokens_are_kept(fields, tiny
         )
         assert torch.equal(many.tokens[:1], one.tokens)
         assert (many.log_evidence is None) == (options == {})
-        if "template" in options:
-            assert ((many.tokens[:, :5] == templates) | (templates == -1)).all()
-        if "prompt" in options:
-            assert many.tokens[:, :3].tolist() == [[3, 1, 4]] * 3
+        given = options.get("prompt", torch.full((1,), -1))
+        assert ((many.tokens[:, : given.shape[-1]] == given) | (given == -1)).all()
 
 
 def test_a_prompt_conditions_chosen_tokens(model):
@@ -154,12 +152,12 @@ def test_a_prompt_conditions_chosen_tokens(model):
 
 def test_the_chunks_of_a_batch_change_nothing(model, monkeypatch):
     whole = sample(model, num=20, temperature=0.8)
-    monkeypatch.setattr(choice, "held_rows", lambda *_: 3)
+    monkeypatch.setattr(token_probabilities, "held_rows", lambda *_: 3)
     assert torch.equal(sample(model, num=20, temperature=0.8), whole)
 
 
 def test_passes_of_chosen_tokens_end_with_them(model):
-    found = generate(model, num_tokens=5, num=3, temperature=0.8, return_passes=True)
+    found = generate(model, num_tokens=5, num=3, temperature=0.8)
     assert torch.equal(found.passes[-1], found.tokens)
     assert torch.equal(model.codebook.decode(found.states[-1]), found.tokens)
 
@@ -174,7 +172,7 @@ def test_blocks_without_probabilities_of_tokens_refuse(options, name, tiny_flow,
             sample(tiny_flow(couplings=(coupling, "mix1")), num=1, **options)
     mix1 = tiny_flow(couplings=("mix1",))
     sample(mix1, num=1, **options)
-    monkeypatch.setattr(choice, "LARGEST_VOCABULARY", 4)
+    monkeypatch.setattr(token_probabilities, "LARGEST_VOCABULARY", 4)
     with pytest.raises(UserError, match=rf"{name}: block 1 \(mix1\) .* all 5 of them .* at most 4: .*temperature 1"):
         sample(mix1, num=1, **options)
 

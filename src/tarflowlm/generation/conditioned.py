@@ -15,13 +15,13 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.precision import wide_dtype
-from tarflowlm.generation.choice import TokenChoice
 from tarflowlm.generation.sampling import inverse_cdf
+from tarflowlm.generation.token_probabilities import EstimatedTokens
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
 
 
-class Passage(ABC):
+class Conditioned(ABC):
     """A pass over N positions, of which the first `at` are done.
 
     It turns `noise` [B, N, ...] into `values` [B, N, ...]: latents for a flow, tokens for the baseline. At given
@@ -70,14 +70,14 @@ class Passage(ABC):
         """Values of tokens [B, T, ...] as values of positions [B, N, ...]."""
 
 
-class LatentPassage(Passage):
+class ConditionedLatents(Conditioned):
     """The pass of a flow through block 1: noise to latents for free tokens, latents to noise for given ones.
 
     A given token x_t has the latents z_t ~ q(z_t | x_t) in `known`. Its log-probability log p(z_t | z_<t)
     + log p(x_t | z_t) - log q(z_t | x_t) is log p(z_t | z_<t) - log sum_j N_j(z_t) (docs/math.md, eq. 21).
 
-    With a `choice` the free tokens are chosen by their adjusted probabilities, and `tokens` [B, N, P] holds them.
-    Their own noise then plays no part: it stays what it was, and so do the factors of `LatentSource`.
+    With `estimated` the free tokens are drawn by their adjusted probabilities into `tokens` [B, N, P]. Their own
+    noise is unused: it stays as it was, and so do the factors of `LatentSource`.
     """
 
     def __init__(
@@ -87,17 +87,17 @@ class LatentPassage(Passage):
         known: Tensor,
         is_known: Tensor,
         adjust: AdjustWeights | None,
-        choice: TokenChoice | None = None,
+        estimated: EstimatedTokens | None = None,
     ) -> None:
         """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU."""
-        assert adjust is None or choice is None
+        assert adjust is None or estimated is None
         self.block, self.patch = model.prior.block(0), model.prior.patch
         assert self.block.keeps_order, "given latents need a block in the order of the tokens"
         noise, self.known = self.positions(noise).clone(), self.positions(known)
         super().__init__(model, noise, torch.zeros_like(noise), is_known, adjust)
         mask = self.is_known.to(noise.device)
         self.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask
-        self.choice, self.tokens = choice, torch.zeros_like(mask, dtype=torch.long)
+        self.estimated, self.tokens = estimated, torch.zeros_like(mask, dtype=torch.long)
 
     def positions(self, x: Tensor) -> Tensor:
         """[B, T, d] as [B, N, C] (docs/math.md, eq. 14)."""
@@ -111,7 +111,7 @@ class LatentPassage(Passage):
         features = self.settle(self.known, num)
         u, log_det = self.block.coupling(self.known[:, :num], features)
         self.noise[:, :num] = u
-        return log_det + standard_normal_log_prob(u) - self.log_normaliser[:, :num].sum((1, 2))
+        return log_det.sum(-1) + standard_normal_log_prob(u) - self.log_normaliser[:, :num].sum((1, 2))
 
     def settle(self, z: Tensor, num: int) -> Tensor:
         """Copy the first `num` positions from z [B, N, C], in one parallel pass; returns their features.
@@ -136,13 +136,13 @@ class LatentPassage(Passage):
             self.known[:, n],
             self.is_known[:, n],
         )
-        if self.choice is None and not any(self.some_known[n]):
+        if self.estimated is None and not any(self.some_known[n]):
             self.values[:, n] = coupling.invert(noise, features, self.adjust)
             return None
-        if self.choice is None:
+        if self.estimated is None:
             z, u, log_p = coupling.complete(noise, features, known, is_known, self.adjust)
         else:
-            z = self._choose(n, features, known, self.choice)
+            z = self._choose(n, features, known, self.estimated)
             # the given tokens, after the chosen ones of their position
             given = is_known.to(z.device)
             _, u, log_p = coupling.complete(noise, features, z, torch.ones_like(is_known))
@@ -151,24 +151,28 @@ class LatentPassage(Passage):
         self.values[:, n], self.noise[:, n] = z, u
         return (log_p - self.log_normaliser[:, n]).sum(-1)
 
-    def _choose(self, n: int, features: Tensor, known: Tensor, choice: TokenChoice) -> Tensor:
+    def _choose(self, n: int, features: Tensor, known: Tensor, estimated: EstimatedTokens) -> Tensor:
         """The latents [B, C] of position n, with those of its free tokens chosen one after another."""
         z, P = known.clone(), self.is_known.shape[2]
         d = z.shape[1] // P
         for a in range(P):
             rows = (~self.is_known[:, n, a]).nonzero()[:, 0].to(z.device)
             if len(rows):
-                tokens, latents = choice(features[rows], z[rows, : a * d], rows, n * P + a)
+                tokens, latents = estimated(features[rows], z[rows, : a * d], rows, n * P + a)
                 self.tokens[rows, n, a], z[rows, a * d : (a + 1) * d] = tokens, latents
         return z
 
+    def chosen_tokens(self, span: slice) -> Tensor:
+        """The chosen tokens [B, n] of a span of the text."""
+        return self.tokens.flatten(1)[:, span]
+
     def select(self, rows: Tensor) -> None:
-        """As `Passage.select`, with the chosen tokens."""
+        """As `Conditioned.select`, with the chosen tokens."""
         super().select(rows)
         self.tokens[:, : self.at] = self.tokens[rows, : self.at]
 
 
-class TokenPassage(Passage):
+class ConditionedTokens(Conditioned):
     """The pass of the baseline: a token is drawn as the inverse of its CDF at a uniform random number."""
 
     def __init__(
