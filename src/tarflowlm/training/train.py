@@ -232,20 +232,7 @@ def check_new(out: Path) -> None:
 
 def _corpus(run: RunConfig, reporter: Reporter, processes: Processes) -> Corpus:
     with processes.first_alone():
-        return cached_corpus(run.data.source, run.data.tokenizer, progress=_callback(reporter), notice=logger.info)
-
-
-def _callback(reporter: Reporter) -> Callable[[str, int, int | None], None]:
-    last: list[Any] = ["", 0]
-
-    def progress(stage: str, done: int, total: int | None) -> None:
-        if stage != last[0]:
-            last[:] = stage, 0
-            reporter.stage(stage, total)
-        reporter.advance(done - last[1])
-        last[1] = done
-
-    return progress
+        return cached_corpus(run.data.source, run.data.tokenizer, progress=reporter)
 
 
 def _check_lengths(run: RunConfig, corpus: Corpus) -> None:
