@@ -159,14 +159,12 @@ def _tokens(source: str, split: str, tokenizer: Tokenizer, least: int) -> TokenA
     """The tokens of a split of a text, at least `least`."""
     from tarflowlm.data import SOURCE_NAMES, cached_corpus, encode_text_source
     from tarflowlm.terminal.bars import Bars
-    from tarflowlm.terminal.tables import print_notice
 
     with Bars() as bars:
-        options: Any = {"progress": bars.show, "notice": print_notice}
         if split != "all" and (source in SOURCE_NAMES or Path(source).is_dir()):
-            tokens = cached_corpus(source, tokenizer, **options).split(split)
+            tokens = cached_corpus(source, tokenizer, progress=bars).split(split)
         else:
-            tokens = encode_text_source(source, tokenizer, (split,), **options)[split]
+            tokens = encode_text_source(source, tokenizer, (split,), progress=bars)[split]
     if len(tokens) < least:
         whole = "" if split == "all" else ", --split all"
         raise UserError(

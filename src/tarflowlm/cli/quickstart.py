@@ -67,7 +67,7 @@ def run(args: Args) -> None:
     device = pick_device(args.device)
     config = replace(preset("quickstart"), seed=args.seed)
     with ProgressReporter() as reporter:
-        corpus = cached_corpus(config.data.source, config.data.tokenizer, progress=reporter.show)
+        corpus = cached_corpus(config.data.source, config.data.tokenizer, progress=reporter)
         # before the training, which gets the time that is left
         train_tokens, test_tokens = (np.asarray(corpus.split(split)) for split in ("train", "test"))
         text = corpus.tokenizer.decode(test_tokens.tolist())

@@ -189,39 +189,33 @@ def _run_section(record: RunRecord, insight: Insight, draw: Draw) -> Section:
 
 _SIGNS = ("Flows have upper bounds, marked <=. The figures of a discrete baseline are exact.",)
 _SAMPLES = (
-    "{number} samples of {s.tokens} tokens with the weights of step {step}: seed {seed}, temperature "
-    "{s.temperature}, not selected."
+    "{number} samples of {s.tokens} tokens at step {step}: seed {seed}, temperature {s.temperature}, not selected."
 )
 _PASSES = (
-    "The first sample after every block. The flow turns noise into latents block by block, the last block first; "
-    "each row shows the symbols nearest to the latents at that point. Where only the last row reads as text, block 1 "
-    "does the writing."
+    "The first sample after every block, decoded with the codebook. Noise becomes latents block by block, the last "
+    "block first. Where only the last row reads as text, block 1 does the writing."
 )
 _BITS = (
-    "Bits per character against tokens and against training time. Faint lines: training batches; with markers: "
-    "validation windows. Flows show upper bounds. The first steps may lie above the frame."
+    "Bits per character against tokens and training time. Faint: training batches; with markers: validation windows. "
+    "Flows show upper bounds. The first steps may lie above the frame."
 )
-_OPTIMISATION = (
-    "Learning rate, and gradient norm with its running median. Every stage restarts the schedule; runs with the "
-    "same rates cover each other."
-)
+_OPTIMISATION = "Learning rate, and gradient norm with its running median. Every stage restarts the schedule."
 _THROUGHPUT = "Training tokens per second with their running median; the numbers are the medians of each stage."
 _BLOCKS = (
-    "The bound on {windows:,} validation windows ({tokens:,} tokens) with the weights of step {step}. First its "
-    "terms in nats per token, added up from the top; then by how much each block lowers the bound of those below it, "
-    "each time with the standard normal on top; block 1 is measured against the bare standard normal. Of jointly "
-    "trained blocks, only the whole stack is trained to be a good model."
+    "The bound on {windows:,} validation windows ({tokens:,} tokens) at step {step}. Above, its terms, added up from "
+    "the top: blue is positive, orange negative. Below, by how much each block lowers the bound of the blocks under "
+    "it with the standard normal on top; block 1 is compared with the standard normal alone. Of jointly trained blocks, "
+    "only the whole stack is trained to be a good model."
 )
 
 
 def _codes_caption(codes: Codes, step: str) -> str:
     order = "most frequent of the validation text" if codes.is_counted else "first of the vocabulary"
-    is_small = len(codes.symbols) <= FEW
-    named = "Every symbol is named." if is_small else f"Named where there is room: the {NAMED} {order}."
-    text = f"The {codes.noun} at step {step} on its first two principal components. {named}"
+    named = "" if len(codes.symbols) <= FEW else f" Blue, and named where there is room: the {NAMED} {order}."
+    text = f"The {codes.noun} at step {step} on its first two principal components.{named} Distances are"
     if codes.std is None:
-        return f"{text} Distances are Euclidean, in units of the root mean square norm of the embeddings."
+        return f"{text} Euclidean, in units of the root mean square norm of the embeddings."
     return (
-        f"{text} Distances are measured in all dimensions and in units of the symbol's own σ: a sample is nearer to "
-        f"a neighbour D σ away than to its own code with probability Φ(−D/2), 2 % at D = 4."
+        f"{text} measured in all dimensions and in units of the symbol's own σ: a sample is nearer to a neighbour "
+        f"D σ away than to its own code with probability Φ(−D/2), 2 % at D = 4."
     )
