@@ -121,8 +121,8 @@ def _texts(finished: Sequence[Finished]) -> set[str]:
     found = set()
     for done in finished:
         source = done.summary["source"]
-        files = cached_corpus(source, load_tokenizer(done.directory)).meta.files
-        digests = ", ".join(record.sha256[:12] for record in files[:3])
+        files = cached_corpus(source, load_tokenizer(done.directory)).meta["files"]
+        digests = ", ".join(record["sha256"][:12] for record in files[:3])
         more = f" and {len(files) - 3} more files" if len(files) > 3 else ""
         found.add(f"{Path(source).name} {digests}{more}")
     return found

@@ -4,7 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
@@ -69,7 +69,7 @@ class Bars:
         self._task: TaskID | None = None
         self._due = 0.0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Bars":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -98,7 +98,7 @@ class Bars:
         if self.is_live or self.clock() < self._due or task.finished:
             return
         self._due = self.clock() + EVERY
-        left = "" if task.time_remaining is None else f", {minutes(task.time_remaining)} left"
+        left = "" if task.time_remaining is None else f", {minutes(float(task.time_remaining))} left"
         print_notice(f"{task.description}: {self._numbers.render(task)}{left}")
 
     def show(self, name: str, done: int, total: int | None) -> None:
