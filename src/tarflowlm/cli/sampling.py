@@ -220,13 +220,6 @@ class Sampling:
                 numbered = zip(rows, objects, strict=True)
                 out.write("".join(json_line({"index": row, "seed": args.seed} | one) for row, one in numbered))
         elif not args.stream:
-            print_samples(
-                Console(),
-                result,
-                self.tokenizer,
-                texts=texts,
-                first=rows.start,
-                candidates=args.particles,
-                passes=args.passes,
-            )
+            options: Any = {"texts": texts, "first": rows.start, "candidates": args.particles, "passes": args.passes}
+            print_samples(Console(), result, self.tokenizer, **options)
         self.done += len(rows)

@@ -1,10 +1,8 @@
 """Progress of long work on stderr: a bar on a terminal, now and then a line in a log file."""
 
-import itertools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
@@ -13,7 +11,6 @@ from rich.text import Text
 
 from tarflowlm.terminal.tables import print_notice
 
-B = TypeVar("B", bound="Bars")
 Clock = Callable[[], float]
 """Seconds from some fixed instant."""
 
@@ -70,7 +67,7 @@ class Bars:
         self._task: TaskID | None = None
         self._due = 0.0
 
-    def __enter__(self: B) -> B:
+    def __enter__(self) -> "Bars":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -113,40 +110,3 @@ class Bars:
     def close(self) -> None:
         """Take the bar away. A later stage shows another one."""
         self.progress.stop()
-
-
-# --- callbacks of the time before `Progress`; each goes with its last caller
-
-StageProgress = Callable[[str, int, int | None], None]
-
-
-class Stages:
-    """A `Progress` that calls a `StageProgress`."""
-
-    def __init__(self, show: StageProgress) -> None:
-        self.show = show
-
-    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
-        """Begin a part."""
-        self.name, self.total, self.done = name, total, done
-        self.show(name, done, total)
-
-    def advance(self, count: int = 1) -> None:
-        """Count on."""
-        self.done += count
-        self.show(self.name, self.done, self.total)
-
-
-def no_progress(stage: str, completed: int, total: int | None) -> None:
-    pass
-
-
-def ticker(progress: StageProgress, stage: str, total: int) -> Callable[[], None]:
-    done = itertools.count(1)
-    return lambda: progress(stage, next(done), total)
-
-
-@contextmanager
-def bar(console: Console, description: str, total: int) -> Iterator[Callable[[int], None]]:
-    with Bars(console=console) as bars:
-        yield lambda completed: bars.show(description, completed, total)

@@ -67,7 +67,7 @@ def samples_to_json(
     samples: list[dict[str, Any]] = []
     for row, tokens in enumerate(result.tokens):
         sample: dict[str, Any] = {"text": tokenizer.decode(tokens.tolist()) if texts is None else texts[row]}
-        if passes:
+        if passes or states:
             sample["passes"] = [tokenizer.decode(state[row].tolist()) for state in result.passes]
         if states:
             sample["states"] = [state[row].tolist() for state in result.states]
