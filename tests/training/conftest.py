@@ -108,24 +108,20 @@ class Killer(Reporter):
     def __init__(self, at: int | None = None, action: Callable[[], None] | None = None) -> None:
         self.at, self.action, self.events, self.prepared = at, action, 0, False
 
-    def _event(self) -> None:
-        self.events += 1
-        if self.events == self.at:
-            if self.action is None:
-                raise Killed
-            self.action()
-
     def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         # preparing the corpus does not count: whether it is in the cache differs between runs
         self.prepared = self.prepared or name.startswith(("stage", "all blocks", "baseline"))
         self.advance()
 
-    def advance(self, count: int = 1) -> None:
-        if self.prepared:
-            self._event()
-
     def record(self, record: dict[str, Any]) -> None:
-        self._event()
+        self.advance()
+
+    def advance(self, count: int = 1) -> None:
+        self.events += self.prepared
+        if self.prepared and self.events == self.at:
+            if self.action is None:
+                raise Killed
+            self.action()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -204,6 +205,33 @@ def test_processes_killed_at_random_instants_resume_to_the_same_bits(tmp_path, t
         assert_loads_or_is_new(out)
         assert_loads_or_is_new(out / "best")
     assert hits, "no kill came while something was written"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
+def test_command_line_stopped_and_resumed_gives_the_same_bits(tmp_path, corpus_file, same_run, number, status):
+    def command(*options: object) -> list[str]:
+        return [sys.executable, "-m", "tarflowlm", "train", *map(str, options), "--device", "cpu"]
+
+    def start(out: Path) -> list[str]:
+        sizes = ("--model.context", 16, "--model.trunk.width", 16, "--train.log-every", 1, "--train.test-windows", 4)
+        return command("mini-ar", "--out", out, "--data", corpus_file, "--steps", 60, "--checkpoint-every", 9, *sizes)
+
+    subprocess.run(start(tmp_path / "whole"), check=True, capture_output=True)
+    out = tmp_path / "cut"
+    process = subprocess.Popen(start(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while (
+        not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size) and process.poll() is None
+    ):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == status, err
+    assert "Traceback" not in err
+    if number == signal.SIGTERM:
+        assert f"continue with `tarflowlm train --resume {out}`" in err
+    subprocess.run(command("--resume", out), check=True, capture_output=True)
+    same_run(out, tmp_path / "whole")
 
 
 def test_partial_files_of_a_kill_are_removed(stopped, whole, same_run):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tarflowlm.config import TrainConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.language_model import seeded
@@ -220,23 +219,3 @@ def test_run_that_cannot_start_leaves_no_directory(tmp_path, tiny_run, go, field
     with pytest.raises(UserError, match=message):
         go(run, out)
     assert not out.parent.exists()
-
-
-@pytest.mark.parametrize(
-    ("mode", "steps"), [("progressive", (3, 2)), ("progressive", (3,)), ("joint", (3, 2)), ("joint", (0,))]
-)
-def test_stages_must_fit_the_mode(tiny_run, mode, steps):
-    with pytest.raises(UserError, match="stage_steps"):
-        tiny_run(mode=mode, stage_steps=steps)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("keep_last", 0), ("max_skipped", -1), ("spike_sigma", 0.0), ("spike_sigma", math.nan), ("dropout", 1.0),
-        ("dropout", -0.1), ("dropout", math.nan), ("minutes", -1.0), ("minutes", math.nan), ("minutes", math.inf),
-    ],
-)  # fmt: skip
-def test_settings_out_of_range_are_named(field, value):
-    with pytest.raises(UserError, match=rf"train\.{field} {value}"):
-        TrainConfig(**{field: value})
