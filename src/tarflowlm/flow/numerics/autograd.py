@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-
 Compute = Callable[..., tuple[Tensor | None, ...]]
 """Gradients from tensors: what a backward computes in closed form."""
 
