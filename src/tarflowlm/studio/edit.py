@@ -2,23 +2,20 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tarflowlm import editing
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import BLANK
 from tarflowlm.device import threads_for
-from tarflowlm.editing import Edit, Encoded, encode, interpolate, renoise, telling_level
-from tarflowlm.editing.words import Span, blended_spans, count_of, find_words, joined, pick_words, words_of
+from tarflowlm.editing import Edit, Encoded, Redraw, Renoise, Rewrite, Source, Toward, encode
+from tarflowlm.editing.edits import TEMPERATURE
+from tarflowlm.editing.words import find_words
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
-from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
-from tarflowlm.progress import Progress
 from tarflowlm.report.grid import Row, text_tokens
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
@@ -28,12 +25,8 @@ from tarflowlm.studio.pieces import card, counted, facts, muted, page, slider, s
 
 WORDS, LATENTS, NOISE = TARGETS = ("words", "latents", "noise")
 """What is changed: words, redrawn given all others, or a state: h^(0) = z, or h^(L) = u."""
-CANDIDATES = 32
-"""Draws from which a redrawn word is chosen."""
 STEPS = 8
 """Parts of the way from one text to another."""
-TEMPERATURE = 0.7
-"""Of new words, where a model has one: rare words are rarely what was meant."""
 NO_LATENTS = "a discrete baseline has no latents to edit: choose a flow"
 
 
@@ -47,20 +40,17 @@ def replace_words(
     checkpoint = catalogue.load(model)
     tokenizer = checkpoint.tokenizer
     tokens = request.reading(tokenizer, text).tokens
-    spans = named(tokenizer, tokens, request.text(words, "list of words"))
-    template = blanked(tokens, spans)
+    pieces = named(tokenizer, request.text(words, "list of words"))
+    template = blanked(tokenizer, tokens, pieces)
     if not checkpoint.model.config.weighs_tokens:
         edits = request.whole(tries, "tries", 1, TRIES)
 
-        def change(source: Source, progress: Progress) -> Edit:
-            encoded = encode(source.flow, source.tokens[None], source.generator).repeated(edits)
-            return editing.rewrite(
-                source.flow, encoded, [spans] * edits, progress=progress, **source.settings(encoded)
-            )
+        def change(source: Source) -> Edit:
+            return Rewrite(pieces=pieces, everywhere=True).apply(source)
 
-        yield from _compared(_edited(catalogue, model, text, seed, change))
+        yield from _compared(_edited(catalogue, model, text, seed, change, num=edits))
         return
-    for shown in fill(checkpoint, template, tries, particles, _temperature(checkpoint.model), seed):
+    for shown in fill(checkpoint, template, tries, particles, TEMPERATURE, seed):
         if isinstance(shown, str):
             yield page(card(shown))
         else:
@@ -68,25 +58,23 @@ def replace_words(
             yield page(card(original), card(choices(tokenizer, shown, template)), card(trust(shown)))
 
 
-def named(tokenizer: Tokenizer, tokens: Tensor, words: str) -> list[Span]:
-    """Where these `words`, separated by commas, stand as whole words in the text [T]."""
-    pieces = [piece.strip() for piece in words.split(",") if piece.strip()]
+def named(tokenizer: Tokenizer, words: str) -> list[str]:
+    """The words of a list separated by commas, as the model reads them."""
+    pieces = [request.reading(tokenizer, piece, "word").text.strip() for piece in words.split(",") if piece.strip()]
     if not pieces:
         raise UserError("no word is named: write the words to replace, separated by commas")
-    parts, spans = [tokenizer.token_bytes[token] for token in tokens.tolist()], set[Span]()
+    return pieces
+
+
+def blanked(tokenizer: Tokenizer, tokens: Tensor, pieces: Sequence[str]) -> Tensor:
+    """The text [T] with a blank for every token of the pieces, wherever they are whole words in it."""
+    template, symbols = tokens.clone(), [tokenizer.token_bytes[token] for token in tokens.tolist()]
     for piece in pieces:
-        found = find_words(parts, request.reading(tokenizer, piece, "word").text.strip())
-        if not found:
+        spans = find_words(symbols, piece)
+        if not spans:
             raise UserError(f"{piece!r} is no word of the text: copy one from it")
-        spans.update(found)
-    return sorted(spans)
-
-
-def blanked(tokens: Tensor, spans: Sequence[Span]) -> Tensor:
-    """The text [T] with a blank for every token of the spans. UserError if nothing is left."""
-    template = tokens.clone()
-    for start, stop in spans:
-        template[start:stop] = BLANK
+        for start, stop in spans:
+            template[start:stop] = BLANK
     if (template == BLANK).all():
         raise UserError("every word would be replaced: keep some")
     return template
@@ -99,26 +87,12 @@ def rewrite(
     kind, share = str(target), request.number(strength, "strength", 0.0, 1.0)
     edits = request.whole(num, "edits", 1, request.SAMPLES)
 
-    def change(source: Source, progress: Progress) -> Edit:
-        flow, generator = source.flow, source.generator
-        encoded = encode(flow, source.tokens[None], generator).repeated(edits)
-        if kind != WORDS:
-            return renoise(
-                flow,
-                encoded,
-                level=source.level(kind),
-                strength=share,
-                generator=generator,
-                decoder="auto",
-                progress=progress,
-            )
-        words = source.words(source.tokens)
-        count, length = count_of(share, words), len(source.tokens)
-        picked = [pick_words(words, count, length, generator) for _ in range(edits)]
-        spans = [joined(row, words) for row in picked]
-        return editing.rewrite(flow, encoded, spans, spare=words, progress=progress, **source.settings(encoded))
+    def change(source: Source) -> Edit:
+        if kind == WORDS:
+            return Redraw(strength=share).apply(source)
+        return Renoise(level=_level(source.model, kind), strength=share).apply(source)
 
-    yield from _compared(_edited(catalogue, model, text, seed, change))
+    yield from _compared(_edited(catalogue, model, text, seed, change, num=edits))
 
 
 def _compared(edited: Iterator[str | tuple[Tokenizer, Any, float]]) -> Iterator[str]:
@@ -149,30 +123,13 @@ def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, 
     """HTML of the way from one text to another, cut to the same length, with a slider."""
     kind, toward = str(target), request.text(other, "other text")
 
-    def change(source: Source, progress: Progress) -> list[Edit]:
-        flow, generator = source.flow, source.generator
-        second = request.reading(source.tokenizer, toward, "other text").tokens
-        length = min(len(source.tokens), len(second))
-        texts = source.tokens[:length], second[:length]
-        a, b = (encode(flow, tokens[None], generator) for tokens in texts)
-        if kind != WORDS:
-            at = source.level(kind)
-            return [
-                interpolate(
-                    flow, a, b, level=at, weight=i / STEPS, generator=generator, decoder="auto", progress=progress
-                )
-                for i in range(STEPS + 1)
-            ]
-        first_words, second_words = map(source.words, texts)
-        found = []
-        for i in range(STEPS + 1):
-            # from the start of the text on, so that a word once taken stays
-            taken = second_words[: round(i / STEPS * len(second_words))]
-            spans = [blended_spans(first_words, second_words, taken, length)]
-            found.append(editing.blend(flow, a, b, spans, progress=progress, **source.settings(a)))
-        return found
+    def change(source: Source, other: Encoded) -> list[Edit]:
+        level = None if kind == WORDS else _level(source.model, kind)
+        # words from the start of the text on, so that a word once taken stays
+        ways = (Toward(other=other, weight=i / STEPS, stretch="start", level=level) for i in range(STEPS + 1))
+        return [way.apply(source) for way in ways]
 
-    for shown in _edited(catalogue, model, text, seed, change):
+    for shown in _edited(catalogue, model, text, seed, change, other=toward):
         if isinstance(shown, str):
             yield page(card(shown))
             continue
@@ -186,59 +143,43 @@ def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, 
         yield page(card(body + slider(rows, "share of the other text", summary="every step of the way")))
 
 
-@dataclass(frozen=True)
-class Source:
-    """A text to edit, and with what."""
-
-    flow: TarFlowLM
-    tokenizer: Tokenizer
-    tokens: Tensor
-    """[T]."""
-    generator: torch.Generator
-
-    def settings(self, text: Encoded) -> dict[str, Any]:
-        """How words of the text are redrawn."""
-        return {
-            "candidates": CANDIDATES,
-            "temperature": _temperature(self.flow),
-            "level": telling_level(self.flow, text.row(0)),
-            "generator": self.generator,
-        }
-
-    def level(self, target: str) -> int:
-        """The number of the state that `target` names."""
-        return 0 if target == LATENTS else self.flow.num_blocks
-
-    def words(self, tokens: Tensor) -> list[Span]:
-        """The words of `tokens` [T]. UserError if there are none."""
-        found = words_of([self.tokenizer.token_bytes[token] for token in tokens.tolist()])
-        if not found:
-            raise UserError("the text has no words: write some")
-        return found
+def _level(flow: TarFlowLM, target: str) -> int:
+    """The state that `target` names."""
+    return 0 if target == LATENTS else flow.num_blocks
 
 
 def _edited(
-    catalogue: Catalogue, model: Any, text: Any, seed: Any, change: Callable[[Source, Progress], Any]
+    catalogue: Catalogue,
+    model: Any,
+    text: Any,
+    seed: Any,
+    change: Callable[..., Any],
+    *,
+    num: int = 1,
+    other: str | None = None,
 ) -> Iterator[str | tuple[Tokenizer, Any, float]]:
-    """Progress as HTML, then the tokenizer, what `change` found, and the seconds that it took."""
+    """Progress as HTML, then the tokenizer, what `change` returned, and its seconds.
+
+    `change` gets the source, in `num` rows, and the other text if there is one, cut to the same length.
+    """
     checkpoint = catalogue.load(model)
     flow, tokenizer = as_flow(checkpoint.model, NO_LATENTS), checkpoint.tokenizer
-    tokens = request.reading(tokenizer, text).tokens
-    request.check_length(len(tokens), flow.config.context)
+    texts = [request.reading(tokenizer, text).tokens]
+    if other is not None:
+        texts.append(request.reading(tokenizer, other, "other text").tokens)
+    length = min(map(len, texts))
+    request.check_length(length, flow.config.context)
     generator = torch.Generator().manual_seed(request.whole(seed, "seed", 0, 2**31))
 
     def work(job: Job[Any]) -> Any:
         with threads_for(1):
-            return change(Source(flow, tokenizer, tokens, generator), job)
+            encoded, *others = (encode(flow, tokens[None, :length], generator) for tokens in texts)
+            return change(Source(flow, tokenizer, encoded.repeated(num), generator, job), *others)
 
     job = Job(work)
     for _ in job.follow():
-        yield stage(text_tokens(tokens, tokenizer)) + muted("editing")
+        yield stage(text_tokens(texts[0], tokenizer)) + muted("editing")
     yield tokenizer, job.result, job.seconds
-
-
-def _temperature(model: LanguageModel) -> float:
-    return TEMPERATURE if model.config.weighs_tokens else 1.0
 
 
 def _bits(nats: Tensor, tokens: Tensor, tokenizer: Tokenizer) -> float:
