@@ -26,7 +26,7 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
     model, tokenizer = tarflowlm.load(name)
     judge, _ = tarflowlm.load(judge_name)
     # as `tarflowlm edit` does
-    usual = TEMPERATURE if model.config.weighs_tokens else 1.0
+    usual = TEMPERATURE if model.config.has_token_weights else 1.0
     tokens = encode_text_source(source, tokenizer, ("test",))["test"]
     wide = eval_windows(tokens, 2 * LENGTH, TEXTS)
     space = tokenizer.encode(" ")[0]

@@ -64,7 +64,7 @@ def test_what_the_papers_flows_have_in_common(name):
 def test_mix1_is_the_papers(corpus):
     model = built(f"{corpus}-mix1")
     assert [len(block.transformer.layers) for block in model.prior.blocks] == [2, 2, 8]
-    for coupling in model.heads():
+    for coupling in model.couplings:
         assert type(coupling) is Mix1Coupling
         # weights, means and scales of K components per channel, from the channels before
         channels, outputs = CHANNELS[corpus], COMPONENTS[corpus]
@@ -79,7 +79,7 @@ def test_mix1_is_the_papers(corpus):
 def test_affine_is_one_gaussian_per_channel_in_the_same_stack(corpus):
     model = built(f"{corpus}-affine")
     assert [len(block.transformer.layers) for block in model.prior.blocks] == [2, 2, 8]
-    for coupling in model.heads():
+    for coupling in model.couplings:
         assert type(coupling) is AffineCoupling
         assert [tuple(bias.shape) for bias in coupling.head.biases] == [(CHANNELS[corpus], 1)] * 2
     assert preset(f"{corpus}-affine").train.mode == "joint"
@@ -89,7 +89,7 @@ def test_affine_is_one_gaussian_per_channel_in_the_same_stack(corpus):
 def test_mixd_is_the_papers(corpus, upper):
     """Block 1 is tied to the codebook (K = V), the others are Mix-1, and training goes block by block."""
     model, run = built(f"{corpus}-mixd"), preset(f"{corpus}-mixd")
-    tied, *others = model.heads()
+    tied, *others = model.couplings
     assert isinstance(tied, MixDCoupling)
     assert tied.is_tied
     for coupling in others:
@@ -103,7 +103,7 @@ def block_1(name: str) -> tuple[TarFlowLM, Mix1Coupling]:
     config = preset(name).model
     config = replace(config, vocab_size=27, trunk=TransformerConfig(width=8, num_heads=2)).each_block(layers=1)
     model = config.build()
-    return model, model.heads()[0]
+    return model, model.couplings[0]
 
 
 @pytest.mark.parametrize("name", ["text8-mix1", "mini-mix1-plain"])
@@ -114,7 +114,7 @@ def test_a_plain_block_1_knows_nothing_of_the_codebook(name):
     head = coupling.head
     # channels have the same means, and another codebook gives no others
     assert torch.equal(head.biases[1], head.biases[1][:1].expand_as(head.biases[1]))
-    assert torch.equal(head.biases[1], other.heads()[0].head.biases[1])
+    assert torch.equal(head.biases[1], other.couplings[0].head.biases[1])
     assert not head.biases[0].any()
     assert not head.evidence.any()
     assert torch.equal(head.scale, torch.ones(3))

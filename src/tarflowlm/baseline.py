@@ -109,34 +109,21 @@ class TokenLM(LanguageModel):
         """Empty noise, d = 0: the baseline has no latents."""
         return torch.empty(*tokens.shape, 0, device=tokens.device)
 
-    def negative_bound(
+    def bound(
         self,
         tokens: Int[Tensor, "B T"],
         noise: Float[Tensor, "B T d"],
         *,
+        per_token: bool = False,
         frozen: int = 0,
-        equal_cotangents: bool = False,
-    ) -> Float[Tensor, " B"]:
-        """Exact -log p(x), in nats; the other arguments have no effect."""
-        return -self.log_prob(tokens)
-
-    def conditional_bound(
-        self, tokens: Int[Tensor, "B T"], given: int, noise: Float[Tensor, "B T d"]
-    ) -> Float[Tensor, " B"]:
-        """Exact -log p of the tokens after the first `given`, conditional on those, in nats."""
-        return -self.token_log_prob(tokens)[:, given:].sum(-1)
-
-    def terms(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> dict[str, Tensor]:
-        """log p(x) [B], in nats, under the name log_prob."""
-        return {"log_prob": self.log_prob(tokens)}
+    ) -> Float[Tensor, "B ..."]:
+        """Exact -log p(x), or with `per_token` -log p(x_t | x_<t), in nats; the other arguments have no effect."""
+        nats = -self.token_log_prob(tokens)
+        return nats if per_token else nats.sum(-1)
 
     def token_vectors(self) -> tuple[Float[Tensor, "V dim"], Float[Tensor, " V"] | None]:
         """The token embeddings [V, D]; no standard deviations."""
         return self.embedding.weight, None
-
-    def heads(self) -> list[nn.Module]:
-        """The output layer."""
-        return [self.head]
 
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
         """An empty KV cache for `num_positions` positions."""

@@ -23,7 +23,7 @@ class LanguageModel(nn.Module):
 
     config: LanguageModelConfig
     is_exact: ClassVar[bool]
-    """Whether `negative_bound` is -log p(x) itself rather than a random upper bound."""
+    """Whether `bound` is -log p(x) itself rather than a random upper bound."""
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
@@ -48,32 +48,19 @@ class LanguageModel(nn.Module):
         """Noise eps ~ N(0, I) for one posterior sample z = mu_x + sigma_x eps; d = 0 for an exact model."""
 
     @abstractmethod
-    def negative_bound(
+    def bound(
         self,
         tokens: Int[Tensor, "B T"],
         noise: Float[Tensor, "B T d"],
         *,
+        per_token: bool = False,
         frozen: int = 0,
-        equal_cotangents: bool = False,
-    ) -> Float[Tensor, " B"]:
-        """-log p(x), or one sample of an upper bound on it, in nats, computed without its parts.
+    ) -> Float[Tensor, "B ..."]:
+        """-log p(x), or one sample of an upper bound on it, in nats: [B], or with `per_token` its parts [B, T].
 
-        If `frozen` > 0, the first `frozen` blocks and the codebook get no gradient. `equal_cotangents` promises a
-        loss that weights all sequences equally, such as a mean; it saves work at large vocabularies.
+        If `frozen` > 0, the first `frozen` blocks and the codebook get no gradient. Tokens of one position share the
+        position's part of a bound equally.
         """
-
-    @abstractmethod
-    def conditional_bound(
-        self, tokens: Int[Tensor, "B T"], given: int, noise: Float[Tensor, "B T d"]
-    ) -> Float[Tensor, " B"]:
-        """As `negative_bound`, for the tokens after the first `given`, conditional on those.
-
-        UserError where no such bound is known.
-        """
-
-    @abstractmethod
-    def terms(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> dict[str, Tensor]:
-        """The terms of the bound by name, each [B], in nats."""
 
     @abstractmethod
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
@@ -86,10 +73,6 @@ class LanguageModel(nn.Module):
     @abstractmethod
     def token_vectors(self) -> tuple[Float[Tensor, "V dim"], Float[Tensor, " V"] | None]:
         """The vector of every token, and its log standard deviation where tokens are Gaussians."""
-
-    @abstractmethod
-    def heads(self) -> list[nn.Module]:
-        """The modules on top of the Transformers; sharded training gathers the weights of one at a time."""
 
     def blocks_from(self, first: int) -> Iterable[nn.Module]:
         """The modules that train when the first `first` blocks are frozen."""

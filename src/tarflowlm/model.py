@@ -45,6 +45,11 @@ class ElboTerms:
         """log p(z) = base + sum_l log_dets[l] (docs/math.md, eq. 4)."""
         return self.base + sum(self.log_dets, start=torch.zeros_like(self.base))
 
+    def by_name(self) -> dict[str, Tensor]:
+        """The terms under names for a reader."""
+        log_dets = {f"log-det of block {i + 1}": value for i, value in enumerate(self.log_dets)}
+        return {"reconstruction": self.reconstruction, "log_q": self.log_q, "base": self.base} | log_dets
+
     @property
     def nelbo(self) -> Tensor:
         """The negative ELBO; in expectation an upper bound on -log p(x)."""
@@ -139,51 +144,34 @@ class TarFlowLM(LanguageModel):
             reconstruction=reconstruction,
             log_q=self.codebook.log_q(tokens, noise).sum(-1),
             base=standard_normal_log_prob(states[-1]),
-            log_dets=tuple(log_dets),
+            log_dets=tuple(log_det.sum(-1) for log_det in log_dets),
         )
         return terms, states
 
-    def negative_bound(
+    def bound(
         self,
         tokens: Int[Tensor, "B T"],
         noise: Float[Tensor, "B T d"],
         *,
+        per_token: bool = False,
         frozen: int = 0,
-        equal_cotangents: bool = False,
-    ) -> Float[Tensor, " B"]:
+    ) -> Float[Tensor, "B ..."]:
         """One sample of the negative ELBO in nats: the `nelbo` of `elbo`, in fewer steps (docs/math.md, eq. 11a).
 
         For every token log p(x|z) - log q(z|x) = -log sum_j N_j(z), and the last block needs only its density. If
         that block is a mixture of the same components (eq. 12), one pass over the codebook gives both sums.
+        Arguments as in `LanguageModel.bound`.
         """
+        relative = self.num_blocks == 1 and self.prior.block(0).coupling.is_tied and frozen == 0
         with torch.set_grad_enabled(torch.is_grad_enabled() and frozen == 0), full_precision(noise):
             z = self.codebook.encode(tokens, noise)
-            relative = self.prior.is_one_tied_mixture and frozen == 0
-            log_normaliser = 0.0 if relative else self.codebook.log_normaliser(z).sum(-1)
-        return log_normaliser - self.prior.log_prob(
-            z, frozen=frozen, equal_cotangents=equal_cotangents, relative=relative
-        )
-
-    def conditional_bound(
-        self, tokens: Int[Tensor, "B T"], given: int, noise: Float[Tensor, "B T d"]
-    ) -> Float[Tensor, " B"]:
-        """One sample of the bound on the tokens after the first `given`, in nats (see `objective.conditional_bound`).
-
-        UserError for several blocks with `given` > 0.
-        """
-        if given and self.num_blocks > 1:
-            raise UserError(
-                f"a flow of {self.num_blocks} blocks has no known bound on new tokens given earlier ones (only a "
-                f"flow of one block has): evaluate it in fresh contexts"
-            )
-        bound = self.negative_bound(tokens, noise)
-        return bound - self.negative_bound(tokens[:, :given], noise[:, :given]) if given else bound
-
-    def terms(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> dict[str, Tensor]:
-        """reconstruction, log_q, base and the log-det of every block, each [B], in nats (docs/math.md, eq. 11)."""
-        terms = self.elbo(tokens, noise)[0]
-        log_dets = {f"log-det of block {i + 1}": value for i, value in enumerate(terms.log_dets)}
-        return {"reconstruction": terms.reconstruction, "log_q": terms.log_q, "base": terms.base} | log_dets
+            log_normaliser = None if relative else self.codebook.log_normaliser(z)
+        log_p = self.prior.log_prob(z, frozen=frozen, per_position=per_token, relative=relative)
+        if per_token:
+            log_p = log_p.repeat_interleave(self.config.patch, dim=1) / self.config.patch
+        if log_normaliser is None:
+            return -log_p
+        return (log_normaliser if per_token else log_normaliser.sum(-1)) - log_p
 
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
         """An empty KV cache for `num_positions` positions of block 1."""
@@ -197,9 +185,10 @@ class TarFlowLM(LanguageModel):
         """The codebook: mu [V, d] and log sigma [V]."""
         return self.codebook.mean, self.codebook.log_std
 
-    def heads(self) -> list[nn.Module]:
+    @property
+    def couplings(self) -> list[Coupling]:
         """The couplings, block 1 first."""
-        return [block.coupling for block in self.prior.blocks]  # type: ignore[misc]
+        return [self.prior.block(index).coupling for index in range(self.num_blocks)]
 
     def blocks_from(self, first: int) -> Iterable[nn.Module]:
         """The blocks after the first `first`; the whole model, codebook included, for 0."""

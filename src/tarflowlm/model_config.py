@@ -103,7 +103,7 @@ class LanguageModelConfig(Config):
         return 1
 
     @property
-    def weighs_tokens(self) -> bool:
+    def has_token_weights(self) -> bool:
         """Whether a token is drawn by weights of tokens, which a temperature, top-k and top-p change as they are."""
         return True
 
@@ -230,7 +230,7 @@ class FlowConfig(LanguageModelConfig):
         return len(self.blocks)
 
     @property
-    def weighs_tokens(self) -> bool:
+    def has_token_weights(self) -> bool:
         """Whether the components of block 1 are tokens: those of a Mix-d coupling tied to the codebook."""
         return self.blocks[0].coupling == "mixd" and self.blocks[0].components == 0
 

@@ -79,31 +79,8 @@ def elbo(
     return model.elbo(tokens, model.draw_noise(tokens, generator) if noise is None else noise)[0]
 
 
-def negative_bound(
-    model: LanguageModel,
-    tokens: Int[Tensor, "B T"],
-    *,
-    generator: torch.Generator | None = None,
-    noise: Float[Tensor, "B T d"] | None = None,
-    frozen: int = 0,
-    equal_cotangents: bool = False,
-) -> Float[Tensor, " B"]:
-    """-log p(x) of the baseline, or one sample of the negative ELBO of a TarFlowLM (docs/math.md, eq. 11a); nats.
-
-    `noise` and `generator` as in `elbo`, `frozen` and `equal_cotangents` as in `LanguageModel.negative_bound`.
-    UserError if P does not divide T.
-    """
-    noise = model.draw_noise(tokens, generator) if noise is None else noise
-    return model.negative_bound(tokens, noise, frozen=frozen, equal_cotangents=equal_cotangents)
-
-
 def conditional_bound(
-    model: LanguageModel,
-    tokens: Int[Tensor, "B T"],
-    given: int,
-    *,
-    generator: torch.Generator | None = None,
-    noise: Float[Tensor, "B T d"] | None = None,
+    model: LanguageModel, tokens: Int[Tensor, "B T"], given: int, noise: Float[Tensor, "B T d"]
 ) -> Float[Tensor, " B"]:
     r"""-log p(x_> | x_<=) of the baseline, or one sample of an upper bound on -log p~(x_> | x_<=) of a flow; nats.
 
@@ -113,16 +90,23 @@ def conditional_bound(
         p~(x_> | x_<=) = E_{q(z_<= | x_<=)} int p(z_> | z_<=) p(x_> | z_>) dz_>
         -log p~(x_> | x_<=) <= E_q[ log q(z_> | x_>) - log p(x_> | z_>) - log p(z_> | z_<=) ]
 
-    p~ sums to one over x_> and is the distribution of samples after the prompt x_<=. One sample of the bound is the
-    difference of two samples of `negative_bound` with the same noise. With different noise, or several blocks, that
-    difference is no bound: blocks that run right to left make z_<= depend on x_>.
+    p~ sums to one over x_> and is the distribution of samples after the prompt x_<=. One sample of the bound sums
+    the parts of `bound` that belong to x_>. With several blocks these are no bound: blocks that run right to left
+    make z_<= depend on x_>.
 
     UserError for a flow of several blocks, and if `given` is outside 0 .. T - 1 or not a multiple of P.
     """
     T, patch = tokens.shape[1], model.config.patch
     if not 0 <= given < T or given % patch:
         raise UserError(f"given {given}: must be 0 .. {T - 1} and a multiple of the patch {patch}")
-    return model.conditional_bound(tokens, given, model.draw_noise(tokens, generator) if noise is None else noise)
+    if given == 0:
+        return model.bound(tokens, noise)
+    if model.num_blocks > 1:
+        raise UserError(
+            f"a flow of {model.num_blocks} blocks has no known bound on new tokens given earlier ones (only a "
+            f"flow of one block has): evaluate it in fresh contexts"
+        )
+    return model.bound(tokens, noise, per_token=True)[:, given:].sum(-1)
 
 
 def log_importance_weights(
@@ -147,7 +131,7 @@ def log_importance_weights(
         # drawn for all rows at once, so that the numbers do not depend on the parts
         noise = model.draw_noise(tokens, generator)
         parts = zip(tokens.split(rows), noise.split(rows), strict=True)
-        bounds.append(torch.cat([conditional_bound(model, x, given, noise=eps) for x, eps in parts]))
+        bounds.append(torch.cat([conditional_bound(model, x, given, eps) for x, eps in parts]))
     return -torch.stack(bounds)
 
 

@@ -48,7 +48,7 @@ def test_weights_are_the_density_over_that_of_the_proposal(model, span):
     z, _, log_w = propose(model, text, span, candidates=5, generator=generator(1))
     patch = model.config.patch
     with torch.no_grad():
-        proposal = model.prior.block(0).position_log_prob(model.prior.patch(z)[0])
+        proposal = model.prior.block(0).log_prob(model.prior.patch(z)[0])
         expected = model.prior.log_prob(z) - proposal[:, span[0] // patch : span[1] // patch].sum(1)
     difference = log_w - expected
     torch.testing.assert_close(difference, difference[:1].expand(5), rtol=1e-9, atol=1e-9)
@@ -65,7 +65,7 @@ def test_weights_of_a_state_are_the_density_over_that_of_the_proposal(couplings,
     assert torch.equal(tokens, model.codebook.decode(z))
     with torch.no_grad():
         h = model.prior.states(z)[0][level]
-        proposal = model.prior.block(level).position_log_prob(model.prior.patch(h)[0])
+        proposal = model.prior.block(level).log_prob(model.prior.patch(h)[0])
         expected = model.prior.log_prob(h, above=level) - proposal[:, span[0] // patch : span[1] // patch].sum(1)
     difference = log_w - expected
     torch.testing.assert_close(difference, difference[:1].expand(5), rtol=1e-8, atol=1e-8)

@@ -14,7 +14,6 @@ from tarflowlm.flow.numerics.cpu.inverse import are_few
 from tarflowlm.generation import generate
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import FlowConfig, stack
-from tarflowlm.objective import negative_bound
 from tarflowlm.presets import preset
 
 VOCAB = {"text8": 27, "mini": 27, "owt": 50_257, "quickstart": 2048, "english": 4096}
@@ -33,7 +32,7 @@ def loss_of(model: LanguageModel, tokens: torch.Tensor, frozen: int) -> torch.Te
     noise = None
     if isinstance(model.config, FlowConfig):
         noise = torch.zeros(*tokens.shape, model.config.latent_dim, device=tokens.device)
-    return negative_bound(model, tokens, noise=noise, frozen=frozen, equal_cotangents=True).mean()
+    return model.bound(tokens, noise, frozen=frozen).mean()
 
 
 def configured(name: str) -> FlowConfig | BaselineConfig:

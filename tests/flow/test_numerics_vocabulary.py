@@ -8,11 +8,12 @@ import torch
 from numerics_cases import codebook_case
 
 from tarflowlm.flow.numerics import (
+    layout,
     log_component_densities,
     mixture_log_prob,
     mixture_log_prob_from_features,
     most_probable_component,
-    tiles,
+    vocabulary,
 )
 
 
@@ -34,12 +35,15 @@ def head_case(rows, components, d, width, seed=0, dtype=torch.float64):
     return z, features, 0.5 * weight, bias, mean, log_std
 
 
-@pytest.fixture(params=[(256, 1024), (4, 3)], ids=["one tile", "many tiles"])
-def tile_size(request, monkeypatch):
-    monkeypatch.setitem(tiles._TILE, "cpu", request.param)
+@pytest.fixture(params=["one chunk", "chunks of two rows", "computed again in the backward"])
+def chunks(request, monkeypatch):
+    if request.param != "one chunk":
+        monkeypatch.setitem(layout.HELD_ELEMENTS, "cpu", 4 * 7 * 2)
+    if request.param == "computed again in the backward":
+        monkeypatch.setattr(vocabulary, "KEPT", 0)
 
 
-def test_values_and_gradients(tile_size):
+def test_values_and_gradients(chunks):
     z, log_w, mean, log_std = (t.requires_grad_() for t in codebook_case(6, 7, 3, 0))
     torch.testing.assert_close(mixture_log_prob(z, log_w, mean, log_std), plain(z, log_w, mean, log_std))
     assert torch.autograd.gradcheck(mixture_log_prob, (z, log_w, mean, log_std))
@@ -49,9 +53,6 @@ def test_values_and_gradients(tile_size):
     expected = plain(inputs[0], logits, *inputs[4:])
     torch.testing.assert_close(mixture_log_prob_from_features(*inputs), expected)
     assert torch.autograd.gradcheck(mixture_log_prob_from_features, inputs)
-    assert torch.autograd.gradcheck(
-        lambda *a: mixture_log_prob_from_features(*a, equal_cotangents=True).mean(), inputs
-    )
 
 
 def test_without_weights_it_is_the_normaliser_of_the_decoder():
@@ -60,7 +61,7 @@ def test_without_weights_it_is_the_normaliser_of_the_decoder():
     torch.testing.assert_close(mixture_log_prob(z, None, mean, log_std), expected)
 
 
-def test_relative_to_the_normaliser_in_one_sweep(tile_size):
+def test_relative_to_the_normaliser_in_one_sweep(chunks):
     """Eq. 12 of docs/math.md: log sum_k pi_k p(k | z)."""
     inputs = [t.requires_grad_() for t in head_case(6, 7, 3, 4)]
     log_pi = torch.log_softmax(inputs[1] @ inputs[2].T + inputs[3], -1)
@@ -68,14 +69,10 @@ def test_relative_to_the_normaliser_in_one_sweep(tile_size):
     found = mixture_log_prob_from_features(*inputs, relative=True)
     torch.testing.assert_close(found, torch.logsumexp(log_pi + log_posterior, -1))
     assert torch.autograd.gradcheck(lambda *a: mixture_log_prob_from_features(*a, relative=True), inputs)
-    assert torch.autograd.gradcheck(
-        lambda *a: mixture_log_prob_from_features(*a, relative=True, equal_cotangents=True).mean(), inputs
-    )
 
 
-@pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("frozen", [(), (0, 4, 5), (1, 2, 3)], ids=["all", "head alone", "codebook alone"])
-def test_one_sweep_equals_two(equal, frozen, tile_size):
+def test_one_sweep_equals_two(frozen, chunks):
     inputs = head_case(40, 27, 8, 16, dtype=torch.float32)
     wanted = [t.requires_grad_() for i, t in enumerate(inputs) if i not in frozen]
 
@@ -83,16 +80,14 @@ def test_one_sweep_equals_two(equal, frozen, tile_size):
         return log_p, *torch.autograd.grad(log_p.mean(), wanted, allow_unused=True)
 
     z, mean, log_std = inputs[0], *inputs[4:]
-    one = results(mixture_log_prob_from_features(*inputs, equal_cotangents=equal, relative=True))
-    two = results(
-        mixture_log_prob_from_features(*inputs, equal_cotangents=equal) - mixture_log_prob(z, None, mean, log_std)
-    )
+    one = results(mixture_log_prob_from_features(*inputs, relative=True))
+    two = results(mixture_log_prob_from_features(*inputs) - mixture_log_prob(z, None, mean, log_std))
     for found, expected in zip(one, two, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_most_probable_component_is_the_first_of_the_largest(dtype, tile_size):
+def test_the_most_probable_component_is_the_first_of_the_largest(dtype, chunks):
     z, _, mean, log_std = codebook_case(50, 40, 3, 5, dtype)
     z[7, 1] = math.nan
     if dtype == torch.float32:
@@ -140,7 +135,8 @@ def test_no_tensor_of_tokens_times_components(monkeypatch):
     """Counts what is alive: the largest tensor any operation makes, forward and backward."""
     rows, components, width = 700, 5000, 8
     inputs = [t.requires_grad_() for t in head_case(rows, components, 4, width, dtype=torch.float32)]
-    monkeypatch.setitem(tiles._TILE, "cpu", (64, 512))
+    monkeypatch.setitem(layout.HELD_ELEMENTS, "cpu", 64 * 512)
+    monkeypatch.setattr(vocabulary, "KEPT", 0)
     largest = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -156,12 +152,11 @@ def test_no_tensor_of_tokens_times_components(monkeypatch):
     assert max(largest) < rows * components / 50
 
 
-@pytest.mark.parametrize("equal", [False, True])
-def test_under_autocast_only_the_head_is_half(equal, tile_size):
+def test_under_autocast_only_the_head_is_half(chunks):
     inputs = [t.requires_grad_() for t in head_case(24, 40, 4, 32, dtype=torch.float32)]
     exact = torch.autograd.grad(mixture_log_prob_from_features(*inputs).sum(), inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        log_p = mixture_log_prob_from_features(*inputs, equal_cotangents=equal)
+        log_p = mixture_log_prob_from_features(*inputs)
     assert log_p.dtype == torch.float32
     logits = (inputs[1].bfloat16() @ inputs[2].bfloat16().T).float() + inputs[3]
     torch.testing.assert_close(log_p, plain(inputs[0], logits, *inputs[4:]), rtol=1e-5, atol=1e-4)
@@ -170,17 +165,10 @@ def test_under_autocast_only_the_head_is_half(equal, tile_size):
         assert (one - other).abs().max() <= 0.1 * other.abs().max()
 
 
-def test_equal_cotangents_are_checked():
-    inputs = [t.requires_grad_() for t in head_case(6, 7, 3, 4)]
-    log_p = mixture_log_prob_from_features(*inputs, equal_cotangents=True)
-    with pytest.raises(RuntimeError, match="weights the elements"):
-        (log_p * torch.arange(6)).sum().backward()
-
-
-def test_frozen_inputs_get_no_gradient_and_none_is_harmless():
-    z, features, weight, _, mean, log_std = head_case(6, 7, 3, 4)
+def test_frozen_inputs_get_no_gradient():
+    z, features, weight, bias, mean, log_std = head_case(6, 7, 3, 4)
     weight.requires_grad_()
-    mixture_log_prob_from_features(z, features, weight, None, mean, log_std).sum().backward()
+    mixture_log_prob_from_features(z, features, weight, bias, mean, log_std).sum().backward()
     assert weight.grad.abs().sum() > 0
     assert mean.grad is None
 

@@ -85,7 +85,7 @@ def test_states_lead_from_latents_to_noise(model, latents):
     assert torch.equal(states[0], latents)
     assert torch.equal(states[-1], u)
     assert all(state.shape == latents.shape for state in states)
-    torch.testing.assert_close(sum(log_dets, start=torch.zeros_like(log_det)), log_det)
+    torch.testing.assert_close(sum((part.sum(-1) for part in log_dets), start=torch.zeros_like(log_det)), log_det)
 
 
 def test_rows_do_not_influence_each_other(model, latents):
@@ -203,16 +203,15 @@ def test_input_map_keeps_every_channel(randomise, normal):
     assert torch.linalg.matrix_rank(by_x) == 3
 
 
-def test_the_density_of_positions_adds_up_and_each_sees_its_own_past(model, normal):
+def test_the_density_of_a_position_depends_on_its_own_past(model, normal):
     z = normal(2, 8 // model.config.patch, 2 * model.config.patch)
     for block in model.prior.blocks:
         with torch.no_grad():
-            log_p = block.position_log_prob(z)
-            torch.testing.assert_close(log_p.sum(1), block.log_prob(z))
+            log_p = block.log_prob(z)
             changed = z.clone()
             changed[:, -1] += 1.0
             # a block from right to left has the last position in every other's past, one from left to right in none
-            moved = (block.position_log_prob(changed) - log_p).abs()[:, :-1] > 1e-12
+            moved = (block.log_prob(changed) - log_p).abs()[:, :-1] > 1e-12
         assert moved.any() == block.direction.reverse
 
 
@@ -221,5 +220,7 @@ def test_the_density_of_a_state_is_that_of_the_blocks_above_it(model, normal):
     with torch.no_grad():
         states, log_dets = model.prior.states(z)
         for above, state in enumerate(states):
-            expected = model.prior.log_prob(z) - sum(log_dets[:above], start=z.new_zeros(2))
-            torch.testing.assert_close(model.prior.log_prob(state, above=above), expected)
+            below = sum((part.sum(-1) for part in log_dets[:above]), start=z.new_zeros(2))
+            torch.testing.assert_close(model.prior.log_prob(state, above=above), model.prior.log_prob(z) - below)
+            parts = model.prior.log_prob(state, above=above, per_position=True)
+            torch.testing.assert_close(parts.sum(-1), model.prior.log_prob(state, above=above))

@@ -8,7 +8,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.generation import generate
 from tarflowlm.harness.scoring import Continuation, Piece, TextScorer
-from tarflowlm.objective import conditional_bound, negative_bound
+from tarflowlm.objective import conditional_bound
 
 TEXT = " the quick brown fox jumps over the lazy dog and so on"
 TOKENIZER = CharTokenizer(TEXT8_ALPHABET)
@@ -77,10 +77,10 @@ def test_flows_are_scored_by_bounds_under_common_noise(scorer):
         s = scorer(kind)
         tokens, noise = s.encode(TEXT[:12])[None], s._noise[0][:, :12]
         if kind == "one":
-            bound = conditional_bound(s.model, tokens, 5, noise=noise)
+            bound = conditional_bound(s.model, tokens, 5, noise)
         else:
-            head = negative_bound(s.model, tokens[:, :5], noise=noise[:, :5])
-            bound = negative_bound(s.model, tokens, noise=noise) - head
+            head = s.model.bound(tokens[:, :5], noise[:, :5])
+            bound = s.model.bound(tokens, noise) - head
         ((value, greedy),) = s.conditional([Piece(tokens[0], 5)])
         assert (value, greedy) == (pytest.approx(-bound.item()), False)
 

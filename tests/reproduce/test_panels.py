@@ -13,9 +13,9 @@ def test_spans_join_neighbours_and_skip_empty_symbols():
 def rows(*texts: str, model: str):
     found = []
     for number, text in enumerate(texts):
-        row = {"model": model, "seed": 0, "text": text, "tokens as in the end": 0.5}
+        row = {"model": model, "seed": 0, "text": text, "tokens as in the end": 0.5, "state": "noise"}
         if number:
-            row |= {"block": len(texts) - number, "direction": "left to right", "tokens": 9, "edits": 1}
+            row |= {"state": "", "block": len(texts) - number, "direction": "left to right", "tokens": 9, "edits": 1}
             row["edited"] = [[0, 1]]
         found.append(row)
     return found
@@ -29,6 +29,6 @@ def test_page_marks_edits_and_escapes_texts():
     assert page.count('class="tl-row"') == 4
     assert '<span class="tl-noise">&lt;b&gt;&amp;</span>' in page
     assert '<span class="tl-changed">e</span><span class="tl-final">nd</span>' in page
-    for text in ("a &lt;note&gt;", "<h2>a &lt;m&gt;, seed 0</h2>", "block 2, left to right: 1 of 9 tokens edited"):
+    for text in ("a &lt;note&gt;", "<h2>a &lt;m&gt;, seed 0</h2>", "block 2, left to right: 1 of 9 edited"):
         assert text in page
     assert not re.search("https?:|<script|<link|src=|url[(]", page)

@@ -28,17 +28,10 @@ class Args:
 def run(args: Args) -> None:
     from tarflowlm.data import prepare_corpus
     from tarflowlm.terminal.bars import Bars
-    from tarflowlm.terminal.tables import print_json, print_notice, print_table
-    from tarflowlm.terminal.training import CORPUS_STAGES
+    from tarflowlm.terminal.tables import print_json, print_table
 
     with Bars() as bars:
-        corpus = prepare_corpus(
-            args.source,
-            args.tokenizer,
-            args.out,
-            progress=lambda stage, done, total: bars.show(CORPUS_STAGES[stage], done, total),
-            notice=print_notice,
-        )
+        corpus = prepare_corpus(args.source, args.tokenizer, args.out, progress=bars)
     splits = ("train", "valid", "test")
     counts = {name: corpus.num_tokens(name) for name in splits}
     vocab_size = corpus.tokenizer.vocab_size

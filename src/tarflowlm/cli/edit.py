@@ -75,6 +75,8 @@ class Args:
         check_at_least_one(self, "num", "candidates", "words")
         if self.strength is not None and not 0 <= self.strength <= 1:
             raise UserError(f"strength {self.strength}: must be between 0 (no change) and 1 (all of it is new)")
+        if self.weight is not None and not 0 <= self.weight <= 1:
+            raise UserError(f"weight {self.weight}: must be between 0 (the text) and 1 (the other text)")
         given = [name for name in ("rewrite", "toward", "replace") if getattr(self, name) is not None]
         if len(given) > 1:
             raise UserError(f"--{' and --'.join(given)} are different edits: choose one")

@@ -116,7 +116,7 @@ def run(args: Args) -> None:
         judge = load_judge(args.judge or "gpt2-large", pick_device(args.device))
         mauve_function()
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
-    source = args.data or checkpoint.run.data.source
+    source = checkpoint.run.data.source if args.data is None else args.data
     if args.data is None and source not in SOURCE_NAMES and not Path(source).exists():
         raise UserError(
             f"cannot find the training text {source} of {directory.name}; models are shipped without their data. "
@@ -132,9 +132,8 @@ def run(args: Args) -> None:
         }
         if args.latents:
             windows = eval_windows(tokens, context, args.windows)
-            states = latent_report(
-                as_flow(model), windows, seed=args.seed, progress=lambda d, t: bars.show("latents", d, t)
-            )
+            bars.stage("latents, windows", len(windows))
+            states = latent_report(as_flow(model), windows, seed=args.seed, progress=bars)
             found["latents"] = [state.to_json() for state in states]
         if sampling is not None and judge is not None:
             found["quality"] = measure_quality(
@@ -144,7 +143,7 @@ def run(args: Args) -> None:
                 eval_windows(tokens, args.length or context, sampling.num),
                 sampling,
                 trained_on=checkpoint.run.data.source,
-                progress=lambda stage, d, t: bars.show(f"quality: {stage}", d, t),
+                progress=bars,
             ).to_json()
     if args.json:
         print_json(found)
@@ -160,15 +159,12 @@ def _tokens(source: str, split: str, tokenizer: Tokenizer, least: int) -> TokenA
     """The tokens of a split of a text, at least `least`."""
     from tarflowlm.data import SOURCE_NAMES, cached_corpus, encode_text_source
     from tarflowlm.terminal.bars import Bars
-    from tarflowlm.terminal.tables import print_notice
-    from tarflowlm.terminal.training import CORPUS_STAGES
 
     with Bars() as bars:
-        options: Any = {"progress": lambda s, d, t: bars.show(CORPUS_STAGES[s], d, t), "notice": print_notice}
         if split != "all" and (source in SOURCE_NAMES or Path(source).is_dir()):
-            tokens = cached_corpus(source, tokenizer, **options).split(split)
+            tokens = cached_corpus(source, tokenizer, progress=bars).split(split)
         else:
-            tokens = encode_text_source(source, tokenizer, (split,), **options)[split]
+            tokens = encode_text_source(source, tokenizer, (split,), progress=bars)[split]
     if len(tokens) < least:
         whole = "" if split == "all" else ", --split all"
         raise UserError(
@@ -214,6 +210,7 @@ def _likelihood(
     if seconds >= LONG:
         fewer = max(1, round(60 * len(windows) / seconds))
         print_notice(f"about {minutes(seconds)} minutes; --windows {fewer} takes about one")
+    bars.stage("evaluating, windows", len(windows))
     result = evaluate(
         model,
         windows,
@@ -222,7 +219,7 @@ def _likelihood(
         given=given,
         samples=args.samples,
         seed=args.seed,
-        progress=lambda done, total: bars.show("evaluating", done, total),
+        progress=bars,
     )
     extra = {"context": context, "stride": stride, "text_tokens": len(tokens), "seconds": time.perf_counter() - start}
     return result.to_json() | extra

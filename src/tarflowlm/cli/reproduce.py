@@ -62,7 +62,7 @@ def run(args: Args) -> None:
     from tarflowlm.reproduce.recipe import Settings, check_texts, estimate, finish, state_of
     from tarflowlm.reproduce.write import write_results
     from tarflowlm.terminal.bars import Bars
-    from tarflowlm.terminal.tables import print_json, print_notice, print_table
+    from tarflowlm.terminal.tables import print_json, print_table
     from tarflowlm.terminal.training import ProgressReporter
 
     recipes = list(RECIPES.values()) if args.name == ALL else [RECIPES[args.name]]
@@ -83,7 +83,7 @@ def run(args: Args) -> None:
     check_texts(settings, plan)
     if args.dry_run:
         title = recipes[0].title if len(recipes) == 1 else "All recipes"
-        _print_plan(args, title, estimate(settings, plan, print_notice))
+        _print_plan(args, title, estimate(settings, plan))
         return
     # before anything that takes hours: missing packages, runs of another configuration
     for recipe in recipes:
@@ -98,7 +98,7 @@ def run(args: Args) -> None:
         with ProgressReporter() as reporter:
             finished = finish(settings, plans[recipe.name], reporter, stop_on_signals)
         with Bars() as bars:
-            finished = [replace(done, progress=bars.show) for done in finished]
+            finished = [replace(done, progress=bars) for done in finished]
             rows = recipe.measure(settings, finished)
             written = write_results(recipe, settings, rows, finished, command=["tarflowlm", *sys.argv[1:]])
         if not args.json:

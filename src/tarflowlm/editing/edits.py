@@ -89,7 +89,7 @@ class Resampling(EditKind):
 
     def settings(self, source: Source) -> dict[str, Any]:
         """Arguments of `rewrite` and `blend`: words are resampled in the most informative state."""
-        usual = TEMPERATURE if source.model.config.weighs_tokens else 1.0
+        usual = TEMPERATURE if source.model.config.has_token_weights else 1.0
         return {
             "candidates": self.candidates,
             "temperature": usual if self.temperature is None else self.temperature,

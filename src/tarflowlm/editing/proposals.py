@@ -59,7 +59,7 @@ def propose(
         )
         passage.noise[:, end:], log_det = passage.block.coupling(behind, features)
         passage.values[:, end:] = behind
-        log_w = log_w + log_det + standard_normal_log_prob(passage.noise[:, end:])
+        log_w = log_w + log_det.sum(-1) + standard_normal_log_prob(passage.noise[:, end:])
     z, h = prior.patch.inverse(passage.values), prior.patch.inverse(passage.noise)
     if model.num_blocks > 1:
         log_w = log_w + prior.log_prob(h, above=1) - standard_normal_log_prob(passage.noise)
@@ -103,7 +103,7 @@ def propose_state(
     if end < N:
         features = block.features_of(cache, h[:, end - 1 : -1], first=False)
         u[:, end:], log_det = block.coupling(h[:, end:], features)
-        log_w = log_det + standard_normal_log_prob(u[:, end:])
+        log_w = log_det.sum(-1) + standard_normal_log_prob(u[:, end:])
     if level + 1 < model.num_blocks:
         noise = prior.patch.inverse(block.order.inverse(u))
         log_w = log_w + prior.log_prob(noise, above=level + 1) - standard_normal_log_prob(u)
@@ -119,18 +119,18 @@ def informative_level(model: TarFlowLM, text: Encoded) -> int:
     What it knows is the gain in log-density over noise, log |det| + log N(h^(l+1)) - log N(h^(l)), for block 1 over
     tokens of equal probability in place of log N(z).
     """
-    if model.config.weighs_tokens:
+    if model.config.has_token_weights:
         return 0
     states, log_dets = model.prior.states(text.states[0])
     log_p = [standard_normal_log_prob(h) for h in states]
     book = model.codebook
     log_p[0] = (book.log_normaliser(states[0]) - math.log(book.vocab_size)).sum(1)
-    gains = [log_dets[i] + log_p[i + 1] - log_p[i] for i in range(model.num_blocks)]
+    gains = [log_dets[i].sum(-1) + log_p[i + 1] - log_p[i] for i in range(model.num_blocks)]
     return int(torch.stack(gains).mean(1).argmax())
 
 
 def _adjustment(model: TarFlowLM, temperature: float) -> AdjustWeights | None:
     adjust = adjust_weights(temperature)
-    if adjust is not None and not model.config.weighs_tokens:
+    if adjust is not None and not model.config.has_token_weights:
         raise UserError(f"temperature {temperature}: block 1 of this model has no weights of tokens, take 1")
     return adjust

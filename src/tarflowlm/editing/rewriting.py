@@ -152,7 +152,7 @@ def token_costs(model: TarFlowLM, text: Encoded) -> Float[Tensor, "B T"]:
     Tokens of a position share the cost of the position equally.
     """
     patch, z = model.config.patch, text.states[0]
-    log_p = model.prior.block(0).position_log_prob(model.prior.patch(z)[0]) / patch
+    log_p = model.prior.block(0).log_prob(model.prior.patch(z)[0]) / patch
     normaliser = model.codebook.log_normaliser(z).unflatten(1, (-1, patch)).mean(2)
     return (normaliser - log_p).repeat_interleave(patch, 1)[:, : text.length]
 

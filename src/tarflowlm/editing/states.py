@@ -18,7 +18,6 @@ from tarflowlm.generation.conditioned import ConditionedLatents
 from tarflowlm.generation.inversion import Decoders, invert_block, per_block
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
-from tarflowlm.objective import negative_bound
 from tarflowlm.progress import SILENT, Progress
 
 
@@ -262,7 +261,7 @@ def bound(
     draws = []
     for _ in range(1 if model.is_exact else samples):
         noise = model.draw_noise(tokens[:1] if same_noise else tokens, generator).expand(*tokens.shape, -1)
-        draws.append(negative_bound(model, tokens, noise=noise))
+        draws.append(model.bound(tokens, noise))
     return torch.stack(draws).mean(0)
 
 

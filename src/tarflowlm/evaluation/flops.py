@@ -95,7 +95,7 @@ def _paper_head(config: FlowConfig, index: int) -> int:
 @cache
 def _counted_forward(config: Config) -> int:
     model, tokens = _on_meta(config)
-    return _count(lambda: model.negative_bound(tokens, model.draw_noise(tokens), equal_cotangents=True))
+    return _count(lambda: model.bound(tokens, model.draw_noise(tokens)))
 
 
 @cache

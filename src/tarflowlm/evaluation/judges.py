@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import MODEL_TYPE
-from tarflowlm.data.download import check_hub_reachable
+from tarflowlm.data.sources import check_hub_reachable
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import windows_per_batch
 from tarflowlm.flow.precision import widen

@@ -12,7 +12,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.config import checked_seed
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits, windows_per_batch
-from tarflowlm.flow.numerics import standard_normal_log_prob
+from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.precision import full_precision
 from tarflowlm.generation import generate
 from tarflowlm.generation.window import spans
@@ -139,15 +139,12 @@ def _shares(model: LanguageModel, tokens: Tensor, generator: torch.Generator) ->
     """Nats of every token of texts [B, T] and, of a flow, the log-determinant of every block at it: [1 + L, B, T]."""
     if isinstance(model, TokenLM):
         return -model.token_log_prob(tokens)[None]
-    flow, noise = as_flow(model), model.draw_noise(tokens, generator)
-    prior, patch = flow.prior, model.config.patch
+    flow, noise, patch = as_flow(model), model.draw_noise(tokens, generator), model.config.patch
     with full_precision(noise):
         z = flow.codebook.encode(tokens, noise)
         # log q(z_t | x_t) - log p(x_t | z_t)
         nats = flow.codebook.log_normaliser(z)
-    h, log_dets = prior.patch(z)[0], []
-    for index in range(flow.num_blocks):
-        h, log_det = prior.block(index).position_forward(h)
-        log_dets.append(log_det.repeat_interleave(patch, dim=1) / patch)
-    base = standard_normal_log_prob(prior.patch.inverse(h).flatten(0, 1)[:, None]).view_as(nats)
+    states, by_position = flow.prior.states(z)
+    log_dets = [log_det.repeat_interleave(patch, dim=1) / patch for log_det in by_position]
+    base = log_standard_normal(states[-1]).sum(-1)
     return torch.stack([nats - base - sum(log_dets), *log_dets])

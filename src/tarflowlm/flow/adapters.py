@@ -108,7 +108,7 @@ class BijectionTransform(_Map):
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """u, and log|det du/dz| in nats; how zuko calls a transform."""
         u, log_det = self.bijection(x.reshape(-1, *x.shape[-2:]))
-        return u.reshape(x.shape), log_det.view(x.shape[:-2])
+        return u.reshape(x.shape), log_det.reshape(*x.shape[:-2], -1).sum(-1)
 
 
 class ConditionedCoupling(Bijection):
@@ -123,7 +123,8 @@ class ConditionedCoupling(Bijection):
 
     def forward(self, z: Float[Tensor, "M N C"]) -> tuple[Float[Tensor, "M N C"], Float[Tensor, " M"]]:
         """u, and log|det du/dz| in nats."""
-        return self.coupling(z, self._repeated(z))
+        u, log_det = self.coupling(z, self._repeated(z))
+        return u, log_det.sum(-1)
 
     def inverse(self, u: Float[Tensor, "M N C"]) -> Float[Tensor, "M N C"]:
         """z. Given the features, positions do not depend on each other."""

@@ -25,8 +25,11 @@ class Bijection(nn.Module):
     """
 
     @abstractmethod
-    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
-        """Latents to noise, in parallel over positions: u, and log|det du/dz| summed over a sequence, in nats."""
+    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B ..."], Float[Tensor, "B ..."]]:
+        """Latents to noise, in parallel over positions: u, and log|det du/dz| in nats.
+
+        The log-determinant is that of the sequence, [B], or for a flow block its parts by position, [B, N].
+        """
 
     @abstractmethod
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B ..."]:
@@ -66,7 +69,7 @@ class Direction(Bijection):
         """z with its positions reversed; log-determinant 0."""
         return self.inverse(z), zero_log_det(z)
 
-    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
+    def inverse(self, u: Float[Tensor, "B N ..."]) -> Float[Tensor, "B N ..."]:
         """u with its positions reversed."""
         return u.flip(1) if self.reverse else u
 

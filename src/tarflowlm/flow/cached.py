@@ -1,7 +1,7 @@
-"""The Transformer on positions that follow cached ones, in as few operations as it takes.
+"""The Transformer on positions that follow cached ones, in few operations.
 
 One position of a small model costs less than the dispatch of its operations, so their number sets the time of
-sampling. `Transformer` is what this equals, up to rounding.
+sampling. Up to rounding the result equals `Transformer`.
 
 Shape legend: B batch, N new positions, D width, H heads, E = D / H head width, S positions that the cache can hold.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tarflowlm.flow.transformer import Layer, Transformer, rotary_tables
@@ -27,7 +27,7 @@ class LayerWeights(NamedTuple):
     qkv: Tensor
     """[3, D, D]."""
     scale: Tensor
-    """[2, 1, 1, 1, E]: what normalised queries and keys are multiplied by."""
+    """[2, 1, 1, 1, E], the factors of normalised queries and keys."""
     out: Tensor
     mlp_norm: Tensor
     up: Tensor
@@ -35,48 +35,32 @@ class LayerWeights(NamedTuple):
 
     @staticmethod
     def of(layer: Layer) -> "LayerWeights":
-        """Those of a layer, as they are now."""
+        """The present weights of a layer."""
         attention = layer.attention
         return LayerWeights(
             attention_norm=layer.attention_norm.weight.detach(),
-            qkv=by_inputs(torch.stack(attention.qkv.weight.chunk(3))),
+            qkv=_by_inputs(torch.stack(attention.qkv.weight.chunk(3))),
             scale=torch.stack((attention.query_scale, attention.key_scale)).detach()[:, None, None, None],
-            out=by_inputs(attention.out.weight),
+            out=_by_inputs(attention.out.weight),
             mlp_norm=layer.mlp_norm.weight.detach(),
-            up=by_inputs(layer.up.weight),
-            down=by_inputs(layer.down.weight),
+            up=_by_inputs(layer.up.weight),
+            down=_by_inputs(layer.down.weight),
         )
 
 
-def by_inputs(weight: Tensor) -> Tensor:
+def _by_inputs(weight: Tensor) -> Tensor:
     """A weight [..., outputs, inputs] as [..., inputs, outputs]."""
     transposed = weight.detach().transpose(-1, -2)
     copies = weight.device.type == "cpu" and weight.numel() <= LARGEST_COPY
     return transposed.contiguous() if copies else transposed
 
 
-class Places(NamedTuple):
-    """Where N new positions go: what all layers share."""
-
-    cos: Tensor
-    sin: Tensor
-    """Rotary tables, [N, 1, E] or [B, N, 1, E]."""
-    write: slice | tuple[Tensor, Tensor]
-    """The positions; for rows with starts of their own the indices [B, 1] of rows and [B, N] of positions."""
-    end: int
-    """Keys from 0 to `end` - 1 are read."""
-    mask: Tensor | None
-    """What each query may read, where that is not all; [N, end] or [B, 1, N, end]."""
-    causal: bool
-    """Instead of a mask: query i reads keys up to i."""
-
-
 class KVCache:
     """A Transformer with its keys and values for the positions so far, in preallocated storage.
 
     `extend` reads the first `length` positions, writes its own behind them and advances `length`. `rewind` drops the
-    newest positions without touching storage, so a decoder can revise a segment. It keeps the weights as they were at
-    the start, and no graph.
+    newest positions without touching storage, so a decoder can revise a segment. The cache keeps the weights as they
+    were at the start, and no graph.
     """
 
     def __init__(self, transformer: Transformer, batch: int, capacity: int, like: Tensor) -> None:
@@ -115,74 +99,37 @@ class KVCache:
         for stored, source in zip(self.stored, one.stored, strict=True):
             stored[:, :, :, : self.length] = source[:, :, :, : self.length]
 
-    def extend(self, x: Float[Tensor, "B N D"], starts: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B N D"]:
-        """Features of N positions with inputs x, which follow the cached ones.
-
-        With `starts`, the inputs of row b stand at positions starts[b] to starts[b] + N - 1 and follow those before;
-        `length` then plays no part. ValueError where the cache has no room for them.
-        """
+    def extend(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Features of N positions with inputs x, which follow the cached ones. ValueError for more than fit."""
+        B, N, D = x.shape
+        end = self.length + N
+        if end > self.capacity:
+            raise ValueError(f"cache of {self.capacity} positions is full: {self.length} used, {N} more requested")
         with torch.inference_mode():
-            features = self._run(x, self._behind(x.shape[1]) if starts is None else self._at(starts, x.shape[1]))
-        if starts is None:
-            self.length += x.shape[1]
+            mask = None
+            if self.length and N > 1:
+                mask = self.positions[:end] <= self.positions[self.length : end, None]
+            h = x.reshape(B * N, D)
+            for layer, stored in zip(self.weights, self.stored, strict=True):
+                h = self._attend(h, layer, stored, end, mask)
+                active = F.gelu(F.layer_norm(h, (D,), layer.mlp_norm).mm(layer.up))
+                h = torch.addmm(h, active, layer.down)
+            features = F.layer_norm(h, (D,), self.norm).view(B, N, D)
+        self.length = end
         # outside of inference mode a copy, which may go where a graph is built
         return features if torch.is_inference_mode_enabled() else features.clone()
 
-    def _run(self, x: Tensor, places: Places) -> Tensor:
-        return transform(x, places, self.weights, self.stored, self.norm)
-
-    def _behind(self, N: int) -> Places:
-        """N positions behind the cached ones."""
-        past, end = self.length, self.length + N
-        if end > self.capacity:
-            raise ValueError(f"cache of {self.capacity} positions is full: {past} used, {N} more requested")
-        mask = None
-        if past and N > 1:
-            mask = self.positions[:end] <= self.positions[past:end, None]
-        here = slice(past, end)
-        return Places(self.cos[here], self.sin[here], here, end, mask, causal=past == 0 and N > 1)
-
-    def _at(self, starts: Tensor, N: int) -> Places:
-        """N positions from `starts` [B] on, in each row."""
-        end = int(starts.max()) + N
-        if end > self.capacity:
-            raise ValueError(f"cache of {self.capacity} positions is full: {N} requested up to position {end}")
-        return places_at(starts, N, self.positions[:end], self.cos, self.sin)
-
-
-def places_at(starts: Tensor, N: int, keys: Tensor, cos: Tensor, sin: Tensor) -> Places:
-    """N positions from `starts` [B] on, in each row, which read those of the positions `keys` up to themselves."""
-    at = starts[:, None] + torch.arange(N, device=starts.device)
-    mask = (keys <= at[:, :, None])[:, None]
-    rows = torch.arange(len(starts), device=starts.device)[:, None]
-    return Places(cos[at], sin[at], (rows, at), len(keys), mask, causal=False)
-
-
-def transform(x: Tensor, places: Places, weights: list[LayerWeights], stored: list[Tensor], norm: Tensor) -> Tensor:
-    """Features [B, N, D] of inputs x at these places; writes keys and values to `stored`."""
-    B, N, D = x.shape
-    h = x.reshape(B * N, D)
-    for layer, kv in zip(weights, stored, strict=True):
-        h = attend(h, places, layer, kv, N)
-        active = F.gelu(F.layer_norm(h, (D,), layer.mlp_norm).mm(layer.up))
-        h = torch.addmm(h, active, layer.down)
-    return F.layer_norm(h, (D,), norm).view(B, N, D)
-
-
-def attend(h: Tensor, places: Places, layer: LayerWeights, stored: Tensor, N: int) -> Tensor:
-    """h + attention(norm(h)), [B N, D]; writes the new keys and values."""
-    _, B, H, _, E = stored.shape
-    normal = F.layer_norm(h, h.shape[1:], layer.attention_norm)
-    qkv = torch.bmm(normal.expand(3, -1, -1), layer.qkv).view(3, B, N, H, E)
-    # queries and keys at once: normalised, then rotated as in `rotate_`
-    both = F.layer_norm(qkv[:2], (E,)).mul_(layer.scale)
-    torch.addcmul(both * places.cos, both.roll(E // 2, -1), places.sin, out=qkv[:2])
-    queries, new = qkv[0].transpose(1, 2), qkv[1:]
-    if isinstance(places.write, slice):
-        stored[:, :, :, places.write] = new.transpose(2, 3)
-    else:
-        rows, positions = places.write
-        stored[:, rows, :, positions] = new.permute(1, 2, 0, 3, 4)
-    keys, values = stored[:, :, :, : places.end].unbind(0)
-    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=places.mask, is_causal=places.causal)
-    return torch.addmm(h, y.transpose(1, 2).reshape(B * N, H * E), layer.out)
+    def _attend(self, h: Tensor, layer: LayerWeights, stored: Tensor, end: int, mask: Tensor | None) -> Tensor:
+        """h + attention(norm(h)), [B N, D]; writes the new keys and values up to position `end`."""
+        _, B, H, _, E = stored.shape
+        here, N = slice(self.length, end), end - self.length
+        normal = F.layer_norm(h, h.shape[1:], layer.attention_norm)
+        qkv = torch.bmm(normal.expand(3, -1, -1), layer.qkv).view(3, B, N, H, E)
+        # queries and keys at once: normalised, then rotated as in `rotate_`
+        both = F.layer_norm(qkv[:2], (E,)).mul_(layer.scale)
+        torch.addcmul(both * self.cos[here], both.roll(E // 2, -1), self.sin[here], out=qkv[:2])
+        stored[:, :, :, here] = qkv[1:].transpose(2, 3)
+        keys, values = stored[:, :, :, :end].unbind(0)
+        causal = self.length == 0 and N > 1
+        y = F.scaled_dot_product_attention(qkv[0].transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal)
+        return torch.addmm(h, y.transpose(1, 2).reshape(B * N, H * E), layer.out)

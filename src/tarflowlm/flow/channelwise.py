@@ -16,7 +16,7 @@ from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights, Conditional, Conditionals, Coupling
 from tarflowlm.flow.heads import AutoregressiveHead
 from tarflowlm.flow.newton import CONTRACTION, Newton
-from tarflowlm.flow.numerics import standard_normal_log_prob
+from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.precision import full_precision
 
 _MAX_NEWTON = 2048
@@ -46,10 +46,10 @@ class ChannelCoupling(Coupling):
 
     def forward(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
-        """Noise u, and log|det du/dz| [B], in nats."""
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
+        """Noise u, and log|det du_n/dz_n| of every position, in nats."""
         u, log_det = self.channels(z, features)
-        return u, log_det.flatten(1).sum(-1)
+        return u, log_det.sum(-1)
 
     def newton_step(
         self, z: Float[Tensor, "B N C"], u: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
@@ -152,12 +152,10 @@ class AffineCoupling(ChannelCoupling):
         mean, log_std = (p.permute(1, 2, 0, 3).flatten(2) for p in self.head(features, z))
         return (z - mean) * torch.exp(-log_std), -log_std
 
-    def log_prob(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"], *, equal_cotangents: bool = False
-    ) -> Float[Tensor, " B"]:
-        """sum_n log p(z_n | c_n), in nats."""
+    def log_prob(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
+        """log p(z_n | c_n) of every position, in nats."""
         u, log_det = self(z, features)
-        return log_det + standard_normal_log_prob(u)
+        return log_det + log_standard_normal(u).sum(-1)
 
     def conditional(self, parameters: list[Tensor]) -> Conditional:
         """The affine map of groups with these means and log-scales [rows, C/G]."""
@@ -168,7 +166,7 @@ class AffineCoupling(ChannelCoupling):
 
         def log_density(z: Tensor) -> Tensor:
             u, log_det = forward(z)
-            return log_det + standard_normal_log_prob(u)
+            return log_det + log_standard_normal(u).sum(-1)
 
         return Conditional(forward, lambda u: u * log_std.exp() + mean, log_density)
 
@@ -257,13 +255,11 @@ class Mix1Coupling(ChannelCoupling):
             u, log_det = numerics.mixture_cdf(z_CBN, log_w, mean, log_std)
         return u.permute(1, 2, 0), log_det.permute(1, 2, 0)
 
-    def log_prob(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"], *, equal_cotangents: bool = False
-    ) -> Float[Tensor, " B"]:
-        """sum_n log p(z_n | c_n), in nats."""
+    def log_prob(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
+        """log p(z_n | c_n) of every position, in nats."""
         z_CBN, (log_w, mean, log_std) = self._mixture(z, features)
         with full_precision(z):
-            return numerics.mixture_log_density(z_CBN, log_w, mean, log_std).sum((0, 2))
+            return numerics.mixture_log_density(z_CBN, log_w, mean, log_std).sum(0)
 
     def conditional(self, parameters: list[Tensor]) -> Conditional:
         """The mixture CDF of channels with these log-weights, means and log-scales [rows, K]."""

@@ -44,21 +44,18 @@ class Coupling(nn.Module):
     """The interface of a coupling. `group` is the number C/G of channels per group."""
 
     group: int
+    is_tied = False
+    """Whether this is a mixture of the encoder's codebook, whose `log_prob` takes `relative`."""
 
     @abstractmethod
     def forward(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
-        """Noise u, and log|det du/dz| summed over positions, in nats."""
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
+        """Noise u, and log|det du_n/dz_n| of every position, in nats."""
 
     @abstractmethod
-    def log_prob(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"], *, equal_cotangents: bool = False
-    ) -> Float[Tensor, " B"]:
-        """sum_n log p(z_n | c_n), in nats.
-
-        `equal_cotangents` promises a loss that weights all sequences equally, which saves work at large vocabularies.
-        """
+    def log_prob(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
+        """log p(z_n | c_n) of every position, in nats."""
 
     @abstractmethod
     def conditionals(
@@ -69,18 +66,6 @@ class Coupling(nn.Module):
         They begin after the groups whose values are in `earlier`. `adjust` changes the mixture weights of `inverse`;
         only for Mix-d, whose components can be tokens.
         """
-
-    def divergence(
-        self, features: Float[Tensor, "B N D"], guessed: Float[Tensor, "B N D"], z: Float[Tensor, "B N C"]
-    ) -> Float[Tensor, "B N"]:
-        """An estimate of KL(p(z_n | c_n) || p(z_n | guessed c_n)) at latents z of the first, in nats.
-
-        log p(z_n | c_n) - log p(z_n | guessed c_n), of which only the second term has a gradient.
-        """
-        rows, shape = z.flatten(0, 1)[:, None], z.shape[:2]
-        with torch.no_grad():
-            log_p = self.log_prob(rows, features.flatten(0, 1)[:, None])
-        return (log_p - self.log_prob(rows, guessed.flatten(0, 1)[:, None])).view(shape)
 
     def candidate_log_prob(
         self, z: Float[Tensor, "B M d"], features: Float[Tensor, "B D"], earlier: Float[Tensor, "B E"]

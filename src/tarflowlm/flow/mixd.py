@@ -44,16 +44,11 @@ class MixDCoupling(Coupling):
         self.token_features = TokenFeatures(width=width, patch=patch, latent_dim=latent_dim, in_patch=in_patch)
         self.own = None if tied is not None else Codebook(components, latent_dim, separation=2.0)
         # in a tuple, so that the encoder's parameters are not registered a second time
-        self._tied = (tied,)
+        self._tied, self.is_tied = (tied,), tied is not None
         num_components = tied.vocab_size if tied is not None else components
         self.weight_head = nn.Linear(width, num_components)
         nn.init.zeros_(self.weight_head.weight)
         nn.init.zeros_(self.weight_head.bias)
-
-    @property
-    def is_tied(self) -> bool:
-        """Whether the components are the encoder's codebook."""
-        return self.own is None
 
     @property
     def components(self) -> Codebook:
@@ -68,8 +63,8 @@ class MixDCoupling(Coupling):
 
     def forward(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
-        """Noise u, and log|det du/dz| [B], in nats."""
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
+        """Noise u, and log|det du_n/dz_n| of every position, in nats."""
         tokens = self._tokens(z).reshape(-1, self.latent_dim)
         token_features = self.token_features(features, z).flatten(0, -2)
         rows = numerics.held_rows(self.weight_head.out_features, z.device)
@@ -80,7 +75,7 @@ class MixDCoupling(Coupling):
             # recomputed part by part, so that no [tokens, K] tensor is kept for the backward pass
             mapped = [checkpoint(self._map, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         u, log_det = (torch.cat(list(column)) for column in zip(*mapped, strict=True))
-        return u.reshape(z.shape), log_det.view(len(z), -1).sum(-1)
+        return u.reshape(z.shape), log_det.view(*z.shape[:2], -1).sum(-1)
 
     def _map(self, z: Tensor, token_features: Tensor) -> tuple[Tensor, Tensor]:
         """Noise [rows, d] and log|det| [rows] of tokens z [rows, d], from their features [rows, D]."""
@@ -89,39 +84,24 @@ class MixDCoupling(Coupling):
             return numerics.rosenblatt(z, log_w, book.mean, book.log_std)
 
     def log_prob(
-        self,
-        z: Float[Tensor, "B N C"],
-        features: Float[Tensor, "B N D"],
-        *,
-        equal_cotangents: bool = False,
-        relative: bool = False,
-    ) -> Float[Tensor, " B"]:
-        """sum_n log p(z_n | c_n), in nats.
+        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"], *, relative: bool = False
+    ) -> Float[Tensor, "B N"]:
+        """log p(z_n | c_n) of every position, in nats.
 
-        `relative` subtracts log sum_k N_k(z_t) for every token: with tied components, the decoder's normaliser.
+        `relative` subtracts log sum_k N_k(z_t) of every token, for tied components the decoder's normaliser
+        (docs/math.md, eq. 12). One pass over the codebook gives both sums.
         """
-        token_features = self.token_features(features, z)
         head, book = self.weight_head, self.components
-        per_token = numerics.mixture_log_prob_from_features(
+        by_token = numerics.mixture_log_prob_from_features(
             self._tokens(z),
-            token_features,
+            self.token_features(features, z),
             head.weight,
             head.bias,
             book.mean,
             book.log_std,
-            equal_cotangents=equal_cotangents,
             relative=relative,
         )
-        return per_token.flatten(1).sum(-1)
-
-    def divergence(
-        self, features: Float[Tensor, "B N D"], guessed: Float[Tensor, "B N D"], z: Float[Tensor, "B N C"]
-    ) -> Float[Tensor, "B N"]:
-        """KL between the weights, summed over the tokens of a position, in nats; it bounds that of the mixtures."""
-        with torch.no_grad():
-            log_w = widen(self.weight_head(self.token_features(features, z))).log_softmax(-1)
-        log_guessed = widen(self.weight_head(self.token_features(guessed, z))).log_softmax(-1)
-        return (log_w.exp() * (log_w - log_guessed)).sum((-1, -2))
+        return by_token.sum(-1)
 
     def invert(
         self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None

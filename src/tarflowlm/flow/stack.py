@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from tarflowlm.flow.bijection import Bijection, ChannelMix, Compose, Direction, Patch, zero_log_det
 from tarflowlm.flow.cached import KVCache
 from tarflowlm.flow.couplings import AdjustWeights, Coupling
-from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.numerics import standard_normal_log_prob
+from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.precision import widen
 from tarflowlm.flow.transformer import Transformer, TransformerConfig
 
@@ -73,43 +72,19 @@ class FlowBlock(Bijection):
         """Features c_n [B, N, D] of all positions of h [B, N, C], which is in the block's order."""
         return self.features_of(None, h[:, :-1], first=True)
 
-    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
-        """h^(l) from h^(l-1) = z, and log|det J_l|, in nats."""
+    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
+        """h^(l) from h^(l-1) = z, and the part of every position in log|det J_l|, in nats."""
         h = self.order(z)[0]
         u, log_det = self.coupling(h, self._features(h))
-        return self.order.inverse(u), log_det
+        return self.order.inverse(u), self.direction.inverse(log_det)
 
-    def position_forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
-        """As `forward`, with the share of every position in log|det J_l|, listed in the order of the tokens."""
-        h = self.order(z)[0]
-        u, log_det = self.coupling(h.flatten(0, 1)[:, None], self._features(h).flatten(0, 1)[:, None])
-        per_position = self.direction.inverse(log_det.view(*h.shape[:2], 1)).squeeze(-1)
-        return self.order.inverse(u.reshape(h.shape)), per_position
-
-    def log_prob(
-        self, z: Float[Tensor, "B N C"], *, equal_cotangents: bool = False, relative: bool = False
-    ) -> Float[Tensor, " B"]:
-        """log p(z) with this block as the last one, in nats; cheaper than `forward`, since it needs no noise.
-
-        `equal_cotangents`: see `Coupling.log_prob`. `relative`, for a tied Mix-d block only, gives
-        log p(z) - sum_t log sum_k N_k(z_t) in one pass over the codebook (docs/math.md, eq. 12).
-        """
-        h = self.order(z)[0]
-        if relative:
-            assert isinstance(self.coupling, MixDCoupling)
-            assert self.coupling.is_tied
-            return self.coupling.log_prob(h, self._features(h), equal_cotangents=equal_cotangents, relative=True)
-        return self.coupling.log_prob(h, self._features(h), equal_cotangents=equal_cotangents)
-
-    def position_log_prob(self, z: Float[Tensor, "B N C"]) -> Float[Tensor, "B N"]:
+    def log_prob(self, z: Float[Tensor, "B N C"], *, relative: bool = False) -> Float[Tensor, "B N"]:
         """log p(z_n | positions before n in the block's order) with this block as the last one, in nats.
 
-        Listed in the order of the tokens.
+        Cheaper than `forward`, since it needs no noise. `relative`: see `MixDCoupling.log_prob`.
         """
-        h = self.order(z)[0]
-        rows = h.flatten(0, 1)[:, None], self._features(h).flatten(0, 1)[:, None]
-        log_p = self.coupling.log_prob(*rows).view(*h.shape[:2], 1)
-        return self.direction.inverse(log_p).squeeze(-1)
+        h, options = self.order(z)[0], {"relative": True} if relative else {}
+        return self.direction.inverse(self.coupling.log_prob(h, self._features(h), **options))
 
     def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
         """Features c_n of the next position, given the latents [B, C] of the one before it (None at the start)."""
@@ -179,14 +154,8 @@ class Prior(Bijection):
         assert isinstance(block, FlowBlock)
         return block
 
-    @property
-    def is_one_tied_mixture(self) -> bool:
-        """Whether the only block is Mix-d tied to the encoder's codebook, so that the decoder has its components."""
-        coupling = self.blocks[0].coupling if len(self.blocks) == 1 else None
-        return isinstance(coupling, MixDCoupling) and coupling.is_tied
-
     def states(self, z: Float[Tensor, "B T d"]) -> tuple[list[Tensor], list[Tensor]]:
-        """The states h^(0) = z, ..., h^(L) = u, each [B, T, d], and the L log-determinants [B], in nats."""
+        """The states h^(0) = z, ..., h^(L) = u, each [B, T, d], and the parts of log|det J_l| by position [B, N]."""
         h = self.patch(z)[0]
         states, log_dets = [z], []
         for block in self.blocks:
@@ -198,7 +167,7 @@ class Prior(Bijection):
     def forward(self, z: Float[Tensor, "B T d"]) -> tuple[Float[Tensor, "B T d"], Float[Tensor, " B"]]:
         """Noise u = h^(L), and the sum of all log-determinants, in nats."""
         states, log_dets = self.states(z)
-        return states[-1], sum(log_dets, start=zero_log_det(z))
+        return states[-1], sum((log_det.sum(-1) for log_det in log_dets), start=zero_log_det(z))
 
     def descend(
         self, state: Float[Tensor, "B T d"], invert: Invert, *, top: int | None = None, bottom: int = 0
@@ -221,27 +190,25 @@ class Prior(Bijection):
         self,
         z: Float[Tensor, "B T d"],
         *,
-        frozen: int = 0,
-        equal_cotangents: bool = False,
         above: int = 0,
+        frozen: int = 0,
+        per_position: bool = False,
         relative: bool = False,
-    ) -> Float[Tensor, " B"]:
-        """log p(z) in nats: the log-determinants of all blocks but the last, and the density of the last.
+    ) -> Float[Tensor, "B ..."]:
+        """log p(z) in nats, [B]: the log-determinants of all blocks but the last, and the density of the last.
 
         `above` takes z as the state h^(above) and evaluates the prior that the blocks above it define. The first
-        `frozen` blocks run without a graph: no gradients, no stored activations. `equal_cotangents`: see
-        `Coupling.log_prob`. `relative` also subtracts the decoder's normaliser (see `FlowBlock.log_prob`); only for
-        a prior that `is_one_tied_mixture`.
+        `frozen` blocks run without a graph: no gradients, no stored activations. `per_position` returns the parts
+        [B, N] of log p(z) instead. `relative` subtracts the decoder's normaliser, if the last block `is_tied`.
         """
-        assert self.is_one_tied_mixture or not relative
-        h = self.patch(z)[0]
-        log_prob = zero_log_det(z)
-        blocks = self.blocks[above:]
-        for index, block in enumerate(blocks[:-1], above):
+        h, parts = self.patch(z)[0], []
+        for index in range(above, len(self.blocks) - 1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= frozen):
-                h, log_det = block(h)
-            log_prob = log_prob + log_det
-        if not len(blocks):
-            return standard_normal_log_prob(h)
-        last = blocks[-1].log_prob(h, equal_cotangents=equal_cotangents, relative=relative)  # type: ignore[operator]
-        return log_prob + last
+                h, log_det = self.block(index)(h)
+            parts.append(log_det)
+        if above < len(self.blocks):
+            parts.append(self.block(-1).log_prob(h, relative=relative))
+        else:
+            parts.append(log_standard_normal(h).sum(-1))
+        first, *rest = parts if per_position else [part.sum(-1) for part in parts]
+        return sum(rest, start=first)

@@ -111,7 +111,7 @@ class ConditionedLatents(Conditioned):
         features = self.settle(self.known, num)
         u, log_det = self.block.coupling(self.known[:, :num], features)
         self.noise[:, :num] = u
-        return log_det + standard_normal_log_prob(u) - self.log_normaliser[:, :num].sum((1, 2))
+        return log_det.sum(-1) + standard_normal_log_prob(u) - self.log_normaliser[:, :num].sum((1, 2))
 
     def settle(self, z: Tensor, num: int) -> Tensor:
         """Copy the first `num` positions from z [B, N, C], in one parallel pass; returns their features.

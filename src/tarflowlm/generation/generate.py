@@ -92,7 +92,7 @@ def _adjustment(
     adjust = adjust_weights(temperature, top_k, top_p)
     if top_k is not None and top_k >= model.config.vocab_size:
         adjust, top_k = adjust_weights(temperature, None, top_p), None
-    if adjust is not None and not model.config.weighs_tokens:
+    if adjust is not None and not model.config.has_token_weights:
         settings = [f"temperature {temperature}"] if temperature != 1.0 else []
         settings += [f"{name} {value}" for name, value in (("top-k", top_k), ("top-p", top_p)) if value is not None]
         check_estimable(as_flow(model), ", ".join(settings))

@@ -200,7 +200,7 @@ class LatentSource:
         prior, token = self.model.prior, torch.arange(self.shape[1], device=self.since.device)
         used = (token >= self.since[rows, None]) & (token < at * self.model.config.patch) & ~self.is_known[rows]
         h, used_NP = self.draw[rows], used.view(len(rows), -1, self.model.config.patch)
-        whole = prior.block(1).position_log_prob(prior.patch(h)[0]) * ~used_NP.any(-1)
+        whole = prior.block(1).log_prob(prior.patch(h)[0]) * ~used_NP.any(-1)
         partly = used_NP.any(-1, keepdim=True) & ~used_NP
         normal = log_standard_normal(h).sum(-1) * partly.flatten(1)
         self.correction[rows] += whole.sum(-1) + normal.sum(-1) - self.log_p[rows]

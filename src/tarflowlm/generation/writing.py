@@ -89,7 +89,7 @@ class Sampler:
         """Tokens in place of the blanks of `given` [num, T], within the context."""
         num_tokens = given.shape[1]
         whole = F.pad(given, (0, -num_tokens % self.model.config.patch), value=BLANK)
-        is_free = (self.adjust is None or self.model.config.weighs_tokens) and bool((given == BLANK).all())
+        is_free = (self.adjust is None or self.model.config.has_token_weights) and bool((given == BLANK).all())
         if isinstance(self.model, TokenLM):
             result = self._from_baseline(self.model, whole, num_tokens)
         else:
@@ -153,7 +153,7 @@ class Sampler:
         """Block 1 with the given tokens of all particles [num R, T], and the noise of `source` for the others."""
         eps = row_normal(self.generators, *source.shape).flatten(0, 1).to(flow.codebook.mean)
         known, is_known = flow.codebook.encode(given.clamp_min(0).to(eps.device), eps), given != BLANK
-        if self.adjust is None or flow.config.weighs_tokens:
+        if self.adjust is None or flow.config.has_token_weights:
             return ConditionedLatents(flow, source.draw, known, is_known, self.adjust)
         check_lost_information(flow, source.draw, source.log_p)
         estimated = EstimatedTokens(flow, self.adjust, self.generators, *source.shape[:2])

@@ -21,7 +21,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import log_weights, windows_per_batch
 from tarflowlm.generation import generate
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.objective import CPU_TOKENS, importance_weighted
+from tarflowlm.objective import CPU_TOKENS, conditional_bound, importance_weighted
 from tarflowlm.progress import SILENT, Progress
 
 
@@ -211,9 +211,9 @@ class TextScorer:
             return log_p.double().sum(-1), (logits.argmax(-1) == scored).all(-1)
         noise = [eps[:, : tokens.shape[1]].expand(len(tokens), -1, -1) for eps in self._noise]
         if given == 0 or model.num_blocks == 1:
-            log_p = -importance_weighted(torch.stack([-model.conditional_bound(tokens, given, e) for e in noise]))
+            log_p = -importance_weighted(torch.stack([-conditional_bound(model, tokens, given, e) for e in noise]))
         else:
-            head = [-model.negative_bound(tokens[:, :given], e[:, :given]) for e in noise]
-            whole = [-model.negative_bound(tokens, e) for e in noise]
+            head = [-model.bound(tokens[:, :given], e[:, :given]) for e in noise]
+            whole = [-model.bound(tokens, e) for e in noise]
             log_p = importance_weighted(torch.stack(head)) - importance_weighted(torch.stack(whole))
         return log_p.double(), torch.zeros(len(tokens), dtype=torch.bool)

@@ -59,7 +59,7 @@ def draw_samples(model: LanguageModel, tokenizer: Tokenizer, progress: Progress 
     except UserError:
         temperature = 1.0
         result = draw(temperature)
-    passes = [state[0] for state in result.passes]
+    passes = [state[0] for state in result.passes] if model.num_blocks > 1 else []
     return Samples([tokenizer.decode(row.tolist()) for row in result.tokens], passes, length, temperature)
 
 

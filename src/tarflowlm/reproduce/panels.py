@@ -1,7 +1,7 @@
 """Figure 6 of the paper as a page: the decoded text before the first and after every block, with the edits marked."""
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, zip_longest
 
 from tarflowlm.report.grid import CSS, Token, to_html
 from tarflowlm.report.grid import Row as TextRow
@@ -29,25 +29,26 @@ def edited_spans(symbols: Sequence[str], is_edited: Sequence[bool]) -> Spans:
 def panels_page(title: str, notes: Sequence[str], rows: Sequence[Row]) -> str:
     """A self-contained page with one grid for every model and seed, from the rows of `passes.measure_fig6`."""
     sections = [Section("How to read it", notes)]
-    for (model, seed), states in groupby(rows, lambda row: (row["model"], row["seed"])):
-        grid = to_html([TextRow(_label(row), _tokens(row)) for row in states])
+    for (model, seed), group in groupby(rows, lambda row: (row["model"], row["seed"])):
+        states = list(group)
+        grid = to_html([TextRow(_label(row), _tokens(row, states[-1]["text"])) for row in states])
         sections.append(Section(f"{model}, seed {seed}", parts=[grid]))
     return Page(title, sections, css=CSS, generator="tarflowlm reproduce").to_html()
 
 
 def _label(row: Row) -> str:
-    final = f"{row['tokens as in the end']:.0%} of all samples' tokens are final"
+    final = f"{row['tokens as in the end']:.0%} final in all samples"
     if row.get("block") is None:
         return f"noise; {final}"
-    edits = f"{row['edits']} of {row['tokens']} tokens edited"
-    return f"block {row['block']}, {row['direction']}: {edits}; {final}"
+    return f"block {row['block']}, {row['direction']}: {row['edits']} of {row['tokens']} edited; {final}"
 
 
-def _tokens(row: Row) -> list[Token]:
-    """The text of a row as runs of unchanged and edited characters."""
-    text, found, at = row["text"], [], 0
-    for start, stop in row.get("edited") or []:
-        found += [Token(text[at:start]), Token(text[start:stop], "changed")]
-        at = stop
-    rest = [*found, Token(text[at:])]
-    return rest if row.get("block") is not None else [Token(text, "noise")]
+def _tokens(row: Row, final: str) -> list[Token]:
+    """The characters of a row. They are compared with the final text where both have the same length."""
+    text = row["text"]
+    edited = {i for start, stop in row.get("edited") or [] for i in range(start, stop)}
+    is_noise = [len(text) == len(final) and a != b for a, b in zip_longest(text, final)]
+    return [
+        Token(character, "changed" if i in edited else "noise" if noise or row["state"] == "noise" else "final")
+        for i, (character, noise) in enumerate(zip(text, is_noise, strict=False))
+    ]

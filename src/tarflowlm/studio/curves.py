@@ -59,7 +59,7 @@ def _view(wanted: tuple[tuple[str, Path, tuple[int, int]], ...], axis: str) -> s
     if not records:
         return "".join(problems)
     draw = partial(draw_bits, records=records, over=[axis])
-    figure = render(draw, None, width=4.8, height=3.1 + 0.18 * len(records), name="runs")
+    figure = render(draw, None, width=4.2, height=3.0 + 0.18 * len(records), name="runs")
     note = muted("Bits per character. Flows have an upper bound (≤).")
     return "".join([*problems, card(f'<div class="st-figure">{figure}</div>', note), card(_table(records))])
 
@@ -74,7 +74,7 @@ def _table(records: list[RunRecord]) -> str:
         test = f"{sign}{r.summary['test']['bpc']:.3f}" if r.summary else "–"
         speed = float(np.median(r.train["tokens_per_second"][-20:]))
         tokens = f"{r.train['tokens'].max() / 1e6:,.1f}M"
-        rows.append((r.name, valid, test, tokens, f"{r.seconds[-1] / 60:,.0f} min", f"{speed:,.0f}", r.status))
+        rows.append((r.name, valid, test, tokens, f"{r.seconds[-1] / 60:,.1f} min", f"{speed:,.0f}", r.status))
     cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     return f'<div class="st-wide"><table><thead><tr>{top}</tr></thead><tbody>{cells}</tbody></table></div>'

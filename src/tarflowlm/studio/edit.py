@@ -1,16 +1,16 @@
 """The view that edits: words replaced or rewritten, states re-noised, the way from one text to another."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from tarflowlm.data import Tokenizer
-from tarflowlm.data.prompts import BLANK
+from tarflowlm.data.prompts import BLANK, Reading
 from tarflowlm.device import threads_for
-from tarflowlm.editing import Edit, Encoded, Redraw, Renoise, Rewrite, Source, Toward, encode
+from tarflowlm.editing import Edit, EditKind, Encoded, Redraw, Renoise, Rewrite, Source, Toward, encode
 from tarflowlm.editing.edits import TEMPERATURE
 from tarflowlm.editing.words import find_words
 from tarflowlm.errors import UserError
@@ -23,8 +23,10 @@ from tarflowlm.studio.infill import TRIES, choices, fill, trust
 from tarflowlm.studio.job import Job
 from tarflowlm.studio.pieces import card, counted, facts, muted, page, slider, stage, took
 
+R = TypeVar("R")
+
 WORDS, LATENTS, NOISE = TARGETS = ("words", "latents", "noise")
-"""What is changed: words, redrawn given all others, or a state: h^(0) = z, or h^(L) = u."""
+"""Words are resampled given all others; of the states, h^(0) = z or h^(L) = u is changed."""
 STEPS = 8
 """Parts of the way from one text to another."""
 NO_LATENTS = "a discrete baseline has no latents to edit: choose a flow"
@@ -35,39 +37,32 @@ def replace_words(
 ) -> Iterator[str]:
     """HTML of texts in which other words stand for `words` (several, separated by commas).
 
-    They are drawn by particles, or redrawn where block 1, from which particles come, has no weights of tokens.
+    They are drawn by particles, or resampled where block 1, from which particles come, has no token weights.
     """
     checkpoint = catalogue.load(model)
     tokenizer = checkpoint.tokenizer
-    tokens = request.reading(tokenizer, text).tokens
+    reading = request.reading(tokenizer, text)
     pieces = named(tokenizer, request.text(words, "list of words"))
-    template = blanked(tokenizer, tokens, pieces)
-    if not checkpoint.model.config.weighs_tokens:
-        edits = request.whole(tries, "tries", 1, TRIES)
-
-        def change(source: Source) -> Edit:
-            return Rewrite(pieces=pieces, everywhere=True).apply(source)
-
-        yield from _compared(_edited(catalogue, model, text, seed, change, num=edits))
+    template = blanked(tokenizer, reading.tokens, pieces)
+    if checkpoint.model.config.has_token_weights:
+        found = yield from fill(checkpoint, template, tries, particles, TEMPERATURE, seed)
+        filled = choices(tokenizer, found, template)
+        yield page(_original(tokenizer, reading), card(filled), card(trust(found)))
         return
-    for shown in fill(checkpoint, template, tries, particles, TEMPERATURE, seed):
-        if isinstance(shown, str):
-            yield page(card(shown))
-        else:
-            original = stage(text_tokens(tokens, tokenizer)) + muted("the original")
-            yield page(card(original), card(choices(tokenizer, shown, template)), card(trust(shown)))
+    edits = request.whole(tries, "tries", 1, TRIES)
+    yield from _compared(catalogue, model, text, seed, edits, lambda flow: Rewrite(pieces=pieces, everywhere=True))
 
 
 def named(tokenizer: Tokenizer, words: str) -> list[str]:
     """The words of a list separated by commas, as the model reads them."""
-    pieces = [request.reading(tokenizer, piece, "word").text.strip() for piece in words.split(",") if piece.strip()]
+    pieces = [piece.strip() for piece in words.split(",") if piece.strip()]
     if not pieces:
         raise UserError("no word is named: write the words to replace, separated by commas")
-    return pieces
+    return [request.reading(tokenizer, piece, "word").text.strip() for piece in pieces]
 
 
 def blanked(tokenizer: Tokenizer, tokens: Tensor, pieces: Sequence[str]) -> Tensor:
-    """The text [T] with a blank for every token of the pieces, wherever they are whole words in it."""
+    """The text [T] with a blank for every token of the pieces, wherever they are whole words."""
     template, symbols = tokens.clone(), [tokenizer.token_bytes[token] for token in tokens.tolist()]
     for piece in pieces:
         spans = find_words(symbols, piece)
@@ -83,64 +78,40 @@ def blanked(tokenizer: Tokenizer, tokens: Tensor, pieces: Sequence[str]) -> Tens
 def rewrite(
     catalogue: Catalogue, model: Any, text: Any, target: Any, strength: Any, num: Any, seed: Any
 ) -> Iterator[str]:
-    """HTML of texts in which a share `strength` of the words is redrawn, or whose states are re-noised."""
-    kind, share = str(target), request.number(strength, "strength", 0.0, 1.0)
+    """HTML of texts in which a share `strength` of the words is resampled, or whose states are re-noised."""
+    target, share = _target(target), request.number(strength, "strength", 0.0, 1.0)
     edits = request.whole(num, "edits", 1, request.SAMPLES)
 
-    def change(source: Source) -> Edit:
-        if kind == WORDS:
-            return Redraw(strength=share).apply(source)
-        return Renoise(level=_level(source.model, kind), strength=share).apply(source)
+    def kind(flow: TarFlowLM) -> EditKind:
+        return Redraw(strength=share) if target == WORDS else Renoise(level=_level(flow, target), strength=share)
 
-    yield from _compared(_edited(catalogue, model, text, seed, change, num=edits))
-
-
-def _compared(edited: Iterator[str | tuple[Tokenizer, Any, float]]) -> Iterator[str]:
-    """HTML of the progress, then of an `Edit`, every text beside the original."""
-    for shown in edited:
-        if isinstance(shown, str):
-            yield page(card(shown))
-            continue
-        tokenizer, edit, seconds = shown
-        before = edit.before[0].cpu()
-        cards = []
-        for after, changed, old, new in zip(
-            edit.tokens.cpu(), edit.changed, edit.bound_before, edit.bound, strict=True
-        ):
-            numbers = facts(
-                ("", f"{int(changed.sum())} of {counted(len(changed), 'token')} changed"),
-                (
-                    f"≤ {_bits(new, after, tokenizer):.2f}",
-                    f"bits per character, ≤ {_bits(old, before, tokenizer):.2f} before",
-                ),
-            )
-            cards.append(card(stage(text_tokens(after, tokenizer, before=before)) + numbers))
-        original = stage(text_tokens(before, tokenizer)) + muted("the original")
-        yield page(card(original), *cards, card(facts(took(seconds))))
+    yield from _compared(catalogue, model, text, seed, edits, kind)
 
 
 def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, seed: Any) -> Iterator[str]:
     """HTML of the way from one text to another, cut to the same length, with a slider."""
-    kind, toward = str(target), request.text(other, "other text")
+    target, toward = _target(target), request.text(other, "other text")
 
     def change(source: Source, other: Encoded) -> list[Edit]:
-        level = None if kind == WORDS else _level(source.model, kind)
+        level = None if target == WORDS else _level(source.model, target)
         # words from the start of the text on, so that a word once taken stays
-        ways = (Toward(other=other, weight=i / STEPS, stretch="start", level=level) for i in range(STEPS + 1))
-        return [way.apply(source) for way in ways]
+        steps = (Toward(other=other, weight=i / STEPS, stretch="start", level=level) for i in range(STEPS + 1))
+        return [step.apply(source) for step in steps]
 
-    for shown in _edited(catalogue, model, text, seed, change, other=toward):
-        if isinstance(shown, str):
-            yield page(card(shown))
-            continue
-        tokenizer, edits, seconds = shown
-        texts = [edit.tokens[0].cpu() for edit in edits]
-        rows = [Row("the text", text_tokens(texts[0], tokenizer))]
-        for i, (before, now) in enumerate(itertools.pairwise(texts), 1):
-            label = f"{100 * i // STEPS} % · {int((now != before).sum())} changed"
-            rows.append(Row(label, text_tokens(now, tokenizer, before=before)))
-        body = stage(rows[-1].tokens) + facts(took(seconds))
-        yield page(card(body + slider(rows, "share of the other text", summary="every step of the way")))
+    edits, _, tokenizer, seconds = yield from _edited(catalogue, model, [text, toward], seed, 1, change)
+    texts = [edit.tokens[0].cpu() for edit in edits]
+    rows = [Row("the text", text_tokens(texts[0], tokenizer))]
+    for i, (before, now) in enumerate(itertools.pairwise(texts), 1):
+        label = f"{100 * i // STEPS} % · {int((now != before).sum())} changed"
+        rows.append(Row(label, text_tokens(now, tokenizer, before=before)))
+    way = slider(rows, "share of the other text", summary="every step of the way")
+    yield page(card(stage(rows[-1].tokens), facts(took(seconds)), way))
+
+
+def _target(value: Any) -> str:
+    if value not in TARGETS:
+        raise UserError(f"target: choose one of {', '.join(TARGETS)}")
+    return str(value)
 
 
 def _level(flow: TarFlowLM, target: str) -> int:
@@ -149,37 +120,53 @@ def _level(flow: TarFlowLM, target: str) -> int:
 
 
 def _edited(
-    catalogue: Catalogue,
-    model: Any,
-    text: Any,
-    seed: Any,
-    change: Callable[..., Any],
-    *,
-    num: int = 1,
-    other: str | None = None,
-) -> Iterator[str | tuple[Tokenizer, Any, float]]:
-    """Progress as HTML, then the tokenizer, what `change` returned, and its seconds.
+    catalogue: Catalogue, model: Any, texts: Sequence[Any], seed: Any, num: int, change: Callable[..., R]
+) -> Generator[str, None, tuple[R, Reading, Tokenizer, float]]:
+    """Pages of the progress; returns the result of `change`, the text, its tokenizer, and the seconds.
 
-    `change` gets the source, in `num` rows, and the other text if there is one, cut to the same length.
+    `change` gets a `Source` with the first text in `num` rows, and the others, all cut to the shortest.
     """
     checkpoint = catalogue.load(model)
     flow, tokenizer = as_flow(checkpoint.model, NO_LATENTS), checkpoint.tokenizer
-    texts = [request.reading(tokenizer, text).tokens]
-    if other is not None:
-        texts.append(request.reading(tokenizer, other, "other text").tokens)
-    length = min(map(len, texts))
+    names = ("text", "other text")
+    readings = [request.reading(tokenizer, text, name) for text, name in zip(texts, names, strict=False)]
+    length = min(len(reading.tokens) for reading in readings)
     request.check_length(length, flow.config.context)
     generator = torch.Generator().manual_seed(request.whole(seed, "seed", 0, 2**31))
 
-    def work(job: Job[Any]) -> Any:
+    def work(job: Job[R]) -> R:
         with threads_for(1):
-            encoded, *others = (encode(flow, tokens[None, :length], generator) for tokens in texts)
-            return change(Source(flow, tokenizer, encoded.repeated(num), generator, job), *others)
+            text, *others = (encode(flow, reading.tokens[None, :length], generator) for reading in readings)
+            return change(Source(flow, tokenizer, text.repeated(num), generator, job), *others)
 
     job = Job(work)
     for _ in job.follow():
-        yield stage(text_tokens(texts[0], tokenizer)) + muted("editing")
-    yield tokenizer, job.result, job.seconds
+        words = "editing" if job.advanced else "waiting for its turn"
+        yield page(card(stage(text_tokens(readings[0].tokens, tokenizer)), muted(words)))
+    assert job.result is not None
+    return job.result, readings[0], tokenizer, job.seconds
+
+
+def _compared(
+    catalogue: Catalogue, model: Any, text: Any, seed: Any, num: int, kind: Callable[[TarFlowLM], EditKind]
+) -> Iterator[str]:
+    """HTML of the progress, then of `num` edits, every text beside the original."""
+
+    def change(source: Source) -> Edit:
+        return kind(source.model).apply(source)
+
+    edit, reading, tokenizer, seconds = yield from _edited(catalogue, model, [text], seed, num, change)
+    before, cards = edit.before[0].cpu(), []
+    for after, changed, old, new in zip(edit.tokens.cpu(), edit.changed, edit.bound_before, edit.bound, strict=True):
+        count = f"{int(changed.sum())} of {counted(len(changed), 'token')} changed"
+        was = f"bits per character, ≤ {_bits(old, before, tokenizer):.2f} before"
+        numbers = facts(("", count), (f"≤ {_bits(new, after, tokenizer):.2f}", was))
+        cards.append(card(stage(text_tokens(after, tokenizer, before=before)), numbers))
+    yield page(_original(tokenizer, reading), *cards, card(facts(took(seconds))))
+
+
+def _original(tokenizer: Tokenizer, reading: Reading) -> str:
+    return card(stage(text_tokens(reading.tokens, tokenizer)), muted(reading.notice or "the original"))
 
 
 def _bits(nats: Tensor, tokens: Tensor, tokenizer: Tokenizer) -> float:

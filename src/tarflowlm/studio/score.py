@@ -68,7 +68,7 @@ def compare(catalogue: Catalogue, names: Any, text: Any) -> Iterator[str]:
 
 def _scored(checkpoint: Checkpoint, reading: Reading, job: Job[Scores]) -> Scores:
     with threads_for(1):
-        return score(checkpoint.model, reading.tokens, samples=SAMPLES, progress=lambda done, total: job.advance(1))
+        return score(checkpoint.model, reading.tokens, samples=SAMPLES, progress=job)
 
 
 def _card(one: Scored, most: float) -> str:

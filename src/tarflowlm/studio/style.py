@@ -55,7 +55,7 @@ CSS = """
 .st th { font-weight: 600; color: var(--st-muted); white-space: normal; vertical-align: bottom; }
 .st-wide { overflow-x: auto; }
 .st-figure { --ink: var(--st-ink); --muted: var(--st-muted); --grid: var(--st-line); --paper: transparent;
-  --blue: var(--st-blue); max-width: 40rem; }
+  --blue: var(--st-blue); max-width: 36rem; }
 .st-figure svg { display: block; width: 100%; height: auto; }
 @media (max-width: 640px) {
   .gradio-container .app.fillable { padding: 12px 8px; } .st-head span { display: block; margin: 0; }

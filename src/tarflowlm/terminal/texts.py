@@ -24,27 +24,27 @@ def print_samples(
     texts: Sequence[str] | None = None,
     first: int = 0,
     candidates: int = 1,
+    passes: bool = False,
 ) -> None:
-    """Every sample in a panel, with its passes if there are any.
+    """Print every sample in a panel, with its passes on request, and the weights of several `candidates`.
 
-    `texts` replaces the decoded tokens, `first` samples came before. Of several `candidates` per sample it says how
-    many count.
+    `texts` replaces the decoded tokens; `first` samples came before.
     """
     for row, tokens in enumerate(result.tokens):
         text = tokenizer.decode(tokens.tolist()) if texts is None else texts[row]
-        passes = [state[row] for state in result.passes]
-        body = grid_text(pass_rows(passes, tokenizer)) if passes else Text(printable(text))
+        states = [state[row] for state in result.passes] if passes else []
+        body = grid_text(pass_rows(states, tokenizer)) if states else Text(printable(text))
         console.print(_panel(body, f"sample {first + row + 1}"))
         for note in _weights_notes(result, row, candidates):
             console.print(f"  {note}", highlight=False)
 
 
 def _weights_notes(result: Generation, row: int, candidates: int) -> Iterator[str]:
-    """What the weights of the candidates of a sample say."""
+    """Notes on the weights of the candidates of a sample."""
     if candidates == 1 or result.ess is None or result.log_evidence is None:
         return
     yield (
-        f"{candidates} candidates, of which about {result.ess[row].item():.1f} count; "
+        f"{candidates} candidates, effective number {result.ess[row].item():.1f}; "
         f"log p(given) about {result.log_evidence[row].item():.1f} nats"
     )
     # NaN is not above it
@@ -53,16 +53,21 @@ def _weights_notes(result: Generation, row: int, candidates: int) -> Iterator[st
 
 
 def samples_to_json(
-    result: Generation, tokenizer: Tokenizer, *, texts: Sequence[str] | None = None, states: bool = False
+    result: Generation,
+    tokenizer: Tokenizer,
+    *,
+    texts: Sequence[str] | None = None,
+    passes: bool = False,
+    states: bool = False,
 ) -> list[dict[str, Any]]:
-    """One object per sample: text, passes and states if there are any, weights if tokens were given.
+    """One object per sample: text, passes and states on request, weights if tokens were given.
 
     `texts` replaces the decoded tokens.
     """
     samples: list[dict[str, Any]] = []
     for row, tokens in enumerate(result.tokens):
         sample: dict[str, Any] = {"text": tokenizer.decode(tokens.tolist()) if texts is None else texts[row]}
-        if result.passes:
+        if passes or states:
             sample["passes"] = [tokenizer.decode(state[row].tolist()) for state in result.passes]
         if states:
             sample["states"] = [state[row].tolist() for state in result.states]

@@ -9,30 +9,27 @@ from tarflowlm.terminal.bars import Bars, Clock
 from tarflowlm.training.metrics import Reporter
 
 
-class ProgressReporter(Reporter):
+class ProgressReporter(Bars, Reporter):
     """Every part of a run with its share done, bits per character, tokens per second and the time left."""
 
     def __init__(self, *, console: Console | None = None, clock: Clock = time.monotonic) -> None:
-        self.bars = Bars(console=console, clock=clock, keep=True)
-        self.train = self.valid = self.speed = ""
+        super().__init__(console=console, clock=clock, keep=True)
+        self._shown: dict[str, str] = {}
 
     def __enter__(self) -> "ProgressReporter":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.bars.close()
-
     def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
-        self.train = self.valid = self.speed = ""
-        self.bars.stage(name, total, done)
-
-    def advance(self, count: int = 1) -> None:
-        self.bars.advance(count)
+        """Begin a part of the run; the numbers of the part before are not its own."""
+        self._shown = {}
+        super().stage(name, total, done)
 
     def record(self, record: dict[str, Any]) -> None:
+        """Show the numbers of a line of metrics.jsonl."""
         if record["split"] == "train":
-            self.train = f"train {record['bpc']:.3f} bpc"
-            self.speed = f"{record['tokens_per_second']:,.0f} tokens/s" if self.bars.is_wide else ""
+            self._shown["train"] = f"train {record['bpc']:.3f} bpc"
+            if self.is_wide:
+                self._shown["speed"] = f"{record['tokens_per_second']:,.0f} tokens/s"
         elif record["split"] == "valid":
-            self.valid = f"valid {record['bpc']:.3f}"
-        self.bars.update(details=", ".join(filter(None, [self.train, self.valid, self.speed])))
+            self._shown["valid"] = f"valid {record['bpc']:.3f}"
+        self.update(count=f"step {record['step']:,}", details=", ".join(self._shown.values()))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import TarFlowLM
 
 NAMED = 8
 """Parameters listed by name in a record or message."""
@@ -47,7 +48,11 @@ def skipped_record(
     its state before the step, to draw the same noise; `gradients`: see `broken_gradients`; `loss` in nats per token.
     """
     tokens = tokens.to(model.device)  # the copy of a sharded model is on the CPU
-    terms = model.terms(tokens, model.draw_noise(tokens, generator))
+    noise = model.draw_noise(tokens, generator)
+    if isinstance(model, TarFlowLM):
+        terms = model.elbo(tokens, noise)[0].by_name()
+    else:
+        terms = {"log_prob": model.bound(tokens, noise)}
     broken = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     return {
         "nats_per_token": loss if math.isfinite(loss) else None,

@@ -18,7 +18,7 @@ STACKED = "attention.qkv.weight"
 """Name ending of parameters that hold three matrices of equal shape, one below the other."""
 
 
-def schedule(config: OptimConfig, step: int, num_steps: float) -> float:
+def schedule(config: OptimConfig, step: int, num_steps: int | float) -> float:
     """The learning rate over its peak, in (0, 1], at `step` (0-based) of a stage of `num_steps` steps.
 
     A stage with a time limit estimates `num_steps` from its present speed, so it may be fractional.
