@@ -191,7 +191,6 @@ def _edited(
     checkpoint = catalogue.load(model)
     flow, tokenizer = as_flow(checkpoint.model, NO_LATENTS), checkpoint.tokenizer
     reading = request.reading(tokenizer, text)
-    request.check_length(len(reading.tokens), flow.config.context)
     generator = torch.Generator().manual_seed(request.whole(seed, "seed", 0, 2**31))
     source = Source(flow, tokenizer, reading, generator)
 
