@@ -25,7 +25,7 @@ class Catalogue:
 
     @property
     def models(self) -> list[str]:
-        """All names: those of flows first, then those of baselines."""
+        """All names: flows first, then baselines."""
         return [*self.flows, *(name for name in self.places if name in self.baselines)]
 
     @property
