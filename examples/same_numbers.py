@@ -197,7 +197,7 @@ def cut(directory: Path, out: Path) -> None:
     for name in ("config.json", "tokenizer.json"):
         (out / name).write_bytes((directory / name).read_bytes())
     with safe_open(weights, framework="np") as file:
-        info = {key: value for key, value in file.metadata().items() if key != "manifest"}
+        info = {key: value for key, value in file.metadata().items() if key not in ("manifest", "sha256")}
     above = tuple(f"prior.blocks.{index}." for index in range(1, int(info["blocks"])))
     kept = {name: tensor for name, tensor in load_file(weights).items() if not name.startswith(above)}
     save_file(kept, out / "model.safetensors", metadata=info | {"blocks": "1"})

@@ -17,7 +17,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, stack
 from tarflowlm.runs.checkpoint import load_checkpoint, read_summary, save_weights, write_run
-from tarflowlm.runs.manifest import is_whole, write_manifest
+from tarflowlm.runs.weights import is_whole, write_manifest
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
 FLOW = FlowConfig(

@@ -56,17 +56,12 @@ _MODULES = {
 command line has to set them first."""
 
 
-def version() -> str:
-    """The version of the installed package; "unknown" for files that were never installed."""
-    try:
-        return metadata.version("tarflowlm")
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return version()
+        try:
+            return metadata.version("tarflowlm")
+        except metadata.PackageNotFoundError:
+            return "unknown"
     if name not in _MODULES:
         if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
             return import_module(f"{__name__}.{name}")

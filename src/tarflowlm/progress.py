@@ -1,6 +1,5 @@
 """How long work reports its progress: the one protocol that all of it uses."""
 
-from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 
@@ -23,18 +22,6 @@ class Silent:
 
     def advance(self, count: int = 1) -> None:
         """Do nothing."""
-
-
-class Counted(Silent):
-    """Calls `call` with the number of units done so far."""
-
-    def __init__(self, call: Callable[[int], object]) -> None:
-        self.call, self.done = call, 0
-
-    def advance(self, count: int = 1) -> None:
-        """Count on, and call."""
-        self.done += count
-        self.call(self.done)
 
 
 SILENT: Progress = Silent()

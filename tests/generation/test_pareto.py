@@ -69,7 +69,7 @@ def test_unreliable_evidence_is_named_where_it_is_printed(k, unreliable):
     text, sample = shown(
         Generation(torch.zeros(1, 8, dtype=torch.long), log_evidence=-one, ess=one, pareto_k=k * one, draws=one)
     )
-    assert "64 candidates, of which about 1.0 count; log p(given) about -1.0 nats" in text
+    assert "64 candidates, effective number 1.0; log p(given) about -1.0 nats" in text
     assert ("unreliable: the weights have no finite variance (k = 0.83)" in text) == unreliable
     assert sample["pareto_k"] == (None if math.isnan(k) else k)
 

@@ -15,7 +15,7 @@ from tarflowlm.generation import generate
 from tarflowlm.presets import preset
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.hub import FILES, fetch
-from tarflowlm.sharing.card import training_command
+from tarflowlm.sharing import training_command
 
 errors = pytest.importorskip("huggingface_hub.errors")
 TEST = {"bound": "elbo", "bpc": 1.90625, "nats_per_token": 1.3213, "stderr": 0.004, "windows": 4096}

@@ -4,7 +4,6 @@ Needs Chromium. Where TARFLOWLM_BROWSER is set to its path the tests insist on i
 """
 
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
 
@@ -124,29 +122,21 @@ def test_closed_tab_frees_the_turn(open_page):
     second.locator(".st-view:visible").get_by_text("in all").wait_for()
 
 
-def ask(url: str, data: object = None, **headers: str) -> tuple[int, dict, bytes]:
-    body = None if data is None else json.dumps(data).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
+def ask(url: str, **headers: str) -> tuple[int, dict, str]:
     try:
-        with urllib.request.urlopen(request, timeout=20) as found:
-            return found.status, dict(found.headers), found.read()
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as found:
+            return found.status, {name.lower(): value for name, value in found.headers.items()}, found.read().decode()
     except urllib.error.HTTPError as error:
-        return error.code, dict(error.headers), error.read()
+        return error.code, {}, ""
 
 
-def test_foreign_pages_are_refused(url):
-    assert ask(url)[0] == 200
+def test_foreign_pages_and_files_are_refused(url, folder):
     # DNS rebinding: a foreign name that points at this machine
     assert ask(url, Host="elsewhere.example:7860")[0] == 400
-    _, headers, _ = ask(url + "config", Origin="http://elsewhere.example")
-    assert "access-control-allow-origin" not in {name.lower() for name in headers}
-
-
-@pytest.mark.parametrize("path", ["file=/etc/passwd", "file=../../../../etc/passwd", "proxy=http://127.0.0.1/"])
-def test_no_file_is_served(url, path):
-    assert ask(f"{url}gradio_api/{path}")[0] in (400, 403, 404)
-
-
-def test_paths_and_endpoints_are_hidden(url, folder):
-    assert str(Path(folder).parent).encode() not in ask(url + "config")[2]
-    assert json.loads(ask(url + "gradio_api/info")[2]) == {"named_endpoints": {}, "unnamed_endpoints": {}}
+    status, headers, config = ask(url + "config", Origin="http://elsewhere.example")
+    assert status == 200
+    assert "access-control-allow-origin" not in headers
+    assert str(folder.parent) not in config
+    assert '"named_endpoints":{}' in ask(url + "gradio_api/info")[2]
+    for path in ("file=/etc/passwd", "file=../../../../etc/passwd", "proxy=http://127.0.0.1/"):
+        assert ask(f"{url}gradio_api/{path}")[0] in (400, 403, 404)

@@ -245,7 +245,7 @@ def _show(args: Args, edit: Edit, tokenizer: Tokenizer, advice: str | None) -> N
 def _advice(args: Args, edit: Edit, model: TarFlowLM) -> str | None:
     """What works better than an edit that has lost the text, or changed nothing of what it was to change."""
     if args.rewrite is not None and not edit.changed.any():
-        more = "more --candidates or a higher --temperature" if model.config.has_token_weights else "more --candidates"
+        more = "more --candidates" + " or a higher --temperature" * model.config.has_token_weights
         return f"all candidates were what is there: {more} may find others"
     weight = 0.0 if args.toward is None else WEIGHT if args.weight is None else args.weight
     if args.level is None or weight == 1:

@@ -132,9 +132,8 @@ def run(args: Args) -> None:
         }
         if args.latents:
             windows = eval_windows(tokens, context, args.windows)
-            states = latent_report(
-                as_flow(model), windows, seed=args.seed, progress=lambda d, t: bars.show("latents", d, t)
-            )
+            bars.stage("latents, windows", len(windows))
+            states = latent_report(as_flow(model), windows, seed=args.seed, progress=bars)
             found["latents"] = [state.to_json() for state in states]
         if sampling is not None and judge is not None:
             found["quality"] = measure_quality(
@@ -144,7 +143,7 @@ def run(args: Args) -> None:
                 eval_windows(tokens, args.length or context, sampling.num),
                 sampling,
                 trained_on=checkpoint.run.data.source,
-                progress=lambda stage, d, t: bars.show(f"quality: {stage}", d, t),
+                progress=bars,
             ).to_json()
     if args.json:
         print_json(found)
@@ -211,6 +210,7 @@ def _likelihood(
     if seconds >= LONG:
         fewer = max(1, round(60 * len(windows) / seconds))
         print_notice(f"about {minutes(seconds)} minutes; --windows {fewer} takes about one")
+    bars.stage("evaluating, windows", len(windows))
     result = evaluate(
         model,
         windows,
@@ -219,7 +219,7 @@ def _likelihood(
         given=given,
         samples=args.samples,
         seed=args.seed,
-        progress=lambda done, total: bars.show("evaluating", done, total),
+        progress=bars,
     )
     extra = {"context": context, "stride": stride, "text_tokens": len(tokens), "seconds": time.perf_counter() - start}
     return result.to_json() | extra

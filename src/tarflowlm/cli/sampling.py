@@ -44,6 +44,9 @@ class Sampling:
         self.given = self._read_given()
         if args.template is not None and args.length is None:
             self.length = len(self.given[0].tokens)
+        if self.length > self.context and (args.passes or args.states):
+            flag = "passes" if args.passes else "states"
+            raise UserError(f"--{flag} with length {self.length}: at most the context of {self.context} tokens")
         self.stops = tuple(self._read(stop, "stop").text for stop in args.stop)
         for notice in dict.fromkeys(reading.notice for reading in self.given):
             if notice is not None:
@@ -154,15 +157,17 @@ class Sampling:
         return result
 
     def _stopping(self, rows: range) -> Callable[[Tensor], bool] | None:
-        """Whether all texts contain a stop by now, given their tokens as they become final."""
-        parts = list[Tensor]()
+        """Whether all texts have come to a stop, given their tokens as they become final."""
+        if not self.stops or self.length <= self.context:
+            return None
+        texts = [TextStream(lambda _: None, self.tokenizer, self.stops, start=self._start(row)) for row in rows]
 
         def have_stopped(tokens: Tensor) -> bool:
-            parts.append(tokens)
-            texts = [self.tokenizer.decode(row.tolist()) for row in torch.cat(parts, 1)]
-            return all(len(self._cut(row, text)) < len(text) for row, text in zip(rows, texts, strict=True))
+            for text, new in zip(texts, tokens, strict=True):
+                text.add(new)
+            return all(text.has_stopped for text in texts)
 
-        return have_stopped if self.stops else None
+        return have_stopped
 
     def _start(self, row: int) -> int:
         """Characters of the prompt of a sample."""
@@ -215,13 +220,6 @@ class Sampling:
                 numbered = zip(rows, objects, strict=True)
                 out.write("".join(json_line({"index": row, "seed": args.seed} | one) for row, one in numbered))
         elif not args.stream:
-            print_samples(
-                Console(),
-                result,
-                self.tokenizer,
-                texts=texts,
-                first=rows.start,
-                candidates=args.particles,
-                passes=args.passes,
-            )
+            options: Any = {"texts": texts, "first": rows.start, "candidates": args.particles, "passes": args.passes}
+            print_samples(Console(), result, self.tokenizer, **options)
         self.done += len(rows)

@@ -3,7 +3,6 @@
 import math
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,8 +69,8 @@ def run(args: Args) -> None:
         if args.text is not None and reading.notice:
             print_notice(f"{name.name}: {reading.notice}")
         with Bars() as bars:
-            progress = partial(bars.show, f"scoring with {name.name}, windows")
-            scores = score(checkpoint.model, reading.tokens, samples=args.samples, seed=args.seed, progress=progress)
+            bars.stage(f"scoring with {name.name}, windows")
+            scores = score(checkpoint.model, reading.tokens, samples=args.samples, seed=args.seed, progress=bars)
         symbols = [checkpoint.tokenizer.symbols[i] for i in reading.tokens.tolist()]
         tokens = [{"text": symbol, "bits": bits} for symbol, bits in zip(symbols, scores.bits.tolist(), strict=True)]
         if scores.blocks is not None:

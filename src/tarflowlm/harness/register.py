@@ -94,7 +94,7 @@ def register() -> None:
                 raise UserError(f"model_args {', '.join(unknown)}: unknown")
             if not str(pretrained):
                 raise UserError("name the model: --model_args pretrained=DIRECTORY")
-            self._device = pick_device("auto" if device in (None, DEVICE_OF_THE_HARNESS) else device)  # type: ignore[arg-type]
+            self._device = pick_device("auto" if device in (None, DEVICE_OF_THE_HARNESS) else device)
             model, tokenizer = load(str(pretrained), self._device)
             self.tokenizer = tokenizer.with_normalization(normalize)
             self.scorer = TextScorer(model, self.tokenizer, samples=posterior_samples, seed=noise_seed)

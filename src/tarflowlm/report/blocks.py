@@ -2,7 +2,7 @@
 
 from tarflowlm.evaluation.blocks import BoundParts
 from tarflowlm.report.page import table_html
-from tarflowlm.report.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figure, add_legend
+from tarflowlm.report.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figure
 
 
 def terms(parts: BoundParts) -> list[tuple[str, float]]:
@@ -19,9 +19,6 @@ def terms(parts: BoundParts) -> list[tuple[str, float]]:
 def draw_blocks(figure: Figure, parts: BoundParts) -> None:
     """A waterfall of the terms, down to the bound, then the gain of every block."""
     upper, lower = figure.subplots(2, height_ratios=(len(parts.log_dets) + 4.0, 1.2 * len(parts.log_dets) + 1))
-    square = {"marker": "s", "linestyle": "none", "markersize": 6}
-    colours = (("positive", COLOURS[0]), ("negative", COLOURS[1]), ("the bound, their sum", INK))
-    add_legend(figure, [(text, {"color": colour} | square) for text, colour in colours])
     _waterfall(upper, parts)
     _gains(lower, parts)
 

@@ -1,7 +1,7 @@
 """Building a report: read the runs and their models, draw figures, and write one page."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from tarflowlm.data import Corpus, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.blocks import BoundParts, bound_parts
+from tarflowlm.evaluation.blocks import bound_parts
 from tarflowlm.files import replacing
 from tarflowlm.generation.window import num_positions
 from tarflowlm.model import as_flow
@@ -20,7 +20,7 @@ from tarflowlm.report.codes import FEW, NAMED, Codes, codes_of, codes_table, dra
 from tarflowlm.report.curves import draw_bits, draw_optimisation, draw_throughput
 from tarflowlm.report.page import GENERATOR, Page, Section, config_table, picture_html, runs_table, summary
 from tarflowlm.report.records import RunRecord, read_records
-from tarflowlm.report.samples import CSS, LENGTH, NUM, SEED, Samples, draw_samples, passes_html, texts_html
+from tarflowlm.report.samples import CSS, LENGTH, NUM, SEED, draw_samples, passes_html, texts_html
 from tarflowlm.report.style import Figure, check_matplotlib, render
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import is_reference
@@ -32,16 +32,8 @@ WIDTH, DPI = 4.6, 240
 COUNTED = 1 << 22
 """Tokens of the validation split whose frequencies are counted."""
 
-
-@dataclass
-class Insight:
-    """Samples, codebook and terms of the bound of a run's weights; the notes say what is missing and why."""
-
-    samples: Samples | None = None
-    checkpoint: Checkpoint | None = None
-    codes: Codes | None = None
-    parts: BoundParts | None = None
-    notes: list[str] = field(default_factory=list)
+Draw = Callable[[str, str, Callable[[Figure], None], float], str]
+"""Draws the figure of a name, caption, function and height in inches; returns its HTML."""
 
 
 def write_report(
@@ -57,9 +49,8 @@ def write_report(
     first have no curves. `out` defaults to DIR/report for a single run directory. An earlier report there is replaced
     file by file. `device` draws the samples and computes the terms of the bound.
 
-    Raises UserError, before anything is written, if a directory is not a run or has no metrics yet, if two runs have
-    the same name, if `out` is missing where it is needed or holds something other than a report, or if matplotlib is
-    missing.
+    Raises UserError, before anything is written, for a directory without a run, for runs of the same name, and for an
+    `out` that holds something other than a report.
     """
     check_matplotlib()
     if not directories:
@@ -76,22 +67,33 @@ def write_report(
         for record, given in zip(read_records(places), directories, strict=True)
     ]
     _check_out(out)
-    insights = [_inspect(record, device or torch.device("cpu"), progress) for record in records]
     out.mkdir(parents=True, exist_ok=True)
-    progress.stage("figures")
     figures: list[str] = []
 
     def draw(name: str, caption: str, draw: Callable[[Figure], None], height: float) -> str:
         figures.append(str(out / f"{name}.png"))
         svg = render(draw, Path(figures[-1]), width=WIDTH, height=height, dpi=DPI)
-        progress.advance()
         return picture_html(name, svg, caption)
 
-    page = _page(records, insights, draw)
+    sections = [Section("Summary", _SIGNS, [runs_table(records, [summary(r) for r in records])])]
+    if logged := [record for record in records if record.has_log]:
+        progress.stage("training curves")
+        legend = 0.18 * len(logged)
+        curves = [
+            draw("bits", _BITS, lambda f: draw_bits(f, logged), 6.0 + legend),
+            draw("optimisation", _OPTIMISATION, lambda f: draw_optimisation(f, logged), 6.0 + legend),
+            draw("throughput", _THROUGHPUT, lambda f: draw_throughput(f, logged), 3.4 + legend),
+        ]
+        sections.append(Section("Training", parts=curves))
+    runs = []
+    for record in records:
+        problems = [*record.notes]
+        sections.append(_run_section(record, device or torch.device("cpu"), problems, draw, progress))
+        runs.append({"name": record.name, "status": record.status, "notes": problems})
+    sections.append(Section("Configuration", parts=[config_table(records)], is_folded=True))
+    title = f"{'Run' if len(records) == 1 else 'Runs'} {', '.join(r.name for r in records)}"
     with replacing(out / PAGE) as temporary:
-        temporary.write_text(page.to_html(), encoding="utf-8")
-    notes = [[*record.notes, *insight.notes] for record, insight in zip(records, insights, strict=True)]
-    runs = [{"name": r.name, "status": r.status, "notes": n} for r, n in zip(records, notes, strict=True)]
+        temporary.write_text(Page(title, sections, css=CSS).to_html(), encoding="utf-8")
     return {"page": str(out / PAGE), "figures": figures, "runs": runs}
 
 
@@ -105,32 +107,44 @@ def _check_out(out: Path) -> None:
         raise UserError(f"{out} exists and holds no report: choose another --out")
 
 
-def _inspect(record: RunRecord, device: torch.device, progress: Progress) -> Insight:
-    """Samples and codebook; if the corpus is available, the terms of the bound on its validation windows, too."""
-    insight = Insight()
+def _run_section(
+    record: RunRecord, device: torch.device, problems: list[str], draw: Draw, progress: Progress
+) -> Section:
+    """Samples, terms of the bound and codebook of a run; `problems` gets a line for each that is missing."""
     try:
-        insight.checkpoint = checkpoint = load_checkpoint(record.directory, device)
+        checkpoint = load_checkpoint(record.directory, device)
     except UserError as error:
-        insight.notes.append(f"Neither samples nor blocks nor codebook are shown: {error}.")
-        return insight
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+        problems.append(f"Neither samples nor blocks nor codebook are shown: {error}.")
+        return Section(record.name, problems)
+    model, tokenizer, step = checkpoint.model, checkpoint.tokenizer, checkpoint.info.get("step", "?")
     progress.stage(f"samples of {record.name}, positions", num_positions(model, min(LENGTH, model.config.context)))
-    insight.samples = draw_samples(model, tokenizer, progress)
-    corpus, counts = _corpus(record, checkpoint, insight), None
-    if corpus is not None:
+    samples = draw_samples(model, tokenizer, progress)
+    parts, tables, counts = [texts_html(samples)], [], None
+    if samples.passes:
+        parts.append(passes_html(samples, tokenizer, _PASSES))
+    if (corpus := _corpus(record, checkpoint, problems)) is not None:
         valid = corpus.split("valid")
         counts = np.bincount(np.asarray(valid[:COUNTED]), minlength=tokenizer.vocab_size)
         if not model.is_exact:
             windows = eval_windows(valid, model.config.context, record.run.train.evaluate_windows)
             progress.stage(f"validation windows of {record.name}", len(windows))
             characters = torch.from_numpy(tokenizer.characters_per_token)
-            insight.parts = bound_parts(as_flow(model), windows, characters, progress=progress)
-    insight.codes = codes_of(model, tokenizer, counts)
-    return insight
+            terms = bound_parts(as_flow(model), windows, characters, progress=progress)
+            caption = _BLOCKS.format(windows=terms.windows, tokens=terms.tokens, step=step)
+            height = 4.3 + 0.7 * len(terms.log_dets)
+            parts.append(draw(f"blocks-{record.slug}", caption, lambda f: draw_blocks(f, terms), height))
+            tables.append(terms_table(terms))
+    codes = codes_of(model, tokenizer, counts)
+    caption = _codes_caption(codes, step)
+    parts.append(draw(f"codebook-{record.slug}", caption, lambda f: draw_codes(f, codes), figure_height(codes)))
+    tables.append(codes_table(codes))
+    exact = ["A discrete model: its likelihood is exact, and it has no blocks and no codebook."] * record.is_exact
+    drawn = _SAMPLES.format(number=NUM, s=samples, seed=SEED, step=step)
+    return Section(record.name, [*problems, *exact, drawn], [*parts, *tables])
 
 
-def _corpus(record: RunRecord, checkpoint: Checkpoint, insight: Insight) -> Corpus | None:
-    """The run's corpus in the run's tokens, or None with a note."""
+def _corpus(record: RunRecord, checkpoint: Checkpoint, problems: list[str]) -> Corpus | None:
+    """The run's corpus in the run's tokens, or None with a problem."""
     try:
         corpus = cached_corpus(record.run.data.source, record.run.data.tokenizer)
         if corpus.tokenizer.fingerprint == checkpoint.tokenizer.fingerprint:
@@ -138,90 +152,39 @@ def _corpus(record: RunRecord, checkpoint: Checkpoint, insight: Insight) -> Corp
         problem = f"{record.run.data.source} is not the text that the run's tokenizer was trained on"
     except (UserError, OSError) as error:
         problem = str(error)
-    insight.notes.append(f"The gain of each block is not shown, because the run's corpus cannot be used: {problem}.")
+    problems.append(f"The gain of each block is not shown, because the run's corpus cannot be used: {problem}.")
     return None
-
-
-Draw = Callable[[str, str, Callable[[Figure], None], float], str]
-"""Draws the figure of a name, caption, function and height in inches; returns its HTML."""
-
-
-def _page(records: Sequence[RunRecord], insights: Sequence[Insight], draw: Draw) -> Page:
-    sections = [Section("Summary", _SIGNS, [runs_table(records, [summary(r) for r in records])])]
-    if logged := [record for record in records if record.has_log]:
-        legend = 0.18 * len(logged)
-        curves = [
-            draw("bits", _BITS, lambda f: draw_bits(f, logged), 6.0 + legend),
-            draw("optimisation", _OPTIMISATION, lambda f: draw_optimisation(f, logged), 6.0 + legend),
-            draw("throughput", _THROUGHPUT, lambda f: draw_throughput(f, logged), 3.4 + legend),
-        ]
-        sections.append(Section("Training", parts=curves))
-    sections += [_run_section(record, insight, draw) for record, insight in zip(records, insights, strict=True)]
-    sections.append(Section("Configuration", parts=[config_table(records)], is_folded=True))
-    title = f"{'Run' if len(records) == 1 else 'Runs'} {', '.join(r.name for r in records)}"
-    return Page(title, sections, css=CSS)
-
-
-def _run_section(record: RunRecord, insight: Insight, draw: Draw) -> Section:
-    parts, notes = [], [*record.notes, *insight.notes]
-    if record.is_exact:
-        notes.append("A discrete model: its likelihood is exact, and it has no blocks and no codebook.")
-    if insight.checkpoint is None:
-        return Section(record.name, notes)
-    step = insight.checkpoint.info.get("step", "?")
-    if (samples := insight.samples) is not None:
-        notes.append(_SAMPLES.format(number=NUM, s=samples, seed=SEED, step=step))
-        parts.append(texts_html(samples))
-        if samples.passes:
-            parts.append(passes_html(samples, insight.checkpoint.tokenizer, _PASSES))
-    tables = []
-    if (found := insight.parts) is not None:
-        caption = _BLOCKS.format(windows=found.windows, tokens=found.tokens, step=step)
-        height = 3.1 + 0.3 * (len(found.log_dets) + 4) + 0.4 * len(found.log_dets)
-        parts.append(draw(f"blocks-{record.slug}", caption, lambda f: draw_blocks(f, found), height))
-        tables.append(terms_table(found))
-    if (codes := insight.codes) is not None:
-        caption = _codes_caption(codes, step)
-        parts.append(draw(f"codebook-{record.slug}", caption, lambda f: draw_codes(f, codes), figure_height(codes)))
-        tables.append(codes_table(codes))
-    return Section(record.name, notes, [*parts, *tables])
 
 
 _SIGNS = ("Flows have upper bounds, marked <=. The figures of a discrete baseline are exact.",)
 _SAMPLES = (
-    "{number} samples of {s.tokens} tokens with the weights of step {step}: seed {seed}, temperature "
-    "{s.temperature}, not selected."
+    "{number} samples of {s.tokens} tokens at step {step}: seed {seed}, temperature {s.temperature}, not selected."
 )
 _PASSES = (
-    "The first sample after every block. The flow turns noise into latents block by block, the last block first; "
-    "each row shows the symbols nearest to the latents at that point. Where only the last row reads as text, block 1 "
-    "does the writing."
+    "The first sample after every block, decoded with the codebook. Noise becomes latents block by block, the last "
+    "block first. Where only the last row reads as text, block 1 does the writing."
 )
 _BITS = (
-    "Bits per character against tokens and against training time. Faint lines: training batches; with markers: "
-    "validation windows. Flows show upper bounds. The first steps may lie above the frame."
+    "Bits per character against tokens and training time. Faint: training batches; with markers: validation windows. "
+    "Flows show upper bounds. The first steps may lie above the frame."
 )
-_OPTIMISATION = (
-    "Learning rate, and gradient norm with its running median. Every stage restarts the schedule; runs with the "
-    "same rates cover each other."
-)
+_OPTIMISATION = "Learning rate, and gradient norm with its running median. Every stage restarts the schedule."
 _THROUGHPUT = "Training tokens per second with their running median; the numbers are the medians of each stage."
 _BLOCKS = (
-    "The bound on {windows:,} validation windows ({tokens:,} tokens) with the weights of step {step}. First its "
-    "terms in nats per token, added up from the top; then by how much each block lowers the bound of those below it, "
-    "each time with the standard normal on top; block 1 is measured against the bare standard normal. Of jointly "
-    "trained blocks, only the whole stack is trained to be a good model."
+    "The bound on {windows:,} validation windows ({tokens:,} tokens) at step {step}. Above, its terms, added up from "
+    "the top: blue is positive, orange negative. Below, by how much each block lowers the bound of the blocks under "
+    "it with the standard normal on top; block 1 is compared with the standard normal alone. Of jointly trained "
+    "blocks, only the whole stack is trained to be a good model."
 )
 
 
 def _codes_caption(codes: Codes, step: str) -> str:
     order = "most frequent of the validation text" if codes.is_counted else "first of the vocabulary"
-    is_small = len(codes.symbols) <= FEW
-    named = "Every symbol is named." if is_small else f"Named where there is room: the {NAMED} {order}."
-    text = f"The {codes.noun} at step {step} on its first two principal components. {named}"
+    named = "" if len(codes.symbols) <= FEW else f" Blue, and named where there is room: the {NAMED} {order}."
+    text = f"The {codes.noun} at step {step} on its first two principal components.{named} Distances are"
     if codes.std is None:
-        return f"{text} Distances are Euclidean, in units of the root mean square norm of the embeddings."
+        return f"{text} Euclidean, in units of the root mean square norm of the embeddings."
     return (
-        f"{text} Distances are measured in all dimensions and in units of the symbol's own σ: a sample is nearer to "
-        f"a neighbour D σ away than to its own code with probability Φ(−D/2), 2 % at D = 4."
+        f"{text} measured in all dimensions and in units of the symbol's own σ: a sample is nearer to a neighbour "
+        f"D σ away than to its own code with probability Φ(−D/2), 2 % at D = 4."
     )

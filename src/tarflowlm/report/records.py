@@ -22,7 +22,7 @@ COLUMNS = {
     "train": ("step", "tokens", "block", "bpc", "lr", "grad_norm", "tokens_per_second"),
     "valid": ("step", "tokens", "bpc"),
 }
-"""What is read of the lines of metrics.jsonl, by split."""
+"""Columns of metrics.jsonl that a report reads, by split."""
 
 
 @dataclass(frozen=True)

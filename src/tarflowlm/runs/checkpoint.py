@@ -14,10 +14,9 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import full_disk_as_user_error, read_json, replacing
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.progress import SILENT, Progress
-from tarflowlm.runs.manifest import is_whole
 from tarflowlm.runs.released import locate, released
 from tarflowlm.runs.strict_json import from_dict, to_dict
-from tarflowlm.runs.weights import check_weights, halve, read_weights, write_weights
+from tarflowlm.runs.weights import check_weights, halve, is_whole, read_weights, write_weights
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 SUMMARY = "summary.json"

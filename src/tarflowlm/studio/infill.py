@@ -1,7 +1,7 @@
 """The view that fills blanks in: candidates drawn by particles, their weights, and how far these can be trusted."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,18 +47,15 @@ def infill(
     template = request.template(checkpoint.tokenizer, text)
     if (template.tokens == BLANK).all():
         raise UserError("nothing is given: write some text around the blanks")
-    for shown in fill(checkpoint, template.tokens, tries, particles, temperature, seed):
-        if isinstance(shown, str):
-            yield page(card(shown))
-        else:
-            found = choices(checkpoint.tokenizer, shown, template.tokens)
-            yield page(card(found, muted(template.notice)), card(trust(shown)))
+    found = yield from fill(checkpoint, template.tokens, tries, particles, temperature, seed)
+    filled = choices(checkpoint.tokenizer, found, template.tokens)
+    yield page(card(filled, muted(template.notice)), card(trust(found)))
 
 
 def fill(
     checkpoint: Checkpoint, template: Tensor, tries: Any, particles: Any, temperature: Any, seed: Any
-) -> Iterator[str | Candidates]:
-    """Progress as HTML, then the candidates for a template [T].
+) -> Generator[str, None, Candidates]:
+    """Pages of the progress; returns the candidates for a template [T].
 
     Every try runs its own particles. Its evidence, the mean weight of its particles, is unbiased for p(given), so a
     draw from the tries by evidence is a draw by all of their particles; that is the weight of its text.
@@ -89,9 +86,10 @@ def fill(
     total = num_positions(checkpoint.model, len(template))
     given = stage(template_tokens(checkpoint.tokenizer, template), is_open=True)
     for _ in job.follow():
-        yield given + bar(job.advanced / total) + muted("trying" if job.advanced else "waiting for its turn")
+        words = "trying" if job.advanced else "waiting for its turn"
+        yield page(card(given, bar(job.advanced / total), muted(words)))
     assert job.result is not None
-    yield Candidates(**vars(job.result) | {"seconds": job.seconds})
+    return replace(job.result, seconds=job.seconds)
 
 
 def weigh(tokens: Tensor, log_evidence: Tensor, particles: int) -> Candidates:

@@ -1,10 +1,8 @@
 """Progress of long work on stderr: a bar on a terminal, now and then a line in a log file."""
 
-import itertools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
@@ -69,7 +67,7 @@ class Bars:
         self._task: TaskID | None = None
         self._due = 0.0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Bars":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -98,54 +96,9 @@ class Bars:
         if self.is_live or self.clock() < self._due or task.finished:
             return
         self._due = self.clock() + EVERY
-        left = "" if task.time_remaining is None else f", {minutes(task.time_remaining)} left"
+        left = "" if task.time_remaining is None else f", {minutes(float(task.time_remaining))} left"
         print_notice(f"{task.description}: {self._numbers.render(task)}{left}")
-
-    def show(self, name: str, done: int, total: int | None) -> None:
-        """`done` of the `total` units of the part called `name` are done."""
-        task = self.progress.tasks[-1] if self._task is not None else None
-        if task is None or task.description != name or done < task.completed:
-            self.stage(name, total, done)
-        else:
-            self.update(completed=done, total=total)
 
     def close(self) -> None:
         """Take the bar away. A later stage shows another one."""
         self.progress.stop()
-
-
-# --- callbacks of the time before `Progress`; each goes with its last caller
-
-StageProgress = Callable[[str, int, int | None], None]
-
-
-class Stages:
-    """A `Progress` that calls a `StageProgress`."""
-
-    def __init__(self, show: StageProgress) -> None:
-        self.show = show
-
-    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
-        """Begin a part."""
-        self.name, self.total, self.done = name, total, done
-        self.show(name, done, total)
-
-    def advance(self, count: int = 1) -> None:
-        """Count on."""
-        self.done += count
-        self.show(self.name, self.done, self.total)
-
-
-def no_progress(stage: str, completed: int, total: int | None) -> None:
-    pass
-
-
-def ticker(progress: StageProgress, stage: str, total: int) -> Callable[[], None]:
-    done = itertools.count(1)
-    return lambda: progress(stage, next(done), total)
-
-
-@contextmanager
-def bar(console: Console, description: str, total: int) -> Iterator[Callable[[int], None]]:
-    with Bars(console=console) as bars:
-        yield lambda completed: bars.show(description, completed, total)

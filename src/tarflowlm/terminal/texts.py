@@ -40,11 +40,11 @@ def print_samples(
 
 
 def _weights_notes(result: Generation, row: int, candidates: int) -> Iterator[str]:
-    """What the weights of the candidates of a sample say."""
+    """Notes on the weights of the candidates of a sample."""
     if candidates == 1 or result.ess is None or result.log_evidence is None:
         return
     yield (
-        f"{candidates} candidates, of which about {result.ess[row].item():.1f} count; "
+        f"{candidates} candidates, effective number {result.ess[row].item():.1f}; "
         f"log p(given) about {result.log_evidence[row].item():.1f} nats"
     )
     # NaN is not above it
@@ -67,7 +67,7 @@ def samples_to_json(
     samples: list[dict[str, Any]] = []
     for row, tokens in enumerate(result.tokens):
         sample: dict[str, Any] = {"text": tokenizer.decode(tokens.tolist()) if texts is None else texts[row]}
-        if passes:
+        if passes or states:
             sample["passes"] = [tokenizer.decode(state[row].tolist()) for state in result.passes]
         if states:
             sample["states"] = [state[row].tolist() for state in result.states]

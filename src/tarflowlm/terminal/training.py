@@ -16,6 +16,9 @@ class ProgressReporter(Bars, Reporter):
         super().__init__(console=console, clock=clock, keep=True)
         self._shown: dict[str, str] = {}
 
+    def __enter__(self) -> "ProgressReporter":
+        return self
+
     def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         """Begin a part of the run; the numbers of the part before are not its own."""
         self._shown = {}

@@ -23,7 +23,7 @@ class StepPace:
         self.train, self.counters = train, counters
         self.total = train.stage_steps[counters.stage]
         """The whole stage in units of `done`."""
-        self.num_steps: float = self.total
+        self.num_steps: int | float = self.total
         """Steps of the stage, an estimate if its time is limited; the learning-rate schedule follows it."""
         self.update()
 

@@ -24,6 +24,7 @@ from tarflowlm.evaluation.likelihood import Likelihood, evaluate
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.language_model import LanguageModel, seeded
+from tarflowlm.progress import SILENT, Progress
 from tarflowlm.training.processes import ALONE, Processes
 
 
@@ -128,7 +129,9 @@ class ParallelModel:
         ddp = isinstance(self.loss, DistributedDataParallel)
         return nullcontext() if last or not ddp else self.loss.no_sync()  # type: ignore[operator]
 
-    def evaluate(self, windows: Int[Tensor, "W T"], characters_per_token: Tensor, progress: Any = None) -> Likelihood:
+    def evaluate(
+        self, windows: Int[Tensor, "W T"], characters_per_token: Tensor, progress: Progress = SILENT
+    ) -> Likelihood:
         """The bound over `windows`, with the rows of every batch divided between the processes. Collective; all
         processes get the same result. Arguments as `evaluation.likelihood.evaluate`."""
         if self.processes.world == 1:
@@ -179,6 +182,7 @@ def shard(loss: nn.Module, model: LanguageModel, processes: Processes, *, compil
     for layer in _layers(model):
         if compiled:
             layer.compile(fullgraph=True)
+    # couplings contain the heads of a flow
     heads = [m for m in model.modules() if isinstance(m, Coupling) or m is getattr(model, "head", None)]
     for module in [*_layers(model), *heads]:
         fully_shard(module, mesh=mesh)

@@ -222,11 +222,7 @@ class _StoppableProgress:
     """Passes the progress of an evaluation on, and stops the run if it was asked to."""
 
     def __init__(self, run: TrainingRun, progress: Progress) -> None:
-        self.run, self.progress, self.stage, self.done = run, progress, progress.stage, 0
-
-    def __call__(self, done: int, total: int) -> None:
-        self.advance(done - self.done)
-        self.done = done
+        self.run, self.progress, self.stage = run, progress, progress.stage
 
     def advance(self, count: int = 1) -> None:
         if reason := self.run.stop_requested():

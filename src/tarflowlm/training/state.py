@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from tarflowlm.errors import UserError
 from tarflowlm.files import sync_file, sync_folder, write_json
 from tarflowlm.runs.checkpoint import COUNTERS, STATE, undamaged_state
-from tarflowlm.runs.manifest import write_manifest
+from tarflowlm.runs.weights import write_manifest
 from tarflowlm.training.guards import RunningLoss
 from tarflowlm.training.processes import ALONE, Processes
 

@@ -87,7 +87,7 @@ class TensorBoard:
             self.writer.add_text("config", f"```\n{json.dumps(to_dict(run), indent=2)}\n```")
         logger.info("tensorboard --logdir %s", out / name)
 
-    def log(self, values: dict[str, float], step: int, split: str) -> None:
+    def log(self, values: dict[str, int | float], step: int, split: str) -> None:
         """Write the numbers of a record."""
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
@@ -129,7 +129,7 @@ class TrackedRun:
             where = f"wandb: {offline if self.run.offline else self.run.url}"
         logger.info("%s", where)
 
-    def log(self, values: dict[str, float], step: int, split: str) -> None:
+    def log(self, values: dict[str, int | float], step: int, split: str) -> None:
         """Send the numbers of a record, unless its step was sent before."""
         if step > self.saved["sent"].get(split, 0):
             # saved first: a kill in between loses a point, where the other order would send it twice

@@ -81,7 +81,6 @@ def train(
             f"model.vocab_size {run.model.vocab_size}: the tokenizer has {vocab_size} symbols; leave it at 0"
         )
     run = replace(run, model=replace(run.model, vocab_size=vocab_size))
-    _check_lengths(run, corpus)
     new = TrainingRun(run, out, corpus, device, reporter, processes)
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
@@ -232,10 +231,7 @@ def check_new(out: Path) -> None:
 
 def _corpus(run: RunConfig, reporter: Reporter, processes: Processes) -> Corpus:
     with processes.first_alone():
-        return cached_corpus(run.data.source, run.data.tokenizer, progress=reporter)
-
-
-def _check_lengths(run: RunConfig, corpus: Corpus) -> None:
+        corpus = cached_corpus(run.data.source, run.data.tokenizer, progress=reporter)
     for name in ("train", "valid", "test"):
         have = corpus.num_tokens(name)
         if have < run.model.context:
@@ -243,3 +239,4 @@ def _check_lengths(run: RunConfig, corpus: Corpus) -> None:
                 f"the {name} split of {run.data.source} has {have} tokens, fewer than the context of "
                 f"{run.model.context}: use a longer text or a smaller model.context"
             )
+    return corpus

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tarflowlm.flow.numerics import layout
-
 Compute = Callable[..., tuple[Tensor | None, ...]]
 """Gradients from tensors: what a backward computes in closed form."""
 
@@ -47,18 +45,3 @@ def sum_to_shared(grads: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Te
     return tuple(
         g if p.shape[0] == g.shape[0] else g.sum(0, keepdim=True) for g, p in zip(grads, params, strict=True)
     )
-
-
-def scale_gradients(grad: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of a sum of [N], formed in the forward, times the cotangent [N], whose elements must all be equal.
-
-    RuntimeError where they are not; on an accelerator, and when compiled, the gradients are then NaN.
-    """
-    factor = grad.view(-1)[0] if grad.numel() else grad.new_zeros(())
-    equal = (grad == factor).all()
-    if not layout.use_eager_cpu(grad):
-        # Reading the answer would break the graph, and make a device wait at every step.
-        factor = torch.where(equal, factor, torch.nan)
-    elif not bool(equal):
-        raise RuntimeError("equal_cotangents was promised, but the loss weights the elements of log p differently")
-    return tuple(None if g is None else g * factor for g in grads)

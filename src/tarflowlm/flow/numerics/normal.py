@@ -110,22 +110,6 @@ def component_factors(mean: Tensor, log_std: Tensor) -> Tensor:
     return torch.cat([mean * precision, -0.5 * precision, constant], -1)
 
 
-def point_factors_backward(z: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of z [N, d] from that of A [N, d + 2], in the wide format."""
-    d = z.shape[-1]
-    return grad[:, :d] + 2.0 * z.to(grad.dtype) * grad[:, d : d + 1]
-
-
-def component_factors_backward(mean: Tensor, log_std: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of mean [K, d] and log_std [K] from that of B [K, d + 2], in the wide format."""
-    d = mean.shape[-1]
-    mean, precision = mean.to(grad.dtype), torch.exp(-2.0 * log_std.to(grad.dtype))
-    of_linear, of_square, of_constant = grad[:, :d], grad[:, d], grad[:, d + 1]
-    of_mean = precision[:, None] * (of_linear - mean * of_constant[:, None])
-    of_precision = (of_linear * mean).sum(-1) - 0.5 * (of_square + (mean * mean).sum(-1) * of_constant)
-    return of_mean, -2.0 * precision * of_precision - d * of_constant
-
-
 def log_component_densities(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log N(z; mean_k, exp(log_std_k)^2 I) of every component, without weights (docs/math.md, N_k of eq. 1).
 
