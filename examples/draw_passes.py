@@ -20,7 +20,7 @@ INK, ACCENT, PALE = "#1d2a3a", "#e07a5f", "#dbe2ea"
 def main(name: str = "english-passes", out: str = "docs/passes.png") -> None:
     model, tokenizer = tarflowlm.load(name)
     generator = torch.Generator().manual_seed(SEED)
-    result = tarflowlm.generate(model, num_tokens=LENGTH, generator=generator, return_passes=True)
+    result = tarflowlm.generate(model, num_tokens=LENGTH, generator=generator)
     mean, std = model.codebook.mean.detach(), model.codebook.log_std.detach().exp()
     # the two principal components of the codebook
     plane = torch.linalg.svd(mean - mean.mean(0)).Vh[:2].T

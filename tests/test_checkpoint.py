@@ -1,4 +1,4 @@
-"""A checkpoint directory gives back the model it was made from, or says in one line why it cannot."""
+"""Run directories: loading gives the saved model, or one line says why not."""
 
 import json
 import pickle
@@ -15,9 +15,9 @@ from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig, TarFlowLM, stack
-from tarflowlm.runs.checkpoint import load_checkpoint, save_weights, write_run
-from tarflowlm.runs.manifest import write_manifest
+from tarflowlm.model import FlowConfig, stack
+from tarflowlm.runs.checkpoint import load_checkpoint, read_summary, save_weights, write_run
+from tarflowlm.runs.weights import is_whole, write_manifest
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
 FLOW = FlowConfig(
@@ -56,7 +56,7 @@ def directory(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_what_is_loaded_is_what_was_saved(tmp_path, config):
+def test_loaded_model_equals_the_saved_one(tmp_path, config):
     saved = write_checkpoint(tmp_path / "run", config)
     checkpoint = load_checkpoint(tmp_path / "run")
     assert checkpoint.run.model == config
@@ -76,34 +76,23 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, config):
     assert torch.equal(ours, theirs)
 
 
-def test_load_gives_model_and_tokenizer(directory):
-    model, tokenizer = tarflowlm.load(str(directory))
-    assert isinstance(model, TarFlowLM)
-    assert tokenizer.decode(tokenizer.encode("a text")) == "a text"
-
-
-def test_two_loads_are_the_same_model(directory):
-    first, second = (tarflowlm.load(directory)[0].state_dict() for _ in range(2))
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-
-
 @pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_a_run_inside_its_stages_gives_the_blocks_it_has(tmp_path, blocks):
+def test_unfinished_progressive_run_gives_its_blocks(tmp_path, blocks):
     saved = write_checkpoint(tmp_path / "run", FLOW, blocks)
     model = load_checkpoint(tmp_path / "run").model
     assert model.num_blocks == blocks
     assert all(torch.equal(t, saved.state_dict()[name]) for name, t in model.state_dict().items())
 
 
-def test_the_tied_codebook_is_stored_once_and_stays_tied(directory):
+def test_tied_codebook_is_stored_once_and_stays_tied(directory):
     names = [name for name in load_file(directory / "model.safetensors") if name.endswith("mean")]
     assert names == ["codebook.mean"]
     model = load_checkpoint(directory).model
     assert model.prior.blocks[0].coupling.components is model.codebook
 
 
-def test_the_files_are_readable_and_nothing_else_is_needed(directory):
-    assert {path.name for path in directory.iterdir()} == FILES | {"manifest.json"}
+def test_run_directory_has_three_readable_files(directory):
+    assert {path.name for path in directory.iterdir()} == FILES
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     assert [block["coupling"] for block in config["model"]["blocks"]] == ["mixd", "mix1", "mix1"]
 
@@ -119,7 +108,7 @@ class Exploit:
 
 
 @pytest.mark.parametrize("write", [lambda o, p: p.write_bytes(pickle.dumps(o)), lambda o, p: torch.save(o, p)])
-def test_a_pickle_is_refused_and_not_run(directory, write, tmp_path):
+def test_pickle_is_refused_and_not_run(directory, write, tmp_path):
     target = tmp_path / "was-run"
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         path = directory / name
@@ -131,30 +120,73 @@ def test_a_pickle_is_refused_and_not_run(directory, write, tmp_path):
     assert not target.exists()
 
 
-@pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, 5000, -1])
-def test_truncated_weights_are_named(directory, keep):
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_truncated_weights_are_refused(directory, keep):
     path = directory / "model.safetensors"
-    data = path.read_bytes()
-    path.write_bytes(data[:keep])
+    path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         load_checkpoint(directory)
 
 
-@pytest.mark.parametrize("damage", [b"\xff" * 8, b"\x00" * 8, b"\x10\x00\x00\x00\x00\x00\x00\x00{not json at a"])
-def test_a_broken_header_is_named(directory, damage):
-    path = directory / "model.safetensors"
-    path.write_bytes(damage + path.read_bytes()[len(damage) :])
-    with pytest.raises(UserError, match=r"model\.safetensors"):
+def flip(path: Path, at: int = -5) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_flipped_bit_in_the_weights_is_refused_with_a_remedy(directory):
+    write_checkpoint(directory / "best", FLOW)
+    flip(directory / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged .*best is undamaged"):
         load_checkpoint(directory)
 
 
+def test_earlier_versions_have_the_checksum_in_the_manifest(directory):
+    path = directory / "model.safetensors"
+    save_file(load_file(path), path, metadata=INFO | {"blocks": "3"})
+    write_manifest(directory, FILES)
+    assert is_whole(directory, "model.safetensors")
+    load_checkpoint(directory)
+    flip(path)
+    assert not is_whole(directory, "model.safetensors")
+    with pytest.raises(UserError, match=r"sha256 is not the one in manifest\.json"):
+        load_checkpoint(directory)
+    # weights that are written anew carry their own checksum
+    write_checkpoint(directory, FLOW)
+    load_checkpoint(directory)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no manifest"])
+def test_damaged_folder_is_not_whole(tmp_path, damage):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"abcdefgh")
+    write_manifest(tmp_path, ["a.bin"])
+    assert is_whole(tmp_path, "a.bin")
+    assert not is_whole(tmp_path, "b.bin")
+    match damage:
+        case "truncate":
+            path.write_bytes(b"abc")
+        case "flip":
+            flip(path)
+        case "remove":
+            path.unlink()
+        case _:
+            (tmp_path / "manifest.json").write_text("[]", encoding="utf-8")
+    assert not is_whole(tmp_path, "a.bin")
+
+
+def test_summary_is_read_where_there_is_one(directory):
+    assert read_summary(directory) is None
+    (directory / "summary.json").write_text('{"test": {"bpc": 2.0}}', encoding="utf-8")
+    assert read_summary(directory)["test"]["bpc"] == 2.0
+
+
 def alter(directory: Path, change) -> None:
-    """Other weights, that the manifest vouches for."""
+    """Write other weights without a checksum."""
     path = directory / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata=INFO | {"blocks": "3"})
-    write_manifest(directory, FILES)
 
 
 ALTERED = {
@@ -170,7 +202,7 @@ ALTERED = {
 
 
 @pytest.mark.parametrize(("change", "message"), ALTERED.values(), ids=ALTERED.keys())
-def test_altered_weights_are_named(directory, change, message):
+def test_weights_that_do_not_fit_are_refused(directory, change, message):
     alter(directory, change)
     with pytest.raises(UserError, match=message):
         load_checkpoint(directory)
@@ -181,7 +213,6 @@ def edit_config(directory: Path, change) -> None:
     value = json.loads(path.read_text(encoding="utf-8"))
     change(value)
     path.write_text(json.dumps(value), encoding="utf-8")
-    write_manifest(directory, FILES)
 
 
 BROKEN_CONFIGS = {
@@ -193,7 +224,7 @@ BROKEN_CONFIGS = {
     "unknown-coupling": (lambda c: c["model"]["blocks"][0].update(coupling="mixq"), r"'mixq' is not one of"),
     "unknown-family": (lambda c: c["model"].update(family="gan"), r"family: 'gan'"),
     "family-no-string": (lambda c: c["model"].update(family=[]), r"family: \[\]"),
-    "contradiction": (lambda c: c["model"].update(patch=3), "patch 3 does not divide context 8"),
+    "contradiction": (lambda c: c["model"].update(patch=3), "patch 3: does not divide context 8"),
     "other-model": (lambda c: c["model"].update(latent_dim=5), r"expects \[27, 5\]"),
     "no-stages": (lambda c: c["train"].update(stage_steps=[]), "stage_steps"),
     "list": (lambda c: c.update(train=[1, 2]), "train: expected an object"),
@@ -201,7 +232,7 @@ BROKEN_CONFIGS = {
 
 
 @pytest.mark.parametrize(("change", "message"), BROKEN_CONFIGS.values(), ids=BROKEN_CONFIGS.keys())
-def test_a_config_that_does_not_fit_is_named(directory, change, message):
+def test_invalid_config_is_refused(directory, change, message):
     edit_config(directory, change)
     with pytest.raises(UserError, match=message) as raised:
         load_checkpoint(directory)
@@ -209,34 +240,33 @@ def test_a_config_that_does_not_fit_is_named(directory, change, message):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_missing_file_is_named(directory, name):
+def test_missing_file_is_named(directory, name):
     (directory / name).unlink()
     with pytest.raises(UserError, match=name):
         load_checkpoint(directory)
 
 
-def test_a_directory_that_was_only_begun_says_that_it_has_no_weights_yet(directory):
+def test_run_without_weights_is_refused(directory):
     for name in ("model.safetensors", "tokenizer.json"):
         (directory / name).unlink()
         with pytest.raises(UserError, match="holds no trained weights yet"):
             load_checkpoint(directory)
 
 
-def test_another_tokenizer_does_not_fit_the_weights(directory):
+def test_another_tokenizer_is_refused(directory):
     CharTokenizer("ab", "none").save(directory / "tokenizer.json")
-    write_manifest(directory, FILES)
     with pytest.raises(UserError, match=r"codebook\.log_std has shape \[27\], config.json expects \[2\]"):
         load_checkpoint(directory)
 
 
-def test_what_is_no_directory_is_named(tmp_path):
+def test_missing_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("text", encoding="utf-8")
     for path in (tmp_path / "missing", tmp_path / "file"):
         with pytest.raises(UserError, match="is not a directory"):
             load_checkpoint(path)
 
 
-def test_a_failed_save_keeps_the_old_weights(directory, monkeypatch):
+def test_failed_save_keeps_the_old_weights(directory, monkeypatch):
     before = load_file(directory / "model.safetensors")
 
     def fails(*args, **options):
@@ -247,11 +277,11 @@ def test_a_failed_save_keeps_the_old_weights(directory, monkeypatch):
         save_weights(directory, replace(FLOW, vocab_size=3).build().state_dict(), INFO)
     after = load_file(directory / "model.safetensors")
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    assert {path.name for path in directory.iterdir()} == FILES | {"manifest.json"}
+    assert {path.name for path in directory.iterdir()} == FILES
     load_checkpoint(directory)
 
 
-def test_a_run_of_an_earlier_version_still_loads(tmp_path):
+def test_config_of_an_earlier_version_loads(tmp_path):
     """There, couplings, layers and components were three parallel lists."""
     directory = tmp_path / "run"
     model = write_checkpoint(directory, CONFIGS["own-components"])
@@ -260,7 +290,6 @@ def test_a_run_of_an_earlier_version_still_loads(tmp_path):
     names = {"couplings": "coupling", "layers": "layers", "components": "components"}
     config["model"] |= {old: [block[new] for block in blocks] for old, new in names.items()}
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    write_manifest(directory, FILES)
     again = load_checkpoint(directory).model
     assert again.config == replace(model.config, vocab_size=again.config.vocab_size)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))

@@ -3,11 +3,12 @@
 import copy
 import json
 from dataclasses import dataclass, field, replace
+from typing import Literal, get_origin, get_type_hints
 
 import pytest
 
 from tarflowlm.baseline import BaselineConfig
-from tarflowlm.config import OptimConfig, RunConfig, TrainConfig
+from tarflowlm.config import BlockConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.data import DataConfig
 from tarflowlm.errors import UserError
 from tarflowlm.model import FlowConfig, stack
@@ -65,7 +66,7 @@ def changed(path: str, value: object) -> dict:
         ("data.source", None, "config.data.source: expected str, found None"),
         ("train.precision", "float16", "config.train.precision: 'float16' is not one of"),
         # contradictions, by the configurations themselves
-        ("model.patch", 3, "patch 3 does not divide context 128"),
+        ("model.patch", 3, "patch 3: does not divide context 128"),
         ("train.stage_steps", [10], r"train.stage_steps \(10,\): 1 entries for 3 stages"),
         ("model.blocks", [], "model.blocks .*: needs at least one block"),
     ],
@@ -127,7 +128,7 @@ def blocks(couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)):
 @pytest.mark.parametrize(
     ("cls", "fields", "message"),
     [
-        (FlowConfig, FLOW | {"context": 10, "patch": 4}, "patch 4 does not divide context 10: choose"),
+        (FlowConfig, FLOW | {"context": 10, "patch": 4}, "patch 4: does not divide context 10: choose"),
         (FlowConfig, FLOW | {"context": 1}, "model.context 1: must be at least 2"),
         (FlowConfig, FLOW | {"latent_dim": 0}, "model.latent_dim 0"),
         (FlowConfig, FLOW | {"patch": 0}, "model.patch 0"),
@@ -135,11 +136,11 @@ def blocks(couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)):
         (FlowConfig, FLOW | {"vocab_size": -1}, "model.vocab_size -1"),
         (FlowConfig, blocks(layers=(1, 0)), "model.blocks.1.layers 0"),
         (FlowConfig, {"blocks": ()}, "at least one block"),
-        (FlowConfig, blocks(components=(0, 0)), r"blocks.1.components \(mix1\): 0 must be at least 1"),
-        (FlowConfig, blocks(components=(-1, 2)), r"blocks.0.components \(mixd\): -1"),
-        (FlowConfig, blocks(("mix1", "mixd"), components=(2, 0)), r"blocks.1.components \(mixd\): 0; 0 \(tied"),
-        (FlowConfig, blocks(("mixd", "affine")), r"blocks.1.components \(affine\): 2 has no effect"),
-        (BaselineConfig, {"context": 10, "patch": 4}, "patch 4 does not divide context 10: choose"),
+        (FlowConfig, blocks(components=(0, 0)), r"blocks.1.components \(mix1\) 0: must be at least 1"),
+        (FlowConfig, blocks(components=(-1, 2)), r"blocks.0.components \(mixd\) -1"),
+        (FlowConfig, blocks(("mix1", "mixd"), components=(2, 0)), r"blocks.1.components \(mixd\) 0: 0 \(tied"),
+        (FlowConfig, blocks(("mixd", "affine")), r"blocks.1.components \(affine\) 2: has no effect"),
+        (BaselineConfig, {"context": 10, "patch": 4}, "patch 4: does not divide context 10: choose"),
         (BaselineConfig, {"layers": 0}, "model.layers 0"),
         (BaselineConfig, {"context": 0}, "model.context 0"),
         (OptimConfig, {"lr": 0.0}, "optim.lr 0.0: must be above 0"),
@@ -197,3 +198,18 @@ def test_every_stage_needs_a_step():
 
 def test_data_configurations_travel():
     assert from_dict(DataConfig, to_dict(DataConfig(source="x.txt"))) == DataConfig(source="x.txt")
+
+
+def configurations():
+    for cls in (BlockConfig, BaselineConfig, FlowConfig, OptimConfig, TokenizerConfig, TrainConfig):
+        for name, hint in get_type_hints(cls).items():
+            if get_origin(hint) is Literal:
+                yield pytest.param(cls, name, id=f"{cls.__name__}.{name}")
+
+
+@pytest.mark.parametrize(("cls", "name"), [*configurations()])
+def test_every_literal_field_refuses_other_names(cls, name):
+    config = cls()
+    object.__setattr__(config, name, "foo")  # the tests check the types of arguments, users' programs do not
+    with pytest.raises(UserError, match=f"{name} 'foo': choose one of"):
+        config.__post_init__()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tarflowlm.model import FlowConfig, TarFlowLM
     from tarflowlm.objective import elbo, importance_weighted_bound
     from tarflowlm.pretrained import Pretrained, from_pretrained, load
-    from tarflowlm.training.lifecycle import resume, train
+    from tarflowlm.training.train import resume, train
 
 __all__ = [
     "BaselineConfig",
@@ -48,25 +48,20 @@ _MODULES = {
     "generate": "generation",
     "importance_weighted_bound": "objective",
     "load": "pretrained",
-    "resume": "training.lifecycle",
+    "resume": "training.train",
     "score": "evaluation.scores",
-    "train": "training.lifecycle",
+    "train": "training.train",
 }
 """The module of every public name, imported on first use: PyTorch reads some environment variables at import, and the
 command line has to set them first."""
 
 
-def version() -> str:
-    """The version of the installed package; "unknown" for files that were never installed."""
-    try:
-        return metadata.version("tarflowlm")
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return version()
+        try:
+            return metadata.version("tarflowlm")
+        except metadata.PackageNotFoundError:
+            return "unknown"
     if name not in _MODULES:
         if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
             return import_module(f"{__name__}.{name}")

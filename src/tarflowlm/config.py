@@ -3,30 +3,38 @@
 No torch here: the command line reads configurations without it.
 """
 
-import math
-from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from importlib import import_module
+import typing
+from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal
 
 from tarflowlm.errors import UserError
+from tarflowlm.model_config import BaselineConfig as BaselineConfig
+from tarflowlm.model_config import BlockConfig as BlockConfig
+from tarflowlm.model_config import Config as Config
+from tarflowlm.model_config import CouplingName as CouplingName
+from tarflowlm.model_config import FlowConfig as FlowConfig
+from tarflowlm.model_config import LanguageModelConfig as LanguageModelConfig
+from tarflowlm.model_config import TransformerConfig as TransformerConfig
+from tarflowlm.model_config import as_flow_config as as_flow_config
+from tarflowlm.model_config import stack as stack
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 """Where to run; `device.pick_device` resolves auto."""
 
 Decoder = Literal["steps", "sweeps", "auto"]
 """How a block is inverted: position by position, in parallel sweeps, or by the cheaper of the two."""
+OLD_DECODERS: dict[str, Decoder] = {"sequential": "steps", "parallel": "sweeps", "drafted": "auto"}
+"""The present names of decoders that earlier versions had."""
 
 Decoding = Literal["mode", "drawn"]
-"""Which token latents become: the most probable one of p(x|z), or one drawn from it."""
+"""The token of a latent vector: the most probable one of p(x|z), or one drawn from it."""
 
 Scale = Literal["mini", "paper"]
-"""Of `reproduce`: models that a CPU trains, or the published size."""
+"""Scale of the reproduction: CPU-sized models or the paper's."""
 
 Precision = Literal["float32", "bfloat16"]
-"""Of matrix products."""
+"""Precision of matrix products."""
 
 RECIPE_NAMES = (
     "table2", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "table6", "progressive", "patches", "one-block",
@@ -35,7 +43,7 @@ RECIPE_NAMES = (
 """The recipes of `reproduce`."""
 
 Normalization = Literal["none", "text8"]
-NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
+NORMALIZATIONS: tuple[Normalization, ...] = typing.get_args(Normalization)
 
 TEXT8_ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 """The 27 characters of text8: single spaces and `a`-`z`."""
@@ -59,7 +67,7 @@ LARGEST_BPE = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(Config):
     """The tokenizer of a run. Contradictions raise UserError and name the field."""
 
     kind: Kind = "char"
@@ -74,43 +82,25 @@ class TokenizerConfig:
     """Normalisation of the text: none, or text8 (a-z and single spaces; digits are spelled out)."""
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("kind", self.kind, get_args(Kind)),
-            ("normalize", self.normalize, NORMALIZATIONS),
-        ):
-            if value not in allowed:
-                raise UserError(f"{name}={value!r} is not one of {', '.join(allowed)}")
-        if self.kind != "bpe" or self.source:
-            self._check_unused_bpe_fields()
+        super().__post_init__()
+        trained = self.needs_training
+        if self.kind != "bpe":
+            self.require("source", self.source == "", f"has no effect with kind={self.kind!r}: set kind to bpe")
+        if trained:
+            least = len(self.alphabet) + 1 if self.uses_alphabet else 257
+            rule = f"a BPE trained here needs {least} to {LARGEST_BPE:,}, or a source: tokenizer.json or hub name"
+            self.require("vocab_size", least <= self.vocab_size <= LARGEST_BPE, rule)
         else:
-            minimum = len(self.alphabet) + 1 if self.uses_alphabet else 257
-            if self.vocab_size < minimum:
-                raise UserError(
-                    f"vocab_size={self.vocab_size} is too small for a BPE trained here: it needs {minimum} or "
-                    "more (or set source to a tokenizer.json or hub name)"
-                )
-            if self.vocab_size > LARGEST_BPE:
-                raise UserError(f"vocab_size={self.vocab_size} is too large for a BPE: at most {LARGEST_BPE:,}")
+            rule = "has no effect here: only a BPE trained here takes it, so leave it out"
+            self.require("vocab_size", self.vocab_size == 0, rule)
         if self.uses_alphabet:
             check_alphabet(self.alphabet)
-            missing = sorted(set(TEXT8_ALPHABET) - set(self.alphabet))
-            if self.normalize == "text8" and missing:
-                raise UserError(
-                    f"alphabet lacks {''.join(missing)!r}, which normalize='text8' can produce: "
-                    "add them or set normalize to none"
-                )
-        elif self.alphabet != TEXT8_ALPHABET:
-            raise UserError(
-                f"alphabet={self.alphabet!r} has no effect here (kind={self.kind!r}, source={self.source!r}, "
-                f"normalize={self.normalize!r}): leave it out"
-            )
-
-    def _check_unused_bpe_fields(self) -> None:
-        if self.kind != "bpe" and self.source:
-            raise UserError(f"source={self.source!r} has no effect with kind={self.kind!r}: set kind to bpe")
-        if self.vocab_size != 0:
-            why = f"source={self.source!r}" if self.source else f"kind={self.kind!r}"
-            raise UserError(f"vocab_size={self.vocab_size} has no effect with {why}, which fixes it: leave it out")
+            missing = "".join(sorted(set(TEXT8_ALPHABET) - set(self.alphabet)))
+            rule = f"lacks {missing!r}, which normalize=text8 can produce: add them or set normalize to none"
+            self.require("alphabet", self.normalize != "text8" or not missing, rule)
+        else:
+            rule = f"has no effect with kind={self.kind!r}, source={self.source!r}, normalize={self.normalize!r}"
+            self.require("alphabet", self.alphabet == TEXT8_ALPHABET, rule)
 
     @property
     def uses_alphabet(self) -> bool:
@@ -126,252 +116,13 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Config):
     """Text and tokens."""
 
     source: str = "english"
     """A corpus name (english, text8, openwebtext), a text file, or a directory made by `tarflowlm data`."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """How text becomes tokens."""
-
-
-C = TypeVar("C", bound="LanguageModelConfig")
-CouplingName = Literal["affine", "token-affine", "mix1", "mixd"]
-"""affine and token-affine: one Gaussian, autoregressive over channels or over tokens. mix1: a mixture per channel.
-mixd: a mixture per token over one codebook (docs/math.md, section 3)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """Shape of a Transformer; the number of layers is set per block."""
-
-    width: int = 128
-    """Features per position, D."""
-    num_heads: int = 2
-    """Attention heads H; the width must be a multiple of 2 H."""
-    mlp_ratio: int = 4
-    """Hidden width of the MLP, as a multiple of the width."""
-    rotary_base: float = 10_000.0
-    """Base of the rotary frequencies: the longest wavelength is near 2 pi times this many positions."""
-
-    def __post_init__(self) -> None:
-        if self.width < 1 or self.num_heads < 1 or self.width % (2 * self.num_heads):
-            raise UserError(
-                f"width {self.width} with num_heads {self.num_heads}: the width must be a positive multiple of "
-                f"2 * num_heads (rotary positions rotate pairs of channels)"
-            )
-        if self.mlp_ratio < 1:
-            raise UserError(f"mlp_ratio {self.mlp_ratio}: must be at least 1")
-        if not 0 < self.rotary_base < math.inf:
-            raise UserError(f"rotary_base {self.rotary_base}: must be above 0 and finite")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig:
-    """The fields that both models share."""
-
-    family: ClassVar[str]
-    """The kind of model, as written to config.json."""
-    model: ClassVar[str]
-    """module:class of the model, imported when one is built: a shape needs no torch."""
-    vocab_size: int = 0
-    """Token types V; 0 takes it from the tokenizer."""
-    context: int = 256
-    """Tokens T per training sequence; generated sequences are at most as long."""
-    patch: int = 1
-    """Tokens P per position; P divides the context."""
-    trunk: TransformerConfig = field(default_factory=TransformerConfig)
-    """Shape of the Transformer; every block of a flow has its own weights."""
-
-    def __post_init__(self) -> None:
-        self.check_at_least("context", self.context, 2)
-        self.check_at_least("patch", self.patch, 1)
-        self.check_at_least("vocab_size", self.vocab_size, 0)
-        if self.context % self.patch:
-            raise UserError(
-                f"patch {self.patch} does not divide context {self.context}: choose a patch that does, "
-                f"or a context that is a multiple of {self.patch}"
-            )
-
-    @staticmethod
-    def check_at_least(name: str, value: int, least: int) -> None:
-        """UserError, naming the field, for a value below `least`."""
-        if value < least:
-            raise UserError(f"model.{name} {value}: must be at least {least}")
-
-    @property
-    def num_blocks(self) -> int:
-        """Flow blocks L, at most one training stage each; 1 for the baseline."""
-        return 1
-
-    @property
-    def has_token_weights(self) -> bool:
-        """Whether a token is drawn by weights of tokens, which a temperature, top-k and top-p change as they are."""
-        return True
-
-    def first_blocks(self: C, num_blocks: int) -> C:
-        """The configuration of the first `num_blocks` blocks, the model of a progressive stage."""
-        assert num_blocks >= self.num_blocks
-        return self
-
-    @abstractmethod
-    def deepened(self: C, factor: int) -> C:
-        """The same configuration with `factor` times the Transformer layers."""
-
-    def describe(self, block: int) -> str:
-        """A short description of block `block` (0-based)."""
-        return "baseline"
-
-    def build(self) -> Any:
-        """A new model of this shape, initialised from PyTorch's global generator (see `language_model.seeded`).
-
-        UserError without a vocabulary size.
-        """
-        module, name = self.model.split(":")
-        return getattr(import_module(module), name)(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaselineConfig(LanguageModelConfig):
-    """Shape of the baseline."""
-
-    family: ClassVar[str] = "ar"
-    model: ClassVar[str] = "tarflowlm.baseline:TokenLM"
-    in_patch: Literal["autoregressive", "independent"] = "independent"
-    """Tokens of a patch: independent given the earlier patches (as in the paper), or each given those before it."""
-    layers: int = 6
-    """Transformer layers."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_at_least("layers", self.layers, 1)
-
-    def deepened(self, factor: int) -> "BaselineConfig":
-        """The same configuration with `factor` times the Transformer layers."""
-        return replace(self, layers=factor * self.layers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockConfig:
-    """One block of the stack."""
-
-    coupling: CouplingName = "mix1"
-    """The map of a position, given the positions before it."""
-    layers: int = 1
-    """Transformer layers."""
-    start: Literal["codebook", "flattened", "plain"] = "codebook"
-    """Of a mix1 block 1 with K = V: as the Mix-d coupling of the codebook; as that, its weights seeing a tenth of the
-    evidence; or plain, without knowledge of the codebook, as every other block starts."""
-    sees_channels: bool = True
-    """Let the head of a channel see the channels before it; without, a mixture per channel given the past alone."""
-    components: int = 2
-    """Mixture components K; 0 ties those of mixd to the encoder's codebook; 1 for affine couplings."""
-
-
-def stack(
-    couplings: Sequence[CouplingName], layers: Sequence[int], components: Sequence[int]
-) -> tuple[BlockConfig, ...]:
-    """Blocks from their couplings, layers and components, block 1 first. UserError for unequal lengths."""
-    if not len(couplings) == len(layers) == len(components):
-        raise UserError(
-            f"couplings {tuple(couplings)}, layers {tuple(layers)} and components {tuple(components)} need one entry "
-            f"per block each"
-        )
-    return tuple(
-        BlockConfig(coupling=name, layers=depth, components=count)
-        for name, depth, count in zip(couplings, layers, components, strict=True)
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowConfig(LanguageModelConfig):
-    """Shape of a TarFlowLM."""
-
-    family: ClassVar[str] = "flow"
-    model: ClassVar[str] = "tarflowlm.model:TarFlowLM"
-    latent_dim: int = 8
-    """Latent channels d per token."""
-    separation: float = 12.0
-    """Typical distance between neighbouring codebook means, over sigma, at the start of training."""
-    blocks: tuple[BlockConfig, ...] = (
-        BlockConfig(coupling="mixd", layers=6, components=0),
-        BlockConfig(),
-        BlockConfig(),
-    )
-    """Blocks of the stack, block 1 (next to the tokens) first."""
-    head_hidden: int = 64
-    """Hidden units per channel of the masked autoregressive head (D_m / 2 in the paper)."""
-    channel_mix: bool | None = True
-    """Reorder channels to [even, odd] between blocks; None: where P > 1, as in the paper."""
-    in_patch: Literal["autoregressive", "independent"] = "autoregressive"
-    """Mixture weights inside a patch of a mixd block: given the earlier tokens of the patch, or independent."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_at_least("latent_dim", self.latent_dim, 1)
-        self.check_at_least("head_hidden", self.head_hidden, 1)
-        if not 0 < self.separation < math.inf:
-            raise UserError(f"model.separation {self.separation}: must be above 0 and finite")
-        if not self.blocks:
-            raise UserError("model.blocks (): needs at least one block")
-        for index, block in enumerate(self.blocks):
-            self.check_at_least(f"blocks.{index}.layers", block.layers, 1)
-            self._check_components(index, block)
-
-    def _check_components(self, index: int, block: BlockConfig) -> None:
-        where, components = f"model.blocks.{index}.components ({block.coupling})", block.components
-        if "affine" in block.coupling and components not in (0, 1):
-            raise UserError(f"{where}: {components} has no effect, an affine coupling has one Gaussian; use 1")
-        if block.coupling == "mix1" and components < 1:
-            raise UserError(f"{where}: {components} must be at least 1")
-        if block.coupling == "mixd" and (components < 0 or (components == 0 and index > 0 and self.mixes_channels)):
-            raise UserError(
-                f"{where}: {components}; 0 (tied to the codebook) needs the codebook's order of channels: use it in "
-                f"block 1, turn channel_mix off, or give K >= 1 components of the block's own"
-            )
-
-    @property
-    def num_blocks(self) -> int:
-        """Flow blocks L."""
-        return len(self.blocks)
-
-    @property
-    def has_token_weights(self) -> bool:
-        """Whether the components of block 1 are tokens: those of a Mix-d coupling tied to the codebook."""
-        return self.blocks[0].coupling == "mixd" and self.blocks[0].components == 0
-
-    @property
-    def mixes_channels(self) -> bool:
-        """Whether channels are reordered between blocks."""
-        return self.patch > 1 if self.channel_mix is None else self.channel_mix
-
-    @property
-    def head_features(self) -> int:
-        """Embedding width A of the masked autoregressive head (docs/math.md, eq. 10; paper: appendix H)."""
-        channels = self.patch * self.latent_dim
-        return min(max(1, int(9 * 2 * self.head_hidden / (16 * max(channels - 1, 1)))), 96)
-
-    def first_blocks(self, num_blocks: int) -> "FlowConfig":
-        """The configuration of the first `num_blocks` blocks."""
-        return replace(self, blocks=self.blocks[:num_blocks])
-
-    def each_block(self, **fields: Any) -> "FlowConfig":
-        """The same configuration with these fields of `BlockConfig` set in every block."""
-        return replace(self, blocks=tuple(replace(block, **fields) for block in self.blocks))
-
-    def deepened(self, factor: int) -> "FlowConfig":
-        """The same configuration with `factor` times the Transformer layers in every block."""
-        return replace(self, blocks=tuple(replace(block, layers=factor * block.layers) for block in self.blocks))
-
-    def describe(self, block: int) -> str:
-        """Number and coupling of block `block` (0-based), such as "block 1 mixd"."""
-        return f"block {block + 1} {self.blocks[block].coupling}"
-
-
-def as_flow_config(config: LanguageModelConfig) -> FlowConfig:
-    """`config`, narrowed to FlowConfig; AssertionError for another configuration."""
-    assert isinstance(config, FlowConfig), config
-    return config
 
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
@@ -390,13 +141,14 @@ def checked_seed(seed: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Config):
     """Optimiser and schedule; the schedule restarts in every progressive stage."""
 
+    section: ClassVar[str] = "optim."
     optimizer: Literal["adamw", "muon"] = "muon"
     """Muon for the matrices of the Transformer and AdamW for the rest, or AdamW for all."""
     muon_precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of Muon's matrix products; auto takes the faster one on the device, and config.json records it."""
+    """Precision of Muon's matrix products; auto takes the faster one on the device, and config.json records it."""
     muon_qkv: Literal["apart", "together"] = "apart"
     """Whether Muon treats the projections to queries, keys and values as three matrices or as one."""
     lr: float = 6e-3
@@ -419,25 +171,21 @@ class OptimConfig:
     """Trapezoid: share of a stage's steps in which the rate falls linearly."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise UserError(f"optim.lr {self.lr}: must be above 0")
-        if not self.grad_clip > 0:
-            raise UserError(f"optim.grad_clip {self.grad_clip}: must be above 0")
-        for name, factor in (("codebook_lr_scale", self.codebook_lr_scale), ("weight_decay", self.weight_decay)):
-            if not 0 <= factor < math.inf:
-                raise UserError(f"optim.{name} {factor}: must be at least 0 and finite")
-        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
-            if not 0 <= beta < 1:
-                raise UserError(f"optim.{name} {beta}: must be at least 0 and below 1")
-        for name, share in (("warmup", self.warmup), ("decay", self.decay)):
-            if not 0 <= share <= 1:
-                raise UserError(f"optim.{name} {share}: must be between 0 and 1")
+        super().__post_init__()
+        self.above_zero("lr")
+        self.require("grad_clip", self.grad_clip > 0, "must be above 0")
+        self.at_least(0, "codebook_lr_scale", "weight_decay")
+        for name in ("beta1", "beta2"):
+            self.require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
+        for name in ("warmup", "decay"):
+            self.require(name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Config):
     """Length, batches and stages of training, and the intervals of logging, evaluation and checkpoints."""
 
+    section: ClassVar[str] = "train."
     stage_steps: tuple[int, ...] = (1000,)
     """Optimiser steps of each stage: one entry per block when progressive, one otherwise. With `minutes`, the stages'
     shares of the time."""
@@ -445,20 +193,14 @@ class TrainConfig:
     """Wall-clock time of the whole run, checkpoints and evaluation included; 0 counts steps instead."""
     mode: Literal["progressive", "joint"] = "progressive"
     """One block after another on the frozen ones below, or all blocks at once. The baseline has one stage."""
-    advance: Literal["budget", "stall"] = "budget"
-    """End a stage when its steps are used up, or earlier if the validation bound stalls."""
-    stall_evaluations: int = 4
-    """With `stall`: evaluations without an improvement of `stall_tolerance` that end a stage."""
-    stall_tolerance: float = 0.002
-    """With `stall`: nats per token that count as an improvement."""
     batch_size: int = 8
     """Sequences per optimiser step, over all processes and accumulation steps."""
     accumulate: int = 1
     """Parts into which a process cuts its share of the batch; their gradients are accumulated."""
     dropout: float = 0.0
-    """Share of what attention and MLPs write that is dropped in training: for several passes over a small text."""
+    """Dropout on the outputs of attention and MLP. Useful for several epochs on a small text."""
     precision: Precision = "float32"
-    """Of matrix products; densities, log-dets and inverses are always float32 or wider."""
+    """Precision of matrix products. Densities, log-dets and inverses are always float32 or wider."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: replicate the model and average gradients, or shard it."""
     checkpoint_activations: bool = False
@@ -485,25 +227,13 @@ class TrainConfig:
     """Trackers that also receive the lines of metrics.jsonl: tensorboard, wandb, trackio (extra `track`)."""
 
     def __post_init__(self) -> None:
-        if not self.stage_steps or min(self.stage_steps) < 1:
-            raise UserError(f"train.stage_steps {self.stage_steps}: every stage needs at least 1 step")
-        positive = (
-            "batch_size", "accumulate", "log_every", "evaluate_every", "evaluate_windows", "checkpoint_every",
-            "keep_last",
-        )  # fmt: skip
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} {getattr(self, name)}: must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"train.dropout {self.dropout}: must be at least 0 and below 1")
-        if not 0 <= self.minutes < math.inf:
-            raise UserError(f"train.minutes {self.minutes}: must be above 0 and finite, or 0 to train by steps")
-        if self.max_skipped < 0:
-            raise UserError(f"train.max_skipped {self.max_skipped}: must be at least 0")
-        if not self.spike_sigma > 0:
-            raise UserError(f"train.spike_sigma {self.spike_sigma}: must be above 0")
-        if self.test_windows < 0:
-            raise UserError(f"train.test_windows {self.test_windows}: must be at least 0, which is all of them")
+        super().__post_init__()
+        self.require("stage_steps", min(self.stage_steps, default=0) >= 1, "every stage needs at least 1 step")
+        self.at_least(1, "batch_size", "accumulate", "log_every", "evaluate_every", "evaluate_windows")
+        self.at_least(1, "checkpoint_every", "keep_last")
+        self.at_least(0, "minutes", "max_skipped", "test_windows")
+        self.require("dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1")
+        self.require("spike_sigma", self.spike_sigma > 0, "must be above 0")
 
     @property
     def num_steps(self) -> int:
@@ -512,7 +242,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Config):
     """Everything needed to reproduce a run."""
 
     name: str
@@ -529,13 +259,15 @@ class RunConfig:
     """Seed of the initial weights, the order of the data and the noise of q(z|x)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         checked_seed(self.seed)
         stages, given = self.num_stages, len(self.train.stage_steps)
-        if given != stages:
-            raise UserError(
-                f"train.stage_steps {self.train.stage_steps}: {given} entries for {stages} stages; give one entry "
-                f"per block for progressive training, a single one for joint training and the baseline"
-            )
+        self.train.require(
+            "stage_steps",
+            given == stages,
+            f"{given} entries for {stages} stages; give one entry per block for progressive training, a single one "
+            f"for joint training and the baseline",
+        )
 
     @property
     def num_stages(self) -> int:
@@ -550,11 +282,14 @@ class RunConfig:
 def current_form(document: Any) -> Any:
     """The run in config.json, in the current format, without `model_type`.
 
-    Earlier versions wrote no `model_type`, and three parallel lists in place of `blocks`. Other documents are
-    returned as they are; `from_dict` reports what is wrong with them.
+    Earlier versions wrote no `model_type`, three parallel lists in place of `blocks`, and fields for stages that end
+    early. Other documents are returned as they are; `from_dict` reports what is wrong with them.
     """
     if isinstance(document, dict) and document.get("model_type") == MODEL_TYPE:
         document = {key: value for key, value in document.items() if key != "model_type"}
+    if isinstance(document, dict) and isinstance(document.get("train"), dict):
+        gone = ("advance", "stall_evaluations", "stall_tolerance")
+        document = document | {"train": {k: v for k, v in document["train"].items() if k not in gone}}
     model = document.get("model") if isinstance(document, dict) else None
     old = ("couplings", "layers", "components")
     if not isinstance(model, dict) or not all(isinstance(model.get(name), list) for name in old):

@@ -9,39 +9,21 @@ from contextlib import contextmanager
 
 import torch
 
-from tarflowlm.config import DeviceName
 from tarflowlm.errors import UserError
 
 
-def pick_device(name: DeviceName = "auto") -> torch.device:
-    """The device of that name; auto takes cuda, then mps, then cpu. UserError if it is not available."""
-    available = _available()
-    if name == "auto":
-        return torch.device(available[0])
-    if name not in available:
-        raise _not_available(name)
-    return torch.device(name)
-
-
-def checked_device(device: str | torch.device) -> torch.device:
-    """Any device of PyTorch, such as "cuda:1", or auto, as `pick_device`. UserError if it is not available."""
-    if device == "auto":
-        return pick_device("auto")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (TypeError, RuntimeError, AssertionError):  # what PyTorch raises depends on how it was built
-        raise _not_available(device) from None
-    return found
-
-
-def _available() -> list[str]:
+def pick_device(name: str | torch.device = "auto") -> torch.device:
+    """A device of PyTorch, such as "cuda:1"; auto takes cuda, then mps, then cpu. UserError where it is missing."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    return [name for name in there if there[name]]
-
-
-def _not_available(device: object) -> UserError:
-    return UserError(f"device {device}: not available on this machine; use one of auto, {', '.join(_available())}")
+    available = [kind for kind in there if there[kind]]
+    try:
+        found = torch.device(available[0] if name == "auto" else name)
+        torch.empty(0, device=found)
+    except (TypeError, RuntimeError, AssertionError):  # the type depends on how PyTorch was built
+        raise UserError(
+            f"device {name}: not available on this machine; use one of auto, {', '.join(available)}"
+        ) from None
+    return found
 
 
 def missing_for_compilation(device: torch.device) -> str | None:
@@ -76,13 +58,8 @@ def keep_freed_memory() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until a CUDA GPU has finished its queued work; does nothing on other devices."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def now(device: torch.device) -> float:
     """Seconds on a clock, once the device has finished its queued work."""
-    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()

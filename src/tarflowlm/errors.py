@@ -1,5 +1,7 @@
 """Exceptions that end a command early without being a bug, and quoting an error in one line."""
 
+from collections import Counter
+
 
 class UserError(ValueError):
     """An error that the user can fix. The message is one line that names the wrong value and the remedy.
@@ -7,6 +9,22 @@ class UserError(ValueError):
     The command line prints it without a traceback and exits with status 2. Library callers may catch it as a
     `ValueError`. Violated invariants of this package raise `AssertionError` instead.
     """
+
+
+class UnknownCharacters(UserError):
+    """Characters of a text that are not in a tokenizer's alphabet: their number, and the most frequent ones."""
+
+    def __init__(self, text: str, alphabet: str) -> None:
+        unknown = Counter(text)
+        for character in alphabet:
+            unknown.pop(character, None)
+        counts = sorted(unknown.items(), key=lambda item: (-item[1], item[0]))
+        shown = ", ".join(f"{character!r} x{count}" for character, count in counts[:8])
+        more = ", ..." if len(unknown) > 8 else ""
+        super().__init__(
+            f"{unknown.total()} of {len(text)} characters ({len(unknown)} kinds: {shown}{more}) are not in the "
+            f"tokenizer's alphabet of {len(alphabet)}: replace them or use a byte or BPE tokenizer"
+        )
 
 
 def first_line(error: BaseException) -> str:

@@ -20,10 +20,6 @@ TEMPORARY = ".tmp"
 LOCK = ".lock"
 """The lock file of a directory, and the prefix of the file that names its holder."""
 _HOLDER = f"{LOCK}.holder"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-# atomic files
 
 
 @contextmanager
@@ -31,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to; on success the file replaces `path`, on failure it is removed.
 
     The temporary file is in the same folder and is synced before the rename, so a kill or a power failure leaves
-    the old file or the new one. OSError from the system, such as a missing folder, passes through.
+    the old file or the new one.
     """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     os.close(descriptor)
@@ -60,13 +56,10 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Return once renames inside `folder` are on disk; does nothing where a system cannot open folders (Windows)."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:
-        if os.name == "nt":
-            return
-        raise
+    """Return once renames inside `folder` are on disk; does nothing on Windows, where folders cannot be opened."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -74,7 +67,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` as readable JSON, atomically. TypeError for a value that JSON cannot hold."""
+    """Write `value` to `path` as readable JSON, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -90,22 +83,20 @@ def read_json(path: Path) -> Any:
 
 
 class NewLines:
-    """A new file that grows by whole lines: whatever interrupts a write, no line is torn. Removed if none comes."""
+    """A new file that grows by whole lines: an interrupted write leaves no torn line, an empty file is removed."""
 
     def __init__(self, path: Path) -> None:
         """UserError if `path` exists or cannot be created."""
         self.path, self._size = path, 0
         try:
             self._file = path.open("xb", buffering=0)
-        except FileExistsError:
-            raise UserError(f"{path} exists: choose another name, or remove it") from None
         except OSError as error:
             raise UserError(
-                f"cannot create {path}: {error.strerror or error}; check the folder and its permissions"
+                f"cannot create {path}: {error.strerror or error}; choose another name, or check the folder"
             ) from None
 
     def write(self, lines: str) -> None:
-        """Append text that ends with a line. UserError if the system cannot take it, with all before kept."""
+        """Append text that ends with a line break. UserError where the disk is full; earlier lines are kept."""
         data = lines.encode("utf-8")
         size = self._size + len(data)
         try:
@@ -116,7 +107,7 @@ class NewLines:
                 self._file.truncate(self._size)
             if isinstance(error, OSError):
                 raise UserError(
-                    f"cannot write to {self.path} ({error.strerror or error}): what is in it is kept; make room"
+                    f"cannot write to {self.path} ({error.strerror or error}): its lines are kept; make room"
                 ) from None
             raise
         self._size = size
@@ -130,11 +121,8 @@ class NewLines:
             self.path.unlink(missing_ok=True)
 
 
-# locks: the system releases them when the process that holds them ends, however it ends
-#
-# Lock files stay on disk. If one were removed, two processes could lock two files of the same name: one holds the
-# removed file while another creates and locks a new one. (filelock itself removes them on Windows, and in versions
-# 3.21 to 3.28 everywhere.)
+# Locks. The system releases them when the process that holds them ends, however it ends. Lock files stay on disk:
+# if one were removed, two processes could hold two files of the same name.
 
 
 @contextmanager
@@ -144,25 +132,19 @@ def waiting_lock(path: Path) -> Iterator[None]:
     For files that several processes may write at once, such as a cache entry. Not reentrant. The folder of `path`
     must exist, `path` itself need not.
     """
-    lock = FileLock(path.with_name(f".{path.name}{LOCK}"))
-    with _locks_as_user_error(path.parent):
-        lock.acquire()
-    try:
+    with FileLock(path.with_name(f".{path.name}{LOCK}")):
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
 def writer_lock(directory: Path) -> Iterator[None]:
     """Makes this process the only writer of the run directory `directory`.
 
-    If another process holds the lock it does not wait, since a run may take days: UserError, naming that process.
+    It does not wait for another process, since a run may take days: UserError, naming that process.
     """
     lock, holder = FileLock(directory / LOCK, timeout=0), directory / _HOLDER
     try:
-        with _locks_as_user_error(directory):
-            lock.acquire()
+        lock.acquire()
     except Timeout:
         who = _read_holder(holder)
         raise UserError(
@@ -179,29 +161,16 @@ def writer_lock(directory: Path) -> Iterator[None]:
 
 
 def writer_of(directory: Path) -> str | None:
-    """Which process holds the `writer_lock` of a directory, in words; None if none does. Changes no file."""
-    holder = directory / _HOLDER
-    if not holder.exists():
+    """A description of the process that holds the `writer_lock` of a directory, or None. Changes no file."""
+    if not (directory / _HOLDER).exists():
         return None
-    lock = FileLock(directory / LOCK, timeout=0)
     try:
-        lock.acquire()
+        with FileLock(directory / LOCK, timeout=0):
+            return None
     except Timeout:
-        return _read_holder(holder)
-    except (OSError, NotImplementedError):
-        # a folder that is only to be read, or without locks: what the file says may be of a process that was killed
+        return _read_holder(directory / _HOLDER)
+    except (OSError, NotImplementedError):  # a read-only folder: the file may name a process that was killed
         return None
-    lock.release()
-    return None
-
-
-@contextmanager
-def _locks_as_user_error(folder: Path) -> Iterator[None]:
-    """UserError where the file system of `folder` knows no locks, as some network ones."""
-    try:
-        yield
-    except NotImplementedError:
-        raise UserError(f"{folder}: its file system has no locks; choose a folder on another one") from None
 
 
 def _read_holder(path: Path) -> str:
@@ -209,9 +178,6 @@ def _read_holder(path: Path) -> str:
         return path.read_text(encoding="utf-8").strip() or "another process"
     except (OSError, ValueError):  # it holds the lock and has not yet written its name
         return "another process"
-
-
-# full disks
 
 
 @contextmanager
@@ -238,7 +204,7 @@ def _disk_full_reason(error: BaseException | None) -> str | None:
     # safetensors gives the error number only in its message
     in_text = re.search(r"\(os error (\d+)\)", str(error))
     number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
-    if number in _DISK_FULL:
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return os.strerror(number)
     # torch.distributed.checkpoint collects the errors of its processes
     failures = [failure for failure, _ in getattr(error, "failures", {}).values()]

@@ -10,15 +10,16 @@ from dataclasses import replace
 from tarflowlm.config import (
     BaselineConfig,
     CouplingName,
+    DataConfig,
     FlowConfig,
     OptimConfig,
     RunConfig,
+    TokenizerConfig,
     TrainConfig,
     TransformerConfig,
     as_flow_config,
     stack,
 )
-from tarflowlm.data import DataConfig, TokenizerConfig
 from tarflowlm.errors import UserError
 
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2)

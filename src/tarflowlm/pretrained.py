@@ -10,12 +10,12 @@ from torch import Tensor
 
 from tarflowlm.config import checked_seed
 from tarflowlm.data import Tokenizer
-from tarflowlm.device import checked_device
+from tarflowlm.data.prompts import read, read_template
+from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.scores import Scores, score
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import Decoders
-from tarflowlm.generation.sampling import BLANK, encode_prompt, encode_template
 from tarflowlm.language_model import LanguageModel, LanguageModelConfig, as_integer, check_type
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
@@ -30,11 +30,12 @@ class _Pair(NamedTuple):
 class Pretrained(_Pair):
     """A model in eval mode with its tokenizer, as `load` returns it: `model, tokenizer = load(...)` works as well.
 
-    Texts come in upper or lower case: a model that knows lower case alone gets them so.
+    Texts are read as the model's training text was (`data.prompts.read`): a model of the 27 letters of TEXT8 gets
+    lower case and spelled digits.
     """
 
     checkpoint: Checkpoint
-    """What it was made from, with the configuration of its training."""
+    """The loaded run directory, with the configuration of its training."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Pretrained":
@@ -67,19 +68,20 @@ class Pretrained(_Pair):
 
         `num_tokens` is the length in tokens, given ones included; by default that of the trained context, or of the
         template. The other arguments are those of `generate`. Same seed, same texts. UserError for characters that
-        the tokenizer does not know, for a template without a blank, and as `generate`.
+        the tokenizer lacks, for a template without a blank, and as `generate`.
         """
-        text = None if prompt is None else self._checked(prompt, "prompt")
-        given = encode_prompt(self.tokenizer, text) if text else None
-        blanks = None if template is None else self._template(template, blank)
+        if prompt and template is not None:
+            raise UserError("both a prompt and a template: put the prompt at the start of the template")
+        given = read(self.tokenizer, prompt, name="prompt", goes_on=True).tokens if prompt else None
+        if template is not None:
+            given = read_template(self.tokenizer, template, blank).tokens
         if num_tokens is None:
-            num_tokens = self.config.context if blanks is None else len(blanks)
+            num_tokens = self.config.context if template is None or given is None else len(given)
         tokens = generate(
             self.model,
             num_tokens=num_tokens,
             num=1 if num is None else num,
             prompt=given,
-            template=blanks,
             particles=particles,
             generator=torch.Generator().manual_seed(checked_seed(as_integer(seed, "seed"))),
             temperature=temperature,
@@ -95,44 +97,25 @@ class Pretrained(_Pair):
         return score(self.model, self.encode(text), samples=samples, seed=seed)
 
     def save_pretrained(self, folder: str | Path, *, half: bool = False, licence: str | None = None) -> Path:
-        """Write the model with its tokenizer, draft, hashes and a model card to a new folder, which `load` takes.
-
-        Arguments and errors as in `sharing.save_pretrained`.
-        """
+        """Write the model with its tokenizer and a model card to a new folder (`sharing.save_pretrained`)."""
         return save_pretrained(self.checkpoint, folder, half=half, licence=licence)
 
     def push_to_hub(
         self, repository: str, *, private: bool = False, half: bool = False, licence: str | None = None
     ) -> str:
-        """Upload what `save_pretrained` writes to OWNER/NAME on the Hugging Face hub; returns its address.
-
-        Arguments and errors as in `sharing.push_to_hub`.
-        """
+        """Upload the model to OWNER/NAME on the Hugging Face hub (`sharing.push_to_hub`); returns its address."""
         return push_to_hub(self.checkpoint, repository, private=private, half=half, licence=licence)
 
     def encode(self, text: str, *, name: str = "text") -> Tensor:
-        """Token ids [T] of a text. UserError, calling it `name`, for characters that the tokenizer does not know."""
-        return torch.from_numpy(self.tokenizer.encode(self._checked(text, name)))
+        """Token ids [T] of a text. UserError, calling it `name`, for characters that the tokenizer lacks."""
+        return read(self.tokenizer, text, name=name).tokens
 
     def decode(self, tokens: Any) -> str:
         """The text of token ids [T], a tensor, array or list. UserError for ids that the tokenizer does not have."""
         return self.tokenizer.decode(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
 
-    def _template(self, text: Any, blank: Any) -> Tensor:
-        check_type(blank, "blank", str, "must be a single character")
-        # a blank keeps its case
-        parts = text.split(blank) if isinstance(text, str) and blank else [text]
-        tokens = encode_template(self.tokenizer, blank.join(self._checked(part, "template") for part in parts), blank)
-        if not (tokens == BLANK).any():
-            raise UserError(f"the template {text!r} has no blank: mark tokens by {blank!r}, or give it as prompt")
-        return tokens
-
-    def _checked(self, text: Any, name: str) -> str:
-        check_type(text, name, str, "give a text, a str")
-        return self.tokenizer.in_known_case(text)
-
     def __repr__(self) -> str:
-        """What the model is, and what can be asked of it."""
+        """The kind and size of the model, and its methods."""
         model = self.model
         kind = "discrete autoregressive model" if model.is_exact else f"TarFlowLM of {model.num_blocks} blocks"
         size = f"{sum(p.numel() for p in model.parameters()):,} parameters, context {self.config.context}"
@@ -146,7 +129,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> Pretraine
     `device` is one of PyTorch, or auto. UserError if it is not available, and as in `load_checkpoint`.
     """
     _check_place(directory)
-    return Pretrained.of(load_checkpoint(directory, checked_device(device)))
+    return Pretrained.of(load_checkpoint(directory, pick_device(device)))
 
 
 def _check_place(place: Any) -> None:

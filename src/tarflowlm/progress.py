@@ -1,8 +1,9 @@
 """How long work reports its progress: the one protocol that all of it uses."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What long work calls as it goes on. Work that knows its parts names them by `stage`; inner loops `advance`."""
 

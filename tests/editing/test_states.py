@@ -40,7 +40,7 @@ def test_encoding_gives_the_states_and_fills_the_last_patch(model):
     assert torch.equal(u, text.states[-1])
 
 
-@pytest.mark.parametrize("decoder", ["sequential", "parallel", "auto"])
+@pytest.mark.parametrize("decoder", ["steps", "sweeps", "auto"])
 def test_strength_zero_returns_the_text_to_the_bit(model, decoder):
     text = encode(model, TEXT, generator())
     for level in range(model.num_blocks + 1):

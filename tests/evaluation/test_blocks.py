@@ -1,6 +1,5 @@
 """Geometry of states against known answers; terms of the bound against the objective and against truncated models."""
 
-import copy
 import itertools
 import math
 
@@ -14,11 +13,11 @@ from tarflowlm.evaluation.blocks import (
     mean_cosine,
     mean_norm,
     participation_ratio,
-    state_metrics,
 )
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.model import TarFlowLM
 from tarflowlm.objective import elbo
+from tarflowlm.progress import Silent
 
 FLOWS = {
     "affine": {"couplings": ("affine", "affine")},
@@ -29,12 +28,12 @@ FLOWS = {
 CHARACTERS = torch.tensor([1, 0, 2, 3, 7])
 
 
-def test_the_norm_is_that_of_the_vectors_not_of_their_mean():
+def test_norm_is_the_mean_over_vectors():
     states = torch.tensor([[[3.0, 4.0], [-3.0, -4.0]], [[0.0, 2.0], [0.0, 0.0]]])
     assert mean_norm(states).tolist() == [5.0, 1.0]
 
 
-def test_cosines_of_parallel_orthogonal_and_opposite_vectors():
+def test_cosine_of_known_vectors():
     same = torch.tensor([1.0, 2.0, 2.0]) * torch.tensor([0.1, 1.0, 7.0, 30.0])[:, None]
     three = torch.cat((torch.eye(3), torch.zeros(1, 3)))  # a zero vector has cosine 0 with everything
     opposite = torch.tensor([[1.0, 0, 0], [-2, 0, 0], [0, 5, 0], [0, -1, 0]])
@@ -43,7 +42,7 @@ def test_cosines_of_parallel_orthogonal_and_opposite_vectors():
     assert math.isnan(mean_cosine(torch.ones(1, 1, 3)).item())
 
 
-def test_cosines_against_all_pairs(normal):
+def test_cosine_equals_the_mean_over_pairs(normal):
     states = normal(2, 9, 4) + 0.5
     for row, value in zip(states, mean_cosine(states), strict=True):
         pairs = [torch.cosine_similarity(a, b, dim=0) for a, b in itertools.combinations(row, 2)]
@@ -51,21 +50,21 @@ def test_cosines_against_all_pairs(normal):
 
 
 @pytest.mark.parametrize("directions", [1, 2, 5])
-def test_the_participation_ratio_counts_directions(directions):
+def test_participation_ratio_counts_directions(directions):
     """Points at +-1 on some axes, whatever their centre and size."""
     axes = torch.eye(5, dtype=torch.float64)[:directions]
     states = 3.0 * torch.cat((axes, -axes))[None] + 7.0
     assert participation_ratio(states).item() == pytest.approx(directions)
 
 
-def test_the_participation_ratio_against_eigenvalues(normal):
+def test_participation_ratio_equals_the_eigenvalue_formula(normal):
     states = normal(3, 20, 6) @ torch.diag(torch.tensor([1.0, 2.0, 0.1, 4.0, 1.0, 0.5], dtype=torch.float64))
     for row, value in zip(states, participation_ratio(states), strict=True):
         eigenvalues = torch.linalg.eigvalsh(torch.cov(row.T))
         assert value.item() == pytest.approx((eigenvalues.sum() ** 2 / eigenvalues.square().sum()).item())
 
 
-def test_the_centroid_moves_by_what_is_added_and_not_by_a_permutation(normal):
+def test_centroid_shift_ignores_permutations(normal):
     before = normal(2, 6, 3)
     after = before.flip(1) + torch.tensor([[[3.0, 0.0, 4.0]], [[0.0, 0.0, 0.0]]], dtype=torch.float64)
     torch.testing.assert_close(centroid_shift(before, after), torch.tensor([5.0, 0.0], dtype=torch.float64))
@@ -88,7 +87,7 @@ def first_blocks(model: TarFlowLM, num_blocks: int) -> TarFlowLM:
     return cut
 
 
-def test_the_bound_after_every_block_is_that_of_the_model_cut_off_there(model, windows):
+def test_bound_after_a_block_equals_the_truncated_model(model, windows):
     report = latent_report(model, windows, seed=3)
     assert [state.block for state in report] == list(range(model.num_blocks + 1))
     for state in report[1:]:
@@ -100,14 +99,14 @@ def test_the_bound_after_every_block_is_that_of_the_model_cut_off_there(model, w
             assert (spread.mean, spread.std) == pytest.approx((values.mean().item(), values.std().item()))
 
 
-def test_the_gains_add_up_to_what_the_prior_takes_off(model, windows):
+def test_gains_add_up(model, windows):
     report = latent_report(model, windows)
     assert sum(state.kl_gain.mean for state in report[1:]) == pytest.approx(report[0].kl.mean - report[-1].kl.mean)
     first = report[0]
     assert (first.centroid_shift, first.log_det, first.kl_gain) == (None, None, None)
 
 
-def test_without_blocks_the_divergence_is_the_closed_one(tiny_flow, windows):
+def test_divergence_without_blocks_has_the_closed_form(tiny_flow, windows):
     """KL( N(mu, sigma^2) || N(0, 1) ) per channel, from many draws of the posterior."""
     model = tiny_flow(couplings=("affine",), log_std=-0.7)
     report = latent_report(model, windows.repeat(500, 1))
@@ -117,27 +116,7 @@ def test_without_blocks_the_divergence_is_the_closed_one(tiny_flow, windows):
     assert report[0].kl.mean == pytest.approx(expected, abs=0.02)
 
 
-def test_the_states_measured_are_those_of_the_prior(model, windows, normal):
-    z = normal(6, 8, 2)
-    states = model.prior.states(z)[0]
-    metrics = state_metrics(states)
-    torch.testing.assert_close(metrics[-1]["norm"], states[-1].norm(dim=-1).mean(-1))
-    torch.testing.assert_close(metrics[1]["centroid_shift"], (states[1] - states[0]).mean(1).norm(dim=-1))
-    assert "centroid_shift" not in metrics[0]
-
-
-def test_batches_change_nothing_but_the_draws_and_are_reported(tiny_flow, windows):
-    model, seen = tiny_flow(log_std=-12.0), []
-    whole = latent_report(model, windows)
-    parts = latent_report(model, windows, batch=4, progress=lambda *p: seen.append(p))
-    # with sigma this small all draws have the same states
-    assert parts[-1].norm.mean == pytest.approx(whole[-1].norm.mean, abs=1e-3)
-    assert parts[0].norm.std == pytest.approx(whole[0].norm.std, abs=1e-4)
-    assert seen == [(4, 6), (6, 6)]
-    assert latent_report(model, windows, seed=1) == latent_report(model, windows, seed=1)
-
-
-def test_the_terms_are_those_of_the_elbo(model, windows):
+def test_bound_parts_equal_the_elbo_terms(model, windows):
     parts = bound_parts(model, windows, CHARACTERS)
     noise = model.draw_noise(windows, torch.Generator().manual_seed(0))
     terms = elbo(model, windows, noise=noise)
@@ -154,29 +133,17 @@ def test_the_terms_are_those_of_the_elbo(model, windows):
     assert (parts.windows, parts.tokens, parts.characters) == (6, 48, int(CHARACTERS[windows].sum()))
 
 
-def test_bounds_of_the_first_blocks_are_those_of_shorter_models(model, windows):
-    parts = bound_parts(model, windows, CHARACTERS)
-    assert len(parts.bounds) == model.num_blocks + 1
-    for blocks, bound in enumerate(parts.bounds):
-        shorter = copy.deepcopy(model)
-        shorter.prior.blocks = shorter.prior.blocks[:blocks]
-        result = evaluate(shorter, windows, CHARACTERS)
-        assert bound == pytest.approx(result.nats_per_token, rel=1e-9)
-        assert parts.bpc(bound) == pytest.approx(result.bpc, rel=1e-9)
-    assert sum(parts.gains) == pytest.approx(parts.bounds[0] - parts.bounds[-1])
-
-
-def test_the_bound_in_batches_is_that_of_the_evaluation(tiny_flow):
+def test_batches_draw_the_noise_of_evaluate(tiny_flow):
     model = tiny_flow().eval()
     windows = torch.randint(5, (1500, 8), generator=torch.Generator().manual_seed(4))
-    seen = []
-    parts = bound_parts(model, windows, CHARACTERS, seed=3, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1024, 1500), (1500, 1500)]
+    seen, progress = [], Silent()
+    progress.advance = seen.append
+    parts = bound_parts(model, windows, CHARACTERS, seed=3, progress=progress)
+    assert seen == [1024, 476]
     assert parts.bounds[-1] == pytest.approx(evaluate(model, windows, CHARACTERS, seed=3).nats_per_token, rel=1e-9)
 
 
-def test_both_results_agree(model, windows):
-    """They come from one pass; the report of states divides before it sums, in the precision of the model."""
+def test_bound_parts_agree_with_latent_report(model, windows):
     parts, report = bound_parts(model, windows, CHARACTERS, seed=5), latent_report(model, windows, seed=5)
     assert parts.bounds == pytest.approx([state.nelbo.mean for state in report])
     assert parts.gains == pytest.approx([state.kl_gain.mean for state in report[1:]])

@@ -62,7 +62,8 @@ def gpt2(tmp_path_factory) -> Path:
 # --- models of transformers
 
 
-def test_perplexity_is_that_of_the_models_own_loss(gpt2):
+@pytest.mark.slow
+def test_perplexity_equals_the_model_loss(gpt2):
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(gpt2).eval()
@@ -79,7 +80,8 @@ def test_perplexity_is_that_of_the_models_own_loss(gpt2):
     assert reading.perplexity == pytest.approx(math.exp(nats / count), rel=1e-5)
 
 
-def test_features_are_what_mauve_text_takes_itself(gpt2):
+@pytest.mark.slow
+def test_features_equal_those_of_mauve_text(gpt2):
     utils = pytest.importorskip("mauve.utils")
     import transformers
 
@@ -90,20 +92,23 @@ def test_features_are_what_mauve_text_takes_itself(gpt2):
     torch.testing.assert_close(load_judge(str(gpt2)).read(TEXTS).features, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_single_token_has_nothing_to_score_and_still_features(gpt2):
+@pytest.mark.slow
+def test_single_token(gpt2):
     reading = load_judge(str(gpt2)).read(["e"])
     assert (reading.tokens, reading.nats) == (0, 0.0)
     assert math.isnan(reading.perplexity)
     assert reading.features.shape == (1, 16)
 
 
-def test_a_start_token_that_the_tokenizer_adds_is_context(gpt2):
+@pytest.mark.slow
+def test_start_token_is_context(gpt2):
     judge = load_judge(str(gpt2))
     plain, text = judge.read(["bad cab"]), "<|endoftext|>bad cab"
     assert judge.read([text]).tokens == plain.tokens + 1
 
 
-def test_nothing_is_unpickled(gpt2, tmp_path):
+@pytest.mark.slow
+def test_pickled_weights_are_refused(gpt2, tmp_path):
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
@@ -117,7 +122,7 @@ def test_nothing_is_unpickled(gpt2, tmp_path):
 # --- baselines of ours
 
 
-def test_a_baseline_scores_every_token(baseline_run):
+def test_baseline_scores_every_token(baseline_run):
     judge = load_judge(str(baseline_run))
     tokens = torch.from_numpy(load_tokenizer(baseline_run).encode("bad cab dad"))[None]
     with torch.no_grad():
@@ -127,8 +132,7 @@ def test_a_baseline_scores_every_token(baseline_run):
     assert reading.nats == pytest.approx(expected, rel=1e-5)
 
 
-def test_features_of_a_baseline_are_what_it_would_go_on_from(baseline_run):
-    """Those of the next position in sampling, the last token included."""
+def test_features_of_a_baseline_are_those_of_sampling(baseline_run):
     judge, tokenizer = load_judge(str(baseline_run)), load_tokenizer(baseline_run)
     model = judge.model
     assert isinstance(model, TokenLM)
@@ -143,12 +147,12 @@ def test_features_of_a_baseline_are_what_it_would_go_on_from(baseline_run):
 # --- both
 
 
-@pytest.fixture(params=["gpt2", "baseline_run"])
+@pytest.fixture(params=[pytest.param("gpt2", marks=pytest.mark.slow), "baseline_run"])
 def judge(request):
     return load_judge(str(request.getfixturevalue(request.param)))
 
 
-def test_texts_do_not_influence_each_other_and_long_ones_are_read_in_chunks(judge):
+def test_texts_do_not_influence_each_other(judge):
     together = judge.read(TEXTS)
     alone = [judge.read([text]) for text in TEXTS]
     assert together.nats == pytest.approx(sum(reading.nats for reading in alone), rel=1e-5)
@@ -168,9 +172,6 @@ def test_chunks_begin_afresh(judge):
     assert reading.nats == pytest.approx(torch.cat(losses, dim=1).nansum().item(), rel=1e-5)
 
 
-# --- what the user got wrong
-
-
 def refused(name: object, *parts: str) -> None:
     with pytest.raises(UserError) as caught:
         load_judge(str(name))
@@ -179,7 +180,7 @@ def refused(name: object, *parts: str) -> None:
         assert part in str(caught.value)
 
 
-def test_judges_that_are_not_there(tmp_path, monkeypatch):
+def test_missing_judges(tmp_path, monkeypatch):
     refused(tmp_path / "missing", "missing", "no directory")
     refused("./missing", "./missing")
     refused("", "no directory")
@@ -192,21 +193,22 @@ def test_judges_that_are_not_there(tmp_path, monkeypatch):
     refused("x" * 5000, "xxx")
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     refused("gpt2-large", "pip install 'tarflowlm[quality]'")
 
 
+@pytest.mark.slow
 def test_models_that_cannot_judge(tmp_path, tiny_flow, tiny_ar, gpt2):
     refused(save_run(tmp_path / "flow", tiny_flow(vocab_size=6, couplings=("mixd",))), "flow", "mini-ar")
-    refused(save_run(tmp_path / "two", tiny_ar(vocab_size=6, patch=2)), "2 tokens at once")
+    refused(save_run(tmp_path / "two", tiny_ar(vocab_size=6, patch=2)), "several tokens at once")
     encoder = tmp_path / "encoder"
     encoder.mkdir()
     (encoder / "config.json").write_text(json.dumps({"model_type": "vit"}), encoding="utf-8")
     refused(encoder, "encoder", "cannot load the judge")
 
 
-def test_samples_that_the_judge_cannot_read(baseline_run):
+def test_unreadable_samples(baseline_run):
     with pytest.raises(UserError, match=r"the judge .*ar cannot read the samples: .*'x' x1"):
         load_judge(str(baseline_run)).read(["xab"])
     with pytest.raises(UserError, match="no tokens"):

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
-from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.generate import num_ticks
+from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation.window import num_positions
 from tarflowlm.model import FlowConfig, TarFlowLM, stack
+from tarflowlm.progress import Silent
 
 MODELS = {
     "ar": ("ar", {}),
@@ -28,7 +29,7 @@ def model(request, tiny_flow, tiny_ar) -> TarFlowLM | TokenLM:
 
 def sample(model: nn.Module, seed: int = 0, **options) -> Generation:
     options = {"num_tokens": 8, "num": 3} | options
-    return generate(model, generator=torch.Generator().manual_seed(seed), **options)
+    return generate(model, **({"generator": torch.Generator().manual_seed(seed)} | options))
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another(model):
@@ -64,7 +65,7 @@ def test_rows_do_not_depend_on_how_many_there_are(model, prompt):
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 7, 8])
 def test_any_length_will_do(model, length):
     """Patches need not divide it."""
-    result = sample(model, num_tokens=length, return_passes=True)
+    result = sample(model, num_tokens=length)
     assert result.tokens.shape == (3, length)
     assert all(tokens.shape == (3, length) for tokens in result.passes)
     assert all(state.shape == (3, length, 2) for state in result.states)
@@ -72,7 +73,7 @@ def test_any_length_will_do(model, length):
 
 @pytest.mark.parametrize("prompt", [[], [2], [2, 0], [4, 4, 4, 1, 2, 3, 0]], ids=len)
 def test_the_prompt_is_kept(model, prompt):
-    result = sample(model, prompt=torch.tensor(prompt, dtype=torch.long), return_passes=True)
+    result = sample(model, prompt=torch.tensor(prompt, dtype=torch.long))
     assert result.tokens[:, : len(prompt)].tolist() == [prompt] * 3
     assert result.tokens.shape == (3, 8)
 
@@ -88,7 +89,7 @@ def test_the_prompt_matters(tiny_flow, tiny_ar):
 
 
 def test_passes_lead_from_noise_to_the_text(model):
-    result = sample(model, return_passes=True)
+    result = sample(model)
     if isinstance(model, TokenLM):
         assert (result.passes, result.states) == ((), ())
         return
@@ -102,20 +103,26 @@ def test_passes_lead_from_noise_to_the_text(model):
     torch.testing.assert_close(u, result.states[0], rtol=1e-6, atol=1e-6)
 
 
-def test_passes_are_given_on_request_alone(model):
-    result = sample(model)
-    assert (result.passes, result.states) == ((), ())
+class Count(Silent):
+    """Counts how often it is advanced."""
+
+    count = 0
+
+    def advance(self, count: int = 1) -> None:
+        self.count += count
 
 
-@pytest.mark.parametrize("length", [1, 5, 8])
-def test_tick_is_called_as_often_as_announced(model, length):
-    ticks = []
-    sample(model, num_tokens=length, tick=lambda: ticks.append(1))
-    assert len(ticks) == num_ticks(model, length)
+@pytest.mark.parametrize(
+    ("length", "num_given"), [(1, 0), (5, 0), (8, 0), (8, 3), (9, 0), (20, 0), (20, 3), (20, 11)]
+)
+def test_progress_advances_once_per_position_and_block(model, length, num_given):
+    progress = Count()
+    sample(model, num_tokens=length, prompt=torch.zeros(num_given, dtype=torch.long), watch=Watch(progress))
+    assert progress.count == num_positions(model, length, num_given)
 
 
 def test_nothing_needs_a_gradient(model):
-    result = sample(model, return_passes=True)
+    result = sample(model)
     assert not any(state.requires_grad for state in result.states)
 
 
@@ -163,7 +170,7 @@ def test_samples_of_random_weights_are_finite(couplings, patch, tiny_flow):
     """Scales that depend on latents, of untrained heads: without a bound they grow along the chain to infinity."""
     for scale, dtype in ((0.5, torch.float64), (1.0, torch.float32)):
         model = tiny_flow(couplings=couplings, patch=patch, scale=scale, seed=1).to(dtype)
-        found = sample(model, num=5000, num_tokens=4, return_passes=True)
+        found = sample(model, num=5000, num_tokens=4)
         assert all(torch.isfinite(state).all() for state in found.states)
         assert ((found.tokens >= 0) & (found.tokens < 5)).all()
 
@@ -176,7 +183,10 @@ def test_samples_of_random_weights_are_finite(couplings, patch, tiny_flow):
         ({"prompt": torch.arange(5).repeat(2)[:8]}, "the prompt has 8 tokens, which leaves no room in 8"),
         ({"prompt": torch.zeros(3, dtype=torch.long), "num_tokens": 2}, "3 tokens, which leaves no room in 2"),
         ({"prompt": torch.tensor([1, 5])}, r"the prompt \[1, 5\] has tokens outside of 0 to 4"),
-        ({"prompt": torch.tensor([-1])}, "tokens outside of 0 to 4"),
+        ({"prompt": torch.tensor([-2])}, "tokens outside of 0 to 4"),
+        ({"prompt": torch.full((9,), -1)}, "the prompt has 9 tokens"),
+        ({"particles": 0}, "particles 0"),
+        ({"generator": [torch.Generator()] * 2}, "2 generators for 3 samples"),
         ({"temperature": 0.0}, "temperature 0.0"),
         ({"top_k": 0}, "top-k 0"),
         ({"top_p": 0.0}, "top-p 0.0"),

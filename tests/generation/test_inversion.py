@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from test_generate import Count
 
 from tarflowlm.generation import generate, inversion
 from tarflowlm.generation.inversion import invert_block, invert_stack
@@ -20,8 +21,8 @@ def test_parallel_equals_sequential(couplings, patch, tiny_flow, normal):
     model = tiny_flow(couplings=couplings, patch=patch, context=128)
     noise = normal(3, 128, 2)
     with torch.no_grad():
-        slow, one_each = invert_stack(model, noise, decoder="sequential")
-        fast, work = invert_stack(model, noise, decoder="parallel")
+        slow, one_each = invert_stack(model, noise, decoder="steps")
+        fast, work = invert_stack(model, noise, decoder="sweeps")
         timed, _ = invert_stack(model, noise, decoder="auto")
     positions = 128 // patch
     assert [w.passes for w in one_each] == [positions] * len(couplings)
@@ -37,14 +38,14 @@ def test_any_length(length, tiny_flow, normal):
     block = tiny_flow(couplings=("mix1", "mix1"), context=128).prior.blocks[1]
     u = normal(2, length, 2)
     with torch.no_grad():
-        found = invert_block(block, u, decoder="parallel")
+        found = invert_block(block, u, decoder="sweeps")
         h, sweeps = found.h, found.passes
         torch.testing.assert_close(block(h)[0], u, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(h, block.inverse(u), rtol=1e-8, atol=1e-8)
     assert sweeps <= length + 8
 
 
-@pytest.mark.parametrize(("decoder", "patch"), [("parallel", 1), ("parallel", 2), ("auto", 1)])
+@pytest.mark.parametrize(("decoder", "patch"), [("sweeps", 1), ("sweeps", 2), ("auto", 1)])
 def test_blocks_near_the_identity_take_few_sweeps(decoder, patch, normal, monkeypatch):
     """In both directions, with mixed channels; `auto` notices, over the whole block or over its first part.
 
@@ -62,8 +63,8 @@ def test_blocks_near_the_identity_take_few_sweeps(decoder, patch, normal, monkey
                 found, work = invert_stack(model, noise, decoder=decoder)
                 again = model.prior(found[-1])[0]
             # with twelve rows the trial covers only a part of the positions, and times steps after it
-            allowed = most if decoder == "parallel" or batch == 1 else 2 * most + inversion.TRIAL_STEPS
-            assert all(w.decoder == "parallel" and w.passes <= allowed and w.repeated == 0 for w in work)
+            allowed = most if decoder == "sweeps" or batch == 1 else 2 * most + inversion.TRIAL_STEPS
+            assert all(w.decoder == "sweeps" and w.passes <= allowed and w.repeated == 0 for w in work)
             torch.testing.assert_close(again, noise, rtol=tolerance, atol=tolerance)
 
 
@@ -84,7 +85,7 @@ def test_auto_soon_notices_that_sweeps_do_not_converge(tiny_flow, normal, monkey
         with torch.no_grad():
             found = invert_block(block, u, decoder="auto")
             torch.testing.assert_close(found.h, block.inverse(u), rtol=1e-8, atol=1e-8)
-        assert found.decoder == "sequential"
+        assert found.decoder == "steps"
         assert found.passes <= 64 + 6
 
 
@@ -93,36 +94,36 @@ def test_a_row_that_needs_many_sweeps_does_not_spoil_the_others(tiny_flow, norma
     u = normal(5, 64, 2)
     u[0] *= 4
     with torch.no_grad():
-        together = invert_block(block, u, decoder="parallel").h
-        alone = invert_block(block, u[1:2], decoder="parallel").h
+        together = invert_block(block, u, decoder="sweeps").h
+        alone = invert_block(block, u[1:2], decoder="sweeps").h
     torch.testing.assert_close(together[1:2], alone, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("decoder", ["sequential", "parallel", "auto"])
+@pytest.mark.parametrize("decoder", ["steps", "sweeps", "auto"])
 def test_the_result_counts_positions_and_does_not_write_into_the_noise(decoder, tiny_flow, normal):
     block = tiny_flow(couplings=("mix1",), context=64).prior.blocks[0]
-    u, ticks = normal(2, 64, 2), []
+    u, progress = normal(2, 64, 2), Count()
     before = u.clone()
-    invert_block(block, u, decoder=decoder, tick=lambda: ticks.append(1))
-    assert len(ticks) == 64
+    invert_block(block, u, decoder=decoder, progress=progress)
+    assert progress.count == 64
     assert torch.equal(u, before)
 
 
 def test_decoders_write_the_same_text(tiny_flow):
     model = tiny_flow(couplings=("mixd", "mix1", "mix1"), context=32).float()
     texts = {}
-    for decoder in ("sequential", "parallel", "auto"):
+    for decoder in ("steps", "sweeps", "auto"):
         rows = [
             generate(model, num_tokens=32, num=2, decoder=decoder, generator=torch.Generator().manual_seed(s)).tokens
             for s in range(6)
         ]
         texts[decoder] = torch.stack(rows)
-    assert torch.equal(texts["sequential"], texts["parallel"])
-    assert torch.equal(texts["sequential"], texts["auto"])
+    assert torch.equal(texts["steps"], texts["sweeps"])
+    assert torch.equal(texts["steps"], texts["auto"])
 
 
 @pytest.mark.parametrize("num", [1, 7, 63, 64])
-@pytest.mark.parametrize("decoder", ["sequential", "parallel", "auto"])
+@pytest.mark.parametrize("decoder", ["steps", "sweeps", "auto"])
 def test_settled_positions_stand_and_the_rest_follows(decoder, num, tiny_flow, normal):
     """In both directions, the first positions in the block's own order."""
     for block in tiny_flow(couplings=("mix1", "mix1"), context=64).prior.blocks:
@@ -143,7 +144,7 @@ def test_a_position_that_sweeps_got_wrong_is_inverted_again(tiny_flow, normal, m
     u = normal(2, 64, 2)
     monkeypatch.setitem(inversion.TOLERANCE, torch.float64, 1e9)
     with torch.no_grad():
-        found = invert_block(block, u, decoder="parallel")
+        found = invert_block(block, u, decoder="sweeps")
         expected = block.inverse(u)
     assert 0 < found.repeated < 64
     torch.testing.assert_close(found.h, expected, rtol=1e-7, atol=1e-7)
@@ -169,7 +170,7 @@ def test_auto_takes_the_quicker_way_and_says_which(tiny_flow, monkeypatch):
             return single(cache, previous, batch)
 
         monkeypatch.setattr(block, "features_at", one)
-    for costs, expected in (((0.1, 0.1), ("parallel", "parallel")), ((1e3, 0.1), ("parallel", "sequential"))):
+    for costs, expected in (((0.1, 0.1), ("sweeps", "sweeps")), ((1e3, 0.1), ("sweeps", "steps"))):
         prices = dict(zip(model.prior.blocks, costs, strict=True))
         found = generate(model, num_tokens=128, decoder="auto", generator=torch.Generator().manual_seed(0))
         assert found.decoders == expected
@@ -180,6 +181,6 @@ def test_auto_takes_the_quicker_way_and_says_which(tiny_flow, monkeypatch):
 
 def test_changed_weights_ask_for_steps(tiny_flow, any_stack):
     model = tiny_flow(couplings=("mix1", "mix1"), context=16)
-    found = generate(model, num_tokens=16, decoder="parallel", temperature=0.7)
-    assert found.decoders == ("parallel", "sequential")
+    found = generate(model, num_tokens=16, decoder="sweeps", temperature=0.7)
+    assert found.decoders == ("sweeps", "steps")
     assert found.sweeps[1] == 16

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from tarflowlm.data.tokenizer import CharTokenizer
 from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.pareto import UNRELIABLE, pareto_k
+from tarflowlm.generation.particles import UNRELIABLE, pareto_k
 from tarflowlm.terminal.texts import print_samples, samples_to_json
 
 
@@ -69,7 +69,7 @@ def test_unreliable_evidence_is_named_where_it_is_printed(k, unreliable):
     text, sample = shown(
         Generation(torch.zeros(1, 8, dtype=torch.long), log_evidence=-one, ess=one, pareto_k=k * one, draws=one)
     )
-    assert "64 candidates, of which about 1.0 count; log p(given) about -1.0 nats" in text
+    assert "64 candidates, effective number 1.0; log p(given) about -1.0 nats" in text
     assert ("unreliable: the weights have no finite variance (k = 0.83)" in text) == unreliable
     assert sample["pareto_k"] == (None if math.isnan(k) else k)
 
@@ -77,7 +77,7 @@ def test_unreliable_evidence_is_named_where_it_is_printed(k, unreliable):
 def test_particles_report_the_index_when_there_are_enough(tiny_flow):
     model, template = tiny_flow(couplings=("mixd", "mix1"), scale=0.6), torch.tensor([-1, 1, -1, 3])
     for particles in (1, 24, 32):
-        found = generate(model, num_tokens=4, num=3, template=template, particles=particles)
+        found = generate(model, num_tokens=4, num=3, prompt=template, particles=particles)
         assert found.pareto_k.shape == (3,)
         assert found.pareto_k.isnan().all() == (particles < 25)
     assert generate(model, num_tokens=4).pareto_k is None

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
-from tarflowlm.generation.generate import BLANK
 from tarflowlm.generation.particles import Weights, resample
+from tarflowlm.generation.sampling import BLANK
 from tarflowlm.model import TarFlowLM
 
 V = 3
@@ -77,11 +76,11 @@ def test_the_conditional_and_its_evidence_are_the_enumerated_ones(model, always,
         fits = ((texts(T) == wanted) | (wanted == BLANK)).all(-1)
         evidence = joint[fits].sum().item()
         generator = torch.Generator().manual_seed(0)
-        few = generate(model, num_tokens=T, num=300, template=wanted, particles=3, generator=generator)
+        few = generate(model, num_tokens=T, num=300, prompt=wanted, particles=3, generator=generator)
         estimates = few.log_evidence.exp()
         error = estimates.std().item() / math.sqrt(300)
         assert abs(estimates.mean().item() - evidence) < 4.5 * error + 2e-2 * evidence
-        many = generate(model, num_tokens=T, num=300, template=wanted, particles=24, generator=generator)
+        many = generate(model, num_tokens=T, num=300, prompt=wanted, particles=24, generator=generator)
         assert ((many.tokens == wanted) | (wanted == BLANK)).all()
         code = (many.tokens * V ** torch.arange(T).flip(0)).sum(-1)
         observed = torch.bincount(code, minlength=V**T).double() / 300
@@ -103,7 +102,7 @@ def test_one_particle_ignores_what_comes_later_and_many_do_not(tiny_flow):
             model,
             num_tokens=2,
             num=400,
-            template=torch.tensor([BLANK, 2]),
+            prompt=torch.tensor([BLANK, 2]),
             particles=particles,
             generator=generator,
         ).tokens
@@ -115,7 +114,7 @@ def test_particles_are_drawn_anew_when_their_weights_are_uneven(tiny_flow, tiny_
     for model in (tiny_flow(couplings=("mixd", "mix1"), log_std=-2.0), tiny_ar()):
         template = torch.tensor([BLANK, 1, BLANK, 3, BLANK, 0, BLANK, 2])
         found = generate(
-            model, num_tokens=8, num=20, template=template, particles=8, generator=torch.Generator().manual_seed(0)
+            model, num_tokens=8, num=20, prompt=template, particles=8, generator=torch.Generator().manual_seed(0)
         )
         assert found.draws.max() > 0
         assert torch.isfinite(found.log_evidence).all()
@@ -125,8 +124,8 @@ def test_templates_of_their_own_and_rows_that_do_not_depend_on_each_other(model)
     T = model.config.context
     templates = torch.tensor([[BLANK, 1, BLANK], [0, BLANK, 2], [BLANK, BLANK, BLANK]])[:, :T]
     options = {"num_tokens": T, "particles": 4}
-    together = generate(model, num=3, template=templates, generator=torch.Generator().manual_seed(5), **options)
-    alone = generate(model, num=1, template=templates[:1], generator=torch.Generator().manual_seed(5), **options)
+    together = generate(model, num=3, prompt=templates, generator=torch.Generator().manual_seed(5), **options)
+    alone = generate(model, num=1, prompt=templates[:1], generator=torch.Generator().manual_seed(5), **options)
     assert torch.equal(together.tokens[:1], alone.tokens)
     torch.testing.assert_close(together.log_evidence[:1], alone.log_evidence)
     assert ((together.tokens == templates) | (templates == BLANK)).all()
@@ -135,7 +134,7 @@ def test_templates_of_their_own_and_rows_that_do_not_depend_on_each_other(model)
 def test_a_text_given_whole_is_returned_with_its_likelihood(tiny_flow):
     model = tiny_flow(couplings=("mixd", "mix1"), vocab_size=V, context=2, latent_dim=1, log_std=-2.0, seed=3)
     generator = torch.Generator().manual_seed(0)
-    found = generate(model, num_tokens=2, num=V**2, template=texts(2), particles=512, generator=generator)
+    found = generate(model, num_tokens=2, num=V**2, prompt=texts(2), particles=512, generator=generator)
     assert torch.equal(found.tokens, texts(2))
     torch.testing.assert_close(found.log_evidence.exp(), probabilities(model), rtol=0.3, atol=0.01)
 
@@ -143,12 +142,12 @@ def test_a_text_given_whole_is_returned_with_its_likelihood(tiny_flow):
 def test_the_passes_of_a_completion_are_the_states_of_its_latents(tiny_flow):
     model = tiny_flow(couplings=("mixd", "mix1"), log_std=-4.0)
     template = torch.tensor([BLANK, 1, BLANK, 3])
-    found = generate(model, num_tokens=8, num=2, template=template, particles=3, return_passes=True)
+    found = generate(model, num_tokens=8, num=2, prompt=template, particles=3)
     with torch.no_grad():
         states, _ = model.prior.states(found.states[-1])
     for ours, theirs in zip(found.states, reversed(states), strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert found.decoders[-1] == "sequential"
+    assert found.decoders[-1] == "steps"
 
 
 def test_systematic_draws_match_the_weights():
@@ -168,19 +167,3 @@ def test_weights_count_particles_and_refuse_what_is_not_a_number():
     weights.reset(0)
     torch.testing.assert_close(weights.total(), torch.tensor([math.log(0.5), -1.0], dtype=torch.float64))
     assert weights.draws.tolist() == [1, 0]
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"particles": 0}, "particles 0"),
-        ({"template": torch.tensor([BLANK] * 9)}, "template has 9 tokens"),
-        ({"template": torch.tensor([7])}, "the template"),
-        ({"template": torch.tensor([-2])}, "the template"),
-        ({"prompt": torch.tensor([BLANK])}, "the prompt"),
-        ({"prompt": torch.tensor([1]), "template": torch.tensor([1])}, "both a prompt and a template"),
-    ],
-)
-def test_bad_input(options, words, tiny_flow):
-    with pytest.raises(UserError, match=words):
-        generate(tiny_flow(), num_tokens=8, **options)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.generation import generate
+from tarflowlm.generation.conditioned import ConditionedTokens
 from tarflowlm.generation.inversion import invert_stack
-from tarflowlm.generation.passage import TokenPassage
 from tarflowlm.generation.sampling import adjust_weights, inverse_cdf, row_generators, row_normal, row_uniform
 from tarflowlm.model import TarFlowLM
 
@@ -66,7 +66,7 @@ def test_the_baseline_inverts_its_cumulative_distribution(prompt, fields, tiny_a
             cumulative = lm.logits(tokens)[:, t].softmax(-1).cumsum(-1)
             tokens[:, t] = (cumulative < uniform[:, t, None]).sum(-1)
         is_known = (torch.arange(8) < len(given)).expand(3, 8)
-        passage = TokenPassage(lm, uniform, tokens * is_known, is_known, None)
+        passage = ConditionedTokens(lm, uniform, tokens * is_known, is_known, None)
         steps = [passage.step() for _ in range(passage.num_positions)]
         expected = lm.logits(tokens).log_softmax(-1).gather(-1, tokens[..., None])[:, : len(given)]
     assert torch.equal(passage.values.flatten(1), tokens)
@@ -146,7 +146,7 @@ def test_drawn_decoding_is_exact_where_codes_are_soft(tiny_flow):
     assert exact.sum().item() == pytest.approx(1.0, abs=1e-3)
     distance = {}
     for decoding in ("mode", "drawn"):
-        found = generate(model, num_tokens=1, num=NUM, generator=generator(), decoding=decoding, return_passes=True)
+        found = generate(model, num_tokens=1, num=NUM, generator=generator(), decoding=decoding)
         distance[decoding] = 0.5 * (frequencies(found.tokens, 3) - exact).abs().sum().item()
         assert torch.equal(found.passes[-1], found.tokens)
     assert distance["drawn"] < 0.025 < 0.05 < distance["mode"]
@@ -169,7 +169,7 @@ def test_drawn_tokens_of_a_row_are_its_own_and_those_of_sharp_codes_are_the_mode
 def test_density_of_samples_is_that_of_the_model(tiny_flow):
     """Mean of u^2 and of u over samples pushed forward again: standard normal noise, for a deep stack."""
     model = tiny_flow(couplings=("mixd", "mix1", "affine"), patch=2)
-    states = generate(model, num_tokens=8, num=200, generator=generator(), return_passes=True).states
+    states = generate(model, num_tokens=8, num=200, generator=generator()).states
     with torch.no_grad():
         u, _ = model.prior(states[-1])
     torch.testing.assert_close(u, states[0], rtol=1e-6, atol=1e-6)

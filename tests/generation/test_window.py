@@ -1,15 +1,11 @@
 """Texts beyond the trained context: which windows write them, and that each is what `generate` writes."""
 
-from importlib import import_module
-
 import pytest
 import torch
-from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate, window
-from tarflowlm.generation.generate import num_ticks
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
@@ -52,24 +48,22 @@ def test_windows_keep_their_last_half(patch, num_tokens, num_given, expected, ti
     config = tiny_flow(couplings=("mixd",), patch=patch).config
     assert config.context == 8
     assert window.spans(config, num_tokens, num_given) == expected
-    assert window.num_unseen(config, num_tokens, num_given) == expected[0][0]
 
 
 @pytest.mark.parametrize("prompt", [None, [2, 0, 1]])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 3}], ids=["plain", "adjusted"])
-def test_every_window_is_what_generate_writes_after_the_last_one(prompt, options, model, monkeypatch):
+def test_every_window_is_what_generate_writes_after_the_last_one(prompt, options, model):
     """The first window is a text of the context; the next has the kept half as its prompt, and the noise goes on."""
     if options and "affine" in {b.coupling for b in getattr(model.config, "blocks", ())}:
         pytest.skip("an affine block has no probabilities of tokens")
     options = options | {"prompt": None if prompt is None else torch.tensor(prompt)}
     tokens = sample(model, num_tokens=15, **options).tokens
     rows = row_generators(range(3), torch.Generator().manual_seed(0))
-    # by its name: the package's attribute `generate` is the function
-    module = import_module("tarflowlm.generation.generate")
-    monkeypatch.setattr(module, "row_generators", lambda numbers, generator: rows)
-    expected = sample(model, num_tokens=8, **options).tokens
+    # the generators go on from one window to the next
+    expected = generate(model, num=3, num_tokens=8, generator=rows, **options).tokens
     for length in (8, 7):
-        more = sample(model, num_tokens=length, **(options | {"prompt": None, "template": expected[:, -4:]})).tokens
+        options |= {"prompt": expected[:, -4:]}
+        more = generate(model, num=3, num_tokens=length, generator=rows, **options).tokens
         expected = torch.cat((expected, more[:, 4:]), dim=1)
     assert torch.equal(tokens, expected)
 
@@ -93,14 +87,6 @@ def test_of_a_long_prompt_the_last_half_window_counts(length, model):
     assert torch.equal(sample(model, num_tokens=10, prompt=long[-4:]).tokens[:, 4:], tokens[:, length:])
 
 
-@pytest.mark.parametrize(("length", "num_given"), [(9, 0), (20, 0), (20, 3), (20, 11)])
-def test_tick_is_called_as_often_as_announced(length, num_given, model):
-    ticks: list[int] = []
-    prompt: Tensor = torch.zeros(num_given, dtype=torch.long)
-    sample(model, num_tokens=length, prompt=prompt, tick=lambda: ticks.append(1))
-    assert len(ticks) == num_ticks(model, length, num_given)
-
-
 def test_the_evidence_is_that_of_the_prompt_and_the_work_that_of_all_windows(model):
     prompt = torch.tensor([1, 2])
     short, long = (sample(model, num_tokens=length, prompt=prompt) for length in (8, 12))
@@ -109,9 +95,10 @@ def test_the_evidence_is_that_of_the_prompt_and_the_work_that_of_all_windows(mod
     assert sample(model, num_tokens=12, prompt=torch.zeros(9, dtype=torch.long)).log_evidence is None
     assert long.decoders == short.decoders
     assert long.sweeps == tuple(2 * passes for passes in short.sweeps)
+    assert (long.states, long.passes) == ((), ())
 
 
-@pytest.mark.parametrize("decoder", ["parallel", "auto"])
+@pytest.mark.parametrize("decoder", ["sweeps", "auto"])
 def test_decoders_write_the_same_text(decoder, tiny_flow):
     model = tiny_flow(couplings=("mixd", "mix1"), log_std=-5.0)
     by_steps = sample(model, num_tokens=18).tokens
@@ -121,9 +108,8 @@ def test_decoders_write_the_same_text(decoder, tiny_flow):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"template": torch.tensor([1, -1])}, "length 9: a template has to fit the trained context of 8 tokens"),
+        ({"prompt": torch.tensor([-1, 1])}, "length 9: a prompt with blanks .* the trained context of 8 tokens"),
         ({"particles": 2}, "particles 2: beyond the trained context of 8 tokens"),
-        ({"return_passes": True}, "length 9: beyond the trained context of 8 tokens every window has passes"),
         ({"prompt": torch.zeros(9, dtype=torch.long)}, "the prompt has 9 tokens, which leaves no room in 9"),
     ],
 )

@@ -1,67 +1,92 @@
-"""A hub of our own, a client that knows no other, and a tiny model to put there."""
+"""A hub in a folder that takes the place of the client's two calls, and a tiny model to put there."""
 
-from collections.abc import Callable, Iterator
+import fnmatch
+import hashlib
+import inspect
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from hub_server import TOKEN, Hub, Repository, serve
-from tarflowlm.draft import DraftConfig
-from tarflowlm.runs.drafts import save_draft
 
-from tarflowlm.config import RunConfig, TrainConfig
-from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, DataConfig
+from tarflowlm.config import DataConfig, RunConfig, TrainConfig
+from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.runs.checkpoint import save_weights, write_run
 
-constants = pytest.importorskip("huggingface_hub.constants")
+huggingface_hub = pytest.importorskip("huggingface_hub")
+REAL_DOWNLOAD, REAL_API = huggingface_hub.snapshot_download, huggingface_hub.HfApi
+
+
+class Hub:
+    """Repositories are folders root/OWNER/NAME, snapshots copies of them; calls must suit the real client."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.downloaded, self.private = root, [], set()
+        self.error: Exception | None = None
+
+    def repository(self, name: str) -> Path:
+        return self.root / "hub" / name
+
+    def snapshot_download(self, *args, **options) -> str:
+        inspect.signature(REAL_DOWNLOAD).bind(*args, **options)
+        if self.error is not None:
+            raise self.error
+        (name,), patterns = args, options["allow_patterns"]
+        source = self.repository(name)
+        out = self.root / "cache" / hashlib.sha1(name.encode()).hexdigest()[:8]
+        out.mkdir(parents=True, exist_ok=True)
+        bar = options["tqdm_class"](total=0, unit="B", desc="model")
+        for path in source.iterdir():
+            if any(fnmatch.fnmatch(path.name, p) for p in ([patterns] if isinstance(patterns, str) else patterns)):
+                if not (out / path.name).exists():
+                    shutil.copy(path, out / path.name)
+                    bar.update(path.stat().st_size)
+                self.downloaded.append(path.name)
+        return str(out)
+
+    def api(self, **options) -> "Hub":
+        inspect.signature(REAL_API).bind(**options)
+        return self
+
+    def create_repo(self, name: str, **options) -> None:
+        inspect.signature(REAL_API.create_repo).bind(self, name, **options)
+        if self.error is not None:
+            raise self.error
+        if not self.repository(name).exists() and options["private"]:
+            self.private.add(name)
+        self.repository(name).mkdir(parents=True, exist_ok=True)
+
+    def model_info(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(private=name in self.private)
+
+    def upload_folder(self, **options) -> None:
+        inspect.signature(REAL_API.upload_folder).bind(self, **options)
+        shutil.copytree(options["folder_path"], self.repository(options["repo_id"]), dirs_exist_ok=True)
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
-    """The hub that the client uses, with an empty cache, no token, and uploads over plain HTTP."""
-    with serve() as served:
-        monkeypatch.setattr(constants, "ENDPOINT", served.url)
-        template = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
-        yield served
+def hub(tmp_path, monkeypatch) -> Hub:
+    found = Hub(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", found.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", found.api)
+    return found
 
 
 @pytest.fixture
-def log_in(monkeypatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setenv("HF_TOKEN", TOKEN)
-
-
-@pytest.fixture
-def model(tiny_flow):
-    return tiny_flow(vocab_size=27, context=16).float().eval()
-
-
-@pytest.fixture
-def trained(tmp_path, model) -> Path:
-    """A run directory of a tiny model with a draft."""
-    run = RunConfig(
-        name="mini-mixd",
-        model=model.config,
-        data=DataConfig(source="/somewhere/else/text.txt"),
-        train=TrainConfig(stage_steps=(1,), mode="joint"),
-    )
+def trained(tmp_path, tiny_flow) -> Path:
+    """A run directory of a tiny model."""
+    model = tiny_flow(vocab_size=27, context=16).float().eval()
+    data, train = DataConfig(source="/somewhere/else/text.txt"), TrainConfig(stage_steps=(1,), mode="joint")
     folder = tmp_path / "run"
     folder.mkdir()
+    run = RunConfig(name="mini-mixd", model=model.config, data=data, train=train)
     write_run(folder, run, CharTokenizer(TEXT8_ALPHABET))
     save_weights(folder, model.state_dict(), {"blocks": "2", "step": "1", "tokens": "128"})
-    save_draft(folder, model.new_draft(DraftConfig()))
     return folder
 
 
 @pytest.fixture
 def shared(hub, trained) -> Hub:
     """The hub, with that model at ada/tiny."""
-    names = ["config.json", "tokenizer.json", "model.safetensors", "manifest.json"]
-    names += ["draft/config.json", "draft/draft.safetensors", "draft/manifest.json"]
-    hub.repositories["ada/tiny"] = Repository()
-    hub.repositories["ada/tiny"].commit({name: (trained / name).read_bytes() for name in names})
+    shutil.copytree(trained, hub.repository("ada/tiny"))
     return hub

@@ -13,24 +13,15 @@ from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import DataConfig
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, stack
-from tarflowlm.training.lifecycle import train
+from tarflowlm.training.train import train
 
 collect_ignore_glob = ["*"] if importlib.util.find_spec("matplotlib") is None else []
-"""Without matplotlib there are no reports."""
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def private_report_cache(tmp_path_factory):
-    """No test reads or fills the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TARFLOWLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory, private_report_cache) -> dict[str, Path]:
+def runs(tmp_path_factory) -> dict[str, Path]:
     """Finished runs by name; do not change them."""
     root = tmp_path_factory.mktemp("runs")
     rng = random.Random(5)
@@ -40,17 +31,15 @@ def runs(tmp_path_factory, private_report_cache) -> dict[str, Path]:
     steps = TrainConfig(
         stage_steps=(6, 4, 4), batch_size=2, log_every=1, evaluate_every=3, evaluate_windows=5, test_windows=3
     )
-    flow = FlowConfig(
-        context=16,
-        latent_dim=3,
-        trunk=TRUNK,
-        blocks=stack(("mixd", "mix1", "mix1"), (1, 1, 1), (0, 2, 2)),
-        head_hidden=4,
-    )
+    blocks = stack(("mixd", "mix1", "mix1"), (1, 1, 1), (0, 2, 2))
+    flow = FlowConfig(context=16, latent_dim=3, trunk=TRUNK, blocks=blocks, head_hidden=4)
     progressive = RunConfig(name="tiny", model=flow, data=DataConfig(source=str(text)), train=steps)
     joint = replace(progressive, train=replace(steps, mode="joint", stage_steps=(5,)))
     baseline = replace(joint, model=BaselineConfig(context=16, trunk=TRUNK, layers=1))
     made = {"progressive": progressive, "joint": joint, "baseline": baseline}
-    for name, run in made.items():
-        train(run, root / name, device=torch.device("cpu"))
-    return {name: root / name for name in made}
+    with pytest.MonkeyPatch.context() as patch:
+        # no test reads or fills the user's cache
+        patch.setenv("TARFLOWLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for name, run in made.items():
+            train(run, root / name, device=torch.device("cpu"))
+        yield {name: root / name for name in made}

@@ -1,73 +1,69 @@
-"""The rows of coloured tokens: what is shown, that it is escaped, and that it is light."""
+"""Rows of coloured tokens: kinds, symbols, escaping."""
 
 import re
-from html.parser import HTMLParser
 
 import pytest
+import torch
 
-from tarflowlm.report.grid import GridRow, Token, grid
+from tarflowlm.data import ByteTokenizer
+from tarflowlm.report.grid import Row, Token, pass_rows, spans, symbols, text_tokens, to_html, visible
 
 HOSTILE = '<script>alert("1")</script>&amp;\'"'
 
 
-class Elements(HTMLParser):
-    """Tags of a page, and the text of its spans with their attributes."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags, self.spans, self.open = [], [], []
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.open.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()[0] == tag
-
-    def handle_data(self, data):
-        if self.open[-1][0] == "span":
-            self.spans.append((data, self.open[-1][1]))
+def encode(text: str) -> torch.Tensor:
+    return torch.tensor(list(text.encode()))
 
 
-def test_every_text_is_text():
-    rows = [GridRow(HOSTILE, [Token(HOSTILE, "final", title=HOSTILE)])]
-    found = Elements(grid(rows, legend=False))
-    assert set(found.tags) == {"div", "style", "span"}
-    assert found.spans == [(HOSTILE, {"class": "tl-final", "title": HOSTILE})]
+def kinds(tokens) -> str:
+    return "".join(token.kind[0] for token in tokens)
 
 
-def test_neighbours_that_look_alike_are_one_element():
-    tokens = [Token("a", "final"), Token("b", "final"), Token("c", "draft"), Token("d", "draft", 0.6)]
-    spans = Elements(grid([GridRow("", tokens)], legend=False)).spans
-    assert [(text, look["class"], look.get("style")) for text, look in spans] == [
-        ("ab", "tl-final", None),
-        ("c", "tl-draft", None),
-        ("d", "tl-draft", "opacity:0.7"),
-    ]
+@pytest.mark.parametrize("text", ["a naïve — word", "añb→c🙂d", ""])
+def test_symbols_concatenate_to_the_text(text):
+    tokens, tokenizer = encode(text), ByteTokenizer()
+    assert len(symbols(tokens, tokenizer)) == len(tokens)
+    for end in range(len(tokens) + 1):
+        assert "".join(symbols(tokens[:end], tokenizer)) == tokenizer.decode(tokens[:end])
 
 
-def test_the_legend_names_what_occurs():
-    rows = [GridRow("1", [Token("x", "noise")]), GridRow("2", [Token("x", "changed")])]
-    assert [text for text, _ in Elements(grid(rows)).spans[2:]] == ["new in this row", "noise"]
-    assert "tl-legend" not in grid(rows, legend=False).split("</style>")[1]
+def test_control_characters_are_visible():
+    assert visible("a\0\x7f\nb\x9b\u202e") == "a␀\\x7f↵\nb\\x9b\\u202e"
+    assert spans([Token("↵\n")]) == '<span class="tl-final"><i>↵</i>\n</span>'
 
 
-@pytest.mark.parametrize(("opacity", "shown"), [(-1.0, "0.3"), (0.0, "0.3"), (0.6, "0.7"), (2.0, None)])
-def test_a_token_stays_readable(opacity, shown):
-    found = re.search(r"opacity:([\d.]+)", grid([GridRow("", [Token("x", "final", opacity)])], legend=False))
-    assert (found and found[1]) == shown
+def test_kinds_of_a_text():
+    before, after = encode("the cat"), encode("the hat")
+    given = torch.tensor([True] * 3 + [False] * 4)
+    assert kinds(text_tokens(after, ByteTokenizer(), before=before, given=given)) == "gggfcff"
 
 
-def test_control_characters_are_seen():
-    html = grid([GridRow("", [Token("a\0\x7f\nb", "final")])], legend=False)
-    assert "a\u2400\u2421\u21b5\nb" in html
+def test_rows_of_passes():
+    passes = [encode(text) for text in ("qxz", "qaz", "qat", "cat")]
+    rows = pass_rows(passes, ByteTokenizer(), given=torch.tensor([False, False, True]))
+    assert [row.label.split(":")[0] for row in rows] == ["noise", "after block 3", "after block 2", "after block 1"]
+    assert rows[1].label == "after block 3: 1 of 3 changed"
+    assert [kinds(row.tokens) for row in rows] == ["nnn", "ncn", "nfc", "cfg"]
+    # the passes in the middle may be left out; changes count from the row before
+    rows = pass_rows(passes, ByteTokenizer(), least_change=0.8, probabilities=[torch.tensor([0.25, 1, 1])] * 4)
+    assert [kinds(row.tokens) for row in rows] == ["nnn", "ccc"]
+    assert (rows[0].tokens[0].opacity, rows[0].tokens[0].title, rows[0].tokens[1].title) == (0.25, "p = 0.25", "")
 
 
-def test_it_takes_nothing_from_elsewhere():
-    assert not re.search(r"url\(|https?:|@import|<script|<link|<img", grid([GridRow("", [Token("x", "given")])]))
+def test_text_is_escaped_and_nothing_is_loaded():
+    html = to_html([Row(HOSTILE, [Token(HOSTILE, "final", title=HOSTILE)])])
+    assert set(re.findall(r"<(\w+)", html)) == {"div", "span"}
+    assert html.count("&lt;script&gt;") == 3
+    assert not re.search(r"url\(|https?:|@import", html)
 
 
-def test_nothing_to_show_is_no_error():
-    assert "tl-row" not in grid([]).split("</style>")[1]
+def test_equal_neighbours_share_an_element():
+    tokens = [Token("a"), Token("b"), Token("c", "noise"), Token("d", "noise", 0.6), Token("e", opacity=-1.0)]
+    assert re.findall(r">(\w+)<", spans(tokens)) == ["ab", "c", "d", "e"]
+    assert re.findall(r"opacity:([\d.]+)", spans(tokens)) == ["0.7", "0.3"]
+
+
+def test_legend_names_the_kinds_that_occur():
+    html = to_html([Row("1", [Token("x", "noise")]), Row("2", [Token("x", "changed")])])
+    assert re.findall(r">([^<>]+)<", html.split("tl-row")[0]) == ["new in this row", "noise"]
+    assert "<span" not in to_html([])

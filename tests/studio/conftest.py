@@ -13,7 +13,7 @@ from tarflowlm.data import DataConfig
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, stack
 from tarflowlm.studio.catalogue import Catalogue, collect
-from tarflowlm.training.lifecycle import train
+from tarflowlm.training.train import train
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
 

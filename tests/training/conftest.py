@@ -11,13 +11,18 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tarflowlm.baseline import BaselineConfig
-from tarflowlm.config import OptimConfig, RunConfig, TrainConfig
-from tarflowlm.data import DataConfig
-from tarflowlm.flow.transformer import TransformerConfig
-from tarflowlm.model import FlowConfig, stack
-from tarflowlm.training.lifecycle import train
+from tarflowlm.config import (
+    BaselineConfig,
+    DataConfig,
+    FlowConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    TransformerConfig,
+    stack,
+)
 from tarflowlm.training.metrics import Reporter
+from tarflowlm.training.train import train
 
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
 
@@ -54,7 +59,7 @@ def tiny_run(corpus_file) -> Callable[..., RunConfig]:
         )
         defaults = {
             "stage_steps": (3, 2, 2), "batch_size": 2, "log_every": 1, "evaluate_every": 2,
-            "evaluate_windows": 3, "checkpoint_every": 2,
+            "evaluate_windows": 3, "checkpoint_every": 2, "test_windows": 3,
         }  # fmt: skip
         return RunConfig(
             name="tiny",
@@ -82,11 +87,56 @@ def tiny_baseline(tiny_run) -> Callable[..., RunConfig]:
 
 @pytest.fixture(scope="session")
 def go() -> Callable[..., dict[str, Any]]:
-    """go(run, out, reporter=None): train on the CPU, looking at three windows of the test split."""
+    """go(run, out, reporter=None): train on the CPU."""
 
     def run_it(run: RunConfig, out: Path, reporter: Reporter | None = None) -> dict[str, Any]:
-        run = replace(run, train=replace(run.train, test_windows=3))
         return train(run, out, device=torch.device("cpu"), reporter=reporter)
+
+    return run_it
+
+
+class Killed(BaseException):
+    """Like a kill: no `except Exception` may swallow it."""
+
+
+class Killer(Reporter):
+    """Counts what a run reports (its stages, steps, records and test windows) and dies at event `at`.
+
+    With `action` it calls that instead, once.
+    """
+
+    def __init__(self, at: int | None = None, action: Callable[[], None] | None = None) -> None:
+        self.at, self.action, self.events, self.prepared = at, action, 0, False
+
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
+        # preparing the corpus does not count: whether it is in the cache differs between runs
+        self.prepared = self.prepared or name.startswith(("stage", "all blocks", "baseline"))
+        self.advance()
+
+    def record(self, record: dict[str, Any]) -> None:
+        self.advance()
+
+    def advance(self, count: int = 1) -> None:
+        self.events += self.prepared
+        if self.prepared and self.events == self.at:
+            if self.action is None:
+                raise Killed
+            self.action()
+
+
+@pytest.fixture(scope="session")
+def killer() -> type[Killer]:
+    """The class Killer(at=None, action=None), a reporter that dies or acts at an event."""
+    return Killer
+
+
+@pytest.fixture(scope="session")
+def cut(go) -> Callable[[RunConfig, Path, int], None]:
+    """cut(run, out, at): train until event `at`, where the run dies."""
+
+    def run_it(run: RunConfig, out: Path, at: int) -> None:
+        with pytest.raises(Killed):
+            go(run, out, Killer(at))
 
     return run_it
 
@@ -116,3 +166,18 @@ def same_weights() -> Callable[[Path, Path], bool]:
         return same_names and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def same_run(same_weights, read_metrics) -> Callable[[Path, Path], None]:
+    """same_run(left, right): fails unless two finished runs agree in weights, best weights, log and summary."""
+
+    def check(left: Path, right: Path) -> None:
+        assert same_weights(left, right)
+        assert same_weights(left / "best", right / "best")
+        assert read_metrics(left) == read_metrics(right)
+        summaries = [json.loads((d / "summary.json").read_text(encoding="utf-8")) for d in (left, right)]
+        for name in ("steps", "tokens", "stage_tokens", "stage_valid_bpc", "parameters", "test"):
+            assert summaries[0][name] == summaries[1][name]
+
+    return check

@@ -1,67 +1,167 @@
-"""metrics.jsonl and its reporter."""
+"""metrics.jsonl and the trackers: what was written is read back, and trackers may fail."""
 
+import importlib.util
 import json
+import logging
+import math
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import pytest
+import torch
+
+from tarflowlm.config import RunConfig
+from tarflowlm.errors import UserError
+from tarflowlm.runs.checkpoint import read_run
+from tarflowlm.runs.strict_json import from_dict
+from tarflowlm.training import trackers
 from tarflowlm.training.metrics import MetricsLog, Reporter
+from tarflowlm.training.train import resume
+
+CPU = torch.device("cpu")
 
 
-class Heard(Reporter):
-    def __init__(self) -> None:
-        self.records = []
-
-    def record(self, record):
-        self.records.append(record)
+def lines(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_lines_are_on_disk_and_told_as_they_are_written(tmp_path):
-    heard = Heard()
+# the log
+
+
+def test_lines_are_on_disk_before_the_log_is_closed(tmp_path):
+    heard = Reporter()
+    heard.record = (records := []).append
     log = MetricsLog(tmp_path, heard)
     log.write({"step": 1, "bpc": 4.5})
-    # before it is closed
-    assert json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8")) == {"step": 1, "bpc": 4.5}
-    assert heard.records == [{"step": 1, "bpc": 4.5}]
+    assert lines(tmp_path) == records == [{"step": 1, "bpc": 4.5}]
     log.close()
 
 
-def test_resuming_drops_what_came_after_and_a_line_cut_short(tmp_path):
-    path = tmp_path / "metrics.jsonl"
+def test_resuming_drops_later_lines_and_torn_ones(tmp_path):
     log = MetricsLog(tmp_path, Reporter())
     log.write({"step": 1})
     log.write({"step": 2})
     position = log.position()
-    assert position == path.stat().st_size
-    # of the very same step, but after the checkpoint
+    # of the same step, but after the checkpoint
     log.write({"step": 2, "bpc": 4.0})
     log.close()
-    with path.open("a", encoding="utf-8") as file:
-        file.write('{"step": 4, "bp')
     log = MetricsLog(tmp_path, Reporter(), resume_at=position)
-    log.write({"step": 3, "again": True})
+    log.write({"step": 3})
     log.close()
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert lines == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
-
-
-def test_a_log_that_lost_its_end_is_cut_at_a_whole_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"st', encoding="utf-8")
+    assert lines(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    # a power failure lost the end of the log
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
     log = MetricsLog(tmp_path, Reporter(), resume_at=1000)
     log.write({"step": 5})
     log.close()
-    assert path.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n{"step": 5}\n'
+    assert lines(tmp_path) == [{"step": 1}, {"step": 5}]
 
 
-def test_resuming_without_a_log_begins_one(tmp_path):
-    log = MetricsLog(tmp_path, Reporter(), resume_at=5)
-    log.write({"step": 6})
-    log.close()
-    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == '{"step": 6}\n'
+# trackers
 
 
-def test_the_silent_reporter_says_nothing(capsys):
-    reporter = Reporter()
-    reporter.stage(0, 1, 1, 0, "x")
-    reporter.step(3)
-    reporter.record({})
-    reporter.notice("hello")
-    assert capsys.readouterr() == ("", "")
+class FakeTracker(ModuleType):
+    """A module with the calls of wandb and trackio; keeps what it is asked for."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.inits, self.logged, self.num_finished, self.Settings = [], [], 0, dict
+
+    def init(self, **options):
+        self.inits.append(options)
+        log = lambda values, step: self.logged.append((step, values))  # noqa: E731
+        return SimpleNamespace(offline=False, url="https://example.org/run", log=log, finish=self.finish)
+
+    def finish(self, exit_code=0):
+        self.num_finished += 1
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """fake(name): a tracker of that name."""
+
+    def install(name: str) -> FakeTracker:
+        module = FakeTracker(name)
+        module.__spec__ = SimpleNamespace(origin="here")
+        monkeypatch.setitem(sys.modules, name, module)
+        return module
+
+    return install
+
+
+@pytest.fixture
+def interrupted(tiny_run, cut):
+    """interrupted(out, tracker): 8 steps, killed in step 6, when the newest state was that of step 3."""
+
+    def start(out: Path, tracker: str) -> None:
+        run = tiny_run(track=(tracker,), mode="joint", stage_steps=(8,), checkpoint_every=3, evaluate_every=100)
+        cut(run, out, 12)
+        assert max(line["step"] for line in lines(out)) == 5
+        assert [path.name for path in (out / "state").iterdir()] == ["step-00000003"]
+
+    return start
+
+
+@pytest.mark.parametrize("name", ["wandb", pytest.param("trackio", marks=pytest.mark.slow)])
+def test_tracked_run_gets_every_line_once_over_a_resume(tmp_path, interrupted, fake, name):
+    out, module = tmp_path / "run", fake(name)
+    interrupted(out, name)
+    resume(out, device=CPU)
+    first, second = module.inits
+    identity = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))["id"]
+    assert identity in first["name"] if name == "trackio" else first["id"] == identity
+    assert {k: v for k, v in first.items() if k != "config"} == {k: v for k, v in second.items() if k != "config"}
+    assert from_dict(RunConfig, first["config"]) == read_run(out)
+    assert module.num_finished == 2
+    sent = [(step, tag, value) for step, values in module.logged for tag, value in values.items()]
+    assert len({(step, tag) for step, tag, _ in sent}) == len(sent)
+    written = [(line["step"], f"{line['split']}/{key}", value) for line in lines(out) for key, value in line.items()]
+    for split in ("train", "valid"):
+        shown = [point for point in sent if point[1] == f"{split}/bpc"]
+        assert shown == [point for point in written if point[1] == f"{split}/bpc"]
+        assert shown
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_shows_the_lines_of_metrics_once_over_a_resume(tmp_path, interrupted):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    interrupted(out, "tensorboard")
+    # a kill may cut the last record short
+    (file,) = (out / "tensorboard").glob("events*")
+    file.write_bytes(file.read_bytes()[:-7])
+    resume(out, device=CPU)
+    reader = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
+    reader.Reload()
+    for split in ("train", "valid"):
+        shown = [(event.step, event.value) for event in reader.Scalars(f"{split}/bpc")]
+        assert shown == [(r["step"], pytest.approx(r["bpc"])) for r in lines(out) if r["split"] == split]
+
+
+def test_tracker_that_fails_is_dropped_with_one_notice(tmp_path, tiny_run, go, fake, same_weights, caplog):
+    starts, logs = fake("wandb"), fake("trackio")
+    starts.init = lambda **_: 1 / 0
+    logs.init = lambda **_: SimpleNamespace(log=lambda *_, **__: Path("/no\nfile").read_text())
+    with caplog.at_level(logging.INFO, "tarflowlm"):
+        summary = go(tiny_run(track=("wandb", "trackio")), tmp_path / "tracked")
+    assert math.isfinite(summary["test"]["bpc"])
+    dropped = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
+    assert len(dropped) == 2
+    assert dropped[0] == "wandb is dropped (division by zero); metrics.jsonl continues"
+    go(tiny_run(), tmp_path / "plain")
+    assert same_weights(tmp_path / "tracked", tmp_path / "plain")
+
+
+def test_missing_package_is_noticed_before_anything_is_written(tmp_path, tiny_run, go, monkeypatch):
+    # a folder of that name, such as W&B creates, is no package
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(UserError, match=r"pip install 'tarflowlm\[track\]'"):
+        go(tiny_run(track=("wandb",)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    # a run that was begun goes on without it
+    trackers.Trackers(tiny_run(track=("wandb",)), tmp_path, resume_at=5).record({"split": "train", "step": 6})

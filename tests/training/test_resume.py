@@ -1,244 +1,424 @@
-"""A run that was killed anywhere and resumed is the run that was never stopped."""
+"""A run that was killed or stopped anywhere, and resumed, equals the run that was never stopped.
+
+More kills of processes, or the same ones again: TARFLOWLM_KILLS=200 TARFLOWLM_KILL_SEED=7 pytest -s -k processes
+"""
 
 import json
+import logging
+import multiprocessing
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tarflowlm.errors import UserError
-from tarflowlm.runs.checkpoint import export, load_checkpoint
-from tarflowlm.training import state
-from tarflowlm.training.lifecycle import resume
-from tarflowlm.training.metrics import Reporter
+from tarflowlm.cli.signals import stop_on_signals
+from tarflowlm.errors import Stopped, UserError
+from tarflowlm.runs.checkpoint import export, load_checkpoint, read_run
+from tarflowlm.training import optim, run, state
+from tarflowlm.training.state import Counters, TimeSpent
+from tarflowlm.training.train import resume, train
 
 CPU = torch.device("cpu")
-
-
-class Killed(BaseException):
-    """Like the interrupt of a user: no `except Exception` may swallow it."""
-
-
-class Killer(Reporter):
-    """Counts everything a run tells, and kills it at event number `at`."""
-
-    def __init__(self, at: int | None = None) -> None:
-        self.at, self.events = at, 0
-
-    def _event(self) -> None:
-        if self.events == self.at:
-            raise Killed
-        self.events += 1
-
-    def stage(self, index, num_stages, num_steps, done, description):
-        self._event()
-
-    def step(self, num_tokens, share=None):
-        self._event()
-
-    def record(self, record):
-        self._event()
-
-    def notice(self, text):
-        # whether the corpus was cached differs between runs; where it is evaluated does not
-        if text.startswith("evaluating"):
-            self._event()
-
-
-def killed_run(go, run, out: Path, at: int) -> None:
-    with pytest.raises(Killed):
-        go(run, out, Killer(at))
+KILLS = int(os.environ.get("TARFLOWLM_KILLS", "20"))
+SEED = int(os.environ.get("TARFLOWLM_KILL_SEED", "0")) or random.randrange(1, 10**6)
 
 
 @pytest.fixture(scope="module")
-def assert_same_run(same_weights, read_metrics):
-    def check(left: Path, right: Path) -> None:
-        assert same_weights(left, right)
-        assert read_metrics(left) == read_metrics(right)
-        summaries = [json.loads((d / "summary.json").read_text(encoding="utf-8")) for d in (left, right)]
-        for name in ("steps", "tokens", "stage_tokens", "stage_valid_bpc", "parameters"):
-            assert summaries[0][name] == summaries[1][name]
-
-    return check
+def whole(tmp_path_factory, tiny_run, go, killer):
+    """A run that was never stopped: configuration, directory, number of events. It logs less often than it saves."""
+    out, counter = tmp_path_factory.mktemp("whole") / "run", killer()
+    config = tiny_run(log_every=3, stage_steps=(3, 2, 3), dropout=0.1)
+    go(config, out, counter)
+    return config, out, counter.events
 
 
-def state_names(out: Path) -> list[str]:
-    return sorted(path.name for path in (out / "state").glob("step-*"))
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory, whole, cut) -> Path:
+    """The same run, killed in step 7, with the states of steps 5 and 6."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    cut(whole[0], out, whole[2] - 5)
+    assert names(out) == ["step-00000005", "step-00000006"]
+    return out
 
 
-def assert_loads_or_is_new(out: Path) -> bool:
+@pytest.fixture
+def stopped(tmp_path, stopped_once) -> Path:
+    """A copy of the stopped run, to be damaged or resumed."""
+    return Path(shutil.copytree(stopped_once, tmp_path / "stopped"))
+
+
+@pytest.fixture
+def finished(tmp_path, whole) -> Path:
+    """A copy of the finished run, to be damaged."""
+    return Path(shutil.copytree(whole[1], tmp_path / "finished"))
+
+
+def names(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "state").iterdir())
+
+
+def assert_loads_or_is_new(out: Path) -> None:
     """The directory holds a complete model, or says that there is none yet."""
-    if not (out / "model.safetensors").exists():
-        with pytest.raises(UserError, match="no trained weights yet"):
+    if (out / "model.safetensors").exists():
+        checkpoint = load_checkpoint(out)
+        assert checkpoint.model.num_blocks == int(checkpoint.info["blocks"])
+    elif out.exists():
+        with pytest.raises(UserError, match=r"no trained weights yet|not a complete run directory"):
             load_checkpoint(out)
-        return False
-    checkpoint = load_checkpoint(out)
-    assert checkpoint.model.num_blocks == int(checkpoint.info["blocks"])
-    return True
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_run, go):
-    """The run that was never stopped, and the number of its events. Logging is sparser than checkpoints."""
-    out, counter = tmp_path_factory.mktemp("whole") / "run", Killer()
-    run = tiny_run(log_every=3, stage_steps=(3, 2, 3))
-    go(run, out, counter)
-    return run, out, counter.events
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 1
+    path.write_bytes(data)
 
 
-# in four parts, so that a failure is found and rerun sooner
-@pytest.mark.parametrize("part", range(4))
-def test_killed_anywhere_and_resumed_equals_never_stopped(tmp_path, whole, go, assert_same_run, part):
-    run, never_stopped, num_events = whole
-    for at in range(part, num_events, 4):
+# kills and signals
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(3))
+def test_run_killed_at_any_event_resumes_to_the_same_bits(tmp_path, whole, cut, same_run, part):
+    config, never_stopped, num_events = whole
+    for at in range(1 + part, num_events + 1, 3):
         out = tmp_path / str(at)
-        killed_run(go, run, out, at)
-        loads = assert_loads_or_is_new(out)
-        assert loads or not state_names(out)
+        cut(config, out, at)
+        assert_loads_or_is_new(out)
         resume(out, device=CPU)
-        assert_same_run(never_stopped, out)
+        same_run(out, never_stopped)
 
 
-def test_killed_twice(tmp_path, whole, go, assert_same_run):
-    run, never_stopped, num_events = whole
-    out = tmp_path / "run"
-    killed_run(go, run, out, num_events // 3)
-    with pytest.raises(Killed):
-        resume(out, device=CPU, reporter=Killer(num_events // 3))
-    assert_loads_or_is_new(out)
+@pytest.mark.slow
+def test_run_killed_twice_resumes_to_the_same_bits(tmp_path, whole, cut, same_run, killer):
+    config, never_stopped, num_events = whole
+    cut(config, tmp_path / "run", num_events // 3)
+    with pytest.raises(SystemExit):
+        resume(tmp_path / "run", device=CPU, reporter=killer(num_events // 3, sys.exit))
+    assert_loads_or_is_new(tmp_path / "run")
+    resume(tmp_path / "run", device=CPU)
+    same_run(tmp_path / "run", never_stopped)
+
+
+@pytest.mark.parametrize(
+    ("at", "number"),
+    [
+        (9, signal.SIGTERM),
+        pytest.param(2, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(14, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("test", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_signal_saves_and_run_resumes_to_the_same_bits(tmp_path, whole, same_run, killer, at, number):
+    config, never_stopped, num_events = whole
+    out, before = tmp_path / "run", signal.getsignal(number)
+    reporter = killer(num_events - 1 if at == "test" else at, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Stopped, match=f"stopped by {signal.Signals(number).name} and saved at step"):
+        train(config, out, device=CPU, reporter=reporter, stop_requests=stop_on_signals)
+    assert signal.getsignal(number) == before
+    load_checkpoint(out)
     resume(out, device=CPU)
-    assert_same_run(never_stopped, out)
+    same_run(out, never_stopped)
 
 
-def test_killed_while_a_state_is_written(tmp_path, whole, go, assert_same_run, monkeypatch):
-    run, never_stopped, _ = whole
-    out, calls = tmp_path / "run", []
+@pytest.mark.slow
+def test_signal_in_an_evaluation_without_a_checkpoint_saves_first(tmp_path, tiny_run, go, same_run, monkeypatch):
+    config = tiny_run(checkpoint_every=100)
+    go(config, tmp_path / "whole")
+    evaluate, calls = run.TrainingRun.evaluate, []
 
-    def dies_at_the_second(path, value):
-        calls.append(path)
-        if len(calls) == 2:
-            raise Killed
-        return write_json(path, value)
+    def signalled(*args, **options):
+        calls.append(None)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **options)
 
-    write_json = state.write_json
-    monkeypatch.setattr(state, "write_json", dies_at_the_second)
-    with pytest.raises(Killed):
-        go(run, out)
-    monkeypatch.setattr(state, "write_json", write_json)
-    assert {path.name for path in (out / "state").iterdir()} == {"step-00000002"}
-    # what a kill would have left, and an exception did not
-    (out / "state" / ".step-00000003").mkdir()
-    (out / "state" / ".step-00000003" / "__0_0.distcp").write_bytes(b"a part")
-    (out / ".model.safetensors.x.tmp").write_bytes(b"a part")
-    assert_loads_or_is_new(out)
-    resume(out, device=CPU)
-    assert_same_run(never_stopped, out)
-    assert not list((out / "state").glob(".*"))
-    assert not list(out.glob(".model*"))
+    monkeypatch.setattr(run.TrainingRun, "evaluate", signalled)
+    with pytest.raises(Stopped, match="saved at step 2"):
+        train(config, tmp_path / "cut", device=CPU, stop_requests=stop_on_signals)
+    resume(tmp_path / "cut", device=CPU)
+    same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_stall_counts_survive(tmp_path, tiny_run, go, assert_same_run):
-    run = tiny_run(
-        stage_steps=(40, 40, 2), advance="stall", stall_evaluations=3, stall_tolerance=1e9, checkpoint_every=4
-    )
-    never_stopped, out = tmp_path / "whole", tmp_path / "cut"
-    counter = Killer()
-    go(run, never_stopped, counter)
-    for at in (counter.events // 4, counter.events // 2, 3 * counter.events // 4):
-        killed_run(go, run, out, at)
+def test_second_signal_leaves_at_once(tmp_path, whole, killer):
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(whole[0], tmp_path / "run", device=CPU, reporter=killer(12, twice), stop_requests=stop_on_signals)
+    load_checkpoint(tmp_path / "run")
+
+
+def work(config, out: Path, cache: str) -> None:
+    """In a process of its own: begin the run, or resume it, as a user would."""
+    os.environ["TARFLOWLM_CACHE"] = cache
+    torch.set_num_threads(1)
+    if (out / "config.json").exists():
         resume(out, device=CPU)
-        assert_same_run(never_stopped, out)
-        shutil.rmtree(out)
+    else:
+        train(config, out, device=CPU)
 
 
-def test_joint_and_baseline_runs_resume(tmp_path, tiny_run, tiny_baseline, go, assert_same_run):
-    for name, run in {"joint": tiny_run(mode="joint", stage_steps=(5,)), "baseline": tiny_baseline()}.items():
-        go(run, tmp_path / name)
-        killed_run(go, run, tmp_path / f"{name}-cut", 8)
-        resume(tmp_path / f"{name}-cut", device=CPU)
-        assert_same_run(tmp_path / name, tmp_path / f"{name}-cut")
+def unfinished(out: Path) -> bool:
+    """Whether a file or a state is being written or deleted."""
+    return any([*out.glob(".*.tmp"), *out.glob("best/.*.tmp"), *out.glob("state/.step-*")])
 
 
-def test_a_finished_run_has_nothing_to_resume(whole):
-    with pytest.raises(UserError, match="is finished"):
-        resume(whole[1], device=CPU)
+@pytest.mark.slow
+def test_processes_killed_at_random_instants_resume_to_the_same_bits(tmp_path, tiny_run, same_run):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "tarflowlm.training.train"])
+    config, rng = tiny_run(stage_steps=(3, 3, 2), log_every=3, checkpoint_every=1), random.Random(SEED)
+
+    def start(out: Path) -> multiprocessing.Process:
+        process = context.Process(target=work, args=(config, out, os.environ["TARFLOWLM_CACHE"]))
+        process.start()
+        return process
+
+    for folder in ("warm", "whole"):  # the first one waits for PyTorch
+        begun, process = time.monotonic(), start(tmp_path / folder)
+        process.join()
+        assert process.exitcode == 0
+        seconds = time.monotonic() - begun
+    kills, finished, hits = 0, 0, 0
+    while kills < KILLS or finished == 0:
+        out = tmp_path / f"run-{finished}"
+        process = start(out)
+        if kills < KILLS:
+            process.join(rng.uniform(0, seconds))
+            while kills % 2 and process.is_alive() and not unfinished(out):  # the next thing that is written
+                time.sleep(0.0005)
+            process.kill()
+        process.join()
+        if process.exitcode == 0:
+            same_run(out, tmp_path / "whole")
+            finished += 1
+            continue
+        assert process.exitcode == -signal.SIGKILL, f"TARFLOWLM_KILL_SEED={SEED}"
+        kills, hits = kills + 1, hits + unfinished(out)
+        assert_loads_or_is_new(out)
+        assert_loads_or_is_new(out / "best")
+    assert hits, "no kill came while something was written"
 
 
-def test_only_the_newest_states_are_kept(whole):
-    assert state_names(whole[1]) == ["step-00000006", "step-00000008"]
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
+def test_command_line_stopped_and_resumed_gives_the_same_bits(tmp_path, corpus_file, same_run, number, status):
+    def command(*options: object) -> list[str]:
+        return [sys.executable, "-m", "tarflowlm", "train", *map(str, options), "--device", "cpu"]
+
+    def start(out: Path) -> list[str]:
+        sizes = ("--model.context", 16, "--model.trunk.width", 16, "--train.log-every", 1, "--train.test-windows", 4)
+        return command("mini-ar", "--out", out, "--data", corpus_file, "--steps", 60, "--checkpoint-every", 9, *sizes)
+
+    subprocess.run(start(tmp_path / "whole"), check=True, capture_output=True)
+    out = tmp_path / "cut"
+    process = subprocess.Popen(start(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while (
+        not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size) and process.poll() is None
+    ):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == status, err
+    assert "Traceback" not in err
+    if number == signal.SIGTERM:
+        assert f"continue with `tarflowlm train --resume {out}`" in err
+    subprocess.run(command("--resume", out), check=True, capture_output=True)
+    same_run(out, tmp_path / "whole")
 
 
-def test_resuming_what_is_no_run_says_so(tmp_path):
-    with pytest.raises(UserError, match="is not a directory"):
-        resume(tmp_path / "nothing", device=CPU)
-    with pytest.raises(UserError, match=r"config\.json is missing"):
-        resume(tmp_path, device=CPU)
+def test_partial_files_of_a_kill_are_removed(stopped, whole, same_run):
+    (stopped / "state" / ".step-00000007").mkdir()
+    (stopped / "state" / ".step-00000007" / "__0_0.distcp").write_bytes(b"a part")
+    (stopped / ".model.safetensors.x.tmp").write_bytes(b"a part")
+    resume(stopped, device=CPU)
+    same_run(stopped, whole[1])
+    assert names(stopped) == ["step-00000006", "step-00000008"]
+    assert not list(stopped.glob(".model*"))
 
 
-def test_a_run_without_a_checkpoint_begins_again(tmp_path, whole, go, assert_same_run):
-    run, never_stopped, _ = whole
+@pytest.mark.slow
+def test_kill_between_state_and_weights_leaves_the_last_checkpoint(tmp_path, whole, go, same_run, monkeypatch):
+    config, never_stopped, _ = whole
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_weights", lambda *_: sys.exit())
+        with pytest.raises(SystemExit):
+            go(config, tmp_path / "run")
+    assert names(tmp_path / "run") == ["step-00000002"]
+    assert_loads_or_is_new(tmp_path / "run")
+    resume(tmp_path / "run", device=CPU)
+    same_run(tmp_path / "run", never_stopped)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["joint", "baseline"])
+def test_joint_and_baseline_runs_resume(tmp_path, tiny_run, tiny_baseline, go, cut, same_run, family):
+    config = tiny_run(mode="joint", stage_steps=(5,)) if family == "joint" else tiny_baseline()
+    go(config, tmp_path / "whole")
+    cut(config, tmp_path / "cut", 8)
+    resume(tmp_path / "cut", device=CPU)
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+# what can be resumed
+
+
+@pytest.mark.slow
+def test_run_without_a_checkpoint_restarts(tmp_path, whole, cut, same_run):
+    config, never_stopped, _ = whole
     out = tmp_path / "run"
-    killed_run(go, run, out, 2)
-    assert not state_names(out)
-    # a log that an earlier beginning left, and a tokenizer that it did not come to
+    cut(config, out, 2)
+    assert names(out) == []
+    # the log of the earlier start, and a tokenizer that was not yet written
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as log:
         log.write('{"split": "train", "step": 1}\n')
     (out / "tokenizer.json").unlink()
     resume(out, device=CPU)
-    assert_same_run(never_stopped, out)
+    same_run(out, never_stopped)
 
 
-def test_a_run_that_had_not_even_written_its_configuration_is_no_obstacle(tmp_path, whole, go, assert_same_run):
-    run, never_stopped, _ = whole
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / ".config.json.x1.tmp").write_text("{", encoding="utf-8")
-    (out / ".lock").touch()
-    go(run, out)
-    assert_same_run(never_stopped, out)
-    assert not list(out.glob(".*.tmp"))
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["flipped", "no-manifest", "missing"])
+def test_damaged_state_is_set_aside_for_the_one_before(stopped, whole, same_run, caplog, damage):
+    newest = stopped / "state" / "step-00000006"
+    (tensors,) = newest.glob("*.distcp")
+    {"flipped": lambda: flip(tensors), "missing": tensors.unlink}.get(damage, (newest / "manifest.json").unlink)()
+    with caplog.at_level(logging.INFO, "tarflowlm"):
+        resume(stopped, device=CPU)
+    assert "step-00000006 is damaged, set aside as damaged-step-00000006: resuming from step-00000005" in caplog.text
+    same_run(stopped, whole[1])
 
 
-def test_a_model_without_its_training_is_not_begun_again(tmp_path, whole):
-    _, never_stopped, _ = whole
-    export(never_stopped, tmp_path / "model")
-    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+def test_run_without_an_undamaged_state_is_left_alone(stopped):
+    for path in (stopped / "state").iterdir():
+        flip(path / "counters.json")
+    before = sorted(stopped.rglob("*"))
+    with pytest.raises(UserError, match="all of step-00000005, step-00000006 are damaged"):
+        resume(stopped, device=CPU)
+    assert sorted(stopped.rglob("*")) == before
+
+
+def test_damaged_weights_are_restored_from_the_state(finished, whole, same_run):
+    flip(finished / "model.safetensors")
+    with pytest.raises(UserError, match=r"is damaged .*`tarflowlm train --resume .*` restores it"):
+        load_checkpoint(finished)
+    resume(finished, device=CPU)
+    same_run(finished, whole[1])
+    with pytest.raises(UserError, match="is finished"):
+        resume(finished, device=CPU)
+
+
+def test_exported_model_is_not_trained_again(tmp_path, whole):
+    export(whole[1], tmp_path / "model")
     with pytest.raises(UserError, match="no state to resume from"):
         resume(tmp_path / "model", device=CPU)
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    load_checkpoint(tmp_path / "model")
 
 
-def test_killed_while_its_first_state_is_written(tmp_path, whole, go, assert_same_run):
-    run, never_stopped, _ = whole
-    out = tmp_path / "run"
-    killed_run(go, run, out, 2)
-    (out / "state" / ".step-00000002").mkdir()
-    (out / "state" / ".step-00000002" / "__0_0.distcp").write_bytes(b"a part")
-    resume(out, device=CPU)
-    assert_same_run(never_stopped, out)
+def test_state_of_another_run_is_refused(tmp_path, stopped, tiny_run, cut):
+    cut(tiny_run(stage_steps=(3, 2, 3), model={"latent_dim": 4}), tmp_path / "other", 19)
+    shutil.rmtree(stopped / "state")
+    shutil.copytree(tmp_path / "other" / "state", stopped / "state")
+    with pytest.raises(UserError, match="does not fit this run"):
+        resume(stopped, device=CPU)
 
 
-def test_weights_whose_states_are_gone_are_set_aside(tmp_path, whole, go, assert_same_run):
-    run, never_stopped, num_events = whole
-    out = tmp_path / "run"
-    killed_run(go, run, out, num_events // 2)
-    before = [(out / name).read_bytes() for name in ("model.safetensors", "best/model.safetensors")]
-    for kept in (out / "state").iterdir():
-        shutil.rmtree(kept)
-    resume(out, device=CPU)
-    assert_same_run(never_stopped, out)
-    aside = out / "before-restart-1"
-    assert [(aside / name).read_bytes() for name in ("model.safetensors", "best/model.safetensors")] == before
-    load_checkpoint(aside / "best")
+def test_changed_text_is_refused(tmp_path, whole, cut, corpus_file):
+    text = Path(shutil.copy(corpus_file, tmp_path / "mine.txt"))
+    config = replace(whole[0], data=replace(whole[0].data, source=str(text)))
+    cut(config, tmp_path / "run", 12)
+    # as long as before
+    text.write_text(text.read_text(encoding="utf-8").replace("cat", "cow"), encoding="utf-8")
+    with pytest.raises(UserError, match="is not the text that"):
+        resume(tmp_path / "run", device=CPU)
 
 
-def test_a_finished_run_without_states_is_not_begun_again(tmp_path, whole):
-    out = tmp_path / "run"
-    shutil.copytree(whole[1], out)
-    for kept in (out / "state").iterdir():
-        shutil.rmtree(kept)
-    (out / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="no state to resume from"):
-        resume(out, device=CPU)
-    load_checkpoint(out / "best")
+def test_counters_of_earlier_versions_are_read(stopped):
+    saved = json.loads((stopped / "state" / "step-00000006" / "counters.json").read_text(encoding="utf-8"))[
+        "counters"
+    ]
+    older = {k: v for k, v in saved.items() if k != "spent"} | {"best": 3.0, "stalled": 1}
+    assert Counters.restored(older) == replace(Counters.restored(saved), spent=TimeSpent())
+
+
+def test_run_from_before_muon_had_options_resumes_as_it_began(stopped, monkeypatch):
+    path = stopped / "config.json"
+    older = "\n".join(line for line in path.read_text(encoding="utf-8").splitlines() if "muon_" not in line)
+    path.write_text(older, encoding="utf-8")
+    built = []
+
+    def watched(config, model):
+        built.append((config.muon_precision, config.muon_qkv))
+        return optim.build_optimizers(config, model)
+
+    monkeypatch.setattr(run, "build_optimizers", watched)
+    resume(stopped, device=CPU)
+    assert set(built) == {("bfloat16", "together")}
+
+
+def test_fields_of_stalled_stages_in_old_configurations_are_dropped(finished, whole):
+    path = finished / "config.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["train"] |= {"advance": "budget", "stall_evaluations": 4, "stall_tolerance": 0.002}
+    path.write_text(json.dumps(document), encoding="utf-8")
+    assert read_run(finished) == read_run(whole[1])
+
+
+# directories
+
+
+@pytest.mark.slow
+def test_two_writers_exclude_each_other(tmp_path, tiny_run, go, killer, same_run):
+    out, config, refused = tmp_path / "run", tiny_run(), []
+
+    def second() -> None:
+        for again in (lambda: resume(out, device=CPU), lambda: go(config, out)):
+            with pytest.raises(UserError) as raised:
+                again()
+            refused.append(str(raised.value))
+
+    go(config, out, killer(9, second))
+    assert "is being written by" in refused[0]
+    assert "exists already" in refused[1]
+    go(config, tmp_path / "alone")
+    same_run(out, tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_start_that_saved_nothing_may_be_repeated(tmp_path, tiny_run, go, cut, same_run):
+    cut(tiny_run(), tmp_path / "run", 2)
+    go(tiny_run(stage_steps=(1, 1, 1)), tmp_path / "run")
+    go(tiny_run(stage_steps=(1, 1, 1)), tmp_path / "other")
+    same_run(tmp_path / "run", tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "config.json"])
+def test_foreign_directory_is_left_alone(tmp_path, tiny_run, go, name):
+    (tmp_path / name).write_text("{}", encoding="utf-8")
+    for out in (tmp_path, tmp_path / name):
+        with pytest.raises(UserError, match="exists already"):
+            go(tiny_run(), out)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.slow
+def test_full_disk_while_saving_is_one_line_and_loses_nothing(tmp_path, whole, go, same_run, monkeypatch):
+    def full(*_args):
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "write_manifest", full)
+        with pytest.raises(UserError, match=r"cannot write to .*make room and continue with `tarflowlm train"):
+            go(whole[0], tmp_path / "run")
+    assert names(tmp_path / "run") == []
+    resume(tmp_path / "run", device=CPU)
+    same_run(tmp_path / "run", whole[1])

@@ -1,7 +1,7 @@
-"""examples/train.sbatch: starts a run, saves it and goes back into the queue before its time is up, and resumes it.
+"""examples/train.sbatch starts a run, saves it and requeues itself before its time is up, and resumes it.
 
-Run by bash, with a stand-in for SLURM on one machine: `srun` executes its command here, `scontrol` notes what it is
-asked. torchrun, the two processes and their signals are real.
+Run by bash, with a stand-in for SLURM on one machine: `srun` runs its command here, `scontrol` notes its arguments.
+torchrun, the two processes and their signals are real.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.sbatch"
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
@@ -53,17 +54,17 @@ def is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def submitted(slurm: dict[str, str], *args: object) -> subprocess.Popen:
+def submit(slurm: dict[str, str], *args: object) -> subprocess.Popen:
     return subprocess.Popen(
         ["bash", str(SCRIPT), *map(str, args)], env=slurm, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def test_a_launcher_that_never_ends_is_ended(slurm, tmp_path):
+def test_launcher_that_never_ends_is_killed(slurm, tmp_path):
     torchrun = tmp_path / "bin" / "torchrun"
     torchrun.write_text("#!/bin/bash\ntrap '' TERM\necho begun\nwhile true; do sleep 0.1; done\n", encoding="utf-8")
     torchrun.chmod(0o755)
-    job = submitted(slurm | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "-14"}, "mini-ar", tmp_path / "run")
+    job = submit(slurm | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "-14"}, "mini-ar", tmp_path / "run")
     assert job.stdout.readline() == "begun\n"
     job.send_signal(signal.SIGTERM)
     assert "back into the queue" in job.communicate(timeout=60)[0]
@@ -71,16 +72,15 @@ def test_a_launcher_that_never_ends_is_ended(slurm, tmp_path):
     assert "requeue" in Path(slurm["NOTES"]).read_text(encoding="utf-8")
 
 
-def test_the_script_parses_and_says_how_it_is_used(slurm):
-    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
-    job = submitted(slurm)
+def test_script_without_arguments_prints_its_usage(slurm):
+    job = submit(slurm)
     assert "usage: sbatch" in job.communicate(timeout=60)[0]
     assert job.returncode == 2
 
 
-def test_a_job_saves_itself_requeues_and_resumes(slurm, tmp_path, corpus_file):
+def test_job_saves_itself_requeues_and_resumes(slurm, tmp_path, corpus_file):
     run = tmp_path / "run"
-    job = submitted(slurm, "mini-ar", run, "--data", corpus_file, *FIELDS)
+    job = submit(slurm, "mini-ar", run, "--data", corpus_file, *FIELDS)
     deadline = time.monotonic() + 120
     metrics = run / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size) and job.poll() is None:
@@ -95,7 +95,7 @@ def test_a_job_saves_itself_requeues_and_resumes(slurm, tmp_path, corpus_file):
     assert not (run / "summary.json").exists()
     assert list((run / "state").glob("step-*"))
 
-    job = submitted(slurm, "mini-ar", run, "--data", corpus_file, *FIELDS)
+    job = submit(slurm, "mini-ar", run, "--data", corpus_file, *FIELDS)
     out = job.communicate(timeout=120)[0]
     assert job.returncode == 0, out
     assert "resuming" in out
@@ -104,6 +104,6 @@ def test_a_job_saves_itself_requeues_and_resumes(slurm, tmp_path, corpus_file):
     steps = [line["step"] for line in map(json.loads, metrics.read_text(encoding="utf-8").splitlines())]
     assert steps == sorted(steps)
 
-    job = submitted(slurm, "mini-ar", run)
+    job = submit(slurm, "mini-ar", run)
     assert "is finished" in job.communicate(timeout=60)[0]
     assert job.returncode == 0

@@ -1,258 +1,108 @@
-"""`tarflowlm edit`: some words of a text redrawn, or its states changed in latent space."""
+"""`tarflowlm edit`: some words of a text resampled, or its states changed in latent space."""
 
-import shlex
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-import torch
-from rich.console import Console
-from torch import Tensor
-
-from tarflowlm.cli.arguments import EditArgs
-from tarflowlm.cli.models import load_checkpoint
-from tarflowlm.cli.prompts import Wording
-from tarflowlm.config import checked_seed
-from tarflowlm.data import Tokenizer
-from tarflowlm.device import pick_device
-from tarflowlm.editing import (
-    Edit,
-    Encoded,
-    blend,
-    encode,
-    interpolate,
-    renoise,
-    rewrite,
-    substitute,
-    telling_level,
-    token_costs,
+from tarflowlm.cli.options import (
+    TEMPERATURE,
+    Count,
+    Device,
+    Model,
+    ModelName,
+    Normalize,
+    Number,
+    PrintJson,
+    Text,
+    arg,
+    check_at_least_one,
 )
-from tarflowlm.editing.words import (
-    Span,
-    blended_spans,
-    count_of,
-    find_piece,
-    joined,
-    pick_stretch,
-    pick_words,
-    words_of,
-)
+from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import bits
-from tarflowlm.model import TarFlowLM, as_flow
-from tarflowlm.runs.released import chosen
-from tarflowlm.terminal.bars import StageProgress, stages_bar, ticker
-from tarflowlm.terminal.tables import print_json, print_notice
-from tarflowlm.terminal.texts import print_edits
 
-STRENGTH, CANDIDATES, TEMPERATURE, WEIGHT = 0.1, 32, 0.7, 0.5
-"""What holds where nothing is given."""
-MUCH_CHANGED, MUCH_LONGER = 0.5, 1.25
-"""An edit of a state that changes more than this share of the tokens, or multiplies the bits by more than this, comes
-with a note on what keeps a text."""
+EDIT_OPTIONS = {
+    "words": ("strength", "words", "pick", "candidates", "temperature"),
+    "rewrite": ("candidates", "temperature"),
+    "toward": ("weight", "candidates", "temperature", "level", "decoder"),
+    "replace": (),
+    "level": ("strength", "words", "pick", "level", "decoder"),
+}
+"""The kinds of `edit`, and which of the other arguments each of them uses."""
 
 
-def run_edit(args: EditArgs) -> None:
-    directory = chosen(args.directory, args.model)
-    checkpoint = load_checkpoint(directory, pick_device(args.device))
-    refusal = f"{directory} is a discrete baseline, which has no latents to edit: give a flow"
-    model = as_flow(checkpoint.model, refusal)
-    wording = Wording(checkpoint.tokenizer, args.normalize)
-    generator = torch.Generator().manual_seed(checked_seed(args.seed))
-    notes = Console(stderr=True)
-    # once for every edit: all of them start from the same latents
-    texts = [encode(model, t[None], generator).repeated(args.num) for t in _texts(args, wording, notes)]
-    with stages_bar(notes) as progress:
-        edit = _edited(args, model, wording, texts, generator, progress)
-    wording.say(partial(print_notice, notes))
-    _show(args, edit, wording.tokenizer, _advice(args, edit, model))
+@dataclass(frozen=True)
+class Args:
+    """Arguments of `tarflowlm edit`."""
+
+    text: Annotated[str, arg("TEXT")]
+    """The text to edit."""
+    directory: Model = None
+    model: ModelName = None
+    strength: Number = None
+    """Share of the words to redraw, given all the others: 0 keeps the text, 0.1 (the default) changes a word here and
+    there, 1 leaves none. With --level: how much noise the states get."""
+    words: Count = None
+    """Number of words to redraw, in place of a share. With --level: the noise goes to so many words only."""
+    pick: Annotated[Literal["random", "unlikely"] | None, arg()] = None
+    """Which words: at random (the default), or those the model expects least."""
+    rewrite: Annotated[tuple[str, ...] | None, arg("TEXT ...")] = None
+    """Redraw these pieces of the text, words or more, given everything else."""
+    candidates: Count = None
+    """Candidates for every redrawn piece (32), of which one is taken by how well the rest of the text follows it."""
+    temperature: Annotated[float | None, arg("FLOAT", f"Temperature of the candidates (0.7): {TEMPERATURE}")] = None
+    toward: Text = None
+    """Take a stretch of this text of the same length, in its place, and redraw what it cuts. With --level:
+    interpolate between the states of the two texts."""
+    weight: Number = None
+    """With --toward: the share of words to take (0.5); 0 is the text, 1 the other text."""
+    replace: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
+    """OLD NEW: replace the first OLD, as a word if it is one, by NEW, of as many tokens, and regenerate the rest from
+    its noise."""
+    level: Count = None
+    """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is the noise. Re-noises
+    by h -> sqrt(1 - s^2) h + s eps with s the strength, or interpolates."""
+    num: int = 1
+    """Number of edits, each with its own noise (of --replace that is the noise of the new words alone)."""
+    seed: int = 0
+    """The same seed gives the same edits."""
+    decoder: Annotated[Decoder | None, arg()] = None
+    """With --level: how to invert a block, position by position, in parallel sweeps, or the cheaper of the two
+    (auto, the default)."""
+    normalize: Normalize = None
+    device: Device = "auto"
+    json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "num", "candidates", "words")
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise UserError(f"strength {self.strength}: must be between 0 (no change) and 1 (all of it is new)")
+        if self.weight is not None and not 0 <= self.weight <= 1:
+            raise UserError(f"weight {self.weight}: must be between 0 (the text) and 1 (the other text)")
+        given = [name for name in ("rewrite", "toward", "replace") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"--{' and --'.join(given)} are different edits: choose one")
+        kind = self.kind
+        for name in ("strength", "words", "pick", "candidates", "temperature", "weight", "level", "decoder"):
+            if getattr(self, name) is not None and name not in EDIT_OPTIONS[kind]:
+                which = "redrawn words" if kind == "words" else f"--{kind}"
+                raise UserError(f"--{name} has no effect with {which}: leave it out")
+        if kind == "words" and self.words is not None and self.strength is not None:
+            raise UserError("--words and --strength both say how many words to redraw: give one of them")
+        if kind == "level" and self.pick is not None and self.words is None:
+            raise UserError("--pick has no effect with --level without --words: add it, or leave this out")
+        if kind == "toward":
+            others, how = (("decoder",), "without") if self.level is None else (("candidates", "temperature"), "and")
+            for name in others:
+                if getattr(self, name) is not None:
+                    raise UserError(f"--{name} has no effect with --toward {how} --level: leave it out")
+
+    @property
+    def kind(self) -> str:
+        """The name of the edit in `editing.EDITS`."""
+        given = [name for name in ("rewrite", "toward", "replace") if getattr(self, name) is not None]
+        return (given or ["level" if self.level is not None else "words"])[0]
 
 
-def _texts(args: EditArgs, wording: Wording, notes: Console) -> list[Tensor]:
-    """Tokens [tokens] of the text, and of the text to move toward if there is one: the longer one is cut."""
-    texts = [wording.tokens(args.text, "text")]
-    if args.toward is not None:
-        texts.append(wording.tokens(args.toward, "other text"))
-    shortest = min(map(len, texts))
-    for name, text in zip(("text", "other text"), texts, strict=False):
-        if len(text) > shortest:
-            print_notice(notes, f"the {name} is cut from {len(text)} to {shortest} tokens, the length of the other")
-    return [text[:shortest] for text in texts]
+def run(args: Args) -> None:
+    from tarflowlm.cli.edits import run_edit
 
-
-def _edited(
-    args: EditArgs,
-    model: TarFlowLM,
-    wording: Wording,
-    texts: Sequence[Encoded],
-    generator: torch.Generator,
-    progress: StageProgress,
-) -> Edit:
-    """The edit of the first text; a second one is what it moves toward."""
-    text, *others = texts
-    tick = partial(ticker, progress)
-    tokenizer, num_positions = wording.tokenizer, text.tokens.shape[1] // model.config.patch
-    # where block 1 has no weights of tokens, the model is sampled as it is
-    usual = TEMPERATURE if model.config.has_token_weights else 1.0
-
-    def redrawing() -> dict[str, Any]:
-        return {
-            "candidates": CANDIDATES if args.candidates is None else args.candidates,
-            "temperature": usual if args.temperature is None else args.temperature,
-            "level": telling_level(model, text.row(0)),
-            "generator": generator,
-        }
-
-    if args.replace is not None:
-        wanted = _replacements(args, wording, text)
-        return substitute(model, text, wanted, generator=generator, tick=tick("editing, positions", num_positions))
-    if others:
-        (other,) = others
-        weight = WEIGHT if args.weight is None else args.weight
-        if args.level is None:
-            spans = _blended(text, other, tokenizer, weight, args.num, generator)
-            ticks = tick("redrawing, texts", args.num)
-            return blend(model, text, other, spans, tick=ticks, **redrawing())
-        return interpolate(
-            model, text, other, level=args.level, weight=weight, generator=generator, decoder=args.decoder or "auto",
-            tick=tick("editing, positions", args.level * num_positions),
-        )  # fmt: skip
-    strength = STRENGTH if args.strength is None else args.strength
-    if args.level is None:
-        chosen_spans = _redrawn(args, model, wording, text, strength, generator)
-        # pieces that are named are meant; a word that was picked may as well be another
-        spare = [] if args.rewrite is not None else words_of(_pieces(text, tokenizer))
-        ticks = tick("redrawing, pieces", sum(map(len, chosen_spans)))
-        return rewrite(model, text, chosen_spans, spare=spare, tick=ticks, **redrawing())
-    where = None
-    if args.words is not None:
-        (chosen_words,) = _picked(args, model, tokenizer, text, args.words, 1, generator)
-        where = torch.zeros(text.tokens.shape[1], dtype=torch.bool)
-        for start, stop in chosen_words:
-            where[start:stop] = True
-    return renoise(
-        model, text, level=args.level, strength=strength, generator=generator, where=where,
-        decoder=args.decoder or "auto", tick=tick("editing, positions", args.level * num_positions),
-    )  # fmt: skip
-
-
-def _pieces(text: Encoded, tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of every token of the (first) text."""
-    return [tokenizer.token_bytes[token] for token in text.tokens[0, : text.length].tolist()]
-
-
-def _redrawn(
-    args: EditArgs,
-    model: TarFlowLM,
-    wording: Wording,
-    text: Encoded,
-    strength: float,
-    generator: torch.Generator,
-) -> list[list[Span]]:
-    """The spans that each edit redraws."""
-    parts = _pieces(text, wording.tokenizer)
-    if args.rewrite is not None:
-        if not args.rewrite:
-            raise UserError("--rewrite names no piece of the text: give at least one")
-        pieces = [wording.piece(piece, "piece") for piece in args.rewrite]
-        return [sorted(find_piece(parts, piece) for piece in pieces)] * args.num
-    words = words_of(parts)
-    if not words:
-        raise UserError(f"the text {args.text!r} has no words: give some, or name a piece of it with --rewrite")
-    count = count_of(strength, words) if args.words is None else args.words
-    picked = _picked(args, model, wording.tokenizer, text, count, args.num, generator)
-    return [joined(row, words) for row in picked]
-
-
-def _picked(
-    args: EditArgs,
-    model: TarFlowLM,
-    tokenizer: Tokenizer,
-    text: Encoded,
-    count: int,
-    num: int,
-    generator: torch.Generator,
-) -> list[list[Span]]:
-    words = words_of(_pieces(text, tokenizer))
-    costs = token_costs(model, text)[0].tolist() if args.pick == "unlikely" else None
-    return [pick_words(words, count, text.length, generator, costs=costs) for _ in range(num)]
-
-
-def _blended(
-    text: Encoded, other: Encoded, tokenizer: Tokenizer, weight: float, num: int, generator: torch.Generator
-) -> list[tuple[list[Span], list[Span]]]:
-    """What each edit takes from the other text, and what it keeps of this one."""
-    if not 0 <= weight <= 1:
-        raise UserError(f"weight {weight}: must be between 0 (the text) and 1 (the other text)")
-    first, second = (words_of(_pieces(one, tokenizer)) for one in (text, other))
-    count = round(weight * len(second))
-    taken = [pick_stretch(second, count, generator) for _ in range(num)]
-    return [blended_spans(first, second, row, text.length) for row in taken]
-
-
-def _replacements(args: EditArgs, wording: Wording, text: Encoded) -> torch.Tensor:
-    assert args.replace is not None
-    parts = _pieces(text, wording.tokenizer)
-    names = ("text to replace", "replacement")
-    old, new = (wording.piece(part, name) for part, name in zip(args.replace, names, strict=True))
-    start, stop = find_piece(parts, old)
-    # with what else is in these tokens: those of word pieces begin with a space
-    held = b"".join(parts[start:stop]).decode("utf-8", errors="replace")
-    tokens = torch.from_numpy(wording.tokenizer.encode(held.replace(old, new, 1)))
-    if len(tokens) != stop - start:
-        count = f"{stop - start} token{'s' * (stop - start != 1)}"
-        raise UserError(
-            f"{held!r} has {count}, with {new!r} in its place {len(tokens)}, and these must agree: choose words of "
-            f"{count}, or let the model choose them, with --rewrite {shlex.quote(old)} in place of --replace"
-        )
-    replacements = torch.full((text.length,), -1)
-    replacements[start:stop] = tokens
-    return replacements
-
-
-def _show(args: EditArgs, edit: Edit, tokenizer: Tokenizer, advice: str | None) -> None:
-    def per_character(nats: torch.Tensor, tokens: torch.Tensor) -> list[float]:
-        characters = torch.as_tensor(tokenizer.characters_per_token)[tokens.cpu()].sum(-1)
-        return (bits(nats.cpu()) / characters).tolist()
-
-    texts = [tokenizer.decode(row) for row in edit.tokens.tolist()]
-    old, new = per_character(edit.bound_before, edit.before), per_character(edit.bound, edit.tokens)
-    if args.json:
-        before = tokenizer.decode(edit.before[0].tolist())
-        rows = zip(texts, edit.changed.tolist(), old, new, strict=True)
-        print_json(
-            {
-                "before": before,
-                "edits": [
-                    {"text": text, "changed": changed, "bpc_before": a, "bpc": b} for text, changed, a, b in rows
-                ],
-                "advice": advice,
-            }
-        )
-        return
-    symbols = tokenizer.symbols
-    notes = [
-        f"{sum(changed)} of {len(changed)} tokens changed; bits per character <= {a:.3f} before, <= {b:.3f} now"
-        for changed, a, b in zip(edit.changed.tolist(), old, new, strict=True)
-    ]
-    shown = [[symbols[i] for i in row] for row in edit.tokens.tolist()]
-    print_edits(Console(), [symbols[i] for i in edit.before[0].tolist()], shown, notes, advice)
-
-
-def _advice(args: EditArgs, edit: Edit, model: TarFlowLM) -> str | None:
-    """What works better than an edit that has lost the text, or changed nothing of what it was to change."""
-    if args.rewrite is not None and not edit.changed.any():
-        more = "more --candidates" + " or a higher --temperature" * model.config.has_token_weights
-        return f"all candidates were what is there: {more} may find others"
-    weight = 0.0 if args.toward is None else WEIGHT if args.weight is None else args.weight
-    if args.level is None or weight == 1:
-        return None
-    changed, times = edit.changed.double().mean().item(), (edit.bound.sum() / edit.bound_before.sum()).item()
-    # of a text that is to move, a part has to change
-    if changed <= weight + (1 - weight) * MUCH_CHANGED and times <= MUCH_LONGER:
-        return None
-    better = "some words are redrawn" if args.toward is None else "a stretch of the other text is taken"
-    return (
-        f"state {args.level} does not steer this text ({changed:.0%} of the tokens changed, bits x {times:.2f}): "
-        f"without --level {better} and the rest stays"
-    )
+    run_edit(args)

@@ -1,156 +1,186 @@
 """`tarflowlm eval`: the likelihood of a text; on request the latents after every block and the quality of samples."""
 
-import time
-from functools import partial
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-from rich.console import Console
-from rich.text import Text
-
-from tarflowlm.cli.inspect_arguments import SAMPLING, EvalArgs
-from tarflowlm.cli.models import load_checkpoint
-from tarflowlm.config import checked_seed
-from tarflowlm.data import (
-    SOURCE_NAMES,
-    TokenArray,
-    Tokenizer,
-    cached_corpus,
-    encode_text_source,
-    eval_windows,
-    sliding_windows,
-)
-from tarflowlm.device import pick_device
+from tarflowlm.cli import options
+from tarflowlm.cli.options import arg
+from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report
-from tarflowlm.evaluation.judges import load_judge
-from tarflowlm.evaluation.likelihood import Likelihood, evaluate, seconds_per_window
-from tarflowlm.evaluation.quality import (
-    Quality,
-    SamplingConfig,
-    TextStatistics,
-    mauve_function,
-    measure_quality,
-)
-from tarflowlm.model import as_flow
-from tarflowlm.runs.checkpoint import Checkpoint
-from tarflowlm.runs.released import chosen
-from tarflowlm.terminal.bars import bar, corpus_bar, stages_bar
-from tarflowlm.terminal.progress import minutes
-from tarflowlm.terminal.tables import column_table, print_json, print_notice, print_table
 
-DEFAULT_JUDGE = "gpt2-large"
-WORTH_SAYING = 90.0
-"""Seconds from which on an evaluation says at its start how long it will take."""
+if TYPE_CHECKING:
+    from tarflowlm.data import TokenArray, Tokenizer
+    from tarflowlm.language_model import LanguageModel
+else:
+    # help pages are printed without torch
+    TokenArray = Tokenizer = LanguageModel = Any
+
+SAMPLING = ("num", "length", "decoder", "temperature", "top_k", "top_p")
+"""Options of --quality: fields of `quality.SamplingConfig`."""
+LONG = 90.0
+"""Seconds from which on an evaluation prints an estimate of its time at its start."""
 
 
-def run_eval(args: EvalArgs) -> None:
-    console = Console(stderr=True)
+@dataclass(frozen=True)
+class Args:
+    """Measure the likelihood of a text under a model; on request, its latents and the quality of samples."""
+
+    directory: options.Model = None
+    model: options.ModelName = None
+    data: Annotated[str | None, arg("SOURCE")] = None
+    """Another text: corpus name, file or prepared directory; the default is the run's own corpus."""
+    text: options.Text = None
+    """Not available in `eval`. To score one text, use `tarflowlm score`."""
+    split: Literal["train", "valid", "test", "all"] = "test"
+    """Part of the text; a file is split 90/5/5."""
+    samples: int = 1
+    """Posterior samples: 1 gives the ELBO, more give the importance-weighted bound with the ELBO beside it."""
+    windows: options.Count = None
+    """At most this many windows, evenly spaced; the default is all of them."""
+    stride: options.Count = None
+    """Tokens between window starts (default: the context). Less lets windows overlap: baseline, one-block flows."""
+    latents: options.Flag = False
+    """Also the state after every block: norms, cosines, participation ratio, centroid, log-det, KL."""
+    quality: options.Flag = False
+    """Also samples: generative perplexity, MAUVE, entropy, distinct n-grams, repetition, beside those of the text.
+    Needs the extra quality (mauve-text, transformers)."""
+    judge: Annotated[str | None, arg("MODEL")] = None
+    """With --quality: a run directory or shipped model of the baseline, a directory of transformers, or a hub name
+    (gpt2-large)."""
+    num: options.Count = None
+    """With --quality: number of samples; 5000, as in the paper."""
+    length: options.Count = None
+    """With --quality: tokens per sample; the default is the trained context."""
+    decoder: Annotated[Decoder | None, arg()] = None
+    """With --quality: how to invert a block (auto)."""
+    temperature: Annotated[float | None, arg("FLOAT", f"With --quality: {options.TEMPERATURE}")] = None
+    top_k: Annotated[int | None, arg("INT", f"With --quality: {options.TOP_K}")] = None
+    top_p: Annotated[float | None, arg("FLOAT", f"With --quality: {options.TOP_P}")] = None
+    normalize: options.Normalize = None
+    seed: int = 0
+    """Seed of the posterior samples, and of the samples of --quality."""
+    device: options.Device = "auto"
+    json: options.PrintJson = False
+
+    def __post_init__(self) -> None:
+        if self.text is not None:
+            raise UserError("--text: `tarflowlm score MODEL --text TEXT` scores a single text, of any length")
+        options.check_at_least_one(self, "samples", "windows")
+        for name in (*SAMPLING, "judge"):
+            if getattr(self, name) is not None and not self.quality:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} has no effect without --quality: add it, or leave this out")
+
+
+def run(args: Args) -> None:
+    from tarflowlm.config import checked_seed
+    from tarflowlm.data import SOURCE_NAMES, eval_windows
+    from tarflowlm.device import pick_device
+    from tarflowlm.evaluation.blocks import latent_report
+    from tarflowlm.evaluation.judges import load_judge
+    from tarflowlm.evaluation.quality import SamplingConfig, mauve_function, measure_quality
+    from tarflowlm.model import as_flow
+    from tarflowlm.runs.released import choose_directory
+    from tarflowlm.terminal.bars import Bars
+    from tarflowlm.terminal.tables import print_json
+
     checked_seed(args.seed)
-    sampling = _sampling(args)
-    device = pick_device(args.device)
-    directory = chosen(args.directory, args.model)
-    checkpoint = load_checkpoint(directory, device)
-    if args.latents and checkpoint.model.is_exact:
+    given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    sampling = SamplingConfig(**given, seed=args.seed) if args.quality else None
+    directory = choose_directory(args.directory, args.model)
+    checkpoint = options.load_checkpoint(directory, args.device)
+    model, context = checkpoint.model, checkpoint.run.model.context
+    if args.latents and model.is_exact:
         raise UserError(f"{directory} is the discrete baseline, which has no latents: leave --latents out")
-    context = checkpoint.run.model.context
-    length = context if args.length is None else args.length
-    if not 1 <= length <= context:
-        raise UserError(f"length {length}: must be at least 1 and at most the trained context of {context} tokens")
+    if args.length is not None and not 1 <= args.length <= context:
+        raise UserError(f"length {args.length}: must be between 1 and the trained context of {context} tokens")
     judge = None
     if sampling is not None:
-        # before anything that takes time, so that a judge or package that is not there costs none
-        judge = load_judge(args.judge or DEFAULT_JUDGE, device)
+        # before anything that takes time, so that a missing judge or package costs none
+        judge = load_judge(args.judge or "gpt2-large", pick_device(args.device))
         mauve_function()
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
-    source = _source(args, directory, checkpoint)
-    tokens = _tokens(args, checkpoint, tokenizer, source)
-    result, extra = _likelihood(args, checkpoint, tokenizer, tokens, source, console)
-    states, quality = None, None
-    if args.latents:
-        windows = eval_windows(tokens, context, args.windows)
-        with bar(console, "latents", len(windows)) as update:
-            states = latent_report(
-                as_flow(checkpoint.model), windows, seed=args.seed, progress=lambda done, _total: update(done)
-            )
-    if sampling is not None and judge is not None:
-        text = eval_windows(tokens, length, sampling.num)
-        with stages_bar(console, lambda stage: f"quality: {stage}") as progress:
-            quality = measure_quality(
-                checkpoint.model,
+    source = checkpoint.run.data.source if args.data is None else args.data
+    if args.data is None and source not in SOURCE_NAMES and not Path(source).exists():
+        raise UserError(
+            f"cannot find the training text {source} of {directory.name}; models are shipped without their data. "
+            f"Pass --data english or --data FILE"
+        )
+    least = model.config.patch if args.split == "all" and not args.latents and not args.quality else context
+    tokens = _tokens(source, args.split, tokenizer, least)
+    with Bars() as bars:
+        found = {
+            **_likelihood(args, model, tokenizer, tokens, source, bars),
+            "source": source,
+            "split": args.split,
+        }
+        if args.latents:
+            windows = eval_windows(tokens, context, args.windows)
+            bars.stage("latents, windows", len(windows))
+            states = latent_report(as_flow(model), windows, seed=args.seed, progress=bars)
+            found["latents"] = [state.to_json() for state in states]
+        if sampling is not None and judge is not None:
+            found["quality"] = measure_quality(
+                model,
                 tokenizer,
                 judge,
-                text,
+                eval_windows(tokens, args.length or context, sampling.num),
                 sampling,
                 trained_on=checkpoint.run.data.source,
-                progress=progress,
-            )
+                progress=bars,
+            ).to_json()
     if args.json:
-        latents = {"latents": [state.to_json() for state in states]} if states is not None else {}
-        print_json(result.to_json() | extra | latents | ({"quality": quality.to_json()} if quality else {}))
+        print_json(found)
         return
-    _print_likelihood(Console(), f"{directory} on {source}, {args.split}", result, extra)
-    if states is not None:
-        _print_latents(Console(), states)
-    if quality is not None:
-        _print_quality(Console(), quality)
+    _print_likelihood(f"{directory} on {source}, {args.split}", found)
+    if "latents" in found:
+        _print_latents(found["latents"])
+    if "quality" in found:
+        _print_quality(found["quality"])
 
 
-def _source(args: EvalArgs, directory: Path, checkpoint: Checkpoint) -> str:
-    """The text to evaluate. UserError where it is to be the run's own, and that is not here."""
-    if args.data is not None:
-        return args.data
-    source = checkpoint.run.data.source
-    if source not in SOURCE_NAMES and not Path(source).exists():
-        raise UserError(
-            f"the text that {directory.name} was trained on, {source}, is not here (no text comes with a model): "
-            f"evaluate another one, with --data english or --data FILE"
-        )
-    return source
+def _tokens(source: str, split: str, tokenizer: Tokenizer, least: int) -> TokenArray:
+    """The tokens of a split of a text, at least `least`."""
+    from tarflowlm.data import SOURCE_NAMES, cached_corpus, encode_text_source
+    from tarflowlm.terminal.bars import Bars
 
-
-def _sampling(args: EvalArgs) -> SamplingConfig | None:
-    """How --quality samples; None without it."""
-    given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
-    return SamplingConfig(**given, seed=args.seed) if args.quality else None
-
-
-def _tokens(args: EvalArgs, checkpoint: Checkpoint, tokenizer: Tokenizer, source: str) -> TokenArray:
-    console = Console(stderr=True)
-    notice = partial(print_notice, console)
-    with corpus_bar(console, source) as progress:
-        if args.split != "all" and (source in SOURCE_NAMES or Path(source).is_dir()):
-            tokens = cached_corpus(source, tokenizer, progress=progress, notice=notice).split(args.split)
+    with Bars() as bars:
+        if split != "all" and (source in SOURCE_NAMES or Path(source).is_dir()):
+            tokens = cached_corpus(source, tokenizer, progress=bars).split(split)
         else:
-            found = encode_text_source(source, tokenizer, (args.split,), progress=progress, notice=notice)
-            tokens = found[args.split]
-    context = checkpoint.run.model.context
-    if args.split == "all" and not args.latents and not args.quality:
-        least = checkpoint.model.config.patch
-    else:
-        least = context
+            tokens = encode_text_source(source, tokenizer, (split,), progress=bars)[split]
     if len(tokens) < least:
-        whole = "" if args.split == "all" else ", --split all"
+        whole = "" if split == "all" else ", --split all"
         raise UserError(
-            f"{args.split} of {source} has {len(tokens)} tokens, fewer than {least}: use a longer text{whole}, or "
+            f"{split} of {source} has {len(tokens)} tokens, fewer than {least}: use a longer text{whole}, or "
             f"`tarflowlm score MODEL --file FILE`, which takes any length"
         )
     return tokens
 
 
 def _likelihood(
-    args: EvalArgs, checkpoint: Checkpoint, tokenizer: Tokenizer, tokens: TokenArray, source: str, console: Console
-) -> tuple[Likelihood, dict[str, Any]]:
-    """The likelihood, and what else belongs beside it in the JSON object."""
-    model, context = checkpoint.model, checkpoint.run.model.context
+    args: Args, model: LanguageModel, tokenizer: Tokenizer, tokens: TokenArray, source: str, bars: Any
+) -> dict[str, Any]:
+    """The likelihood of the text, as --json shows it."""
+    import time
+
+    import torch
+
+    from tarflowlm.data import sliding_windows
+    from tarflowlm.evaluation.likelihood import evaluate, seconds_per_window
+    from tarflowlm.terminal.bars import minutes
+    from tarflowlm.terminal.tables import print_notice
+
+    context, patch = model.config.context, model.config.patch
     if len(tokens) < context:
-        context = len(tokens) - len(tokens) % model.config.patch
-        print_notice(console, f"the text is shorter than the context: one window of {context} tokens")
+        context = len(tokens) - len(tokens) % patch
+        print_notice(f"the text is shorter than the context: one window of {context} tokens")
     stride = context if args.stride is None else args.stride
     windows, given = sliding_windows(tokens, context, stride, args.windows)
-    if stride % model.config.patch:
-        raise UserError(f"stride {stride}: must be a multiple of the patch of {model.config.patch} tokens")
+    if stride % patch:
+        raise UserError(f"stride {stride}: must be a multiple of the patch of {patch} tokens")
     if stride < context and model.num_blocks > 1:
         raise UserError(
             f"stride {stride}: windows can slide for the baseline and for flows of one block; no bound is known for "
@@ -159,67 +189,65 @@ def _likelihood(
     start = time.perf_counter()
     draws = 1 if model.is_exact else args.samples
     samples = f", {draws} samples each" if draws > 1 else ""
-    print_notice(console, f"evaluating {len(windows):,} windows of {context} tokens{samples}: {source}, {args.split}")
-    # those that slide are evaluated twice, with and without their context
+    print_notice(f"evaluating {len(windows):,} windows of {context} tokens{samples}: {source}, {args.split}")
+    # windows that slide are evaluated twice, with and without their context
     passes = draws * len(windows) * (1 if stride == context or model.is_exact else 2)
     seconds = passes * seconds_per_window(model, windows)
-    if seconds >= WORTH_SAYING:
+    if seconds >= LONG:
         fewer = max(1, round(60 * len(windows) / seconds))
-        print_notice(console, f"about {minutes(seconds)} minutes; --windows {fewer} takes about one")
-    with bar(console, "evaluating", len(windows)) as update:
-        update(0)
-        result = evaluate(
-            model,
-            windows,
-            torch.from_numpy(tokenizer.characters_per_token),
-            bytes_per_token=torch.from_numpy(tokenizer.bytes_per_token),
-            given=given,
-            samples=args.samples,
-            seed=args.seed,
-            progress=lambda done, _total: update(done),
-        )
-    extra = {
-        "source": source,
-        "split": args.split,
-        "context": context,
-        "stride": stride,
-        "text_tokens": len(tokens),
-        "seconds": time.perf_counter() - start,
-    }
-    return result, extra
+        print_notice(f"about {minutes(seconds)} minutes; --windows {fewer} takes about one")
+    bars.stage("evaluating, windows", len(windows))
+    result = evaluate(
+        model,
+        windows,
+        torch.from_numpy(tokenizer.characters_per_token),
+        bytes_per_token=torch.from_numpy(tokenizer.bytes_per_token),
+        given=given,
+        samples=args.samples,
+        seed=args.seed,
+        progress=bars,
+    )
+    extra = {"context": context, "stride": stride, "text_tokens": len(tokens), "seconds": time.perf_counter() - start}
+    return result.to_json() | extra
 
 
-def _print_likelihood(console: Console, title: str, result: Likelihood, extra: dict[str, Any]) -> None:
-    sign = result.sign
-    spread = f" (standard error {result.stderr:.4f})" if result.windows > 1 else ""
+def _print_likelihood(title: str, found: dict[str, Any]) -> None:
+    from tarflowlm.evaluation.likelihood import sign_of
+    from tarflowlm.terminal.tables import print_table
+
+    sign = sign_of(found["bound"])
+    spread = f" (standard error {found['stderr']:.4f})" if found["windows"] > 1 else ""
     rows = [
-        ("bits per character", f"{sign} {result.bpc:.4f}"),
-        ("bits per byte", f"{sign} {result.bits_per_byte:.4f}"),
-        ("nats per token", f"{sign} {result.nats_per_token:.4f}{spread}"),
-        ("perplexity per token", f"{sign} {result.ppl:.4f}"),
-        ("bound", result.bound),
+        ("bits per character", f"{sign} {found['bpc']:.4f}"),
+        ("bits per byte", f"{sign} {found['bits_per_byte']:.4f}"),
+        ("nats per token", f"{sign} {found['nats_per_token']:.4f}{spread}"),
+        ("perplexity per token", f"{sign} {found['ppl']:.4f}"),
+        ("bound", found["bound"]),
     ]
-    if result.gap is not None:
-        sampling = f", {result.elbo_sampling_stderr:.5f} of it from sampling"
+    if found.get("gap") is not None:
+        sampling = f", {found['elbo_sampling_stderr']:.5f} of it from sampling"
         rows += [
-            ("ELBO, nats per token", f"<= {result.elbo:.4f} (standard error {result.elbo_stderr:.4f}{sampling})"),
-            ("gap to the ELBO", f"{result.gap:.5f} nats per token (standard error {result.gap_stderr:.5f})"),
+            (
+                "ELBO, nats per token",
+                f"<= {found['elbo']:.4f} (standard error {found['elbo_stderr']:.4f}{sampling})",
+            ),
+            ("gap to the ELBO", f"{found['gap']:.5f} nats per token (standard error {found['gap_stderr']:.5f})"),
         ]
-    fresh = extra["stride"] == extra["context"]
-    how = "fresh contexts" if fresh else f"windows, {extra['context'] - extra['stride']} tokens of context each"
+    context, stride, count = found["context"], found["stride"], found["windows"]
+    given = context - stride
+    kind, how = ("window", f", {given} tokens of context each") if given else ("fresh context", "")
+    text = f"{found['tokens']:,} of {found['text_tokens']:,} tokens, {found['characters']:,} characters; "
     rows += [
-        (
-            "text",
-            f"{result.tokens:,} of {extra['text_tokens']:,} tokens, {result.characters:,} characters; "
-            f"{result.windows:,} {how}, stride {extra['stride']}",
-        ),
-        ("seconds", f"{extra['seconds']:.1f}"),
+        ("text", f"{text}{count:,} {kind}{'s' * (count != 1)}{how}, stride {stride}"),
+        ("seconds", f"{found['seconds']:.1f}"),
     ]
-    print_table(console, title, rows)
+    print_table(title, rows)
 
 
-def _print_latents(console: Console, states: list[StateReport]) -> None:
+def _print_latents(states: list[dict[str, Any]]) -> None:
     """Two rows per state: mean over sequences, and standard deviation."""
+    from tarflowlm.terminal.tables import print_columns
+
     geometry = {
         "norm": "L2 norm",
         "cosine": "pairwise cosine",
@@ -233,34 +261,35 @@ def _print_latents(console: Console, states: list[StateReport]) -> None:
     ):
         rows = []
         for state in states:
-            spreads: list[Spread | None] = [getattr(state, name) for name in names]
-            label = "z" if state.block == 0 else f"block {state.block}"
-            rows.append([label, *("" if s is None else f"{s.mean:.4f}" for s in spreads)])
-            rows.append(["  ±", *("" if s is None else f"{s.std:.4f}" for s in spreads)])
-        console.print(column_table(title, ["", *names.values()], rows))
+            for label, key in (("z" if state["block"] == 0 else f"block {state['block']}", "mean"), ("  ±", "std")):
+                rows.append([label, *("" if state[n] is None else f"{state[n][key]:.4f}" for n in names)])
+        print_columns(title, ["", *names.values()], rows)
 
 
-def _print_quality(console: Console, quality: Quality) -> None:
-    def column(s: TextStatistics) -> list[str]:
-        shares = (s.distinct_1, s.distinct_2, s.distinct_3, s.repetition)
-        return [
-            f"{s.perplexity:.3f}",
-            f"{s.entropy:.4f}",
-            f"{s.word_entropy:.4f}",
-            *("-" if share is None else f"{share:.4f}" for share in shares),
-            f"{s.texts:,}",
-        ]
+def _print_quality(quality: dict[str, Any]) -> None:
+    from tarflowlm.terminal.tables import print_columns
 
-    labels = ["generative perplexity", "entropy of tokens, nats", "entropy of words, nats"]
-    labels += ["distinct 1-grams", "distinct 2-grams", "distinct 3-grams", "repeated 4-grams", "texts"]
-    rows = [list(row) for row in zip(labels, column(quality.samples), column(quality.text), strict=True)]
-    rows.insert(1, ["MAUVE, scaling 5", f"{quality.mauve:.4f}", ""])
-    cuts = f", top-k {quality.top_k}" if quality.top_k else ""
-    cuts += f", top-p {quality.top_p}" if quality.top_p else ""
+    labels = {
+        "perplexity": ("generative perplexity", ".3f"),
+        "entropy": ("entropy of tokens, nats", ".4f"),
+        "word_entropy": ("entropy of words, nats", ".4f"),
+        "distinct_1": ("distinct 1-grams", ".4f"),
+        "distinct_2": ("distinct 2-grams", ".4f"),
+        "distinct_3": ("distinct 3-grams", ".4f"),
+        "repetition": ("repeated 4-grams", ".4f"),
+        "texts": ("texts", ","),
+    }
+    texts = (quality["samples"], quality["text"])
+    rows = [
+        [label, *("-" if text[name] is None else f"{text[name]:{form}}" for text in texts)]
+        for name, (label, form) in labels.items()
+    ]
+    rows.insert(1, ["MAUVE, scaling 5", f"{quality['mauve']:.4f}", ""])
+    cuts = f", top-k {quality['top_k']}" if quality["top_k"] else ""
+    cuts += f", top-p {quality['top_p']}" if quality["top_p"] else ""
     title = (
-        f"{quality.length} tokens each, decoder {quality.decoder}, {quality.dtype}, temperature "
-        f"{quality.temperature}{cuts}, seed {quality.seed}; judge {quality.judge} ({quality.judge_kind})"
+        f"{quality['length']} tokens each, decoder {quality['decoder']}, {quality['dtype']}, temperature "
+        f"{quality['temperature']}{cuts}, seed {quality['seed']}; judge {quality['judge']} ({quality['judge_kind']})"
     )
-    console.print(column_table(title, ["", "samples", "real text"], rows))
-    for remark in quality.remarks:
-        console.print(Text(remark, style="dim"))
+    print_columns(title, ["", "samples", "real text"], rows)
+    sys.stdout.write("".join(f"{remark}\n" for remark in quality["remarks"]))

@@ -1,24 +1,55 @@
 """`tarflowlm harness MODEL ...`: the command line of lm-evaluation-harness, with the model filled in."""
 
-import contextlib
-import io
 import json
-import sys
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
-from tarflowlm.cli.inspect_arguments import HarnessArgs
-from tarflowlm.config import checked_seed
+import tyro
+
+from tarflowlm.cli.options import Normalize, PrintJson, arg, check_at_least_one
 from tarflowlm.errors import UserError
-from tarflowlm.harness.register import run_lm_eval
-from tarflowlm.terminal.tables import print_json
 
 OURS = ("--model", "-M", "--model_args", "-a")
-"""Options of lm-eval that say which model: `harness` fills them in."""
+"""Options of lm-eval that name the model: `harness` fills them in."""
 KEPT = ("results", "groups", "n-samples", "versions", "config")
-"""Of what lm-eval knows at the end; `--output_path` keeps all of it."""
+"""Fields of lm-eval's results that --json prints; `--output_path` keeps all of them."""
 
 
-def run_harness(given: tuple[HarnessArgs, list[str]]) -> None:
+@dataclass(frozen=True)
+class Args:
+    """Evaluate a model with lm-evaluation-harness: harness MODEL --tasks NAMES and any other option of lm-eval."""
+
+    directory: Annotated[
+        tyro.conf.Positional[Path], arg("MODEL", "Run directory, or the name of a model that comes with the package.")
+    ]
+    posterior_samples: int = 1
+    """Posterior samples of a flow: 1 gives the ELBO, more give the importance-weighted bound."""
+    noise_seed: int = 0
+    """Seed of these samples, and of continuations."""
+    normalize: Normalize = None
+    json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "posterior_samples")
+
+
+def read(argv: list[str]) -> tuple[Args, list[str]]:
+    """The arguments, and the words that are for lm-eval."""
+    from tarflowlm.cli.options import parse
+
+    return parse(Args, argv, "tarflowlm harness MODEL --tasks NAMES", return_unknown_args=True)
+
+
+def run(given: tuple[Args, list[str]]) -> None:
+    import contextlib
+    import io
+    import sys
+
+    from tarflowlm.config import checked_seed
+    from tarflowlm.harness.register import run_lm_eval
+    from tarflowlm.terminal.tables import print_json
+
     args, words = given
     for word in words:
         if word.partition("=")[0] in OURS:
@@ -43,9 +74,9 @@ def run_harness(given: tuple[HarnessArgs, list[str]]) -> None:
 
 
 def split_results(shown: str) -> tuple[dict[str, Any], str]:
-    """The object that lm-eval prints with --show_config, and its tables after it. UserError without one."""
+    """The object that lm-eval prints with --show_config, and its tables after it."""
     start = shown.find("{\n")
     if start < 0:
-        raise UserError(f"lm-eval evaluated nothing, it says {shown[:200]!r}: leave --json out")
+        raise UserError(f"lm-eval evaluated nothing and printed {shown[:200]!r}: leave --json out")
     results, end = json.JSONDecoder().raw_decode(shown, start)
     return results, shown[end:].lstrip()

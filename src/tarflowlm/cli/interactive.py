@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +11,14 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from tarflowlm.cli.arguments import SampleArgs
-from tarflowlm.cli.prompts import Wording, not_utf8
+from tarflowlm.cli.options import not_utf8
+from tarflowlm.cli.sample import Args
 from tarflowlm.config import checked_seed
+from tarflowlm.data import Tokenizer
+from tarflowlm.data.prompts import read
 from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
-from tarflowlm.generation import generate
+from tarflowlm.generation import Watch, generate
 from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.terminal.streams import TextStream, write_out
@@ -33,82 +34,77 @@ TEXT              continue this text
 /seed 3           start the random numbers anew
 /quit             or Ctrl-D; Ctrl-C stops the writing"""
 NUMBERS: dict[str, Callable[[str], Any]] = {
-    "temperature": float,
-    "top-k": int,
-    "top-p": float,
-    "length": int,
-    "seed": int,
-}
-OPTIONAL = ("top-k", "top-p")
+    "temperature": float, "top-k": int, "top-p": float, "length": int, "seed": int,
+}  # fmt: skip
 
 
-def converse(model: LanguageModel, wording: Wording, args: SampleArgs) -> None:
+def converse(model: LanguageModel, tokenizer: Tokenizer, args: Args) -> None:
     """Read and continue prompts until the input ends, or Ctrl-C is pressed while nothing is written.
 
-    Mistakes cost a line each. Where nobody was there to see them, they also cost the exit status 2 at the end.
+    A mistake costs one line. From a pipe it also costs the exit status 2 at the end.
     """
-    session = _Session(model, wording, args)
-    asks = sys.stdin.isatty() and sys.stdout.isatty()
-    if asks:
+    session = _Session(model, tokenizer, args)
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if is_terminal:
         with suppress(ImportError):
             import readline  # noqa: F401  (it lets `input` edit and repeat lines)
-        print_notice(session.console, "Type a text to continue; an empty line goes on; /help lists the commands.")
+        print_notice("Type a text to continue; an empty line goes on; /help lists the commands.")
     line, status = args.prompt, 0
     while True:
         try:
-            line = input("> " if asks else "") if line is None else line
+            line = input("> " if is_terminal else "") if line is None else line
             if line.strip() == "/quit":
                 break
             session.obey(line)
         except (EOFError, KeyboardInterrupt):
-            if asks:
+            if is_terminal:
                 write_out("\n")
             break
         except UnicodeDecodeError as error:
             raise not_utf8(error) from None
         except UserError as error:
-            session.console.print(f"tarflowlm: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+            print_notice(f"tarflowlm: {error}")
             status = 0 if sys.stdin.isatty() else 2
         line = None
     if status:
         sys.exit(status)
 
 
-class _Stopped(Exception):
-    """The text has come to a stop."""
-
-
 class _Session:
     """The settings, and the text so far."""
 
-    def __init__(self, model: LanguageModel, wording: Wording, args: SampleArgs) -> None:
-        self.model, self.wording, self.tokenizer = model, wording, wording.tokenizer
-        self.console = Console(stderr=True)
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, args: Args) -> None:
+        self.model, self.tokenizer = model, tokenizer
         length = max(model.config.context // 2, 1) if args.length is None else args.length
         self.args = self._checked(replace(args, length=length))
-        self.stops = tuple(map(wording.stop, args.stop))
+        self.stops = tuple(self._read(stop, "stop") for stop in args.stop)
         self.generator = torch.Generator().manual_seed(args.seed)
         self.tokens = self.last = torch.zeros(0, dtype=torch.long)
-        """The text so far, and how it was before the last continuation."""
+        """The text so far, and before the last continuation."""
+
+    def _read(self, text: str, name: str) -> str:
+        return read(self.tokenizer, text, name=name, normalize=self.args.normalize).text
 
     def obey(self, line: str) -> None:
-        """A line from the user: a text to continue, or a command. UserError if it makes no sense."""
+        """A line from the user: a text to continue, or a command."""
+        name, _, value = line[1:].partition(" ")
         if not line.startswith("/"):
             if line:
-                self.tokens = self.wording.prompt(line)
-                self.wording.say(partial(print_notice, self.console))
-                Console().print(Text(self.tokenizer.decode(self.tokens)), style="bold", end="", soft_wrap=True)
+                reading = read(self.tokenizer, line, name="prompt", normalize=self.args.normalize, goes_on=True)
+                self.tokens = reading.tokens
+                if reading.notice:
+                    print_notice(reading.notice)
+                text = Text(self.tokenizer.decode(self.tokens.tolist()), style="bold")
+                Console().print(text, end="", soft_wrap=True)
             self._write()
-            return
-        name, _, value = line[1:].partition(" ")
-        if name == "help":
+        elif name == "help":
             write_out(f"{HELP}\n")
         elif name == "again":
             self.tokens = self.last
             self._write()
         elif name == "stop":
-            self.stops = (*self.stops, self.wording.stop(value)) if value else ()
-            print_notice(self.console, f"stops: {', '.join(map(repr, self.stops)) or 'none'}")
+            self.stops = (*self.stops, self._read(value, "stop")) if value else ()
+            print_notice(f"stops: {', '.join(map(repr, self.stops)) or 'none'}")
         elif name in NUMBERS:
             self._set(name, value.strip())
         else:
@@ -116,45 +112,43 @@ class _Session:
 
     def _set(self, name: str, value: str) -> None:
         try:
-            number = None if not value and name in OPTIONAL else NUMBERS[name](value)
+            number = None if not value and name in ("top-k", "top-p") else NUMBERS[name](value)
         except ValueError:
             raise UserError(f"{name} {value!r}: give a number, as in /help") from None
         changed: dict[str, Any] = {name.replace("-", "_"): number}
         self.args = self._checked(replace(self.args, **changed))
         if name == "seed":
             self.generator.manual_seed(self.args.seed)
-        print_notice(self.console, f"{name} {'off' if number is None else number}")
+        print_notice(f"{name} {'off' if number is None else number}")
 
-    def _checked(self, args: SampleArgs) -> SampleArgs:
+    def _checked(self, args: Args) -> Args:
         adjust_weights(args.temperature, args.top_k, args.top_p)
         checked_seed(args.seed)
-        if args.length is not None and args.length < 1:
-            raise UserError(f"length {args.length}: must be at least 1")
         return args
 
     def _write(self) -> None:
         """Continue the text, shown as it comes; Ctrl-C keeps what there is."""
-        prompt, told, args = self.tokens, list[Tensor](), self.args
+        prompt, written, args = self.tokens, list[Tensor](), self.args
         self.last = prompt
-        text = self.tokenizer.decode(prompt)
+        text = self.tokenizer.decode(prompt.tolist())
         stream = TextStream(write_out, self.tokenizer, self.stops, start=len(text), shown=len(text))
         assert args.length is not None
 
         def on_tokens(tokens: Tensor) -> None:
-            told.append(tokens[0])
+            written.append(tokens[0])
             stream.add(tokens[0])
             if stream.has_stopped:
-                raise _Stopped
+                raise StopIteration
 
         try:
-            with suppress(_Stopped, KeyboardInterrupt), threads_for(args.particles):
+            with suppress(StopIteration, KeyboardInterrupt), threads_for(args.particles):
                 generate(
                     self.model,
                     num_tokens=len(prompt) + args.length,
                     prompt=prompt if len(prompt) else None,
                     generator=self.generator,
                     decoder=args.decoder,
-                    on_tokens=on_tokens,
+                    watch=Watch(on_tokens=on_tokens),
                     **args.writing(),
                 )
         finally:
@@ -162,5 +156,5 @@ class _Session:
             write_out("\n")
         if stream.has_stopped:
             self.tokens = torch.from_numpy(self.tokenizer.encode(text))
-        elif told:
-            self.tokens = torch.cat(told)
+        elif written:
+            self.tokens = torch.cat(written)

@@ -6,190 +6,136 @@ itself, 130 when interrupted otherwise (docs/reliability.md).
 
 import contextlib
 import io
+import logging
 import os
 import sys
-from dataclasses import dataclass
+import time
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 import tarflowlm
 from tarflowlm.cli.signals import INTERRUPTED, exit_on_interrupt
-from tarflowlm.cli.threads import settle_threads
-from tarflowlm.errors import Stopped, UserError
+from tarflowlm.errors import Stopped, UnknownCharacters, UserError
 
 STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
-UNREAD = 141
-"""What a shell reports for a program whose output nobody reads any more: 128 plus the number of SIGPIPE."""
+CLOSED_PIPE = 141
+"""The status a shell reports for a program killed by SIGPIPE: 128 plus its number."""
 AFTER_INTERRUPT = {
     "train": "a training run continues with `tarflowlm train --resume DIR`",
     "reproduce": "the same command goes on from the last checkpoint",
 }
-"""What the commands that save on the way add when they are interrupted."""
+"""Added to the message of an interrupt in commands that save on the way."""
 
-
-@dataclass(frozen=True)
-class Command:
-    """A command, its modules imported only when it is called: torch takes seconds."""
-
-    summary: str
-    run: str
-    """module:function below `cli`."""
-    args: str
-    """module:class of what `run` takes, or module:function that makes it of the words after the command's name."""
-
-
-COMMANDS = {
-    "quickstart": Command(
-        "Train, evaluate and sample a small model on the built-in corpus, on any CPU, in a few minutes.",
-        "quickstart:run_quickstart",
-        "arguments:QuickstartArgs",
-    ),
-    "data": Command("Turn a corpus or text file into token shards.", "directories:run_data", "configured:DataArgs"),
-    "train": Command(
-        "Train a preset into a new directory, with any field of its configuration overridden. Or continue a run: "
-        "train --resume DIR.",
-        "train:run_train",
-        "configured:read_train",
-    ),
-    "eval": Command(
-        "Measure the likelihood of a text under a model; on request, its latents and the quality of samples.",
-        "evaluate:run_eval",
-        "inspect_arguments:EvalArgs",
-    ),
-    "score": Command(
-        "Show how many bits every token of a text takes, and the text as a whole; under one model or two.",
-        "score:run_score",
-        "inspect_arguments:ScoreArgs",
-    ),
-    "sample": Command("Generate text from a trained model.", "sample:run_sample", "arguments:SampleArgs"),
-    "info": Command(
-        "Say what a model is, what it was trained on and how well it does; without one, list the shipped models.",
-        "info:run_info",
-        "inspect_arguments:InfoArgs",
-    ),
-    "runs": Command(
-        "Compare training runs in a table: bits per character, tokens, time and state.",
-        "info:run_runs",
-        "inspect_arguments:RunsArgs",
-    ),
-    "edit": Command(
-        "Redraw some words of a text given all others. Or move it --toward another, or --replace OLD NEW, or change "
-        "a state of it in latent space (--level).",
-        "edit:run_edit",
-        "arguments:EditArgs",
-    ),
-    "report": Command(
-        "Draw runs and models: samples, curves, blocks and codebook, as one HTML page and PNG figures. Needs the "
-        "extra plots (matplotlib).",
-        "directories:run_report",
-        "arguments:ReportArgs",
-    ),
-    "studio": Command(
-        "Open a local page that writes, fills in, edits and scores with models, and shows runs as they train.",
-        "studio:run_studio",
-        "arguments:StudioArgs",
-    ),
-    "export": Command(
-        "Copy a model out of its run directory: configuration, tokenizer and weights, without its training state.",
-        "directories:run_export",
-        "arguments:ExportArgs",
-    ),
-    "push": Command(
-        "Put a model with its model card on the Hugging Face hub; --dry-run writes both here.",
-        "push:run_push",
-        "arguments:PushArgs",
-    ),
-    "reproduce": Command(
-        "Reproduce a table or figure of the paper, or an experiment of ours; `all` runs every one of them.",
-        "reproduce:run_reproduce",
-        "arguments:ReproduceArgs",
-    ),
-    "harness": Command(
-        "Evaluate a model with lm-evaluation-harness: harness MODEL --tasks NAMES and any other option of lm-eval.",
-        "harness:run_harness",
-        "inspect_arguments:read_harness",
-    ),
-}
+COMMANDS = ["quickstart", "data", "train", "eval", "score", "sample", "info", "runs", "edit", "report", "studio"]
+COMMANDS += ["export", "push", "reproduce", "harness"]
+"""Modules below `cli` (`evaluate` for eval). Each has `run(args)` and the dataclass `Args`, whose docstring summarises
+the command, and where its options depend on the words `read(argv)`. None imports torch at its top: it takes seconds."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: runs a command and exits."""
     argv = sys.argv[1:] if argv is None else argv
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # a character that the output cannot take is no reason to end
+        # a character that the output's encoding lacks is printed as ?
         sys.stdout.reconfigure(errors="replace")
     try:
         try:
             _dispatch(argv)
         finally:
-            # here, where a closed pipe can be told from other errors
+            # inside this `try`, which catches a closed pipe
             sys.stdout.flush()
     except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):  # how rich reports it
-            _leave_unread()
+        if isinstance(stop.__context__, BrokenPipeError):  # rich exits on it
+            _end_quietly()
         raise
     except BrokenPipeError:
-        _leave_unread()
+        _end_quietly()
     except (UserError, FloatingPointError) as error:
-        _fail(str(error))
+        hint = ", or pass --normalize text8" if isinstance(error, UnknownCharacters) else ""
+        _fail(f"{error}{hint}")
     except OSError as error:
         place = f"cannot use {error.filename or 'the output'}: {error.strerror or error}"
         _fail(f"{place}; check the path, its permissions and the disk", everywhere=True)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        _fail("out of memory: choose a smaller model, context, batch size or number of samples", everywhere=True)
+        remedy = "choose a smaller model, context, batch size, or number of samples or particles"
+        _fail(f"out of memory: {remedy}", everywhere=True)
     except Stopped as stopped:
         _say(str(stopped))
         sys.exit(STOPPED)
     except KeyboardInterrupt as interrupt:
-        more = str(interrupt) or (AFTER_INTERRUPT.get(argv[0], "") if argv else "")
+        more = str(interrupt) or AFTER_INTERRUPT.get(argv[0] if argv else "", "")
         _say(f"interrupted; {more}" if more else "interrupted")
         sys.exit(INTERRUPTED)
 
 
 def _dispatch(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        _print_help()
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        from tarflowlm.terminal.tables import print_table
+
+        rows = [(name, " ".join(command_module(name).Args.__doc__.split())) for name in COMMANDS]
+        print_table("tarflowlm COMMAND --help   or   tarflowlm --version", rows)
         return
     if argv[0] == "--version":
         sys.stdout.write(f"tarflowlm {tarflowlm.__version__}\n")
         return
-    name, rest = argv[0], argv[1:]
+    name, *rest = argv
     if name not in COMMANDS:
         raise UserError(f"command {name!r} is unknown: choose one of {', '.join(COMMANDS)}")
-    command = COMMANDS[name]
-    settle_threads()
-    args: Any
-    takes = _load(command.args)
-    if isinstance(takes, type):
-        from tarflowlm.cli.parsing import parse
-
-        args = parse(takes, rest, f"tarflowlm {name}", description=command.summary)
+    command = command_module(name)
+    if hasattr(command, "read"):
+        args = command.read(rest)
     else:
-        args = takes(rest)
-    run = _load(command.run)
-    import torch
+        from tarflowlm.cli.options import parse
 
+        args = parse(command.Args, rest, f"tarflowlm {name}")
+    settle_threads()
+    with exit_on_interrupt():
+        import torch
     # denormal numbers make these densities many times slower on CPUs
     torch.set_flush_denormal(True)
-    run(args)
+    _print_notices()
+    command.run(args)
 
 
-def _load(reference: str) -> Any:
-    module, name = reference.split(":")
-    with exit_on_interrupt():
-        return getattr(import_module(f"tarflowlm.cli.{module}"), name)
+def command_module(name: str) -> Any:
+    """The module of a command."""
+    return import_module(f"tarflowlm.cli.{'evaluate' if name == 'eval' else name}")
 
 
-def _print_help() -> None:
-    from rich.console import Console
+def settle_threads() -> None:
+    """Choose how idle OpenMP threads wait, before torch is imported, unless the environment already does.
 
-    from tarflowlm.terminal.tables import print_table
+    If other programs want the cores they sleep: a spinning thread takes the core from the thread it waits for, which
+    costs up to two thirds of the speed. On an idle machine sleeping costs one third, so there they spin, briefly
+    (docs/log.md). The load average would count work that has just ended, so this counts what runs now: the minimum of
+    five looks, without this process.
+    """
+    choices = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    load = Path("/proc/loadavg")  # Linux alone has it: "0.20 0.18 0.12 2/345 678" means two runnable threads
+    if not load.exists() or "torch" in sys.modules or any(name in os.environ for name in choices):
+        return
+    looks = []
+    for _ in range(5):
+        looks.append(int(load.read_text(encoding="ascii").split()[3].split("/")[0]) - 1)
+        time.sleep(0.002)
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(limit) if limit.isdigit() else len(os.sched_getaffinity(0))
+    busy = min(looks) + threads > (os.cpu_count() or 1)
+    os.environ.update({"OMP_WAIT_POLICY": "PASSIVE"} if busy else {"GOMP_SPINCOUNT": "20000"})
 
-    rows = [(name, command.summary) for name, command in COMMANDS.items()]
-    print_table(Console(), "tarflowlm COMMAND --help   or   tarflowlm --version", rows)
+
+def _print_notices() -> None:
+    """Print what the package logs, one line each on stderr; under torchrun from the first process of a machine."""
+    from tarflowlm.terminal.tables import NoticeHandler
+
+    logger = logging.getLogger("tarflowlm")
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not logger.handlers:
+        logger.addHandler(NoticeHandler())
+        logger.setLevel(logging.INFO)
 
 
 def _fail(message: str, *, everywhere: bool = False) -> NoReturn:
@@ -198,7 +144,7 @@ def _fail(message: str, *, everywhere: bool = False) -> NoReturn:
 
 
 def _say(message: str, *, everywhere: bool = False) -> None:
-    """One line on stderr, whatever the names in it contain.
+    """One line on stderr, also where names in it hold line ends.
 
     Under torchrun it comes from the first process of every machine, or with `everywhere` from every process.
     """
@@ -208,12 +154,12 @@ def _say(message: str, *, everywhere: bool = False) -> None:
             sys.stderr.write(f"tarflowlm: {line}\n")
 
 
-def _leave_unread() -> NoReturn:
-    """Exit in silence: whoever read the output has stopped reading, which is no error."""
+def _end_quietly() -> NoReturn:
+    """Exit without a message: the reader of the output has closed it, which is no error."""
     with contextlib.suppress(OSError, ValueError):
-        # Python flushes once more as it ends
+        # Python flushes once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(UNREAD)
+    sys.exit(CLOSED_PIPE)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

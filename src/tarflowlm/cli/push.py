@@ -1,19 +1,46 @@
 """`tarflowlm push`: a model and its card onto the Hugging Face hub."""
 
-import tempfile
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Annotated
 
-from rich.console import Console
+import tyro
 
-from tarflowlm.cli.arguments import PushArgs
-from tarflowlm.cli.models import load_checkpoint
+from tarflowlm.cli.export import Exported
+from tarflowlm.cli.options import Flag, Out, PrintJson, Text, arg, load_checkpoint
 from tarflowlm.errors import UserError
-from tarflowlm.runs.hub import hub_client
-from tarflowlm.sharing import checked_repository, push_folder, save_pretrained
-from tarflowlm.terminal.tables import print_json, print_notice, print_table
 
 
-def run_push(args: PushArgs) -> None:
+@dataclass(frozen=True)
+class Args:
+    """Put a model with its model card on the Hugging Face hub; --dry-run writes both here."""
+
+    directory: Exported
+    repository: Annotated[tyro.conf.Positional[str], arg("OWNER/NAME", "Repository on the hub, made if needed.")]
+    private: Flag = False
+    """Only its owner can see it; for a new repository, or one that is private already."""
+    half: Flag = False
+    """Store weight matrices in bfloat16, which halves the size."""
+    licence: Text = None
+    """Licence of the weights, as the hub calls it: apache-2.0, cc-by-sa-4.0."""
+    out: Out = None
+    """Directory to create, to keep what is uploaded."""
+    dry_run: Flag = False
+    """Upload nothing: write the directory, by default ./NAME, and list what would be uploaded."""
+    json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        if self.dry_run and self.private:
+            raise UserError("--private has no effect with --dry-run: leave one of them out")
+
+
+def run(args: Args) -> None:
+    import tempfile
+    from pathlib import Path
+
+    from tarflowlm.runs.hub import hub_client
+    from tarflowlm.sharing import checked_repository, push_folder, save_pretrained
+    from tarflowlm.terminal.tables import print_json, print_notice, print_table
+
     repository = checked_repository(args.repository)
     name = repository.rpartition("/")[2]
     if not args.dry_run:
@@ -23,28 +50,22 @@ def run_push(args: PushArgs) -> None:
         raise UserError(f"{out} exists already: name a new directory with --out")
     with tempfile.TemporaryDirectory() as place:
         folder = save_pretrained(
-            load_checkpoint(args.directory),
+            load_checkpoint(args.directory, "cpu"),
             Path(place) / name if out is None else out,
             half=args.half,
             licence=args.licence,
             repository=repository,
         )
-        sizes = {
-            path.relative_to(folder).as_posix(): path.stat().st_size
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         url = None
         if not args.dry_run:
-            size = sum(sizes.values()) / 1e6
-            print_notice(Console(stderr=True), f"uploading {len(sizes)} files, {size:.2f} MB, to {repository}")
+            print_notice(f"uploading {len(sizes)} files, {sum(sizes.values()) / 1e6:.2f} MB, to {repository}")
             url = push_folder(folder, repository, private=args.private)
     written = None if out is None else str(out)
     if args.json:
         print_json({"repository": repository, "private": args.private, "out": written, "url": url, "files": sizes})
         return
     rows = [(file, f"{size:,} bytes") for file, size in sizes.items()]
-    if written is not None:
-        rows.append(("written to", written))
-    title = f"{repository}: would be uploaded" if url is None else url
-    print_table(Console(), title, rows)
+    rows += [] if written is None else [("written to", written)]
+    print_table(f"{repository}: would be uploaded" if url is None else url, rows)

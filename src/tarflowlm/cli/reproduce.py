@@ -1,26 +1,70 @@
 """`tarflowlm reproduce NAME`: plan, train what is missing, measure, write the results."""
 
 import sys
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from rich.console import Console
+import tyro
 
-from tarflowlm.cli.arguments import ALL, ReproduceArgs
-from tarflowlm.cli.signals import stop_on_signals
-from tarflowlm.device import pick_device
+from tarflowlm.cli.options import Count, Device, Flag, PrintJson, arg, check_at_least_one
+from tarflowlm.config import RECIPE_NAMES, Precision, Scale
 from tarflowlm.errors import UserError
-from tarflowlm.reproduce import RECIPES
-from tarflowlm.reproduce.recipe import Planned, Recipe, Settings, check_texts, estimate, finish, state_of
-from tarflowlm.reproduce.write import write_results
-from tarflowlm.terminal.bars import stages_bar
-from tarflowlm.terminal.tables import print_json, print_notice, print_table
-from tarflowlm.terminal.training import ProgressReporter
+
+ALL = "all"
+"""The name of all recipes."""
 
 
-def run_reproduce(args: ReproduceArgs) -> None:
+@dataclass(frozen=True)
+class Args:
+    """Reproduce a table or figure of the paper, or an experiment of ours; `all` runs every one of them."""
+
+    name: Annotated[tyro.conf.Positional[str], arg("NAME", f"One of {', '.join([*RECIPE_NAMES, ALL])}.")]
+    scale: Scale = "mini"
+    """mini runs on a CPU; paper is the published size, on TEXT8 and OpenWebText."""
+    out: Annotated[Path, arg("PATH")] = Path("reproduced")
+    """Directory of runs and results. Recipes share the runs in it, and finished work is not repeated."""
+    data: Annotated[str | None, arg("SOURCE")] = None
+    """Text for mini scale: corpus name or file; the default is the built-in corpus."""
+    judge_data: Annotated[str, arg("SOURCE")] = "english"
+    """Text on which the judge of samples is trained at mini scale; it should differ from --data."""
+    second_text: Annotated[str | None, arg("SOURCE")] = None
+    """table2: also measure the likelihood of this whole text."""
+    seeds: int = 1
+    """Train each model this many times, with seeds 0, 1, ...; where differences are small, at least twice."""
+    steps: Count = None
+    """Optimiser steps of every training in place of the recipe's, for a quick look."""
+    precision: Annotated[Precision | None, arg()] = None
+    """Precision of matrix products in training; densities are in float32 either way. bfloat16 is faster on some
+    CPUs."""
+    dry_run: Flag = False
+    """Train nothing: list the trainings with a rough time for each, from a few timed steps."""
+    device: Device = "auto"
+    json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        if self.name != ALL and self.name not in RECIPE_NAMES:
+            raise UserError(f"{self.name!r} is no recipe: choose one of {', '.join([*RECIPE_NAMES, ALL])}")
+        check_at_least_one(self, "seeds")
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"{self.out} is a file: name a directory with --out")
+        if self.data is not None and self.scale == "paper":
+            raise UserError(f"--data {self.data} has no effect with --scale paper, which keeps the paper's texts")
+        if self.second_text is not None and self.name not in ("table2", ALL):
+            raise UserError(f"--second-text {self.second_text} has no effect on {self.name}: only table2 measures it")
+
+
+def run(args: Args) -> None:
+    from tarflowlm.cli.signals import stop_on_signals
+    from tarflowlm.device import pick_device
+    from tarflowlm.reproduce import RECIPES
+    from tarflowlm.reproduce.recipe import Settings, check_texts, estimate, finish, state_of
+    from tarflowlm.reproduce.write import write_results
+    from tarflowlm.terminal.bars import Bars
+    from tarflowlm.terminal.tables import print_json, print_table
+    from tarflowlm.terminal.training import ProgressReporter
+
     recipes = list(RECIPES.values()) if args.name == ALL else [RECIPES[args.name]]
     settings = Settings(
         scale=args.scale,
@@ -33,58 +77,48 @@ def run_reproduce(args: ReproduceArgs) -> None:
         precision=args.precision,
         device=pick_device(args.device),
     )
+    plans = {recipe.name: recipe.trainings(settings) for recipe in recipes}
+    # recipes share trainings
+    plan = list({training.name: training for trainings in plans.values() for training in trainings}.values())
+    check_texts(settings, plan)
     if args.dry_run:
-        # what recipes share is trained once
-        plan = {training.name: training for recipe in recipes for training in recipe.trainings(settings)}
-        check_texts(settings, list(plan.values()))
         title = recipes[0].title if len(recipes) == 1 else "All recipes"
-        notice = partial(print_notice, Console(stderr=True))
-        _print_plan(args, title, estimate(settings, list(plan.values()), notice))
+        _print_plan(args, title, estimate(settings, plan))
         return
-    # before anything that takes hours
+    # before anything that takes hours: missing packages, runs of another configuration
     for recipe in recipes:
-        _check(recipe, settings)
-    results = [_reproduce(recipe, settings, args) for recipe in recipes]
+        plots = (("matplotlib", "plots"),) if recipe.draw is not None else ()
+        for module, extra in (*plots, *recipe.needs):
+            if find_spec(module) is None:
+                raise UserError(f"{recipe.name} needs {module}: pip install 'tarflowlm[{extra}]'")
+    for training in plan:
+        state_of(settings, training)
+    results = []
+    for recipe in recipes:
+        with ProgressReporter() as reporter:
+            finished = finish(settings, plans[recipe.name], reporter, stop_on_signals)
+        with Bars() as bars:
+            finished = [replace(done, progress=bars) for done in finished]
+            rows = recipe.measure(settings, finished)
+            written = write_results(recipe, settings, rows, finished, command=["tarflowlm", *sys.argv[1:]])
+        if not args.json:
+            print_table(recipe.title, [(path.suffix[1:], str(path)) for path in written])
+        results.append({"name": recipe.name, "rows": rows, "files": [str(path) for path in written]})
     if args.json:
         print_json(results[0] if args.name != ALL else {"name": ALL, "recipes": results})
 
 
-def _check(recipe: Recipe, settings: Settings) -> None:
-    """UserError for what would stop the recipe later: a missing package, a run of another configuration."""
-    plots = (("matplotlib", "plots"),) if recipe.draw is not None else ()
-    for module, extra in (*plots, *recipe.needs):
-        if find_spec(module) is None:
-            raise UserError(f"{recipe.name} needs {module}: pip install 'tarflowlm[{extra}]'")
-    plan = recipe.trainings(settings)
-    check_texts(settings, plan)
-    for training in plan:
-        state_of(settings, training)
+def _print_plan(args: Args, title: str, planned: list[Any]) -> None:
+    from tarflowlm.terminal.tables import print_json, print_table
 
-
-def _reproduce(recipe: Recipe, settings: Settings, args: ReproduceArgs) -> dict[str, Any]:
-    console = Console(stderr=True)
-    with ProgressReporter(console) as reporter:
-        finished = finish(settings, recipe.trainings(settings), reporter, stop_on_signals)
-    with stages_bar(console) as progress:
-        finished = [replace(done, progress=progress) for done in finished]
-        rows = recipe.measure(settings, finished)
-        written = write_results(recipe, settings, rows, finished, command=["tarflowlm", *sys.argv[1:]])
-    if not args.json:
-        print_table(Console(), recipe.title, [(path.suffix[1:], str(path)) for path in written])
-    return {"name": recipe.name, "rows": rows, "files": [str(path) for path in written]}
-
-
-def _print_plan(args: ReproduceArgs, title: str, planned: list[Planned]) -> None:
     missing = sum((p.seconds for p in planned if p.state != "finished"), start=0.0)
     if args.json:
-        runs: list[dict[str, Any]] = [
-            {"run": p.training.name, "state": p.state, "tokens": p.tokens, "seconds": p.seconds} for p in planned
-        ]
+        runs = [{"run": p.training.name, "state": p.state, "tokens": p.tokens, "seconds": p.seconds} for p in planned]
         print_json({"name": args.name, "runs": runs, "seconds": missing})
         return
     rows = [(p.training.name, f"{p.state}: {p.tokens:,} tokens, about {_time(p.seconds)}") for p in planned]
     rows.append(("to do", f"about {_time(missing)}, and the measurements"))
-    print_table(Console(), f"{title} ({args.scale}), in {args.out}", rows)
+    print_table(f"{title} ({args.scale}), in {args.out}", rows)
 
 
 def _time(seconds: float) -> str:

@@ -1,247 +1,113 @@
-"""`tarflowlm sample`: text from a trained model, in batches of bounded size."""
+"""`tarflowlm sample`: text from a trained model."""
 
-import time
-from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
-from itertools import zip_longest
-from typing import Any
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
 
-import torch
-from rich.console import Console
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+import tyro
 
-from tarflowlm.cli.arguments import SampleArgs
-from tarflowlm.cli.interactive import converse
-from tarflowlm.cli.models import load_checkpoint
-from tarflowlm.cli.prompts import Wording, read_prompts
-from tarflowlm.cli.signals import interrupt_on_termination
-from tarflowlm.config import checked_seed
-from tarflowlm.data import Tokenizer
-from tarflowlm.device import pick_device, threads_for
+from tarflowlm.cli import options
+from tarflowlm.cli.options import arg
+from tarflowlm.config import Decoder, Decoding
 from tarflowlm.errors import UserError
-from tarflowlm.files import NewLines
-from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.generate import num_ticks
-from tarflowlm.generation.inversion import Decoders, Tick
-from tarflowlm.generation.sampling import BLANK
-from tarflowlm.generation.telling import OnTokens
-from tarflowlm.language_model import LanguageModel
-from tarflowlm.runs.released import chosen
-from tarflowlm.terminal.bars import ticker
-from tarflowlm.terminal.progress import Bars
-from tarflowlm.terminal.streams import TextStream, first_stop, write_out
-from tarflowlm.terminal.tables import json_line, print_json, print_notice
-from tarflowlm.terminal.texts import print_samples, samples_to_json
 
-BATCH_TOKENS = 6144
-"""Tokens that are written at once, candidates counted: memory is bounded, and batches are large enough to be fast."""
-
-
-def run_sample(args: SampleArgs) -> None:
-    checkpoint = load_checkpoint(chosen(args.directory, args.model), pick_device(args.device))
-    wording = Wording(checkpoint.tokenizer, args.normalize)
-    if checkpoint.model.is_exact and (args.passes or args.states):
-        flag = "passes" if args.passes else "states"
-        raise UserError(f"--{flag}: this model is a baseline, which writes token by token, in one pass: leave it out")
-    if args.interactive:
-        converse(checkpoint.model, wording, args)
-        return
-    order = _ordered(args, wording, checkpoint.model.config.context)
-    wording.say(partial(print_notice, Console(stderr=True)))
-    with interrupt_on_termination(), nullcontext() if args.out is None else NewLines(args.out) as out:
-        _Sampling(checkpoint.model, wording.tokenizer, args, order, out).run()
+EXCLUSIVE = {
+    "interactive": ("num", "prompts", "template", "out", "json", "passes", "states"),
+    "stream": ("json", "passes", "particles"),
+    "prompts": ("prompt", "template"),
+    "stop": ("template", "passes", "states"),
+}
+"""Options that contradict each other."""
+NEEDED = {
+    "states": ("json", "out"),
+    "blank": ("template",),
+    "particles": ("prompt", "prompts", "template", "interactive"),
+}
+"""Options that do nothing without one of these."""
 
 
 @dataclass(frozen=True)
-class _Order:
-    """What to write: `num` samples for each of the prompts, sample r for prompt r // num."""
+class Args:
+    """Generate text from a trained model."""
 
-    prompts: list[Tensor]
-    """Tokens [tokens] of each; a single empty one for samples without a prompt."""
-    texts: list[str]
-    """The prompts, decoded."""
-    template: Tensor | None
-    stops: tuple[str, ...]
-    length: int
-    num: int
+    directory: options.Model = None
+    model: options.ModelName = None
+    num: int = 1
+    """Number of samples."""
+    length: options.Count = None
+    """Tokens per sample, including the prompt; the default is the trained context. Beyond that the window slides: its
+    last half is the next prompt, exact for the baseline and one block, an approximation for more."""
+    prompt: options.Text = None
+    """Text to continue. Exact for one block; an approximation for more, see --particles."""
+    prompts: options.File = None
+    """File with one prompt per line, or - for standard input; --num samples of each. Empty lines are skipped."""
+    template: options.Text = None
+    """Text with a blank for every token to fill in: "the ____ of ____". A BPE token brings the space before it."""
+    blank: Annotated[str, arg("CHARACTER")] = "_"
+    """Character that marks a blank in the template."""
+    particles: int = 1
+    """Candidates per sample, weighted by the likelihood of the given tokens; exact in the limit of many."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    temperature: Annotated[float, arg("FLOAT", options.TEMPERATURE.capitalize())] = 1.0
+    top_k: Annotated[int | None, arg("INT", options.TOP_K.capitalize())] = None
+    top_p: Annotated[float | None, arg("FLOAT", options.TOP_P.capitalize())] = None
+    decoding: Decoding = "mode"
+    """Tokens of the latents. mode: the most probable token. drawn: a sample of p(x|z), which makes samples exact.
+    They hardly differ for a sharp codebook."""
+    decoder: Decoder = "auto"
+    """How to invert a block: position by position, in parallel sweeps, or the cheaper of the two."""
+    passes: options.Flag = False
+    """Show the text decoded after every block."""
+    states: options.Flag = False
+    """With --json or --out: the latents after every block as well."""
+    stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], arg("TEXT")] = ()
+    """End a sample before this text, once it follows the prompt. May be given several times."""
+    stream: options.Flag = False
+    """Show the text while it is written, one sample after the other."""
+    out: Annotated[Path | None, arg("FILE")] = None
+    """New file for the samples, one JSON object per line, written as they are finished."""
+    interactive: options.Flag = False
+    """Read prompts at the terminal and continue each of them; /help there lists the commands."""
+    normalize: options.Normalize = None
+    device: options.Device = "auto"
+    json: options.PrintJson = False
 
-    @property
-    def total(self) -> int:
-        return self.num * len(self.prompts)
+    def __post_init__(self) -> None:
+        given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        for one, others in EXCLUSIVE.items():
+            if one in given and (both := given.intersection(others)):
+                raise UserError(f"--{one} with --{min(both)}: leave one of them out")
+        for one, others in NEEDED.items():
+            if one in given and not given.intersection(others):
+                raise UserError(f"--{one} has no effect without --{' or --'.join(others)}: leave it out, or add that")
+        if "" in self.stop:
+            raise UserError("--stop '': give at least one character")
+        options.check_at_least_one(self, "num", "length")
 
-    def batches(self, size: int, context: int) -> Iterator[range]:
-        """Consecutive samples, at most `size` at once; prompts that fill a window are not mixed with others."""
-        fills = max(map(len, self.prompts)) >= context
-        first = 0
-        while first < self.total:
-            end = min(first + size, (first // self.num + 1) * self.num if fills else self.total)
-            yield range(first, end)
-            first = end
-
-    def of(self, rows: range) -> list[Tensor]:
-        return [self.prompts[row // self.num] for row in rows]
-
-    def text_of(self, row: int) -> str:
-        return self.texts[row // self.num]
+    def writing(self) -> dict[str, Any]:
+        """The options that `generate` takes as they are."""
+        return {name: getattr(self, name) for name in ("particles", "temperature", "top_k", "top_p", "decoding")}
 
 
-def _ordered(args: SampleArgs, wording: Wording, context: int) -> _Order:
-    """UserError for what cannot be written, before anything is."""
-    if args.num < 1:
-        raise UserError(f"num {args.num}: must be at least 1")
+def run(args: Args) -> None:
+    from tarflowlm.cli.interactive import converse
+    from tarflowlm.cli.sampling import Sampling
+    from tarflowlm.cli.signals import interrupt_on_termination
+    from tarflowlm.config import checked_seed
+    from tarflowlm.files import NewLines
+    from tarflowlm.runs.released import choose_directory
+
+    checkpoint = options.load_checkpoint(choose_directory(args.directory, args.model), args.device)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
     checked_seed(args.seed)
-    template = None if args.template is None else wording.template(args.template, args.blank)
-    length = args.length
-    if length is None:
-        length = context if template is None else len(template)
-    prompts = [torch.zeros(0, dtype=torch.long)]
-    if args.prompt is not None:
-        prompts = [wording.prompt(args.prompt)]
-    elif args.prompts is not None:
-        prompts = []
-        for number, text in read_prompts(args.prompts).items():
-            try:
-                prompts.append(wording.prompt(text))
-                if len(prompts[-1]) >= length:
-                    raise UserError(f"{len(prompts[-1])} tokens leave no room in {length}: raise --length")
-            except UserError as error:
-                raise UserError(f"line {number} of {args.prompts}: {error}") from None
-    texts = [wording.tokenizer.decode(prompt) for prompt in prompts]
-    stops = tuple(map(wording.stop, args.stop))
-    return _Order(prompts, texts, template, stops, length, args.num)
-
-
-class _Sampling:
-    """Draws the samples of an order batch by batch, and puts out each batch as it is finished."""
-
-    def __init__(
-        self, model: LanguageModel, tokenizer: Tokenizer, args: SampleArgs, order: _Order, out: NewLines | None
-    ) -> None:
-        self.model, self.tokenizer, self.args, self.order, self.out = model, tokenizer, args, order, out
-        self.decoder: Decoders = args.decoder
-        self.objects: list[dict[str, Any]] = []
-        self.sweeps: list[int] = []
-        self.done = self.num_tokens = 0
-
-    def run(self) -> None:
-        """Write all samples; an interrupt keeps those that are finished, and says how many."""
-        start, interrupt = time.perf_counter(), None
-        try:
-            self._write_all()
-        except KeyboardInterrupt:
-            where = f" and kept in {self.out.path}" if self.out is not None and self.done else ""
-            interrupt = KeyboardInterrupt(f"{self.done} of {self.order.total} samples are finished{where}")
-        if self.args.json:
-            seconds = time.perf_counter() - start
-            result: dict[str, Any] = {"samples": self.objects}
-            if self.out is not None:
-                result = {"out": str(self.out.path), "written": self.done}
-            result |= {"sweeps": self.sweeps, "decoders": [] if isinstance(self.decoder, str) else self.decoder}
-            result |= {"seconds": seconds, "tokens_per_second": self.num_tokens / seconds}
-            print_json(result | ({"interrupted": True} if interrupt else {}))
-        elif self.out is not None and interrupt is None:
-            print_notice(Console(), f"{self.done} samples are in {self.out.path}")
-        if interrupt is not None:
-            raise interrupt
-
-    def _write_all(self) -> None:
-        args, order, context = self.args, self.order, self.model.config.context
-        rows_at_once = BATCH_TOKENS // max(min(order.length, context) * args.particles, 1)
-        size = 1 if args.stream else max(rows_at_once, 1)
-        batches = list(order.batches(size, context))
-        ticks = sum(num_ticks(self.model, order.length, max(map(len, order.of(rows)))) for rows in batches)
-        bars = Bars(Console(stderr=True))
-        tick = ticker(bars.show, "sampling, positions", ticks)
-        try:
-            for rows in batches:
-                if args.stream:
-                    self._put(rows, *self._streamed(rows))
-                    continue
-                result = self._drawn(rows, tick=tick)
-                # rich would take what is printed below a running bar to stderr
-                bars.close()
-                self._put(rows, result, self._texts(rows, result))
-        finally:
-            bars.close()
-
-    def _drawn(self, rows: range, *, tick: Tick | None = None, on_tokens: OnTokens | None = None) -> Generation:
-        args, order = self.args, self.order
-        prompt = pad_sequence(order.of(rows), batch_first=True, padding_value=BLANK)
-        with threads_for(len(rows) * args.particles):
-            result = generate(
-                self.model,
-                num_tokens=order.length,
-                num=len(rows),
-                rows=rows,
-                prompt=prompt if prompt.shape[1] else None,
-                template=order.template,
-                # a new one, so that every batch gets its streams from the same state
-                generator=torch.Generator().manual_seed(args.seed),
-                return_passes=args.passes or args.states,
-                decoder=self.decoder,
-                tick=tick,
-                on_tokens=on_tokens,
-                enough=partial(self._have_stopped, rows) if order.stops else None,
-                **args.writing(),
-            )
-        self.num_tokens += result.tokens.numel()
-        # what auto chose for the first batch serves the others
-        self.decoder = result.decoders or self.decoder
-        self.sweeps = [a + b for a, b in zip_longest(self.sweeps, result.sweeps, fillvalue=0)]
-        return result
-
-    def _have_stopped(self, rows: range, tokens: Tensor) -> bool:
-        texts = [self.tokenizer.decode(row.tolist()) for row in tokens]
-        return all(self._end(row, text) < len(text) for row, text in zip(rows, texts, strict=True))
-
-    def _end(self, row: int, text: str) -> int:
-        """Where the sample with this text ends."""
-        return first_stop(text, self.order.stops, len(self.order.text_of(row)))
-
-    def _texts(self, rows: range, result: Generation) -> list[str]:
-        texts = [self.tokenizer.decode(tokens.tolist()) for tokens in result.tokens]
-        return [text[: self._end(row, text)] for row, text in zip(rows, texts, strict=True)]
-
-    def _streamed(self, rows: range) -> tuple[Generation, list[str]]:
-        """The sample of one row, which is shown meanwhile."""
-        (row,) = rows
-        title = "" if self.order.total == 1 else f"sample {row + 1}\n" if row == 0 else f"\nsample {row + 1}\n"
-        stream = TextStream(write_out, self.tokenizer, self.order.stops, start=len(self.order.text_of(row)))
-
-        def on_tokens(tokens: Tensor) -> None:
-            nonlocal title
-            write_out(title)
-            title = ""
-            stream.add(tokens[0])
-
-        try:
-            result = self._drawn(rows, on_tokens=on_tokens)
-        except KeyboardInterrupt:
-            write_out("\n")
-            raise
-        stream.close()
-        write_out("\n")
-        texts = self._texts(rows, result)
-        if texts != [stream.text]:
-            print_notice(Console(stderr=True), "the last check has changed the text, which is now:")
-            write_out(f"{texts[0]}\n")
-        return result, texts
-
-    def _put(self, rows: range, result: Generation, texts: Sequence[str]) -> None:
-        """Print, write or keep the samples of a batch."""
-        args, order = self.args, self.order
-        samples = samples_to_json(result, self.tokenizer, texts=texts, states=args.states)
-        given = {} if args.template is None else {"template": args.template}
-        prompts = [{"prompt": order.text_of(row)} if order.text_of(row) else given for row in rows]
-        objects = [prompt | sample for prompt, sample in zip(prompts, samples, strict=True)]
-        if self.out is not None:
-            numbered = [{"index": row, "seed": args.seed} | s for row, s in zip(rows, objects, strict=True)]
-            self.out.write("".join(map(json_line, numbered)))
-        elif args.json:
-            self.objects += objects
-        elif not args.stream:
-            print_samples(Console(), result, self.tokenizer, texts=texts, first=rows.start, candidates=args.particles)
-        self.done += len(rows)
+    if model.is_exact and (args.passes or args.states):
+        flag = "passes" if args.passes else "states"
+        raise UserError(f"--{flag}: this model is a baseline, which writes token by token, in one pass: leave it out")
+    if args.interactive:
+        converse(model, tokenizer, args)
+        return
+    sampling = Sampling(model, tokenizer, args)
+    with interrupt_on_termination(), nullcontext() if args.out is None else NewLines(args.out) as out:
+        sampling.run(out)

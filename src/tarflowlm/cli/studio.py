@@ -1,21 +1,49 @@
 """`tarflowlm studio`: a local page on models and runs."""
 
-import sys
-import threading
+from dataclasses import dataclass
+from typing import Annotated
 
-from tarflowlm.cli.arguments import StudioArgs
-from tarflowlm.device import pick_device
-from tarflowlm.studio.catalogue import collect
-from tarflowlm.studio.server import LOOPBACK, Server, check_gradio, free_port
+import tyro
+
+from tarflowlm.cli.options import Count, Device, Flag, arg
+from tarflowlm.errors import UserError
 
 
-def run_studio(args: StudioArgs) -> None:
+@dataclass(frozen=True)
+class Args:
+    """Open a local page that writes, fills in, edits and scores with models, and shows runs as they train."""
+
+    models: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        arg("[MODEL ...]", "Models by name, run directories, folders of runs; by default the shipped models."),
+    ] = ()
+    port: Count = None
+    """Port to serve at; the default is the first free one from 7860 on."""
+    host: Annotated[str, arg("ADDRESS")] = "127.0.0.1"
+    """Address to serve at. The default is reached from this machine alone; 0.0.0.0 is reached from everywhere."""
+    no_browser: Flag = False
+    """Open no browser; the address is printed in any case."""
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise UserError(f"port {self.port}: must be from 1 to 65535")
+
+
+def run(args: Args) -> None:
+    import threading
+
+    from tarflowlm.device import pick_device
+    from tarflowlm.studio.catalogue import collect
+    from tarflowlm.studio.server import LOOPBACK, Server, check_gradio, free_port
+    from tarflowlm.terminal.tables import print_notice
+
     check_gradio()
     port = free_port(args.host, args.port)
     catalogue = collect(args.models, str(pick_device(args.device)))
     if args.host not in LOOPBACK:
-        _say(f"anyone who can reach {args.host} can use this page, without a password")
-    _say("starting, which takes some seconds ...")
+        print_notice(f"anyone who can reach {args.host} can use this page, without a password")
+    print_notice("starting, which takes some seconds ...")
 
     def build() -> object:
         from tarflowlm.studio.page import build
@@ -25,18 +53,14 @@ def run_studio(args: StudioArgs) -> None:
     server = Server(build, host=args.host, port=port)
     try:
         print(server.url, flush=True)
-        _say("Ctrl-C ends it")
+        print_notice("Ctrl-C ends it")
         if not args.no_browser:
             import webbrowser
 
-            # it may wait for the browser
+            # in a thread, as it may wait for the browser
             threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
         threading.Event().wait()
     except KeyboardInterrupt:
         pass
     finally:
         server.close()
-
-
-def _say(line: str) -> None:
-    print(f"tarflowlm: {line}", file=sys.stderr, flush=True)

@@ -1,47 +1,119 @@
 """`tarflowlm train PRESET` and `tarflowlm train --resume DIR`."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
 
-from rich.console import Console
+import tyro
 
-from tarflowlm.cli.configured import ResumeArgs, TrainArgs
-from tarflowlm.cli.signals import stop_on_signals
-from tarflowlm.device import pick_device
-from tarflowlm.evaluation.likelihood import sign_of
-from tarflowlm.terminal.tables import print_json, print_table
-from tarflowlm.terminal.training import ProgressReporter
-from tarflowlm.training.distributed import Processes, launched
-from tarflowlm.training.lifecycle import resume, train
-from tarflowlm.training.metrics import Reporter
+from tarflowlm.cli.options import Count, Device, Number, Out, PrintJson, arg, parse
+from tarflowlm.config import RunConfig
+from tarflowlm.errors import UserError
+from tarflowlm.presets import PRESETS, preset, with_blocks, with_steps
 
 
-def run_train(args: TrainArgs | ResumeArgs) -> None:
-    with launched(pick_device(args.device)) as processes, _reporter(processes) as reporter:
-        if isinstance(args, ResumeArgs):
-            summary = resume(args.resume, **_options(reporter, processes))
-        else:
-            assert args.out is not None
-            summary = train(args.configured(), args.out, **_options(reporter, processes))
-    _show(summary, processes, as_json=args.json)
+@dataclass(frozen=True)
+class Args:
+    """Train a preset into a new directory, with any field of its configuration overridden, or --resume a run."""
+
+    out: Out = None
+    """Run directory to create. Required."""
+    data: Annotated[str | None, arg("SOURCE")] = None
+    """Corpus name, text file, or directory made by `tarflowlm data`."""
+    steps: Count = None
+    """Optimiser steps in total; the stages keep their proportions."""
+    minutes: Number = None
+    """Train for this time instead, including evaluation and saving; the stages keep their shares of it."""
+    device: Device = "auto"
+    checkpoint_every: Count = None
+    """Steps between checkpoints."""
+    blocks: Count = None
+    """Train only the first blocks of the preset's stack, this many."""
+    json: PrintJson = False
+    run: Annotated[RunConfig | None, tyro.conf.arg(name="")] = None
+    """The preset's fields."""
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None and self.run is not None and not 1 <= self.blocks <= self.run.model.num_blocks:
+            raise UserError(f"blocks {self.blocks}: must be between 1 and the preset's {self.run.model.num_blocks}")
+        if self.minutes is not None and self.steps is not None:
+            raise UserError(f"--steps {self.steps} with --minutes {self.minutes}: give one of them")
+        if self.minutes is not None and not self.minutes > 0:
+            raise UserError(f"minutes {self.minutes}: must be above 0 and finite")
+        self.configured()  # for its errors
+
+    def configured(self) -> RunConfig:
+        """The run, with the short options moved into its fields."""
+        assert self.run is not None
+        run, train = self.run, {"checkpoint_every": self.checkpoint_every, "minutes": self.minutes}
+        run = replace(run, train=replace(run.train, **{name: n for name, n in train.items() if n is not None}))
+        if self.data is not None:
+            run = replace(run, data=replace(run.data, source=self.data))
+        if self.blocks is not None:
+            run = with_blocks(run, self.blocks)
+        return run if self.steps is None else with_steps(run, self.steps)
 
 
-def _reporter(processes: Processes) -> AbstractContextManager[Reporter]:
-    """Progress of the first process; the others are silent."""
-    return ProgressReporter(Console(stderr=True)) if processes.first else nullcontext(Reporter())
+@dataclass(frozen=True)
+class ResumeArgs:
+    """Continue a stopped run."""
+
+    resume: Annotated[Path, arg("DIR")]
+    """Run directory to continue."""
+    device: Device = "auto"
+    json: PrintJson = False
 
 
-def _options(reporter: Reporter, processes: Processes) -> dict[str, Any]:
-    return {
-        "device": processes.device, "reporter": reporter, "processes": processes, "stop_requests": stop_on_signals
-    }  # fmt: skip
+def read(argv: list[str]) -> Args | ResumeArgs:
+    """The words after `tarflowlm train`: PRESET and its options, or --resume DIR. Help pages end the process."""
+    if argv[:1] in (["-h"], ["--help"]):
+        from tarflowlm.terminal.tables import print_table
+
+        usage = "tarflowlm train PRESET --out DIR [--help for its fields]   or   tarflowlm train --resume DIR"
+        print_table(usage, [(name, " ".join((make.__doc__ or "").split())) for name, make in PRESETS.items()])
+        raise SystemExit
+    if argv and not argv[0].startswith("-"):
+        name = argv[0]
+        # some fields are true by default: every flag --x has its --no-x
+        config = (tyro.conf.AvoidSubcommands, tyro.conf.DisallowNone)
+        args = parse(Args, argv[1:], f"tarflowlm train {name}", default=Args(run=preset(name)), config=config)
+        if args.out is None:
+            raise UserError(f"--out is missing: name the directory to write, say --out runs/{name}")
+        return args
+    if any(word.partition("=")[0] == "--resume" for word in argv):
+        return parse(ResumeArgs, argv, "tarflowlm train --resume DIR")
+    raise UserError(f"train needs a preset ({', '.join(PRESETS)}) or --resume DIR")
 
 
-def _show(summary: dict[str, Any], processes: Processes, *, as_json: bool) -> None:
-    """The result of a run, from its first process."""
-    if not processes.first:
-        return
-    if as_json:
+def run(args: Args | ResumeArgs) -> None:
+    from contextlib import nullcontext
+
+    from tarflowlm.cli.signals import stop_on_signals
+    from tarflowlm.device import pick_device
+    from tarflowlm.evaluation.likelihood import sign_of
+    from tarflowlm.terminal.tables import print_json, print_table
+    from tarflowlm.terminal.training import ProgressReporter
+    from tarflowlm.training.metrics import Reporter
+    from tarflowlm.training.processes import launched
+    from tarflowlm.training.train import resume, train
+
+    with launched(pick_device(args.device)) as processes:
+        # the first process alone shows its progress
+        with ProgressReporter() if processes.first else nullcontext(Reporter()) as reporter:
+            options: dict[str, Any] = {
+                "device": processes.device,
+                "reporter": reporter,
+                "processes": processes,
+                "stop_requests": stop_on_signals,
+            }
+            if isinstance(args, ResumeArgs):
+                summary = resume(args.resume, **options)
+            else:
+                assert args.out is not None
+                summary = train(args.configured(), args.out, **options)
+        if not processes.first:
+            return
+    if args.json:
         print_json(summary)
         return
     test = summary["test"]
@@ -52,4 +124,4 @@ def _show(summary: dict[str, Any], processes: Processes, *, as_json: bool) -> No
         ("trained", f"{summary['tokens']:,} tokens in {summary['seconds']:,.0f} s"),
         ("parameters", f"{summary['parameters']:,}, {summary['trunk_parameters']:,} of them in Transformers"),
     ]
-    print_table(Console(), summary["preset"], rows)
+    print_table(summary["preset"], rows)

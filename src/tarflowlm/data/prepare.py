@@ -1,52 +1,72 @@
-"""Preparing a corpus: text is streamed, normalised, split, encoded on all cores and written as token shards.
+"""Preparing corpora: a text is streamed, normalised, split, encoded, and written as token shards.
 
-Memory does not grow with the text, and a killed preparation is resumed. Until it is complete, it lies in
-`.<name>.partial` beside the target: shards, tokenizer.json, and partial.json, which records how much of the shards is
-valid and from which cursor the source continues. Then the folder is renamed to the target.
+Until it is complete, a corpus is in `.<name>.partial` beside its directory. A kill loses no finished shard:
+`resume.npz` holds the source's position behind the last of them, and the tokens since then.
 """
 
+import hashlib
 import json
+import logging
 import os
 import shutil
-import tempfile
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tarflowlm.data.corpus import (
-    META,
-    Corpus,
-    CorpusMeta,
-    FileRecord,
-    ShardRecord,
-    SplitRecord,
-    check_tokenizer,
-    open_corpus,
-)
-from tarflowlm.data.shards import ShardWriter, token_dtype
-from tarflowlm.data.sources import resolve_source
-from tarflowlm.data.stream import SPLITS, Batch, CorpusProgress, Cursor, Notice, Source, Split
-from tarflowlm.data.tokenization import TokenizerConfig, build_tokenizer
+from tarflowlm.config import TokenizerConfig
+from tarflowlm.data.bpe import build_tokenizer
+from tarflowlm.data.corpus import FORMAT, META, VERSION, Corpus, open_corpus, token_dtype
+from tarflowlm.data.sources import SOURCE_NAMES, SPLITS, Source, Split, cache_root, resolve_source
+from tarflowlm.data.text import sha256_of
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
+from tarflowlm.data.windows import TokenArray
 from tarflowlm.errors import UserError
-from tarflowlm.files import replacing, sync_folder, waiting_lock, write_json
+from tarflowlm.files import remove_leftovers, replacing, waiting_lock, write_json
+from tarflowlm.progress import SILENT, Progress
 
+RESUME = "resume.npz"
 SHARD_TOKENS = 1 << 26
-COMMIT_CHARACTERS = 1 << 26
-"""Characters between two commits, from which a killed preparation is resumed."""
 BPE_CHARACTERS = 1 << 27
 """BPE is trained on at most this many characters of the training split: the words it counts need memory."""
-PARTIAL = "partial.json"
-_IN_FLIGHT = 3
-"""Batches encoded at once: the `tokenizers` library spreads each over all cores, and the others keep the cores busy
-while Python copies its result. Threads suffice, as the library works without the interpreter's lock."""
+
+log = logging.getLogger("tarflowlm")
+
+
+def cached_corpus(
+    source: str,
+    tokenizer: TokenizerConfig | Tokenizer | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress = SILENT,
+) -> Corpus:
+    """`source` prepared for `tokenizer`: opened from the cache, or prepared now and kept there.
+
+    `source`: a corpus name, a text file, or a prepared directory, which is opened where it is (UserError if its
+    source file changed, or if it was encoded with another tokenizer than one given here).
+    `tokenizer`: None means the one of a prepared directory, else the default TokenizerConfig.
+    `cache_dir`: None means $TARFLOWLM_CACHE or ~/.cache/tarflowlm. Entries are keyed by the name or path of the
+    source and the tokenizer. An entry that is damaged, or whose source changed, is prepared again with a warning.
+
+    A killed preparation is resumed. Of several processes one prepares, the others wait.
+    """
+    if _is_prepared(source):
+        corpus = open_corpus(source)
+        if tokenizer is not None:
+            _check_tokenizer(corpus, tokenizer)
+        if changed := corpus.changed_file():
+            raise UserError(f"{changed} changed since {source} was prepared: delete {source} and prepare it again")
+        return corpus
+    found, wanted = resolve_source(source), tokenizer or TokenizerConfig()
+    root = Path(cache_dir) if cache_dir is not None else cache_root()
+    key = json.dumps([VERSION, found.identity, _key(_built(wanted))], sort_keys=True)
+    name = f"{Path(found.identity).name}-{hashlib.sha256(key.encode('utf-8')).hexdigest()[:16]}"
+    target = root / "corpora" / name
+    cached, _ = _usable(target, found)
+    return cached or _write(found, wanted, target, progress)
 
 
 def prepare_corpus(
@@ -54,260 +74,253 @@ def prepare_corpus(
     tokenizer: TokenizerConfig | Tokenizer,
     out: str | os.PathLike[str],
     *,
-    progress: CorpusProgress | None = None,
-    notice: Notice | None = None,
+    progress: Progress = SILENT,
     shard_tokens: int = SHARD_TOKENS,
-    commit_characters: int = COMMIT_CHARACTERS,
 ) -> Corpus:
     """Read, normalise, split and encode `source` (a corpus name or a text file) into the directory `out`.
 
     `out` appears complete or not at all. If it already holds this very corpus, that is opened. The next equal call
-    resumes a killed preparation from its last commit (every `commit_characters` characters) and ends in the same
-    bytes. Of several processes one prepares, the others wait.
+    resumes a killed preparation behind its last shard. Of several processes one prepares, the others wait.
 
     UserError if `out` holds anything else, and for every problem with the source, its characters or the tokenizer.
     """
     target = Path(out)
     found = source if isinstance(source, Source) else resolve_source(source)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        corpus = open_corpus(target) if (target / META).is_file() else None
-        if corpus is None or corpus.meta.identity != found.identity:
-            raise UserError(f"{target} already exists and holds something else: remove it or choose another --out")
-        if changed := corpus.meta.changed_file(found.files):
-            raise UserError(f"{target} holds this corpus as it was before {changed} changed: remove {target} first")
-        check_tokenizer(corpus, tokenizer)
-        return corpus
-    return write_corpus(
-        found,
-        tokenizer,
-        target,
-        progress=progress,
-        notice=notice,
-        shard_tokens=shard_tokens,
-        commit_characters=commit_characters,
-    )
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return _write(found, tokenizer, target, progress, shard_tokens)
+    if not (target / META).is_file() or open_corpus(target).meta["identity"] != found.identity:
+        raise UserError(f"{target} already exists and holds something else: remove it or choose another --out")
+    corpus, problem = _usable(target, found)
+    if corpus is None:
+        raise UserError(f"{target} cannot be used ({problem}): remove it first")
+    _check_tokenizer(corpus, tokenizer)
+    return corpus
 
 
-def write_corpus(
-    source: Source,
-    tokenizer: TokenizerConfig | Tokenizer,
-    target: Path,
-    *,
-    replace: bool = False,
-    progress: CorpusProgress | None = None,
-    notice: Notice | None = None,
-    shard_tokens: int = SHARD_TOKENS,
-    commit_characters: int = COMMIT_CHARACTERS,
-) -> Corpus:
-    """As `prepare_corpus`, for a resolved source. With `replace` it takes the place of what `target` holds."""
-    files = tuple(FileRecord.of(path) for path in source.obtain(progress, notice))
-    folder = target.with_name(f".{target.name}.partial")
+def check_source(source: str) -> None:
+    """UserError for a text that `cached_corpus` would not find. Nothing is read or downloaded."""
+    if not _is_prepared(source):
+        resolve_source(source)
+
+
+def encode_text_source(
+    source: str, tokenizer: Tokenizer, splits: Sequence[str] = SPLITS, *, progress: Progress = SILENT
+) -> dict[str, TokenArray]:
+    """Tokens of another text under a given tokenizer (a checkpoint's, say), which also normalises it; in memory.
+
+    `source`: a corpus name, a text file, or a directory that was prepared with this very tokenizer. `splits` may name
+    "train", "valid", "test" and "all" (the whole text, in that order). A split of a short text may be empty.
+
+    UserError for unknown characters, a directory of another tokenizer, and every problem with the source.
+    """
+    found: dict[str, list[Any]] = {split: [] for split in SPLITS}
+    if _is_prepared(source):
+        corpus = open_corpus(source)
+        _check_tokenizer(corpus, tokenizer)
+        found = {split: [corpus.split(split)] for split in SPLITS}
+    else:
+        text, dtype = resolve_source(source), token_dtype(tokenizer.vocab_size)
+        text.obtain(progress)
+        stream = text.stream(tokenizer.normalization, progress=progress)
+        progress.stage(f"encoding {text.name}, characters", stream.total)
+        for batch in stream.batches:
+            for split, texts in batch.texts.items():
+                if {split, "all"} & {*splits}:
+                    found[split].append(tokenizer.encode_each(texts).astype(dtype))
+                progress.advance(sum(map(len, texts)))
+        found = {split: [np.concatenate([np.zeros(0, dtype), *parts])] for split, parts in found.items()}
+    found["all"] = [part for split in SPLITS for part in found[split]]
+    return {name: TokenArray.of(np.concatenate(found[name])) for name in splits}
+
+
+def _is_prepared(source: str) -> bool:
+    return source not in SOURCE_NAMES and os.path.isfile(os.path.join(source, META))
+
+
+def _usable(target: Path, source: Source) -> tuple[Corpus | None, str]:
+    """The corpus in `target` if it can be used and its source is unchanged, else None and the reason."""
+    if not (target / META).is_file():
+        return None, ""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with waiting_lock(target):
-            if not replace and (target / META).is_file():
-                return open_corpus(target)  # another process was faster
-            preparation = _Preparation(source, tokenizer, files, folder, shard_tokens, progress)
-            try:
-                preparation.run(commit_characters)
-            except BaseException:
-                if preparation.state.cursor is None:  # nothing to resume
-                    shutil.rmtree(folder, ignore_errors=True)
-                raise
-            _install(folder, target, replace)
-    except OSError as error:
-        raise UserError(f"cannot write to {error.filename or target}: {error.strerror or error}") from None
+        corpus = open_corpus(target)
+    except UserError as error:
+        return None, str(error)
+    changed = corpus.changed_file(source.files)
+    return (corpus, "") if changed is None else (None, f"{changed} changed since it was prepared")
+
+
+def _built(wanted: TokenizerConfig | Tokenizer) -> TokenizerConfig | Tokenizer:
+    """The tokenizer itself, unless it has to be trained."""
+    return build_tokenizer(wanted) if isinstance(wanted, TokenizerConfig) and not wanted.needs_training else wanted
+
+
+def _key(tokenizer: TokenizerConfig | Tokenizer) -> Any:
+    """JSON by content: a tokenizer.json that changed is another tokenizer."""
+    return tokenizer.fingerprint if isinstance(tokenizer, Tokenizer) else asdict(tokenizer)
+
+
+def _check_tokenizer(corpus: Corpus, wanted: TokenizerConfig | Tokenizer) -> None:
+    """UserError if `corpus` was not encoded with the `wanted` tokenizer."""
+    ours, recorded = corpus.tokenizer, corpus.meta["tokenizer_config"]
+    if isinstance(wanted, TokenizerConfig) and recorded == asdict(wanted):
+        return  # an equal request, without training again or asking the hub again
+    if isinstance(wanted, TokenizerConfig) and wanted.needs_training:
+        request = ("bpe", wanted.vocab_size, wanted.normalize)
+        matches = recorded is None and request == (ours.kind, ours.vocab_size, ours.normalization)
+    else:
+        matches = _key(_built(wanted)) == ours.fingerprint
+    if not matches:
+        raise UserError(
+            f"{corpus.path} was prepared with {ours!r}, not with {wanted!r}: "
+            "prepare another one, or leave the tokenizer to the directory"
+        )
+
+
+def _write(
+    source: Source,
+    wanted: TokenizerConfig | Tokenizer,
+    target: Path,
+    progress: Progress,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Corpus:
+    """Prepare `source` in the place of whatever corpus `target` holds, unless another process was faster."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with waiting_lock(target):
+        corpus, problem = _usable(target, source)
+        if corpus is not None:
+            return corpus
+        if problem:
+            log.warning("preparing %s again: %s", source.name, problem)
+        files = [_file_record(path) for path in source.obtain(progress)]
+        tokenizer = _built(wanted)
+        plan = [source.identity, [file["sha256"] for file in files], _key(tokenizer), shard_tokens]
+        folder = target.with_name(f".{target.name}.partial")
+        try:
+            shards = _Shards(folder, plan, shard_tokens)
+            if isinstance(tokenizer, TokenizerConfig):
+                is_new = shards.cursor is None
+                training_text = _training_text(source, tokenizer, progress)
+                tokenizer = build_tokenizer(tokenizer, training_text) if is_new else load_tokenizer(folder)
+            tokenizer.save(folder)
+            _encode(source, tokenizer, shards, progress)
+        except BaseException:
+            if not (folder / RESUME).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        meta = {
+            "format": FORMAT,
+            "version": VERSION,
+            "source": source.name,
+            "identity": source.identity,
+            "files": files,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "tokenizer_config": None if isinstance(wanted, Tokenizer) else asdict(wanted),
+            "vocab_size": tokenizer.vocab_size,
+            "splits": shards.splits,
+        }
+        write_json(folder / META, meta)
+        (folder / RESUME).unlink(missing_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(folder, target)
     return open_corpus(target)
 
 
-def encode_in_order(
-    batches: Iterable[Batch], tokenizer: Tokenizer, dtype: np.dtype[Any]
-) -> Iterator[tuple[Batch, npt.NDArray[Any]]]:
-    """Each batch with the tokens of its texts, in order; `batches` is read only a little ahead."""
-
-    def encode(batch: Batch) -> npt.NDArray[Any]:
-        return tokenizer.encode_each(batch.texts).astype(dtype)
-
-    pending: deque[tuple[Batch, Future[npt.NDArray[Any]]]] = deque()
-    pool = ThreadPoolExecutor(_IN_FLIGHT)
-    try:
-        for batch in batches:
-            pending.append((batch, pool.submit(encode, batch)))
-            if len(pending) > _IN_FLIGHT:
-                first, tokens = pending.popleft()
-                yield first, tokens.result()
-        while pending:
-            first, tokens = pending.popleft()
-            yield first, tokens.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _file_record(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    record = {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return record | {"sha256": sha256_of(path)}
 
 
-@dataclass
-class _SplitState:
-    characters: int = 0
-    has_text: bool = False
-    """Whether it has any character but white space."""
-    shards: list[dict[str, Any]] = field(default_factory=list)
+def _training_text(source: Source, config: TokenizerConfig, progress: Progress) -> Iterator[str]:
+    stream = source.stream(config.normalize, progress=progress)
+    limit = min(BPE_CHARACTERS, stream.total or BPE_CHARACTERS)
+    progress.stage(f"text for the tokenizer of {source.name}, characters", limit)
+    done = 0
+    for batch in stream.batches:
+        texts = batch.texts.get("train", [])
+        yield from texts
+        size = sum(map(len, texts))
+        progress.advance(size)
+        done += size
+        if done >= limit:
+            break
 
 
-@dataclass
-class _State:
-    """Content of partial.json."""
+def _encode(source: Source, tokenizer: Tokenizer, shards: "_Shards", progress: Progress) -> None:
+    dtype = token_dtype(tokenizer.vocab_size)
+    stream = source.stream(tokenizer.normalization, shards.cursor, progress)
+    done = sum(record["characters"] for record in shards.splits.values())
+    progress.stage(f"encoding {source.name}, characters", stream.total, done)
+    for batch in stream.batches:
+        for split, texts in batch.texts.items():
+            size = sum(map(len, texts))
+            shards.add(split, tokenizer.encode_each(texts).astype(dtype), size)
+            progress.advance(size)
+        if batch.cursor is not None:
+            shards.write_full(batch.cursor)
+    for split, record in shards.splits.items():
+        if not record["characters"]:
+            raise UserError(f"{source.name} is too short: its {split} split holds no text")
+        shards.write(split, everything=True)
 
-    plan: dict[str, Any]
-    """Everything the shards depend on: only a preparation with an equal plan can be resumed."""
-    cursor: Cursor | None
-    """Where the source continues; None before the first commit."""
-    splits: dict[Split, _SplitState]
 
+class _Shards:
+    """The shards of a corpus in `folder`, of `shard_tokens` tokens each, and the tokens that wait for the next ones.
 
-class _Preparation:
-    """One preparation, from the start or from the last commit of a killed one."""
+    The files of a killed preparation are taken over if it had the same `plan`, the JSON of all that they depend on.
+    """
 
-    def __init__(
-        self,
-        source: Source,
-        wanted: TokenizerConfig | Tokenizer,
-        files: tuple[FileRecord, ...],
-        folder: Path,
-        shard_tokens: int,
-        progress: CorpusProgress | None,
-    ) -> None:
-        self.source, self.wanted, self.files, self.folder = source, wanted, files, folder
-        self.shard_tokens, self.progress = shard_tokens, progress
-        self.tokenizer: Tokenizer | None = None
-        """None while it has yet to be trained."""
-        if isinstance(wanted, Tokenizer):
-            self.tokenizer, tokenizer_key = wanted, wanted.fingerprint
-        elif wanted.needs_training:
-            tokenizer_key = json.dumps(asdict(wanted))
-        else:
-            self.tokenizer = build_tokenizer(wanted)
-            tokenizer_key = self.tokenizer.fingerprint
-        plan = {
-            "identity": source.identity,
-            "settings": source.settings,
-            "files": [file.sha256 for file in files],
-            "tokenizer": tokenizer_key,
-            "shard_tokens": shard_tokens,
+    def __init__(self, folder: Path, plan: Any, shard_tokens: int) -> None:
+        self.folder, self.plan, self.shard_tokens = folder, json.loads(json.dumps(plan)), shard_tokens
+        self.cursor: Any = None
+        """Position of the source behind the tokens in `waiting`; None at the start."""
+        self.waiting: dict[Split, list[npt.NDArray[Any]]] = {split: [] for split in SPLITS}
+        self.splits: dict[Split, dict[str, Any]] = {
+            split: {"tokens": 0, "characters": 0, "shards": []} for split in SPLITS
         }
-        self.state = _read_state(folder, plan) or _State(plan, None, {split: _SplitState() for split in SPLITS})
+        """Tokens, characters, and finished shards (file, tokens, sha256) of every split."""
+        if not self._resume():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
 
-    def run(self, commit_characters: int) -> None:
-        """Prepare a complete corpus in the folder."""
-        if self.state.cursor is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir()
-        for unfinished in self.folder.glob(".*"):
-            unfinished.unlink()  # killed while a file was replaced
-        tokenizer = self._saved_tokenizer()
-        dtype = token_dtype(tokenizer.vocab_size)
-        with ExitStack() as stack:
-            writers = {
-                split: stack.enter_context(ShardWriter(self.folder, split, dtype, self.shard_tokens, state.shards))
-                for split, state in self.state.splits.items()
-            }
-            stream = self.source.stream(tokenizer.normalization, self.state.cursor, self.progress)
-            uncommitted = 0
-            for batch, tokens in encode_in_order(stream.batches, tokenizer, dtype):
-                writers[batch.split].write(tokens)
-                uncommitted += self._count_characters(batch)
-                self._report("encode", self._num_characters(), stream.total)
-                if batch.cursor is not None and uncommitted >= commit_characters:
-                    self._commit(writers, batch.cursor)
-                    uncommitted = 0
-        self._report("encode", self._num_characters(), self._num_characters())
-        self._finish(tokenizer, writers)
+    def add(self, split: Split, tokens: npt.NDArray[Any], characters: int) -> None:
+        """Append tokens to a split."""
+        self.waiting[split].append(tokens)
+        self.splits[split]["tokens"] += len(tokens)
+        self.splits[split]["characters"] += characters
 
-    def _saved_tokenizer(self) -> Tokenizer:
-        """The tokenizer in the folder, where it is trained or saved first if this preparation is not resumed."""
-        if self.state.cursor is not None:
-            return load_tokenizer(self.folder)
-        if self.tokenizer is None:
-            assert isinstance(self.wanted, TokenizerConfig)
-            self.tokenizer = build_tokenizer(self.wanted, self._training_text(self.wanted))
-        self.tokenizer.save(self.folder / "tokenizer.json")
-        return self.tokenizer
+    def write_full(self, cursor: Any) -> None:
+        """Write the shards that are full, if any, and with them how to go on from `cursor`, the source's position."""
+        if max(sum(map(len, waiting)) for waiting in self.waiting.values()) < self.shard_tokens:
+            return
+        for split in SPLITS:
+            self.write(split)
+        state = json.dumps({"plan": self.plan, "cursor": cursor, "splits": self.splits})
+        arrays: dict[str, Any] = {split: waiting[0] for split, waiting in self.waiting.items()}
+        with replacing(self.folder / RESUME) as temporary, temporary.open("wb") as file:
+            np.savez(file, state=state, **arrays)
 
-    def _training_text(self, config: TokenizerConfig) -> Iterator[str]:
-        stream = self.source.stream(config.normalize, None, self.progress)
-        limit = BPE_CHARACTERS if stream.total is None else min(BPE_CHARACTERS, stream.total)
-        done = 0
-        for batch in stream.batches:
-            if batch.split == "train":
-                yield from batch.texts
-                done += sum(map(len, batch.texts))
-                self._report("bpe", done, limit)
-                if done >= limit:
-                    break
-        self._report("bpe", done, done)
+    def write(self, split: Split, *, everything: bool = False) -> None:
+        """Write the full shards of a split; with `everything` also its last one, at least one in all."""
+        tokens = np.concatenate(self.waiting[split] or [np.zeros(0, "u1")])
+        shards = self.splits[split]["shards"]
+        while len(tokens) >= self.shard_tokens or (everything and (len(tokens) or not shards)):
+            shard, tokens = tokens[: self.shard_tokens], tokens[self.shard_tokens :]
+            name = f"{split}-{len(shards):05d}.bin"
+            with replacing(self.folder / name) as temporary:
+                shard.tofile(temporary)
+            shards.append({"file": name, "tokens": len(shard), "sha256": hashlib.sha256(shard.data).hexdigest()})
+        self.waiting[split] = [tokens]
 
-    def _count_characters(self, batch: Batch) -> int:
-        state = self.state.splits[batch.split]
-        num = sum(map(len, batch.texts))
-        state.characters += num
-        state.has_text = state.has_text or any(text and not text.isspace() for text in batch.texts)
-        return num
-
-    def _num_characters(self) -> int:
-        return sum(state.characters for state in self.state.splits.values())
-
-    def _report(self, stage: str, done: int, total: int | None) -> None:
-        if self.progress is not None:
-            self.progress(stage, done, total)
-
-    def _commit(self, writers: dict[Split, ShardWriter], cursor: Cursor) -> None:
-        """Make all tokens so far durable, then record them in partial.json, from where the next call resumes."""
-        for split, writer in writers.items():
-            writer.sync()
-            self.state.splits[split].shards = [dict(shard) for shard in writer.shards]
-        sync_folder(self.folder)
-        self.state.cursor = cursor
-        write_json(self.folder / PARTIAL, asdict(self.state))
-
-    def _finish(self, tokenizer: Tokenizer, writers: dict[Split, ShardWriter]) -> None:
-        splits = {}
-        for split, state in self.state.splits.items():
-            if not state.has_text:
-                raise UserError(f"{self.source.name} is too short: its {split} split holds no text")
-            shards = tuple(ShardRecord(**shard) for shard in writers[split].shards)
-            splits[split] = SplitRecord(sum(shard.tokens for shard in shards), state.characters, shards)
-        meta = CorpusMeta(
-            source=self.source.name,
-            identity=self.source.identity,
-            files=self.files,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            tokenizer_config=None if isinstance(self.wanted, Tokenizer) else asdict(self.wanted),
-            vocab_size=tokenizer.vocab_size,
-            splits=splits,
-        )
-        with replacing(self.folder / META) as temporary:
-            temporary.write_text(meta.to_json(), encoding="utf-8")
-
-
-def _read_state(folder: Path, plan: dict[str, Any]) -> _State | None:
-    """The last commit of a killed preparation with the same plan, if there is one."""
-    try:
-        document = json.loads((folder / PARTIAL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(document, dict) or document.get("plan") != json.loads(json.dumps(plan)):
-        return None
-    splits = {split: _SplitState(**document["splits"][split]) for split in SPLITS}
-    return _State(plan, document["cursor"], splits)
-
-
-def _install(folder: Path, target: Path, replace: bool) -> None:
-    """Rename the complete `folder` to `target`."""
-    if replace and target.exists():
-        # renamed before it is deleted, so that `target` never exists in part
-        retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    def _resume(self) -> bool:
         try:
-            os.rename(target, retired / target.name)
-        finally:
-            shutil.rmtree(retired, ignore_errors=True)
-    os.rename(folder, target)
-    # not earlier: a kill before the rename would lose everything
-    (target / PARTIAL).unlink(missing_ok=True)
-    sync_folder(target.parent)
+            with np.load(self.folder / RESUME) as saved:
+                state = json.loads(str(saved["state"]))
+                if state["plan"] != self.plan:
+                    return False
+                self.waiting = {split: [saved[split]] for split in SPLITS}
+        except Exception:  # missing, or damaged in any way
+            return False
+        self.cursor, self.splits = state["cursor"], state["splits"]
+        remove_leftovers(self.folder)
+        return True

@@ -1,33 +1,74 @@
-"""The sources of text: English, a text file, text8, OpenWebText, and how a user's name or path selects one."""
+"""Sources of text as streams of normalised batches in three splits: English, text8, OpenWebText, or a text file."""
 
 import hashlib
+import http.client
 import importlib.util
+import logging
 import os
+import socket
+import tempfile
+import urllib.parse
+import urllib.request
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from tarflowlm.config import TEXT8_ALPHABET, Normalization
-from tarflowlm.data.download import download, sources_dir
-from tarflowlm.data.openwebtext import Documents
-from tarflowlm.data.stream import (
-    SPLITS,
-    Batch,
-    CorpusProgress,
-    Cursor,
-    Notice,
-    Source,
-    Split,
-    Stream,
-    split_of_document,
-    split_ranges,
-)
 from tarflowlm.data.text import normalize, read_text, text_blocks, text_pieces
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, first_line
+from tarflowlm.progress import SILENT, Progress
 
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 BLOCK = 1 << 20
 """Characters of a batch, approximately."""
+SEPARATOR = "<|endoftext|>"
+"""Follows every document of OpenWebText. One token if the tokenizer has it, as GPT-2's does."""
+NOTICED_LOSS = 0.005
+"""Share of non-ASCII letters in a file from which text8 normalisation, which drops them, gives a notice."""
+
+log = logging.getLogger("tarflowlm")
+
+
+class Batch(NamedTuple):
+    """Normalised text of one or more splits, in stretches that are each encoded on their own."""
+
+    texts: dict[Split, list[str]]
+    cursor: Any
+    """The start of the next batch, as JSON for the same source; None where it cannot continue from there."""
+
+
+class Stream(NamedTuple):
+    """Batches of a source from some position on, and the characters of the whole text if they are known."""
+
+    batches: Iterator[Batch]
+    total: int | None
+
+
+class Source(ABC):
+    """A text that has a name and is read as a stream.
+
+    `name` is the user's word for it; `identity` tells sources apart: a registered name, or the absolute path of a
+    file. Equal normalisation gives the same batches every time.
+    """
+
+    name: str
+    identity: str
+
+    @property
+    @abstractmethod
+    def files(self) -> tuple[Path, ...] | None:
+        """The files it is read from, to notice changes; None if they are not here, or it is not read from files."""
+
+    def obtain(self, progress: Progress = SILENT) -> tuple[Path, ...]:
+        """Download and check what `stream` needs; returns the files it is read from. UserError if that fails."""
+        return self.files or ()
+
+    @abstractmethod
+    def stream(self, normalization: Normalization, cursor: Any = None, progress: Progress = SILENT) -> Stream:
+        """The batches from `cursor` on, or from the start. Call `obtain` first."""
 
 
 class TextFile(Source):
@@ -40,52 +81,58 @@ class TextFile(Source):
         self.path = path.resolve()
         self.name, self.identity = str(path), str(self.path)
         self.block = block
+        self._totals: dict[Normalization, int] = {}
 
     @property
     def files(self) -> tuple[Path, ...] | None:
         return (self.path,)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"block": self.block}
+    def stream(self, normalization: Normalization, cursor: Any = None, progress: Progress = SILENT) -> Stream:
+        if normalization not in self._totals:
+            self._totals[normalization] = self._count_characters(normalization, progress)
+        start = cursor or {"block": 0, "position": 0}
+        return Stream(self._batches(normalization, **start), self._totals[normalization])
 
-    def stream(
-        self, normalization: Normalization, cursor: Cursor | None = None, progress: CorpusProgress | None = None
-    ) -> Stream:
-        if cursor is None:
-            cursor = {"block": 0, "position": 0, "total": self._count_characters(normalization, progress)}
-        return Stream(self._batches(normalization, **cursor), cursor["total"])
-
-    def _count_characters(self, normalization: Normalization, progress: CorpusProgress | None) -> int:
-        total = 0
-        for block in self._blocks(normalization):
-            total += len(block)
-            if progress is not None:
-                progress("count", total, None)
+    def _count_characters(self, normalization: Normalization, progress: Progress) -> int:
+        progress.stage(f"reading {self.name}, characters")
+        total = size = 0
+        lost = Counter[str]()
+        for block in text_pieces(text_blocks(self.path), self.block):
+            total += len(_normalized(block, normalization))
+            size += len(block)
+            if normalization == "text8" and not block.isascii():
+                lost.update(c for c in block if not c.isascii() and c.isalpha())
+            progress.advance(len(block))
+        if not total or lost.total() > NOTICED_LOSS * size:
+            shown = ", ".join(f"{character!r} x{count:,}" for character, count in lost.most_common(5))
+            found = f"text8 normalisation drops {lost.total():,} letters of {self.name} ({shown or 'it has none'})"
+            remedy = "keep them with a byte or BPE tokenizer and normalize none"
+            if not total:
+                raise UserError(f"{found} and leaves nothing: {remedy}")
+            log.warning("%s, %.1f %% of its characters: %s", found, 100 * lost.total() / size, remedy)
         return total
 
-    def _blocks(self, normalization: Normalization, start: int = 0) -> Iterator[str]:
-        """Normalised blocks from number `start` on, some perhaps empty; joined they are the normalised text."""
-        for index, block in enumerate(text_pieces(text_blocks(self.path), self.block)):
-            if index >= start:
-                text = normalize(block, normalization)
-                # a block without letters; every other one begins with a space and has none at its end
-                yield "" if normalization == "text8" and text == " " else text
-
-    def _batches(self, normalization: Normalization, block: int, position: int, total: int) -> Iterator[Batch]:
-        ranges = split_ranges(total)
-        for index, text in enumerate(self._blocks(normalization, block), start=block):
-            parts = [
-                (split, text[max(0, first - position) : max(0, last - position)])
-                for split, (first, last) in ranges.items()
-            ]
-            parts = [part for part in parts if part[1]]
-            position += len(text)
-            after = {"block": index + 1, "position": position, "total": total}
-            for i, (split, part) in enumerate(parts, start=1):
-                yield Batch(split, [part], after if i == len(parts) else None)
+    def _batches(self, normalization: Normalization, block: int, position: int) -> Iterator[Batch]:
+        total = self._totals[normalization]
+        cuts = [0, total * 90 // 100, total * 95 // 100, total]
+        for index, piece in enumerate(text_pieces(text_blocks(self.path), self.block)):
+            if index >= block:
+                text = _normalized(piece, normalization)
+                parts = {
+                    split: [text[max(0, first - position) : max(0, last - position)]]
+                    for split, first, last in zip(SPLITS, cuts, cuts[1:], strict=False)
+                }
+                position += len(text)
+                cursor = {"block": index + 1, "position": position}
+                yield Batch({split: part for split, part in parts.items() if part[0]}, cursor)
         if position != total:
             raise UserError(f"{self.path} changed while it was read: prepare it again")
+
+
+def _normalized(block: str, normalization: Normalization) -> str:
+    text = normalize(block, normalization)
+    # without letters; every other block begins with a space and has none at its end
+    return "" if normalization == "text8" and text == " " else text
 
 
 class English(Source):
@@ -110,41 +157,13 @@ class English(Source):
     def files(self) -> tuple[Path, ...] | None:
         return self._files
 
-    def stream(
-        self, normalization: Normalization, cursor: Cursor | None = None, progress: CorpusProgress | None = None
-    ) -> Stream:
+    def stream(self, normalization: Normalization, cursor: Any = None, progress: Progress = SILENT) -> Stream:
         documents: dict[Split, list[str]] = {split: [] for split in SPLITS}
         for file in self._files:
             documents[split_of_document(file.name)].append(read_text(file))
         texts = {split: normalize("\n".join(documents[split]), normalization) for split in SPLITS}
-        batches = (Batch(split, [piece], None) for split in SPLITS for piece in text_pieces(texts[split], BLOCK))
+        batches = (Batch({split: [piece]}, None) for split in SPLITS for piece in text_pieces(texts[split], BLOCK))
         return Stream(batches, sum(map(len, texts.values())))
-
-
-@dataclass(frozen=True)
-class Text8Spec:
-    """Where a text in the TEXT8 alphabet comes from, and what it must contain."""
-
-    url: str
-    """A zip archive that holds the text as its only member."""
-    size: int
-    """Characters."""
-    prefix_size: int
-    prefix_sha256: str
-    """Of the first `prefix_size` characters; any other text is refused."""
-    known_size: int
-    known_sha256: str
-    """Of the first `known_size` characters, known from one copy only; any other text gives a notice."""
-
-
-TEXT8 = Text8Spec(
-    url="http://mattmahoney.net/dc/text8.zip",
-    size=100_000_000,
-    prefix_size=16_384,
-    prefix_sha256="eaa5fcd1274856642d8adbdbbb56ee4a329f893bb1eda45760a3001f7e000286",
-    known_size=3_010_294,
-    known_sha256="f3413b8d00bc41ef9dda3f92d1c7d028545d385ed476e518fdb0491f57e5a137",
-)
 
 
 class Text8(TextFile):
@@ -154,72 +173,147 @@ class Text8(TextFile):
     in none of them, and checked before use. It is in its alphabet already, so no normalisation is applied.
     """
 
-    def __init__(self, spec: Text8Spec = TEXT8) -> None:
-        super().__init__(_local_text8() or sources_dir() / "text8.zip")
+    urls: ClassVar = ("http://mattmahoney.net/dc/text8.zip", "https://data.deepai.org/text8.zip")
+    """Zip archives that hold the text as their only member, tried in this order."""
+    size: ClassVar = 100_000_000
+    prefix: ClassVar = (16_384, "eaa5fcd1274856642d8adbdbbb56ee4a329f893bb1eda45760a3001f7e000286")
+    """Length and sha256 of its beginning."""
+
+    def __init__(self) -> None:
+        places = [
+            folder / name for folder in (Path(), Path("data"), sources_dir()) for name in ("text8", "text8.zip")
+        ]
+        super().__init__(next((place for place in places if place.is_file()), places[-1]))
         self.name = self.identity = "text8"
-        self.spec = spec
 
     @property
     def files(self) -> tuple[Path, ...] | None:
         return (self.path,) if self.path.is_file() else None
 
-    def obtain(self, progress: CorpusProgress | None = None, notice: Notice | None = None) -> tuple[Path, ...]:
-        url = self.spec.url
+    def obtain(self, progress: Progress = SILENT) -> tuple[Path, ...]:
         if self.path.is_file():
-            self._check(self.path, str(self.path), f"put text8 or text8.zip from {url} in its place", notice)
+            self._check(self.path)
             return (self.path,)
-        where = f"into {self.path.parent}"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        problems = []
+        for url in self.urls:
+            try:
+                with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+                    partial = Path(folder) / self.path.name
+                    _download(url, partial, progress)
+                    self._check(partial)
+                    os.replace(partial, self.path)
+                return (self.path,)
+            except (OSError, http.client.HTTPException, UserError) as error:
+                problems.append(f"{url}: {first_line(error)}")
+        where = f"put text8 or text8.zip from elsewhere into {self.path.parent}"
+        raise UserError(f"cannot fetch text8 ({'; '.join(problems)}): {where}")
 
-        def check(path: Path) -> None:
-            self._check(path, f"what {url} sends", f"put text8 or text8.zip from another place {where}", notice)
-
-        def report(done: int, total: int | None) -> None:
-            if progress is not None:
-                progress("fetch", done, total)
-
-        try:
-            download(url, self.path, check=check, progress=report)
-        except OSError as error:
-            raise UserError(f"cannot fetch {url} ({error}): put text8 or text8.zip from there {where}") from None
-        return (self.path,)
-
-    def stream(
-        self, normalization: Normalization, cursor: Cursor | None = None, progress: CorpusProgress | None = None
-    ) -> Stream:
+    def stream(self, normalization: Normalization, cursor: Any = None, progress: Progress = SILENT) -> Stream:
         return super().stream("none", cursor, progress)
 
-    def _check(self, path: Path, name: str, remedy: str, notice: Notice | None) -> None:
-        """UserError unless `path` holds what `spec` describes; a notice if only its later part differs."""
-        spec = self.spec
-        prefix, known = hashlib.sha256(), hashlib.sha256()
-        size = 0
-        for block in text_blocks(path):
-            data = block.encode("utf-8")
-            if foreign := data.translate(None, TEXT8_ALPHABET.encode()):
-                found = foreign.decode("utf-8")[0]
-                raise UserError(f"{name} is not text8, it holds {found!r} beside a-z and spaces: {remedy}")
-            prefix.update(data[: max(0, spec.prefix_size - size)])
-            known.update(data[: max(0, spec.known_size - size)])
-            size += len(data)
-        if size != spec.size:
-            raise UserError(f"{name} is not text8, it has {size:,} characters instead of {spec.size:,}: {remedy}")
-        if prefix.hexdigest() != spec.prefix_sha256:
-            raise UserError(f"{name} is not text8, its first {spec.prefix_size:,} characters differ: {remedy}")
-        if known.hexdigest() != spec.known_sha256 and notice is not None:
-            notice(
-                f"{name} differs from the text8 that this program knows between characters {spec.prefix_size:,} and "
-                f"{spec.known_size:,}: results may not be comparable with published ones"
+    def _check(self, path: Path) -> None:
+        text, (length, sha256) = read_text(path).encode("utf-8"), self.prefix
+        is_right = len(text) == self.size and not text.translate(None, TEXT8_ALPHABET.encode())
+        if not is_right or hashlib.sha256(text[:length]).hexdigest() != sha256:
+            raise UserError(
+                f"{path} is not text8, {self.size:,} characters a-z and space that begin ' anarchism originated': "
+                "put text8 or text8.zip from elsewhere in its place"
             )
 
 
-def _local_text8() -> Path | None:
-    """The first copy of text8 on this machine, or None."""
-    folders = (Path(), Path("data"), sources_dir())
-    files = (folder / name for folder in folders for name in ("text8", "text8.zip"))
-    return next((file for file in files if file.is_file()), None)
+def _download(url: str, target: Path, progress: Progress) -> None:
+    request = urllib.request.Request(url, headers={"User-Agent": "tarflowlm"})
+    with urllib.request.urlopen(request, timeout=30) as response, target.open("wb") as file:
+        progress.stage(f"fetching {url}, bytes", int(response.headers.get("Content-Length", 0)) or None)
+        while block := response.read(1 << 16):
+            file.write(block)
+            progress.advance(len(block))
 
 
-_REGISTRY: dict[str, Callable[[], Source]] = {"english": English, "text8": Text8, "openwebtext": Documents}
+class OpenWebText(Source):
+    """About 8 million web pages, 40 GB, each encoded on its own and followed by `SEPARATOR`.
+
+    Streamed with the `datasets` library from the parquet files in `<cache>/sources/openwebtext`, or from the hub if
+    there are none; only the tokens are kept. Under text8 normalisation a separator is a space.
+    """
+
+    name = identity = "openwebtext"
+    repository: ClassVar[str] = "Skylion007/openwebtext"
+    shares: ClassVar[tuple[int, int]] = (98, 99)
+    """Cumulative percentages of train and valid: 1 % is 80,000 documents, close to the customary 100,000."""
+    block: ClassVar[int] = BLOCK
+
+    @property
+    def files(self) -> tuple[Path, ...] | None:
+        return tuple(sorted((sources_dir() / self.name).glob("*.parquet"))) or None
+
+    def obtain(self, progress: Progress = SILENT) -> tuple[Path, ...]:
+        try:
+            import datasets  # noqa: F401
+
+            if self.files is None:
+                check_hub_reachable()
+        except ImportError:
+            raise UserError(f"{self.name} needs the datasets package: pip install 'tarflowlm[data]'") from None
+        except ConnectionError as error:
+            raise self._failure(error) from None
+        return self.files or ()
+
+    def stream(self, normalization: Normalization, cursor: Any = None, progress: Progress = SILENT) -> Stream:
+        import datasets
+
+        names = [str(file) for file in self.files or ()]
+        source: dict[str, Any] = {"path": "parquet", "data_files": names} if names else {"path": self.repository}
+        try:
+            dataset = datasets.load_dataset(**source, split="train", streaming=True)
+            if cursor is not None:
+                dataset.load_state_dict(cursor)
+        except Exception as error:  # hub, network and library errors share no base class
+            raise self._failure(error) from None
+        split = (dataset.info.splits or {}).get("train")
+        # bytes, but it only serves to show progress
+        return Stream(self._batches(dataset, normalization), split.num_bytes if split is not None else None)
+
+    def _batches(self, dataset: Any, normalization: Normalization) -> Iterator[Batch]:
+        texts: dict[Split, list[str]] = {}
+        size = 0
+        for document in self._documents(dataset):
+            text = document + SEPARATOR if normalization == "none" else _normalized(document, normalization)
+            texts.setdefault(split_of_document(document, self.shares), []).append(text)
+            size += len(text)
+            if size >= self.block:
+                yield Batch(texts, dataset.state_dict())
+                texts, size = {}, 0
+        yield Batch(texts, dataset.state_dict())
+
+    def _documents(self, dataset: Any) -> Iterator[str]:
+        try:
+            for row in dataset:
+                if not isinstance(row["text"], str):
+                    raise TypeError(f"a document is {row['text']!r}")
+                yield row["text"]
+        except Exception as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: Exception) -> UserError:
+        reason = f"no column {error}" if isinstance(error, KeyError) else first_line(error)
+        return UserError(
+            f"cannot read {self.name} ({reason}): check the connection and run the same command again, or put the "
+            f"parquet files of the hub's data set {self.repository} into {sources_dir() / self.name}"
+        )
+
+
+def split_of_document(key: str, shares: tuple[int, int] = (90, 95)) -> Split:
+    """The split of a document, by the sha256 of its `key` (file name, or text), so that it never changes.
+
+    `shares` are the cumulative percentages of train and valid.
+    """
+    place = int(hashlib.sha256(key.encode("utf-8")).hexdigest()[:8], 16) * 100 / 2**32
+    return "train" if place < shares[0] else "valid" if place < shares[1] else "test"
+
+
+_REGISTRY: dict[str, Callable[[], Source]] = {"english": English, "text8": Text8, "openwebtext": OpenWebText}
 SOURCE_NAMES = tuple(_REGISTRY)
 """The registered corpora."""
 
@@ -227,17 +321,41 @@ SOURCE_NAMES = tuple(_REGISTRY)
 def resolve_source(source: str) -> Source:
     """The registered source of that name, or the text file at that path (`./english` for a file of that name).
 
-    Nothing is downloaded yet. UserError for what is neither.
+    Nothing is downloaded yet. UserError for anything else.
     """
     if source in _REGISTRY:
         return _REGISTRY[source]()
     path = os.path.expanduser(source)
-    if os.path.isfile(os.path.join(path, "meta.json")):
-        raise UserError(f"{source!r} is a prepared corpus already: `train --data` and `eval --data` take it as it is")
     if os.path.isdir(path):
-        raise UserError(f"{source!r} is a directory and no prepared corpus (no meta.json): give a text file")
+        raise UserError(
+            f"{source!r} is a directory: give a text file (train and eval take prepared corpora as they are)"
+        )
     if not os.path.exists(path):  # os.path: False, not OSError, for impossible names
         raise UserError(
             f"{source!r} is no file and no corpus name: give a text file or one of {', '.join(_REGISTRY)}"
         )
     return TextFile(Path(path))
+
+
+def cache_root() -> Path:
+    """$TARFLOWLM_CACHE, or ~/.cache/tarflowlm."""
+    chosen = os.environ.get("TARFLOWLM_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "tarflowlm"
+
+
+def sources_dir() -> Path:
+    """The folder of downloaded raw corpora."""
+    return cache_root() / "sources"
+
+
+def check_hub_reachable() -> None:
+    """ConnectionError if the hub's name cannot be resolved. Without it the hub's client retries for half a minute."""
+    from huggingface_hub import constants
+
+    if urllib.request.getproxies():
+        return  # the proxy resolves names
+    parts = urllib.parse.urlsplit(constants.ENDPOINT)
+    try:
+        socket.getaddrinfo(parts.hostname, parts.port or 443)
+    except OSError:
+        raise ConnectionError(f"offline: {parts.hostname} cannot be resolved") from None

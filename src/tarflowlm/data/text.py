@@ -8,19 +8,16 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from tarflowlm.config import Normalization
+from tarflowlm.config import TEXT8_ALPHABET, Normalization
 from tarflowlm.errors import UserError
 
 _BLOCK = 1 << 20  # bytes read at once
-_ZST_BLOCK = 1 << 16  # compressed bytes: what they decompress to has no bound of its own
-
-
-# reading
+_DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zipfile.BadZipFile, RuntimeError)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -31,89 +28,53 @@ def read_text(path: str | os.PathLike[str]) -> str:
 def text_blocks(path: str | os.PathLike[str]) -> Iterator[str]:
     """The text of a UTF-8 file in blocks of about a megabyte.
 
-    The suffix tells the compression: `.gz`, `.xz`, `.zst`, or `.zip` with one member; any other is plain text. Line
+    The suffix gives the compression: `.gz`, `.xz`, `.zst`, or `.zip` with one member; any other is plain text. Line
     ends stay as they are; a byte-order mark at the start is dropped.
 
-    UserError for a file that is missing, a directory, unreadable, empty, damaged or not UTF-8 (possibly after some
-    blocks), and for `.zst` without the `zstandard` package.
+    UserError for a file that is missing, unreadable, empty, damaged or not UTF-8 (possibly after some blocks), and
+    for `.zst` without the `zstandard` package.
     """
     source = Path(path)
-    if os.path.isdir(source):  # os.path: False, not OSError, for impossible names
-        raise UserError(f"{source} is a directory: give a text file in it")
-    if not os.path.exists(source):
-        raise UserError(f"{source} does not exist: check the path")
+    is_empty = True
     try:
-        yield from _decoded_blocks(source)
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
+        for block in codecs.iterdecode(_byte_blocks(source), "utf-8-sig"):
+            is_empty = False
+            yield block
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
         raise UserError(
-            f"{source} is not a complete {source.suffix} file ({error}): fetch or compress it again"
+            f"{source} is not UTF-8 text (it holds the byte 0x{byte:02x}): convert it to UTF-8; a compressed file "
+            "needs the suffix .gz, .xz, .zst or .zip"
         ) from None
+    except _DAMAGED as error:
+        raise UserError(f"{source} is damaged or not a {source.suffix} file ({error}): get it again") from None
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror or error}") from None
+    if is_empty:
+        raise UserError(f"{source} is empty: give a file with text")
 
 
 def sha256_of(path: Path) -> str:
     """sha256 (hex) of a file's bytes."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _decoded_blocks(source: Path) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    position = 0
-    for block in _byte_blocks(source):
-        yield from _decode(decoder, block, position, source)
-        position += len(block)
-    if position == 0:
-        raise UserError(f"{source} is empty: give a file with text")
-    yield from _decode(decoder, b"", position, source)
-
-
-def _decode(decoder: codecs.IncrementalDecoder, block: bytes, position: int, source: Path) -> Iterator[str]:
-    """Text of the `block` that starts at byte `position` of `source`; an empty block marks the end."""
-    pending = decoder.getstate()[0]
-    try:
-        text = decoder.decode(block, final=not block)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{source} is not UTF-8 text (byte {position - len(pending) + error.start} is "
-            f"0x{error.object[error.start]:02x}): convert it to UTF-8, or give a file with a suffix .txt, .gz, .xz "
-            "or .zst"
-        ) from None
-    if position - len(pending) == 0:
-        text = text.removeprefix("\ufeff")
-    if text:
-        yield text
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _byte_blocks(source: Path) -> Iterator[bytes]:
-    match source.suffix.lower():
-        case ".gz":
-            with gzip.open(source, "rb") as file:
-                yield from _read_blocks(file.read)
-        case ".xz":
-            with lzma.open(source, "rb") as file:
-                yield from _read_blocks(file.read)
-        case ".zst":
-            yield from _zst_blocks(source)
-        case ".zip":
-            with zipfile.ZipFile(source) as archive:
-                members = [info for info in archive.infolist() if not info.is_dir()]
-                if len(members) != 1:
-                    raise UserError(f"{source} holds {len(members)} files: unpack it and give one of them")
-                with archive.open(members[0]) as file:
-                    yield from _read_blocks(file.read)
-        case _:
-            with source.open("rb") as file:
-                yield from _read_blocks(file.read)
-
-
-def _read_blocks(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    while block := read(_BLOCK):
-        yield block
+    suffix = source.suffix.lower()
+    if suffix == ".zst":
+        yield from _zst_blocks(source)
+    elif suffix == ".zip":
+        with zipfile.ZipFile(source) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir()]
+            if len(members) != 1:
+                raise UserError(f"{source} holds {len(members)} files: unpack it and give one of them")
+            with archive.open(members[0]) as file:
+                yield from iter(partial(file.read, _BLOCK), b"")
+    else:
+        open_file: Any = {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)
+        with open_file(source, "rb") as file:
+            yield from iter(partial(file.read, _BLOCK), b"")
 
 
 def _zst_blocks(source: Path) -> Iterator[bytes]:
@@ -125,7 +86,7 @@ def _zst_blocks(source: Path) -> Iterator[bytes]:
     frame = None
     try:
         with source.open("rb") as file:
-            while block := file.read(_ZST_BLOCK):
+            while block := file.read(_BLOCK // 16):  # it has no bound on what a block decompresses to
                 while block:
                     frame = frame or zstandard.ZstdDecompressor().decompressobj()
                     yield frame.decompress(block)
@@ -137,8 +98,6 @@ def _zst_blocks(source: Path) -> Iterator[bytes]:
     if frame is not None:
         raise EOFError("it ends within a frame")
 
-
-# cutting
 
 # between a letter or digit and the one space or line end before the next: GPT-2-like pre-tokenizers attach a space
 # to the word that follows it, never join a letter to a space after it, and keep such a line end to itself
@@ -175,22 +134,8 @@ def text_pieces(text: str | Iterable[str], size: int) -> Iterator[str]:
         yield buffer
 
 
-# normalising
-
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-
-def _text8_byte_table() -> bytes:
-    table = bytearray(b" " * 256)
-    for code in range(ord("a"), ord("z") + 1):
-        table[code] = code
-        table[code - 32] = code
-    for code in range(ord("0"), ord("9") + 1):
-        table[code] = code
-    return bytes(table)
-
-
-_TEXT8_TABLE = _text8_byte_table()
+_LETTERS_OR_SPACE = bytes(code if chr(code) in TEXT8_ALPHABET else ord(" ") for code in range(256))
 
 
 def normalize(text: str, how: Normalization) -> str:
@@ -205,15 +150,8 @@ def normalize_text8(text: str) -> str:
     `a`-`z` (non-ASCII letters and `<|endoftext|>` separators, too) becomes a space, and runs of spaces one space. The
     result begins with one space and has none at its end; a text without letters or digits gives `" "`. Idempotent.
     """
-    # On UTF-8 bytes: every byte of a non-ASCII character becomes a space, and runs collapse.
-    # errors="replace": a lone surrogate has no UTF-8 form; its "?" becomes a space like any other symbol.
-    data = text.encode("utf-8", errors="replace").replace(b"<|endoftext|>", b" ").translate(_TEXT8_TABLE)
+    # on bytes, whose methods are fast; what is not ASCII becomes "?", and later a space
+    data = text.encode("ascii", errors="replace").replace(b"<|endoftext|>", b" ").lower()
     for digit, name in enumerate(_DIGITS):
         data = data.replace(str(digit).encode(), f" {name} ".encode())
-    codes = np.frombuffer(b" " + data, dtype=np.uint8)
-    is_letter = codes != ord(" ")
-    if not is_letter.any():
-        return " "
-    keep = is_letter.copy()
-    keep[:-1] |= is_letter[1:]  # of a run of spaces only the last stays, and only before a letter
-    return codes[keep].tobytes().decode("ascii")
+    return " " + b" ".join(data.translate(_LETTERS_OR_SPACE).split()).decode("ascii")

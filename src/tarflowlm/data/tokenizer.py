@@ -1,4 +1,4 @@
-"""What every tokenizer provides, and those over characters and bytes (BPE is in `bpe.py`)."""
+"""The interface of all tokenizers, and the tokenizers over characters and bytes (BPE is in `bpe.py`)."""
 
 import hashlib
 import json
@@ -14,22 +14,18 @@ import numpy.typing as npt
 
 from tarflowlm.config import NORMALIZATIONS, Normalization, check_alphabet
 from tarflowlm.data.text import normalize
-from tarflowlm.errors import UserError, first_line
+from tarflowlm.errors import UnknownCharacters, UserError, first_line
 from tarflowlm.files import replacing
 
 FORMAT = "tarflowlm-tokenizer"
 VERSION = 1
-
-_UNREADABLE = (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError)
 
 
 class Tokenizer(ABC):
     """Text <-> token ids `0 .. V-1`; each token stands for a fixed string of UTF-8 bytes.
 
     `decode(encode(text)) == text` for every text that `encode` accepts. `encode` does not normalise: call `prepare`
-    first on text that comes from a user or a file. Immutable.
-
-    Subclasses define `kind`, `token_bytes`, `encode`, `_payload` and `_from_payload`.
+    first on text from a file, or read a user's text with `prompts.read`. Immutable.
     """
 
     kind: ClassVar[str]
@@ -52,24 +48,23 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> npt.NDArray[np.int64]:
         """Token ids [N] of `text`, which is not normalised. UserError for characters outside the vocabulary."""
 
-    def encode_open(self, text: str) -> npt.NDArray[np.int64]:
-        """Token ids [N] of a text that goes on. Where tokens hold the space before a word, one at its end is left to
-        the next token: as a token of its own, it is what no text of the training has there. UserError as in `encode`.
-        """
-        return self.encode(text)
+    @cached_property
+    def holds_spaces(self) -> bool:
+        """Whether tokens hold the space before a word."""
+        return any(len(token) > 1 and token.startswith(b" ") for token in self.token_bytes)
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         """Token ids [N] of `texts`, each encoded on its own, concatenated."""
-        return concatenated([self.encode(text) for text in texts])
+        return np.concatenate([np.zeros(0, dtype=np.int64), *map(self.encode, texts)])
 
     @abstractmethod
     def _payload(self) -> dict[str, Any]:
-        """What JSON must hold besides kind and normalisation."""
+        """The content of the tokenizer's JSON besides kind and normalisation."""
 
     @classmethod
     @abstractmethod
     def _from_payload(cls, payload: dict[str, Any], normalization: Normalization) -> "Tokenizer":
-        """Inverse of `_payload`; may raise KeyError, TypeError or ValueError for foreign content."""
+        """Inverse of `_payload`; may raise LookupError, TypeError or ValueError for foreign content."""
 
     @property
     def vocab_size(self) -> int:
@@ -80,27 +75,29 @@ class Tokenizer(ABC):
         """`text` normalised as this tokenizer is configured; call it once, before `encode`."""
         return normalize(text, self.normalization)
 
-    def in_known_case(self, text: str) -> str:
-        """`text`, in lower case where no other letters occur: in TEXT8, or an alphabet of lower case."""
-        return text.lower() if self._is_lower else text
-
     @property
-    def _is_lower(self) -> bool:
+    def is_lower_case(self) -> bool:
+        """Whether its tokens or its normalisation leave no upper-case letters."""
         return self.normalization == "text8"
 
     def with_normalization(self, normalization: Normalization | None) -> "Tokenizer":
         """This tokenizer with another normalisation of texts; itself for None."""
-        if normalization is None:
-            return self
-        return Tokenizer.from_json(json.dumps(self._document() | {"normalize": normalization}))
+        return self if normalization is None else self._from_payload(self._payload(), normalization)
 
     def decode(self, ids: Any) -> str:
         """Text of 1-d integer `ids` (list, array or tensor); incomplete UTF-8 shows as U+FFFD.
 
         UserError for an id outside 0 .. V-1.
         """
-        table = self.token_bytes
-        return b"".join([table[i] for i in self._validated_ids(ids).tolist()]).decode("utf-8", errors="replace")
+        array, table = np.asarray(ids), self.token_bytes
+        if array.size == 0:
+            return ""
+        if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= len(table):
+            raise UserError(
+                f"token ids must be a 1-d array of integers from 0 to {len(table) - 1}, not an array of "
+                f"{array.dtype}, shape {list(array.shape)}, from {array.min()} to {array.max()}"
+            )
+        return b"".join([table[i] for i in array.tolist()]).decode("utf-8", errors="replace")
 
     @cached_property
     def characters_per_token(self) -> npt.NDArray[np.int64]:
@@ -130,42 +127,19 @@ class Tokenizer(ABC):
         """Inverse of `to_json`. UserError, calling the input `name`, for foreign or damaged text."""
         try:
             document = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{name} is not valid JSON ({first_line(error)}); save the tokenizer again") from None
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise UserError(f'{name} is not a tarflowlm tokenizer (no "format": "{FORMAT}" in it)')
-        if document.get("version") != VERSION:
+            if document["format"] != FORMAT or document["version"] != VERSION:
+                raise ValueError(f"format {document['format']!r}, version {document['version']!r}")
+            return Tokenizer._kinds[document["kind"]]._from_payload(document, document["normalize"])
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
             raise UserError(
-                f"{name} has format version {document.get('version')!r}, this program reads {VERSION}: "
-                "update tarflowlm or save the tokenizer again"
-            )
-        kind = document.get("kind")
-        if not isinstance(kind, str) or kind not in Tokenizer._kinds:
-            raise UserError(f"{name} names the tokenizer kind {kind!r}, known are {sorted(Tokenizer._kinds)}")
-        if "normalize" in document and document["normalize"] not in NORMALIZATIONS:
-            raise UserError(f"{name} has normalize={document['normalize']!r}, not one of {NORMALIZATIONS}")
-        try:
-            return Tokenizer._kinds[kind]._from_payload(document, document["normalize"])
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{name} is damaged ({type(error).__name__}: {first_line(error)}); save it again"
+                f"{name} is not a tokenizer of this version of tarflowlm, or is damaged: {reason}"
             ) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_json()` atomically to the file `path`, or to `path/tokenizer.json` if `path` is a directory.
-
-        UserError if it cannot be written.
-        """
-        target = Path(path)
-        if target.is_dir():
-            target = target / "tokenizer.json"
-        try:
-            with replacing(target) as temporary:
-                temporary.write_text(self.to_json(), encoding="utf-8", newline="")
-        except OSError as error:
-            raise UserError(f"cannot write {target}: {error.strerror or error}") from None
+        """Write `to_json()` atomically to the file `path`, or to `path/tokenizer.json` if `path` is a directory."""
+        with replacing(_file(path)) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8", newline="")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -176,18 +150,6 @@ class Tokenizer(ABC):
     def _document(self) -> dict[str, Any]:
         head = {"format": FORMAT, "version": VERSION, "kind": self.kind, "normalize": self.normalization}
         return {**head, **self._payload()}
-
-    def _validated_ids(self, ids: Any) -> npt.NDArray[np.int64]:
-        array = np.asarray(ids)
-        if array.size == 0:
-            return np.zeros(0, dtype=np.int64)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise UserError(f"token ids must be a 1-d array of integers, not {array.dtype} of shape {array.shape}")
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high >= self.vocab_size:
-            wrong = low if low < 0 else high
-            raise UserError(f"token id {wrong} is outside this tokenizer's 0 .. {self.vocab_size - 1}")
-        return array.astype(np.int64)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(vocab_size={self.vocab_size}, normalization={self.normalization!r})"
@@ -202,53 +164,31 @@ class CharTokenizer(Tokenizer):
         super().__init__(normalization)
         check_alphabet(alphabet)
         self.alphabet = alphabet
-        self._codes = np.array([ord(c) for c in alphabet], dtype="<u4")
-        # one entry per code point up to the largest in the alphabet, and a last one for all larger code points
-        self._table = np.full(int(self._codes.max()) + 2, -1, dtype=np.int64)
-        self._table[self._codes] = np.arange(len(alphabet))
-        self._ascii_table = self._byte_table()
+        codes = [ord(character) for character in alphabet]
+        # the id of every code point up to the largest in the alphabet, and -1 for all larger ones
+        self._ids = np.full(max(codes) + 2, -1, dtype=np.int64)
+        self._ids[codes] = np.arange(len(alphabet))
 
     @cached_property
     def token_bytes(self) -> Sequence[bytes]:
         return [c.encode("utf-8") for c in self.alphabet]
 
     def encode(self, text: str) -> npt.NDArray[np.int64]:
-        if self._ascii_table is not None and text.isascii():
-            small = np.frombuffer(text.encode("ascii").translate(self._ascii_table), dtype=np.uint8)
-            if small.size and small.max() == 255:
-                raise UserError(unknown_characters_message(text, self.alphabet))
-            ids = small.astype(np.int64)
-        else:
-            codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
-            ids = self._table[np.minimum(codes, len(self._table) - 1)]
+        codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+        ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
         if ids.size and ids.min() < 0:
-            raise UserError(unknown_characters_message(text, self.alphabet))
+            raise UnknownCharacters(text, self.alphabet)
         return ids
 
-    def _byte_table(self) -> bytes | None:
-        """ASCII code -> id, or 255 if unknown: `bytes.translate` is faster than an array look-up."""
-        if len(self.alphabet) > 255:
-            return None
-        table = bytearray(b"\xff" * 256)
-        for index, character in enumerate(self.alphabet):
-            if character.isascii():
-                table[ord(character)] = index
-        return bytes(table)
-
     @property
-    def _is_lower(self) -> bool:
+    def is_lower_case(self) -> bool:
         return self.alphabet == self.alphabet.lower()
-
-    def decode(self, ids: Any) -> str:
-        return self._codes[self._validated_ids(ids)].tobytes().decode("utf-32-le")
 
     def _payload(self) -> dict[str, Any]:
         return {"alphabet": self.alphabet}
 
     @classmethod
     def _from_payload(cls, payload: dict[str, Any], normalization: Normalization) -> "CharTokenizer":
-        if not isinstance(payload["alphabet"], str):
-            raise TypeError("alphabet is not a string")
         return cls(payload["alphabet"], normalization)
 
 
@@ -267,9 +207,6 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str) -> npt.NDArray[np.int64]:
         return np.frombuffer(encode_utf8(text), dtype=np.uint8).astype(np.int64)
 
-    def decode(self, ids: Any) -> str:
-        return self._validated_ids(ids).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
-
     def _payload(self) -> dict[str, Any]:
         return {}
 
@@ -283,39 +220,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
     UserError for a missing, unreadable, foreign or damaged file.
     """
-    source = Path(path)
-    if source.is_dir():
-        source = source / "tokenizer.json"
+    source = _file(path)
     try:
         text = source.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{source} does not exist: give a tokenizer.json or the directory that holds one") from None
-    except _UNREADABLE as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read the tokenizer {source}: {first_line(error)}") from None
     return Tokenizer.from_json(text, name=str(source))
-
-
-def concatenated(parts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """`numpy.concatenate`, also for no parts."""
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-
-
-
-def unknown_characters_message(text: str, alphabet: str) -> str:
-    """What to tell about characters of `text` outside `alphabet`: how many, the most frequent ones, the remedy."""
-    codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
-    kinds, counts = np.unique(codes, return_counts=True)
-    known = {ord(c) for c in alphabet}
-    unknown = [(int(n), int(c)) for c, n in zip(kinds, counts, strict=True) if int(c) not in known]
-    unknown.sort(key=lambda item: (-item[0], item[1]))
-    shown = ", ".join(f"{chr(code)!r} x{count}" for count, code in unknown[:8])
-    more = ", ..." if len(unknown) > 8 else ""
-    total = sum(count for count, _ in unknown)
-    return (
-        f"{total} of {len(text)} characters ({len(unknown)} kinds: {shown}{more}) are not in the tokenizer's "
-        f"alphabet of {len(alphabet)}: pass --normalize text8, or use a byte or BPE tokenizer"
-    )
 
 
 def encode_utf8(text: str) -> bytes:
@@ -327,6 +239,10 @@ def encode_utf8(text: str) -> bytes:
             f"character {error.start} of the text, {text[error.start]!r}, is half of a surrogate pair and "
             "has no UTF-8 form: remove it"
         ) from None
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    return Path(path) / "tokenizer.json" if os.path.isdir(path) else Path(path)
 
 
 def _printable(token: bytes) -> str:

@@ -1,14 +1,62 @@
 """Windows of tokens: a resumable random stream for training, consecutive ones for evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from tarflowlm.data.shards import TokenArray
 from tarflowlm.errors import UserError
+
+Array = npt.NDArray[Any]
+
+
+class TokenArray:
+    """A read-only 1-d view of tokens stored in several parts, memory-mapped or in memory.
+
+    All parts but the last have the same length. `tokens[slice or positions]` copies the tokens there;
+    `numpy.asarray(tokens)` gives one array.
+    """
+
+    def __init__(self, parts: Sequence[Array]) -> None:
+        assert all(len(part) == len(parts[0]) for part in parts[:-1])
+        # plain views: indexing an np.memmap spends most of its time building np.memmap results
+        self._parts = [np.asarray(part) for part in parts]
+        self._part_length = max(1, len(parts[0]))
+        self._length = sum(map(len, parts))
+
+    @classmethod
+    def of(cls, tokens: "TokenArray | Array") -> "TokenArray":
+        """`tokens` itself, or a view of a 1-d array."""
+        return tokens if isinstance(tokens, TokenArray) else cls([tokens])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The storage type (uint8, uint16 or uint32 for shards)."""
+        return self._parts[0].dtype
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: slice | Array) -> Array:
+        positions = np.arange(*index.indices(len(self))) if isinstance(index, slice) else index
+        if positions.size and not 0 <= positions.min() <= positions.max() < len(self):
+            raise IndexError(f"positions {positions.min()} .. {positions.max()} of {len(self)} tokens")
+        part_of, offsets = np.divmod(positions, self._part_length)
+        result = np.empty(positions.shape, dtype=self.dtype)
+        for part in np.unique(part_of):
+            here = part_of == part
+            result[here] = self._parts[part][offsets[here]]
+        return result
+
+    def windows(self, starts: Array, length: int) -> torch.Tensor:
+        """Int64 [N, length]: the tokens `start .. start + length - 1` for each of `starts` [N]."""
+        return torch.from_numpy(self[starts[:, None] + np.arange(length)].astype(np.int64))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        whole = self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts)
+        return np.array(whole, dtype=dtype, copy=copy)
 
 
 class WindowSampler:
@@ -20,29 +68,14 @@ class WindowSampler:
     `batch`. A global batch may span two epochs.
 
     Every rank counts the windows of all ranks, so a state can be resumed with another number of ranks: the stream is
-    the same for equal `world * batch`.
-
-    Errors: UserError for a text shorter than a window, and for sizes out of range.
+    the same for equal `world * batch`. UserError for a text shorter than a window.
     """
 
     def __init__(
-        self,
-        tokens: TokenArray | npt.NDArray[Any],
-        *,
-        window: int,
-        batch: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
+        self, tokens: TokenArray | Array, *, window: int, batch: int, seed: int, rank: int = 0, world: int = 1
     ) -> None:
-        for name, value, minimum in (
-            ("window", window, 1),
-            ("batch", batch, 1),
-            ("seed", seed, 0),
-            ("world", world, 1),
-        ):
-            if value < minimum:
-                raise UserError(f"{name}={value} must be {minimum} or more")
+        if min(window, batch) < 1 or seed < 0:
+            raise UserError(f"window {window}, batch {batch}, seed {seed}: the first two must be 1 or more, seed 0")
         assert 0 <= rank < world, (rank, world)
         self.tokens = TokenArray.of(tokens)
         _check_length(len(self.tokens), window)
@@ -56,32 +89,28 @@ class WindowSampler:
     def next(self) -> torch.Tensor:
         """The next batch of this rank: int64 [batch, window]."""
         starts = self._next_global_starts()[self.rank * self.batch : (self.rank + 1) * self.batch]
-        return torch.from_numpy(self.tokens.windows(starts, self.window).astype(np.int64))
+        return self.tokens.windows(starts, self.window)
 
-    def __next__(self) -> torch.Tensor:
-        return self.next()
+    __next__ = next
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self
 
     def state_dict(self) -> dict[str, int]:
-        """The position in the stream, and what the stream was made from; small JSON."""
-        return {
-            "epoch": self.epoch,
-            "position": self.position,
-            "seed": self.seed,
-            "window": self.window,
-            "num_tokens": len(self.tokens),
-        }
+        """The position in the stream, and the stream's seed, window and number of tokens; small JSON."""
+        return {"epoch": self.epoch, "position": self.position, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where `state` was taken. UserError if that stream had another text, window or seed."""
-        for name, ours in (("seed", self.seed), ("window", self.window), ("num_tokens", len(self.tokens))):
+        for name, ours in self._identity().items():
             if state[name] != ours:
                 raise UserError(f"cannot resume the data stream: it had {name}={state[name]}, this run has {ours}")
         self.epoch, self.position = state["epoch"], state["position"]
         self._starts = self._epoch_starts(self.epoch)
         assert 0 <= self.position <= len(self._starts), state
+
+    def _identity(self) -> dict[str, int]:
+        return {"seed": self.seed, "window": self.window, "num_tokens": len(self.tokens)}
 
     def _next_global_starts(self) -> npt.NDArray[np.int64]:
         parts: list[npt.NDArray[np.int64]] = []
@@ -90,11 +119,10 @@ class WindowSampler:
             if self.position == len(self._starts):
                 self.epoch, self.position = self.epoch + 1, 0
                 self._starts = self._epoch_starts(self.epoch)
-            part = self._starts[self.position : self.position + missing]
-            parts.append(part)
-            self.position += len(part)
-            missing -= len(part)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            parts.append(self._starts[self.position : self.position + missing])
+            self.position += len(parts[-1])
+            missing -= len(parts[-1])
+        return np.concatenate(parts)
 
     def _epoch_starts(self, epoch: int) -> npt.NDArray[np.int64]:
         generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
@@ -104,19 +132,17 @@ class WindowSampler:
         return offset + self.window * generator.permutation(num_windows).astype(np.int64)
 
 
-def eval_windows(tokens: TokenArray | npt.NDArray[Any], window: int, limit: int | None = None) -> torch.Tensor:
+def eval_windows(tokens: TokenArray | Array, window: int, limit: int | None = None) -> torch.Tensor:
     """Consecutive non-overlapping windows from the first token on: int64 [N, window].
 
     An incomplete last window is left out. `limit` keeps at most that many, evenly spaced over the text. UserError for
-    a text shorter than a window, and a window or limit below 1.
+    a text shorter than a window, and a limit below 1.
     """
-    if window < 1:
-        raise UserError(f"window={window} must be 1 or more")
     return sliding_windows(tokens, window, window, limit)[0]
 
 
 def sliding_windows(
-    tokens: TokenArray | npt.NDArray[Any], window: int, stride: int, limit: int | None = None
+    tokens: TokenArray | Array, window: int, stride: int, limit: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows every `stride` tokens, and how many leading tokens of each are context only: int64 [N, window], [N].
 
@@ -133,19 +159,17 @@ def sliding_windows(
     view = TokenArray.of(tokens)
     _check_length(len(view), window)
     num_windows = (len(view) - window) // stride + 1
-    if limit is None or limit >= num_windows:
-        # a view: overlapping windows share memory
-        windows = torch.from_numpy(np.asarray(view).astype(np.int64)).unfold(0, window, stride)
-        context = torch.full((num_windows,), window - stride)
-        context[0] = 0
-        return windows, context
-    starts = np.arange(limit) * num_windows // limit * stride
-    windows = torch.from_numpy(view.windows(starts, window).astype(np.int64))
-    return windows, torch.full((limit,), window - stride)
+    if limit is not None and limit < num_windows:
+        starts = np.arange(limit) * num_windows // limit * stride
+        return view.windows(starts, window), torch.full((limit,), window - stride)
+    # a view: overlapping windows share memory
+    windows = torch.from_numpy(np.asarray(view).astype(np.int64)).unfold(0, window, stride)
+    context = torch.full((num_windows,), window - stride)
+    context[0] = 0
+    return windows, context
 
 
 def _check_length(num_tokens: int, window: int) -> None:
-    """UserError for a text without one complete window."""
     if num_tokens < window:
         raise UserError(
             f"the text has {num_tokens} tokens, fewer than one window of {window}: "

@@ -14,7 +14,7 @@ from tarflowlm.editing.words import Span
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.generation.passage import LatentPassage
+from tarflowlm.generation.conditioned import ConditionedLatents
 from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.model import TarFlowLM
 
@@ -43,7 +43,9 @@ def propose(
     noise = torch.randn(R, T, d, generator=generator, device=generator.device).to(known)
     is_known = torch.ones(R, T, dtype=torch.bool)
     is_known[:, start:stop] = False
-    passage = LatentPassage(model, noise, text.states[0].expand(R, -1, -1), is_known, _adjustment(model, temperature))
+    passage = ConditionedLatents(
+        model, noise, text.states[0].expand(R, -1, -1), is_known, _adjustment(model, temperature)
+    )
     passage.settle(known, first)
     passage.noise[:, :first] = before[:, :first]
     log_w = noise.new_zeros(R)
@@ -111,7 +113,7 @@ def propose_state(
 
 
 @torch.no_grad()
-def telling_level(model: TarFlowLM, text: Encoded) -> int:
+def informative_level(model: TarFlowLM, text: Encoded) -> int:
     """The state l whose block l + 1 knows most about the texts; 0 where block 1 has weights of tokens.
 
     What it knows is the gain in log-density over noise, log |det| + log N(h^(l+1)) - log N(h^(l)), for block 1 over

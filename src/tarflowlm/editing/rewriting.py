@@ -15,9 +15,9 @@ from tarflowlm.editing.proposals import propose, propose_state
 from tarflowlm.editing.states import Edit, Encoded, compared
 from tarflowlm.editing.words import Span
 from tarflowlm.errors import UserError
-from tarflowlm.generation.inversion import Tick
 from tarflowlm.generation.particles import resample
 from tarflowlm.model import TarFlowLM
+from tarflowlm.progress import SILENT, Progress
 
 SPARE_TRIES = 8
 """Other spans that are tried in place of one that the model would not change."""
@@ -34,12 +34,12 @@ def rewrite(
     temperature: float = 1.0,
     level: int = 0,
     generator: torch.Generator,
-    tick: Tick | None = None,
+    progress: Progress = SILENT,
 ) -> Edit:
     """Redraw the spans of every text, `spans[b]` those of row b, one after the other given everything else.
 
     Where all candidates of a span repeat it, some of the `spare` spans are tried in its place, but none at either end
-    of the text. `tick` is called once per span. UserError as in `redraw`.
+    of the text. `progress` advances once per span. UserError as in `redraw`.
     """
     rows = []
     for b, chosen in enumerate(spans):
@@ -58,8 +58,7 @@ def rewrite(
                 if not (left and tries) or (row.tokens != before)[:, : text.length].any():
                     break
                 span, tries = left.pop(int(torch.randint(len(left), (), generator=generator))), tries - 1
-            if tick is not None:
-                tick()
+            progress.advance()
         rows.append(row)
     return _finished(model, text, rows, generator)
 
@@ -75,12 +74,12 @@ def blend(
     temperature: float = 1.0,
     level: int = 0,
     generator: torch.Generator,
-    tick: Tick | None = None,
+    progress: Progress = SILENT,
 ) -> Edit:
     """Put spans of the second text into the first, at their places, and redraw what they leave in pieces.
 
     `spans[b]` are the spans that row b takes, and those of the first text that stay where nothing is taken.
-    UserError for texts of different lengths, and as in `redraw`; `tick` is called once per row.
+    UserError for texts of different lengths, and as in `redraw`; `progress` advances once per row.
     """
     if first.length != second.length:
         raise UserError(f"texts of {first.length} and {second.length} tokens: cut them to the same length")
@@ -98,8 +97,7 @@ def blend(
             row = redraw(
                 model, row, span, candidates=candidates, temperature=temperature, level=level, generator=generator
             )
-        if tick is not None:
-            tick()
+        progress.advance()
         rows.append(row)
     return _finished(model, first, rows, generator)
 
@@ -119,7 +117,7 @@ def redraw(
 
     Of R = `candidates` draws of the span, one is taken by its weight (docs/math.md, eq. 24); those that repeat the
     tokens that were there only if all do. At a `level` above 0 the span is redrawn in that state (see
-    `telling_level`); then tokens beside it change only if they do for all candidates.
+    `informative_level`); then tokens beside it change only if they do for all candidates.
 
     UserError for fewer than 1 candidate, a span outside the text, a level that is not there, or a temperature other
     than 1 where there are no weights of tokens.

@@ -14,10 +14,11 @@ from torch import Tensor
 from tarflowlm.errors import UserError
 from tarflowlm.flow.precision import wide_dtype
 from tarflowlm.generation import generate
-from tarflowlm.generation.inversion import Decoders, Tick, invert_block, per_block
-from tarflowlm.generation.passage import LatentPassage
+from tarflowlm.generation.conditioned import ConditionedLatents
+from tarflowlm.generation.inversion import Decoders, invert_block, per_block
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
+from tarflowlm.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: torch.Genera
     if length % patch:
         full = length + patch - length % patch
         tokens = generate(
-            model, num_tokens=full, num=len(tokens), template=tokens, generator=generator, decoder="sweeps"
+            model, num_tokens=full, num=len(tokens), prompt=tokens, generator=generator, decoder="sweeps"
         ).tokens.cpu()
     book = model.codebook
     tokens = tokens.to(book.mean.device)
@@ -92,13 +93,13 @@ def renoise(
     generator: torch.Generator,
     where: Bool[Tensor, " T"] | None = None,
     decoder: Decoders = "steps",
-    tick: Tick | None = None,
+    progress: Progress = SILENT,
 ) -> Edit:
     r"""Re-noise state l: h^(l) -> sqrt(1 - eta^2) h^(l) + eta eps with eps ~ N(0, I) (docs/math.md, eq. 23).
 
     Blocks l, ..., 1 are then inverted. `level` l runs from 0 (the latents) to L (the noise), `strength` eta from 0
     (no change) to 1 (the state is replaced by noise). At l = L the distribution of the state is the same for every
-    eta. `where` limits the change to some tokens. `tick` is called once per position and inverted block.
+    eta. `where` limits the change to some tokens. `progress` advances once per position and inverted block.
     UserError if eta or l is out of range, or the state is not finite.
     """
     if not 0 <= strength <= 1:
@@ -110,7 +111,7 @@ def renoise(
     keep = torch.zeros_like(state, dtype=torch.bool) if strength else torch.ones_like(state, dtype=torch.bool)
     if where is not None:
         keep = keep | ~where.to(state.device)[:, None]
-    return _descend(model, text, level, torch.where(keep, state, changed), decoder, generator, tick)
+    return _descend(model, text, level, torch.where(keep, state, changed), decoder, generator, progress)
 
 
 @torch.no_grad()
@@ -123,7 +124,7 @@ def interpolate(
     weight: float,
     generator: torch.Generator,
     decoder: Decoders = "steps",
-    tick: Tick | None = None,
+    progress: Progress = SILENT,
 ) -> Edit:
     r"""Spherical interpolation of the states l of two texts (docs/math.md, eq. 23), then blocks l, ..., 1 inverted:
 
@@ -140,11 +141,11 @@ def interpolate(
     a, b = (text.states[_checked_level(model, level)] for text in (first, second))
     if weight in (0.0, 1.0):
         anchor = first if weight == 0.0 else second
-        return _descend(model, anchor, level, anchor.states[level], decoder, generator, tick, before=first)
+        return _descend(model, anchor, level, anchor.states[level], decoder, generator, progress, before=first)
     cosine = torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).to(wide_dtype(a))
     angle = cosine.clamp(-1, 1).arccos().clamp(1e-4, torch.pi - 1e-4)[:, None, None]
     state = (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / angle.sin()
-    return _descend(model, first, level, state.to(a), decoder, generator, tick)
+    return _descend(model, first, level, state.to(a), decoder, generator, progress)
 
 
 @torch.no_grad()
@@ -154,7 +155,7 @@ def substitute(
     replacements: Int[Tensor, " T"],
     *,
     generator: torch.Generator,
-    tick: Tick | None = None,
+    progress: Progress = SILENT,
 ) -> Edit:
     """Replace some tokens and regenerate the others from their own noise h^(1) (docs/math.md, section 10).
 
@@ -174,12 +175,12 @@ def substitute(
     is_known = (wanted >= 0).expand(B, T)
     noise = torch.randn(B, T, model.config.latent_dim, generator=generator, device=generator.device)
     known = model.codebook.encode(wanted.clamp_min(0).expand(B, T).to(text.tokens.device), noise.to(text.states[0]))
-    passage = LatentPassage(model, text.states[1], known, is_known, None)
+    passage = ConditionedLatents(model, text.states[1], known, is_known, None)
     passage.settle(model.prior.patch(text.states[0])[0], int(is_known[0].int().argmax()) // model.config.patch)
+    progress.advance(passage.at)
     while passage.at < passage.num_positions:
         passage.step()
-        if tick is not None:
-            tick()
+        progress.advance()
     z = model.prior.patch.inverse(passage.values)
     tokens = torch.where(wanted >= 0, wanted, model.codebook.decode(z).cpu()).to(z.device)
     return compared(model, text, tokens, tuple(model.prior.states(z)[0][::-1]), generator)
@@ -192,18 +193,18 @@ def _descend(
     state: Tensor,
     decoder: Decoders,
     generator: torch.Generator,
-    tick: Tick | None,
+    progress: Progress,
     before: Encoded | None = None,
 ) -> Edit:
     """Invert the blocks below a changed state h^(level) of `text`, and compare with `before` (by default `text`)."""
     if not torch.isfinite(state).all():
         raise UserError("the state is not finite: lower the strength, or use another checkpoint")
-    states = inverted_below(model, text, level, state, decoder, tick)
+    states = inverted_below(model, text, level, state, decoder, progress)
     return compared(model, before or text, model.codebook.decode(states[-1]), tuple(states), generator)
 
 
 def inverted_below(
-    model: TarFlowLM, text: Encoded, level: int, state: Tensor, decoder: Decoders, tick: Tick | None = None
+    model: TarFlowLM, text: Encoded, level: int, state: Tensor, decoder: Decoders, progress: Progress = SILENT
 ) -> list[Tensor]:
     """The states h^(level) = `state`, ..., h^(0), each [B, T, d]. What agrees with `text` is copied from it.
 
@@ -217,7 +218,9 @@ def inverted_below(
         # leading positions, in the block's order, whose noise is unchanged in all rows
         same = (block.order(u)[0] == block.order(above)[0]).all(2).all(0)
         settled = int(same.long().cumprod(0).sum())
-        return invert_block(block, u, decoder=chosen[-1 - index], settled=below, num_settled=settled, tick=tick).h
+        return invert_block(
+            block, u, decoder=chosen[-1 - index], settled=below, num_settled=settled, progress=progress
+        ).h
 
     return prior.descend(state, invert, top=level)
 

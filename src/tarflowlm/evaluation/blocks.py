@@ -1,4 +1,4 @@
-"""What each block of a flow does: its share of the bound, and the geometry of the state that it leaves.
+"""The work of each block of a flow: its share of the bound, and the geometry of the state after it.
 
 Both come from one pass over the windows of a text, with one posterior sample z ~ q(z|x) for each. The states are
 h^(0) = z, h^(1), ..., h^(L) = u, each [B, T, d] in the order of the tokens. "After block l" means with the standard
@@ -8,6 +8,7 @@ normal on top of the first l blocks, so l = 0 is a prior without any block.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tarflowlm.evaluation.likelihood import Progress, bits, windows_per_batch
+from tarflowlm.evaluation.likelihood import bits, windows_per_batch
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.model import TarFlowLM
+from tarflowlm.progress import SILENT, Progress
 
 
 def mean_norm(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
@@ -37,7 +39,7 @@ def mean_cosine(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
 def participation_ratio(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
     """(sum_i l_i)^2 / sum_i l_i^2, l the eigenvalues of the d x d covariance of the T centred vectors.
 
-    The number of directions over which a sequence spreads evenly, from 1 to d. NaN where all vectors are equal.
+    The effective number of directions of a sequence, from 1 to d. NaN where all vectors are equal.
     """
     centred = states - states.mean(1, keepdim=True)
     covariance = centred.mT @ centred
@@ -52,16 +54,16 @@ def centroid_shift(before: Float[Tensor, "B T d"], after: Float[Tensor, "B T d"]
 
 
 def state_metrics(states: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-    """The four metrics [B] of each of some consecutive states [B, T, d], of texts or of samples.
+    """The metrics [B] of consecutive states [B, T, d], of texts or of samples.
 
-    Keys: norm, cosine, participation_ratio and, but for the first state, centroid_shift.
+    Keys: norm, cosine, participation_ratio and, except for the first state, centroid_shift.
     """
-    metrics = []
-    for index, h in enumerate(states):
-        values = {"norm": mean_norm(h), "cosine": mean_cosine(h), "participation_ratio": participation_ratio(h)}
-        if index:
-            values["centroid_shift"] = centroid_shift(states[index - 1], h)
-        metrics.append(values)
+    metrics = [
+        {"norm": mean_norm(h), "cosine": mean_cosine(h), "participation_ratio": participation_ratio(h)}
+        for h in states
+    ]
+    for values, (before, after) in zip(metrics[1:], pairwise(states), strict=True):
+        values["centroid_shift"] = centroid_shift(before, after)
     return metrics
 
 
@@ -93,7 +95,7 @@ class BoundParts:
     @property
     def gains(self) -> tuple[float, ...]:
         """By how much each block lowers the bound."""
-        return tuple(before - after for before, after in zip(self.bounds, self.bounds[1:], strict=False))
+        return tuple(before - after for before, after in pairwise(self.bounds))
 
     @property
     def kl(self) -> float:
@@ -112,8 +114,14 @@ class Spread:
     mean: float
     std: float
 
+    @classmethod
+    def of(cls, values: Float[Tensor, " W"]) -> "Spread":
+        """Mean and standard deviation of `values`."""
+        values = values.double()
+        return cls(values.mean().item(), values.std().item() if len(values) > 1 else float("nan"))
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class StateReport:
     """State h^(l) after l blocks (0: the latents z) over a set of sequences."""
 
@@ -121,13 +129,13 @@ class StateReport:
     norm: Spread
     cosine: Spread
     participation_ratio: Spread
-    centroid_shift: Spread | None
+    centroid_shift: Spread | None = None
     """From the state before; None for z."""
-    log_det: Spread | None
+    log_det: Spread | None = None
     """log|det J| of block l, nats per token; None for z."""
     kl: Spread
     """E_q[ log q(z|x) - log p_l(z) ], nats per token: the KL divergence to a prior that ends after block l."""
-    kl_gain: Spread | None
+    kl_gain: Spread | None = None
     """By how much block l lowers it: log|det J_l| + log N(h^(l); 0, I) - log N(h^(l-1); 0, I). None for z."""
     nelbo: Spread
     """Negative ELBO with a prior that ends after block l, nats per token: kl - E_q[ log p(x|z) ]."""
@@ -137,44 +145,25 @@ class StateReport:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """Terms of the bound in nats and metrics of every state, for each of W windows of T tokens; on the CPU."""
-
-    num_tokens: int
-    """T."""
-    reconstruction: Tensor
-    """[W]."""
-    log_q: Tensor
-    """[W]."""
-    log_dets: list[Tensor]
-    """[W] for each of the L blocks."""
-    bases: list[Tensor]
-    """log N(h; 0, I), [W] for each of the L + 1 states."""
-    metrics: list[dict[str, Tensor]]
-    """`state_metrics`."""
-
-
 def bound_parts(
     model: TarFlowLM,
     windows: Int[Tensor, "W T"],
     characters_per_token: Tensor,
     *,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> BoundParts:
     """The terms of the bound over the windows of a text, with the noise that `evaluate` draws for the same seed.
 
-    `characters_per_token` [V]. `progress` gets the number of windows done and their total.
+    `characters_per_token` [V]. `progress` advances by windows.
     """
-    found = _measure(model, windows, seed, None, progress)
-    terms = torch.stack([found.reconstruction, found.log_q, *found.log_dets, *found.bases]).double()
-    means = (terms.mean(1) / found.num_tokens).tolist()
+    terms, _ = _measure(model, windows, seed, None, progress)
+    reconstruction, log_q, *rest = (terms.double().mean(1) / windows.shape[1]).tolist()
     return BoundParts(
-        reconstruction=means[0],
-        log_q=means[1],
-        log_dets=tuple(means[2 : 2 + model.num_blocks]),
-        bases=tuple(means[2 + model.num_blocks :]),
+        reconstruction=reconstruction,
+        log_q=log_q,
+        log_dets=tuple(rest[: model.num_blocks]),
+        bases=tuple(rest[model.num_blocks :]),
         windows=len(windows),
         tokens=windows.numel(),
         characters=int(characters_per_token[windows].sum()),
@@ -187,60 +176,50 @@ def latent_report(
     *,
     seed: int = 0,
     batch: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> list[StateReport]:
-    """Every state h^(0) = z, ..., h^(L) = u of the windows of a text: geometry, and share of the likelihood.
+    """Geometry and share of the likelihood of every state h^(0) = z, ..., h^(L) = u, over the windows of a text.
 
     The last entry's `nelbo` is that of the model; the gains add up to kl(0) - kl(L). Same seed, same result.
-    `batch` windows are encoded at once. `progress` gets the number of windows done and their total.
+    `batch` windows are encoded at once. `progress` advances by windows.
     """
-    found = _measure(model, windows, seed, batch, progress)
-    T, reports = found.num_tokens, []
-    log_det_sum, kl_before = torch.zeros_like(found.log_q), torch.zeros_like(found.log_q)
-    for block, (metrics, base) in enumerate(zip(found.metrics, found.bases, strict=True)):
-        values: dict[str, Tensor | None] = dict.fromkeys(("centroid_shift", "log_det", "kl_gain"))
-        values |= metrics
+    terms, metrics = _measure(model, windows, seed, batch, progress)
+    reconstruction, log_q, *rest = terms
+    log_dets, bases = rest[: model.num_blocks], rest[model.num_blocks :]
+    T, log_det_sum, kl_before = windows.shape[1], torch.zeros_like(log_q), log_q
+    reports = []
+    for block, (values, base) in enumerate(zip(metrics, bases, strict=True)):
         if block:
-            log_det_sum = log_det_sum + found.log_dets[block - 1]
-        kl = (found.log_q - log_det_sum - base) / T
-        values |= {"kl": kl, "nelbo": kl - found.reconstruction / T}
+            log_det_sum = log_det_sum + log_dets[block - 1]
+        kl = (log_q - log_det_sum - base) / T
+        values |= {"kl": kl, "nelbo": kl - reconstruction / T}
         if block:
-            values |= {"log_det": found.log_dets[block - 1] / T, "kl_gain": kl_before - kl}
+            values |= {"log_det": log_dets[block - 1] / T, "kl_gain": kl_before - kl}
         kl_before = kl
-        spreads: dict[str, Any] = {name: None if v is None else _spread(v) for name, v in values.items()}
-        reports.append(StateReport(block=block, **spreads))
+        reports.append(StateReport(block=block, **{name: Spread.of(value) for name, value in values.items()}))
     return reports
 
 
 @torch.no_grad()
-def _measure(model: TarFlowLM, windows: Tensor, seed: int, batch: int | None, progress: Progress | None) -> _Measured:
-    """The one pass: every window once through the blocks, with the noise of `seed`."""
-    batch = batch or windows_per_batch(windows.shape[1])  # as `evaluate`, so that both draw the same noise
-    device = model.codebook.mean.device
-    generator = torch.Generator(device=device).manual_seed(seed)
+def _measure(
+    model: TarFlowLM, windows: Int[Tensor, "W T"], seed: int, batch: int | None, progress: Progress
+) -> tuple[Float[Tensor, "terms W"], list[dict[str, Tensor]]]:
+    """Pass every window once through the blocks, with the noise of `seed`. All on the CPU.
+
+    The terms are log p(x|z), log q(z|x), the log-determinants of the L blocks and log N(h; 0, I) of the L + 1 states,
+    in nats; with them the metrics of every state.
+    """
+    # the batches of `evaluate`, so that both draw the same noise
+    batch = batch or windows_per_batch(windows.shape[1])
+    generator = torch.Generator(device=model.device).manual_seed(seed)
     terms, metrics = [], []
-    for start in range(0, len(windows), batch):
-        tokens = windows[start : start + batch].to(device)
+    for rows in windows.split(batch):
+        tokens = rows.to(model.device)
         found, states = model.elbo(tokens, model.draw_noise(tokens, generator))
         bases = [standard_normal_log_prob(state) for state in states]
         terms.append(torch.stack([found.reconstruction, found.log_q, *found.log_dets, *bases]).cpu())
-        metrics.append([{name: v.cpu() for name, v in state.items()} for state in state_metrics(states)])
-        if progress is not None:
-            progress(min(start + batch, len(windows)), len(windows))
-    reconstruction, log_q, *rest = torch.cat(terms, dim=1)
-    return _Measured(
-        num_tokens=windows.shape[1],
-        reconstruction=reconstruction,
-        log_q=log_q,
-        log_dets=rest[: model.num_blocks],
-        bases=rest[model.num_blocks :],
-        metrics=[
-            {name: torch.cat([part[block][name] for part in metrics]) for name in metrics[0][block]}
-            for block in range(model.num_blocks + 1)
-        ],
-    )
-
-
-def _spread(values: Tensor) -> Spread:
-    values = values.double()
-    return Spread(values.mean().item(), values.std().item() if len(values) > 1 else float("nan"))
+        metrics.append([{name: value.cpu() for name, value in state.items()} for state in state_metrics(states)])
+        progress.advance(len(rows))
+    by_state = zip(*metrics, strict=True)
+    joined = [{name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in by_state]
+    return torch.cat(terms, dim=1), joined

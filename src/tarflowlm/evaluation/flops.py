@@ -14,22 +14,22 @@ All counts are per sequence of `context` tokens. There are three conventions:
 - `full`: every matrix product of the real modules, counted by PyTorch on meta tensors (shapes without numbers).
   Attention counts over the whole square of positions. Elementwise operations do not count.
 
-Training costs three forward passes of what is trained, and one of the frozen blocks. What the backward pass computes
-a second time (attention weights, codebook tiles, checkpointed layers) does not count.
+Training costs three forward passes of what is trained, and one of the frozen blocks. Work that the backward pass
+repeats (attention weights, codebook tiles, checkpointed layers) does not count.
 """
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tarflowlm.baseline import BaselineConfig, TokenLM
-from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.baseline import TokenLM
+from tarflowlm.config import BaselineConfig, FlowConfig, TransformerConfig, as_flow_config
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.model import FlowConfig, TarFlowLM, as_flow, as_flow_config
+from tarflowlm.model import as_flow
 
 Convention = Literal["figure7", "paper", "full"]
 Config = FlowConfig | BaselineConfig
@@ -60,7 +60,7 @@ def training_flops(config: Config, *, frozen: int = 0, convention: Convention = 
 def generation_flops(config: Config, convention: Convention = "full") -> int:
     """`config.context` tokens, generated position by position with a KV cache, and decoded.
 
-    The paper has no count of its own for this: its conventions take the forward pass.
+    The paper's conventions have no count of their own for generation; they take the forward pass.
     """
     return _counted_generation(config) if convention == "full" else forward_flops(config, convention)
 
@@ -71,7 +71,7 @@ def _paper_transformer(trunk: TransformerConfig, num_layers: int, positions: int
 
 
 def _paper_block(config: FlowConfig, index: int, convention: Convention) -> int:
-    """One flow block: Transformer, and input map and head where the convention counts them."""
+    """Count one flow block: Transformer, and input map and head where the convention has them."""
     N, D = config.context // config.patch, config.trunk.width
     body = _paper_transformer(config.trunk, config.blocks[index].layers, N)
     if index and convention == "figure7":
@@ -100,14 +100,14 @@ def _counted_forward(config: Config) -> int:
 
 @cache
 def _counted_below(config: FlowConfig, frozen: int) -> int:
-    """What progressive training does not train of the forward pass: the codebook and the first blocks."""
-    model = as_flow(_on_meta(config)[0])
-    z = _latents(model, config.context)
+    """Count the part of the forward pass that progressive training does not train: codebook and first blocks."""
+    flow = as_flow(_on_meta(config)[0])
 
     def forward() -> None:
-        model.codebook.log_normaliser(z)
-        h = model.prior.patch(z)[0]
-        for block in model.prior.blocks[:frozen]:
+        z = _latents(flow, config.context)
+        flow.codebook.log_normaliser(z)
+        h = flow.prior.patch(z)[0]
+        for block in flow.prior.blocks[:frozen]:
             h = block(h)[0]
 
     return _count(forward)
@@ -115,59 +115,39 @@ def _counted_below(config: FlowConfig, frozen: int) -> int:
 
 @cache
 def _counted_generation(config: Config) -> int:
-    """The features of a position cost an amount affine in the number of keys, all else is the same for each."""
+    """Count the features of three positions, which cost an amount affine in the number of keys, and one choice."""
     model, tokens = _on_meta(config)
     num_positions, patch = config.context // config.patch, tokens[:, : config.patch]
-    parts = _BaselinePosition(model, patch) if isinstance(model, TokenLM) else _FlowPosition(as_flow(model), patch)
-    choose = _count(parts.choose)
-    first, second, last = (_count(partial(parts.features, n)) for n in (0, 1, num_positions - 1))
-    return num_positions * choose + first + (num_positions - 1) * (second + last) // 2
+    blocks: list[Any] = [model]
+    previous = patch
+    if not isinstance(model, TokenLM):
+        flow = as_flow(model)
+        blocks = [flow.prior.block(index) for index in range(flow.num_blocks)]
+        previous = flow.prior.patch(_latents(flow, config.patch))[0][:, 0]
 
-
-class _FlowPosition:
-    """The work of a TarFlowLM for one position of P tokens, all blocks."""
-
-    def __init__(self, model: TarFlowLM, patch: Tensor) -> None:
-        self.model, self.z = model, _latents(model, patch.shape[1])
-        [self.h] = model.prior.patch(self.z)[0].unbind(1)
-        self.blocks = [model.prior.block(index) for index in range(model.num_blocks)]
-
-    def features(self, num_cached: int) -> None:
-        """The Transformers' step after `num_cached` positions."""
-        for block in self.blocks:
+    def features(num_cached: int) -> None:
+        for block in blocks:
             cache = block.allocate_cache(1, num_cached + 1)
             cache.length = num_cached
-            block.features_at(cache, self.h if num_cached else None, 1)
+            block.features_at(cache, previous if num_cached else None, 1)
 
-    def choose(self) -> None:
+    def choose() -> None:
         """From features to tokens: the heads, and the decoding of latents."""
-        features = torch.zeros(1, self.model.config.trunk.width, device="meta")
-        for block in self.blocks:
-            conditionals = block.coupling.conditionals(features)
+        given = torch.zeros(1, config.trunk.width, device="meta")
+        if isinstance(model, TokenLM):
+            for _ in range(config.patch):
+                # the sampler runs the head for the whole patch at each of its tokens
+                model.patch_logits(given[:, None], patch)
+            return
+        for block in blocks:
+            conditionals = block.coupling.conditionals(given)
             next(conditionals)
-            for group in self.h.split(block.coupling.group, -1)[:-1]:
+            for group in previous.split(block.coupling.group, -1)[:-1]:
                 conditionals.send(group)
-        self.model.codebook.decode(self.z)
+        flow.codebook.decode(_latents(flow, config.patch))
 
-
-class _BaselinePosition:
-    """The work of the baseline for one position of P tokens."""
-
-    def __init__(self, model: TokenLM, patch: Tensor) -> None:
-        self.model, self.patch = model, patch
-
-    def features(self, num_cached: int) -> None:
-        """The Transformer's step after `num_cached` positions."""
-        cache = self.model.allocate_cache(1, num_cached + 1)
-        cache.length = num_cached
-        self.model.features_at(cache, self.patch if num_cached else None, 1)
-
-    def choose(self) -> None:
-        """From features to tokens."""
-        features = torch.zeros(1, 1, self.model.config.trunk.width, device="meta")
-        for _ in range(self.patch.shape[1]):
-            # the sampler runs the head for the whole patch at each of its tokens
-            self.model.patch_logits(features, self.patch)
+    first, second, last = (_count(partial(features, n)) for n in (0, 1, num_positions - 1))
+    return num_positions * _count(choose) + first + (num_positions - 1) * (second + last) // 2
 
 
 def _on_meta(config: Config) -> tuple[LanguageModel, Tensor]:
@@ -177,7 +157,7 @@ def _on_meta(config: Config) -> tuple[LanguageModel, Tensor]:
         return config.build().requires_grad_(False), torch.zeros(1, config.context, dtype=torch.long)
 
 
-def _latents(model: TarFlowLM, num_tokens: int) -> Tensor:
+def _latents(model: Any, num_tokens: int) -> Tensor:
     return torch.zeros(1, num_tokens, model.config.latent_dim, device="meta")
 
 

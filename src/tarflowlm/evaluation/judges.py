@@ -15,10 +15,11 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import MODEL_TYPE
-from tarflowlm.data.download import check_hub_reachable
+from tarflowlm.data.sources import check_hub_reachable
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import Progress, windows_per_batch
+from tarflowlm.evaluation.likelihood import windows_per_batch
 from tarflowlm.flow.precision import widen
+from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import is_reference
 from tarflowlm.runs.released import released
@@ -29,7 +30,7 @@ PAPER_JUDGES = ("gpt2-large", "openai-community/gpt2-large")
 
 
 @dataclass(frozen=True)
-class Reading:
+class JudgedTexts:
     """Scores and features of some texts."""
 
     nats: float
@@ -53,11 +54,11 @@ class Judge(ABC):
     """Kind of model and of tokens, to be printed."""
     context: int
     source: str | None = None
-    """Its training text, where that is known."""
+    """Its training text, if known."""
 
     @abstractmethod
     def encode(self, text: str) -> Sequence[int]:
-        """Token ids of a text. Raises UserError for characters that the judge does not know."""
+        """Token ids of a text. Raises UserError for characters outside the judge's alphabet."""
 
     @abstractmethod
     def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,10 +67,10 @@ class Judge(ABC):
         Both depend only on the token and those before it, so padding on the right does no harm.
         """
 
-    def read(self, texts: Sequence[str], progress: Progress | None = None) -> Reading:
-        """Score all texts and take the features of each. `progress` gets the chunks done and their total.
+    def read(self, texts: Sequence[str], progress: Progress = SILENT) -> JudgedTexts:
+        """Score all texts and take the features of each. `progress` advances by texts.
 
-        Raises UserError for texts without tokens, and as `encode`.
+        Raises UserError for texts without tokens or with unknown characters.
         """
         chunks: list[list[int]] = []
         first = []
@@ -79,23 +80,19 @@ class Judge(ABC):
                 raise UserError(f"the judge {self.name} has no tokens for the text {text!r}: choose another judge")
             first.append(len(chunks))
             chunks += [ids[i : i + self.context] for i in range(0, len(ids), self.context)]
-        features: dict[int, Tensor] = {}
-        nats, count, batch = 0.0, 0, windows_per_batch(self.context)
+        nats, count, batch, features = 0.0, 0, windows_per_batch(self.context), []
         for start in range(0, len(chunks), batch):
-            part = chunks[start : start + batch]
+            part = [torch.tensor(ids) for ids in chunks[start : start + batch]]
             lengths = torch.tensor([len(ids) for ids in part])
-            padded = torch.zeros(len(part), int(lengths.max()), dtype=torch.int64)
-            for row, ids in enumerate(part):
-                padded[row, : len(ids)] = torch.tensor(ids)
+            padded = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
             losses, states = self.score(padded)
-            scored = (torch.arange(padded.shape[1]) < lengths[:, None]) & ~losses.isnan().cpu()
-            nats += losses.cpu().double()[scored].sum().item()
+            losses, is_read = losses.cpu().double(), torch.arange(padded.shape[1]) < lengths[:, None]
+            scored = is_read & ~losses.isnan()
+            nats += losses[scored].sum().item()
             count += int(scored.sum())
-            last = states.cpu()[torch.arange(len(part)), lengths - 1].float()
-            features |= {start + row: last[row] for row in range(len(part))}
-            if progress is not None:
-                progress(min(start + batch, len(chunks)), len(chunks))
-        return Reading(nats, count, torch.stack([features[i] for i in first]))
+            features.append(states.cpu()[torch.arange(len(part)), lengths - 1].float())
+            progress.advance(sum(start <= index < start + batch for index in first))
+        return JudgedTexts(nats, count, torch.cat(features)[first])
 
 
 class BaselineJudge(Judge):
@@ -103,14 +100,9 @@ class BaselineJudge(Judge):
 
     def __init__(self, name: str, checkpoint: Checkpoint) -> None:
         model = checkpoint.model
-        if not isinstance(model, TokenLM):
-            raise UserError(
-                f"the judge {name} is a flow, whose likelihood is a bound: give a run of the baseline (mini-ar)"
-            )
-        if model.config.patch > 1:
-            raise UserError(
-                f"the judge {name} predicts {model.config.patch} tokens at once: give one that predicts one"
-            )
+        if not isinstance(model, TokenLM) or model.config.patch > 1:
+            flaw = "predicts several tokens at once" if model.is_exact else "is a flow, whose likelihood is a bound"
+            raise UserError(f"the judge {name} {flaw}: give a run of the baseline with one token at a time (mini-ar)")
         self.name, self.model, self.tokenizer = name, model, checkpoint.tokenizer
         self.kind = f"baseline trained here, {self.tokenizer.kind} tokens"
         self.context, self.source = model.config.context, checkpoint.run.data.source
@@ -150,18 +142,14 @@ class HubJudge(Judge):
     def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         tokens = tokens.to(self.model.device)
         out = self.model(input_ids=tokens, output_hidden_states=True)
-        losses = torch.full(tokens.shape, math.nan, device=tokens.device)
         logits = out.logits[:, :-1].float()
-        losses[:, 1:] = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(
-            len(tokens), -1
-        )
-        return losses, out.hidden_states[-1]
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        return F.pad(losses.view(len(tokens), -1), (1, 0), value=math.nan), out.hidden_states[-1]
 
 
 def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
-    """The judge `name`: a baseline (run directory, shipped model or hf:OWNER/NAME), or a model of `transformers`.
-
-    Of `transformers`, it is a directory or a name on the hub.
+    """The judge `name`: a baseline (run directory, shipped model or hf:OWNER/NAME), or a model of `transformers`
+    (directory or hub name).
 
     Raises UserError for a model that cannot be found, is not autoregressive, or needs a package that is missing.
     """
@@ -170,8 +158,7 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
         is_dir = name != "" and path.is_dir()
     except OSError:  # the name is too long for a path
         is_dir = False
-    is_ours = not _is_transformers(path) if is_dir else is_reference(name) or name in released()
-    if is_ours:
+    if not _is_transformers(path) if is_dir else is_reference(name) or name in released():
         return BaselineJudge(name, load_checkpoint(path, device))
     if not is_dir and (name.startswith((".", "/", "~")) or not name or len(path.parts) > 2):
         raise UserError(f"the judge {name!r} is no directory: give a run of the baseline, or a hub name")
@@ -180,11 +167,11 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
 
 
 def _is_transformers(path: Path) -> bool:
-    """Whether a directory holds a model of `transformers` and not a run of ours."""
+    """True for a directory with a model of `transformers`, and not a run of ours."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False  # the error is left to the reader of run directories
+        return False  # `load_checkpoint` reports the error
     return isinstance(config, dict) and config.get("model_type", MODEL_TYPE) != MODEL_TYPE
 
 
@@ -196,12 +183,10 @@ def _from_transformers(name: str, local: bool) -> tuple[Any, Any]:
         raise UserError("judging samples needs transformers: pip install 'tarflowlm[quality]'") from None
 
     def get(only_local: bool) -> tuple[Any, Any]:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=only_local)
+        options: dict[str, Any] = {"local_files_only": only_local}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
         # safetensors only: nothing is unpickled
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, local_files_only=only_local, use_safetensors=True
-        )
-        return model, tokenizer
+        return transformers.AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options), tokenizer
 
     with _quiet(transformers):
         try:

@@ -15,15 +15,11 @@ from torch import Tensor
 
 from tarflowlm.config import checked_seed
 from tarflowlm.device import keep_freed_memory
-from tarflowlm.errors import UserError
 from tarflowlm.language_model import LanguageModel, as_integer
 from tarflowlm.objective import check_tokens, importance_weighted, log_importance_weights
+from tarflowlm.progress import SILENT, Progress
 
 Nats = TypeVar("Nats", float, Tensor)
-Progress = Callable[[int, int], None]
-"""Called with the number of parts done and their total."""
-
-
 TIMED_WINDOWS = 8
 """Windows that a CPU is timed with."""
 
@@ -34,7 +30,7 @@ def bits(nats: Nats) -> Nats:
 
 
 def sign_of(bound: str) -> str:
-    """How to print what has this `bound`: = for "exact", <= for the others."""
+    """The sign before a number with this `bound`: = for "exact", <= for the others."""
     return "=" if bound == "exact" else "<="
 
 
@@ -55,7 +51,7 @@ class Likelihood:
     ppl: float
     """exp(nats_per_token): perplexity per token."""
     stderr: float
-    """Standard error of nats_per_token over the windows."""
+    """Standard error of nats_per_token over the windows; NaN for one window."""
     samples: int
     """Posterior samples per window."""
     windows: int
@@ -78,7 +74,7 @@ class Likelihood:
 
     @property
     def sign(self) -> str:
-        """How to print the numbers: = for exact ones, <= for bounds."""
+        """The sign before the numbers: = for exact ones, <= for bounds."""
         return sign_of(self.bound)
 
     def to_json(self) -> dict[str, Any]:
@@ -98,7 +94,7 @@ def evaluate(
     seed: int = 0,
     batch: int | None = None,
     weigh: Callable[..., Tensor] = log_importance_weights,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Likelihood:
     """Likelihood of the windows of a text, in nats and bits; each window has a fresh context.
 
@@ -106,42 +102,48 @@ def evaluate(
     and the ELBO of the same samples beside it. The first `given` tokens of a window are context and are not scored
     (`sliding_windows`): the baseline and flows of one block allow this (`conditional_bound`).
     `characters_per_token` and `bytes_per_token` [V] give bits per character and per byte. `batch` windows are
-    evaluated at once. `weigh` replaces the function that computes the log-weights of a batch, for instance by a
-    parallel one. `progress` gets the number of windows done and their total. Same seed, same result.
+    evaluated at once. `weigh` computes the log-weights of a batch; training passes a parallel one. `progress`
+    advances by windows. Same seed, same result.
 
-    Raises UserError for `samples` below 1, for windows that are no texts of the model, and as `conditional_bound`.
+    Raises UserError for `samples` below 1, for windows that are no texts of the model, and for `given` tokens with
+    a flow of several blocks.
     """
     check_tokens(model, windows, name="windows")
     given = torch.zeros(len(windows), dtype=torch.int64) if given is None else given
-    batch = batch or windows_per_batch(windows.shape[1])
-    weights = log_weights(
+    log_w = log_weights(
         model, windows, given, samples=samples, seed=seed, batch=batch, weigh=weigh, progress=progress
     )
-    characters, num_bytes = 0, 0
-    for start, end, head in _batches(given, batch):
-        tokens = windows[start:end, head:]
-        characters += int(characters_per_token[tokens].sum())
-        if bytes_per_token is not None:
-            num_bytes += int(bytes_per_token[tokens].sum())
-    return _summary(
-        weights,
-        windows.shape[1] - given.double(),
-        exact=model.is_exact,
+    is_scored = torch.arange(windows.shape[1]) >= given[:, None]
+    scored = windows.cpu()[is_scored]
+    characters = int(characters_per_token[scored].sum())
+    num_bytes = None if bytes_per_token is None else int(bytes_per_token[scored].sum())
+
+    tokens = is_scored.sum(1).double()
+    weighted, elbo = importance_weighted(log_w), -log_w.mean(0)
+    nats, stderr = _per_token(weighted, tokens)
+    elbo_nats, elbo_stderr = _per_token(elbo, tokens)
+    gap, gap_stderr = _per_token(elbo - weighted, tokens)
+    total_bits, num_samples = bits(weighted.sum().item()), len(log_w)
+    several = num_samples > 1
+    sampling = math.sqrt(log_w.var(0).sum().item() / num_samples) / len(scored) if several else None
+    return Likelihood(
+        bound="exact" if model.is_exact else f"iw-{num_samples}" if several else "elbo",
+        nats_per_token=nats,
+        bpc=total_bits / characters,
+        ppl=math.exp(nats),
+        stderr=stderr,
+        samples=num_samples,
+        windows=len(windows),
+        tokens=len(scored),
         characters=characters,
-        num_bytes=num_bytes if bytes_per_token is not None else None,
+        bytes=num_bytes,
+        bits_per_byte=None if num_bytes is None else total_bits / num_bytes,
+        elbo=None if model.is_exact else elbo_nats,
+        elbo_stderr=None if model.is_exact else elbo_stderr,
+        elbo_sampling_stderr=sampling,
+        gap=gap if several else None,
+        gap_stderr=gap_stderr if several else None,
     )
-
-
-@torch.no_grad()
-def seconds_per_window(model: LanguageModel, windows: Int[Tensor, "W T"]) -> float:
-    """How long `evaluate` will take for a window and a sample, from a few of the windows: within a factor of two."""
-    size = windows_per_batch(windows.shape[1]) if model.device.type != "cpu" else TIMED_WINDOWS
-    few = windows[:size].to(model.device)
-    noise = model.draw_noise(few)
-    model.bound(few[:1], noise[:1])  # what only the first call takes
-    start = time.perf_counter()
-    model.bound(few, noise).sum().item()
-    return (time.perf_counter() - start) / len(few)
 
 
 @torch.no_grad()
@@ -154,20 +156,16 @@ def log_weights(
     seed: int,
     batch: int | None = None,
     weigh: Callable[..., Tensor] = log_importance_weights,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Float[Tensor, "S W"]:
-    """The log-weights of every window, in nats and float64 on the CPU: what `evaluate` sums up, its arguments."""
-    samples, seed = as_integer(samples, "samples"), checked_seed(as_integer(seed, "seed"))
-    if samples < 1:
-        raise UserError(f"samples {samples}: must be at least 1")
+    """log p(x, z^r) / q(z^r | x) of every window, in nats and float64 on the CPU; arguments as in `evaluate`."""
     keep_freed_memory()
-    generator = torch.Generator(device=model.device).manual_seed(seed)
+    generator = torch.Generator(device=model.device).manual_seed(checked_seed(as_integer(seed, "seed")))
     parts = []
     for start, end, head in _batches(given, batch or windows_per_batch(windows.shape[1])):
         tokens = windows[start:end].to(model.device)
         parts.append(weigh(model, tokens, samples=samples, generator=generator, given=head).cpu().double())
-        if progress is not None:
-            progress(end, len(windows))
+        progress.advance(end - start)
     return torch.cat(parts, dim=1)
 
 
@@ -182,48 +180,23 @@ def _batches(given: Tensor, batch: int) -> Iterator[tuple[int, int, int]]:
         start = end
 
 
-def _summary(
-    log_weights: Tensor, tokens: Tensor, *, exact: bool, characters: int, num_bytes: int | None
-) -> Likelihood:
-    """All numbers from the log-weights [S, W] of the windows and the number of scored tokens [W] of each."""
-    num_samples, num_windows = log_weights.shape
-    num_tokens = tokens.sum().item()
-    weighted = importance_weighted(log_weights)
-    elbo = -log_weights.mean(0)
-    nats, stderr = _per_token(weighted, tokens)
-    total_bits = bits(weighted.sum().item())
-    several = num_samples > 1
-    elbo_nats, elbo_stderr = _per_token(elbo, tokens)
-    gap, gap_stderr = _per_token(elbo - weighted, tokens)
-    sampling = math.sqrt(log_weights.var(0).sum().item() / num_samples) / num_tokens if several else None
-    return Likelihood(
-        bound="exact" if exact else f"iw-{num_samples}" if several else "elbo",
-        nats_per_token=nats,
-        bpc=total_bits / characters,
-        ppl=math.exp(nats),
-        stderr=stderr,
-        samples=num_samples,
-        windows=num_windows,
-        tokens=round(num_tokens),
-        characters=characters,
-        bytes=num_bytes,
-        bits_per_byte=total_bits / num_bytes if num_bytes is not None else None,
-        elbo=None if exact else elbo_nats,
-        elbo_stderr=None if exact else elbo_stderr,
-        elbo_sampling_stderr=sampling,
-        gap=gap if several else None,
-        gap_stderr=gap_stderr if several else None,
-    )
-
-
-def _per_token(nats: Tensor, tokens: Tensor) -> tuple[float, float]:
-    """Nats per token over all windows, and the standard error of this ratio (NaN for one window).
-
-    `nats` [W]; `tokens` [W] counts the scored tokens of each window.
-    """
+def _per_token(nats: Float[Tensor, " W"], tokens: Float[Tensor, " W"]) -> tuple[float, float]:
+    """Nats per token over all windows of `tokens` scored tokens, and the standard error of this ratio."""
     count, total = len(nats), tokens.sum().item()
     mean = nats.sum().item() / total
     if count < 2:
         return mean, math.nan
     spread = (nats - mean * tokens).square().sum().item() * count / (count - 1)
     return mean, math.sqrt(spread) / total
+
+
+@torch.no_grad()
+def seconds_per_window(model: LanguageModel, windows: Int[Tensor, "W T"]) -> float:
+    """Estimated seconds per window and sample of `evaluate`, timed on a few windows; right within a factor of two."""
+    size = windows_per_batch(windows.shape[1]) if model.device.type != "cpu" else TIMED_WINDOWS
+    few = windows[:size].to(model.device)
+    noise = model.draw_noise(few)
+    model.bound(few[:1], noise[:1])  # the first call takes longer
+    start = time.perf_counter()
+    model.bound(few, noise).sum().item()
+    return (time.perf_counter() - start) / len(few)

@@ -1,4 +1,4 @@
-"""What little a text takes without a neural network: n-gram entropies, a bigram model and compressors."""
+"""Baselines without a neural network: n-gram entropies, a bigram model, and general-purpose compressors."""
 
 import bz2
 import lzma
@@ -6,10 +6,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from tarflowlm.errors import UserError
-
-_DENSE = 1 << 24  # counts up to here are an array over all n-grams, beyond it a sort
 
 
 def ngram_entropy(ids_or_text: str | npt.NDArray[Any], order: int) -> float:
@@ -21,22 +17,16 @@ def ngram_entropy(ids_or_text: str | npt.NDArray[Any], order: int) -> float:
     `order` n = 1 is the unigram entropy, n = 3 the trigram entropy. No n-gram model of this order does better on this
     text. A model fitted to other text does worse, much worse if M is small.
 
-    `ids_or_text`: a string, whose characters are the symbols, or integers [T].
-    Raises UserError for an order below 1 or a text shorter than `order`.
+    `ids_or_text`: a string, whose characters are the symbols, or integers [T]. T must be at least `order`.
     """
-    symbols = _symbols(ids_or_text)
-    if order < 1:
-        raise UserError(f"order={order} must be 1 or more")
-    if len(symbols) < order:
-        raise UserError(f"the text has {len(symbols)} symbols, too few for n-grams of order {order}")
-    ids, num_kinds = _renumber(symbols)
-    num_ngrams = len(symbols) - order + 1
+    if isinstance(ids_or_text, str):
+        ids_or_text = np.frombuffer(ids_or_text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+    ids = _ranks(ids_or_text)
+    num_kinds, num_ngrams = int(ids.max()) + 1, len(ids) - order + 1
     contexts = np.zeros(num_ngrams, dtype=np.int64)
-    num_contexts = 1
     for k in range(order - 1):
-        contexts, num_contexts = _append(contexts, num_contexts, ids[k : k + num_ngrams], num_kinds)
-    joint = contexts * num_kinds + ids[order - 1 :]
-    total = _sum_c_log_c(joint, num_contexts * num_kinds) - _sum_c_log_c(contexts, num_contexts)
+        contexts = _ranks(contexts * num_kinds + ids[k : k + num_ngrams])
+    total = _sum_c_log_c(contexts * num_kinds + ids[order - 1 :]) - _sum_c_log_c(contexts)
     return max(0.0, -total / num_ngrams)
 
 
@@ -50,11 +40,8 @@ def bigram_cross_entropy(train: npt.NDArray[Any], test: npt.NDArray[Any], vocab_
         p(a)     = (max(N(. a) - D, 0) + D K / V) / N,               K = number of a with N(. a) > 0
 
     and D = n_1 / (n_1 + 2 n_2) from the numbers n_k of bigrams with c = k. p(a | w) = p(a) for the first token and
-    after tokens that `train` does not have. Raises UserError for a text without bigrams, and tokens out of range.
+    after tokens that `train` does not have. Both texts need two tokens or more.
     """
-    for name, ids in (("train", train), ("test", test)):
-        if len(_symbols(ids)) < 2 or not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-            raise UserError(f"the {name} text needs two tokens or more, all of them below {vocab_size}")
     train, test = train.astype(np.int64), test.astype(np.int64)
     codes, counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
     once, twice = int((counts == 1).sum()), int((counts == 2).sum())
@@ -73,40 +60,18 @@ def bigram_cross_entropy(train: npt.NDArray[Any], test: npt.NDArray[Any], vocab_
 
 
 def compressed_bits(text: str) -> dict[str, float]:
-    """Bits per character of a text as compressed by bz2 and by lzma at their strongest, which know no other text."""
+    """Bits per character of a text compressed by bz2 and by lzma at their strongest, without any other text."""
     data = text.encode("utf-8", errors="surrogatepass")
     sizes = {"bz2": len(bz2.compress(data, 9)), "lzma": len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))}
     return {name: 8 * size / max(len(text), 1) for name, size in sizes.items()}
 
 
-def _symbols(ids_or_text: str | npt.NDArray[Any]) -> npt.NDArray[Any]:
-    if isinstance(ids_or_text, str):
-        return np.frombuffer(ids_or_text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
-    array = np.asarray(ids_or_text)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise UserError(f"symbols must be a 1-d array of integers, not {array.dtype} of shape {array.shape}")
-    return array
+def _ranks(codes: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Codes replaced by their ranks 0, 1, ..., which keeps products of codes small."""
+    return np.unique(codes, return_inverse=True)[1].astype(np.int64)
 
 
-def _append(
-    contexts: npt.NDArray[np.int64], num_contexts: int, ids: npt.NDArray[np.int64], num_kinds: int
-) -> tuple[npt.NDArray[np.int64], int]:
-    """Contexts extended by one symbol: (codes, an upper bound on them). They are renumbered before they overflow."""
-    codes, bound = contexts * num_kinds + ids, num_contexts * num_kinds
-    return (codes, bound) if bound <= _DENSE else _renumber(codes)
-
-
-def _renumber(codes: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], int]:
-    """Codes replaced by their ranks 0, 1, ..., and the number of different codes."""
-    if int(codes.min()) >= 0 and int(codes.max()) < _DENSE:
-        occurs = np.bincount(codes) > 0
-        return (np.cumsum(occurs) - 1)[codes], int(occurs.sum())
-    kinds, inverse = np.unique(codes, return_inverse=True)
-    return inverse.astype(np.int64), len(kinds)
-
-
-def _sum_c_log_c(codes: npt.NDArray[np.int64], bound: int) -> float:
+def _sum_c_log_c(codes: npt.NDArray[np.int64]) -> float:
     """Sum of c log2 c over the counts c of all codes."""
-    counts = np.bincount(codes) if bound <= _DENSE else np.unique(codes, return_counts=True)[1]
-    counts = counts[counts > 0].astype(np.float64)
+    counts = np.unique(codes, return_counts=True)[1].astype(np.float64)
     return float((counts * np.log2(counts)).sum())

@@ -1,4 +1,4 @@
-"""Quality of unconditional samples: several numbers, none of which suffices alone, for samples and for real text."""
+"""Quality of unconditional samples, in several numbers that belong together, beside those of real text."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,19 +12,17 @@ from torch import Tensor
 from tarflowlm.config import Decoder
 from tarflowlm.data import Tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge
+from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, JudgedTexts
 from tarflowlm.generation import generate
 from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.language_model import LanguageModel
+from tarflowlm.progress import SILENT, Progress
 
 MAUVE_SCALING = 5
 """The paper's; everything else is mauve-text's default."""
 PAPER_SAMPLES = 5000
 BATCH_TOKENS = 16_384
 REPETITION_ORDER = 4
-
-Progress = Callable[[str, int, int], None]
-"""Called with the name of a step, how much of it is done, and the total."""
 
 
 def sequence_entropy(sequences: Sequence[Sequence[Any]]) -> float:
@@ -98,13 +96,29 @@ class TextStatistics:
     entropy: float
     """Average sequence entropy over the model's tokens, nats (the paper's)."""
     word_entropy: float
-    """The same over words. For models of characters, whose token entropy says little."""
+    """The same over words, more informative for models of characters."""
     distinct_1: float | None
-    """Of words."""
+    """Different words over all words; below, the same of 2-grams and 3-grams."""
     distinct_2: float | None
     distinct_3: float | None
     repetition: float | None
     """Share of 4-grams of words that occurred before in the same text."""
+
+    @classmethod
+    def of(cls, tokens: Tensor, texts: Sequence[str], judged: JudgedTexts) -> "TextStatistics":
+        """Statistics of `texts`, their `tokens` [texts, T], and the judge's scores."""
+        words = [text.split() for text in texts]
+        return cls(
+            texts=len(texts),
+            perplexity=judged.perplexity,
+            judge_tokens=judged.tokens,
+            entropy=sequence_entropy(tokens.tolist()),
+            word_entropy=sequence_entropy(words),
+            distinct_1=distinct(words, 1),
+            distinct_2=distinct(words, 2),
+            distinct_3=distinct(words, 3),
+            repetition=repetition(words, REPETITION_ORDER),
+        )
 
 
 @dataclass(frozen=True)
@@ -122,7 +136,7 @@ class Quality:
     """Tokens of the model per sample."""
     decoder: str
     dtype: str
-    """Of the weights in sampling. Maps between noise and latents use float32 or wider."""
+    """Type of the weights in sampling. Maps between noise and latents use float32 or wider."""
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -135,7 +149,7 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How samples are drawn. Raises UserError for fewer than 2 samples, and as `adjust_weights`."""
+    """Settings of sampling. Raises UserError for fewer than 2 samples, and for settings out of range."""
 
     num: int = PAPER_SAMPLES
     length: int | None = None
@@ -160,12 +174,13 @@ def measure_quality(
     config: SamplingConfig,
     *,
     trained_on: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Quality:
     """Samples of `model` against real `text` [W, T]: windows of token ids, as long as the samples.
 
-    Same configuration, same samples. `trained_on` names the model's corpus; a remark says so if the judge shares it.
-    Raises errors as `generate`, `Judge.read` and `mauve`.
+    Same configuration, same samples. `trained_on` names the model's corpus; a remark warns if the judge shares it.
+    Raises UserError for a missing package, for texts that the judge cannot read, and for settings that the model
+    does not allow.
     """
     mauve_function()  # a missing package is reported before the samples are drawn
     samples = draw_samples(model, config, progress)
@@ -188,32 +203,32 @@ def measure_quality(
 
 
 def compare_texts(
-    samples: Tensor, text: Tensor, tokenizer: Tokenizer, judge: Judge, progress: Progress | None = None
+    samples: Tensor, text: Tensor, tokenizer: Tokenizer, judge: Judge, progress: Progress = SILENT
 ) -> tuple[TextStatistics, TextStatistics, float]:
-    """Statistics of `samples` and of real `text`, token ids [N, T] of any model, and the MAUVE between them.
-
-    Raises errors as `Judge.read` and `mauve`.
-    """
+    """Statistics of `samples` and of real `text`, token ids [N, T] of any model, and the MAUVE between them."""
     statistics, features = [], []
     for name, tokens in (("samples", samples), ("text", text)):
         texts = [tokenizer.decode(row.tolist()) for row in tokens]
-        reading = judge.read(texts, _named(progress, f"judge, {name}"))
-        statistics.append(_statistics(tokens, texts, reading.perplexity, reading.tokens))
-        features.append(reading.features)
+        progress.stage(f"judge, {name}", len(texts))
+        judged = judge.read(texts, progress)
+        statistics.append(TextStatistics.of(tokens, texts, judged))
+        features.append(judged.features)
     return statistics[0], statistics[1], mauve(features[1], features[0])
 
 
-def draw_samples(model: LanguageModel, config: SamplingConfig, progress: Progress | None = None) -> Tensor:
-    """Token ids [num, length] on the CPU. The batch size depends only on the length. Raises errors as `generate`."""
+def draw_samples(model: LanguageModel, config: SamplingConfig, progress: Progress = SILENT) -> Tensor:
+    """Token ids [num, length] on the CPU. The batch size depends only on the length."""
     length = model.config.context if config.length is None else config.length
     batch = max(1, BATCH_TOKENS // max(length, 1))
     generator = torch.Generator().manual_seed(config.seed)
+    progress.stage("samples", config.num)
     parts = []
     for start in range(0, config.num, batch):
+        num = min(batch, config.num - start)
         result = generate(
             model,
             num_tokens=length,
-            num=min(batch, config.num - start),
+            num=num,
             generator=generator,
             temperature=config.temperature,
             top_k=config.top_k,
@@ -221,24 +236,8 @@ def draw_samples(model: LanguageModel, config: SamplingConfig, progress: Progres
             decoder=config.decoder,
         )
         parts.append(result.tokens.cpu())
-        if progress is not None:
-            progress("samples", min(start + batch, config.num), config.num)
+        progress.advance(num)
     return torch.cat(parts)
-
-
-def _statistics(tokens: Tensor, texts: Sequence[str], perplexity: float, judge_tokens: int) -> TextStatistics:
-    words = [text.split() for text in texts]
-    return TextStatistics(
-        texts=len(texts),
-        perplexity=perplexity,
-        judge_tokens=judge_tokens,
-        entropy=sequence_entropy(tokens.tolist()),
-        word_entropy=sequence_entropy(words),
-        distinct_1=distinct(words, 1),
-        distinct_2=distinct(words, 2),
-        distinct_3=distinct(words, 3),
-        repetition=repetition(words, REPETITION_ORDER),
-    )
 
 
 def _remarks(judge: Judge, num: int, trained_on: str | None) -> tuple[str, ...]:
@@ -252,7 +251,3 @@ def _remarks(judge: Judge, num: int, trained_on: str | None) -> tuple[str, ...]:
     if judge.source is not None and trained_on is not None and Path(judge.source).name == Path(trained_on).name:
         remarks.append("the judge was trained on the same text as the model: it favours what both have learned")
     return tuple(remarks)
-
-
-def _named(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(name, done, total)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import checked_seed
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import Progress, bits, windows_per_batch
+from tarflowlm.evaluation.likelihood import bits, windows_per_batch
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.precision import full_precision
 from tarflowlm.generation import generate
@@ -19,6 +19,7 @@ from tarflowlm.generation.window import spans
 from tarflowlm.language_model import LanguageModel, as_integer, check_model
 from tarflowlm.model import as_flow
 from tarflowlm.objective import check_integers, check_vocabulary
+from tarflowlm.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def score(
     *,
     samples: int = 8,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Scores:
     r"""How many bits each of the `tokens` [T] of a text takes; one token is enough.
 
@@ -66,8 +67,8 @@ def score(
     A text beyond the trained context is scored in windows. The baseline and flows of one block see the last half of
     the window before as context; flows of several blocks begin every window anew, as no bound is known for them else.
 
-    The baseline needs no samples. Same seed, same result; the noise is that of `evaluate`. `progress` gets the number
-    of windows done and their total, every window counted once per sample. UserError for no tokens, tokens that are
+    The baseline needs no samples. Same seed, same result; the noise is that of `evaluate`. `progress`
+    advances by windows, each counted once per sample. UserError for no tokens, tokens that are
     not [T] or outside the vocabulary, and `samples` below 1.
     """
     check_model(model)
@@ -79,15 +80,13 @@ def score(
     generator = torch.Generator(device=model.device).manual_seed(seed)
     windows = _windows(model, len(tokens))
     whole = _fill(model, tokens, windows[-1][0], seed)
-    draws, found, done = 1 if model.is_exact else samples, [], 0
+    draws, found = 1 if model.is_exact else samples, []
     for some in _batches(windows):
         rows = torch.stack([whole[start:end] for start, end, _ in some]).to(model.device)
         nats = torch.zeros(())
         for _ in range(draws):
             nats = nats + _shares(model, rows, generator).cpu().double() / draws
-            done += len(some)
-            if progress is not None:
-                progress(done, draws * len(windows))
+            progress.advance(len(some))
         # in one batch all windows have the same number of given tokens
         found.append(nats[:, :, some[0][2] :].flatten(1))
     shares, last = bits(torch.cat(found, dim=1)), len(tokens) - 1
@@ -123,7 +122,7 @@ def _fill(model: LanguageModel, tokens: Tensor, start: int, seed: int) -> Tensor
     drawn = generate(
         model,
         num_tokens=len(tokens) - start + missing,
-        template=tokens[start:],
+        prompt=tokens[start:],
         generator=torch.Generator().manual_seed(seed),
     )
     return torch.cat((tokens.cpu(), drawn.tokens[0, -missing:].cpu()))

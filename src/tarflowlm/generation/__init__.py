@@ -1,6 +1,8 @@
 """Sampling from either model: free, after a prompt, or around given tokens."""
 
 from tarflowlm.generation.generate import generate
+from tarflowlm.generation.sampling import BLANK
+from tarflowlm.generation.streaming import Watch
 from tarflowlm.generation.writing import Generation
 
-__all__ = ["Generation", "generate"]
+__all__ = ["BLANK", "Generation", "Watch", "generate"]

@@ -1,21 +1,21 @@
 """`generate`, the entry point of sampling: either model, with or without given tokens (docs/math.md, 7 and 9)."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tarflowlm.config import Decoding
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.generation.choice import check_choice
-from tarflowlm.generation.inversion import Decoders, Tick, check_decoders
+from tarflowlm.generation.inversion import Decoders, as_decoders
 from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
-from tarflowlm.generation.telling import OnTokens, Telling
-from tarflowlm.generation.window import check_length, num_unseen, slide, spans
-from tarflowlm.generation.writing import Generation, Request, write_window
+from tarflowlm.generation.streaming import TokenStream, Watch
+from tarflowlm.generation.token_probabilities import check_estimable
+from tarflowlm.generation.window import write_windows
+from tarflowlm.generation.writing import Generation, Sampler
 from tarflowlm.language_model import LanguageModel, as_integer, check_generator, check_model, check_option
 from tarflowlm.model import as_flow
 from tarflowlm.objective import check_integers
@@ -28,159 +28,118 @@ def generate(
     num_tokens: int,
     num: int = 1,
     prompt: Tensor | None = None,
-    template: Tensor | None = None,
     particles: int = 1,
-    generator: torch.Generator | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     decoding: Decoding = "mode",
-    return_passes: bool = False,
     decoder: Decoders = "steps",
-    tick: Tick | None = None,
-    rows: Sequence[int] | None = None,
-    on_tokens: OnTokens | None = None,
-    enough: Callable[[Tensor], bool] | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    watch: Watch | None = None,
 ) -> Generation:
     """Draw `num` samples of `num_tokens` tokens each, given tokens included (docs/math.md, sections 7 and 9).
 
-    At temperature 1, without top-k, top-p or given tokens, the latents are exact samples. `decoding` makes them
-    tokens: drawn takes one from p(x|z), which makes the tokens exact samples, too; mode takes the most probable one,
+    At temperature 1, without top-k, top-p or given tokens, the latents are exact samples. `decoding` turns them into
+    tokens: "drawn" samples p(x|z), which makes the tokens exact samples, too; "mode" takes the most probable token,
     which is the same where the codebook is sharp.
 
-    `temperature` tau raises probabilities of tokens to the power 1 / tau, `top_k` and `top_p` truncate them: those of
-    the baseline, or those of block 1 given everything before. A Mix-d block tied to the codebook has them as its
-    weights; the noise is not scaled, since Phi(u) has to stay uniform. For Mix-1, or Mix-d with components of its
-    own, they are estimated for all V tokens (`TokenChoice`): a token is chosen, whatever `decoding` says, together
-    with latents of its own, and the noise that the blocks above drew for it is not used. UserError for this with more
-    than 1,024 tokens, for an affine block 1, and where the blocks above know more than a nat a token.
+    `prompt` [T], or [num, T] with one row per sample, holds given tokens; BLANK (-1) marks a token to draw, anywhere,
+    and tokens after its end are drawn, too. Tokens given at the start are exact for the baseline and, given their
+    latents, for a flow of one block. Otherwise the drawn tokens ignore given tokens further right and the dependence
+    that the upper blocks describe. R = `particles` > 1 corrects this (`particles.py`) at R times the cost, and is
+    exact in the limit of many particles.
 
-    `prompt` [tokens] comes first, or [num, tokens] with one prompt per sample, where -1 (BLANK) fills the ends of
-    shorter ones; these must be shorter than the context. `template` [tokens], or [num, tokens] with one template per
-    sample, gives tokens anywhere: -1 marks a token to be drawn, and tokens after its end are drawn too. A prompt is
-    exact for the baseline and, given its latents, for a single left-to-right block. Otherwise drawn tokens ignore the
-    given tokens further right and the dependence that the blocks above describe. R = `particles` > 1 corrects this
-    (`particles.py`) at R times the cost, and is exact in the limit of many. Temperature, top-k and top-p apply to
-    drawn tokens, not to the weights of particles.
+    `temperature` tau raises the probabilities of tokens, given everything before in the baseline or in block 1, to
+    the power 1 / tau; `top_k` and `top_p` truncate them. They do not act on the weights of particles. A Mix-d block
+    tied to the codebook has these probabilities as its weights (the noise is not scaled, since Phi(u) has to stay
+    uniform). For Mix-1, or Mix-d with components of its own, they are estimated (`EstimatedTokens`): the token is
+    then chosen, whatever `decoding` says, and the noise that the upper blocks drew for it is not used.
 
-    `num_tokens` may exceed the trained context: the window then slides, and its last half, encoded anew, is the
-    prompt of the next one (`window.py`). What holds for a prompt holds for every window: it is exact for the baseline
-    and a single left-to-right block, and approximate in a stack, whose upper blocks draw the noise of a window
-    without regard to the tokens kept. Of a prompt that fills the context the last half window counts; there is no
-    evidence then, and else that of the prompt. Not with a template, passes or several particles.
+    `num_tokens` may exceed the trained context: the window slides, and its last half, encoded again, is the prompt of
+    the next one (`window.py`). Every window is exact or approximate as a prompt is. Blanks between given tokens and
+    several particles need a text within the context.
 
-    Row b has its own random stream, seeded from `generator`, so rows do not depend on `num`. `rows` numbers them, in
-    place of 0 to `num` - 1: a part of many samples, drawn alone, is what it is among all of them.
+    `decoder`, one for all blocks or one per block, block L first: "steps" inverts position by position, "sweeps" by
+    parallel sweeps, equal up to rounding (`inversion.py`), "auto" by the cheaper of the two. Block 1 is swept only
+    without given tokens and without temperature, top-k and top-p.
 
-    `decoder`: steps inverts every block position by position; sweeps by parallel sweeps, with the same result up to
-    rounding (`inversion.py`); auto takes the cheaper of the two. Block 1 is swept only if no tokens are given and no
-    probabilities adjusted. `tick` is called `num_ticks` times, once per position and block.
+    Row b has a random stream of its own, made from `generator` and b, so it does not depend on `num`. A list of
+    generators, one per row, replaces these streams (`sampling.row_generators`).
 
-    `on_tokens` is told the tokens as they become final, given ones included: the next ones of all rows, [num, n] on
-    the CPU, until all have been told. With the baseline, or block 1 inverted by steps, they come one by one; else,
-    and with particles or drawn tokens, at the end of a window.
-    Beyond the context `enough` is called with the tokens [num, t] after every window; once it is true, the text ends
-    there, shorter than `num_tokens`.
-
-    UserError for sizes that the model cannot generate, for settings out of range and for unknown given tokens, and
-    for arguments of a wrong type.
+    Raises UserError for a prompt or settings that the model cannot take, and for arguments of a wrong type.
     """
     check_model(model)
-    check_generator(generator)
     check_option(decoding, "decoding", Decoding)
-    check_decoders(decoder)
+    decoder, watch = as_decoders(decoder), watch or Watch()
     num, num_tokens = as_integer(num, "num"), as_integer(num_tokens, "num_tokens")
     particles = as_integer(particles, "particles")
-    keep_freed_memory()
-    given = _given(model, num, num_tokens, prompt, template, particles)
-    passes = "passes and states" if return_passes else None
-    check_length(model.config, num_tokens, template=template is not None, particles=particles, passes=passes)
+    given = _given(model, num, num_tokens, prompt, particles)
     adjust = _adjustment(model, temperature, top_k, top_p)
-    streams = row_generators(
-        range(num) if rows is None else rows, generator or torch.Generator().manual_seed(torch.seed())
+    keep_freed_memory()
+    stream = TokenStream(watch, given)
+    sampler = Sampler(
+        model, _row_streams(generator, num), particles, adjust, decoding, decoder, watch.progress, stream
     )
-    tell = None if on_tokens is None else Telling(on_tokens, given[:, :num_tokens])
-    request = Request(streams, particles, adjust, decoding, decoder, return_passes, tick, tell)
     if num_tokens <= model.config.context:
-        return write_window(model, given, num_tokens, request)
-    return _in_windows(model, given[:, :num_tokens], request, enough)
-
-
-def _in_windows(
-    model: LanguageModel, given: Tensor, request: Request, enough: Callable[[Tensor], bool] | None
-) -> Generation:
-    """A text beyond the context, which begins with a prompt: given [num, T], BLANK after it."""
-    windows: list[Generation] = []
-
-    def write(window: Tensor, start: int, length: int) -> Tensor:
-        if request.tell is not None:
-            request.tell.start = start
-        # the second window tries the decoders, and the others repeat its choice: a prompt may fill the first one
-        again = request.decoder == "auto" and len(windows) > 1
-        chosen = (windows[1].decoders or request.decoder) if again else request.decoder
-        windows.append(write_window(model, window, length, replace(request, decoder=chosen)))
-        return windows[-1].tokens
-
-    tokens = slide(model.config, given, write, enough)
-    sweeps = tuple(sum(block) for block in zip(*(w.sweeps for w in windows), strict=True))
-    found = replace(windows[0], tokens=tokens, sweeps=sweeps)
-    seen = num_unseen(model.config, given.shape[1], int((given[0] != BLANK).sum())) == 0
-    return found if seen else replace(found, log_evidence=None, ess=None, pareto_k=None, draws=None)
+        return sampler.write(given)
+    return write_windows(sampler, given)
 
 
 def _adjustment(
     model: LanguageModel, temperature: float, top_k: int | None, top_p: float | None
 ) -> AdjustWeights | None:
-    """`adjust_weights` for the tokens of this model. UserError where its block 1 does not allow for it."""
+    """`adjust_weights` for the tokens of this model."""
     adjust = adjust_weights(temperature, top_k, top_p)
     if top_k is not None and top_k >= model.config.vocab_size:
         adjust, top_k = adjust_weights(temperature, None, top_p), None
     if adjust is not None and not model.config.has_token_weights:
         settings = [f"temperature {temperature}"] if temperature != 1.0 else []
         settings += [f"{name} {value}" for name, value in (("top-k", top_k), ("top-p", top_p)) if value is not None]
-        check_choice(as_flow(model), ", ".join(settings))
+        check_estimable(as_flow(model), ", ".join(settings))
     return adjust
 
 
-def num_ticks(model: LanguageModel, num_tokens: int, num_given: int = 0) -> int:
-    """How often `generate` calls `tick` for `num_tokens` tokens: once per position and block of every window.
+def _row_streams(generator: torch.Generator | Sequence[torch.Generator] | None, num: int) -> list[torch.Generator]:
+    """One generator per row."""
+    if isinstance(generator, Sequence):
+        if len(generator) != num:
+            raise UserError(f"{len(generator)} generators for {num} samples: give one per sample")
+        return list(generator)
+    check_generator(generator)
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    return row_generators(range(num), generator)
 
-    `num_given` tokens of a prompt are among them; that matters only where they exceed the context.
-    """
-    windows = spans(model.config, num_tokens, num_given)
-    return sum(-(-(end - start) // model.config.patch) for start, end in windows) * model.num_blocks
 
-
-def _given(
-    model: LanguageModel, num: int, num_tokens: int, prompt: Tensor | None, template: Tensor | None, particles: int
-) -> Tensor:
-    """The given tokens of every sample, BLANK elsewhere: [num, T] on the CPU, padded to whole patches."""
-    context, vocab_size, patch = model.config.context, model.config.vocab_size, model.config.patch
+def _given(model: LanguageModel, num: int, num_tokens: int, prompt: Tensor | None, particles: int) -> Tensor:
+    """The given tokens of every sample, BLANK elsewhere: [num, num_tokens] on the CPU."""
+    context, vocab_size = model.config.context, model.config.vocab_size
     for name, value in (("num", num), ("length", num_tokens), ("particles", particles)):
         if value < 1:
             raise UserError(f"{name} {value}: must be at least 1")
-    for name, tokens in (("prompt", prompt), ("template", template)):
-        if tokens is not None:
-            check_integers(tokens, name, "[T]", "[num, T]")
-    given = torch.full((num, -(-num_tokens // patch) * patch), BLANK)
-    if prompt is not None and template is not None:
-        raise UserError("both a prompt and a template: put the prompt at the start of the template")
-    if prompt is not None and prompt.shape[-1] >= num_tokens:
+    if num_tokens > context and particles > 1:
         raise UserError(
-            f"the prompt has {prompt.shape[-1]} tokens, which leaves no room in {num_tokens}: "
-            f"shorten it, or raise the length"
+            f"particles {particles}: beyond the trained context of {context} tokens every window has weights of its "
+            f"own: choose 1, or a length of at most {context}"
         )
-    tokens = prompt if template is None else template
-    if tokens is None:
-        return given
-    if tokens.shape[-1] > num_tokens:
+    if prompt is None:
+        return torch.full((num, num_tokens), BLANK)
+    check_integers(prompt, "prompt", "[T]", "[num, T]")
+    if prompt.shape[-1] > num_tokens or (particles == 1 and prompt.shape[-1] == num_tokens and (prompt >= 0).all()):
         raise UserError(
-            f"the template has {tokens.shape[-1]} tokens, more than the length of {num_tokens}: "
-            f"shorten it, or raise the length (at most {context})"
+            f"the prompt has {prompt.shape[-1]} tokens, which leaves no room in {num_tokens}: shorten it, or raise "
+            f"the length"
         )
-    least = 0 if template is None and tokens.dim() == 1 else BLANK
-    if ((tokens < least) | (tokens >= vocab_size)).any():
-        name = "prompt" if template is None else "template"
-        raise UserError(f"the {name} {tokens.tolist()} has tokens outside of 0 to {vocab_size - 1}: encode it again")
-    given[:, : tokens.shape[-1]] = tokens.cpu()
+    if ((prompt < BLANK) | (prompt >= vocab_size)).any():
+        raise UserError(
+            f"the prompt {prompt.tolist()} has tokens outside of 0 to {vocab_size - 1}, which are not {BLANK} for a "
+            f"blank either: encode it again"
+        )
+    given = F.pad(prompt.cpu(), (0, num_tokens - prompt.shape[-1]), value=BLANK).expand(num, -1)
+    if num_tokens > context and ((given[:, :-1] == BLANK) & (given[:, 1:] != BLANK)).any():
+        raise UserError(
+            f"length {num_tokens}: a prompt with blanks between its tokens has to fit the trained context of "
+            f"{context} tokens: shorten it, or give only its start"
+        )
     return given

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflowlm.config import Decoder
+from tarflowlm.config import OLD_DECODERS, Decoder
 from tarflowlm.device import now
 from tarflowlm.errors import UserError
 from tarflowlm.flow.channelwise import ChannelCoupling
@@ -20,12 +20,11 @@ from tarflowlm.flow.newton import CONTRACTION, RESIDUAL, Newton
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.language_model import check_option
 from tarflowlm.model import TarFlowLM
+from tarflowlm.progress import SILENT, Progress
 
 Decoders = Decoder | Sequence[Decoder]
 """One decoder for all blocks, or one per block, block L first as in `Generation.decoders`."""
-Tick = Callable[[], None]
-"""Called once per position and block, to show progress."""
-Follow = Callable[[Tensor, int], None]
+OnFinal = Callable[[Tensor, int], None]
 """Called with the latents h [B, N, C] of a block, and how many of its leading positions are final."""
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
@@ -65,8 +64,8 @@ def invert_block(
     adjust: AdjustWeights | None = None,
     settled: Tensor | None = None,
     num_settled: int = 0,
-    tick: Tick | None = None,
-    follow: Follow | None = None,
+    progress: Progress = SILENT,
+    on_final: OnFinal | None = None,
 ) -> Inverted:
     """Invert `block`: latents h [B, N, C] from noise u [B, N, C].
 
@@ -75,12 +74,12 @@ def invert_block(
     steps. auto: times steps and sweeps on the first positions and continues with the faster.
 
     The first `num_settled` positions, in the block's order, are copied from `settled` [B, N, C]. With adjusted
-    weights there is no forward map to check against, so a block with `adjust` is always sequential. `tick` is called
-    once per position, and `follow` after every step; what sweeps found is final when they are checked, at the end.
+    weights there is no forward map to check against, so a block with `adjust` always goes by steps. `progress`
+    advances once per position, and `on_final` is called after every step; what sweeps found is final at the end.
     """
     if adjust is not None:
         decoder = "steps"
-    work = _Inversion(block, u, adjust, tick, follow)
+    work = _Inversion(block, u, adjust, progress, on_final)
     if settled is not None and num_settled:
         work.settle(settled, num_settled)
     if decoder == "auto":
@@ -94,7 +93,7 @@ def invert_block(
         bad = first_bad(block, work.h, work.noise, work.swept_from)
         if bad < work.num_positions:
             repeated = work.num_positions - bad
-            work.at, work.tick = bad, None
+            work.at, work.progress = bad, SILENT
             work.step(until=work.num_positions)
     return Inverted(work.result(), decoder, work.passes, repeated)
 
@@ -103,9 +102,9 @@ class _Inversion:
     """The state of an inversion. Positions are in the block's order; those before `at` are final."""
 
     def __init__(
-        self, block: FlowBlock, u: Tensor, adjust: AdjustWeights | None, tick: Tick | None, follow: Follow | None
+        self, block: FlowBlock, u: Tensor, adjust: AdjustWeights | None, progress: Progress, on_final: OnFinal | None
     ) -> None:
-        self.block, self.adjust, self.tick, self.follow = block, adjust, tick, follow
+        self.block, self.adjust, self.progress, self.on_final = block, adjust, progress, on_final
         self.noise = block.order(u)[0]
         self.h = self.noise.clone()
         B, self.num_positions, _ = u.shape
@@ -126,9 +125,7 @@ class _Inversion:
 
     def _advance(self, num: int) -> None:
         self.at += num
-        if self.tick is not None:
-            for _ in range(num):
-                self.tick()
+        self.progress.advance(num)
 
     def step(self, until: int) -> None:
         """Invert position by position, up to position `until`."""
@@ -139,8 +136,8 @@ class _Inversion:
             self.h[:, self.at] = self.block.invert_position(noise, self.cache, previous, self.adjust)
             self.passes += 1
             self._advance(1)
-            if self.follow is not None:
-                self.follow(self.h, self.at)
+            if self.on_final is not None:
+                self.on_final(self.h, self.at)
 
     def _open_features(self, end: int) -> Tensor:
         """Features [B, end - at, D] of the open positions before `end`, from the current guess."""
@@ -274,31 +271,32 @@ def invert_stack(
     decoder: Decoders = "steps",
     above: int = 0,
     adjust: AdjustWeights | None = None,
-    tick: Tick | None = None,
-    follow: Follow | None = None,
+    progress: Progress = SILENT,
+    on_final: OnFinal | None = None,
 ) -> tuple[list[Tensor], list[Inverted]]:
     """Invert blocks L, ..., above + 1: the states h^(L) = noise, ..., h^(above), each [B, T, d], and how it was done.
 
     The second list has one `Inverted` per block, block L first. `adjust` acts on the mixture weights of block 1,
-    and `follow` follows block 1 (`invert_block`).
+    and `on_final` follows block 1 (`invert_block`).
     UserError for a wrong number of decoders.
     """
     chosen, work = per_block(decoder, model.num_blocks), []
 
     def invert(index: int, u: Tensor) -> Tensor:
-        change, watch = (adjust, follow) if index == 0 else (None, None)
+        change, watch = (adjust, on_final) if index == 0 else (None, None)
         block, here = model.prior.block(index), chosen[-1 - index]
-        work.append(invert_block(block, u, decoder=here, adjust=change, tick=tick, follow=watch))
+        work.append(invert_block(block, u, decoder=here, adjust=change, progress=progress, on_final=watch))
         return work[-1].h
 
     return model.prior.descend(noise, invert, bottom=above), work
 
 
-def check_decoders(decoder: Any) -> None:
-    """UserError unless `decoder` is one of the decoders, or lists some."""
-    several = isinstance(decoder, Sequence) and not isinstance(decoder, str)
-    for one in decoder if several else (decoder,):
-        check_option(one, "decoder", Decoder)
+def as_decoders(decoder: Any) -> Decoders:
+    """`decoder`, old names replaced by the present ones. UserError unless it is a decoder, or lists some."""
+    if isinstance(decoder, Sequence) and not isinstance(decoder, str):
+        return tuple(map(as_decoders, decoder))  # type: ignore[arg-type]
+    check_option(OLD_DECODERS.get(decoder, decoder) if isinstance(decoder, str) else decoder, "decoder", Decoder)
+    return OLD_DECODERS.get(decoder, decoder)
 
 
 def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:

@@ -7,6 +7,7 @@ many particles this is exact; with R = 1 the given tokens are fixed and the othe
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -14,14 +15,18 @@ import torch
 from torch import Tensor
 
 from tarflowlm.flow.numerics import log_standard_normal
-from tarflowlm.generation.inversion import Decoders, Inverted, Tick, invert_stack
-from tarflowlm.generation.pareto import pareto_k
-from tarflowlm.generation.passage import Passage
+from tarflowlm.generation.conditioned import Conditioned
+from tarflowlm.generation.inversion import Decoders, Inverted, invert_stack
 from tarflowlm.generation.sampling import row_normal, row_uniform
 from tarflowlm.model import TarFlowLM
+from tarflowlm.progress import SILENT, Progress
 
 RESAMPLE_BELOW = 0.5
 """Particles are resampled when their effective sample size falls below this times R."""
+FEWEST = 25
+"""Weights below which a tail is too short to fit."""
+UNRELIABLE = 0.7
+"""Tail index above which the mean of weights is unreliable, however many there are in practice."""
 
 
 @dataclass
@@ -54,12 +59,21 @@ class Weights:
         return (2 * log_w.logsumexp(-1) - (2 * log_w).logsumexp(-1)).exp().nan_to_num(0.0)
 
     def pareto_k(self) -> Tensor:
-        """The tail index of the weights of each sample, [num]; NaN where there are too few (`pareto.pareto_k`)."""
+        """The tail index of the weights of each sample, [num]; NaN where there are too few (`pareto_k` below)."""
         return torch.tensor([pareto_k(log_w) for log_w in self.log_w], dtype=torch.float64)
 
     def total(self) -> Tensor:
         """Estimate of log p(given tokens), [num], in nats; its exponential is unbiased."""
         return self.log_evidence + self.log_w.logsumexp(-1) - math.log(self.log_w.shape[1])
+
+    def summary(self) -> dict[str, Tensor]:
+        """The fields of `Generation` that describe the weights."""
+        return {
+            "log_evidence": self.total(),
+            "ess": self.effective(),
+            "pareto_k": self.pareto_k(),
+            "draws": self.draws,
+        }
 
     def reset(self, sample: int) -> None:
         """After resampling the particles of `sample`: move their mean weight to the evidence, set weights to 1."""
@@ -82,7 +96,7 @@ def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 @runtime_checkable
 class Source(Protocol):
-    """The source of a passage's noise, which is notified of every resampling."""
+    """The source of the noise, which is notified of every resampling."""
 
     def follow(self, own: Tensor, parents: Tensor, at: int) -> None:
         """Before position `at`, the rows `own` were replaced by copies of the rows `parents`."""
@@ -92,18 +106,21 @@ class Source(Protocol):
 
 
 def particle_filter(
-    passage: Passage, weights: Weights, generators: list[torch.Generator], source: Source, tick: Tick | None
+    conditioned: Conditioned,
+    weights: Weights,
+    generators: list[torch.Generator],
+    source: Source,
+    on_step: Callable[[], None],
 ) -> None:
-    """Run `passage` to its end, adding to `weights`; resample the particles of a sample when they become uneven.
+    """Run `conditioned` to its end, adding to `weights`; resample the particles of a sample when they become uneven.
 
-    `generators` has one per sample; `tick` is called once per position.
+    `generators` has one per sample; `on_step` is called after every position.
     """
     num, particles = weights.log_w.shape
-    while passage.at < passage.num_positions:
-        weights.add(passage.step())
-        if tick is not None:
-            tick()
-        if particles == 1 or passage.at == passage.num_positions:
+    while conditioned.at < conditioned.num_positions:
+        weights.add(conditioned.step())
+        on_step()
+        if particles == 1 or conditioned.at == conditioned.num_positions:
             continue
         uneven = (weights.effective() < RESAMPLE_BELOW * particles).nonzero().flatten().tolist()
         if not uneven:
@@ -113,9 +130,9 @@ def particle_filter(
         for b in uneven:
             rows[b] = rows[b, resample(weights.log_w[b], particles, generators[b])]
             weights.reset(b)
-        source.follow(own, rows[uneven].flatten(), passage.at)
-        passage.select(rows.flatten())
-        passage.renew(own, source.refresh(uneven, own, passage.at))
+        source.follow(own, rows[uneven].flatten(), conditioned.at)
+        conditioned.select(rows.flatten())
+        conditioned.renew(own, source.refresh(uneven, own, conditioned.at))
 
 
 class UniformSource:
@@ -154,23 +171,23 @@ class LatentSource:
         particles: int,
         is_known: Tensor,
         decoder: Decoders,
-        tick: Tick | None,
+        progress: Progress,
     ) -> None:
         """`is_known` [num R, T], on the CPU, says which tokens are given; `generators` has one per sample."""
         self.model, self.generators, self.decoder = model, generators, decoder
         self.single = model.num_blocks == 1
         self.is_known = is_known.to(model.codebook.mean.device)
         self.shape = (particles, is_known.shape[1], model.config.latent_dim)
-        self.draw, self.work = self._draw(generators, tick)
+        self.draw, self.work = self._draw(generators, progress)
         self.log_p = self._log_p(self.draw)
         # sum over finished draws of log rho(h'_unused | h'_used) - log p_{>1}(h'), per row
         self.correction = torch.zeros_like(self.log_p)
         # first token that the present draw of a row serves
         self.since = torch.zeros(len(is_known), dtype=torch.long, device=self.is_known.device)
 
-    def _draw(self, generators: list[torch.Generator], tick: Tick | None) -> tuple[Tensor, list[Inverted]]:
+    def _draw(self, generators: list[torch.Generator], progress: Progress) -> tuple[Tensor, list[Inverted]]:
         noise = row_normal(generators, *self.shape).flatten(0, 1).to(self.model.codebook.mean)
-        states, work = invert_stack(self.model, noise, decoder=self.decoder, above=1, tick=tick)
+        states, work = invert_stack(self.model, noise, decoder=self.decoder, above=1, progress=progress)
         return states[-1], work
 
     def _log_p(self, h: Tensor) -> Tensor:
@@ -195,7 +212,7 @@ class LatentSource:
 
     def refresh(self, samples: list[int], own: Tensor, at: int) -> Tensor:
         """Fresh draws h' [rows, T, d] for all particles of these samples; used from position `at` on."""
-        fresh, _ = self._draw([self.generators[b] for b in samples], None)
+        fresh, _ = self._draw([self.generators[b] for b in samples], SILENT)
         self.draw[own], self.log_p[own] = fresh, self._log_p(fresh)
         self.since[own] = at * self.model.config.patch
         return fresh
@@ -207,3 +224,37 @@ class LatentSource:
         self._account_for_draw(torch.arange(len(h)), -(-self.shape[1] // self.model.config.patch))
         given = (log_standard_normal(h).sum(-1) * self.is_known).sum(-1)
         return self._log_p(h) - given + self.correction
+
+
+def pareto_k(log_w: Tensor) -> float:
+    """The tail index k of weights exp(`log_w` [R]), or NaN for fewer than 25 weights and for tails without a spread.
+
+    Moments of order 1 / k and above are infinite: from k = 1/2 on the variance. k is that of a generalised Pareto
+    distribution fitted to the largest min(R / 5, 3 sqrt(R)) weights (Vehtari et al. 2024, section 2 and appendix C).
+    """
+    R = len(log_w)
+    w = (log_w.double() - log_w.max()).exp().sort().values
+    tail = math.ceil(min(0.2 * R, 3 * R**0.5))
+    if R < FEWEST or not torch.isfinite(w).all():
+        return math.nan
+    return _fitted_k(w[-tail:] - w[-tail - 1])
+
+
+def _fitted_k(x: Tensor) -> float:
+    """k of a generalised Pareto distribution of the sorted values x [M] (Zhang and Stephens 2009).
+
+    The posterior mean over a grid of theta = -k / scale with their prior from the data; k itself then gets a weak
+    prior, as if ten more values had said 1/2.
+    """
+    M = len(x)
+    quartile = x[int(M / 4 + 0.5) - 1]
+    if not quartile > 0:
+        return math.nan
+    points = 30 + int(M**0.5)
+    j = torch.arange(1, points + 1, dtype=x.dtype) - 0.5
+    theta = 1 / x[-1] + (1 - (points / j).sqrt()) / (3 * quartile)
+    k = torch.log1p(-theta[:, None] * x).mean(-1)
+    log_likelihood = M * ((-theta / k).log() - k - 1)
+    mean_theta = (log_likelihood.softmax(0) * theta).sum()
+    found = torch.log1p(-mean_theta * x).mean().item()
+    return (M * found + 10 * 0.5) / (M + 10)

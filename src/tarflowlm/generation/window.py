@@ -4,14 +4,13 @@ A window is a text of at most the trained context, written as any other. When it
 positions) becomes the prompt of the next window; everything before is forgotten.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from tarflowlm.errors import UserError
 from tarflowlm.generation.sampling import BLANK
-from tarflowlm.language_model import LanguageModelConfig
+from tarflowlm.generation.writing import Generation, Sampler
+from tarflowlm.language_model import LanguageModel, LanguageModelConfig
 
 
 def spans(config: LanguageModelConfig, num_tokens: int, num_given: int = 0) -> list[tuple[int, int]]:
@@ -28,51 +27,32 @@ def spans(config: LanguageModelConfig, num_tokens: int, num_given: int = 0) -> l
     return found
 
 
-def num_unseen(config: LanguageModelConfig, num_tokens: int, num_given: int) -> int:
-    """Leading tokens of a prompt that no window sees."""
-    return spans(config, num_tokens, num_given)[0][0]
+def num_positions(model: LanguageModel, num_tokens: int, num_given: int = 0) -> int:
+    """How often `generate` advances `Watch.progress`: over the positions of all windows and blocks.
 
-
-def slide(
-    config: LanguageModelConfig,
-    given: Tensor,
-    write: Callable[[Tensor, int, int], Tensor],
-    enough: Callable[[Tensor], bool] | None = None,
-) -> Tensor:
-    """The tokens [num, T] of a text that begins with a prompt, `given` [num, T] with BLANK after it, on the CPU.
-
-    `write` draws the blanks of one window: from its given tokens [num, whole patches], its start and its length to
-    its tokens. After a window with whose text [num, t] `enough` is content, no other follows.
+    `num_given` tokens of a prompt are among the `num_tokens`; that matters only where they exceed the context.
     """
-    tokens, device = given.clone(), given.device
-    for start, end in spans(config, given.shape[1], int((given[0] != BLANK).sum())):
-        window = F.pad(tokens[:, start:end], (0, (start - end) % config.patch), value=BLANK)
-        found = write(window, start, end - start)
-        tokens[:, start:end], device = found.to(tokens.device), found.device
-        if enough is not None and enough(tokens[:, :end]):
+    windows = spans(model.config, num_tokens, num_given)
+    return sum(-(-(end - start) // model.config.patch) for start, end in windows) * model.num_blocks
+
+
+def write_windows(sampler: Sampler, given: Tensor) -> Generation:
+    """A text beyond the context that begins with a prompt: `given` [num, T], BLANK after it."""
+    tokens, windows, end = given.clone(), list[Generation](), 0
+    # with prompts of different lengths, the windows of the shortest
+    bounds = spans(sampler.model.config, given.shape[1], int((given != BLANK).sum(1).min()))
+    for start, end in bounds:
+        sampler.stream.start = start
+        windows.append(sampler.write(tokens[:, start:end]))
+        tokens[:, start:end] = windows[-1].tokens.cpu()
+        if len(windows) == 2 and sampler.decoder == "auto":
+            # the later windows repeat the choice of the second: a prompt may fill the first
+            sampler = replace(sampler, decoder=windows[-1].decoders or "auto")
+        if sampler.stream.has_ended:
             break
-    return tokens[:, :end].to(device)
-
-
-def check_length(
-    config: LanguageModelConfig, num_tokens: int, *, template: bool, particles: int, passes: str | None
-) -> None:
-    """UserError for what one window has, and a text of several has not; `passes` names what was asked for of them."""
-    context = config.context
-    if num_tokens <= context:
-        return
-    if template:
-        raise UserError(
-            f"length {num_tokens}: a template has to fit the trained context of {context} tokens: shorten it, or "
-            f"give only its start, as a prompt"
-        )
-    if particles > 1:
-        raise UserError(
-            f"particles {particles}: beyond the trained context of {context} tokens every window has weights of its "
-            f"own: choose 1, or a length of at most {context}"
-        )
-    if passes is not None:
-        raise UserError(
-            f"length {num_tokens}: beyond the trained context of {context} tokens every window has {passes} of its "
-            f"own: leave them out, or choose a length of at most {context}"
-        )
+    first = windows[0]
+    if bounds[0][0] > 0:
+        # part of the prompt is in no window
+        first = replace(first, log_evidence=None, ess=None, pareto_k=None, draws=None)
+    sweeps = tuple(map(sum, zip(*(window.sweeps for window in windows), strict=True)))
+    return replace(first, tokens=tokens[:, :end].to(first.tokens.device), sweeps=sweeps, _flow=None, _latents=())

@@ -1,39 +1,41 @@
 """One window of text from either model: freely, or around given tokens (docs/math.md, sections 7 and 9)."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import Decoder, Decoding
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.generation.choice import TokenChoice, check_discarded
-from tarflowlm.generation.inversion import Decoders, Follow, Inverted, Tick, invert_stack, per_block
+from tarflowlm.generation.conditioned import Conditioned, ConditionedLatents, ConditionedTokens
+from tarflowlm.generation.inversion import Decoders, invert_stack, per_block
 from tarflowlm.generation.particles import LatentSource, UniformSource, Weights, particle_filter, resample
-from tarflowlm.generation.passage import LatentPassage, Passage, TokenPassage
 from tarflowlm.generation.sampling import BLANK, draw_tokens, row_normal
-from tarflowlm.generation.telling import Telling
+from tarflowlm.generation.streaming import TokenStream
+from tarflowlm.generation.token_probabilities import EstimatedTokens, check_lost_information
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
+from tarflowlm.progress import Progress
+
+Span = Callable[[slice], Tensor]
+"""Returns the tokens [B, n] of a span of the window."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Samples and, on request, the tokens and latents after every pass."""
+    """Samples, and how they came about."""
 
     tokens: Tensor
     """[B, T]."""
-    passes: tuple[Tensor, ...] = ()
-    """The L + 1 `states` decoded to tokens, each [B, T]: coarse to fine. The last is `tokens`, however they were
-    decoded. Only on request, never for the baseline."""
-    states: tuple[Tensor, ...] = ()
-    """h^(L) = u, ..., h^(0) = z, each [B, T, d]. Empty where `passes` is."""
     sweeps: tuple[int, ...] = ()
-    """Passes over positions that each block took, block L first; N for a block inverted sequentially."""
+    """Passes of the Transformer over positions in each block, block L first: N of them for a block inverted by steps.
+    Empty for the baseline."""
     decoders: tuple[Decoder, ...] = ()
-    """How each block was inverted, block L first; pass it as `decoder` to repeat the choice."""
+    """Decoder of each block, block L first; pass it as `decoder` to repeat the choice."""
     log_evidence: Tensor | None = None
     """With given tokens: an estimate of log p(given tokens), [B], in nats; its exponential is unbiased."""
     ess: Tensor | None = None
@@ -43,166 +45,157 @@ class Generation:
     for fewer than 25 particles."""
     draws: Tensor | None = None
     """With given tokens: how often the particles of each sample were resampled, [B]."""
+    _latents: tuple[Tensor, ...] = field(default=(), repr=False)
+    """The states that the inversion gave, padded to whole patches; with given tokens z alone."""
+    _flow: TarFlowLM | None = field(default=None, repr=False)
+    """The model of `states` and `passes`."""
+
+    @cached_property
+    def states(self) -> tuple[Tensor, ...]:
+        """h^(L) = u, ..., h^(0) = z, each [B, T, d]. Empty for the baseline and for texts beyond the context."""
+        if self._flow is None:
+            return ()
+        states = self._latents
+        if len(states) == 1:
+            # the states of z, not the noise drawn above: the given tokens have changed it
+            with torch.no_grad():
+                states = tuple(self._flow.prior.states(states[0])[0][::-1])
+        return tuple(h[:, : self.tokens.shape[1]] for h in states)
+
+    @cached_property
+    def passes(self) -> tuple[Tensor, ...]:
+        """The `states` decoded, each [B, T]: coarse to fine. The last is `tokens`, however they were decoded."""
+        if self._flow is None:
+            return ()
+        with torch.no_grad():
+            return (*(self._flow.codebook.decode(h) for h in self.states[:-1]), self.tokens)
 
 
 @dataclass(frozen=True)
-class Request:
-    """How to write; `generate` says what it means."""
+class Sampler:
+    """Writes windows of text; `generate` describes the settings."""
 
+    model: LanguageModel
     generators: list[torch.Generator]
     """One per sample."""
     particles: int
     adjust: AdjustWeights | None
     decoding: Decoding
     decoder: Decoders
-    passes: bool
-    tick: Tick | None
-    tell: Telling | None = None
+    progress: Progress
+    stream: TokenStream
 
-    @property
-    def tell_early(self) -> Telling | None:
-        """`tell`, if tokens are final before all are: one particle, and no draws from p(x|z), which come last."""
-        return self.tell if self.particles == 1 and self.decoding == "mode" else None
+    def write(self, given: Tensor) -> Generation:
+        """Tokens in place of the blanks of `given` [num, T], within the context."""
+        num_tokens = given.shape[1]
+        whole = F.pad(given, (0, -num_tokens % self.model.config.patch), value=BLANK)
+        is_free = (self.adjust is None or self.model.config.has_token_weights) and bool((given == BLANK).all())
+        if isinstance(self.model, TokenLM):
+            result = self._from_baseline(self.model, whole, num_tokens)
+        else:
+            write = self._free if is_free else self._completed
+            result = write(as_flow(self.model), whole, num_tokens)
+        self.stream.send(num_tokens, lambda span: result.tokens[:, span])
+        return result
 
+    def _free(self, flow: TarFlowLM, given: Tensor, num_tokens: int) -> Generation:
+        """Samples without given tokens: noise, inverted block by block."""
+        noise = row_normal(self.generators, given.shape[1], flow.config.latent_dim).to(flow.codebook.mean)
 
-def write_window(model: LanguageModel, given: Tensor, num_tokens: int, request: Request) -> Generation:
-    """`num_tokens` tokens from given ones [num, whole patches], BLANK elsewhere; within the context."""
-    if isinstance(model, TokenLM):
-        result = _from_baseline(model, given, num_tokens, request)
-    else:
-        result = _from_flow(as_flow(model), given, num_tokens, request)
-    if request.tell is not None:
-        request.tell(num_tokens, lambda span: result.tokens[:, span])
-    return result
+        def send(h: Tensor, final: int) -> None:
+            self.stream.send(final * flow.config.patch, _decoded_spans(flow, h))
 
-
-def _from_flow(flow: TarFlowLM, given: Tensor, num_tokens: int, request: Request) -> Generation:
-    adjust, tell = request.adjust, request.tell_early
-    if (given == BLANK).all() and (adjust is None or flow.config.has_token_weights):
-        noise = row_normal(request.generators, given.shape[1], flow.config.latent_dim).to(flow.codebook.mean)
+        streams = self._streams_early and flow.prior.block(0).keeps_order
         states, work = invert_stack(
             flow,
             noise,
-            decoder=request.decoder,
-            adjust=adjust,
-            tick=request.tick,
-            follow=_follow(flow, tell),
+            decoder=self.decoder,
+            adjust=self.adjust,
+            progress=self.progress,
+            on_final=send if streams else None,
         )
-        tokens = _decoded(flow, states[-1], request.decoding, request.generators)
-        return _generation(flow, tokens[:, :num_tokens], states, work, request.passes)
-    return _completed(flow, given, num_tokens, request)
+        return Generation(
+            self._decoded(flow, states[-1])[:, :num_tokens],
+            sweeps=tuple(w.passes for w in work),
+            decoders=tuple(w.decoder for w in work),
+            _latents=tuple(states),
+            _flow=flow,
+        )
+
+    def _completed(self, flow: TarFlowLM, given: Tensor, num_tokens: int) -> Generation:
+        """Samples with some tokens given or estimated, by a particle filter through block 1 (docs/math.md, 9)."""
+        some_given, prior = bool((given != BLANK).any()), flow.prior
+        particles = self.particles if some_given else 1
+        spread = given.repeat_interleave(particles, dim=0)
+        upper = per_block(self.decoder, flow.num_blocks)[:-1]
+        source = LatentSource(flow, self.generators, particles, spread != BLANK, (*upper, "steps"), self.progress)
+        latents = self._conditioned(flow, source, spread)
+        weights = Weights.uniform(len(given), particles)
+        weights.add(latents.prefill())
+        self.progress.advance(latents.at)
+        ready = _decoded_spans(flow, latents.values) if latents.estimated is None else latents.chosen_tokens
+        particle_filter(latents, weights, self.generators, source, self._on_step(latents, ready))
+        weights.add(source.log_factor(prior.patch.inverse(latents.noise)))
+        rows = self._draw_particles(weights)
+        z = prior.patch.inverse(latents.values)[rows]
+        chosen = self._decoded(flow, z) if latents.estimated is None else latents.tokens.flatten(1)[rows.to(z.device)]
+        tokens = torch.where(given == BLANK, chosen.cpu(), given).to(z.device)
+        return Generation(
+            tokens[:, :num_tokens],
+            sweeps=(*(w.passes for w in source.work), latents.num_positions),
+            decoders=(*(w.decoder for w in source.work), "steps"),
+            _latents=(z,),
+            _flow=flow,
+            **(weights.summary() if some_given else {}),
+        )
+
+    def _conditioned(self, flow: TarFlowLM, source: LatentSource, given: Tensor) -> ConditionedLatents:
+        """Block 1 with the given tokens of all particles [num R, T], and the noise of `source` for the others."""
+        eps = row_normal(self.generators, *source.shape).flatten(0, 1).to(flow.codebook.mean)
+        known, is_known = flow.codebook.encode(given.clamp_min(0).to(eps.device), eps), given != BLANK
+        if self.adjust is None or flow.config.has_token_weights:
+            return ConditionedLatents(flow, source.draw, known, is_known, self.adjust)
+        check_lost_information(flow, source.draw, source.log_p)
+        estimated = EstimatedTokens(flow, self.adjust, self.generators, *source.shape[:2])
+        return ConditionedLatents(flow, source.draw, known, is_known, None, estimated)
+
+    def _from_baseline(self, model: TokenLM, given: Tensor, num_tokens: int) -> Generation:
+        source = UniformSource(self.generators, self.particles, given.shape[1])
+        spread = given.repeat_interleave(self.particles, dim=0)
+        tokens = ConditionedTokens(model, source.uniform, spread, spread != BLANK, self.adjust)
+        weights = Weights.uniform(len(given), self.particles)
+        step = self._on_step(tokens, lambda span: tokens.values.flatten(1)[:, span])
+        particle_filter(tokens, weights, self.generators, source, step)
+        found = tokens.values.flatten(1)[self._draw_particles(weights)][:, :num_tokens]
+        return Generation(found, **(weights.summary() if (given != BLANK).any() else {}))  # type: ignore[arg-type]
+
+    @property
+    def _streams_early(self) -> bool:
+        """Whether tokens are final one by one: with one particle and without draws from p(x|z), which come last."""
+        return self.stream.on_tokens is not None and self.particles == 1 and self.decoding == "mode"
+
+    def _on_step(self, conditioned: Conditioned, tokens: Span) -> Callable[[], None]:
+        """What follows every position that `conditioned` completes."""
+
+        def advance() -> None:
+            self.progress.advance()
+            if self._streams_early:
+                self.stream.send(conditioned.at * self.model.config.patch, tokens)
+
+        return advance
+
+    def _decoded(self, flow: TarFlowLM, z: Tensor) -> Tensor:
+        """The tokens [B, T] of latents z [B, T, d]."""
+        if self.decoding == "mode":
+            return flow.codebook.decode(z)
+        return draw_tokens(flow.codebook, z, self.generators)
+
+    def _draw_particles(self, weights: Weights) -> Tensor:
+        """One particle per sample, drawn by weight: row indices [num]."""
+        picks = [resample(log_w, 1, g) for log_w, g in zip(weights.log_w, self.generators, strict=True)]
+        return torch.cat(picks) + torch.arange(len(picks)) * weights.log_w.shape[1]
 
 
-def _follow(model: TarFlowLM, tell: Telling | None) -> Follow | None:
-    """Tells the tokens of the final positions of block 1, if it writes them in their order."""
-    if tell is None or not model.prior.block(0).keeps_order:
-        return None
-    return lambda h, final: tell(final * model.config.patch, _decoding(model, h))
-
-
-def _decoding(model: TarFlowLM, h: Tensor) -> Callable[[slice], Tensor]:
-    """The tokens of a span, most probable ones, from latents h [B, N, C]."""
-    return lambda span: model.codebook.decode(model.prior.patch.inverse(h)[:, span])
-
-
-def _telling(request: Request, passage: Passage, patch: int, tokens: Callable[[slice], Tensor]) -> Tick | None:
-    """`tick`, which tells the tokens that `passage` has completed as well."""
-    tick, tell = request.tick, request.tell_early
-    if tell is None:
-        return tick
-
-    def both() -> None:
-        if tick is not None:
-            tick()
-        tell(passage.at * patch, tokens)
-
-    return both
-
-
-def _decoded(model: TarFlowLM, z: Tensor, decoding: Decoding, generators: list[torch.Generator]) -> Tensor:
-    """The tokens [B, T] of latents z [B, T, d]."""
-    return model.codebook.decode(z) if decoding == "mode" else draw_tokens(model.codebook, z, generators)
-
-
-def _generation(
-    model: TarFlowLM, tokens: Tensor, states: Sequence[Tensor], work: list[Inverted], passes: bool, **weights: Tensor
-) -> Generation:
-    shown = tuple(h[:, : tokens.shape[1]] for h in states) if passes else ()
-    return Generation(
-        tokens=tokens,
-        passes=(*(model.codebook.decode(h) for h in shown[:-1]), tokens) if passes else (),
-        states=shown,
-        sweeps=tuple(w.passes for w in work),
-        decoders=tuple(w.decoder for w in work),
-        **weights,
-    )
-
-
-def _completed(model: TarFlowLM, given: Tensor, num_tokens: int, request: Request) -> Generation:
-    """Samples with some tokens given or chosen, by a particle filter through block 1 (docs/math.md, section 9)."""
-    book, num, generators, tick = model.codebook, len(given), request.generators, request.tick
-    adjust, decoding = request.adjust, request.decoding
-    # without given tokens there is nothing to weigh
-    particles = 1 if (given == BLANK).all() else request.particles
-    spread = given.repeat_interleave(particles, dim=0)
-    is_known = spread != BLANK
-    *upper, _ = per_block(request.decoder, model.num_blocks)
-    source = LatentSource(model, generators, particles, is_known, (*upper, "steps"), tick)
-    eps = row_normal(generators, *source.shape).flatten(0, 1).to(book.mean)
-    known = book.encode(spread.clamp_min(0).to(book.mean.device), eps)
-    choice = None
-    if adjust is not None and not model.config.has_token_weights:
-        check_discarded(model, source.draw, source.log_p)
-        choice, adjust = TokenChoice(model, adjust, generators, particles, given.shape[1]), None
-    passage = LatentPassage(model, source.draw, known, is_known, adjust, choice)
-    weights = Weights.uniform(num, particles)
-    weights.add(passage.prefill())
-    if tick is not None:
-        for _ in range(passage.at):
-            tick()
-    work = [*source.work]
-    ready = _decoding(model, passage.values) if choice is None else lambda span: passage.tokens.flatten(1)[:, span]
-    particle_filter(passage, weights, generators, source, _telling(request, passage, model.config.patch, ready))
-    weights.add(source.log_factor(model.prior.patch.inverse(passage.noise)))
-    chosen = _chosen(weights, generators)
-    z = model.prior.patch.inverse(passage.values)[chosen]
-    if choice is None:
-        tokens = _decoded(model, z, decoding, generators)
-    else:
-        tokens = passage.tokens.flatten(1)[chosen.to(z.device)]
-    tokens = torch.where(given == BLANK, tokens.cpu(), given).to(z.device)
-    # the states of these latents, not the draws from above: the given tokens have changed their noise
-    states = model.prior.states(z)[0][::-1] if request.passes else ()
-    if len(work) < model.num_blocks:
-        work.append(Inverted(passage.values, "steps", passage.num_positions))
-    summary = {} if (given == BLANK).all() else _summary(weights)
-    return _generation(model, tokens[:, :num_tokens], states, work, request.passes, **summary)
-
-
-def _from_baseline(model: TokenLM, given: Tensor, num_tokens: int, request: Request) -> Generation:
-    particles, generators = request.particles, request.generators
-    source = UniformSource(generators, particles, given.shape[1])
-    spread = given.repeat_interleave(particles, dim=0)
-    passage = TokenPassage(model, source.uniform, spread, spread != BLANK, request.adjust)
-    weights = Weights.uniform(len(given), particles)
-    tick = _telling(request, passage, model.config.patch, lambda span: passage.values.flatten(1)[:, span])
-    particle_filter(passage, weights, generators, source, tick)
-    tokens = passage.values.flatten(1)[_chosen(weights, generators)][:, :num_tokens]
-    if (given == BLANK).all():
-        return Generation(tokens)
-    return Generation(tokens, **_summary(weights))  # type: ignore[arg-type]
-
-
-def _chosen(weights: Weights, generators: list[torch.Generator]) -> Tensor:
-    """One particle per sample, drawn by weight: row indices [num]."""
-    picks = [resample(log_w, 1, g) for log_w, g in zip(weights.log_w, generators, strict=True)]
-    return torch.cat(picks) + torch.arange(len(picks)) * weights.log_w.shape[1]
-
-
-def _summary(weights: Weights) -> dict[str, Tensor]:
-    return {
-        "log_evidence": weights.total(),
-        "ess": weights.effective(),
-        "pareto_k": weights.pareto_k(),
-        "draws": weights.draws,
-    }
+def _decoded_spans(flow: TarFlowLM, h: Tensor) -> Span:
+    """The most probable tokens of latents h [B, N, C]."""
+    return lambda span: flow.codebook.decode(flow.prior.patch.inverse(h)[:, span])

@@ -13,14 +13,14 @@ from tarflowlm.errors import UserError, first_line
 from tarflowlm.harness.scoring import Continuation, TextScorer
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.pretrained import load
-from tarflowlm.terminal.bars import bar
+from tarflowlm.terminal.bars import Bars
 from tarflowlm.terminal.tables import print_notice
 
 DEVICE_OF_THE_HARNESS = "cuda:0"
-"""What lm-eval passes on where no device was asked for."""
+"""The device that lm-eval passes by default."""
 SEE_MORE = "LMEVAL_LOG_LEVEL"
 GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
-"""Those of a task that have an effect."""
+"""Generation options of a task that are used; others are named and ignored."""
 
 
 def run_lm_eval(words: Sequence[str]) -> None:
@@ -56,7 +56,7 @@ def run_lm_eval(words: Sequence[str]) -> None:
 
 
 def meaning(model: LanguageModel, samples: int) -> dict[str, str]:
-    """What the two kinds of log-likelihood are, for a model that is scored with that many posterior samples."""
+    """A description of the two kinds of log-likelihood of a model, for that many posterior samples."""
     if model.is_exact:
         return {"rolling": "exact", "conditional": "exact"}
     bound = "lower bound: " + (f"importance-weighted, {samples} samples" if samples > 1 else "ELBO")
@@ -94,7 +94,7 @@ def register() -> None:
                 raise UserError(f"model_args {', '.join(unknown)}: unknown")
             if not str(pretrained):
                 raise UserError("name the model: --model_args pretrained=DIRECTORY")
-            self._device = pick_device("auto" if device in (None, DEVICE_OF_THE_HARNESS) else device)  # type: ignore[arg-type]
+            self._device = pick_device("auto" if device in (None, DEVICE_OF_THE_HARNESS) else device)
             model, tokenizer = load(str(pretrained), self._device)
             self.tokenizer = tokenizer.with_normalization(normalize)
             self.scorer = TextScorer(model, self.tokenizer, samples=posterior_samples, seed=noise_seed)
@@ -108,26 +108,26 @@ def register() -> None:
                 how = self.tokenizer.normalization
                 self._say(f"texts are normalised ({how}): bits per byte are theirs, over the bytes of the raw text")
             if batch_size not in (None, 1, "1"):
-                self._say(f"batch size {batch_size} has no effect: batches are made to measure")
+                self._say(f"--batch_size {batch_size} is ignored: batches are sized automatically")
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             pairs = [self.scorer.encode_pair(*request.args) for request in requests]
             if empty := sum(pair.given == len(pair.tokens) for pair in pairs):
                 self._say(f"{empty} continuations have nothing left in the model's alphabet: log-likelihood 0")
-            with bar(self.console, "log-likelihoods", len(pairs)) as update:
-                return self.scorer.conditional(pairs, update)
+            with self._stage("log-likelihoods", len(pairs)) as progress:
+                return self.scorer.conditional(pairs, progress)
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
             texts = [request.args[0] for request in requests]
-            with bar(self.console, "rolling log-likelihoods, windows", self.scorer.num_windows(texts)) as update:
-                return self.scorer.rolling(texts, update)
+            with self._stage("rolling log-likelihoods, windows", self.scorer.num_windows(texts)) as progress:
+                return self.scorer.rolling(texts, progress)
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             asked = [(request.args[0], how_to_continue(request.args[1])) for request in requests]
             if ignored := {name for request in requests for name in request.args[1]} - GENERATION_OPTIONS:
                 self._say(f"generation options without effect: {', '.join(sorted(ignored))}")
-            with bar(self.console, "continuations", len(asked)) as update:
-                return self.scorer.complete(asked, update)
+            with self._stage("continuations", len(asked)) as progress:
+                return self.scorer.complete(asked, progress)
 
         def chat_template(self, chat_template: bool | str = False) -> str:
             if chat_template:
@@ -135,12 +135,17 @@ def register() -> None:
             return ""
 
         def get_model_info(self) -> dict[str, Any]:
-            """What goes beside the results."""
+            """Entries of the configuration that lm-eval stores with the results."""
             how = {"posterior_samples": self.scorer.samples, "noise_seed": self.scorer.seed}
             return {"log_likelihoods": self.meaning, "normalization": self.tokenizer.normalization, **how}
 
+        def _stage(self, name: str, total: int) -> Bars:
+            bars = Bars(console=self.console)
+            bars.stage(name, total)
+            return bars
+
         def _say(self, text: str) -> None:
-            print_notice(self.console, text)
+            print_notice(text)
 
 
 def how_to_continue(options: dict[str, Any]) -> Continuation:

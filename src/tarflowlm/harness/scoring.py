@@ -1,11 +1,11 @@
-"""Texts in, numbers out: what lm-evaluation-harness asks of a model, without it.
+"""Log-likelihoods and continuations of texts, as lm-evaluation-harness asks for them, without the harness itself.
 
 Shape legend: B requests of n tokens each, S posterior samples, d channels, T the trained context, P the patch.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,15 +16,13 @@ from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.data import Tokenizer
+from tarflowlm.data.prompts import BLANK, read
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import log_weights, windows_per_batch
 from tarflowlm.generation import generate
-from tarflowlm.generation.sampling import BLANK
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.objective import CPU_TOKENS, conditional_bound, importance_weighted
-
-Tick = Callable[[int], None]
-"""Called with the number of parts that are done."""
+from tarflowlm.progress import SILENT, Progress
 
 
 class Piece(NamedTuple):
@@ -69,23 +67,23 @@ class TextScorer:
         self._noise = [model.draw_noise(whole, generator) for _ in range(self.samples)]
 
     def encode(self, text: str) -> Int[Tensor, " n"]:
-        """The tokens of a text, normalised as the tokenizer is configured. UserError for unknown characters."""
-        return (
-            torch.from_numpy(self.tokenizer.encode(self.tokenizer.prepare(text))) if text else torch.zeros(0).long()
-        )
+        """The tokens of a text (`data.prompts.read`); none where normalisation leaves nothing of it."""
+        if not text or not self.tokenizer.prepare(text).strip():
+            return torch.zeros(0, dtype=torch.int64)
+        return read(self.tokenizer, text).tokens
 
     def encode_pair(self, context: str, continuation: str) -> Piece:
         """The tokens of both texts joined, and how many of them belong to the context.
 
-        White space at the end of the context goes to the continuation, where tokens have it. Both are normalised
-        together, as words may meet at the seam.
+        White space at the end of the context goes to the continuation, as in the training text. Both are normalised
+        together, since words may meet at the seam.
         """
         ending = context[len(context.rstrip()) :]
         context, continuation = context.removesuffix(ending) if ending else context, ending + continuation
         tokens, given = self.encode(context + continuation), len(self.encode(context))
         return Piece(tokens, min(given, len(tokens)))
 
-    def rolling(self, texts: Sequence[str], tick: Tick) -> list[float]:
+    def rolling(self, texts: Sequence[str], progress: Progress = SILENT) -> list[float]:
         """log p of every text, or a lower bound on it, in nats: the sum over windows with fresh contexts.
 
         The windows are those of `evaluate`, and so is their noise; `eval` leaves an incomplete last window out, here
@@ -103,18 +101,18 @@ class TextScorer:
                 torch.zeros_like(owner),
                 samples=self.samples,
                 seed=self.seed,
-                progress=lambda done, _total: tick(done),
+                progress=progress,
             )
             total.index_add_(0, owner, -importance_weighted(weights))
         rest = [Piece(t[len(w) * T :], 0) for t, w in zip(tokens, whole, strict=True)]
-        values, _ = self._scores(rest, lambda done: tick(len(owner) + done))
+        values, _ = self._scores(rest, progress)
         return (total + torch.tensor(values, dtype=torch.float64)).tolist()
 
     def num_windows(self, texts: Sequence[str]) -> int:
         """The parts that `rolling` counts: complete windows, and one for the rest of every text."""
         return sum(len(self.encode(text)) // self.model.config.context + 1 for text in texts)
 
-    def conditional(self, requests: Sequence[Piece], tick: Tick) -> list[tuple[float, bool]]:
+    def conditional(self, requests: Sequence[Piece], progress: Progress = SILENT) -> list[tuple[float, bool]]:
         """log p(continuation | context), in nats, and whether it holds the most probable tokens; for each request.
 
         Exact for the baseline. For a flow of one block a lower bound on log p~ (`objective.conditional_bound`); for
@@ -123,7 +121,7 @@ class TextScorer:
         continuation is scored in pieces.
         """
         pieces = [self._pieces(*request) for request in requests]
-        values, greedy = self._scores([piece for parts in pieces for piece in parts], tick)
+        values, greedy = self._scores([piece for parts in pieces for piece in parts], progress)
         found, at = [], 0
         for parts in pieces:
             end = at + len(parts)
@@ -131,7 +129,7 @@ class TextScorer:
             at = end
         return found
 
-    def complete(self, requests: Sequence[tuple[str, Continuation]], tick: Tick) -> list[str]:
+    def complete(self, requests: Sequence[tuple[str, Continuation]], progress: Progress = SILENT) -> list[str]:
         """Text that follows each context. Contexts of one length are continued together.
 
         The rows of a batch have noise of their own, so a text that is drawn, or comes from a flow of several blocks,
@@ -142,7 +140,7 @@ class TextScorer:
         prompts = [self.encode(context) for context, _ in requests]
         for index, (prompt, (_, how)) in enumerate(zip(prompts, requests, strict=True)):
             groups[len(prompt), how].append(index)
-        found, done = [""] * len(requests), 0
+        found = [""] * len(requests)
         for (given, how), members in groups.items():
             length = given + how.max_tokens
             # beyond the context `generate` takes one prompt at a time
@@ -151,8 +149,7 @@ class TextScorer:
                 part = members[start : start + rows]
                 for index, tokens in zip(part, self._continued([prompts[i] for i in part], how), strict=True):
                     found[index] = how.cut(self.tokenizer.decode(tokens[given:]))
-                done += len(part)
-                tick(done)
+                progress.advance(len(part))
         return found
 
     def _rows(self, length: int) -> int:
@@ -161,7 +158,6 @@ class TextScorer:
 
     def _continued(self, prompts: list[Tensor], how: Continuation) -> Tensor:
         given = F.pad(torch.stack(prompts), (0, how.max_tokens), value=BLANK)
-        one = len(prompts) == 1
         return generate(
             self.model,
             num_tokens=given.shape[1],
@@ -170,8 +166,7 @@ class TextScorer:
             temperature=how.temperature,
             top_k=how.top_k,
             top_p=how.top_p,
-            prompt=prompts[0] if one and len(prompts[0]) else None,
-            template=None if one else given,
+            prompt=given,
         ).tokens.cpu()
 
     def _pieces(self, tokens: Tensor, given: int) -> list[Piece]:
@@ -188,9 +183,9 @@ class TextScorer:
         return pieces
 
     @torch.no_grad()
-    def _scores(self, pieces: Sequence[Piece], tick: Tick) -> tuple[list[float], list[bool]]:
+    def _scores(self, pieces: Sequence[Piece], progress: Progress) -> tuple[list[float], list[bool]]:
         """Log-likelihood in nats of every piece, and whether its tokens are the most probable ones."""
-        values, greedy, done = [0.0] * len(pieces), [True] * len(pieces), 0
+        values, greedy = [0.0] * len(pieces), [True] * len(pieces)
         shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, piece in enumerate(pieces):
             shapes[len(piece.tokens), piece.given].append(index)
@@ -202,8 +197,7 @@ class TextScorer:
                     log_p, best = self._batch(torch.stack([pieces[i].tokens for i in part]), given)
                     for index, value, is_best in zip(part, log_p.tolist(), best.tolist(), strict=True):
                         values[index], greedy[index] = value, is_best
-                done += len(part)
-                tick(done)
+                progress.advance(len(part))
         return values, greedy
 
     def _batch(self, tokens: Int[Tensor, "B n"], given: int) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:

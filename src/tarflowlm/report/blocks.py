@@ -1,8 +1,8 @@
 """Figure and table of the terms of the bound and of the gain of every block (`evaluation/blocks.py`)."""
 
 from tarflowlm.evaluation.blocks import BoundParts
-from tarflowlm.report.page import Table
-from tarflowlm.report.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figure, add_legend, two_panels
+from tarflowlm.report.page import table_html
+from tarflowlm.report.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figure
 
 
 def terms(parts: BoundParts) -> list[tuple[str, float]]:
@@ -18,15 +18,12 @@ def terms(parts: BoundParts) -> list[tuple[str, float]]:
 
 def draw_blocks(figure: Figure, parts: BoundParts) -> None:
     """A waterfall of the terms, down to the bound, then the gain of every block."""
-    left, right = two_panels(figure, (3.0, 2.0), (len(parts.log_dets) + 4.0, 1.2 * len(parts.log_dets) + 1))
-    square = {"marker": "s", "linestyle": "none", "markersize": 6}
-    colours = (("positive", COLOURS[0]), ("negative", COLOURS[1]), ("the bound, their sum", INK))
-    add_legend(figure, [(text, {"color": colour} | square) for text, colour in colours])
-    _waterfall(left, parts)
-    _gains(right, parts)
+    upper, lower = figure.subplots(2, height_ratios=(len(parts.log_dets) + 4.0, 1.2 * len(parts.log_dets) + 1))
+    _waterfall(upper, parts)
+    _gains(lower, parts)
 
 
-def terms_table(parts: BoundParts) -> Table:
+def terms_table(parts: BoundParts) -> str:
     """The terms of the bound, and the bound after each block."""
     rows = [(name, signed(value, 5), signed(parts.bpc(value), 5)) for name, value in terms(parts)]
     rows.append(("KL(q(z|x) ‖ p(z))", f"{parts.kl:.5f}", f"{parts.bpc(parts.kl):.5f}"))
@@ -34,7 +31,7 @@ def terms_table(parts: BoundParts) -> Table:
         last = blocks == len(parts.bounds) - 1
         name = "bound of the model" if last else f"bound of blocks 1 to {blocks}" if blocks else "bound of no block"
         rows.append((name, f"<= {bound:.5f}", f"<= {parts.bpc(bound):.5f}"))
-    return Table(["", "nats per token", "bits per character"], rows)
+    return table_html(["", "nats per token", "bits per character"], rows)
 
 
 def _waterfall(axes: Axes, parts: BoundParts) -> None:

@@ -1,7 +1,6 @@
 """The codes of a model: projected to the plane, their nearest neighbours, figure and table of both."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,8 +8,8 @@ import torch
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.report.page import Table
-from tarflowlm.report.style import COLOURS, MUTED, SMALL, Axes, Figure, add_legend, label_points, literal, two_panels
+from tarflowlm.report.page import table_html
+from tarflowlm.report.style import COLOURS, MUTED, SMALL, Axes, Figure, label_points, literal
 
 Array = npt.NDArray[np.float64]
 
@@ -19,7 +18,7 @@ FEW = 64
 NAMED = 60
 """With more, this many of the most frequent ones are."""
 PAIRS = 32
-"""Pairs of nearest neighbours in the figure, the closest ones; more would need smaller letters."""
+"""Pairs of nearest neighbours in the figure, the closest ones."""
 COMPARED = 8192
 """At most this many codes are compared with all others."""
 
@@ -37,27 +36,27 @@ class Codes:
     std: Array | None
     """[V]: sigma_k; None for an embedding."""
     compared: npt.NDArray[np.int64]
-    """[M]: the tokens whose nearest neighbours are known, most frequent first."""
+    """[M]: the tokens that are compared with all others, most frequent first."""
     nearest: npt.NDArray[np.int64]
     """[M]: the nearest other token of each."""
     distance: Array
     """[M]: the distance to it in units of sigma_k, or of the root mean square norm of an embedding."""
     is_counted: bool
-    """Whether `compared` is ordered by frequency in a text; otherwise by token id."""
+    """`compared` is ordered by frequency in a text, and otherwise by token id."""
 
     @property
     def unit(self) -> str:
-        """Of the distances."""
+        """The unit of the distances."""
         return "σ" if self.std is not None else "r.m.s. norms"
 
     @property
     def noun(self) -> str:
-        """What the vectors are."""
+        """The name of the vectors."""
         return "codebook" if self.std is not None else "input embedding"
 
 
 def codes_of(model: LanguageModel, tokenizer: Tokenizer, counts: npt.NDArray[np.int64] | None) -> Codes:
-    """The codes of a model. `counts` [V] are the frequencies of the tokens, if known."""
+    """The codes of a model; `counts` [V] are the frequencies of the tokens, if known."""
     vectors, log_std = model.token_vectors()
     std = None if log_std is None else log_std.detach().cpu().double().exp().numpy()
     mean = vectors.detach().cpu().double().numpy()
@@ -104,53 +103,29 @@ def nearest_neighbours(
     return np.concatenate(nearest), np.concatenate(distances)
 
 
-def draw_codes(figure: Figure, codes: Codes) -> None:
-    """The projection, with discs of radius sigma, then distances to nearest neighbours."""
-    left, right = two_panels(figure, (13.0, 5.0), (PLANE, neighbours_height(codes)))
-    dot: dict[str, Any] = {"marker": "o", "linestyle": "none", "markersize": 3.0}
-    entries = [("a symbol", dot | {"color": COLOURS[0]})]
-    if codes.std is not None:
-        entries.append(("a disc of one σ", dot | {"color": COLOURS[0], "markersize": 10.0, "alpha": 0.2}))
-    if len(codes.symbols) > FEW:
-        entries.append(("less frequent" if codes.is_counted else "later in the vocabulary", dot | {"color": MUTED}))
-    add_legend(figure, entries)
-    _draw_plane(left, codes)
-    if len(codes.symbols) <= FEW:
-        _draw_neighbours(right, codes)
-    else:
-        _draw_histogram(right, codes)
-
-
 PLANE = 4.0
-"""Height in inches of the projection in a narrow figure."""
+"""Height of the projection in inches."""
 
 
-def neighbours_height(codes: Codes) -> float:
-    """Height in inches of the other panel in a narrow figure."""
-    return 0.6 + 0.16 * min(len(codes.compared), PAIRS) if len(codes.symbols) <= FEW else 2.4
+def figure_height(codes: Codes) -> float:
+    """Height of the figure in inches."""
+    return PLANE + 1.2 + 0.16 * min(len(codes.compared), PAIRS)
 
 
-def codes_table(codes: Codes, num_pairs: int = 8) -> Table:
-    """Distances and scales, and the `num_pairs` closest pairs."""
-    distance = np.sort(codes.distance)
-    middle = float(np.median(distance))
-    rows = [
-        (f"distance to the nearest neighbour, {codes.unit}: least, median, largest",
-         f"{distance[0]:.2f}, {middle:.2f}, {distance[-1]:.2f}"),
-    ]  # fmt: skip
+def draw_codes(figure: Figure, codes: Codes) -> None:
+    """The projection, with discs of radius sigma, then the distances of the closest pairs."""
+    upper, lower = figure.subplots(2, height_ratios=(PLANE, figure_height(codes) - PLANE - 0.6))
+    _draw_plane(upper, codes)
+    _draw_neighbours(lower, codes)
+
+
+def codes_table(codes: Codes) -> str:
+    """Distances to the nearest neighbours, and scales."""
+    values = {f"distance to the nearest neighbour, {codes.unit}": codes.distance}
     if codes.std is not None:
-        rows.append(
-            ("σ: least, median, largest", ", ".join(f"{f(codes.std):.4f}" for f in (np.min, np.median, np.max)))
-        )
-    closest: dict[frozenset[int], str] = {}
-    for i in np.argsort(codes.distance, kind="stable").tolist():
-        pair = int(codes.compared[i]), int(codes.nearest[i])
-        name = " – ".join(codes.symbols[token] for token in pair)
-        closest.setdefault(frozenset(pair), f"{name} {codes.distance[i]:.2f}")
-        if len(closest) == num_pairs:
-            break
-    rows.append(("closest", ",  ".join(closest.values())))
-    return Table(["", ""], rows)
+        values["σ"] = codes.std
+    rows = [(name, *(f"{f(x):.4g}" for f in (np.min, np.median, np.max))) for name, x in values.items()]
+    return table_html(["", "least", "median", "largest"], rows)
 
 
 def _draw_plane(axes: Axes, codes: Codes) -> None:
@@ -163,11 +138,11 @@ def _draw_plane(axes: Axes, codes: Codes) -> None:
     axes.scatter(*codes.points[shown].T, s=9, color=COLOURS[0], linewidths=0, zorder=3)
     if codes.std is not None:
         radius = codes.std[shown]
-        discs = EllipseCollection(
+        circles = EllipseCollection(
             2 * radius, 2 * radius, np.zeros(len(shown)), units="xy", offsets=codes.points[shown],
             offset_transform=axes.transData, color=COLOURS[0], alpha=0.14, linewidths=0.8,
         )  # fmt: skip
-        axes.add_collection(discs)
+        axes.add_collection(circles)
         for side in (-1, 1):
             axes.update_datalim(codes.points[shown] + side * radius[:, None])
     axes.margins(0.04)
@@ -177,8 +152,8 @@ def _draw_plane(axes: Axes, codes: Codes) -> None:
     axes.set_xlabel(f"first principal component ({first})")
     axes.set_ylabel(f"second principal component ({second})")
     label_points(axes, codes.points[shown], [codes.symbols[i] for i in shown], size=10.0 if few else SMALL)
-    discs_of = ", discs of one σ" if codes.std is not None else ""
-    axes.set_title(f"{codes.noun}, {len(codes.symbols):,} symbols{discs_of}")
+    discs = ", discs of one σ" if codes.std is not None else ""
+    axes.set_title(f"{codes.noun}, {len(codes.symbols):,} symbols{discs}")
 
 
 def _draw_neighbours(axes: Axes, codes: Codes) -> None:
@@ -194,17 +169,3 @@ def _draw_neighbours(axes: Axes, codes: Codes) -> None:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"distance, {codes.unit}")
     axes.set_title("nearest neighbours" if len(rows) == len(codes.distance) else f"the {len(rows)} closest pairs")
-
-
-def _draw_histogram(axes: Axes, codes: Codes) -> None:
-    axes.hist(codes.distance, bins=40, color=COLOURS[0])
-    middle = float(np.median(codes.distance))
-    axes.axvline(middle, color=COLOURS[1])
-    axes.annotate(
-        f"median {middle:.1f}", (middle, 0.99), xycoords=("data", "axes fraction"), xytext=(4, 0),
-        textcoords="offset points", color=COLOURS[1], va="top",
-    )  # fmt: skip
-    axes.set_xlim(left=0)
-    axes.set_xlabel(f"distance to the nearest neighbour, {codes.unit}")
-    axes.set_ylabel("symbols")
-    axes.set_title("nearest neighbours")

@@ -1,49 +1,46 @@
-"""Rows of coloured tokens as HTML: a text after every pass or round, without scripts, light or dark.
+"""Rows of coloured tokens, for the terminal, the report and the studio, and their HTML, light or dark.
 
-The colours say what a token is: grey noise, green changed in this row, purple draft, plain final, underlined given.
-Each colour has a second sign (a ground, a line, a slant), for readers who cannot tell the colours apart.
+The kind of a token is its colour: green for new in its row, plain for final, grey for noise, underlined for given.
+Green has a ground as a second sign, for readers who cannot distinguish the colours.
 """
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import Literal
 
-Kind = Literal["final", "changed", "noise", "draft", "given"]
+from torch import Tensor
 
-KINDS: dict[Kind, str] = {
+from tarflowlm.data import Tokenizer
+
+Kind = Literal["given", "final", "changed", "noise"]
+
+LEGEND: dict[Kind, str] = {
     "given": "given",
-    "final": "final",
+    "final": "as in the final text",
     "changed": "new in this row",
-    "draft": "draft",
     "noise": "noise",
 }
-"""What the legend calls them, in its order."""
-
 FAINTEST = 0.3
-"""The opacity of a token that has none left; it stays readable."""
-
-_CONTROL = {code: chr(0x2400 + code) for code in range(32)} | {127: "\u2421", ord("\n"): "\u21b5\n"}
-"""Control characters as their pictures; after that of a new line, a new line."""
+"""The least opacity: every token stays readable."""
 
 CSS = """
 .tl-grid { container-type: inline-size; font: 14px/1.65 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   color: light-dark(#1b1f24, #e6e8eb); }
 .tl-row { display: grid; grid-template-columns: 9.5rem minmax(0, 1fr); gap: 0 .9rem; padding: .3rem 0;
   border-top: 1px solid light-dark(#e3e6ea, #33393f); }
-.tl-row:first-child { border-top: 0; }
 .tl-label { font: 12.5px/1.85 system-ui, sans-serif; color: light-dark(#5c646d, #a0a8b1);
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .tl-text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
-.tl-text span { border-radius: 2px; }
+.tl-text i { font-style: normal; }
+.tl-text span, .tl-legend span { border-radius: 2px; }
 .tl-changed { color: light-dark(#0b6b34, #6ee7a0); background: light-dark(#dcf5e4, #143d27); }
 .tl-noise { color: light-dark(#7b838c, #8b939c); }
-.tl-draft { color: light-dark(#7a35b8, #c9a2f5); font-style: italic; }
 .tl-given { text-decoration: underline 2px light-dark(#0072b2, #56b4e9); text-underline-offset: 3px; }
-.tl-legend { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; padding: .45rem 0 .1rem; font-size: 12.5px;
-  border-top: 1px solid light-dark(#e3e6ea, #33393f); }
-.tl-legend span { border-radius: 2px; padding: 0 .2rem; }
+.tl-legend { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; padding: .1rem 0 .45rem; font-size: 12.5px; }
+.tl-legend span { padding: 0 .2rem; }
 @container (max-width: 34rem) { .tl-row { grid-template-columns: minmax(0, 1fr); }
   .tl-label { line-height: 1.4; } .tl-text { font-size: 13px; } }
 """
@@ -53,55 +50,119 @@ CSS = """
 class Token:
     """One token of a row."""
 
-    text: str
-    kind: Kind
+    symbol: str
+    kind: Kind = "final"
     opacity: float = 1.0
-    """From 0 to 1, say the probability of the token."""
+    """From 0 to 1, for instance the probability of the token."""
     title: str = ""
     """Shown under the pointer."""
 
 
 @dataclass(frozen=True)
-class GridRow:
+class Row:
     """A text under its label."""
 
     label: str
     tokens: Sequence[Token]
 
 
-def grid(rows: Sequence[GridRow], *, legend: bool = True) -> str:
-    """The rows as one piece of HTML with its own style; `legend` names the kinds of tokens that occur.
+def symbols(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
+    """Visible strings of tokens [T]. They concatenate to the text; a character of several tokens is in the last."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    found = [decoder.decode(tokenizer.token_bytes[token]) for token in tokens.tolist()]
+    if found:
+        found[-1] += decoder.decode(b"", final=True)
+    return [visible(text) for text in found]
 
-    Every text in it is escaped. The colours follow the `color-scheme` of the page.
+
+def visible(text: str) -> str:
+    """`text` with control characters as their pictures; ↵ precedes a new line."""
+    return text if text.isprintable() else "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    if character == "\n":
+        return "↵\n"
+    if character < " ":
+        return chr(0x2400 + ord(character))
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+
+
+def text_tokens(
+    tokens: Tensor, tokenizer: Tokenizer, *, before: Tensor | None = None, given: Tensor | None = None
+) -> list[Token]:
+    """A text [T]: given where `given` [T] is true, changed where it differs from `before` [T], final elsewhere."""
+    marks = zip(symbols(tokens, tokenizer), _flags(given, tokens), _changes(before, tokens), strict=True)
+    return [Token(symbol, "given" if locked else "changed" if new else "final") for symbol, locked, new in marks]
+
+
+def _flags(mask: Tensor | None, tokens: Tensor) -> list[bool]:
+    return [False] * len(tokens) if mask is None else mask.tolist()
+
+
+def _changes(before: Tensor | None, tokens: Tensor) -> list[bool]:
+    return _flags(None if before is None else tokens != before, tokens)
+
+
+def pass_rows(
+    passes: Sequence[Tensor],
+    tokenizer: Tokenizer,
+    *,
+    given: Tensor | None = None,
+    probabilities: Sequence[Tensor] | None = None,
+    least_change: float = 0.0,
+) -> list[Row]:
+    """One row for each of the `passes` [T] of a text, noise first: its new tokens, and which are already final.
+
+    Tokens where `given` [T] is true are marked in the last row. `probabilities` [T] of every pass become opacities.
+    Passes in the middle that change a smaller share of tokens than `least_change` are left out.
     """
-    body = "".join(map(_row, rows))
+    rows: list[Row] = []
+    before, last = passes[0], len(passes) - 1
+    for index, tokens in enumerate(passes):
+        changed = _changes(before, tokens)
+        if 0 < index < last and sum(changed) < least_change * len(tokens):
+            continue
+        is_given = _flags(given if index == last else None, tokens)
+        is_final = _flags(tokens == passes[-1] if index else None, tokens)
+        opacity = [1.0] * len(tokens) if probabilities is None else probabilities[index].tolist()
+        row = []
+        for n, symbol in enumerate(symbols(tokens, tokenizer)):
+            kind: Kind = "given" if is_given[n] else "changed" if changed[n] else "final" if is_final[n] else "noise"
+            row.append(Token(symbol, kind, opacity[n], f"p = {opacity[n]:.2f}" if opacity[n] < 0.995 else ""))
+        name = f"after block {last - index + 1}: {sum(changed)} of {len(tokens)} changed" if index else "noise"
+        rows.append(Row(name, row))
+        before = tokens
+    return rows
+
+
+def to_html(rows: Sequence[Row]) -> str:
+    """The rows under a legend of the kinds that occur. Every text is escaped; the page must include `CSS`.
+
+    The colours follow the `color-scheme` of the page.
+    """
     present = {token.kind for row in rows for token in row.tokens}
-    if legend and present:
-        names = (f'<span class="tl-{kind}">{name}</span>' for kind, name in KINDS.items() if kind in present)
-        body += f'<div class="tl-legend">{"".join(names)}</div>'
-    return f'<div class="tl-grid"><style>{CSS}</style><div>{body}</div></div>'
-
-
-def _row(row: GridRow) -> str:
-    label = f'<div class="tl-label">{escape(row.label)}</div>'
-    return f'<div class="tl-row">{label}<div class="tl-text">{spans(row.tokens)}</div></div>'
+    legend = "".join(f'<span class="tl-{kind}">{name}</span>' for kind, name in LEGEND.items() if kind in present)
+    body = "".join(
+        f'<div class="tl-row"><div class="tl-label">{escape(row.label)}</div>'
+        f'<div class="tl-text">{spans(row.tokens)}</div></div>'
+        for row in rows
+    )
+    return f'<div class="tl-grid"><div class="tl-legend">{legend}</div>{body}</div>'
 
 
 def spans(tokens: Sequence[Token]) -> str:
-    """The tokens of one row, escaped; `CSS` colours them."""
-    # neighbours that look alike share an element: a long text in many rows stays light
-    runs = groupby(tokens, key=lambda t: (t.kind, _opacity(t.opacity), t.title))
-    return "".join(_span(look, "".join(token.text for token in run)) for look, run in runs)
+    """The tokens of one row as HTML."""
+    # neighbours that look alike share an element, so that a long text in many rows stays light
+    runs = groupby(tokens, key=lambda t: (t.kind, _opacity(t.opacity), escape(t.title)))
+    found = []
+    for (kind, opacity, title), run in runs:
+        text = escape("".join(token.symbol for token in run)).replace("↵\n", "<i>↵</i>\n")
+        look = (f' style="opacity:{opacity:g}"' if opacity < 1 else "") + (f' title="{title}"' if title else "")
+        found.append(f'<span class="tl-{kind}"{look}>{text}</span>')
+    return "".join(found)
 
 
-def _span(look: tuple[Kind, str, str], text: str) -> str:
-    kind, opacity, title = look
-    style = f' style="opacity:{opacity}"' if opacity else ""
-    tip = f' title="{escape(title)}"' if title else ""
-    return f'<span class="tl-{kind}"{style}{tip}>{escape(text.translate(_CONTROL))}</span>'
-
-
-def _opacity(share: float) -> str:
-    """The opacity in CSS, rounded so that neighbours agree; empty for a token in full."""
-    opacity = round(FAINTEST + (1 - FAINTEST) * min(max(share, 0.0), 1.0), 1)
-    return "" if opacity == 1 else f"{opacity:g}"
+def _opacity(share: float) -> float:
+    """Rounded, so that neighbours agree."""
+    return round(FAINTEST + (1 - FAINTEST) * min(max(share, 0.0), 1.0), 1)

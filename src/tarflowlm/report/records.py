@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,51 +13,51 @@ import numpy.typing as npt
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
-from tarflowlm.files import read_json
-from tarflowlm.runs.checkpoint import SUMMARY, WEIGHTS, read_run
+from tarflowlm.runs.checkpoint import SUMMARY, WEIGHTS, read_run, read_summary
 from tarflowlm.training.metrics import METRICS
 
 Series = npt.NDArray[np.float64]
 
-NEEDED = {
+COLUMNS = {
     "train": ("step", "tokens", "block", "bpc", "lr", "grad_norm", "tokens_per_second"),
     "valid": ("step", "tokens", "bpc"),
 }
+"""Columns of metrics.jsonl that a report reads, by split."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All of a run but its weights."""
+    """A run without its weights."""
 
     name: str
     directory: Path
     run: RunConfig
     train: dict[str, Series]
-    """Columns of the training lines of metrics.jsonl."""
+    """Columns of the training lines of metrics.jsonl, and `seconds`: training time up to each line."""
     valid: dict[str, Series]
-    """Columns of its validation lines."""
+    """Columns of its validation lines, and `seconds`."""
     summary: dict[str, Any] | None
     """None until the run is finished."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def slug(self) -> str:
-        """The name as part of file names and ids."""
-        return slug(self.name)
+        """The name without the characters that file names and ids cannot have."""
+        return re.sub(r"[^\w.-]+", "_", self.name)
 
     @property
     def is_exact(self) -> bool:
-        """Whether the likelihood is exact and not a bound."""
+        """The likelihood is exact, not a bound."""
         return self.run.model.family == "ar"
 
     @property
     def sign(self) -> str:
-        """How to print the run's numbers: = for exact ones, <= for upper bounds."""
+        """Precedes the run's numbers: = for exact ones, <= for upper bounds."""
         return "=" if self.is_exact else "<="
 
     @property
     def has_log(self) -> bool:
-        """Whether there are training lines; the copy of a model alone has none."""
+        """There are training lines; an exported model has none."""
         return len(self.train["step"]) > 0
 
     @property
@@ -75,25 +74,16 @@ class RunRecord:
             return "a model without its training log"
         return f"step {self.last_step:,} of {self.run.train.num_steps:,}: in training, or stopped"
 
-    @cached_property
+    @property
     def seconds(self) -> Series:
-        """Training time up to every training line, from the logged speeds."""
-        tokens = np.diff(self.train["tokens"], prepend=0)
-        return np.cumsum(tokens / self.train["tokens_per_second"])
+        """Training time up to every training line."""
+        return self.train["seconds"]
 
     @property
-    def valid_seconds(self) -> Series:
-        """Training time at every validation line."""
-        return np.interp(self.valid["step"], self.train["step"], self.seconds)
-
-    @property
-    def stage_starts(self) -> list[tuple[int, float, float]]:
-        """Block, tokens and seconds at the start of each stage but the first."""
+    def stage_starts(self) -> list[tuple[int, int]]:
+        """For each stage but the first: its block, and the index of the last training line before it."""
         block = self.train["block"]
-        return [
-            (int(block[i + 1]), float(self.train["tokens"][i]), float(self.seconds[i]))
-            for i in np.flatnonzero(np.diff(block))
-        ]
+        return [(int(block[line + 1]), int(line)) for line in np.flatnonzero(np.diff(block))]
 
     def stage_medians(self, column: str) -> list[float]:
         """The median of a training column in every stage."""
@@ -101,16 +91,8 @@ class RunRecord:
         return [float(np.median(self.train[column][block == b])) for b in np.unique(block)]
 
 
-def slug(name: str) -> str:
-    """A name without the characters that file names and ids cannot have."""
-    return re.sub(r"[^\w.-]+", "_", name)
-
-
 def read_records(directories: Sequence[Path]) -> list[RunRecord]:
-    """The runs in `directories`, named after these.
-
-    Raises UserError if one is neither a run with metrics nor a model, or if two have the same name.
-    """
+    """The runs in `directories`. Raises UserError as `read_record`, and if two runs have the same name."""
     records: dict[str, RunRecord] = {}
     for directory in directories:
         record = read_record(directory)
@@ -124,49 +106,44 @@ def read_records(directories: Sequence[Path]) -> list[RunRecord]:
 
 
 def read_record(directory: Path) -> RunRecord:
-    """The run in a directory. A model that came without its log is a run without lines.
+    """The run in a directory, named after it. A model without its log is a run without lines.
 
     Raises UserError if it is not a run directory, or if its training has not logged anything yet.
     """
     run = read_run(directory)
     notes: list[str] = []
     train, valid = _read_metrics(directory, notes)
+    train["seconds"] = np.cumsum(np.diff(train["tokens"], prepend=0) / train["tokens_per_second"])
+    if not len(train["step"]) and ((directory / METRICS).exists() or not (directory / WEIGHTS).exists()):
+        raise UserError(f"{directory} has no metrics yet: wait until training has logged its first line")
+    valid["seconds"] = (
+        np.interp(valid["step"], train["step"], train["seconds"]) if len(train["step"]) else np.zeros(0)
+    )
     summary = None
-    if (directory / SUMMARY).exists():
-        try:
-            summary = read_json(directory / SUMMARY)
-            float(summary["test"]["bpc"])
-        except (UserError, KeyError, TypeError, ValueError) as error:
-            notes.append(f"{SUMMARY} cannot be used ({error}).")
-            summary = None
+    try:
+        if (found := read_summary(directory)) is not None and math.isfinite(found["test"]["bpc"]):
+            summary = found
+    except (UserError, KeyError, TypeError) as error:
+        notes.append(f"{SUMMARY} cannot be used ({error}).")
     return RunRecord(directory.resolve().name, directory, run, train, valid, summary, notes)
 
 
 def _read_metrics(directory: Path, notes: list[str]) -> tuple[dict[str, Series], dict[str, Series]]:
+    """The columns of training and of validation lines; unreadable lines are counted in `notes`."""
     path = directory / METRICS
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     rows: dict[str, list[dict[str, float]]] = {"train": [], "valid": []}
     bad = 0
     for number, line in enumerate(lines, 1):
-        row = _parsed(line)
-        if row is not None:
+        try:
+            row = json.loads(line)
+            if not all(math.isfinite(row[key]) for key in COLUMNS.get(row["split"], ())):
+                raise ValueError(line)
             # other kinds of lines are not drawn
             rows.get(row["split"], []).append(row)
-        elif number < len(lines):  # the last one may still be incomplete
-            bad += 1
+        except (ValueError, KeyError, TypeError):
+            bad += number < len(lines)  # the last one may still be incomplete
     if bad:
         notes.append(f"{bad} of {len(lines)} lines of {METRICS} could not be read and are left out.")
-    if not rows["train"] and (path.exists() or not (directory / WEIGHTS).exists()):
-        raise UserError(f"{directory} has no metrics yet: wait until training has logged its first line")
-    columns = [{key: np.array([row[key] for row in rows[s]], float) for key in NEEDED[s]} for s in ("train", "valid")]
-    return columns[0], columns[1]
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """A line of metrics, or None if it is incomplete or not finite."""
-    try:
-        row = json.loads(line)
-        needed = NEEDED.get(row["split"], ())
-        return row if all(math.isfinite(row[key]) for key in needed) and row.get("tokens_per_second", 1) > 0 else None
-    except (ValueError, KeyError, TypeError):
-        return None
+    train, valid = ({key: np.array([row[key] for row in rows[s]], float) for key in COLUMNS[s]} for s in COLUMNS)
+    return train, valid

@@ -1,27 +1,26 @@
-"""What a model writes: a few samples with a fixed seed, and for stacks of blocks the text after every block."""
+"""Samples of a model for a report: a few with a fixed seed, and the first one after every block."""
 
-import itertools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 import torch
+from torch import Tensor
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.generate import num_ticks
+from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.report.grid import GridRow, Kind, Token, grid
-from tarflowlm.report.page import Markup
+from tarflowlm.progress import SILENT, Progress
+from tarflowlm.report.grid import CSS as GRID_CSS
+from tarflowlm.report.grid import pass_rows, to_html
 
 NUM, LENGTH, SEED, TEMPERATURE = 3, 256, 0, 0.8
 """Samples, the most tokens of each, and how they are drawn."""
 
-CSS = """
-.samples { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }
-.sample { border-left: 3px solid var(--grid); margin: 0; overflow-wrap: anywhere; padding: .1rem .8rem;
-          white-space: pre-wrap; }
+CSS = f"""{GRID_CSS}
+.samples {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }}
+.sample {{ border-left: 3px solid var(--grid); margin: 0; overflow-wrap: anywhere; padding: .1rem .8rem;
+          white-space: pre-wrap; }}
 """
 
 
@@ -30,74 +29,47 @@ class Samples:
     """Samples of a model."""
 
     texts: list[str]
-    passes: list[list[str]]
-    """The symbols of the first sample after every pass, noise first; empty for fewer than two blocks."""
+    passes: list[Tensor]
+    """The tokens [T] of the first sample after every pass, noise first; empty for fewer than two blocks."""
     tokens: int
-    """Of each sample."""
+    """Length of each sample."""
     temperature: float
 
 
-def draw_samples(
-    model: LanguageModel, tokenizer: Tokenizer, progress: Callable[[int, int], None] | None = None
-) -> Samples:
+def draw_samples(model: LanguageModel, tokenizer: Tokenizer, progress: Progress = SILENT) -> Samples:
     """NUM samples of the trained context, or of LENGTH tokens where that is less; always the same for a model.
 
-    At TEMPERATURE, or at 1 for models that refuse another. `progress` gets the number of positions done, over all
-    blocks, and their total.
+    At TEMPERATURE, or at 1 for models that refuse another.
     """
     length = min(LENGTH, model.config.context)
 
     def draw(temperature: float) -> Generation:
-        done = itertools.count(1)
-
-        def tick() -> None:
-            if progress is not None:
-                progress(next(done), num_ticks(model, length))
-
         return generate(
             model,
             num_tokens=length,
             num=NUM,
             generator=torch.Generator().manual_seed(SEED),
             temperature=temperature,
-            return_passes=model.num_blocks > 1,
-            tick=tick,
+            watch=Watch(progress),
         )
 
     temperature = TEMPERATURE
     try:
         result = draw(temperature)
-    except UserError:  # before block 1 draws, but perhaps after the blocks above it have
+    except UserError:
         temperature = 1.0
         result = draw(temperature)
-    symbols = tokenizer.symbols
-    passes = [[symbols[token] for token in state[0].tolist()] for state in result.passes]
+    passes = [state[0] for state in result.passes] if model.num_blocks > 1 else []
     return Samples([tokenizer.decode(row.tolist()) for row in result.tokens], passes, length, temperature)
 
 
-def texts_markup(samples: Samples) -> Markup:
-    """The texts beside each other, below each other on a phone."""
+def texts_html(samples: Samples) -> str:
+    """The texts beside each other, stacked on a phone."""
     body = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in samples.texts)
-    return Markup(f'<div class="samples">\n{body}</div>\n')
+    return f'<div class="samples">\n{body}</div>\n'
 
 
-def passes_markup(samples: Samples, caption: str) -> Markup:
+def passes_html(samples: Samples, tokenizer: Tokenizer, caption: str) -> str:
     """The first sample after every block as a grid of coloured tokens."""
-    rows = grid(passes_rows(samples.passes))
-    return Markup(f"<figure>\n{rows}\n<figcaption>{escape(caption)}</figcaption>\n</figure>\n")
-
-
-def passes_rows(passes: Sequence[Sequence[str]]) -> list[GridRow]:
-    """One row per pass, noise first: what the row changed, and what already is as in the final text."""
-    rows, last = [], len(passes) - 1
-    for index, symbols in enumerate(passes):
-        before = passes[max(index - 1, 0)]
-        changed = sum(a != b for a, b in zip(symbols, before, strict=True))
-        name = "noise" if index == 0 else f"after block {last - index + 1}: {changed} of {len(symbols)} changed"
-        tokens = []
-        for symbol, earlier, final in zip(symbols, before, passes[-1], strict=True):
-            is_settled = index > 0 and symbol == final
-            kind: Kind = "changed" if symbol != earlier else "final" if is_settled else "noise"
-            tokens.append(Token(symbol, kind))
-        rows.append(GridRow(name, tokens))
-    return rows
+    grid = to_html(pass_rows(samples.passes, tokenizer))
+    return f"<figure>\n{grid}\n<figcaption>{escape(caption)}</figcaption>\n</figure>\n"

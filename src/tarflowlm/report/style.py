@@ -4,8 +4,7 @@ import importlib.util
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)))
 INK, MUTED, GRID, PAPER = "#1b1f24", "#68707a", "#e3e6ea", "#fefefe"
 SMALL = 8.0
-NARROW = 4.2
-"""Inches. On a phone, a figure of this width shows its smallest text at ten pixels."""
 
 # colours that an SVG takes from the page, which has one set for light and one for dark
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper", COLOURS[0]: "--blue"}
@@ -69,27 +66,14 @@ def check_matplotlib() -> None:
         raise UserError("drawing needs the package matplotlib: pip install 'tarflowlm[plots]'")
 
 
-def render(draw: Callable[[Figure], None], path: Path, *, width: float, height: float) -> str:
-    """Draw a figure of `width` x `height` inches, save it to the PNG file `path`, and return it as SVG for a page.
+def render(
+    draw: Callable[[Figure], None], path: Path | None, *, width: float, height: float, name: str = "", dpi: int = 160
+) -> str:
+    """Draw a figure of `width` x `height` inches; returns it as SVG for a page that defines the colours.
 
-    `draw` gets an empty figure. No global state changes, and the file is replaced atomically. Raises UserError if
-    matplotlib is missing.
+    `draw` gets an empty figure. A PNG goes to the file `path`, if that is given, and replaces it atomically. Ids in
+    the SVG begin with `name`, or else with the name of the file.
     """
-    with _drawn(draw, width, height) as figure:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
-        return _embeddable(figure, path.stem)
-
-
-def render_narrow(draw: Callable[[Figure], None], name: str, *, height: float) -> str:
-    """The figure of `render` as SVG alone, NARROW inches wide, for pages on a phone; its ids begin with `name`."""
-    with _drawn(draw, NARROW, height) as figure:
-        return _embeddable(figure, name)
-
-
-@contextmanager
-def _drawn(draw: Callable[[Figure], None], width: float, height: float) -> Iterator[Figure]:
-    """A figure with its layout, and our style while it is saved."""
     check_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure as New
@@ -102,40 +86,22 @@ def _drawn(draw: Callable[[Figure], None], width: float, height: float) -> Itera
         # the layout takes half of the time of saving, so compute it once
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
-        yield figure
+        if path is not None:
+            with replacing(path) as temporary:
+                figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _embeddable(buffer.getvalue(), name or (path.stem if path is not None else "figure"))
 
 
-def _embeddable(figure: Figure, name: str) -> str:
-    """A figure as SVG for use in a page: no prolog, ids prefixed by `name`, colours taken from the page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
+def _embeddable(svg: str, name: str) -> str:
+    """An SVG for use in a page: no prolog, no fixed size, ids prefixed by `name`, colours taken from the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'((?<= )id="|url\(#|href="#)', lambda m: f"{m[1]}{name}-", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)
-
-
-def is_narrow(figure: Figure) -> bool:
-    """Whether a figure is for a phone: panels below each other, and names in the legend alone."""
-    return bool(figure.get_figwidth() <= NARROW)
-
-
-def two_panels(
-    figure: Figure,
-    widths: tuple[float, float] = (1.0, 1.0),
-    heights: tuple[float, float] = (1.0, 1.0),
-    *,
-    sharey: bool = False,
-) -> tuple[Axes, Axes]:
-    """Two panels side by side with these ratios of widths; in a narrow figure, below each other, of heights."""
-    if is_narrow(figure):
-        first, second = figure.subplots(2, 1, height_ratios=heights, sharey=sharey)
-    else:
-        first, second = figure.subplots(1, 2, width_ratios=widths, sharey=sharey)
-    return first, second
 
 
 def add_legend(figure: Figure, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
@@ -165,55 +131,9 @@ def literal(text: str, longest: int = 30) -> str:
     return text.replace("$", r"\$")
 
 
-def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], *, size: float = SMALL) -> None:
-    """Label curves at the right border, without overlaps: (y of the curve's end, text, colour) for each."""
-    ends = [end for end in ends if end[1]]
-    if not ends:
-        return
-    figure = axes.figure
-    figure.draw_without_rendering()
-    points = axes.get_window_extent().height * 72 / figure.dpi
-    heights = [axes.transAxes.inverted().transform(axes.transData.transform((0, y)))[1] for y, _, _ in ends]
-    lines = [text.count("\n") + 1 for _, text, _ in ends]
-    order = sorted(range(len(ends)), key=lambda i: heights[i])
-    spans = np.array([1.3 * size * lines[i] / points for i in order])
-    for i, y in zip(order, spread(np.array([heights[i] for i in order]), spans), strict=True):
-        _, text, colour = ends[i]
-        axes.annotate(
-            text,
-            (1.02, y),
-            xycoords="axes fraction",
-            color=colour,
-            fontsize=size,
-            va="center",
-            annotation_clip=False,
-        )
-
-
-def spread(
-    centres: npt.NDArray[np.float64], spans: npt.NDArray[np.float64], low: float = 0.0, high: float = 1.0
-) -> npt.NDArray[np.float64]:
-    """Ascending `centres` moved apart so that intervals of lengths `spans` do not overlap, inside [low, high].
-
-    If they do not fit, they extend beyond the upper end.
-    """
-    placed = np.array(centres, dtype=float)
-    for _ in range(2):
-        edge = low
-        for i, span in enumerate(spans):
-            placed[i] = max(placed[i], edge + span / 2)
-            edge = placed[i] + span / 2
-        edge = max(high, low + spans.sum())
-        for i in range(len(spans) - 1, -1, -1):
-            placed[i] = min(placed[i], edge - spans[i] / 2)
-            edge = placed[i] - spans[i] / 2
-    return placed
-
-
 _REACH = np.repeat([3.0, 6.0, 10.0, 16.0], 16)
-"""Points between a point and its label, nearest first, ..."""
 _ANGLE = np.tile(np.linspace(0, 2 * np.pi, 16, endpoint=False), 4)
-"""... and where around the point the label is."""
+"""Candidate places of a label: points between it and its point, nearest first, and the direction."""
 
 
 def label_points(axes: Axes, points: npt.NDArray[np.float64], texts: Sequence[str], *, size: float = SMALL) -> int:
@@ -227,24 +147,25 @@ def label_points(axes: Axes, points: npt.NDArray[np.float64], texts: Sequence[st
     scale = figure.dpi / 72
     frame = np.array(axes.get_window_extent().extents)
     centres = axes.transData.transform(points)
-    taken = [*np.concatenate([centres - 2 * scale, centres + 2 * scale], axis=1)]
-    placed = 0
+    taken = np.concatenate([centres - 2 * scale, centres + 2 * scale], axis=1)
+    num_points = len(taken)
     for centre, point, text in zip(centres, points, texts, strict=True):
-        text = literal(text)
-        probe = axes.text(0, 0, text, fontsize=size)
+        probe = axes.text(0, 0, literal(text), fontsize=size)
         extent = probe.get_window_extent()
         probe.remove()
         half = np.array([extent.width + 2 * scale, 0.9 * extent.height]) / 2
         away = np.stack([np.cos(_ANGLE), np.sin(_ANGLE)], axis=1) * (_REACH[:, None] * scale + half)
+        # [places, 4]: left, low, right, high
         boxes = np.concatenate([centre + away - half, centre + away + half], axis=1)
-        free = np.flatnonzero(_inside(boxes, frame) & ~_overlaps(boxes, np.array(taken)))
+        is_inside = np.all(boxes[:, :2] >= frame[:2], axis=1) & np.all(boxes[:, 2:] <= frame[2:], axis=1)
+        beside = np.concatenate([boxes[:, None, :2] >= taken[:, 2:], boxes[:, None, 2:] <= taken[:, :2]], axis=-1)
+        free = np.flatnonzero(is_inside & beside.any(-1).all(-1))
         if not len(free):
             continue
-        taken.append(boxes[free[0]])
-        placed += 1
+        taken = np.concatenate([taken, boxes[free[:1]]])
         line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 1}
         axes.annotate(
-            text,
+            literal(text),
             tuple(point),
             xytext=tuple(away[free[0]] / scale),
             textcoords="offset points",
@@ -253,16 +174,4 @@ def label_points(axes: Axes, points: npt.NDArray[np.float64], texts: Sequence[st
             va="center",
             arrowprops=line if _REACH[free[0]] > _REACH[0] else None,
         )
-    return placed
-
-
-def _inside(boxes: npt.NDArray[np.float64], frame: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """Which of the boxes [boxes, 4] (left, low, right, high) lie in the frame [4]."""
-    return np.asarray(np.all(boxes[:, :2] >= frame[:2], axis=1) & np.all(boxes[:, 2:] <= frame[2:], axis=1))
-
-
-def _overlaps(boxes: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """Which of the boxes [boxes, 4] overlap any of the others [others, 4]."""
-    below = np.all(boxes[:, None, :2] < others[None, :, 2:], axis=-1)
-    above = np.all(others[None, :, :2] < boxes[:, None, 2:], axis=-1)
-    return np.asarray(np.any(below & above, axis=1))
+    return len(taken) - num_points

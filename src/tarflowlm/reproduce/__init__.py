@@ -1,9 +1,7 @@
 """The paper's tables and figures as recipes: trainings, measurements and written results."""
 
-from tarflowlm.reproduce.ablations import FIG2, FIG3, FIG4, FIG5
-from tarflowlm.reproduce.frontier import FRONTIER
-from tarflowlm.reproduce.passes import FIG6
-from tarflowlm.reproduce.questions import ONE_BLOCK, PATCH_SIZES, PROGRESSIVE
+from tarflowlm.reproduce.ablations import FIG2, FIG3, FIG4, FIG5, ONE_BLOCK, PATCH_SIZES, PROGRESSIVE
+from tarflowlm.reproduce.passes import FIG6, FRONTIER
 from tarflowlm.reproduce.recipe import Recipe
 from tarflowlm.reproduce.states import FIG7
 from tarflowlm.reproduce.tables import TABLE2, TABLE6

@@ -1,28 +1,30 @@
-"""Figures 2 to 5 of the paper: training ladder, couplings, mixture components, and two tokens at a time."""
+"""Figures 2 to 5 of the paper (ladder, couplings, components, two tokens at a time), and three open questions.
+
+The questions: progressive training over time, patch sizes, and a single Mix-1 block.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
-
-from tarflowlm.config import RunConfig
+from tarflowlm.config import RunConfig, as_flow_config, stack
 from tarflowlm.data import eval_windows
-from tarflowlm.generation import generate
-from tarflowlm.generation.generate import num_ticks
-from tarflowlm.model import as_flow_config, stack
 from tarflowlm.presets import PLAIN_CODEBOOK
+from tarflowlm.report.records import RunRecord, read_record
 from tarflowlm.report.style import Figure
 from tarflowlm.reproduce.measures import (
     judge_of,
     judge_training,
+    latents,
     plot_models,
     plot_over,
+    sample,
     shortened,
     summaries,
     summaries_by,
+    summary_row,
 )
-from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings, without
 
 BASE, CHANNELWISE = "base", "+ channel-wise"
 SIX = 6
@@ -33,10 +35,19 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     HEAD: ("-plain", {"start": "plain"}),
     STARTED: ("", {}),
 }
-"""Figure 4: what the parameters of a channel see -> suffix of the run, fields of its blocks."""
+"""Figure 4: inputs of the parameters of a channel -> suffix of the run, fields of its blocks."""
 PREFIXES = (0, 16, 64, 128)
 """Tokens of real text that a continuation is given."""
 PROMPTS = 32
+
+MINI_BOUND, PAPER_BOUND = 2.1, 1.4
+"""Bits per character of the training text, of which no step at mini scale sees a part twice."""
+AVERAGED = 5
+"""Lines of metrics.jsonl that a point of the curve averages."""
+POINTS = 8
+"""Evenly spaced points of the curve."""
+PATCHES = (1, 2, 4, 8)
+FEW_COMPONENTS = (2, 3, 4)
 
 
 def plan_fig2(settings: Settings) -> list[Training]:
@@ -100,7 +111,7 @@ def _components(settings: Settings, components: int, variant: str) -> tuple[str,
 
 
 def measure_fig4(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """The runs' own measurements by K and by what the parameters of a channel see."""
+    """The runs' own measurements by K and by the inputs of the parameters of a channel."""
     by_components = summaries_by("K", lambda config: config.blocks[0].components)
     return [row | {"head": row["model"].partition(", ")[2]} for row in by_components(settings, finished)]
 
@@ -133,24 +144,27 @@ def measure_fig5(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     rows: list[Row] = []
     for done in models:
         checkpoint = done.load()
-        context = checkpoint.run.model.context
+        context, tokenizer = checkpoint.run.model.context, checkpoint.tokenizer
         text = eval_windows(done.tokens(checkpoint), context, PROMPTS)
         for prefix in PREFIXES:
-            samples = generate(
-                checkpoint.model,
-                num=len(text),
-                num_tokens=context,
-                template=text[:, :prefix],
-                generator=torch.Generator().manual_seed(0),
-                decoder="auto",
-                tick=done.tick_of(f"prefix {prefix}, positions", num_ticks(checkpoint.model, context)),
+            found = sample(
+                done, checkpoint, len(text), context, prompt=text[:, :prefix], what=f" after a prefix of {prefix}"
             )
-            reading = judge.read([checkpoint.tokenizer.decode(row) for row in samples.tokens.tolist()])
+            judged = judge.read([tokenizer.decode(row) for row in found.tokens.tolist()])
             row = {"model": done.training.label, "seed": done.training.run.seed, "prefix": prefix}
-            rows.append(row | {"perplexity": reading.perplexity, "judge": judge.name})
-        real = judge.read([checkpoint.tokenizer.decode(row) for row in text.tolist()]).perplexity
+            rows.append(row | {"perplexity": judged.perplexity, "judge": judge.name})
+        real = judge.read([tokenizer.decode(row) for row in text.tolist()]).perplexity
     rows += [{"model": "real text", "prefix": prefix, "perplexity": real, "judge": judge.name} for prefix in PREFIXES]
     return rows
+
+
+def table_fig5(rows: Sequence[Row]) -> list[Row]:
+    """One row per model and seed, one column per prefix."""
+    table: dict[Any, Row] = {}
+    for row in rows:
+        model, seed = row["model"], row.get("seed")
+        table.setdefault((model, seed), {"model": model, "seed": seed})[f"prefix {row['prefix']}"] = row["perplexity"]
+    return list(table.values())
 
 
 def draw_fig5(figure: Figure, rows: Sequence[Row]) -> None:
@@ -162,6 +176,77 @@ def draw_fig5(figure: Figure, rows: Sequence[Row]) -> None:
     axes.set_xlabel("tokens of real text before the continuation")
     axes.set_ylabel("generative perplexity")
     axes.legend()
+
+
+def plan_progressive(settings: Settings) -> list[Training]:
+    """The same Mix-d model trained progressively and jointly."""
+    progressive = settings.preset("mixd", "text8")
+    return trainings(settings, {"progressive": progressive, "joint": joint(progressive)})
+
+
+def training_curve(record: RunRecord) -> dict[int, float]:
+    """Step -> training bound in bits per character, averaged over the last `AVERAGED` lines up to that step."""
+    steps, values = record.train["step"], record.train["bpc"]
+    return {
+        int(steps[i]): float(values[max(0, i + 1 - AVERAGED) : i + 1].mean())
+        for i in range(min(AVERAGED, len(values)) - 1, len(values))
+    }
+
+
+def measure_progressive(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """Final bound, steps to a given training bound, KL divergence after every block, and the training curve."""
+    bound = MINI_BOUND if settings.scale == "mini" else PAPER_BOUND
+    rows = []
+    for done in finished:
+        curve = training_curve(read_record(done.directory))
+        reached = next((step for step, bpc in curve.items() if bpc <= bound), None)
+        row = summary_row(done) | {f"steps to {bound}": reached}
+        row |= {f"kl after block {state.block}": state.kl.mean for state in latents(done)[1:]}
+        for place in range(1, POINTS + 1):
+            goal = place * done.training.run.train.num_steps / POINTS
+            _, step = min((abs(step - goal), step) for step in curve)
+            row[f"bpc at {step:,}"] = curve[step]
+        rows.append(row)
+    return rows
+
+
+def draw_progressive(figure: Figure, rows: Sequence[Row]) -> None:
+    """The training curves."""
+    axes = figure.subplots()
+    for row in rows:
+        points = {int(name[7:].replace(",", "")): value for name, value in row.items() if name.startswith("bpc at ")}
+        axes.plot(list(points), list(points.values()), "o-", label=f"{row['model']}, seed {row['seed']}")
+    axes.set_xlabel("optimiser steps")
+    axes.set_ylabel("training bits per character, <=")
+    axes.legend()
+
+
+def plan_patches(settings: Settings) -> list[Training]:
+    """Mix-d with each patch size."""
+    return trainings(settings, {f"P = {patch}": _patched(settings, patch) for patch in PATCHES})
+
+
+def _patched(settings: Settings, patch: int) -> RunConfig:
+    """Mix-d with in-patch weights; all but the patch as with one token at a time."""
+    run = settings.preset("mixd", "text8")
+    name = run.name if patch == 1 else f"{run.name}-p{patch}"
+    return replace(run, name=name, model=replace(run.model, patch=patch))
+
+
+def plan_one_block(settings: Settings) -> list[Training]:
+    """One Mix-1 block with each number of components."""
+    return trainings(settings, {f"K = {k}": _one_block(settings, k) for k in FEW_COMPONENTS})
+
+
+def _one_block(settings: Settings, components: int) -> RunConfig:
+    """One Mix-1 block with all layers of the three."""
+    run = settings.preset("mix1", "text8")
+    before = as_flow_config(run.model)
+    layers = sum(block.layers for block in before.blocks)
+    model = replace(before, blocks=stack(("mix1",), (layers,), (components,)))
+    optim = replace(run.optim, codebook_lr_scale=PLAIN_CODEBOOK)
+    run = replace(run, name=f"{run.name}-one-k{components}", model=model, optim=optim)
+    return shortened(run) if settings.scale == "mini" else run
 
 
 FIG2 = Recipe(
@@ -193,6 +278,7 @@ FIG4 = Recipe(
     "see the channels before it.)",
     plan=plan_fig4,
     measure=measure_fig4,
+    table=without(*RUN_DETAILS, "model", "seed", ""),
     draw=plot_over("K", "mixture components K", series="head"),
 )
 
@@ -205,5 +291,36 @@ FIG5 = Recipe(
     "independent in the first blocks.)",
     plan=plan_fig5,
     measure=measure_fig5,
+    table=table_fig5,
     draw=draw_fig5,
+)
+
+PROGRESSIVE = Recipe(
+    name="progressive",
+    title="Progressive and joint training",
+    claim="The paper: the ablation is best with progressive training. (KL divergences are in nats per token, to a "
+    "prior that ends after that block. A training step of the first block alone costs less than a joint step.)",
+    plan=plan_progressive,
+    measure=measure_progressive,
+    draw=draw_progressive,
+    seeds=2,
+)
+
+PATCH_SIZES = Recipe(
+    name="patches",
+    title="Patch size at one depth",
+    claim="Patches of several tokens shorten the sequence. What does each size cost? The paper does not say.",
+    plan=plan_patches,
+    measure=summaries_by("P", lambda config: config.patch),
+    draw=plot_over("P", "tokens per position P"),
+)
+
+ONE_BLOCK = Recipe(
+    name="one-block",
+    title="One Mix-1 block with few components",
+    claim="In the paper any K above 1 works in three blocks, without a head over channels. Are two to four "
+    "components enough in one, with that head?",
+    plan=plan_one_block,
+    measure=summaries,
+    draw=plot_models(),
 )

@@ -5,24 +5,24 @@ from dataclasses import replace
 from textwrap import fill
 
 import torch
+from torch import Tensor
 
-from tarflowlm.config import RunConfig
-from tarflowlm.data import TokenArray, eval_windows
+from tarflowlm.config import FlowConfig, RunConfig, as_flow_config
+from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.blocks import StateReport, latent_report
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
-from tarflowlm.evaluation.likelihood import Likelihood, Progress, evaluate, sign_of
-from tarflowlm.evaluation.quality import Quality, SamplingConfig, measure_quality
-from tarflowlm.generation import Generation, generate
-from tarflowlm.generation.generate import num_ticks
-from tarflowlm.model import FlowConfig, as_flow, as_flow_config
+from tarflowlm.evaluation.likelihood import sign_of
+from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation.window import num_positions
+from tarflowlm.model import as_flow
 from tarflowlm.presets import mini_ar, with_steps
 from tarflowlm.report.style import COLOURS, SMALL, Axes, Figure
-from tarflowlm.reproduce.recipe import Draw, Finished, Row, Settings, Training
+from tarflowlm.reproduce.recipe import Finished, Row, Settings, Training
 from tarflowlm.runs.checkpoint import Checkpoint
 
 JUDGE_STEPS = 1300
 SHORT_STEPS, SHORT_WINDOWS = 300, 1024
-"""Of mini trainings whose ranking shows early."""
+"""Steps and test windows of mini trainings whose ranking shows early."""
 DEEPEST_LAST = "Mix-1, plain start, last block deepest"
 """Label of `mini-passes`."""
 LATENT_WINDOWS = 256
@@ -56,50 +56,28 @@ def summaries_by(
     """`summaries` of flows with a number of their configuration as the first column."""
 
     def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-        rows: list[Row] = []
-        for done in finished:
-            config = as_flow_config(done.training.run.model)
-            rows.append({column: value(config), **summary_row(done)})
-        return rows
+        return [{column: value(as_flow_config(done.training.run.model)), **summary_row(done)} for done in finished]
 
     return measure
 
 
-def likelihood(
-    checkpoint: Checkpoint,
-    tokens: TokenArray,
-    *,
-    windows: int,
-    samples: int = 1,
-    progress: Progress | None = None,
-) -> Likelihood:
-    """The bound over some evenly spaced windows with fresh contexts."""
-    tokenizer = checkpoint.tokenizer
-    return evaluate(
-        checkpoint.model,
-        eval_windows(tokens, checkpoint.run.model.context, windows),
-        torch.from_numpy(tokenizer.characters_per_token),
-        samples=samples,
-        progress=progress,
-    )
-
-
-def sampled(
-    done: Finished, checkpoint: Checkpoint, num: int, length: int, what: str = "sampling, positions"
+def sample(
+    done: Finished, checkpoint: Checkpoint, num: int, length: int, *, prompt: Tensor | None = None, what: str = ""
 ) -> Generation:
-    """`num` samples of `length` tokens with their tokens and states after every pass; the noise of seed 0."""
+    """`num` samples of `length` tokens, some given by `prompt` [num, T], by the decoder auto; the noise of seed 0."""
+    progress = done.stage(f"sampling{what}, positions", num_positions(checkpoint.model, length))
     return generate(
         checkpoint.model,
         num_tokens=length,
         num=num,
+        prompt=prompt,
         generator=torch.Generator().manual_seed(0),
-        return_passes=True,
         decoder="auto",
-        tick=done.tick_of(what, num_ticks(checkpoint.model, length)),
+        watch=Watch(progress),
     )
 
 
-def share(is_so: torch.Tensor) -> float:
+def share(is_so: Tensor) -> float:
     """The share of a tensor's entries that are true."""
     return is_so.cpu().double().mean().item()
 
@@ -107,9 +85,8 @@ def share(is_so: torch.Tensor) -> float:
 def latents(done: Finished) -> list[StateReport]:
     """The states of a flow on `LATENT_WINDOWS` evenly spaced windows of its test split."""
     checkpoint = done.load()
-    model = as_flow(checkpoint.model)
     windows = eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, LATENT_WINDOWS)
-    return latent_report(model, windows, progress=done.progress_of("latents of windows"))
+    return latent_report(as_flow(checkpoint.model), windows, progress=done.stage("latents of windows", len(windows)))
 
 
 def shortened(run: RunConfig) -> RunConfig:
@@ -128,29 +105,14 @@ def judge_training(settings: Settings) -> list[Training]:
 
 
 def judge_of(settings: Settings, finished: Sequence[Finished]) -> tuple[Judge, list[Finished]]:
-    """The judge, and the other trainings, which it is to judge. Raises UserError as `load_judge`."""
+    """The judge, and the trainings that it judges."""
     if settings.scale == "paper":
         return load_judge(PAPER_JUDGES[0], settings.device), list(finished)
     [judge] = [done for done in finished if done.training.label == "judge"]
     return load_judge(str(judge.directory), settings.device), [d for d in finished if d is not judge]
 
 
-def quality(done: Finished, judge: Judge, *, num: int) -> Quality:
-    """Quality of `num` samples of a model. Raises errors as `measure_quality`."""
-    checkpoint = done.load()
-    text = eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, num)
-    return measure_quality(
-        checkpoint.model,
-        checkpoint.tokenizer,
-        judge,
-        text,
-        SamplingConfig(num=num),
-        trained_on=checkpoint.run.data.source,
-        progress=lambda what, at, total: done.progress_of(what)(at, total),
-    )
-
-
-def plot_over(column: str, label: str, series: str | None = None) -> Draw:
+def plot_over(column: str, label: str, series: str | None = None) -> Callable[[Figure, Sequence[Row]], None]:
     """Test bits per character over a column of whole numbers, on a logarithmic axis; a colour per `series`."""
 
     def draw(figure: Figure, rows: Sequence[Row]) -> None:
@@ -173,7 +135,9 @@ def plot_over(column: str, label: str, series: str | None = None) -> Draw:
     return draw
 
 
-def plot_models(column: str = "test bpc", label: str = "bits per character, <=") -> Draw:
+def plot_models(
+    column: str = "test bpc", label: str = "bits per character, <="
+) -> Callable[[Figure, Sequence[Row]], None]:
     """A column for every model, in the order of the rows: one dot per seed."""
 
     def draw(figure: Figure, rows: Sequence[Row]) -> None:

@@ -1,14 +1,26 @@
-"""Figure 6 of the paper: a sample decoded after every block, with what the block edited."""
+"""Figure 6 of the paper, and the question behind it: can passes refine a text, and the bound stay good?
+
+fig6 decodes a sample after every block and marks the edits of the block. In frontier each stack is a point: its bits
+per character, and the share of the text that is final before the last pass.
+"""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
 
-from tarflowlm.presets import PAPER_CORPORA, preset
-from tarflowlm.reproduce.measures import DEEPEST_LAST, sampled, share
-from tarflowlm.reproduce.panels import WIDTH, draw_panels, panels_page, pieces, spans_of
-from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, as_flow_config, stack
+from tarflowlm.presets import PAPER_CORPORA, PRESETS, preset
+from tarflowlm.report.grid import symbols
+from tarflowlm.report.style import COLOURS, SMALL, Figure
+from tarflowlm.reproduce.measures import DEEPEST_LAST, SHORT_WINDOWS, latents, sample, share, summary_row
+from tarflowlm.reproduce.panels import edited_spans, panels_page
+from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings, without
 
-NUM, LENGTH = 8, 128
-"""Samples, and their tokens. The first one is shown."""
+LENGTH = 128
+"""Tokens per sample."""
+SHOWN_SAMPLES, SAMPLES = 8, 16
+"""Samples of fig6, the first of which is shown, and of frontier."""
+BPE = TokenizerConfig(kind="bpe", vocab_size=2048)
 LABELS = {"affine": "affine", "mix1": "Mix-1", "mixd": "Mix-d"}
 
 
@@ -31,19 +43,18 @@ def plan_fig6(settings: Settings) -> list[Training]:
 
 
 def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """Shares of tokens over all samples, and the first sample with its edits (`Spans`), after every pass."""
+    """Shares of tokens over all samples, and the first sample with its edited characters, after every pass."""
     rows: list[Row] = []
     for done in finished:
         checkpoint = done.load()
-        passes = sampled(done, checkpoint, NUM, min(LENGTH, checkpoint.run.model.context)).passes
-        before: list[str] = []
+        passes = sample(done, checkpoint, SHOWN_SAMPLES, min(LENGTH, checkpoint.run.model.context)).passes
         for number, tokens in enumerate(passes):
             row: Row = {"model": done.training.label, "seed": done.training.run.seed}
             block = len(passes) - number
             row["state"] = f"block {block} inverted" if number else "noise"
             row["tokens as in the end"] = share(tokens == passes[-1])
-            after = pieces(checkpoint.tokenizer.decode, tokens[0].tolist())
-            row |= {"tokens edited": None, "text": "".join(after)}
+            text = symbols(tokens[0], checkpoint.tokenizer)
+            row |= {"tokens edited": None, "text": "".join(text)}
             if number:
                 edits = tokens != passes[number - 1]
                 is_edited = edits[0].tolist()
@@ -53,17 +64,15 @@ def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
                     "direction": "left to right" if block % 2 else "right to left",
                     "edits": sum(is_edited),
                     "tokens": len(is_edited),
-                    "replaced": spans_of(before, is_edited),
-                    "edited": spans_of(after, is_edited),
+                    "edited": edited_spans(text, is_edited),
                 }
             rows.append(row)
-            before = after
     return rows
 
 
 def sample_texts(settings: Settings, finished: Sequence[Finished], rows: Sequence[Row]) -> str:
     """Markdown with the first sample of each model after every pass."""
-    parts = [f"## Samples\n\nThe first of {NUM} samples of each model, seed 0, after every pass, noise first.\n"]
+    parts = [f"## Samples\n\nThe first of {SHOWN_SAMPLES} samples of each model after every pass, noise first.\n"]
     for done in finished:
         label, seed = done.training.label, done.training.run.seed
         lines = "\n".join(row["text"] for row in rows if (row["model"], row["seed"]) == (label, seed))
@@ -77,9 +86,9 @@ TITLE = "Text after each pass"
 def page_fig6(rows: Sequence[Row]) -> str:
     """Figure 6 as a page."""
     notes = (
-        "One panel per block, in the order of generation: the last block turns noise into the first state, block 1 "
+        "One row per block, in the order of generation: the last block turns noise into the first state, block 1 "
         "gives the final text. Every state is decoded with the codebook.",
-        f"The first of {NUM} samples; a token counts as edited where the decoded token differs.",
+        f"The first of {SHOWN_SAMPLES} samples; a token counts as edited where its decoded token differs.",
     )
     return panels_page(TITLE, notes, rows)
 
@@ -88,12 +97,118 @@ FIG6 = Recipe(
     name="fig6",
     title=TITLE,
     claim="The paper: every intermediate state decodes to text, which each pass refines from coarse to fine. Its "
-    "panels show, for every block, the decoded text before (green) and after (red), with the edits highlighted.",
+    "panels show the decoded text before and after every block, with the edits highlighted.",
     plan=plan_fig6,
     measure=measure_fig6,
-    draw=draw_panels,
-    size=(WIDTH, WIDTH),
     page=page_fig6,
-    csv_only=("text", "block", "direction", "edits", "tokens", "replaced", "edited"),
+    table=without("text", "block", "direction", "edits", "tokens", "edited"),
     text=sample_texts,
+)
+
+
+def plan_frontier(settings: Settings) -> list[Training]:
+    """From one block that is the whole language model to blocks that share the work; at paper scale, the families."""
+    if settings.scale == "paper":
+        kinds = {"AR": "ar", "Mix-d": "mixd", "Mix-1": "mix1", "affine": "affine"}
+        return trainings(settings, {label: settings.preset(kind, "text8") for label, kind in kinds.items()})
+    plain = "Mix-1, plain start"
+    runs = {
+        "AR": preset("mini-ar"),
+        "Mix-d": preset("mini-mixd"),
+        "Mix-1, start from the codebook": preset("mini-mix1"),
+        f"{plain}, layers 4, 1, 1": preset("mini-mix1-plain"),
+        f"{plain}, layers 1, 1, 4": preset("mini-passes"),
+        f"{plain}, K = 8, layers 1, 1, 4": _mix1(components=8),
+        f"{plain}, layers 1, 1, 4, separation 3": _mix1(separation=3.0),
+        "Mix-1, flattened start, layers 1, 1, 4": _mix1(start="flattened"),
+        "affine": preset("mini-affine"),
+        "affine, then Mix-d": _affine_mixd(),
+        "BPE, AR": _bpe(preset("mini-ar")),
+        "BPE, Mix-d": _bpe(preset("mini-mixd")),
+        f"BPE, {plain}, K = 16, layers 1, 1, 4": _bpe(_mix1(components=16)),
+    }
+    return trainings(settings, {label: _tested(run) for label, run in runs.items()})
+
+
+def _mix1(
+    *, start: Literal["flattened", "plain"] = "plain", components: int = 27, separation: float = 12.0
+) -> RunConfig:
+    """`mini-passes` with another start of block 1, K in every block, or distance between codes."""
+    run = preset("mini-passes")
+    model = as_flow_config(run.model).each_block(components=components)
+    first, *upper = model.blocks
+    model = replace(model, blocks=(replace(first, start=start), *upper), separation=separation)
+    return replace(run, name=f"mini-mix1-{start}-k{components}-l114-s{separation:g}", model=model)
+
+
+def _affine_mixd() -> RunConfig:
+    """An affine block 1 under a Mix-d block that is the language model: the text is final before the last pass."""
+    run = preset("mini-mixd")
+    blocks = stack(("affine", "mixd"), (1, 5), (1, 0))
+    model = replace(as_flow_config(run.model), blocks=blocks, channel_mix=None)
+    joint = preset("mini-mix1").train
+    return replace(run, name="mini-affine-mixd", model=model, train=joint)
+
+
+def _bpe(run: RunConfig) -> RunConfig:
+    """The same on BPE tokens, with latents of 16 channels: no block can be the whole language model at once."""
+    is_flow = run.model.family == "flow"
+    model = replace(as_flow_config(run.model), latent_dim=16) if is_flow else run.model
+    return replace(run, name=f"{run.name}-bpe", model=model, data=DataConfig(tokenizer=BPE))
+
+
+def _tested(run: RunConfig) -> RunConfig:
+    """Presets unchanged, since recipes share their runs; others with a smaller test, whose error is small here."""
+    if run.name in PRESETS:
+        return run
+    return replace(run, train=replace(run.train, test_windows=SHORT_WINDOWS))
+
+
+def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """Bits per character; for flows also the share of final tokens by pass, and the KL lowered by each block."""
+    rows = []
+    for done in finished:
+        row, checkpoint = summary_row(done), done.load()
+        if not checkpoint.model.is_exact:
+            passes = sample(done, checkpoint, SAMPLES, min(LENGTH, checkpoint.run.model.context)).passes
+            row |= {
+                "after noise": share(passes[0] == passes[-1]),
+                "before the last pass": share(passes[-2] == passes[-1]),
+            }
+            gains = [state.kl_gain.mean for state in latents(done) if state.kl_gain is not None]
+            row |= {f"KL taken off by block {index + 1}": gain for index, gain in enumerate(gains)}
+        rows.append(row)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def draw_frontier(figure: Figure, rows: Sequence[Row]) -> None:
+    """Every flow as a numbered point; the baselines as lines."""
+    axes, number = figure.subplots(), 0
+    for row in rows:
+        bpc, share, model = row["test bpc"], row["before the last pass"], str(row["model"])
+        bpe = model.startswith("BPE")
+        colour = COLOURS[1 if bpe else 0]
+        if share is None:
+            axes.axhline(bpc, color=colour, linestyle=":", label=model)
+            continue
+        number += 1
+        axes.plot(share, bpc, "s" if bpe else "o", color=colour, markersize=5, label=f"{number}  {model}")
+        axes.annotate(str(number), (share, bpc), xytext=(4, 4), textcoords="offset points", fontsize=SMALL)
+    axes.set_xlim(-0.05, 1.1)
+    axes.set_xlabel("share of tokens that are final before the last pass")
+    axes.set_ylabel("test bits per character, <=")
+    figure.legend(loc="outside right upper", fontsize=SMALL)
+
+
+FRONTIER = Recipe(
+    name="frontier",
+    title="Passes and the bound",
+    claim="The paper shows passes that refine a text, and a good bound. Here the models with the best bound show no "
+    "passes. How much of the text can be final before the last pass, and at what cost?",
+    plan=plan_frontier,
+    measure=measure_frontier,
+    table=without(*RUN_DETAILS, "after noise"),
+    draw=draw_frontier,
+    size=(9.5, 4.5),
 )

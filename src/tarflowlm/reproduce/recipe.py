@@ -1,18 +1,17 @@
 """Recipes: named trainings, numbers measured on them, and a plot. Runs the trainings, or estimates their time."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from tarflowlm.config import Precision, RunConfig, Scale
+from tarflowlm.config import Precision, RunConfig, Scale, TokenizerConfig
 from tarflowlm.data import (
     SOURCE_NAMES,
     TokenArray,
-    TokenizerConfig,
     build_tokenizer,
     cached_corpus,
     check_source,
@@ -21,22 +20,23 @@ from tarflowlm.data import (
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
 from tarflowlm.presets import preset, with_steps
+from tarflowlm.progress import SILENT, Progress
 from tarflowlm.report.style import Figure
 from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, Checkpoint, load_checkpoint, read_run
-from tarflowlm.terminal.bars import StageProgress, no_progress, ticker
-from tarflowlm.training.lifecycle import resume, train
+from tarflowlm.training.loop import seconds_per_step
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.run import StopRequests, no_stop_requests
-from tarflowlm.training.step import seconds_per_step
+from tarflowlm.training.train import StopRequests, no_stop_requests, resume, train
+
+logger = logging.getLogger("tarflowlm")
 
 State = Literal["finished", "stopped", "new"]
 Row = dict[str, Any]
-"""One row of the CSV and of the Markdown table: column name -> number or text."""
-Draw = Callable[[Figure, Sequence[Row]], None]
-"""Draws the rows into a matplotlib figure."""
+"""One row of the CSV: column name -> number or text."""
 
 GPT2_VOCAB = 50_257
-"""So that a plan needs no network."""
+"""Known here so that a plan needs no network."""
+RUN_DETAILS = ("ppl", "stderr, nats", "tokens seen", "seconds")
+"""Columns of `measures.summary_row` for the CSV alone."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Settings:
     steps: int | None = None
     """Optimiser steps of every training, in place of the recipe's: for a quick look."""
     precision: Precision | None = None
-    """Of the matrix products of training, in place of the preset's."""
+    """Precision of matrix products in training, in place of the preset's."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def preset(self, kind: str, corpus: Literal["text8", "owt"]) -> RunConfig:
@@ -73,12 +73,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Training:
-    """One run directory. Recipes that name the same one share it."""
+    """One run directory. Recipes with a training of the same name share it."""
 
     name: str
     run: RunConfig
     label: str
     """In tables and plots; the same for all seeds."""
+
+    def directory(self, settings: Settings) -> Path:
+        """The run directory."""
+        return settings.out / "runs" / self.name
 
 
 def trainings(settings: Settings, runs: Mapping[str, RunConfig]) -> list[Training]:
@@ -97,16 +101,12 @@ class Finished:
     training: Training
     directory: Path
     device: torch.device
-    progress: StageProgress = no_progress
-    """Called with the name of a measurement, how much of it is done, and the total."""
+    progress: Progress = SILENT
 
-    def progress_of(self, what: str) -> Callable[[int, int], None]:
-        """Progress (done, total) of one measurement of this training."""
-        return partial(self.progress, f"{self.training.name}, {what}")
-
-    def tick_of(self, what: str, total: int) -> Callable[[], None]:
-        """The same as a function that counts its calls, up to `total`."""
-        return ticker(self.progress, f"{self.training.name}, {what}", total)
+    def stage(self, name: str, total: int) -> Progress:
+        """Begin a measurement of this training, of `total` parts; returns its progress."""
+        self.progress.stage(f"{self.training.name}, {name}", total)
+        return self.progress
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -117,11 +117,19 @@ class Finished:
         """The trained model."""
         return load_checkpoint(self.directory, self.device)
 
-    def tokens(self, checkpoint: Checkpoint, split: str = "test", source: str | None = None) -> TokenArray:
-        """A split of the run's own text, or all of the text `source`."""
+    def tokens(self, checkpoint: Checkpoint, source: str | None = None) -> TokenArray:
+        """The test split of the run's own text, or all of the text `source`."""
         if source is not None:
             return encode_text_source(source, checkpoint.tokenizer, ("all",))["all"]
-        return cached_corpus(checkpoint.run.data.source, checkpoint.tokenizer).split(split)
+        return cached_corpus(checkpoint.run.data.source, checkpoint.tokenizer).split("test")
+
+
+def without(*columns: str) -> Callable[[Sequence[Row]], list[Row]]:
+    """A function that leaves `columns` out of rows."""
+    return lambda rows: [{name: value for name, value in row.items() if name not in columns} for row in rows]
+
+
+without_details = without(*RUN_DETAILS)
 
 
 @dataclass(frozen=True)
@@ -134,24 +142,26 @@ class Recipe:
     """The paper's claim with its numbers, or the question where the paper makes none."""
     plan: Callable[[Settings], list[Training]]
     measure: Callable[[Settings, Sequence[Finished]], list[Row]]
-    draw: Draw | None = None
+    """All rows, for the CSV."""
+    table: Callable[[Sequence[Row]], list[Row]] = without_details
+    """The rows of the Markdown table, made from those of the CSV; none for no table."""
+    draw: Callable[[Figure, Sequence[Row]], None] | None = None
+    """Draws the rows into a matplotlib figure."""
     size: tuple[float, float] = (7.0, 4.5)
-    """Inches, width and height, of what `draw` gets."""
+    """Width and height of the figure in inches."""
     page: Callable[[Sequence[Row]], str] | None = None
     """The rows as a self-contained HTML page."""
-    csv_only: tuple[str, ...] = ()
-    """Columns for the CSV, the plot and the page, too long for the Markdown table."""
-    needs: tuple[tuple[str, str], ...] = ()
-    """Modules that measuring needs, each with the extra of the package that installs it."""
     text: Callable[[Settings, Sequence[Finished], Sequence[Row]], str] | None = None
     """Markdown to print below the table, for instance samples."""
+    needs: tuple[tuple[str, str], ...] = ()
+    """Modules that measuring needs, each with the extra of the package that installs it."""
     seeds: int = 1
-    """Seeds at least, at mini scale: more than one where a claim hangs on less than 2 %."""
+    """Fewest seeds at mini scale: more than one where a claim hangs on less than 2 %."""
     clear: tuple[str, ...] = ()
     """Labels of trainings that `seeds` does not apply to, because they differ by far more."""
 
     def trainings(self, settings: Settings) -> list[Training]:
-        """The plan with at least `seeds` seeds, except of what is clear with one."""
+        """The plan with at least `seeds` seeds, except for the labels in `clear`."""
         least = self.seeds if settings.scale == "mini" else 1
         plan = self.plan(replace(settings, seeds=max(settings.seeds, least)))
         return [t for t in plan if t.label not in self.clear or t.run.seed < settings.seeds]
@@ -165,21 +175,26 @@ class Planned:
     state: State
     tokens: int
     seconds: float
-    """Of the whole training on this machine: a rough estimate."""
-
-
-def directory_of(settings: Settings, training: Training) -> Path:
-    """The run directory of a training."""
-    return settings.out / "runs" / training.name
+    """Rough estimate for the whole training on this machine."""
 
 
 def state_of(settings: Settings, training: Training) -> State:
     """State of a training on disk. Raises UserError if its directory holds a run of another configuration."""
-    directory = directory_of(settings, training)
+    directory, run = training.directory(settings), training.run
     if not (directory / CONFIG).exists():
         return "new"
     found = read_run(directory)
-    if found != _as_written(training.run, found):
+    # `train` writes the vocabulary size, Muon's precision and an absolute path into the configuration
+    source = run.data.source
+    if source not in SOURCE_NAMES:
+        source = str(Path(source).expanduser().resolve())
+    run = replace(
+        run,
+        model=replace(run.model, vocab_size=found.model.vocab_size),
+        optim=replace(run.optim, muon_precision=found.optim.muon_precision),
+        data=replace(run.data, source=source),
+    )
+    if found != run:
         raise UserError(
             f"{directory} holds a run of another configuration: choose another --out, or remove that directory"
         )
@@ -187,7 +202,7 @@ def state_of(settings: Settings, training: Training) -> State:
 
 
 def check_texts(settings: Settings, plan: Sequence[Training]) -> None:
-    """UserError for a text of the plan, or a second text, that is not there. Nothing is downloaded."""
+    """UserError for a missing text of the plan, or a missing second text. Nothing is downloaded."""
     texts = [training.run.data.source for training in plan]
     for text in texts if settings.second_text is None else [*texts, settings.second_text]:
         check_source(text)
@@ -199,16 +214,13 @@ def finish(
     reporter: Reporter,
     stop_requests: StopRequests = no_stop_requests,
 ) -> list[Finished]:
-    """Run the trainings of a plan one after the other: skip finished ones, resume stopped ones.
-
-    Raises UserError as `state_of`, `train` and `resume`, and Stopped as they do.
-    """
+    """Run the trainings of a plan one after the other: skip finished ones, resume stopped ones."""
     options: dict[str, Any] = {"device": settings.device, "reporter": reporter, "stop_requests": stop_requests}
     done = []
     for training in plan:
-        directory, state = directory_of(settings, training), state_of(settings, training)
+        directory, state = training.directory(settings), state_of(settings, training)
         if state == "finished":
-            reporter.notice(f"{training.name} is done")
+            logger.info("%s is done", training.name)
         elif state == "stopped":
             resume(directory, **options)
         else:
@@ -217,14 +229,11 @@ def finish(
     return done
 
 
-def estimate(
-    settings: Settings, plan: Sequence[Training], notice: Callable[[str], None] = lambda _text: None
-) -> list[Planned]:
+def estimate(settings: Settings, plan: Sequence[Training]) -> list[Planned]:
     """The plan with times, from a few timed steps of every stage.
 
     The mini scale times whole batches. The paper scale times one short sequence and scales up, which overstates the
-    optimiser, whose share of a step does not grow with the batch. Trainings of the same shape are timed once, and
-    `notice` is called before each.
+    optimiser, whose share of a step does not grow with the batch. Trainings of the same shape are timed once.
     """
     known: dict[RunConfig, float] = {}
     planned: list[Planned] = []
@@ -232,7 +241,7 @@ def estimate(
         run, state = training.run, state_of(settings, training)
         shape = replace(run, seed=0, name="")
         if shape not in known:
-            notice(f"timing a few steps of {training.name}, {len(planned) + 1} of {len(plan)} trainings")
+            logger.info("timing a few steps of %s, %d of %d trainings", training.name, len(planned) + 1, len(plan))
             known[shape] = _seconds(run, settings)
         tokens_per_step = run.train.batch_size * run.model.context
         planned.append(Planned(training, state, run.train.num_steps * tokens_per_step, known[shape]))
@@ -260,13 +269,3 @@ def _vocab_size(tokenizer: TokenizerConfig) -> int:
     if tokenizer.needs_training:
         return tokenizer.vocab_size
     return GPT2_VOCAB if tokenizer.source == "gpt2" else build_tokenizer(tokenizer).vocab_size
-
-
-def _as_written(run: RunConfig, found: RunConfig) -> RunConfig:
-    """The configuration as `train` writes it: with the vocabulary size, Muon's precision and an absolute path."""
-    source = run.data.source
-    if source not in SOURCE_NAMES:
-        source = str(Path(source).expanduser().resolve())
-    model = replace(run.model, vocab_size=found.model.vocab_size)
-    optim = replace(run.optim, muon_precision=found.optim.muon_precision)
-    return replace(run, model=model, optim=optim, data=replace(run.data, source=source))

@@ -9,20 +9,34 @@ from tarflowlm.evaluation.blocks import state_metrics
 from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
 from tarflowlm.presets import preset
 from tarflowlm.report.style import SMALL, Figure
-from tarflowlm.reproduce.measures import DEEPEST_LAST, latents, sampled
+from tarflowlm.reproduce.measures import DEEPEST_LAST, latents, sample
 from tarflowlm.reproduce.recipe import GPT2_VOCAB, Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.reproduce.write import markdown_table
 from tarflowlm.runs.checkpoint import read_run
 
 SAMPLES = 64
-"""Of each model, whose states are measured from the noise down."""
+"""Samples of each model whose states are measured, from the noise down."""
 UP, DOWN = "latents of a text", "noise of a sample"
-"""What layer 0 is: the states go up from the latents to the noise, or down from the noise to the latents."""
+"""Two readings of layer 0: the states go up from the latents to the noise, or down from the noise to the latents."""
 METRICS = ("norm", "cosine", "participation_ratio", "centroid_shift")
 SHARES = ("log_det", "kl", "kl_gain", "nelbo")
 VISIBLE = 0.05
 """A change counts from this share of the metric's range over the states: less does not show in a figure."""
 FLOW_PATCHES = (1, 2, 4)
+
+_DIRECTIONS = f"""## The paper's four directions
+
+The paper leaves open which end is layer 0 ("sampled noise or an encoder's output"), so every cell has two readings:
+from the latents of a text to the noise, and from the noise to the latents of a sample. "yes": the metric goes the
+paper's way as a whole, and at no layer the other way. Changes below {VISIBLE:.0%} of its range do not count. The KL
+divergence of posterior and prior is in nats per token, of texts. The values of the metrics are in the CSV.
+"""
+_OPERATIONS = """## Floating-point operations
+
+Millions per token, a multiply-add counted as two (conventions: `tarflowlm.evaluation.flops`). In its figure 7 the
+paper gives a flow "one head", the input map and head of block 1; its blocks have one each. The paper's terms multiply
+whole masked matrices over the channels of a position, the modules only what the masks leave, which shows at P = 4.
+"""
 
 
 def plan_fig7(settings: Settings) -> list[Training]:
@@ -52,8 +66,7 @@ def measure_fig7(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
 def _states_of_samples(done: Finished) -> list[Row]:
     """The states from the noise to the latents: mean and standard deviation over samples of the model's length."""
     checkpoint = done.load()
-    length = checkpoint.run.model.context
-    states = sampled(done, checkpoint, SAMPLES, length, "states of samples, positions").states
+    states = sample(done, checkpoint, SAMPLES, checkpoint.run.model.context).states
     rows: list[Row] = []
     for layer, metrics in enumerate(state_metrics(states)):
         row: Row = {"layer 0": DOWN, "layer": layer, "block": len(states) - layer if layer else None}
@@ -65,18 +78,18 @@ def _states_of_samples(done: Finished) -> list[Row]:
 
 
 def falls(values: Sequence[float]) -> bool:
-    """Whether values fall: the last is visibly below the first, and no step visibly goes up."""
+    """True if the last value is visibly below the first, and no step visibly goes up."""
     steps, least = _steps(values)
     return values[0] - values[-1] > least and max(steps, default=0.0) <= least
 
 
 def rises(values: Sequence[float]) -> bool:
-    """Whether values rise, as `falls`."""
+    """The opposite of `falls`: visibly up as a whole, and no step visibly down."""
     return falls([-value for value in values])
 
 
 def drops_and_rises(values: Sequence[float], directions: Sequence[str]) -> bool:
-    """Whether values drop visibly at every right-to-left layer that has a next one, and rise at that next layer.
+    """True if values drop visibly at every right-to-left layer that has a next one, and rise at that next layer.
 
     `directions` are those of the layers between the values.
     """
@@ -105,57 +118,41 @@ def directions(states: Sequence[Row]) -> Row:
 
 
 def directions_table(rows: Sequence[Row]) -> str:
-    """Markdown: model and reading by direction, beside each block's share of the KL divergence."""
+    """Markdown: the paper's directions in both readings, and the KL divergence lowered by each block."""
     table: list[Row] = []
-    for (model, seed, start), group in groupby(rows, lambda row: (row["model"], row["seed"], row["layer 0"])):
-        states = list(group)
-        if start == UP:
-            gains = {f"KL lowered by block {row['block']}": row["kl_gain"] for row in states[1:]}
-        table.append({"model": model, "seed": seed, "layer 0": start, **directions(states), **gains})
-    return (
-        "## The paper's four directions\n\n"
-        "The paper says of its layers: the mean norm decreases, the cosine increases, the movement of the centroid "
-        "diminishes with depth, and the participation ratio drops at the right-to-left block and then rises. It "
-        'leaves open which end is layer 0 ("sampled noise or an encoder\'s output"), so both readings are below. '
-        f'A change counts if it is more than {VISIBLE:.0%} of the metric\'s range over the states: "yes" where the '
-        "whole way goes the paper's way and no layer goes the other way. Beside it, the nats per token by which each "
-        "block lowers the KL divergence of posterior and prior, of texts.\n\n" + markdown_table(table)
-    )
+    for (model, seed), group in groupby(rows, lambda row: (row["model"], row["seed"])):
+        readings = {start: list(states) for start, states in groupby(group, lambda row: row["layer 0"])}
+        up, down = directions(readings[UP]), directions(readings[DOWN])
+        row: Row = {"model": model, "seed": seed} | {name: f"{up[name]}, {down[name]}" for name in up}
+        row["KL lowered by blocks 1, 2, ..."] = ", ".join(f"{state['kl_gain']:.4f}" for state in readings[UP][1:])
+        table.append(row)
+    return f"{_DIRECTIONS}\n{markdown_table(table)}"
 
 
 def flops_table(settings: Settings, finished: Sequence[Finished]) -> str:
     """Markdown with the floating-point operations of the flows and the baseline, here and at the published size."""
     flows = {done.training.label: read_run(done.directory) for done in finished}
     vocab_size = next(iter(flows.values())).model.vocab_size
+    flow, baseline = preset("owt-mix1"), preset("owt-ar")
     here = {"AR": settings.preset("ar", "owt")} | flows
-    flow = preset("owt-mix1")
-    published = {"AR": preset("owt-ar")} | {
-        f"Mix-1, P = {patch}": replace(flow, model=replace(flow.model, patch=patch)) for patch in FLOW_PATCHES
-    }
-    return (
-        "## Floating-point operations\n\nMillions per token, a multiply-add counted as two. In its figure 7 the "
-        'paper gives a flow one masked autoregressive head ("one head": the input map and head of block 1 alone); '
-        'its blocks have one each ("a head per block"). `tarflowlm.evaluation.flops` describes the conventions.'
-        "\n\n"
-        f"{markdown_table([_flops_row(label, run, vocab_size) for label, run in here.items()])}\n"
-        "At the published size (12 layers, width 768, 1,024 tokens of GPT-2's vocabulary). The paper's terms "
-        "multiply whole masked matrices over the channels of a position, the modules here only what the masks leave, "
-        "which shows at P = 4:\n\n"
-        f"{markdown_table([_flops_row(label, run, GPT2_VOCAB) for label, run in published.items()])}"
-    )
+    rows = [_flops_row(label, run, vocab_size) for label, run in here.items()]
+    rows.append(_flops_row("published size: AR", baseline, GPT2_VOCAB))
+    for patch in FLOW_PATCHES:
+        run = replace(flow, model=replace(flow.model, patch=patch))
+        rows.append(_flops_row(f"published size: Mix-1, P = {patch}", run, GPT2_VOCAB))
+    return f"{_OPERATIONS}\n{markdown_table(rows)}"
 
 
 def _flops_row(label: str, run: RunConfig, vocab_size: int) -> Row:
     config = replace(run.model, vocab_size=vocab_size)
-    scale = 1e-6 / config.context
-    return {
-        "model": label,
-        "forward, one head": scale * forward_flops(config, "figure7"),
-        "forward, a head per block": scale * forward_flops(config, "paper"),
-        "forward, full": scale * forward_flops(config),
-        "training step of all blocks": scale * training_flops(config),
-        "generation": scale * generation_flops(config),
+    counts = {
+        "forward, one head": forward_flops(config, "figure7"),
+        "a head per block": forward_flops(config, "paper"),
+        "full": forward_flops(config),
+        "training step": training_flops(config),
+        "generation": generation_flops(config),
     }
+    return {"model": label} | {name: f"{1e-6 * count / config.context:.4g}" for name, count in counts.items()}
 
 
 def text_fig7(settings: Settings, finished: Sequence[Finished], rows: Sequence[Row]) -> str:
@@ -196,6 +193,7 @@ FIG7 = Recipe(
     "diminishes, and the participation ratio drops at the right-to-left block and then rises.",
     plan=plan_fig7,
     measure=measure_fig7,
+    table=lambda rows: [],
     draw=draw_fig7,
     size=(10.0, 5.0),
     text=text_fig7,

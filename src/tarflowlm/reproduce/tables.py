@@ -1,13 +1,16 @@
 """Tables 2 and 6 of the paper: likelihood and sample quality of the model families."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from tarflowlm.evaluation.likelihood import Likelihood
-from tarflowlm.evaluation.quality import PAPER_SAMPLES, TextStatistics
+import torch
+
+from tarflowlm.data import eval_windows
+from tarflowlm.evaluation.likelihood import Likelihood, evaluate
+from tarflowlm.evaluation.quality import PAPER_SAMPLES, SamplingConfig, TextStatistics, measure_quality
 from tarflowlm.presets import preset
-from tarflowlm.reproduce.measures import judge_of, judge_training, likelihood, plot_models, quality, summary_row
-from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
+from tarflowlm.reproduce.measures import judge_of, judge_training, plot_models, summary_row
+from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings, without
+from tarflowlm.runs.checkpoint import Checkpoint
 
 FAMILIES = {"AR": "ar", "affine": "affine", "Mix-1": "mix1", "Mix-d": "mixd"}
 PLAIN = "Mix-1, plain start as in the paper"
@@ -19,7 +22,7 @@ PAPER_LIKELIHOOD = {
 }
 """Bits per character on the test split of TEXT8, perplexity on the validation split of OpenWebText."""
 WINDOWS, SAMPLES = 128, 16
-"""Of the importance-weighted bound."""
+"""Windows and posterior samples of the importance-weighted bound."""
 SECOND_WINDOWS = 1024
 
 JUDGED_FAMILIES = ("AR", "Mix-1", "Mix-d")
@@ -50,21 +53,15 @@ def measure_table2(settings: Settings, finished: Sequence[Finished]) -> list[Row
     """Test likelihood, importance-weighted bound, the likelihood of a second text, and the paper's numbers."""
     rows = []
     for done in finished:
-        row = summary_row(done)
-        checkpoint = done.load()
-        weighted = likelihood(
-            checkpoint,
-            done.tokens(checkpoint),
-            windows=WINDOWS,
-            samples=SAMPLES,
-            progress=done.progress_of(f"windows, {SAMPLES} samples each"),
-        )
-        row |= {f"{WINDOWS} windows: bpc": _elbo_bpc(weighted), f"iw-{SAMPLES} bpc": weighted.bpc}
+        row, checkpoint = summary_row(done), done.load()
+        weighted = _likelihood(done, checkpoint, None, WINDOWS, SAMPLES)
+        # over the same windows; the exact value of the baseline
+        elbo = weighted.nats_per_token if weighted.elbo is None else weighted.elbo
+        row[f"{WINDOWS} windows: bpc"] = weighted.bpc * elbo / weighted.nats_per_token
+        row[f"iw-{SAMPLES} bpc"] = weighted.bpc
         if settings.second_text is not None:
-            second = done.tokens(checkpoint, source=settings.second_text)
-            progress = done.progress_of("windows of the second text")
-            row["second text bpc"] = likelihood(checkpoint, second, windows=SECOND_WINDOWS, progress=progress).bpc
-        # of the family, which a deeper model does not belong to
+            row["second text bpc"] = _likelihood(done, checkpoint, settings.second_text, SECOND_WINDOWS, 1).bpc
+        # the family; a deeper model belongs to none
         label = done.training.label.split(",")[0]
         corpora = [done.training.run.name.split("-")[0]] if settings.scale == "paper" else list(PAPER_LIKELIHOOD)
         row |= {f"paper, {corpus}": PAPER_LIKELIHOOD[corpus].get(label) for corpus in corpora}
@@ -72,10 +69,17 @@ def measure_table2(settings: Settings, finished: Sequence[Finished]) -> list[Row
     return rows
 
 
-def _elbo_bpc(result: Likelihood) -> float:
-    """Bits per character of the ELBO over the same windows; the exact value of the baseline."""
-    elbo = result.nats_per_token if result.elbo is None else result.elbo
-    return result.bpc * elbo / result.nats_per_token
+def _likelihood(done: Finished, checkpoint: Checkpoint, source: str | None, windows: int, samples: int) -> Likelihood:
+    """The bound over evenly spaced windows of the run's test split, or of the text `source`."""
+    some = eval_windows(done.tokens(checkpoint, source), checkpoint.run.model.context, windows)
+    text = "the test split" if source is None else "the second text"
+    return evaluate(
+        checkpoint.model,
+        some,
+        torch.from_numpy(checkpoint.tokenizer.characters_per_token),
+        samples=samples,
+        progress=done.stage(f"windows of {text}", len(some)),
+    )
 
 
 def plan_table6(settings: Settings) -> list[Training]:
@@ -87,17 +91,26 @@ def plan_table6(settings: Settings) -> list[Training]:
 def measure_table6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     """Quality of samples of each model and of real text, and the paper's numbers."""
     judge, models = judge_of(settings, finished)
-    num = MINI_SAMPLES if settings.scale == "mini" else PAPER_SAMPLES
+    config = SamplingConfig(num=MINI_SAMPLES if settings.scale == "mini" else PAPER_SAMPLES)
     rows: list[Row] = []
     for done in models:
-        result = quality(done, judge, num=num)
+        checkpoint = done.load()
+        result = measure_quality(
+            checkpoint.model,
+            checkpoint.tokenizer,
+            judge,
+            eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, config.num),
+            config,
+            trained_on=checkpoint.run.data.source,
+            progress=done.progress,
+        )
         rows.append(_quality_row(done.training.label, done.training.run.seed, result.samples, result.mauve))
     rows.append(_quality_row("real text", None, result.text, None))
-    how = f"{num} samples of {result.length} tokens, decoder auto, {result.dtype}, temperature 1, seed 0"
+    how = f"{config.num} samples of {result.length} tokens, decoder auto, {result.dtype}, temperature 1, seed 0"
     return [row | {"judge": judge.name, "samples": how} for row in rows]
 
 
-def _quality_row(label: str, seed: int | None, s: TextStatistics, mauve: float | None) -> dict[str, Any]:
+def _quality_row(label: str, seed: int | None, s: TextStatistics, mauve: float | None) -> Row:
     row = {"model": label, "seed": seed, "perplexity": s.perplexity, "MAUVE": mauve, "entropy": s.entropy}
     row |= {"word entropy": s.word_entropy, "distinct 2-grams": s.distinct_2, "repeated 4-grams": s.repetition}
     return row | {f"paper, {name}": value for name, value in PAPER_QUALITY[label].items()}
@@ -123,6 +136,8 @@ TABLE6 = Recipe(
     "perplexity, MAUVE and entropy; Mix-1 less so.",
     plan=plan_table6,
     measure=measure_table6,
+    table=without("judge", "samples"),
     needs=(("mauve", "quality"),),
     draw=plot_models("perplexity", "generative perplexity"),
+    text=lambda _settings, _finished, rows: f"Judge {rows[0]['judge']}; {rows[0]['samples']}.\n",
 )

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ def write_results(
     parts = [
         f"# {recipe.title}\n",
         f"{recipe.claim}\n",
-        markdown_table([{k: v for k, v in row.items() if k not in recipe.csv_only} for row in rows]),
+        markdown_table(recipe.table(rows)),
         f"![{recipe.title}]({plot.name})\n" if recipe.draw is not None else "",
         f"As a page: [{page.name}]({page.name}).\n" if recipe.page is not None else "",
         recipe.text(settings, finished, rows) if recipe.text is not None else "",
@@ -65,17 +66,17 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table. Values of a column `X ±` are printed in the cells of column `X`."""
+    """The rows as a Markdown table; empty without rows."""
 
-    def cell(row: Row, name: str) -> str:
-        value, spread = row.get(name), row.get(f"{name} ±")
+    def cell(value: Any) -> str:
         if value is None:
             return ""
-        text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
-        return text if spread is None else f"{text} ± {spread:.4f}"
+        return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
 
-    columns = [name for name in _columns(rows) if not name.endswith(" ±")]
-    lines = [columns, ["---"] * len(columns), *([cell(row, name) for name in columns] for row in rows)]
+    if not rows:
+        return ""
+    columns = _columns(rows)
+    lines = [columns, ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -90,18 +91,17 @@ def _plot(path: Path, recipe: Recipe, rows: Sequence[Row]) -> None:
 
 
 def _provenance(settings: Settings, finished: Sequence[Finished], command: Sequence[str]) -> str:
-    """Markdown: command, seeds, hashes and hardware."""
+    """Markdown: command, hashes of the runs and their texts, and hardware."""
     lines = ["## How it was made\n", f"```\n{shlex.join(command)}\n```\n"]
-    lines.append("| run | seed | steps | tokens | seconds | config.json | model.safetensors |\n| " + "--- | " * 7)
+    lines += ["| run, -s: seed | steps | seconds | config.json | model.safetensors |", f"|{' --- |' * 5}"]
     for done in finished:
-        summary = done.summary
-        hashes = [f"`{sha256_of(done.directory / name)[:12]}`" for name in (CONFIG, WEIGHTS)]
-        counts = [f"{summary[name]:,.0f}" for name in ("seed", "steps", "tokens", "seconds")]
+        hashes = [sha256_of(done.directory / name)[:12] for name in (CONFIG, WEIGHTS)]
+        counts = [f"{done.summary[name]:,.0f}" for name in ("steps", "seconds")]
         lines.append(f"| {' | '.join([done.training.name, *counts, *hashes])} |")
-    lines.append("\nHashes are the first 12 digits of sha256. Texts:\n")
-    lines += sorted(_texts(finished))
     versions = f"tarflowlm {version('tarflowlm')}, PyTorch {torch.__version__}, Python {platform.python_version()}"
-    lines.append(f"\nMachine: {_hardware(settings.device)}; {versions}.\n")
+    texts = "; ".join(sorted(_texts(finished)))
+    lines.append(f"\nHashes are the first 12 digits of sha256. Texts: {texts}.")
+    lines.append(f"Machine: {_hardware(settings.device)}; {versions}.\n")
     return "\n".join(lines)
 
 
@@ -121,8 +121,8 @@ def _texts(finished: Sequence[Finished]) -> set[str]:
     found = set()
     for done in finished:
         source = done.summary["source"]
-        meta = cached_corpus(source, load_tokenizer(done.directory)).meta
-        digests = ", ".join(f"`{record.sha256[:12]}`" for record in meta.files[:3])
-        more = f" and {len(meta.files) - 3} more files" if len(meta.files) > 3 else ""
-        found.add(f"- {Path(source).name}: {digests}{more}")
+        files = cached_corpus(source, load_tokenizer(done.directory)).meta["files"]
+        digests = ", ".join(record["sha256"][:12] for record in files[:3])
+        more = f" and {len(files) - 3} more files" if len(files) > 3 else ""
+        found.add(f"{Path(source).name} {digests}{more}")
     return found

@@ -1,25 +1,22 @@
-"""A run directory as a model: config.json, model.safetensors, tokenizer.json. Reading one never unpickles.
-
-manifest.json beside them holds their hashes, which are checked on load (docs/reliability.md).
-"""
+"""A run directory as a model: config.json, model.safetensors, tokenizer.json. Reading one never unpickles."""
 
 import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tarflowlm.config import MODEL_TYPE, RunConfig, current_form
 from tarflowlm.data import Tokenizer, load_tokenizer
-from tarflowlm.data.download import DownloadProgress
 from tarflowlm.errors import UserError
-from tarflowlm.files import full_disk_as_user_error, read_json
+from tarflowlm.files import full_disk_as_user_error, read_json, replacing
 from tarflowlm.language_model import LanguageModel, seeded
-from tarflowlm.runs.manifest import MANIFEST, is_whole, problem_of, replacing_listed
+from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.released import locate, released
 from tarflowlm.runs.strict_json import from_dict, to_dict
-from tarflowlm.runs.weights import check_weights, halved, read_weights, write_weights
+from tarflowlm.runs.weights import check_weights, halve, is_whole, read_weights, write_weights
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 SUMMARY = "summary.json"
@@ -45,11 +42,11 @@ class Checkpoint:
 
 
 def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
-    """Write config.json and tokenizer.json of a run directory, and list them in its manifest."""
-    with replacing_listed(directory / CONFIG) as temporary:
+    """Write config.json and tokenizer.json of a run directory."""
+    with replacing(directory / CONFIG) as temporary:
         document = {"model_type": MODEL_TYPE} | to_dict(run)
         temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    with replacing_listed(directory / TOKENIZER) as temporary:
+    with replacing(directory / TOKENIZER) as temporary:
         temporary.write_text(tokenizer.to_json(), encoding="utf-8", newline="")
 
 
@@ -58,74 +55,41 @@ def save_weights(directory: Path, weights: dict[str, torch.Tensor], info: dict[s
     write_weights(directory / WEIGHTS, weights, info)
 
 
-def read_run(directory: Path, *, check: bool = True) -> RunConfig:
-    """The configuration of a run directory.
-
-    UserError if it is missing, not valid, or (with `check`) not as listed in the manifest.
-    """
-    if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory: give a run directory made by `tarflowlm train`")
-    if check:
-        _check(directory, CONFIG)
-    return from_dict(RunConfig, current_form(read_json(directory / CONFIG)), where=str(directory / CONFIG))
-
-
-def load_checkpoint(
-    directory: str | Path, device: str | torch.device = "cpu", progress: DownloadProgress | None = None
-) -> Checkpoint:
-    """Load a run directory, the released model of that name, or hf:OWNER/NAME of the hub, onto `device`.
-
-    A progressive run that was stopped early gives the blocks it had by then. `progress` and the errors of a download
-    are those of `hub.fetch`. UserError, naming the file, for a directory that is missing, incomplete, damaged, or no
-    run directory.
-    """
-    directory = locate(directory, progress)
+def read_run(directory: Path) -> RunConfig:
+    """The configuration of a run directory. UserError if it is missing or not valid."""
     if not directory.is_dir():
         raise UserError(
             f"{directory} is not a directory: give a run directory made by `tarflowlm train`, hf:OWNER/NAME, or "
             f"one of {', '.join(released())}"
         )
-    for name in (CONFIG, TOKENIZER, WEIGHTS):
-        _check(directory, name)
-    return _load(directory, device)
+    return from_dict(RunConfig, current_form(read_json(directory / CONFIG)), where=str(directory / CONFIG))
 
 
-def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = False) -> Path:
-    """Write the files needed to load a model into the new directory `out`, without the training state; returns `out`.
+def read_summary(directory: Path) -> dict[str, Any] | None:
+    """The results of a finished run, or None where there are none. UserError for a file that is not valid."""
+    if not (directory / SUMMARY).exists():
+        return None
+    found = read_json(directory / SUMMARY)
+    if not isinstance(found, dict):
+        raise UserError(f"{directory / SUMMARY} is not an object: train again")
+    return found
 
-    `source` is a checkpoint, or whatever `load_checkpoint` takes.
-    `half` stores the matrices of linear layers in bfloat16; loading converts them to float32. Codebooks, biases and
-    the evidence of heads keep their precision. Paths in the configuration are cut to the file name. UserError if
-    `out` exists, if the disk is full, and as in `load_checkpoint`; what was written by then is removed.
+
+def load_checkpoint(
+    directory: str | Path, device: str | torch.device = "cpu", progress: Progress = SILENT
+) -> Checkpoint:
+    """Load a run directory, the released model of that name, or hf:OWNER/NAME of the hub, onto `device`.
+
+    A progressive run that was stopped early gives the blocks it had by then. `progress` counts the bytes of a
+    download. UserError, naming the file, for a directory that is missing, incomplete, damaged, or no run directory.
     """
-    checkpoint, out = source if isinstance(source, Checkpoint) else load_checkpoint(source), Path(out)
-    if out.exists():
-        raise UserError(f"{out} exists already: choose a new directory")
-    out.mkdir(parents=True)
-    data = checkpoint.run.data
-    tokenizer = replace(data.tokenizer, source=_without_folders(data.tokenizer.source))
-    data = replace(data, source=_without_folders(data.source), tokenizer=tokenizer)
-    weights = checkpoint.model.state_dict()
+    directory = locate(directory, progress)
+    run = read_run(directory)
+    # read before the tokenizer: weights are written last, so without them the other files need not be complete
     try:
-        with full_disk_as_user_error(out, lambda: "export it again"):
-            write_run(out, replace(checkpoint.run, data=data), checkpoint.tokenizer)
-            save_weights(out, halved(weights) if half else weights, checkpoint.info)
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
-    return out
-
-
-def _without_folders(source: str) -> str:
-    """An absolute path as ./NAME, which cannot be the name of a corpus or tokenizer; names stay as they are."""
-    path = Path(source)
-    return f"./{path.name}" if path.is_absolute() else source
-
-
-def _load(directory: Path, device: str | torch.device) -> Checkpoint:
-    run = read_run(directory, check=False)
-    # read first: weights are written last, so without them the other files need not be complete
-    tensors, info = read_weights(directory / WEIGHTS)
+        tensors, info = read_weights(directory / WEIGHTS)
+    except UserError as error:
+        raise UserError(f"{error}{_remedy(directory)}") from None
     tokenizer = load_tokenizer(directory / TOKENIZER)
     config = replace(run.model, vocab_size=tokenizer.vocab_size)
     blocks = info.get("blocks", "")
@@ -140,6 +104,19 @@ def _load(directory: Path, device: str | torch.device) -> Checkpoint:
     return Checkpoint(model=model, tokenizer=tokenizer, run=run, info=info, directory=directory)
 
 
+def _remedy(directory: Path) -> str:
+    """Undamaged checkpoints that can be used in place of the weights of a run directory, as the end of a message."""
+    found = []
+    if state := undamaged_state(directory):
+        found.append(f"`tarflowlm train --resume {directory}` restores it from {STATE}/{state.name}")
+    other = directory.parent if directory.name == BEST else directory / BEST
+    if (other / WEIGHTS).exists() and weights_problem(other) is None:
+        found.append(f"{other} is undamaged")
+    if not found and (directory / WEIGHTS).exists():
+        found.append("restore it or train again")
+    return f": {'; '.join(found)}" if found else ""
+
+
 def undamaged_state(directory: Path) -> Path | None:
     """The newest undamaged training state of a run directory; older ones are not read."""
     states = sorted((directory / STATE).glob("step-*"), reverse=True)
@@ -148,34 +125,42 @@ def undamaged_state(directory: Path) -> Path | None:
 
 def weights_problem(directory: Path) -> str | None:
     """What is wrong with the weights of a run directory, in words; None if they are undamaged or not written yet."""
-    return problem_of(directory, [WEIGHTS])
-
-
-def _check(directory: Path, name: str) -> None:
-    """UserError if the file is not as listed in the manifest, naming the checkpoints that can be used instead."""
-    if not (directory / MANIFEST).exists() and not _wants_manifest(directory):
-        return  # written before there were manifests
+    if not (directory / WEIGHTS).exists():
+        return None
     try:
-        problem = problem_of(directory, [name])
+        read_weights(directory / WEIGHTS)
     except UserError as error:
-        raise UserError(f"{error}") from None
-    if problem is not None:
-        raise UserError(f"{problem}: {_remedies(directory, name)}")
+        return str(error)
+    return None
 
 
-def _wants_manifest(directory: Path) -> bool:
+def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = False) -> Path:
+    """Write the files needed to load a model into the new directory `out`, without the training state; returns `out`.
+
+    `source` is a checkpoint, or whatever `load_checkpoint` takes. `half` stores the matrices of linear layers in
+    bfloat16; loading converts them to float32. Codebooks, biases and the evidence of heads keep their precision.
+    Paths in the configuration are cut to the file name. UserError if `out` exists, or if the disk is full; what was
+    written by then is removed.
+    """
+    checkpoint, out = source if isinstance(source, Checkpoint) else load_checkpoint(source), Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists already: choose a new directory")
+    out.mkdir(parents=True)
+    data = checkpoint.run.data
+    tokenizer = replace(data.tokenizer, source=_without_folders(data.tokenizer.source))
+    data = replace(data, source=_without_folders(data.source), tokenizer=tokenizer)
+    weights = checkpoint.model.state_dict()
     try:
-        return "manifest" in read_weights(directory / WEIGHTS, header_alone=True)[1]
-    except UserError:
-        return False
+        with full_disk_as_user_error(out, lambda: "export it again"):
+            write_run(out, replace(checkpoint.run, data=data), checkpoint.tokenizer)
+            save_weights(out, halve(weights) if half else weights, checkpoint.info)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    return out
 
 
-def _remedies(directory: Path, name: str) -> str:
-    """What a user can do about a damaged file: use an undamaged checkpoint beside it, or accept the file."""
-    found = []
-    if name == WEIGHTS and (state := undamaged_state(directory)):
-        found.append(f"`tarflowlm train --resume {directory}` restores it from {STATE}/{state.name}")
-    other = directory.parent if directory.name == BEST else directory / BEST
-    if is_whole(other, WEIGHTS):
-        found.append(f"{other} is undamaged")
-    return "; ".join(found or ["restore it or train again"])
+def _without_folders(source: str) -> str:
+    """An absolute path as ./NAME, which cannot be the name of a corpus or tokenizer; names stay as they are."""
+    path = Path(source)
+    return f"./{path.name}" if path.is_absolute() else source

@@ -1,27 +1,26 @@
-"""Models on the Hugging Face hub: what a reference names, and its files in the cache of `huggingface_hub`.
+"""Models on the Hugging Face hub, by the cache of `huggingface_hub`, which is imported only for such names.
 
-Its client is imported only for such names. Only the files of an exported model are fetched, by their exact names, so
-nothing arrives that could be unpickled or run, and their hashes are compared with the manifest (docs/hub.md).
+Only the files of an exported model are fetched, by their exact names, so nothing arrives that could be unpickled or
+run. The checksum of the weights is compared on load (docs/hub.md).
 """
 
+import logging
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tarflowlm.data.download import DownloadProgress, quiet_hub
+from tarflowlm.config import MODEL_TYPE
 from tarflowlm.errors import UserError, first_line
-from tarflowlm.runs.manifest import MANIFEST, problem_of
+from tarflowlm.files import read_json
+from tarflowlm.progress import SILENT, Progress
 
 PREFIX = "hf:"
 CARD = "README.md"
 """The model card."""
-FILES = {
-    "": ("config.json", "tokenizer.json", "model.safetensors", MANIFEST),
-}
-"""Folder -> the files of a model, all that is fetched beside its card."""
+FILES = ("config.json", "tokenizer.json", "model.safetensors", "manifest.json")
+"""The files of a model, all that is fetched beside its card; the manifest is there for earlier versions' models."""
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
 """OWNER/NAME; never the path of a folder above."""
 _REFERENCE = re.compile(rf"{PREFIX}({REPOSITORY})(?:@([\w./-]+))?")
@@ -43,12 +42,11 @@ def hub_client(purpose: str) -> Any:
     return huggingface_hub
 
 
-def fetch(name: str | Path, progress: DownloadProgress | None = None) -> Path:
+def fetch(name: str | Path, progress: Progress = SILENT) -> Path:
     """The folder with the model hf:OWNER/NAME or hf:OWNER/NAME@REVISION, downloaded unless the cache has it.
 
-    `progress` is called as by `data.download`; without it the client draws its own bars on a terminal. Offline, what
-    the cache holds is used. UserError, naming `name` and a remedy, if the model cannot be had, is none of ours, or a
-    file is not as its manifest says; that file is then removed from the cache.
+    `progress` counts bytes. Offline, the cache is used. UserError, naming `name` and a remedy, if it cannot be
+    downloaded or is not a tarflowlm model; weights that fail their checksum are removed from the cache.
     """
     name = Path(name).as_posix()
     match = _REFERENCE.fullmatch(name)
@@ -56,49 +54,52 @@ def fetch(name: str | Path, progress: DownloadProgress | None = None) -> Path:
         raise UserError(f"{name}: name a model of the hub as hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
     repository, revision = match.groups()
     hub = hub_client(name)
-    patterns = [f"{folder}/{file}".lstrip("/") for folder, files in FILES.items() for file in files]
-    bars = {} if progress is None else {"tqdm_class": _forwarding(progress)}
-    with quiet_hub(), hub_errors(name):
+    with hub_errors(name):
         # first, so that a large model of another kind is not downloaded in vain
-        first = {"allow_patterns": MANIFEST, "tqdm_class": _forwarding(lambda _done, _total: None)}
-        folder = Path(hub.snapshot_download(repository, revision=revision, **first))
-        if not (folder / MANIFEST).exists():
-            raise UserError(
-                f"{name} has no {MANIFEST}, so it is no model of tarflowlm: give one made by `tarflowlm push`"
-            )
-        folder = Path(hub.snapshot_download(repository, revision=revision, allow_patterns=[*patterns, CARD], **bars))
+        first = {"allow_patterns": FILES[0], "tqdm_class": _bars(SILENT)}
+        config = Path(hub.snapshot_download(repository, revision=revision, **first)) / FILES[0]
+        document = read_json(config) if config.exists() else None
+        if not isinstance(document, dict) or not (document.get("model_type") == MODEL_TYPE or "train" in document):
+            raise UserError(f"{name} is not a model of tarflowlm: give one made by `tarflowlm push`")
+        progress.stage(f"downloading {name}")
+        rest = {"allow_patterns": [*FILES, CARD], "tqdm_class": _bars(progress)}
+        folder = Path(hub.snapshot_download(repository, revision=revision, **rest))
     _check(folder, name)
     return folder
 
 
-def _check(snapshot: Path, name: str) -> None:
-    """UserError, and the file is removed from the cache, unless all are as their manifests say."""
-    for part, files in FILES.items():
-        folder = snapshot / part
-        for file in files:
-            if file == MANIFEST or not (folder / file).exists():
-                continue
-            problem = problem_of(folder, [file])
-            if problem is not None:
-                # in the cache a file is a link to where its bytes are
-                for path in ((folder / file).resolve(), folder / file):
-                    path.unlink(missing_ok=True)
-                raise UserError(
-                    f"{problem}: it came from {name} and has been removed from the cache; run this again to download "
-                    "it anew, and if that does not help, the damaged file is the one on the hub"
-                )
+def _check(folder: Path, name: str) -> None:
+    """UserError, and the file is removed from the cache, unless the weights are as their checksum says."""
+    from tarflowlm.runs.weights import read_weights  # imports torch
+
+    weights = folder / "model.safetensors"
+    try:
+        read_weights(weights)
+    except UserError as error:
+        # in the cache a file is a link to where its bytes are
+        for path in (weights.resolve(), weights):
+            path.unlink(missing_ok=True)
+        raise UserError(
+            f"{error}: it came from {name} and has been removed from the cache; run this again to download it anew, "
+            "and if that does not help, the damaged file is the one on the hub"
+        ) from None
 
 
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Turns what goes wrong between here and the hub into one UserError about `name`."""
+    """Turns errors of the hub and the way there into one UserError about `name`; silences the client's retries."""
     errors = hub_client(name).errors
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         yield
     except (OSError, errors.HTTPError, errors.HFValidationError, RuntimeError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # of the disk
         raise UserError(f"{name}: {_reason(error)}") from error
+    finally:
+        log.setLevel(level)
 
 
 def _reason(error: Exception) -> str:
@@ -110,10 +111,8 @@ def _reason(error: Exception) -> str:
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
         return "HF_HUB_OFFLINE is set, and the cache does not hold all of it; unset it, or give a local folder"
     match error:
-        case errors.GatedRepoError():
-            return f"its owner lets only some people in; ask for access at {place}, then {log_in}"
-        case errors.RepositoryNotFoundError():
-            return f"{place} has no such model, or it is private; check the name, or {log_in}"
+        case errors.RepositoryNotFoundError():  # a gated one as well
+            return f"{place} has no such model, or it is private or gated; check the name, or {log_in}"
         case errors.RevisionNotFoundError():
             return "it has no such revision; leave out what follows @ for the newest one"
         case errors.HFValidationError():
@@ -127,11 +126,9 @@ def _reason(error: Exception) -> str:
     return f"the connection to {place} failed ({first_line(error)}); run this again"
 
 
-def _forwarding(progress: DownloadProgress) -> type:
-    """A class of bars for the client that draws nothing and tells `progress` of the bytes."""
-    from tqdm.std import tqdm  # which the client brings
-
-    lock = threading.Lock()
+def _bars(progress: Progress) -> type:
+    """A class of bars for the client that draws nothing and counts bytes for `progress`."""
+    from tqdm.std import tqdm  # comes with the client
 
     class Forwarding(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -140,9 +137,8 @@ def _forwarding(progress: DownloadProgress) -> type:
             super().__init__(*args, **options | {"disable": True})
 
         def update(self, n: int | float | None = 1) -> None:
-            with lock:
-                self.n += n or 0
-                if self._counts:
-                    progress(int(self.n), self.total or None)
+            self.n += n or 0
+            if self._counts:
+                progress.advance(int(n or 0))
 
     return Forwarding

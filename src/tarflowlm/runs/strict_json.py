@@ -20,6 +20,19 @@ def to_dict(config: Any) -> Any:
     return config
 
 
+def flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """The fields of a configuration, or of JSON values, by their dotted names as options call them."""
+    value = to_dict(value)
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= flatten(inner, f"{name}.{key}" if name else str(key))
+    return found
+
+
 def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
     """The dataclass `cls` from plain JSON values; `family` selects the member of a union of dataclasses.
 

@@ -1,40 +1,65 @@
-"""Weights in safetensors files: what is in one, and whether it fits a module. Reading one never unpickles."""
+"""Weights in safetensors files, and checksums. Reading weights never unpickles.
 
+The header of weights holds a checksum of the tensors, so a kill between two writes cannot part them. The folder of a
+training state has a manifest.json with size and sha256 of its files, written last. Earlier versions also wrote one
+beside the weights of a run, with one record per file, or two while the file was being replaced.
+"""
+
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tarflowlm.errors import UserError
-from tarflowlm.runs.manifest import replacing_listed
+from tarflowlm.files import read_json, replacing, write_json
 
-LISTED = {"manifest": "sha256"}
-"""Header entry of weights that were written with a manifest, so that a missing manifest is noticed."""
+CHECKSUM = "sha256"
+"""Entry of the header: the checksum of all tensors and their names."""
 
 
 def write_weights(path: Path, weights: dict[str, torch.Tensor], info: dict[str, str]) -> None:
-    """Write a state dict with `info` in its header, and list the file in the manifest of its folder."""
+    """Write a state dict with `info` and its checksum in the header, atomically."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
-    with replacing_listed(path) as temporary:
-        save_file(tensors, temporary, metadata=info | LISTED)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=info | {CHECKSUM: checksum(tensors)})
 
 
-def halved(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict with the matrices of linear layers in bfloat16."""
-    return {name: w.bfloat16() if w.ndim == 2 and name.endswith(".weight") else w for name, w in weights.items()}
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the header of a file; UserError if it is missing, damaged, or differs from its checksum.
 
-
-def read_weights(path: Path, *, header_alone: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the header of a file; UserError if it is missing or damaged."""
+    Files of earlier versions have their checksum in manifest.json beside them.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing: {path.parent} holds no trained weights yet")
     try:
         with safe_open(path, framework="pt") as file:
-            names = [] if header_alone else file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            tensors, info = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): restore it or train again") from None
+        raise UserError(f"{path} is damaged ({error})") from None
+    if CHECKSUM in info:
+        if info[CHECKSUM] != checksum(tensors):
+            raise UserError(f"{path} is damaged (altered: its sha256 is not the one in its header)")
+    elif (problem := recorded_problem(path)) is not None:
+        raise UserError(problem)
+    return tensors, info
+
+
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """The sha256 of all tensors on the CPU with their names, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode("utf-8"))
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+def halve(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with the matrices of linear layers in bfloat16."""
+    return {name: w.bfloat16() if w.ndim == 2 and name.endswith(".weight") else w for name, w in weights.items()}
 
 
 def check_weights(path: Path, module: torch.nn.Module, tensors: dict[str, torch.Tensor], config: str) -> None:
@@ -50,3 +75,43 @@ def check_weights(path: Path, module: torch.nn.Module, tensors: dict[str, torch.
             )
         if not torch.isfinite(tensors[name]).all():
             raise UserError(f"{path}: {name} holds non-finite values; the run diverged")
+
+
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "tarflowlm-manifest", 1
+
+
+def write_manifest(folder: Path, names: Iterable[str]) -> None:
+    """Write a manifest of the files `names` of `folder` as they are now."""
+    files = {name: [_record(folder / name)] for name in sorted(names)}
+    write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, "files": files})
+
+
+def is_whole(folder: Path, needed: str) -> bool:
+    """Whether `folder` has a manifest that lists `needed`, and all listed files are undamaged."""
+    try:
+        listed = read_json(folder / MANIFEST)["files"]
+        return needed in listed and all(_record(folder / name) in records for name, records in listed.items())
+    except (UserError, OSError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def recorded_problem(path: Path) -> str | None:
+    """A description of how `path` differs from its record in the manifest beside it, or None, also without one."""
+    try:
+        records = read_json(path.parent / MANIFEST)["files"][path.name]
+        sizes = [record["size"] for record in records]
+    except (UserError, LookupError, TypeError):
+        return None
+    size = path.stat().st_size
+    if size not in sizes:
+        return f"{path} is damaged (altered: {size:,} bytes where {sizes[0]:,} belong)"
+    if _record(path) not in records:
+        return f"{path} is damaged (altered: its sha256 is not the one in {MANIFEST})"
+    return None
+
+
+def _record(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}

@@ -1,4 +1,4 @@
-"""What a visitor may reach: the models and runs named at the start, by short names. No path is ever taken."""
+"""The models and runs that a visitor can reach: those named at the start, by short names and never by a path."""
 
 import os
 from collections.abc import Sequence
@@ -11,9 +11,6 @@ from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoi
 from tarflowlm.runs.released import DEFAULT, locate, released
 from tarflowlm.training.metrics import METRICS
 
-MOST = 200
-"""Runs that a page can list."""
-
 
 @dataclass(frozen=True)
 class Catalogue:
@@ -23,12 +20,12 @@ class Catalogue:
     baselines: frozenset[str]
     """The names of discrete baselines."""
     weighing: frozenset[str]
-    """The names of models that draw tokens by weights of tokens, baselines among them: a temperature suits these."""
+    """The names of models whose block 1 has token weights, baselines among them: a temperature suits these."""
     device: str = "cpu"
 
     @property
     def models(self) -> list[str]:
-        """All names: those of flows first, then those of baselines."""
+        """All names: flows first, then baselines."""
         return [*self.flows, *(name for name in self.places if name in self.baselines)]
 
     @property
@@ -38,24 +35,24 @@ class Catalogue:
 
     @property
     def runs(self) -> list[str]:
-        """The names of what has learning curves now."""
+        """The names of runs that have learning curves now."""
         return [name for name, place in self.places.items() if (place / METRICS).is_file()]
 
     def place(self, name: object) -> Path:
-        """The directory of that name; UserError for any other value, whatever a visitor sends."""
+        """The directory of a name. UserError for any other value that a visitor may send."""
         if not isinstance(name, str) or name not in self.places:
             raise UserError("this page has no model of that name: choose one from the list")
         return self.places[name]
 
     def load(self, name: object) -> Checkpoint:
-        """The model of that name, kept for the next call; UserError if it has no weights yet, or is damaged."""
+        """The model of a name, kept for the next call. UserError if it has no weights yet, or is damaged."""
         place = self.place(name)
         if not (place / WEIGHTS).is_file():
             raise UserError(f"{name} has no weights yet: wait until its training has saved some")
         try:
             return _loaded(place, (place / WEIGHTS).stat().st_mtime_ns, self.device)
         except UserError as error:
-            # where it lies is nobody's business but that of who started the page
+            # do not show the server's paths to visitors
             raise UserError(str(error).replace(str(place), str(name))) from None
 
 
@@ -75,8 +72,6 @@ def collect(names: Sequence[str], device: str = "cpu") -> Catalogue:
     found = [place for name in names for place in _runs_in(name)]
     # each run once, by the name that it was given
     found = list({place.resolve(): Path(os.path.abspath(place)) for place in found}.values())
-    if len(found) > MOST:
-        raise UserError(f"{len(found)} runs are more than a page can list: name at most {MOST}")
     places: dict[str, Path] = {}
     for place in found:
         name, folder = place.name, place.parent

@@ -1,40 +1,34 @@
 """The view that edits: words replaced or rewritten, states re-noised, the way from one text to another."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from tarflowlm import editing
 from tarflowlm.data import Tokenizer
+from tarflowlm.data.prompts import BLANK, Reading
 from tarflowlm.device import threads_for
-from tarflowlm.editing import Edit, Encoded, encode, interpolate, renoise, telling_level
-from tarflowlm.editing.words import Span, blended_spans, count_of, find_words, joined, pick_words, words_of
+from tarflowlm.editing import Edit, EditKind, Encoded, Redraw, Renoise, Rewrite, Source, Toward, encode
+from tarflowlm.editing.edits import TEMPERATURE
+from tarflowlm.editing.words import find_words
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
-from tarflowlm.generation.inversion import Tick
-from tarflowlm.generation.sampling import BLANK
-from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM, as_flow
-from tarflowlm.report.grid import GridRow
+from tarflowlm.report.grid import Row, text_tokens
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
-from tarflowlm.studio.infill import TRIES, choices, drawn, template_tokens, trust
+from tarflowlm.studio.infill import TRIES, choices, fill, trust
 from tarflowlm.studio.job import Job
-from tarflowlm.studio.pieces import card, facts, milliseconds, muted, page, scrubbed, stage
-from tarflowlm.studio.rows import changed_words, difference, final_tokens
+from tarflowlm.studio.pieces import card, counted, facts, muted, page, slider, stage, took
+
+R = TypeVar("R")
 
 WORDS, LATENTS, NOISE = TARGETS = ("words", "latents", "noise")
-"""What is changed: words, redrawn given all others, or a state: h^(0) = z, or h^(L) = u."""
-CANDIDATES = 32
-"""Draws from which a redrawn word is chosen."""
+"""Words are resampled given all others; of the states, h^(0) = z or h^(L) = u is changed."""
 STEPS = 8
 """Parts of the way from one text to another."""
-TEMPERATURE = 0.7
-"""Of new words, where a model has one: rare words are rarely what was meant."""
 NO_LATENTS = "a discrete baseline has no latents to edit: choose a flow"
 
 
@@ -43,52 +37,39 @@ def replace_words(
 ) -> Iterator[str]:
     """HTML of texts in which other words stand for `words` (several, separated by commas).
 
-    They are drawn by particles, or redrawn where block 1, from which particles come, has no weights of tokens.
+    They are drawn by particles, or resampled where block 1, from which particles come, has no token weights.
     """
     checkpoint = catalogue.load(model)
     tokenizer = checkpoint.tokenizer
-    tokens = request.required(tokenizer, request.text(text, "text"), "text")
-    spans = named(tokenizer, tokens, request.text(words, "list of words"))
-    template = blanked(tokens, spans)
-    if not checkpoint.model.config.has_token_weights:
-        edits = request.whole(tries, "tries", 1, TRIES)
-
-        def change(source: Source, tick: Tick) -> Edit:
-            encoded = encode(source.flow, source.tokens[None], source.generator).repeated(edits)
-            return editing.rewrite(source.flow, encoded, [spans] * edits, tick=tick, **source.settings(encoded))
-
-        yield from _compared(_edited(catalogue, model, text, seed, change))
+    reading = request.reading(tokenizer, text)
+    pieces = named(tokenizer, request.text(words, "list of words"))
+    template = blanked(tokenizer, reading.tokens, pieces)
+    if checkpoint.model.config.has_token_weights:
+        found = yield from fill(checkpoint, template, tries, particles, TEMPERATURE, seed)
+        filled = choices(tokenizer, found, template)
+        yield page(_original(tokenizer, reading), card(filled), card(trust(found)))
         return
-    for shown in drawn(checkpoint, template, tries, particles, _temperature(checkpoint.model), seed):
-        if isinstance(shown, str):
-            yield page(card(stage(template_tokens(tokenizer, template), is_open=True) + shown))
-        else:
-            found, seconds = shown
-            original = stage(final_tokens(tokens, tokenizer)) + muted("the original")
-            yield page(
-                card(original), card(choices(tokenizer, found, template)), card(trust(found, particles, seconds))
-            )
+    edits = request.whole(tries, "tries", 1, TRIES)
+    yield from _compared(catalogue, model, text, seed, edits, lambda flow: Rewrite(pieces=pieces, everywhere=True))
 
 
-def named(tokenizer: Tokenizer, tokens: Tensor, words: str) -> list[Span]:
-    """Where these `words`, separated by commas, stand as whole words in the text [T]."""
+def named(tokenizer: Tokenizer, words: str) -> list[str]:
+    """The words of a list separated by commas, as the model reads them."""
     pieces = [piece.strip() for piece in words.split(",") if piece.strip()]
     if not pieces:
         raise UserError("no word is named: write the words to replace, separated by commas")
-    parts, spans = [tokenizer.token_bytes[token] for token in tokens.tolist()], set[Span]()
+    return [request.reading(tokenizer, piece, "word").text.strip() for piece in pieces]
+
+
+def blanked(tokenizer: Tokenizer, tokens: Tensor, pieces: Sequence[str]) -> Tensor:
+    """The text [T] with a blank for every token of the pieces, wherever they are whole words."""
+    template, symbols = tokens.clone(), [tokenizer.token_bytes[token] for token in tokens.tolist()]
     for piece in pieces:
-        found = find_words(parts, tokenizer.decode(request.encoded(tokenizer, piece)).strip())
-        if not found:
+        spans = find_words(symbols, piece)
+        if not spans:
             raise UserError(f"{piece!r} is no word of the text: copy one from it")
-        spans.update(found)
-    return sorted(spans)
-
-
-def blanked(tokens: Tensor, spans: Sequence[Span]) -> Tensor:
-    """The text [T] with a blank for every token of the spans. UserError if nothing is left."""
-    template = tokens.clone()
-    for start, stop in spans:
-        template[start:stop] = BLANK
+        for start, stop in spans:
+            template[start:stop] = BLANK
     if (template == BLANK).all():
         raise UserError("every word would be replaced: keep some")
     return template
@@ -97,151 +78,95 @@ def blanked(tokens: Tensor, spans: Sequence[Span]) -> Tensor:
 def rewrite(
     catalogue: Catalogue, model: Any, text: Any, target: Any, strength: Any, num: Any, seed: Any
 ) -> Iterator[str]:
-    """HTML of texts in which a share `strength` of the words is redrawn, or whose states are re-noised."""
-    kind, share = request.one_of(target, "target", TARGETS), request.number(strength, "strength", 0.0, 1.0)
+    """HTML of texts in which a share `strength` of the words is resampled, or whose states are re-noised."""
+    target, share = _target(target), request.number(strength, "strength", 0.0, 1.0)
     edits = request.whole(num, "edits", 1, request.SAMPLES)
 
-    def change(source: Source, tick: Tick) -> Edit:
-        flow, generator = source.flow, source.generator
-        encoded = encode(flow, source.tokens[None], generator).repeated(edits)
-        if kind != WORDS:
-            return renoise(
-                flow,
-                encoded,
-                level=source.level(kind),
-                strength=share,
-                generator=generator,
-                decoder="auto",
-                tick=tick,
-            )
-        words = source.words(source.tokens)
-        count, length = count_of(share, words), len(source.tokens)
-        picked = [pick_words(words, count, length, generator) for _ in range(edits)]
-        spans = [joined(row, words) for row in picked]
-        return editing.rewrite(flow, encoded, spans, spare=words, tick=tick, **source.settings(encoded))
+    def kind(flow: TarFlowLM) -> EditKind:
+        return Redraw(strength=share) if target == WORDS else Renoise(level=_level(flow, target), strength=share)
 
-    yield from _compared(_edited(catalogue, model, text, seed, change))
-
-
-def _compared(edited: Iterator[str | tuple[Tokenizer, Any, float]]) -> Iterator[str]:
-    """HTML of the progress, then of an `Edit`, every text beside the original."""
-    for shown in edited:
-        if isinstance(shown, str):
-            yield page(card(shown))
-            continue
-        tokenizer, edit, seconds = shown
-        before = edit.before[0].cpu()
-        cards = []
-        for after, changed, old, new in zip(
-            edit.tokens.cpu(), edit.changed, edit.bound_before, edit.bound, strict=True
-        ):
-            numbers = facts(
-                ("", changed_words(changed)),
-                (
-                    f"≤ {_bits(new, after, tokenizer):.2f}",
-                    f"bits per character, ≤ {_bits(old, before, tokenizer):.2f} before",
-                ),
-            )
-            cards.append(card(stage(difference(before, after, tokenizer)) + numbers))
-        original = stage(final_tokens(before, tokenizer)) + muted("the original")
-        yield page(card(original), *cards, card(facts((milliseconds(seconds), "in all"))))
+    yield from _compared(catalogue, model, text, seed, edits, kind)
 
 
 def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, seed: Any) -> Iterator[str]:
     """HTML of the way from one text to another, cut to the same length, with a slider."""
-    kind, toward = request.one_of(target, "target", TARGETS), request.text(other, "other text")
+    target, toward = _target(target), request.text(other, "other text")
 
-    def change(source: Source, tick: Tick) -> list[Edit]:
-        flow, generator = source.flow, source.generator
-        second = request.required(source.tokenizer, toward, "other text")
-        length = min(len(source.tokens), len(second))
-        texts = source.tokens[:length], second[:length]
-        a, b = (encode(flow, tokens[None], generator) for tokens in texts)
-        if kind != WORDS:
-            at = source.level(kind)
-            return [
-                interpolate(flow, a, b, level=at, weight=i / STEPS, generator=generator, decoder="auto", tick=tick)
-                for i in range(STEPS + 1)
-            ]
-        first_words, second_words = map(source.words, texts)
-        found = []
-        for i in range(STEPS + 1):
-            # from the start of the text on, so that a word once taken stays
-            taken = second_words[: round(i / STEPS * len(second_words))]
-            spans = [blended_spans(first_words, second_words, taken, length)]
-            found.append(editing.blend(flow, a, b, spans, tick=tick, **source.settings(a)))
-        return found
+    def change(source: Source, other: Encoded) -> list[Edit]:
+        level = None if target == WORDS else _level(source.model, target)
+        # words from the start of the text on, so that a word once taken stays
+        steps = (Toward(other=other, weight=i / STEPS, stretch="start", level=level) for i in range(STEPS + 1))
+        return [step.apply(source) for step in steps]
 
-    for shown in _edited(catalogue, model, text, seed, change):
-        if isinstance(shown, str):
-            yield page(card(shown))
-            continue
-        tokenizer, edits, seconds = shown
-        texts = [edit.tokens[0].cpu() for edit in edits]
-        rows = [GridRow("the text", final_tokens(texts[0], tokenizer))]
-        rows += [
-            GridRow(
-                f"{100 * i // STEPS} % · {int((now != before).sum())} changed", difference(before, now, tokenizer)
-            )
-            for i, (before, now) in enumerate(itertools.pairwise(texts), 1)
-        ]
-        body = stage(rows[-1].tokens) + facts((milliseconds(seconds), "in all"))
-        yield page(card(body + scrubbed(rows, "share of the other text", summary="every step of the way")))
+    edits, _, tokenizer, seconds = yield from _edited(catalogue, model, [text, toward], seed, 1, change)
+    texts = [edit.tokens[0].cpu() for edit in edits]
+    rows = [Row("the text", text_tokens(texts[0], tokenizer))]
+    for i, (before, now) in enumerate(itertools.pairwise(texts), 1):
+        label = f"{100 * i // STEPS} % · {int((now != before).sum())} changed"
+        rows.append(Row(label, text_tokens(now, tokenizer, before=before)))
+    way = slider(rows, "share of the other text", summary="every step of the way")
+    yield page(card(stage(rows[-1].tokens), facts(took(seconds)), way))
 
 
-@dataclass(frozen=True)
-class Source:
-    """A text to edit, and with what."""
+def _target(value: Any) -> str:
+    if value not in TARGETS:
+        raise UserError(f"target: choose one of {', '.join(TARGETS)}")
+    return str(value)
 
-    flow: TarFlowLM
-    tokenizer: Tokenizer
-    tokens: Tensor
-    """[T]."""
-    generator: torch.Generator
 
-    def settings(self, text: Encoded) -> dict[str, Any]:
-        """How words of the text are redrawn."""
-        return {
-            "candidates": CANDIDATES,
-            "temperature": _temperature(self.flow),
-            "level": telling_level(self.flow, text.row(0)),
-            "generator": self.generator,
-        }
-
-    def level(self, target: str) -> int:
-        """The number of the state that `target` names."""
-        return 0 if target == LATENTS else self.flow.num_blocks
-
-    def words(self, tokens: Tensor) -> list[Span]:
-        """The words of `tokens` [T]. UserError if there are none."""
-        found = words_of([self.tokenizer.token_bytes[token] for token in tokens.tolist()])
-        if not found:
-            raise UserError("the text has no words: write some")
-        return found
+def _level(flow: TarFlowLM, target: str) -> int:
+    """The state that `target` names."""
+    return 0 if target == LATENTS else flow.num_blocks
 
 
 def _edited(
-    catalogue: Catalogue, model: Any, text: Any, seed: Any, change: Callable[[Source, Tick], Any]
-) -> Iterator[str | tuple[Tokenizer, Any, float]]:
-    """Progress as HTML, then the tokenizer, what `change` found, and the seconds that it took."""
+    catalogue: Catalogue, model: Any, texts: Sequence[Any], seed: Any, num: int, change: Callable[..., R]
+) -> Generator[str, None, tuple[R, Reading, Tokenizer, float]]:
+    """Pages of the progress; returns the result of `change`, the text, its tokenizer, and the seconds.
+
+    `change` gets a `Source` with the first text in `num` rows, and the others, all cut to the shortest.
+    """
     checkpoint = catalogue.load(model)
     flow, tokenizer = as_flow(checkpoint.model, NO_LATENTS), checkpoint.tokenizer
-    tokens = request.required(tokenizer, request.text(text, "text"), "text")
-    request.one_window(len(tokens), flow.config.context)
+    names = ("text", "other text")
+    readings = [request.reading(tokenizer, text, name) for text, name in zip(texts, names, strict=False)]
+    length = min(len(reading.tokens) for reading in readings)
+    request.check_length(length, flow.config.context)
     generator = torch.Generator().manual_seed(request.whole(seed, "seed", 0, 2**31))
 
-    def work(job: Job[Any]) -> Any:
+    def work(job: Job[R]) -> R:
         with threads_for(1):
-            return change(Source(flow, tokenizer, tokens, generator), job.tick)
+            text, *others = (encode(flow, reading.tokens[None, :length], generator) for reading in readings)
+            return change(Source(flow, tokenizer, text.repeated(num), generator, job), *others)
 
     job = Job(work)
     for _ in job.follow():
-        yield stage(final_tokens(tokens, tokenizer)) + muted("editing")
-    yield tokenizer, job.result, job.seconds_taken
+        words = "editing" if job.advanced else "waiting for its turn"
+        yield page(card(stage(text_tokens(readings[0].tokens, tokenizer)), muted(words)))
+    assert job.result is not None
+    return job.result, readings[0], tokenizer, job.seconds
 
 
-def _temperature(model: LanguageModel) -> float:
-    return TEMPERATURE if model.config.has_token_weights else 1.0
+def _compared(
+    catalogue: Catalogue, model: Any, text: Any, seed: Any, num: int, kind: Callable[[TarFlowLM], EditKind]
+) -> Iterator[str]:
+    """HTML of the progress, then of `num` edits, every text beside the original."""
+
+    def change(source: Source) -> Edit:
+        return kind(source.model).apply(source)
+
+    edit, reading, tokenizer, seconds = yield from _edited(catalogue, model, [text], seed, num, change)
+    before, cards = edit.before[0].cpu(), []
+    for after, changed, old, new in zip(edit.tokens.cpu(), edit.changed, edit.bound_before, edit.bound, strict=True):
+        count = f"{int(changed.sum())} of {counted(len(changed), 'token')} changed"
+        was = f"bits per character, ≤ {_bits(old, before, tokenizer):.2f} before"
+        numbers = facts(("", count), (f"≤ {_bits(new, after, tokenizer):.2f}", was))
+        cards.append(card(stage(text_tokens(after, tokenizer, before=before)), numbers))
+    yield page(_original(tokenizer, reading), *cards, card(facts(took(seconds))))
+
+
+def _original(tokenizer: Tokenizer, reading: Reading) -> str:
+    return card(stage(text_tokens(reading.tokens, tokenizer)), muted(reading.notice or "the original"))
 
 
 def _bits(nats: Tensor, tokens: Tensor, tokenizer: Tokenizer) -> float:

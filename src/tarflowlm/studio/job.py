@@ -8,11 +8,12 @@ from typing import Generic, TypeVar
 import torch
 
 from tarflowlm.errors import UserError
+from tarflowlm.progress import Silent
 
 R = TypeVar("R")
 
 SECONDS = 60.0
-"""How long one piece of work may take."""
+"""Most seconds of one piece of work."""
 EVERY = 0.12
 """Seconds between two looks at work that goes on."""
 
@@ -21,67 +22,58 @@ _TURN = threading.Lock()
 
 
 class Halted(Exception):
-    """Raised in the work once nobody waits for it."""
+    """Raised in the work once the visitor has left."""
 
 
-class Job(Generic[R]):
-    """A function that is run on a thread; it calls `tick` often, where it can be stopped."""
+class Job(Silent, Generic[R]):
+    """A function run on a thread with the job as its `Progress`; it can be stopped wherever it advances."""
 
     def __init__(self, function: Callable[["Job[R]"], R], *, seconds: float = SECONDS) -> None:
-        self.function, self.seconds = function, seconds
+        self.function, self.limit = function, seconds
         self.result: R | None = None
-        self.ticks: list[float] = []
-        """Seconds from the start to every tick."""
-        self.told: list[torch.Tensor] = []
-        """What `tell` was given."""
-        self.seconds_taken = 0.0
+        self.advanced = 0
+        self.tokens: list[torch.Tensor] = []
+        """Final tokens, [num, n] each."""
+        self.seconds = 0.0
         """Seconds of the finished work."""
         self._error: BaseException | None = None
-        self._begun = 0.0
-        self._over, self._unwanted = threading.Event(), threading.Event()
+        self._is_wanted, self._begun = True, 0.0
 
-    def tick(self) -> None:
-        """Note the time. Raises Halted where nobody waits any more, UserError when the time is over."""
-        passed = time.perf_counter() - self._begun
-        self.ticks.append(passed)
-        if self._unwanted.is_set():
+    def advance(self, count: int = 1) -> None:
+        """Count progress. Raises Halted once the visitor has left, UserError when the time is over."""
+        self.advanced += count
+        if not self._is_wanted:
             raise Halted
-        if passed > self.seconds:
+        if time.perf_counter() - self._begun > self.limit:
             raise UserError(
-                f"stopped after {self.seconds:g} seconds, the limit of this page: ask for fewer tokens, samples or "
+                f"stopped after {self.limit:g} seconds, the limit of this page: ask for fewer tokens, samples or "
                 f"particles"
             )
-
-    def tell(self, tokens: torch.Tensor) -> None:
-        """Add tokens [num, n] to those that are final."""
-        self.told.append(tokens)
 
     def follow(self) -> Iterator[None]:
         """Start the work; one item now and then until it is done, and `result` is set. Raises what it raised.
 
-        Closing the iterator, as when a visitor leaves, ends the work at its next tick.
+        Closing the iterator, as when a visitor leaves, ends the work where it advances next.
         """
         thread = threading.Thread(target=self._run, daemon=True)
         thread.start()
         try:
-            while not self._over.wait(EVERY):
+            while thread.is_alive():
                 yield
+                thread.join(EVERY)
         finally:
-            self._unwanted.set()
+            self._is_wanted = False
         if self._error is not None:
             raise self._error
 
     def _run(self) -> None:
         try:
             with _TURN:
-                if self._unwanted.is_set():
-                    return
                 # a property of the thread, as in the command line
                 torch.set_flush_denormal(True)
                 self._begun = time.perf_counter()
+                self.advance(0)
                 self.result = self.function(self)
-                self.seconds_taken = time.perf_counter() - self._begun
+                self.seconds = time.perf_counter() - self._begun
         except BaseException as error:
             self._error = error
-        finally:
-            self._over.set()

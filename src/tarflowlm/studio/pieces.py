@@ -6,7 +6,7 @@ from html import escape
 
 from tarflowlm.errors import UserError
 from tarflowlm.report.grid import CSS as TOKEN_CSS
-from tarflowlm.report.grid import GridRow, Token, grid, spans
+from tarflowlm.report.grid import Row, Token, spans, to_html
 
 LOG = logging.getLogger("tarflowlm.studio")
 
@@ -18,7 +18,7 @@ def guarded(view: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
         try:
             yield from view(*values)
         except UserError as error:
-            yield page(notice(sentence(str(error))))
+            yield page(notice(str(error)))
         except MemoryError:
             yield page(notice("Out of memory: ask for fewer tokens, samples or particles."))
         except Exception:
@@ -29,7 +29,7 @@ def guarded(view: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
 
 
 def page(*parts: str) -> str:
-    """What a view shows."""
+    """The whole of a view."""
     return f'<div class="st st-view"><style>{TOKEN_CSS}</style>{"".join(parts)}</div>'
 
 
@@ -39,7 +39,8 @@ def card(*parts: str) -> str:
 
 
 def notice(text: str) -> str:
-    """A message to the visitor."""
+    """A message to the visitor, made a sentence."""
+    text = f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "!", "?")) else ".")
     return f'<div class="st-notice" role="alert">{escape(text)}</div>'
 
 
@@ -48,14 +49,9 @@ def title(text: str) -> str:
     return f'<div class="st-title">{escape(text)}</div>'
 
 
-def muted(text: str) -> str:
-    """A line in small type."""
-    return f'<p class="st-muted">{escape(text)}</p>'
-
-
-def sentence(text: str) -> str:
-    """`text` with a capital letter and a full stop."""
-    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "!", "?")) else ".")
+def muted(text: str | None) -> str:
+    """A line in small type; nothing for None."""
+    return f'<p class="st-muted">{escape(text)}</p>' if text else ""
 
 
 def stage(tokens: Sequence[Token], *, is_open: bool = False) -> str:
@@ -65,11 +61,14 @@ def stage(tokens: Sequence[Token], *, is_open: bool = False) -> str:
 
 
 def facts(*pairs: tuple[str, str]) -> str:
-    """Numbers and what they count."""
-    shown = "".join(
-        f"<span>{f'<b>{escape(value)}</b> ' if value else ''}{escape(words)}</span>" for value, words in pairs
-    )
-    return f'<div class="st-facts">{shown}</div>'
+    """Numbers and their names."""
+    shown = (f"<span>{f'<b>{escape(value)}</b> ' if value else ''}{escape(words)}</span>" for value, words in pairs)
+    return f'<div class="st-facts">{"".join(shown)}</div>'
+
+
+def took(seconds: float) -> tuple[str, str]:
+    """The fact of a time."""
+    return f"{1000 * seconds:,.0f} ms" if seconds < 1 else f"{seconds:,.1f} s", "in all"
 
 
 def bar(share: float) -> str:
@@ -77,22 +76,17 @@ def bar(share: float) -> str:
     return f'<div class="st-bar"><i style="width:{100 * min(max(share, 0.0), 1.0):.1f}%"></i></div>'
 
 
-def scrubbed(rows: Sequence[GridRow], name: str, *, summary: str, is_open: bool = True) -> str:
-    """A slider over `rows`, which shows one of them on the stage of the same card, and all of them below."""
+def slider(rows: Sequence[Row], name: str, *, summary: str, is_open: bool = True) -> str:
+    """A slider over `rows`: one of them is on the stage of the same card, and all of them are below."""
     last = len(rows) - 1
-    slider = (
+    control = (
         f'<div class="st-slide"><input type="range" min="0" max="{last}" value="{last}" step="1" '
         f'aria-label="{escape(name)}"><output>{escape(rows[-1].label)}</output></div>'
     )
-    opened, box = " open" if is_open else "", f'<div class="st-rows">{grid(rows)}</div>'
-    return f"{slider}<details{opened}><summary>{escape(summary)}</summary>{box}</details>"
+    opened, box = " open" if is_open else "", f'<div class="st-rows">{to_html(rows)}</div>'
+    return f"{control}<details{opened}><summary>{escape(summary)}</summary>{box}</details>"
 
 
 def counted(number: int, one: str, many: str = "") -> str:
     """1 token, 2 tokens; `many` where it does not just end in s."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
-def milliseconds(seconds: float) -> str:
-    """A time, short."""
-    return f"{1000 * seconds:,.0f} ms" if seconds < 10 else f"{seconds:,.1f} s"

@@ -1,21 +1,22 @@
 """The view that scores: the bits of every token as a heat map, models side by side, and the part of every block."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from html import escape
 from typing import Any
 
-from torch import Tensor
-
 from tarflowlm.data import Tokenizer
+from tarflowlm.data.prompts import Reading
 from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.scores import Scores, score
+from tarflowlm.report.grid import symbols
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.job import Job
-from tarflowlm.studio.pieces import bar, card, facts, milliseconds, muted, page, title
+from tarflowlm.studio.pieces import bar, card, facts, muted, page, title, took
 
 SAMPLES = 8
 """Draws from the posterior that a bound is averaged over."""
@@ -26,82 +27,94 @@ GAP = 2.0
 COLD, HOT = "var(--st-blue)", "var(--st-warm)"
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A text under one model."""
+
+    name: str
+    tokenizer: Tokenizer
+    reading: Reading
+    scores: Scores
+
+    @property
+    def symbols(self) -> list[str]:
+        """The tokens; those within a character are escaped, as every token has a number to be seen."""
+        tokens = self.reading.tokens
+        shown = symbols(tokens, self.tokenizer)
+        return [symbol or self.tokenizer.symbols[t] for symbol, t in zip(shown, tokens.tolist(), strict=True)]
+
+
 def compare(catalogue: Catalogue, names: Any, text: Any) -> Iterator[str]:
     """HTML with the bits of every token of `text` under each of the models `names`."""
-    text = request.text(text, "text")
-    found: list[tuple[str, Tokenizer, Tensor, Scores]] = []
     wanted = names if isinstance(names, list) else [names]
     if not wanted:
         raise UserError("no model is chosen: choose one or two")
-    checkpoints = [catalogue.load(name) for name in wanted[:MODELS]]
+    checkpoints = [(str(name), catalogue.load(name)) for name in wanted[:MODELS]]
+    readings = [request.reading(checkpoint.tokenizer, text) for _, checkpoint in checkpoints]
+    found: list[Scored] = []
     seconds = 0.0
-    for name, checkpoint in zip(wanted, checkpoints, strict=False):
-        tokens = request.required(checkpoint.tokenizer, text, "text")
-        job = Job(partial(_scored, checkpoint, tokens))
+    for (name, checkpoint), reading in zip(checkpoints, readings, strict=True):
+        job = Job(partial(_scored, checkpoint, reading))
         for _ in job.follow():
             yield page(card(muted(f"scoring with {name}") + bar(len(found) / len(checkpoints))))
         assert job.result is not None
-        found.append((str(name), checkpoint.tokenizer, tokens, job.result))
-        seconds += job.seconds_taken
+        found.append(Scored(name, checkpoint.tokenizer, reading, job.result))
+        seconds += job.seconds
     # one scale for all, so that colours compare
-    most = max(scores.bits.abs().quantile(0.98).item() for *_, scores in found)
-    pair = "".join(_card(*one, most) for one in found)
+    most = max(one.scores.bits.abs().quantile(0.98).item() for one in found)
+    pair = "".join(_card(one, most) for one in found)
     yield page(f'<div class="st-pair">{pair}</div>', _difference(found), *map(_blocks, found), _scale(most, seconds))
 
 
-def _scored(checkpoint: Checkpoint, tokens: Tensor, job: Job[Scores]) -> Scores:
-    job.tick()
+def _scored(checkpoint: Checkpoint, reading: Reading, job: Job[Scores]) -> Scores:
     with threads_for(1):
-        found = score(checkpoint.model, tokens, samples=SAMPLES, progress=lambda done, total: job.tick())
-    job.tick()
-    return found
+        return score(checkpoint.model, reading.tokens, samples=SAMPLES, progress=job)
 
 
-def _card(name: str, tokenizer: Tokenizer, tokens: Tensor, scores: Scores, most: float) -> str:
-    characters = max(int(tokenizer.characters_per_token[tokens.numpy()].sum()), 1)
-    sign = "" if scores.exact else "≤ "
+def _card(one: Scored, most: float) -> str:
+    characters = max(int(one.tokenizer.characters_per_token[one.reading.tokens.numpy()].sum()), 1)
+    exact, total = one.scores.exact, one.scores.total
+    sign = "" if exact else "≤ "
     numbers = facts(
-        (f"{sign}{scores.total / characters:.3f}", "bits per character"),
-        (f"{sign}{scores.total:.1f}", "bits in all"),
-        ("", "exact" if scores.exact else f"a bound, mean of {SAMPLES} posterior samples"),
+        (f"{sign}{total / characters:.3f}", "bits per character"),
+        (f"{sign}{total:.1f}", "bits in all"),
+        ("", "exact" if exact else f"a bound, mean of {SAMPLES} posterior samples"),
     )
-    return card(title(name), heat(_symbols(tokens, tokenizer), scores.bits.tolist(), most), numbers)
+    return card(
+        title(one.name), heat(one.symbols, one.scores.bits.tolist(), most), muted(one.reading.notice), numbers
+    )
 
 
-def _difference(found: Sequence[tuple[str, Tokenizer, Tensor, Scores]]) -> str:
+def _difference(found: Sequence[Scored]) -> str:
     """Where the first model needs more or fewer bits than the second, if both read the same tokens."""
-    if len(found) < 2 or found[0][1].fingerprint != found[1][1].fingerprint:
+    if len(found) < 2:
         return ""
-    (first, tokenizer, tokens, a), (second, _, _, b) = found
-    shown = heat(_symbols(tokens, tokenizer), (a.bits - b.bits).tolist(), GAP)
-    text = f"Blue: {first} needs fewer bits than {second}. Orange: it needs more. Full colour: {GAP:g} bits."
-    return card(title(f"{first} against {second}"), shown, muted(text))
+    first, second = found
+    if first.reading.text != second.reading.text:
+        return muted(f"{first.name} and {second.name} read different texts: their bits do not compare.")
+    if first.tokenizer.fingerprint != second.tokenizer.fingerprint:
+        return ""
+    shown = heat(first.symbols, (first.scores.bits - second.scores.bits).tolist(), GAP)
+    text = (
+        f"Blue: {first.name} needs fewer bits than {second.name}. Orange: it needs more. Full colour: {GAP:g} bits."
+    )
+    return card(title(f"{first.name} against {second.name}"), shown, muted(text))
 
 
-def _blocks(one: tuple[str, Tokenizer, Tensor, Scores]) -> str:
-    """What every block of a flow contributes at every token, around its mean."""
-    name, tokenizer, tokens, scores = one
-    if scores.blocks is None or len(scores.blocks) < 2:
+def _blocks(one: Scored) -> str:
+    """The contribution of every block of a flow at every token, around its mean."""
+    if one.scores.blocks is None or len(one.scores.blocks) < 2:
         return ""
-    shown, rows = _symbols(tokens, tokenizer), ""
-    for block, row in enumerate(scores.blocks, 1):
-        words = f"block {block}: {row.mean().item():+.2f} bits a token"
-        body = heat(shown, (row.mean() - row).tolist(), max(GAP, row.std(correction=0).item() * 2))
+    rows = ""
+    for block, row in enumerate(one.scores.blocks, 1):
+        words = f"block {block}: {row.mean().item():+.2f} bits per token"
+        body = heat(one.symbols, (row.mean() - row).tolist(), max(GAP, row.std(correction=0).item() * 2))
         rows += f"<details{' open' if block == 1 else ''}><summary>{words}</summary>{body}</details>"
     text = (
         "log2 |det J| of each block around its mean. Blue: the block spreads this token's latents more than others, "
         "which makes it likelier; orange: less."
     )
-    return card(title(f"Blocks of {name}"), rows, muted(text))
-
-
-def _symbols(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
-    """Tokens as they are; escaped where they are not whole characters, as every token has a number to be seen."""
-    whole = [tokenizer.token_bytes[token].decode("utf-8", errors="replace") for token in tokens.tolist()]
-    return [
-        tokenizer.symbols[token] if "\ufffd" in text else text
-        for token, text in zip(tokens.tolist(), whole, strict=True)
-    ]
+    return card(title(f"Blocks of {one.name}"), rows, muted(text))
 
 
 def heat(shown: Sequence[str], values: Sequence[float], most: float) -> str:
@@ -117,7 +130,5 @@ def heat(shown: Sequence[str], values: Sequence[float], most: float) -> str:
 
 def _scale(most: float, seconds: float) -> str:
     ground = f"background:linear-gradient(90deg,transparent,color-mix(in srgb,{HOT} 75%,transparent))"
-    scale = (
-        f'0<span class="st-scale" style="{ground}"></span>{most:.1f} bits for a token; point at one for its number'
-    )
-    return card(f'<div class="st-muted">{scale}</div>', facts((milliseconds(seconds), "in all")))
+    scale = f'0<span class="st-scale" style="{ground}"></span>{most:.1f} bits per token; point at one for its number'
+    return card(f'<div class="st-muted">{scale}</div>', facts(took(seconds)))

@@ -1,6 +1,6 @@
-"""The looks of the page, and the one script on it: a slider that shows one row of a grid in large type.
+"""The style of the page, and its one script: a slider that shows one row of a grid in large type.
 
-Nothing here is fetched from elsewhere. Colours are given for light and dark at once, as in `report/grid.py`.
+Nothing is fetched from elsewhere. Every colour has a light and a dark form, as in `report/grid.py`.
 """
 
 CSS = """
@@ -32,7 +32,9 @@ CSS = """
 .st-slide input { width: 100%; accent-color: var(--st-blue); height: 1.4rem; }
 .st-slide output { color: var(--st-muted); font-size: 13px; font-variant-numeric: tabular-nums; min-width: 13.5rem; }
 .st details summary { cursor: pointer; color: var(--st-muted); font-size: 13.5px; padding: .2rem 0; }
-.st-rows { max-height: 19rem; overflow-y: auto; padding-right: .4rem; position: relative; }
+.st-rows { max-height: 24rem; overflow-y: auto; padding-right: .4rem; position: relative; }
+.st-rows .tl-legend { position: sticky; top: 0; background: light-dark(#fff, #16191d); }
+.st-stage i { display: none; }
 .st-rows .tl-row.st-at { background: var(--st-ground); box-shadow: -3px 0 0 var(--st-blue); }
 .st-choice { display: grid; grid-template-columns: 7.5rem minmax(0, 1fr); gap: .1rem 1rem; padding: .55rem 0;
   border-top: 1px solid var(--st-line); align-items: start; }
@@ -52,18 +54,14 @@ CSS = """
 .st th:first-child, .st td:first-child { text-align: left; white-space: normal; min-width: 6.5rem; }
 .st th { font-weight: 600; color: var(--st-muted); white-space: normal; vertical-align: bottom; }
 .st-wide { overflow-x: auto; }
-.st svg { display: block; width: 100%; height: auto; }
-.st svg text { fill: var(--st-muted); font: 12px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-.st svg .grid { stroke: var(--st-line); }
-.st-phone { display: none; }
-.st-key { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; font-size: 13px; }
-.st-key i { display: inline-block; width: 1.3rem; height: 0; border-top: 3px solid; margin-right: .4rem;
-  vertical-align: 3px; }
+.st-figure { --ink: var(--st-ink); --muted: var(--st-muted); --grid: var(--st-line); --paper: transparent;
+  --blue: var(--st-blue); max-width: 36rem; }
+.st-figure svg { display: block; width: 100%; height: auto; }
 @media (max-width: 640px) {
   .gradio-container .app.fillable { padding: 12px 8px; } .st-head span { display: block; margin: 0; }
   .st-card { padding: .7rem .75rem; } .st-stage { font-size: 1.1rem; }
   .st-choice { grid-template-columns: minmax(0, 1fr); } .st-slide { grid-template-columns: minmax(0, 1fr); }
-  .st-slide output { min-width: 0; } .st-screen { display: none; } .st-phone { display: block; }
+  .st-slide output { min-width: 0; } .st-rows { max-height: none; }
 }
 """
 

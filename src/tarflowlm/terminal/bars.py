@@ -1,79 +1,104 @@
-"""Progress of everything but training: stages of work, each a bar on a terminal or plain lines in a log file."""
+"""Progress of long work on stderr: a bar on a terminal, now and then a line in a log file."""
 
-import itertools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
-from tarflowlm.data import CorpusProgress
-from tarflowlm.generation.generate import num_ticks
-from tarflowlm.language_model import LanguageModel
-from tarflowlm.terminal.progress import Bars, Clock
+from tarflowlm.terminal.tables import print_notice
 
-StageProgress = Callable[[str, int, int | None], None]
-"""Called with the name of a stage, how many of its parts are done, and the total where it is known."""
+Clock = Callable[[], float]
+"""Seconds from some fixed instant."""
 
-CORPUS_STAGES = {
-    "fetch": "fetching {}, bytes",
-    "count": "reading {}, characters",
-    "bpe": "text for the tokenizer of {}, characters",
-    "encode": "encoding {}, characters",
-}
-"""Labels of the stages of preparing a corpus."""
+FIRST, EVERY = 3.0, 30.0
+"""Seconds until the first line of a stage in a log file, and between its lines."""
+WIDE = 100
+"""Columns from which on a terminal shows the bar itself beside label, numbers and time left."""
 
 
-def no_progress(stage: str, completed: int, total: int | None) -> None:
-    """A `StageProgress` that shows nothing."""
+def minutes(seconds: float) -> str:
+    """5:46, or 2:05:46."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours:,}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def ticker(progress: StageProgress, stage: str, total: int) -> Callable[[], None]:
-    """A function to call once for every part of the stage that is done."""
-    done = itertools.count(1)
-    return lambda: progress(stage, next(done), total)
+def per_second(rate: float) -> str:
+    """25/s, or 4.0 s each."""
+    if rate >= 10:
+        return f"{rate:,.0f}/s"
+    return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
 
 
-@contextmanager
-def bar(
-    console: Console, description: str, total: int, *, clock: Clock = time.monotonic
-) -> Iterator[Callable[[int], None]]:
-    """Progress of a single stage; yields a function that sets how much of it is completed."""
-    bars = Bars(console, clock=clock)
-    bars.begin(description)
-    try:
-        yield lambda completed: bars.show(description, completed, total)
-    finally:
-        bars.close()
+class _Numbers(ProgressColumn):
+    """`512 of 2,090 (24 %), 25/s`; the task's own `count` and `details` in place of these where they are set."""
+
+    def render(self, task: Task) -> Text:
+        count = task.fields["count"] or f"{task.completed:,.0f}" + (f" of {task.total:,.0f}" if task.total else "")
+        share = f" ({int(task.percentage)} %)" if task.total else ""
+        details = task.fields["details"] or (per_second(task.speed) if task.speed else "")
+        return Text(", ".join(filter(None, [count + share, details])))
 
 
-@contextmanager
-def stages_bar(
-    console: Console, label: Callable[[str], str] = str, *, clock: Clock = time.monotonic, is_timing: bool = False
-) -> Iterator[StageProgress]:
-    """Progress of one stage after the other; yields its `StageProgress`.
+class Bars:
+    """The `Progress` of the command line: one stage of work after the other. Use it as a context, or `close` it."""
 
-    `label` turns a stage's name into what is shown; with `is_timing` no thread draws while something is being timed.
-    """
-    bars = Bars(console, clock=clock, auto_refresh=not is_timing)
-    try:
-        yield lambda stage, completed, total: bars.show(label(stage), completed, total)
-    finally:
-        bars.close()
+    def __init__(self, *, console: Console | None = None, clock: Clock = time.monotonic, keep: bool = False) -> None:
+        """`keep` leaves the bars on the screen when their work is done."""
+        self.console, self.clock, self.keep = console or Console(stderr=True), clock, keep
+        # FORCE_COLOR makes rich take a pipe for a terminal
+        self.is_live = self.console.is_interactive and self.console.file.isatty()
+        self.is_wide = not self.is_live or self.console.width >= WIDE
+        bar = [BarColumn(bar_width=20, table_column=Column(no_wrap=True))] if self.is_wide else []
+        self._numbers = _Numbers()
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            *bar,
+            self._numbers,
+            TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
+            console=self.console,
+            transient=not keep,
+            disable=not self.is_live,
+            get_time=clock,
+        )
+        self._task: TaskID | None = None
+        self._due = 0.0
 
+    def __enter__(self) -> "Bars":
+        return self
 
-def corpus_bar(
-    console: Console, source: str, *, clock: Clock = time.monotonic
-) -> AbstractContextManager[CorpusProgress]:
-    """Progress of preparing a corpus; yields the `progress` of `prepare_corpus`."""
-    return stages_bar(console, lambda stage: CORPUS_STAGES[stage].format(source), clock=clock)
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
+        """Begin a part called `name`. Nothing is shown yet: an error at its start prints its line alone."""
+        if self._task is not None and self.keep:
+            # a stage of training may end early
+            self.progress.update(self._task, total=self.progress.tasks[-1].completed)
+        elif self._task is not None:
+            self.progress.remove_task(self._task)
+        self._task = self.progress.add_task(name, total=total, completed=done, count="", details="")
+        self._due = self.clock() + FIRST
 
-@contextmanager
-def sampling_bar(
-    console: Console, model: LanguageModel, num_tokens: int, num_given: int = 0
-) -> Iterator[Callable[[], None]]:
-    """Progress over the positions that `generate` inverts, arguments as `num_ticks`; yields its `tick`."""
-    done = itertools.count(1)
-    with bar(console, "sampling, positions", num_ticks(model, num_tokens, num_given)) as update:
-        yield lambda: update(next(done))
+    def advance(self, count: int = 1) -> None:
+        """`count` more units of the current part are done."""
+        self.update(advance=count)
+
+    def update(self, **fields: Any) -> None:
+        """Change the current part: what `rich.progress.Progress.update` takes."""
+        assert self._task is not None
+        self.progress.update(self._task, **fields)
+        self.progress.start()
+        task = self.progress.tasks[-1]
+        if self.is_live or self.clock() < self._due or task.finished:
+            return
+        self._due = self.clock() + EVERY
+        left = "" if task.time_remaining is None else f", {minutes(float(task.time_remaining))} left"
+        print_notice(f"{task.description}: {self._numbers.render(task)}{left}")
+
+    def close(self) -> None:
+        """Take the bar away. A later stage shows another one."""
+        self.progress.stop()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -31,25 +32,27 @@ def print_json(value: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def print_notice(console: Console, text: str) -> None:
-    """A line beside the results, never wrapped: it may end up in a log file.
-
-    If nobody reads it any more, or the disk of the log is full, it is lost: no reason to end hours of work.
-    """
+def print_notice(text: str) -> None:
+    """A line on stderr beside the results. It is lost if stderr is closed or its disk is full: work goes on."""
     with contextlib.suppress(OSError):
-        if console.file.isatty():
-            console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
-        else:
-            # not by rich, which ends the program on a broken pipe
-            console.file.write(f"{text}\n")
-            console.file.flush()
+        # not by a rich console: it exits on a broken pipe, and would write into the bar of another one
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
+class NoticeHandler(logging.Handler):
+    """Prints the messages of the package's logger as notices."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_notice(record.getMessage())
 
 
 # cells and titles are Text: names may contain what rich takes for markup
 
 
-def print_table(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
+def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Two columns without headings: names and values."""
+    console = Console()
     # not a title of the table, which would wrap to its width
     console.print(Text(title, style="bold"), soft_wrap=True)
     table = Table(show_header=False)
@@ -64,7 +67,7 @@ NUMBER = 14
 """Characters of the longest cell that is kept on one line."""
 
 
-def column_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
+def print_columns(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table of numbers under headings; the column without a heading holds names.
 
     Names and numbers are never cut short: where the width does not suffice, longer texts wrap, or else the names.
@@ -80,4 +83,4 @@ def column_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str
             table.add_column(column, no_wrap=some_wrap, overflow="ellipsis" if some_wrap else "fold", style="cyan")
     for row in rows:
         table.add_row(*map(Text, row))
-    return table
+    Console().print(table)

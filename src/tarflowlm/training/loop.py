@@ -1,186 +1,219 @@
 """The training loop of one stage: optimiser steps, logging, validation and checkpoints."""
 
+import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from tarflowlm.config import RunConfig
 from tarflowlm.evaluation.likelihood import Likelihood, bits
-from tarflowlm.training.guards import POLL, Guard, broken_gradients, in_words, skipped_record
-from tarflowlm.training.optim import schedule, set_learning_rate
-from tarflowlm.training.pace import Pace, StepPace, TimePace
-from tarflowlm.training.run import Run
-from tarflowlm.training.state import Counters, Window
-from tarflowlm.training.step import optimizer_step
+from tarflowlm.language_model import seeded
+from tarflowlm.training.guards import broken_gradients, in_words, skipped_record
+from tarflowlm.training.optim import build_optimizers, schedule, set_learning_rate
+from tarflowlm.training.pace import StepPace, TimePace
+from tarflowlm.training.parallel import ParallelModel
+from tarflowlm.training.run import TrainingRun
+from tarflowlm.training.state import Counters, LogWindow
+
+STEPS_BETWEEN_READS = {"cuda": 16}
+"""Steps after which results are read from a device, where a read synchronises it with the host; 1 on other devices.
+
+(Also on mps: fused AdamW cannot skip a step there.)
+"""
+
+logger = logging.getLogger("tarflowlm")
 
 
-def train_stage(run: Run) -> Likelihood:
-    """Train until the stage's budget is used up or its validation bound stalls; returns the last validation.
+def train_stage(run: TrainingRun) -> Likelihood:
+    """Train until the steps or the time of the stage are used up; returns the last validation.
 
     Raises FloatingPointError, naming terms and parameters, if too many steps in a row have a non-finite loss or
     gradient; Stopped if the run was asked to stop.
     """
-    config, counters = run.config.train, run.counters
-    every = steps_between_looks(run.device)
-    pace = stage_pace(run, every)
-    steps = _StepLog(run)
+    config, counters, log = run.config, run.counters, StepLog(run)
+    every = STEPS_BETWEEN_READS.get(run.device.type, 1)
+    pace = StepPace(config.train, counters)
+    if config.train.minutes:
+        pace = TimePace(config.train, counters, run.seconds, run.num_test_windows)
+    run.reporter.stage(run.describe_stage(), pace.total, pace.done)
     while True:
         # after the checkpoint: a kill during a long evaluation loses nothing, and a resumed run starts with it
         if counters.due:
             result = validate(run)
-            pace.look(0)
-            stalled = config.advance == "stall" and counters.stalled >= config.stall_evaluations
-            if pace.over(counters.stage_step) or stalled:
+            pace.update()
+            if pace.over:
                 return result
-            steps.restart()
-        lr = run.config.optim.lr * schedule(run.config.optim, *pace.steps(counters.stage_step))
+            log.restart()
+        num_steps = max(counters.stage_step + 1, pace.num_steps)
+        lr = config.optim.lr * schedule(config.optim, counters.stage_step, num_steps)
         set_learning_rate(run.optimizers, lr)
-        num_tokens = _step(run, steps, deferred=every > 1)
+        log.unread.append(take_step(run, deferred=every > 1))
         if counters.stage_step % every == 0:
-            steps.read()
-        pace.look(counters.stage_step)
-        run.reporter.step(num_tokens, pace.share)
-        last = pace.over(counters.stage_step)
-        counters.due = last or counters.step % config.evaluate_every == 0
-        asked = run.stop_requested() is not None
-        save = last or asked or counters.step % config.checkpoint_every == 0 or pace.save_due()
-        line = counters.due or counters.step % config.log_every == 0
+            log.read()
+        done = pace.done
+        pace.update()
+        run.reporter.advance(pace.done - done)
+        counters.due = pace.over or counters.step % config.train.evaluate_every == 0
+        stop = run.stop_requested()
+        save = pace.over or stop or pace.save_due or counters.step % config.train.checkpoint_every == 0
+        line = counters.due or counters.step % config.train.log_every == 0
         if line or save:
-            steps.read()
+            log.read()
         if line:
-            steps.write_line(lr)
+            log.write_line(lr)
         if save:
             run.save()
-            steps.restart()
-        if asked:
-            run.stop_if_asked()
+            log.restart()
+        if stop:
+            run.stop(stop)
 
 
-def steps_between_looks(device: torch.device) -> int:
-    """Steps between reads of results from `device`: `POLL` on CUDA, where a read synchronises, otherwise 1.
+class StepResult(NamedTuple):
+    """The outcome of an optimiser step; tensors are on the device."""
 
-    (1 on mps too: fused AdamW cannot skip a step there.)
+    loss: Tensor
+    """Loss of the global batch, in nats per token."""
+    norm: Tensor
+    """Gradient norm of the global batch."""
+    skipped: Tensor
+    """True if loss or norm is not finite, so that the step was not taken."""
+    broken: dict[str, dict[str, Any]] | None
+    """The `broken_gradients` of a step that the host skipped."""
+
+
+def optimizer_step(
+    model: ParallelModel,
+    optimizers: list[torch.optim.Optimizer],
+    tokens: Tensor,
+    *,
+    generator: torch.Generator,
+    deferred: bool = False,
+) -> StepResult:
+    """Take one step on a global batch, of which `tokens` [B, T] are this process's rows. Collective.
+
+    If loss or gradient norm is not finite, parameters and optimisers stay as they are. Both numbers are those of the
+    global batch, so all processes agree. If `deferred`, the host never waits for the device: the optimisers decide
+    there, by `found_inf` (as in torch.amp, which fused AdamW and our Muon support).
     """
-    return POLL if device.type == "cuda" else 1
+    loss = model.backward(tokens, generator)
+    trained = [p for p in model.model.parameters() if p.grad is not None]
+    norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    skipped, broken = ~(torch.isfinite(loss) & torch.isfinite(norm)), None
+    if not deferred and skipped:
+        broken = broken_gradients(model.model)
+    else:
+        clip_grads_with_norm_(trained, model.config.optim.grad_clip, norm)
+        for optimizer in optimizers:
+            optimizer.found_inf = skipped.float() if deferred else None  # type: ignore[attr-defined]
+            optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss, norm, skipped, broken)
 
 
-def stage_pace(run: Run, every: int) -> Pace:
-    """The pace of the current stage, by steps or by time; the clock is read every `every` steps."""
-    train, counters = run.config.train, run.counters
-    if not train.minutes:
-        return StepPace(train.stage_steps[counters.stage])
-    return TimePace(train, counters.stage, counters.spent, run.clock, run.num_test_windows, every)
+class PendingStep(NamedTuple):
+    """A step whose result the host has not read yet, with everything needed to repeat it."""
+
+    place: dict[str, int]
+    result: StepResult
+    tokens: Tensor
+    noise: Tensor
+    """State of the noise generator before the step."""
 
 
-def _step(run: Run, steps: "_StepLog", *, deferred: bool) -> int:
-    """Take one step on the next batch and count it; `steps` reads its loss, perhaps later. Returns its tokens."""
+def take_step(run: TrainingRun, *, deferred: bool) -> PendingStep:
+    """Take one step on the next batch and count it."""
     counters, tokens = run.counters, run.sampler.next()
     if run.device.type == "cuda":
         # a copy from pageable memory would wait for all work queued on the device
         tokens = tokens.pin_memory()
     tokens = tokens.to(run.device, non_blocking=True)
-    before = run.generator.get_state()
-    guard = Guard(deferred=deferred)
-    loss, norm = optimizer_step(run.engine, run.optimizers, tokens, generator=run.generator, guard=guard)
+    noise = run.generator.get_state()
+    model, optimizers, generator = run.parallel_model, run.optimizers, run.generator
+    result = optimizer_step(model, optimizers, tokens, generator=generator, deferred=deferred)
     num_tokens = tokens.numel() * run.processes.world
     counters.step += 1
     counters.stage_step += 1
     counters.tokens += num_tokens
     counters.stage_tokens[counters.stage] += num_tokens
-    steps.add(_PendingStep(_place(counters), loss, norm, tokens, before, guard), num_tokens)
-    return num_tokens
+    counters.window.tokens += num_tokens
+    return PendingStep(_place(counters), result, tokens, noise)
 
 
 def _place(counters: Counters) -> dict[str, int]:
-    """The fields that place a record: step, tokens and block (1-based)."""
+    """The fields that place a record; blocks count from 1."""
     return {"step": counters.step, "tokens": counters.tokens, "block": counters.stage + 1}
 
 
-@dataclass(frozen=True)
-class _PendingStep:
-    """A step whose results the host has not read yet, with everything needed to repeat it."""
-
-    place: dict[str, int]
-    loss: Tensor
-    norm: Tensor
-    tokens: Tensor
-    noise: Tensor
-    """State of the noise generator before the step."""
-    guard: Guard
-
-    def values(self) -> Tensor:
-        """Loss, gradient norm, and 1 if the step was skipped, else 0: [3]."""
-        on_host = float(self.guard.broken is not None)
-        skipped = torch.full_like(self.loss, on_host) if self.guard.found_inf is None else self.guard.found_inf
-        return torch.stack((self.loss, self.norm, skipped.to(self.loss.dtype)))
-
-
-class _StepLog:
+class StepLog:
     """Collects losses and gradient norms for the log, and reports spikes and skipped steps."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrainingRun) -> None:
         self.run, self.counters = run, run.counters
-        self.unread: list[_PendingStep] = []
-        self.start = time.perf_counter()
+        self.unread: list[PendingStep] = []
+        self.restart()
 
     def restart(self) -> None:
         """Do not count the time since the last step as training."""
         self.start = time.perf_counter()
 
-    def add(self, step: _PendingStep, num_tokens: int) -> None:
-        """Add a step over `num_tokens` tokens, to be read later."""
-        self.counters.window.tokens += num_tokens
-        self.unread.append(step)
-
     def read(self) -> None:
         """Read all pending steps, with one transfer: update the counters, record spikes and skipped steps."""
         counters, window = self.counters, self.counters.window
         unread, self.unread = self.unread, []
-        values = torch.stack([step.values() for step in unread]).tolist() if unread else []
+        results = [step.result for step in unread]
+        rows = [torch.stack((r.loss, r.norm, r.skipped.to(r.loss.dtype))) for r in results]
+        values = torch.stack(rows).tolist() if rows else []
         for step, (loss, norm, skipped) in zip(unread, values, strict=True):
             if skipped:
-                self._record_skipped(step)
+                self._record_skipped(step, loss)
                 continue
             counters.skipped = 0
             window.losses.append(loss)
             window.norms.append(norm)
-            mean, sigmas = counters.running.mean, counters.running.take_in(loss)
+            mean, sigmas = counters.running.mean, counters.running.update(loss)
             if sigmas > self.run.config.train.spike_sigma:
-                figures = {"nats_per_token": loss, "mean": mean, "sigmas": sigmas, "grad_norm": norm}
                 place = {name: step.place[name] for name in ("step", "block")}
+                figures = {"nats_per_token": loss, "mean": mean, "sigmas": sigmas, "grad_norm": norm}
                 self.run.log.write({"split": "spike", **place, **figures})
         now = time.perf_counter()
         window.seconds += now - self.start
         counters.seconds[counters.stage] += now - self.start
         self.start = now
 
-    def _record_skipped(self, step: _PendingStep) -> None:
+    def _record_skipped(self, step: PendingStep, loss: float) -> None:
         """Record a skipped step; FloatingPointError after too many in a row."""
-        counters, engine, noise = self.counters, self.run.engine, torch.Generator(device=self.run.device)
+        counters, model, noise = self.counters, self.run.parallel_model, torch.Generator(device=self.run.device)
         counters.skipped += 1
-        gradients = step.guard.broken
+        gradients = step.result.broken
         if gradients is None:
             # repeat the step. The parameters may have changed since, but usually the cause is in the batch
             noise.set_state(step.noise)
-            engine.backward(step.tokens, noise)
-            gradients = broken_gradients(engine.model)
-            engine.model.zero_grad(set_to_none=True)
+            model.backward(step.tokens, noise)
+            gradients = broken_gradients(model.model)
+            model.model.zero_grad(set_to_none=True)
         noise.set_state(step.noise)
         tokens = self.run.processes.gather(step.tokens)
-        details = skipped_record(engine.whole(), tokens, noise, gradients, step.loss)
-        record = {"split": "skipped", **step.place} | details
+        details = skipped_record(model.whole_model(), tokens, noise, gradients, loss)
+        record = {"split": "skipped", **step.place, **details}
         self.run.log.write(record)
         if counters.skipped > self.run.config.train.max_skipped:
             raise FloatingPointError(
                 f"{in_words(record)}; {counters.skipped} in a row: lower optim.lr or optim.grad_clip in a new run; "
                 f"earlier checkpoints are kept"
             )
-        self.run.reporter.notice(f"skipped: {in_words(record)}")
+        logger.warning("skipped: %s", in_words(record))
 
     def write_line(self, lr: float) -> None:
         """Write a line with the means since the last one to metrics.jsonl, and start the next window."""
-        window, self.counters.window = self.counters.window, Window()
+        window, self.counters.window = self.counters.window, LogWindow()
         if not window.losses:
             return  # every step was skipped
         nats = sum(window.losses) / len(window.losses)
@@ -198,31 +231,39 @@ class _StepLog:
         )
 
 
-def validate(run: Run) -> Likelihood:
-    """Evaluate on the validation windows: log the bound, save the best weights, count evaluations that stalled."""
+def validate(run: TrainingRun) -> Likelihood:
+    """Evaluate on the validation windows, log the bound, and save the weights if they are the best of the stage."""
     counters = run.counters
     run.model.eval()
-    start = run.clock.seconds()
+    start = run.seconds()
     # `evaluate` uses the same noise at every call
-    result = run.engine.evaluate(run.valid, run.characters_per_token, progress=lambda *_: run.stop_if_asked())
+    result = run.evaluate(run.valid)
     run.model.train()
-    run.log.write(
-        {
-            "split": "valid",
-            **_place(counters),
-            "nats_per_token": result.nats_per_token,
-            "bpc": result.bpc,
-            "stderr": result.stderr,
-        }
-    )
-    if result.nats_per_token < counters.best - run.config.train.stall_tolerance:
-        counters.best, counters.stalled = result.nats_per_token, 0
-    else:
-        counters.stalled += 1
+    figures = {"nats_per_token": result.nats_per_token, "bpc": result.bpc, "stderr": result.stderr}
+    run.log.write({"split": "valid", **_place(counters), **figures})
     if result.nats_per_token < counters.lowest:
         counters.lowest = result.nats_per_token
         run.save_best(result)
     counters.due = False
-    counters.spent.evaluation = run.clock.seconds() - start
+    counters.spent.evaluation = run.seconds() - start
     counters.spent.per_window = counters.spent.evaluation / len(run.valid)
     return result
+
+
+def seconds_per_step(
+    config: RunConfig, stage: int, batches: Callable[[], Tensor], device: torch.device, *, num_steps: int = 6
+) -> float:
+    """Median seconds of an optimiser step of `stage` (0-based) on a throw-away model.
+
+    Every step takes its tokens from a call of `batches`. `config.model.vocab_size` must be set.
+    """
+    with seeded(config.seed):
+        model = config.model_of_stage(stage).build().to(device)
+    model.train_only(stage)
+    parallel_model, optimizers = ParallelModel(model, config, frozen=stage), build_optimizers(config.optim, model)
+    generator, durations = torch.Generator(device=device).manual_seed(0), []
+    for _ in range(num_steps):
+        start = time.perf_counter()
+        optimizer_step(parallel_model, optimizers, batches().to(device), generator=generator).loss.item()
+        durations.append(time.perf_counter() - start)
+    return sorted(durations)[len(durations) // 2]

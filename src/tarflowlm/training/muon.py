@@ -9,13 +9,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tarflowlm.config import Precision
 
-_DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 LARGE = 512 * 512
 """Smallest matrix, in elements, for which bfloat16 is worth its rounding on a CPU."""
 
 
-def orthogonalised(
+def orthogonalise(
     matrix: Tensor, *, coefficients: tuple[float, float, float], steps: int, eps: float, dtype: torch.dtype
 ) -> Tensor:
     r"""The matrix with all its singular values moved close to 1, by Newton-Schulz iteration (Jordan et al. 2024).
@@ -72,7 +70,7 @@ class Muon(torch.optim.Muon):
     """
 
     found_inf: Tensor | None = None
-    """As in torch.amp: a scalar on the device; if it is 1, `step` changes nothing."""
+    """A scalar on the device, as in torch.amp; if it is 1, `step` changes nothing."""
 
     def __init__(
         self, params: Iterable[Any], *, precision: Precision, stacked: Iterable[Tensor] = (), **options: Any
@@ -121,32 +119,32 @@ class Muon(torch.optim.Muon):
         """The update of every parameter in turn, before the learning rate."""
         if not isinstance(params[0], DTensor):
             for p in params:
-                yield self._orthogonalised(p, self._averaged_gradient(p, group), group)
+                yield self._orthogonalise(p, self._averaged_gradient(p, group), group)
             return
         mesh, own = params[0].device_mesh, {}
         turns = [index % mesh.size() for index in range(len(params))]
         for index, p in enumerate(params):
             whole = self._averaged_gradient(p, group).full_tensor()  # type: ignore[attr-defined]
             if turns[index] == mesh.get_rank():
-                own[index] = self._orthogonalised(p, whole, group)
+                own[index] = self._orthogonalise(p, whole, group)
         for index, p in enumerate(params):
             update = own.pop(index, None)
             update = torch.empty(p.shape, dtype=p.dtype, device=p.device) if update is None else update
             yield distribute_tensor(update, mesh, p.placements, src_data_rank=turns[index])  # type: ignore[attr-defined]
 
-    def _orthogonalised(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+    def _orthogonalise(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """The orthogonalised gradient of a whole parameter, scaled to a root mean square of 0.2."""
-        dtype = torch.float64 if gradient.dtype == torch.float64 else _DTYPES[self.precision]
+        dtype = torch.float64 if gradient.dtype == torch.float64 else getattr(torch, self.precision)
         parts = []
         for matrix in gradient.chunk(3 if id(p) in self._stacked else 1):
-            found = orthogonalised(
+            found = orthogonalise(
                 matrix, coefficients=group["ns_coefficients"], steps=group["ns_steps"], eps=group["eps"], dtype=dtype
             )
             parts.append(found.to(gradient.dtype).mul_(0.2 * max(matrix.shape) ** 0.5))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def quicker_precision(shapes: Iterable[torch.Size], device: torch.device) -> Precision:
+def faster_precision(shapes: Iterable[torch.Size], device: torch.device) -> Precision:
     """The faster precision for matrices of these shapes, by a fixed rule, so that results are reproducible.
 
     bfloat16 on GPUs that support it, and for large matrices on CPUs with AMX tiles; float32 otherwise. CPUs without

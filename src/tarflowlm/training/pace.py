@@ -1,131 +1,67 @@
 """The progress of a stage, in steps or in wall-clock time."""
 
-import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 from tarflowlm.config import TrainConfig
-from tarflowlm.training.distributed import ALONE, Processes
+from tarflowlm.training.state import Counters, TimeSpent
 
 SAVE_SECONDS, SAVES_SHARE = 60.0, 0.05
 """A run with a time limit saves about this often, but spends at most about this share of its time on saving."""
 TEST_SHARE = 0.15
 """Largest share of a run's time for the test split at its end."""
-
-
-@dataclass
-class TimeSpent:
-    """How the wall-clock time of a run was spent, in seconds; saved with the run."""
-
-    total: float = 0.0
-    """From the start of the run to its last checkpoint; time lost by a kill does not count."""
-    stage_start: float = 0.0
-    """`total` at the start of the current stage."""
-    evaluation: float = 0.0
-    """Duration of the newest validation."""
-    per_window: float = 0.0
-    """The same per window."""
-    save: float = 0.0
-    """Duration of the newest checkpoint."""
-
-
-class Clock:
-    """Wall-clock time of a run, over all its sessions. Every process reads the clock of the first one."""
-
-    def __init__(self, before: float = 0.0, *, since: float | None = None, processes: Processes = ALONE) -> None:
-        """`before`: seconds of earlier sessions; `since`: start of this one on `time.monotonic`, by default now."""
-        self._start = (time.monotonic() if since is None else since) - before
-        self._processes = processes
-
-    def seconds(self) -> float:
-        """Seconds since the run began, without the time between sessions. Collective."""
-        return self._processes.first_number(time.monotonic() - self._start)
+UNTIMED_STEPS = 1000.0
+"""Steps that a stage with a time limit is assumed to have until one of them has been timed."""
 
 
 class StepPace:
-    """The pace of a stage of `num_steps` steps."""
+    """The pace of a stage with a number of steps."""
 
-    share = None
-    """Share of the stage's time that is over; only `TimePace` has one."""
+    save_due = False
+    """True if the last checkpoint is old enough for the next one; never by steps."""
 
-    def __init__(self, num_steps: int) -> None:
-        self.num_steps = num_steps
+    def __init__(self, train: TrainConfig, counters: Counters) -> None:
+        self.train, self.counters = train, counters
+        self.total = train.stage_steps[counters.stage]
+        """The whole stage in units of `done`."""
+        self.num_steps: int | float = self.total
+        """Steps of the stage, an estimate if its time is limited; the learning-rate schedule follows it."""
+        self.update()
 
-    def look(self, stage_step: int) -> None:
-        """Called after every step; nothing to measure."""
-
-    def steps(self, stage_step: int) -> tuple[int, int]:
-        """The next step (0-based) and the number of steps of the stage, the arguments of `optim.schedule`."""
-        return stage_step, self.num_steps
-
-    def over(self, stage_step: int) -> bool:
-        """Whether all steps are taken."""
-        return stage_step >= self.num_steps
-
-    def save_due(self) -> bool:
-        """Whether the time calls for a checkpoint: never."""
-        return False
+    def update(self) -> None:
+        """Update `done` and `over` after a step."""
+        self.done = self.counters.stage_step
+        self.over = self.done >= self.total
 
 
-@dataclass
-class TimePace:
-    """The pace of a stage that gets a share of the run's remaining time.
+class TimePace(StepPace):
+    """The pace of a stage that gets a share of the run's remaining time; `done` is in thousandths of it.
 
-    `train.stage_steps` are the shares. Time is first reserved for the evaluation and checkpoint that end every
-    remaining stage, and for the evaluation of `test_windows` windows at the end of the run. Other evaluations and
-    checkpoints take time from the stage itself.
+    `train.stage_steps` are the shares of the stages. Time is first reserved for the evaluation and checkpoint that
+    end every remaining stage, and for the evaluation of `test_windows` windows at the end of the run. Other
+    evaluations and checkpoints take time from the stage itself. `clock` gives the seconds since the run began.
     """
 
-    train: TrainConfig
-    stage: int
-    spent: TimeSpent
-    clock: Clock
-    test_windows: int
-    every: int = 1
-    """Steps between reads of the clock."""
-    now: float = field(init=False)
-    """The newest reading of the clock, in seconds."""
-    evaluation: float = field(init=False)
-    """Estimated seconds of the evaluation at the end of the stage."""
+    def __init__(self, train: TrainConfig, counters: Counters, clock: Callable[[], float], test_windows: int) -> None:
+        self.clock, self.test_windows, self.share = clock, test_windows, 0.0
+        super().__init__(train, counters)
 
-    share: float = field(init=False, default=0.0)
-    """Share of the stage's time that is over. It never falls, even if an evaluation is shorter than estimated."""
-
-    def __post_init__(self) -> None:
-        self.now, self.evaluation = self.clock.seconds(), self.spent.evaluation
-        self.share = self._share()
-
-    def look(self, stage_step: int) -> None:
-        """Read the clock and update `share`, every `every` steps."""
-        if stage_step % self.every == 0:
-            self.now = self.clock.seconds()
-            # until the first evaluation: a window without a backward pass takes a third of the time
-            step = (self.now - self.spent.stage_start) / max(stage_step, 1)
-            guess = step * self.train.evaluate_windows / self.train.batch_size / 3
-            self.evaluation = self.spent.evaluation or guess
-            self.share = max(self.share, self._share())
-
-    def _share(self) -> float:
-        total, ahead = 60 * self.train.minutes, self.train.stage_steps[self.stage :]
-        left = total - test_seconds(total, self.test_windows, self.spent) - self.spent.stage_start
-        seconds = (left - len(ahead) * (self.evaluation + self.spent.save)) * ahead[0] / sum(ahead)
-        return min(1.0, (self.now - self.spent.stage_start) / seconds) if seconds > 0 else 1.0
-
-    def steps(self, stage_step: int) -> tuple[int, float]:
-        """The next step (0-based) and the estimated number of steps of the stage, for `optim.schedule`."""
-        if stage_step < self.every:
-            return stage_step, 1000.0  # no step has been timed yet: assume many
-        return stage_step, max(stage_step + 1.0, stage_step / max(self.share, 1e-9))
-
-    def over(self, stage_step: int) -> bool:
-        """Whether the stage's time is over; every stage takes at least one step."""
-        return stage_step > 0 and self.share >= 1
-
-    def save_due(self) -> bool:
-        """Whether the last checkpoint is old enough for the next one."""
-        return self.now - self.spent.total > max(SAVE_SECONDS, self.spent.save / SAVES_SHARE)
-
-
-Pace = StepPace | TimePace
+    def update(self) -> None:
+        """Read the clock, and estimate the number of steps anew."""
+        now, spent, stage_step = self.clock(), self.counters.spent, self.counters.stage_step
+        passed = now - spent.stage_start
+        # until the first evaluation: a window without a backward pass takes a third of the time
+        windows = self.train.evaluate_windows / self.train.batch_size / 3
+        evaluation = spent.evaluation or passed / max(stage_step, 1) * windows
+        total, shares = 60 * self.train.minutes, self.train.stage_steps[self.counters.stage :]
+        left = total - test_seconds(total, self.test_windows, spent) - spent.stage_start
+        seconds = (left - len(shares) * (evaluation + spent.save)) * shares[0] / sum(shares)
+        # the share never falls, even if an evaluation is shorter than estimated
+        self.share = max(self.share, min(1.0, passed / seconds) if seconds > 0 else 1.0)
+        self.total, self.done = 1000, int(1000 * self.share)
+        self.num_steps = stage_step / max(self.share, 1e-9) if stage_step else UNTIMED_STEPS
+        # every stage takes at least one step
+        self.over = stage_step > 0 and self.share >= 1
+        self.save_due = now - spent.total > max(SAVE_SECONDS, spent.save / SAVES_SHARE)
 
 
 def test_seconds(total: float, test_windows: int, spent: TimeSpent) -> float:

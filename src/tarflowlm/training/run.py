@@ -1,53 +1,45 @@
-"""The state of a training run, and its checkpoints.
+"""A training run in progress: its model, optimisers, data and counters, and its checkpoints."""
 
-`lifecycle` creates a `Run` and takes it through its stages; `loop` trains a stage.
-"""
-
+import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tarflowlm.config import RunConfig
 from tarflowlm.data import Corpus, WindowSampler, eval_windows
-from tarflowlm.errors import Stopped
+from tarflowlm.errors import Stopped, UserError
 from tarflowlm.evaluation.likelihood import Likelihood
-from tarflowlm.language_model import LanguageModel, seeded
-from tarflowlm.runs.checkpoint import BEST, TOKENIZER, save_weights, write_run
-from tarflowlm.training.distributed import Processes
+from tarflowlm.files import read_json
+from tarflowlm.language_model import seeded
+from tarflowlm.progress import SILENT, Progress
+from tarflowlm.runs.checkpoint import BEST, COUNTERS, STATE, TOKENIZER, save_weights, write_run
 from tarflowlm.training.guards import NAMED, RunningLoss
-from tarflowlm.training.metrics import MetricsLog, NoLog, Reporter
+from tarflowlm.training.metrics import MetricsLog, Reporter
 from tarflowlm.training.optim import build_optimizers, with_precision
-from tarflowlm.training.pace import Clock
-from tarflowlm.training.parallel import Engine, whole_weights
+from tarflowlm.training.parallel import ParallelModel, whole_weights
+from tarflowlm.training.processes import Processes
 from tarflowlm.training.state import Counters, load_state, save_state
-from tarflowlm.training.tracking import Sinks
+from tarflowlm.training.trackers import Trackers
 
-StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
-"""A context in which a run can be asked to stop. It yields a function that returns the reason, or None."""
-
-
-@contextmanager
-def no_stop_requests() -> Iterator[Callable[[], str | None]]:
-    """The default `StopRequests`: never stop; signals keep their handlers."""
-    yield lambda: None
+logger = logging.getLogger("tarflowlm")
 
 
-class Run:
-    """The model, optimisers, data and counters of a training run, and the methods that save them.
+class TrainingRun:
+    """A run in progress: its model, optimisers, data and counters, and the methods that save them.
 
     Every process holds the same, but only the first writes files. `model` has the blocks of the stages so far;
-    `engine` computes its loss and gradients in the current stage, with the blocks below frozen.
+    `parallel_model` computes its loss and gradients in the current stage, with the blocks below frozen.
     """
 
-    engine: Engine
+    parallel_model: ParallelModel
+    optimizers: list[torch.optim.Optimizer]
     log: MetricsLog
-    clock: Clock
-    """Seconds since the run began, earlier sessions included."""
 
     def __init__(
         self,
@@ -57,11 +49,10 @@ class Run:
         device: torch.device,
         reporter: Reporter,
         processes: Processes,
-        begun: float,
     ) -> None:
-        """`begun`: the start of this session on `time.monotonic`. UserError if the batch does not divide evenly."""
-        self.out, self.corpus, self.device, self.reporter = out, corpus, device, reporter
-        self.processes, self.begun = processes, begun
+        """Nothing is written; see `write_start` and `start`."""
+        self.out, self.corpus, self.device, self.reporter, self.processes = out, corpus, device, reporter, processes
+        self.session_start = time.monotonic()
         self.sampler = WindowSampler(
             corpus.split("train"),
             window=config.model.context,
@@ -74,99 +65,130 @@ class Run:
         self.characters_per_token = torch.from_numpy(corpus.tokenizer.characters_per_token)
         self.characters_ratio = corpus.num_characters("train") / corpus.num_tokens("train")
         self.generator = torch.Generator(device=device).manual_seed(config.seed)
-        self.model = initial_model(config)
+        with seeded(config.seed):
+            self.model = config.model_of_stage(0).build()
+        self.model.config = config.model
         # decided by one process for all, and recorded in the configuration
         optim = processes.from_first(with_precision(config.optim, self.model, device))
         self.config = replace(config, optim=optim)
         available = corpus.num_tokens("test") // config.model.context
         self.num_test_windows = min(config.train.test_windows or available, available)
-        self.optimizers: list[torch.optim.Optimizer] = []
         self.counters = Counters()
         self.saved_step: int | None = None
         self.stop_signal: Callable[[], str | None] = lambda: None
 
-    def begin(self, state: Path | None, saved: dict[str, Any] | None, *, afresh: bool = False) -> None:
-        """Enter the first stage, or load a saved state with its counters `saved` and enter its stage.
+    def write_start(self) -> None:
+        """Write the files of a run directory before the first step.
 
-        `afresh`: the log is that of an earlier start without a state, and is cleared.
+        The empty folder of states distinguishes it from an exported model.
         """
-        if saved is not None:
+        write_run(self.out, self.config, self.corpus.tokenizer)
+        (self.out / STATE).mkdir(exist_ok=True)
+
+    def start(self, state: Path | None) -> None:
+        """Enter the first stage, or load `state` and enter its stage; open the log, cut back to where it was then."""
+        saved: dict[str, Any] = {"step": 0, "metrics": 0} if state is None else read_json(state / COUNTERS)
+        if state is not None:
+            if saved["corpus"] != self.corpus.fingerprint:
+                source = self.config.data.source
+                raise UserError(
+                    f"{source} is not the text that {self.out} was trained on: restore that text to resume"
+                )
+            logger.info("resuming %s at step %d", self.out, saved["step"])
             self.counters, self.saved_step = Counters.restored(saved["counters"]), saved["step"]
-        self.clock = Clock(self.counters.spent.total, since=self.begun, processes=self.processes)
         self.enter_stage(min(self.counters.stage, self.config.num_stages - 1))
-        if state is not None and saved is not None:
+        if state is not None:
             load_state(state, self.model, self.optimizers, self.generator, processes=self.processes)
             self.sampler.load_state_dict(saved["sampler"])
-        self.log = self._open_log({"step": 0, "metrics": 0} if afresh else saved)
+            # they may be damaged, or a kill came between the state and its weights
+            self._write_weights(self.out, self._finite_weights())
+        if self.processes.first:
+            trackers = Trackers(self.config, self.out, resume_at=saved["step"])
+            self.log = MetricsLog(self.out, self.reporter, resume_at=saved["metrics"], trackers=trackers)
+        else:
+            self.log = MetricsLog(None, self.reporter)
+        self.session_start -= self.counters.spent.total
         if not self.counters.step:
-            self.counters.spent.stage_start = self.clock.seconds()
+            self.counters.spent.stage_start = self.seconds()
 
-    def _open_log(self, saved: dict[str, Any] | None) -> MetricsLog:
-        """The log, cut back to the position saved with the checkpoint, if there is one."""
-        if not self.processes.first:
-            return NoLog(self.reporter)
-        step, position = (saved["step"], saved["metrics"]) if saved else (None, None)
-        sinks = Sinks(self.config, self.out, self.reporter.notice, resume_at=step)
-        return MetricsLog(self.out, self.reporter, resume_at=position, sinks=sinks)
+    def seconds(self) -> float:
+        """Wall-clock seconds since the run began, without the time between sessions. Collective."""
+        return self.processes.from_first(time.monotonic() - self.session_start)
 
     def enter_stage(self, stage: int) -> None:
         """Append the blocks of `stage` to the model, freeze all blocks but its own, and build new optimisers."""
-        num_blocks = self.config.model_of_stage(stage).num_blocks
-        is_new = not self.optimizers
-        if self.model.num_blocks < num_blocks:
-            self.model, is_new = self.model if is_new else self.engine.whole(), True
-            while self.model.num_blocks < num_blocks:
-                with seeded(self.config.seed + 1000 * self.model.num_blocks):
-                    self.model.append_block()
-        if is_new:
-            if self.processes.world == 1 or self.config.train.parallel == "ddp":
-                # FSDP2 moves shards one by one: the whole model need not fit on the device
-                self.model.to(self.device)
-            self.model.train_only(stage)
-            self.engine = Engine(self.model, self.config, self.processes, frozen=stage)
-            self.optimizers = build_optimizers(self.config.optim, self.model)
+        while self.model.num_blocks < self.config.model_of_stage(stage).num_blocks:
+            with seeded(self.config.seed + 1000 * self.model.num_blocks):
+                self.model.append_block()
+        if self.processes.world == 1 or self.config.train.parallel == "ddp":
+            # FSDP2 moves shards one by one: the whole model need not fit on the device
+            self.model.to(self.device)
+        self.model.train_only(stage)
+        self.parallel_model = ParallelModel(self.model, self.config, self.processes, frozen=stage)
+        self.optimizers = build_optimizers(self.config.optim, self.model)
         if len(self.counters.seconds) < stage + 1:
             self.counters.seconds.append(0.0)
             self.counters.stage_tokens.append(0)
 
     def leave_stage(self, end: Likelihood) -> None:
-        """Record the final validation `end` of a stage and enter the next one; saves a stage that ended early."""
+        """Record the final validation `end` of a stage and enter the next one."""
         counters = self.counters
         counters.valid_bpc.append(end.bpc)
         counters.stage_steps.append(counters.stage_step)
         counters.stage, counters.stage_step = counters.stage + 1, 0
-        counters.best = counters.lowest = math.inf
-        counters.stalled, counters.running = 0, RunningLoss()
-        unsaved = self.saved_step != counters.step
-        if unsaved:
-            self.save_weights(self.out)  # without the next block
+        counters.lowest, counters.running = math.inf, RunningLoss()
         if counters.stage < self.config.num_stages:
+            self.model = self.parallel_model.whole_model()
             self.enter_stage(counters.stage)
-        counters.spent.stage_start = self.clock.seconds()
-        if unsaved:
-            self._save_state()
+        counters.spent.stage_start = self.seconds()
+        # a stage with a time limit may end at an evaluation, some steps after its last checkpoint
+        self.save()
 
-    def announce_stage(self) -> None:
-        """Tell the reporter which stage begins or continues."""
-        stage, train = self.counters.stage, self.config.train
-        joint = self.config.num_stages < self.config.model.num_blocks
-        steps = 0 if train.minutes else train.stage_steps[stage]
-        what = "all blocks" if joint else self.config.model.describe(stage)
-        self.reporter.stage(stage, self.config.num_stages, steps, self.counters.stage_step, what)
+    def describe_stage(self) -> str:
+        """The current stage in words, such as "stage 2/3: block 2 mix1"."""
+        stage, num_stages = self.counters.stage, self.config.num_stages
+        if num_stages > 1:
+            return f"stage {stage + 1}/{num_stages}: {self.config.model.describe(stage)}"
+        return self.config.model.describe(0) if self.config.model.num_blocks == 1 else "all blocks"
+
+    def evaluate(self, windows: Tensor, progress: Progress = SILENT) -> Likelihood:
+        """The bound over `windows` [W, T]. Stops in between if the run was asked to. Collective."""
+        return self.parallel_model.evaluate(
+            windows, self.characters_per_token, progress=_StoppableProgress(self, progress)
+        )
 
     def save(self) -> None:
-        """Save a checkpoint, unless this step is saved: the weights, so that the directory loads, then the state."""
-        if self.saved_step != self.counters.step:
-            start = self.clock.seconds()
-            self.save_weights(self.out)
-            self._save_state()
-            self.counters.spent.save = self.clock.seconds() - start
+        """Save a checkpoint, unless this step is saved: the state, then the weights, so that the directory loads."""
+        counters = self.counters
+        if self.saved_step == counters.step:
+            return
+        start, weights = self.seconds(), self._finite_weights()
+        # includes the time of this save, estimated from the last one
+        counters.spent.total = start + counters.spent.save
+        saved = {
+            "step": counters.step,
+            "counters": asdict(counters),
+            "sampler": self.sampler.state_dict(),
+            "corpus": self.corpus.fingerprint,
+            "metrics": self.log.position(),
+        }
+        keep, processes = self.config.train.keep_last, self.processes
+        save_state(self.out, self.model, self.optimizers, self.generator, saved, keep=keep, processes=processes)
+        self._write_weights(self.out, weights)
+        self.saved_step = counters.step
+        counters.spent.save = self.seconds() - start
 
-    def save_weights(self, directory: Path, **more: str) -> None:
-        """Write the weights, with step, tokens, blocks and `more` in the header. Collective.
+    def save_best(self, result: Likelihood) -> None:
+        """Save the weights of the best validation bound to best/, a run directory of its own."""
+        best = self.out / BEST
+        if self.processes.first:
+            best.mkdir(exist_ok=True)
+            if not (best / TOKENIZER).exists():
+                write_run(best, self.config, self.corpus.tokenizer)
+        self._write_weights(best, self._finite_weights(), nats_per_token=repr(result.nats_per_token))
 
-        FloatingPointError if any parameter is not finite.
-        """
+    def _finite_weights(self) -> dict[str, Tensor]:
+        """The weights, on the CPU of the first process; FloatingPointError if any is not finite. Collective."""
         weights = whole_weights(self.model, keep=self.processes.first)
         broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
         if broken := self.processes.from_first(broken):
@@ -174,60 +196,35 @@ class Run:
                 f"parameters {', '.join(broken[:NAMED])} are not finite at step {self.counters.step}: lower optim.lr "
                 f"in a new run; earlier checkpoints are kept"
             )
-        counters = self.counters
-        info = {"step": counters.step, "tokens": counters.tokens, "blocks": self.model.num_blocks}
+        return weights
+
+    def _write_weights(self, directory: Path, weights: dict[str, Tensor], **more: str) -> None:
+        """Write weights, with step, tokens, blocks and `more` in the header."""
+        info = {"step": self.counters.step, "tokens": self.counters.tokens, "blocks": self.model.num_blocks}
         if self.processes.first:
             save_weights(directory, weights, {name: str(value) for name, value in info.items()} | more)
-
-    def _save_state(self) -> None:
-        # includes the time of this save, estimated from the last one
-        self.counters.spent.total = self.clock.seconds() + self.counters.spent.save
-        saved = {
-            "step": self.counters.step,
-            "counters": asdict(self.counters),
-            "sampler": self.sampler.state_dict(),
-            "corpus": self.corpus.fingerprint,
-            "metrics": self.log.position(),
-        }
-        save_state(
-            self.out,
-            self.model,
-            self.optimizers,
-            self.generator,
-            saved,
-            keep=self.config.train.keep_last,
-            processes=self.processes,
-        )
-        self.saved_step = self.counters.step
-
-    def save_best(self, result: Likelihood) -> None:
-        """Save the weights of the best validation bound to best/, which every command accepts as a run directory."""
-        best = self.out / BEST
-        if self.processes.first:
-            best.mkdir(exist_ok=True)
-            if not (best / TOKENIZER).exists():
-                write_run(best, self.config, self.corpus.tokenizer)
-        self.save_weights(best, nats_per_token=repr(result.nats_per_token))
 
     def stop_requested(self) -> str | None:
         """Why this process or another one was asked to stop, or None. Collective."""
         asked = self.stop_signal()
         return (asked or "a signal to another process") if self.processes.any(asked is not None) else None
 
-    def stop_if_asked(self) -> None:
-        """If the run was asked to stop: save it and raise Stopped. Collective."""
-        asked = self.stop_requested()
-        if asked is not None:
-            self.save()
-            raise Stopped(
-                f"stopped by {asked} and saved at step {self.counters.step}; continue with "
-                f"`tarflowlm train --resume {self.out}`"
-            )
+    def stop(self, reason: str) -> None:
+        """Save the run and raise Stopped. Collective."""
+        self.save()
+        raise Stopped(
+            f"stopped by {reason} and saved at step {self.counters.step}; continue with "
+            f"`tarflowlm train --resume {self.out}`"
+        )
 
 
-def initial_model(config: RunConfig) -> LanguageModel:
-    """A new model for the first stage of a run: block 1 alone if progressive, otherwise all blocks."""
-    with seeded(config.seed):
-        model = config.model_of_stage(0).build()
-    model.config = config.model
-    return model
+class _StoppableProgress:
+    """Passes the progress of an evaluation on, and stops the run if it was asked to."""
+
+    def __init__(self, run: TrainingRun, progress: Progress) -> None:
+        self.run, self.progress, self.stage = run, progress, progress.stage
+
+    def advance(self, count: int = 1) -> None:
+        if reason := self.run.stop_requested():
+            self.run.stop(reason)
+        self.progress.advance(count)

@@ -5,12 +5,11 @@ renamed when complete. A run resumes from the newest undamaged one. Unlike weigh
 one may unpickle.
 """
 
+import logging
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,20 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from tarflowlm.errors import UserError
-from tarflowlm.files import read_json, sync_file, sync_folder, write_json
+from tarflowlm.files import sync_file, sync_folder, write_json
 from tarflowlm.runs.checkpoint import COUNTERS, STATE, undamaged_state
-from tarflowlm.runs.manifest import write_manifest
-from tarflowlm.training.distributed import ALONE, Processes
+from tarflowlm.runs.weights import write_manifest
 from tarflowlm.training.guards import RunningLoss
-from tarflowlm.training.pace import TimeSpent
+from tarflowlm.training.processes import ALONE, Processes
+
+# said of every save and load of a single process
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+logger = logging.getLogger("tarflowlm")
 
 
 @dataclass
-class Window:
+class LogWindow:
     """The steps since the last line of the log."""
 
     losses: list[float] = field(default_factory=list)
@@ -41,6 +44,22 @@ class Window:
     tokens: int = 0
     seconds: float = 0.0
     """Training time."""
+
+
+@dataclass
+class TimeSpent:
+    """Wall-clock time of a run, in seconds."""
+
+    total: float = 0.0
+    """From the start of the run to its last checkpoint; time lost by a kill does not count."""
+    stage_start: float = 0.0
+    """`total` at the start of the current stage."""
+    evaluation: float = 0.0
+    """Duration of the newest validation."""
+    per_window: float = 0.0
+    """Duration of the newest validation per window."""
+    save: float = 0.0
+    """Duration of the newest checkpoint."""
 
 
 @dataclass
@@ -56,13 +75,9 @@ class Counters:
     stage_step: int = 0
     """Steps of the current stage."""
     due: bool = False
-    """Whether an evaluation comes before the next step; checkpoints are saved before evaluations."""
-    best: float = math.inf
-    """Validation bound of the stage at its last improvement of `stall_tolerance`, in nats per token."""
+    """True if an evaluation comes before the next step; checkpoints are saved before evaluations."""
     lowest: float = math.inf
-    """Lowest validation bound of the stage, that of best/, in nats per token."""
-    stalled: int = 0
-    """Evaluations since `best`."""
+    """Lowest validation bound of the stage, the bound of best/, in nats per token."""
     skipped: int = 0
     """Steps in a row that were skipped."""
     seconds: list[float] = field(default_factory=list)
@@ -73,16 +88,17 @@ class Counters:
     """Tokens of every stage, the current one included."""
     valid_bpc: list[float] = field(default_factory=list)
     """Validation bound at the end of every finished stage, bits per character."""
-    window: Window = field(default_factory=Window)
+    window: LogWindow = field(default_factory=LogWindow)
     running: RunningLoss = field(default_factory=RunningLoss)
     spent: TimeSpent = field(default_factory=TimeSpent)
 
     @classmethod
     def restored(cls, saved: dict[str, Any]) -> "Counters":
-        """Counters from the dictionary that `dataclasses.asdict` made of them."""
-        nested = {"window": Window(**saved["window"]), "running": RunningLoss(**saved["running"])}
-        spent = TimeSpent(**saved.get("spent", {}))
-        return cls(**(saved | nested | {"spent": spent}))
+        """Counters from the dictionary that `dataclasses.asdict` made of them, perhaps in an earlier version."""
+        values = {f.name: saved[f.name] for f in fields(cls) if f.name in saved}
+        for name, kind in (("window", LogWindow), ("running", RunningLoss), ("spent", TimeSpent)):
+            values[name] = kind(**saved.get(name, {}))
+        return cls(**values)
 
 
 def save_state(
@@ -90,28 +106,31 @@ def save_state(
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     generator: torch.Generator,
-    counters: dict[str, Any],
+    saved: dict[str, Any],
     *,
     keep: int = 2,
     processes: Processes = ALONE,
 ) -> None:
-    """Write the state of step `counters["step"]` and delete all but the `keep` newest states.
+    """Write the state of step `saved["step"]`, with `saved` as counters.json, and delete all but the `keep` newest.
 
-    Collective: all processes write their shards into one folder, which they must share; the first does the rest.
+    Collective: all processes write their shards into one shared folder; the first does the rest.
     """
     root = directory / STATE
-    target = root / f"step-{counters['step']:08d}"
+    target = root / f"step-{saved['step']:08d}"
     temporary = root / f".{target.name}"
     if processes.first:
         root.mkdir(exist_ok=True)
     processes.wait()
-    model_state, optimizer_state = get_state_dict(model, optimizers)
-    tensors = {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state()}
     try:
-        with _one_process():
-            save(tensors, checkpoint_id=temporary, no_dist=processes.world == 1)
+        save(_tensors(model, optimizers, generator), checkpoint_id=temporary, no_dist=processes.world == 1)
         if processes.first:
-            _complete(temporary, target, counters)
+            write_json(temporary / COUNTERS, saved)
+            write_manifest(temporary, [file.name for file in temporary.iterdir()])
+            for file in temporary.iterdir():
+                sync_file(file)
+            sync_folder(temporary)
+            temporary.rename(target)
+            sync_folder(root)
     except BaseException:
         # on a full disk its space is needed
         shutil.rmtree(temporary, ignore_errors=True)
@@ -121,55 +140,6 @@ def save_state(
             # renamed first, so that no partial state is ever visible
             shutil.rmtree(old.rename(root / f".{old.name}"))
     processes.wait()
-
-
-def _complete(temporary: Path, target: Path, counters: dict[str, Any]) -> None:
-    """Add counters and manifest to a written state, sync it, and give it its final name."""
-    write_json(temporary / COUNTERS, counters)
-    write_manifest(temporary, [file.name for file in temporary.iterdir()])
-    for file in temporary.iterdir():
-        sync_file(file)
-    sync_folder(temporary)
-    temporary.rename(target)
-    sync_folder(target.parent)
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """Silences the warning that `no_dist` causes."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def remove_partial(directory: Path) -> None:
-    """Remove the remains of states that were being written or deleted when a run was killed."""
-    for partial in (directory / STATE).glob(".step-*"):
-        shutil.rmtree(partial)
-
-
-def newest_state(directory: Path, notice: Callable[[str], None]) -> Path:
-    """The newest undamaged state. Newer ones are renamed to state/damaged-step-NNNNNNNN, with a call of `notice`.
-
-    UserError if there is none.
-    """
-    states = sorted((directory / STATE).glob("step-*"))
-    whole = undamaged_state(directory)
-    if whole is None:
-        rest = f"; all of {', '.join(state.name for state in states)} are damaged" if states else ""
-        raise UserError(f"{directory} has no state to resume from{rest}: start a new run with another --out")
-    for state in states[states.index(whole) + 1 :]:
-        aside = state.with_name(f"damaged-{state.name}")
-        if aside.exists():
-            shutil.rmtree(aside)
-        state.rename(aside)
-        notice(f"{state} is damaged, set aside as {aside.name}: resuming from {whole.name}")
-    return whole
-
-
-def read_counters(state: Path) -> dict[str, Any]:
-    """The counters saved with a state. UserError if the file is missing or not JSON."""
-    return read_json(state / COUNTERS)
 
 
 def load_state(
@@ -182,24 +152,33 @@ def load_state(
 ) -> None:
     """Load a state into model, optimisers and generator, which must have been built for the same stage. Collective.
 
-    The state may have been written by another number of processes; it is resharded. UserError if it does not fit.
+    The state may have been written by another number of processes; it is resharded.
     """
-    model_state, optimizer_state = get_state_dict(model, optimizers)
-    tensors: dict[str, Any] = {
-        "model": model_state,
-        "optimizers": optimizer_state,
-        "generator": generator.get_state(),
-    }
+    tensors = _tensors(model, optimizers, generator)
     try:
-        with _one_process():
-            load(tensors, checkpoint_id=state, no_dist=processes.world == 1)
+        load(tensors, checkpoint_id=state, no_dist=processes.world == 1)
     except (CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{state} does not fit this run ({reason}): does it belong to another run?") from None
-    set_state_dict(
-        model,
-        optimizers,
-        model_state_dict=tensors["model"],
-        optim_state_dict=tensors["optimizers"],
-    )
+    set_state_dict(model, optimizers, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizers"])
     generator.set_state(tensors["generator"])
+
+
+def _tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer], generator: torch.Generator) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, optimizers)
+    return {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state()}
+
+
+def newest_state(directory: Path) -> Path:
+    """The newest undamaged state. Newer ones are renamed to state/damaged-step-NNNNNNNN, with a notice."""
+    states = sorted((directory / STATE).glob("step-*"))
+    newest = undamaged_state(directory)
+    if newest is None:
+        rest = f"; all of {', '.join(state.name for state in states)} are damaged" if states else ""
+        raise UserError(f"{directory} has no state to resume from{rest}: start a new run with another --out")
+    for state in states[states.index(newest) + 1 :]:
+        aside = state.with_name(f"damaged-{state.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        state.rename(aside)
+        logger.warning("%s is damaged, set aside as %s: resuming from %s", state, aside.name, newest.name)
+    return newest

@@ -5,13 +5,13 @@ They are small enough to be package data, so a first sample needs neither a down
 
 from pathlib import Path
 
-from tarflowlm.data.download import DownloadProgress
 from tarflowlm.errors import UserError
+from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.hub import fetch, is_reference
 
 FOLDER = Path(__file__).parent
 DEFAULT = "english-small"
-"""The model of whoever names none."""
+"""The default model."""
 
 
 def released() -> list[str]:
@@ -19,10 +19,10 @@ def released() -> list[str]:
     return sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
 
 
-def locate(directory: str | Path, progress: DownloadProgress | None = None) -> Path:
-    """A run directory: the path itself, or where there is no such path, the released model or that of the hub.
+def locate(directory: str | Path, progress: Progress = SILENT) -> Path:
+    """The path itself, or where there is no such path, the released model of that name or a downloaded hf:OWNER/NAME.
 
-    Download, `progress` and errors as in `hub.fetch`.
+    UserError where a download fails (`hub.fetch`).
     """
     path = Path(directory)
     if is_reference(path) and not path.exists():
@@ -30,8 +30,8 @@ def locate(directory: str | Path, progress: DownloadProgress | None = None) -> P
     return FOLDER / path if not path.exists() and str(path) in released() else path
 
 
-def borrowed(directory: str | Path) -> str | None:
-    """Whose the run directory is that `locate` finds, in words; None for the user's own, which may be written to."""
+def read_only_reason(directory: str | Path) -> str | None:
+    """The reason why nothing may be written to what `locate` finds, or None for a run directory of the user's own."""
     path = Path(directory)
     if is_reference(path) and not path.exists():
         return f"{path.as_posix()} is on the hub"
@@ -39,8 +39,8 @@ def borrowed(directory: str | Path) -> str | None:
     return f"{path.name} comes with the package" if path.parent == FOLDER.resolve() else None
 
 
-def chosen(directory: Path | None, model: str | None) -> Path:
-    """The run directory of a command: `directory`, or that of the released model `model`; of `DEFAULT` without both.
+def choose_directory(directory: Path | None, model: str | None) -> Path:
+    """The run directory of a command: `directory`, or the released model `model`, or without both `DEFAULT`.
 
     UserError if both are given, and for an unknown model.
     """
@@ -48,8 +48,6 @@ def chosen(directory: Path | None, model: str | None) -> Path:
         raise UserError(f"{directory} and --model {model}: give one of them")
     if directory is not None:
         return directory
-    if model is None:
-        return FOLDER / DEFAULT
-    if model not in released():
+    if model is not None and model not in released():
         raise UserError(f"model {model!r} does not come with the package: choose one of {', '.join(released())}")
-    return FOLDER / model
+    return FOLDER / (model or DEFAULT)

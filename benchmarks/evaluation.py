@@ -1,0 +1,58 @@
+"""Time per token of the bound that `tarflowlm eval` computes, over that of the first model.
+
+python benchmarks/evaluation.py english-mini-ar english-mini --data english
+"""
+
+from argparse import Namespace
+from functools import partial
+
+from timing import Contender, find, parser, run, show
+
+
+def build(args: Namespace) -> dict[str, Contender]:
+    """A contender for every model."""
+    import torch
+
+    from tarflowlm.data import encode_text_source, eval_windows
+    from tarflowlm.evaluation.likelihood import evaluate
+
+    load, found = find("load_checkpoint", "runs.checkpoint"), {}
+    for name in args.models:
+        checkpoint = load(name, torch.device(args.device))
+        tokens = encode_text_source(args.data, checkpoint.tokenizer, ("test",))["test"]
+        windows = eval_windows(tokens, checkpoint.run.model.context, args.windows)
+        characters = torch.from_numpy(checkpoint.tokenizer.characters_per_token)
+        call = partial(evaluate, checkpoint.model, windows, characters, samples=args.samples)
+        result = call()
+        info = {"bound": result.bound, "nats per token": result.nats_per_token}
+        found[name] = Contender(call, windows.numel(), info)
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    options = parser(__doc__)
+    options.add_argument("models", nargs="+", help="run directories or shipped models, the baseline first")
+    options.add_argument("--data", default="english", help="corpus or text file; windows are from its test split")
+    options.add_argument("--windows", type=int, default=32, help="evenly spaced windows of each model's context")
+    options.add_argument("--samples", type=int, default=1, help="posterior samples of flows")
+    args = options.parse_args()
+    found = run(build, args)
+    first = next(iter(found.values()))
+    show(
+        args,
+        [
+            {
+                "": name,
+                **contender.info,
+                "us per token": 1e6 / contender.rate,
+                "time over the first": 1 / contender.over(first),
+                "time over the other checkout": contender.over_other_checkout,
+            }
+            for name, contender in found.items()
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

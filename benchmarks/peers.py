@@ -1,0 +1,333 @@
+"""Models of others in the shape of ours: a GPT-2 and a Llama to time, and the tables of docs/comparison.md.
+
+    pip install flow-matching
+    python benchmarks/peers.py --data english27.txt.xz --judge runs/judge --ours runs/mini-ar runs/mini-mixd
+
+trains two peers, measures them and the finished runs --ours in the same way, and prints a table:
+
+gpt2    GPT-2 of `transformers`, with a start token. Its likelihood is exact.
+masked  Discrete flow matching with a masked source, which is masked diffusion: path, loss and sampler of Meta's
+        `flow-matching` (Gat et al. 2024; licence CC BY-NC, for which reason nothing else here uses it), posterior by
+        a ModernBERT of `transformers` with attention in all directions. Its generalised KL loss, averaged over t, is
+        an upper bound on the negative log-likelihood (Shaul et al. 2024; with a linear schedule that of MDLM).
+
+Both have the width, layers and heads of mini-ar, its batches in the same order, its optimisers and its schedule.
+Options of theirs that only affect speed are set to the faster choice.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tarflowlm.data import Corpus, WindowSampler, cached_corpus, eval_windows
+from tarflowlm.evaluation.judges import Judge, load_judge
+from tarflowlm.evaluation.likelihood import bits, evaluate
+from tarflowlm.evaluation.quality import compare_texts
+from tarflowlm.generation import generate
+from tarflowlm.language_model import seeded
+from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.training.muon import Muon
+from tarflowlm.training.optim import build_optimizers, schedule, set_learning_rate
+
+BATCH, EVAL_BATCH = 64, 32
+TIMES = 4
+"""Values of t per window in the bound of the masked flow, one from each quarter of [0, 1]."""
+
+
+def gpt2(config: Any) -> nn.Module:
+    """A GPT-2 in the shape of a `BaselineConfig`: learned positions, biases, output weights tied to the embedding.
+
+    GELU in its tanh form by PyTorch's single kernel; the default uses eight operations for the same numbers.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    trunk = config.trunk
+    theirs = GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.context, n_embd=trunk.width, n_layer=config.layers,
+        n_head=trunk.num_heads, n_inner=trunk.mlp_ratio * trunk.width, activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    return GPT2LMHeadModel(theirs)
+
+
+def llama(config: Any) -> nn.Module:
+    """A Llama in the shape of a `BaselineConfig`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    trunk = config.trunk
+    theirs = LlamaConfig(
+        vocab_size=config.vocab_size, max_position_embeddings=config.context, hidden_size=trunk.width,
+        num_hidden_layers=config.layers, num_attention_heads=trunk.num_heads, num_key_value_heads=trunk.num_heads,
+        intermediate_size=gated_width(trunk), attention_dropout=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    return LlamaForCausalLM(theirs)
+
+
+def modernbert(config: Any) -> nn.Module:
+    """A ModernBERT in the shape of a `BaselineConfig`, with full attention in every layer.
+
+    Weights start larger than its default of 0.02, which is for width 768: at width 128 the model with that start
+    had learned nothing but the frequencies of letters after 900 steps.
+    """
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    trunk = config.trunk
+    theirs = ModernBertConfig(
+        vocab_size=config.vocab_size, max_position_embeddings=config.context, hidden_size=trunk.width,
+        num_hidden_layers=config.layers, num_attention_heads=trunk.num_heads,
+        intermediate_size=gated_width(trunk), layer_types=["full_attention"] * config.layers,
+        initializer_range=trunk.width**-0.5, attn_implementation="sdpa",
+        pad_token_id=None, bos_token_id=None, eos_token_id=None, cls_token_id=None, sep_token_id=None,
+    )  # fmt: skip
+    return ModernBertForMaskedLM(theirs)
+
+
+def gated_width(trunk: Any) -> int:
+    """Hidden width of an MLP of three matrices, where ours has two: 2/3 of ours, in whole vector registers."""
+    hidden = 2 * trunk.mlp_ratio * trunk.width // 3
+    return max(16, hidden - hidden % 16)
+
+
+def training_steps(run: Any, device: torch.device) -> dict[str, Callable[[Tensor], object]]:
+    """A training step of each with AdamW and the settings of `run`: name -> function of tokens [B, T]."""
+
+    def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], tokens: Tensor) -> None:
+        # without a start vector, the first token has nothing to be predicted from
+        logits = model(input_ids=tokens).logits[:, :-1]
+        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), run.optim.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    models = {"GPT-2": gpt2(run.model).to(device).train(), "Llama": llama(run.model).to(device).train()}
+    optim = replace(run.optim, optimizer="adamw")
+    return {name: partial(step, model, build_optimizers(optim, model)) for name, model in models.items()}
+
+
+def samplers(config: Any, device: torch.device) -> dict[str, Callable[[int, int], Tensor]]:
+    """Name -> function (batch, length) that samples tokens by a loop over the KV cache, without a start vector."""
+
+    @torch.inference_mode()
+    def sample(model: nn.Module, batch: int, length: int) -> Tensor:
+        drawn, following = [torch.randint(config.vocab_size, (batch, 1), device=device)], stepper(model)
+        for _ in range(length - 1):
+            drawn.append(torch.multinomial(following(drawn[-1]).softmax(-1), 1))
+        return torch.cat(drawn, 1)
+
+    models = {"GPT-2": gpt2(config), "Llama": llama(config)}
+    return {name: partial(sample, model.to(device).eval()) for name, model in models.items()}
+
+
+def stepper(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A function token [B, 1] -> logits [B, V] of the next one, over an empty KV cache."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    # transformers 5.24 renamed it
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    return lambda token: model(input_ids=token, use_cache=True, **{name: cache}).logits[:, -1]
+
+
+# --- the comparison: both peers have one token more than ours, `extra`, which they never write
+
+
+class Gpt2:
+    """Predicts each token from those before it and a start token."""
+
+    def __init__(self, config: Any) -> None:
+        self.model, self.extra = gpt2(replace(config, vocab_size=config.vocab_size + 1)), config.vocab_size
+
+    def nats(self, tokens: Tensor, times: int = 1) -> Tensor:
+        """The negative log-likelihood of each token [B, T]."""
+        start = torch.full_like(tokens[:, :1], self.extra)
+        logits = self.model(input_ids=torch.cat([start, tokens[:, :-1]], 1)).logits[..., : self.extra].float()
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+
+    @torch.inference_mode()
+    def sample(self, batch: int, length: int) -> Tensor:
+        """Tokens [batch, length]."""
+        following, drawn = stepper(self.model), [torch.full((batch, 1), self.extra)]
+        for _ in range(length):
+            drawn.append(torch.multinomial(following(drawn[-1])[:, : self.extra].softmax(-1), 1))
+        return torch.cat(drawn[1:], 1)
+
+
+class Masked:
+    """Tokens are masked at random times; the model guesses all masked ones at once."""
+
+    def __init__(self, config: Any) -> None:
+        from flow_matching.loss import MixturePathGeneralizedKL
+        from flow_matching.path import MixtureDiscreteProbPath
+        from flow_matching.path.scheduler import PolynomialConvexScheduler
+
+        self.model, self.extra = modernbert(replace(config, vocab_size=config.vocab_size + 1)), config.vocab_size
+        self.path = MixtureDiscreteProbPath(PolynomialConvexScheduler(n=1.0))
+        self.loss = MixturePathGeneralizedKL(self.path, reduction="none")
+        self.steps = config.context
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits of p(x_1 | x_t), float32; the mask itself has none."""
+        return self.model(input_ids=tokens).logits.float().index_fill(-1, torch.tensor([self.extra]), -math.inf)
+
+    def nats(self, tokens: Tensor, times: int = 1) -> Tensor:
+        """A bound on the negative log-likelihood of each token [B, T], from `times` values of t."""
+        total = torch.zeros(tokens.shape)
+        for part in range(times):
+            # evenly spread over the batch, too, for less variance
+            rows = (torch.arange(len(tokens)) + torch.rand(())) / len(tokens)
+            t = ((part + rows) / times).clamp(max=1 - 1e-6)
+            x_t = self.path.sample(x_0=torch.full_like(tokens, self.extra), x_1=tokens, t=t).x_t
+            # a token that is not masked is known, and costs nothing
+            loss = self.loss(logits=self.logits(x_t), x_1=tokens, x_t=x_t, t=t)
+            total = total + torch.where(x_t == self.extra, loss, 0.0) / times
+        return total
+
+    @torch.inference_mode()
+    def sample(self, batch: int, length: int) -> Tensor:
+        """Tokens [batch, length]."""
+        from flow_matching.solver import MixtureDiscreteEulerSolver
+
+        def posterior(x: Tensor, t: Tensor) -> Tensor:
+            known = F.one_hot(x, self.extra + 1).float()
+            return torch.where(x[..., None] == self.extra, self.logits(x).softmax(-1), known)
+
+        solver = MixtureDiscreteEulerSolver(posterior, self.path, self.extra + 1)
+        return solver.sample(x_init=torch.full((batch, length), self.extra), step_size=1 / self.steps)
+
+
+def train(peer: Gpt2 | Masked, corpus: Corpus, run: Any) -> None:
+    """Train like `tarflowlm train`: Muon for the matrices of the layers, AdamW for everything else."""
+    named = list(peer.model.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and (".h." in name or ".layers." in name)]
+    taken = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": run.optim.weight_decay, "lr_scale": 1.0},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
+    betas = (run.optim.beta1, run.optim.beta2)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, eps=1e-10)]
+    muon = [{"params": matrices, "lr_scale": 1.0}]
+    optimizers.append(Muon(muon, precision="float32", weight_decay=run.optim.weight_decay, momentum=0.95))
+    steps, half = run.train.num_steps, run.train.precision == "bfloat16"
+    tokens, context = corpus.split("train"), run.model.context
+    batches = WindowSampler(tokens, window=context, batch=run.train.batch_size, seed=run.seed)
+    start, losses = time.perf_counter(), []
+    for step in range(steps):
+        set_learning_rate(optimizers, run.optim.lr * schedule(run.optim, step, steps))
+        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+            loss = peer.nats(batches.next()).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(peer.model.parameters(), run.optim.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0:
+            recent, seconds = bits(sum(losses[-100:]) / 100), time.perf_counter() - start
+            print(f"step {step + 1} of {steps}: {recent:.3f} bits, {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def measure(
+    name: str,
+    bpc: str,
+    model: nn.Module,
+    draw: Callable[[int, int], Tensor],
+    text: Tensor,
+    corpus: Corpus,
+    judge: Judge,
+) -> tuple[list[str], Tensor]:
+    """Rows of the table, the last one for real `text` [N, T], and as many samples."""
+    start, parts = time.perf_counter(), [draw(len(part), text.shape[1]) for part in text.split(BATCH)]
+    samples = torch.cat(parts)
+    rate = samples.numel() / (time.perf_counter() - start)
+    drawn, real, similarity = compare_texts(samples, text, corpus.tokenizer, judge)
+    size = sum(p.numel() for p in model.parameters())
+    return [
+        f"| {name} | {size:,} | {bpc} | {drawn.perplexity:.3f} | {similarity:.3f} | {drawn.entropy:.3f} | "
+        f"{drawn.word_entropy:.3f} | {rate:,.0f} |",
+        f"| real text | | | {real.perplexity:.3f} | 1 | {real.entropy:.3f} | {real.word_entropy:.3f} | |",
+    ], samples
+
+
+def main() -> None:
+    """The command line."""
+    from tarflowlm.presets import preset, with_steps
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="text in lower case; its splits are those of tarflowlm")
+    parser.add_argument("--judge", required=True, help="run of a baseline on another text, or one of transformers")
+    parser.add_argument("--ours", nargs="*", default=[], type=Path, help="finished runs of tarflowlm")
+    parser.add_argument("--peers", nargs="*", default=["gpt2", "masked"], choices=["gpt2", "masked"])
+    parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="weights, trained once, and samples")
+    parser.add_argument("--denoising-steps", type=int, nargs="*", default=[64, 16])
+    parser.add_argument("--lr", type=float, help="peak rate of the peers; the default is that of mini-ar")
+    parser.add_argument("--steps", type=int, help="fewer, for a quick look")
+    parser.add_argument("--windows", type=int, default=4096)
+    parser.add_argument("--num", type=int, default=500, help="samples")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of training")
+    args = parser.parse_args()
+    run = preset("mini-ar") if args.steps is None else with_steps(preset("mini-ar"), args.steps)
+    run = replace(run, train=replace(run.train, precision=args.precision))
+    run = run if args.lr is None else replace(run, optim=replace(run.optim, lr=args.lr))
+    corpus, judge = cached_corpus(args.data, run.data.tokenizer), load_judge(args.judge)
+    windows, text = (eval_windows(corpus.split("test"), run.model.context, num) for num in (args.windows, args.num))
+    config = replace(run.model, vocab_size=corpus.tokenizer.vocab_size)
+    args.out.mkdir(parents=True, exist_ok=True)
+    print("| model | parameters | bits per character | perplexity | MAUVE | entropy | of words | tokens/s |")
+    print("|" + " --- |" * 8)
+    for name in args.peers:
+        weights = args.out / f"{name}.pt"
+        with seeded(run.seed):
+            peer = (Gpt2 if name == "gpt2" else Masked)(config)
+            if weights.exists():
+                peer.model.load_state_dict(torch.load(weights, weights_only=True))
+            else:
+                train(peer, corpus, run)
+                torch.save(peer.model.state_dict(), weights)
+        peer.model.eval()
+        with seeded(run.seed), torch.inference_mode():
+            nats = torch.cat([peer.nats(part, TIMES).double().mean(1) for part in windows.split(EVAL_BATCH)])
+        bpc = f"{bits(nats.mean().item()):.4f} ± {bits(nats.std().item()) / len(nats) ** 0.5:.4f}"
+        for steps in args.denoising_steps if isinstance(peer, Masked) else [None]:
+            label = name if steps is None else f"{name}, {steps} steps"
+            if isinstance(peer, Masked):
+                peer.steps, sign = steps, "<= "
+            else:
+                sign = ""
+            with seeded(run.seed):
+                rows, samples = measure(label, sign + bpc, peer.model, peer.sample, text, corpus, judge)
+            print(rows[0], flush=True)
+            texts = [json.dumps({"text": corpus.tokenizer.decode(row)}) + "\n" for row in samples.tolist()]
+            (args.out / f"{label.replace(', ', '-').replace(' ', '-')}.jsonl").write_text("".join(texts))
+    for directory in args.ours:
+        model, generator = load_checkpoint(directory).model, torch.Generator().manual_seed(run.seed)
+        found = evaluate(model, windows, torch.from_numpy(corpus.tokenizer.characters_per_token))
+
+        def draw(batch: int, length: int, model: Any = model, generator: torch.Generator = generator) -> Tensor:
+            return generate(model, num_tokens=length, num=batch, generator=generator, decoder="auto").tokens
+
+        bpc = f"{'' if model.is_exact else '<= '}{found.bpc:.4f} ± {bits(found.stderr):.4f}"
+        rows, _ = measure(directory.name, bpc, model, draw, text, corpus, judge)
+        print(rows[0], flush=True)
+    print(rows[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Speed of a training step of presets, over that of the first one.
+
+    python benchmarks/training.py                                  # mini-ar, mini-mixd, mini-mix1, mini-affine
+    python benchmarks/training.py mini-ar mini-mixd mini-mix1 english-small --against ../other-checkout
+    python benchmarks/training.py mini-ar --peers --rounds 9       # beside models of transformers, with AdamW
+
+Progressive presets are timed stage by stage, on random tokens. TFLOP/s count model FLOPs (`evaluation.flops`).
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from timing import Contender, find, parser, run, show
+
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
+    "RTX 4090": 165.0, "V100": 125.0,
+}  # fmt: skip
+"""Dense matrix products in half precision with float32 sums, as the maker states them; by a part of the name."""
+
+
+def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Callable[[Any], Any]:
+    """A function tokens [B, T] -> loss that takes an optimiser step of `stage` (0-based), on a new model."""
+    try:
+        from tarflowlm.training.step import TrainingStep  # up to commit 615369d
+    except ImportError:
+        pass
+    else:
+        return TrainingStep(config, stage, device, *processes)
+    import torch
+
+    from tarflowlm.language_model import seeded
+    from tarflowlm.training.loop import optimizer_step
+    from tarflowlm.training.optim import build_optimizers
+    from tarflowlm.training.parallel import ParallelModel
+
+    with seeded(config.seed):
+        model = config.model_of_stage(stage).build()
+    if not processes or config.train.parallel == "ddp":
+        model = model.to(device)
+    model.train_only(stage)
+    parallel = ParallelModel(model, config, *processes, frozen=stage)
+    optimizers, generator = build_optimizers(config.optim, model), torch.Generator(device=device).manual_seed(0)
+    return lambda tokens: optimizer_step(parallel, optimizers, tokens, generator=generator)[0]
+
+
+def configuration(name: str, args: Namespace) -> Any:
+    """The preset with a size of the vocabulary, which training takes from the tokenizer."""
+    config = find("preset", "presets", "runs.presets")(name)
+    size = args.vocab_size or (config.data.tokenizer.vocab_size if config.data.tokenizer.kind == "bpe" else 27)
+    precision, batch_size = args.precision or config.train.precision, args.batch_size or config.train.batch_size
+    train = replace(config.train, precision=precision, batch_size=batch_size)
+    optim = replace(config.optim, muon_precision=args.muon_precision)
+    return replace(config, model=replace(config.model, vocab_size=size), train=train, optim=optim)
+
+
+def build(args: Namespace) -> dict[str, Contender]:
+    """A contender for every stage of every preset, and the peers of the first one."""
+    import torch
+
+    from tarflowlm.evaluation.flops import training_flops
+
+    found = {}
+    for name in args.presets:
+        config = configuration(name, args)
+        if args.peers:
+            config = replace(config, optim=replace(config.optim, optimizer="adamw"))
+        for stage in range(config.num_stages):
+            shape = (config.train.batch_size, config.model.context)
+            tokens = torch.randint(config.model.vocab_size, shape, device=args.device)
+            step = training_step(config, stage, torch.device(args.device))
+            flops = shape[0] * training_flops(config.model_of_stage(stage), frozen=stage)
+            label = name if config.num_stages == 1 else f"{name} stage {stage + 1}"
+            info = {"flops": flops, "device": torch.cuda.get_device_name() if args.device == "cuda" else ""}
+            found[label] = Contender(partial(step, tokens), tokens.numel(), info)
+    if args.peers:
+        from peers import training_steps
+
+        config = configuration(args.presets[0], args)
+        shape = (config.train.batch_size, config.model.context)
+        tokens = torch.randint(config.model.vocab_size, shape, device=args.device)
+        for label, step in training_steps(config, torch.device(args.device)).items():
+            found[label] = Contender(partial(step, tokens), tokens.numel())
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    options = parser(__doc__, rounds=7, calls=2)
+    options.add_argument("presets", nargs="*", default=["mini-ar", "mini-mixd", "mini-mix1", "mini-affine"])
+    options.add_argument("--precision", choices=["float32", "bfloat16"], help="of matrix products")
+    options.add_argument("--muon-precision", default="auto", choices=["auto", "float32", "bfloat16"])
+    options.add_argument("--vocab-size", type=int, help="the default is 27 for characters")
+    options.add_argument("--batch-size", type=int, help="sequences per step; the default is the preset's")
+    options.add_argument("--peers", action="store_true", help="with AdamW, beside a GPT-2 and a Llama of this shape")
+    args = options.parse_args()
+    found = run(build, args)
+    first, rows = next(iter(found.values())), []
+    for name, contender in found.items():
+        flops = contender.info.get("flops", 0) / 1e9 / contender.milliseconds
+        peak = next((v for k, v in PEAK_TFLOPS.items() if k in contender.info.get("device", "")), None)
+        rows.append(
+            {
+                "": name,
+                "tokens/s": contender.rate,
+                "ms per step": contender.milliseconds,
+                "tokens/s over the first": contender.over(first),
+                "TFLOP/s": flops or None,
+                "of the peak": flops / peak if peak and flops else None,
+                "time over the other checkout": contender.over_other_checkout,
+            }
+        )
+    show(args, rows)
+
+
+if __name__ == "__main__":
+    main()

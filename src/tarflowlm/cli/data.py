@@ -1,0 +1,42 @@
+"""`tarflowlm data`: a corpus as token shards."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from tarflowlm.cli.options import PrintJson, arg
+from tarflowlm.config import TokenizerConfig
+
+
+@dataclass(frozen=True)
+class Args:
+    """Turn a corpus or text file into token shards."""
+
+    source: Annotated[
+        tyro.conf.Positional[str],
+        arg("SOURCE", "english (built in), text8, openwebtext, or a .txt, .gz, .xz or .zst file."),
+    ]
+    out: Annotated[Path, arg("PATH")]
+    """Directory to create."""
+    tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerConfig)
+    """How text becomes tokens."""
+    json: PrintJson = False
+
+
+def run(args: Args) -> None:
+    from tarflowlm.data import prepare_corpus
+    from tarflowlm.terminal.bars import Bars
+    from tarflowlm.terminal.tables import print_json, print_table
+
+    with Bars() as bars:
+        corpus = prepare_corpus(args.source, args.tokenizer, args.out, progress=bars)
+    splits = ("train", "valid", "test")
+    counts = {name: corpus.num_tokens(name) for name in splits}
+    vocab_size = corpus.tokenizer.vocab_size
+    if args.json:
+        print_json({"out": str(args.out), "vocab_size": vocab_size, "tokens": counts})
+        return
+    rows = [(name, f"{counts[name]:,} tokens, {corpus.num_characters(name):,} characters") for name in splits]
+    print_table(f"{args.out}: {vocab_size} symbols", rows)

@@ -1,0 +1,115 @@
+"""Options: their parser, types that several commands share, and the model and texts that they name. No torch here."""
+
+import contextlib
+import io
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from tarflowlm.config import OLD_DECODERS, DeviceName
+from tarflowlm.errors import UserError
+
+if TYPE_CHECKING:
+    from tarflowlm.runs.checkpoint import Checkpoint
+else:
+    Checkpoint = Any
+
+
+def arg(metavar: str | None = None, help: str | None = None) -> Any:
+    """An option of tyro whose help page leaves out defaults that say nothing."""
+    return tyro.conf.arg(
+        metavar=metavar,
+        help=help,
+        help_behavior_hint=lambda default: "" if default in ("None", "False", "") else f"(default: {default})",
+    )
+
+
+Text = Annotated[str | None, arg("TEXT")]
+File = Annotated[str | None, arg("FILE")]
+Out = Annotated[Path | None, arg("PATH")]
+Count = Annotated[int | None, arg("INT")]
+Number = Annotated[float | None, arg("FLOAT")]
+Flag = Annotated[bool, arg()]
+
+Model = Annotated[
+    tyro.conf.Positional[Path | None],
+    arg(
+        "[MODEL]",
+        "Run directory, name of a model that comes with the package, or hf:OWNER/NAME of the hub. `tarflowlm info` "
+        "lists the models and the default.",
+    ),
+]
+ModelName = Annotated[
+    str | None, arg("NAME", "In place of MODEL: a model that comes with the package, say english-mini.")
+]
+Device = Annotated[DeviceName, arg(help="auto picks cuda, then mps, then cpu.")]
+PrintJson = Annotated[bool, arg(help="Print one JSON object as the last line.")]
+Normalize = Annotated[
+    Literal["text8"] | None,
+    arg("text8", "Normalise the text first, whatever the model's training text was."),
+]
+
+TEMPERATURE = "raise the probabilities of tokens to the power 1 / temperature; 1 samples from the model itself."
+TOP_K = "keep the k most probable tokens."
+TOP_P = "keep the smallest set of tokens that holds this probability."
+
+
+def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
+    """An instance of the dataclass `args`; `settings` are further arguments of `tyro.cli`.
+
+    Where an option is misspelt tyro prints its box and exits with status 2. A UserError of the dataclass itself, or
+    of one inside it, passes through. The names that decoders had in earlier versions are still read.
+    """
+    markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+    settings = {"config": markers} | settings
+    argv = [OLD_DECODERS.get(word, word) if before == "--decoder" else word for before, word in pairwise(["", *argv])]
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(args, args=argv, prog=prog, **settings)
+    except SystemExit as stop:
+        error = stop.__context__
+        while error is not None and not isinstance(error, UserError):
+            error = error.__context__
+        if error is not None:
+            raise error from None
+        sys.stderr.write(box.getvalue())
+        raise
+
+
+def check_at_least_one(args: object, *names: str) -> None:
+    """UserError for a count below 1 among the named options that are given."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name.replace('_', ' ')} {value}: must be at least 1")
+
+
+def load_checkpoint(directory: Path, device: DeviceName) -> Checkpoint:
+    """The model in a directory, among the shipped ones or on the hub, downloaded with a bar."""
+    from tarflowlm.device import pick_device
+    from tarflowlm.runs import checkpoint
+    from tarflowlm.terminal.bars import Bars
+
+    with Bars() as bars:
+        return checkpoint.load_checkpoint(directory, pick_device(device), bars)
+
+
+def read_source(source: str) -> str:
+    """The text of a file, or of standard input for "-"."""
+    if source != "-":
+        from tarflowlm.data import read_text
+
+        return read_text(source)
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise not_utf8(error) from None
+
+
+def not_utf8(error: UnicodeDecodeError) -> UserError:
+    """The error for standard input that is no text."""
+    return UserError(f"standard input is not UTF-8 text ({error.reason}): convert it to UTF-8")

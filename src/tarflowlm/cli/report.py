@@ -1,0 +1,42 @@
+"""`tarflowlm report`: runs and models as one HTML page and PNG figures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from tarflowlm.cli.options import Device, Out, PrintJson, arg
+
+
+@dataclass(frozen=True)
+class Args:
+    """Draw runs and models: samples, curves, blocks and codebook, as one HTML page and PNG figures. Needs the extra
+    plots (matplotlib)."""
+
+    directories: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        arg("MODEL ...", "Run directories, shipped models or hf:OWNER/NAME; several share their figures."),
+    ]
+    out: Out = None
+    """Directory to write; by default DIR/report for a single run directory. An earlier report there is replaced."""
+    device: Device = "auto"
+    json: PrintJson = False
+
+
+def run(args: Args) -> None:
+    from tarflowlm.device import pick_device
+    from tarflowlm.report.build import write_report
+    from tarflowlm.terminal.bars import Bars
+    from tarflowlm.terminal.tables import print_json, print_table
+
+    with Bars() as bars:
+        result = write_report(args.directories, args.out, device=pick_device(args.device), progress=bars)
+    if args.json:
+        print_json(result)
+        return
+    rows = [("page", result["page"]), ("figures", f"{len(result['figures'])} in PNG beside it")]
+    for found in result["runs"]:
+        rows.append((found["name"], found["status"]))
+        rows += [("", note) for note in found["notes"]]
+    print_table("report", rows)

@@ -1,0 +1,135 @@
+"""`tarflowlm runs`: training runs compared in a table."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from tarflowlm.cli.options import PrintJson, arg
+from tarflowlm.errors import UserError, first_line
+
+DEPTH = 2
+"""Levels below a folder at which runs are looked for."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compare training runs in a table: bits per character, tokens, time and state."""
+
+    directories: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        arg("DIR ...", "Run directories, or folders that hold some, at most two levels down."),
+    ] = ()
+    json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        if not self.directories:
+            raise UserError("name the directory that holds the runs, say `tarflowlm runs runs`")
+
+
+def run(args: Args) -> None:
+    from tarflowlm.terminal.tables import print_columns, print_json, print_notice
+
+    rows = _sorted([_row(name, directory) for name, directory in _find(args.directories).items()])
+    if args.json:
+        print_json({"runs": rows})
+        return
+    columns = {"": "name", "preset": "preset", "bpc": "bpc", "best step": "best_step", "tokens": "tokens"}
+    columns |= {"time": "seconds", "state": "state"}
+    if all((row["preset"] or "") in row["name"] for row in rows):
+        del columns["preset"]
+    # bits per character compare within a text only
+    for source, same in groupby(rows, lambda row: row["source"]):
+        text = "" if source is None else f" on {Path(source).name}"
+        cells = [[_cell(row, name) for name in columns.values()] for row in same]
+        print_columns(f"runs{text}: bits per character (bpc) and more", list(columns), cells)
+    if any(row["best"] for row in rows):
+        print_notice("* the fewest bits per character on its text")
+    if any(row["split"] == "valid" for row in rows):
+        print_notice("v: the best validation so far, over fewer windows than a test")
+
+
+def _find(directories: Sequence[Path]) -> dict[str, Path]:
+    """Name -> run directory."""
+    found: dict[str, Path] = {}
+    for folder in directories:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a directory: give run directories, or a folder that holds some")
+        below = list(_runs_in(folder, DEPTH))
+        if not below:
+            raise UserError(
+                f"{folder} holds no run, also not {DEPTH} levels down: give a directory made by `tarflowlm train`"
+            )
+        short = {folder.resolve().name if path == folder else str(path.relative_to(folder)): path for path in below}
+        found |= {name if name not in found else str(path): path for name, path in short.items()}
+    return found
+
+
+def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
+    if any((folder / name).is_file() for name in ("config.json", "model.safetensors", "metrics.jsonl")):
+        yield folder
+    elif depth:
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not path.name.startswith("."):
+                yield from _runs_in(path, depth - 1)
+
+
+def _row(name: str, directory: Path) -> dict[str, Any]:
+    """A run as `--json` shows it; the state of a broken one is the reason."""
+    from tarflowlm.files import writer_of
+    from tarflowlm.report.records import read_record
+
+    empty = dict.fromkeys(("preset", "source", "bpc", "split", "bound", "best_step", "tokens", "seconds"))
+    row: dict[str, Any] = {"name": name, "directory": str(directory), **empty, "state": "", "best": False}
+    try:
+        record = read_record(directory)
+    except (UserError, OSError) as error:
+        return row | {"state": first_line(error).removeprefix(f"{directory} ").removeprefix(f"{directory}/")}
+    summary, valid, train = record.summary, record.valid, record.run.train
+    row |= {"preset": record.run.name, "source": record.run.data.source, "state": "no log"}
+    row["bound"] = "exact" if record.is_exact else "elbo"
+    if record.has_log:
+        row |= {"tokens": int(record.train["tokens"].max()), "seconds": float(record.seconds[-1])}
+        # the steps of a run with a time limit are not known before its end
+        step = f"step {record.last_step:,}" + ("" if train.minutes else f" of {train.num_steps:,}")
+        row["state"] = f"training now, {step}" if writer_of(directory) else f"stopped, {step}"
+    if len(valid["bpc"]):
+        best = int(valid["bpc"].argmin())
+        row |= {"bpc": float(valid["bpc"][best]), "split": "valid", "best_step": int(valid["step"][best])}
+    if summary is not None:
+        row |= {"bpc": float(summary["test"]["bpc"]), "split": "test", "state": "finished"}
+        row |= {key: summary[key] for key in ("tokens", "seconds") if key in summary}
+    return row
+
+
+def _sorted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Text by text and by bits per character, the best of every text marked; broken runs last."""
+    rows = sorted(rows, key=lambda r: (r["source"] is None, r["source"] or "", r["bpc"] or math.inf, r["name"]))
+    for source in {row["source"] for row in rows}:
+        same = [row for row in rows if row["source"] == source and row["bpc"] is not None]
+        # a test says more than a validation, where there is one
+        finished = [row for row in same if row["split"] == "test"] or same
+        if len(same) > 1:
+            finished[0]["best"] = True
+    return rows
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    from tarflowlm.evaluation.likelihood import sign_of
+    from tarflowlm.terminal.bars import minutes
+
+    value = row[name]
+    if value is None:
+        return ""
+    match name:
+        case "bpc":
+            return f"{sign_of(row['bound'])} {value:.4f}" + " v" * (row["split"] == "valid") + " *" * row["best"]
+        case "tokens":
+            return f"{value / 1e6:.2f}M"
+        case "seconds":
+            return minutes(value)
+    return f"{value:,}" if isinstance(value, int) else value

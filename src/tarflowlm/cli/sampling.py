@@ -1,0 +1,225 @@
+"""Samples for `tarflowlm sample`: drawn batch by batch, each printed or written as it is finished."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tarflowlm.cli.options import read_source
+from tarflowlm.cli.sample import Args
+from tarflowlm.data import Tokenizer
+from tarflowlm.data.prompts import BLANK, Reading, read, read_template
+from tarflowlm.device import threads_for
+from tarflowlm.errors import UserError
+from tarflowlm.files import NewLines
+from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation.sampling import row_generators
+from tarflowlm.generation.window import num_positions
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.terminal.bars import Bars
+from tarflowlm.terminal.streams import TextStream, first_stop, write_out
+from tarflowlm.terminal.tables import json_line, print_json, print_notice
+from tarflowlm.terminal.texts import print_samples, samples_to_json
+
+BATCH_TOKENS = 6144
+"""Tokens that are written at once, candidates counted: memory is bounded, and batches are large enough to be fast."""
+
+
+class Sampling:
+    """Draws samples batch by batch, and prints or writes each batch as it is finished.
+
+    Sample r continues prompt r // num, or fills in the template.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, args: Args) -> None:
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.context = model.config.context
+        self.length = self.context if args.length is None else args.length
+        self.given = self._read_given()
+        if args.template is not None and args.length is None:
+            self.length = len(self.given[0].tokens)
+        if self.length > self.context and (args.passes or args.states):
+            flag = "passes" if args.passes else "states"
+            raise UserError(f"--{flag} with length {self.length}: at most the context of {self.context} tokens")
+        self.stops = tuple(self._read(stop, "stop").text for stop in args.stop)
+        for notice in dict.fromkeys(reading.notice for reading in self.given):
+            if notice is not None:
+                print_notice(notice)
+        self.total = args.num * max(len(self.given), 1)
+        self.decoder: Any = args.decoder
+        self.objects: list[dict[str, Any]] = []
+        self.sweeps: list[int] = []
+        self.done = self.num_tokens = 0
+
+    def _read(self, text: str, name: str) -> Reading:
+        return read(self.tokenizer, text, name=name, normalize=self.args.normalize, goes_on=name == "prompt")
+
+    def _read_given(self) -> list[Reading]:
+        """The prompts, or the template; nothing for free samples."""
+        args = self.args
+        if args.template is not None:
+            return [read_template(self.tokenizer, args.template, args.blank, normalize=args.normalize)]
+        if args.prompts is None:
+            return [] if args.prompt is None else [self._read(args.prompt, "prompt")]
+        readings = []
+        for number, line in enumerate(read_source(args.prompts).split("\n"), 1):
+            try:
+                if line.strip():
+                    readings.append(self._read(line.removesuffix("\r"), "prompt"))
+                    if len(readings[-1].tokens) >= self.length:
+                        count = len(readings[-1].tokens)
+                        raise UserError(f"{count} tokens leave no room in {self.length}: raise --length")
+            except UserError as error:
+                error.args = (f"line {number} of {args.prompts}: {error}",)
+                raise
+        if not readings:
+            raise UserError(f"prompts {args.prompts}: holds no prompt; write one per line")
+        return readings
+
+    def run(self, out: NewLines | None) -> None:
+        """Write all samples. An interrupt keeps those that are finished, and tells their number."""
+        start, interrupt = time.perf_counter(), None
+        try:
+            self._write_all(out)
+        except KeyboardInterrupt:
+            where = f" and kept in {out.path}" if out is not None and self.done else ""
+            interrupt = KeyboardInterrupt(f"{self.done} of {self.total} samples are finished{where}")
+        if self.args.json:
+            seconds = time.perf_counter() - start
+            result: dict[str, Any] = (
+                {"samples": self.objects} if out is None else {"out": str(out.path), "written": self.done}
+            )
+            result |= {"sweeps": self.sweeps, "decoders": [] if isinstance(self.decoder, str) else self.decoder}
+            result |= {"seconds": seconds, "tokens_per_second": self.num_tokens / seconds}
+            print_json(result | ({"interrupted": True} if interrupt else {}))
+        elif out is not None and interrupt is None:
+            sys.stdout.write(f"{self.done} sample{'s are' if self.done != 1 else ' is'} in {out.path}\n")
+        if interrupt is not None:
+            raise interrupt
+
+    def _write_all(self, out: NewLines | None) -> None:
+        args = self.args
+        batches = list(self._batches())
+        ticks = sum(num_positions(self.model, self.length, max(map(len, self._prompts(rows)))) for rows in batches)
+        with Bars() as bars:
+            bars.stage("sampling, positions", ticks)
+            for rows in batches:
+                if args.stream:
+                    result, texts = self._stream(rows)
+                else:
+                    result = self._draw(rows, Watch(bars, self._stopping(rows)))
+                    decoded = map(self.tokenizer.decode, result.tokens.tolist())
+                    texts = [self._cut(row, text) for row, text in zip(rows, decoded, strict=True)]
+                    # rich would print below a running bar, on stderr
+                    bars.close()
+                self._put(rows, result, texts, out)
+
+    def _batches(self) -> Iterator[range]:
+        """Consecutive samples; prompts that fill a window are not mixed with others."""
+        num, length = self.args.num, min(self.length, self.context)
+        size = 1 if self.args.stream else max(BATCH_TOKENS // max(length * self.args.particles, 1), 1)
+        fills = max((len(reading.tokens) for reading in self.given), default=0) >= self.context
+        first = 0
+        while first < self.total:
+            end = min(first + size, (first // num + 1) * num if fills else self.total)
+            yield range(first, end)
+            first = end
+
+    def _prompts(self, rows: range) -> list[Tensor]:
+        if not self.given:
+            return [torch.zeros(0, dtype=torch.long)]
+        return [self.given[row // self.args.num].tokens for row in rows]
+
+    def _draw(self, rows: range, watch: Watch) -> Generation:
+        args = self.args
+        with threads_for(len(rows) * args.particles):
+            result = generate(
+                self.model,
+                num_tokens=self.length,
+                num=len(rows),
+                prompt=pad_sequence(self._prompts(rows), batch_first=True, padding_value=BLANK),
+                # streams of rows numbered over all batches, so that a sample does not depend on the batches
+                generator=row_generators(rows, torch.Generator().manual_seed(args.seed)),
+                decoder=self.decoder,
+                watch=watch,
+                **args.writing(),
+            )
+        self.num_tokens += result.tokens.numel()
+        # the choice of auto for the first batch serves the others
+        self.decoder = result.decoders or self.decoder
+        self.sweeps = [a + b for a, b in zip_longest(self.sweeps, result.sweeps, fillvalue=0)]
+        return result
+
+    def _stopping(self, rows: range) -> Callable[[Tensor], bool] | None:
+        """Whether all texts have come to a stop, given their tokens as they become final."""
+        if not self.stops or self.length <= self.context:
+            return None
+        texts = [TextStream(lambda _: None, self.tokenizer, self.stops, start=self._start(row)) for row in rows]
+
+        def have_stopped(tokens: Tensor) -> bool:
+            for text, new in zip(texts, tokens, strict=True):
+                text.add(new)
+            return all(text.has_stopped for text in texts)
+
+        return have_stopped
+
+    def _start(self, row: int) -> int:
+        """Characters of the prompt of a sample."""
+        given = self.given[row // self.args.num].tokens.tolist() if self.given else []
+        return len(self.tokenizer.decode(given)) if self.args.template is None else 0
+
+    def _cut(self, row: int, text: str) -> str:
+        """The text of a sample up to the first stop after its prompt."""
+        return text[: first_stop(text, self.stops, self._start(row))]
+
+    def _stream(self, rows: range) -> tuple[Generation, list[str]]:
+        """The sample of one row, shown while it is written."""
+        (row,) = rows
+        if self.total > 1:
+            write_out(f"sample {row + 1}\n" if row == 0 else f"\nsample {row + 1}\n")
+        stream = TextStream(write_out, self.tokenizer, self.stops, start=self._start(row))
+
+        def on_tokens(tokens: Tensor) -> bool:
+            stream.add(tokens[0])
+            return stream.has_stopped
+
+        try:
+            result = self._draw(rows, Watch(on_tokens=on_tokens))
+        except KeyboardInterrupt:
+            write_out("\n")
+            raise
+        stream.close()
+        write_out("\n")
+        text = self._cut(row, self.tokenizer.decode(result.tokens[0].tolist()))
+        if text != stream.text:
+            print_notice("the final check corrected the text:")
+            write_out(f"{text}\n")
+        return result, [text]
+
+    def _put(self, rows: range, result: Generation, texts: Sequence[str], out: NewLines | None) -> None:
+        """Print, write or keep the samples of a batch."""
+        args = self.args
+        if out is not None or args.json:
+            objects = samples_to_json(result, self.tokenizer, texts=texts, passes=args.passes, states=args.states)
+            if args.template is not None:
+                objects = [{"template": args.template} | sample for sample in objects]
+            elif self.given:
+                objects = [
+                    {"prompt": self.tokenizer.decode(prompt.tolist())} | sample
+                    for prompt, sample in zip(self._prompts(rows), objects, strict=True)
+                ]
+            if out is None:
+                self.objects += objects
+            else:
+                numbered = zip(rows, objects, strict=True)
+                out.write("".join(json_line({"index": row, "seed": args.seed} | one) for row, one in numbered))
+        elif not args.stream:
+            options: Any = {"texts": texts, "first": rows.start, "candidates": args.particles, "passes": args.passes}
+            print_samples(Console(), result, self.tokenizer, **options)
+        self.done += len(rows)

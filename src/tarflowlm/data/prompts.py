@@ -1,0 +1,127 @@
+"""From what a user writes to tokens: the one rule by which texts, prompts, templates and stops are read."""
+
+import re
+from dataclasses import dataclass
+from string import ascii_letters
+
+import torch
+from torch import Tensor
+
+from tarflowlm.config import Normalization
+from tarflowlm.data.text import normalize_text8
+from tarflowlm.data.tokenizer import Tokenizer
+from tarflowlm.errors import UserError
+
+BLANK = -1
+"""Marks a token of a template that is to be drawn."""
+_SHOWN = 200
+"""Characters of a text that a notice shows."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A user's text as a model reads it."""
+
+    tokens: Tensor
+    """Token ids, int64 [T]; BLANK where a template has a blank."""
+    text: str
+    """The text of the tokens, blanks included."""
+    given: str
+    """The text as the user wrote it."""
+
+    @property
+    def notice(self) -> str | None:
+        """A line that shows the text where it differs from the one given, else None."""
+        if self.text == self.given:
+            return None
+        cut = "..." if len(self.text) > _SHOWN else ""
+        return f"read as: {self.text[:_SHOWN]}{cut}".replace("\n", " ")
+
+
+def read(
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    name: str = "text",
+    normalize: Normalization | None = None,
+    goes_on: bool = False,
+) -> Reading:
+    """Normalise `text` as the training text of the tokenizer's model was, and encode it.
+
+    text8 gives lower case, spelled digits, and one space for everything else; the text keeps a space at either end
+    if and only if it was given with white space there. Without normalisation the text stays as it is, but becomes
+    lower case for an alphabet without upper case. `normalize` takes the place of the tokenizer's normalisation.
+
+    `goes_on` is for a text that the model continues: where tokens hold the space before a word, a space at the end
+    is left to the next token, since no training text has it as a token of its own.
+
+    UserError, calling the text `name`, if it is empty or not UTF-8, if normalisation leaves nothing of it, or if it
+    has characters that the tokenizer lacks (`UnknownCharacters`).
+    """
+    _check(text, name)
+    how = normalize or tokenizer.normalization
+    found = _normalized(tokenizer, text, how)
+    _check_left(found, text, name, how)
+    return Reading(_encode(tokenizer, found, goes_on and found != " "), found, text)
+
+
+def read_template(
+    tokenizer: Tokenizer, text: str, blank: str = "_", *, normalize: Normalization | None = None
+) -> Reading:
+    """Read a text in which every `blank` stands for one token to be drawn, BLANK in `tokens`.
+
+    The pieces between the blanks are read as by `read`, each before a blank as one that goes on. A blank counts as a
+    letter: a comma beside it becomes a space.
+
+    UserError as from `read`, for a text without blanks, and for a blank that is not a single character or is in the
+    alphabet of a character tokenizer.
+    """
+    _check(text, "template")
+    if not isinstance(blank, str) or len(blank) != 1:
+        raise UserError(f"blank {blank!r}: must be a single character")
+    if tokenizer.kind == "char" and blank in tokenizer.symbols:
+        raise UserError(f"blank {blank!r} is a character of the model's alphabet: choose another one")
+    *before, last = text.split(blank)
+    if not before:
+        raise UserError(
+            f"the template {text!r} has no blank: mark tokens to fill in by {blank!r}, or give it as the prompt"
+        )
+    how = normalize or tokenizer.normalization
+    pieces = [_normalized(tokenizer, p, how, i > 0, i < len(before)) for i, p in enumerate([*before, last])]
+    _check_left("".join(pieces), text.replace(blank, ""), "template", how)
+    parts = [part for piece in pieces[:-1] for part in (_encode(tokenizer, piece, True), torch.tensor([BLANK]))]
+    return Reading(torch.cat([*parts, _encode(tokenizer, pieces[-1])]), blank.join(pieces), text)
+
+
+def _encode(tokenizer: Tokenizer, text: str, goes_on: bool = False) -> Tensor:
+    return torch.from_numpy(tokenizer.encode(text.removesuffix(" ") if goes_on and tokenizer.holds_spaces else text))
+
+
+def _check(text: str, name: str) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"{name} {text!r}: give a text, a str")
+    if not text:
+        raise UserError(f"the {name} is empty: give at least one character")
+    # Python keeps bytes of the command line that it cannot decode as surrogates (PEP 383)
+    if (found := re.search("[\udc80-\udcff]", text)) is not None:
+        byte = ord(found[0]) - 0xDC00
+        raise UserError(
+            f"the {name} is not UTF-8 (character {found.start()} is byte 0x{byte:02x}): convert it to UTF-8"
+        )
+
+
+def _check_left(found: str, given: str, name: str, how: Normalization) -> None:
+    if given.strip() and not found.strip():
+        raise UserError(f"nothing is left of the {name} {given!r} once normalised ({how}): give some letters a-z")
+
+
+def _normalized(
+    tokenizer: Tokenizer, text: str, how: Normalization, after_blank: bool = False, before_blank: bool = False
+) -> str:
+    if how == "none" or not text:
+        return text.lower() if tokenizer.is_lower_case else text
+    words = normalize_text8(text).strip()
+    # beside a blank, which is a letter, everything else becomes a space as it would in the middle of a text
+    first = text[0].isspace() or (after_blank and text[0] not in ascii_letters)
+    last = text[-1].isspace() or (before_blank and text[-1] not in ascii_letters)
+    return " " * first + words + " " * last if words else " " * (first and last)

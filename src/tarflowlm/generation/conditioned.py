@@ -1,0 +1,207 @@
+"""A pass over a sequence with some given tokens, position by position with the KV cache.
+
+Rows are samples or particles. Every step returns the log-probability of the given tokens, by which `particles`
+weights the rows; `select` and `renew` copy rows and refresh the noise ahead of them.
+
+Shape legend: B rows, T tokens, P patch, N = T / P positions, d channels per token, C = P d, D width.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.flow.numerics import standard_normal_log_prob
+from tarflowlm.flow.precision import wide_dtype
+from tarflowlm.generation.sampling import inverse_cdf
+from tarflowlm.generation.token_probabilities import EstimatedTokens
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.model import TarFlowLM
+
+
+class Conditioned(ABC):
+    """A pass over N positions, of which the first `at` are done.
+
+    It turns `noise` [B, N, ...] into `values` [B, N, ...]: latents for a flow, tokens for the baseline. At given
+    tokens the noise is replaced by the one that belongs to them. `is_known` [B, N, P], on the CPU, says which tokens
+    are given.
+    """
+
+    def __init__(
+        self, model: LanguageModel, noise: Tensor, values: Tensor, is_known: Tensor, adjust: AdjustWeights | None
+    ) -> None:
+        self.noise, self.values, self.adjust = noise, values, adjust
+        self.is_known = is_known.view(len(noise), -1, model.config.patch)
+        # read on the host once, so that a position without given tokens costs nothing for them
+        self.some_known, self.all_known = self.is_known.any(0).tolist(), self.is_known.all(0).tolist()
+        self.num_positions, self.at = noise.shape[1], 0
+        self.cache = model.allocate_cache(len(noise), self.num_positions)
+        self._features_at = model.features_at
+
+    def step(self) -> Tensor | None:
+        """Complete the next position; returns log p [B], in nats, of its given tokens, given everything before.
+
+        None where no row has given tokens.
+        """
+        previous = self.values[:, self.at - 1] if self.at else None
+        features = self._features_at(self.cache, previous, len(self.values))
+        log_p = self.complete(self.at, features)
+        self.at += 1
+        return log_p
+
+    @abstractmethod
+    def complete(self, n: int, features: Tensor) -> Tensor | None:
+        """Complete position n from its features c_n [B, D]; returns as `step`."""
+
+    def select(self, rows: Tensor) -> None:
+        """Replace the completed positions of every row b by those of row rows[b]; the noise ahead stays."""
+        self.values[:, : self.at] = self.values[rows, : self.at]
+        self.noise[:, : self.at] = self.noise[rows, : self.at]
+        self.cache.select(rows)
+
+    def renew(self, rows: Tensor, noise: Tensor) -> None:
+        """Replace the noise of `rows` at the positions ahead by that in `noise` [rows, T, ...]."""
+        self.noise[rows, self.at :] = self.positions(noise)[:, self.at :].to(self.noise)
+
+    @abstractmethod
+    def positions(self, x: Tensor) -> Tensor:
+        """Values of tokens [B, T, ...] as values of positions [B, N, ...]."""
+
+
+class ConditionedLatents(Conditioned):
+    """The pass of a flow through block 1: noise to latents for free tokens, latents to noise for given ones.
+
+    A given token x_t has the latents z_t ~ q(z_t | x_t) in `known`. Its log-probability log p(z_t | z_<t)
+    + log p(x_t | z_t) - log q(z_t | x_t) is log p(z_t | z_<t) - log sum_j N_j(z_t) (docs/math.md, eq. 21).
+
+    With `estimated` the free tokens are drawn by their adjusted probabilities into `tokens` [B, N, P]. Their own
+    noise is unused: it stays as it was, and so do the factors of `LatentSource`.
+    """
+
+    def __init__(
+        self,
+        model: TarFlowLM,
+        noise: Tensor,
+        known: Tensor,
+        is_known: Tensor,
+        adjust: AdjustWeights | None,
+        estimated: EstimatedTokens | None = None,
+    ) -> None:
+        """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU."""
+        assert adjust is None or estimated is None
+        self.block, self.patch = model.prior.block(0), model.prior.patch
+        assert self.block.keeps_order, "given latents need a block in the order of the tokens"
+        noise, self.known = self.positions(noise).clone(), self.positions(known)
+        super().__init__(model, noise, torch.zeros_like(noise), is_known, adjust)
+        mask = self.is_known.to(noise.device)
+        self.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask
+        self.estimated, self.tokens = estimated, torch.zeros_like(mask, dtype=torch.long)
+
+    def positions(self, x: Tensor) -> Tensor:
+        """[B, T, d] as [B, N, C] (docs/math.md, eq. 14)."""
+        return self.patch(x)[0]
+
+    def prefill(self) -> Tensor:
+        """Complete the leading positions that are given in all rows, in one parallel pass; returns as `step`."""
+        num = int(self.is_known.all(2).all(0).long().cumprod(0).sum())
+        if num == 0:
+            return self.noise.new_zeros(len(self.noise))
+        features = self.settle(self.known, num)
+        u, log_det = self.block.coupling(self.known[:, :num], features)
+        self.noise[:, :num] = u
+        return log_det.sum(-1) + standard_normal_log_prob(u) - self.log_normaliser[:, :num].sum((1, 2))
+
+    def settle(self, z: Tensor, num: int) -> Tensor:
+        """Copy the first `num` positions from z [B, N, C], in one parallel pass; returns their features.
+
+        z [1, N, C] serves all rows: its features are computed once.
+        """
+        self.values[:, :num], self.at = z[:, :num], num
+        if num == 0:
+            return self.values.new_zeros(len(z), 0, 0)
+        if len(z) == len(self.values):
+            return self.block.features_of(self.cache, z[:, : num - 1], first=True)
+        one = self.block.allocate_cache(1, num)
+        features = self.block.features_of(one, z[:, : num - 1], first=True)
+        self.cache.copy(one)
+        return features
+
+    def complete(self, n: int, features: Tensor) -> Tensor | None:
+        """Complete position n from its features c_n [B, D]; returns as `step`."""
+        coupling, noise, known, is_known = (
+            self.block.coupling,
+            self.noise[:, n],
+            self.known[:, n],
+            self.is_known[:, n],
+        )
+        if self.estimated is None and not any(self.some_known[n]):
+            self.values[:, n] = coupling.invert(noise, features, self.adjust)
+            return None
+        if self.estimated is None:
+            z, u, log_p = coupling.complete(noise, features, known, is_known, self.adjust)
+        else:
+            z = self._choose(n, features, known, self.estimated)
+            # the given tokens, after the chosen ones of their position
+            given = is_known.to(z.device)
+            _, u, log_p = coupling.complete(noise, features, z, torch.ones_like(is_known))
+            u = torch.where(given.repeat_interleave(z.shape[1] // given.shape[1], 1), u, noise)
+            log_p = torch.where(given, log_p, 0.0)
+        self.values[:, n], self.noise[:, n] = z, u
+        return (log_p - self.log_normaliser[:, n]).sum(-1)
+
+    def _choose(self, n: int, features: Tensor, known: Tensor, estimated: EstimatedTokens) -> Tensor:
+        """The latents [B, C] of position n, with those of its free tokens chosen one after another."""
+        z, P = known.clone(), self.is_known.shape[2]
+        d = z.shape[1] // P
+        for a in range(P):
+            rows = (~self.is_known[:, n, a]).nonzero()[:, 0].to(z.device)
+            if len(rows):
+                tokens, latents = estimated(features[rows], z[rows, : a * d], rows, n * P + a)
+                self.tokens[rows, n, a], z[rows, a * d : (a + 1) * d] = tokens, latents
+        return z
+
+    def chosen_tokens(self, span: slice) -> Tensor:
+        """The chosen tokens [B, n] of a span of the text."""
+        return self.tokens.flatten(1)[:, span]
+
+    def select(self, rows: Tensor) -> None:
+        """As `Conditioned.select`, with the chosen tokens."""
+        super().select(rows)
+        self.tokens[:, : self.at] = self.tokens[rows, : self.at]
+
+
+class ConditionedTokens(Conditioned):
+    """The pass of the baseline: a token is drawn as the inverse of its CDF at a uniform random number."""
+
+    def __init__(
+        self, model: TokenLM, uniform: Tensor, given: Tensor, is_known: Tensor, adjust: AdjustWeights | None
+    ) -> None:
+        """`uniform` [B, T] in [0, 1); tokens `given` [B, T], used where `is_known` [B, T]. All on the CPU."""
+        self.model, device = model, model.device
+        uniform = uniform.to(device, wide_dtype(model.start))
+        noise, values = (self.positions(x) for x in (uniform, (given * is_known).to(device)))
+        super().__init__(model, noise, values, is_known, adjust)
+
+    def positions(self, x: Tensor) -> Tensor:
+        """[B, T] as [B, N, P]."""
+        return x.view(len(x), -1, self.model.config.patch)
+
+    def complete(self, n: int, features: Tensor) -> Tensor | None:
+        """Complete position n from its features c_n [B, D]; returns as `step`."""
+        # a view, filled in place: the logits at place a depend on the tokens before a only
+        patch, uniform = self.values[:, n], self.noise[:, n]
+        log_p = None
+        for a, (some, every) in enumerate(zip(self.some_known[n], self.all_known[n], strict=True)):
+            logits = self.model.place_logits(features, patch, a)
+            drawn = inverse_cdf(logits if self.adjust is None else self.adjust(logits), uniform[:, a])
+            if not some:
+                patch[:, a] = drawn
+                continue
+            known = self.is_known[:, n, a].to(drawn.device)
+            here = logits.to(uniform.dtype).log_softmax(-1).gather(-1, patch[:, a, None])[:, 0] * known
+            log_p = here if log_p is None else log_p + here
+            if not every:
+                patch[:, a] = torch.where(known, patch[:, a], drawn)
+        return log_p

@@ -1,0 +1,268 @@
+"""The configuration of a model: its Transformers, its blocks, its latents. No torch here, as in `config`."""
+
+import math
+import typing
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Any, ClassVar, Literal, TypeVar
+
+from tarflowlm.errors import UserError
+
+C = TypeVar("C", bound="LanguageModelConfig")
+CouplingName = Literal["affine", "token-affine", "mix1", "mixd"]
+"""affine and token-affine: one Gaussian, autoregressive over channels or over tokens. mix1: a mixture per channel.
+mixd: a mixture per token over one codebook (docs/math.md, section 3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The base of all configurations. Fields of `Literal` type accept only the values listed."""
+
+    section: ClassVar[str] = ""
+    """The section of the run that holds it, as options and messages name it, with a dot at the end."""
+
+    def __post_init__(self) -> None:
+        """UserError, naming the field, for a value that its `Literal` does not list."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            is_tuple = typing.get_origin(hint) is tuple
+            allowed = typing.get_args(typing.get_args(hint)[0] if is_tuple else hint)
+            if typing.get_origin(typing.get_args(hint)[0] if is_tuple else hint) is not Literal:
+                continue
+            for value in getattr(self, name) if is_tuple else (getattr(self, name),):
+                if value not in allowed:
+                    raise UserError(f"{self.section}{name} {value!r}: choose one of {', '.join(map(str, allowed))}")
+
+    def require(self, name: str, is_valid: bool, rule: str) -> None:
+        """UserError, naming field and value, unless the value of field `name` is valid."""
+        if not is_valid:
+            raise UserError(f"{self.section}{name} {getattr(self, name)}: {rule}")
+
+    def at_least(self, least: int, *names: str) -> None:
+        """UserError unless these fields are finite and at least `least`."""
+        for name in names:
+            self.require(name, least <= getattr(self, name) < math.inf, f"must be at least {least}")
+
+    def above_zero(self, *names: str) -> None:
+        """UserError unless these fields are finite and above 0."""
+        for name in names:
+            self.require(name, 0 < getattr(self, name) < math.inf, "must be above 0 and finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(Config):
+    """Shape of a Transformer; the number of layers is set per block."""
+
+    width: int = 128
+    """Features per position, D."""
+    num_heads: int = 2
+    """Attention heads H; the width must be a multiple of 2 H."""
+    mlp_ratio: int = 4
+    """Hidden width of the MLP, as a multiple of the width."""
+    rotary_base: float = 10_000.0
+    """Base of the rotary frequencies: the longest wavelength is near 2 pi times this many positions."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "width", "num_heads", "mlp_ratio")
+        self.above_zero("rotary_base")
+        rule = f"must be a multiple of 2 * num_heads = {2 * self.num_heads}, since rotary positions rotate pairs"
+        self.require("width", self.width % (2 * self.num_heads) == 0, rule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(Config):
+    """The fields that both models share."""
+
+    section: ClassVar[str] = "model."
+    family: ClassVar[str]
+    """The kind of model, as written to config.json."""
+    model: ClassVar[str]
+    """module:class of the model, imported when one is built: a shape needs no torch."""
+    vocab_size: int = 0
+    """Token types V; 0 takes it from the tokenizer."""
+    context: int = 256
+    """Tokens T per training sequence; generated sequences are at most as long."""
+    patch: int = 1
+    """Tokens P per position; P divides the context."""
+    trunk: TransformerConfig = field(default_factory=TransformerConfig)
+    """Shape of the Transformer; every block of a flow has its own weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(2, "context")
+        self.at_least(1, "patch")
+        self.at_least(0, "vocab_size")
+        rule = f"does not divide context {self.context}: choose a patch that does, or a multiple of it as context"
+        self.require("patch", self.context % self.patch == 0, rule)
+
+    @property
+    def num_blocks(self) -> int:
+        """Flow blocks L, at most one training stage each; 1 for the baseline."""
+        return 1
+
+    @property
+    def has_token_weights(self) -> bool:
+        """Whether a token is drawn by weights of tokens, which a temperature, top-k and top-p change as they are."""
+        return True
+
+    def first_blocks(self: C, num_blocks: int) -> C:
+        """The configuration of the first `num_blocks` blocks, the model of a progressive stage."""
+        assert num_blocks >= self.num_blocks
+        return self
+
+    @abstractmethod
+    def deepened(self: C, factor: int) -> C:
+        """The same configuration with `factor` times the Transformer layers."""
+
+    def describe(self, block: int) -> str:
+        """A short description of block `block` (0-based)."""
+        return "baseline"
+
+    def build(self) -> Any:
+        """A new model of this shape, initialised from PyTorch's global generator (see `language_model.seeded`).
+
+        UserError without a vocabulary size.
+        """
+        module, name = self.model.split(":")
+        return getattr(import_module(module), name)(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineConfig(LanguageModelConfig):
+    """Shape of the baseline."""
+
+    family: ClassVar[str] = "ar"
+    model: ClassVar[str] = "tarflowlm.baseline:TokenLM"
+    in_patch: Literal["autoregressive", "independent"] = "independent"
+    """Tokens of a patch: independent given the earlier patches (as in the paper), or each given those before it."""
+    layers: int = 6
+    """Transformer layers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "layers")
+
+    def deepened(self, factor: int) -> "BaselineConfig":
+        """The same configuration with `factor` times the Transformer layers."""
+        return replace(self, layers=factor * self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig(Config):
+    """One block of the stack."""
+
+    coupling: CouplingName = "mix1"
+    """The map of a position, given the positions before it."""
+    layers: int = 1
+    """Transformer layers."""
+    start: Literal["codebook", "flattened", "plain"] = "codebook"
+    """Start of a mix1 block 1 with K = V: as the Mix-d coupling of the codebook, the same with a tenth of the
+    evidence in its weights, or plain, without the codebook. Every other block starts plain."""
+    sees_channels: bool = True
+    """Let the head of a channel see the channels before it; without, a mixture per channel given the past alone."""
+    components: int = 2
+    """Mixture components K; 0 ties those of mixd to the encoder's codebook; 1 for affine couplings."""
+
+
+def stack(
+    couplings: Sequence[CouplingName], layers: Sequence[int], components: Sequence[int]
+) -> tuple[BlockConfig, ...]:
+    """Blocks from their couplings, layers and components, block 1 first. ValueError for unequal lengths."""
+    return tuple(
+        BlockConfig(coupling=name, layers=depth, components=count)
+        for name, depth, count in zip(couplings, layers, components, strict=True)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig(LanguageModelConfig):
+    """Shape of a TarFlowLM."""
+
+    family: ClassVar[str] = "flow"
+    model: ClassVar[str] = "tarflowlm.model:TarFlowLM"
+    latent_dim: int = 8
+    """Latent channels d per token."""
+    separation: float = 12.0
+    """Typical distance between neighbouring codebook means, over sigma, at the start of training."""
+    blocks: tuple[BlockConfig, ...] = (
+        BlockConfig(coupling="mixd", layers=6, components=0),
+        BlockConfig(),
+        BlockConfig(),
+    )
+    """Blocks of the stack, block 1 (next to the tokens) first."""
+    head_hidden: int = 64
+    """Hidden units per channel of the masked autoregressive head (D_m / 2 in the paper)."""
+    channel_mix: bool | None = True
+    """Reorder channels to [even, odd] between blocks; None: where P > 1, as in the paper."""
+    in_patch: Literal["autoregressive", "independent"] = "autoregressive"
+    """Mixture weights inside a patch of a mixd block: given the earlier tokens of the patch, or independent."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "latent_dim", "head_hidden")
+        self.above_zero("separation")
+        self.require("blocks", len(self.blocks) > 0, "needs at least one block")
+        for index, block in enumerate(self.blocks):
+            self._check_block(index, block)
+
+    def _check_block(self, index: int, block: BlockConfig) -> None:
+        is_affine, is_mixd, K = "affine" in block.coupling, block.coupling == "mixd", block.components
+        if block.layers < 1:
+            raise UserError(f"model.blocks.{index}.layers {block.layers}: must be at least 1")
+        rule = None
+        if is_affine and K not in (0, 1):
+            rule = "has no effect, an affine coupling has one Gaussian; use 1"
+        elif not is_affine and (0 if is_mixd else 1) > K:
+            rule = f"must be at least {0 if is_mixd else 1}"
+        elif is_mixd and K == 0 and index > 0 and self.mixes_channels:
+            rule = (
+                "0 (tied to the codebook) needs the codebook's order of channels: use it in block 1, turn "
+                "channel_mix off, or give K >= 1 components of the block's own"
+            )
+        if rule is not None:
+            raise UserError(f"model.blocks.{index}.components ({block.coupling}) {K}: {rule}")
+
+    @property
+    def num_blocks(self) -> int:
+        """Flow blocks L."""
+        return len(self.blocks)
+
+    @property
+    def has_token_weights(self) -> bool:
+        """Whether the components of block 1 are tokens: those of a Mix-d coupling tied to the codebook."""
+        return self.blocks[0].coupling == "mixd" and self.blocks[0].components == 0
+
+    @property
+    def mixes_channels(self) -> bool:
+        """Whether channels are reordered between blocks."""
+        return self.patch > 1 if self.channel_mix is None else self.channel_mix
+
+    @property
+    def head_features(self) -> int:
+        """Embedding width A of the masked autoregressive head (docs/math.md, eq. 10; paper: appendix H)."""
+        channels = self.patch * self.latent_dim
+        return min(max(1, int(9 * 2 * self.head_hidden / (16 * max(channels - 1, 1)))), 96)
+
+    def first_blocks(self, num_blocks: int) -> "FlowConfig":
+        """The configuration of the first `num_blocks` blocks."""
+        return replace(self, blocks=self.blocks[:num_blocks])
+
+    def each_block(self, **fields: Any) -> "FlowConfig":
+        """The same configuration with these fields of `BlockConfig` set in every block."""
+        return replace(self, blocks=tuple(replace(block, **fields) for block in self.blocks))
+
+    def deepened(self, factor: int) -> "FlowConfig":
+        """The same configuration with `factor` times the Transformer layers in every block."""
+        return replace(self, blocks=tuple(replace(block, layers=factor * block.layers) for block in self.blocks))
+
+    def describe(self, block: int) -> str:
+        """Number and coupling of block `block` (0-based), such as "block 1 mixd"."""
+        return f"block {block + 1} {self.blocks[block].coupling}"
+
+
+def as_flow_config(config: LanguageModelConfig) -> FlowConfig:
+    """`config`, narrowed to FlowConfig; AssertionError for another configuration."""
+    assert isinstance(config, FlowConfig), config
+    return config

@@ -1,0 +1,242 @@
+"""`train` and `resume`: a run from its configuration to its result."""
+
+import logging
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tarflowlm.config import RunConfig
+from tarflowlm.data import SOURCE_NAMES, Corpus, cached_corpus, eval_windows
+from tarflowlm.device import keep_freed_memory
+from tarflowlm.errors import UserError
+from tarflowlm.files import full_disk_as_user_error, remove_leftovers, write_json, writer_lock
+from tarflowlm.runs.checkpoint import (
+    BEST,
+    CONFIG,
+    STATE,
+    SUMMARY,
+    TOKENIZER,
+    WEIGHTS,
+    read_run,
+    weights_problem,
+    write_run,
+)
+from tarflowlm.training.loop import train_stage
+from tarflowlm.training.metrics import METRICS, Reporter
+from tarflowlm.training.pace import test_seconds
+from tarflowlm.training.processes import ALONE, Processes
+from tarflowlm.training.run import TrainingRun
+from tarflowlm.training.state import newest_state
+from tarflowlm.training.trackers import check_installed
+
+LEAST_TEST_WINDOWS = 32
+"""Test windows that a run with a time limit evaluates at least, even if its time is over."""
+
+StopRequests = Callable[[], AbstractContextManager[Callable[[], str | None]]]
+"""A context in which a run can be asked to stop. It yields a function that returns the reason, or None."""
+
+logger = logging.getLogger("tarflowlm")
+
+
+@contextmanager
+def no_stop_requests() -> Iterator[Callable[[], str | None]]:
+    """The default `StopRequests`: never stop; signals keep their handlers."""
+    yield lambda: None
+
+
+def train(
+    run: RunConfig,
+    out: Path,
+    *,
+    device: torch.device,
+    reporter: Reporter | None = None,
+    processes: Processes = ALONE,
+    stop_requests: StopRequests = no_stop_requests,
+) -> dict[str, Any]:
+    """Train `run` into the new directory `out`; returns the summary, also written to summary.json.
+
+    With several `processes` all of them call this function, and the first one writes.
+
+    Raises UserError if `out` exists and holds more than a start without weights, before anything is written; Stopped,
+    with everything saved, if `stop_requests` says so (the command line passes `signals.stop_on_signals`);
+    FloatingPointError if the loss stays non-finite.
+    """
+    reporter = reporter or Reporter()
+    if processes.first:
+        check_new(out)
+    check_installed(run.train.track)
+    corpus = _corpus(run, reporter, processes)
+    if run.data.source not in SOURCE_NAMES:
+        # absolute, since the run directory may be used from other folders
+        run = replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
+    vocab_size = corpus.tokenizer.vocab_size
+    if run.model.vocab_size not in (0, vocab_size):
+        raise UserError(
+            f"model.vocab_size {run.model.vocab_size}: the tokenizer has {vocab_size} symbols; leave it at 0"
+        )
+    run = replace(run, model=replace(run.model, vocab_size=vocab_size))
+    new = TrainingRun(run, out, corpus, device, reporter, processes)
+    if processes.first:
+        out.mkdir(parents=True, exist_ok=True)
+    with _writing(out, processes):
+        if processes.first:
+            check_new(out)
+            remove_leftovers(out)
+            new.write_start()
+        return _train_stages(new, None, stop_requests)
+
+
+def resume(
+    out: Path,
+    *,
+    device: torch.device,
+    reporter: Reporter | None = None,
+    processes: Processes = ALONE,
+    stop_requests: StopRequests = no_stop_requests,
+) -> dict[str, Any]:
+    """Resume a stopped run from its newest undamaged state; the weights come out as if it had never stopped.
+
+    A run that was stopped before its first checkpoint restarts from its configuration. A run with a time limit
+    continues with the time that its state had left. The number of processes may differ from before. Damaged weights
+    are restored from the state, also those of a finished run. Raises as `train`, and UserError if there is nothing to
+    resume or the text has changed.
+    """
+    reporter = reporter or Reporter()
+    run = read_run(out)
+    if run.optim.muon_precision == "auto":
+        # configurations of earlier versions: this was the only choice then
+        run = replace(run, optim=replace(run.optim, muon_precision="bfloat16", muon_qkv="together"))
+    with _writing(out, processes):
+        state = processes.from_first(_state_to_resume(out) if processes.first else None)
+        resumed = TrainingRun(run, out, _corpus(run, reporter, processes), device, reporter, processes)
+        if state is None:
+            logger.info("%s has no checkpoint yet: restarting at step 0", out)
+            if processes.first:
+                resumed.write_start()
+        return _train_stages(resumed, state, stop_requests)
+
+
+def _train_stages(run: TrainingRun, state: Path | None, stop_requests: StopRequests) -> dict[str, Any]:
+    """Train all stages of a run, from its first step or from `state`, and finish it; returns the summary."""
+    keep_freed_memory()
+    with stop_requests() as run.stop_signal:
+        run.start(state)
+        try:
+            while run.counters.stage < run.config.num_stages:
+                run.leave_stage(train_stage(run))
+            return _finish(run)
+        finally:
+            run.log.close()
+
+
+def _finish(run: TrainingRun) -> dict[str, Any]:
+    """Evaluate the test split and write summary.json."""
+    run.model.eval()
+    minutes = run.config.train.minutes
+    if minutes:
+        _fix_lengths(run)
+    config, counters, parameters = run.config, run.counters, dict(run.model.named_parameters())
+    windows = eval_windows(run.corpus.split("test"), config.model.context, config.train.test_windows or None)
+    run.reporter.stage("evaluating the test split", len(windows))
+    test = run.evaluate(windows, run.reporter)
+    summary = {
+        "preset": config.name,
+        "seed": config.seed,
+        "steps": counters.step,
+        "tokens": counters.tokens,
+        "stage_tokens": counters.stage_tokens,
+        "stage_seconds": [round(s, 2) for s in counters.seconds],
+        "stage_valid_bpc": counters.valid_bpc,
+        "seconds": round(sum(counters.seconds), 2),
+        "wall_seconds": round(run.seconds(), 2),
+        "minutes": minutes,
+        "parameters": sum(p.numel() for p in parameters.values()),
+        "trunk_parameters": sum(p.numel() for name, p in parameters.items() if "transformer." in name),
+        "test": test.to_json(),
+        "source": config.data.source,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processes": run.processes.world,
+        "device": str(run.device),
+        "machine": platform.machine(),
+    }
+    if run.processes.first:
+        write_json(run.out / SUMMARY, summary)
+    return summary
+
+
+def _fix_lengths(run: TrainingRun) -> None:
+    """At the end of a run with a time limit: replace the limit in its configuration by the steps it has taken."""
+    train, spent = run.config.train, run.counters.spent
+    total = 60 * train.minutes
+    seconds = min(max(total - run.seconds(), 0.0), test_seconds(total, run.num_test_windows, spent))
+    fitting = max(LEAST_TEST_WINDOWS, int(seconds / max(spent.per_window, 1e-9)))
+    count = run.processes.from_first(min(run.num_test_windows, fitting))
+    steps = tuple(run.counters.stage_steps)
+    run.config = replace(run.config, train=replace(train, minutes=0.0, stage_steps=steps, test_windows=count))
+    for directory in (run.out, run.out / BEST) if run.processes.first else ():
+        if directory.exists():
+            write_run(directory, run.config, run.corpus.tokenizer)
+
+
+@contextmanager
+def _writing(out: Path, processes: Processes) -> Iterator[None]:
+    """Make this run the only writer of `out`, and turn a full disk into a one-line error."""
+
+    def remedy() -> str:
+        return f"continue with `tarflowlm train --resume {out}`" if (out / CONFIG).exists() else "start it again"
+
+    with full_disk_as_user_error(out, remedy), writer_lock(out) if processes.first else nullcontext():
+        yield
+
+
+def _state_to_resume(out: Path) -> Path | None:
+    """The state to resume, or None if the run was killed before its first checkpoint.
+
+    Removes files that a kill left incomplete.
+    """
+    damage, states = weights_problem(out), out / STATE
+    if (out / SUMMARY).exists() and damage is None:
+        raise UserError(f"{out} is finished: there is nothing to resume; start a new run with another --out")
+    for folder in (out, out / BEST):
+        remove_leftovers(folder)
+    for partial in states.glob(".step-*"):
+        shutil.rmtree(partial)
+    if not (out / WEIGHTS).exists() and not any(states.glob("*step-*")):
+        return None
+    state = newest_state(out)
+    if damage is not None:
+        logger.warning("%s: restored from %s", damage, state.name)
+    return state
+
+
+def check_new(out: Path) -> None:
+    """UserError if `out` exists and holds anything but the remains of a run that ended before it saved weights."""
+    if not out.exists():
+        return
+    # the folder that `write_start` writes last, and no other program does
+    begun = (out / STATE).is_dir() and not any((out / STATE).iterdir())
+    leftovers = {CONFIG, TOKENIZER, METRICS, STATE} if begun else set()
+    if not out.is_dir() or any(path.name not in leftovers and path.name[0] != "." for path in out.iterdir()):
+        can_resume = (out / STATE).is_dir() and not (out / SUMMARY).exists()
+        resume_it = f", or resume it with `train --resume {out}`" if can_resume else ""
+        raise UserError(f"{out} exists already: choose another --out{resume_it}")
+
+
+def _corpus(run: RunConfig, reporter: Reporter, processes: Processes) -> Corpus:
+    with processes.first_alone():
+        corpus = cached_corpus(run.data.source, run.data.tokenizer, progress=reporter)
+    for name in ("train", "valid", "test"):
+        have = corpus.num_tokens(name)
+        if have < run.model.context:
+            raise UserError(
+                f"the {name} split of {run.data.source} has {have} tokens, fewer than the context of "
+                f"{run.model.context}: use a longer text or a smaller model.context"
+            )
+    return corpus

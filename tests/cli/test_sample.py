@@ -1,0 +1,275 @@
+"""`tarflowlm sample`: batches, streams, stops, prompts from files, samples to a file, interrupts, conversations."""
+
+import contextlib
+import io
+import json
+import os
+import select
+import signal
+import sys
+import time
+
+import pytest
+
+from tarflowlm.cli import sampling
+from tarflowlm.data import TEXT8_ALPHABET
+from tarflowlm.terminal.streams import first_stop
+
+MODELS = ("ar", "flow", "patches")
+
+
+@pytest.fixture
+def texts(run_json):
+    """texts(*argv): the texts of the samples."""
+    return lambda *argv: [sample["text"] for sample in run_json("sample", *argv)["samples"]]
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(sampling, "BATCH_TOKENS", 32)
+
+
+def stdin(monkeypatch, text: str | bytes) -> None:
+    content = text.encode() if isinstance(text, str) else text
+    stream = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", stream)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_samples_repeat_and_keep_to_length_and_prompt(run_json, models, name):
+    argv = ["sample", models[name], "--num", 2, "--length", 8, "--prompt", "ab c"]
+    first, second, other = (run_json(*argv, "--seed", seed) for seed in (3, 3, 4))
+    assert first.keys() == {"samples", "sweeps", "decoders", "seconds", "tokens_per_second"}
+    assert first["samples"] == second["samples"] != other["samples"]
+    for sample in first["samples"]:
+        assert len(sample["text"]) == 8
+        assert sample["text"].startswith("ab c")
+        assert set(sample["text"]) <= set(TEXT8_ALPHABET)
+        assert sample["prompt"] == "ab c"
+
+
+def test_passes_go_from_noise_to_text(run_json, run, model):
+    sample = run_json("sample", model, "--length", 8, "--passes", "--states")["samples"][0]
+    assert (len(sample["passes"]), len(sample["states"])) == (3, 3)
+    assert sample["passes"][-1] == sample["text"]
+    shown = run("sample", model, "--length", 8, "--passes").out
+    assert all(label in shown for label in ("noise", "after block 2", "after block 1"))
+
+
+def test_settings_reach_the_sampler(models, texts):
+    for name in ("flow", "ar"):
+        argv = [models[name], "--num", 2]
+        usual = texts(*argv)
+        for more in (["--temperature", 0.01], ["--top-k", 1], ["--top-p", 0.01]):
+            assert texts(*argv, *more) != usual
+        assert {len(text) for text in texts(*argv, "--decoding", "drawn")} == {16}
+
+
+def test_templates_are_filled_in_and_candidates_counted(run, run_json, model):
+    argv = ["sample", model, "--template"]
+    sample = run_json(*argv, "The ___ of, 9")["samples"][0]
+    assert (sample["template"], len(sample["text"])) == ("The ___ of, 9", 15)
+    assert (sample["text"][:4], sample["text"][7:]) == ("the ", " of nine")
+    assert run_json(*argv, "a X", "--blank", "X")["samples"][0]["text"][:2] == "a "
+    done = run(*argv, "the ___", "--particles", 4)
+    assert "4 candidates" in done.out
+    assert "log p(given)" in done.out
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("more", [[], ["--prompt", "ab"], ["--length", "20"]], ids=["free", "prompt", "windows"])
+def test_texts_do_not_depend_on_the_batches(texts, run, models, name, more, request):
+    argv = [models[name], "--num", 5, *more]
+    together = texts(*argv)
+    request.getfixturevalue("small_batches")
+    assert texts(*argv) == together
+    assert texts(*argv, "--num", 2) == together[:2]
+    out = run("sample", *argv).out
+    assert [f"sample {i}" in out for i in range(1, 7)] == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("more", [[], ["--prompt", "ab"], ["--length", "40", "--stop", "e"]])
+def test_streams_show_the_text(texts, run, models, name, more):
+    argv = [models[name], "--decoder", "steps", *more]
+    (text,) = texts(*argv)
+    assert run("sample", *argv, "--stream").out == f"{text}\n"
+
+
+def test_several_streams_are_numbered(texts, run, model):
+    first, second = texts(model, "--num", 2, "--decoder", "steps")
+    shown = run("sample", model, "--num", 2, "--decoder", "steps", "--stream").out
+    assert shown == f"sample 1\n{first}\n\nsample 2\n{second}\n"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sample_ends_before_a_stop_that_follows_the_prompt(texts, models, name):
+    argv = [models[name], "--num", 3, "--length", 40, "--prompt", "stop here "]
+    whole = texts(*argv)
+    stops = [whole[0][30:32], whole[1][20]]
+    for text, cut in zip(whole, texts(*argv, "--stop", stops[0], "--stop", stops[1]), strict=True):
+        assert cut == text[: first_stop(text, stops, 10)]
+
+
+def test_no_window_follows_when_all_rows_have_stopped(run_json, model):
+    argv = ["sample", model, "--length", 60, "--decoder", "steps"]
+    text = run_json(*argv)["samples"][0]["text"]
+    done = run_json(*argv, "--stop", text[0])
+    assert done["samples"][0]["text"] == ""
+    assert done["sweeps"] == [16, 16]
+
+
+def test_prompts_come_from_a_file_or_standard_input(run_json, texts, models, tmp_path, monkeypatch, small_batches):
+    lines = "abc\r\n\nThe\n  \nzz top\n"
+    (tmp_path / "prompts.txt").write_text(lines, encoding="utf-8", newline="")
+    for name in MODELS:
+        argv = ["sample", models[name], "--num", 2, "--length", 10, "--prompts"]
+        found = run_json(*argv, tmp_path / "prompts.txt")["samples"]
+        assert [s["prompt"] for s in found] == ["abc", "abc", "the", "the", "zz top", "zz top"]
+        assert all(s["text"].startswith(s["prompt"]) and len(s["text"]) == 10 for s in found)
+        assert len({s["text"] for s in found}) == 6
+        assert [s["text"] for s in found[:2]] == texts(*argv[1:-1], "--prompt", "abc")
+        stdin(monkeypatch, lines)
+        assert run_json(*argv, "-")["samples"] == found
+
+
+def test_prompts_that_fill_a_window_are_continued(texts, model, monkeypatch):
+    stdin(monkeypatch, f"{'a b ' * 5}\nabc\n")
+    found = texts(model, "--length", 30, "--prompts", "-")
+    assert [text[:3] for text in found] == ["a b", "abc"]
+    assert {len(text) for text in found} == {30}
+
+
+def test_samples_go_to_a_new_file(run, run_json, refused, texts, model, tmp_path, small_batches):
+    out, other = tmp_path / "samples.jsonl", tmp_path / "other.jsonl"
+    argv = ["sample", model, "--num", 5, "--prompt", "ab ", "--seed", 4, "--decoder", "steps"]
+    assert "5 samples" in run(*argv, "--out", out).out
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [line["text"] for line in lines] == texts(*argv[1:])
+    assert [(line["index"], line["seed"], line["prompt"]) for line in lines] == [(i, 4, "ab ") for i in range(5)]
+    refused(*argv, "--out", out, names=[str(out), "exists"])
+    # an error that only the sampler finds leaves no empty file
+    refused(*argv, "--temperature", "0", "--out", other, names=["temperature 0.0"])
+    assert not other.exists()
+    assert run_json(*argv, "--out", other)["written"] == 5
+    assert other.read_bytes() == out.read_bytes()
+
+
+@pytest.mark.usefixtures("interruptible", "small_batches")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_the_finished_samples(run, model, tmp_path, monkeypatch, number):
+    calls: list[int] = []
+    generate = sampling.generate
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(number)
+        return generate(*args, **options)
+
+    monkeypatch.setattr(sampling, "generate", interrupted)
+    argv, out = ["sample", model, "--num", 9], tmp_path / "out.jsonl"
+    done = run(*argv, "--out", out)
+    assert done.status == 130
+    assert done.err == f"tarflowlm: interrupted; 4 of 9 samples are finished and kept in {out}\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert len(out.read_text(encoding="utf-8").splitlines()) == 4
+    calls.clear()
+    done = run(*argv, "--json")
+    assert (done.status, done.err) == (130, "tarflowlm: interrupted; 4 of 9 samples are finished\n")
+    result = json.loads(done.out)
+    assert (len(result["samples"]), result["interrupted"]) == (4, True)
+
+
+# --- conversations
+
+
+@pytest.fixture
+def talk(run, model, monkeypatch):
+    """talk(*lines, options=(), status=0): what `sample --interactive` answers to these lines."""
+
+    def call(*lines: str, options: tuple[object, ...] = (), status: int = 0):
+        stdin(monkeypatch, "".join(f"{line}\n" for line in lines))
+        done = run("sample", model, "--interactive", "--length", 20, *options)
+        assert done.status == status, done.err
+        return done
+
+    return call
+
+
+def test_prompts_are_continued(talk):
+    lines = talk("ab c", "zz").out.splitlines()
+    assert [len(line) for line in lines] == [24, 22]
+    assert [line[:2] for line in lines] == ["ab", "zz"]
+    assert talk("ab c", options=("--seed", 1)).out.splitlines() != lines[:1]
+    assert talk("zz", options=("--prompt", "ab c")).out.splitlines() == lines
+    first, more, again = talk("ab c", "", "/again").out.splitlines()
+    assert (first, len(more), len(again)) == (lines[0], 20, 20)
+    assert more != again
+
+
+def test_settings_and_stops_of_a_conversation(talk):
+    done = talk("/length 7", "/temperature 0.01", "ab", "/again", "/seed 3", "ab", "/seed 3", "ab", "/top-k")
+    first, again, third, fourth = done.out.splitlines()
+    assert ([len(line) for line in (first, again, third)], third) == ([9, 7, 9], fourth)
+    assert done.err.endswith("top-k off\n")
+    (whole,) = talk("ab").out.splitlines()
+    stop = whole[10:12]
+    lines = talk(f"/stop {stop}", "ab", "/stop", "").out.splitlines()
+    assert (lines[0], len(lines[1])) == (whole[: whole.index(stop, 2)], 20)
+
+
+def test_mistakes_cost_a_line_and_go_on(talk, run, model, monkeypatch):
+    mistakes = ["/nope", "/seed x", "/temperature 0", "/temperature", "/length 0", "日", "/stop 日", "/seed -1"]
+    done = talk(*mistakes, "/help", "Ab", "/quit", "never read", status=2)
+    errors = done.err.splitlines()
+    assert [error.startswith("tarflowlm: ") for error in errors] == [True] * len(mistakes) + [False]
+    assert errors[-1] == "read as: ab"
+    assert "/again" in done.out
+    assert done.out.splitlines()[-1].startswith("ab")
+    stdin(monkeypatch, b"\xff\nab\n")
+    done = run("sample", model, "--interactive", "--length", 5)
+    assert (done.status, len(done.out)) == (2, 8)
+    assert "not UTF-8 (character 0 is byte 0xff)" in done.err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_at_a_terminal_control_c_stops_the_writing_and_then_the_loop(model):
+    import pty
+
+    child, terminal = pty.fork()
+    if child == 0:
+        command = [sys.executable, "-m", "tarflowlm", "sample", str(model), "--interactive", "--length", "100000"]
+        os.execv(sys.executable, command)
+    seen, until = "", time.monotonic() + 120
+
+    def expect(text: str) -> None:
+        nonlocal seen
+        while text not in seen:
+            assert time.monotonic() < until, seen
+            if select.select([terminal], [], [], 1)[0]:
+                seen += os.read(terminal, 1000).decode()
+        seen = seen.partition(text)[2]
+
+    try:
+        # the echo of a line comes before its answer
+        for line, answers in ((b"ab c\n", ["> ", "ab c", "ab c", "a"]), (b"\x03", ["> "]), (b"/nope\n", ["no such"])):
+            if line == b"ab c\n":
+                expect(answers.pop(0))
+            os.write(terminal, line)
+            for answer in answers:
+                expect(answer)
+        # Python's readline misses a Ctrl-C that comes after the prompt but before it waits for a key: press it again
+        with contextlib.suppress(OSError):
+            ended = False
+            while not ended:
+                assert time.monotonic() < until, seen
+                os.write(terminal, b"\x03")
+                while not ended and select.select([terminal], [], [], 5)[0]:
+                    ended = not os.read(terminal, 1000)
+    finally:
+        os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

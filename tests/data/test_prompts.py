@@ -1,0 +1,129 @@
+"""Texts, prompts, templates and stops of users, read by one rule."""
+
+from pathlib import Path
+
+import pytest
+
+import tarflowlm.runs.released
+from tarflowlm.data import TEXT8_ALPHABET, ByteTokenizer, CharTokenizer, load_tokenizer
+from tarflowlm.data.bpe import train_bpe
+from tarflowlm.data.prompts import BLANK, read, read_template
+from tarflowlm.errors import UnknownCharacters, UserError
+
+TEXT8 = CharTokenizer(TEXT8_ALPHABET, "text8")
+LOWER = CharTokenizer(TEXT8_ALPHABET, "none")
+TEXT8_BPE = train_bpe([" the cat sat on the mat"] * 9, 32, alphabet=TEXT8_ALPHABET, normalization="text8")
+SMALL = load_tokenizer(Path(tarflowlm.runs.released.__file__).parent / "english-small")
+TOKENIZERS = {"char": TEXT8, "bpe": TEXT8_BPE, "normalize": LOWER}
+
+
+def how(name):
+    return "text8" if name == "normalize" else None
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the cat sat", "the cat sat"),
+        ("the cat sat ", "the cat sat "),
+        (" the cat", " the cat"),
+        ("\tthe cat\n\n", " the cat "),
+        ("It's 1815.", "it s one eight one five"),
+        ("The Müller", "the m ller"),
+        ("the\ncat", "the cat"),
+        ("a  b", "a b"),
+        ("the_cat", "the cat"),
+        ("The, ", "the "),
+        (", the", "the"),
+        (" ", " "),
+        (" \n ", " "),
+        ("<|endoftext|>a", "a"),
+    ],
+)
+def test_text8_keeps_a_space_at_an_end_iff_it_was_given(name, text, expected):
+    reading = read(TOKENIZERS[name], text, normalize=how(name))
+    assert reading.text == expected == TOKENIZERS[name].decode(reading.tokens.tolist())
+    assert reading.notice == (None if text == expected else f"read as: {expected}")
+    assert read(TOKENIZERS[name], reading.text).notice is None
+
+
+@pytest.mark.parametrize("text", ["日本", ".", ". ", "...\n", " 日本 "])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_text_of_which_nothing_is_left_is_refused(name, text):
+    with pytest.raises(UserError, match=r"nothing is left of the stop .* give some letters"):
+        read(TOKENIZERS[name], text, name="stop", normalize=how(name))
+    with pytest.raises(UserError, match="nothing is left of the template"):
+        read_template(TOKENIZERS[name], f"_{text}", normalize=how(name))
+
+
+@pytest.mark.parametrize("text", ["It's 1815, Müller.\n", "a  b", "日本", " ", "the_cat "])
+def test_text_of_a_model_without_normalisation_stays_as_it_is(text):
+    for tokenizer in (SMALL, ByteTokenizer()):
+        reading = read(tokenizer, text)
+        assert reading.text == text == tokenizer.decode(reading.tokens.tolist())
+        assert reading.notice is None
+
+
+def test_alphabet_without_upper_case_gets_lower_case_and_counts_what_it_lacks():
+    assert read(LOWER, "The Cat").text == "the cat"
+    assert read_template(LOWER, "The _at").text == "the _at"
+    with pytest.raises(UnknownCharacters, match=r"^2 of 12 characters \(1 kinds: 'ü' x2\) are not in"):
+        read(LOWER, "Die Müller ü")
+    assert read(TEXT8, "The cat", normalize="none").text == "the cat"
+
+
+@pytest.mark.parametrize("text", ["", "a\udcfc"])
+def test_empty_text_and_text_that_is_not_utf8_are_refused_by_name(text):
+    with pytest.raises(UserError, match="other text"):
+        read(TEXT8, text, name="other text")
+    with pytest.raises(UserError, match="template"):
+        read_template(TEXT8, text)
+
+
+def test_space_at_the_end_of_a_prompt_is_left_to_the_next_token_where_tokens_hold_it():
+    for tokenizer in (SMALL, TEXT8_BPE):
+        for start in ("the ", "the", " ", " the "):
+            begun = read(tokenizer, start, goes_on=True).tokens.tolist()
+            whole = read(tokenizer, start.rstrip() + " cat").tokens.tolist()
+            assert begun == whole[: len(begun)] or start == " "
+            assert tokenizer.decode(begun) == (start.removesuffix(" ") or " ")
+    assert TEXT8.decode(read(TEXT8, "the his ", goes_on=True).tokens.tolist()) == "the his "
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the_cat", "the_cat"),
+        ("The _ sat", "the _ sat"),
+        ("the __, then", "the __ then"),
+        ("_, a", "_ a"),
+        ("it's _.", "it s _"),
+        ("2_2 ", "two _ two "),
+        ("a_日本_", "a_ _"),
+        (" _ ", " _ "),
+        ("____", "____"),
+    ],
+)
+def test_template_keeps_blanks_which_count_as_letters(text, expected):
+    for name, tokenizer in TOKENIZERS.items():
+        reading = read_template(tokenizer, text, normalize=how(name))
+        assert reading.text == expected
+        assert (reading.tokens == BLANK).sum() == text.count("_")
+        assert read_template(tokenizer, reading.text).text == expected
+    tokens = read_template(TEXT8, text).tokens.tolist()
+    assert [BLANK if c == "_" else TEXT8_ALPHABET.index(c) for c in expected] == tokens
+
+
+@pytest.mark.parametrize(
+    ("blank", "message"), [("a", "alphabet"), ("", "single"), ("__", "single"), ("?", "no blank")]
+)
+def test_blank_that_cannot_be_one_is_refused(blank, message):
+    with pytest.raises(UserError, match=message):
+        read_template(TEXT8, "the _ sat", blank)
+
+
+def test_notice_of_a_long_text_is_one_short_line():
+    notice = read(TEXT8, "A\n" * 1000).notice
+    assert notice.endswith("a a ...")
+    assert len(notice) < 250

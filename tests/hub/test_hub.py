@@ -1,0 +1,193 @@
+"""Models fetched from the hub and pushed to it, with their cards."""
+
+import json
+import shlex
+from dataclasses import replace
+
+import httpx
+import pytest
+import torch
+
+import tarflowlm
+from tarflowlm.cli.main import main
+from tarflowlm.errors import UserError
+from tarflowlm.generation import generate
+from tarflowlm.presets import preset
+from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.runs.hub import FILES, fetch
+from tarflowlm.sharing import training_command
+
+errors = pytest.importorskip("huggingface_hub.errors")
+TEST = {"bound": "elbo", "bpc": 1.90625, "nats_per_token": 1.3213, "stderr": 0.004, "windows": 4096}
+
+
+@pytest.fixture
+def finished(trained):
+    """The run with its results."""
+    (trained / "summary.json").write_text(json.dumps({"test": TEST}), encoding="utf-8")
+    return trained
+
+
+def sample(model):
+    return generate(model, num_tokens=16, num=2, generator=torch.Generator().manual_seed(0)).tokens
+
+
+def test_pushed_model_comes_back_bit_for_bit(hub, finished):
+    url = tarflowlm.load(finished).push_to_hub("ada/mine", licence="cc0-1.0")
+    assert url.endswith("/ada/mine")
+    (ours, tokenizer), (theirs, _) = tarflowlm.from_pretrained("ada/mine"), tarflowlm.load(finished)
+    expected = theirs.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
+    first, second = sample(ours), sample(theirs)
+    assert torch.equal(first, second)
+    card = (hub.repository("ada/mine") / "README.md").read_text(encoding="utf-8")
+    assert all(tokenizer.decode(row) in card for row in first.tolist())
+
+
+def test_only_the_files_of_a_model_are_fetched_and_counted(shared):
+    for name in ("pytorch_model.bin", "modeling.py", "README.md"):
+        (shared.repository("ada/tiny") / name).write_text("x", encoding="utf-8")
+    seen = []
+
+    class Counting:
+        def stage(self, name, total=None, done=0):
+            assert name == "downloading hf:ada/tiny"
+
+        def advance(self, count=1):
+            seen.append(count)
+
+    folder = fetch("hf:ada/tiny", Counting())
+    assert {path.name for path in folder.iterdir()} <= {*FILES, "README.md"}
+    sizes = [path.stat().st_size for path in folder.iterdir() if path.name != "config.json"]
+    assert sum(seen) == sum(sizes)  # the configuration was there before
+
+
+def test_flipped_byte_is_refused_and_the_remedy_works(shared, refused):
+    weights = shared.repository("ada/tiny") / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    refused("sample", "hf:ada/tiny", names=["hf:ada/tiny", "model.safetensors", "sha256", "run this again"])
+    weights.write_bytes(before)
+    tarflowlm.load("hf:ada/tiny")
+
+
+def test_models_of_other_kinds_are_refused_before_their_weights(hub, refused):
+    other = hub.repository("ada/other")
+    other.mkdir(parents=True)
+    (other / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    (other / "model.safetensors").write_bytes(b"x" * 1000)
+    refused("sample", "hf:ada/other", names=["hf:ada/other", "not a model of tarflowlm"])
+    assert "model.safetensors" not in hub.downloaded
+
+
+def answer(kind, status):
+    return kind("no", response=httpx.Response(status, request=httpx.Request("GET", "http://127.0.0.1")))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (answer(errors.RepositoryNotFoundError, 404), "no such model.*HF_TOKEN"),
+        (answer(errors.RevisionNotFoundError, 404), "no such revision"),
+        (answer(errors.HfHubHTTPError, 403), "403.*hf auth login"),
+        (answer(errors.HfHubHTTPError, 503), "answers 503; try again later"),
+        (errors.OfflineModeIsEnabled("no"), "HF_HUB_OFFLINE is set"),
+        (errors.LocalEntryNotFoundError("no"), "cannot be reached"),
+        (errors.HFValidationError("a name"), "OWNER/NAME"),
+        (ConnectionError("cut"), r"failed \(cut\); run this again"),
+    ],
+)
+def test_errors_of_the_hub_are_one_line_with_a_remedy(hub, error, message):
+    hub.error = error
+    with pytest.raises(UserError, match=rf"hf:ada/tiny: .*{message}"):
+        tarflowlm.load("hf:ada/tiny")
+    with pytest.raises(UserError, match="name a model of the hub as"):
+        tarflowlm.load("hf:tiny")
+
+
+def test_card_describes_the_model(finished, tmp_path):
+    folder = tarflowlm.load(finished).save_pretrained(tmp_path / "mine", licence="cc0-1.0")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for part in (
+        'license: "cc0-1.0"', "upper bound, elbo", "<= 1.9062 bits per character", "4,096 windows", "`./text.txt`",
+        "128 tokens", "tarflowlm train mini-mixd", "27 (char)", "--seed 0", "## Limits",
+    ):  # fmt: skip
+        assert part in card
+    assert str(tmp_path) not in card
+    # a card that is there is kept
+    plain = tarflowlm.load(folder).save_pretrained(tmp_path / "again")
+    assert (plain / "README.md").read_text(encoding="utf-8") == card
+    with pytest.raises(UserError, match=r"licence 'mit': .*README\.md has a head"):
+        tarflowlm.load(folder).save_pretrained(tmp_path / "third", licence="mit")
+    assert not (tmp_path / "third").exists()
+
+
+def test_card_without_results_says_so(trained, tmp_path):
+    card = (tarflowlm.load(trained).save_pretrained(tmp_path / "mine") / "README.md").read_text(encoding="utf-8")
+    assert "| test | not recorded |" in card
+    assert "| licence | not stated by its owner |" in card
+    assert "model-index" not in card
+
+
+def configured(words):
+    """The run that `tarflowlm train WORDS` would train."""
+    from tarflowlm.cli.train import read
+
+    return read([*words, "--out", "x"] if "--out" not in words else words).configured()
+
+
+@pytest.mark.parametrize("name", ["mini-mixd", "mini-ar", "quickstart"])
+def test_command_of_a_card_gives_the_run(name):
+    run = preset(name)
+    steps = tuple(2 * n for n in run.train.stage_steps)
+    train = replace(run.train, stage_steps=steps, compile=False, checkpoint_activations=True, track=("wandb",))
+    model = replace(run.model, context=64, trunk=replace(run.model.trunk, width=96))
+    if name != "mini-ar":
+        model = replace(model, blocks=tuple(replace(block, sees_channels=False) for block in model.blocks))
+    data = replace(run.data, source="my text.txt")
+    run = replace(run, seed=7, train=train, model=model, data=data, optim=replace(run.optim, lr=1e-3))
+    assert configured(shlex.split(training_command(run))[2:]) == run
+    assert training_command(replace(run, name="mine")) is None
+
+
+@pytest.mark.parametrize("options", [["--blocks", "2"], ["--blocks", "1", "--steps", "7"], ["--train.mode", "joint"]])
+def test_command_of_a_card_names_the_blocks(options):
+    joint = ["--train.stage-steps", "7"] if "joint" in options else []
+    run = configured(["mini-mixd", *options, *joint])
+    assert configured(shlex.split(training_command(run))[2:]) == run
+
+
+def test_private_repositories(hub, finished, run_json):
+    assert run_json("push", finished, "ada/mine", "--private")["url"].endswith("/ada/mine")
+    assert "ada/mine" in hub.private
+    hub.repository("ada/open").mkdir(parents=True)
+    with pytest.raises(UserError, match="ada/open exists and is public"):
+        tarflowlm.load(finished).push_to_hub("ada/open", private=True)
+    assert not list(hub.repository("ada/open").iterdir())
+
+
+def test_dry_run_uploads_nothing_and_lists_everything(hub, finished, tmp_path, monkeypatch, run_json, refused):
+    monkeypatch.chdir(tmp_path)
+    shown = run_json("push", finished, "hf:ada/mine", "--dry-run", "--half")
+    assert (shown["url"], shown["out"], shown["repository"]) == (None, "mine", "ada/mine")
+    assert shown["files"].keys() == {path.name for path in (tmp_path / "mine").iterdir()}
+    assert load_checkpoint("mine").run.name == "mini-mixd"
+    assert not hub.repository("ada/mine").exists()
+    refused("push", finished, "ada/mine", "--dry-run", names=["mine", "exists already", "--out"])
+    refused("push", finished, "mine", names=["'mine'", "OWNER/NAME"])
+    refused("push", finished, "ada/mine", "--dry-run", "--private", names=["--private", "--dry-run"])
+    main(["push", "english-mini-ar", "ada/english", "--dry-run"])
+    assert "# english-mini-ar" in (tmp_path / "english" / "README.md").read_text(encoding="utf-8")
+
+
+def test_models_of_the_hub_are_used_but_not_written_to(shared, run_json, refused):
+    assert run_json("score", "hf:ada/tiny", "--text", "abc")["characters"] == 3
+    assert run_json("info", "hf:ada/tiny")["name"] == "hf:ada/tiny"
+    refused("report", "hf:ada/tiny", names=["hf:ada/tiny is on the hub", "--out tiny-report"])
+
+
+def test_revisions_belong_to_the_hub(trained):
+    with pytest.raises(UserError, match="revision 'v1'"):
+        tarflowlm.from_pretrained(trained, revision="v1")
+    with pytest.raises(UserError, match="is not a directory"):
+        tarflowlm.from_pretrained("./none")

@@ -1,0 +1,126 @@
+"""Progress: plain lines in a log file, bars on a terminal."""
+
+import io
+import logging
+
+import pytest
+from rich.console import Console
+
+from tarflowlm.terminal.bars import Bars, minutes, per_second
+from tarflowlm.terminal.tables import NoticeHandler, print_notice
+from tarflowlm.terminal.training import ProgressReporter
+
+TRAIN = {"split": "train", "step": 1520, "bpc": 2.3114, "tokens_per_second": 6945.2}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def lines(capsys, monkeypatch):
+    """lines(): what was written to the log since the last call."""
+    # rich takes a pipe for a terminal then
+    monkeypatch.setenv("FORCE_COLOR", "1")
+
+    def read() -> list[str]:
+        text = capsys.readouterr().err
+        assert not {"\x1b", "\r"} & set(text)
+        return text.splitlines()
+
+    return read
+
+
+def work(bars, clock, count, seconds):
+    for _ in range(count):
+        clock.now += seconds
+        bars.advance()
+
+
+def test_a_line_comes_soon_and_then_every_half_minute(lines, clock):
+    with Bars(clock=clock) as bars:
+        bars.stage("evaluating", 209)
+        work(bars, clock, 209, 0.4)
+        found = lines()
+        assert found[0] == "evaluating: 8 of 209 (3 %), 2.5/s, 1:21 left"
+        assert [line.split()[1] for line in found] == ["8", "83", "158"]
+        bars.stage("reading, characters")
+        work(bars, clock, 8, 0.4)
+        assert lines() == ["reading, characters: 8, 2.5/s"]
+        bars.stage("quick", 7)
+        work(bars, clock, 7, 0.4)
+        assert lines() == []
+
+
+def test_what_was_done_before_does_not_count_as_speed(lines, clock):
+    with Bars(clock=clock) as bars:
+        bars.stage("training", 1000, 500)
+        work(bars, clock, 31, 0.1)
+    assert lines() == ["training: 530 of 1,000 (53 %), 10.0/s, 0:48 left"]
+
+
+def test_training_shows_its_numbers(lines, clock):
+    with ProgressReporter(clock=clock) as reporter:
+        reporter.stage("stage 1/3: block 1 mixd", 2600)
+        work(reporter, clock, 10, 0.25)
+        reporter.record(TRAIN)
+        work(reporter, clock, 4, 0.25)
+        reporter.record({"split": "valid", "step": 1520, "bpc": 2.402})
+        work(reporter, clock, 120, 0.25)
+        numbers = "step 1,520 (0 %), train 2.311 bpc, 6,945 tokens/s"
+        first, second = lines()
+        assert first.startswith(f"stage 1/3: block 1 mixd: {numbers}, 10:")
+        assert ", valid 2.402, " in second
+        reporter.stage("evaluating the test split", 96)
+        work(reporter, clock, 2, 2)
+        assert lines() == ["evaluating the test split: 2 of 96 (2 %), 2.0 s each, 3:08 left"]
+
+
+@pytest.mark.parametrize("width", [130, 80, 60])
+def test_a_terminal_shows_a_bar_that_fits(width, clock):
+    console = Console(file=Terminal(), width=width, force_terminal=True)
+    with ProgressReporter(console=console, clock=clock) as reporter:
+        for index in range(2):
+            reporter.stage(f"stage {index + 1}/3: block {index + 1} mixd", 2600)
+            work(reporter, clock, 200, 0.25)
+            reporter.record(TRAIN)
+        paper = Console(file=io.StringIO(), width=width)
+        paper.print(reporter.progress.get_renderable())
+    shown = paper.file.getvalue()
+    text = " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= width
+    for part in ("block 1 mixd", "block 2 mixd", "step 1,520", "2.311 bpc", "0:10:00"):
+        assert part in text
+    assert ("━━━" in shown) == ("tokens/s" in text) == (width == 130)
+
+
+def test_notices_are_lines_and_are_lost_where_nobody_reads(lines, monkeypatch):
+    handler = NoticeHandler()
+    handler.emit(logging.LogRecord("tarflowlm", logging.INFO, "", 0, "resuming %s", ("runs/x",), None))
+    assert lines() == ["resuming runs/x"]
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr", Closed())
+    print_notice("evaluating")
+
+
+def test_durations_and_rates():
+    assert [minutes(s) for s in (0.0, 59.6, 346.0, 7546.0)] == ["0:00", "1:00", "5:46", "2:05:46"]
+    assert [per_second(r) for r in (6945.0, 9.5, 0.25)] == ["6,945/s", "9.5/s", "4.0 s each"]

@@ -1,0 +1,79 @@
+"""Every benchmark runs at a tiny size and prints its rows; models of others have the shape of ours."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tarflowlm.baseline import TokenLM
+from tarflowlm.config import BaselineConfig, TransformerConfig
+
+pytestmark = pytest.mark.slow
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("command", "rows"),
+    [
+        (
+            f"training.py mini-ar mini-mixd --calls 1 --rounds 1 --batch-size 1 --against {FOLDER.parent}",
+            ["mini-ar", "mini-mixd stage 1"],
+        ),
+        (
+            "generation.py english-mini-ar english-mini --length 8 --rounds 1 --batches 2 --compare 1",
+            ["english-mini-ar, steps, batch 2", "english-mini, auto, batch 2"],
+        ),
+        ("evaluation.py english-mini-ar english-mini --windows 1 --rounds 1 --data DATA", ["english-mini"]),
+        (
+            "numerics.py --tokens 8 --channels 2 --components 2 --accuracy 50 --rounds 1",
+            ["forward, ours, float32, K = 2", "inverse, ours, float64, K = 2"],
+        ),
+        ("numerics.py --loss --tokens 16 --rounds 1", ["Mix-d loss"]),
+        ("scaling.py mini-ar --rounds 1 --batch-size 2", ["mini-ar, 1 process", "mini-ar, 2 processes, fsdp"]),
+    ],
+)
+def test_benchmark_prints_its_rows(command, rows, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the water of the people " * 400, encoding="utf-8")
+    script, *options = command.replace("DATA", str(text)).split()
+    argv = [sys.executable, str(FOLDER / script), *options, "--json"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {row[""]: row for row in json.loads(done.stdout)["rows"]}
+    assert found.keys() >= set(rows)
+    if "--against" in command:
+        assert found["mini-ar"]["time over the other checkout"] > 0
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(FOLDER)
+    import peers
+
+    return peers
+
+
+def test_peers_have_our_shape_and_are_causal(peers):
+    trunk = TransformerConfig(width=24, num_heads=2, mlp_ratio=2)
+    config = BaselineConfig(vocab_size=5, context=16, trunk=trunk, layers=2)
+
+    def matrices(model: torch.nn.Module, part: str) -> int:
+        return sum(p.numel() for name, p in model.named_parameters() if part in name and p.ndim == 2)
+
+    ours = matrices(TokenLM(config), "transformer.layers.")
+    assert matrices(peers.gpt2(config), "transformer.h.") == ours
+    assert 0.9 * ours < matrices(peers.llama(config), "model.layers.") <= ours
+    torch.manual_seed(0)
+    tokens = torch.randint(5, (2, 16))
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 5
+    for make in (peers.gpt2, peers.llama):
+        model = make(config).train()
+        logits = model(input_ids=tokens).logits
+        torch.testing.assert_close(logits, model.eval()(input_ids=tokens).logits)
+        apart = (model(input_ids=changed).logits - logits).abs().amax((0, 2)) > 1e-6
+        assert apart.nonzero().flatten().tolist() == list(range(9, 16))

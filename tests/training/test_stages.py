@@ -1,0 +1,223 @@
+"""Whole runs: stages, what stays frozen, what is written, dropout, and what cannot start."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tarflowlm.errors import UserError
+from tarflowlm.flow.transformer import Layer
+from tarflowlm.language_model import seeded
+from tarflowlm.model import TarFlowLM
+from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.training.metrics import Reporter
+from tarflowlm.training.parallel import ParallelModel
+
+FILES = {
+    "config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "summary.json", "state", "best", ".lock",
+}  # fmt: skip
+TRAIN_KEYS = {
+    "split", "step", "tokens", "block", "nats_per_token", "bpc", "lr", "grad_norm", "grad_norm_max",
+    "tokens_per_second",
+}  # fmt: skip
+VALID_KEYS = {"split", "step", "tokens", "block", "nats_per_token", "bpc", "stderr"}
+
+
+class Watcher(Reporter):
+    """Keeps the weights on disk at the start of every stage, and the parts of the run."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.weights, self.parts, self.done = directory, [], [], {}
+
+    def stage(self, name, total=None, done=0):
+        self.parts.append((name, total, done))
+        self.done[name] = done
+        if name.startswith("stage") and (self.directory / "model.safetensors").exists():
+            self.weights.append(load_file(self.directory / "model.safetensors"))
+
+    def advance(self, count=1):
+        self.done[self.parts[-1][0]] += count
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_run, go):
+    """A three-stage run: directory, summary, its reporter."""
+    out = tmp_path_factory.mktemp("runs") / "progressive"
+    watcher = Watcher(out)
+    return out, go(tiny_run(), out, watcher), watcher
+
+
+def test_run_directory_holds_the_documented_files_and_summary(finished):
+    out, summary, _ = finished
+    assert {path.name for path in out.iterdir()} == FILES
+    assert json.loads((out / "summary.json").read_text(encoding="utf-8")) == summary
+    assert (summary["preset"], summary["seed"], summary["steps"], summary["tokens"]) == ("tiny", 0, 7, 224)
+    assert summary["stage_tokens"] == [96, 64, 64]
+    assert len(summary["stage_seconds"]) == 3
+    model = load_checkpoint(out).model
+    assert summary["parameters"] == sum(p.numel() for p in model.parameters())
+    assert 0 < summary["trunk_parameters"] < summary["parameters"]
+    assert (summary["test"]["bound"], summary["test"]["windows"], summary["test"]["tokens"]) == ("elbo", 3, 48)
+
+
+def test_metrics_lines_have_the_documented_keys(finished):
+    out, summary, _ = finished
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        assert line.keys() == (TRAIN_KEYS if line["split"] == "train" else VALID_KEYS)
+        # one character per token
+        assert line["bpc"] == pytest.approx(line["nats_per_token"] / math.log(2))
+    train = [line for line in lines if line["split"] == "train"]
+    assert [(line["step"], line["tokens"]) for line in train] == [(step, 32 * step) for step in range(1, 8)]
+    assert [line["block"] for line in train] == [1, 1, 1, 2, 2, 3, 3]
+    ends = [line["bpc"] for line in lines if line["split"] == "valid" and line["step"] in (3, 5, 7)]
+    assert ends == summary["stage_valid_bpc"]
+
+
+def test_reporter_follows_stages_and_test_split(finished):
+    parts = [part for part in finished[2].parts if "stage" in part[0] or "test" in part[0]]
+    assert parts == [
+        ("stage 1/3: block 1 mixd", 3, 0), ("stage 2/3: block 2 mix1", 2, 0), ("stage 3/3: block 3 mix1", 2, 0),
+        ("evaluating the test split", 3, 0),
+    ]  # fmt: skip
+    assert all(finished[2].done[name] == total for name, total, _ in parts)
+
+
+def test_later_stages_leave_codebook_and_earlier_blocks_bit_identical(finished):
+    out, _, watcher = finished
+    snapshots = [*watcher.weights, load_file(out / "model.safetensors")]
+    for stage, (before, after) in enumerate(itertools.pairwise(snapshots), start=1):
+        assert {name.split(".")[2] for name in before if name.startswith("prior.blocks.")} == set("012"[:stage])
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+        assert all(name.startswith(f"prior.blocks.{stage}.") for name in after.keys() - before.keys())
+
+
+def test_every_stage_trains_its_block(finished, tiny_run):
+    """Against the same blocks as they are built: everything moved, the codebook included."""
+    final = load_file(finished[0] / "model.safetensors")
+    config = replace(tiny_run().model, vocab_size=27)
+    with seeded(0):
+        model = TarFlowLM(config.first_blocks(1))
+    model.config = config
+    for stage in (1, 2):
+        with seeded(1000 * stage):
+            model.append_block()
+    for name, start in model.state_dict().items():
+        # a Mix-1 weight or a residual branch may start at zero and wait for another to move
+        if name.startswith("codebook") or name.endswith(("input.linear.weight", "biases.1", "weight_head.bias")):
+            assert not torch.equal(start, final[name]), name
+
+
+def test_joint_training_moves_every_block_in_one_stage(tmp_path, tiny_run, go, read_metrics):
+    run = tiny_run(
+        stage_steps=(4,), mode="joint", model={"couplings": ("affine", "mix1", "mixd"), "components": (1, 2, 3)}
+    )
+    watcher = Watcher(tmp_path / "run")
+    summary = go(run, tmp_path / "run", watcher)
+    assert ("all blocks", 4, 0) in watcher.parts
+    assert (summary["steps"], len(summary["stage_valid_bpc"])) == (4, 1)
+    final = load_file(tmp_path / "run" / "model.safetensors")
+    with seeded(0):
+        start = TarFlowLM(replace(run.model, vocab_size=27)).state_dict()
+    assert start.keys() == final.keys()
+    for block in range(3):
+        name = f"prior.blocks.{block}.input.linear.weight"
+        assert not torch.equal(start[name], final[name])
+    assert {line["block"] for line in read_metrics(tmp_path / "run")} == {1}
+
+
+def test_baseline_trains_in_one_stage_and_its_likelihood_is_exact(tmp_path, tiny_baseline, go):
+    summary = go(tiny_baseline(), tmp_path / "run")
+    assert (summary["steps"], summary["test"]["bound"]) == (5, "exact")
+    assert summary["stage_valid_bpc"][0] < math.log2(27) + 0.5
+
+
+@pytest.mark.slow
+def test_seed_determines_the_run(tmp_path, tiny_run, go, finished, same_weights):
+    go(tiny_run(), tmp_path / "again")
+    go(tiny_run(seed=1), tmp_path / "other")
+    assert same_weights(tmp_path / "again", finished[0])
+    assert not same_weights(tmp_path / "other", finished[0])
+
+
+@pytest.mark.slow
+def test_bfloat16_products_leave_weights_and_bounds_in_float32(tmp_path, tiny_run, go):
+    summary = go(tiny_run(precision="bfloat16"), tmp_path / "run")
+    assert math.isfinite(summary["test"]["bpc"])
+    assert {t.dtype for t in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.float32}
+
+
+# dropout
+
+
+def model_with(run, **fields) -> ParallelModel:
+    run = replace(run, train=replace(run.train, **fields))
+    with seeded(0):
+        model = replace(run.model, vocab_size=27).build().train()
+        for p in model.parameters():
+            # projections to the residual stream start at zero, where dropout changes nothing
+            torch.nn.init.normal_(p, std=0.2)
+    return ParallelModel(model, run)
+
+
+def loss(model: ParallelModel) -> float:
+    return float(model.backward(torch.arange(32).view(2, 16) % 27, torch.Generator().manual_seed(0)))
+
+
+def test_dropout_changes_the_loss_repeatably_and_leaves_global_generators_alone(tiny_run):
+    plain, thinned = model_with(tiny_run()), model_with(tiny_run(), dropout=0.5)
+    before = torch.get_rng_state()
+    assert loss(thinned) == loss(thinned) != loss(plain)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_checkpointed_activations_repeat_dropout(tiny_run):
+    gradients = []
+    for checkpointed in (False, True):
+        model = model_with(tiny_run(), dropout=0.3, checkpoint_activations=checkpointed)
+        loss(model)
+        gradients.append([p.grad for p in model.model.parameters() if p.grad is not None])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_dropout_spares_evaluation_and_frozen_blocks(tiny_run):
+    thinned, plain = model_with(tiny_run(), dropout=0.5), model_with(tiny_run())
+    tokens, noise = torch.zeros(1, 16, dtype=torch.int64), torch.zeros(1, 16, 3)
+    for model in (thinned, plain):
+        model.model.eval()
+    assert torch.equal(thinned.loss(tokens, noise), plain.loss(tokens, noise))
+    frozen = ParallelModel(plain.model.train(), tiny_run(dropout=0.5), frozen=1)
+    shares = [layer.dropout for layer in frozen.model.modules() if isinstance(layer, Layer)]
+    assert shares == [0.0, 0.5, 0.5]
+
+
+# what cannot start
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data": "missing.txt"}, "no file and no corpus name"),
+        ({"data": "short.txt"}, r"split .* has \d+ tokens, fewer than the context of 16"),
+        ({"vocab_size": 5}, "vocab_size 5: the tokenizer has 27"),
+        ({"batch_size": 4, "accumulate": 3}, "batch_size 4: does not divide"),
+    ],
+)
+def test_run_that_cannot_start_leaves_no_directory(tmp_path, tiny_run, go, fields, message):
+    out, run = tmp_path / "deep" / "run", tiny_run()
+    (tmp_path / "short.txt").write_text("too short a text for three windows of it", encoding="utf-8")
+    if "data" in fields:
+        run = replace(run, data=replace(run.data, source=str(tmp_path / fields["data"])))
+    elif "vocab_size" in fields:
+        run = replace(run, model=replace(run.model, **fields))
+    else:
+        run = replace(run, train=replace(run.train, **fields))
+    with pytest.raises(UserError, match=message):
+        go(run, out)
+    assert not out.parent.exists()
