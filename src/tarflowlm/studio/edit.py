@@ -2,18 +2,17 @@
 
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from tarflowlm import editing
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import BLANK, Reading
 from tarflowlm.device import threads_for
-from tarflowlm.editing import Edit, Encoded, encode, interpolate, renoise, telling_level
-from tarflowlm.editing.words import Span, blended_spans, count_of, find_words, joined, pick_words, words_of
+from tarflowlm.editing import Edit, EditKind, Encoded, Redraw, Renoise, Rewrite, Source, Toward, encode
+from tarflowlm.editing.edits import TEMPERATURE
+from tarflowlm.editing.words import find_words
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import TarFlowLM, as_flow
@@ -28,47 +27,9 @@ R = TypeVar("R")
 
 WORDS, LATENTS, NOISE = TARGETS = ("words", "latents", "noise")
 """Words are resampled given all others; of the states, h^(0) = z or h^(L) = u is changed."""
-CANDIDATES = 32
-"""Draws from which a resampled word is chosen."""
 STEPS = 8
 """Parts of the way from one text to another."""
-TEMPERATURE = 0.7
-"""Temperature of new words, where a model has one: rare words are rarely wanted."""
 NO_LATENTS = "a discrete baseline has no latents to edit: choose a flow"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A text to edit, and the model that edits it."""
-
-    flow: TarFlowLM
-    tokenizer: Tokenizer
-    reading: Reading
-    generator: torch.Generator
-
-    def encoded(self, tokens: Tensor, edits: int = 1) -> Encoded:
-        """The states of `tokens` [T], once per edit."""
-        return encode(self.flow, tokens[None], self.generator).repeated(edits)
-
-    def settings(self, text: Encoded) -> dict[str, Any]:
-        """Options of resampling words of the text."""
-        return {
-            "candidates": CANDIDATES,
-            "temperature": _temperature(self.flow.config.has_token_weights),
-            "level": telling_level(self.flow, text.row(0)),
-            "generator": self.generator,
-        }
-
-    def level(self, target: str) -> int:
-        """The number of the state that `target` names."""
-        return 0 if target == LATENTS else self.flow.num_blocks
-
-    def words(self, tokens: Tensor) -> list[Span]:
-        """The words of `tokens` [T]."""
-        found = words_of([self.tokenizer.token_bytes[token] for token in tokens.tolist()])
-        if not found:
-            raise UserError("the text has no words: write some")
-        return found
 
 
 def replace_words(
@@ -79,43 +40,36 @@ def replace_words(
     They are drawn by particles, or resampled where block 1, from which particles come, has no token weights.
     """
     checkpoint = catalogue.load(model)
-    tokenizer, has_weights = checkpoint.tokenizer, checkpoint.model.config.has_token_weights
+    tokenizer = checkpoint.tokenizer
     reading = request.reading(tokenizer, text)
-    spans = named(tokenizer, reading.tokens, request.text(words, "list of words"))
-    template = blanked(reading.tokens, spans)
-    if has_weights:
-        found = yield from fill(checkpoint, template, tries, particles, _temperature(has_weights), seed)
+    pieces = named(tokenizer, request.text(words, "list of words"))
+    template = blanked(tokenizer, reading.tokens, pieces)
+    if checkpoint.model.config.has_token_weights:
+        found = yield from fill(checkpoint, template, tries, particles, TEMPERATURE, seed)
         filled = choices(tokenizer, found, template)
         yield page(_original(tokenizer, reading), card(filled), card(trust(found)))
         return
     edits = request.whole(tries, "tries", 1, TRIES)
-
-    def change(source: Source, job: Job[Edit]) -> Edit:
-        before = source.encoded(reading.tokens, edits)
-        return editing.rewrite(source.flow, before, [spans] * edits, progress=job, **source.settings(before))
-
-    yield from _compared(catalogue, model, text, seed, change)
+    yield from _compared(catalogue, model, text, seed, edits, lambda flow: Rewrite(pieces=pieces, everywhere=True))
 
 
-def named(tokenizer: Tokenizer, tokens: Tensor, words: str) -> list[Span]:
-    """The places of these `words`, separated by commas, as whole words in the text [T]."""
+def named(tokenizer: Tokenizer, words: str) -> list[str]:
+    """The words of a list separated by commas, as the model reads them."""
     pieces = [piece.strip() for piece in words.split(",") if piece.strip()]
     if not pieces:
         raise UserError("no word is named: write the words to replace, separated by commas")
-    parts, spans = [tokenizer.token_bytes[token] for token in tokens.tolist()], set[Span]()
+    return [request.reading(tokenizer, piece, "word").text.strip() for piece in pieces]
+
+
+def blanked(tokenizer: Tokenizer, tokens: Tensor, pieces: Sequence[str]) -> Tensor:
+    """The text [T] with a blank for every token of the pieces, wherever they are whole words."""
+    template, symbols = tokens.clone(), [tokenizer.token_bytes[token] for token in tokens.tolist()]
     for piece in pieces:
-        found = find_words(parts, request.reading(tokenizer, piece, "word").text.strip())
-        if not found:
+        spans = find_words(symbols, piece)
+        if not spans:
             raise UserError(f"{piece!r} is no word of the text: copy one from it")
-        spans.update(found)
-    return sorted(spans)
-
-
-def blanked(tokens: Tensor, spans: Sequence[Span]) -> Tensor:
-    """The text [T] with a blank for every token of the spans."""
-    template = tokens.clone()
-    for start, stop in spans:
-        template[start:stop] = BLANK
+        for start, stop in spans:
+            template[start:stop] = BLANK
     if (template == BLANK).all():
         raise UserError("every word would be replaced: keep some")
     return template
@@ -128,48 +82,28 @@ def rewrite(
     target, share = _target(target), request.number(strength, "strength", 0.0, 1.0)
     edits = request.whole(num, "edits", 1, request.SAMPLES)
 
-    def change(source: Source, job: Job[Edit]) -> Edit:
-        flow, generator, tokens = source.flow, source.generator, source.reading.tokens
-        before = source.encoded(tokens, edits)
-        if target != WORDS:
-            settings = {"level": source.level(target), "generator": generator, "decoder": "auto", "progress": job}
-            return renoise(flow, before, strength=share, **settings)  # type: ignore[arg-type]
-        words = source.words(tokens)
-        picked = [pick_words(words, count_of(share, words), len(tokens), generator) for _ in range(edits)]
-        spans = [joined(row, words) for row in picked]
-        return editing.rewrite(flow, before, spans, spare=words, progress=job, **source.settings(before))
+    def kind(flow: TarFlowLM) -> EditKind:
+        return Redraw(strength=share) if target == WORDS else Renoise(level=_level(flow, target), strength=share)
 
-    yield from _compared(catalogue, model, text, seed, change)
+    yield from _compared(catalogue, model, text, seed, edits, kind)
 
 
 def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, seed: Any) -> Iterator[str]:
     """HTML of the way from one text to another, cut to the same length, with a slider."""
     target, toward = _target(target), request.text(other, "other text")
 
-    def change(source: Source, job: Job[list[Edit]]) -> list[Edit]:
-        flow, generator = source.flow, source.generator
-        second = request.reading(source.tokenizer, toward, "other text").tokens
-        length = min(len(source.reading.tokens), len(second))
-        texts = source.reading.tokens[:length], second[:length]
-        a, b = map(source.encoded, texts)
-        if target != WORDS:
-            settings = {"level": source.level(target), "generator": generator, "decoder": "auto", "progress": job}
-            return [interpolate(flow, a, b, weight=i / STEPS, **settings) for i in range(STEPS + 1)]  # type: ignore[arg-type]
-        first_words, second_words = map(source.words, texts)
-        found = []
-        for i in range(STEPS + 1):
-            # from the start of the text on, so that a word once taken stays
-            taken = second_words[: round(i / STEPS * len(second_words))]
-            spans = [blended_spans(first_words, second_words, taken, length)]
-            found.append(editing.blend(flow, a, b, spans, progress=job, **source.settings(a)))
-        return found
+    def change(source: Source, other: Encoded) -> list[Edit]:
+        level = None if target == WORDS else _level(source.model, target)
+        # words from the start of the text on, so that a word once taken stays
+        steps = (Toward(other=other, weight=i / STEPS, stretch="start", level=level) for i in range(STEPS + 1))
+        return [step.apply(source) for step in steps]
 
-    source, edits, seconds = yield from _edited(catalogue, model, text, seed, change)
+    edits, _, tokenizer, seconds = yield from _edited(catalogue, model, [text, toward], seed, 1, change)
     texts = [edit.tokens[0].cpu() for edit in edits]
-    rows = [Row("the text", text_tokens(texts[0], source.tokenizer))]
+    rows = [Row("the text", text_tokens(texts[0], tokenizer))]
     for i, (before, now) in enumerate(itertools.pairwise(texts), 1):
         label = f"{100 * i // STEPS} % · {int((now != before).sum())} changed"
-        rows.append(Row(label, text_tokens(now, source.tokenizer, before=before)))
+        rows.append(Row(label, text_tokens(now, tokenizer, before=before)))
     way = slider(rows, "share of the other text", summary="every step of the way")
     yield page(card(stage(rows[-1].tokens), facts(took(seconds)), way))
 
@@ -180,45 +114,55 @@ def _target(value: Any) -> str:
     return str(value)
 
 
-def _temperature(has_token_weights: bool) -> float:
-    return TEMPERATURE if has_token_weights else 1.0
+def _level(flow: TarFlowLM, target: str) -> int:
+    """The state that `target` names."""
+    return 0 if target == LATENTS else flow.num_blocks
 
 
 def _edited(
-    catalogue: Catalogue, model: Any, text: Any, seed: Any, change: Callable[[Source, Job[R]], R]
-) -> Generator[str, None, tuple[Source, R, float]]:
-    """Pages of the progress; returns the text with its model, the result of `change`, and its seconds."""
+    catalogue: Catalogue, model: Any, texts: Sequence[Any], seed: Any, num: int, change: Callable[..., R]
+) -> Generator[str, None, tuple[R, Reading, Tokenizer, float]]:
+    """Pages of the progress; returns the result of `change`, the text, its tokenizer, and the seconds.
+
+    `change` gets a `Source` with the first text in `num` rows, and the others, all cut to the shortest.
+    """
     checkpoint = catalogue.load(model)
     flow, tokenizer = as_flow(checkpoint.model, NO_LATENTS), checkpoint.tokenizer
-    reading = request.reading(tokenizer, text)
-    request.check_length(len(reading.tokens), flow.config.context)
+    names = ("text", "other text")
+    readings = [request.reading(tokenizer, text, name) for text, name in zip(texts, names, strict=False)]
+    length = min(len(reading.tokens) for reading in readings)
+    request.check_length(length, flow.config.context)
     generator = torch.Generator().manual_seed(request.whole(seed, "seed", 0, 2**31))
-    source = Source(flow, tokenizer, reading, generator)
 
     def work(job: Job[R]) -> R:
         with threads_for(1):
-            return change(source, job)
+            text, *others = (encode(flow, reading.tokens[None, :length], generator) for reading in readings)
+            return change(Source(flow, tokenizer, text.repeated(num), generator, job), *others)
 
     job = Job(work)
     for _ in job.follow():
         words = "editing" if job.advanced else "waiting for its turn"
-        yield page(card(stage(text_tokens(reading.tokens, tokenizer)), muted(words)))
+        yield page(card(stage(text_tokens(readings[0].tokens, tokenizer)), muted(words)))
     assert job.result is not None
-    return source, job.result, job.seconds
+    return job.result, readings[0], tokenizer, job.seconds
 
 
 def _compared(
-    catalogue: Catalogue, model: Any, text: Any, seed: Any, change: Callable[[Source, Job[Edit]], Edit]
+    catalogue: Catalogue, model: Any, text: Any, seed: Any, num: int, kind: Callable[[TarFlowLM], EditKind]
 ) -> Iterator[str]:
-    """HTML of the progress, then of an `Edit`, every text beside the original."""
-    source, edit, seconds = yield from _edited(catalogue, model, text, seed, change)
-    tokenizer, before, cards = source.tokenizer, edit.before[0].cpu(), []
+    """HTML of the progress, then of `num` edits, every text beside the original."""
+
+    def change(source: Source) -> Edit:
+        return kind(source.model).apply(source)
+
+    edit, reading, tokenizer, seconds = yield from _edited(catalogue, model, [text], seed, num, change)
+    before, cards = edit.before[0].cpu(), []
     for after, changed, old, new in zip(edit.tokens.cpu(), edit.changed, edit.bound_before, edit.bound, strict=True):
         count = f"{int(changed.sum())} of {counted(len(changed), 'token')} changed"
         was = f"bits per character, ≤ {_bits(old, before, tokenizer):.2f} before"
         numbers = facts(("", count), (f"≤ {_bits(new, after, tokenizer):.2f}", was))
         cards.append(card(stage(text_tokens(after, tokenizer, before=before)), numbers))
-    yield page(_original(tokenizer, source.reading), *cards, card(facts(took(seconds))))
+    yield page(_original(tokenizer, reading), *cards, card(facts(took(seconds))))
 
 
 def _original(tokenizer: Tokenizer, reading: Reading) -> str:
