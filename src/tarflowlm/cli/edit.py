@@ -80,7 +80,7 @@ class Args:
         given = [name for name in ("rewrite", "toward", "replace") if getattr(self, name) is not None]
         if len(given) > 1:
             raise UserError(f"--{' and --'.join(given)} are different edits: choose one")
-        kind = (given or ["level" if self.level is not None else "words"])[0]
+        kind = self.kind
         for name in ("strength", "words", "pick", "candidates", "temperature", "weight", "level", "decoder"):
             if getattr(self, name) is not None and name not in EDIT_OPTIONS[kind]:
                 which = "redrawn words" if kind == "words" else f"--{kind}"
@@ -94,6 +94,12 @@ class Args:
             for name in others:
                 if getattr(self, name) is not None:
                     raise UserError(f"--{name} has no effect with --toward {how} --level: leave it out")
+
+    @property
+    def kind(self) -> str:
+        """The name of the edit in `editing.EDITS`."""
+        given = [name for name in ("rewrite", "toward", "replace") if getattr(self, name) is not None]
+        return (given or ["level" if self.level is not None else "words"])[0]
 
 
 def run(args: Args) -> None:
