@@ -113,7 +113,7 @@ def propose_state(
 
 
 @torch.no_grad()
-def telling_level(model: TarFlowLM, text: Encoded) -> int:
+def informative_level(model: TarFlowLM, text: Encoded) -> int:
     """The state l whose block l + 1 knows most about the texts; 0 where block 1 has weights of tokens.
 
     What it knows is the gain in log-density over noise, log |det| + log N(h^(l+1)) - log N(h^(l)), for block 1 over
