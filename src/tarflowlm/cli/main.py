@@ -30,8 +30,8 @@ AFTER_INTERRUPT = {
 
 COMMANDS = ["quickstart", "data", "train", "eval", "score", "sample", "info", "runs", "edit", "report", "studio"]
 COMMANDS += ["export", "push", "reproduce", "harness"]
-"""Modules below `cli` (`evaluate` for eval). Each has `run(args)` and the dataclass `Args`, whose docstring summarises
-the command, and where its options depend on the words `read(argv)`. None imports torch at its top: it takes seconds."""
+"""Modules below `cli` (`evaluate` for eval). Each has `run(args)` and the dataclass `Args`, whose docstring
+summarises the command, and where its options depend on the words `read(argv)`. None imports torch at its top."""
 
 
 def main(argv: list[str] | None = None) -> None:

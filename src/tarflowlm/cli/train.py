@@ -45,7 +45,8 @@ class Args:
     def configured(self) -> RunConfig:
         """The run, with the short options moved into its fields."""
         assert self.run is not None
-        run, train = self.run, {"checkpoint_every": self.checkpoint_every, "minutes": self.minutes}
+        run = self.run
+        train: dict[str, Any] = {"checkpoint_every": self.checkpoint_every, "minutes": self.minutes}
         run = replace(run, train=replace(run.train, **{name: n for name, n in train.items() if n is not None}))
         if self.data is not None:
             run = replace(run, data=replace(run.data, source=self.data))
