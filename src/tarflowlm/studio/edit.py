@@ -85,9 +85,8 @@ def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, 
     """HTML of the way from one text to another, cut to the same length, with a slider."""
     checkpoint = catalogue.load(model)
     tokenizer = checkpoint.tokenizer
-    tokens, second = (
-        request.reading(tokenizer, one, name).tokens for one, name in ((text, "text"), (other, "other text"))
-    )
+    tokens = request.reading(tokenizer, text).tokens
+    second = request.reading(tokenizer, other, "other text").tokens
     length = min(len(tokens), len(second))
 
     def change(source: Source) -> list[Tensor]:
@@ -113,7 +112,7 @@ def _level(target: Any, model: TarFlowLM) -> int | None:
 def _edited(
     catalogue: Catalogue, model: Any, tokens: Tensor, edits: int, seed: Any, change: Callable[[Source], R]
 ) -> Generator[str, None, tuple[R, float]]:
-    """Pages of the progress; returns the result of `change` for a text [T], repeated `edits` times, and its seconds."""
+    """Pages of the progress; returns the result of `change` for so many `edits` of a text [T], and its seconds."""
     checkpoint = catalogue.load(model)
     flow, tokenizer = as_flow(checkpoint.model, NO_LATENTS), checkpoint.tokenizer
     generator = torch.Generator().manual_seed(request.whole(seed, "seed", 0, 2**31))
