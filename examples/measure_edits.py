@@ -14,8 +14,8 @@ import torch
 
 import tarflowlm
 from tarflowlm.data import encode_text_source, eval_windows
-from tarflowlm.editing import blend, bound, encode, interpolate, renoise, rewrite, telling_level, token_costs
-from tarflowlm.editing.words import blended_spans, count_of, joined, pick_stretch, pick_words, words_of
+from tarflowlm.editing import blend, bound, encode, informative_level, interpolate, renoise, rewrite, token_costs
+from tarflowlm.editing.words import blended_spans, merge_words, num_words, pick_words, words_of
 from tarflowlm.language_model import LanguageModel
 
 TEXTS, LENGTH, SEED, CANDIDATES, TEMPERATURE = 32, 96, 0, 32, 0.7
@@ -36,13 +36,13 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
     text = encode(model, texts, generator())
     other = encode(model, texts.roll(1, 0), generator())
     words = [words_of([tokenizer.token_bytes[token] for token in row]) for row in texts.tolist()]
-    costs, told = token_costs(model, text).tolist(), telling_level(model, text)
+    costs, told = token_costs(model, text).tolist(), informative_level(model, text)
     before = [bits(one, texts) for one in (model, judge)]
 
     def chosen(strength: float, pick: str = "random") -> list:
         g = generator(1)
         return [
-            pick_words(row, count_of(strength, row), LENGTH, g, costs=cost if pick == "unlikely" else None)
+            pick_words(row, num_words(strength, row), LENGTH, g, costs=cost if pick == "unlikely" else None)
             for row, cost in zip(words, costs, strict=True)
         ]
 
@@ -63,7 +63,7 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
         print(f"{label}: {tokenizer.decode(new[0].tolist())}", file=sys.stderr, flush=True)
 
     def redrawn(strength: float, pick: str, temperature: float, level: int = told) -> torch.Tensor:
-        spans = [joined(some, row) for some, row in zip(chosen(strength, pick), words, strict=True)]
+        spans = [merge_words(some, row) for some, row in zip(chosen(strength, pick), words, strict=True)]
         return rewrite(
             model, text, spans, candidates=CANDIDATES, temperature=temperature, level=level, generator=generator(2)
         ).tokens
@@ -90,8 +90,9 @@ def main(source: str, name: str = "english-mini", judge_name: str = "english-min
         g, spans = generator(1), []
         for i in range(TEXTS):
             second = words[i - 1]
-            taken = pick_stretch(second, round(weight * len(second)), g)
-            spans.append(blended_spans(words[i], second, taken, LENGTH))
+            count = round(weight * len(second))
+            start = int(torch.randint(len(second) - count + 1, (), generator=g))
+            spans.append(blended_spans(words[i], second, second[start : start + count], LENGTH))
         return blend(
             model, text, other, spans, candidates=CANDIDATES, temperature=usual, level=told, generator=generator(2)
         ).tokens

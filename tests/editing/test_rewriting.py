@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tarflowlm
-from tarflowlm.editing import blend, encode, redraw, renoise, rewrite, telling_level, token_costs
+from tarflowlm.editing import blend, encode, informative_level, redraw, renoise, rewrite, token_costs
 from tarflowlm.editing.proposals import propose, propose_state
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
@@ -92,7 +92,7 @@ def test_words_are_redrawn_in_the_state_that_tells_most():
     model, tokenizer = tarflowlm.load("english-passes")
     sentence = "the government of the united states is a great nation of the people"
     text = encode(model, torch.from_numpy(tokenizer.encode(sentence))[None], generator())
-    assert telling_level(model, text) == 2
+    assert informative_level(model, text) == 2
     start = sentence.index("great")
     edits = [[(start, start + 5)]] * 4
     lower, upper = (
@@ -105,7 +105,7 @@ def test_words_are_redrawn_in_the_state_that_tells_most():
 
 def test_tokens_with_weights_are_redrawn_in_block_1(tiny_flow):
     model = tiny_flow(couplings=("mixd", "mix1"))
-    assert telling_level(model, encode(model, TEXT, generator())) == 0
+    assert informative_level(model, encode(model, TEXT, generator())) == 0
 
 
 def test_part_of_a_position_is_weighed_by_what_it_keeps(tiny_flow):

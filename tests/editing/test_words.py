@@ -5,11 +5,10 @@ import torch
 
 from tarflowlm.editing.words import (
     blended_spans,
-    count_of,
     find_piece,
     find_words,
-    joined,
-    pick_stretch,
+    merge_words,
+    num_words,
     pick_words,
     words_of,
 )
@@ -38,10 +37,10 @@ def test_a_token_that_begins_with_a_space_begins_a_word():
 
 def test_a_share_is_a_number_of_words():
     words = spans("a b c d e f g h i j")
-    assert [count_of(s, words) for s in (0.0, 0.01, 0.1, 0.25, 0.5, 1.0)] == [0, 1, 1, 2, 5, 10]
+    assert [num_words(s, words) for s in (0.0, 0.01, 0.1, 0.25, 0.5, 1.0)] == [0, 1, 1, 2, 5, 10]
     for strength in (-0.1, 1.1, float("nan")):
         with pytest.raises(UserError, match=f"strength {strength}"):
-            count_of(strength, words)
+            num_words(strength, words)
 
 
 def test_words_are_picked_at_random_or_by_cost():
@@ -57,19 +56,11 @@ def test_words_are_picked_at_random_or_by_cost():
         pick_words(words, 6, 12, torch.Generator())
 
 
-def test_a_stretch_is_words_in_a_row():
-    words = spans("aa b cc d")
-    found = {tuple(pick_stretch(words, 3, torch.Generator().manual_seed(s))) for s in range(20)}
-    assert found == {tuple(words[:3]), tuple(words[1:])}
-    assert pick_stretch(words, 0, torch.Generator()) == []
-    assert pick_stretch(words, 4, torch.Generator()) == words
-
-
 def test_neighbours_are_one_span():
     words = spans("aa b cc d")
-    assert joined([words[0], words[1], words[3]], words) == [(0, 4), (8, 9)]
-    assert joined(words, words) == [(0, 9)]
-    assert joined([], words) == []
+    assert merge_words([words[0], words[1], words[3]], words) == [(0, 4), (8, 9)]
+    assert merge_words(words, words) == [(0, 9)]
+    assert merge_words([], words) == []
 
 
 def test_a_blend_keeps_the_words_that_nothing_cuts():

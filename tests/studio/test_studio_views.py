@@ -36,7 +36,6 @@ EVERY_VIEW = pytest.mark.parametrize("view", VALID, ids=lambda view: view.__name
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
     monkeypatch.setattr(edit, "STEPS", 2)
-    monkeypatch.setattr(edit, "CANDIDATES", 2)
 
 
 def shown(view, catalogue, values) -> str:

@@ -1,20 +1,29 @@
-"""Editing a text: redraw some of its words given all others, or change its states in latent space."""
+"""Editing a text: resample some of its words given all others, or change its states in latent space."""
 
-from tarflowlm.editing.proposals import telling_level
+from tarflowlm.editing.edits import EDITS, EditKind, Redraw, Renoise, Replace, Rewrite, Source, Toward
+from tarflowlm.editing.proposals import informative_level
 from tarflowlm.editing.rewriting import blend, redraw, rewrite, token_costs
 from tarflowlm.editing.states import Edit, Encoded, bound, encode, interpolate, renoise, substitute
 
 __all__ = [
+    "EDITS",
     "Edit",
+    "EditKind",
     "Encoded",
+    "Redraw",
+    "Renoise",
+    "Replace",
+    "Rewrite",
+    "Source",
+    "Toward",
     "blend",
     "bound",
     "encode",
+    "informative_level",
     "interpolate",
     "redraw",
     "renoise",
     "rewrite",
     "substitute",
-    "telling_level",
     "token_costs",
 ]

@@ -87,7 +87,7 @@ def propose_state(
     known, before = (block.order(prior.patch(text.states[i])[0])[0] for i in (level, level + 1))
     R, N = candidates, known.shape[1]
     first, end = span[0] // patch, -(-span[1] // patch)
-    if block.direction.reverse:
+    if block.order.reverse:
         first, end = N - end, N - first
     h, u = known.repeat(R, 1, 1), before.repeat(R, 1, 1)
     u[:, first:end] = torch.randn(R, end - first, h.shape[2], generator=generator, device=generator.device).to(u)
@@ -113,7 +113,7 @@ def propose_state(
 
 
 @torch.no_grad()
-def telling_level(model: TarFlowLM, text: Encoded) -> int:
+def informative_level(model: TarFlowLM, text: Encoded) -> int:
     """The state l whose block l + 1 knows most about the texts; 0 where block 1 has weights of tokens.
 
     What it knows is the gain in log-density over noise, log |det| + log N(h^(l+1)) - log N(h^(l)), for block 1 over

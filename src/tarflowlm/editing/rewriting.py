@@ -117,7 +117,7 @@ def redraw(
 
     Of R = `candidates` draws of the span, one is taken by its weight (docs/math.md, eq. 24); those that repeat the
     tokens that were there only if all do. At a `level` above 0 the span is redrawn in that state (see
-    `telling_level`); then tokens beside it change only if they do for all candidates.
+    `informative_level`); then tokens beside it change only if they do for all candidates.
 
     UserError for fewer than 1 candidate, a span outside the text, a level that is not there, or a temperature other
     than 1 where there are no weights of tokens.

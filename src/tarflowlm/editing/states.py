@@ -177,6 +177,7 @@ def substitute(
     known = model.codebook.encode(wanted.clamp_min(0).expand(B, T).to(text.tokens.device), noise.to(text.states[0]))
     passage = ConditionedLatents(model, text.states[1], known, is_known, None)
     passage.settle(model.prior.patch(text.states[0])[0], int(is_known[0].int().argmax()) // model.config.patch)
+    progress.advance(passage.at)
     while passage.at < passage.num_positions:
         passage.step()
         progress.advance()

@@ -30,7 +30,7 @@ def words_of(pieces: Sequence[bytes]) -> list[Span]:
     return spans
 
 
-def count_of(strength: float, words: Sequence[Span]) -> int:
+def num_words(strength: float, words: Sequence[Span]) -> int:
     """How many words a share `strength` is: rounded, at least one unless it is 0. UserError outside of [0, 1]."""
     if not 0 <= strength <= 1:
         raise UserError(f"strength {strength}: must be between 0 (no change) and 1 (a new text)")
@@ -61,13 +61,7 @@ def pick_words(
     return [words[i] for i in sorted(order[:count])]
 
 
-def pick_stretch(words: Sequence[Span], count: int, generator: torch.Generator) -> list[Span]:
-    """`count` words in a row, from a random place."""
-    start = int(torch.randint(len(words) - count + 1, (), generator=generator))
-    return list(words[start : start + count])
-
-
-def joined(chosen: Sequence[Span], words: Sequence[Span]) -> list[Span]:
+def merge_words(chosen: Sequence[Span], words: Sequence[Span]) -> list[Span]:
     """The chosen words, first to last, with neighbours and the white space between them as one span."""
     spans: list[Span] = []
     previous = False
