@@ -95,7 +95,7 @@ def test_checkpoint_of_two_processes_resumes_on_one_and_on_four(out, alone, mode
         assert max(shards) < 0.75 * sum(shards)
         resume(directory, device=CPU)
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    assert (summary["steps"], summary["processes"]) == (20, world)
+    assert (summary["steps"], summary["processes"]) == (10, world)
     assert_same(directory, alone("mixd"))
 
 
@@ -115,10 +115,10 @@ def test_compiled_loss_is_one_graph(out, name):
     """`fullgraph` raises at the first break, in the loss or in the backward of the numerics, which is traced too."""
     found = json.loads((out / "compiled.json").read_text(encoding="utf-8"))[name]
     assert (found["graphs"], found["breaks"]) == (1, 0)
-    if name in cases.COMPILED[:2]:
-        assert max(found["losses"], found["weights"]) < 1e-8
     # in bfloat16, AdamW makes a full step of the sign of a gradient that is rounding alone
-    assert found["losses"] < 1e-4
+    losses, weights = (1e-9, 1e-6) if name in cases.COMPILED[:2] else (1e-4, 1.0)
+    assert found["losses"] < losses
+    assert found["weights"] < weights
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch):

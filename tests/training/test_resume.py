@@ -27,7 +27,7 @@ from tarflowlm.training.state import Counters, TimeSpent
 from tarflowlm.training.train import resume, train
 
 CPU = torch.device("cpu")
-KILLS = int(os.environ.get("TARFLOWLM_KILLS", "20"))
+KILLS = int(os.environ.get("TARFLOWLM_KILLS", "12"))
 SEED = int(os.environ.get("TARFLOWLM_KILL_SEED", "0")) or random.randrange(1, 10**6)
 
 
