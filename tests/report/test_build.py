@@ -138,7 +138,6 @@ def test_samples_are_the_same_every_time(runs, name):
 def test_bad_arguments_write_nothing(runs, tmp_path):
     joint, out = runs["joint"], tmp_path / "out"
     for directories, place in (
-        ([], out),
         ([tmp_path / "none"], out),
         (list(runs.values()), None),
         ([Path("english-mini")], None),

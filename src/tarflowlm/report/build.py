@@ -53,9 +53,7 @@ def write_report(
     `out` that holds something other than a report.
     """
     check_matplotlib()
-    if not directories:
-        raise UserError("report needs a run directory: name one or more")
-    if out is None and len(directories) > 1:
+    if out is None and len(directories) != 1:
         raise UserError(f"a report of {len(directories)} runs needs a place: name it with --out")
     if out is None and (whose := read_only_reason(directories[0])) is not None:
         raise UserError(f"{whose}, which is no place for a report: add --out {Path(directories[0]).name}-report")
@@ -99,11 +97,9 @@ def write_report(
 
 def _check_out(out: Path) -> None:
     """Raises UserError unless `out` is new or empty, or holds an earlier report."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: name a directory with --out")
     page = out / PAGE
     ours = page.is_file() and f'content="{GENERATOR}"' in page.read_text(encoding="utf-8", errors="replace")[:1000]
-    if out.exists() and any(out.iterdir()) and not ours:
+    if out.exists() and not (ours or (out.is_dir() and not any(out.iterdir()))):
         raise UserError(f"{out} exists and holds no report: choose another --out")
 
 

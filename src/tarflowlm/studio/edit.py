@@ -1,18 +1,18 @@
-"""The view that edits: words replaced or rewritten, states re-noised, the way from one text to another."""
+"""The view that edits: words replaced or resampled, states re-noised, the way from one text to another."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from tarflowlm.data import Tokenizer
-from tarflowlm.data.prompts import BLANK
+from tarflowlm.data.prompts import BLANK, Reading
 from tarflowlm.device import threads_for
-from tarflowlm.editing import Edit, Encoded, Redraw, Renoise, Rewrite, Source, Toward, encode
+from tarflowlm.editing import Edit, Redraw, Renoise, Rewrite, Source, Toward, encode
 from tarflowlm.editing.edits import TEMPERATURE
-from tarflowlm.editing.words import find_words
+from tarflowlm.editing.words import Span, find_words
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import TarFlowLM, as_flow
@@ -23,8 +23,10 @@ from tarflowlm.studio.infill import TRIES, choices, fill, trust
 from tarflowlm.studio.job import Job
 from tarflowlm.studio.pieces import card, counted, facts, muted, page, slider, stage, took
 
+R = TypeVar("R")
+
 WORDS, LATENTS, NOISE = TARGETS = ("words", "latents", "noise")
-"""What is changed: words, redrawn given all others, or a state: h^(0) = z, or h^(L) = u."""
+"""Words are resampled given all others; of the states, h^(0) = z or h^(L) = u is changed."""
 STEPS = 8
 """Parts of the way from one text to another."""
 NO_LATENTS = "a discrete baseline has no latents to edit: choose a flow"
@@ -35,151 +37,118 @@ def replace_words(
 ) -> Iterator[str]:
     """HTML of texts in which other words stand for `words` (several, separated by commas).
 
-    They are drawn by particles, or redrawn where block 1, from which particles come, has no weights of tokens.
+    They are drawn by particles, or resampled where block 1, from which particles come, has no token weights.
     """
     checkpoint = catalogue.load(model)
-    tokenizer = checkpoint.tokenizer
-    tokens = request.reading(tokenizer, text).tokens
-    pieces = named(tokenizer, request.text(words, "list of words"))
-    template = blanked(tokenizer, tokens, pieces)
-    if not checkpoint.model.config.has_token_weights:
+    tokenizer, reading = checkpoint.tokenizer, request.reading(checkpoint.tokenizer, text)
+    named = [piece for piece in request.text(words, "list of words").split(",") if piece.strip()]
+    pieces = [request.reading(tokenizer, piece, "word").text.strip() for piece in named or [""]]
+    template = blank_out(tokenizer, reading.tokens, pieces)
+    if checkpoint.model.config.has_token_weights:
+        found = yield from fill(checkpoint, template, tries, particles, TEMPERATURE, seed)
+        filled = choices(tokenizer, found, template)
+        yield page(_original(tokenizer, reading), card(filled), card(trust(found)))
+    else:
         edits = request.whole(tries, "tries", 1, TRIES)
-
-        def change(source: Source) -> Edit:
-            return Rewrite(pieces=pieces, everywhere=True).apply(source)
-
-        yield from _compared(_edited(catalogue, model, text, seed, change, num=edits))
-        return
-    for shown in fill(checkpoint, template, tries, particles, TEMPERATURE, seed):
-        if isinstance(shown, str):
-            yield page(card(shown))
-        else:
-            original = stage(text_tokens(tokens, tokenizer)) + muted("the original")
-            yield page(card(original), card(choices(tokenizer, shown, template)), card(trust(shown)))
+        edit = Rewrite(pieces=pieces, everywhere=True).apply
+        yield from _compared(catalogue, model, text, edits, seed, edit)
 
 
-def named(tokenizer: Tokenizer, words: str) -> list[str]:
-    """The words of a list separated by commas, as the model reads them."""
-    pieces = [request.reading(tokenizer, piece, "word").text.strip() for piece in words.split(",") if piece.strip()]
-    if not pieces:
-        raise UserError("no word is named: write the words to replace, separated by commas")
-    return pieces
-
-
-def blanked(tokenizer: Tokenizer, tokens: Tensor, pieces: Sequence[str]) -> Tensor:
-    """The text [T] with a blank for every token of the pieces, wherever they are whole words in it."""
-    template, symbols = tokens.clone(), [tokenizer.token_bytes[token] for token in tokens.tolist()]
+def blank_out(tokenizer: Tokenizer, tokens: Tensor, pieces: Sequence[str]) -> Tensor:
+    """The text [T] with a blank for every token of these whole words."""
+    template, parts = tokens.clone(), [tokenizer.token_bytes[token] for token in tokens.tolist()]
     for piece in pieces:
-        spans = find_words(symbols, piece)
+        spans: list[Span] = find_words(parts, piece)
         if not spans:
             raise UserError(f"{piece!r} is no word of the text: copy one from it")
         for start, stop in spans:
             template[start:stop] = BLANK
-    if (template == BLANK).all():
-        raise UserError("every word would be replaced: keep some")
     return template
 
 
 def rewrite(
     catalogue: Catalogue, model: Any, text: Any, target: Any, strength: Any, num: Any, seed: Any
 ) -> Iterator[str]:
-    """HTML of texts in which a share `strength` of the words is redrawn, or whose states are re-noised."""
-    kind, share = str(target), request.number(strength, "strength", 0.0, 1.0)
+    """HTML of texts in which a share `strength` of the words is resampled, or whose states are re-noised."""
+    share = request.number(strength, "strength", 0.0, 1.0)
     edits = request.whole(num, "edits", 1, request.SAMPLES)
 
     def change(source: Source) -> Edit:
-        if kind == WORDS:
-            return Redraw(strength=share).apply(source)
-        return Renoise(level=_level(source.model, kind), strength=share).apply(source)
+        level = _level(target, source.model)
+        kind = Redraw(strength=share) if level is None else Renoise(level=level, strength=share)
+        return kind.apply(source)
 
-    yield from _compared(_edited(catalogue, model, text, seed, change, num=edits))
-
-
-def _compared(edited: Iterator[str | tuple[Tokenizer, Any, float]]) -> Iterator[str]:
-    """HTML of the progress, then of an `Edit`, every text beside the original."""
-    for shown in edited:
-        if isinstance(shown, str):
-            yield page(card(shown))
-            continue
-        tokenizer, edit, seconds = shown
-        before = edit.before[0].cpu()
-        cards = []
-        for after, changed, old, new in zip(
-            edit.tokens.cpu(), edit.changed, edit.bound_before, edit.bound, strict=True
-        ):
-            numbers = facts(
-                ("", f"{int(changed.sum())} of {counted(len(changed), 'token')} changed"),
-                (
-                    f"≤ {_bits(new, after, tokenizer):.2f}",
-                    f"bits per character, ≤ {_bits(old, before, tokenizer):.2f} before",
-                ),
-            )
-            cards.append(card(stage(text_tokens(after, tokenizer, before=before)) + numbers))
-        original = stage(text_tokens(before, tokenizer)) + muted("the original")
-        yield page(card(original), *cards, card(facts(took(seconds))))
+    yield from _compared(catalogue, model, text, edits, seed, change)
 
 
 def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, seed: Any) -> Iterator[str]:
     """HTML of the way from one text to another, cut to the same length, with a slider."""
-    kind, toward = str(target), request.text(other, "other text")
+    checkpoint = catalogue.load(model)
+    tokenizer = checkpoint.tokenizer
+    tokens, second = (
+        request.reading(tokenizer, one, name).tokens for one, name in ((text, "text"), (other, "other text"))
+    )
+    length = min(len(tokens), len(second))
 
-    def change(source: Source, other: Encoded) -> list[Edit]:
-        level = None if kind == WORDS else _level(source.model, kind)
-        # words from the start of the text on, so that a word once taken stays
-        ways = (Toward(other=other, weight=i / STEPS, stretch="start", level=level) for i in range(STEPS + 1))
-        return [way.apply(source) for way in ways]
+    def change(source: Source) -> list[Tensor]:
+        level = _level(target, source.model)
+        toward = encode(source.model, second[None, :length], source.generator)
+        kinds = [Toward(other=toward, weight=i / STEPS, level=level, stretch="start") for i in range(STEPS + 1)]
+        return [kind.apply(source).tokens[0].cpu() for kind in kinds]
 
-    for shown in _edited(catalogue, model, text, seed, change, other=toward):
-        if isinstance(shown, str):
-            yield page(card(shown))
-            continue
-        tokenizer, edits, seconds = shown
-        texts = [edit.tokens[0].cpu() for edit in edits]
-        rows = [Row("the text", text_tokens(texts[0], tokenizer))]
-        for i, (before, now) in enumerate(itertools.pairwise(texts), 1):
-            label = f"{100 * i // STEPS} % · {int((now != before).sum())} changed"
-            rows.append(Row(label, text_tokens(now, tokenizer, before=before)))
-        body = stage(rows[-1].tokens) + facts(took(seconds))
-        yield page(card(body + slider(rows, "share of the other text", summary="every step of the way")))
+    texts, seconds = yield from _edited(catalogue, model, tokens[:length], 1, seed, change)
+    rows = [Row("the text", text_tokens(texts[0], tokenizer))]
+    for i, (before, now) in enumerate(itertools.pairwise(texts), 1):
+        label = f"{100 * i // STEPS} % · {int((now != before).sum())} changed"
+        rows.append(Row(label, text_tokens(now, tokenizer, before=before)))
+    way = slider(rows, "share of the other text", summary="every step of the way")
+    yield page(card(stage(rows[-1].tokens), facts(took(seconds)), way))
 
 
-def _level(flow: TarFlowLM, target: str) -> int:
-    """The state that `target` names."""
-    return 0 if target == LATENTS else flow.num_blocks
+def _level(target: Any, model: TarFlowLM) -> int | None:
+    """The state that a target names, or None for words."""
+    return {WORDS: None, LATENTS: 0, NOISE: model.num_blocks}[request.choice(target, TARGETS)]
 
 
 def _edited(
-    catalogue: Catalogue,
-    model: Any,
-    text: Any,
-    seed: Any,
-    change: Callable[..., Any],
-    *,
-    num: int = 1,
-    other: str | None = None,
-) -> Iterator[str | tuple[Tokenizer, Any, float]]:
-    """Progress as HTML, then the tokenizer, what `change` returned, and its seconds.
-
-    `change` gets the source, in `num` rows, and the other text if there is one, cut to the same length.
-    """
+    catalogue: Catalogue, model: Any, tokens: Tensor, edits: int, seed: Any, change: Callable[[Source], R]
+) -> Generator[str, None, tuple[R, float]]:
+    """Pages of the progress; returns the result of `change` for a text [T], repeated `edits` times, and its seconds."""
     checkpoint = catalogue.load(model)
     flow, tokenizer = as_flow(checkpoint.model, NO_LATENTS), checkpoint.tokenizer
-    texts = [request.reading(tokenizer, text).tokens]
-    if other is not None:
-        texts.append(request.reading(tokenizer, other, "other text").tokens)
-    length = min(map(len, texts))
-    request.check_length(length, flow.config.context)
     generator = torch.Generator().manual_seed(request.whole(seed, "seed", 0, 2**31))
 
-    def work(job: Job[Any]) -> Any:
+    def work(job: Job[R]) -> R:
         with threads_for(1):
-            encoded, *others = (encode(flow, tokens[None, :length], generator) for tokens in texts)
-            return change(Source(flow, tokenizer, encoded.repeated(num), generator, job), *others)
+            text = encode(flow, tokens[None], generator).repeated(edits)
+            return change(Source(flow, tokenizer, text, generator, job))
 
     job = Job(work)
     for _ in job.follow():
-        yield stage(text_tokens(texts[0], tokenizer)) + muted("editing")
-    yield tokenizer, job.result, job.seconds
+        words = "editing" if job.advanced else "waiting for its turn"
+        yield page(card(stage(text_tokens(tokens, tokenizer)), muted(words)))
+    assert job.result is not None
+    return job.result, job.seconds
+
+
+def _compared(
+    catalogue: Catalogue, model: Any, text: Any, edits: int, seed: Any, change: Callable[[Source], Edit]
+) -> Iterator[str]:
+    """HTML of the progress, then of an `Edit`, every text beside the original."""
+    tokenizer = catalogue.load(model).tokenizer
+    reading = request.reading(tokenizer, text)
+    edit, seconds = yield from _edited(catalogue, model, reading.tokens, edits, seed, change)
+    before, cards = edit.before[0].cpu(), []
+    for after, changed, old, new in zip(edit.tokens.cpu(), edit.changed, edit.bound_before, edit.bound, strict=True):
+        count = f"{int(changed.sum())} of {counted(len(changed), 'token')} changed"
+        was = f"bits per character, ≤ {_bits(old, before, tokenizer):.2f} before"
+        numbers = facts(("", count), (f"≤ {_bits(new, after, tokenizer):.2f}", was))
+        cards.append(card(stage(text_tokens(after, tokenizer, before=before)), numbers))
+    yield page(_original(tokenizer, reading), *cards, card(facts(took(seconds))))
+
+
+def _original(tokenizer: Tokenizer, reading: Reading) -> str:
+    return card(stage(text_tokens(reading.tokens, tokenizer)), muted(reading.notice or "the original"))
 
 
 def _bits(nats: Tensor, tokens: Tensor, tokenizer: Tokenizer) -> float:
