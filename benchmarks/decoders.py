@@ -2,7 +2,7 @@
 
     python benchmarks/decoders.py [MODEL ...] [--device auto] [--repeats 5]
 
-For every block, batch B and number of positions n: the time of one pass over n positions, in units of the time of one
+For every block, batch B and number of positions n: the time of a pass over n positions, in units of the time of a
 step, once for a Newton step (channel couplings alone) and once for an exact sweep. Last the constants ROWS and PASS of
     cost(n, B) = PASS (ROWS + n B) / (ROWS + B)
 that fit best, in logarithms. The shortest of some repetitions counts, so that other work hardly disturbs it.

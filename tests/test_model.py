@@ -30,7 +30,7 @@ def test_blocks_follow_the_configuration(tiny_flow):
     blocks = model.prior.blocks
     assert [type(b.coupling) for b in blocks] == [MixDCoupling, Mix1Coupling, AffineCoupling, MixDCoupling]
     assert [len(b.transformer.layers) for b in blocks] == [3, 1, 2, 1]
-    assert [b.order.maps[1].reverse for b in blocks] == [False, True, False, True]
+    assert [b.order.reverse for b in blocks] == [False, True, False, True]
     assert blocks[0].coupling.components is model.codebook
     assert blocks[3].coupling.components is not model.codebook
     assert blocks[3].coupling.components.vocab_size == 4

@@ -99,7 +99,7 @@ def test_data_prepares_a_directory_that_eval_takes(run_json, run, refused, model
         == run_json("eval", model, "--windows", 9, "--data", corpus)["bpc"]
     )
     assert "27 symbols" in run("data", text_file, "--out", tmp_path / "table").out
-    refused("data", corpus, "--out", tmp_path / "again", names=["prepared corpus already"])
+    refused("data", corpus, "--out", tmp_path / "again", names=["prepared corpora"])
 
 
 @needs_sotu

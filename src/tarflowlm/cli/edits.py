@@ -106,8 +106,9 @@ def _show(args: Args, edit: Edit, tokenizer: Tokenizer, advice: str | None) -> N
 def _advice(args: Args, edit: Edit, model: TarFlowLM) -> str | None:
     """What works better than an edit that has lost the text, or changed nothing of what it was to change."""
     if args.rewrite is not None and not edit.changed.any():
-        has_temperature = model.config.has_token_weights
-        more = "more --candidates or a higher --temperature" if has_temperature else "more --candidates"
+        more = (
+            "more --candidates or a higher --temperature" if model.config.has_token_weights else "more --candidates"
+        )
         return f"all candidates were what is there: {more} may find others"
     weight = 0.0 if args.toward is None else Toward.weight if args.weight is None else args.weight
     if args.level is None or weight == 1:

@@ -18,7 +18,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Args:
-    """Arguments of `tarflowlm reproduce`."""
+    """Reproduce a table or figure of the paper, or an experiment of ours; `all` runs every one of them."""
 
     name: Annotated[tyro.conf.Positional[str], arg("NAME", f"One of {', '.join([*RECIPE_NAMES, ALL])}.")]
     scale: Scale = "mini"

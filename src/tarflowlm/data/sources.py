@@ -81,15 +81,17 @@ class TextFile(Source):
         self.path = path.resolve()
         self.name, self.identity = str(path), str(self.path)
         self.block = block
-        self._total = 0
+        self._totals: dict[Normalization, int] = {}
 
     @property
     def files(self) -> tuple[Path, ...] | None:
         return (self.path,)
 
     def stream(self, normalization: Normalization, cursor: Any = None, progress: Progress = SILENT) -> Stream:
-        self._total = self._total or self._count_characters(normalization, progress)
-        return Stream(self._batches(normalization, **(cursor or {"block": 0, "position": 0})), self._total)
+        if normalization not in self._totals:
+            self._totals[normalization] = self._count_characters(normalization, progress)
+        start = cursor or {"block": 0, "position": 0}
+        return Stream(self._batches(normalization, **start), self._totals[normalization])
 
     def _count_characters(self, normalization: Normalization, progress: Progress) -> int:
         progress.stage(f"reading {self.name}, characters")
@@ -101,32 +103,30 @@ class TextFile(Source):
             if normalization == "text8" and not block.isascii():
                 lost.update(c for c in block if not c.isascii() and c.isalpha())
             progress.advance(len(block))
-        shown = ", ".join(f"{character!r} x{count:,}" for character, count in lost.most_common(5))
-        if not total:
-            raise UserError(f"text8 normalisation leaves nothing of {self.name} ({shown or 'no letters'}): {_KEEP}")
-        if lost.total() > NOTICED_LOSS * size:
-            share = lost.total() / size
-            log.warning("text8 drops %.1f %% of the letters of %s (%s): %s", 100 * share, self.name, shown, _KEEP)
+        if not total or lost.total() > NOTICED_LOSS * size:
+            shown = ", ".join(f"{character!r} x{count:,}" for character, count in lost.most_common(5))
+            found = f"text8 normalisation drops {lost.total():,} letters of {self.name} ({shown or 'it has none'})"
+            remedy = "keep them with a byte or BPE tokenizer and normalize none"
+            if not total:
+                raise UserError(f"{found} and leaves nothing: {remedy}")
+            log.warning("%s, %.1f %% of its characters: %s", found, 100 * lost.total() / size, remedy)
         return total
 
     def _batches(self, normalization: Normalization, block: int, position: int) -> Iterator[Batch]:
-        cuts = [0, self._total * 90 // 100, self._total * 95 // 100, self._total]
+        total = self._totals[normalization]
+        cuts = [0, total * 90 // 100, total * 95 // 100, total]
         for index, piece in enumerate(text_pieces(text_blocks(self.path), self.block)):
-            if index < block:
-                continue
-            text = _normalized(piece, normalization)
-            parts = {
-                split: [text[max(0, first - position) : max(0, last - position)]]
-                for split, first, last in zip(SPLITS, cuts, cuts[1:], strict=False)
-            }
-            position += len(text)
-            cursor = {"block": index + 1, "position": position}
-            yield Batch({split: part for split, part in parts.items() if part[0]}, cursor)
-        if position != self._total:
+            if index >= block:
+                text = _normalized(piece, normalization)
+                parts = {
+                    split: [text[max(0, first - position) : max(0, last - position)]]
+                    for split, first, last in zip(SPLITS, cuts, cuts[1:], strict=False)
+                }
+                position += len(text)
+                cursor = {"block": index + 1, "position": position}
+                yield Batch({split: part for split, part in parts.items() if part[0]}, cursor)
+        if position != total:
             raise UserError(f"{self.path} changed while it was read: prepare it again")
-
-
-_KEEP = "keep them with a byte or BPE tokenizer and normalize none"
 
 
 def _normalized(block: str, normalization: Normalization) -> str:
@@ -214,15 +214,12 @@ class Text8(TextFile):
 
     def _check(self, path: Path) -> None:
         text, (length, sha256) = read_text(path).encode("utf-8"), self.prefix
-        problem = ""
-        if foreign := text.translate(None, TEXT8_ALPHABET.encode()):
-            problem = f"it holds {foreign.decode('utf-8')[0]!r} beside a-z and spaces"
-        elif len(text) != self.size:
-            problem = f"it has {len(text):,} characters instead of {self.size:,}"
-        elif hashlib.sha256(text[:length]).hexdigest() != sha256:
-            problem = f"its first {length:,} characters differ"
-        if problem:
-            raise UserError(f"{path} is not text8 ({problem}): put text8 or text8.zip from elsewhere in its place")
+        is_right = len(text) == self.size and not text.translate(None, TEXT8_ALPHABET.encode())
+        if not is_right or hashlib.sha256(text[:length]).hexdigest() != sha256:
+            raise UserError(
+                f"{path} is not text8, {self.size:,} characters a-z and space that begin ' anarchism originated': "
+                "put text8 or text8.zip from elsewhere in its place"
+            )
 
 
 def _download(url: str, target: Path, progress: Progress) -> None:

@@ -87,7 +87,7 @@ def propose_state(
     known, before = (block.order(prior.patch(text.states[i])[0])[0] for i in (level, level + 1))
     R, N = candidates, known.shape[1]
     first, end = span[0] // patch, -(-span[1] // patch)
-    if block.direction.reverse:
+    if block.order.reverse:
         first, end = N - end, N - first
     h, u = known.repeat(R, 1, 1), before.repeat(R, 1, 1)
     u[:, first:end] = torch.randn(R, end - first, h.shape[2], generator=generator, device=generator.device).to(u)

@@ -99,14 +99,6 @@ class Bars:
         left = "" if task.time_remaining is None else f", {minutes(float(task.time_remaining))} left"
         print_notice(f"{task.description}: {self._numbers.render(task)}{left}")
 
-    def show(self, name: str, done: int, total: int | None) -> None:
-        """`done` of the `total` units of the part called `name` are done."""
-        task = self.progress.tasks[-1] if self._task is not None else None
-        if task is None or task.description != name or done < task.completed:
-            self.stage(name, total, done)
-        else:
-            self.update(completed=done, total=total)
-
     def close(self) -> None:
         """Take the bar away. A later stage shows another one."""
         self.progress.stop()

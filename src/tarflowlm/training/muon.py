@@ -70,7 +70,7 @@ class Muon(torch.optim.Muon):
     """
 
     found_inf: Tensor | None = None
-    """As in torch.amp: a scalar on the device; if it is 1, `step` changes nothing."""
+    """A scalar on the device, as in torch.amp; if it is 1, `step` changes nothing."""
 
     def __init__(
         self, params: Iterable[Any], *, precision: Precision, stacked: Iterable[Tensor] = (), **options: Any

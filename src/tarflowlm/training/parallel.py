@@ -29,7 +29,7 @@ from tarflowlm.training.processes import ALONE, Processes
 
 
 class NegativeBound(nn.Module):
-    """The negative bound as the forward of a module, which DDP, FSDP2 and torch.compile need."""
+    """The negative bound as the forward of a module, as DDP, FSDP2 and torch.compile need it."""
 
     def __init__(self, model: LanguageModel, frozen: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class NegativeBound(nn.Module):
 
 
 def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> bool:
-    """Whether to compile the loss on `device`: `train.compile`, or if that is None, whether it helps and is possible.
+    """True if the loss is to be compiled on `device`: `train.compile`, or by default where it helps and is possible.
 
     Warns if it would help but a compiler is missing.
     """

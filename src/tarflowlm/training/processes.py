@@ -37,11 +37,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and reports to the user."""
+        """True for the process that writes files and reports to the user."""
         return self.rank == 0
 
     def rows_each(self, batch_size: int, accumulate: int) -> int:
-        """Sequences per process of a global batch, which must divide evenly into `accumulate` parts per process."""
+        """Sequences per process of a global batch. They must divide evenly into `accumulate` parts."""
         parts = self.world * accumulate
         if batch_size % parts:
             raise UserError(
@@ -59,7 +59,7 @@ class Processes:
         return total / self.world
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in any process."""
+        """True if `flag` is set in any process."""
         if self.world == 1:
             return flag
         # on the CPU, by gloo, so that no device has to wait

@@ -179,7 +179,7 @@ class TrainingRun:
         counters.spent.save = self.seconds() - start
 
     def save_best(self, result: Likelihood) -> None:
-        """Save the weights of the best validation bound to best/, which every command accepts as a run directory."""
+        """Save the weights of the best validation bound to best/, a run directory of its own."""
         best = self.out / BEST
         if self.processes.first:
             best.mkdir(exist_ok=True)

@@ -59,7 +59,7 @@ def train(
     processes: Processes = ALONE,
     stop_requests: StopRequests = no_stop_requests,
 ) -> dict[str, Any]:
-    """Train `run` into the new directory `out`; returns the summary, which is also written to summary.json.
+    """Train `run` into the new directory `out`; returns the summary, also written to summary.json.
 
     With several `processes` all of them call this function, and the first one writes.
 

@@ -2,7 +2,8 @@
 
 N rows, K components, d channels. Inside this package a scalar mixture problem is z [N] with parameters [N, K] or,
 where all rows share one mixture, [1, K]; a codebook problem is z [N, d], log_w [N, K], mean [K, d], log_std [K].
-On a CPU rows are worked on in chunks that stay in its second-level cache (see `cpu.linear` for their layout).
+On a CPU rows are worked on in chunks that stay in its second-level cache (for their layout see
+`cpu.forward.Workspace`).
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ HELD_ELEMENTS = {"cpu": 2**22}
 HELD_ELEMENTS_ACCELERATOR = 2**26
 """Elements (rows x components) of a tensor that is held whole: 16 MiB of float32 on a CPU; on an accelerator 256 MiB,
 which fill it, and few enough that a large vocabulary costs it a few gigabytes in total."""
+
+Params = tuple[Tensor, ...]
+"""log_w, mean, log_std of scalar mixtures, each [N or 1, K]."""
 
 LOWEST_EXPONENT = {torch.float32: -50.0, torch.float64: -100.0}
 """Floor for exponents whose sum is at least 1. On a CPU exp is 30 times slower where it underflows, and so is every
@@ -66,9 +70,9 @@ def flatten_vectors(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> 
     return shape, flat, log_w.expand(*shape, log_w.shape[-1]).reshape(-1, log_w.shape[-1])
 
 
-def take_rows(p: Tensor, rows: slice | Tensor) -> Tensor:
-    """Rows of a [N, K] parameter; a shared [1, K] one is returned as it is."""
-    return p if p.shape[0] == 1 else p[rows]
+def take_rows(params: Params, rows: slice | Tensor) -> Params:
+    """Rows of [N, K] parameters; a shared [1, K] one is returned as it is."""
+    return tuple(p if p.shape[0] == 1 else p[rows] for p in params)
 
 
 def use_eager_cpu(t: Tensor) -> bool:

@@ -16,8 +16,8 @@ from torch.autograd import Function
 
 from tarflowlm.flow.numerics import layout, reference
 from tarflowlm.flow.numerics.autograd import first_derivatives, sum_to_shared
+from tarflowlm.flow.numerics.cpu import forward as cpu
 from tarflowlm.flow.numerics.cpu import inverse as cpu_inverse
-from tarflowlm.flow.numerics.cpu import mixture as cpu
 
 
 def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:

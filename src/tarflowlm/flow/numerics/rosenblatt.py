@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.flow.numerics import layout, reference
 from tarflowlm.flow.numerics.autograd import first_derivatives
-from tarflowlm.flow.numerics.cpu import rosenblatt as cpu
+from tarflowlm.flow.numerics.cpu import forward, inverse
 from tarflowlm.flow.numerics.mixture import mixture_cdf, mixture_cdf_inverse
 from tarflowlm.flow.numerics.normal import log_standard_normal_vectors
 
@@ -62,7 +62,7 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
 def _evaluate(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
     """u [N, d] and log_det [N]; no autograd."""
     if layout.use_eager_cpu(z):
-        return cpu.rosenblatt(z, log_w, mean, log_std)
+        return forward.rosenblatt(z, log_w, mean, log_std)
     u = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     log_p = torch.empty_like(z[:, 0])
     for rows in _chunks(z, mean.shape[0]):
@@ -73,7 +73,7 @@ def _evaluate(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[
 def _solve(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """z [N, d]; no autograd."""
     if layout.use_eager_cpu(u):
-        return cpu.rosenblatt_inverse(u, log_w, mean, log_std)
+        return inverse.rosenblatt_inverse(u, log_w, mean, log_std)
     z = torch.empty_like(u)
     for rows in _chunks(u, mean.shape[0]):
         z[rows] = reference.rosenblatt_inverse(u[rows], log_w[rows], mean, log_std)
