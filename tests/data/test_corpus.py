@@ -22,7 +22,6 @@ from tarflowlm.data import (
     open_corpus,
     prepare_corpus,
 )
-from tarflowlm.data.corpus import token_dtype
 from tarflowlm.data.sources import SPLITS, OpenWebText, TextFile, sources_dir
 from tarflowlm.errors import UserError
 from tarflowlm.progress import Silent
@@ -80,18 +79,6 @@ def test_format_stays(words, tmp_path):
     }
 
 
-def test_bpe_is_trained_on_the_training_split_alone(text_file, words, tmp_path):
-    corpus = prepare_corpus(str(text_file), BPE, tmp_path / "out")
-    cut = len(words) * 95 // 100
-    text_file.write_text(words[:cut] + "q" * (len(words) - cut))
-    assert prepare_corpus(str(text_file), BPE, tmp_path / "o").tokenizer.fingerprint == corpus.tokenizer.fingerprint
-
-
-@pytest.mark.parametrize(("size", "dtype"), [(256, "u1"), (257, "<u2"), (65536, "<u2"), (65537, "<u4")])
-def test_ids_are_stored_in_the_smallest_type(size, dtype):
-    assert token_dtype(size) == np.dtype(dtype)
-
-
 def test_progress_reaches_the_end_of_every_stage(text_file, tmp_path):
     stages = []
 
@@ -124,15 +111,6 @@ def test_other_directories_are_not_overwritten(text_file, words, tmp_path):
     text_file.write_text(words + " more")
     with pytest.raises(UserError, match=r"words\.txt changed since it was prepared"):
         prepare_corpus(str(text_file), CHARS, out)
-
-
-@pytest.mark.parametrize(("text", "message"), [("a", "too short"), ("Upper Case " * 100, "not in the tokenizer")])
-def test_failure_leaves_nothing_behind(text, message, tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(text)
-    with pytest.raises(UserError, match=message):
-        prepare_corpus(str(path), TokenizerConfig(normalize="none"), tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} <= {"text.txt", ".out.lock"}
 
 
 # killed preparations
@@ -305,17 +283,6 @@ def test_prepared_directory_is_opened_where_it_is(text_file, words, tmp_path):
     cached_corpus(out)
 
 
-def test_directory_of_a_trained_bpe_matches_the_request_that_made_it(text_file, tmp_path):
-    prepared = prepare_corpus(str(text_file), BPE, tmp_path / "out")
-    assert cached_corpus(str(tmp_path / "out"), BPE).meta == prepared.meta
-    with pytest.raises(UserError, match=r"not with .*vocab_size=41"):
-        cached_corpus(str(tmp_path / "out"), TokenizerConfig(kind="bpe", vocab_size=41))
-    given = prepare_corpus(str(text_file), prepared.tokenizer, tmp_path / "given")
-    assert given.meta["tokenizer_config"] is None
-    for config in (BPE, TokenizerConfig(kind="bpe", source=str(tmp_path / "out"))):
-        cached_corpus(str(tmp_path / "given"), config)
-
-
 # damaged directories
 
 
@@ -367,12 +334,3 @@ def test_another_text_is_encoded_with_a_given_tokenizer(text_file, words):
     assert len(short["all"]) == 4
     with pytest.raises(UserError, match="characters"):
         encode_text_source(str(text_file), CharTokenizer("abc", "none"))
-
-
-def test_directory_serves_only_its_own_tokenizer(text_file, tmp_path):
-    corpus = prepare_corpus(str(text_file), CHARS, tmp_path / "out")
-    tokens = encode_text_source(str(tmp_path / "out"), corpus.tokenizer, ["valid", "all"])
-    np.testing.assert_array_equal(tokens["valid"], corpus.split("valid"))
-    assert len(tokens["all"]) == sum(corpus.num_tokens(name) for name in SPLITS)
-    with pytest.raises(UserError, match="prepared with CharTokenizer"):
-        encode_text_source(str(tmp_path / "out"), ByteTokenizer())

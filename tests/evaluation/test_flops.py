@@ -111,22 +111,6 @@ def test_figure_7_counts_one_head_per_model(patch):
     assert forward_flops(configured("owt-ar"), "figure7") == forward_flops(configured("owt-ar"), "paper")
 
 
-def test_figure_7_head_is_block_1():
-    config = configured("mini-mixd")
-    D, T, V = config.trunk.width, config.context, config.vocab_size
-    body = sum(block.layers for block in config.blocks) * (24 * D**2 * T + 2 * D * T**2)
-    assert forward_flops(config, "figure7") == 4 * D * T + body + 2 * D * V * T
-
-
-def test_full_count_of_the_baseline():
-    """The paper's, plus the product of attention and values, without an input map: tokens are looked up."""
-    config = configured("text8-ar")
-    D, T, L = config.trunk.width, config.context, config.layers
-    assert forward_flops(config) == forward_flops(config, "paper") - 4 * D * T + 2 * L * D * T**2
-    # a position sees itself and those before it
-    assert generation_flops(config) == forward_flops(config) - 4 * L * D * (T**2 - T * (T + 1) // 2)
-
-
 def test_full_count_of_a_flow():
     """Mix-d with one token per position, Mix-1 on top: input maps, Transformers, heads and the codebook."""
     config = replace(configured("mini-mixd"), blocks=stack(("mixd", "mix1"), (6, 2), (0, 2)))

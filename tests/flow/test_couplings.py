@@ -266,12 +266,6 @@ def test_adjusting_to_the_largest_weight_leaves_one_gaussian(randomise, normal):
     torch.testing.assert_close(z, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_standard_normal_log_prob_equals_torch_distributions(normal):
-    u = normal(3, 4, 2)
-    expected = torch.distributions.Normal(0.0, 1.0).log_prob(u).sum((1, 2))
-    torch.testing.assert_close(standard_normal_log_prob(u), expected, check_dtype=False)
-
-
 def test_a_newton_step_divides_the_residual_by_the_slope_of_each_channel(coupling, normal):
     if not isinstance(coupling, ChannelCoupling):
         return

@@ -66,13 +66,6 @@ def test_a_line_comes_soon_and_then_every_half_minute(lines, clock):
         assert lines() == []
 
 
-def test_what_was_done_before_does_not_count_as_speed(lines, clock):
-    with Bars(clock=clock) as bars:
-        bars.stage("training", 1000, 500)
-        work(bars, clock, 31, 0.1)
-    assert lines() == ["training: 530 of 1,000 (53 %), 10.0/s, 0:48 left"]
-
-
 def test_training_shows_its_numbers(lines, clock):
     with ProgressReporter(clock=clock) as reporter:
         reporter.stage("stage 1/3: block 1 mixd", 2600)

@@ -21,7 +21,7 @@ import torch
 
 from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.errors import Stopped, UserError
-from tarflowlm.runs.checkpoint import export, load_checkpoint, read_run
+from tarflowlm.runs.checkpoint import load_checkpoint, read_run
 from tarflowlm.training import optim, run, state
 from tarflowlm.training.state import Counters, TimeSpent
 from tarflowlm.training.train import resume, train
@@ -96,17 +96,6 @@ def test_run_killed_at_any_event_resumes_to_the_same_bits(tmp_path, whole, cut, 
         same_run(out, never_stopped)
 
 
-@pytest.mark.slow
-def test_run_killed_twice_resumes_to_the_same_bits(tmp_path, whole, cut, same_run, killer):
-    config, never_stopped, num_events = whole
-    cut(config, tmp_path / "run", num_events // 3)
-    with pytest.raises(SystemExit):
-        resume(tmp_path / "run", device=CPU, reporter=killer(num_events // 3, sys.exit))
-    assert_loads_or_is_new(tmp_path / "run")
-    resume(tmp_path / "run", device=CPU)
-    same_run(tmp_path / "run", never_stopped)
-
-
 @pytest.mark.parametrize(
     ("at", "number"),
     [
@@ -126,25 +115,6 @@ def test_signal_saves_and_run_resumes_to_the_same_bits(tmp_path, whole, same_run
     load_checkpoint(out)
     resume(out, device=CPU)
     same_run(out, never_stopped)
-
-
-@pytest.mark.slow
-def test_signal_in_an_evaluation_without_a_checkpoint_saves_first(tmp_path, tiny_run, go, same_run, monkeypatch):
-    config = tiny_run(checkpoint_every=100)
-    go(config, tmp_path / "whole")
-    evaluate, calls = run.TrainingRun.evaluate, []
-
-    def signalled(*args, **options):
-        calls.append(None)
-        if len(calls) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*args, **options)
-
-    monkeypatch.setattr(run.TrainingRun, "evaluate", signalled)
-    with pytest.raises(Stopped, match="saved at step 2"):
-        train(config, tmp_path / "cut", device=CPU, stop_requests=stop_on_signals)
-    resume(tmp_path / "cut", device=CPU)
-    same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_second_signal_leaves_at_once(tmp_path, whole, killer):
@@ -236,16 +206,6 @@ def test_command_line_stopped_and_resumed_gives_the_same_bits(tmp_path, corpus_f
     same_run(out, tmp_path / "whole")
 
 
-def test_partial_files_of_a_kill_are_removed(stopped, whole, same_run):
-    (stopped / "state" / ".step-00000007").mkdir()
-    (stopped / "state" / ".step-00000007" / "__0_0.distcp").write_bytes(b"a part")
-    (stopped / ".model.safetensors.x.tmp").write_bytes(b"a part")
-    resume(stopped, device=CPU)
-    same_run(stopped, whole[1])
-    assert names(stopped) == ["step-00000006", "step-00000008"]
-    assert not list(stopped.glob(".model*"))
-
-
 @pytest.mark.slow
 def test_kill_between_state_and_weights_leaves_the_last_checkpoint(tmp_path, whole, go, same_run, monkeypatch):
     config, never_stopped, _ = whole
@@ -317,13 +277,6 @@ def test_damaged_weights_are_restored_from_the_state(finished, whole, same_run):
         resume(finished, device=CPU)
 
 
-def test_exported_model_is_not_trained_again(tmp_path, whole):
-    export(whole[1], tmp_path / "model")
-    with pytest.raises(UserError, match="no state to resume from"):
-        resume(tmp_path / "model", device=CPU)
-    load_checkpoint(tmp_path / "model")
-
-
 def test_state_of_another_run_is_refused(tmp_path, stopped, tiny_run, cut):
     cut(tiny_run(stage_steps=(3, 2, 3), model={"latent_dim": 4}), tmp_path / "other", 19)
     shutil.rmtree(stopped / "state")
@@ -391,14 +344,6 @@ def test_two_writers_exclude_each_other(tmp_path, tiny_run, go, killer, same_run
     assert "exists already" in refused[1]
     go(config, tmp_path / "alone")
     same_run(out, tmp_path / "alone")
-
-
-@pytest.mark.slow
-def test_start_that_saved_nothing_may_be_repeated(tmp_path, tiny_run, go, cut, same_run):
-    cut(tiny_run(), tmp_path / "run", 2)
-    go(tiny_run(stage_steps=(1, 1, 1)), tmp_path / "run")
-    go(tiny_run(stage_steps=(1, 1, 1)), tmp_path / "other")
-    same_run(tmp_path / "run", tmp_path / "other")
 
 
 @pytest.mark.parametrize("name", ["mine.txt", "config.json"])
