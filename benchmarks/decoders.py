@@ -14,8 +14,7 @@ from collections.abc import Callable
 import torch
 
 from tarflowlm.device import synchronize
-from tarflowlm.flow.channelwise import ChannelCoupling
-from tarflowlm.flow.newton import Newton
+from tarflowlm.flow.channelwise import ChannelCoupling, Newton
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.generation.inversion import TOLERANCE
 

@@ -13,7 +13,7 @@ import pytest
 
 from tarflowlm.cli import sampling
 from tarflowlm.data import TEXT8_ALPHABET
-from tarflowlm.terminal.streams import first_stop
+from tarflowlm.terminal.texts import first_stop
 
 MODELS = ("ar", "flow", "patches")
 

@@ -7,11 +7,10 @@ import torch
 from torch.autograd.functional import jacobian
 
 from tarflowlm.flow import numerics
-from tarflowlm.flow.channelwise import AffineCoupling, ChannelCoupling, Mix1Coupling
+from tarflowlm.flow.channelwise import AffineCoupling, ChannelCoupling, Mix1Coupling, Newton
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.mixd import MixDCoupling
-from tarflowlm.flow.newton import Newton
 from tarflowlm.flow.numerics import layout, log_standard_normal, standard_normal_log_prob
 from tarflowlm.language_model import seeded
 

@@ -23,8 +23,7 @@ from tarflowlm.training import train as training
 from tarflowlm.training.loop import optimizer_step
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.optim import build_optimizers
-from tarflowlm.training.parallel import ParallelModel
-from tarflowlm.training.processes import Processes, launched
+from tarflowlm.training.parallel import ParallelModel, Processes, launched
 from tarflowlm.training.train import resume, train
 
 MODES = ("ddp", "fsdp")

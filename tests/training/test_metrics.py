@@ -15,7 +15,6 @@ from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import read_run
 from tarflowlm.runs.strict_json import from_dict
-from tarflowlm.training import trackers
 from tarflowlm.training.metrics import MetricsLog, Reporter
 from tarflowlm.training.train import resume
 

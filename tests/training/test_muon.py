@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tarflowlm.training import muon
-from tarflowlm.training.muon import Muon, faster_precision, orthogonalise
+from tarflowlm.training.optim import Muon, faster_precision, orthogonalise
 
 SETTINGS = {"coefficients": (3.4445, -4.7750, 2.0315), "steps": 5, "eps": 1e-7}
 SHAPES = [(6, 6), (12, 5), (5, 12), (33, 16)]

@@ -19,8 +19,7 @@ from tarflowlm.config import TrainConfig
 from tarflowlm.language_model import seeded
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import parallel
-from tarflowlm.training.parallel import ParallelModel
-from tarflowlm.training.processes import ALONE, Processes
+from tarflowlm.training.parallel import ALONE, ParallelModel, Processes
 from tarflowlm.training.state import newest_state
 from tarflowlm.training.train import resume, train
 

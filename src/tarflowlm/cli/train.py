@@ -95,7 +95,7 @@ def run(args: Args | ResumeArgs) -> None:
     from tarflowlm.terminal.tables import print_json, print_table
     from tarflowlm.terminal.training import ProgressReporter
     from tarflowlm.training.metrics import Reporter
-    from tarflowlm.training.processes import launched
+    from tarflowlm.training.parallel import launched
     from tarflowlm.training.train import resume, train
 
     with launched(pick_device(args.device)) as processes:

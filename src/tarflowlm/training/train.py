@@ -28,12 +28,11 @@ from tarflowlm.runs.checkpoint import (
     write_run,
 )
 from tarflowlm.training.loop import train_stage
-from tarflowlm.training.metrics import METRICS, Reporter
+from tarflowlm.training.metrics import METRICS, Reporter, check_installed
 from tarflowlm.training.pace import test_seconds
-from tarflowlm.training.processes import ALONE, Processes
+from tarflowlm.training.parallel import ALONE, Processes
 from tarflowlm.training.run import TrainingRun
 from tarflowlm.training.state import newest_state
-from tarflowlm.training.trackers import check_installed
 
 LEAST_TEST_WINDOWS = 32
 """Test windows that a run with a time limit evaluates at least, even if its time is over."""

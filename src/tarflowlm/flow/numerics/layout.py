@@ -6,12 +6,49 @@ On a CPU rows are worked on in chunks that stay in its second-level cache (for t
 `cpu.forward.Workspace`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from tarflowlm.flow.numerics.normal import check_codebook
+
+Compute = Callable[..., tuple[Tensor | None, ...]]
+"""Gradients from tensors: what a backward computes in closed form."""
+
+
+def first_derivatives(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """compute(*tensors) without recording it; differentiating the result raises RuntimeError."""
+    if torch.compiler.is_compiling():
+        # A compiler does not trace a Function inside a backward.
+        with torch.no_grad():
+            return compute(*tensors)
+    return _FirstDerivatives.apply(compute, *tensors)
+
+
+class _FirstDerivatives(Function):
+    @staticmethod
+    def forward(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            return compute(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("the mixture maps of tarflowlm.flow.numerics have first derivatives only")
+
+
+def sum_to_shared(grads: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients [N, K] in the shapes of their parameters: a parameter [1, K] shared by all rows gets the sum."""
+    return tuple(
+        g if p.shape[0] == g.shape[0] else g.sum(0, keepdim=True) for g, p in zip(grads, params, strict=True)
+    )
+
 
 CHUNK_ELEMENTS = 65_536
 """Elements (rows x components) of one buffer of a chunk, per thread: 256 KiB of float32, five to a 2 MiB cache."""

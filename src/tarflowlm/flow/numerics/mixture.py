@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tarflowlm.flow.numerics import layout, reference
-from tarflowlm.flow.numerics.autograd import first_derivatives, sum_to_shared
 from tarflowlm.flow.numerics.cpu import forward as cpu
 from tarflowlm.flow.numerics.cpu import inverse as cpu_inverse
+from tarflowlm.flow.numerics.layout import first_derivatives, sum_to_shared
 
 
 def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
