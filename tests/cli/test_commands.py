@@ -76,7 +76,7 @@ def test_a_stopped_run_continues(run, run_json, trained, text_file, tmp_path, mo
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tarflowlm.terminal.training.ProgressReporter.record", interrupted)
+        patch.setattr("tarflowlm.terminal.bars.ProgressReporter.record", interrupted)
         argv = ["--data", text_file, "--steps", "6", "--checkpoint-every", "2"]
         stopped = run("train", "mini-mixd", "--out", out, *argv, *TINY)
     assert stopped.status == 130

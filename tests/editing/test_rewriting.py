@@ -7,7 +7,7 @@ import torch
 
 import tarflowlm
 from tarflowlm.editing import blend, encode, informative_level, redraw, rewrite, token_costs
-from tarflowlm.editing.proposals import propose, propose_state
+from tarflowlm.editing.rewriting import propose, propose_state
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
 

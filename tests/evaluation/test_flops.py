@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
-from tarflowlm.flow.numerics.cpu.inverse import are_few
+from tarflowlm.flow.numerics.cpu_inverse import are_few
 from tarflowlm.generation import generate
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import FlowConfig, stack

@@ -4,9 +4,9 @@ import pytest
 import torch
 from numerics_cases import codebook_case, nasty_mixtures, wide_noise
 
+from tarflowlm.flow.numerics import cpu_forward as cpu
+from tarflowlm.flow.numerics import cpu_inverse as inverse
 from tarflowlm.flow.numerics import layout, mixture_cdf, mixture_log_prob, reference, rosenblatt
-from tarflowlm.flow.numerics.cpu import forward as cpu
-from tarflowlm.flow.numerics.cpu import inverse
 
 DTYPES = [torch.float32, torch.float64]
 BOUND = {torch.float32: 2e-4, torch.float64: 1e-10}

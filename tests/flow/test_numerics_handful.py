@@ -6,8 +6,9 @@ import pytest
 import torch
 from numerics_cases import codebook_case
 
+from tarflowlm.flow.numerics import cpu_few_rows as handful
+from tarflowlm.flow.numerics import cpu_inverse as inverse
 from tarflowlm.flow.numerics import reference, rosenblatt, rosenblatt_inverse
-from tarflowlm.flow.numerics.cpu import handful, inverse
 
 DTYPES = [torch.float32, torch.float64]
 BOUND = {torch.float32: 2e-4, torch.float64: 1e-10}

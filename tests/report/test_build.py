@@ -10,8 +10,7 @@ import pytest
 
 from tarflowlm.errors import UserError
 from tarflowlm.report import build
-from tarflowlm.report.build import write_report
-from tarflowlm.report.samples import draw_samples
+from tarflowlm.report.build import draw_samples, write_report
 from tarflowlm.runs.checkpoint import export, load_checkpoint
 
 

@@ -6,9 +6,8 @@ import logging
 import pytest
 from rich.console import Console
 
-from tarflowlm.terminal.bars import Bars, minutes, per_second
+from tarflowlm.terminal.bars import Bars, ProgressReporter, minutes, per_second
 from tarflowlm.terminal.tables import NoticeHandler, print_notice
-from tarflowlm.terminal.training import ProgressReporter
 
 TRAIN = {"split": "train", "step": 1520, "bpc": 2.3114, "tokens_per_second": 6945.2}
 

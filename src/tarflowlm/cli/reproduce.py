@@ -61,9 +61,8 @@ def run(args: Args) -> None:
     from tarflowlm.reproduce import RECIPES
     from tarflowlm.reproduce.recipe import Settings, check_texts, estimate, finish, state_of
     from tarflowlm.reproduce.write import write_results
-    from tarflowlm.terminal.bars import Bars
+    from tarflowlm.terminal.bars import Bars, ProgressReporter
     from tarflowlm.terminal.tables import print_json, print_table
-    from tarflowlm.terminal.training import ProgressReporter
 
     recipes = list(RECIPES.values()) if args.name == ALL else [RECIPES[args.name]]
     settings = Settings(

@@ -92,8 +92,8 @@ def run(args: Args | ResumeArgs) -> None:
     from tarflowlm.cli.signals import stop_on_signals
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.likelihood import sign_of
+    from tarflowlm.terminal.bars import ProgressReporter
     from tarflowlm.terminal.tables import print_json, print_table
-    from tarflowlm.terminal.training import ProgressReporter
     from tarflowlm.training.metrics import Reporter
     from tarflowlm.training.parallel import launched
     from tarflowlm.training.train import resume, train

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tarflowlm.errors import UserError
-from tarflowlm.report.curves import draw_bits
+from tarflowlm.report.figures import draw_bits
 from tarflowlm.report.records import RunRecord, read_record
 from tarflowlm.report.style import render
 from tarflowlm.studio import request

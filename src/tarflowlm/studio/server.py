@@ -56,7 +56,7 @@ class Server:
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-        from tarflowlm.studio.style import HEAD
+        from tarflowlm.studio.pieces import HEAD
 
         # a page elsewhere could let its own name point at this machine (DNS rebinding); gradio itself answers no
         # other origin on localhost

@@ -3,7 +3,7 @@
 N rows, K components, d channels. Inside this package a scalar mixture problem is z [N] with parameters [N, K] or,
 where all rows share one mixture, [1, K]; a codebook problem is z [N, d], log_w [N, K], mean [K, d], log_std [K].
 On a CPU rows are worked on in chunks that stay in its second-level cache (for their layout see
-`cpu.forward.Workspace`).
+`cpu_forward.Workspace`).
 """
 
 from collections.abc import Callable, Iterator, Sequence

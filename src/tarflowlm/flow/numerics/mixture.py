@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from tarflowlm.flow.numerics import cpu_forward as cpu
+from tarflowlm.flow.numerics import cpu_inverse as cpu_inverse
 from tarflowlm.flow.numerics import layout, reference
-from tarflowlm.flow.numerics.cpu import forward as cpu
-from tarflowlm.flow.numerics.cpu import inverse as cpu_inverse
 from tarflowlm.flow.numerics.layout import first_derivatives, sum_to_shared
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from tarflowlm.flow.numerics import layout, reference
-from tarflowlm.flow.numerics.cpu import forward, inverse
+from tarflowlm.flow.numerics import cpu_forward as forward
+from tarflowlm.flow.numerics import inverse, layout, reference
 from tarflowlm.flow.numerics.layout import first_derivatives
 from tarflowlm.flow.numerics.mixture import mixture_cdf, mixture_cdf_inverse
 from tarflowlm.flow.numerics.normal import log_standard_normal_vectors

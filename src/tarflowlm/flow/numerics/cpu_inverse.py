@@ -15,9 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tarflowlm.flow.numerics import reference
-from tarflowlm.flow.numerics.cpu import handful
-from tarflowlm.flow.numerics.cpu.forward import (
+from tarflowlm.flow.numerics import cpu_few_rows, reference
+from tarflowlm.flow.numerics.cpu_forward import (
     DENSITY_SCALE,
     SMALLEST,
     TAIL_SCALE,
@@ -169,8 +168,8 @@ def _solve_on_grid(u: Tensor, params: Params) -> Tensor:
 
 def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """z [N, d], as `reference.rosenblatt_inverse`."""
-    if handful.is_handful(len(u), len(mean)):
-        z, left = handful.rosenblatt_inverse(u, log_w, mean, log_std)
+    if cpu_few_rows.is_handful(len(u), len(mean)):
+        z, left = cpu_few_rows.rosenblatt_inverse(u, log_w, mean, log_std)
         if left:
             z[left] = _by_channels(u[left], log_w[left], mean, log_std)
         return z
