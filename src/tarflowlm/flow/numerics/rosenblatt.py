@@ -18,9 +18,8 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.flow.numerics import layout, reference
-from tarflowlm.flow.numerics.autograd import first_derivatives
 from tarflowlm.flow.numerics.cpu import forward, inverse
-from tarflowlm.flow.numerics.mixture import mixture_cdf, mixture_cdf_inverse
+from tarflowlm.flow.numerics.mixture import first_derivatives, mixture_cdf, mixture_cdf_inverse
 from tarflowlm.flow.numerics.normal import log_standard_normal_vectors
 
 _BACKWARD_SHARE = 16
@@ -134,7 +133,8 @@ def _chunks(like: Tensor, num_components: int, *, backward: bool = False) -> Ite
     """Row ranges that bound the [rows, K] temporaries."""
     if layout.use_eager_cpu(like):
         return layout.row_chunks(like.shape[0], num_components * (_BACKWARD_SHARE if backward else 1))
-    return layout.static_chunks(like.shape[0], num_components * (_BACKWARD_SHARE_STATIC if backward else 1))
+    size = layout.held_rows(num_components * (_BACKWARD_SHARE_STATIC if backward else 1), torch.device("cuda"))
+    return layout.row_chunks(like.shape[0], num_components, size=size)
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
