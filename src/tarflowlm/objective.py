@@ -46,11 +46,10 @@ def check_tokens(model: LanguageModel, tokens: Any, *, name: str = "tokens", sha
             f"{size}: {tokens.shape[1]} tokens exceed the context of {context}: cut them into windows, or use "
             f"tarflowlm.score, which does"
         )
-    outside = tokens[(tokens < 0) | (tokens >= vocab_size)] if tokens.device.type == "cpu" else tokens[:0]
-    if len(outside):
-        raise UserError(
-            f"{name} hold {outside[0].item()}, the model has 0 to {vocab_size - 1}: encode the text again"
-        )
+    outside = (tokens < 0) | (tokens >= vocab_size)
+    if tokens.device.type == "cpu" and outside.any():
+        found = tokens[outside][0].item()
+        raise UserError(f"{name} hold {found}, the model has 0 to {vocab_size - 1}: encode the text again")
 
 
 def elbo(

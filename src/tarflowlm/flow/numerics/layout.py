@@ -2,53 +2,15 @@
 
 N rows, K components, d channels. Inside this package a scalar mixture problem is z [N] with parameters [N, K] or,
 where all rows share one mixture, [1, K]; a codebook problem is z [N, d], log_w [N, K], mean [K, d], log_std [K].
-On a CPU rows are worked on in chunks that stay in its second-level cache (for their layout see
-`cpu_forward.Workspace`).
+On a CPU rows are worked on in chunks that stay in its second-level cache (`cpu.forward.Workspace`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from tarflowlm.flow.numerics.normal import check_codebook
-
-Compute = Callable[..., tuple[Tensor | None, ...]]
-"""Gradients from tensors: what a backward computes in closed form."""
-
-
-def first_derivatives(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """compute(*tensors) without recording it; differentiating the result raises RuntimeError."""
-    if torch.compiler.is_compiling():
-        # A compiler does not trace a Function inside a backward.
-        with torch.no_grad():
-            return compute(*tensors)
-    return _FirstDerivatives.apply(compute, *tensors)
-
-
-class _FirstDerivatives(Function):
-    @staticmethod
-    def forward(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            return compute(*tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise RuntimeError("the mixture maps of tarflowlm.flow.numerics have first derivatives only")
-
-
-def sum_to_shared(grads: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients [N, K] in the shapes of their parameters: a parameter [1, K] shared by all rows gets the sum."""
-    return tuple(
-        g if p.shape[0] == g.shape[0] else g.sum(0, keepdim=True) for g, p in zip(grads, params, strict=True)
-    )
-
 
 CHUNK_ELEMENTS = 65_536
 """Elements (rows x components) of one buffer of a chunk, per thread: 256 KiB of float32, five to a 2 MiB cache."""
@@ -58,12 +20,12 @@ HELD_ELEMENTS_ACCELERATOR = 2**26
 """Elements (rows x components) of a tensor that is held whole: 16 MiB of float32 on a CPU; on an accelerator 256 MiB,
 which fill it, and few enough that a large vocabulary costs it a few gigabytes in total."""
 
-Params = tuple[Tensor, ...]
-"""log_w, mean, log_std of scalar mixtures, each [N or 1, K]."""
-
 LOWEST_EXPONENT = {torch.float32: -50.0, torch.float64: -100.0}
 """Floor for exponents whose sum is at least 1. On a CPU exp is 30 times slower where it underflows, and so is every
 product with a subnormal number; what the floor adds is 1e-22 (1e-44) per component."""
+
+Params = tuple[Tensor, ...]
+"""log_w, mean, log_std of scalar mixtures, each [N or 1, K]."""
 
 
 def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor]]:
@@ -71,23 +33,20 @@ def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor
 
     Returns the broadcast leading shape first. ValueError if the component counts or floating dtypes differ.
     """
-    for p in params:
-        if p.ndim == 0:
-            raise ValueError("mixture parameters need a last axis of components, got a scalar")
-        if p.dtype != z.dtype or not z.dtype.is_floating_point:
-            raise ValueError(f"z and parameters must share one floating dtype, got {z.dtype} and {p.dtype}")
+    if any(p.dtype != z.dtype for p in params) or not z.dtype.is_floating_point:
+        raise ValueError(f"z and parameters must share one floating dtype, got {[t.dtype for t in (z, *params)]}")
     counts = {p.shape[-1] for p in params}
-    if len(counts - {1}) > 1 or max(counts) == 0:
-        raise ValueError(f"parameters disagree about the number of components: {sorted(counts)}")
     num_components = max(counts)
+    if num_components == 0 or counts - {1, num_components}:
+        raise ValueError(f"parameters disagree about the number of components: {sorted(counts)}")
     shape = torch.broadcast_shapes(z.shape, *(p.shape[:-1] for p in params))
     rows = shape.numel()
     flat = []
     for p in params:
-        shared = p.numel() == p.shape[-1] and rows != 1
-        target = (1, num_components) if shared else (*shape, num_components)
-        p = p.reshape(1, -1).expand(target) if shared else p.expand(target)
-        flat.append(p.reshape(1 if shared else rows, num_components))
+        if p.numel() == p.shape[-1] and rows != 1:
+            flat.append(p.reshape(1, -1).expand(1, num_components))
+        else:
+            flat.append(p.expand(*shape, num_components).reshape(rows, num_components))
     return shape, z.expand(shape).reshape(rows), flat
 
 
@@ -112,6 +71,11 @@ def take_rows(params: Params, rows: slice | Tensor) -> Params:
     return tuple(p if p.shape[0] == 1 else p[rows] for p in params)
 
 
+def sum_to_shared(grads: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients [N, K] in the shapes of their parameters: a parameter [1, K] shared by all rows gets the sum."""
+    return tuple(g if len(p) == len(g) else g.sum(0, keepdim=True) for g, p in zip(grads, params, strict=True))
+
+
 def use_eager_cpu(t: Tensor) -> bool:
     """True where branching on data is free: an ordinary CPU tensor outside torch.compile."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -122,21 +86,13 @@ def chunk_rows(num_components: int) -> int:
     return max(16, CHUNK_ELEMENTS * torch.get_num_threads() // max(1, num_components))
 
 
-def row_chunks(rows: int, num_components: int) -> Iterator[slice]:
-    """Row ranges for a CPU, `chunk_rows` long."""
-    return _ranges(rows, chunk_rows(num_components))
-
-
-def static_chunks(rows: int, num_components: int) -> Iterator[slice]:
-    """Row ranges for an accelerator, or for a compiler, which unrolls them."""
-    return _ranges(rows, held_rows(num_components, torch.device("cuda")))
-
-
 def held_rows(num_components: int, device: torch.device) -> int:
     """Rows of which a [rows, K] tensor is held whole: a constant, so no device waits for it."""
     return max(1, HELD_ELEMENTS.get(device.type, HELD_ELEMENTS_ACCELERATOR) // max(1, num_components))
 
 
-def _ranges(rows: int, step: int) -> Iterator[slice]:
-    for start in range(0, rows, step):
-        yield slice(start, min(rows, start + step))
+def row_chunks(rows: int, num_components: int, *, size: int | None = None) -> Iterator[slice]:
+    """Row ranges, by default `chunk_rows` long."""
+    size = chunk_rows(num_components) if size is None else size
+    for start in range(0, rows, size):
+        yield slice(start, min(rows, start + size))
