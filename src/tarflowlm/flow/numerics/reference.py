@@ -30,7 +30,7 @@ ScalarMap = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 ScalarInverse = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """z of a scalar mixture, like `mixture_cdf_inverse`."""
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of z [N], log_w, mean, log_std."""
+"""Gradients of z [N], log_w, mean, log_std."""
 
 BISECTIONS = {torch.float32: 18, torch.float64: 20}
 NEWTON_STEPS = {torch.float32: 4, torch.float64: 6}
