@@ -29,7 +29,7 @@ Rounding alone causes residuals of about 1e-5, in narrow components.
 
 
 class Newton:
-    """Whether Newton steps from the guess h = u converge, and where they have."""
+    """Follows Newton steps from the guess h = u: do they converge, and at which positions have they?"""
 
     def __init__(self, tolerance: float, *, largest: float = math.inf) -> None:
         """Latents have settled where all further changes amount to at most `tolerance`, times 1 + |h|.

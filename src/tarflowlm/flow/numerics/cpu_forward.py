@@ -231,7 +231,7 @@ def _cdf_gradients(rows: Params, params: Params, space: Workspace) -> tuple[Grad
 
 
 class _Shares(NamedTuple):
-    """What the density of one chunk is made of, in the layout of the workspace."""
+    """The parts of the density of one chunk, in the layout of the workspace."""
 
     weight: Tensor
     """w_k times `total`."""
