@@ -57,9 +57,9 @@ class Workspace:
     would cost more than the erfc between them. Many components: [n, K], as they come.
     """
 
-    def __init__(self, num_buffers: int, num_components: int, dtype: torch.dtype, wide: int = _WIDE) -> None:
-        """For chunks of `row_chunks`, untransposed from `wide` components on."""
-        self.axis = 0 if num_components < wide else 1
+    def __init__(self, num_buffers: int, num_components: int, dtype: torch.dtype, wide: int | None = None) -> None:
+        """For chunks of `row_chunks`, untransposed from `wide` components on, by default `_WIDE`."""
+        self.axis = 0 if num_components < (_WIDE if wide is None else wide) else 1
         self._num_components = num_components
         size = num_components * chunk_rows(num_components)
         self._buffers = [torch.empty(size, dtype=dtype) for _ in range(num_buffers)]
