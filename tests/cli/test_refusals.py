@@ -1,4 +1,4 @@
-"""What a user gets wrong: one line on stderr that names it, exit status 2, and nothing on disk."""
+"""Mistakes of users: one line on stderr that names the mistake, exit status 2, and nothing on disk."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What happens before torch is imported, and how the command line ends when cut short."""
+"""Start without torch, threads and signals, and every way to end."""
 
 import os
 import subprocess

@@ -12,7 +12,7 @@ from tarflowlm.terminal.texts import TextStream, first_stop, print_samples
 
 
 def streamed(text: str, stops: tuple[str, ...] = (), *, start: int = 0, shown: int = 0) -> tuple[str, TextStream]:
-    """What is shown of a text that comes byte by byte; never more than the result."""
+    """The shown part of a text that comes byte by byte."""
     pieces: list[str] = []
     stream = TextStream(pieces.append, ByteTokenizer(), stops, start=start, shown=shown)
     for token in text.encode():

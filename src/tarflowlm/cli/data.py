@@ -21,7 +21,7 @@ class Args:
     out: Annotated[Path, arg("PATH")]
     """Directory to create."""
     tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerConfig)
-    """How text becomes tokens."""
+    """The tokenizer."""
     json: PrintJson = False
 
 

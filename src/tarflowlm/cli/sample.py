@@ -57,7 +57,7 @@ class Args:
     """Tokens of the latents. mode: the most probable token. drawn: a sample of p(x|z), which makes samples exact.
     They hardly differ for a sharp codebook."""
     decoder: Decoder = "auto"
-    """How to invert a block: position by position, in parallel sweeps, or the cheaper of the two."""
+    """Invert a block position by position, in parallel sweeps, or by the cheaper of the two."""
     passes: options.Flag = False
     """Show the text decoded after every block."""
     states: options.Flag = False

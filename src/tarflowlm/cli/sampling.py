@@ -156,7 +156,7 @@ class Sampling:
         return result
 
     def _stopping(self, rows: range) -> Callable[[Tensor], bool] | None:
-        """Whether all texts have come to a stop, given their tokens as they become final."""
+        """A function of the next final tokens that returns whether all texts have come to a stop."""
         if not self.stops or self.length <= self.context:
             return None
         texts = [TextStream(lambda _: None, self.tokenizer, self.stops, start=self._start(row)) for row in rows]

@@ -1,1 +1,1 @@
-"""What a terminal or a log file shows: progress, tables and texts."""
+"""Progress, tables and texts on a terminal or in a log file."""

@@ -17,7 +17,7 @@ Clock = Callable[[], float]
 
 FIRST, EVERY = 3.0, 30.0
 """Seconds until the first line of a stage in a log file, and between its lines."""
-WIDE = 100
+WIDE = 120
 """Columns from which on a terminal shows the bar itself beside label, numbers and time left."""
 
 

@@ -18,7 +18,7 @@ from tarflowlm.generation.particles import UNRELIABLE
 from tarflowlm.report.grid import Kind, Row, Token, pass_rows, text_tokens
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""What a terminal may take for a command; not tabs and line ends."""
+"""Characters that a terminal may execute as commands; not tabs and line ends."""
 
 
 def printable(text: str) -> str:
