@@ -24,7 +24,7 @@ class Library(NamedTuple):
     inverse: Callable[..., Any]
     dtype: str
     equal_weights: bool = False
-    """Whether the implementation has no weights; it is then measured on mixtures of equal weights."""
+    """True for an implementation without weights; it is measured on mixtures of equal weights."""
 
 
 def libraries() -> dict[str, Library]:

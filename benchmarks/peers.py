@@ -39,8 +39,7 @@ from tarflowlm.evaluation.quality import compare_texts
 from tarflowlm.generation import generate
 from tarflowlm.language_model import seeded
 from tarflowlm.runs.checkpoint import load_checkpoint
-from tarflowlm.training.muon import Muon
-from tarflowlm.training.optim import build_optimizers, schedule, set_learning_rate
+from tarflowlm.training.optim import Muon, build_optimizers, schedule, set_learning_rate
 
 BATCH, EVAL_BATCH = 64, 32
 TIMES = 4

@@ -17,7 +17,7 @@ import torch
 from timing import show
 from torch.multiprocessing.spawn import spawn
 
-from tarflowlm.training.processes import Processes, launched
+from tarflowlm.training.parallel import Processes, launched
 from training import configuration, training_step
 
 

@@ -120,7 +120,8 @@ class _Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(self.process.wait() or 1)  # its error is on stderr
+            # its error, if it could print one, is above
+            sys.exit(f"a process of the benchmark ended with status {self.process.wait()}")
         return json.loads(line)
 
 

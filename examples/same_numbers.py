@@ -1,12 +1,12 @@
 """Did a change of the code change its numbers? Two checkouts of this repository do the same work, to the bit.
 
-    python examples/same_numbers.py OLD_CHECKOUT NEW_CHECKOUT [--quick] [--keep DIR]
+    python examples/same_numbers.py OLD_CHECKOUT NEW_CHECKOUT [--quick] [--tolerance 1e-5] [--keep DIR]
 
 Both train every family of presets at a tiny size on the same small text, and use what they trained: `eval`, `sample`,
 `edit`, the bound and its gradients. NEW uses what OLD trained, too: inference is compared on equal weights even where
 training differs. Modules and fields may have moved between the two: only the command line, public names of `import
 tarflowlm` and files of run directories are relied on. On the CPU, in one thread, some minutes (--quick: one or two).
-Exit status: 0 where everything is the same, 1 otherwise.
+Exit status: 0 if everything is the same (with --tolerance, up to that relative difference of numbers), 1 otherwise.
 """
 
 import argparse
@@ -38,27 +38,27 @@ SIZES = (
 )
 DEFAULT, HELD, ADAMW = "as the preset says", "options held equal", "--optim.optimizer adamw"
 HELD_OPTIONS = {"--optim.muon-precision": "bfloat16", "--optim.muon-qkv": "together"}
-"""For a checkout that knows them: they stand for what the other one does without."""
+"""For a checkout that has these options: their values are those of a checkout without them."""
 WAYS = {
-    DEFAULT: "",  # whose models are used for everything else
+    DEFAULT: "",  # its models are used for everything else
     HELD: "",
     "AdamW": ADAMW,
     "AdamW, bfloat16": f"{ADAMW} --train.precision bfloat16 --train.accumulate 2 --train.checkpoint-activations",
 }
-# _ stands for a blank; the decoder `auto` is left out, for its choice depends on the clock
+# _ stands for a space; the decoder `auto` is left out, because its choice depends on the clock
 SAMPLES = (
-    "--length 32 --decoder sequential --passes --states",
-    "--length 32 --decoder parallel --passes --states",
+    "--passes --states --length 32 --decoder sequential",
+    "--passes --states --length 32 --decoder parallel",
     "--length 32 --decoder sequential --temperature 0.8 --top-k 5",
     "--length 32 --decoder parallel --temperature 0.8 --top-k 5",
     "--length 32 --decoder sequential --top-p 0.9",
     "--length 32 --decoder sequential --prompt the_people_",
-    "--decoder parallel --passes --states --particles 4 --template the_????_of_the_????_in --blank ?",
+    "--passes --states --decoder parallel --particles 4 --template the_????_of_the_????_in --blank ?",
 )
 EDITS = (
-    "--decoder sequential --strength 0.5 --num 2",
+    "--strength 0.5 --num 2",
     "--decoder parallel --strength 0.5 --level 1",
-    "--decoder sequential --toward the_water_to_his_people",
+    "--toward the_water_to_his_people",
     "--replace _of _to",
 )
 WORDS = """the the the the the of of of of to to to to his his his and in a is that it was for on are as with they
@@ -71,18 +71,20 @@ Job = tuple[str, str, list[str]]
 
 
 def uses(label: str, target: str, text: Path, folder: Path) -> Iterator[Job]:
-    """Everything that a trained model is used for."""
+    """All uses of a trained model."""
     model = ("--model", target) if target in SHIPPED else (target,)
     evaluate = ["eval", *model, "--data", str(text), "--windows", "8", "--samples", "4"]
     yield "eval", label, evaluate if label in BASELINES else [*evaluate, "--latents"]
     if label in (*BASELINES, ONE_BLOCK):
         yield "eval --stride", label, [*evaluate, "--stride", "16"]
     commands = [("sample", "--num 2", options) for options in SAMPLES]
+    if label in BASELINES:  # they have no passes
+        commands = [(*command, options.replace("--passes --states ", "")) for *command, options in commands]
     if label not in BASELINES:
         commands += [("edit", "--text the_water_of_the_people", options) for options in EDITS]
     for command, always, options in commands:
         if label == "mini-affine" and "--top" in options:
-            continue  # which has nothing to choose from
+            continue  # an affine block 1 has no probabilities of tokens
         words = [word.replace("_", " ") for word in f"--seed 1 {always} {options}".split()]
         yield f"{command} {options}", label, [command, *model, *words]
     yield "Python", label, ["python", target, str(folder / f"{label}.safetensors")]
@@ -103,7 +105,7 @@ def work(folder: Path) -> None:
 
 
 def output_of(argv: list[str]) -> Any:
-    """The JSON of `python -m tarflowlm ARGV`, here: a process for every command would mostly import PyTorch."""
+    """The JSON of `python -m tarflowlm ARGV`, in this process: others would mostly import PyTorch."""
     out, said, status = io.StringIO(), io.StringIO(), None
     sys.argv = ["tarflowlm", *argv, "--device", "cpu", "--json"]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
@@ -117,7 +119,7 @@ def output_of(argv: list[str]) -> Any:
 
 
 def measured(target: str, file: str) -> dict[str, Any]:
-    """What the public names say of a model, by item; gradients go to a file."""
+    """Results of the public names for a model, by item; gradients go to a file."""
     import torch
 
     import tarflowlm
@@ -180,7 +182,7 @@ class Checkout:
         return found
 
     def use(self, trained: "Checkout", labels: list[str]) -> Results:
-        """What the models of `trained`, and those that come with the package, give here."""
+        """Results of the models of `trained`, and of the shipped ones, in this checkout."""
         folder = self.folder / f"gradients of {trained.name}"
         folder.mkdir()
         targets = {label: label if label in SHIPPED else str(trained.folder / DEFAULT / label) for label in labels}
@@ -204,12 +206,12 @@ def cut(directory: Path, out: Path) -> None:
 
 
 def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Tensors, numbers, texts and plain lists of a result with their places, times left out."""
+    """Tensors, numbers, texts and plain lists of a result with their places, without times and names of decoders."""
     if isinstance(value, dict) and "tensors" in value:
         yield from load_file(value["tensors"]).items()
     elif isinstance(value, dict):
         for key, part in value.items():
-            if "second" not in key and key != "minutes":
+            if "second" not in key and key not in ("minutes", "decoders"):
                 yield from leaves(part, f"{where}.{key}".lstrip("."))
     elif isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value):
         for index, part in enumerate(value):
@@ -218,10 +220,10 @@ def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
         yield where, value
 
 
-def difference(old: Any, new: Any) -> str:
-    """What differs between two results, in words; empty where they are the same. Fields of `new` alone do not count.
+def difference(old: Any, new: Any, tolerance: float) -> str:
+    """The difference between two results in words; empty if they are the same. Fields of `new` alone do not count.
 
-    Of numbers the largest difference is given, relative to the larger one; in a list or a tensor, to its largest one.
+    For numbers it is the largest one, relative to the larger number, or to the largest one of a list or a tensor.
     """
     for name, result in (("OLD", old), ("NEW", new)):
         if result is None or (isinstance(result, dict) and "failed" in result):
@@ -235,6 +237,8 @@ def difference(old: Any, new: Any) -> str:
             a, b = a.astype(float), b.astype(float)
             absolute, scale = np.abs(a - b).max(), max(np.abs(a).max(), np.abs(b).max()) or 1.0
             relative = np.nan_to_num(absolute / scale, nan=np.inf)
+            if relative <= tolerance:
+                continue
             numbers.append((relative, f"{relative:.1e} (absolute {absolute:.1e}) {where and 'at '}{where}"))
         elif where not in right or value != right[where]:
             others.append(where)
@@ -244,14 +248,14 @@ def difference(old: Any, new: Any) -> str:
     return ", ".join(largest + ([f"{len(others)} texts or fields, as {min(others)}"] if others else []))
 
 
-def compare(title: str, old: Results, new: Results) -> set[str]:
+def compare(title: str, old: Results, new: Results, tolerance: float) -> set[str]:
     """Print a line for every item, and one for every model in which it differs; returns these models."""
     print(f"\n{title}")
     differing: set[str] = set()
     for item in dict.fromkeys(item for item, _ in old):
         olds = {label: value for (other, label), value in old.items() if other == item}
         news = {label: new.get((item, label), new.get((item.split(":")[0], label))) for label in olds}
-        found = {label: difference(olds[label], news[label]) for label in olds}
+        found = {label: difference(olds[label], news[label], tolerance) for label in olds}
         if same := [label for label in found if not found[label]]:
             print(f"  same     {item[:60]:<60}  {', '.join(same)}")
         for label in (label for label in found if found[label]):
@@ -260,7 +264,7 @@ def compare(title: str, old: Results, new: Results) -> set[str]:
     return differing
 
 
-def same_numbers(old: Checkout, new: Checkout, *, quick: bool) -> bool:
+def same_numbers(old: Checkout, new: Checkout, *, quick: bool, tolerance: float) -> bool:
     """Train and use with both and print what differs; whether nothing does."""
     old.text.write_text(" ".join(random.Random(0).choices(WORDS.split(), k=70_000)), encoding="utf-8")
     presets, ways = (QUICK, (*WAYS,)[:3]) if quick else (JOINT + PROGRESSIVE, (*WAYS,))
@@ -270,12 +274,12 @@ def same_numbers(old: Checkout, new: Checkout, *, quick: bool) -> bool:
     models, shipped = [*presets, ONE_BLOCK], SHIPPED[:1] if quick else SHIPPED
     used, crossed = (checkout.use(old, [*models, *shipped]) for checkout in (old, new))
     own = new.use(new, models)
-    differing = [compare(f"training, {way}", trained[0][way], trained[1][way]) for way in ways]
+    differing = [compare(f"training, {way}", trained[0][way], trained[1][way], tolerance) for way in ways]
     apart = differing[0] | ({ONE_BLOCK} if CUT_FROM in differing[0] else set())
-    differing.append(compare("what OLD trained, and what comes with the package", used, crossed))
+    differing.append(compare("models that OLD trained, and shipped ones", used, crossed, tolerance))
     equal = {key: value for key, value in used.items() if key in own and key[1] not in apart}
     failed: Results = {key: {} for key, value in own.items() if "failed" in value}  # whatever the weights
-    differing.append(compare("what each has trained, where that is the same", equal | failed, own))
+    differing.append(compare("models that each has trained, where they are the same", equal | failed, own, tolerance))
     return not any(differing)
 
 
@@ -285,12 +289,14 @@ def main() -> None:
     parser.add_argument("old", type=Path, metavar="OLD_CHECKOUT")
     parser.add_argument("new", type=Path, metavar="NEW_CHECKOUT")
     parser.add_argument("--quick", action="store_true", help="fewer presets, ways to train and shipped models")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="largest relative difference of equal numbers")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="new directory for all that is written")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = (args.keep or Path(temporary) / "runs").resolve()
         root.mkdir(parents=True)
-        same = same_numbers(Checkout("OLD", args.old, root), Checkout("NEW", args.new, root), quick=args.quick)
+        checkouts = (Checkout("OLD", args.old, root), Checkout("NEW", args.new, root))
+        same = same_numbers(*checkouts, quick=args.quick, tolerance=args.tolerance)
     print("\nthe same" if same else "\nnot the same")
     sys.exit(0 if same else 1)
 

@@ -1,4 +1,4 @@
-"""How many of the words that models write are words: shares found in a text of someone else's, by temperature.
+"""Share of the words written by models that are words of another text, by temperature.
 
     python examples/spelled_words.py english_raw.txt.xz english-small english-small-ar
 

@@ -186,7 +186,7 @@ def test_commands_and_options_exist(document, options):
 
 def test_every_command_is_documented():
     texts = "".join(document.read_text(encoding="utf-8") for document in CURRENT)
-    assert not COMMANDS.keys() - {name for name, _ in COMMAND.findall(texts)}
+    assert not set(COMMANDS) - {name for name, _ in COMMAND.findall(texts)}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)

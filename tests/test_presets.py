@@ -54,10 +54,10 @@ def test_what_the_papers_flows_have_in_common(name):
     assert config.trunk == TransformerConfig(width=768, num_heads=12)
     assert (config.patch, config.context) == (1, 256 if corpus == "text8" else 1024)
     assert model.codebook.mean.shape == (VOCAB[corpus], CHANNELS[corpus])
-    assert [block.direction.reverse for block in model.prior.blocks] == [False, True, False]
+    assert [block.order.reverse for block in model.prior.blocks] == [False, True, False]
     assert len(model.prior.blocks) == 3
-    assert [block.order.maps[0].is_identity for block in model.prior.blocks] == [True, True, True]
-    assert [block.order.maps[0].is_identity for block in built(name, patch=2).prior.blocks] == [True, False, False]
+    assert [block.order.mixes for block in model.prior.blocks] == [False, False, False]
+    assert [block.order.mixes for block in built(name, patch=2).prior.blocks] == [False, True, True]
 
 
 @pytest.mark.parametrize("corpus", CORPORA)

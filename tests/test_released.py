@@ -1,7 +1,6 @@
 """Models that come with the package, and `export`, which makes one."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from safetensors.torch import load_file
 
 from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, DataConfig
-from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.pretrained import load
 from tarflowlm.runs.checkpoint import export, save_weights, write_run
@@ -61,11 +59,6 @@ def test_an_export_loads_and_knows_nothing_of_the_training(tmp_path, trained, ha
     assert not any(part in name for name in halves for part in exact)
 
 
-def test_an_export_overwrites_nothing(tmp_path, trained):
-    with pytest.raises(UserError, match="exists already"):
-        export(trained, tmp_path)
-
-
 def test_a_released_model_is_found_by_name(shelf, trained, run_json, run):
     assert released() == ["tiny"]
     model, _ = load("tiny")
@@ -78,27 +71,11 @@ def test_a_released_model_is_found_by_name(shelf, trained, run_json, run):
     assert sample.tokens.shape == (1, 8)
 
 
-def test_a_directory_of_that_name_comes_first(shelf, trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(trained, "tiny")
-    (tmp_path / "tiny" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="is missing"):
-        load("tiny")
-
-
 @pytest.mark.parametrize("command", [["sample"], ["eval"], ["edit", "--text", "a", "--strength", "1"]])
 def test_one_model_at_a_time(shelf, trained, refused, command):
     refused(*command, trained, "--model", "tiny", names=["--model"])
     refused(*command, "--model", "big", names=["'big'", "tiny"])
     refused(*command, "no-such-run", names=["no-such-run", "tiny"])
-
-
-def test_exports_from_the_command_line(trained, tmp_path, run, refused):
-    out = tmp_path / "small"
-    assert run("export", trained, "--out", out, "--half").status == 0
-    load(out)
-    refused("export", trained, "--out", out, names=["small", "exists already"])
-    refused("export", tmp_path / "none", "--out", tmp_path / "other", names=["none", "is not a directory"])
 
 
 RELEASED = ["english-mini", "english-mini-ar", "english-passes", "english-small"]

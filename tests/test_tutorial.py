@@ -42,12 +42,6 @@ def test_it_runs(tmp_path, monkeypatch):
     assert re.search(r"test: <= \d", done.stdout)
 
 
-def test_its_outputs_are_those_of_one_run():
-    assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
-    assert not [output for output in OUTPUTS if output["output_type"] == "error"]
-    assert not re.search(r"/(home|root|tmp|work|Users)/|\\\\Users\\\\|site-packages", str(OUTPUTS))
-
-
 def test_its_outputs_are_small():
     for output in OUTPUTS:
         for kind, value in {"text": output.get("text", ""), **output.get("data", {})}.items():

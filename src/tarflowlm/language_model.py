@@ -1,4 +1,4 @@
-"""The common interface of the two models, TarFlowLM and the baseline, and checks of what callers give them."""
+"""The common interface of the two models, TarFlowLM and the baseline, and checks of callers' values."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
@@ -16,14 +16,11 @@ from tarflowlm.flow.cached import KVCache
 
 
 class LanguageModel(nn.Module):
-    """A model p(x) of token sequences x [B, T], exact or through a bound. All values are in nats.
-
-    All methods that take tokens raise UserError if P does not divide T.
-    """
+    """A model p(x) of token sequences x [B, T], exact or through a bound, in nats; P must divide T."""
 
     config: LanguageModelConfig
     is_exact: ClassVar[bool]
-    """Whether `bound` is -log p(x) itself rather than a random upper bound."""
+    """True: `bound` is -log p(x) itself. False: it is a random upper bound."""
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
@@ -80,7 +77,7 @@ class LanguageModel(nn.Module):
 
     def append_block(self) -> nn.Module:
         """Build the next block of the configuration on top of the stack, and return it."""
-        raise AssertionError(f"{type(self).__name__} has one block")
+        raise NotImplementedError
 
     def train_only(self, block: int) -> None:
         """Make only block `block` (0-based) trainable; 0 leaves everything trainable, the codebook included."""
@@ -93,16 +90,22 @@ class LanguageModel(nn.Module):
                 parameter.requires_grad_(False)
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A context in which PyTorch's global CPU generator starts from `seed`; its state is restored afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 def check_type(value: Any, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:
     """UserError, which asks for what is `wanted`, unless `value` is of one of the `kinds`. A bool is no number."""
     if not isinstance(value, kinds) or isinstance(value, bool):
-        shown = " ".join(repr(value).split())
-        shown = shown if len(shown) <= 40 else f"{shown:.37}..."
-        raise UserError(f"{name} {shown} of type {type(value).__name__}: {wanted}")
+        raise UserError(f"{name} {' '.join(repr(value).split()):.40} of type {type(value).__name__}: {wanted}")
 
 
 def check_model(model: Any) -> None:
-    """UserError unless `model` is one; what `load` returns has one."""
+    """UserError unless `model` is one; the result of `load` has one."""
     check_type(model, "model", LanguageModel, "pass lm.model, where lm = tarflowlm.load(...)")
 
 
@@ -113,34 +116,19 @@ def check_generator(generator: Any) -> None:
 
 def check_option(value: Any, name: str, literal: Any) -> None:
     """UserError unless `value` is one of the names of a `literal` type."""
-    wanted = f"choose one of {', '.join(get_args(literal))}"
-    check_type(value, name, str, wanted)
     if value not in get_args(literal):
-        raise UserError(f"{name} {value!r:.40}: {wanted}")
+        raise UserError(f"{name} {value!r:.40}: choose one of {', '.join(get_args(literal))}")
 
 
 def as_integer(value: Any, name: str) -> int:
     """`value`, an integer of Python, NumPy or PyTorch. UserError for anything else."""
-    value = _scalar(value)
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
     check_type(value, name, Integral, "must be an integer")
     return int(value)
 
 
 def as_number(value: Any, name: str) -> float:
     """`value`, a number of Python, NumPy or PyTorch. UserError for anything else."""
-    value = _scalar(value)
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
     check_type(value, name, Real, "must be a number")
     return float(value)
-
-
-def _scalar(value: Any) -> Any:
-    """The number in a tensor or an array without axes."""
-    return value.item() if getattr(value, "ndim", None) == 0 else value
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """A context in which PyTorch's global CPU generator starts from `seed`; its state is restored afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -94,7 +95,7 @@ class TarFlowLM(LanguageModel):
     def _coupling(self, index: int) -> Coupling:
         config, block = self.config, self.config.blocks[index]
         width, channels, features = config.trunk.width, config.patch * config.latent_dim, config.head_features
-        if block.coupling == "affine" or block.coupling == "token-affine":
+        if block.coupling in ("affine", "token-affine"):
             return AffineCoupling(
                 width=width,
                 channels=channels,
@@ -116,14 +117,16 @@ class TarFlowLM(LanguageModel):
             if index == 0 and block.components == config.vocab_size and block.start != "plain":
                 coupling.start_from(self.codebook, evidence=0.1 if block.start == "flattened" else 1.0)
             return coupling
-        return MixDCoupling(
-            width=width,
-            patch=config.patch,
-            latent_dim=config.latent_dim,
-            components=block.components,
-            tied=self.codebook if block.components == 0 else None,
-            in_patch=config.in_patch == "autoregressive",
-        )
+        if block.coupling == "mixd":
+            return MixDCoupling(
+                width=width,
+                patch=config.patch,
+                latent_dim=config.latent_dim,
+                components=block.components,
+                tied=self.codebook if block.components == 0 else None,
+                in_patch=config.in_patch == "autoregressive",
+            )
+        raise UserError(f"model.blocks.{index}.coupling {block.coupling!r}: choose one of {get_args(CouplingName)}")
 
     def draw_noise(
         self, tokens: Int[Tensor, "B T"], generator: torch.Generator | None = None

@@ -13,52 +13,43 @@ from tarflowlm.model import ElboTerms, TarFlowLM, as_flow
 
 CPU_TOKENS = 2048
 """Tokens whose bounds a CPU computes together: an activation of 4 D channels takes 4 MiB at D = 128."""
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_integers(tokens: Any, name: str, *shapes: str) -> None:
     """UserError unless `tokens` are a tensor of integers with one of the `shapes`, say "[T]" or "[B, T]"."""
-    what = f"{name} {tokens!r:.40} of type {type(tokens).__name__}"
+    shown = f"{' '.join(repr(tokens).split()):.40} of type {type(tokens).__name__}"
     if isinstance(tokens, Tensor):
-        what = f"{name} of shape {list(tokens.shape)} and type {tokens.dtype}"
-        whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
-        if whole and tokens.dim() in (shape.count(",") + 1 for shape in shapes):
+        if tokens.dtype in INTEGERS and tokens.dim() in (shape.count(",") + 1 for shape in shapes):
             return
-    elif isinstance(tokens, str):
-        what = f"{name} {tokens!r:.40}, a text"
+        shown = f"of shape {list(tokens.shape)} and type {tokens.dtype}"
     batch = "" if "[T]" in shapes else "[None]"
     raise UserError(
-        f"{what}: give a tensor of integers {' or '.join(shapes)}, for a text "
+        f"{name} {shown}: give a tensor of integers {' or '.join(shapes)}, for a text "
         f"torch.from_numpy(tokenizer.encode(text)){batch}; tarflowlm.load(...) has methods that take texts"
     )
 
 
-def check_tokens(model: LanguageModel, tokens: Any, *, name: str = "tokens") -> None:
-    """UserError unless `tokens` [B, T] are texts of the model: integers below V, at most its context of them."""
-    check_model(model)
-    check_integers(tokens, name, "[B, T]")
-    check_vocabulary(model, tokens, name=name)
-    if tokens.shape[1] > model.config.context:
-        raise UserError(
-            f"{name} of shape {list(tokens.shape)}: {tokens.shape[1]} tokens exceed the context of "
-            f"{model.config.context}: cut them into windows, or use tarflowlm.score, which does"
-        )
+def check_tokens(model: LanguageModel, tokens: Any, *, name: str = "tokens", shape: str = "[B, T]") -> None:
+    """UserError unless `tokens` are texts of the model: integers below V of this `shape`, at most a context of them.
 
-
-def check_vocabulary(model: LanguageModel, tokens: Tensor, *, name: str = "tokens") -> None:
-    """UserError if there are no `tokens` [..., T], or some are not among 0, ..., V - 1.
-
-    Values on an accelerator are not checked: reading them would make the host wait for all work queued there.
+    A text [T] may have any length. Values on an accelerator are not checked: reading them would make the host wait
+    for all work queued there.
     """
+    check_model(model)
+    check_integers(tokens, name, shape)
+    size, vocab_size, context = f"{name} of shape {list(tokens.shape)}", model.config.vocab_size, model.config.context
     if not tokens.numel():
-        raise UserError(f"{name} of shape {list(tokens.shape)}: give at least one token")
-    if tokens.device.type != "cpu":
-        return
-    vocab_size = model.config.vocab_size
-    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
-    if len(outside):
+        raise UserError(f"{size}: give at least one token")
+    if shape != "[T]" and tokens.shape[1] > context:
         raise UserError(
-            f"{name} hold {outside[0].item()}, the model knows 0 to {vocab_size - 1}: encode the text again"
+            f"{size}: {tokens.shape[1]} tokens exceed the context of {context}: cut them into windows, or use "
+            f"tarflowlm.score, which does"
         )
+    outside = (tokens < 0) | (tokens >= vocab_size)
+    if tokens.device.type == "cpu" and outside.any():
+        found = tokens[outside][0].item()
+        raise UserError(f"{name} hold {found}, the model has 0 to {vocab_size - 1}: encode the text again")
 
 
 def elbo(
@@ -70,8 +61,8 @@ def elbo(
 ) -> ElboTerms:
     """One sample of the ELBO in its terms (docs/math.md, eq. 11).
 
-    `noise` fixes the posterior sample; by default it is drawn with `generator`. UserError for the baseline, for
-    tokens that are no texts of the model (`check_tokens`), and if P does not divide T.
+    `noise` fixes the posterior sample; by default it is drawn with `generator`. UserError for the baseline, and for
+    tokens that are no texts of the model.
     """
     as_flow(model, "elbo of the discrete baseline, which needs no bound: model.log_prob(tokens) is exact")
     check_tokens(model, tokens)
@@ -119,13 +110,15 @@ def log_importance_weights(
 ) -> Float[Tensor, "S B"]:
     """log p(x, z^r) / q(z^r | x) for S = `samples` draws z^r ~ q, in nats (docs/math.md, eq. 13).
 
-    With `given` > 0, of the tokens after the first `given`, conditional on those. The baseline gives one row, its
-    exact log p(x). UserError for `samples` < 1, and as in `conditional_bound`.
+    With `given` > 0 the weights are those of the tokens after the first `given`, conditional on these. The baseline
+    gives one row, its exact log p(x). UserError for `samples` < 1, and as in `conditional_bound`.
     """
     samples = as_integer(samples, "samples")
     if samples < 1:
         raise UserError(f"samples {samples}: must be at least 1")
-    rows = _rows_at_once(tokens)
+    # on a CPU the activations of the rows should stay in the cache, and be small enough that the allocator reuses
+    # their memory; an accelerator takes all rows, to keep it busy
+    rows = max(1, CPU_TOKENS // max(1, tokens.shape[1]) if tokens.device.type == "cpu" else len(tokens))
     bounds = []
     for _ in range(1 if model.is_exact else samples):
         # drawn for all rows at once, so that the numbers do not depend on the parts
@@ -133,15 +126,6 @@ def log_importance_weights(
         parts = zip(tokens.split(rows), noise.split(rows), strict=True)
         bounds.append(torch.cat([conditional_bound(model, x, given, eps) for x, eps in parts]))
     return -torch.stack(bounds)
-
-
-def _rows_at_once(tokens: Tensor) -> int:
-    """Rows of tokens [B, T] whose bounds are computed together; all of them on an accelerator, to keep it busy.
-
-    On a CPU the activations of these rows should stay in the cache, and be small enough that the allocator reuses
-    their memory instead of asking the system for it at every operation.
-    """
-    return max(1, CPU_TOKENS // max(1, tokens.shape[1])) if tokens.device.type == "cpu" else max(1, len(tokens))
 
 
 def importance_weighted(log_weights: Float[Tensor, "S B"]) -> Float[Tensor, " B"]:

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from command_cases import TINY, listing, save_untrained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -173,13 +172,6 @@ def test_old_names_of_decoders_are_read(run_json, model):
     assert run_json(*argv, "sequential")["decoders"] == run_json(*argv, "steps")["decoders"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("argv", [["eval", "flow"], ["sample", "flow"], TRAIN])
-def test_an_absent_device_is_named(refused, complete, tmp_path, argv):
-    refused(*complete(argv), "--device", "cuda", names=["cuda", "cpu"])
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("content", "name"), [(b"", "is empty"), (b"\xff\xfe\x00\x01" * 50, "not UTF-8"), (b"a few words", "longer text")]
 )
@@ -276,13 +268,6 @@ FIELDS = [
     "train.stage-steps", "train.batch-size", "train.precision", "data.tokenizer.kind", "data.tokenizer.alphabet", "",
 ]  # fmt: skip
 VALUES = ["", "-", "--", "0", "-1", "nan", "inf", "1e400", "None", "[]", "mix1", "bpe", "9" * 25, "0x10", "①"]
-
-
-@few
-@given(prompt=words, temperature=st.floats(), length=st.integers(-2, 40))
-def test_no_prompt_or_setting_brings_a_traceback(run, models, prompt, temperature, length):
-    done = run("sample", models["patches"], f"--prompt={prompt}", f"--temperature={temperature}", "--length", length)
-    assert done.status in (0, 2)
 
 
 @settings(few, max_examples=30)

@@ -13,7 +13,7 @@ import pytest
 
 from tarflowlm.cli import sampling
 from tarflowlm.data import TEXT8_ALPHABET
-from tarflowlm.terminal.streams import first_stop
+from tarflowlm.terminal.texts import first_stop
 
 MODELS = ("ar", "flow", "patches")
 
@@ -56,15 +56,6 @@ def test_passes_go_from_noise_to_text(run_json, run, model):
     assert all(label in shown for label in ("noise", "after block 2", "after block 1"))
 
 
-def test_settings_reach_the_sampler(models, texts):
-    for name in ("flow", "ar"):
-        argv = [models[name], "--num", 2]
-        usual = texts(*argv)
-        for more in (["--temperature", 0.01], ["--top-k", 1], ["--top-p", 0.01]):
-            assert texts(*argv, *more) != usual
-        assert {len(text) for text in texts(*argv, "--decoding", "drawn")} == {16}
-
-
 def test_templates_are_filled_in_and_candidates_counted(run, run_json, model):
     argv = ["sample", model, "--template"]
     sample = run_json(*argv, "The ___ of, 9")["samples"][0]
@@ -96,12 +87,6 @@ def test_streams_show_the_text(texts, run, models, name, more):
     assert run("sample", *argv, "--stream").out == f"{text}\n"
 
 
-def test_several_streams_are_numbered(texts, run, model):
-    first, second = texts(model, "--num", 2, "--decoder", "steps")
-    shown = run("sample", model, "--num", 2, "--decoder", "steps", "--stream").out
-    assert shown == f"sample 1\n{first}\n\nsample 2\n{second}\n"
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_a_sample_ends_before_a_stop_that_follows_the_prompt(texts, models, name):
     argv = [models[name], "--num", 3, "--length", 40, "--prompt", "stop here "]
@@ -109,14 +94,6 @@ def test_a_sample_ends_before_a_stop_that_follows_the_prompt(texts, models, name
     stops = [whole[0][30:32], whole[1][20]]
     for text, cut in zip(whole, texts(*argv, "--stop", stops[0], "--stop", stops[1]), strict=True):
         assert cut == text[: first_stop(text, stops, 10)]
-
-
-def test_no_window_follows_when_all_rows_have_stopped(run_json, model):
-    argv = ["sample", model, "--length", 60, "--decoder", "steps"]
-    text = run_json(*argv)["samples"][0]["text"]
-    done = run_json(*argv, "--stop", text[0])
-    assert done["samples"][0]["text"] == ""
-    assert done["sweeps"] == [16, 16]
 
 
 def test_prompts_come_from_a_file_or_standard_input(run_json, texts, models, tmp_path, monkeypatch, small_batches):
@@ -131,13 +108,6 @@ def test_prompts_come_from_a_file_or_standard_input(run_json, texts, models, tmp
         assert [s["text"] for s in found[:2]] == texts(*argv[1:-1], "--prompt", "abc")
         stdin(monkeypatch, lines)
         assert run_json(*argv, "-")["samples"] == found
-
-
-def test_prompts_that_fill_a_window_are_continued(texts, model, monkeypatch):
-    stdin(monkeypatch, f"{'a b ' * 5}\nabc\n")
-    found = texts(model, "--length", 30, "--prompts", "-")
-    assert [text[:3] for text in found] == ["a b", "abc"]
-    assert {len(text) for text in found} == {30}
 
 
 def test_samples_go_to_a_new_file(run, run_json, refused, texts, model, tmp_path, small_batches):

@@ -1,19 +1,14 @@
 """What happens before torch is imported, and how the command line ends when cut short."""
 
 import os
-import signal
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import tarflowlm
 from tarflowlm.cli.main import COMMANDS, settle_threads
-from tarflowlm.cli.signals import exit_on_interrupt
-from tarflowlm.config import RECIPE_NAMES
-from tarflowlm.reproduce import RECIPES
 
 pytestmark = pytest.mark.usefixtures("interruptible")
 CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -46,14 +41,6 @@ def test_help_and_wrong_arguments_need_no_torch():
     code = WITHOUT_TORCH.format(argvs=argvs)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_tables_of_commands_and_recipes_are_right():
-    for module, _ in COMMANDS.values():
-        command = import_module(f"tarflowlm.cli.{module}")
-        assert callable(command.run)
-        assert hasattr(command, "Args")
-    assert tuple(RECIPES) == RECIPE_NAMES
 
 
 def test_public_names_are_there():
@@ -110,21 +97,6 @@ def test_threads_sleep_where_others_want_the_cores(monkeypatch, running, threads
         patch.setattr(os, "environ", dict(os.environ))
         settle_threads()
         assert [name for name in CHOICES if name in os.environ] == [expected]
-
-
-@pytest.mark.slow
-def test_an_interrupt_during_the_imports_costs_one_line(start):
-    done = start("info", INTERRUPT="1")
-    assert (done.returncode, done.stderr) == (130, "tarflowlm: interrupted\n")
-
-
-def test_the_previous_handler_comes_back():
-    with exit_on_interrupt():
-        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with exit_on_interrupt():
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 # --- ends

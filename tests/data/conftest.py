@@ -1,13 +1,9 @@
 """Fixtures shared by the data tests."""
 
-import lzma
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-SHARED_DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
@@ -32,22 +28,3 @@ def text_file(tmp_path: Path, words: str) -> Path:
     path = tmp_path / "words.txt"
     path.write_text(words, encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Callable[[str], Path]:
-    """shared_data(name): the path of a shared corpus; the test is skipped where it is not here."""
-
-    def find(name: str) -> Path:
-        if not (SHARED_DATA / name).exists():
-            pytest.skip(f"the corpus {name} is not here")
-        return SHARED_DATA / name
-
-    return find
-
-
-@pytest.fixture(scope="session")
-def english27(shared_data) -> str:
-    """The first 200,000 characters of english27, up to the end of a word."""
-    with lzma.open(shared_data("english27.txt.xz"), "rt", encoding="utf-8") as file:
-        return file.read(200_000).rstrip()

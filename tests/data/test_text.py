@@ -42,13 +42,6 @@ def test_byte_order_mark_is_dropped(tmp_path):
     assert read_text(tmp_path / "bom.txt") == "abc\ufeff"
 
 
-def test_several_frames_are_read_in_full(tmp_path):
-    for suffix, data in COMPRESSED.items():
-        path = tmp_path / f"twice{suffix}"
-        path.write_bytes(data + data)
-        assert read_text(path) == TEXT + TEXT
-
-
 @pytest.mark.parametrize("suffix", list(COMPRESSED))
 @pytest.mark.parametrize("damage", ["cut", "foreign", "empty"])
 def test_damaged_compressed_files_are_refused(suffix, damage, tmp_path):
@@ -73,12 +66,6 @@ def test_unreadable_files_are_one_line(name, tmp_path):
         read_text(tmp_path / name)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_zip_archive_of_one_file_is_read(tmp_path):
-    with zipfile.ZipFile(tmp_path / "text8.zip", "w") as archive:
-        archive.writestr("text8", TEXT)
-    assert read_text(tmp_path / "text8.zip") == TEXT
 
 
 def test_zst_without_the_package_names_the_remedy(tmp_path, monkeypatch):
@@ -117,10 +104,6 @@ def test_pieces_do_not_depend_on_blocks(size):
     for block in (1, 2, 7, 100):
         blocks = (text[i : i + block] for i in range(0, len(text), block))
         assert list(text_pieces(blocks, size)) == whole
-
-
-def test_text_without_words_is_cut_after_a_while():
-    assert [len(piece) for piece in text_pieces("." * 1000, 10)] == [160] * 6 + [40]
 
 
 # normalising

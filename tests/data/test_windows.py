@@ -5,8 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tarflowlm.data import TokenArray, WindowSampler, eval_windows, sliding_windows
 from tarflowlm.errors import UserError
@@ -86,23 +84,10 @@ def test_resuming_with_another_number_of_ranks():
     assert pair[0].state_dict() == pair[1].state_dict() == one.state_dict()
 
 
-@pytest.mark.parametrize("num_tokens", [10, 11, 19, 20, 29])
-def test_texts_of_few_windows_repeat(num_tokens):
-    batch = sampler(tokens=TOKENS[:num_tokens], batch=16).next()
-    assert batch.shape == (16, 10)
-    assert int(batch.max()) < num_tokens
-
-
 def test_states_of_another_stream_are_refused():
     for changes in ({"seed": 8}, {"window": 11}, {"tokens": TOKENS[:-1]}):
         with pytest.raises(UserError, match="cannot resume the data stream"):
             sampler(**changes).load_state_dict(sampler().state_dict())
-
-
-@pytest.mark.parametrize("changes", [{"window": 0}, {"batch": 0}, {"seed": -1}, {"tokens": TOKENS[:9]}])
-def test_impossible_sizes_are_refused(changes):
-    with pytest.raises(UserError, match=r"must be 1 or more|9 tokens, fewer than one window of 10"):
-        sampler(**changes)
 
 
 def test_eval_windows_are_consecutive():
@@ -126,13 +111,6 @@ def test_sliding_windows_cover_the_text_once(stride):
     assert context.tolist() == [0] + [10 - stride] * (len(windows) - 1)
 
 
-def test_a_limit_on_sliding_windows_keeps_those_with_context():
-    windows, context = sliding_windows(TOKENS, 10, 3, limit=4)
-    assert windows[:, 0].tolist() == [0, 249, 498, 747]
-    assert context.tolist() == [7] * 4
-    assert torch.equal(windows[1], torch.arange(249, 259))
-
-
 @pytest.mark.parametrize(
     ("window", "stride", "limit"), [(10, -1, None), (10, 11, None), (0, 0, None), (10, 10, 0), (2000, 1, None)]
 )
@@ -148,15 +126,6 @@ def parts_of(length: int) -> TokenArray:
 def test_windows_across_parts_equal_windows_of_one_array():
     assert torch.equal(eval_windows(parts_of(7), 10), eval_windows(TOKENS, 10))
     assert torch.equal(draw(sampler(tokens=parts_of(64)), 30), draw(sampler(), 30))
-
-
-@settings(derandomize=True, max_examples=100, deadline=None)
-@given(st.integers(1, 1100), st.slices(1003))
-def test_token_arrays_slice_like_one_array(length, index):
-    view = parts_of(length)
-    assert len(view) == len(TOKENS)
-    np.testing.assert_array_equal(view[index], TOKENS[index])
-    np.testing.assert_array_equal(np.asarray(view), TOKENS)
 
 
 def test_token_arrays_index_like_one_array():

@@ -7,7 +7,6 @@ from tarflowlm.editing.words import (
     blended_spans,
     find_piece,
     find_words,
-    merge_words,
     num_words,
     pick_words,
     words_of,
@@ -54,13 +53,6 @@ def test_words_are_picked_at_random_or_by_cost():
     assert pick_words(words, 2, 12, torch.Generator(), costs=costs) == [(5, 7), (8, 9)]
     with pytest.raises(UserError, match="words 6: the text has 5"):
         pick_words(words, 6, 12, torch.Generator())
-
-
-def test_neighbours_are_one_span():
-    words = spans("aa b cc d")
-    assert merge_words([words[0], words[1], words[3]], words) == [(0, 4), (8, 9)]
-    assert merge_words(words, words) == [(0, 9)]
-    assert merge_words([], words) == []
 
 
 def test_a_blend_keeps_the_words_that_nothing_cuts():

@@ -1,14 +1,12 @@
 """Sample statistics on texts whose answers are known, MAUVE at its ends, and the whole of it on a tiny model."""
 
 import math
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from tarflowlm.data import CharTokenizer
-from tarflowlm.errors import UserError
 from tarflowlm.evaluation.judges import Judge
 from tarflowlm.evaluation.quality import (
     SamplingConfig,
@@ -55,14 +53,6 @@ def test_mauve():
     assert mauve(draws[:200], draws[200:]) == mauve(draws[:200], draws[200:])
 
 
-def test_mauve_refuses(monkeypatch):
-    with pytest.raises(UserError, match="not 1 with 5"):
-        mauve(torch.zeros(1, 2), torch.zeros(5, 2))
-    monkeypatch.setitem(sys.modules, "mauve", None)
-    with pytest.raises(UserError, match=r"pip install 'tarflowlm\[quality\]'"):
-        mauve(torch.zeros(5, 2), torch.zeros(5, 2))
-
-
 class LetterJudge(Judge):
     """Gives every letter a probability of its own, whatever stands before it."""
 
@@ -107,15 +97,6 @@ def test_quality_of_a_tiny_model(model, windows):
     assert (result.temperature, result.top_k, result.top_p, result.seed, result.length) == (0.8, 3, None, 3, 8)
     assert (result.dtype, result.judge) == ("float32", "letters")
     assert result.decoder == ("auto" if hasattr(model, "codebook") else "steps")
-
-
-def test_remarks(model, windows):
-    pytest.importorskip("mauve")
-    remarks = measure_quality(model, TOKENIZER, LetterJudge(), windows, CONFIG, trained_on="some text").remarks
-    assert len(remarks) == 3
-    assert "letters" in remarks[0]
-    assert "20 samples" in remarks[1]
-    assert "same text" in remarks[2]
 
 
 def test_samples_depend_on_the_seed_alone(model, monkeypatch):

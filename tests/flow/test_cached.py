@@ -52,20 +52,3 @@ def test_features_may_go_where_a_graph_is_built(transformer, normal):
     weight = normal(8).requires_grad_()
     (KVCache(transformer, 1, T, weight).extend(normal(1, 2, 8)) * weight).sum().backward()
     assert weight.grad is not None
-
-
-@pytest.mark.parametrize("length", [-1, 4])
-def test_a_cache_rewinds_to_its_past_only(transformer, normal, length):
-    cache = KVCache(transformer, 1, T, normal(1))
-    cache.extend(normal(1, 3, 8))
-    with pytest.raises(ValueError, match=f"cannot rewind a cache of 3 positions to {length}"):
-        cache.rewind(length)
-
-
-def test_a_full_cache_says_so(transformer, normal):
-    cache = KVCache(transformer, 1, 3, normal(1))
-    cache.extend(normal(1, 2, 8))
-    with pytest.raises(ValueError, match="cache of 3 positions is full: 2 used, 2 more requested"):
-        cache.extend(normal(1, 2, 8))
-    assert cache.length == 2
-    cache.extend(normal(1, 1, 8))

@@ -45,14 +45,6 @@ def test_every_group_sees_the_features_of_its_own_position(head, normal):
     assert torch.equal(depends, torch.eye(T, dtype=torch.bool).expand_as(depends))
 
 
-def test_outputs_are_group_first_and_contiguous(head, normal):
-    outputs = head(normal(2, 3, WIDTH), normal(2, 3, head.groups * head.channels))
-    assert len(outputs) == len(head.weights)
-    for out, weight in zip(outputs, head.weights, strict=True):
-        assert out.shape == (head.groups, 2, 3, weight.shape[-1])
-        assert out.is_contiguous()
-
-
 def test_walking_equals_the_parallel_pass(head, normal):
     B, C = 3, head.groups * head.channels
     features, z = normal(B, WIDTH, seed=1), normal(B, C)
@@ -62,16 +54,6 @@ def test_walking_equals_the_parallel_pass(head, normal):
         for walked, out in zip(head.step(state), parallel, strict=True):
             torch.testing.assert_close(walked[0], out[g, :, 0], rtol=1e-12, atol=1e-12)
         state = head.observe(state, z_g)
-
-
-def test_observing_leaves_the_earlier_state_alone(randomise, normal):
-    """A decoder may go back to a state and try another value."""
-    with seeded(0):
-        head = randomise(AutoregressiveHead(width=WIDTH, hidden=5, features=4, **HEADS["channels"]))
-    first = head.start(normal(2, WIDTH))
-    before = head.step(first)
-    head.step(head.observe(first, normal(2, 1)))
-    assert all(torch.equal(a, b) for a, b in zip(before, head.step(first), strict=True))
 
 
 @pytest.mark.parametrize("in_patch", [True, False], ids=["autoregressive", "independent"])
@@ -84,13 +66,6 @@ def test_token_features_see_earlier_tokens_of_the_patch_only_if_autoregressive(i
     depends = by_z.abs().amax(2).unflatten(-1, (P, d)).amax(-1) > 0  # [T, P, T, P]
     expected = torch.eye(T, dtype=torch.bool)[:, None, :, None] & torch.ones(P, P, dtype=torch.bool).tril(-1)[:, None]
     assert torch.equal(depends, expected if in_patch else torch.zeros_like(expected))
-
-
-def test_without_patches_token_features_are_the_features(normal):
-    features = normal(2, 3, WIDTH)
-    layer = TokenFeatures(width=WIDTH, patch=1, latent_dim=2, in_patch=True)
-    assert torch.equal(layer(features, normal(2, 3, 2)), features[:, :, None])
-    assert not list(layer.parameters())
 
 
 def test_a_log_std_is_left_as_it_is_up_to_eight_and_bounded_beyond(normal):

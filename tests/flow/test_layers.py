@@ -4,21 +4,18 @@ import pytest
 import torch
 
 from tarflowlm.errors import UserError
-from tarflowlm.flow.bijection import ChannelMix, Compose, Direction, Patch
+from tarflowlm.flow.bijection import Order, Patch
 
 T, C = 6, 5
 
 LAYERS = {
-    "direction-keep": lambda: Direction(reverse=False),
-    "direction-reverse": lambda: Direction(reverse=True),
+    "keep": lambda: Order(C),
+    "reverse": lambda: Order(C, reverse=True),
+    "mix": lambda: Order(C, mix=1),
+    "mix-3-reverse": lambda: Order(C, reverse=True, mix=3),
     "patch-1": lambda: Patch(1),
     "patch-2": lambda: Patch(2),
     "patch-3": lambda: Patch(3),
-    "mix-0": lambda: ChannelMix(C, 0),
-    "mix-1": lambda: ChannelMix(C),
-    "mix-3": lambda: ChannelMix(C, 3),
-    "compose-none": lambda: Compose(),
-    "compose": lambda: Compose((Patch(2), ChannelMix(2 * C, 2), Direction(reverse=True))),
 }
 
 parametrize_layers = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
@@ -45,55 +42,22 @@ def test_log_det_is_the_autograd_one(make, normal):
     torch.testing.assert_close(log_det[0], torch.linalg.slogdet(jacobian).logabsdet)
 
 
-@parametrize_layers
-def test_the_input_is_left_alone(make, normal):
-    layer, z = make(), normal(2, T, C)
-    before = z.clone()
-    layer.inverse(layer(z)[0])
-    assert torch.equal(z, before)
-
-
-def test_direction_reverses_positions_alone():
-    z = torch.arange(6.0).view(1, 3, 2)
-    assert Direction(reverse=True)(z)[0].tolist() == [[[4, 5], [2, 3], [0, 1]]]
-
-
-def test_patch_joins_neighbours():
-    z = torch.arange(8.0).view(1, 4, 2)
-    assert Patch(2)(z)[0].tolist() == [[[0, 1, 2, 3], [4, 5, 6, 7]]]
-
-
 def test_patch_refuses_what_it_cannot_divide():
     with pytest.raises(UserError, match="patch 4 does not divide the 6 tokens"):
         Patch(4)(torch.zeros(1, 6, 2))
 
 
-def test_channel_mix_is_even_then_odd():
+def test_mixing_puts_even_channels_before_odd_ones():
     z = torch.arange(5.0).view(1, 1, 5)
-    assert ChannelMix(5)(z)[0].flatten().tolist() == [0, 2, 4, 1, 3]
-    assert ChannelMix(5, 2)(z)[0].flatten().tolist() == [0, 4, 3, 2, 1]
+    assert Order(5, mix=1)(z)[0].flatten().tolist() == [0, 2, 4, 1, 3]
+    assert Order(5, mix=2)(z)[0].flatten().tolist() == [0, 4, 3, 2, 1]
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 8, 12])
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_mixing_n_times_is_mixing_once_n_times(channels, times, normal):
-    once, z = ChannelMix(channels), normal(2, 3, channels)
+    once, z = Order(channels, mix=1), normal(2, 3, channels)
     expected = z
     for _ in range(times):
         expected = once(expected)[0]
-    assert torch.equal(ChannelMix(channels, times)(z)[0], expected)
-
-
-def test_compose_applies_in_the_order_given_and_adds_log_dets(normal):
-    class Scale(Direction):
-        def __init__(self, log_scale: float) -> None:
-            super().__init__(reverse=False)
-            self.log_scale = log_scale
-
-        def forward(self, z):
-            return z * torch.tensor(self.log_scale).exp(), torch.full((len(z),), self.log_scale * z[0].numel())
-
-    z = normal(2, T, C).float()
-    u, log_det = Compose((Scale(0.5), Direction(reverse=True), Scale(-2.0)))(z)
-    torch.testing.assert_close(u, z.flip(1) * torch.tensor(-1.5).exp())
-    torch.testing.assert_close(log_det, torch.full((2,), -1.5 * T * C))
+    assert torch.equal(Order(channels, mix=times)(z)[0], expected)

@@ -6,8 +6,7 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.flow.stack import FlowBlock, InputMap, Prior
-from tarflowlm.language_model import seeded
+from tarflowlm.flow.stack import FlowBlock, Prior
 
 T, d = 4, 2
 
@@ -122,7 +121,7 @@ def test_the_jacobian_of_every_block_shows_its_direction_and_its_order(model, la
     """Position t sees t' < t in the block's own direction, and in its own position earlier channels alone."""
     z = model.prior.patch(latents[:1])[0]
     for index, block in enumerate(model.prior.blocks):
-        assert block.order.maps[1].reverse == (index % 2 == 1)
+        assert block.order.reverse == (index % 2 == 1)
         by_z = in_block_order(block, jacobian(lambda v, f=block: f(v[None])[0][0], z[0]))
         N, C = by_z.shape[:2]
         before = torch.ones(N, N, dtype=torch.bool).tril(-1)[:, None, :, None]
@@ -153,15 +152,6 @@ def test_the_cached_inverse_equals_a_plain_loop(model, normal):
                 features = block._features(h)[:, t]
                 h[:, t] = block.coupling.invert(noise[:, t], features)
             torch.testing.assert_close(block.inverse(u), block.order.inverse(h), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("patch", [1, 2, 4])
-def test_channels_are_mixed_once_more_in_every_block(tiny_flow, patch):
-    model = tiny_flow(couplings=("mix1",) * 3, patch=patch)
-    channels = mixed = torch.arange(2.0 * patch)
-    for block in model.prior.blocks:
-        assert torch.equal(block.order.maps[0](channels.view(1, 1, -1))[0].flatten(), mixed)
-        mixed = torch.cat((mixed[0::2], mixed[1::2]))
 
 
 def integral(log_density, low: float, high: float, points: int) -> float:
@@ -196,13 +186,6 @@ def test_the_density_integrates_to_one(fields, tiny_flow):
     assert integral(log_density, -12.0, 12.0, 501) == pytest.approx(1.0, abs=3e-4)
 
 
-def test_input_map_keeps_every_channel(randomise, normal):
-    with seeded(0):
-        layer = randomise(InputMap(3, 8))
-    by_x = jacobian(lambda x: layer(x[None])[0], normal(3))
-    assert torch.linalg.matrix_rank(by_x) == 3
-
-
 def test_the_density_of_a_position_depends_on_its_own_past(model, normal):
     z = normal(2, 8 // model.config.patch, 2 * model.config.patch)
     for block in model.prior.blocks:
@@ -212,7 +195,7 @@ def test_the_density_of_a_position_depends_on_its_own_past(model, normal):
             changed[:, -1] += 1.0
             # a block from right to left has the last position in every other's past, one from left to right in none
             moved = (block.log_prob(changed) - log_p).abs()[:, :-1] > 1e-12
-        assert moved.any() == block.direction.reverse
+        assert moved.any() == block.order.reverse
 
 
 def test_the_density_of_a_state_is_that_of_the_blocks_above_it(model, normal):

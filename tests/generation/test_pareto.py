@@ -1,16 +1,12 @@
 """The tail index of weights: right for samples of known tail index, silent where there is nothing to fit."""
 
-import io
 import math
 
 import pytest
 import torch
-from rich.console import Console
 
-from tarflowlm.data.tokenizer import CharTokenizer
-from tarflowlm.generation import Generation, generate
+from tarflowlm.generation import generate
 from tarflowlm.generation.particles import UNRELIABLE, pareto_k
-from tarflowlm.terminal.texts import print_samples, samples_to_json
 
 
 def exponential(*shape: int) -> torch.Tensor:
@@ -48,30 +44,6 @@ def test_heavy_tails_of_few_weights_are_seen_more_often_than_light_ones():
 )
 def test_there_is_no_index_for_few_or_equal_or_impossible_weights(log_w):
     assert math.isnan(pareto_k(log_w))
-
-
-def test_some_impossible_weights_do_no_harm():
-    log_w = 0.8 * exponential(2000)
-    log_w[:1500] = -torch.inf
-    assert 0.4 < pareto_k(log_w) < 1.2
-
-
-def shown(result: Generation) -> tuple[str, dict]:
-    tokenizer = CharTokenizer("abcde", "none")
-    console = Console(file=io.StringIO(), width=80)
-    print_samples(console, result, tokenizer, candidates=64)
-    return console.file.getvalue(), samples_to_json(result, tokenizer)[0]
-
-
-@pytest.mark.parametrize(("k", "unreliable"), [(0.83, True), (0.6, False), (math.nan, False)])
-def test_unreliable_evidence_is_named_where_it_is_printed(k, unreliable):
-    one = torch.ones(1, dtype=torch.float64)
-    text, sample = shown(
-        Generation(torch.zeros(1, 8, dtype=torch.long), log_evidence=-one, ess=one, pareto_k=k * one, draws=one)
-    )
-    assert "64 candidates, effective number 1.0; log p(given) about -1.0 nats" in text
-    assert ("unreliable: the weights have no finite variance (k = 0.83)" in text) == unreliable
-    assert sample["pareto_k"] == (None if math.isnan(k) else k)
 
 
 def test_particles_report_the_index_when_there_are_enough(tiny_flow):

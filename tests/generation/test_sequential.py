@@ -11,7 +11,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.generation import generate
 from tarflowlm.generation.conditioned import ConditionedTokens
 from tarflowlm.generation.inversion import invert_stack
-from tarflowlm.generation.sampling import adjust_weights, inverse_cdf, row_generators, row_normal, row_uniform
+from tarflowlm.generation.sampling import adjust_weights, row_generators, row_normal
 from tarflowlm.model import TarFlowLM
 
 NUM = 4000
@@ -187,18 +187,3 @@ def test_every_row_has_a_stream_of_its_own():
     assert len(flat.unique(dim=0)) == 50
     correlation = torch.corrcoef(row_normal(row_generators(range(20), generator()), 500, 4).flatten(1))
     assert (correlation - torch.eye(20)).abs().max() < 0.12
-
-
-def test_a_longer_text_begins_with_the_noise_of_a_shorter_one():
-    short, long = (row_uniform(row_generators(range(3), generator()), n) for n in (5, 9))
-    assert torch.equal(long[:, :5], short)
-    assert short.dtype == torch.float64
-    assert ((long >= 0) & (long < 1)).all()
-
-
-def test_a_cdf_gives_tokens_of_the_vocabulary():
-    log_w = torch.tensor([[torch.finfo(torch.float32).min, 0.0, 0.0], [torch.nan] * 3])
-    for number in (0.0, 1.0 - 2.0**-53):
-        drawn = inverse_cdf(log_w, torch.full((2,), number, dtype=torch.float64))
-        assert drawn[0] == (1 if number == 0.0 else 2)
-        assert 0 <= drawn[1] < 3

@@ -78,11 +78,6 @@ def test_other_ways_to_write_tell_the_same_text(options, model):
     told(model, num_tokens=8, **options)
 
 
-def test_chosen_tokens_are_told_one_by_one(tiny_flow, any_stack):
-    model = tiny_flow(couplings=("mix1", "mix1"))
-    assert len(told(model, num_tokens=11, temperature=0.5)) == 11
-
-
 def test_parts_of_many_samples_are_what_they_are_among_all(model):
     all_of_them = sample(model, num_tokens=11, num=5).tokens
     parts = [

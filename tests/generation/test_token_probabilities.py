@@ -150,18 +150,6 @@ def test_a_prompt_conditions_chosen_tokens(model):
     assert (observed - expected).abs().max() < 4.5 * math.sqrt(0.25 / NUM)
 
 
-def test_the_chunks_of_a_batch_change_nothing(model, monkeypatch):
-    whole = sample(model, num=20, temperature=0.8)
-    monkeypatch.setattr(token_probabilities, "held_rows", lambda *_: 3)
-    assert torch.equal(sample(model, num=20, temperature=0.8), whole)
-
-
-def test_passes_of_chosen_tokens_end_with_them(model):
-    found = generate(model, num_tokens=5, num=3, temperature=0.8)
-    assert torch.equal(found.passes[-1], found.tokens)
-    assert torch.equal(model.codebook.decode(found.states[-1]), found.tokens)
-
-
 @pytest.mark.parametrize(
     ("options", "name"),
     [({"temperature": 0.5}, "temperature 0.5"), ({"top_k": 2}, "top-k 2"), ({"top_p": 0.5}, "top-p 0.5")],

@@ -98,13 +98,6 @@ def test_the_evidence_is_that_of_the_prompt_and_the_work_that_of_all_windows(mod
     assert (long.states, long.passes) == ((), ())
 
 
-@pytest.mark.parametrize("decoder", ["sweeps", "auto"])
-def test_decoders_write_the_same_text(decoder, tiny_flow):
-    model = tiny_flow(couplings=("mixd", "mix1"), log_std=-5.0)
-    by_steps = sample(model, num_tokens=18).tokens
-    assert torch.equal(sample(model, num_tokens=18, decoder=decoder).tokens, by_steps)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 
-from tarflowlm.cli.harness import split_results
 from tarflowlm.errors import UserError
 from tarflowlm.harness.register import how_to_continue, meaning, register
 
@@ -108,12 +107,6 @@ def test_bounds_are_called_bounds(tiny_flow, tiny_ar):
     assert set(meaning(tiny_ar(), 1).values()) == {"exact"}
     assert all(text.startswith("lower bound") for text in meaning(tiny_flow(couplings=("mixd",)), 4).values())
     assert "no bound" in meaning(tiny_flow(), 1)["conditional"]
-
-
-def test_results_are_found_in_the_output_of_lm_eval():
-    assert split_results('settings\n{\n "results": {}\n}\n| table |\n') == ({"results": {}}, "| table |\n")
-    with pytest.raises(UserError, match="'a list'"):
-        split_results("a list")
 
 
 def test_generation_options_are_read():

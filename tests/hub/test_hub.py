@@ -122,13 +122,6 @@ def test_card_describes_the_model(finished, tmp_path):
     assert not (tmp_path / "third").exists()
 
 
-def test_card_without_results_says_so(trained, tmp_path):
-    card = (tarflowlm.load(trained).save_pretrained(tmp_path / "mine") / "README.md").read_text(encoding="utf-8")
-    assert "| test | not recorded |" in card
-    assert "| licence | not stated by its owner |" in card
-    assert "model-index" not in card
-
-
 def configured(words):
     """The run that `tarflowlm train WORDS` would train."""
     from tarflowlm.cli.train import read
@@ -184,10 +177,3 @@ def test_models_of_the_hub_are_used_but_not_written_to(shared, run_json, refused
     assert run_json("score", "hf:ada/tiny", "--text", "abc")["characters"] == 3
     assert run_json("info", "hf:ada/tiny")["name"] == "hf:ada/tiny"
     refused("report", "hf:ada/tiny", names=["hf:ada/tiny is on the hub", "--out tiny-report"])
-
-
-def test_revisions_belong_to_the_hub(trained):
-    with pytest.raises(UserError, match="revision 'v1'"):
-        tarflowlm.from_pretrained(trained, revision="v1")
-    with pytest.raises(UserError, match="is not a directory"):
-        tarflowlm.from_pretrained("./none")

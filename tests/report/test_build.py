@@ -10,8 +10,7 @@ import pytest
 
 from tarflowlm.errors import UserError
 from tarflowlm.report import build
-from tarflowlm.report.build import write_report
-from tarflowlm.report.samples import draw_samples
+from tarflowlm.report.build import draw_samples, write_report
 from tarflowlm.runs.checkpoint import export, load_checkpoint
 
 
@@ -138,7 +137,6 @@ def test_samples_are_the_same_every_time(runs, name):
 def test_bad_arguments_write_nothing(runs, tmp_path):
     joint, out = runs["joint"], tmp_path / "out"
     for directories, place in (
-        ([], out),
         ([tmp_path / "none"], out),
         (list(runs.values()), None),
         ([Path("english-mini")], None),

@@ -29,14 +29,6 @@ def test_projection_is_on_the_axes_of_the_covariance(vectors):
     assert (np.take_along_axis(axes, np.abs(axes).argmax(0)[None], 0) > 0).all()
 
 
-@pytest.mark.parametrize("shape", [(5, 1), (2, 4), (1, 3)])
-def test_too_few_dimensions_or_points_give_zeros(shape):
-    points, explained = project(np.random.default_rng(2).normal(size=shape))
-    assert points.shape == (shape[0], 2)
-    np.testing.assert_allclose(points[:, 1], 0, atol=1e-12)
-    assert explained[1] == pytest.approx(0, abs=1e-12)
-
-
 def test_nearest_neighbours_by_brute_force(vectors):
     queries = np.array([3, 0, 17, 39])
     for query, found, distance in zip(queries, *nearest_neighbours(vectors, queries, chunk=3), strict=True):

@@ -2,7 +2,7 @@
 
 import re
 
-from tarflowlm.reproduce.panels import edited_spans, panels_page
+from tarflowlm.reproduce.passes import edited_spans, panels_page
 
 
 def test_spans_join_neighbours_and_skip_empty_symbols():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tarflowlm.config import RECIPE_NAMES, FlowConfig, RunConfig, TrainConfig, TransformerConfig, stack
+from tarflowlm.config import FlowConfig, RunConfig, TrainConfig, TransformerConfig, stack
 from tarflowlm.data import TEXT8_ALPHABET
 from tarflowlm.errors import UserError
 from tarflowlm.reproduce import RECIPES, ablations, passes
@@ -19,10 +19,6 @@ from tarflowlm.reproduce.recipe import Recipe, Settings, estimate, finish, state
 from tarflowlm.training.metrics import Reporter
 
 MINI, PAPER = (Settings(scale=scale, out=Path("out")) for scale in ("mini", "paper"))
-
-
-def test_every_recipe_is_listed():
-    assert set(RECIPES) == set(RECIPE_NAMES)
 
 
 @pytest.mark.parametrize(("scale", "width"), [("mini", 128), ("paper", 768)])
@@ -67,17 +63,12 @@ def test_fig5_has_two_tokens_per_position_in_every_model(settings):
     mix1, one_token = runs["Mix-1, head over the patch"], settings.preset("mix1", "owt")
     assert replace(mix1, name=one_token.name, model=replace(mix1.model, patch=1)) == one_token
     with torch.device("meta"):
-        heads = replace(mix1.model, vocab_size=27).build().heads()
+        heads = [coupling.head for coupling in replace(mix1.model, vocab_size=27).build().couplings]
     # a group per channel of the patch, and each sees all before it
     channels = 2 * mix1.model.latent_dim
-    assert [(head.head.groups, head.head.num_known) for head in heads] == [(channels, channels - 1)] * 3
+    assert [(head.groups, head.num_known) for head in heads] == [(channels, channels - 1)] * 3
     in_patch = {label: run.model.in_patch for label, run in runs.items() if label.startswith(("Mix-d", "two"))}
     assert list(in_patch.values()) == ["autoregressive", "independent", "independent"]
-
-
-@pytest.mark.parametrize("name", ["fig2", "fig3", "table6", "fig5"])
-def test_openwebtext_at_the_scale_of_the_paper(name):
-    assert {training.run.data.source for training in RECIPES[name].plan(PAPER)} == {"openwebtext"}
 
 
 @pytest.mark.parametrize(("settings", "layers"), [(MINI, 6), (PAPER, 12)])
@@ -120,11 +111,6 @@ def test_recipes_of_small_differences_have_several_seeds(scale, asked, seeds):
     recipe = replace(TINY_RECIPE, seeds=2)
     assert [t.run.seed for t in recipe.trainings(settings)] == seeds
     assert [t.run.seed for t in replace(recipe, clear=("tiny",)).trainings(settings)] == list(range(asked))
-
-
-def test_which_recipes_have_several_seeds():
-    several = {name for name, recipe in RECIPES.items() if any(t.run.seed for t in recipe.trainings(MINI))}
-    assert several == {"table2", "fig2", "progressive"}
 
 
 @pytest.fixture
@@ -199,13 +185,6 @@ def test_estimates_count_all_tokens_and_time_every_shape_once(settings, monkeypa
     paper = replace(settings, scale="paper")
     # one sequence is timed, so two of them take twice as long
     assert estimate(paper, TINY_RECIPE.plan(paper))[0].seconds == 24.0
-
-
-@pytest.mark.slow
-def test_estimates_of_a_real_model(settings):
-    [planned, _] = estimate(settings, TINY_RECIPE.plan(settings))
-    assert 0 < planned.seconds < 60
-    assert not settings.out.exists()
 
 
 @pytest.mark.slow

@@ -108,7 +108,7 @@ def test_every_view(open_page):
     # nothing is wider than the screen
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     use(page, "Write", "Write", Start=HOSTILE, Length="200")
-    use(page, "Infill", "Fill in", Text_with_blanks=HOSTILE, until="othing to fill in")
+    use(page, "Infill", "Fill in", Text_with_blanks=HOSTILE, until="has no blank")
     assert page.title() == "tarflowlm studio"
 
 

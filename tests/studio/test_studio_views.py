@@ -9,11 +9,11 @@ import torch
 
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
-from tarflowlm.studio import edit, request
+from tarflowlm.studio import edit
 from tarflowlm.studio.catalogue import collect
 from tarflowlm.studio.curves import runs
 from tarflowlm.studio.edit import TARGETS, blend, replace_words, rewrite
-from tarflowlm.studio.infill import infill, weigh
+from tarflowlm.studio.infill import infill
 from tarflowlm.studio.pieces import guarded
 from tarflowlm.studio.score import compare
 from tarflowlm.studio.write import write
@@ -114,14 +114,6 @@ def test_template_keeps_given_tokens(catalogue):
     assert "count" in words(html)
 
 
-def test_weights_of_equal_texts_add_up():
-    tokens = torch.tensor([[1, 2], [3, 4], [1, 2]])
-    found = weigh(tokens, torch.tensor([0.5, 0.0, 0.5]).log(), 4)
-    assert [(row.tolist(), round(weight, 6)) for row, weight in found.texts] == [([1, 2], 1.0), ([3, 4], 0.0)]
-    assert found.effective == pytest.approx(2.0)
-    assert weigh(tokens, torch.full((3,), -torch.inf), 4).effective == pytest.approx(3.0)
-
-
 def test_only_whole_words_are_replaced(catalogue):
     _, *found = texts(shown(replace_words, catalogue, ["flow", "cat a catcat cat", "Cat", 3, 2, 0]))
     assert found
@@ -153,10 +145,6 @@ def test_blend_begins_and_ends_at_its_texts(catalogue, target):
     assert (found[0], found[-1]) == ("the cat saw", "nine old me")
 
 
-def test_baseline_cannot_be_edited(catalogue):
-    assert "choose a flow" in shown(rewrite, catalogue, ["baseline", "the cat saw", "noise", 0.5, 1, 0])
-
-
 def test_bound_of_a_flow_is_marked(catalogue):
     html = shown(compare, catalogue, VALID[compare])
     assert re.findall(r"<b>(≤?).{0,3}[\d.]+</b> bits per character", html) == ["≤", ""]
@@ -181,21 +169,3 @@ def test_catalogue_has_its_names_alone(catalogue, folder):
         with pytest.raises(UserError, match="no model of that name"):
             catalogue.load(name)
     assert collect([]).models == ["english-small", "english-mini", "english-passes", "english-mini-ar"]
-
-
-def test_runs_of_one_name_get_their_folders_names(folder, tmp_path):
-    copy = tmp_path / "other" / "flow"
-    copy.mkdir(parents=True)
-    (copy / "config.json").write_bytes((folder / "flow" / "config.json").read_bytes())
-    found = collect([str(folder), str(tmp_path / "other")])
-    assert found.models == ["flow", "other/flow", "baseline"]
-    with pytest.raises(UserError, match="no weights yet"):
-        found.load("other/flow")
-    with pytest.raises(UserError, match="neither a run directory"):
-        collect([str(copy / "nothing")])
-
-
-@pytest.mark.parametrize("value", [True, 1.5, float("inf"), "3", None, 0, 5])
-def test_whole_number_within_bounds(value):
-    with pytest.raises(UserError, match=r"^samples"):
-        request.whole(value, "samples", 1, 4)

@@ -6,9 +6,8 @@ import logging
 import pytest
 from rich.console import Console
 
-from tarflowlm.terminal.bars import Bars, minutes, per_second
+from tarflowlm.terminal.bars import Bars, ProgressReporter, minutes, per_second
 from tarflowlm.terminal.tables import NoticeHandler, print_notice
-from tarflowlm.terminal.training import ProgressReporter
 
 TRAIN = {"split": "train", "step": 1520, "bpc": 2.3114, "tokens_per_second": 6945.2}
 
@@ -64,13 +63,6 @@ def test_a_line_comes_soon_and_then_every_half_minute(lines, clock):
         bars.stage("quick", 7)
         work(bars, clock, 7, 0.4)
         assert lines() == []
-
-
-def test_what_was_done_before_does_not_count_as_speed(lines, clock):
-    with Bars(clock=clock) as bars:
-        bars.stage("training", 1000, 500)
-        work(bars, clock, 31, 0.1)
-    assert lines() == ["training: 530 of 1,000 (53 %), 10.0/s, 0:48 left"]
 
 
 def test_training_shows_its_numbers(lines, clock):

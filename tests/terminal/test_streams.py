@@ -8,8 +8,7 @@ from rich.console import Console
 
 from tarflowlm.data.tokenizer import ByteTokenizer
 from tarflowlm.generation import Generation
-from tarflowlm.terminal.streams import TextStream, first_stop
-from tarflowlm.terminal.texts import print_samples
+from tarflowlm.terminal.texts import TextStream, first_stop, print_samples
 
 
 def streamed(text: str, stops: tuple[str, ...] = (), *, start: int = 0, shown: int = 0) -> tuple[str, TextStream]:

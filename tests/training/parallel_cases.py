@@ -23,28 +23,27 @@ from tarflowlm.training import train as training
 from tarflowlm.training.loop import optimizer_step
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.optim import build_optimizers
-from tarflowlm.training.parallel import ParallelModel
-from tarflowlm.training.processes import Processes, launched
+from tarflowlm.training.parallel import ParallelModel, Processes, launched
 from tarflowlm.training.train import resume, train
 
 MODES = ("ddp", "fsdp")
-STOP_AT = 14
+STOP_AT = 7
 """Inside the second of three stages, two steps after a checkpoint."""
 POISONED = "prior.blocks.1.coupling.head.biases.0"
 
 
 def runs(source: str) -> dict[str, RunConfig]:
-    """Every family of presets, 20 steps each; the progressive ones in three stages."""
+    """Every family of presets, 10 steps each; the progressive ones in three stages."""
     trunk = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
     blocks = stack(("mixd", "mix1", "mix1"), (1, 1, 1), (0, 2, 2))
     flow = FlowConfig(context=16, latent_dim=3, trunk=trunk, blocks=blocks, head_hidden=4)
     # with one channel, heads have empty parameters
     one_channel = replace(flow, latent_dim=1, blocks=stack(("mix1", "affine", "mix1"), (1, 1, 1), (3, 1, 2)))
     staged = TrainConfig(
-        stage_steps=(10, 6, 4), batch_size=4, log_every=1, evaluate_every=10, evaluate_windows=3,
+        stage_steps=(5, 3, 2), batch_size=4, log_every=1, evaluate_every=5, evaluate_windows=3,
         checkpoint_every=100, test_windows=3,
     )  # fmt: skip
-    joint = replace(staged, mode="joint", stage_steps=(20,))
+    joint = replace(staged, mode="joint", stage_steps=(10,))
     compiled = replace(staged, accumulate=2, checkpoint_activations=True, compile=True)
 
     def run(model: FlowConfig | BaselineConfig, train: TrainConfig) -> RunConfig:

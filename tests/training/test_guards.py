@@ -16,7 +16,6 @@ from tarflowlm.training.guards import RunningLoss, broken_gradients
 from tarflowlm.training.loop import optimizer_step
 from tarflowlm.training.optim import build_optimizers
 from tarflowlm.training.parallel import ParallelModel
-from tarflowlm.training.train import resume
 
 INF, NAN = math.inf, math.nan
 JOINT = {"mode": "joint", "evaluate_every": 100, "checkpoint_every": 100}
@@ -118,23 +117,6 @@ def test_skipped_steps_are_recorded_with_their_cause(tmp_path, tiny_run, go, poi
     assert all(math.isfinite(record["grad_norm_max"]) for record in lines(tmp_path / "run", "train"))
 
 
-def test_step_that_is_read_later_is_still_explained(tmp_path, tiny_run, go, monkeypatch, read_seldom):
-    real, first = ParallelModel.backward, []
-
-    def breaks(model, tokens, generator):
-        loss = real(model, tokens, generator)
-        first.append(tokens)
-        if torch.equal(tokens, first[0]):
-            model.model.prior.blocks[0].start.grad[3] = NAN
-        return loss
-
-    monkeypatch.setattr(ParallelModel, "backward", breaks)
-    go(tiny_run(**JOINT, stage_steps=(6,), log_every=100), tmp_path / "run")
-    (record,) = lines(tmp_path / "run", "skipped")
-    assert record["step"] == 1
-    assert record["gradients"]["prior.blocks.0.start"]["not_finite"] == 1
-
-
 @pytest.mark.parametrize("seldom", [False, True])
 def test_too_many_skipped_steps_stop_the_run_and_keep_the_last_checkpoint(
     tmp_path, tiny_run, go, poison, request, seldom
@@ -148,15 +130,6 @@ def test_too_many_skipped_steps_stop_the_run_and_keep_the_last_checkpoint(
     assert load_checkpoint(out).info["step"] == "4"
     assert [path.name for path in (out / "state").iterdir()] == ["step-00000004"]
     assert [record["step"] for record in lines(out, "skipped")] == [5, 6, 7]
-
-
-def test_skipped_steps_are_counted_over_a_resume(tmp_path, tiny_run, poison, cut):
-    poison(set(range(5, 100)))
-    run = tiny_run(**JOINT | {"checkpoint_every": 1}, stage_steps=(20,), max_skipped=3, log_every=100)
-    cut(run, tmp_path / "run", 10)
-    # steps 5 and 6 are in the state
-    with pytest.raises(FloatingPointError, match=r"step 8: .* 4 in a row"):
-        resume(tmp_path / "run", device=torch.device("cpu"))
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import read_run
 from tarflowlm.runs.strict_json import from_dict
-from tarflowlm.training import trackers
 from tarflowlm.training.metrics import MetricsLog, Reporter
 from tarflowlm.training.train import resume
 
@@ -103,7 +102,7 @@ def interrupted(tiny_run, cut):
     return start
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
+@pytest.mark.parametrize("name", ["wandb", pytest.param("trackio", marks=pytest.mark.slow)])
 def test_tracked_run_gets_every_line_once_over_a_resume(tmp_path, interrupted, fake, name):
     out, module = tmp_path / "run", fake(name)
     interrupted(out, name)
@@ -123,6 +122,7 @@ def test_tracked_run_gets_every_line_once_over_a_resume(tmp_path, interrupted, f
         assert shown
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard_shows_the_lines_of_metrics_once_over_a_resume(tmp_path, interrupted):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

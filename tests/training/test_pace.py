@@ -80,13 +80,6 @@ def test_learning_rate_follows_the_share_of_the_time(timed):
     assert 0 < rates[0] < 0.1
 
 
-def test_checkpoints_are_due_by_time_and_cost_little(timed):
-    pace, at = timed(0)
-    for seconds, save, due in ((59.0, 0.0, False), (61.0, 0.0, True), (61.0, 10.0, False), (201.0, 10.0, True)):
-        pace.counters.spent.save = save
-        assert at(seconds, 1).save_due == due
-
-
 @pytest.mark.slow
 def test_killed_run_by_minutes_continues_with_the_time_left(tmp_path, tiny_run, cut):
     config, out = tiny_run(stage_steps=(2, 1, 1), minutes=0.1, checkpoint_every=1, evaluate_every=10**6), tmp_path

@@ -16,10 +16,10 @@ import torch.multiprocessing
 from safetensors.torch import load_file
 
 from tarflowlm.config import TrainConfig
+from tarflowlm.language_model import seeded
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import parallel
-from tarflowlm.training.parallel import ParallelModel
-from tarflowlm.training.processes import ALONE, Processes, launched
+from tarflowlm.training.parallel import ALONE, ParallelModel, Processes
 from tarflowlm.training.state import newest_state
 from tarflowlm.training.train import resume, train
 
@@ -94,7 +94,7 @@ def test_checkpoint_of_two_processes_resumes_on_one_and_on_four(out, alone, mode
         assert max(shards) < 0.75 * sum(shards)
         resume(directory, device=CPU)
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    assert (summary["steps"], summary["processes"]) == (20, world)
+    assert (summary["steps"], summary["processes"]) == (10, world)
     assert_same(directory, alone("mixd"))
 
 
@@ -114,16 +114,10 @@ def test_compiled_loss_is_one_graph(out, name):
     """`fullgraph` raises at the first break, in the loss or in the backward of the numerics, which is traced too."""
     found = json.loads((out / "compiled.json").read_text(encoding="utf-8"))[name]
     assert (found["graphs"], found["breaks"]) == (1, 0)
-    if name in cases.COMPILED[:2]:
-        assert max(found["losses"], found["weights"]) < 1e-8
     # in bfloat16, AdamW makes a full step of the sign of a gradient that is rounding alone
-    assert found["losses"] < 1e-4
-
-
-def test_without_torchrun_there_is_one_process(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with launched(CPU) as processes:
-        assert processes == ALONE
+    losses, weights = (1e-9, 1e-6) if name in cases.COMPILED[:2] else (1e-4, 1.0)
+    assert found["losses"] < losses
+    assert found["weights"] < weights
 
 
 @pytest.mark.parametrize(("device", "precision", "expected"), [
@@ -150,25 +144,17 @@ def test_without_a_compiler_training_goes_on_with_a_warning(monkeypatch):
 
 
 @pytest.mark.parametrize("fields", [{"accumulate": 2}, {"checkpoint_activations": True}])
-def test_accumulation_and_checkpointing_change_nothing(tiny_run, fields):
-    run = tiny_run(batch_size=4, mode="joint", stage_steps=(2,))
-    changed = replace(run, train=replace(run.train, **fields))
-    (left, weights), (right, others) = cases.steps_of(changed, frozen=0), cases.steps_of(run, frozen=0)
-    assert left == pytest.approx(right, rel=1e-5)
-    for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, others[name], rtol=1e-3, atol=1e-5)
-
-
-def test_checkpointed_layers_keep_their_inputs_alone(tiny_run):
-    def kept(checkpoint: bool) -> int:
-        run = tiny_run(mode="joint", stage_steps=(2,), checkpoint_activations=checkpoint, model={"layers": (3, 1, 1)})
-        model = ParallelModel(replace(run.model, vocab_size=5).build(), run)
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            model.loss(torch.zeros(2, 16, dtype=torch.long), torch.zeros(2, 16, 3))
-        return sum(sizes)
-
-    assert kept(True) < 0.7 * kept(False)
+def test_accumulation_and_checkpointing_leave_loss_and_gradients(tiny_run, fields):
+    run, found = tiny_run(mode="joint", stage_steps=(2,)), []
+    for fields_of_run in ({}, fields):
+        with seeded(0):
+            model = replace(run.model, vocab_size=27).build()
+        loss = ParallelModel(model, replace(run, train=replace(run.train, **fields_of_run))).backward(
+            torch.arange(64).view(4, 16) % 27, torch.Generator().manual_seed(0)
+        )
+        found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for plain, changed in zip(*found, strict=True):
+        torch.testing.assert_close(plain, changed, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -72,12 +72,6 @@ def test_launcher_that_never_ends_is_killed(slurm, tmp_path):
     assert "requeue" in Path(slurm["NOTES"]).read_text(encoding="utf-8")
 
 
-def test_script_without_arguments_prints_its_usage(slurm):
-    job = submit(slurm)
-    assert "usage: sbatch" in job.communicate(timeout=60)[0]
-    assert job.returncode == 2
-
-
 def test_job_saves_itself_requeues_and_resumes(slurm, tmp_path, corpus_file):
     run = tmp_path / "run"
     job = submit(slurm, "mini-ar", run, "--data", corpus_file, *FIELDS)

@@ -12,7 +12,7 @@ from tarflowlm.config import TokenizerConfig
 
 @dataclass(frozen=True)
 class Args:
-    """Arguments of `tarflowlm data`."""
+    """Turn a corpus or text file into token shards."""
 
     source: Annotated[
         tyro.conf.Positional[str],

@@ -1,108 +1,182 @@
-"""`tarflowlm edit`: some words of a text resampled, or its states changed in latent space."""
+"""`tarflowlm edit`."""
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
 
-from tarflowlm.cli.options import (
-    TEMPERATURE,
-    Count,
-    Device,
-    Model,
-    ModelName,
-    Normalize,
-    Number,
-    PrintJson,
-    Text,
-    arg,
-    check_at_least_one,
-)
+from tarflowlm.cli import options
+from tarflowlm.cli.options import arg
 from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
 
-EDIT_OPTIONS = {
-    "words": ("strength", "words", "pick", "candidates", "temperature"),
-    "rewrite": ("candidates", "temperature"),
-    "toward": ("weight", "candidates", "temperature", "level", "decoder"),
-    "replace": (),
-    "level": ("strength", "words", "pick", "level", "decoder"),
-}
-"""The kinds of `edit`, and which of the other arguments each of them uses."""
+MUCH_CHANGED, MUCH_LONGER = 0.5, 1.25
+"""An edit of a state that changes more than this share of the tokens, or multiplies the bits by more than this, is
+printed with advice on what keeps more of a text."""
 
 
 @dataclass(frozen=True)
 class Args:
-    """Arguments of `tarflowlm edit`."""
+    """Resample some words of a text given all others. Or move the text --toward another, --replace OLD NEW, or change
+    one of its states in latent space (--level)."""
 
     text: Annotated[str, arg("TEXT")]
     """The text to edit."""
-    directory: Model = None
-    model: ModelName = None
-    strength: Number = None
-    """Share of the words to redraw, given all the others: 0 keeps the text, 0.1 (the default) changes a word here and
-    there, 1 leaves none. With --level: how much noise the states get."""
-    words: Count = None
-    """Number of words to redraw, in place of a share. With --level: the noise goes to so many words only."""
+    directory: options.Model = None
+    model: options.ModelName = None
+    strength: options.Number = None
+    """Share of the words to resample, given all the others: 0 keeps the text, 0.1 (the default) changes a word here
+    and there, 1 leaves none. With --level: how much noise the states get."""
+    words: options.Count = None
+    """Number of words to resample, in place of a share. With --level: only so many words get noise."""
     pick: Annotated[Literal["random", "unlikely"] | None, arg()] = None
-    """Which words: at random (the default), or those the model expects least."""
+    """Words to resample: random ones (the default), or the most unlikely ones."""
     rewrite: Annotated[tuple[str, ...] | None, arg("TEXT ...")] = None
-    """Redraw these pieces of the text, words or more, given everything else."""
-    candidates: Count = None
-    """Candidates for every redrawn piece (32), of which one is taken by how well the rest of the text follows it."""
-    temperature: Annotated[float | None, arg("FLOAT", f"Temperature of the candidates (0.7): {TEMPERATURE}")] = None
-    toward: Text = None
-    """Take a stretch of this text of the same length, in its place, and redraw what it cuts. With --level:
+    """Resample these pieces of the text, words or more, given everything else."""
+    candidates: options.Count = None
+    """Candidates for every resampled piece (32). One is taken by how well the rest of the text follows it."""
+    temperature: Annotated[float | None, arg("FLOAT", f"Of the candidates (0.7): {options.TEMPERATURE}")] = None
+    toward: options.Text = None
+    """Take a stretch of this text of the same length, in its place, and resample the words it cuts. With --level:
     interpolate between the states of the two texts."""
-    weight: Number = None
+    weight: options.Number = None
     """With --toward: the share of words to take (0.5); 0 is the text, 1 the other text."""
     replace: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
-    """OLD NEW: replace the first OLD, as a word if it is one, by NEW, of as many tokens, and regenerate the rest from
-    its noise."""
-    level: Count = None
-    """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is the noise. Re-noises
-    by h -> sqrt(1 - s^2) h + s eps with s the strength, or interpolates."""
+    """Replace the first OLD, as a word if it is one, by NEW, of as many tokens, and regenerate the rest from its
+    noise."""
+    level: options.Count = None
+    """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is the noise. Adds
+    noise by h -> sqrt(1 - s^2) h + s eps with s the strength, or interpolates."""
     num: int = 1
-    """Number of edits, each with its own noise (of --replace that is the noise of the new words alone)."""
+    """Number of edits, each with its own noise (with --replace: the noise of the new words alone)."""
     seed: int = 0
     """The same seed gives the same edits."""
     decoder: Annotated[Decoder | None, arg()] = None
-    """With --level: how to invert a block, position by position, in parallel sweeps, or the cheaper of the two
+    """With --level: how to invert a block: position by position, in parallel sweeps, or by the cheaper of the two
     (auto, the default)."""
-    normalize: Normalize = None
-    device: Device = "auto"
-    json: PrintJson = False
+    normalize: options.Normalize = None
+    device: options.Device = "auto"
+    json: options.PrintJson = False
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "num", "candidates", "words")
-        if self.strength is not None and not 0 <= self.strength <= 1:
-            raise UserError(f"strength {self.strength}: must be between 0 (no change) and 1 (all of it is new)")
-        if self.weight is not None and not 0 <= self.weight <= 1:
-            raise UserError(f"weight {self.weight}: must be between 0 (the text) and 1 (the other text)")
-        given = [name for name in ("rewrite", "toward", "replace") if getattr(self, name) is not None]
-        if len(given) > 1:
+        options.check_at_least_one(self, "num", "candidates", "words")
+        for name, most in (("strength", "all of it is new"), ("weight", "the other text")):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"{name} {value}: must be between 0 (the text) and 1 ({most})")
+        if len(given := [name for name in KINDS if getattr(self, name) is not None]) > 1:
             raise UserError(f"--{' and --'.join(given)} are different edits: choose one")
-        kind = self.kind
-        for name in ("strength", "words", "pick", "candidates", "temperature", "weight", "level", "decoder"):
-            if getattr(self, name) is not None and name not in EDIT_OPTIONS[kind]:
-                which = "redrawn words" if kind == "words" else f"--{kind}"
-                raise UserError(f"--{name} has no effect with {which}: leave it out")
-        if kind == "words" and self.words is not None and self.strength is not None:
-            raise UserError("--words and --strength both say how many words to redraw: give one of them")
-        if kind == "level" and self.pick is not None and self.words is None:
+        if self.kind == "words" and self.words is not None and self.strength is not None:
+            raise UserError("--words and --strength both set the number of words to resample: give one of them")
+        if self.kind == "level" and self.pick is not None and self.words is None:
             raise UserError("--pick has no effect with --level without --words: add it, or leave this out")
-        if kind == "toward":
-            others, how = (("decoder",), "without") if self.level is None else (("candidates", "temperature"), "and")
-            for name in others:
-                if getattr(self, name) is not None:
-                    raise UserError(f"--{name} has no effect with --toward {how} --level: leave it out")
 
     @property
     def kind(self) -> str:
         """The name of the edit in `editing.EDITS`."""
-        given = [name for name in ("rewrite", "toward", "replace") if getattr(self, name) is not None]
-        return (given or ["level" if self.level is not None else "words"])[0]
+        given = [name for name in (*KINDS, "level") if getattr(self, name) is not None]
+        return (given or ["words"])[0]
+
+
+KINDS = ("rewrite", "toward", "replace")
+"""Options that name the edit. Without one of them it is "level" or "words"."""
 
 
 def run(args: Args) -> None:
-    from tarflowlm.cli.edits import run_edit
+    import torch
+    from rich.console import Console
 
-    run_edit(args)
+    from tarflowlm.config import checked_seed
+    from tarflowlm.data.prompts import read
+    from tarflowlm.editing import EDITS, Source, encode
+    from tarflowlm.evaluation.likelihood import bits
+    from tarflowlm.model import as_flow
+    from tarflowlm.runs.released import choose_directory
+    from tarflowlm.terminal.bars import Bars
+    from tarflowlm.terminal.tables import print_json, print_notice
+    from tarflowlm.terminal.texts import print_edits
+
+    used = {field.name for field in fields(EDITS[args.kind])}
+    if args.kind == "toward":
+        used -= {"decoder"} if args.level is None else {"candidates", "temperature"}
+    given: dict[str, Any] = {}
+    for name in ("strength", "words", "pick", "candidates", "temperature", "weight", "level", "decoder"):
+        if (value := getattr(args, name)) is not None:
+            if name not in used:
+                which = {"words": "resampled words", "toward": "this --toward"}.get(args.kind, f"--{args.kind}")
+                raise UserError(f"--{name} has no effect with {which}: leave it out")
+            given[name] = value
+    directory = choose_directory(args.directory, args.model)
+    checkpoint = options.load_checkpoint(directory, args.device)
+    refusal = f"{directory} is a discrete baseline, which has no latents to edit: give a flow"
+    model, tokenizer = as_flow(checkpoint.model, refusal), checkpoint.tokenizer
+
+    def piece(text: str, name: str) -> str:
+        return read(tokenizer, text, name=name, normalize=args.normalize).text.strip()
+
+    texts = {"text": args.text} | ({} if args.toward is None else {"other text": args.toward})
+    readings = {name: read(tokenizer, text, name=name, normalize=args.normalize) for name, text in texts.items()}
+    if args.rewrite is not None:
+        given["pieces"] = [piece(text, "piece") for text in args.rewrite]
+    if args.replace is not None:
+        old, new = args.replace
+        given |= {"old": piece(old, "text to replace"), "new": piece(new, "replacement")}
+    length = min(len(reading.tokens) for reading in readings.values())
+    for name, reading in readings.items():
+        if reading.notice is not None:
+            print_notice(reading.notice)
+        if len(reading.tokens) > length:
+            print_notice(f"the {name} is cut from {len(reading.tokens)} to {length} tokens, the length of the other")
+    generator = torch.Generator().manual_seed(checked_seed(args.seed))
+    # once for every edit: all of them start from the same latents
+    text, *others = (encode(model, reading.tokens[None, :length], generator) for reading in readings.values())
+    if others:
+        given["other"] = others[0]
+    with Bars() as bars:
+        source = Source(model, tokenizer, text.repeated(args.num), generator, bars)
+        edit = EDITS[args.kind](**given).apply(source)
+    characters = torch.from_numpy(tokenizer.characters_per_token)
+    found: dict[str, Any] = {
+        "before": tokenizer.decode(edit.before[0].tolist()),
+        "edits": [
+            {"text": tokenizer.decode(tokens), "changed": changed, "bpc_before": old, "bpc": new}
+            for tokens, changed, old, new in zip(
+                edit.tokens.tolist(),
+                edit.changed.tolist(),
+                (bits(edit.bound_before.cpu()) / characters[edit.before.cpu()].sum(-1)).tolist(),
+                (bits(edit.bound.cpu()) / characters[edit.tokens.cpu()].sum(-1)).tolist(),
+                strict=True,
+            )
+        ],
+        "advice": _advice(
+            args,
+            edit.changed.double().mean().item(),
+            (edit.bound.sum() / edit.bound_before.sum()).item(),
+            has_token_weights=model.config.has_token_weights,
+        ),
+    }
+    if args.json:
+        print_json(found)
+        return
+    notes = [
+        f"{sum(one['changed'])} of {len(one['changed'])} tokens changed; bits per character "
+        f"<= {one['bpc_before']:.3f} before, <= {one['bpc']:.3f} now"
+        for one in found["edits"]
+    ]
+    print_edits(Console(), tokenizer, edit.before[0], edit.tokens, notes, found["advice"])
+
+
+def _advice(args: Args, changed: float, ratio: float, *, has_token_weights: bool) -> str | None:
+    """A better option where the edits have lost the text, or changed nothing; `ratio` of bits after and before."""
+    if args.rewrite is not None and changed == 0:
+        more = "more --candidates" + " or a higher --temperature" * has_token_weights
+        return f"all candidates equal the text: {more} may find others"
+    weight = 0.0 if args.toward is None else 0.5 if args.weight is None else args.weight
+    if args.level is None or weight == 1:
+        return None
+    # a part of a text that moves has to change
+    if changed <= weight + (1 - weight) * MUCH_CHANGED and ratio <= MUCH_LONGER:
+        return None
+    fewer = "some words are resampled" if args.toward is None else "a stretch of the other text is taken"
+    return (
+        f"editing state {args.level} changes nearly everything here ({changed:.0%} of the tokens, bits x "
+        f"{ratio:.2f}). Without --level only {fewer}."
+    )

@@ -5,22 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tarflowlm.cli.options import (
-    TEMPERATURE,
-    TOP_K,
-    TOP_P,
-    Count,
-    Device,
-    Flag,
-    Model,
-    ModelName,
-    Normalize,
-    PrintJson,
-    Text,
-    arg,
-    check_at_least_one,
-    load_checkpoint,
-)
+from tarflowlm.cli import options
+from tarflowlm.cli.options import arg
 from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
 
@@ -39,49 +25,49 @@ LONG = 90.0
 
 @dataclass(frozen=True)
 class Args:
-    """Arguments of `tarflowlm eval`."""
+    """Measure the likelihood of a text under a model; on request, its latents and the quality of samples."""
 
-    directory: Model = None
-    model: ModelName = None
+    directory: options.Model = None
+    model: options.ModelName = None
     data: Annotated[str | None, arg("SOURCE")] = None
     """Another text: corpus name, file or prepared directory; the default is the run's own corpus."""
-    text: Text = None
+    text: options.Text = None
     """Not available in `eval`. To score one text, use `tarflowlm score`."""
     split: Literal["train", "valid", "test", "all"] = "test"
     """Part of the text; a file is split 90/5/5."""
     samples: int = 1
     """Posterior samples: 1 gives the ELBO, more give the importance-weighted bound with the ELBO beside it."""
-    windows: Count = None
+    windows: options.Count = None
     """At most this many windows, evenly spaced; the default is all of them."""
-    stride: Count = None
+    stride: options.Count = None
     """Tokens between window starts (default: the context). Less lets windows overlap: baseline, one-block flows."""
-    latents: Flag = False
+    latents: options.Flag = False
     """Also the state after every block: norms, cosines, participation ratio, centroid, log-det, KL."""
-    quality: Flag = False
+    quality: options.Flag = False
     """Also samples: generative perplexity, MAUVE, entropy, distinct n-grams, repetition, beside those of the text.
     Needs the extra quality (mauve-text, transformers)."""
     judge: Annotated[str | None, arg("MODEL")] = None
     """With --quality: a run directory or shipped model of the baseline, a directory of transformers, or a hub name
     (gpt2-large)."""
-    num: Count = None
+    num: options.Count = None
     """With --quality: number of samples; 5000, as in the paper."""
-    length: Count = None
+    length: options.Count = None
     """With --quality: tokens per sample; the default is the trained context."""
     decoder: Annotated[Decoder | None, arg()] = None
     """With --quality: how to invert a block (auto)."""
-    temperature: Annotated[float | None, arg("FLOAT", f"With --quality: {TEMPERATURE}")] = None
-    top_k: Annotated[int | None, arg("INT", f"With --quality: {TOP_K}")] = None
-    top_p: Annotated[float | None, arg("FLOAT", f"With --quality: {TOP_P}")] = None
-    normalize: Normalize = None
+    temperature: Annotated[float | None, arg("FLOAT", f"With --quality: {options.TEMPERATURE}")] = None
+    top_k: Annotated[int | None, arg("INT", f"With --quality: {options.TOP_K}")] = None
+    top_p: Annotated[float | None, arg("FLOAT", f"With --quality: {options.TOP_P}")] = None
+    normalize: options.Normalize = None
     seed: int = 0
     """Seed of the posterior samples, and of the samples of --quality."""
-    device: Device = "auto"
-    json: PrintJson = False
+    device: options.Device = "auto"
+    json: options.PrintJson = False
 
     def __post_init__(self) -> None:
         if self.text is not None:
             raise UserError("--text: `tarflowlm score MODEL --text TEXT` scores a single text, of any length")
-        check_at_least_one(self, "samples", "windows")
+        options.check_at_least_one(self, "samples", "windows")
         for name in (*SAMPLING, "judge"):
             if getattr(self, name) is not None and not self.quality:
                 flag = name.replace("_", "-")
@@ -104,7 +90,7 @@ def run(args: Args) -> None:
     given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
     sampling = SamplingConfig(**given, seed=args.seed) if args.quality else None
     directory = choose_directory(args.directory, args.model)
-    checkpoint = load_checkpoint(directory, args.device)
+    checkpoint = options.load_checkpoint(directory, args.device)
     model, context = checkpoint.model, checkpoint.run.model.context
     if args.latents and model.is_exact:
         raise UserError(f"{directory} is the discrete baseline, which has no latents: leave --latents out")

@@ -15,7 +15,7 @@ Exported = Annotated[
 
 @dataclass(frozen=True)
 class Args:
-    """Arguments of `tarflowlm export`."""
+    """Copy a model out of its run directory: configuration, tokenizer and weights, without its training state."""
 
     directory: Exported
     out: Annotated[Path, arg("PATH")]

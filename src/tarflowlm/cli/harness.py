@@ -18,7 +18,7 @@ KEPT = ("results", "groups", "n-samples", "versions", "config")
 
 @dataclass(frozen=True)
 class Args:
-    """Arguments of `tarflowlm harness`; all others are those of lm-eval."""
+    """Evaluate a model with lm-evaluation-harness: harness MODEL --tasks NAMES and any other option of lm-eval."""
 
     directory: Annotated[
         tyro.conf.Positional[Path], arg("MODEL", "Run directory, or the name of a model that comes with the package.")
@@ -36,10 +36,9 @@ class Args:
 
 def read(argv: list[str]) -> tuple[Args, list[str]]:
     """The arguments, and the words that are for lm-eval."""
-    from tarflowlm.cli.parsing import parse
+    from tarflowlm.cli.options import parse
 
-    about = "Evaluate a model with lm-evaluation-harness; other options, --tasks among them, are those of lm-eval."
-    return parse(Args, argv, "tarflowlm harness MODEL --tasks NAMES", description=about, return_unknown_args=True)
+    return parse(Args, argv, "tarflowlm harness MODEL --tasks NAMES", return_unknown_args=True)
 
 
 def run(given: tuple[Args, list[str]]) -> None:

@@ -14,7 +14,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Args:
-    """Arguments of `tarflowlm info`."""
+    """Describe a model: its shape, training and likelihood. Without one, list the models of the package."""
 
     directory: Annotated[
         tyro.conf.Positional[Path | None],

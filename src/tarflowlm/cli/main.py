@@ -12,7 +12,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import tarflowlm
 from tarflowlm.cli.signals import INTERRUPTED, exit_on_interrupt
@@ -28,58 +28,10 @@ AFTER_INTERRUPT = {
 }
 """Added to the message of an interrupt in commands that save on the way."""
 
-COMMANDS = {
-    "quickstart": (
-        "quickstart",
-        "Train, evaluate and sample a small model on the built-in corpus, on any CPU, in a few minutes.",
-    ),
-    "data": ("data", "Turn a corpus or text file into token shards."),
-    "train": (
-        "train",
-        "Train a preset into a new directory, with any field of its configuration overridden. Or continue a run: "
-        "train --resume DIR.",
-    ),
-    "eval": (
-        "evaluate",
-        "Measure the likelihood of a text under a model; on request, its latents and the quality of samples.",
-    ),
-    "score": ("score", "Show the bits of every token of a text, and of the whole text, under one model or two."),
-    "sample": ("sample", "Generate text from a trained model."),
-    "info": (
-        "info",
-        "Describe a model: its shape, training and likelihood. Without one, list the models of the package.",
-    ),
-    "runs": ("runs", "Compare training runs in a table: bits per character, tokens, time and state."),
-    "edit": (
-        "edit",
-        "Resample some words of a text given all others. Or move the text --toward another, --replace OLD NEW, or "
-        "change one of its states in latent space (--level).",
-    ),
-    "report": (
-        "report",
-        "Draw runs and models: samples, curves, blocks and codebook, as one HTML page and PNG figures. Needs the "
-        "extra plots (matplotlib).",
-    ),
-    "studio": (
-        "studio",
-        "Open a local page that writes, fills in, edits and scores with models, and shows runs as they train.",
-    ),
-    "export": (
-        "export",
-        "Copy a model out of its run directory: configuration, tokenizer and weights, without its training state.",
-    ),
-    "push": ("push", "Put a model with its model card on the Hugging Face hub; --dry-run writes both here."),
-    "reproduce": (
-        "reproduce",
-        "Reproduce a table or figure of the paper, or an experiment of ours; `all` runs every one of them.",
-    ),
-    "harness": (
-        "harness",
-        "Evaluate a model with lm-evaluation-harness: harness MODEL --tasks NAMES and any other option of lm-eval.",
-    ),
-}
-"""Name -> module below `cli`, and summary. The module has `run(args)`, and the dataclass `Args` or, where its options
-depend on its words, `read(argv)`. Both are there without torch, which takes seconds to import."""
+COMMANDS = ["quickstart", "data", "train", "eval", "score", "sample", "info", "runs", "edit", "report", "studio"]
+COMMANDS += ["export", "push", "reproduce", "harness"]
+"""Modules below `cli` (`evaluate` for eval). Each has `run(args)` and the dataclass `Args`, whose docstring
+summarises the command, and where its options depend on the words `read(argv)`. None imports torch at its top."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -124,7 +76,7 @@ def _dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
         from tarflowlm.terminal.tables import print_table
 
-        rows = [(name, summary) for name, (_, summary) in COMMANDS.items()]
+        rows = [(name, " ".join(command_module(name).Args.__doc__.split())) for name in COMMANDS]
         print_table("tarflowlm COMMAND --help   or   tarflowlm --version", rows)
         return
     if argv[0] == "--version":
@@ -133,14 +85,13 @@ def _dispatch(argv: list[str]) -> None:
     name, *rest = argv
     if name not in COMMANDS:
         raise UserError(f"command {name!r} is unknown: choose one of {', '.join(COMMANDS)}")
-    place, summary = COMMANDS[name]
-    command = import_module(f"tarflowlm.cli.{place}")
+    command = command_module(name)
     if hasattr(command, "read"):
         args = command.read(rest)
     else:
-        from tarflowlm.cli.parsing import parse
+        from tarflowlm.cli.options import parse
 
-        args = parse(command.Args, rest, f"tarflowlm {name}", description=summary)
+        args = parse(command.Args, rest, f"tarflowlm {name}")
     settle_threads()
     with exit_on_interrupt():
         import torch
@@ -148,6 +99,11 @@ def _dispatch(argv: list[str]) -> None:
     torch.set_flush_denormal(True)
     _print_notices()
     command.run(args)
+
+
+def command_module(name: str) -> Any:
+    """The module of a command."""
+    return import_module(f"tarflowlm.cli.{'evaluate' if name == 'eval' else name}")
 
 
 def settle_threads() -> None:

@@ -1,12 +1,15 @@
-"""Types of options that several commands share, and the model and texts that they name. Light to import."""
+"""Options: their parser, types that several commands share, and the model and texts that they name. No torch here."""
 
+import contextlib
+import io
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from tarflowlm.config import DeviceName
+from tarflowlm.config import OLD_DECODERS, DeviceName
 from tarflowlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,6 +55,29 @@ Normalize = Annotated[
 TEMPERATURE = "raise the probabilities of tokens to the power 1 / temperature; 1 samples from the model itself."
 TOP_K = "keep the k most probable tokens."
 TOP_P = "keep the smallest set of tokens that holds this probability."
+
+
+def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
+    """An instance of the dataclass `args`; `settings` are further arguments of `tyro.cli`.
+
+    Where an option is misspelt tyro prints its box and exits with status 2. A UserError of the dataclass itself, or
+    of one inside it, passes through. The names that decoders had in earlier versions are still read.
+    """
+    markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+    settings = {"config": markers} | settings
+    argv = [OLD_DECODERS.get(word, word) if before == "--decoder" else word for before, word in pairwise(["", *argv])]
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(args, args=argv, prog=prog, **settings)
+    except SystemExit as stop:
+        error = stop.__context__
+        while error is not None and not isinstance(error, UserError):
+            error = error.__context__
+        if error is not None:
+            raise error from None
+        sys.stderr.write(box.getvalue())
+        raise
 
 
 def check_at_least_one(args: object, *names: str) -> None:

@@ -12,7 +12,7 @@ from tarflowlm.errors import UserError
 
 @dataclass(frozen=True)
 class Args:
-    """Arguments of `tarflowlm push`."""
+    """Put a model with its model card on the Hugging Face hub; --dry-run writes both here."""
 
     directory: Exported
     repository: Annotated[tyro.conf.Positional[str], arg("OWNER/NAME", "Repository on the hub, made if needed.")]

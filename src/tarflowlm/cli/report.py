@@ -11,7 +11,8 @@ from tarflowlm.cli.options import Device, Out, PrintJson, arg
 
 @dataclass(frozen=True)
 class Args:
-    """Arguments of `tarflowlm report`."""
+    """Draw runs and models: samples, curves, blocks and codebook, as one HTML page and PNG figures. Needs the extra
+    plots (matplotlib)."""
 
     directories: Annotated[
         tyro.conf.Positional[tuple[Path, ...]],

@@ -18,7 +18,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Args:
-    """Arguments of `tarflowlm reproduce`."""
+    """Reproduce a table or figure of the paper, or an experiment of ours; `all` runs every one of them."""
 
     name: Annotated[tyro.conf.Positional[str], arg("NAME", f"One of {', '.join([*RECIPE_NAMES, ALL])}.")]
     scale: Scale = "mini"
@@ -61,9 +61,8 @@ def run(args: Args) -> None:
     from tarflowlm.reproduce import RECIPES
     from tarflowlm.reproduce.recipe import Settings, check_texts, estimate, finish, state_of
     from tarflowlm.reproduce.write import write_results
-    from tarflowlm.terminal.bars import Bars
+    from tarflowlm.terminal.bars import Bars, ProgressReporter
     from tarflowlm.terminal.tables import print_json, print_table
-    from tarflowlm.terminal.training import ProgressReporter
 
     recipes = list(RECIPES.values()) if args.name == ALL else [RECIPES[args.name]]
     settings = Settings(

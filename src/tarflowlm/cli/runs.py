@@ -18,7 +18,7 @@ DEPTH = 2
 
 @dataclass(frozen=True)
 class Args:
-    """Arguments of `tarflowlm runs`."""
+    """Compare training runs in a table: bits per character, tokens, time and state."""
 
     directories: Annotated[
         tyro.conf.Positional[tuple[Path, ...]],

@@ -7,23 +7,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from tarflowlm.cli.options import (
-    TEMPERATURE,
-    TOP_K,
-    TOP_P,
-    Count,
-    Device,
-    File,
-    Flag,
-    Model,
-    ModelName,
-    Normalize,
-    PrintJson,
-    Text,
-    arg,
-    check_at_least_one,
-    load_checkpoint,
-)
+from tarflowlm.cli import options
+from tarflowlm.cli.options import arg
 from tarflowlm.config import Decoder, Decoding
 from tarflowlm.errors import UserError
 
@@ -44,20 +29,20 @@ NEEDED = {
 
 @dataclass(frozen=True)
 class Args:
-    """Arguments of `tarflowlm sample`."""
+    """Generate text from a trained model."""
 
-    directory: Model = None
-    model: ModelName = None
+    directory: options.Model = None
+    model: options.ModelName = None
     num: int = 1
     """Number of samples."""
-    length: Count = None
+    length: options.Count = None
     """Tokens per sample, including the prompt; the default is the trained context. Beyond that the window slides: its
     last half is the next prompt, exact for the baseline and one block, an approximation for more."""
-    prompt: Text = None
+    prompt: options.Text = None
     """Text to continue. Exact for one block; an approximation for more, see --particles."""
-    prompts: File = None
+    prompts: options.File = None
     """File with one prompt per line, or - for standard input; --num samples of each. Empty lines are skipped."""
-    template: Text = None
+    template: options.Text = None
     """Text with a blank for every token to fill in: "the ____ of ____". A BPE token brings the space before it."""
     blank: Annotated[str, arg("CHARACTER")] = "_"
     """Character that marks a blank in the template."""
@@ -65,29 +50,29 @@ class Args:
     """Candidates per sample, weighted by the likelihood of the given tokens; exact in the limit of many."""
     seed: int = 0
     """The same seed gives the same text."""
-    temperature: Annotated[float, arg("FLOAT", TEMPERATURE.capitalize())] = 1.0
-    top_k: Annotated[int | None, arg("INT", TOP_K.capitalize())] = None
-    top_p: Annotated[float | None, arg("FLOAT", TOP_P.capitalize())] = None
+    temperature: Annotated[float, arg("FLOAT", options.TEMPERATURE.capitalize())] = 1.0
+    top_k: Annotated[int | None, arg("INT", options.TOP_K.capitalize())] = None
+    top_p: Annotated[float | None, arg("FLOAT", options.TOP_P.capitalize())] = None
     decoding: Decoding = "mode"
     """Tokens of the latents. mode: the most probable token. drawn: a sample of p(x|z), which makes samples exact.
     They hardly differ for a sharp codebook."""
     decoder: Decoder = "auto"
     """How to invert a block: position by position, in parallel sweeps, or the cheaper of the two."""
-    passes: Flag = False
+    passes: options.Flag = False
     """Show the text decoded after every block."""
-    states: Flag = False
+    states: options.Flag = False
     """With --json or --out: the latents after every block as well."""
     stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], arg("TEXT")] = ()
     """End a sample before this text, once it follows the prompt. May be given several times."""
-    stream: Flag = False
+    stream: options.Flag = False
     """Show the text while it is written, one sample after the other."""
     out: Annotated[Path | None, arg("FILE")] = None
     """New file for the samples, one JSON object per line, written as they are finished."""
-    interactive: Flag = False
+    interactive: options.Flag = False
     """Read prompts at the terminal and continue each of them; /help there lists the commands."""
-    normalize: Normalize = None
-    device: Device = "auto"
-    json: PrintJson = False
+    normalize: options.Normalize = None
+    device: options.Device = "auto"
+    json: options.PrintJson = False
 
     def __post_init__(self) -> None:
         given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
@@ -99,7 +84,7 @@ class Args:
                 raise UserError(f"--{one} has no effect without --{' or --'.join(others)}: leave it out, or add that")
         if "" in self.stop:
             raise UserError("--stop '': give at least one character")
-        check_at_least_one(self, "num", "length")
+        options.check_at_least_one(self, "num", "length")
 
     def writing(self) -> dict[str, Any]:
         """The options that `generate` takes as they are."""
@@ -114,7 +99,7 @@ def run(args: Args) -> None:
     from tarflowlm.files import NewLines
     from tarflowlm.runs.released import choose_directory
 
-    checkpoint = load_checkpoint(choose_directory(args.directory, args.model), args.device)
+    checkpoint = options.load_checkpoint(choose_directory(args.directory, args.model), args.device)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     checked_seed(args.seed)
     if model.is_exact and (args.passes or args.states):

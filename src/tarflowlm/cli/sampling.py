@@ -23,9 +23,8 @@ from tarflowlm.generation.sampling import row_generators
 from tarflowlm.generation.window import num_positions
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.terminal.bars import Bars
-from tarflowlm.terminal.streams import TextStream, first_stop, write_out
 from tarflowlm.terminal.tables import json_line, print_json, print_notice
-from tarflowlm.terminal.texts import print_samples, samples_to_json
+from tarflowlm.terminal.texts import TextStream, first_stop, print_samples, samples_to_json, write_out
 
 BATCH_TOKENS = 6144
 """Tokens that are written at once, candidates counted: memory is bounded, and batches are large enough to be fast."""

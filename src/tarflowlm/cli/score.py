@@ -6,19 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from tarflowlm.cli.options import (
-    Device,
-    File,
-    Model,
-    ModelName,
-    Normalize,
-    PrintJson,
-    Text,
-    arg,
-    check_at_least_one,
-    load_checkpoint,
-    read_source,
-)
+from tarflowlm.cli import options
+from tarflowlm.cli.options import arg
 from tarflowlm.errors import UserError
 
 LEVELS = ((1.0, ""), (2.0, "green"), (4.0, "yellow"), (8.0, "magenta"), (math.inf, "bold red"))
@@ -27,28 +16,28 @@ LEVELS = ((1.0, ""), (2.0, "green"), (4.0, "yellow"), (8.0, "magenta"), (math.in
 
 @dataclass(frozen=True)
 class Args:
-    """Arguments of `tarflowlm score`."""
+    """Show the bits of every token of a text, and of the whole text, under one model or two."""
 
-    directory: Model = None
-    model: ModelName = None
-    text: Text = None
+    directory: options.Model = None
+    model: options.ModelName = None
+    text: options.Text = None
     """The text to score."""
-    file: File = None
+    file: options.File = None
     """A file with the text, or - for standard input, in place of --text."""
     baseline: Annotated[Path | None, arg("MODEL")] = None
     """A second model to score the same text with: run directory, or the name of a model of the package."""
     samples: int = 8
     """Posterior samples averaged in the bound of a flow; the baseline is exact."""
-    normalize: Normalize = None
+    normalize: options.Normalize = None
     seed: int = 0
     """Seed of the posterior samples."""
-    device: Device = "auto"
-    json: PrintJson = False
+    device: options.Device = "auto"
+    json: options.PrintJson = False
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.file is None):
             raise UserError("give the text to score: either --text TEXT, or --file FILE (- for standard input)")
-        check_at_least_one(self, "samples")
+        options.check_at_least_one(self, "samples")
 
 
 def run(args: Args) -> None:
@@ -61,8 +50,8 @@ def run(args: Args) -> None:
 
     names = [choose_directory(args.directory, args.model), *([args.baseline] if args.baseline is not None else [])]
     # all before the first is used, so that a missing model costs no time
-    checkpoints = [load_checkpoint(name, args.device) for name in names]
-    text = args.text if args.text is not None else read_source(str(args.file))
+    checkpoints = [options.load_checkpoint(name, args.device) for name in names]
+    text = args.text if args.text is not None else options.read_source(str(args.file))
     found: list[dict[str, Any]] = []
     for name, checkpoint in zip(names, checkpoints, strict=True):
         reading = read(checkpoint.tokenizer, text, normalize=args.normalize)

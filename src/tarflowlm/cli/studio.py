@@ -11,7 +11,7 @@ from tarflowlm.errors import UserError
 
 @dataclass(frozen=True)
 class Args:
-    """Arguments of `tarflowlm studio`."""
+    """Open a local page that writes, fills in, edits and scores with models, and shows runs as they train."""
 
     models: Annotated[
         tyro.conf.Positional[tuple[str, ...]],

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from tarflowlm.cli.options import Count, Device, Number, Out, PrintJson, arg
-from tarflowlm.cli.parsing import parse
+from tarflowlm.cli.options import Count, Device, Number, Out, PrintJson, arg, parse
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.presets import PRESETS, preset, with_blocks, with_steps
@@ -15,7 +14,7 @@ from tarflowlm.presets import PRESETS, preset, with_blocks, with_steps
 
 @dataclass(frozen=True)
 class Args:
-    """Train a preset into a new directory; any field of its configuration can be overridden."""
+    """Train a preset into a new directory, with any field of its configuration overridden, or --resume a run."""
 
     out: Out = None
     """Run directory to create. Required."""
@@ -45,16 +44,14 @@ class Args:
 
     def configured(self) -> RunConfig:
         """The run, with the short options moved into its fields."""
+        assert self.run is not None
         run = self.run
-        assert run is not None
+        train: dict[str, Any] = {"checkpoint_every": self.checkpoint_every, "minutes": self.minutes}
+        run = replace(run, train=replace(run.train, **{name: n for name, n in train.items() if n is not None}))
         if self.data is not None:
             run = replace(run, data=replace(run.data, source=self.data))
-        if self.checkpoint_every is not None:
-            run = replace(run, train=replace(run.train, checkpoint_every=self.checkpoint_every))
         if self.blocks is not None:
             run = with_blocks(run, self.blocks)
-        if self.minutes is not None:
-            run = replace(run, train=replace(run.train, minutes=self.minutes))
         return run if self.steps is None else with_steps(run, self.steps)
 
 
@@ -95,10 +92,10 @@ def run(args: Args | ResumeArgs) -> None:
     from tarflowlm.cli.signals import stop_on_signals
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.likelihood import sign_of
+    from tarflowlm.terminal.bars import ProgressReporter
     from tarflowlm.terminal.tables import print_json, print_table
-    from tarflowlm.terminal.training import ProgressReporter
     from tarflowlm.training.metrics import Reporter
-    from tarflowlm.training.processes import launched
+    from tarflowlm.training.parallel import launched
     from tarflowlm.training.train import resume, train
 
     with launched(pick_device(args.device)) as processes:

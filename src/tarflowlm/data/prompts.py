@@ -62,8 +62,7 @@ def read(
     how = normalize or tokenizer.normalization
     found = _normalized(tokenizer, text, how)
     _check_left(found, text, name, how)
-    ids = tokenizer.encode_open(found) if goes_on else tokenizer.encode(found)
-    return Reading(torch.from_numpy(ids if len(ids) else tokenizer.encode(found)), found, text)
+    return Reading(_encode(tokenizer, found, goes_on and found != " "), found, text)
 
 
 def read_template(
@@ -90,11 +89,12 @@ def read_template(
     how = normalize or tokenizer.normalization
     pieces = [_normalized(tokenizer, p, how, i > 0, i < len(before)) for i, p in enumerate([*before, last])]
     _check_left("".join(pieces), text.replace(blank, ""), "template", how)
-    tokens: list[int] = []
-    for piece in pieces[:-1]:
-        tokens += [*tokenizer.encode_open(piece).tolist(), BLANK]
-    tokens += tokenizer.encode(pieces[-1]).tolist()
-    return Reading(torch.tensor(tokens, dtype=torch.int64), blank.join(pieces), text)
+    parts = [part for piece in pieces[:-1] for part in (_encode(tokenizer, piece, True), torch.tensor([BLANK]))]
+    return Reading(torch.cat([*parts, _encode(tokenizer, pieces[-1])]), blank.join(pieces), text)
+
+
+def _encode(tokenizer: Tokenizer, text: str, goes_on: bool = False) -> Tensor:
+    return torch.from_numpy(tokenizer.encode(text.removesuffix(" ") if goes_on and tokenizer.holds_spaces else text))
 
 
 def _check(text: str, name: str) -> None:
@@ -119,7 +119,7 @@ def _normalized(
     tokenizer: Tokenizer, text: str, how: Normalization, after_blank: bool = False, before_blank: bool = False
 ) -> str:
     if how == "none" or not text:
-        return tokenizer.in_known_case(text)
+        return text.lower() if tokenizer.is_lower_case else text
     words = normalize_text8(text).strip()
     # beside a blank, which is a letter, everything else becomes a space as it would in the middle of a text
     first = text[0].isspace() or (after_blank and text[0] not in ascii_letters)

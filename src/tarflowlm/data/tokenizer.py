@@ -48,16 +48,9 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> npt.NDArray[np.int64]:
         """Token ids [N] of `text`, which is not normalised. UserError for characters outside the vocabulary."""
 
-    def encode_open(self, text: str) -> npt.NDArray[np.int64]:
-        """Token ids [N] of a text that goes on.
-
-        Where tokens hold the space before a word, a space at the end is left to the next token: no training text has
-        it as a token of its own.
-        """
-        return self.encode(text.removesuffix(" ") if self._holds_spaces else text)
-
     @cached_property
-    def _holds_spaces(self) -> bool:
+    def holds_spaces(self) -> bool:
+        """Whether tokens hold the space before a word."""
         return any(len(token) > 1 and token.startswith(b" ") for token in self.token_bytes)
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
@@ -82,12 +75,9 @@ class Tokenizer(ABC):
         """`text` normalised as this tokenizer is configured; call it once, before `encode`."""
         return normalize(text, self.normalization)
 
-    def in_known_case(self, text: str) -> str:
-        """`text`, in lower case if the tokenizer has no upper-case letters."""
-        return text.lower() if self._is_lower else text
-
     @property
-    def _is_lower(self) -> bool:
+    def is_lower_case(self) -> bool:
+        """Whether its tokens or its normalisation leave no upper-case letters."""
         return self.normalization == "text8"
 
     def with_normalization(self, normalization: Normalization | None) -> "Tokenizer":
@@ -191,7 +181,7 @@ class CharTokenizer(Tokenizer):
         return ids
 
     @property
-    def _is_lower(self) -> bool:
+    def is_lower_case(self) -> bool:
         return self.alphabet == self.alphabet.lower()
 
     def _payload(self) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Editing a text: resample some of its words given all others, or change its states in latent space."""
 
 from tarflowlm.editing.edits import EDITS, EditKind, Redraw, Renoise, Replace, Rewrite, Source, Toward
-from tarflowlm.editing.proposals import informative_level
-from tarflowlm.editing.rewriting import blend, redraw, rewrite, token_costs
+from tarflowlm.editing.rewriting import blend, informative_level, redraw, rewrite, token_costs
 from tarflowlm.editing.states import Edit, Encoded, bound, encode, interpolate, renoise, substitute
 
 __all__ = [

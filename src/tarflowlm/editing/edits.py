@@ -14,8 +14,7 @@ import torch
 
 from tarflowlm.config import Decoder
 from tarflowlm.data import Tokenizer
-from tarflowlm.editing.proposals import informative_level
-from tarflowlm.editing.rewriting import blend, rewrite, token_costs
+from tarflowlm.editing.rewriting import blend, informative_level, rewrite, token_costs
 from tarflowlm.editing.states import Edit, Encoded, interpolate, renoise, substitute
 from tarflowlm.editing.words import (
     Span,

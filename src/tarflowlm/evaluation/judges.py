@@ -167,7 +167,7 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
 
 
 def _is_transformers(path: Path) -> bool:
-    """Whether a directory holds a model of `transformers` and not a run of ours."""
+    """True for a directory with a model of `transformers`, and not a run of ours."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

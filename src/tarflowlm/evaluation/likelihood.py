@@ -30,7 +30,7 @@ def bits(nats: Nats) -> Nats:
 
 
 def sign_of(bound: str) -> str:
-    """How to print a number with this `bound`: = for "exact", <= for the others."""
+    """The sign before a number with this `bound`: = for "exact", <= for the others."""
     return "=" if bound == "exact" else "<="
 
 
@@ -74,7 +74,7 @@ class Likelihood:
 
     @property
     def sign(self) -> str:
-        """How to print the numbers: = for exact ones, <= for bounds."""
+        """The sign before the numbers: = for exact ones, <= for bounds."""
         return sign_of(self.bound)
 
     def to_json(self) -> dict[str, Any]:

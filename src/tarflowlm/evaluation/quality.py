@@ -149,7 +149,7 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How samples are drawn. Raises UserError for fewer than 2 samples, and for settings out of range."""
+    """Settings of sampling. Raises UserError for fewer than 2 samples, and for settings out of range."""
 
     num: int = PAPER_SAMPLES
     length: int | None = None

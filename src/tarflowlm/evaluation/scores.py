@@ -18,7 +18,7 @@ from tarflowlm.generation import generate
 from tarflowlm.generation.window import spans
 from tarflowlm.language_model import LanguageModel, as_integer, check_model
 from tarflowlm.model import as_flow
-from tarflowlm.objective import check_integers, check_vocabulary
+from tarflowlm.objective import check_tokens
 from tarflowlm.progress import SILENT, Progress
 
 
@@ -75,8 +75,7 @@ def score(
     samples, seed = as_integer(samples, "samples"), checked_seed(as_integer(seed, "seed"))
     if samples < 1:
         raise UserError(f"samples {samples}: must be at least 1")
-    check_integers(tokens, "tokens", "[T]")
-    check_vocabulary(model, tokens)
+    check_tokens(model, tokens, shape="[T]")
     generator = torch.Generator(device=model.device).manual_seed(seed)
     windows = _windows(model, len(tokens))
     whole = _fill(model, tokens, windows[-1][0], seed)

@@ -1,114 +1,83 @@
-"""The maps of this package in other hands: torch.distributions, zuko, normflows (docs/flow.md).
+"""The maps of this package for torch.distributions, zuko and normflows (docs/flow.md).
 
-Direction: as everywhere here, a transform maps latents z to noise u, so that p(z) = N(u; 0, I) |det du/dz|. That is
-also zuko's convention. torch.distributions.TransformedDistribution maps the other way and takes `transform.inv`; so
-does normflows, whose `forward` is our inverse.
+Direction: a transform maps latents z to noise u, so that p(z) = N(u; 0, I) |det du/dz|, as everywhere here and in
+zuko. torch.distributions.TransformedDistribution maps the other way and takes `transform.inv`. normflows does, too:
+its `forward` is our inverse.
 """
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
 
-from tarflowlm.errors import UserError
 from tarflowlm.flow.bijection import Bijection
 from tarflowlm.flow.couplings import Coupling
-from tarflowlm.flow.numerics import (
-    log_standard_normal,
-    mixture_cdf,
-    mixture_cdf_inverse,
-    mixture_log_density,
-    mixture_log_prob,
-    rosenblatt,
-    rosenblatt_inverse,
-)
+from tarflowlm.flow.numerics import mixture_cdf, mixture_cdf_inverse, rosenblatt, rosenblatt_inverse
 
 
-class _Map(Transform):
-    """Bijective, and never cached: parameters may change between two calls with the same tensor."""
+class FlowTransform(Transform):
+    """A map z -> (u, log|det du/dz|) and its inverse, over the last `event_dim` axes; never cached."""
 
     bijective = True
 
-    def with_cache(self, cache_size: int = 1) -> "_Map":
-        """The transform itself, without a cache."""
+    def __init__(
+        self, forward: Callable[[Tensor], tuple[Tensor, Tensor]], inverse: Callable[[Tensor], Tensor], event_dim: int
+    ) -> None:
+        super().__init__()
+        self.call_and_ladj = forward  # the name under which zuko calls it
+        self.invert = inverse
+        self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
+
+    def with_cache(self, cache_size: int = 1) -> "FlowTransform":
+        """The transform itself, without a cache: parameters may change between two calls with the same tensor."""
         return self
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """u, and log|det du/dz| in nats; how zuko calls a transform."""
-        u = self(x)
-        return u, self.log_abs_det_jacobian(x, u)
-
-
-class MixtureCdfTransform(_Map):
-    """`numerics.mixture_cdf` elementwise: z [...] to u [...], parameters [..., K]."""
-
-    domain = codomain = constraints.real
-    sign = +1
-
-    def __init__(self, log_w: Tensor, mean: Tensor, log_std: Tensor) -> None:
-        super().__init__()
-        self.parameters = (log_w, mean, log_std)
-
-    def _call(self, x: Tensor) -> Tensor:
-        return mixture_cdf(x, *self.parameters)[0]
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return mixture_cdf_inverse(y, *self.parameters)
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log du/dz of every element, in nats."""
-        return mixture_log_density(x, *self.parameters) - log_standard_normal(y)
-
-
-class RosenblattTransform(_Map):
-    """`numerics.rosenblatt` on vectors: z [..., d] to u [..., d]; log_w [..., K], mean [K, d], log_std [K]."""
-
-    domain = codomain = constraints.real_vector
-
-    def __init__(self, log_w: Tensor, mean: Tensor, log_std: Tensor) -> None:
-        super().__init__()
-        self.parameters = (log_w, mean, log_std)
-
-    def _call(self, x: Tensor) -> Tensor:
-        return rosenblatt(x, *self.parameters)[0]
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return rosenblatt_inverse(y, *self.parameters)
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log|det du/dz| of every vector, in nats."""
-        return mixture_log_prob(x, *self.parameters) - log_standard_normal(y).sum(-1)
-
-
-class BijectionTransform(_Map):
-    """Any `Bijection` on sequences, such as `model.prior` or one of its blocks: z [..., N, C] to u [..., N, C].
-
-    The inverse of a block has no gradients. The parameters stay those of the module.
-    """
-
-    domain = codomain = constraints.independent(constraints.real, 2)
-
-    def __init__(self, bijection: Bijection) -> None:
-        super().__init__()
-        self.bijection = bijection
 
     def _call(self, x: Tensor) -> Tensor:
         return self.call_and_ladj(x)[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self.bijection.inverse(y.reshape(-1, *y.shape[-2:])).view(y.shape)
+        return self.invert(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log|det du/dz| of every sequence, in nats; maps x again. `call_and_ladj` gives both at once."""
+        """log|det du/dz| in nats; maps x again. `call_and_ladj` gives u and this at once."""
         return self.call_and_ladj(x)[1]
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """u, and log|det du/dz| in nats; how zuko calls a transform."""
-        u, log_det = self.bijection(x.reshape(-1, *x.shape[-2:]))
-        return u.reshape(x.shape), log_det.reshape(*x.shape[:-2], -1).sum(-1)
+
+class MixtureCdfTransform(FlowTransform):
+    """`numerics.mixture_cdf` elementwise: z [...] to u [...], parameters [..., K]."""
+
+    sign = +1
+
+    def __init__(self, log_w: Tensor, mean: Tensor, log_std: Tensor) -> None:
+        p = (log_w, mean, log_std)
+        super().__init__(lambda z: mixture_cdf(z, *p), lambda u: mixture_cdf_inverse(u, *p), event_dim=0)
+
+
+class RosenblattTransform(FlowTransform):
+    """`numerics.rosenblatt` on vectors: z [..., d] to u [..., d]; log_w [..., K], mean [K, d], log_std [K]."""
+
+    def __init__(self, log_w: Tensor, mean: Tensor, log_std: Tensor) -> None:
+        p = (log_w, mean, log_std)
+        super().__init__(lambda z: rosenblatt(z, *p), lambda u: rosenblatt_inverse(u, *p), event_dim=1)
+
+
+class BijectionTransform(FlowTransform):
+    """Any `Bijection` on sequences, such as `model.prior` or one of its blocks: z [..., N, C] to u [..., N, C].
+
+    The inverse of a block has no gradients. The parameters stay those of the module.
+    """
+
+    def __init__(self, bijection: Bijection) -> None:
+        def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+            u, log_det = bijection(z.reshape(-1, *z.shape[-2:]))
+            return u.reshape(z.shape), log_det.reshape(*z.shape[:-2], -1).sum(-1)
+
+        super().__init__(
+            forward, lambda u: bijection.inverse(u.reshape(-1, *u.shape[-2:])).view(u.shape), event_dim=2
+        )
 
 
 class ConditionedCoupling(Bijection):
@@ -118,28 +87,19 @@ class ConditionedCoupling(Bijection):
         super().__init__()
         self.coupling, self.features = coupling, features
 
-    def _repeated(self, z: Tensor) -> Tensor:
-        return self.features.repeat(len(z) // len(self.features), 1, 1)
-
-    def forward(self, z: Float[Tensor, "M N C"]) -> tuple[Float[Tensor, "M N C"], Float[Tensor, " M"]]:
-        """u, and log|det du/dz| in nats."""
-        u, log_det = self.coupling(z, self._repeated(z))
-        return u, log_det.sum(-1)
+    def forward(self, z: Float[Tensor, "M N C"]) -> tuple[Float[Tensor, "M N C"], Float[Tensor, "M N"]]:
+        """u, and log|det du_n/dz_n| of every position, in nats."""
+        return self.coupling(z, self.features.repeat(len(z) // len(self.features), 1, 1))
 
     def inverse(self, u: Float[Tensor, "M N C"]) -> Float[Tensor, "M N C"]:
         """z. Given the features, positions do not depend on each other."""
-        return self.coupling.invert(u.flatten(0, 1), self._repeated(u).flatten(0, 1)).view(u.shape)
+        features = self.features.repeat(len(u) // len(self.features), 1, 1)
+        return self.coupling.invert(u.flatten(0, 1), features.flatten(0, 1)).view(u.shape)
 
 
 def zuko_flow(bijection: Bijection, *shape: int) -> Any:
-    """A `zuko.flows.Flow` over sequences of this shape (N, C), with a standard normal base; its parameters train.
-
-    UserError without zuko.
-    """
-    try:
-        import zuko
-    except ImportError:
-        raise UserError("zuko is not installed: pip install zuko") from None
+    """A `zuko.flows.Flow` over sequences of this shape (N, C), with a standard normal base; its parameters train."""
+    import zuko
 
     class Fixed(zuko.lazy.LazyTransform):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -149,33 +109,30 @@ def zuko_flow(bijection: Bijection, *shape: int) -> Any:
         def forward(self, c: Any = None) -> Transform:
             return BijectionTransform(self.bijection)
 
-    like = next(bijection.parameters())
-    zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
+    zeros = next(bijection.parameters()).new_zeros(shape)
     base = zuko.lazy.UnconditionalDistribution(zuko.distributions.DiagNormal, zeros, zeros + 1, 2, buffer=True)
     return zuko.lazy.Flow(Fixed(), base)
 
 
-def normflows_flow(bijection: Bijection) -> Any:
-    """A `normflows.flows.Flow`. Its `forward` maps noise to latents and its `inverse` latents to noise, as there.
+class NormflowsFlow(nn.Module):
+    """One of the `flows` of a normflows model: `forward` maps noise to latents, `inverse` latents to noise.
 
-    `forward` maps its result back for the log-determinant, and has no gradients through blocks. UserError without
-    normflows.
+    `forward` maps its result back for the log-determinant, and has no gradients through blocks.
     """
-    try:
-        from normflows.flows import Flow
-    except ImportError:
-        raise UserError("normflows is not installed: pip install normflows") from None
 
-    class Adapted(Flow):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.bijection = bijection
+    def __init__(self, bijection: Bijection) -> None:
+        super().__init__()
+        self.bijection = bijection
 
-        def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-            x = self.bijection.inverse(z)
-            return x, -self.bijection(x)[1]
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents, and -log|det du/dz| of every sequence, in nats."""
+        z = self.bijection.inverse(u)
+        return z, -self.inverse(z)[1]
 
-        def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-            return self.bijection(z)
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise, and log|det du/dz| of every sequence, in nats."""
+        return BijectionTransform(self.bijection).call_and_ladj(z)
 
-    return Adapted()
+
+normflows_flow = NormflowsFlow
+"""Makes one, as `zuko_flow` does."""

@@ -1,21 +1,15 @@
-"""The interface of invertible maps, their composition, and the volume-preserving maps.
+"""The interface of invertible maps, and the two that only reorder latents.
 
 Shape legend: B batch, T tokens, P patch, N = T / P positions, d channels per token, C = P d.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflowlm.errors import UserError
-
-
-def zero_log_det(z: Tensor) -> Tensor:
-    """Zeros [B]: the log-determinant of a volume-preserving map, with the dtype and device of z [B, ...]."""
-    return torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
 
 
 class Bijection(nn.Module):
@@ -36,44 +30,6 @@ class Bijection(nn.Module):
         """Noise to latents, without a log-determinant."""
 
 
-class Compose(Bijection):
-    """The composition of `maps`, applied in the order given."""
-
-    def __init__(self, maps: Iterable[Bijection] = ()) -> None:
-        super().__init__()
-        self.maps = nn.ModuleList(maps)
-
-    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B ..."], Float[Tensor, " B"]]:
-        """The output of the last map, and the sum of all log-determinants [B], in nats."""
-        log_det = zero_log_det(z)
-        for f in self.maps:
-            z, step = f(z)
-            log_det = log_det + step
-        return z, log_det
-
-    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B ..."]:
-        """The inverses of the maps, last to first."""
-        for f in reversed(self.maps):
-            u = f.inverse(u)  # type: ignore[operator]
-        return u
-
-
-class Direction(Bijection):
-    """Reverses the order of positions if `reverse`, else the identity; its own inverse (docs/math.md, eq. 5)."""
-
-    def __init__(self, reverse: bool) -> None:
-        super().__init__()
-        self.reverse = reverse
-
-    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
-        """z with its positions reversed; log-determinant 0."""
-        return self.inverse(z), zero_log_det(z)
-
-    def inverse(self, u: Float[Tensor, "B N ..."]) -> Float[Tensor, "B N ..."]:
-        """u with its positions reversed."""
-        return u.flip(1) if self.reverse else u
-
-
 class Patch(Bijection):
     """Joins P neighbouring tokens into one position: [B, T, d] <-> [B, N, C] (docs/math.md, eq. 14)."""
 
@@ -86,7 +42,7 @@ class Patch(Bijection):
         B, T, d = z.shape
         if T % self.patch:
             raise UserError(f"patch {self.patch} does not divide the {T} tokens of the sequence")
-        return z.reshape(B, T // self.patch, self.patch * d), zero_log_det(z)
+        return z.reshape(B, T // self.patch, self.patch * d), z.new_zeros(B)
 
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B T d"]:
         """Positions to tokens."""
@@ -94,29 +50,34 @@ class Patch(Bijection):
         return u.reshape(B, N * self.patch, C // self.patch)
 
 
-class ChannelMix(Bijection):
-    """Reorders the channels to [even-indexed, odd-indexed], applied `times` times (docs/math.md, eq. 15).
+class Order(Bijection):
+    """pi_l, the order in which a block sees its input: channels mixed, positions reversed (docs/math.md, eqs. 5, 15).
 
-    This interleaves the channels of the tokens in a patch, so a later block models them in another order. The
-    inverse is the inverse permutation.
+    Channels become [even-indexed, odd-indexed], `mix` times. This interleaves the channels of the tokens in a patch:
+    a later block models them in another order. With `reverse` the positions run right to left.
     """
 
-    order: Tensor
+    channels: Tensor
     undo: Tensor
 
-    def __init__(self, num_channels: int, times: int = 1) -> None:
+    def __init__(self, num_channels: int, *, reverse: bool = False, mix: int = 0) -> None:
         super().__init__()
         order = list(range(num_channels))
-        for _ in range(times):
+        for _ in range(mix):
             order = order[0::2] + order[1::2]
-        self.is_identity = order == sorted(order)
-        self.register_buffer("order", torch.tensor(order), persistent=False)
+        self.reverse, self.mixes = reverse, order != sorted(order)
+        self.register_buffer("channels", torch.tensor(order), persistent=False)
         self.register_buffer("undo", torch.tensor(order).argsort(), persistent=False)
 
     def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
-        """z with its channels permuted; log-determinant 0."""
-        return (z if self.is_identity else z[..., self.order]), zero_log_det(z)
+        """z reordered; log-determinant 0."""
+        return self.positions(z[..., self.channels] if self.mixes else z), z.new_zeros(len(z))
 
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
-        """u with the permutation undone."""
-        return u if self.is_identity else u[..., self.undo]
+        """u in the order of the tokens."""
+        u = self.positions(u)
+        return u[..., self.undo] if self.mixes else u
+
+    def positions(self, x: Float[Tensor, "B N ..."]) -> Float[Tensor, "B N ..."]:
+        """x with its positions in the block's order, or back in that of the tokens."""
+        return x.flip(1) if self.reverse else x

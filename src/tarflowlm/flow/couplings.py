@@ -45,7 +45,7 @@ class Coupling(nn.Module):
 
     group: int
     is_tied = False
-    """Whether this is a mixture of the encoder's codebook, whose `log_prob` takes `relative`."""
+    """True for a mixture of the encoder's codebook; its `log_prob` then takes `relative`."""
 
     @abstractmethod
     def forward(

@@ -126,7 +126,7 @@ class MixDCoupling(Coupling):
         is_known: Bool[Tensor, "B P"],
         adjust: AdjustWeights | None = None,
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B P"]]:
-        """As `Coupling.complete`, with the weights held for `held_rows` rows at a time."""
+        """`Coupling.complete` with the weights held for `held_rows` rows at a time."""
         rows = numerics.held_rows(self.weight_head.out_features, u.device)
         parts = zip(u.split(rows), features.split(rows), known.split(rows), is_known.split(rows), strict=True)
         done = [super(MixDCoupling, self).complete(*part, adjust) for part in parts]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflowlm.flow.bijection import Bijection, ChannelMix, Compose, Direction, Patch, zero_log_det
+from tarflowlm.flow.bijection import Bijection, Order, Patch
 from tarflowlm.flow.cached import KVCache
 from tarflowlm.flow.couplings import AdjustWeights, Coupling
 from tarflowlm.flow.numerics import log_standard_normal
@@ -60,8 +60,7 @@ class FlowBlock(Bijection):
         mix: int,
     ) -> None:
         super().__init__()
-        self.direction = Direction(reverse)
-        self.order = Compose((ChannelMix(channels, mix), self.direction))
+        self.order = Order(channels, reverse=reverse, mix=mix)
         self.keeps_order = not reverse and mix == 0
         self.input = InputMap(channels, trunk.width)
         self.start = nn.Parameter(torch.randn(trunk.width))
@@ -76,7 +75,7 @@ class FlowBlock(Bijection):
         """h^(l) from h^(l-1) = z, and the part of every position in log|det J_l|, in nats."""
         h = self.order(z)[0]
         u, log_det = self.coupling(h, self._features(h))
-        return self.order.inverse(u), self.direction.inverse(log_det)
+        return self.order.inverse(u), self.order.positions(log_det)
 
     def log_prob(self, z: Float[Tensor, "B N C"], *, relative: bool = False) -> Float[Tensor, "B N"]:
         """log p(z_n | positions before n in the block's order) with this block as the last one, in nats.
@@ -84,7 +83,7 @@ class FlowBlock(Bijection):
         Cheaper than `forward`, since it needs no noise. `relative`: see `MixDCoupling.log_prob`.
         """
         h, options = self.order(z)[0], {"relative": True} if relative else {}
-        return self.direction.inverse(self.coupling.log_prob(h, self._features(h), **options))
+        return self.order.positions(self.coupling.log_prob(h, self._features(h), **options))
 
     def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
         """Features c_n of the next position, given the latents [B, C] of the one before it (None at the start)."""
@@ -167,7 +166,7 @@ class Prior(Bijection):
     def forward(self, z: Float[Tensor, "B T d"]) -> tuple[Float[Tensor, "B T d"], Float[Tensor, " B"]]:
         """Noise u = h^(L), and the sum of all log-determinants, in nats."""
         states, log_dets = self.states(z)
-        return states[-1], sum((log_det.sum(-1) for log_det in log_dets), start=zero_log_det(z))
+        return states[-1], sum((log_det.sum(-1) for log_det in log_dets), start=z.new_zeros(len(z)))
 
     def descend(
         self, state: Float[Tensor, "B T d"], invert: Invert, *, top: int | None = None, bottom: int = 0

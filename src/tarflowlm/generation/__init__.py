@@ -2,7 +2,6 @@
 
 from tarflowlm.generation.generate import generate
 from tarflowlm.generation.sampling import BLANK
-from tarflowlm.generation.streaming import Watch
-from tarflowlm.generation.writing import Generation
+from tarflowlm.generation.writing import Generation, Watch
 
 __all__ = ["BLANK", "Generation", "Watch", "generate"]

@@ -12,10 +12,9 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.inversion import Decoders, as_decoders
 from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
-from tarflowlm.generation.streaming import TokenStream, Watch
 from tarflowlm.generation.token_probabilities import check_estimable
 from tarflowlm.generation.window import write_windows
-from tarflowlm.generation.writing import Generation, Sampler
+from tarflowlm.generation.writing import Generation, Sampler, TokenStream, Watch
 from tarflowlm.language_model import LanguageModel, as_integer, check_generator, check_model, check_option
 from tarflowlm.model import as_flow
 from tarflowlm.objective import check_integers

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from tarflowlm.config import OLD_DECODERS, Decoder
 from tarflowlm.errors import UserError
-from tarflowlm.flow.channelwise import ChannelCoupling
+from tarflowlm.flow.channelwise import CONTRACTION, RESIDUAL, ChannelCoupling, Newton
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.flow.newton import CONTRACTION, RESIDUAL, Newton
 from tarflowlm.flow.stack import FlowBlock
 from tarflowlm.language_model import check_option
 from tarflowlm.model import TarFlowLM

@@ -1,4 +1,4 @@
-"""Parts of a sampler: a random stream per row, draws of tokens, adjusted weights, and templates."""
+"""Parts of a sampler: a random stream per row, draws of tokens, and adjusted weights."""
 
 import math
 from collections.abc import Iterable
@@ -6,56 +6,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from tarflowlm.data import Tokenizer
+from tarflowlm.data.prompts import BLANK as BLANK
 from tarflowlm.errors import UserError
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import held_rows, wide_dtype
 from tarflowlm.language_model import as_integer, as_number
-
-BLANK = -1
-"""Marks a token of a template that is to be drawn."""
-
-
-def encode_prompt(tokenizer: Tokenizer, text: str) -> Tensor:
-    """Tokens [tokens] of a text to continue: `encode_open`, unless that leaves nothing. UserError as there."""
-    tokens = torch.from_numpy(tokenizer.encode_open(text))
-    return tokens if len(tokens) else torch.from_numpy(tokenizer.encode(text))
-
-
-def encode_template(tokenizer: Tokenizer, text: str, blank: str = "_") -> Tensor:
-    """Tokens [tokens] of a text in which every `blank` stands for one token to be drawn (BLANK).
-
-    The pieces between blanks are encoded one by one, those before a blank by `Tokenizer.encode_open`. UserError for
-    an empty template, for unknown characters, and for a blank that is not a single character or is a symbol of a
-    character tokenizer.
-    """
-    if len(blank) != 1:
-        raise UserError(f"blank {blank!r}: must be a single character")
-    if not text:
-        raise UserError("the template is empty: give text with at least one token or blank")
-    if tokenizer.kind == "char" and blank in tokenizer.symbols:
-        raise UserError(f"blank {blank!r} is a character of the model's alphabet: choose another with --blank")
-    *before, last = text.split(blank)
-    tokens: list[int] = []
-    for piece in before:
-        tokens += [*tokenizer.encode_open(piece).tolist(), BLANK]
-    return torch.tensor([*tokens, *tokenizer.encode(last).tolist()], dtype=torch.long)
-
-
-def normalize_template(tokenizer: Tokenizer, text: str, blank: str = "_") -> str:
-    """`Tokenizer.prepare` for a template: its blanks stay, and count as letters."""
-    if tokenizer.normalization == "none":
-        return text
-    # a letter in place of the neighbouring blank keeps the spaces beside it
-    pieces = text.split(blank)
-    last = len(pieces) - 1
-    for i, piece in enumerate(pieces):
-        before, after = "" if i == 0 else "a", "" if i == last else "a"
-        if piece or not (before or after):
-            found = tokenizer.prepare(before + piece + after)
-            pieces[i] = found[2 * len(before) : len(found) - len(after)]
-    return blank.join(pieces)
 
 
 def row_generators(rows: Iterable[int], generator: torch.Generator) -> list[torch.Generator]:

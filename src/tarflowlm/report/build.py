@@ -1,30 +1,95 @@
 """Building a report: read the runs and their models, draw figures, and write one page."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from tarflowlm.data import Corpus, cached_corpus, eval_windows
+from tarflowlm.data import Corpus, Tokenizer, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.blocks import bound_parts
 from tarflowlm.files import replacing
+from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.generation.window import num_positions
+from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress
-from tarflowlm.report.blocks import draw_blocks, terms_table
 from tarflowlm.report.codes import FEW, NAMED, Codes, codes_of, codes_table, draw_codes, figure_height
-from tarflowlm.report.curves import draw_bits, draw_optimisation, draw_throughput
+from tarflowlm.report.figures import draw_bits, draw_blocks, draw_optimisation, draw_throughput, terms_table
+from tarflowlm.report.grid import CSS as GRID_CSS
+from tarflowlm.report.grid import pass_rows, to_html
 from tarflowlm.report.page import GENERATOR, Page, Section, config_table, picture_html, runs_table, summary
 from tarflowlm.report.records import RunRecord, read_records
-from tarflowlm.report.samples import CSS, LENGTH, NUM, SEED, draw_samples, passes_html, texts_html
 from tarflowlm.report.style import Figure, check_matplotlib, render
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import is_reference
 from tarflowlm.runs.released import locate, read_only_reason
+
+NUM, LENGTH, SEED, TEMPERATURE = 3, 256, 0, 0.8
+"""Samples, the most tokens of each, and how they are drawn."""
+
+CSS = f"""{GRID_CSS}
+.samples {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }}
+.sample {{ border-left: 3px solid var(--grid); margin: 0; overflow-wrap: anywhere; padding: .1rem .8rem;
+          white-space: pre-wrap; }}
+"""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of a model."""
+
+    texts: list[str]
+    passes: list[Tensor]
+    """The tokens [T] of the first sample after every pass, noise first; empty for fewer than two blocks."""
+    tokens: int
+    """Length of each sample."""
+    temperature: float
+
+
+def draw_samples(model: LanguageModel, tokenizer: Tokenizer, progress: Progress = SILENT) -> Samples:
+    """NUM samples of the trained context, or of LENGTH tokens where that is less; always the same for a model.
+
+    At TEMPERATURE, or at 1 for models that refuse another.
+    """
+    length = min(LENGTH, model.config.context)
+
+    def draw(temperature: float) -> Generation:
+        return generate(
+            model,
+            num_tokens=length,
+            num=NUM,
+            generator=torch.Generator().manual_seed(SEED),
+            temperature=temperature,
+            watch=Watch(progress),
+        )
+
+    temperature = TEMPERATURE
+    try:
+        result = draw(temperature)
+    except UserError:
+        temperature = 1.0
+        result = draw(temperature)
+    passes = [state[0] for state in result.passes] if model.num_blocks > 1 else []
+    return Samples([tokenizer.decode(row.tolist()) for row in result.tokens], passes, length, temperature)
+
+
+def texts_html(samples: Samples) -> str:
+    """The texts beside each other, stacked on a phone."""
+    body = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in samples.texts)
+    return f'<div class="samples">\n{body}</div>\n'
+
+
+def passes_html(samples: Samples, tokenizer: Tokenizer, caption: str) -> str:
+    """The first sample after every block as a grid of coloured tokens."""
+    grid = to_html(pass_rows(samples.passes, tokenizer))
+    return f"<figure>\n{grid}\n<figcaption>{escape(caption)}</figcaption>\n</figure>\n"
+
 
 PAGE = "index.html"
 WIDTH, DPI = 4.6, 240
@@ -53,9 +118,7 @@ def write_report(
     `out` that holds something other than a report.
     """
     check_matplotlib()
-    if not directories:
-        raise UserError("report needs a run directory: name one or more")
-    if out is None and len(directories) > 1:
+    if out is None and len(directories) != 1:
         raise UserError(f"a report of {len(directories)} runs needs a place: name it with --out")
     if out is None and (whose := read_only_reason(directories[0])) is not None:
         raise UserError(f"{whose}, which is no place for a report: add --out {Path(directories[0]).name}-report")
@@ -99,11 +162,9 @@ def write_report(
 
 def _check_out(out: Path) -> None:
     """Raises UserError unless `out` is new or empty, or holds an earlier report."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: name a directory with --out")
     page = out / PAGE
     ours = page.is_file() and f'content="{GENERATOR}"' in page.read_text(encoding="utf-8", errors="replace")[:1000]
-    if out.exists() and any(out.iterdir()) and not ours:
+    if out.exists() and not (ours or (out.is_dir() and not any(out.iterdir()))):
         raise UserError(f"{out} exists and holds no report: choose another --out")
 
 

@@ -24,7 +24,7 @@ LEGEND: dict[Kind, str] = {
     "noise": "noise",
 }
 FAINTEST = 0.3
-"""The opacity of a token of opacity 0, which stays readable."""
+"""The least opacity: every token stays readable."""
 
 CSS = """
 .tl-grid { container-type: inline-size; font: 14px/1.65 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
@@ -67,7 +67,7 @@ class Row:
 
 
 def symbols(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
-    """Visible strings of tokens [T], which concatenate to the text; a character of several tokens is in the last."""
+    """Visible strings of tokens [T]. They concatenate to the text; a character of several tokens is in the last."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     found = [decoder.decode(tokenizer.token_bytes[token]) for token in tokens.tolist()]
     if found:

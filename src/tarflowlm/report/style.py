@@ -69,7 +69,7 @@ def check_matplotlib() -> None:
 def render(
     draw: Callable[[Figure], None], path: Path | None, *, width: float, height: float, name: str = "", dpi: int = 160
 ) -> str:
-    """Draw a figure of `width` x `height` inches; returns it as SVG for a page, which has to define the colours.
+    """Draw a figure of `width` x `height` inches; returns it as SVG for a page that defines the colours.
 
     `draw` gets an empty figure. A PNG goes to the file `path`, if that is given, and replaces it atomically. Ids in
     the SVG begin with `name`, or else with the name of the file.

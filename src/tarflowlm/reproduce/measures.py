@@ -22,7 +22,7 @@ from tarflowlm.runs.checkpoint import Checkpoint
 
 JUDGE_STEPS = 1300
 SHORT_STEPS, SHORT_WINDOWS = 300, 1024
-"""Of mini trainings whose ranking shows early."""
+"""Steps and test windows of mini trainings whose ranking shows early."""
 DEEPEST_LAST = "Mix-1, plain start, last block deepest"
 """Label of `mini-passes`."""
 LATENT_WINDOWS = 256

@@ -78,18 +78,18 @@ def _states_of_samples(done: Finished) -> list[Row]:
 
 
 def falls(values: Sequence[float]) -> bool:
-    """Whether values fall: the last is visibly below the first, and no step visibly goes up."""
+    """True if the last value is visibly below the first, and no step visibly goes up."""
     steps, least = _steps(values)
     return values[0] - values[-1] > least and max(steps, default=0.0) <= least
 
 
 def rises(values: Sequence[float]) -> bool:
-    """Whether values rise, as `falls`."""
+    """The opposite of `falls`: visibly up as a whole, and no step visibly down."""
     return falls([-value for value in values])
 
 
 def drops_and_rises(values: Sequence[float], directions: Sequence[str]) -> bool:
-    """Whether values drop visibly at every right-to-left layer that has a next one, and rise at that next layer.
+    """True if values drop visibly at every right-to-left layer that has a next one, and rise at that next layer.
 
     `directions` are those of the layers between the values.
     """

@@ -22,7 +22,7 @@ PAPER_LIKELIHOOD = {
 }
 """Bits per character on the test split of TEXT8, perplexity on the validation split of OpenWebText."""
 WINDOWS, SAMPLES = 128, 16
-"""Of the importance-weighted bound."""
+"""Windows and posterior samples of the importance-weighted bound."""
 SECOND_WINDOWS = 1024
 
 JUDGED_FAMILIES = ("AR", "Mix-1", "Mix-d")

@@ -11,9 +11,6 @@ from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoi
 from tarflowlm.runs.released import DEFAULT, locate, released
 from tarflowlm.training.metrics import METRICS
 
-MOST = 200
-"""Runs that a page can list."""
-
 
 @dataclass(frozen=True)
 class Catalogue:
@@ -28,7 +25,7 @@ class Catalogue:
 
     @property
     def models(self) -> list[str]:
-        """All names: those of flows first, then those of baselines."""
+        """All names: flows first, then baselines."""
         return [*self.flows, *(name for name in self.places if name in self.baselines)]
 
     @property
@@ -75,8 +72,6 @@ def collect(names: Sequence[str], device: str = "cpu") -> Catalogue:
     found = [place for name in names for place in _runs_in(name)]
     # each run once, by the name that it was given
     found = list({place.resolve(): Path(os.path.abspath(place)) for place in found}.values())
-    if len(found) > MOST:
-        raise UserError(f"{len(found)} runs are more than a page can list: name at most {MOST}")
     places: dict[str, Path] = {}
     for place in found:
         name, folder = place.name, place.parent

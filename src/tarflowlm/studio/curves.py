@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from tarflowlm.errors import UserError
-from tarflowlm.report.curves import draw_bits
+from tarflowlm.report.figures import draw_bits
 from tarflowlm.report.records import RunRecord, read_record
 from tarflowlm.report.style import render
+from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.pieces import card, muted, notice, page
 from tarflowlm.training.metrics import METRICS
@@ -24,8 +25,6 @@ MOST = 12
 
 def runs(catalogue: Catalogue, names: Any, axis: Any) -> Iterator[str]:
     """HTML with the curves and numbers of the runs `names`, over tokens or over seconds of training."""
-    if axis not in AXES:
-        raise UserError(f"axis: choose one of {', '.join(AXES)}")
     wanted = [(str(name), catalogue.place(name)) for name in names] if isinstance(names, list) else []
     if not catalogue.runs:
         yield page(card(muted("No learning curves here: name run directories, as in `tarflowlm studio runs/mine`.")))
@@ -35,7 +34,7 @@ def runs(catalogue: Catalogue, names: Any, axis: Any) -> Iterator[str]:
         return
     more = f"{len(wanted)} runs are chosen, the first {MOST} are drawn."
     shown = tuple((name, place, _written(place)) for name, place in wanted[:MOST])
-    yield page(_view(shown, axis), notice(more) if len(wanted) > MOST else "")
+    yield page(_view(shown, request.choice(axis, AXES)), notice(more) if len(wanted) > MOST else "")
 
 
 def _written(place: Path) -> tuple[int, int]:

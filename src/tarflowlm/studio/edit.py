@@ -1,4 +1,4 @@
-"""The view that edits: words replaced or rewritten, states re-noised, the way from one text to another."""
+"""The view that edits: words replaced or resampled, states re-noised, the way from one text to another."""
 
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -10,9 +10,9 @@ from torch import Tensor
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import BLANK, Reading
 from tarflowlm.device import threads_for
-from tarflowlm.editing import Edit, EditKind, Encoded, Redraw, Renoise, Rewrite, Source, Toward, encode
+from tarflowlm.editing import Edit, Redraw, Renoise, Rewrite, Source, Toward, encode
 from tarflowlm.editing.edits import TEMPERATURE
-from tarflowlm.editing.words import find_words
+from tarflowlm.editing.words import Span, find_words
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import TarFlowLM, as_flow
@@ -40,38 +40,29 @@ def replace_words(
     They are drawn by particles, or resampled where block 1, from which particles come, has no token weights.
     """
     checkpoint = catalogue.load(model)
-    tokenizer = checkpoint.tokenizer
-    reading = request.reading(tokenizer, text)
-    pieces = named(tokenizer, request.text(words, "list of words"))
-    template = blanked(tokenizer, reading.tokens, pieces)
+    tokenizer, reading = checkpoint.tokenizer, request.reading(checkpoint.tokenizer, text)
+    named = [piece for piece in request.text(words, "list of words").split(",") if piece.strip()]
+    pieces = [request.reading(tokenizer, piece, "word").text.strip() for piece in named or [""]]
+    template = blank_out(tokenizer, reading.tokens, pieces)
     if checkpoint.model.config.has_token_weights:
         found = yield from fill(checkpoint, template, tries, particles, TEMPERATURE, seed)
         filled = choices(tokenizer, found, template)
         yield page(_original(tokenizer, reading), card(filled), card(trust(found)))
-        return
-    edits = request.whole(tries, "tries", 1, TRIES)
-    yield from _compared(catalogue, model, text, seed, edits, lambda flow: Rewrite(pieces=pieces, everywhere=True))
+    else:
+        edits = request.whole(tries, "tries", 1, TRIES)
+        edit = Rewrite(pieces=pieces, everywhere=True).apply
+        yield from _compared(catalogue, model, text, edits, seed, edit)
 
 
-def named(tokenizer: Tokenizer, words: str) -> list[str]:
-    """The words of a list separated by commas, as the model reads them."""
-    pieces = [piece.strip() for piece in words.split(",") if piece.strip()]
-    if not pieces:
-        raise UserError("no word is named: write the words to replace, separated by commas")
-    return [request.reading(tokenizer, piece, "word").text.strip() for piece in pieces]
-
-
-def blanked(tokenizer: Tokenizer, tokens: Tensor, pieces: Sequence[str]) -> Tensor:
-    """The text [T] with a blank for every token of the pieces, wherever they are whole words."""
-    template, symbols = tokens.clone(), [tokenizer.token_bytes[token] for token in tokens.tolist()]
+def blank_out(tokenizer: Tokenizer, tokens: Tensor, pieces: Sequence[str]) -> Tensor:
+    """The text [T] with a blank for every token of these whole words."""
+    template, parts = tokens.clone(), [tokenizer.token_bytes[token] for token in tokens.tolist()]
     for piece in pieces:
-        spans = find_words(symbols, piece)
+        spans: list[Span] = find_words(parts, piece)
         if not spans:
             raise UserError(f"{piece!r} is no word of the text: copy one from it")
         for start, stop in spans:
             template[start:stop] = BLANK
-    if (template == BLANK).all():
-        raise UserError("every word would be replaced: keep some")
     return template
 
 
@@ -79,27 +70,32 @@ def rewrite(
     catalogue: Catalogue, model: Any, text: Any, target: Any, strength: Any, num: Any, seed: Any
 ) -> Iterator[str]:
     """HTML of texts in which a share `strength` of the words is resampled, or whose states are re-noised."""
-    target, share = _target(target), request.number(strength, "strength", 0.0, 1.0)
+    share = request.number(strength, "strength", 0.0, 1.0)
     edits = request.whole(num, "edits", 1, request.SAMPLES)
 
-    def kind(flow: TarFlowLM) -> EditKind:
-        return Redraw(strength=share) if target == WORDS else Renoise(level=_level(flow, target), strength=share)
+    def change(source: Source) -> Edit:
+        level = _level(target, source.model)
+        kind = Redraw(strength=share) if level is None else Renoise(level=level, strength=share)
+        return kind.apply(source)
 
-    yield from _compared(catalogue, model, text, seed, edits, kind)
+    yield from _compared(catalogue, model, text, edits, seed, change)
 
 
 def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, seed: Any) -> Iterator[str]:
     """HTML of the way from one text to another, cut to the same length, with a slider."""
-    target, toward = _target(target), request.text(other, "other text")
+    checkpoint = catalogue.load(model)
+    tokenizer = checkpoint.tokenizer
+    tokens = request.reading(tokenizer, text).tokens
+    second = request.reading(tokenizer, other, "other text").tokens
+    length = min(len(tokens), len(second))
 
-    def change(source: Source, other: Encoded) -> list[Edit]:
-        level = None if target == WORDS else _level(source.model, target)
-        # words from the start of the text on, so that a word once taken stays
-        steps = (Toward(other=other, weight=i / STEPS, stretch="start", level=level) for i in range(STEPS + 1))
-        return [step.apply(source) for step in steps]
+    def change(source: Source) -> list[Tensor]:
+        level = _level(target, source.model)
+        toward = encode(source.model, second[None, :length], source.generator)
+        kinds = [Toward(other=toward, weight=i / STEPS, level=level, stretch="start") for i in range(STEPS + 1)]
+        return [kind.apply(source).tokens[0].cpu() for kind in kinds]
 
-    edits, _, tokenizer, seconds = yield from _edited(catalogue, model, [text, toward], seed, 1, change)
-    texts = [edit.tokens[0].cpu() for edit in edits]
+    texts, seconds = yield from _edited(catalogue, model, tokens[:length], 1, seed, change)
     rows = [Row("the text", text_tokens(texts[0], tokenizer))]
     for i, (before, now) in enumerate(itertools.pairwise(texts), 1):
         label = f"{100 * i // STEPS} % · {int((now != before).sum())} changed"
@@ -108,54 +104,39 @@ def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, 
     yield page(card(stage(rows[-1].tokens), facts(took(seconds)), way))
 
 
-def _target(value: Any) -> str:
-    if value not in TARGETS:
-        raise UserError(f"target: choose one of {', '.join(TARGETS)}")
-    return str(value)
-
-
-def _level(flow: TarFlowLM, target: str) -> int:
-    """The state that `target` names."""
-    return 0 if target == LATENTS else flow.num_blocks
+def _level(target: Any, model: TarFlowLM) -> int | None:
+    """The state that a target names, or None for words."""
+    return {WORDS: None, LATENTS: 0, NOISE: model.num_blocks}[request.choice(target, TARGETS)]
 
 
 def _edited(
-    catalogue: Catalogue, model: Any, texts: Sequence[Any], seed: Any, num: int, change: Callable[..., R]
-) -> Generator[str, None, tuple[R, Reading, Tokenizer, float]]:
-    """Pages of the progress; returns the result of `change`, the text, its tokenizer, and the seconds.
-
-    `change` gets a `Source` with the first text in `num` rows, and the others, all cut to the shortest.
-    """
+    catalogue: Catalogue, model: Any, tokens: Tensor, edits: int, seed: Any, change: Callable[[Source], R]
+) -> Generator[str, None, tuple[R, float]]:
+    """Pages of the progress; returns the result of `change` for so many `edits` of a text [T], and its seconds."""
     checkpoint = catalogue.load(model)
     flow, tokenizer = as_flow(checkpoint.model, NO_LATENTS), checkpoint.tokenizer
-    names = ("text", "other text")
-    readings = [request.reading(tokenizer, text, name) for text, name in zip(texts, names, strict=False)]
-    length = min(len(reading.tokens) for reading in readings)
-    request.check_length(length, flow.config.context)
     generator = torch.Generator().manual_seed(request.whole(seed, "seed", 0, 2**31))
 
     def work(job: Job[R]) -> R:
         with threads_for(1):
-            text, *others = (encode(flow, reading.tokens[None, :length], generator) for reading in readings)
-            return change(Source(flow, tokenizer, text.repeated(num), generator, job), *others)
+            text = encode(flow, tokens[None], generator).repeated(edits)
+            return change(Source(flow, tokenizer, text, generator, job))
 
     job = Job(work)
     for _ in job.follow():
         words = "editing" if job.advanced else "waiting for its turn"
-        yield page(card(stage(text_tokens(readings[0].tokens, tokenizer)), muted(words)))
+        yield page(card(stage(text_tokens(tokens, tokenizer)), muted(words)))
     assert job.result is not None
-    return job.result, readings[0], tokenizer, job.seconds
+    return job.result, job.seconds
 
 
 def _compared(
-    catalogue: Catalogue, model: Any, text: Any, seed: Any, num: int, kind: Callable[[TarFlowLM], EditKind]
+    catalogue: Catalogue, model: Any, text: Any, edits: int, seed: Any, change: Callable[[Source], Edit]
 ) -> Iterator[str]:
-    """HTML of the progress, then of `num` edits, every text beside the original."""
-
-    def change(source: Source) -> Edit:
-        return kind(source.model).apply(source)
-
-    edit, reading, tokenizer, seconds = yield from _edited(catalogue, model, [text], seed, num, change)
+    """HTML of the progress, then of an `Edit`, every text beside the original."""
+    tokenizer = catalogue.load(model).tokenizer
+    reading = request.reading(tokenizer, text)
+    edit, seconds = yield from _edited(catalogue, model, reading.tokens, edits, seed, change)
     before, cards = edit.before[0].cpu(), []
     for after, changed, old, new in zip(edit.tokens.cpu(), edit.changed, edit.bound_before, edit.bound, strict=True):
         count = f"{int(changed.sum())} of {counted(len(changed), 'token')} changed"

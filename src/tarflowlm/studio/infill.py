@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from tarflowlm.data import Tokenizer
-from tarflowlm.data.prompts import BLANK
+from tarflowlm.data.prompts import BLANK, read_template
 from tarflowlm.device import threads_for
-from tarflowlm.errors import UserError
 from tarflowlm.generation import Watch, generate
 from tarflowlm.generation.window import num_positions
 from tarflowlm.report.grid import Token, spans, text_tokens
@@ -42,11 +41,7 @@ def infill(
 ) -> Iterator[str]:
     """HTML of candidates for the blanks of `text`."""
     checkpoint = catalogue.load(model)
-    if request.MARK not in request.text(text, "text"):
-        raise UserError(f"nothing to fill in: write a {request.MARK} for every token that the model is to choose")
-    template = request.template(checkpoint.tokenizer, text)
-    if (template.tokens == BLANK).all():
-        raise UserError("nothing is given: write some text around the blanks")
+    template = read_template(checkpoint.tokenizer, request.text(text, "text"), request.MARK)
     found = yield from fill(checkpoint, template.tokens, tries, particles, temperature, seed)
     filled = choices(checkpoint.tokenizer, found, template.tokens)
     yield page(card(filled, muted(template.notice)), card(trust(found)))
@@ -60,7 +55,6 @@ def fill(
     Every try runs its own particles. Its evidence, the mean weight of its particles, is unbiased for p(given), so a
     draw from the tries by evidence is a draw by all of their particles; that is the weight of its text.
     """
-    request.check_length(len(template), checkpoint.model.config.context)
     num = request.whole(tries, "tries", 1, TRIES)
     each = request.whole(particles, "particles", 1, request.PARTICLES)
     tau = request.number(temperature, "temperature", 0.1, 2.0)
@@ -79,8 +73,9 @@ def fill(
                 decoder="auto",
                 watch=Watch(job),
             )
-        assert result.log_evidence is not None
-        return weigh(result.tokens.cpu(), result.log_evidence, each)
+        # there is none where nothing is given
+        evidence = torch.zeros(num) if result.log_evidence is None else result.log_evidence
+        return weigh(result.tokens.cpu(), evidence, each)
 
     job = Job(work)
     total = num_positions(checkpoint.model, len(template))

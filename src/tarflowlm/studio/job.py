@@ -22,7 +22,7 @@ _TURN = threading.Lock()
 
 
 class Halted(Exception):
-    """Raised in the work once nobody waits for it."""
+    """Raised in the work once the visitor has left."""
 
 
 class Job(Silent, Generic[R]):
@@ -40,7 +40,7 @@ class Job(Silent, Generic[R]):
         self._is_wanted, self._begun = True, 0.0
 
     def advance(self, count: int = 1) -> None:
-        """Count progress. Raises Halted where nobody waits any more, UserError when the time is over."""
+        """Count progress. Raises Halted once the visitor has left, UserError when the time is over."""
         self.advanced += count
         if not self._is_wanted:
             raise Halted

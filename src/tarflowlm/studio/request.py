@@ -12,19 +12,23 @@ MARK = "_"
 """Stands for one token to fill in."""
 
 
+def number(value: Any, name: str, least: int | float, most: int | float) -> float:
+    """A number within bounds; a whole number if both bounds are."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+    is_whole = isinstance(least, int) and isinstance(most, int)
+    if not is_number or (is_whole and value != int(value)):
+        raise UserError(f"{name}: give a {'whole ' * is_whole}number from {least:,} to {most:,}")
+    return float(value)
+
+
 def whole(value: Any, name: str, least: int, most: int) -> int:
     """A whole number within bounds."""
-    found = number(value, name, least, most)
-    if found != int(found):
-        raise UserError(f"{name} {found:g}: give a whole number from {least} to {most:,}")
-    return int(found)
+    return int(number(value, name, least, most))
 
 
-def number(value: Any, name: str, least: int | float, most: int | float) -> float:
-    """A number within bounds."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise UserError(f"{name}: give a number from {least:,} to {most:,}")
-    return float(value)
+def choice(value: Any, allowed: tuple[str, ...]) -> str:
+    """One of the allowed words: the first one in place of any other value."""
+    return value if value in allowed else allowed[0]
 
 
 def text(value: Any, name: str) -> str:
@@ -43,11 +47,3 @@ def template(tokenizer: Tokenizer, value: Any) -> Reading:
     """A text with a blank for every mark; without any, a text to be continued."""
     found = text(value, "text")
     return read_template(tokenizer, found, MARK) if MARK in found else read(tokenizer, found, goes_on=True)
-
-
-def check_length(length: int, context: int) -> None:
-    """Raises UserError for a text of more tokens than the model sees at once."""
-    if length > context:
-        raise UserError(
-            f"the text has {length:,} tokens, more than the {context:,} that this model sees at once: shorten it"
-        )

@@ -1,4 +1,4 @@
-"""Serves the page: on this machine alone unless asked otherwise, and without anything that leaves the machine."""
+"""Serves the page: on this machine alone by default, and without anything that leaves the machine."""
 
 import errno
 import importlib.util
@@ -22,7 +22,7 @@ def check_gradio() -> None:
 
 
 def free_port(host: str, port: int | None) -> int:
-    """The port asked for, or the first free one from PORT on. UserError for a bad address and a taken port."""
+    """The given port, or the first free one from PORT on. UserError for a bad address and a taken port."""
     for candidate in range(PORT, PORT + PORTS) if port is None else (port,):
         try:
             family = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0][0]
@@ -48,7 +48,7 @@ class Server:
         """`build` makes the page once gradio may be imported."""
         # read when gradio is imported: no telemetry, no look for a newer version, nothing kept in the browser
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False", HF_HUB_DISABLE_TELEMETRY="1")
-        # gradio requests its own page to see whether it is up, which must not go through a proxy
+        # gradio requests its own page to see whether it is up: never through a proxy
         for name in ("NO_PROXY", "no_proxy"):
             os.environ[name] = ",".join(filter(None, (os.environ.get(name), *LOOPBACK)))
         logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -56,7 +56,7 @@ class Server:
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-        from tarflowlm.studio.style import HEAD
+        from tarflowlm.studio.pieces import HEAD
 
         # a page elsewhere could let its own name point at this machine (DNS rebinding); gradio itself answers no
         # other origin on localhost

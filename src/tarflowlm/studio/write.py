@@ -7,7 +7,6 @@ import torch
 
 from tarflowlm.data.prompts import BLANK
 from tarflowlm.device import threads_for
-from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.generation.window import num_positions
 from tarflowlm.model import TarFlowLM
@@ -35,10 +34,6 @@ def write(
     reading = request.template(tokenizer, text) if request.text(text, "text") else None
     tokens = torch.empty(0, dtype=torch.long) if reading is None else reading.tokens
     is_prompt = bool((tokens != BLANK).all())
-    if is_prompt and len(tokens) >= wanted:
-        raise UserError(
-            f"the text has {counted(len(tokens), 'token')}, which leaves no room in {wanted}: raise the length"
-        )
     # BLANK where the model writes
     given = torch.full((max(wanted, len(tokens)),), BLANK)
     given[: len(tokens)] = tokens
@@ -48,7 +43,7 @@ def write(
         with threads_for(num):
             return generate(
                 lm,
-                num_tokens=len(given),
+                num_tokens=wanted if is_prompt else len(given),
                 num=num,
                 prompt=tokens,
                 temperature=temperature,

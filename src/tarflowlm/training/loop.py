@@ -81,7 +81,7 @@ class StepResult(NamedTuple):
     norm: Tensor
     """Gradient norm of the global batch."""
     skipped: Tensor
-    """Whether loss or norm is not finite, so that the step was not taken; a bool."""
+    """True if loss or norm is not finite, so that the step was not taken."""
     broken: dict[str, dict[str, Any]] | None
     """The `broken_gradients` of a step that the host skipped."""
 

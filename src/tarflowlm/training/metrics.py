@@ -1,12 +1,152 @@
 """metrics.jsonl, one JSON object per line, and the reporter through which a front end follows a run."""
 
+import importlib.util
+import io
 import json
+import logging
 import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tarflowlm.config import RunConfig, TrackerName
+from tarflowlm.errors import UserError
+from tarflowlm.files import read_json, write_json
 from tarflowlm.progress import Silent
-from tarflowlm.training.trackers import Trackers
+from tarflowlm.runs.strict_json import to_dict
+
+PROJECT = "tarflowlm"
+"""Project of W&B (unless WANDB_PROJECT is set) and of Trackio."""
+
+logger = logging.getLogger("tarflowlm")
+
+
+def check_installed(names: tuple[TrackerName, ...]) -> None:
+    """UserError for a tracker whose package is not installed."""
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        # no origin: only a folder of that name, such as W&B creates
+        if spec is None or spec.origin is None:
+            raise UserError(f"train.track {name}: the package is not installed; pip install 'tarflowlm[track]'")
+
+
+class Trackers:
+    """The trackers of a run. One that fails, at the start or later, is dropped with one notice.
+
+    `resume_at` is the step of the state that is resumed, 0 for a new run. Steps after it are repeated; no point of
+    them appears twice.
+    """
+
+    def __init__(self, run: RunConfig, out: Path, *, resume_at: int) -> None:
+        self._open: dict[str, TensorBoard | TrackedRun] = {}
+        for name in dict.fromkeys(run.train.track):
+            with self._dropping(name):
+                check_installed((name,))
+                kind = TensorBoard if name == "tensorboard" else TrackedRun
+                self._open[name] = kind(name, run, out, resume_at)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Pass the numbers of a record on as train/bpc, valid/nats_per_token, ..."""
+        numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
+        values = {f"{record['split']}/{name}": value for name, value in numbers.items()}
+        for name, tracker in list(self._open.items()):
+            with self._dropping(name):
+                tracker.log(values, record["step"], record["split"])
+
+    def close(self) -> None:
+        """Close every tracker."""
+        for name, tracker in list(self._open.items()):
+            with self._dropping(name):
+                tracker.close()
+
+    @contextmanager
+    def _dropping(self, name: str) -> Iterator[None]:
+        """A context in which an error becomes one notice, and tracker `name` is closed and dropped."""
+        try:
+            yield
+        except Exception as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            logger.warning("%s is dropped (%s); metrics.jsonl continues", name, text)
+            with suppress(Exception):
+                if (failed := self._open.pop(name, None)) is not None:
+                    failed.close()
+
+
+class TensorBoard:
+    """Event files in DIR/tensorboard, flushed after every record."""
+
+    def __init__(self, name: str, run: RunConfig, out: Path, resume_at: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # TensorBoard hides the points of earlier files from `purge_step` on
+        self.writer = SummaryWriter(str(out / name), purge_step=resume_at + 1)
+        if not resume_at:
+            self.writer.add_text("config", f"```\n{json.dumps(to_dict(run), indent=2)}\n```")
+        logger.info("tensorboard --logdir %s", out / name)
+
+    def log(self, values: dict[str, int | float], step: int, split: str) -> None:
+        """Write the numbers of a record."""
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self.writer.close()
+
+
+class TrackedRun:
+    """A run of Weights & Biases, online or offline according to WANDB_MODE, or of Trackio, which has the same calls.
+
+    They cannot replace points. So DIR/wandb.json or DIR/trackio.json keeps the id of the run there and the last step
+    sent of every split; a resumed run, which repeats its steps bit for bit, sends none twice.
+    """
+
+    def __init__(self, name: str, run: RunConfig, out: Path, resume_at: int) -> None:
+        self.module, self.path = import_module(name), out / f"{name}.json"
+        self.saved: dict[str, Any] = {"id": secrets.token_hex(4), "sent": {}}
+        if self.path.exists():
+            self.saved = read_json(self.path)
+        write_json(self.path, self.saved)
+        identity, title = self.saved["id"], out.resolve().name
+        options: dict[str, Any] = {"resume": "allow", "config": to_dict(run)}
+        if name == "wandb":
+            options |= {"project": os.environ.get("WANDB_PROJECT", PROJECT), "name": title, "id": identity}
+            settings = self.module.Settings(silent=True, console="off")
+            options |= {"dir": str(out), "reinit": "create_new", "settings": settings}
+        else:
+            # runs are resumed by their name
+            options |= {"project": PROJECT, "name": f"{title}-{identity}"}
+            options |= {"auto_log_gpu": False, "auto_log_cpu": False}
+        with redirect_stdout(io.StringIO()):  # the terminal belongs to the progress bar
+            self.run = self.module.init(**options)
+        where = f"trackio show --project {PROJECT}"
+        if name == "wandb":
+            offline = f"offline, send it with `wandb sync {out}/wandb/offline-*`"
+            where = f"wandb: {offline if self.run.offline else self.run.url}"
+        logger.info("%s", where)
+
+    def log(self, values: dict[str, int | float], step: int, split: str) -> None:
+        """Send the numbers of a record, unless its step was sent before."""
+        if step > self.saved["sent"].get(split, 0):
+            # saved first: a kill in between loses a point, where the other order would send it twice
+            self.saved["sent"][split] = step
+            write_json(self.path, self.saved)
+            self.run.log(values, step=step)
+
+    def close(self) -> None:
+        """Finish the run, at W&B as failed if an exception is passing through."""
+        if self.module.__name__ == "wandb":
+            self.run.finish(exit_code=int(sys.exc_info()[0] is not None))
+            return
+        # not `self.run.finish()`: that would be called, and print a line, once more at the end of the program
+        with redirect_stdout(io.StringIO()):
+            self.module.finish()
+
 
 METRICS = "metrics.jsonl"
 """File name of the log, inside a run directory."""

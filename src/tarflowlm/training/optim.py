@@ -1,14 +1,164 @@
 """Optimisers and learning-rate schedules."""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tarflowlm.config import OptimConfig
-from tarflowlm.training.muon import Muon, faster_precision
+from tarflowlm.config import OptimConfig, Precision
+
+LARGE = 512 * 512
+"""Smallest matrix, in elements, for which bfloat16 is worth its rounding on a CPU."""
+
+
+def orthogonalise(
+    matrix: Tensor, *, coefficients: tuple[float, float, float], steps: int, eps: float, dtype: torch.dtype
+) -> Tensor:
+    r"""The matrix with all its singular values moved close to 1, by Newton-Schulz iteration (Jordan et al. 2024).
+
+        X <- X / |X|_F,   then `steps` times   X <- (a I + b Y + c Y^2) X   with   Y = X X^T
+
+    a, b, c are the `coefficients`. Products are taken in `dtype`, the dtype of the result. With bfloat16 this is what
+    torch.optim.Muon computes; it has no other precision, and CPUs without bfloat16 products emulate it about thirty
+    times slower.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.to(dtype)
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=eps)
+    oblong = x.shape[1] >= 2 * x.shape[0]
+    iterate = _iterate_products if oblong and dtype != torch.bfloat16 else _iterate
+    x = iterate(x, coefficients, steps)
+    return x.T if tall else x
+
+
+def _iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    a, b, c = coefficients
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _iterate_products(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """The same by multiplying the factors of X alone, in half the time for long rows.
+
+    A factor F turns Y into F Y F. Rounding errors grow to about 1e-4 in float32, a hundredth of those of bfloat16.
+    """
+    a, b, c = coefficients
+    gram, product = x @ x.T, None
+    for step in range(steps):
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        product = factor if product is None else factor @ product
+        if step + 1 < steps:
+            gram = factor @ gram @ factor
+    return x if product is None else product @ x
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon (Jordan et al. 2024) that orthogonalises in `precision`, for whole matrices or DTensors.
+
+    Orthogonalisation needs whole matrices. For parameters that FSDP2 has sharded, the momentum stays sharded; each
+    matrix is gathered, one process (they take turns) orthogonalises it, and the result is sharded again. Up to
+    rounding that is the update of a single process. PyTorch's own step on DTensors would communicate in every
+    iteration. Updates have the root mean square of AdamW's (`match_rms_adamw`), so both use one learning rate.
+
+    `stacked` lists parameters that hold three matrices one below the other: queries, keys and values.
+    """
+
+    found_inf: Tensor | None = None
+    """A scalar on the device, as in torch.amp; if it is 1, `step` changes nothing."""
+
+    def __init__(
+        self, params: Iterable[Any], *, precision: Precision, stacked: Iterable[Tensor] = (), **options: Any
+    ) -> None:
+        super().__init__(params, adjust_lr_fn="match_rms_adamw", **options)
+        self.precision = precision
+        self._stacked = {id(p) for p in stacked}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step, unless `found_inf` is 1. `closure` is ignored."""
+        taken = None if self.found_inf is None else 1 - self.found_inf
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            self._update_momentum(params, group["momentum"], taken)
+            lr, decay = group["lr"], group["lr"] * group["weight_decay"]
+            for p, update in zip(params, self._updates(params, group), strict=True):
+                if taken is not None:
+                    update = update * taken
+                p.mul_(1 - decay if taken is None else 1 - decay * taken)
+                p.add_(update, alpha=-lr)
+
+    def _update_momentum(self, params: list[Tensor], momentum: float, taken: Tensor | None) -> None:
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
+        if taken is None:
+            torch._foreach_lerp_(buffers, grads, 1 - momentum)
+            return
+        for buffer, grad in zip(buffers, grads, strict=True):
+            # 0 times infinity would be NaN; the gradients of a skipped step are not needed afterwards
+            grad.nan_to_num_(0.0, 0.0, 0.0)
+            buffer.add_((grad - buffer) * taken, alpha=1 - momentum)
+
+    def _averaged_gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """The momentum average of the gradient, the input of the orthogonalisation."""
+        buffer: Tensor = self.state[p]["momentum_buffer"]
+        assert p.grad is not None
+        return p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+
+    def _updates(self, params: list[Tensor], group: dict[str, Any]) -> Iterator[Tensor]:
+        """The update of every parameter in turn, before the learning rate."""
+        if not isinstance(params[0], DTensor):
+            for p in params:
+                yield self._orthogonalise(p, self._averaged_gradient(p, group), group)
+            return
+        mesh, own = params[0].device_mesh, {}
+        turns = [index % mesh.size() for index in range(len(params))]
+        for index, p in enumerate(params):
+            whole = self._averaged_gradient(p, group).full_tensor()  # type: ignore[attr-defined]
+            if turns[index] == mesh.get_rank():
+                own[index] = self._orthogonalise(p, whole, group)
+        for index, p in enumerate(params):
+            update = own.pop(index, None)
+            update = torch.empty(p.shape, dtype=p.dtype, device=p.device) if update is None else update
+            yield distribute_tensor(update, mesh, p.placements, src_data_rank=turns[index])  # type: ignore[attr-defined]
+
+    def _orthogonalise(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        """The orthogonalised gradient of a whole parameter, scaled to a root mean square of 0.2."""
+        dtype = torch.float64 if gradient.dtype == torch.float64 else getattr(torch, self.precision)
+        parts = []
+        for matrix in gradient.chunk(3 if id(p) in self._stacked else 1):
+            found = orthogonalise(
+                matrix, coefficients=group["ns_coefficients"], steps=group["ns_steps"], eps=group["eps"], dtype=dtype
+            )
+            parts.append(found.to(gradient.dtype).mul_(0.2 * max(matrix.shape) ** 0.5))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def faster_precision(shapes: Iterable[torch.Size], device: torch.device) -> Precision:
+    """The faster precision for matrices of these shapes, by a fixed rule, so that results are reproducible.
+
+    bfloat16 on GPUs that support it, and for large matrices on CPUs with AMX tiles; float32 otherwise. CPUs without
+    AMX are slower in bfloat16 than in float32.
+    """
+    if device.type != "cpu":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if native else "float32"
+    tiles = torch.cpu._is_amx_tile_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    largest = max((shape.numel() for shape in shapes), default=0)
+    return "bfloat16" if tiles and largest >= LARGE else "float32"
+
 
 CODEBOOK = ("codebook.mean", "codebook.log_std", "coupling.own.mean", "coupling.own.log_std")
 """Name endings of the codebook parameters: the encoder's, and those of Mix-d blocks with their own codebook."""

@@ -17,7 +17,7 @@ class StepPace:
     """The pace of a stage with a number of steps."""
 
     save_due = False
-    """Whether the last checkpoint is old enough for the next one; never by steps."""
+    """True if the last checkpoint is old enough for the next one; never by steps."""
 
     def __init__(self, train: TrainConfig, counters: Counters) -> None:
         self.train, self.counters = train, counters

@@ -20,12 +20,10 @@ from tarflowlm.language_model import seeded
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import BEST, COUNTERS, STATE, TOKENIZER, save_weights, write_run
 from tarflowlm.training.guards import NAMED, RunningLoss
-from tarflowlm.training.metrics import MetricsLog, Reporter
+from tarflowlm.training.metrics import MetricsLog, Reporter, Trackers
 from tarflowlm.training.optim import build_optimizers, with_precision
-from tarflowlm.training.parallel import ParallelModel, whole_weights
-from tarflowlm.training.processes import Processes
+from tarflowlm.training.parallel import ParallelModel, Processes, whole_weights
 from tarflowlm.training.state import Counters, load_state, save_state
-from tarflowlm.training.trackers import Trackers
 
 logger = logging.getLogger("tarflowlm")
 
@@ -179,7 +177,7 @@ class TrainingRun:
         counters.spent.save = self.seconds() - start
 
     def save_best(self, result: Likelihood) -> None:
-        """Save the weights of the best validation bound to best/, which every command accepts as a run directory."""
+        """Save the weights of the best validation bound to best/, a run directory of its own."""
         best = self.out / BEST
         if self.processes.first:
             best.mkdir(exist_ok=True)

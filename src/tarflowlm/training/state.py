@@ -25,7 +25,7 @@ from tarflowlm.files import sync_file, sync_folder, write_json
 from tarflowlm.runs.checkpoint import COUNTERS, STATE, undamaged_state
 from tarflowlm.runs.weights import write_manifest
 from tarflowlm.training.guards import RunningLoss
-from tarflowlm.training.processes import ALONE, Processes
+from tarflowlm.training.parallel import ALONE, Processes
 
 # said of every save and load of a single process
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -75,7 +75,7 @@ class Counters:
     stage_step: int = 0
     """Steps of the current stage."""
     due: bool = False
-    """Whether an evaluation comes before the next step; checkpoints are saved before evaluations."""
+    """True if an evaluation comes before the next step; checkpoints are saved before evaluations."""
     lowest: float = math.inf
     """Lowest validation bound of the stage, the bound of best/, in nats per token."""
     skipped: int = 0
@@ -113,7 +113,7 @@ def save_state(
 ) -> None:
     """Write the state of step `saved["step"]`, with `saved` as counters.json, and delete all but the `keep` newest.
 
-    Collective: all processes write their shards into one folder, which they must share; the first does the rest.
+    Collective: all processes write their shards into one shared folder; the first does the rest.
     """
     root = directory / STATE
     target = root / f"step-{saved['step']:08d}"

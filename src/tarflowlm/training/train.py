@@ -28,12 +28,11 @@ from tarflowlm.runs.checkpoint import (
     write_run,
 )
 from tarflowlm.training.loop import train_stage
-from tarflowlm.training.metrics import METRICS, Reporter
+from tarflowlm.training.metrics import METRICS, Reporter, check_installed
 from tarflowlm.training.pace import test_seconds
-from tarflowlm.training.processes import ALONE, Processes
+from tarflowlm.training.parallel import ALONE, Processes
 from tarflowlm.training.run import TrainingRun
 from tarflowlm.training.state import newest_state
-from tarflowlm.training.trackers import check_installed
 
 LEAST_TEST_WINDOWS = 32
 """Test windows that a run with a time limit evaluates at least, even if its time is over."""
@@ -59,7 +58,7 @@ def train(
     processes: Processes = ALONE,
     stop_requests: StopRequests = no_stop_requests,
 ) -> dict[str, Any]:
-    """Train `run` into the new directory `out`; returns the summary, which is also written to summary.json.
+    """Train `run` into the new directory `out`; returns the summary, also written to summary.json.
 
     With several `processes` all of them call this function, and the first one writes.
 

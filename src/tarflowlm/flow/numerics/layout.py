@@ -2,10 +2,10 @@
 
 N rows, K components, d channels. Inside this package a scalar mixture problem is z [N] with parameters [N, K] or,
 where all rows share one mixture, [1, K]; a codebook problem is z [N, d], log_w [N, K], mean [K, d], log_std [K].
-On a CPU rows are worked on in chunks that stay in its second-level cache (see `cpu.linear` for their layout).
+On a CPU rows are worked on in chunks that stay in its second-level cache (`cpu.forward.Workspace`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,29 +24,29 @@ LOWEST_EXPONENT = {torch.float32: -50.0, torch.float64: -100.0}
 """Floor for exponents whose sum is at least 1. On a CPU exp is 30 times slower where it underflows, and so is every
 product with a subnormal number; what the floor adds is 1e-22 (1e-44) per component."""
 
+Params = tuple[Tensor, ...]
+"""log_w, mean, log_std of scalar mixtures, each [N or 1, K]."""
+
 
 def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor]]:
     """z [...] and parameters [..., K], broadcast against each other, as z [N] and [N, K] or [1, K].
 
     Returns the broadcast leading shape first. ValueError if the component counts or floating dtypes differ.
     """
-    for p in params:
-        if p.ndim == 0:
-            raise ValueError("mixture parameters need a last axis of components, got a scalar")
-        if p.dtype != z.dtype or not z.dtype.is_floating_point:
-            raise ValueError(f"z and parameters must share one floating dtype, got {z.dtype} and {p.dtype}")
+    if any(p.dtype != z.dtype for p in params) or not z.dtype.is_floating_point:
+        raise ValueError(f"z and parameters must share one floating dtype, got {[t.dtype for t in (z, *params)]}")
     counts = {p.shape[-1] for p in params}
-    if len(counts - {1}) > 1 or max(counts) == 0:
-        raise ValueError(f"parameters disagree about the number of components: {sorted(counts)}")
     num_components = max(counts)
+    if num_components == 0 or counts - {1, num_components}:
+        raise ValueError(f"parameters disagree about the number of components: {sorted(counts)}")
     shape = torch.broadcast_shapes(z.shape, *(p.shape[:-1] for p in params))
     rows = shape.numel()
     flat = []
     for p in params:
-        shared = p.numel() == p.shape[-1] and rows != 1
-        target = (1, num_components) if shared else (*shape, num_components)
-        p = p.reshape(1, -1).expand(target) if shared else p.expand(target)
-        flat.append(p.reshape(1 if shared else rows, num_components))
+        if p.numel() == p.shape[-1] and rows != 1:
+            flat.append(p.reshape(1, -1).expand(1, num_components))
+        else:
+            flat.append(p.expand(*shape, num_components).reshape(rows, num_components))
     return shape, z.expand(shape).reshape(rows), flat
 
 
@@ -66,9 +66,14 @@ def flatten_vectors(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> 
     return shape, flat, log_w.expand(*shape, log_w.shape[-1]).reshape(-1, log_w.shape[-1])
 
 
-def take_rows(p: Tensor, rows: slice | Tensor) -> Tensor:
-    """Rows of a [N, K] parameter; a shared [1, K] one is returned as it is."""
-    return p if p.shape[0] == 1 else p[rows]
+def take_rows(params: Params, rows: slice | Tensor) -> Params:
+    """Rows of [N, K] parameters; a shared [1, K] one is returned as it is."""
+    return tuple(p if p.shape[0] == 1 else p[rows] for p in params)
+
+
+def sum_to_shared(grads: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients [N, K] in the shapes of their parameters: a parameter [1, K] shared by all rows gets the sum."""
+    return tuple(g if len(p) == len(g) else g.sum(0, keepdim=True) for g, p in zip(grads, params, strict=True))
 
 
 def use_eager_cpu(t: Tensor) -> bool:
@@ -81,21 +86,13 @@ def chunk_rows(num_components: int) -> int:
     return max(16, CHUNK_ELEMENTS * torch.get_num_threads() // max(1, num_components))
 
 
-def row_chunks(rows: int, num_components: int) -> Iterator[slice]:
-    """Row ranges for a CPU, `chunk_rows` long."""
-    return _ranges(rows, chunk_rows(num_components))
-
-
-def static_chunks(rows: int, num_components: int) -> Iterator[slice]:
-    """Row ranges for an accelerator, or for a compiler, which unrolls them."""
-    return _ranges(rows, held_rows(num_components, torch.device("cuda")))
-
-
 def held_rows(num_components: int, device: torch.device) -> int:
     """Rows of which a [rows, K] tensor is held whole: a constant, so no device waits for it."""
     return max(1, HELD_ELEMENTS.get(device.type, HELD_ELEMENTS_ACCELERATOR) // max(1, num_components))
 
 
-def _ranges(rows: int, step: int) -> Iterator[slice]:
-    for start in range(0, rows, step):
-        yield slice(start, min(rows, start + step))
+def row_chunks(rows: int, num_components: int, *, size: int | None = None) -> Iterator[slice]:
+    """Row ranges, by default `chunk_rows` long."""
+    size = chunk_rows(num_components) if size is None else size
+    for start in range(0, rows, size):
+        yield slice(start, min(rows, start + size))

@@ -8,16 +8,18 @@ linear space of `cpu`, or the log space of `reference` on accelerators and under
 N rows, K components: flat problems are z, u [N] with parameters log_w, mean, log_std [N or 1, K].
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tarflowlm.flow.numerics import layout, reference
-from tarflowlm.flow.numerics.autograd import first_derivatives, sum_to_shared
-from tarflowlm.flow.numerics.cpu import inverse as cpu_inverse
-from tarflowlm.flow.numerics.cpu import mixture as cpu
+from tarflowlm.flow.numerics import cpu_forward as cpu
+from tarflowlm.flow.numerics import cpu_inverse, layout, reference
+
+Compute = Callable[..., tuple[Tensor | None, ...]]
+"""Gradients from tensors, in closed form."""
 
 
 def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,18 +68,18 @@ def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
 def _cdf_gradients(
     z: Tensor, u: Tensor, log_det: Tensor, grad_u: Tensor, grad_log_p: Tensor, *params: Tensor
 ) -> tuple[Tensor, ...]:
-    """Of z, log_w, mean, log_std, from cotangents of u and of log p = log F'(z)."""
+    """Gradients of z, log_w, mean, log_std, from cotangents of u and of log p = log F'(z)."""
     if layout.use_eager_cpu(z):
         return cpu.mixture_cdf_backward(z, params, u, log_det, grad_u, grad_log_p)
     of_z, *of_params = reference.mixture_cdf_backward(z, params, u, log_det, grad_u, grad_log_p)
-    return of_z, *sum_to_shared(of_params, params)
+    return of_z, *layout.sum_to_shared(of_params, params)
 
 
 def _density_gradients(z: Tensor, grad: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
     if layout.use_eager_cpu(z):
         return cpu.mixture_log_density_backward(z, params, grad)
     of_z, *of_params = reference.mixture_log_density_backward(z, params, grad)
-    return of_z, *sum_to_shared(of_params, params)
+    return of_z, *layout.sum_to_shared(of_params, params)
 
 
 class _MixtureCdf(Function):
@@ -134,3 +136,31 @@ class _MixtureLogDensity(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, *params = ctx.saved_tensors
         return first_derivatives(_density_gradients, z, grad, *params)
+
+
+def first_derivatives(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """compute(*tensors), the gradients of a backward, without recording it; differentiating them raises RuntimeError.
+
+    PyTorch's `once_differentiable` stays silent unless the *cotangent* requires a gradient: with create_graph=True a
+    second derivative would lack the terms that depend on z or the parameters. A Function sees them.
+    """
+    if torch.compiler.is_compiling():
+        # A compiler does not trace a Function inside a backward.
+        with torch.no_grad():
+            return compute(*tensors)
+    return _FirstDerivatives.apply(compute, *tensors)
+
+
+class _FirstDerivatives(Function):
+    @staticmethod
+    def forward(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            return compute(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("the mixture maps of tarflowlm.flow.numerics have first derivatives only")

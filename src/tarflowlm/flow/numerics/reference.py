@@ -30,7 +30,7 @@ ScalarMap = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 ScalarInverse = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """z of a scalar mixture, like `mixture_cdf_inverse`."""
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of z [N], log_w, mean, log_std."""
+"""Gradients of z [N], log_w, mean, log_std."""
 
 BISECTIONS = {torch.float32: 18, torch.float64: 20}
 NEWTON_STEPS = {torch.float32: 4, torch.float64: 6}
@@ -232,7 +232,7 @@ def rosenblatt_without_autograd(z: Tensor, log_w: Tensor, mean: Tensor, log_std:
 def _noise_from_one_side(a: Tensor, log_w: Tensor) -> Tensor:
     """The u of `mixture_cdf` [N] from a single tail: a [N, K] standardised, log_w [N, K] normalised; no autograd.
 
-    The side is chosen as in `cpu.linear.guess_side`: it never holds more than 0.78 of the mass, so that the other
+    The side is chosen as in `cpu_forward.guess_side`: it never holds more than 0.78 of the mass, so that the other
     one, where smaller, is a safe difference.
     """
     side = torch.where((torch.exp(log_w) * a.clamp(-1.0, 1.0)).sum(-1) < 0, -1.0, 1.0).to(a.dtype)

@@ -17,10 +17,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from tarflowlm.flow.numerics import layout, reference
-from tarflowlm.flow.numerics.autograd import first_derivatives
-from tarflowlm.flow.numerics.cpu import rosenblatt as cpu
-from tarflowlm.flow.numerics.mixture import mixture_cdf, mixture_cdf_inverse
+from tarflowlm.flow.numerics import cpu_forward, cpu_inverse, layout, reference
+from tarflowlm.flow.numerics.mixture import first_derivatives, mixture_cdf, mixture_cdf_inverse
 from tarflowlm.flow.numerics.normal import log_standard_normal_vectors
 
 _BACKWARD_SHARE = 16
@@ -62,7 +60,7 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
 def _evaluate(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
     """u [N, d] and log_det [N]; no autograd."""
     if layout.use_eager_cpu(z):
-        return cpu.rosenblatt(z, log_w, mean, log_std)
+        return cpu_forward.rosenblatt(z, log_w, mean, log_std)
     u = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     log_p = torch.empty_like(z[:, 0])
     for rows in _chunks(z, mean.shape[0]):
@@ -73,7 +71,7 @@ def _evaluate(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[
 def _solve(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """z [N, d]; no autograd."""
     if layout.use_eager_cpu(u):
-        return cpu.rosenblatt_inverse(u, log_w, mean, log_std)
+        return cpu_inverse.rosenblatt_inverse(u, log_w, mean, log_std)
     z = torch.empty_like(u)
     for rows in _chunks(u, mean.shape[0]):
         z[rows] = reference.rosenblatt_inverse(u[rows], log_w[rows], mean, log_std)
@@ -134,7 +132,8 @@ def _chunks(like: Tensor, num_components: int, *, backward: bool = False) -> Ite
     """Row ranges that bound the [rows, K] temporaries."""
     if layout.use_eager_cpu(like):
         return layout.row_chunks(like.shape[0], num_components * (_BACKWARD_SHARE if backward else 1))
-    return layout.static_chunks(like.shape[0], num_components * (_BACKWARD_SHARE_STATIC if backward else 1))
+    size = layout.held_rows(num_components * (_BACKWARD_SHARE_STATIC if backward else 1), torch.device("cuda"))
+    return layout.row_chunks(like.shape[0], num_components, size=size)
 
 
 def _needs_grad(*tensors: Tensor) -> bool:

@@ -15,15 +15,22 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tarflowlm.flow.numerics import reference
-from tarflowlm.flow.numerics.cpu import linear
-from tarflowlm.flow.numerics.cpu.linear import DENSITY_SCALE, SMALLEST, TAIL_SCALE, UNIT, Workspace, rows_below
-from tarflowlm.flow.numerics.layout import row_chunks, take_rows
+from tarflowlm.flow.numerics import cpu_few_rows, reference
+from tarflowlm.flow.numerics.cpu_forward import (
+    DENSITY_SCALE,
+    SMALLEST,
+    TAIL_SCALE,
+    UNIT,
+    Workspace,
+    clamp_,
+    density_into,
+    load,
+    rows_below,
+    tail_,
+)
+from tarflowlm.flow.numerics.layout import Params, row_chunks, take_rows
 from tarflowlm.flow.numerics.normal import standard_normal_density, upper_tail
-from tarflowlm.flow.numerics.reference import BISECTIONS, NEWTON_STEPS, TINY, newton_step, newton_target
-
-Params = tuple[Tensor, ...]
-"""log_w, mean, log_std."""
+from tarflowlm.flow.numerics.reference import BISECTIONS, NEWTON_STEPS, TINY, bayes_update, newton_step, newton_target
 
 _SAFE_CELL = 7
 """Newton's steps may start in a bracket of 2^-7 of the narrowest scale."""
@@ -36,6 +43,10 @@ _SMALL_CELL = 2.0**-6
 """Width of a cell over the narrowest scale from which plain Newton steps, which square that, reach rounding."""
 _GRID_NEWTON_STEPS = {torch.float32: 2, torch.float64: 3}
 
+_NEARLY_CERTAIN, _FEW_ROWS = -1e-5, 64
+"""Log posterior of a component from which certainty is looked into: when half the rows have reached it, or, where
+rows are few and calls are all that costs, every one of them."""
+
 
 def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """z [N], as `reference.mixture_cdf_inverse`."""
@@ -43,27 +54,20 @@ def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
     far = rows_below(upper_tail(u.abs()), SMALLEST[u.dtype])
     if far is None:
         return _solve_linear(u, params)
-    if far.numel() < _WASTE * u.numel():
+    if len(far) < _WASTE * len(u):
         z = _solve_linear(u, params)
     else:
         near = torch.ones(u.shape, dtype=torch.bool).index_fill_(0, far, False).nonzero().squeeze(-1)
         z = torch.empty_like(u)
-        z[near] = _solve_linear(u[near], _take(params, near))
-    z[far] = _solve_far(u[far], _take(params, far))
+        z[near] = _solve_linear(u[near], take_rows(params, near))
+    path = reference.mixture_cdf_inverse if u.dtype == torch.float64 else mixture_cdf_inverse
+    z[far] = path(u[far].double(), *(p.double() for p in take_rows(params, far))).to(u.dtype)
     return z
 
 
 def are_few(rows: int, num_components: int) -> bool:
-    """Whether the grid is the faster way (measured: equal at about 500 rows of 2 components, 180 of 27)."""
+    """True where the grid is the faster way (measured: equal at about 500 rows of 2 components, 180 of 27)."""
     return rows * (num_components + 8) <= 6000
-
-
-def _solve_far(u: Tensor, params: Params) -> Tensor:
-    if u.dtype == torch.float32:
-        log_w, mean, log_std = (p.double() for p in params)
-        return mixture_cdf_inverse(u.double(), log_w, mean, log_std).to(u.dtype)
-    chunks = row_chunks(u.shape[0], params[1].shape[-1])
-    return torch.cat([reference.mixture_cdf_inverse(u[rows], *_take(params, rows)) for rows in chunks])
 
 
 def _solve_linear(u: Tensor, params: Params) -> Tensor:
@@ -73,15 +77,14 @@ def _solve_linear(u: Tensor, params: Params) -> Tensor:
     z = torch.empty_like(u)
     space = Workspace(5, num_components, u.dtype)
     for rows in row_chunks(u.shape[0], num_components):
-        z[rows] = _solve_by_bisection(u[rows], _take(params, rows), space)
+        z[rows] = _solve_by_bisection(u[rows], take_rows(params, rows), space)
     return z
 
 
 def _solve_by_bisection(u: Tensor, params: Params, space: Workspace) -> Tensor:
     """z [n] of one chunk."""
     n, axis, spread = u.shape[0], space.axis, space.spread
-    log_w, mean, log_std = params
-    c = linear.load(log_w, mean, log_std, space)
+    c = load(params, space)
     side, y = torch.copysign(space.one, u), u.abs()
     tail = upper_tail(y)
     a, other = space(2, n), space(3, n)
@@ -97,21 +100,21 @@ def _solve_by_bisection(u: Tensor, params: Params, space: Workspace) -> Tensor:
     wanted = tail * c.total / TAIL_SCALE
 
     def scaled(x: Tensor) -> Tensor:
-        return linear.clamp_(torch.sub(spread(x), center, out=a).mul_(inv_std))
+        return clamp_(torch.sub(spread(x), center, out=a).mul_(inv_std))
 
     above = torch.empty_like(u)
     for _ in range(bisections):
         x = torch.lerp(low, high, 0.5)
-        mass = linear.tail_(scaled(x)).mul_(c.weight).sum(axis)
+        mass = tail_(scaled(x)).mul_(c.weight).sum(axis)
         torch.gt(mass, wanted, out=above)
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)
     x = torch.lerp(low, high, 0.5)
     target = newton_target(y, standard_normal_density(y).div_(tail), low, high)
     factor = 2.0 * TAIL_SCALE * UNIT / DENSITY_SCALE
     for _ in range(NEWTON_STEPS[u.dtype]):
-        linear.density_into(scaled(x), other, space).mul_(c.weight).mul_(inv_std)
+        density_into(scaled(x), other, space).mul_(c.weight).mul_(inv_std)
         density = other.sum(axis).clamp_(min=TINY[u.dtype])
-        mass = linear.tail_(a).mul_(c.weight).sum(axis)
+        mass = tail_(a).mul_(c.weight).sum(axis)
         torch.gt(mass, wanted, out=above)
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)
         excess = torch.log(mass / wanted)
@@ -147,21 +150,82 @@ def _solve_on_grid(u: Tensor, params: Params) -> Tensor:
         if bool((high - low <= small).all()):
             break
         grid = torch.lerp(low, high, _fractions(u.dtype))
-        a = linear.clamp_((grid[:, 1:-1, None] - center).mul_(inv_std))
-        cell = torch.searchsorted(torch.bmm(linear.tail_(a), minus_weight).squeeze(-1), minus_wanted)
+        a = clamp_((grid[:, 1:-1, None] - center).mul_(inv_std))
+        cell = torch.searchsorted(torch.bmm(tail_(a), minus_weight).squeeze(-1), minus_wanted)
         low, high = grid.gather(1, cell), grid.gather(1, cell + 1)
     # The last cell is a small part of the narrowest scale, so plain Newton on log T cannot go astray in it.
     x = torch.lerp(low, high, 0.5).unsqueeze(-1)
     low, high, minus_wanted = low.unsqueeze(-1), high.unsqueeze(-1), minus_wanted.unsqueeze(-1)
     density_weight = (weight * inv_std.transpose(1, 2)).mul_(DENSITY_SCALE / UNIT)
     for _ in range(_GRID_NEWTON_STEPS[u.dtype]):
-        a = linear.clamp_((x - center).mul_(inv_std))
+        a = clamp_((x - center).mul_(inv_std))
         density = torch.bmm((a * a).neg_().exp_(), density_weight).clamp_(min=TINY[u.dtype])
-        minus_mass = torch.bmm(linear.tail_(a), minus_weight)
+        minus_mass = torch.bmm(tail_(a), minus_weight)
         step = torch.log(minus_mass / minus_wanted).mul_(minus_mass).div_(density)
         x = torch.minimum(torch.maximum(x - step, low), high)
     return x.view(-1).mul_(side)
 
 
-def _take(params: Params, rows: slice | Tensor) -> Params:
-    return tuple(take_rows(p, rows) for p in params)
+def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """z [N, d], as `reference.rosenblatt_inverse`."""
+    if cpu_few_rows.is_handful(len(u), len(mean)):
+        z, left = cpu_few_rows.rosenblatt_inverse(u, log_w, mean, log_std)
+        if left:
+            z[left] = _by_channels(u[left], log_w[left], mean, log_std)
+        return z
+    return _by_channels(u, log_w, mean, log_std)
+
+
+def _by_channels(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """z [N, d] chunk by chunk, channel after channel."""
+    z = torch.empty_like(u)
+    for rows in row_chunks(len(u), len(mean)):
+        z[rows] = _chunk_by_channels(u[rows], log_w[rows], mean[None], log_std[None])
+    return z
+
+
+def _chunk_by_channels(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """z [n, d] for mean [1, K, d], log_std [1, K]; rows whose component is certain early skip the search."""
+    z, open_rows, inv_std = torch.empty_like(u), torch.arange(len(u)), torch.exp(-log_std)
+    for i in range(u.shape[-1]):
+        center = mean[..., i]
+        z_i = mixture_cdf_inverse(u[:, i], log_alpha, center, log_std)
+        z[open_rows, i] = z_i
+        if i + 1 == u.shape[-1]:
+            break
+        a = (z_i[:, None] - center) * inv_std
+        log_alpha = torch.log_softmax(bayes_update(log_alpha, a, log_std), -1)
+        enough = len(u) if len(u) <= _FEW_ROWS else len(u) // 2
+        if (log_alpha.amax(-1) > _NEARLY_CERTAIN).sum() < enough:
+            continue
+        rest, certain = _from_one_component(u[:, i + 1 :], log_alpha, mean[..., i + 1 :], log_std)
+        done = certain.nonzero().squeeze(-1)
+        z[open_rows[done], i + 1 :] = rest[done]
+        if len(done) == len(u):
+            break
+        kept = (~certain).nonzero().squeeze(-1)
+        open_rows, u, log_alpha = open_rows[kept], u[kept], log_alpha[kept]
+    return z
+
+
+def _from_one_component(u: Tensor, log_alpha: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """The channels [n, r] if the most probable component k were the only one, and which rows [n] may take them.
+
+    z = mu_k + s_k u then. With e_i the posterior mass of all other components before channel i, given these z, the
+    mixture's CDF differs from Phi(u_i) by at most e_i. Where that is below half an ulp of the smaller tail of u_i,
+    in every channel, the search could not find anything better.
+    """
+    best = log_alpha.argmax(-1, keepdim=True)
+    std = torch.exp(log_std).expand_as(log_alpha).gather(-1, best)
+    index = best.unsqueeze(-1).expand(-1, 1, u.shape[-1])
+    z = mean.expand(len(u), -1, -1).gather(1, index).squeeze(1) + std * u
+    a = (z[:, None] - mean) * torch.exp(-log_std).unsqueeze(-1)
+    evidence = torch.addcmul(-log_std.unsqueeze(-1), a, a, value=-0.5).cumsum(-1)
+    log_odds = log_alpha.unsqueeze(-1).repeat(1, 1, u.shape[-1])
+    log_odds[..., 1:] += evidence[..., :-1]
+    log_odds -= log_odds.gather(1, index)
+    others = log_odds.scatter_(1, index, -torch.inf).exp_().sum(1)
+    float_ = torch.finfo(u.dtype)
+    limit = float_.eps / 4 * upper_tail(u.abs())
+    # where e_i may have underflowed, nothing is known about it
+    return z, ((others <= limit) & (limit > float_.tiny / float_.eps)).all(-1)

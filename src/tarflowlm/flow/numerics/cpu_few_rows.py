@@ -66,13 +66,13 @@ class _Book(NamedTuple):
     step: float
     """The size from which a Newton step is the last."""
     eps: float
-    """Of the format of z."""
+    """The rounding unit of z's format."""
     single: bool
-    """Whether z is rounded to float32."""
+    """True where z is rounded to float32."""
 
 
 def is_handful(rows: int, num_components: int) -> bool:
-    """Whether this may be the fastest way. How soon components become certain decides; the first rows tell."""
+    """True where this may be the fastest way: it is if components become certain soon, as the first rows show."""
     return rows <= _MOST_ROWS and num_components <= _MOST_COMPONENTS
 
 

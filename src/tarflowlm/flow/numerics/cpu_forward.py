@@ -1,0 +1,350 @@
+r"""Mixture CDF, log-density and Rosenblatt map on a CPU, with gradients, chunk by chunk in linear space.
+
+The smaller tail's mass is a sum of positive terms, each right to an ulp or two, so it keeps its *relative* precision
+down to the smallest normal number. Rows that get near that number (`SMALLEST`) are repeated in float64, and where
+that ends too, in log space by `reference`.
+
+N rows, n of them in a chunk, K components, d channels. Scalar mixtures: z, u [N]; log_w, mean, log_std [N or 1, K].
+Codebook mixtures: z, u [N, d]; log_w [N, K]; mean [K, d]; log_std [K]. Standardised values are scaled by
+`UNIT` = sqrt(1/2) before they reach `tail_` and `density_into`, which leave out constant factors:
+
+    Q(a) = TAIL_SCALE * erfc(UNIT a),        N(a; 0, 1) = DENSITY_SCALE * exp(-(UNIT a)^2)
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tarflowlm.flow.numerics import reference
+from tarflowlm.flow.numerics.layout import LOWEST_EXPONENT, Params, chunk_rows, row_chunks, take_rows
+from tarflowlm.flow.numerics.normal import (
+    HALF_LOG_2PI,
+    INV_SQRT_2PI,
+    SQRT_HALF,
+    log_standard_normal,
+    log_standard_normal_vectors,
+    upper_quantile,
+)
+from tarflowlm.flow.numerics.reference import Gradients, bayes_update_
+
+UNIT, TAIL_SCALE, DENSITY_SCALE = SQRT_HALF, 0.5, INV_SQRT_2PI
+
+SMALLEST = {torch.float32: 1e-12, torch.float64: 1e-285}
+"""Tail masses and densities below this leave the linear path. In float32 the bound is 7 sigma, not the 13 where the
+mass underflows: beyond 7 an ulp of u^2 / 2 shows in the log-determinant, and float64 removes it."""
+
+_LARGEST = {torch.float32: 9.0, torch.float64: 26.4}
+"""Clamp for the scaled a. Vectorised exp and erfc are 30 to 80 times slower where their result underflows, flushed
+denormals or not. What the clamp leaves (4e-37, 4e-305) is nothing beside `SMALLEST`."""
+
+_SAFE_TOTAL = (1e-20, 1e30)
+"""Sums of exp(log_w) for which shifting log_w by its maximum would change nothing."""
+
+_WIDE, _WIDE_CODEBOOK = 20, 64
+"""Components from which the untransposed layout is the faster one (measured between 8 and 27). With a codebook they
+are more, because the weights are transposed once for all channels."""
+
+_ERFINV_LIMIT = 0.02
+
+
+class Workspace:
+    """Buffers reused by all chunks of one call, and the layout of a chunk.
+
+    Fresh 256 KiB blocks would cost page faults, more than the erfc. Few components: [K, n], so that broadcasts of z
+    and sums over K are long vector loops, which pays for transposing the parameters; with K innermost and small they
+    would cost more than the erfc between them. Many components: [n, K], as they come.
+    """
+
+    def __init__(self, num_buffers: int, num_components: int, dtype: torch.dtype, wide: int | None = None) -> None:
+        """For chunks of `row_chunks`, untransposed from `wide` components on, by default `_WIDE`."""
+        self.axis = 0 if num_components < (_WIDE if wide is None else wide) else 1
+        self._num_components = num_components
+        size = num_components * chunk_rows(num_components)
+        self._buffers = [torch.empty(size, dtype=dtype) for _ in range(num_buffers)]
+        self.one = torch.ones((), dtype=dtype)
+        self.zero = torch.zeros((), dtype=dtype)
+
+    def __call__(self, index: int, rows: int) -> Tensor:
+        """Buffer `index` as a contiguous chunk of `rows`; its contents are whatever was left there."""
+        flat = self._buffers[index][: self._num_components * rows]
+        return flat.view(self._num_components, rows) if self.axis == 0 else flat.view(rows, self._num_components)
+
+    def orient(self, p: Tensor) -> Tensor:
+        """[n, K] as a chunk (a view), and back."""
+        return p.t() if self.axis == 0 else p
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[n] so that it broadcasts against a chunk."""
+        return x if self.axis == 0 else x.unsqueeze(-1)
+
+
+class Components(NamedTuple):
+    """A chunk's parameters in the workspace's layout; n is 1 when all rows share them."""
+
+    weight: Tensor
+    """Mixture weights times a positive number of each row's own."""
+    total: Tensor
+    """[n]: sum of `weight` over K."""
+    mean: Tensor
+    """A view: the first operation on it brings it into the layout."""
+    inv_std: Tensor
+
+
+def load(params: Params, space: Workspace) -> Components:
+    """Parameters [n, K] (or [1, K]) of one chunk, in buffers 0 and 1."""
+    log_w, mean, log_std = (space.orient(p) for p in params)
+    weight = torch.exp(log_w, out=space(0, len(params[0])))
+    total = weight.sum(space.axis)
+    low, high = torch.aminmax(total)
+    if not (bool(low > _SAFE_TOTAL[0]) and bool(high < _SAFE_TOTAL[1])):
+        # Not copy_: for two components a transposing copy is four times slower than a transposing add.
+        torch.add(log_w, space.zero, out=weight)
+        weight.sub_(weight.amax(space.axis, keepdim=True)).exp_()
+        total = weight.sum(space.axis)
+    inv_std = torch.exp(log_std, out=space(1, len(params[2]))).reciprocal_()
+    return Components(weight, total, mean, inv_std)
+
+
+def guess_side(a: Tensor, weight: Tensor, buffer: Tensor, space: Workspace) -> Tensor:
+    """+1 where the upper tail is (nearly) the smaller one, -1 where the lower is; [n]. Overwrites `buffer`.
+
+    sign(sum_k w_k clamp(a_k, -1, 1)). As |clamp(a, -1, 1) - (1 - 2 Q(a))| < 0.55, the tail that is picked never holds
+    more than 0.78 of the mass: 1 - T then loses no precision, and no second erfc is due.
+    """
+    score = torch.clamp(a, -1.0, 1.0, out=buffer).mul_(weight).sum(space.axis)
+    return torch.copysign(space.one, score)
+
+
+def clamp_(a: Tensor) -> Tensor:
+    """Scaled a clipped, in place, to where neither tail nor density underflows."""
+    bound = _LARGEST[a.dtype]
+    return a.clamp_(-bound, bound)
+
+
+def tail_(a: Tensor) -> Tensor:
+    """Overwrites scaled a with its tail, without TAIL_SCALE."""
+    return a.erfc_()
+
+
+def density_into(a: Tensor, out: Tensor, space: Workspace) -> Tensor:
+    """The density of scaled a, without DENSITY_SCALE, in `out`."""
+    return torch.addcmul(space.zero, a, a, value=-1.0, out=out).exp_()
+
+
+def rows_below(size: Tensor, limit: float) -> Tensor | None:
+    """Indices with not size >= limit (NaN included), or None when there are none."""
+    if size.numel() == 0 or bool(size.amin() >= limit):
+        return None
+    return torch.nonzero(~(size >= limit)).squeeze(-1)
+
+
+def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """u and log_det, [N], as `reference.mixture_cdf`."""
+    params, num_components = (log_w, mean, log_std), mean.shape[-1]
+    tail, density, side = (torch.empty_like(z) for _ in range(3))
+    space = Workspace(4, num_components, z.dtype)
+    for rows in row_chunks(len(z), num_components):
+        c = load(take_rows(params, rows), space)
+        n, axis, spread = len(z[rows]), space.axis, space.spread
+        a, other = space(2, n), space(3, n)
+        torch.sub(spread(z[rows]), c.mean, out=a).mul_(c.inv_std)
+        side[rows] = guess_side(a, c.weight, other, space)
+        clamp_(a.mul_(spread(side[rows] * UNIT)))
+        density_into(a, other, space).mul_(c.weight).mul_(c.inv_std)
+        torch.sum(other, axis, out=density[rows]).div_(c.total)
+        torch.sum(tail_(a).mul_(c.weight), axis, out=tail[rows]).div_(c.total)
+    tail.mul_(TAIL_SCALE)
+    density.mul_(DENSITY_SCALE)
+    size = torch.minimum(tail, density)
+    u = _quantile(tail, side)
+    log_det = density.log_().sub_(log_standard_normal(u))
+    far = rows_below(size, SMALLEST[z.dtype])
+    if far is not None:
+        path = reference.mixture_cdf if z.dtype == torch.float64 else mixture_cdf
+        wider = path(z[far].double(), *(p.double() for p in take_rows(params, far)))
+        u[far], log_det[far] = (t.to(z.dtype) for t in wider)
+    return u, log_det
+
+
+def _quantile(tail: Tensor, side: Tensor) -> Tensor:
+    """u with mass `tail` beyond it on `side` (+1 upper, -1 lower), [N].
+
+    erfinv is 20 times cheaper than ndtri on a CPU, but 1 - 2 T only keeps what T is worth for T > 0.02; the few
+    rows beyond get Halley's method on Q(x) = T.
+    """
+    u = torch.erfinv(1.0 - 2.0 * tail).mul_(math.sqrt(2.0))
+    small = torch.nonzero(tail < _ERFINV_LIMIT).squeeze(-1)
+    if small.numel():
+        u[small] = upper_quantile(tail[small])
+    return u.mul_(side)
+
+
+def mixture_cdf_backward(
+    z: Tensor, params: Params, u: Tensor, log_det: Tensor, grad_u: Tensor, grad_log_p: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of z, log_w, mean, log_std, shaped like them; formulas in `reference.mixture_cdf_backward`."""
+    rows, num_components = (z, u, log_det, grad_u, grad_log_p), params[1].shape[-1]
+    out = (torch.empty_like(z), *(torch.zeros(p.shape, dtype=p.dtype) for p in params))
+    space = Workspace(7, num_components, z.dtype)
+    for part in row_chunks(len(z), num_components):
+        part_rows, part_params = tuple(t[part] for t in rows), take_rows(params, part)
+        grads, size = _cdf_gradients(part_rows, part_params, space)
+        far = rows_below(size, SMALLEST[z.dtype])
+        if far is not None:
+            # with parameters of their own, so that gradients come row by row
+            own = tuple(p.expand(len(part_rows[0]), -1)[far].double() for p in part_params)
+            far_z, *others = (t[far].double() for t in part_rows)
+            path = reference.mixture_cdf_backward if z.dtype == torch.float64 else mixture_cdf_backward
+            for g, wider in zip(grads, path(far_z, own, *others), strict=True):
+                g[far] = wider.to(g.dtype)
+        _store(out, part, grads, space)
+    return out
+
+
+def _cdf_gradients(rows: Params, params: Params, space: Workspace) -> tuple[Gradients, Tensor]:
+    """Gradients (parameters as [n, K] views of the workspace), and the smaller of tail mass and density, [n]."""
+    z, u, log_det, grad_u, grad_log_p = rows
+    n, axis, spread = len(z), space.axis, space.spread
+    c = load(params, space)
+    weight = c.weight.div_(spread(c.total))
+    diff = torch.sub(spread(z), c.mean, out=space(2, n))
+    a = torch.mul(diff, c.inv_std, out=space(3, n))
+    of_mean, share = space(4, n), space(5, n)
+    side = guess_side(a, weight, share, space)
+    torch.mul(a, c.inv_std, out=of_mean)
+    clamp_(a.mul_(spread(side * UNIT)))
+    density_into(a, share, space).mul_(weight).mul_(c.inv_std)
+    density = share.sum(axis)
+    share.div_(spread(density))
+    of_mean.mul_(spread(grad_log_p)).sub_(spread(grad_u * torch.exp(log_det))).mul_(share)
+    share.mul_(spread(grad_log_p))
+    of_log_std = diff.mul_(of_mean).sub_(share)
+    mass = tail_(a).mul_(TAIL_SCALE)
+    tail = torch.mul(mass, weight, out=space(6, n)).sum(axis)
+    per_mass = grad_u * side * torch.exp(-log_standard_normal(u))
+    mass.sub_(spread(tail)).mul_(spread(per_mass)).add_(spread(grad_log_p)).mul_(weight)
+    of_log_w = share.sub_(mass)
+    grads = -of_mean.sum(axis), space.orient(of_log_w), space.orient(of_mean), space.orient(of_log_std)
+    return grads, torch.minimum(tail, density * DENSITY_SCALE)
+
+
+class _Shares(NamedTuple):
+    """The parts of the density of one chunk, in the layout of the workspace."""
+
+    weight: Tensor
+    """w_k times `total`."""
+    total: Tensor
+    inv_std: Tensor
+    a: Tensor
+    share: Tensor
+    """Responsibilities r_k times `share_total`."""
+    share_total: Tensor
+    log_density: Tensor
+    """[n]."""
+
+
+def _shares(z: Tensor, params: Params, space: Workspace) -> _Shares:
+    """Weights and shares are shifted by their maxima, so the density has no far rows."""
+    log_w, mean, log_std = (space.orient(p) for p in params)
+    n, axis, lowest = len(z), space.axis, LOWEST_EXPONENT[z.dtype]
+    log_w = torch.add(log_w, space.zero, out=space(4, len(params[0])))
+    log_w.sub_(log_w.amax(axis, keepdim=True))
+    weight = torch.clamp(log_w, min=lowest, out=space(0, len(params[0]))).exp_()
+    total = weight.sum(axis)
+    inv_std = torch.exp(log_std, out=space(1, len(params[2]))).reciprocal_()
+    a = torch.sub(space.spread(z), mean, out=space(2, n)).mul_(inv_std)
+    share = torch.addcmul(space.zero, a, a, value=-0.5, out=space(3, n)).add_(log_w).sub_(log_std)
+    top = share.amax(axis, keepdim=True)
+    share.sub_(top).clamp_(min=lowest).exp_()
+    share_total = share.sum(axis)
+    log_density = torch.log(share_total / total) + top.squeeze(axis) - HALF_LOG_2PI
+    return _Shares(weight, total, inv_std, a, share, share_total, log_density)
+
+
+def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """log p, [N], as `reference.mixture_log_density`."""
+    out, space = torch.empty_like(z), Workspace(5, mean.shape[-1], z.dtype)
+    for rows in row_chunks(len(z), mean.shape[-1]):
+        out[rows] = _shares(z[rows], take_rows((log_w, mean, log_std), rows), space).log_density
+    return out
+
+
+def mixture_log_density_backward(z: Tensor, params: Params, grad: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of z, log_w, mean, log_std, shaped like them; formulas in `reference.mixture_cdf_backward`."""
+    out = (torch.empty_like(z), *(torch.zeros_like(p) for p in params))
+    space = Workspace(6, params[1].shape[-1], z.dtype)
+    for rows in row_chunks(len(z), params[1].shape[-1]):
+        s, g = _shares(z[rows], take_rows(params, rows), space), grad[rows]
+        share = s.share.mul_(space.spread(g / s.share_total))
+        of_log_std = torch.mul(s.a, share, out=space(5, len(g)))
+        of_mean = of_log_std * s.inv_std
+        of_log_std.mul_(s.a).sub_(share)
+        of_log_w = share.sub_(s.weight * space.spread(g / s.total))
+        by_row = (space.orient(of) for of in (of_log_w, of_mean, of_log_std))
+        _store(out, rows, (-of_mean.sum(space.axis), *by_row), space)
+    return out
+
+
+def _store(out: tuple[Tensor, ...], rows: slice, grads: tuple[Tensor, ...], space: Workspace) -> None:
+    """A chunk's gradients into their `rows`, or summed into the one row [1, K] of a parameter that all rows share."""
+    out[0][rows] = grads[0]
+    for total, grad in zip(out[1:], grads[1:], strict=True):
+        if len(total) == len(out[0]):
+            torch.add(space.orient(grad), space.zero, out=space.orient(total[rows]))
+        else:
+            total[0].add_(grad.sum(0))
+
+
+def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    """u [N, d] and log_det [N], as `reference.rosenblatt`."""
+    u, log_p, num_components = torch.empty(z.shape, dtype=z.dtype), torch.empty_like(z[:, 0]), len(mean)
+    space = Workspace(4, num_components, z.dtype, wide=_WIDE_CODEBOOK)
+    for rows in row_chunks(len(z), num_components):
+        log_p[rows] = _rosenblatt_chunk(z[rows], log_w[rows], mean, log_std, space, u[rows])
+    return u, log_p - log_standard_normal_vectors(u)
+
+
+def _rosenblatt_chunk(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, space: Workspace, u: Tensor) -> Tensor:
+    """Fills u [n, d] of one chunk and returns log p_mix [n]; buffers: 0 log alpha, 1 alpha, 2 a, 3 scratch.
+
+    log alpha is shifted by its maximum at every channel, so nothing underflows, and not normalised: what the last
+    weights sum to is log p_mix. The quantiles of all channels are taken at once, after the recursion.
+    """
+    n, axis, spread = len(z), space.axis, space.spread
+    lowest, eps = LOWEST_EXPONENT[z.dtype], torch.finfo(z.dtype).eps
+    # beside a smaller tail the mass that the floor adds to the other components would show
+    smallest = max(SMALLEST[z.dtype], math.exp(lowest) * len(mean) / eps)
+    log_alpha, alpha = torch.add(space.orient(log_w), space.zero, out=space(0, n)), space(1, n)
+    a, scratch = space(2, n), space(3, n)
+    inv_std = space.orient(torch.exp(-log_std)[None])
+    log_normaliser = space.orient(log_std[None] + HALF_LOG_2PI)
+
+    def exponentiate() -> tuple[Tensor, Tensor]:
+        top = log_alpha.amax(axis, keepdim=True)
+        log_alpha.sub_(top)
+        return torch.clamp(log_alpha, min=lowest, out=alpha).exp_().sum(axis), top.squeeze(axis)
+
+    tail, side = (torch.empty(z.shape[1], n, dtype=z.dtype) for _ in range(2))
+    far_values: list[tuple[int, Tensor, Tensor]] = []
+    total, _ = exponentiate()
+    log_p = -torch.log(total)
+    for i in range(z.shape[1]):
+        torch.sub(spread(z[:, i]), space.orient(mean[None, :, i]), out=a).mul_(inv_std)
+        side[i] = guess_side(a, alpha, scratch, space)
+        torch.mul(a, spread(side[i] * UNIT), out=scratch)
+        mass = tail_(clamp_(scratch)).mul_(alpha)
+        torch.sum(mass, axis, out=tail[i]).mul_(TAIL_SCALE).div_(total)
+        far = rows_below(tail[i], smallest)
+        if far is not None:
+            wide = (space.orient(log_alpha)[far], mean[None, :, i], log_std[None])
+            found = mixture_cdf(z[far, i].double(), *(p.double() for p in wide))[0]
+            far_values.append((i, far, found.to(z.dtype)))
+        bayes_update_(log_alpha, a, log_normaliser)
+        total, top = exponentiate()
+        log_p.add_(top)
+    u.copy_(_quantile(tail.flatten(), side.flatten()).view_as(tail).T)
+    for i, far, values in far_values:
+        u[far, i] = values
+    return log_p.add_(torch.log(total))
