@@ -204,6 +204,7 @@ def test_texts_are_read_alike_from_everywhere(run, run_json, model, tmp_path, mo
 # --- info, runs, report, export
 
 
+@pytest.mark.slow
 def test_info_lists_and_describes_models(run_json, run, trained, models):
     shown = run("info").out
     assert all(name in shown for name in released())

@@ -257,7 +257,7 @@ def test_damaged_runs_are_named_and_left_alone(refused, copied, damage, name):
 # --- random ones
 
 few = settings(
-    max_examples=15, deadline=None, derandomize=True, database=None,
+    max_examples=10, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 # an argument of a process holds no NUL
@@ -270,7 +270,7 @@ FIELDS = [
 VALUES = ["", "-", "--", "0", "-1", "nan", "inf", "1e400", "None", "[]", "mix1", "bpe", "9" * 25, "0x10", "①"]
 
 
-@settings(few, max_examples=30)
+@settings(few, max_examples=20)
 @given(field=st.sampled_from(FIELDS), value=st.one_of(st.sampled_from(VALUES), words))
 def test_no_field_brings_a_traceback(run, monkeypatch, field, value):
     # what would be trained is not

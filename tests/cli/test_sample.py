@@ -15,7 +15,8 @@ from tarflowlm.cli import sampling
 from tarflowlm.data import TEXT8_ALPHABET
 from tarflowlm.terminal.texts import first_stop
 
-MODELS = ("ar", "flow", "patches")
+MODELS = ("ar", "patches")
+STEPS = ("--decoder", "steps")
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def stdin(monkeypatch, text: str | bytes) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_samples_repeat_and_keep_to_length_and_prompt(run_json, models, name):
-    argv = ["sample", models[name], "--num", 2, "--length", 8, "--prompt", "ab c"]
+    argv = ["sample", models[name], "--num", 2, "--length", 8, "--prompt", "ab c", *STEPS]
     first, second, other = (run_json(*argv, "--seed", seed) for seed in (3, 3, 4))
     assert first.keys() == {"samples", "sweeps", "decoders", "seconds", "tokens_per_second"}
     assert first["samples"] == second["samples"] != other["samples"]
@@ -70,28 +71,27 @@ def test_templates_are_filled_in_and_candidates_counted(run, run_json, model):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("more", [[], ["--prompt", "ab"], ["--length", "20"]], ids=["free", "prompt", "windows"])
 def test_texts_do_not_depend_on_the_batches(texts, run, models, name, more, request):
-    argv = [models[name], "--num", 5, *more]
+    argv = [models[name], "--num", 4, *STEPS, *more]
     together = texts(*argv)
     request.getfixturevalue("small_batches")
-    assert texts(*argv) == together
-    assert texts(*argv, "--num", 2) == together[:2]
     out = run("sample", *argv).out
-    assert [f"sample {i}" in out for i in range(1, 7)] == [True] * 5 + [False]
+    assert [f"sample {i}" in out for i in range(1, 6)] == [True] * 4 + [False]
+    assert all(text.strip() in out for text in together)
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("more", [[], ["--prompt", "ab"], ["--length", "40", "--stop", "e"]])
+@pytest.mark.parametrize("more", [[], ["--prompt", "ab"], ["--length", "24", "--stop", "e"]])
 def test_streams_show_the_text(texts, run, models, name, more):
-    argv = [models[name], "--decoder", "steps", *more]
+    argv = [models[name], *STEPS, *more]
     (text,) = texts(*argv)
     assert run("sample", *argv, "--stream").out == f"{text}\n"
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_sample_ends_before_a_stop_that_follows_the_prompt(texts, models, name):
-    argv = [models[name], "--num", 3, "--length", 40, "--prompt", "stop here "]
+    argv = [models[name], "--num", 3, "--length", 24, "--prompt", "stop here ", *STEPS]
     whole = texts(*argv)
-    stops = [whole[0][30:32], whole[1][20]]
+    stops = [whole[0][18:20], whole[1][14]]
     for text, cut in zip(whole, texts(*argv, "--stop", stops[0], "--stop", stops[1]), strict=True):
         assert cut == text[: first_stop(text, stops, 10)]
 
@@ -100,7 +100,7 @@ def test_prompts_come_from_a_file_or_standard_input(run_json, texts, models, tmp
     lines = "abc\r\n\nThe\n  \nzz top\n"
     (tmp_path / "prompts.txt").write_text(lines, encoding="utf-8", newline="")
     for name in MODELS:
-        argv = ["sample", models[name], "--num", 2, "--length", 10, "--prompts"]
+        argv = ["sample", models[name], "--num", 2, "--length", 10, *STEPS, "--prompts"]
         found = run_json(*argv, tmp_path / "prompts.txt")["samples"]
         assert [s["prompt"] for s in found] == ["abc", "abc", "the", "the", "zz top", "zz top"]
         assert all(s["text"].startswith(s["prompt"]) and len(s["text"]) == 10 for s in found)
@@ -112,7 +112,7 @@ def test_prompts_come_from_a_file_or_standard_input(run_json, texts, models, tmp
 
 def test_samples_go_to_a_new_file(run, run_json, refused, texts, model, tmp_path, small_batches):
     out, other = tmp_path / "samples.jsonl", tmp_path / "other.jsonl"
-    argv = ["sample", model, "--num", 5, "--prompt", "ab ", "--seed", 4, "--decoder", "steps"]
+    argv = ["sample", model, "--num", 5, "--prompt", "ab ", "--seed", 4, "--length", 8, *STEPS]
     assert "5 samples" in run(*argv, "--out", out).out
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [line["text"] for line in lines] == texts(*argv[1:])
@@ -138,7 +138,7 @@ def test_an_interrupt_keeps_the_finished_samples(run, model, tmp_path, monkeypat
         return generate(*args, **options)
 
     monkeypatch.setattr(sampling, "generate", interrupted)
-    argv, out = ["sample", model, "--num", 9], tmp_path / "out.jsonl"
+    argv, out = ["sample", model, "--num", 9, *STEPS], tmp_path / "out.jsonl"
     done = run(*argv, "--out", out)
     assert done.status == 130
     assert done.err == f"tarflowlm: interrupted; 4 of 9 samples are finished and kept in {out}\n"
@@ -155,12 +155,12 @@ def test_an_interrupt_keeps_the_finished_samples(run, model, tmp_path, monkeypat
 
 
 @pytest.fixture
-def talk(run, model, monkeypatch):
+def talk(run, models, monkeypatch):
     """talk(*lines, options=(), status=0): what `sample --interactive` answers to these lines."""
 
     def call(*lines: str, options: tuple[object, ...] = (), status: int = 0):
         stdin(monkeypatch, "".join(f"{line}\n" for line in lines))
-        done = run("sample", model, "--interactive", "--length", 20, *options)
+        done = run("sample", models["one"], "--interactive", "--length", 20, *STEPS, *options)
         assert done.status == status, done.err
         return done
 

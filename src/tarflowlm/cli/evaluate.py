@@ -76,7 +76,7 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.config import checked_seed
-    from tarflowlm.data import SOURCE_NAMES, eval_windows
+    from tarflowlm.data import SOURCE_NAMES, cached_corpus, encode_text_source, eval_windows
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.blocks import latent_report
     from tarflowlm.evaluation.judges import load_judge
@@ -109,13 +109,18 @@ def run(args: Args) -> None:
             f"Pass --data english or --data FILE"
         )
     least = model.config.patch if args.split == "all" and not args.latents and not args.quality else context
-    tokens = _tokens(source, args.split, tokenizer, least)
     with Bars() as bars:
-        found = {
-            **_likelihood(args, model, tokenizer, tokens, source, bars),
-            "source": source,
-            "split": args.split,
-        }
+        if args.split != "all" and (source in SOURCE_NAMES or Path(source).is_dir()):
+            tokens = cached_corpus(source, tokenizer, progress=bars).split(args.split)
+        else:
+            tokens = encode_text_source(source, tokenizer, (args.split,), progress=bars)[args.split]
+        if len(tokens) < least:
+            whole = "" if args.split == "all" else ", --split all"
+            raise UserError(
+                f"{args.split} of {source} has {len(tokens)} tokens, fewer than {least}: use a longer text{whole} or "
+                f"`tarflowlm score MODEL --file FILE`, which takes any length"
+            )
+        found = _likelihood(args, model, tokenizer, tokens, source, bars)
         if args.latents:
             windows = eval_windows(tokens, context, args.windows)
             bars.stage("latents, windows", len(windows))
@@ -139,25 +144,6 @@ def run(args: Args) -> None:
         _print_latents(found["latents"])
     if "quality" in found:
         _print_quality(found["quality"])
-
-
-def _tokens(source: str, split: str, tokenizer: Tokenizer, least: int) -> TokenArray:
-    """The tokens of a split of a text, at least `least`."""
-    from tarflowlm.data import SOURCE_NAMES, cached_corpus, encode_text_source
-    from tarflowlm.terminal.bars import Bars
-
-    with Bars() as bars:
-        if split != "all" and (source in SOURCE_NAMES or Path(source).is_dir()):
-            tokens = cached_corpus(source, tokenizer, progress=bars).split(split)
-        else:
-            tokens = encode_text_source(source, tokenizer, (split,), progress=bars)[split]
-    if len(tokens) < least:
-        whole = "" if split == "all" else ", --split all"
-        raise UserError(
-            f"{split} of {source} has {len(tokens)} tokens, fewer than {least}: use a longer text{whole}, or "
-            f"`tarflowlm score MODEL --file FILE`, which takes any length"
-        )
-    return tokens
 
 
 def _likelihood(
@@ -207,8 +193,8 @@ def _likelihood(
         seed=args.seed,
         progress=bars,
     )
-    extra = {"context": context, "stride": stride, "text_tokens": len(tokens), "seconds": time.perf_counter() - start}
-    return result.to_json() | extra
+    extra = {"source": source, "split": args.split, "context": context, "stride": stride, "text_tokens": len(tokens)}
+    return result.to_json() | extra | {"seconds": time.perf_counter() - start}
 
 
 def _print_likelihood(title: str, found: dict[str, Any]) -> None:
@@ -273,9 +259,7 @@ def _print_quality(quality: dict[str, Any]) -> None:
         "perplexity": ("generative perplexity", ".3f"),
         "entropy": ("entropy of tokens, nats", ".4f"),
         "word_entropy": ("entropy of words, nats", ".4f"),
-        "distinct_1": ("distinct 1-grams", ".4f"),
-        "distinct_2": ("distinct 2-grams", ".4f"),
-        "distinct_3": ("distinct 3-grams", ".4f"),
+        **{f"distinct_{n}": (f"distinct {n}-grams", ".4f") for n in (1, 2, 3)},
         "repetition": ("repeated 4-grams", ".4f"),
         "texts": ("texts", ","),
     }

@@ -54,22 +54,20 @@ def main(argv: list[str] | None = None) -> None:
         _end_quietly()
     except (UserError, FloatingPointError) as error:
         hint = ", or pass --normalize text8" if isinstance(error, UnknownCharacters) else ""
-        _fail(f"{error}{hint}")
+        _end(2, f"{error}{hint}")
     except OSError as error:
         place = f"cannot use {error.filename or 'the output'}: {error.strerror or error}"
-        _fail(f"{place}; check the path, its permissions and the disk", everywhere=True)
+        _end(2, f"{place}; check the path, its permissions and the disk", everywhere=True)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         remedy = "choose a smaller model, context, batch size, or number of samples or particles"
-        _fail(f"out of memory: {remedy}", everywhere=True)
+        _end(2, f"out of memory: {remedy}", everywhere=True)
     except Stopped as stopped:
-        _say(str(stopped))
-        sys.exit(STOPPED)
+        _end(STOPPED, str(stopped))
     except KeyboardInterrupt as interrupt:
         more = str(interrupt) or AFTER_INTERRUPT.get(argv[0] if argv else "", "")
-        _say(f"interrupted; {more}" if more else "interrupted")
-        sys.exit(INTERRUPTED)
+        _end(INTERRUPTED, f"interrupted; {more}" if more else "interrupted")
 
 
 def _dispatch(argv: list[str]) -> None:
@@ -138,13 +136,8 @@ def _print_notices() -> None:
         logger.setLevel(logging.INFO)
 
 
-def _fail(message: str, *, everywhere: bool = False) -> NoReturn:
-    _say(message, everywhere=everywhere)
-    sys.exit(2)
-
-
-def _say(message: str, *, everywhere: bool = False) -> None:
-    """One line on stderr, also where names in it hold line ends.
+def _end(status: int, message: str, *, everywhere: bool = False) -> NoReturn:
+    """Exit with one line on stderr, also where names in it hold line ends.
 
     Under torchrun it comes from the first process of every machine, or with `everywhere` from every process.
     """
@@ -152,6 +145,7 @@ def _say(message: str, *, everywhere: bool = False) -> None:
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         with contextlib.suppress(OSError):
             sys.stderr.write(f"tarflowlm: {line}\n")
+    sys.exit(status)
 
 
 def _end_quietly() -> NoReturn:
