@@ -1,7 +1,4 @@
-"""The configuration of a run: data, model, optimiser and schedule, each a frozen dataclass.
-
-No torch here: the command line reads configurations without it.
-"""
+"""The configuration of a run, as frozen dataclasses, without torch: the command line needs none to read it."""
 
 import typing
 from dataclasses import dataclass, field

@@ -202,9 +202,8 @@ class Text8(TextFile):
                 return (self.path,)
             except (OSError, http.client.HTTPException, UserError) as error:
                 problems.append(f"{url}: {first_line(error)}")
-        raise UserError(
-            f"cannot fetch text8 ({'; '.join(problems)}): put text8 or text8.zip from elsewhere into {self.path.parent}"
-        )
+        remedy = f"put text8 or text8.zip from elsewhere into {self.path.parent}"
+        raise UserError(f"cannot fetch text8 ({'; '.join(problems)}): {remedy}")
 
     def stream(self, normalization: Normalization, cursor: Any = None, progress: Progress = SILENT) -> Stream:
         return super().stream("none", cursor, progress)
