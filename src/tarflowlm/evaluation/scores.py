@@ -46,12 +46,7 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    model: LanguageModel,
-    tokens: Tensor,
-    *,
-    samples: int = 8,
-    seed: int = 0,
-    progress: Progress = SILENT,
+    model: LanguageModel, tokens: Tensor, *, samples: int = 8, seed: int = 0, progress: Progress = SILENT
 ) -> Scores:
     r"""How many bits each of the `tokens` [T] of a text takes; one token is enough.
 
