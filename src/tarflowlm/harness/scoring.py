@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -95,8 +95,8 @@ class TextScorer:
         owner = torch.repeat_interleave(torch.tensor([len(w) for w in whole], dtype=torch.int64))
         total = torch.zeros(len(texts), dtype=torch.float64)
         if len(owner):
-            how = {"samples": self.samples, "seed": self.seed}
-            weights = log_weights(self.model, torch.cat(whole), torch.zeros_like(owner), **how, progress=progress)
+            options: dict[str, Any] = {"samples": self.samples, "seed": self.seed, "progress": progress}
+            weights = log_weights(self.model, torch.cat(whole), torch.zeros_like(owner), **options)
             total.index_add_(0, owner, -importance_weighted(weights))
         rest = [Piece(t[len(w) * T :], 0) for t, w in zip(tokens, whole, strict=True)]
         values, _ = self._scores(rest, progress)
