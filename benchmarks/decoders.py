@@ -1,64 +1,98 @@
-"""What a sweep costs in steps: the constants by which `--decoder auto` decides (generation/inversion.py).
+"""What a pass over many positions costs in steps: the constants by which `--decoder auto` decides.
 
-    python benchmarks/decoders.py [MODEL ...] [--device auto] [--repeats 5]
+    python benchmarks/decoders.py [MODEL ...] [--device cpu] [--threads 1]
 
-For every block, batch B and number of positions n: the time of a pass over n positions, in units of the time of a
-step, once for a Newton step (channel couplings alone) and once for an exact sweep. Last the constants ROWS and PASS of
-    cost(n, B) = PASS (ROWS + n B) / (ROWS + B)
-that fit best, in logarithms. The shortest of some repetitions counts, so that other work hardly disturbs it.
+For every block of the models (by default shipped ones), for B sequences and n positions: the time of a pass over n
+positions over the time of a step, once for a Newton step (channel couplings alone), once for an exact sweep. At the
+end the constants of `cost` in generation/inversion.py that fit the passes best, in logarithms. The shortest of some
+repetitions counts, so that other work on the machine hardly matters; `auto` itself reads no clock.
 """
 
+import argparse
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
-from tarflowlm.device import synchronize
-from tarflowlm.flow.channelwise import ChannelCoupling, Newton
+import tarflowlm
+from tarflowlm.flow.channelwise import ChannelCoupling
 from tarflowlm.flow.stack import FlowBlock
-from tarflowlm.generation.inversion import TOLERANCE
 
-BATCHES, POSITIONS = (1, 4, 16, 64), (16, 64, 255)
-MOST_ROWS = 4096
+MODELS, BATCHES, POSITIONS = ("english-mini", "english-passes", "english-small"), (1, 4, 16), (16, 64, 255)
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The shortest time of `repeats` calls."""
+    """The shortest time of `repeats` calls after a first one."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
     for _ in range(repeats + 1):
-        synchronize(device)
+        wait()
         begun = time.perf_counter()
         work()
-        synchronize(device)
+        wait()
         times.append(time.perf_counter() - begun)
     return min(times[1:])
 
 
 @torch.no_grad()
-def ratios(block: FlowBlock, batch: int, positions: int, repeats: int) -> dict[str, float]:
-    """The cost of a pass over `positions` positions in steps, by the kind of pass."""
-    device, channels = block.start.device, block.input.in_features
-    u = torch.randn(batch, positions + 1, channels, generator=torch.Generator().manual_seed(0)).to(device)
-    # latents of the model's own making: a step and a sweep from anywhere else may need more iterations
-    h = block.order(block.inverse(block.order.inverse(u)))[0] if False else u
-    cache = block.allocate_cache(batch, positions + 1)
+def costs(block: FlowBlock, channels: int, batch: int, positions: int) -> dict[str, float]:
+    """The time of each kind of pass over `positions` positions, in steps."""
+    device = block.start.device
+    u = torch.randn(batch, positions, channels, generator=torch.Generator().manual_seed(0)).to(device)
+    cache = block.allocate_cache(batch, positions)
 
     def features() -> torch.Tensor:
         cache.rewind(0)
-        return block.features_of(cache, h[:, :positions], first=True)
+        return block.features_of(cache, u[:, :-1], first=True)
 
     def step() -> None:
         cache.rewind(positions // 2)
-        block.invert_position(u[:, 1], cache, h[:, 0])
+        block.invert_position(u[:, 1], cache, u[:, 0])
 
     def sweep() -> None:
         block.coupling.invert(u.flatten(0, 1), features().flatten(0, 1))
 
-    def newton() -> None:
-        assert isinstance(block.coupling, ChannelCoupling)
-        new, residual = block.coupling.newton_step(h, u, features())
-        Newton(TOLERANCE[u.dtype]).settled(new, h, residual, u)
+    kinds = {"exact": sweep}
+    if isinstance(block.coupling, ChannelCoupling):
+        coupling = block.coupling
+        kinds["newton"] = lambda: coupling.newton_step(u, u, features())
+    features()
+    one = seconds(step, device, 20)
+    return {kind: seconds(work, device, 3) / one for kind, work in kinds.items()}
 
-    one = seconds(step, device, 4 * repeats)
-    kinds = {"exact": sweep} | ({"newton": newton} if isinstance(block.coupling, ChannelCoupling) else {})
-    return {kind: seconds(work, device, repeats) / one for kind, work in kinds.items()} | {"ms": 1e3 * one}
+
+def fitted(rows: list[tuple[int, int, float]]) -> tuple[float, float]:
+    """A and b of cost = b (A + n B) / (A + B) with the least squares of its logarithm, from (B, n, cost)."""
+    B, n, y = np.array(rows).T
+    grid = np.geomspace(0.5, 500, 200)
+    off = [np.log(y) - np.log((A + n * B) / (A + B)) for A in grid]
+    best = int(np.argmin([o.var() for o in off]))
+    return float(grid[best]), float(np.exp(off[best].mean()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    found: dict[str, list[tuple[int, int, float]]] = {"exact": [], "newton": []}
+    for name in args.models:
+        model = tarflowlm.load(name, args.device).model
+        for index, block in enumerate(model.prior.blocks):
+            for batch in BATCHES:
+                for n in (n for n in POSITIONS if n <= model.config.context):
+                    for kind, cost in costs(block, model.config.patch * model.config.latent_dim, batch, n).items():
+                        found[kind].append((batch, n, cost))
+                        print(
+                            f"{name} block {index + 1}, {kind:6}: B {batch:2}, n {n:3}: {cost:7.2f} steps", flush=True
+                        )
+    for kind, rows in found.items():
+        print("{}: A {:.1f}, b {:.2f}".format(kind, *fitted(rows)))
+
+
+if __name__ == "__main__":
+    main()

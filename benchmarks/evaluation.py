@@ -24,8 +24,9 @@ def build(args: Namespace) -> dict[str, Contender]:
         characters = torch.from_numpy(checkpoint.tokenizer.characters_per_token)
         call = partial(evaluate, checkpoint.model, windows, characters, samples=args.samples)
         result = call()
-        info = {"bound": result.bound, "nats per token": result.nats_per_token}
-        found[name] = Contender(call, windows.numel(), info)
+        found[name] = Contender(
+            call, windows.numel(), {"bound": result.bound, "nats per token": result.nats_per_token}
+        )
     return found
 
 
@@ -39,19 +40,12 @@ def main() -> None:
     args = options.parse_args()
     found = run(build, args)
     first = next(iter(found.values()))
-    show(
-        args,
-        [
-            {
-                "": name,
-                **contender.info,
-                "us per token": 1e6 / contender.rate,
-                "time over the first": 1 / contender.over(first),
-                "time over the other checkout": contender.over_other_checkout,
-            }
-            for name, contender in found.items()
-        ],
-    )
+    rows = [
+        {"": name, **c.info, "us per token": 1e6 / c.rate, "time over the first": 1 / c.over(first)}
+        | {"time over the other checkout": c.over_other_checkout}
+        for name, c in found.items()
+    ]
+    show(args, rows)
 
 
 if __name__ == "__main__":

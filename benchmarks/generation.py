@@ -34,8 +34,8 @@ def build(args: Namespace) -> dict[str, Contender]:
     from tarflowlm.generation import generate
 
     load = find("load_checkpoint", "runs.checkpoint")
-    models = {name: load(name, torch.device(args.device)).model for name in args.models}
-    found = {}
+    device, found = torch.device(args.device), {}
+    models = {name: load(name, device).model for name in args.models}
 
     def draw(model: Any, decoder: Any, num: int, seed: int = 0) -> Any:
         length, generator = args.length or model.config.context, torch.Generator().manual_seed(seed)
@@ -50,9 +50,9 @@ def build(args: Namespace) -> dict[str, Contender]:
         if args.peers:
             from peers import samplers
 
-            config = next(iter(models.values())).config
+            config = models[args.models[0]].config
             length = args.length or config.context
-            for name, sample in samplers(config, torch.device(args.device)).items():
+            for name, sample in samplers(config, device).items():
                 call = partial(sample, batch, length)
                 found[f"{name}, KV cache, batch {batch}"] = Contender(call, batch * length, {"batch": batch})
     for name, model in models.items() if args.compare else ():
@@ -76,16 +76,10 @@ def main() -> None:
     first: dict[int, Contender] = {}
     rows = []
     for name, contender in found.items():
-        baseline = first.setdefault(contender.info["batch"], contender)
-        rows.append(
-            {
-                "": name,
-                "tokens/s": contender.rate,
-                "over the first": contender.over(baseline),
-                "time over the other checkout": contender.over_other_checkout,
-                "tokens that differ from steps": contender.info.get("differing"),
-            }
-        )
+        info, baseline = contender.info, first.setdefault(contender.info["batch"], contender)
+        row = {"": name, "tokens/s": contender.rate, "over the first": contender.over(baseline)}
+        row["time over the other checkout"] = contender.over_other_checkout
+        rows.append(row | {"tokens that differ from steps": info.get("differing")})
     show(args, rows)
 
 

@@ -91,7 +91,7 @@ def round_trip(library: Library, u: Any, params: Any) -> tuple[float, float]:
     u = u.to(dtype)
     z = library.inverse(u, log_w, mean, log_std)
     back = library.forward(z, log_w, mean, log_std).double()
-    wide = log_w.double(), mean.double(), log_std.double()
+    wide = [p.double() for p in (log_w, mean, log_std)]
     exact = mixture_cdf(z.double(), *wide)[0]
     sides = [mixture_cdf(torch.nextafter(z, z + s).double(), *wide)[0] for s in (-1, 1)]
     ulp = torch.stack([(side - exact).abs() for side in sides]).amax(0)
@@ -133,12 +133,11 @@ def build(args: Namespace) -> dict[str, Contender]:
         hard_u = 60 * torch.rand(args.accuracy, generator=g, dtype=torch.float64) - 30
         for name, library in libraries().items():
             dtype = getattr(torch, library.dtype)
-            cast = [p.to(dtype) for p in params]
             info: dict[str, Any] = {"K": K, "worst": round_trip(library, u, params)[1]}
             info["hard, median"], info["hard, worst"] = round_trip(library, hard_u, hard)
             info["|u| to"] = largest_u(library)
             for way, x in (("forward", z), ("inverse", u)):
-                call = partial(getattr(library, way), x.to(dtype), *cast)
+                call = partial(getattr(library, way), x.to(dtype), *(p.to(dtype) for p in params))
                 found[f"{way}, {name}, K = {K}"] = Contender(call, u.numel(), info if way == "inverse" else {"K": K})
     return found
 
@@ -187,15 +186,10 @@ def main() -> None:
     for name, contender in found.items():
         key = "loss" if args.loss else (name.split(",")[0], contender.info["K"])
         reference = first.setdefault(key, contender)
-        rows.append(
-            {
-                "": name,
-                "ms": contender.milliseconds,
-                "first one's time over it": contender.over(reference),
-                **{label: value for label, value in contender.info.items() if label != "K"},
-                "time over the other checkout": contender.over_other_checkout,
-            }
-        )
+        row = {"": name, "ms": 1000 * contender.units / contender.rate}
+        row["first one's time over it"] = contender.over(reference)
+        row |= {label: value for label, value in contender.info.items() if label != "K"}
+        rows.append(row | {"time over the other checkout": contender.over_other_checkout})
     show(args, rows)
 
 

@@ -3,7 +3,7 @@
     pip install flow-matching
     python benchmarks/peers.py --data english27.txt.xz --judge runs/judge --ours runs/mini-ar runs/mini-mixd
 
-trains two peers, measures them and the finished runs --ours in the same way, and prints a table:
+trains two peers, measures them and the finished runs --ours in the same way, and prints a table. The peers:
 
 gpt2    GPT-2 of `transformers`, with a start token. Its likelihood is exact.
 masked  Discrete flow matching with a masked source, which is masked diffusion: path, loss and sampler of Meta's
@@ -16,7 +16,6 @@ Options of theirs that only affect speed are set to the faster choice.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -33,17 +32,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tarflowlm.data import Corpus, WindowSampler, cached_corpus, eval_windows
-from tarflowlm.evaluation.judges import Judge, load_judge
+from tarflowlm.evaluation.judges import load_judge
 from tarflowlm.evaluation.likelihood import bits, evaluate
 from tarflowlm.evaluation.quality import compare_texts
 from tarflowlm.generation import generate
 from tarflowlm.language_model import seeded
+from tarflowlm.presets import preset, with_steps
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training.optim import Muon, build_optimizers, schedule, set_learning_rate
 
 BATCH, EVAL_BATCH = 64, 32
 TIMES = 4
 """Values of t per window in the bound of the masked flow, one from each quarter of [0, 1]."""
+DENOISING_STEPS = (64, 16)
 
 
 def gpt2(config: Any) -> nn.Module:
@@ -63,18 +64,28 @@ def gpt2(config: Any) -> nn.Module:
     return GPT2LMHeadModel(theirs)
 
 
+def gated_shape(config: Any) -> dict[str, Any]:
+    """The shape of models whose MLPs have three matrices where ours has two: 2/3 as wide, in whole registers."""
+    trunk = config.trunk
+    hidden = 2 * trunk.mlp_ratio * trunk.width // 3
+    return {
+        "vocab_size": config.vocab_size, "max_position_embeddings": config.context, "hidden_size": trunk.width,
+        "num_hidden_layers": config.layers, "num_attention_heads": trunk.num_heads,
+        "intermediate_size": max(16, hidden - hidden % 16), "attn_implementation": "sdpa",
+    }  # fmt: skip
+
+
 def llama(config: Any) -> nn.Module:
     """A Llama in the shape of a `BaselineConfig`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    trunk = config.trunk
-    theirs = LlamaConfig(
-        vocab_size=config.vocab_size, max_position_embeddings=config.context, hidden_size=trunk.width,
-        num_hidden_layers=config.layers, num_attention_heads=trunk.num_heads, num_key_value_heads=trunk.num_heads,
-        intermediate_size=gated_width(trunk), attention_dropout=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
-        attn_implementation="sdpa",
-    )  # fmt: skip
-    return LlamaForCausalLM(theirs)
+    options = {
+        "num_key_value_heads": config.trunk.num_heads,
+        "use_cache": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return LlamaForCausalLM(LlamaConfig(**gated_shape(config), **options))
 
 
 def modernbert(config: Any) -> nn.Module:
@@ -85,21 +96,9 @@ def modernbert(config: Any) -> nn.Module:
     """
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
-    trunk = config.trunk
-    theirs = ModernBertConfig(
-        vocab_size=config.vocab_size, max_position_embeddings=config.context, hidden_size=trunk.width,
-        num_hidden_layers=config.layers, num_attention_heads=trunk.num_heads,
-        intermediate_size=gated_width(trunk), layer_types=["full_attention"] * config.layers,
-        initializer_range=trunk.width**-0.5, attn_implementation="sdpa",
-        pad_token_id=None, bos_token_id=None, eos_token_id=None, cls_token_id=None, sep_token_id=None,
-    )  # fmt: skip
-    return ModernBertForMaskedLM(theirs)
-
-
-def gated_width(trunk: Any) -> int:
-    """Hidden width of an MLP of three matrices, where ours has two: 2/3 of ours, in whole vector registers."""
-    hidden = 2 * trunk.mlp_ratio * trunk.width // 3
-    return max(16, hidden - hidden % 16)
+    options: dict[str, Any] = dict.fromkeys(f"{kind}_token_id" for kind in ("pad", "bos", "eos", "cls", "sep"))
+    options |= {"layer_types": ["full_attention"] * config.layers, "initializer_range": config.trunk.width**-0.5}
+    return ModernBertForMaskedLM(ModernBertConfig(**gated_shape(config), **options))
 
 
 def training_steps(run: Any, device: torch.device) -> dict[str, Callable[[Tensor], object]]:
@@ -160,7 +159,6 @@ class Gpt2:
 
     @torch.inference_mode()
     def sample(self, batch: int, length: int) -> Tensor:
-        """Tokens [batch, length]."""
         following, drawn = stepper(self.model), [torch.full((batch, 1), self.extra)]
         for _ in range(length):
             drawn.append(torch.multinomial(following(drawn[-1])[:, : self.extra].softmax(-1), 1))
@@ -178,7 +176,6 @@ class Masked:
         self.model, self.extra = modernbert(replace(config, vocab_size=config.vocab_size + 1)), config.vocab_size
         self.path = MixtureDiscreteProbPath(PolynomialConvexScheduler(n=1.0))
         self.loss = MixturePathGeneralizedKL(self.path, reduction="none")
-        self.steps = config.context
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of p(x_1 | x_t), float32; the mask itself has none."""
@@ -198,8 +195,7 @@ class Masked:
         return total
 
     @torch.inference_mode()
-    def sample(self, batch: int, length: int) -> Tensor:
-        """Tokens [batch, length]."""
+    def sample(self, batch: int, length: int, steps: int) -> Tensor:
         from flow_matching.solver import MixtureDiscreteEulerSolver
 
         def posterior(x: Tensor, t: Tensor) -> Tensor:
@@ -207,27 +203,24 @@ class Masked:
             return torch.where(x[..., None] == self.extra, self.logits(x).softmax(-1), known)
 
         solver = MixtureDiscreteEulerSolver(posterior, self.path, self.extra + 1)
-        return solver.sample(x_init=torch.full((batch, length), self.extra), step_size=1 / self.steps)
+        return solver.sample(x_init=torch.full((batch, length), self.extra), step_size=1 / steps)
 
 
 def train(peer: Gpt2 | Masked, corpus: Corpus, run: Any) -> None:
     """Train like `tarflowlm train`: Muon for the matrices of the layers, AdamW for everything else."""
     named = list(peer.model.named_parameters())
-    matrices = [p for name, p in named if p.ndim == 2 and (".h." in name or ".layers." in name)]
-    taken = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in taken]
+    is_matrix = {name: p.ndim == 2 and (".h." in name or ".layers." in name) for name, p in named}
+    matrices, rest = ([p for name, p in named if is_matrix[name] is wanted] for wanted in (True, False))
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": run.optim.weight_decay, "lr_scale": 1.0},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "lr_scale": 1.0},
     ]
-    betas = (run.optim.beta1, run.optim.beta2)
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, eps=1e-10)]
-    muon = [{"params": matrices, "lr_scale": 1.0}]
-    optimizers.append(Muon(muon, precision="float32", weight_decay=run.optim.weight_decay, momentum=0.95))
-    steps, half = run.train.num_steps, run.train.precision == "bfloat16"
-    tokens, context = corpus.split("train"), run.model.context
-    batches = WindowSampler(tokens, window=context, batch=run.train.batch_size, seed=run.seed)
-    start, losses = time.perf_counter(), []
+    betas, decay = (run.optim.beta1, run.optim.beta2), run.optim.weight_decay
+    muon = Muon([{"params": matrices, "lr_scale": 1.0}], precision="float32", weight_decay=decay, momentum=0.95)
+    optimizers = [torch.optim.AdamW(groups, betas=betas, eps=1e-10), muon]
+    steps, half, losses = run.train.num_steps, run.train.precision == "bfloat16", []
+    size = {"window": run.model.context, "batch": run.train.batch_size}
+    batches = WindowSampler(corpus.split("train"), **size, seed=run.seed)
     for step in range(steps):
         set_learning_rate(optimizers, run.optim.lr * schedule(run.optim, step, steps))
         with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
@@ -239,43 +232,31 @@ def train(peer: Gpt2 | Masked, corpus: Corpus, run: Any) -> None:
             optimizer.zero_grad()
         losses.append(loss.item())
         if (step + 1) % 100 == 0:
-            recent, seconds = bits(sum(losses[-100:]) / 100), time.perf_counter() - start
-            print(f"step {step + 1} of {steps}: {recent:.3f} bits, {seconds:.0f} s", file=sys.stderr, flush=True)
+            recent = bits(sum(losses[-100:]) / 100)
+            print(f"step {step + 1} of {steps}: {recent:.3f} bits", file=sys.stderr, flush=True)
 
 
-def measure(
-    name: str,
-    bpc: str,
-    model: nn.Module,
-    draw: Callable[[int, int], Tensor],
-    text: Tensor,
-    corpus: Corpus,
-    judge: Judge,
-) -> tuple[list[str], Tensor]:
-    """Rows of the table, the last one for real `text` [N, T], and as many samples."""
-    start, parts = time.perf_counter(), [draw(len(part), text.shape[1]) for part in text.split(BATCH)]
-    samples = torch.cat(parts)
+def measure(name: str, bpc: str, model: nn.Module, draw: Callable[..., Tensor], text: Tensor, *readers: Any) -> str:
+    """Print a row of the table for as many samples as real `text` [N, T] has rows; returns the row of the text.
+
+    The readers are the tokenizer and the judge.
+    """
+    start = time.perf_counter()
+    samples = torch.cat([draw(len(part), text.shape[1]) for part in text.split(BATCH)])
     rate = samples.numel() / (time.perf_counter() - start)
-    drawn, real, similarity = compare_texts(samples, text, corpus.tokenizer, judge)
-    size = sum(p.numel() for p in model.parameters())
-    return [
-        f"| {name} | {size:,} | {bpc} | {drawn.perplexity:.3f} | {similarity:.3f} | {drawn.entropy:.3f} | "
-        f"{drawn.word_entropy:.3f} | {rate:,.0f} |",
-        f"| real text | | | {real.perplexity:.3f} | 1 | {real.entropy:.3f} | {real.word_entropy:.3f} | |",
-    ], samples
+    drawn, real, similarity = compare_texts(samples, text, *readers)
+    row = f"| {name} | {sum(p.numel() for p in model.parameters()):,} | {bpc} | {drawn.perplexity:.3f} | "
+    print(f"{row}{similarity:.3f} | {drawn.entropy:.3f} | {drawn.word_entropy:.3f} | {rate:,.0f} |", flush=True)
+    return f"| real text | | | {real.perplexity:.3f} | 1 | {real.entropy:.3f} | {real.word_entropy:.3f} | |"
 
 
 def main() -> None:
     """The command line."""
-    from tarflowlm.presets import preset, with_steps
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="text in lower case; its splits are those of tarflowlm")
     parser.add_argument("--judge", required=True, help="run of a baseline on another text, or one of transformers")
     parser.add_argument("--ours", nargs="*", default=[], type=Path, help="finished runs of tarflowlm")
-    parser.add_argument("--peers", nargs="*", default=["gpt2", "masked"], choices=["gpt2", "masked"])
-    parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="weights, trained once, and samples")
-    parser.add_argument("--denoising-steps", type=int, nargs="*", default=[64, 16])
+    parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="weights of the peers, trained once")
     parser.add_argument("--lr", type=float, help="peak rate of the peers; the default is that of mini-ar")
     parser.add_argument("--steps", type=int, help="fewer, for a quick look")
     parser.add_argument("--windows", type=int, default=4096)
@@ -284,17 +265,17 @@ def main() -> None:
     args = parser.parse_args()
     run = preset("mini-ar") if args.steps is None else with_steps(preset("mini-ar"), args.steps)
     run = replace(run, train=replace(run.train, precision=args.precision))
-    run = run if args.lr is None else replace(run, optim=replace(run.optim, lr=args.lr))
+    run = replace(run, optim=replace(run.optim, lr=args.lr or run.optim.lr))
     corpus, judge = cached_corpus(args.data, run.data.tokenizer), load_judge(args.judge)
     windows, text = (eval_windows(corpus.split("test"), run.model.context, num) for num in (args.windows, args.num))
     config = replace(run.model, vocab_size=corpus.tokenizer.vocab_size)
     args.out.mkdir(parents=True, exist_ok=True)
     print("| model | parameters | bits per character | perplexity | MAUVE | entropy | of words | tokens/s |")
     print("|" + " --- |" * 8)
-    for name in args.peers:
+    for name, kind in {"gpt2": Gpt2, "masked": Masked}.items():
         weights = args.out / f"{name}.pt"
         with seeded(run.seed):
-            peer = (Gpt2 if name == "gpt2" else Masked)(config)
+            peer = kind(config)
             if weights.exists():
                 peer.model.load_state_dict(torch.load(weights, weights_only=True))
             else:
@@ -304,17 +285,14 @@ def main() -> None:
         with seeded(run.seed), torch.inference_mode():
             nats = torch.cat([peer.nats(part, TIMES).double().mean(1) for part in windows.split(EVAL_BATCH)])
         bpc = f"{bits(nats.mean().item()):.4f} ± {bits(nats.std().item()) / len(nats) ** 0.5:.4f}"
-        for steps in args.denoising_steps if isinstance(peer, Masked) else [None]:
-            label = name if steps is None else f"{name}, {steps} steps"
-            if isinstance(peer, Masked):
-                peer.steps, sign = steps, "<= "
-            else:
-                sign = ""
+        if isinstance(peer, Gpt2):
             with seeded(run.seed):
-                rows, samples = measure(label, sign + bpc, peer.model, peer.sample, text, corpus, judge)
-            print(rows[0], flush=True)
-            texts = [json.dumps({"text": corpus.tokenizer.decode(row)}) + "\n" for row in samples.tolist()]
-            (args.out / f"{label.replace(', ', '-').replace(' ', '-')}.jsonl").write_text("".join(texts))
+                real = measure(name, bpc, peer.model, peer.sample, text, corpus.tokenizer, judge)
+            continue
+        for steps in DENOISING_STEPS:
+            draw = partial(peer.sample, steps=steps)
+            with seeded(run.seed):
+                measure(f"{name}, {steps} steps", f"<= {bpc}", peer.model, draw, text, corpus.tokenizer, judge)
     for directory in args.ours:
         model, generator = load_checkpoint(directory).model, torch.Generator().manual_seed(run.seed)
         found = evaluate(model, windows, torch.from_numpy(corpus.tokenizer.characters_per_token))
@@ -323,9 +301,8 @@ def main() -> None:
             return generate(model, num_tokens=length, num=batch, generator=generator, decoder="auto").tokens
 
         bpc = f"{'' if model.is_exact else '<= '}{found.bpc:.4f} ± {bits(found.stderr):.4f}"
-        rows, _ = measure(directory.name, bpc, model, draw, text, corpus, judge)
-        print(rows[0], flush=True)
-    print(rows[1])
+        real = measure(directory.name, bpc, model, draw, text, corpus.tokenizer, judge)
+    print(real)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ def seconds_per_step(args: Namespace) -> dict[tuple[str, str], float]:
 
 
 def _in_process(rank: int, world: int, port: int, args: Namespace, answers: Any) -> None:
-    """Run one of `world` processes; the first one sends the result."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)

@@ -31,14 +31,8 @@ class Contender:
     info: dict[str, Any] = field(default_factory=dict)
     """Numbers for the table."""
     seconds: list[float] = field(default_factory=list)
-    """Seconds per call in every round."""
+    """Seconds per call in every round; below, those of the other checkout, where it has this contender."""
     against: list[float] = field(default_factory=list)
-    """The same of the other checkout, where it has this contender."""
-
-    @property
-    def milliseconds(self) -> float:
-        """Median time of a call."""
-        return 1000 * statistics.median(self.seconds)
 
     @property
     def rate(self) -> float:
@@ -47,8 +41,7 @@ class Contender:
 
     def over(self, other: "Contender") -> float:
         """This contender's units per second over the other's."""
-        ratio = median_ratio(other.seconds, self.seconds)
-        return ratio * self.units / other.units
+        return median_ratio(other.seconds, self.seconds) * self.units / other.units
 
     @property
     def over_other_checkout(self) -> float | None:
@@ -103,14 +96,11 @@ class _Worker:
             sys.exit(f"{checkout} is no checkout of this repository: src/tarflowlm is missing")
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(args.threads))
         environment = os.environ | threads | {WORKER: "1", "PYTHONPATH": str(source)}
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            [sys.executable, *sys.argv], env=environment, stdin=pipe, stdout=pipe, text=True
-        )
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, *sys.argv], env=environment, **pipes)
         self.contenders: dict[str, dict[str, Any]] = self._answer()
 
     def seconds(self, name: str) -> float:
-        """Seconds per call of a contender."""
         assert self.process.stdin is not None
         self.process.stdin.write(name + "\n")
         self.process.stdin.flush()

@@ -63,16 +63,19 @@ def build(args: Namespace) -> dict[str, Contender]:
 
     from tarflowlm.evaluation.flops import training_flops
 
-    found = {}
+    device, found = torch.device(args.device), {}
+
+    def random_tokens(config: Any) -> Any:
+        shape = (config.train.batch_size, config.model.context)
+        return torch.randint(config.model.vocab_size, shape, device=device)
+
     for name in args.presets:
         config = configuration(name, args)
         if args.peers:
             config = replace(config, optim=replace(config.optim, optimizer="adamw"))
         for stage in range(config.num_stages):
-            shape = (config.train.batch_size, config.model.context)
-            tokens = torch.randint(config.model.vocab_size, shape, device=args.device)
-            step = training_step(config, stage, torch.device(args.device))
-            flops = shape[0] * training_flops(config.model_of_stage(stage), frozen=stage)
+            tokens, step = random_tokens(config), training_step(config, stage, device)
+            flops = len(tokens) * training_flops(config.model_of_stage(stage), frozen=stage)
             label = name if config.num_stages == 1 else f"{name} stage {stage + 1}"
             info = {"flops": flops, "device": torch.cuda.get_device_name() if args.device == "cuda" else ""}
             found[label] = Contender(partial(step, tokens), tokens.numel(), info)
@@ -80,9 +83,8 @@ def build(args: Namespace) -> dict[str, Contender]:
         from peers import training_steps
 
         config = configuration(args.presets[0], args)
-        shape = (config.train.batch_size, config.model.context)
-        tokens = torch.randint(config.model.vocab_size, shape, device=args.device)
-        for label, step in training_steps(config, torch.device(args.device)).items():
+        tokens = random_tokens(config)
+        for label, step in training_steps(config, device).items():
             found[label] = Contender(partial(step, tokens), tokens.numel())
     return found
 
@@ -100,19 +102,13 @@ def main() -> None:
     found = run(build, args)
     first, rows = next(iter(found.values())), []
     for name, contender in found.items():
-        flops = contender.info.get("flops", 0) / 1e9 / contender.milliseconds
+        milliseconds = 1000 * contender.units / contender.rate
+        flops = contender.info.get("flops", 0) / 1e9 / milliseconds
         peak = next((v for k, v in PEAK_TFLOPS.items() if k in contender.info.get("device", "")), None)
-        rows.append(
-            {
-                "": name,
-                "tokens/s": contender.rate,
-                "ms per step": contender.milliseconds,
-                "tokens/s over the first": contender.over(first),
-                "TFLOP/s": flops or None,
-                "of the peak": flops / peak if peak and flops else None,
-                "time over the other checkout": contender.over_other_checkout,
-            }
-        )
+        row = {"": name, "tokens/s": contender.rate, "ms per step": milliseconds}
+        row |= {"tokens/s over the first": contender.over(first), "TFLOP/s": flops or None}
+        row["of the peak"] = flops / peak if peak and flops else None
+        rows.append(row | {"time over the other checkout": contender.over_other_checkout})
     show(args, rows)
 
 

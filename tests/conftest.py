@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from tarflowlm.baseline import BaselineConfig, TokenLM
+from tarflowlm.config import TEXT8_ALPHABET, DataConfig, RunConfig, TrainConfig
+from tarflowlm.data import CharTokenizer
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.language_model import seeded
 from tarflowlm.model import FlowConfig, TarFlowLM, stack
+from tarflowlm.runs.checkpoint import save_weights, write_run
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -110,6 +114,20 @@ def tiny_ar(randomise, tiny_trunk) -> Callable[..., TokenLM]:
         return randomise(model, seed, scale)
 
     return build
+
+
+@pytest.fixture
+def trained(tmp_path, tiny_flow) -> Path:
+    """A run directory of a tiny model of two blocks, with more in it than a model, trained on a file elsewhere."""
+    model = tiny_flow(vocab_size=27, context=16).float().eval()
+    data, train = DataConfig(source="/somewhere/else/text.txt"), TrainConfig(stage_steps=(1,), mode="joint")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = RunConfig(name="mini-mixd", model=model.config, data=data, train=train)
+    write_run(folder, run, CharTokenizer(TEXT8_ALPHABET))
+    save_weights(folder, model.state_dict(), {"blocks": "2", "step": "1", "tokens": "128"})
+    (folder / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    return folder
 
 
 @pytest.fixture

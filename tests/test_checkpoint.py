@@ -1,6 +1,7 @@
 """Run directories: loading gives the saved model, or one line says why not."""
 
 import json
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -91,12 +92,6 @@ def test_tied_codebook_is_stored_once_and_stays_tied(directory):
     assert model.prior.blocks[0].coupling.components is model.codebook
 
 
-def test_run_directory_has_three_readable_files(directory):
-    assert {path.name for path in directory.iterdir()} == FILES
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    assert [block["coupling"] for block in config["model"]["blocks"]] == ["mixd", "mix1", "mix1"]
-
-
 class Exploit:
     """A pickle of it would write a file when read."""
 
@@ -156,22 +151,17 @@ def test_earlier_versions_have_the_checksum_in_the_manifest(directory):
     load_checkpoint(directory)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "no manifest"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda p: os.truncate(p, 3), flip, Path.unlink, lambda p: p.with_name("manifest.json").write_text("[]")],
+)
 def test_damaged_folder_is_not_whole(tmp_path, damage):
     path = tmp_path / "a.bin"
     path.write_bytes(b"abcdefgh")
     write_manifest(tmp_path, ["a.bin"])
     assert is_whole(tmp_path, "a.bin")
     assert not is_whole(tmp_path, "b.bin")
-    match damage:
-        case "truncate":
-            path.write_bytes(b"abc")
-        case "flip":
-            flip(path)
-        case "remove":
-            path.unlink()
-        case _:
-            (tmp_path / "manifest.json").write_text("[]", encoding="utf-8")
+    damage(path)
     assert not is_whole(tmp_path, "a.bin")
 
 
@@ -181,29 +171,20 @@ def test_summary_is_read_where_there_is_one(directory):
     assert read_summary(directory)["test"]["bpc"] == 2.0
 
 
-def alter(directory: Path, change) -> None:
-    """Write other weights without a checksum."""
-    path = directory / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata=INFO | {"blocks": "3"})
-
-
 ALTERED = {
-    "missing": (lambda t: t.pop("codebook.mean"), r"has no tensor codebook\.mean"),
     "renamed": (lambda t: t.update(other=t.pop("codebook.mean")), r"has no tensor codebook\.mean"),
     "extra": (lambda t: t.update(extra=torch.zeros(1)), "has an unexpected tensor extra"),
     "reshaped": (lambda t: t.update({"codebook.mean": torch.zeros(3, 2)}), r"codebook\.mean has shape \[3, 2\]"),
-    "transposed": (
-        lambda t: t.update({"codebook.mean": t["codebook.mean"].T.contiguous()}), r"expects \[27, 2\]"
-    ),
     "not-finite": (lambda t: t["codebook.mean"].fill_(float("nan")), r"codebook\.mean holds non-finite values"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "message"), ALTERED.values(), ids=ALTERED.keys())
 def test_weights_that_do_not_fit_are_refused(directory, change, message):
-    alter(directory, change)
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata=INFO | {"blocks": "3"})  # without a checksum
     with pytest.raises(UserError, match=message):
         load_checkpoint(directory)
 
@@ -215,23 +196,16 @@ def edit_config(directory: Path, change) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-BROKEN_CONFIGS = {
-    "unknown-key": (lambda c: c["model"].update(widht=3), r"model\.widht: unknown key"),
-    "missing-key": (lambda c: c.pop("model"), r"model: missing key"),
-    "wrong-type": (lambda c: c["model"].update(context="long"), r"model\.context: expected int"),
-    "bool-for-int": (lambda c: c["model"].update(context=True), r"model\.context: expected int"),
-    "null": (lambda c: c.update(seed=None), r"seed: expected int"),
-    "unknown-coupling": (lambda c: c["model"]["blocks"][0].update(coupling="mixq"), r"'mixq' is not one of"),
-    "unknown-family": (lambda c: c["model"].update(family="gan"), r"family: 'gan'"),
-    "family-no-string": (lambda c: c["model"].update(family=[]), r"family: \[\]"),
-    "contradiction": (lambda c: c["model"].update(patch=3), "patch 3: does not divide context 8"),
-    "other-model": (lambda c: c["model"].update(latent_dim=5), r"expects \[27, 5\]"),
-    "no-stages": (lambda c: c["train"].update(stage_steps=[]), "stage_steps"),
-    "list": (lambda c: c.update(train=[1, 2]), "train: expected an object"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), BROKEN_CONFIGS.values(), ids=BROKEN_CONFIGS.keys())
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"].update(widht=3), r"config\.json\.model\.widht: unknown key"),
+        (lambda c: c["model"].update(family=[]), r"family: \[\]"),
+        (lambda c: c["model"].update(latent_dim=5), r"expects \[27, 5\]"),
+        (lambda c: c["train"].update(stage_steps=[]), "stage_steps"),
+        (lambda c: c.update(train=[1, 2]), "train: expected an object"),
+    ],
+)
 def test_invalid_config_is_refused(directory, change, message):
     edit_config(directory, change)
     with pytest.raises(UserError, match=message) as raised:
@@ -239,18 +213,20 @@ def test_invalid_config_is_refused(directory, change, message):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_missing_file_is_named(directory, name):
-    (directory / name).unlink()
-    with pytest.raises(UserError, match=name):
-        load_checkpoint(directory)
-
-
-def test_run_without_weights_is_refused(directory):
-    for name in ("model.safetensors", "tokenizer.json"):
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (["config.json"], "config.json is missing"),
+        (["tokenizer.json"], "tokenizer.json does not exist"),
+        (["model.safetensors"], "model.safetensors is missing: .* holds no trained weights yet"),
+        (["model.safetensors", "tokenizer.json"], "holds no trained weights yet"),
+    ],
+)
+def test_missing_file_is_named(directory, missing, message):
+    for name in missing:
         (directory / name).unlink()
-        with pytest.raises(UserError, match="holds no trained weights yet"):
-            load_checkpoint(directory)
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(directory)
 
 
 def test_another_tokenizer_is_refused(directory):
@@ -285,11 +261,13 @@ def test_config_of_an_earlier_version_loads(tmp_path):
     """There, couplings, layers and components were three parallel lists."""
     directory = tmp_path / "run"
     model = write_checkpoint(directory, CONFIGS["own-components"])
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    blocks = config["model"].pop("blocks")
-    names = {"couplings": "coupling", "layers": "layers", "components": "components"}
-    config["model"] |= {old: [block[new] for block in blocks] for old, new in names.items()}
-    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    def go_back(config):
+        blocks = config["model"].pop("blocks")
+        names = {"couplings": "coupling", "layers": "layers", "components": "components"}
+        config["model"] |= {old: [block[new] for block in blocks] for old, new in names.items()}
+
+    edit_config(directory, go_back)
     again = load_checkpoint(directory).model
     assert again.config == replace(model.config, vocab_size=again.config.vocab_size)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))

@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Literal, get_origin, get_type_hints
 
 import pytest
@@ -28,9 +29,7 @@ def changed(path: str, value: object) -> dict:
     """The quickstart preset as JSON values with one of them replaced; `...` removes it."""
     data = copy.deepcopy(to_dict(preset("quickstart")))
     *parents, last = path.split(".")
-    inner = data
-    for key in parents:
-        inner = inner[key]
+    inner = reduce(dict.__getitem__, parents, data)
     if value is ...:
         del inner[last]
     else:
@@ -42,16 +41,12 @@ def changed(path: str, value: object) -> dict:
     ("path", "value", "message"),
     [
         ("nmae", "x", "config.nmae: unknown key; known keys are data, model, name"),
-        ("model.latent_dims", 4, "config.model.latent_dims: unknown key"),
         ("model.trunk.heads", 4, "config.model.trunk.heads: unknown key; known keys are mlp_ratio, num_heads"),
-        ("train.batchsize", 4, "config.train.batchsize: unknown key"),
         ("name", ..., "config.name: missing key"),
         ("model", ..., "config.model: missing key"),
         ("model.family", ..., "config.model.family: None is not one of 'flow', 'ar'"),
         ("model.family", "rnn", "config.model.family: 'rnn' is not one of"),
-        ("model", None, "config.model.family: None"),
         ("model.trunk", 3, "config.model.trunk: expected an object, found 3"),
-        ("model.latent_dim", "5", "config.model.latent_dim: expected int, found '5'"),
         ("model.latent_dim", None, "config.model.latent_dim: expected int, found None"),
         ("model.channel_mix", 1, "config.model.channel_mix: expected bool, found 1"),
         ("model.blocks", "mixd", "config.model.blocks: expected a list"),
@@ -61,7 +56,6 @@ def changed(path: str, value: object) -> dict:
         ("train.batch_size", 1.5, "config.train.batch_size: expected int, found 1.5"),
         ("train.batch_size", True, "config.train.batch_size: expected int, found True"),
         ("optim.lr", "fast", "config.optim.lr: expected float, found 'fast'"),
-        ("optim.lr", True, "config.optim.lr: expected float, found True"),
         ("data.source", None, "config.data.source: expected str, found None"),
         ("train.precision", "float16", "config.train.precision: 'float16' is not one of"),
         # contradictions, by the configurations themselves
@@ -99,6 +93,7 @@ def test_optional_values_and_nested_tuples():
 
 
 FLOW = {"blocks": stack(("mixd", "mix1"), (1, 1), (0, 2))}
+TWO_STAGES = TrainConfig(stage_steps=(1, 1), mode="joint")
 
 
 def blocks(couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)):
@@ -110,9 +105,6 @@ def blocks(couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)):
     [
         (FlowConfig, FLOW | {"context": 10, "patch": 4}, "patch 4: does not divide context 10: choose"),
         (FlowConfig, FLOW | {"context": 1}, "model.context 1: must be at least 2"),
-        (FlowConfig, FLOW | {"latent_dim": 0}, "model.latent_dim 0"),
-        (FlowConfig, FLOW | {"patch": 0}, "model.patch 0"),
-        (FlowConfig, FLOW | {"head_hidden": 0}, "model.head_hidden 0"),
         (FlowConfig, FLOW | {"vocab_size": -1}, "model.vocab_size -1"),
         (FlowConfig, blocks(layers=(1, 0)), "model.blocks.1.layers 0"),
         (FlowConfig, {"blocks": ()}, "at least one block"),
@@ -120,29 +112,17 @@ def blocks(couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)):
         (FlowConfig, blocks(components=(-1, 2)), r"blocks.0.components \(mixd\) -1"),
         (FlowConfig, blocks(("mix1", "mixd"), components=(2, 0)), r"blocks.1.components \(mixd\) 0: 0 \(tied"),
         (FlowConfig, blocks(("mixd", "affine")), r"blocks.1.components \(affine\) 2: has no effect"),
-        (BaselineConfig, {"context": 10, "patch": 4}, "patch 4: does not divide context 10: choose"),
         (BaselineConfig, {"layers": 0}, "model.layers 0"),
-        (BaselineConfig, {"context": 0}, "model.context 0"),
-        (OptimConfig, {"lr": 0.0}, "optim.lr 0.0: must be above 0"),
         (OptimConfig, {"lr": float("nan")}, "optim.lr nan"),
         (OptimConfig, {"grad_clip": -1.0}, "optim.grad_clip -1.0"),
         (OptimConfig, {"warmup": 1.5}, "optim.warmup 1.5: must be between 0 and 1"),
-        (OptimConfig, {"decay": -0.1}, "optim.decay -0.1"),
+        (OptimConfig, {"beta2": 1.0}, "optim.beta2 1.0: must be at least 0 and below 1"),
         (TrainConfig, {"stage_steps": ()}, "train.stage_steps"),
         (TrainConfig, {"stage_steps": (10, 0)}, "every stage needs at least 1 step"),
-        (TrainConfig, {"batch_size": 0}, "train.batch_size 0"),
         (TrainConfig, {"checkpoint_every": 0}, "train.checkpoint_every 0"),
         (RunConfig, {"name": "x", "model": FlowConfig(**FLOW)}, "1 entries for 2 stages"),
-        (
-            RunConfig,
-            {"name": "x", "model": BaselineConfig(), "train": TrainConfig(stage_steps=(1, 1))},
-            "2 entries for 1 stages",
-        ),
-        (
-            RunConfig,
-            {"name": "x", "model": FlowConfig(**FLOW), "train": TrainConfig(stage_steps=(1, 1), mode="joint")},
-            "2 entries for 1 stages",
-        ),
+        (RunConfig, {"name": "x", "model": BaselineConfig(), "train": TWO_STAGES}, "2 entries for 1 stages"),
+        (RunConfig, {"name": "x", "model": FlowConfig(**FLOW), "train": TWO_STAGES}, "2 entries for 1 stages"),
     ],
 )
 def test_contradictions_are_refused(cls, fields, message):

@@ -13,12 +13,7 @@ from tarflowlm.baseline import IN_PATCH_CHANNELS, BaselineConfig, TokenLM
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.language_model import seeded
 from tarflowlm.model import FlowConfig, TarFlowLM, stack
-from tarflowlm.objective import (
-    conditional_bound,
-    elbo,
-    importance_weighted_bound,
-    log_importance_weights,
-)
+from tarflowlm.objective import conditional_bound, elbo, importance_weighted_bound, log_importance_weights
 
 MODELS = {
     "affine": {"couplings": ("affine", "affine")},
@@ -155,7 +150,7 @@ def token_lm_of(model: TarFlowLM) -> TokenLM:
     lm = TokenLM(
         BaselineConfig(
             vocab_size=config.vocab_size, context=config.context, patch=P, in_patch=config.in_patch,
-            trunk=config.trunk, layers=config.blocks[0].layers,
+            trunk=config.trunk, layers=config.blocks[0].layers
         )
     ).double()  # fmt: skip
     with torch.no_grad():

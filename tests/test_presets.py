@@ -31,11 +31,17 @@ def depth(name: str) -> int:
 def test_members_of_a_family_differ_by_the_model_alone(family):
     runs = [preset(name) for name in PRESETS if name.startswith(family)]
     # the baseline has no codebook, and how fast one may move depends on whether its coupling is tied to it
-    assert len({replace(run.optim, codebook_lr_scale=1.0) for run in runs}) == 1
-    assert len({run.data for run in runs}) == 1
-    assert len({run.model.trunk for run in runs}) == 1
-    assert len({run.model.context for run in runs}) == 1
-    assert len({run.train.batch_size for run in runs}) == 1
+    shared = {
+        (
+            replace(run.optim, codebook_lr_scale=1.0),
+            run.data,
+            run.model.trunk,
+            run.model.context,
+            run.train.batch_size,
+        )
+        for run in runs
+    }
+    assert len(shared) == 1
 
 
 @pytest.mark.parametrize(("family", "layers"), [("mini", 6), ("english-small", 8), ("text8", 12), ("owt", 12)])
@@ -61,28 +67,18 @@ def test_what_the_papers_flows_have_in_common(name):
 
 
 @pytest.mark.parametrize("corpus", CORPORA)
-def test_mix1_is_the_papers(corpus):
-    model = built(f"{corpus}-mix1")
+@pytest.mark.parametrize(("name", "kind", "outputs"), [("mix1", Mix1Coupling, 3), ("affine", AffineCoupling, 2)])
+def test_mix1_and_affine_are_the_papers(corpus, name, kind, outputs):
+    """Weights, means and scales of K components per channel, or one mean and scale, from the channels before."""
+    run, model = preset(f"{corpus}-{name}"), built(f"{corpus}-{name}")
     assert [len(block.transformer.layers) for block in model.prior.blocks] == [2, 2, 8]
+    channels, components = CHANNELS[corpus], COMPONENTS[corpus] if name == "mix1" else 1
     for coupling in model.couplings:
-        assert type(coupling) is Mix1Coupling
-        # weights, means and scales of K components per channel, from the channels before
-        channels, outputs = CHANNELS[corpus], COMPONENTS[corpus]
-        assert [tuple(bias.shape) for bias in coupling.head.biases] == [(channels, outputs)] * 3
+        assert type(coupling) is kind
+        assert [tuple(bias.shape) for bias in coupling.head.biases] == [(channels, components)] * outputs
         assert coupling.head.num_known == channels - 1
-    run = preset(f"{corpus}-mix1")
     assert {block.start for block in run.model.blocks} == {"plain"}
     assert run.train.mode == "joint"
-
-
-@pytest.mark.parametrize("corpus", CORPORA)
-def test_affine_is_one_gaussian_per_channel_in_the_same_stack(corpus):
-    model = built(f"{corpus}-affine")
-    assert [len(block.transformer.layers) for block in model.prior.blocks] == [2, 2, 8]
-    for coupling in model.couplings:
-        assert type(coupling) is AffineCoupling
-        assert [tuple(bias.shape) for bias in coupling.head.biases] == [(CHANNELS[corpus], 1)] * 2
-    assert preset(f"{corpus}-affine").train.mode == "joint"
 
 
 @pytest.mark.parametrize(("corpus", "upper"), [("text8", 2), ("owt", 64)])

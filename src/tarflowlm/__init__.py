@@ -16,42 +16,17 @@ if TYPE_CHECKING:
     from tarflowlm.training.train import resume, train
 
 __all__ = [
-    "BaselineConfig",
-    "FlowConfig",
-    "Pretrained",
-    "Scores",
-    "TarFlowLM",
-    "TokenLM",
-    "UserError",
-    "elbo",
-    "evaluate",
-    "from_pretrained",
-    "generate",
-    "importance_weighted_bound",
-    "load",
-    "resume",
-    "score",
-    "train",
-]
+    "BaselineConfig", "FlowConfig", "Pretrained", "Scores", "TarFlowLM", "TokenLM", "UserError", "elbo", "evaluate",
+    "from_pretrained", "generate", "importance_weighted_bound", "load", "resume", "score", "train",
+]  # fmt: skip
 
 _MODULES = {
-    "BaselineConfig": "baseline",
-    "FlowConfig": "model",
-    "Pretrained": "pretrained",
-    "Scores": "evaluation.scores",
-    "TarFlowLM": "model",
-    "TokenLM": "baseline",
-    "UserError": "errors",
-    "elbo": "objective",
-    "evaluate": "evaluation.likelihood",
-    "from_pretrained": "pretrained",
-    "generate": "generation",
-    "importance_weighted_bound": "objective",
-    "load": "pretrained",
-    "resume": "training.train",
-    "score": "evaluation.scores",
-    "train": "training.train",
-}
+    "BaselineConfig": "baseline", "FlowConfig": "model", "Pretrained": "pretrained", "Scores": "evaluation.scores",
+    "TarFlowLM": "model", "TokenLM": "baseline", "UserError": "errors", "elbo": "objective",
+    "evaluate": "evaluation.likelihood", "from_pretrained": "pretrained", "generate": "generation",
+    "importance_weighted_bound": "objective", "load": "pretrained", "resume": "training.train",
+    "score": "evaluation.scores", "train": "training.train",
+}  # fmt: skip
 """The module of every public name, imported on first use: PyTorch reads some environment variables at import, and the
 command line has to set them first."""
 

@@ -110,12 +110,7 @@ class TokenLM(LanguageModel):
         return torch.empty(*tokens.shape, 0, device=tokens.device)
 
     def bound(
-        self,
-        tokens: Int[Tensor, "B T"],
-        noise: Float[Tensor, "B T d"],
-        *,
-        per_token: bool = False,
-        frozen: int = 0,
+        self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"], *, per_token: bool = False, frozen: int = 0
     ) -> Float[Tensor, "B ..."]:
         """Exact -log p(x), or with `per_token` -log p(x_t | x_<t), in nats; the other arguments have no effect."""
         nats = -self.token_log_prob(tokens)

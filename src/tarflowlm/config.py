@@ -1,7 +1,4 @@
-"""The configuration of a run: data, model, optimiser and schedule, each a frozen dataclass.
-
-No torch here: the command line reads configurations without it.
-"""
+"""The configuration of a run, as frozen dataclasses, without torch: the command line needs none to read it."""
 
 import typing
 from dataclasses import dataclass, field
@@ -53,8 +50,7 @@ def check_alphabet(alphabet: str) -> None:
     """UserError unless `alphabet` has at least two characters, no duplicates and no lone surrogates."""
     if len(alphabet) < 2:
         raise UserError(f"alphabet={alphabet!r} must hold at least two characters")
-    duplicates = sorted({c for c in alphabet if alphabet.count(c) > 1})
-    if duplicates:
+    if duplicates := sorted({c for c in alphabet if alphabet.count(c) > 1}):
         shown = ", ".join(map(repr, duplicates[:8]))
         raise UserError(f"alphabet holds {shown} more than once: list each character once")
     if any(0xD800 <= ord(c) <= 0xDFFF for c in alphabet):
@@ -83,10 +79,9 @@ class TokenizerConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        trained = self.needs_training
         if self.kind != "bpe":
             self.require("source", self.source == "", f"has no effect with kind={self.kind!r}: set kind to bpe")
-        if trained:
+        if self.needs_training:
             least = len(self.alphabet) + 1 if self.uses_alphabet else 257
             rule = f"a BPE trained here needs {least} to {LARGEST_BPE:,}, or a source: tokenizer.json or hub name"
             self.require("vocab_size", least <= self.vocab_size <= LARGEST_BPE, rule)
@@ -105,9 +100,7 @@ class TokenizerConfig(Config):
     @property
     def uses_alphabet(self) -> bool:
         """Whether tokens are, or start from, the characters of `alphabet`."""
-        if self.kind == "char":
-            return True
-        return self.kind == "bpe" and not self.source and self.normalize == "text8"
+        return self.kind == "char" or (self.needs_training and self.normalize == "text8")
 
     @property
     def needs_training(self) -> bool:
@@ -127,8 +120,6 @@ class DataConfig(Config):
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 """Experiment trackers that metrics can be sent to."""
-
-
 MODEL_TYPE = "tarflowlm"
 """First key of config.json, by which `transformers` knows whose model it is (docs/hub.md)."""
 
@@ -175,8 +166,7 @@ class OptimConfig(Config):
         self.above_zero("lr")
         self.require("grad_clip", self.grad_clip > 0, "must be above 0")
         self.at_least(0, "codebook_lr_scale", "weight_decay")
-        for name in ("beta1", "beta2"):
-            self.require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
+        self.below_one("beta1", "beta2")
         for name in ("warmup", "decay"):
             self.require(name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
 
@@ -232,7 +222,7 @@ class TrainConfig(Config):
         self.at_least(1, "batch_size", "accumulate", "log_every", "evaluate_every", "evaluate_windows")
         self.at_least(1, "checkpoint_every", "keep_last")
         self.at_least(0, "minutes", "max_skipped", "test_windows")
-        self.require("dropout", 0 <= self.dropout < 1, "must be at least 0 and below 1")
+        self.below_one("dropout")
         self.require("spike_sigma", self.spike_sigma > 0, "must be above 0")
 
     @property
@@ -262,12 +252,8 @@ class RunConfig(Config):
         super().__post_init__()
         checked_seed(self.seed)
         stages, given = self.num_stages, len(self.train.stage_steps)
-        self.train.require(
-            "stage_steps",
-            given == stages,
-            f"{given} entries for {stages} stages; give one entry per block for progressive training, a single one "
-            f"for joint training and the baseline",
-        )
+        rule = f"{given} entries for {stages} stages; give one per block when progressive, else a single one"
+        self.train.require("stage_steps", given == stages, rule)
 
     @property
     def num_stages(self) -> int:
@@ -285,13 +271,14 @@ def current_form(document: Any) -> Any:
     Earlier versions wrote no `model_type`, three parallel lists in place of `blocks`, and fields for stages that end
     early. Other documents are returned as they are; `from_dict` reports what is wrong with them.
     """
-    if isinstance(document, dict) and document.get("model_type") == MODEL_TYPE:
+    if not isinstance(document, dict):
+        return document
+    if document.get("model_type") == MODEL_TYPE:
         document = {key: value for key, value in document.items() if key != "model_type"}
-    if isinstance(document, dict) and isinstance(document.get("train"), dict):
+    if isinstance(document.get("train"), dict):
         gone = ("advance", "stall_evaluations", "stall_tolerance")
         document = document | {"train": {k: v for k, v in document["train"].items() if k not in gone}}
-    model = document.get("model") if isinstance(document, dict) else None
-    old = ("couplings", "layers", "components")
+    model, old = document.get("model"), ("couplings", "layers", "components")
     if not isinstance(model, dict) or not all(isinstance(model.get(name), list) for name in old):
         return document
     rows = zip_longest(*(model[name] for name in old))

@@ -50,10 +50,9 @@ def threads_for(rows: int) -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Let the C library reuse freed memory for what comes next instead of returning it to the system every time.
 
-    glibc maps large blocks one by one and unmaps them when they are freed, until a block of that size has been freed
-    before; it learns up to 32 MiB, and keeps twice as much. So one block of nearly that size is allocated, never
-    touched, and freed. Page faults otherwise take a tenth of a training step and up to a third of sampling. Other
-    allocators are indifferent to it, and MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ overrule it.
+    glibc unmaps a large block when it is freed unless one of that size, up to 32 MiB, was freed before. So one of
+    nearly that size is allocated, never touched, and freed. Page faults otherwise take a tenth of a training step and
+    up to a third of sampling. MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ overrule it.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 

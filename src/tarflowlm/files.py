@@ -26,8 +26,7 @@ _HOLDER = f"{LOCK}.holder"
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to; on success the file replaces `path`, on failure it is removed.
 
-    The temporary file is in the same folder and is synced before the rename, so a kill or a power failure leaves
-    the old file or the new one.
+    It is in the same folder and synced before the rename: a kill or power failure leaves the old file or the new one.
     """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     os.close(descriptor)
@@ -73,7 +72,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in a file of a run directory. UserError, naming the file, if it is missing or not JSON."""
+    """The JSON value in a file of a run directory."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -86,17 +85,15 @@ class NewLines:
     """A new file that grows by whole lines: an interrupted write leaves no torn line, an empty file is removed."""
 
     def __init__(self, path: Path) -> None:
-        """UserError if `path` exists or cannot be created."""
         self.path, self._size = path, 0
         try:
             self._file = path.open("xb", buffering=0)
         except OSError as error:
-            raise UserError(
-                f"cannot create {path}: {error.strerror or error}; choose another name, or check the folder"
-            ) from None
+            what = f"cannot create {path}: {error.strerror or error}"
+            raise UserError(f"{what}; choose another name, or check the folder") from None
 
     def write(self, lines: str) -> None:
-        """Append text that ends with a line break. UserError where the disk is full; earlier lines are kept."""
+        """Append text that ends with a line break. Where this fails, the earlier lines are kept."""
         data = lines.encode("utf-8")
         size = self._size + len(data)
         try:
@@ -106,9 +103,8 @@ class NewLines:
             with suppress(OSError):
                 self._file.truncate(self._size)
             if isinstance(error, OSError):
-                raise UserError(
-                    f"cannot write to {self.path} ({error.strerror or error}): its lines are kept; make room"
-                ) from None
+                what = f"cannot write to {self.path} ({error.strerror or error})"
+                raise UserError(f"{what}: its lines are kept; make room") from None
             raise
         self._size = size
 
@@ -129,8 +125,7 @@ class NewLines:
 def waiting_lock(path: Path) -> Iterator[None]:
     """Holds the lock of `path`, the file `.<name>.lock` beside it; waits while another process or thread holds it.
 
-    For files that several processes may write at once, such as a cache entry. Not reentrant. The folder of `path`
-    must exist, `path` itself need not.
+    For what several processes may write at once, such as a cache entry. Not reentrant; `path` need not exist.
     """
     with FileLock(path.with_name(f".{path.name}{LOCK}")):
         yield
@@ -138,18 +133,13 @@ def waiting_lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writer_lock(directory: Path) -> Iterator[None]:
-    """Makes this process the only writer of the run directory `directory`.
-
-    It does not wait for another process, since a run may take days: UserError, naming that process.
-    """
+    """Makes this process the only writer of a run directory. It does not wait for another: a run may take days."""
     lock, holder = FileLock(directory / LOCK, timeout=0), directory / _HOLDER
     try:
         lock.acquire()
     except Timeout:
-        who = _read_holder(holder)
-        raise UserError(
-            f"{directory} is being written by {who}: wait for it, stop it, or choose another directory"
-        ) from None
+        what = f"{directory} is being written by {_read_holder(holder)}"
+        raise UserError(f"{what}: wait for it, stop it, or choose another directory") from None
     try:
         # in a separate file: a locked file cannot be read on Windows, and some versions of filelock truncate it
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
@@ -189,12 +179,10 @@ def full_disk_as_user_error(directory: Path, remedy: Callable[[], str]) -> Itera
     try:
         yield
     except BaseException as error:
-        reason = _disk_full_reason(error)
-        if reason is None:
+        if (reason := _disk_full_reason(error)) is None:
             raise
-        raise UserError(
-            f"cannot write to {directory} ({reason}): what was saved before is kept; make room and {remedy()}"
-        ) from error
+        what = f"cannot write to {directory} ({reason})"
+        raise UserError(f"{what}: what was saved before is kept; make room and {remedy()}") from error
 
 
 def _disk_full_reason(error: BaseException | None) -> str | None:

@@ -46,12 +46,7 @@ class LanguageModel(nn.Module):
 
     @abstractmethod
     def bound(
-        self,
-        tokens: Int[Tensor, "B T"],
-        noise: Float[Tensor, "B T d"],
-        *,
-        per_token: bool = False,
-        frozen: int = 0,
+        self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"], *, per_token: bool = False, frozen: int = 0
     ) -> Float[Tensor, "B ..."]:
         """-log p(x), or one sample of an upper bound on it, in nats: [B], or with `per_token` its parts [B, T].
 

@@ -152,12 +152,7 @@ class TarFlowLM(LanguageModel):
         return terms, states
 
     def bound(
-        self,
-        tokens: Int[Tensor, "B T"],
-        noise: Float[Tensor, "B T d"],
-        *,
-        per_token: bool = False,
-        frozen: int = 0,
+        self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"], *, per_token: bool = False, frozen: int = 0
     ) -> Float[Tensor, "B ..."]:
         """One sample of the negative ELBO in nats: the `nelbo` of `elbo`, in fewer steps (docs/math.md, eq. 11a).
 

@@ -2,7 +2,6 @@
 
 import math
 import typing
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -27,11 +26,9 @@ class Config:
         """UserError, naming the field, for a value that its `Literal` does not list."""
         for name, hint in typing.get_type_hints(type(self)).items():
             is_tuple = typing.get_origin(hint) is tuple
-            allowed = typing.get_args(typing.get_args(hint)[0] if is_tuple else hint)
-            if typing.get_origin(typing.get_args(hint)[0] if is_tuple else hint) is not Literal:
-                continue
-            for value in getattr(self, name) if is_tuple else (getattr(self, name),):
-                if value not in allowed:
+            item, held = typing.get_args(hint)[0] if is_tuple else hint, getattr(self, name)
+            for value in held if is_tuple else (held,):
+                if typing.get_origin(item) is Literal and value not in (allowed := typing.get_args(item)):
                     raise UserError(f"{self.section}{name} {value!r}: choose one of {', '.join(map(str, allowed))}")
 
     def require(self, name: str, is_valid: bool, rule: str) -> None:
@@ -48,6 +45,11 @@ class Config:
         """UserError unless these fields are finite and above 0."""
         for name in names:
             self.require(name, 0 < getattr(self, name) < math.inf, "must be above 0 and finite")
+
+    def below_one(self, *names: str) -> None:
+        """UserError unless these fields are at least 0 and below 1."""
+        for name in names:
+            self.require(name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,19 +114,12 @@ class LanguageModelConfig(Config):
         assert num_blocks >= self.num_blocks
         return self
 
-    @abstractmethod
-    def deepened(self: C, factor: int) -> C:
-        """The same configuration with `factor` times the Transformer layers."""
-
     def describe(self, block: int) -> str:
         """A short description of block `block` (0-based)."""
         return "baseline"
 
     def build(self) -> Any:
-        """A new model of this shape, initialised from PyTorch's global generator (see `language_model.seeded`).
-
-        UserError without a vocabulary size.
-        """
+        """A new model of this shape, initialised from PyTorch's global generator (see `language_model.seeded`)."""
         module, name = self.model.split(":")
         return getattr(import_module(module), name)(self)
 
@@ -143,10 +138,6 @@ class BaselineConfig(LanguageModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(1, "layers")
-
-    def deepened(self, factor: int) -> "BaselineConfig":
-        """The same configuration with `factor` times the Transformer layers."""
-        return replace(self, layers=factor * self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,10 +243,6 @@ class FlowConfig(LanguageModelConfig):
     def each_block(self, **fields: Any) -> "FlowConfig":
         """The same configuration with these fields of `BlockConfig` set in every block."""
         return replace(self, blocks=tuple(replace(block, **fields) for block in self.blocks))
-
-    def deepened(self, factor: int) -> "FlowConfig":
-        """The same configuration with `factor` times the Transformer layers in every block."""
-        return replace(self, blocks=tuple(replace(block, layers=factor * block.layers) for block in self.blocks))
 
     def describe(self, block: int) -> str:
         """Number and coupling of block `block` (0-based), such as "block 1 mixd"."""

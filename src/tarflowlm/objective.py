@@ -137,11 +137,7 @@ def importance_weighted(log_weights: Float[Tensor, "S B"]) -> Float[Tensor, " B"
 
 
 def importance_weighted_bound(
-    model: LanguageModel,
-    tokens: Int[Tensor, "B T"],
-    *,
-    samples: int,
-    generator: torch.Generator | None = None,
+    model: LanguageModel, tokens: Int[Tensor, "B T"], *, samples: int, generator: torch.Generator | None = None
 ) -> Float[Tensor, " B"]:
     """The importance-weighted bound on -log p(x) from `samples` posterior samples, in nats (docs/math.md, eq. 13).
 

@@ -34,6 +34,7 @@ SMALL_TRAIN = TrainConfig(stage_steps=(100,), minutes=120.0, batch_size=16, drop
 
 MIXD_CODEBOOK, PLAIN_CODEBOOK = 0.5, 1.0
 """Learning rate of the codebook over the rest (docs/log.md): tied to block 1, and where nothing starts from it."""
+MIXD_OPTIM, PLAIN_OPTIM = (OptimConfig(codebook_lr_scale=scale) for scale in (MIXD_CODEBOOK, PLAIN_CODEBOOK))
 
 PAPER_TRUNK = TransformerConfig(width=768, num_heads=12)
 """The size of GPT-2 small."""
@@ -44,7 +45,7 @@ def quickstart() -> RunConfig:
     model = FlowConfig(context=128, latent_dim=16, trunk=MINI_TRUNK)
     data = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=2048))
     train = TrainConfig(stage_steps=(85, 8, 7), minutes=5.0, evaluate_every=200, test_windows=1000)
-    return RunConfig(name="quickstart", model=model, data=data, train=train, optim=OptimConfig(codebook_lr_scale=0.5))
+    return RunConfig(name="quickstart", model=model, data=data, train=train, optim=MIXD_OPTIM)
 
 
 def english_small() -> RunConfig:
@@ -52,8 +53,7 @@ def english_small() -> RunConfig:
     blocks = stack(("mixd", "mix1", "mix1"), (6, 1, 1), (0, 2, 2))
     model = FlowConfig(context=256, latent_dim=16, trunk=SMALL_TRUNK, blocks=blocks)
     train = replace(SMALL_TRAIN, stage_steps=(94, 3, 3))
-    optim = OptimConfig(codebook_lr_scale=MIXD_CODEBOOK)
-    return RunConfig(name="english-small", model=model, data=SMALL_DATA, train=train, optim=optim)
+    return RunConfig(name="english-small", model=model, data=SMALL_DATA, train=train, optim=MIXD_OPTIM)
 
 
 def english_small_ar() -> RunConfig:
@@ -70,12 +70,12 @@ def mini_ar() -> RunConfig:
 
 def mini_affine() -> RunConfig:
     """Three affine blocks with as many Transformer layers together as the baseline."""
-    return _mini_joint("mini-affine", "affine", (1, 1, 1), codebook_lr_scale=PLAIN_CODEBOOK)
+    return _mini_joint("mini-affine", "affine", (1, 1, 1), PLAIN_OPTIM)
 
 
 def mini_mix1() -> RunConfig:
     """Three Mix-1 blocks with as many Transformer layers together as the baseline."""
-    return _mini_joint("mini-mix1", "mix1", (27, 2, 2), codebook_lr_scale=0.05)
+    return _mini_joint("mini-mix1", "mix1", (27, 2, 2), OptimConfig(codebook_lr_scale=0.05))
 
 
 def mini_mix1_plain() -> RunConfig:
@@ -83,8 +83,7 @@ def mini_mix1_plain() -> RunConfig:
     run = mini_mix1()
     model = as_flow_config(run.model)
     blocks = (replace(model.blocks[0], start="plain"), *model.blocks[1:])
-    optim = OptimConfig(codebook_lr_scale=PLAIN_CODEBOOK)
-    return replace(run, name="mini-mix1-plain", model=replace(model, blocks=blocks), optim=optim)
+    return replace(run, name="mini-mix1-plain", model=replace(model, blocks=blocks), optim=PLAIN_OPTIM)
 
 
 def mini_mixd() -> RunConfig:
@@ -105,8 +104,8 @@ def mini_passes() -> RunConfig:
     """
     run = mini_mix1_plain()
     first, *upper = stack(("mix1",) * 3, (1, 1, 4), (27,) * 3)
-    blocks = (replace(first, start="plain"), *upper)
-    return replace(run, name="mini-passes", model=replace(as_flow_config(run.model), blocks=blocks))
+    model = replace(as_flow_config(run.model), blocks=(replace(first, start="plain"), *upper))
+    return replace(run, name="mini-passes", model=model)
 
 
 def mini_mixd_p2() -> RunConfig:
@@ -119,11 +118,8 @@ def mini_mixd_p4() -> RunConfig:
     return _mini_mixd("mini-mixd-p4", 4)
 
 
-def _mini_joint(
-    name: str, coupling: CouplingName, components: tuple[int, ...], *, codebook_lr_scale: float
-) -> RunConfig:
+def _mini_joint(name: str, coupling: CouplingName, components: tuple[int, ...], optim: OptimConfig) -> RunConfig:
     model = FlowConfig(context=256, trunk=MINI_TRUNK, blocks=stack((coupling,) * 3, (4, 1, 1), components))
-    optim = OptimConfig(codebook_lr_scale=codebook_lr_scale)
     return RunConfig(name=name, model=model, train=replace(MINI_TRAIN, mode="joint"), optim=optim)
 
 
@@ -131,33 +127,22 @@ def _mini_mixd(name: str, patch: int, layers: tuple[int, ...] = (4, 1, 1)) -> Ru
     blocks = stack(("mixd", "mix1", "mix1"), layers, (0, 2, 2))
     model = FlowConfig(context=256, trunk=MINI_TRUNK, patch=patch, blocks=blocks)
     train = replace(MINI_TRAIN, stage_steps=(MINI_STEPS, 300, 300))
-    return RunConfig(name=name, model=model, train=train, optim=OptimConfig(codebook_lr_scale=MIXD_CODEBOOK))
+    return RunConfig(name=name, model=model, train=train, optim=MIXD_OPTIM)
 
 
-def _paper(name: str) -> RunConfig:
+def _paper(corpus: str, kind: str) -> RunConfig:
     """The published set-up; docs/reproduce.md lists the values that the paper leaves open and our choices."""
-    corpus, kind = name.split("-")
-    text8 = corpus == "text8"
-    context = 256 if text8 else 1024
-    tokenizer = TokenizerConfig() if text8 else TokenizerConfig(kind="bpe", source="gpt2", normalize="none")
-    data = DataConfig(source="text8" if text8 else "openwebtext", tokenizer=tokenizer)
-    steps = 100_000 if text8 else 200_000
-    train = TrainConfig(
-        stage_steps=(steps,),
-        mode="joint",
-        batch_size=512 if text8 else 256,
-        precision="bfloat16",
-        evaluate_every=2000,
-        evaluate_windows=512,
-        checkpoint_every=2000,
-        log_every=50,
-    )
+    name, text8 = f"{corpus}-{kind}", corpus == "text8"
+    context, latent_dim, steps, batch = (256, 5, 100_000, 512) if text8 else (1024, 16, 200_000, 256)
+    gpt2 = TokenizerConfig(kind="bpe", source="gpt2", normalize="none")
+    data = DataConfig(source="text8") if text8 else DataConfig(source="openwebtext", tokenizer=gpt2)
+    train = TrainConfig(stage_steps=(steps,), mode="joint", batch_size=batch, precision="bfloat16")
+    train = replace(train, evaluate_every=2000, evaluate_windows=512, checkpoint_every=2000, log_every=50)
     optim = OptimConfig(lr=1e-3, warmup=0.01)
     if kind == "ar":
         baseline = BaselineConfig(context=context, trunk=PAPER_TRUNK, layers=12)
         return RunConfig(name=name, model=baseline, data=data, optim=optim, train=train)
-    num_components = 27 if text8 else 64
-    flow = FlowConfig(context=context, latent_dim=5 if text8 else 16, trunk=PAPER_TRUNK, channel_mix=None)
+    flow = FlowConfig(context=context, latent_dim=latent_dim, trunk=PAPER_TRUNK, channel_mix=None)
     if kind == "mixd":
         upper = 2 if text8 else 64
         flow = replace(flow, blocks=stack(("mixd", "mix1", "mix1"), (8, 2, 2), (0, upper, upper)))
@@ -165,8 +150,8 @@ def _paper(name: str) -> RunConfig:
         optim = replace(optim, codebook_lr_scale=MIXD_CODEBOOK)
     else:
         coupling: CouplingName = "affine" if kind == "affine" else "mix1"
-        components = (1 if kind == "affine" else num_components,) * 3
-        flow = replace(flow, blocks=stack((coupling,) * 3, (2, 2, 8), components)).each_block(start="plain")
+        count = 1 if kind == "affine" else 27 if text8 else 64
+        flow = replace(flow, blocks=stack((coupling,) * 3, (2, 2, 8), (count,) * 3)).each_block(start="plain")
         optim = replace(optim, codebook_lr_scale=PLAIN_CODEBOOK)
     return RunConfig(name=name, model=flow, data=data, optim=optim, train=train)
 
@@ -178,37 +163,27 @@ PAPER_KINDS = {
     "mix1": "three Mix-1 blocks",
     "mixd": "a Mix-d block, then two Mix-1 blocks",
 }
-PAPER_PRESETS = tuple(f"{corpus}-{kind}" for corpus in PAPER_CORPORA for kind in PAPER_KINDS)
 
 
-def _paper_preset(name: str) -> Callable[[], RunConfig]:
+def _paper_preset(corpus: str, kind: str) -> Callable[[], RunConfig]:
     def make() -> RunConfig:
-        return _paper(name)
+        return _paper(corpus, kind)
 
-    corpus, kind = name.split("-")
     make.__doc__ = f"The paper's set-up on {PAPER_CORPORA[corpus]}, at the size of GPT-2 small: {PAPER_KINDS[kind]}."
     return make
 
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {
-    "quickstart": quickstart,
-    "english-small": english_small,
-    "english-small-ar": english_small_ar,
-    "mini-ar": mini_ar,
-    "mini-affine": mini_affine,
-    "mini-mix1": mini_mix1,
-    "mini-mix1-plain": mini_mix1_plain,
-    "mini-mixd": mini_mixd,
-    "mini-mixd-deep": mini_mixd_deep,
-    "mini-mixd-p2": mini_mixd_p2,
-    "mini-mixd-p4": mini_mixd_p4,
-    "mini-passes": mini_passes,
-    **{name: _paper_preset(name) for name in PAPER_PRESETS},
+_OWN = (
+    quickstart, english_small, english_small_ar, mini_ar, mini_affine, mini_mix1, mini_mix1_plain,
+    mini_mixd, mini_mixd_deep, mini_mixd_p2, mini_mixd_p4, mini_passes,
+)  # fmt: skip
+PRESETS: dict[str, Callable[[], RunConfig]] = {make.__name__.replace("_", "-"): make for make in _OWN} | {
+    f"{corpus}-{kind}": _paper_preset(corpus, kind) for corpus in PAPER_CORPORA for kind in PAPER_KINDS
 }
 
 
 def preset(name: str) -> RunConfig:
-    """The run configuration of that name. UserError, listing the names, for an unknown one."""
+    """The run configuration of that name."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]()
@@ -221,10 +196,7 @@ def with_blocks(run: RunConfig, num_blocks: int) -> RunConfig:
 
 
 def with_steps(run: RunConfig, num_steps: int) -> RunConfig:
-    """`run` with `num_steps` optimiser steps in place of its steps or time, its stages in the same proportions.
-
-    UserError for fewer steps than stages.
-    """
+    """`run` with `num_steps` optimiser steps in place of its steps or time, its stages in the same proportions."""
     stages = run.train.stage_steps
     if num_steps < len(stages):
         raise UserError(f"steps {num_steps}: the run has {len(stages)} stages, each needs at least 1 step")

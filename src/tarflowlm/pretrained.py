@@ -21,6 +21,8 @@ from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import PREFIX, REPOSITORY, is_reference
 from tarflowlm.sharing import push_to_hub, save_pretrained
 
+_PLACES = "give a run directory, a shipped model's name, or hf:OWNER/NAME"
+
 
 class _Pair(NamedTuple):
     model: LanguageModel
@@ -39,7 +41,7 @@ class Pretrained(_Pair):
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Pretrained":
-        """The model of a checkpoint."""
+        """The model and tokenizer of a checkpoint."""
         pretrained = cls(checkpoint.model, checkpoint.tokenizer)
         pretrained.checkpoint = checkpoint
         return pretrained
@@ -93,7 +95,7 @@ class Pretrained(_Pair):
         return texts[0] if num is None else texts
 
     def score(self, text: str, *, samples: int = 8, seed: int = 0) -> Scores:
-        """The bits of every token of a text of any length; see `tarflowlm.score`. UserError as there."""
+        """The bits of every token of a text of any length; see `tarflowlm.score`."""
         return score(self.model, self.encode(text), samples=samples, seed=seed)
 
     def save_pretrained(self, folder: str | Path, *, half: bool = False, licence: str | None = None) -> Path:
@@ -128,12 +130,8 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> Pretraine
 
     `device` is one of PyTorch, or auto. UserError if it is not available, and as in `load_checkpoint`.
     """
-    _check_place(directory)
+    check_type(directory, "model", (str, os.PathLike), _PLACES)
     return Pretrained.of(load_checkpoint(directory, pick_device(device)))
-
-
-def _check_place(place: Any) -> None:
-    check_type(place, "model", (str, os.PathLike), "give a run directory, a shipped model's name, or hf:OWNER/NAME")
 
 
 def from_pretrained(
@@ -144,7 +142,7 @@ def from_pretrained(
     `revision` is a branch, tag or commit of a model on the hub. UserError as in `load_checkpoint`, and for a revision
     of anything else.
     """
-    _check_place(name)
+    check_type(name, "model", (str, os.PathLike), _PLACES)
     text = Path(name).as_posix()
     if not Path(name).exists() and re.fullmatch(REPOSITORY, text):
         text = PREFIX + text

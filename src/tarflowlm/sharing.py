@@ -47,7 +47,7 @@ def save_pretrained(
 
     `source` is a checkpoint, or whatever `load_checkpoint` takes; a README.md beside it becomes the card. `half` as
     in `export`, `licence` an identifier of the hub (apache-2.0), `repository` the OWNER/NAME that the card is to
-    name. Returns `folder`. UserError as in `export`; nothing is left behind if this fails.
+    name. Returns `folder`. Nothing is left behind if this fails.
     """
     check_type(folder, "folder", (str, os.PathLike), "give the path of a new folder")
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
@@ -73,34 +73,27 @@ def push_to_hub(
     """`save_pretrained` into a temporary folder, and `push_folder`; returns the address of the model."""
     repository = checked_repository(repository)
     with tempfile.TemporaryDirectory() as place:
-        name = repository.rpartition("/")[2]
-        folder = save_pretrained(source, Path(place) / name, half=half, licence=licence, repository=repository)
+        folder = Path(place) / repository.rpartition("/")[2]
+        save_pretrained(source, folder, half=half, licence=licence, repository=repository)
         return push_folder(folder, repository, private=private)
 
 
 def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
-    """Upload what `save_pretrained` wrote as one commit to OWNER/NAME, made if it is not there; returns its address.
-
-    UserError, naming the remedy, if the hub cannot be reached or refuses, or if `private` is asked for and the
-    repository exists and is public.
-    """
+    """Upload what `save_pretrained` wrote as a commit to OWNER/NAME, made if it is not there; returns the address."""
     hub = hub_client(f"pushing {repository}")
     api = hub.HfApi(library_name="tarflowlm")
     with hub_errors(repository):
         api.create_repo(repository, private=private or None, exist_ok=True)
         if private and not api.model_info(repository).private:
             raise UserError(f"{repository} exists and is public: make it private in its settings, or name another")
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            commit_message="Upload a model made with tarflowlm",
-            delete_patterns=["draft/*", "manifest.json"],  # of earlier versions
-        )
+        # these patterns are files of earlier versions
+        gone, message = ["draft/*", "manifest.json"], "Upload a model made with tarflowlm"
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, delete_patterns=gone)
     return f"{hub.constants.ENDPOINT}/{repository}"
 
 
 def checked_repository(name: str) -> str:
-    """OWNER/NAME, without hf: before it. UserError for anything else."""
+    """OWNER/NAME, without hf: before it."""
     check_type(name, "repository", str, "give OWNER/NAME, a text")
     name = name.removeprefix(PREFIX)
     if not re.fullmatch(REPOSITORY, name):
@@ -112,8 +105,7 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
     """README.md of the saved model `checkpoint`: a head of metadata for the hub, then Markdown.
 
     `origin` is the folder that it was made from, with the results of its training; a README.md there is kept as the
-    text. `name` is its OWNER/NAME or the name of its folder. UserError for a `licence` beside a README.md that has a
-    head of its own.
+    text. `name` is its OWNER/NAME or the name of its folder.
     """
     summary = read_summary(origin) or {}
     written = origin / CARD
@@ -122,10 +114,8 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
         if not text.startswith("---\n"):
             return _head(checkpoint, summary, name, licence) + text
         if licence is not None:
-            raise UserError(
-                f"licence {licence!r}: {written} has a head, which is kept: state it there and leave it out here, or "
-                "share a copy from `tarflowlm export`, which has no card"
-            )
+            remedy = "state it there and leave it out here, or share a copy by `tarflowlm export`, without a card"
+            raise UserError(f"licence {licence!r}: {written} has a head, which is kept: {remedy}")
         return text
     rows = "".join(f"| {left} | {right} |\n" for left, right in _rows(checkpoint, origin, summary, licence))
     reference = f"hf:{name}" if "/" in name else name
@@ -173,21 +163,20 @@ def _head(checkpoint: Checkpoint, summary: dict[str, Any], name: str, licence: s
 def _rows(
     checkpoint: Checkpoint, origin: Path, summary: dict[str, Any], licence: str | None
 ) -> Iterator[tuple[str, str]]:
-    run, model, tokenizer = checkpoint.run, checkpoint.model, checkpoint.tokenizer
-    config = run.model
+    run, model, tokenizer, config = checkpoint.run, checkpoint.model, checkpoint.tokenizer, checkpoint.run.model
     if isinstance(config, BaselineConfig):
         shape = f"{config.layers} layers"
     else:
-        blocks = range(model.num_blocks)
-        shape = ", ".join(f"{config.describe(b)} ({config.blocks[b].layers})" for b in blocks)
+        shape = ", ".join(f"{config.describe(b)} ({config.blocks[b].layers})" for b in range(model.num_blocks))
         shape = f"{shape}, Transformer layers in brackets; d = {config.latent_dim}"
     shape += f"; width {config.trunk.width}, context {config.context}"
     yield "model", f"preset `{run.name}`: {shape}; {sum(p.numel() for p in model.parameters()):,} parameters"
     yield "symbols", f"{tokenizer.vocab_size:,} ({tokenizer.kind}), normalisation {tokenizer.normalization}"
-    info = checkpoint.info
-    counts = [f"{int(info[key]):,} {unit}" for key, unit in (("step", "steps"), ("tokens", "tokens")) if key in info]
+    units, info = (("step", "steps"), ("tokens", "tokens")), checkpoint.info
+    counts = [f"{int(info[key]):,} {unit}" for key, unit in units if key in info]
     yield "trained on", ", ".join([f"`{run.data.source}`", *counts, f"seed {run.seed}"])
-    if (digest := _corpus_digest(origin)) is not None:
+    state = undamaged_state(origin)
+    if isinstance(digest := read_json(state / COUNTERS).get("corpus") if state else None, str):
         yield "tokens", f"sha256 of the hashes of their shards `{digest}`"
     if (command := training_command(run)) is not None:
         yield "command", f"`{command}`"
@@ -196,17 +185,11 @@ def _rows(
         nats = f"{sign} {test['nats_per_token']:.4f} nats per token"
         if math.isfinite(test["stderr"]):  # one window alone has none
             nats += f" (standard error {test['stderr']:.4f})"
-        windows = f"{test['windows']:,} windows of the test split ({test['bound']})"
-        yield "test", f"{sign} {test['bpc']:.4f} bits per character, {nats}, over {windows}"
+        bits, over = f"{sign} {test['bpc']:.4f} bits per character", f"over {test['windows']:,} windows"
+        yield "test", f"{bits}, {nats}, {over} of the test split ({test['bound']})"
     else:
         yield "test", "not recorded"
     yield "licence", licence or "not stated by its owner"
-
-
-def _corpus_digest(origin: Path) -> str | None:
-    state = undamaged_state(origin)
-    digest = read_json(state / COUNTERS).get("corpus") if state else None
-    return digest if isinstance(digest, str) else None
 
 
 def _samples(checkpoint: Checkpoint, length: int) -> str:
@@ -224,10 +207,9 @@ def training_command(run: RunConfig) -> str | None:
     """The `tarflowlm train` that gives `run`: its preset and every field that differs; None where no preset does."""
     if run.name not in PRESETS:
         return None
-    options = ["--data", run.data.source]
-    base, missing = preset(run.name), 0
-    if run.model.num_blocks < base.model.num_blocks:
-        missing = base.model.num_blocks - run.model.num_blocks
+    options, base = ["--data", run.data.source], preset(run.name)
+    missing = max(0, base.model.num_blocks - run.model.num_blocks)
+    if missing:
         base = with_blocks(base, run.model.num_blocks)
         options += ["--blocks", str(run.model.num_blocks)]
     theirs, ours = flatten(base), flatten(run)

@@ -1,6 +1,9 @@
 """Fixtures shared by the data tests."""
 
 import random
+import socket
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,9 +20,25 @@ def private_places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
 def words() -> str:
     """20,000 characters or so of repetitive lower-case text in the TEXT8 alphabet; begins with a space."""
     rng = random.Random(5)
-    vocabulary = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "nine", "old", "men", "quick", "dogs"]
-    vocabulary += ["brown", "jump", "over", "lazy", "fox", "with", "zebra"]
-    return " " + " ".join(rng.choice(vocabulary) for _ in range(5000))
+    vocabulary = "the cat sat on a mat and saw nine old men quick dogs brown jump over lazy fox with zebra"
+    return " " + " ".join(rng.choice(vocabulary.split()) for _ in range(5000))
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No name can be resolved."""
+
+    def unresolved(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+
+
+@pytest.fixture
+def uninstall(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """uninstall(name): importing the package of that name fails."""
+    return lambda name: monkeypatch.setitem(sys.modules, name, None)
 
 
 @pytest.fixture

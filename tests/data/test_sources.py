@@ -1,12 +1,10 @@
 """Sources of text: English documents, text8 from a server or the disk, OpenWebText from parquet files, text files."""
 
-import builtins
 import hashlib
 import importlib.util
 import io
 import json
 import random
-import socket
 import zipfile
 from pathlib import Path
 from types import MappingProxyType
@@ -141,15 +139,13 @@ def test_unreachable_text8_is_one_line(served):
 # OpenWebText
 
 
-def write_parquet(documents: list, column: str = "text") -> None:
+def write_parquet(documents: list) -> None:
     datasets = pytest.importorskip("datasets")
     folder = sources_dir() / "openwebtext"
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(3):
-        part = datasets.Dataset.from_dict(
-            {column: documents[i * len(documents) // 3 : (i + 1) * len(documents) // 3]}
-        )
-        part.to_parquet(folder / f"train-{i}.parquet")
+        part = documents[i * len(documents) // 3 : (i + 1) * len(documents) // 3]
+        datasets.Dataset.from_dict({"text": part}).to_parquet(folder / f"train-{i}.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -210,25 +206,12 @@ def test_every_cursor_leads_to_the_rest(kind, normalization, documents, monkeypa
         assert rest == [b.texts for b in batches[i + 1 :] if b.texts]
 
 
-def test_openwebtext_offline_or_without_its_package_names_the_remedy(tmp_path, monkeypatch):
+def test_openwebtext_offline_or_without_its_package_names_the_remedy(tmp_path, no_network, uninstall):
     pytest.importorskip("datasets")
-
-    def unresolved(*_):
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
-    monkeypatch.setattr("urllib.request.getproxies", dict)
     with pytest.raises(UserError, match=r"offline.*put the parquet files of .*Skylion007/openwebtext into") as caught:
         prepare_corpus("openwebtext", CHARS, tmp_path / "out")
     assert "\n" not in str(caught.value)
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "datasets":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    uninstall("datasets")
     with pytest.raises(UserError, match=r"pip install 'tarflowlm\[data\]'"):
         prepare_corpus("openwebtext", CHARS, tmp_path / "out")
 

@@ -1,6 +1,5 @@
 """Text files are read whatever their suffix, cut between words, and normalised like the reference."""
 
-import builtins
 import gzip
 import lzma
 import re
@@ -68,15 +67,8 @@ def test_unreadable_files_are_one_line(name, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_zst_without_the_package_names_the_remedy(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "zstandard":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_zst_without_the_package_names_the_remedy(tmp_path, uninstall):
+    uninstall("zstandard")
     with pytest.raises(UserError, match=r"pip install 'tarflowlm\[data\]'"):
         read_text(tmp_path / "text.zst")
 

@@ -9,13 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tarflowlm.runs.released
-from tarflowlm.data import (
-    TEXT8_ALPHABET,
-    ByteTokenizer,
-    CharTokenizer,
-    TokenizerConfig,
-    load_tokenizer,
-)
+from tarflowlm.data import TEXT8_ALPHABET, ByteTokenizer, CharTokenizer, TokenizerConfig, load_tokenizer
 from tarflowlm.errors import UnknownCharacters, UserError
 
 # from the alphabet of the property test below, whose characters need one to four bytes each

@@ -6,13 +6,7 @@ import math
 import pytest
 import torch
 
-from tarflowlm.evaluation.blocks import (
-    bound_parts,
-    latent_report,
-    mean_cosine,
-    mean_norm,
-    participation_ratio,
-)
+from tarflowlm.evaluation.blocks import bound_parts, latent_report, mean_cosine, mean_norm, participation_ratio
 from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.model import TarFlowLM
 from tarflowlm.objective import elbo

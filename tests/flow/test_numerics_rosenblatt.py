@@ -10,14 +10,7 @@ import pytest
 import torch
 from numerics_cases import codebook_case
 
-from tarflowlm.flow.numerics import (
-    layout,
-    mixture_cdf,
-    mixture_log_prob,
-    reference,
-    rosenblatt,
-    rosenblatt_inverse,
-)
+from tarflowlm.flow.numerics import layout, mixture_cdf, mixture_log_prob, reference, rosenblatt, rosenblatt_inverse
 
 
 def standard_normal(u):

@@ -1,6 +1,6 @@
 """Parallel sweeps give what position-by-position inversion gives, in no more passes than there are positions."""
 
-import itertools
+import time
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from tarflowlm.generation import generate, inversion
 from tarflowlm.generation.inversion import invert_block, invert_stack
 from tarflowlm.language_model import seeded
 from tarflowlm.model import FlowConfig, TarFlowLM, stack
+from tarflowlm.pretrained import load
 
 STACKS = [("mix1",), ("affine",), ("token-affine",), ("mixd",), ("affine", "mix1"), ("mixd", "mix1", "affine")]
 
@@ -44,13 +45,17 @@ def test_any_length(length, tiny_flow, normal):
     assert sweeps <= length + 8
 
 
-@pytest.mark.parametrize(("decoder", "patch"), [("sweeps", 1), ("sweeps", 2), ("auto", 1)])
-def test_blocks_near_the_identity_take_few_sweeps(decoder, patch, normal, monkeypatch):
-    """In both directions, with mixed channels; `auto` notices, over the whole block or over its first part.
+@pytest.fixture
+def no_clock(monkeypatch):
+    """A path that depends on time makes the last digits of a seed depend on the machine."""
+    for name in ("time", "perf_counter", "monotonic", "process_time"):
+        monkeypatch.setattr(time, name, lambda: pytest.fail("a clock was read"))
 
-    On its clock, whatever the machine, a step takes as long as a sweep.
-    """
-    monkeypatch.setattr("time.perf_counter", itertools.count(0.0).__next__)
+
+@pytest.mark.parametrize("decoder", ["sweeps", "auto"])
+@pytest.mark.parametrize("patch", [1, 2])
+def test_blocks_near_the_identity_take_few_sweeps(decoder, patch, normal, no_clock):
+    """In both directions, with mixed channels."""
     with seeded(0):
         blocks = stack(("mix1", "affine", "mix1"), (1, 1, 1), (3, 1, 2))
         model = TarFlowLM(FlowConfig(vocab_size=5, context=256, latent_dim=2, patch=patch, blocks=blocks))
@@ -61,31 +66,42 @@ def test_blocks_near_the_identity_take_few_sweeps(decoder, patch, normal, monkey
             with torch.no_grad():
                 found, work = invert_stack(model, noise, decoder=decoder)
                 again = model.prior(found[-1])[0]
-            # with twelve rows the trial covers only a part of the positions, and times steps after it
-            allowed = most if decoder == "sweeps" or batch == 1 else 2 * most + inversion.TRIAL_STEPS
-            assert all(w.decoder == "sweeps" and w.passes <= allowed and w.repeated == 0 for w in work)
+            assert all(w.decoder == "sweeps" and w.passes <= most and w.repeated == 0 for w in work)
             torch.testing.assert_close(again, noise, rtol=tolerance, atol=tolerance)
 
 
-def test_auto_soon_notices_that_sweeps_do_not_converge(tiny_flow, normal, monkeypatch):
-    """On a clock where only sweeps take time, a block whose guesses stay wrong goes on by steps."""
-    for coupling in ("mix1", "affine", "mixd"):
-        block = tiny_flow(couplings=(coupling,), context=64, log_std=-6.0, scale=0.5).prior.blocks[0]
-        clock = [0.0]
-        monkeypatch.setattr("time.perf_counter", lambda clock=clock: clock[0])
-        original = block.features_of
+@pytest.mark.parametrize("coupling", ["mix1", "affine", "mixd"])
+def test_auto_soon_notices_that_sweeps_do_not_converge(coupling, tiny_flow, normal, no_clock):
+    block = tiny_flow(couplings=(coupling,), context=64, log_std=-6.0, scale=0.5).prior.blocks[0]
+    u = normal(16, 64, 2)
+    with torch.no_grad():
+        found = invert_block(block, u, decoder="auto")
+        torch.testing.assert_close(found.h, block.inverse(u), rtol=1e-8, atol=1e-8)
+    assert found.decoder == "steps"
+    assert found.passes <= 64 + 4
 
-        def counted(cache, past, *, first, original=original, clock=clock):
-            clock[0] += 1.0
-            return original(cache, past, first=first)
 
-        monkeypatch.setattr(block, "features_of", counted)
-        u = normal(3, 64, 2)
-        with torch.no_grad():
-            found = invert_block(block, u, decoder="auto")
-            torch.testing.assert_close(found.h, block.inverse(u), rtol=1e-8, atol=1e-8)
-        assert found.decoder == "steps"
-        assert found.passes <= 64 + 6
+@pytest.mark.parametrize("num", [1, pytest.param(16, marks=pytest.mark.slow)])
+def test_auto_sweeps_the_refining_blocks_of_a_trained_model(num, no_clock):
+    """The upper blocks of english-mini are near the identity; block 1 is close to a model of tokens."""
+    model = load("english-mini").model
+    options = {"num_tokens": 256, "num": num, "generator": torch.Generator().manual_seed(0)}
+    found = generate(model, **options)
+    assert found.decoders == ("sweeps", "sweeps", "steps")
+    assert found.sweeps[:2] == (2, 2)
+    assert found.sweeps[2] <= 256 + 3
+    options["generator"].manual_seed(0)
+    again = generate(model, decoder=found.decoders, **options)
+    assert torch.equal(again.tokens, found.tokens)
+
+
+@pytest.mark.slow
+def test_auto_sweeps_a_block_that_converges_far_from_the_identity(no_clock):
+    """Newton steps diverge in blocks 1 and 2 of english-passes, while a few exact sweeps suffice."""
+    model = load("english-passes").model
+    found = generate(model, num_tokens=256, generator=torch.Generator().manual_seed(0))
+    assert found.decoders == ("steps", "sweeps", "sweeps")
+    assert max(found.sweeps[1:]) <= 10
 
 
 def test_a_row_that_needs_many_sweeps_does_not_spoil_the_others(tiny_flow, normal):
@@ -137,32 +153,3 @@ def test_a_position_that_sweeps_got_wrong_is_inverted_again(tiny_flow, normal, m
         expected = block.inverse(u)
     assert 0 < found.repeated < 64
     torch.testing.assert_close(found.h, expected, rtol=1e-7, atol=1e-7)
-
-
-def test_auto_takes_the_quicker_way_and_says_which(tiny_flow, monkeypatch):
-    """The clock decides: here a step of the Transformer costs one unit, a sweep as many as it has positions."""
-    model = tiny_flow(couplings=("mixd", "mix1"), context=128, log_std=-6.0)
-    clock = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    for block in model.prior.blocks:
-        original = block.features_of
-
-        def counted(cache, past, *, first, original=original, price=block):
-            clock[0] += prices[price]
-            return original(cache, past, first=first)
-
-        monkeypatch.setattr(block, "features_of", counted)
-        single = block.features_at
-
-        def one(cache, previous, batch, single=single):
-            clock[0] += 1.0
-            return single(cache, previous, batch)
-
-        monkeypatch.setattr(block, "features_at", one)
-    for costs, expected in (((0.1, 0.1), ("sweeps", "sweeps")), ((1e3, 0.1), ("sweeps", "steps"))):
-        prices = dict(zip(model.prior.blocks, costs, strict=True))
-        found = generate(model, num_tokens=128, decoder="auto", generator=torch.Generator().manual_seed(0))
-        assert found.decoders == expected
-        again = generate(model, num_tokens=128, decoder=expected, generator=torch.Generator().manual_seed(0))
-        assert again.decoders == expected
-        assert torch.equal(again.tokens, found.tokens)

@@ -8,18 +8,16 @@ from tarflowlm.evaluation.likelihood import evaluate
 from tarflowlm.generation import generate
 from tarflowlm.harness.scoring import Continuation, Piece, TextScorer
 from tarflowlm.objective import conditional_bound
+from tarflowlm.progress import Silent
 
 TEXT = " the quick brown fox jumps over the lazy dog and so on"
 TOKENIZER = CharTokenizer(TEXT8_ALPHABET)
 
 
-class Count:
+class Count(Silent):
     """A progress that counts."""
 
     done = 0
-
-    def stage(self, name, total=None, done=0):
-        pass
 
     def advance(self, count=1):
         self.done += count

@@ -1,4 +1,4 @@
-"""A hub in a folder that takes the place of the client's two calls, and a tiny model to put there."""
+"""A hub in a folder that takes the place of the client's two calls."""
 
 import fnmatch
 import hashlib
@@ -8,10 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-from tarflowlm.config import DataConfig, RunConfig, TrainConfig
-from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
-from tarflowlm.runs.checkpoint import save_weights, write_run
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 REAL_DOWNLOAD, REAL_API = huggingface_hub.snapshot_download, huggingface_hub.HfApi
@@ -70,19 +66,6 @@ def hub(tmp_path, monkeypatch) -> Hub:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", found.snapshot_download)
     monkeypatch.setattr(huggingface_hub, "HfApi", found.api)
     return found
-
-
-@pytest.fixture
-def trained(tmp_path, tiny_flow) -> Path:
-    """A run directory of a tiny model."""
-    model = tiny_flow(vocab_size=27, context=16).float().eval()
-    data, train = DataConfig(source="/somewhere/else/text.txt"), TrainConfig(stage_steps=(1,), mode="joint")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    run = RunConfig(name="mini-mixd", model=model.config, data=data, train=train)
-    write_run(folder, run, CharTokenizer(TEXT8_ALPHABET))
-    save_weights(folder, model.state_dict(), {"blocks": "2", "step": "1", "tokens": "128"})
-    return folder
 
 
 @pytest.fixture

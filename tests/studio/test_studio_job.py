@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tarflowlm.errors import UserError
-from tarflowlm.studio.job import Halted, Job
+from tarflowlm.studio.request import Halted, Job
 
 
 def endless(job: Job[None]) -> None:
@@ -21,8 +21,13 @@ def test_work_is_followed_to_its_end():
         return 7
 
     job = Job(work)
-    assert not [None for _ in job.follow() if job.result is not None]
-    assert (job.result, job.advanced) == (7, 3)
+    results = []
+
+    def view():
+        results.append((yield from job.follow(str)))
+
+    list(view())
+    assert (results, job.advanced) == ([7], 3)
 
 
 def test_work_ends_when_nobody_waits():
@@ -35,7 +40,7 @@ def test_work_ends_when_nobody_waits():
             ended.set()
             raise
 
-    steps = Job(work).follow()
+    steps = Job(work).follow(str)
     next(steps)
     steps.close()
     assert ended.wait(5)
@@ -43,7 +48,7 @@ def test_work_ends_when_nobody_waits():
 
 def test_work_ends_when_the_time_is_over():
     with pytest.raises(UserError, match="limit of this page"):
-        list(Job(endless, seconds=0.05).follow())
+        list(Job(endless, seconds=0.05).follow(str))
 
 
 def test_one_works_at_a_time():
@@ -55,7 +60,7 @@ def test_one_works_at_a_time():
         time.sleep(0.03)
         running.pop()
 
-    threads = [threading.Thread(target=lambda: list(Job(work).follow())) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: list(Job(work).follow(str))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -13,10 +13,9 @@ from tarflowlm.studio import edit
 from tarflowlm.studio.catalogue import collect
 from tarflowlm.studio.curves import runs
 from tarflowlm.studio.edit import TARGETS, blend, replace_words, rewrite
-from tarflowlm.studio.infill import infill
 from tarflowlm.studio.pieces import guarded
 from tarflowlm.studio.score import compare
-from tarflowlm.studio.write import write
+from tarflowlm.studio.write import infill, write
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 

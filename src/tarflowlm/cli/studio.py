@@ -32,10 +32,11 @@ class Args:
 
 def run(args: Args) -> None:
     import threading
+    from contextlib import suppress
 
     from tarflowlm.device import pick_device
     from tarflowlm.studio.catalogue import collect
-    from tarflowlm.studio.server import LOOPBACK, Server, check_gradio, free_port
+    from tarflowlm.studio.server import LOOPBACK, check_gradio, free_port, serving
     from tarflowlm.terminal.tables import print_notice
 
     check_gradio()
@@ -44,23 +45,12 @@ def run(args: Args) -> None:
     if args.host not in LOOPBACK:
         print_notice(f"anyone who can reach {args.host} can use this page, without a password")
     print_notice("starting, which takes some seconds ...")
-
-    def build() -> object:
-        from tarflowlm.studio.page import build
-
-        return build(catalogue)
-
-    server = Server(build, host=args.host, port=port)
-    try:
-        print(server.url, flush=True)
+    with serving(catalogue, host=args.host, port=port) as url, suppress(KeyboardInterrupt):
+        print(url, flush=True)
         print_notice("Ctrl-C ends it")
         if not args.no_browser:
             import webbrowser
 
             # in a thread, as it may wait for the browser
-            threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         threading.Event().wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        server.close()

@@ -10,26 +10,8 @@ from tarflowlm.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, lo
 from tarflowlm.data.windows import TokenArray, WindowSampler, eval_windows, sliding_windows
 
 __all__ = [
-    "SOURCE_NAMES",
-    "TEXT8_ALPHABET",
-    "BPETokenizer",
-    "ByteTokenizer",
-    "CharTokenizer",
-    "Corpus",
-    "DataConfig",
-    "TokenArray",
-    "Tokenizer",
-    "TokenizerConfig",
-    "WindowSampler",
-    "build_tokenizer",
-    "cached_corpus",
-    "check_source",
-    "encode_text_source",
-    "eval_windows",
-    "load_tokenizer",
-    "normalize_text8",
-    "open_corpus",
-    "prepare_corpus",
-    "read_text",
-    "sliding_windows",
-]
+    "SOURCE_NAMES", "TEXT8_ALPHABET", "BPETokenizer", "ByteTokenizer", "CharTokenizer", "Corpus", "DataConfig",
+    "TokenArray", "Tokenizer", "TokenizerConfig", "WindowSampler", "build_tokenizer", "cached_corpus", "check_source",
+    "encode_text_source", "eval_windows", "load_tokenizer", "normalize_text8", "open_corpus", "prepare_corpus",
+    "read_text", "sliding_windows",
+]  # fmt: skip

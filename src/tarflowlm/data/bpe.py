@@ -26,10 +26,8 @@ class BPETokenizer(Tokenizer):
     """Byte-pair encoding, either byte-level (GPT-2 and its relatives) or over the characters of an alphabet.
 
     `library_json` is the JSON of a `tokenizers.Tokenizer` that is invertible: no normaliser, and either a ByteLevel
-    pre-tokenizer or plain characters. UserError for anything else.
-
-    Special tokens found in the text, such as `<|endoftext|>`, become one token and count all their characters; none
-    are added. Truncation and padding that a file asks for are switched off.
+    pre-tokenizer or plain characters. Special tokens found in the text, such as `<|endoftext|>`, become one token
+    and count all their characters; none are added. Truncation and padding that a file asks for are switched off.
     """
 
     kind = "bpe"
@@ -104,7 +102,6 @@ def build_tokenizer(config: TokenizerConfig, training_text: Iterable[str] = ()) 
     """The tokenizer that `config` describes.
 
     `training_text` yields pieces of the training split, already normalised. It is read only if BPE is trained here.
-    UserError for a source that cannot be loaded, or a text too small to train on.
     """
     if config.kind == "char":
         return CharTokenizer(config.alphabet, config.normalize)
@@ -123,7 +120,6 @@ def train_bpe(
 
     `alphabet=None` gives byte-level BPE with GPT-2's word pattern (`vocab_size >= 257`); otherwise the tokens start
     from the characters of `alphabet`. A merge may include the one space before a word and never crosses words.
-    UserError if the text is too small for `vocab_size` tokens, or has characters outside `alphabet`.
     """
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     if alphabet is None:
@@ -178,7 +174,6 @@ def _bpe_from(source: str, normalization: Normalization) -> BPETokenizer:
 
 
 def _from_hub(name: str) -> str:
-    """JSON of the hub's tokenizer `name`, from the local hub cache if it is there."""
     import huggingface_hub
 
     try:
@@ -188,9 +183,7 @@ def _from_hub(name: str) -> str:
         check_hub_reachable()
         return tokenizers.Tokenizer.from_pretrained(name).to_str()
     except Exception as error:  # hub, network and library errors share no base class
-        raise UserError(
-            f"{first_line(error)}; check the name and the connection, or give the file tokenizer.json of it"
-        ) from None
+        raise UserError(f"{first_line(error)}; check the name and connection, or give its tokenizer.json") from None
 
 
 def _byte_characters() -> dict[int, str]:

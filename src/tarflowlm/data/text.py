@@ -29,10 +29,8 @@ def text_blocks(path: str | os.PathLike[str]) -> Iterator[str]:
     """The text of a UTF-8 file in blocks of about a megabyte.
 
     The suffix gives the compression: `.gz`, `.xz`, `.zst`, or `.zip` with one member; any other is plain text. Line
-    ends stay as they are; a byte-order mark at the start is dropped.
-
-    UserError for a file that is missing, unreadable, empty, damaged or not UTF-8 (possibly after some blocks), and
-    for `.zst` without the `zstandard` package.
+    ends stay as they are; a byte-order mark at the start is dropped. UserError for a file that is missing,
+    unreadable, empty, damaged or not UTF-8, possibly after some blocks.
     """
     source = Path(path)
     is_empty = True
@@ -113,7 +111,6 @@ def text_pieces(text: str | Iterable[str], size: int) -> Iterator[str]:
     ends, and the next begins with the space or line end that follows. Only where there is no such place for
     `16 * size` characters is the text cut anywhere. The cuts depend on the text and `size`, not on the blocks.
     """
-    assert size > 0, size
     buffer, searched = "", size
     for block in [text] if isinstance(text, str) else text:
         buffer += block
@@ -144,11 +141,11 @@ def normalize(text: str, how: Normalization) -> str:
 
 
 def normalize_text8(text: str) -> str:
-    """Text in the TEXT8 alphabet, as `wikifil.pl` writes it (Mahoney 2006).
+    """Text in the TEXT8 alphabet, as `wikifil.pl` writes it (Mahoney 2006); idempotent.
 
     ASCII upper case becomes lower case and each digit its English name between spaces. Everything else that is not
-    `a`-`z` (non-ASCII letters and `<|endoftext|>` separators, too) becomes a space, and runs of spaces one space. The
-    result begins with one space and has none at its end; a text without letters or digits gives `" "`. Idempotent.
+    `a`-`z`, `<|endoftext|>` included, becomes a space, and runs of spaces one space. The result begins with one space
+    and has none at its end; a text without letters or digits gives `" "`.
     """
     # on bytes, whose methods are fast; what is not ASCII becomes "?", and later a space
     data = text.encode("ascii", errors="replace").replace(b"<|endoftext|>", b" ").lower()

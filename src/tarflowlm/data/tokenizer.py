@@ -54,7 +54,7 @@ class Tokenizer(ABC):
         return any(len(token) > 1 and token.startswith(b" ") for token in self.token_bytes)
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
-        """Token ids [N] of `texts`, each encoded on its own, concatenated."""
+        """Token ids [N] of `texts`, encoded one by one and concatenated."""
         return np.concatenate([np.zeros(0, dtype=np.int64), *map(self.encode, texts)])
 
     @abstractmethod
@@ -85,14 +85,11 @@ class Tokenizer(ABC):
         return self if normalization is None else self._from_payload(self._payload(), normalization)
 
     def decode(self, ids: Any) -> str:
-        """Text of 1-d integer `ids` (list, array or tensor); incomplete UTF-8 shows as U+FFFD.
-
-        UserError for an id outside 0 .. V-1.
-        """
+        """Text of 1-d integer `ids` (list, array or tensor), each in 0 .. V-1; incomplete UTF-8 shows as U+FFFD."""
         array, table = np.asarray(ids), self.token_bytes
         if array.size == 0:
             return ""
-        if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= len(table):
+        if array.ndim != 1 or array.dtype.kind not in "iu" or not 0 <= array.min() <= array.max() < len(table):
             raise UserError(
                 f"token ids must be a 1-d array of integers from 0 to {len(table) - 1}, not an array of "
                 f"{array.dtype}, shape {list(array.shape)}, from {array.min()} to {array.max()}"
@@ -101,10 +98,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def characters_per_token(self) -> npt.NDArray[np.int64]:
-        """Int64 [V]: the number of UTF-8 bytes of each token that start a character.
-
-        Summed over the tokens of a text this is its number of characters, even where one spans several tokens.
-        """
+        """Int64 [V]: the UTF-8 bytes of each token that start a character; their sum is a text's characters."""
         # a continuation byte is 0b10xxxxxx
         return np.array([sum((b & 0xC0) != 0x80 for b in token) for token in self.token_bytes], dtype=np.int64)
 
@@ -132,9 +126,7 @@ class Tokenizer(ABC):
             return Tokenizer._kinds[document["kind"]]._from_payload(document, document["normalize"])
         except (LookupError, TypeError, ValueError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
-            raise UserError(
-                f"{name} is not a tokenizer of this version of tarflowlm, or is damaged: {reason}"
-            ) from None
+            raise UserError(f"{name} is damaged, or no tokenizer of this version of tarflowlm: {reason}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json()` atomically to the file `path`, or to `path/tokenizer.json` if `path` is a directory."""
@@ -149,7 +141,7 @@ class Tokenizer(ABC):
 
     def _document(self) -> dict[str, Any]:
         head = {"format": FORMAT, "version": VERSION, "kind": self.kind, "normalize": self.normalization}
-        return {**head, **self._payload()}
+        return head | self._payload()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(vocab_size={self.vocab_size}, normalization={self.normalization!r})"
@@ -164,7 +156,7 @@ class CharTokenizer(Tokenizer):
         super().__init__(normalization)
         check_alphabet(alphabet)
         self.alphabet = alphabet
-        codes = [ord(character) for character in alphabet]
+        codes = list(map(ord, alphabet))
         # the id of every code point up to the largest in the alphabet, and -1 for all larger ones
         self._ids = np.full(max(codes) + 2, -1, dtype=np.int64)
         self._ids[codes] = np.arange(len(alphabet))
@@ -216,10 +208,7 @@ class ByteTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer saved in the file `path`, or in `path/tokenizer.json` if `path` is a directory.
-
-    UserError for a missing, unreadable, foreign or damaged file.
-    """
+    """The tokenizer saved in the file `path`, or in `path/tokenizer.json` if `path` is a directory."""
     source = _file(path)
     try:
         text = source.read_text(encoding="utf-8")

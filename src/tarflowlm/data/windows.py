@@ -1,6 +1,6 @@
 """Windows of tokens: a resumable random stream for training, consecutive ones for evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ class TokenArray:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The storage type (uint8, uint16 or uint32 for shards)."""
+        """The storage type: uint8, uint16 or uint32 for shards."""
         return self._parts[0].dtype
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class WindowSampler:
     `batch`. A global batch may span two epochs.
 
     Every rank counts the windows of all ranks, so a state can be resumed with another number of ranks: the stream is
-    the same for equal `world * batch`. UserError for a text shorter than a window.
+    the same for equal `world * batch`.
     """
 
     def __init__(
@@ -90,11 +90,6 @@ class WindowSampler:
         """The next batch of this rank: int64 [batch, window]."""
         starts = self._next_global_starts()[self.rank * self.batch : (self.rank + 1) * self.batch]
         return self.tokens.windows(starts, self.window)
-
-    __next__ = next
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return self
 
     def state_dict(self) -> dict[str, int]:
         """The position in the stream, and the stream's seed, window and number of tokens; small JSON."""
@@ -133,11 +128,7 @@ class WindowSampler:
 
 
 def eval_windows(tokens: TokenArray | Array, window: int, limit: int | None = None) -> torch.Tensor:
-    """Consecutive non-overlapping windows from the first token on: int64 [N, window].
-
-    An incomplete last window is left out. `limit` keeps at most that many, evenly spaced over the text. UserError for
-    a text shorter than a window, and a limit below 1.
-    """
+    """Consecutive windows without overlap, int64 [N, window]: `sliding_windows` with the stride of a window."""
     return sliding_windows(tokens, window, window, limit)[0]
 
 
@@ -149,8 +140,6 @@ def sliding_windows(
     The tokens after the context continue those of the window before, so every token counts once; the first window
     has no context. `limit` keeps at most that many windows, evenly spaced over the text, all with `window - stride`
     tokens of context, as nearly every window of the text has. Fewer than `stride` tokens at the end are left out.
-
-    UserError for a text shorter than a window, a stride outside 1 .. window, and a limit below 1.
     """
     if not 1 <= stride <= window:
         raise UserError(f"stride {stride}: must be at least 1 and at most the context of {window} tokens")
@@ -171,7 +160,5 @@ def sliding_windows(
 
 def _check_length(num_tokens: int, window: int) -> None:
     if num_tokens < window:
-        raise UserError(
-            f"the text has {num_tokens} tokens, fewer than one window of {window}: "
-            "use a longer text or a smaller window"
-        )
+        rule = "use a longer text or a smaller window"
+        raise UserError(f"the text has {num_tokens} tokens, fewer than one window of {window}: {rule}")

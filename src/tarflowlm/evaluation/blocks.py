@@ -8,7 +8,7 @@ normal on top of the first l blocks, so l = 0 is a prior without any block.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -116,7 +116,6 @@ class Spread:
 
     @classmethod
     def of(cls, values: Float[Tensor, " W"]) -> "Spread":
-        """Mean and standard deviation of `values`."""
         values = values.double()
         return cls(values.mean().item(), values.std().item() if len(values) > 1 else float("nan"))
 
@@ -159,15 +158,9 @@ def bound_parts(
     """
     terms, _ = _measure(model, windows, seed, None, progress)
     reconstruction, log_q, *rest = (terms.double().mean(1) / windows.shape[1]).tolist()
-    return BoundParts(
-        reconstruction=reconstruction,
-        log_q=log_q,
-        log_dets=tuple(rest[: model.num_blocks]),
-        bases=tuple(rest[model.num_blocks :]),
-        windows=len(windows),
-        tokens=windows.numel(),
-        characters=int(characters_per_token[windows].sum()),
-    )
+    log_dets, bases = tuple(rest[: model.num_blocks]), tuple(rest[model.num_blocks :])
+    counts = (len(windows), windows.numel(), int(characters_per_token[windows].sum()))
+    return BoundParts(reconstruction, log_q, log_dets, bases, *counts)
 
 
 def latent_report(
@@ -186,16 +179,13 @@ def latent_report(
     terms, metrics = _measure(model, windows, seed, batch, progress)
     reconstruction, log_q, *rest = terms
     log_dets, bases = rest[: model.num_blocks], rest[model.num_blocks :]
-    T, log_det_sum, kl_before = windows.shape[1], torch.zeros_like(log_q), log_q
+    T, log_det_sums = windows.shape[1], accumulate(log_dets, initial=torch.zeros_like(log_q))
+    kls = [(log_q - total - base) / T for total, base in zip(log_det_sums, bases, strict=True)]
     reports = []
-    for block, (values, base) in enumerate(zip(metrics, bases, strict=True)):
-        if block:
-            log_det_sum = log_det_sum + log_dets[block - 1]
-        kl = (log_q - log_det_sum - base) / T
+    for block, (values, kl) in enumerate(zip(metrics, kls, strict=True)):
         values |= {"kl": kl, "nelbo": kl - reconstruction / T}
         if block:
-            values |= {"log_det": log_dets[block - 1] / T, "kl_gain": kl_before - kl}
-        kl_before = kl
+            values |= {"log_det": log_dets[block - 1] / T, "kl_gain": kls[block - 1] - kl}
         reports.append(StateReport(block=block, **{name: Spread.of(value) for name, value in values.items()}))
     return reports
 

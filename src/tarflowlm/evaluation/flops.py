@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tarflowlm.baseline import TokenLM
-from tarflowlm.config import BaselineConfig, FlowConfig, TransformerConfig, as_flow_config
+from tarflowlm.config import BaselineConfig, FlowConfig, as_flow_config
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
 
@@ -41,8 +41,7 @@ def forward_flops(config: Config, convention: Convention = "full") -> int:
         return _counted_forward(config)
     if isinstance(config, BaselineConfig):
         D, T = config.trunk.width, config.context
-        body = _paper_transformer(config.trunk, config.layers, T // config.patch)
-        return 4 * D * T + body + 2 * D * config.vocab_size * T
+        return 4 * D * T + _paper_transformer(config, config.layers) + 2 * D * config.vocab_size * T
     return sum(_paper_block(config, index, convention) for index in range(config.num_blocks))
 
 
@@ -51,10 +50,9 @@ def training_flops(config: Config, *, frozen: int = 0, convention: Convention = 
     whole = 3 * forward_flops(config, convention)
     if not frozen:
         return whole
-    config = as_flow_config(config)
     if convention == "full":
         return whole - 2 * _counted_below(config, frozen)
-    return whole - 2 * sum(_paper_block(config, index, convention) for index in range(frozen))
+    return whole - 2 * sum(_paper_block(as_flow_config(config), index, convention) for index in range(frozen))
 
 
 def generation_flops(config: Config, convention: Convention = "full") -> int:
@@ -65,18 +63,17 @@ def generation_flops(config: Config, convention: Convention = "full") -> int:
     return _counted_generation(config) if convention == "full" else forward_flops(config, convention)
 
 
-def _paper_transformer(trunk: TransformerConfig, num_layers: int, positions: int) -> int:
-    D, L, N = trunk.width, num_layers, positions
-    return L * (6 * D * D * N + 2 * D * N * N + 2 * D * D * N + 4 * trunk.mlp_ratio * D * D * N)
+def _paper_transformer(config: Config, L: int) -> int:
+    N, D = config.context // config.patch, config.trunk.width
+    return L * (6 * D * D * N + 2 * D * N * N + 2 * D * D * N + 4 * config.trunk.mlp_ratio * D * D * N)
 
 
 def _paper_block(config: FlowConfig, index: int, convention: Convention) -> int:
     """Count one flow block: Transformer, and input map and head where the convention has them."""
-    N, D = config.context // config.patch, config.trunk.width
-    body = _paper_transformer(config.trunk, config.blocks[index].layers, N)
+    body = _paper_transformer(config, config.blocks[index].layers)
     if index and convention == "figure7":
         return body
-    return 4 * D * N + body + _paper_head(config, index)
+    return 4 * config.trunk.width * (config.context // config.patch) + body + _paper_head(config, index)
 
 
 def _paper_head(config: FlowConfig, index: int) -> int:
@@ -99,7 +96,7 @@ def _counted_forward(config: Config) -> int:
 
 
 @cache
-def _counted_below(config: FlowConfig, frozen: int) -> int:
+def _counted_below(config: Config, frozen: int) -> int:
     """Count the part of the forward pass that progressive training does not train: codebook and first blocks."""
     flow = as_flow(_on_meta(config)[0])
 

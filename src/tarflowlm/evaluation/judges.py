@@ -86,8 +86,8 @@ class Judge(ABC):
             lengths = torch.tensor([len(ids) for ids in part])
             padded = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
             losses, states = self.score(padded)
-            losses, is_read = losses.cpu().double(), torch.arange(padded.shape[1]) < lengths[:, None]
-            scored = is_read & ~losses.isnan()
+            losses = losses.cpu().double()
+            scored = (torch.arange(padded.shape[1]) < lengths[:, None]) & ~losses.isnan()
             nats += losses[scored].sum().item()
             count += int(scored.sum())
             features.append(states.cpu()[torch.arange(len(part)), lengths - 1].float())
@@ -115,10 +115,9 @@ class BaselineJudge(Judge):
 
     @torch.no_grad()
     def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        model = self.model
-        tokens = tokens.to(model.start.device)
-        states = model.states(tokens)
-        logits = widen(model.head(states[:, :-1]))
+        tokens = tokens.to(self.model.start.device)
+        states = self.model.states(tokens)
+        logits = widen(self.model.head(states[:, :-1]))
         losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
         return losses, states[:, 1:]
 
@@ -167,7 +166,6 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
 
 
 def _is_transformers(path: Path) -> bool:
-    """True for a directory with a model of `transformers`, and not a run of ours."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -183,10 +181,10 @@ def _from_transformers(name: str, local: bool) -> tuple[Any, Any]:
         raise UserError("judging samples needs transformers: pip install 'tarflowlm[quality]'") from None
 
     def get(only_local: bool) -> tuple[Any, Any]:
-        options: dict[str, Any] = {"local_files_only": only_local}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=only_local)
         # safetensors only: nothing is unpickled
-        return transformers.AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options), tokenizer
+        options = {"use_safetensors": True, "local_files_only": only_local}
+        return transformers.AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
 
     with _quiet(transformers):
         try:
@@ -199,15 +197,13 @@ def _from_transformers(name: str, local: bool) -> tuple[Any, Any]:
             return get(False)
         except Exception as error:  # hub, network and library errors share no base class
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"cannot load the judge {name!r} ({reason}): give a run of the baseline, a directory of "
-                f"transformers, or a hub name that can be reached"
-            ) from None
+            advice = "give a run of the baseline, a directory of transformers, or a hub name that can be reached"
+            raise UserError(f"cannot load the judge {name!r} ({reason}): {advice}") from None
 
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Turn off the library's warnings and progress bars, and restore both afterwards."""
+    """Without the library's warnings and progress bars."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

@@ -5,8 +5,9 @@ Shape legend: W windows of T tokens, S posterior samples for each, V token types
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -62,15 +63,13 @@ class Likelihood:
     """UTF-8 bytes of the text; None without `bytes_per_token`."""
     bits_per_byte: float | None = None
     elbo: float | None = None
-    """Negative ELBO in nats per token, the mean over all samples; None for the baseline, which needs no bound."""
+    """Negative ELBO in nats per token, the mean over all samples, and its error; None for the baseline."""
     elbo_stderr: float | None = None
-    """Its standard error over the windows."""
     elbo_sampling_stderr: float | None = None
     """The part of it that comes from posterior sampling, and would change with the seed. Needs 2 samples."""
     gap: float | None = None
-    """elbo - nats_per_token, at least 0: how much the importance weights tighten the bound. Needs 2 samples."""
+    """elbo - nats_per_token, at least 0: what the importance weights gain, and its error. Needs 2 samples."""
     gap_stderr: float | None = None
-    """Its standard error over the windows."""
 
     @property
     def sign(self) -> str:
@@ -78,7 +77,6 @@ class Likelihood:
         return sign_of(self.bound)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, for JSON."""
         return asdict(self)
 
 
@@ -125,7 +123,6 @@ def evaluate(
     gap, gap_stderr = _per_token(elbo - weighted, tokens)
     total_bits, num_samples = bits(weighted.sum().item()), len(log_w)
     several = num_samples > 1
-    sampling = math.sqrt(log_w.var(0).sum().item() / num_samples) / len(scored) if several else None
     return Likelihood(
         bound="exact" if model.is_exact else f"iw-{num_samples}" if several else "elbo",
         nats_per_token=nats,
@@ -140,7 +137,7 @@ def evaluate(
         bits_per_byte=None if num_bytes is None else total_bits / num_bytes,
         elbo=None if model.is_exact else elbo_nats,
         elbo_stderr=None if model.is_exact else elbo_stderr,
-        elbo_sampling_stderr=sampling,
+        elbo_sampling_stderr=math.sqrt(log_w.var(0).sum().item() / num_samples) / len(scored) if several else None,
         gap=gap if several else None,
         gap_stderr=gap_stderr if several else None,
     )
@@ -162,21 +159,20 @@ def log_weights(
     keep_freed_memory()
     generator = torch.Generator(device=model.device).manual_seed(checked_seed(as_integer(seed, "seed")))
     parts = []
-    for start, end, head in _batches(given, batch or windows_per_batch(windows.shape[1])):
-        tokens = windows[start:end].to(model.device)
+    # one batch has one number of given tokens
+    for some in runs(given.tolist(), batch or windows_per_batch(windows.shape[1])):
+        tokens, head = windows[some].to(model.device), int(given[some.start])
         parts.append(weigh(model, tokens, samples=samples, generator=generator, given=head).cpu().double())
-        progress.advance(end - start)
+        progress.advance(len(tokens))
     return torch.cat(parts, dim=1)
 
 
-def _batches(given: Tensor, batch: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, given) of runs of at most `batch` neighbouring windows with the same number of given tokens."""
-    heads, start = given.tolist(), 0
-    while start < len(heads):
-        end = start + 1
-        while end < len(heads) and end - start < batch and heads[end] == heads[start]:
-            end += 1
-        yield start, end, heads[start]
+def runs(values: Iterable[Any], longest: int) -> Iterator[slice]:
+    """Slices of at most `longest` neighbours that are equal, from left to right."""
+    start = 0
+    for _, equal in groupby(values):
+        end = start + len(list(equal))
+        yield from (slice(i, min(i + longest, end)) for i in range(start, end, longest))
         start = end
 
 

@@ -35,8 +35,7 @@ def sequence_entropy(sequences: Sequence[Sequence[Any]]) -> float:
     return total / len(sequences)
 
 
-def ngrams(sequence: Sequence[str], order: int) -> Iterator[tuple[str, ...]]:
-    """All runs of `order` neighbouring symbols of a sequence."""
+def _ngrams(sequence: Sequence[str], order: int) -> Iterator[tuple[str, ...]]:
     return zip(*(sequence[i:] for i in range(order)), strict=False)
 
 
@@ -45,7 +44,7 @@ def distinct(sequences: Sequence[Sequence[str]], order: int) -> float | None:
 
     It falls with the amount of text, so compare equal amounts.
     """
-    counts = Counter(gram for sequence in sequences for gram in ngrams(sequence, order))
+    counts = Counter(gram for sequence in sequences for gram in _ngrams(sequence, order))
     return len(counts) / counts.total() if counts else None
 
 
@@ -54,11 +53,8 @@ def repetition(sequences: Sequence[Sequence[str]], order: int) -> float | None:
 
     Sequences without an n-gram are left out. None if no sequence has one.
     """
-    shares = []
-    for sequence in sequences:
-        grams = list(ngrams(sequence, order))
-        if grams:
-            shares.append(1 - len(set(grams)) / len(grams))
+    found = [list(_ngrams(sequence, order)) for sequence in sequences]
+    shares = [1 - len(set(grams)) / len(grams) for grams in found if grams]
     return sum(shares) / len(shares) if shares else None
 
 
@@ -70,10 +66,8 @@ def mauve(text: Tensor, samples: Tensor) -> float:
     """
     if min(len(text), len(samples)) < 2:
         raise UserError(f"MAUVE compares two sets of texts, not {len(text)} with {len(samples)}: use more of both")
-    result = mauve_function()(
-        p_features=text.numpy(), q_features=samples.numpy(), mauve_scaling_factor=MAUVE_SCALING, verbose=False
-    )
-    return float(result.mauve)
+    sides = {"p_features": text.numpy(), "q_features": samples.numpy()}
+    return float(mauve_function()(**sides, mauve_scaling_factor=MAUVE_SCALING, verbose=False).mauve)
 
 
 def mauve_function() -> Callable[..., Any]:
@@ -106,7 +100,6 @@ class TextStatistics:
 
     @classmethod
     def of(cls, tokens: Tensor, texts: Sequence[str], judged: JudgedTexts) -> "TextStatistics":
-        """Statistics of `texts`, their `tokens` [texts, T], and the judge's scores."""
         words = [text.split() for text in texts]
         return cls(
             texts=len(texts),
@@ -143,7 +136,6 @@ class Quality:
     seed: int
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, for JSON."""
         return asdict(self)
 
 
@@ -195,10 +187,7 @@ def measure_quality(
         length=samples.shape[1],
         decoder="steps" if model.is_exact else config.decoder,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
+        **{name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")},
     )
 
 
@@ -223,19 +212,10 @@ def draw_samples(model: LanguageModel, config: SamplingConfig, progress: Progres
     generator = torch.Generator().manual_seed(config.seed)
     progress.stage("samples", config.num)
     parts = []
+    settings = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "decoder")}
     for start in range(0, config.num, batch):
         num = min(batch, config.num - start)
-        result = generate(
-            model,
-            num_tokens=length,
-            num=num,
-            generator=generator,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            decoder=config.decoder,
-        )
-        parts.append(result.tokens.cpu())
+        parts.append(generate(model, num_tokens=length, num=num, generator=generator, **settings).tokens.cpu())
         progress.advance(num)
     return torch.cat(parts)
 
@@ -243,9 +223,7 @@ def draw_samples(model: LanguageModel, config: SamplingConfig, progress: Progres
 def _remarks(judge: Judge, num: int, trained_on: str | None) -> tuple[str, ...]:
     remarks = []
     if judge.name not in PAPER_JUDGES:
-        remarks.append(
-            f"perplexity and MAUVE by {judge.name}: not comparable with published ones, which are GPT-2 Large's"
-        )
+        remarks.append(f"perplexity and MAUVE by {judge.name}: published ones are GPT-2 Large's, and not comparable")
     if num < PAPER_SAMPLES:
         remarks.append(f"MAUVE of {num:,} samples: not comparable with published ones, which have {PAPER_SAMPLES:,}")
     if judge.source is not None and trained_on is not None and Path(judge.source).name == Path(trained_on).name:

@@ -1,8 +1,6 @@
 """Bits of every token of one text: exact for the baseline, the shares of a bound for a flow."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +9,7 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import checked_seed
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import bits, windows_per_batch
+from tarflowlm.evaluation.likelihood import bits, runs, windows_per_batch
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.precision import full_precision
 from tarflowlm.generation import generate
@@ -46,12 +44,7 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    model: LanguageModel,
-    tokens: Tensor,
-    *,
-    samples: int = 8,
-    seed: int = 0,
-    progress: Progress = SILENT,
+    model: LanguageModel, tokens: Tensor, *, samples: int = 8, seed: int = 0, progress: Progress = SILENT
 ) -> Scores:
     r"""How many bits each of the `tokens` [T] of a text takes; one token is enough.
 
@@ -80,19 +73,19 @@ def score(
     windows = _windows(model, len(tokens))
     whole = _fill(model, tokens, windows[-1][0], seed)
     draws, found = 1 if model.is_exact else samples, []
-    for some in _batches(windows):
-        rows = torch.stack([whole[start:end] for start, end, _ in some]).to(model.device)
+    # the windows of one batch have the same length and number of given tokens
+    alike = [(end - start, given) for start, end, given in windows]
+    for some in runs(alike, windows_per_batch(alike[0][0])):
+        rows = torch.stack([whole[start:end] for start, end, _ in windows[some]]).to(model.device)
         nats = torch.zeros(())
         for _ in range(draws):
             nats = nats + _shares(model, rows, generator).cpu().double() / draws
-            progress.advance(len(some))
-        # in one batch all windows have the same number of given tokens
-        found.append(nats[:, :, some[0][2] :].flatten(1))
-    shares, last = bits(torch.cat(found, dim=1)), len(tokens) - 1
+            progress.advance(len(rows))
+        found.append(nats[:, :, alike[some.start][1] :].flatten(1))
+    shares, beyond = bits(torch.cat(found, dim=1)).split([len(tokens), len(whole) - len(tokens)], dim=1)
     if not model.is_exact:
         # what fills the last patch of a flow counts with the last token
-        shares[:, last] += shares[:, last + 1 :].sum(1)
-    shares = shares[:, : last + 1]
+        shares[:, -1] += beyond.sum(1)
     return Scores(bits=shares[0], blocks=None if model.is_exact else shares[1:], exact=model.is_exact)
 
 
@@ -103,11 +96,9 @@ def _windows(model: LanguageModel, num_tokens: int) -> list[tuple[int, int, int]
     if model.num_blocks > 1:
         starts = range(0, num_tokens, config.context)
         return [(start, min(start + config.context, num_tokens), 0) for start in starts]
-    found, scored = [], 0
-    for start, end in spans(config, num_tokens):
-        found.append((start, end, scored - start))
-        scored = end
-    return found
+    found = list(spans(config, num_tokens))
+    scored = [0, *(end for _, end in found)]
+    return [(start, end, before - start) for (start, end), before in zip(found, scored, strict=False)]
 
 
 def _fill(model: LanguageModel, tokens: Tensor, start: int, seed: int) -> Tensor:
@@ -118,20 +109,9 @@ def _fill(model: LanguageModel, tokens: Tensor, start: int, seed: int) -> Tensor
     missing = -len(tokens) % model.config.patch
     if not missing or model.is_exact:
         return F.pad(tokens.cpu(), (0, missing))
-    drawn = generate(
-        model,
-        num_tokens=len(tokens) - start + missing,
-        prompt=tokens[start:],
-        generator=torch.Generator().manual_seed(seed),
-    )
+    num, generator = len(tokens) - start + missing, torch.Generator().manual_seed(seed)
+    drawn = generate(model, num_tokens=num, prompt=tokens[start:], generator=generator)
     return torch.cat((tokens.cpu(), drawn.tokens[0, -missing:].cpu()))
-
-
-def _batches(windows: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """Neighbouring windows of the same length and number of given tokens, as many as `evaluate` takes at once."""
-    for (length, _), run in groupby(windows, lambda window: (window[1] - window[0], window[2])):
-        alike, size = list(run), windows_per_batch(length)
-        yield from (alike[i : i + size] for i in range(0, len(alike), size))
 
 
 def _shares(model: LanguageModel, tokens: Tensor, generator: torch.Generator) -> Tensor:

@@ -201,12 +201,7 @@ class TokenFeatures(nn.Module):
             nn.init.normal_(self.place.weight, std=width**-0.5)
         if patch > 1 and in_patch:
             self.head = AutoregressiveHead(
-                width=width,
-                groups=patch,
-                channels=latent_dim,
-                hidden=2 * width,
-                outputs=(width,),
-                features=width,
+                width=width, groups=patch, channels=latent_dim, hidden=2 * width, outputs=(width,), features=width
             )
 
     def forward(self, features: Float[Tensor, "B N D"], z: Float[Tensor, "B N C"]) -> Float[Tensor, "B N P D"]:

@@ -30,14 +30,7 @@ class MixDCoupling(Coupling):
     """
 
     def __init__(
-        self,
-        *,
-        width: int,
-        patch: int,
-        latent_dim: int,
-        components: int,
-        tied: Codebook | None,
-        in_patch: bool,
+        self, *, width: int, patch: int, latent_dim: int, components: int, tied: Codebook | None, in_patch: bool
     ) -> None:
         super().__init__()
         self.patch, self.latent_dim, self.group = patch, latent_dim, latent_dim

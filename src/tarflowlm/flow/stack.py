@@ -50,14 +50,7 @@ class FlowBlock(Bijection):
     """
 
     def __init__(
-        self,
-        *,
-        trunk: TransformerConfig,
-        num_layers: int,
-        channels: int,
-        coupling: Coupling,
-        reverse: bool,
-        mix: int,
+        self, *, trunk: TransformerConfig, num_layers: int, channels: int, coupling: Coupling, reverse: bool, mix: int
     ) -> None:
         super().__init__()
         self.order = Order(channels, reverse=reverse, mix=mix)
@@ -108,11 +101,7 @@ class FlowBlock(Bijection):
         return KVCache(self.transformer, batch, num_positions, self.start)
 
     def invert_position(
-        self,
-        u: Float[Tensor, "B C"],
-        cache: KVCache,
-        previous: Tensor | None,
-        adjust: AdjustWeights | None = None,
+        self, u: Float[Tensor, "B C"], cache: KVCache, previous: Tensor | None, adjust: AdjustWeights | None = None
     ) -> Float[Tensor, "B C"]:
         """Latents of the next position in the block's order, given those of the one before it (None at the start)."""
         return self.coupling.invert(u, self.features_at(cache, previous, len(u)), adjust)

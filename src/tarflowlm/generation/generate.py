@@ -32,7 +32,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     decoding: Decoding = "mode",
-    decoder: Decoders = "steps",
+    decoder: Decoders = "auto",
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     watch: Watch | None = None,
 ) -> Generation:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from tarflowlm.config import OLD_DECODERS, Decoder
-from tarflowlm.device import now
 from tarflowlm.errors import UserError
 from tarflowlm.flow.channelwise import CONTRACTION, RESIDUAL, ChannelCoupling, Newton
 from tarflowlm.flow.couplings import AdjustWeights
@@ -34,10 +33,15 @@ LONGEST_SEGMENT = 512
 """Positions that one sweep inverts at most."""
 PATIENCE = 4
 """A segment is halved after more than this many sweeps in a row that fail to halve the largest change."""
-TRIAL_ROWS = 1024
-"""Rows (sequences x positions) that `auto` gives Newton steps before it has timed a step."""
-TRIAL_STEPS, TRIAL_SEGMENT, TRIAL_SWEEPS = 3, 16, 4
-"""What `auto` times: steps (the first is not counted), then sweeps over a segment of the positions that follow."""
+TRIAL_ROWS = 8192
+"""Rows (sequences x positions) to which `auto` gives a first Newton step: it costs at most some 30 steps."""
+TRIAL_COST = 5.0
+"""Steps that one sweep of the trial of `auto` may cost."""
+SWEEP = 1.5
+ROWS_CHANNELS, ROWS_VECTORS, ROWS_GPU = 200.0, 2.5, 4000.0
+"""A pass over n positions of B sequences costs SWEEP (A + n B) / (A + B) steps. A are the rows whose work takes as
+long as the overhead of a call: for channel couplings and for others on a CPU (`benchmarks/decoders.py`), and on other
+devices, where it was not measured. Decisions have wide margins, so these need not be exact."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,9 @@ def invert_block(
 ) -> Inverted:
     """Invert `block`: latents h [B, N, C] from noise u [B, N, C].
 
-    sequential: position by position, exact. parallel: sweeps (`_Inversion.sweep`), equal up to rounding; the result
+    "steps": position by position, exact. "sweeps": in parallel (`_Inversion.sweep`), equal up to rounding; the result
     is mapped forward again, and from the first position whose noise does not come back, the rest is inverted by
-    steps. auto: times steps and sweeps on the first positions and continues with the faster.
+    steps. "auto": the cheaper of the two, judged by the first positions (`_Inversion.trial`).
 
     The first `num_settled` positions, in the block's order, are copied from `settled` [B, N, C]. With adjusted
     weights there is no forward map to check against, so a block with `adjust` always goes by steps. `progress`
@@ -145,14 +149,14 @@ class _Inversion:
         self.passes += 1
         return self.block.features_of(self.cache, self.h[:, max(at - 1, 0) : end - 1], first=at == 0)
 
-    def newton(self, end: int) -> bool:
-        """Newton steps of all channels of all positions at once, up to position `end`: whether they converged.
+    def newton(self, end: int, *, largest: float = math.inf) -> bool:
+        """Newton steps of all channels of all positions at once, up to position `end`: True if they converged.
 
         They are cheap, need no inverse of a mixture, and carry their own check: each evaluates the forward map.
-        Near the identity two or three suffice. A step that fails to shrink the changes ends them, and the open
-        positions are noise again; those found final before stay so.
+        Near the identity two or three suffice. A step that fails to shrink the changes, or a first one above
+        `largest`, ends them, and the open positions are noise again; those found final before stay so.
         """
-        coupling, newton = self.block.coupling, Newton(TOLERANCE[self.h.dtype])
+        coupling, newton = self.block.coupling, Newton(TOLERANCE[self.h.dtype], largest=largest)
         assert isinstance(coupling, ChannelCoupling)
         while self.at < end:
             span = slice(self.at, end)
@@ -209,46 +213,40 @@ class _Inversion:
                     poor, length = 0, max(1, stop - self.at)
             length = min(LONGEST_SEGMENT, 2 * length)
 
+    def cost(self, num: int) -> float:
+        """What a sweep over `num` positions costs, in steps."""
+        B, rows = len(self.h), ROWS_CHANNELS if isinstance(self.block.coupling, ChannelCoupling) else ROWS_VECTORS
+        rows = rows if self.h.device.type == "cpu" else ROWS_GPU
+        return SWEEP * (rows + num * B) / (rows + B)
+
     def trial(self) -> Decoder:
-        """The faster decoder, timed on positions that have to be inverted anyway.
+        """The cheaper decoder, from how many of the first positions a few passes made final.
 
-        Newton steps come first: where they converge, they leave little to time, and over a whole block nothing.
+        No clock is read, so that the same noise takes the same path everywhere. A block near the identity shows in
+        the first Newton step, which changes little, and is finished by Newton steps. Elsewhere sweeps are tried on
+        positions so few that a sweep costs next to nothing: they go on while their changes shrink fast, or while
+        they make more positions final than the steps that they cost.
         """
-        start, begun = self.at, now(self.h.device)
-        if self.contracts and self.num_positions - start >= SHORTEST_NEWTON:
-            rows = max(TRIAL_SEGMENT, TRIAL_ROWS // len(self.h))
-            self.contracts = self.newton(min(start + rows, self.num_positions))
-            if self.at == self.num_positions:
+        N = self.num_positions
+        if self.contracts and N - self.at >= SHORTEST_NEWTON:
+            length = min(LONGEST_SEGMENT, max(SHORTEST_NEWTON, TRIAL_ROWS // len(self.h)))
+            self.contracts = self.newton(min(self.at + length, N), largest=CONTRACTION)
+            if self.contracts:
                 return "sweeps"
-        by_sweep = (now(self.h.device) - begun) / max(self.at - start, 1)
-        by_step = self._time_of_a_step()
-        if not self.contracts:
-            by_sweep = self._time_of_sweeps(by_step)
-        return "sweeps" if by_sweep < by_step else "steps"
-
-    def _time_of_a_step(self) -> float:
-        """Seconds, the shortest of some steps but the first, which warms up; infinite where too few are left."""
-        times = [math.inf]
-        for _ in range(min(TRIAL_STEPS, self.num_positions - self.at)):
-            begun = now(self.h.device)
-            self.step(until=self.at + 1)
-            times.append(now(self.h.device) - begun)
-        return min(times[2:], default=math.inf)
-
-    def _time_of_sweeps(self, by_step: float) -> float:
-        """Seconds per position of some sweeps, fewer if they neither converge nor are ahead of steps."""
-        start, begun, last = self.at, now(self.h.device), math.inf
-        end, by_sweep = min(start + TRIAL_SEGMENT, self.num_positions), 0.0
-        for _ in range(TRIAL_SWEEPS):
-            if self.at == end:
-                break
-            final, largest = self._sweep_once(end)
+        start, sweeps, spent, last = self.at, 0, 0.0, math.inf
+        end = start + 4
+        while end < N and self.cost(end + 1 - start) <= TRIAL_COST:
+            end += 1
+        while self.at < min(end, N):
+            spent, sweeps = spent + self.cost(end - self.at), sweeps + 1
+            final, largest = self._sweep_once(min(end, N))
             self._advance(final)
-            by_sweep = (now(self.h.device) - begun) / (self.at - start)
-            if by_sweep > by_step and not largest < CONTRACTION * last:
-                break
+            # negated, so that NaN counts as no convergence
+            if not largest < CONTRACTION * last and spent > self.at - start:
+                return "steps"
             last = largest
-        return by_sweep
+        rest = min(N - self.at, LONGEST_SEGMENT)
+        return "sweeps" if rest == 0 or sweeps * self.cost(rest) < rest else "steps"
 
 
 def first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:

@@ -45,9 +45,6 @@ def write_windows(sampler: Sampler, given: Tensor) -> Generation:
         sampler.stream.start = start
         windows.append(sampler.write(tokens[:, start:end]))
         tokens[:, start:end] = windows[-1].tokens.cpu()
-        if len(windows) == 2 and sampler.decoder == "auto":
-            # the later windows repeat the choice of the second: a prompt may fill the first
-            sampler = replace(sampler, decoder=windows[-1].decoders or "auto")
         if sampler.stream.has_ended:
             break
     first = windows[0]

@@ -26,8 +26,7 @@ GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_
 def run_lm_eval(words: Sequence[str]) -> None:
     """The command line of lm-eval on `words`, with the model `tarflowlm` known to it.
 
-    UserError without the package, and for what it raises: an unknown task, a data set that cannot be had. With
-    LMEVAL_LOG_LEVEL=DEBUG its own exception passes through.
+    What lm-eval raises becomes a UserError; with LMEVAL_LOG_LEVEL=DEBUG its own exception passes through.
     """
     try:
         from lm_eval.__main__ import cli_evaluate
@@ -100,20 +99,19 @@ def register() -> None:
             self.scorer = TextScorer(model, self.tokenizer, samples=posterior_samples, seed=noise_seed)
             self.console = Console(stderr=True)
             self.meaning = meaning(model, posterior_samples)
-            self._say(f"rolling log-likelihoods: {self.meaning['rolling']}")
-            self._say(f"log-likelihoods of continuations: {self.meaning['conditional']}")
+            print_notice(f"rolling log-likelihoods: {self.meaning['rolling']}")
+            print_notice(f"log-likelihoods of continuations: {self.meaning['conditional']}")
             if not model.is_exact:
-                self._say("greedy matches of continuations are not known for a flow, and count as misses")
-            if self.tokenizer.normalization != "none":
-                how = self.tokenizer.normalization
-                self._say(f"texts are normalised ({how}): bits per byte are theirs, over the bytes of the raw text")
+                print_notice("greedy matches of continuations are not known for a flow, and count as misses")
+            if (how := self.tokenizer.normalization) != "none":
+                print_notice(f"texts are normalised ({how}): bits per byte are theirs, over bytes of the raw text")
             if batch_size not in (None, 1, "1"):
-                self._say(f"--batch_size {batch_size} is ignored: batches are sized automatically")
+                print_notice(f"--batch_size {batch_size} is ignored: batches are sized automatically")
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             pairs = [self.scorer.encode_pair(*request.args) for request in requests]
             if empty := sum(pair.given == len(pair.tokens) for pair in pairs):
-                self._say(f"{empty} continuations have nothing left in the model's alphabet: log-likelihood 0")
+                print_notice(f"{empty} continuations have nothing left in the model's alphabet: log-likelihood 0")
             with self._stage("log-likelihoods", len(pairs)) as progress:
                 return self.scorer.conditional(pairs, progress)
 
@@ -125,7 +123,7 @@ def register() -> None:
         def generate_until(self, requests: list[Any]) -> list[str]:
             asked = [(request.args[0], how_to_continue(request.args[1])) for request in requests]
             if ignored := {name for request in requests for name in request.args[1]} - GENERATION_OPTIONS:
-                self._say(f"generation options without effect: {', '.join(sorted(ignored))}")
+                print_notice(f"generation options without effect: {', '.join(sorted(ignored))}")
             with self._stage("continuations", len(asked)) as progress:
                 return self.scorer.complete(asked, progress)
 
@@ -136,25 +134,19 @@ def register() -> None:
 
         def get_model_info(self) -> dict[str, Any]:
             """Entries of the configuration that lm-eval stores with the results."""
-            how = {"posterior_samples": self.scorer.samples, "noise_seed": self.scorer.seed}
-            return {"log_likelihoods": self.meaning, "normalization": self.tokenizer.normalization, **how}
+            found = {"log_likelihoods": self.meaning, "normalization": self.tokenizer.normalization}
+            return found | {"posterior_samples": self.scorer.samples, "noise_seed": self.scorer.seed}
 
         def _stage(self, name: str, total: int) -> Bars:
             bars = Bars(console=self.console)
             bars.stage(name, total)
             return bars
 
-        def _say(self, text: str) -> None:
-            print_notice(text)
-
 
 def how_to_continue(options: dict[str, Any]) -> Continuation:
     """The generation options of a task. Without do_sample, or at temperature 0, greedy as everywhere in lm-eval."""
-    until = options.get("until") or ()
-    how = Continuation(
-        until=(until,) if isinstance(until, str) else tuple(until),
-        max_tokens=int(options.get("max_gen_toks", Continuation.max_tokens)),
-    )
+    until, length = options.get("until") or (), int(options.get("max_gen_toks", Continuation.max_tokens))
+    how = Continuation(until=(until,) if isinstance(until, str) else tuple(until), max_tokens=length)
     temperature = float(options.get("temperature", 1.0))
     if not options.get("do_sample", False) or temperature == 0.0:
         return how

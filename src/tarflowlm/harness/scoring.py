@@ -7,7 +7,8 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,10 +74,9 @@ class TextScorer:
         return read(self.tokenizer, text).tokens
 
     def encode_pair(self, context: str, continuation: str) -> Piece:
-        """The tokens of both texts joined, and how many of them belong to the context.
+        """The tokens of both texts, normalised together since words may meet, and how many belong to the context.
 
-        White space at the end of the context goes to the continuation, as in the training text. Both are normalised
-        together, since words may meet at the seam.
+        White space at the end of the context goes to the continuation, as in the training text.
         """
         ending = context[len(context.rstrip()) :]
         context, continuation = context.removesuffix(ending) if ending else context, ending + continuation
@@ -95,14 +95,8 @@ class TextScorer:
         owner = torch.repeat_interleave(torch.tensor([len(w) for w in whole], dtype=torch.int64))
         total = torch.zeros(len(texts), dtype=torch.float64)
         if len(owner):
-            weights = log_weights(
-                self.model,
-                torch.cat(whole),
-                torch.zeros_like(owner),
-                samples=self.samples,
-                seed=self.seed,
-                progress=progress,
-            )
+            options: dict[str, Any] = {"samples": self.samples, "seed": self.seed, "progress": progress}
+            weights = log_weights(self.model, torch.cat(whole), torch.zeros_like(owner), **options)
             total.index_add_(0, owner, -importance_weighted(weights))
         rest = [Piece(t[len(w) * T :], 0) for t, w in zip(tokens, whole, strict=True)]
         values, _ = self._scores(rest, progress)
@@ -122,19 +116,15 @@ class TextScorer:
         """
         pieces = [self._pieces(*request) for request in requests]
         values, greedy = self._scores([piece for parts in pieces for piece in parts], progress)
-        found, at = [], 0
-        for parts in pieces:
-            end = at + len(parts)
-            found.append((math.fsum(values[at:end]), all(greedy[at:end])))
-            at = end
-        return found
+        scored = iter(zip(values, greedy, strict=True))
+        taken = ([*islice(scored, len(parts))] for parts in pieces)
+        return [(math.fsum(value for value, _ in part), all(best for _, best in part)) for part in taken]
 
     def complete(self, requests: Sequence[tuple[str, Continuation]], progress: Progress = SILENT) -> list[str]:
         """Text that follows each context. Contexts of one length are continued together.
 
         The rows of a batch have noise of their own, so a text that is drawn, or comes from a flow of several blocks,
-        depends on which contexts are asked for with it.
-        UserError where the model has no probabilities of tokens to change, which top-k = 1 needs.
+        depends on the other contexts. top-k = 1 needs a model that has probabilities of tokens to change.
         """
         groups: dict[tuple[int, Continuation], list[int]] = defaultdict(list)
         prompts = [self.encode(context) for context, _ in requests]
@@ -153,7 +143,6 @@ class TextScorer:
         return found
 
     def _rows(self, length: int) -> int:
-        """Rows of that many tokens to compute together."""
         return max(1, CPU_TOKENS // length) if self.model.device.type == "cpu" else windows_per_batch(length)
 
     def _continued(self, prompts: list[Tensor], how: Continuation) -> Tensor:

@@ -9,14 +9,7 @@ from typing import Any, Literal
 import torch
 
 from tarflowlm.config import Precision, RunConfig, Scale, TokenizerConfig
-from tarflowlm.data import (
-    SOURCE_NAMES,
-    TokenArray,
-    build_tokenizer,
-    cached_corpus,
-    check_source,
-    encode_text_source,
-)
+from tarflowlm.data import SOURCE_NAMES, TokenArray, build_tokenizer, cached_corpus, check_source, encode_text_source
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
 from tarflowlm.presets import preset, with_steps
@@ -209,10 +202,7 @@ def check_texts(settings: Settings, plan: Sequence[Training]) -> None:
 
 
 def finish(
-    settings: Settings,
-    plan: Sequence[Training],
-    reporter: Reporter,
-    stop_requests: StopRequests = no_stop_requests,
+    settings: Settings, plan: Sequence[Training], reporter: Reporter, stop_requests: StopRequests = no_stop_requests
 ) -> list[Finished]:
     """Run the trainings of a plan one after the other: skip finished ones, resume stopped ones."""
     options: dict[str, Any] = {"device": settings.device, "reporter": reporter, "stop_requests": stop_requests}

@@ -1,6 +1,5 @@
 """A run directory as a model: config.json, model.safetensors, tokenizer.json. Reading one never unpickles."""
 
-import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from tarflowlm.config import MODEL_TYPE, RunConfig, current_form
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.files import full_disk_as_user_error, read_json, replacing
+from tarflowlm.files import full_disk_as_user_error, read_json, write_json
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.released import locate, released
@@ -29,10 +28,9 @@ STATE, COUNTERS = "state", "counters.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained model with its tokenizer and configuration."""
+    """A trained model, in eval mode, with its tokenizer and configuration."""
 
     model: LanguageModel
-    """In eval mode."""
     tokenizer: Tokenizer
     run: RunConfig
     info: dict[str, str]
@@ -43,11 +41,8 @@ class Checkpoint:
 
 def write_run(directory: Path, run: RunConfig, tokenizer: Tokenizer) -> None:
     """Write config.json and tokenizer.json of a run directory."""
-    with replacing(directory / CONFIG) as temporary:
-        document = {"model_type": MODEL_TYPE} | to_dict(run)
-        temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    with replacing(directory / TOKENIZER) as temporary:
-        temporary.write_text(tokenizer.to_json(), encoding="utf-8", newline="")
+    write_json(directory / CONFIG, {"model_type": MODEL_TYPE} | to_dict(run))
+    tokenizer.save(directory / TOKENIZER)
 
 
 def save_weights(directory: Path, weights: dict[str, torch.Tensor], info: dict[str, str]) -> None:
@@ -56,17 +51,15 @@ def save_weights(directory: Path, weights: dict[str, torch.Tensor], info: dict[s
 
 
 def read_run(directory: Path) -> RunConfig:
-    """The configuration of a run directory. UserError if it is missing or not valid."""
+    """The configuration of a run directory."""
     if not directory.is_dir():
-        raise UserError(
-            f"{directory} is not a directory: give a run directory made by `tarflowlm train`, hf:OWNER/NAME, or "
-            f"one of {', '.join(released())}"
-        )
+        where = f"give a run directory made by `tarflowlm train`, hf:OWNER/NAME, or one of {', '.join(released())}"
+        raise UserError(f"{directory} is not a directory: {where}")
     return from_dict(RunConfig, current_form(read_json(directory / CONFIG)), where=str(directory / CONFIG))
 
 
 def read_summary(directory: Path) -> dict[str, Any] | None:
-    """The results of a finished run, or None where there are none. UserError for a file that is not valid."""
+    """The results of a finished run, or None where there are none."""
     if not (directory / SUMMARY).exists():
         return None
     found = read_json(directory / SUMMARY)
@@ -92,8 +85,7 @@ def load_checkpoint(
         raise UserError(f"{error}{_remedy(directory)}") from None
     tokenizer = load_tokenizer(directory / TOKENIZER)
     config = replace(run.model, vocab_size=tokenizer.vocab_size)
-    blocks = info.get("blocks", "")
-    if blocks.isdigit() and int(blocks) > 0:
+    if (blocks := info.get("blocks", "")).isdigit() and int(blocks) > 0:
         config = config.first_blocks(int(blocks))
     # the initial weights are overwritten; drawing them must not advance the caller's generator
     with seeded(0):
@@ -105,7 +97,7 @@ def load_checkpoint(
 
 
 def _remedy(directory: Path) -> str:
-    """Undamaged checkpoints that can be used in place of the weights of a run directory, as the end of a message."""
+    """The undamaged checkpoints beside the weights of a run directory, as the end of a message."""
     found = []
     if state := undamaged_state(directory):
         found.append(f"`tarflowlm train --resume {directory}` restores it from {STATE}/{state.name}")
@@ -139,8 +131,7 @@ def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = Fal
 
     `source` is a checkpoint, or whatever `load_checkpoint` takes. `half` stores the matrices of linear layers in
     bfloat16; loading converts them to float32. Codebooks, biases and the evidence of heads keep their precision.
-    Paths in the configuration are cut to the file name. UserError if `out` exists, or if the disk is full; what was
-    written by then is removed.
+    Paths in the configuration are cut to the file name. If this fails, nothing is left behind.
     """
     checkpoint, out = source if isinstance(source, Checkpoint) else load_checkpoint(source), Path(out)
     if out.exists():

@@ -32,7 +32,7 @@ def is_reference(name: str | Path) -> bool:
 
 
 def hub_client(purpose: str) -> Any:
-    """The package `huggingface_hub`; UserError, beginning with `purpose`, where it is not installed."""
+    """The package `huggingface_hub`, imported for `purpose`."""
     try:
         import huggingface_hub
         import huggingface_hub.constants
@@ -45,8 +45,7 @@ def hub_client(purpose: str) -> Any:
 def fetch(name: str | Path, progress: Progress = SILENT) -> Path:
     """The folder with the model hf:OWNER/NAME or hf:OWNER/NAME@REVISION, downloaded unless the cache has it.
 
-    `progress` counts bytes. Offline, the cache is used. UserError, naming `name` and a remedy, if it cannot be
-    downloaded or is not a tarflowlm model; weights that fail their checksum are removed from the cache.
+    `progress` counts bytes. Offline, the cache is used. Weights that fail their checksum are removed from it.
     """
     name = Path(name).as_posix()
     match = _REFERENCE.fullmatch(name)
@@ -64,12 +63,6 @@ def fetch(name: str | Path, progress: Progress = SILENT) -> Path:
         progress.stage(f"downloading {name}")
         rest = {"allow_patterns": [*FILES, CARD], "tqdm_class": _bars(progress)}
         folder = Path(hub.snapshot_download(repository, revision=revision, **rest))
-    _check(folder, name)
-    return folder
-
-
-def _check(folder: Path, name: str) -> None:
-    """UserError, and the file is removed from the cache, unless the weights are as their checksum says."""
     from tarflowlm.runs.weights import read_weights  # imports torch
 
     weights = folder / "model.safetensors"
@@ -79,10 +72,9 @@ def _check(folder: Path, name: str) -> None:
         # in the cache a file is a link to where its bytes are
         for path in (weights.resolve(), weights):
             path.unlink(missing_ok=True)
-        raise UserError(
-            f"{error}: it came from {name} and has been removed from the cache; run this again to download it anew, "
-            "and if that does not help, the damaged file is the one on the hub"
-        ) from None
+        what = f"{error}: it came from {name} and has been removed from the cache; run this again to download it"
+        raise UserError(f"{what}, and if that does not help, the damaged file is the one on the hub") from None
+    return folder
 
 
 @contextmanager
@@ -103,7 +95,6 @@ def hub_errors(name: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, and what to do about it."""
     hub = hub_client("the hub")
     errors, place = hub.errors, hub.constants.ENDPOINT
     log_in = "log in with `hf auth login` or set HF_TOKEN"

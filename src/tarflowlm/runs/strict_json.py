@@ -36,14 +36,12 @@ def flatten(value: Any, name: str = "") -> dict[str, Any]:
 def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
     """The dataclass `cls` from plain JSON values; `family` selects the member of a union of dataclasses.
 
-    UserError, naming the dotted key, for unknown keys, missing keys and values of the wrong type. The dataclasses'
-    own checks (`__post_init__`) run as well.
+    UserError, naming the dotted key, for unknown keys, missing keys and values of the wrong type.
     """
     if not isinstance(data, dict):
         raise UserError(f"{where}: expected an object, found {data!r}")
-    hints = typing.get_type_hints(cls)
+    hints, family = typing.get_type_hints(cls), getattr(cls, "family", None)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    family = getattr(cls, "family", None)
     for key in data:
         if key not in fields and not (key == "family" and family is not None and data[key] == family):
             raise UserError(f"{where}.{key}: unknown key; known keys are {', '.join(sorted(fields))}")

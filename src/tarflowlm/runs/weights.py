@@ -1,8 +1,8 @@
 """Weights in safetensors files, and checksums. Reading weights never unpickles.
 
-The header of weights holds a checksum of the tensors, so a kill between two writes cannot part them. The folder of a
-training state has a manifest.json with size and sha256 of its files, written last. Earlier versions also wrote one
-beside the weights of a run, with one record per file, or two while the file was being replaced.
+The header of weights holds a checksum of the tensors. The folder of a training state has a manifest.json with size
+and sha256 of its files, written last. Earlier versions wrote one beside the weights of a run, with one record per
+file, or two while the file was being replaced.
 """
 
 import hashlib
@@ -29,10 +29,7 @@ def write_weights(path: Path, weights: dict[str, torch.Tensor], info: dict[str, 
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the header of a file; UserError if it is missing, damaged, or differs from its checksum.
-
-    Files of earlier versions have their checksum in manifest.json beside them.
-    """
+    """The tensors and the header of a file whose checksum is right: in its header, or earlier in manifest.json."""
     if not path.is_file():
         raise UserError(f"{path} is missing: {path.parent} holds no trained weights yet")
     try:
@@ -69,10 +66,8 @@ def check_weights(path: Path, module: torch.nn.Module, tensors: dict[str, torch.
         if name not in tensors or name not in expected:
             lacking = "has no" if name not in tensors else "has an unexpected"
             raise UserError(f"{path} {lacking} tensor {name}: it does not belong to the {config} beside it")
-        if tensors[name].shape != expected[name]:
-            raise UserError(
-                f"{path}: {name} has shape {list(tensors[name].shape)}, {config} expects {list(expected[name])}"
-            )
+        if (shape := tensors[name].shape) != expected[name]:
+            raise UserError(f"{path}: {name} has shape {list(shape)}, {config} expects {list(expected[name])}")
         if not torch.isfinite(tensors[name]).all():
             raise UserError(f"{path}: {name} holds non-finite values; the run diverged")
 
@@ -97,7 +92,7 @@ def is_whole(folder: Path, needed: str) -> bool:
 
 
 def recorded_problem(path: Path) -> str | None:
-    """A description of how `path` differs from its record in the manifest beside it, or None, also without one."""
+    """How `path` differs from its record in the manifest beside it; None if it does not, or without a manifest."""
     try:
         records = read_json(path.parent / MANIFEST)["files"][path.name]
         sizes = [record["size"] for record in records]

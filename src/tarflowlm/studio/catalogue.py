@@ -69,11 +69,10 @@ def collect(names: Sequence[str], device: str = "cpu") -> Catalogue:
     """
     if not names:
         names = sorted(released(), key=lambda name: name != DEFAULT)
-    found = [place for name in names for place in _runs_in(name)]
     # each run once, by the name that it was given
-    found = list({place.resolve(): Path(os.path.abspath(place)) for place in found}.values())
+    found = {place.resolve(): Path(os.path.abspath(place)) for name in names for place in _runs_in(name)}
     places: dict[str, Path] = {}
-    for place in found:
+    for place in found.values():
         name, folder = place.name, place.parent
         # two runs of one name are told apart by their folders
         while name in places:
@@ -89,10 +88,7 @@ def _runs_in(name: str) -> list[Path]:
     place = locate(name)
     if (place / CONFIG).is_file():
         return [place]
-    found = sorted(path.parent for path in place.glob(f"*/{CONFIG}")) if place.is_dir() else []
-    if not found:
-        raise UserError(
-            f"{name!r} is neither a run directory, nor a folder of them, nor one of {', '.join(released())}: "
-            f"check the path"
-        )
+    if not (found := sorted(path.parent for path in place.glob(f"*/{CONFIG}"))):
+        known = f"nor one of {', '.join(released())}"
+        raise UserError(f"{name!r} is neither a run directory, nor a folder of them, {known}: check the path")
     return found

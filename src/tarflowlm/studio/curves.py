@@ -38,7 +38,7 @@ def runs(catalogue: Catalogue, names: Any, axis: Any) -> Iterator[str]:
 
 
 def _written(place: Path) -> tuple[int, int]:
-    """Size and time of the metrics."""
+    """Size and time of the metrics, which tell whether they have changed."""
     path = place / METRICS
     return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
 

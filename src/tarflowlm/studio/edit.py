@@ -12,16 +12,17 @@ from tarflowlm.data.prompts import BLANK, Reading
 from tarflowlm.device import threads_for
 from tarflowlm.editing import Edit, Redraw, Renoise, Rewrite, Source, Toward, encode
 from tarflowlm.editing.edits import TEMPERATURE
-from tarflowlm.editing.words import Span, find_words
+from tarflowlm.editing.words import find_words
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.report.grid import Row, text_tokens
+from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
-from tarflowlm.studio.infill import TRIES, choices, fill, trust
-from tarflowlm.studio.job import Job
 from tarflowlm.studio.pieces import card, counted, facts, muted, page, slider, stage, took
+from tarflowlm.studio.request import Job
+from tarflowlm.studio.write import TRIES, fill
 
 R = TypeVar("R")
 
@@ -45,21 +46,18 @@ def replace_words(
     pieces = [request.reading(tokenizer, piece, "word").text.strip() for piece in named or [""]]
     template = blank_out(tokenizer, reading.tokens, pieces)
     if checkpoint.model.config.has_token_weights:
-        found = yield from fill(checkpoint, template, tries, particles, TEMPERATURE, seed)
-        filled = choices(tokenizer, found, template)
-        yield page(_original(tokenizer, reading), card(filled), card(trust(found)))
+        filled = yield from fill(checkpoint, template, None, tries, particles, TEMPERATURE, seed)
+        yield page(_original(tokenizer, reading), filled)
     else:
         edits = request.whole(tries, "tries", 1, TRIES)
-        edit = Rewrite(pieces=pieces, everywhere=True).apply
-        yield from _compared(catalogue, model, text, edits, seed, edit)
+        yield from _compared(checkpoint, reading, edits, seed, Rewrite(pieces=pieces, everywhere=True).apply)
 
 
 def blank_out(tokenizer: Tokenizer, tokens: Tensor, pieces: Sequence[str]) -> Tensor:
     """The text [T] with a blank for every token of these whole words."""
     template, parts = tokens.clone(), [tokenizer.token_bytes[token] for token in tokens.tolist()]
     for piece in pieces:
-        spans: list[Span] = find_words(parts, piece)
-        if not spans:
+        if not (spans := find_words(parts, piece)):
             raise UserError(f"{piece!r} is no word of the text: copy one from it")
         for start, stop in spans:
             template[start:stop] = BLANK
@@ -72,13 +70,10 @@ def rewrite(
     """HTML of texts in which a share `strength` of the words is resampled, or whose states are re-noised."""
     share = request.number(strength, "strength", 0.0, 1.0)
     edits = request.whole(num, "edits", 1, request.SAMPLES)
-
-    def change(source: Source) -> Edit:
-        level = _level(target, source.model)
-        kind = Redraw(strength=share) if level is None else Renoise(level=level, strength=share)
-        return kind.apply(source)
-
-    yield from _compared(catalogue, model, text, edits, seed, change)
+    checkpoint = catalogue.load(model)
+    level = _level(target, as_flow(checkpoint.model, NO_LATENTS))
+    kind = Redraw(strength=share) if level is None else Renoise(level=level, strength=share)
+    yield from _compared(checkpoint, request.reading(checkpoint.tokenizer, text), edits, seed, kind.apply)
 
 
 def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, seed: Any) -> Iterator[str]:
@@ -95,7 +90,7 @@ def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, 
         kinds = [Toward(other=toward, weight=i / STEPS, level=level, stretch="start") for i in range(STEPS + 1)]
         return [kind.apply(source).tokens[0].cpu() for kind in kinds]
 
-    texts, seconds = yield from _edited(catalogue, model, tokens[:length], 1, seed, change)
+    texts, seconds = yield from _edited(checkpoint, tokens[:length], 1, seed, change)
     rows = [Row("the text", text_tokens(texts[0], tokenizer))]
     for i, (before, now) in enumerate(itertools.pairwise(texts), 1):
         label = f"{100 * i // STEPS} % · {int((now != before).sum())} changed"
@@ -110,10 +105,9 @@ def _level(target: Any, model: TarFlowLM) -> int | None:
 
 
 def _edited(
-    catalogue: Catalogue, model: Any, tokens: Tensor, edits: int, seed: Any, change: Callable[[Source], R]
+    checkpoint: Checkpoint, tokens: Tensor, edits: int, seed: Any, change: Callable[[Source], R]
 ) -> Generator[str, None, tuple[R, float]]:
     """Pages of the progress; returns the result of `change` for so many `edits` of a text [T], and its seconds."""
-    checkpoint = catalogue.load(model)
     flow, tokenizer = as_flow(checkpoint.model, NO_LATENTS), checkpoint.tokenizer
     generator = torch.Generator().manual_seed(request.whole(seed, "seed", 0, 2**31))
 
@@ -123,20 +117,17 @@ def _edited(
             return change(Source(flow, tokenizer, text, generator, job))
 
     job = Job(work)
-    for _ in job.follow():
-        words = "editing" if job.advanced else "waiting for its turn"
-        yield page(card(stage(text_tokens(tokens, tokenizer)), muted(words)))
-    assert job.result is not None
-    return job.result, job.seconds
+    shown = stage(text_tokens(tokens, tokenizer))
+    result = yield from job.follow(lambda: page(card(shown, muted(job.doing("editing")))))
+    return result, job.seconds
 
 
 def _compared(
-    catalogue: Catalogue, model: Any, text: Any, edits: int, seed: Any, change: Callable[[Source], Edit]
+    checkpoint: Checkpoint, reading: Reading, edits: int, seed: Any, change: Callable[[Source], Edit]
 ) -> Iterator[str]:
     """HTML of the progress, then of an `Edit`, every text beside the original."""
-    tokenizer = catalogue.load(model).tokenizer
-    reading = request.reading(tokenizer, text)
-    edit, seconds = yield from _edited(catalogue, model, reading.tokens, edits, seed, change)
+    tokenizer = checkpoint.tokenizer
+    edit, seconds = yield from _edited(checkpoint, reading.tokens, edits, seed, change)
     before, cards = edit.before[0].cpu(), []
     for after, changed, old, new in zip(edit.tokens.cpu(), edit.changed, edit.bound_before, edit.bound, strict=True):
         count = f"{int(changed.sum())} of {counted(len(changed), 'token')} changed"

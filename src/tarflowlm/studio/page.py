@@ -9,10 +9,9 @@ from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.curves import AXES, runs
 from tarflowlm.studio.edit import TARGETS, WORDS, blend, replace_words, rewrite
-from tarflowlm.studio.infill import TRIES, infill
 from tarflowlm.studio.pieces import card, guarded, muted, page
 from tarflowlm.studio.score import MODELS, compare
-from tarflowlm.studio.write import write
+from tarflowlm.studio.write import TRIES, infill, write
 
 # gradio's classes cannot be named in annotations that tests check
 Blocks = Any
@@ -53,14 +52,9 @@ def _write(catalogue: Catalogue) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=300):
             model = _model(catalogue)
-            text = gr.Textbox(
-                label="Start, or a text with blanks",
-                value="The people of",
-                placeholder="empty: from nothing · the people of the _ in peace",
-                info="Every _ is one token that the model chooses.",
-                lines=2,
-                max_lines=6,
-            )
+            label, info = "Start, or a text with blanks", "Every _ is one token that the model chooses."
+            hint = "empty: from nothing · the people of the _ in peace"
+            text = gr.Textbox("The people of", label=label, placeholder=hint, info=info, lines=2, max_lines=6)
             length = gr.Slider(8, request.TOKENS, 160, step=8, label="Length in tokens")
             temperature = _temperature(catalogue, model, 0.7)
             top_p = gr.Slider(0.1, 1.0, 1.0, step=0.05, label="Top-p")
@@ -76,13 +70,9 @@ def _infill(catalogue: Catalogue) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=300):
             model = _model(catalogue)
-            text = gr.Textbox(
-                label="Text with blanks",
-                value="The people of the _ _ in the _ of peace",
-                info="Every _ is one token that the model chooses, with regard to both sides.",
-                lines=3,
-                max_lines=8,
-            )
+            value = "The people of the _ _ in the _ of peace"
+            info = "Every _ is one token that the model chooses, with regard to both sides."
+            text = gr.Textbox(value, label="Text with blanks", info=info, lines=3, max_lines=8)
             tries, particles = _tries()
             temperature = _temperature(catalogue, model, 0.6)
             seed = _number("Seed", 0)
@@ -123,13 +113,9 @@ def _score(catalogue: Catalogue) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=300):
             first = [*catalogue.flows[:1], *(name for name in catalogue.models if name in catalogue.baselines)]
-            models = gr.Dropdown(
-                catalogue.models,
-                value=(first or catalogue.models)[:MODELS],
-                multiselect=True,
-                max_choices=MODELS,
-                label="Models",
-            )
+            chosen = (first or catalogue.models)[:MODELS]
+            several = {"multiselect": True, "max_choices": MODELS}
+            models = gr.Dropdown(catalogue.models, value=chosen, label="Models", **several)
             text = gr.Textbox(label="Text", value=HISTORY, lines=4, max_lines=12)
             buttons = _buttons("Score")
         out = _output("The bits of every token appear here.")

@@ -1,10 +1,18 @@
-"""Checks of what a visitor sends; the page can be called with any value."""
+"""Requests of visitors: checks of their values, as the page can be called with any, and work on a thread."""
 
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import Any, Generic, TypeVar, cast
+
+import torch
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import Reading, read, read_template
 from tarflowlm.errors import UserError
+from tarflowlm.progress import Silent
+
+R = TypeVar("R")
 
 CHARACTERS, TOKENS, SAMPLES, PARTICLES = 4000, 1024, 4, 64
 """The most that one request may ask for: characters of a text, tokens of a sample, samples, particles."""
@@ -47,3 +55,75 @@ def template(tokenizer: Tokenizer, value: Any) -> Reading:
     """A text with a blank for every mark; without any, a text to be continued."""
     found = text(value, "text")
     return read_template(tokenizer, found, MARK) if MARK in found else read(tokenizer, found, goes_on=True)
+
+
+SECONDS = 60.0
+"""Most seconds of one piece of work."""
+EVERY = 0.12
+"""Seconds between two looks at work that goes on."""
+
+_TURN = threading.Lock()
+"""Held while a model works: two at once would only slow each other down."""
+
+
+class Halted(Exception):
+    """Raised in the work once the visitor has left."""
+
+
+class Job(Silent, Generic[R]):
+    """A function run on a thread with the job as its `Progress`; it can be stopped wherever it advances."""
+
+    def __init__(self, function: Callable[["Job[R]"], R], *, seconds: float = SECONDS) -> None:
+        self.function, self.limit = function, seconds
+        self.result: R | None = None
+        self.advanced = 0
+        self.tokens: list[torch.Tensor] = []
+        """Final tokens, [num, n] each."""
+        self.seconds = 0.0
+        """Seconds of the finished work."""
+        self._error: BaseException | None = None
+        self._is_wanted, self._begun = True, 0.0
+
+    def advance(self, count: int = 1) -> None:
+        """Count progress. Raises Halted once the visitor has left, UserError when the time is over."""
+        self.advanced += count
+        if not self._is_wanted:
+            raise Halted
+        if time.perf_counter() - self._begun > self.limit:
+            raise UserError(
+                f"stopped after {self.limit:g} seconds, the limit of this page: ask for fewer tokens, samples or "
+                f"particles"
+            )
+
+    def doing(self, words: str) -> str:
+        """What goes on now: `words`, or that another visitor has the turn."""
+        return words if self.advanced else "waiting for its turn"
+
+    def follow(self, show: Callable[[], str]) -> Generator[str, None, R]:
+        """Start the work; what `show` gives now and then until it is done. Returns its result, raises what it raised.
+
+        Closing the iterator, as when a visitor leaves, ends the work where it advances next.
+        """
+        thread = threading.Thread(target=self._run, daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive():
+                yield show()
+                thread.join(EVERY)
+        finally:
+            self._is_wanted = False
+        if self._error is not None:
+            raise self._error
+        return cast(R, self.result)
+
+    def _run(self) -> None:
+        try:
+            with _TURN:
+                # a property of the thread, as in the command line
+                torch.set_flush_denormal(True)
+                self._begun = time.perf_counter()
+                self.advance(0)
+                self.result = self.function(self)
+                self.seconds = time.perf_counter() - self._begun
+        except BaseException as error:
+            self._error = error

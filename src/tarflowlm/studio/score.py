@@ -15,8 +15,8 @@ from tarflowlm.report.grid import symbols
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
-from tarflowlm.studio.job import Job
 from tarflowlm.studio.pieces import bar, card, facts, muted, page, title, took
+from tarflowlm.studio.request import Job
 
 SAMPLES = 8
 """Draws from the posterior that a bound is averaged over."""
@@ -55,15 +55,17 @@ def compare(catalogue: Catalogue, names: Any, text: Any) -> Iterator[str]:
     seconds = 0.0
     for (name, checkpoint), reading in zip(checkpoints, readings, strict=True):
         job = Job(partial(_scored, checkpoint, reading))
-        for _ in job.follow():
-            yield page(card(muted(f"scoring with {name}") + bar(len(found) / len(checkpoints))))
-        assert job.result is not None
-        found.append(Scored(name, checkpoint.tokenizer, reading, job.result))
+        progress = page(card(muted(f"scoring with {name}") + bar(len(found) / len(checkpoints))))
+        scores = yield from job.follow(partial(str, progress))
+        found.append(Scored(name, checkpoint.tokenizer, reading, scores))
         seconds += job.seconds
     # one scale for all, so that colours compare
     most = max(one.scores.bits.abs().quantile(0.98).item() for one in found)
+    ground = f"background:linear-gradient(90deg,transparent,color-mix(in srgb,{HOT} 75%,transparent))"
+    scale = f'0<span class="st-scale" style="{ground}"></span>{most:.1f} bits per token; point at one for its number'
+    explained = card(f'<div class="st-muted">{scale}</div>', facts(took(seconds)))
     pair = "".join(_card(one, most) for one in found)
-    yield page(f'<div class="st-pair">{pair}</div>', _difference(found), *map(_blocks, found), _scale(most, seconds))
+    yield page(f'<div class="st-pair">{pair}</div>', _difference(found), *map(_blocks, found), explained)
 
 
 def _scored(checkpoint: Checkpoint, reading: Reading, job: Job[Scores]) -> Scores:
@@ -73,16 +75,12 @@ def _scored(checkpoint: Checkpoint, reading: Reading, job: Job[Scores]) -> Score
 
 def _card(one: Scored, most: float) -> str:
     characters = max(int(one.tokenizer.characters_per_token[one.reading.tokens.numpy()].sum()), 1)
-    exact, total = one.scores.exact, one.scores.total
-    sign = "" if exact else "≤ "
-    numbers = facts(
-        (f"{sign}{total / characters:.3f}", "bits per character"),
-        (f"{sign}{total:.1f}", "bits in all"),
-        ("", "exact" if exact else f"a bound, mean of {SAMPLES} posterior samples"),
-    )
-    return card(
-        title(one.name), heat(one.symbols, one.scores.bits.tolist(), most), muted(one.reading.notice), numbers
-    )
+    total = one.scores.total
+    sign, kind = ("", "exact") if one.scores.exact else ("≤ ", f"a bound, mean of {SAMPLES} posterior samples")
+    per_character = (f"{sign}{total / characters:.3f}", "bits per character")
+    numbers = facts(per_character, (f"{sign}{total:.1f}", "bits in all"), ("", kind))
+    shown = heat(one.symbols, one.scores.bits.tolist(), most)
+    return card(title(one.name), shown, muted(one.reading.notice), numbers)
 
 
 def _difference(found: Sequence[Scored]) -> str:
@@ -95,10 +93,8 @@ def _difference(found: Sequence[Scored]) -> str:
     if first.tokenizer.fingerprint != second.tokenizer.fingerprint:
         return ""
     shown = heat(first.symbols, (first.scores.bits - second.scores.bits).tolist(), GAP)
-    text = (
-        f"Blue: {first.name} needs fewer bits than {second.name}. Orange: it needs more. Full colour: {GAP:g} bits."
-    )
-    return card(title(f"{first.name} against {second.name}"), shown, muted(text))
+    key = f"Blue: {first.name} needs fewer bits than {second.name}. Orange: it needs more. Full colour: {GAP:g} bits."
+    return card(title(f"{first.name} against {second.name}"), shown, muted(key))
 
 
 def _blocks(one: Scored) -> str:
@@ -126,9 +122,3 @@ def heat(shown: Sequence[str], values: Sequence[float], most: float) -> str:
         ground = f"background:color-mix(in srgb,{colour} {75 * share:.0f}%,transparent)"
         spans.append(f'<span style="{ground}" title="{value:.2f} bits">{escape(text)}</span>')
     return f'<div class="st-heat">{"".join(spans)}</div>'
-
-
-def _scale(most: float, seconds: float) -> str:
-    ground = f"background:linear-gradient(90deg,transparent,color-mix(in srgb,{HOT} 75%,transparent))"
-    scale = f'0<span class="st-scale" style="{ground}"></span>{most:.1f} bits per token; point at one for its number'
-    return card(f'<div class="st-muted">{scale}</div>', facts(took(seconds)))

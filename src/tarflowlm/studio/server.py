@@ -5,10 +5,12 @@ import importlib.util
 import logging
 import os
 import socket
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tarflowlm.errors import UserError
+from tarflowlm.studio.catalogue import Catalogue
+from tarflowlm.studio.pieces import HEAD
 
 PORT, PORTS = 7860, 100
 """The first port that is tried, and how many."""
@@ -34,54 +36,47 @@ def free_port(host: str, port: int | None) -> int:
             return candidate
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                raise UserError(
-                    f"cannot serve at {host}, port {candidate} ({error.strerror}): choose another"
-                ) from None
+                problem = f"cannot serve at {host}, port {candidate} ({error.strerror})"
+                raise UserError(f"{problem}: choose another") from None
     taken = f"ports {PORT} to {PORT + PORTS - 1} are" if port is None else f"port {port} is"
     raise UserError(f"{taken} taken: choose another with --port")
 
 
-class Server:
-    """The page, being served until `close`."""
+@contextmanager
+def serving(catalogue: Catalogue, *, host: str, port: int) -> Iterator[str]:
+    """Serve the page about `catalogue`; gives its address."""
+    # read when gradio is imported: no telemetry, no look for a newer version, nothing kept in the browser
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False", HF_HUB_DISABLE_TELEMETRY="1")
+    # gradio requests its own page to see whether it is up: never through a proxy
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), *LOOPBACK)))
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    def __init__(self, build: Callable[[], Any], *, host: str, port: int) -> None:
-        """`build` makes the page once gradio may be imported."""
-        # read when gradio is imported: no telemetry, no look for a newer version, nothing kept in the browser
-        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False", HF_HUB_DISABLE_TELEMETRY="1")
-        # gradio requests its own page to see whether it is up: never through a proxy
-        for name in ("NO_PROXY", "no_proxy"):
-            os.environ[name] = ",".join(filter(None, (os.environ.get(name), *LOOPBACK)))
-        logging.getLogger("httpx").setLevel(logging.WARNING)
-        import gradio as gr
-        from starlette.middleware import Middleware
-        from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from tarflowlm.studio.page import build
 
-        from tarflowlm.studio.pieces import HEAD
-
-        # a page elsewhere could let its own name point at this machine (DNS rebinding); gradio itself answers no
-        # other origin on localhost
-        hosts = [*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"]
-        self.blocks = build()
-        _, self.url, _ = self.blocks.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            ssr_mode=False,
-            enable_monitoring=False,
-            prevent_thread_lock=True,
-            quiet=True,
-            footer_links=[],
-            blocked_paths=["/"],
-            max_file_size=1,
-            head=HEAD,
-            theme=gr.themes.Default(primary_hue="sky", font=["system-ui"], font_mono=["ui-monospace"]),
-            app_kwargs={
-                "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-                "docs_url": None,
-                "openapi_url": None,
-            },
-        )
-
-    def close(self) -> None:
-        """Stop serving."""
-        self.blocks.close(verbose=False)
+    # a page elsewhere could let its own name point at this machine (DNS rebinding); gradio itself answers no other
+    # origin on localhost
+    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"])
+    blocks = build(catalogue)
+    _, url, _ = blocks.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        footer_links=[],
+        blocked_paths=["/"],
+        max_file_size=1,
+        head=HEAD,
+        theme=gr.themes.Default(primary_hue="sky", font=["system-ui"], font_mono=["ui-monospace"]),
+        app_kwargs={"middleware": [trusted], "docs_url": None, "openapi_url": None},
+    )
+    try:
+        yield url
+    finally:
+        blocks.close(verbose=False)

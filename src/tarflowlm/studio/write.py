@@ -1,23 +1,28 @@
-"""The view that writes: a prompt or a template with blanks, the text as it comes, and its passes."""
+"""The views that draw: a prompt or a template as it is written, and candidates for blanks with their weights."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tarflowlm.data.prompts import BLANK
+from tarflowlm.data import Tokenizer
+from tarflowlm.data.prompts import BLANK, read_template
 from tarflowlm.device import threads_for
 from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.generation.window import num_positions
 from tarflowlm.model import TarFlowLM
-from tarflowlm.report.grid import Row, pass_rows, text_tokens
+from tarflowlm.report.grid import Row, Token, pass_rows, spans, text_tokens
+from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
-from tarflowlm.studio.job import Job
 from tarflowlm.studio.pieces import bar, card, counted, facts, muted, page, slider, stage, took
+from tarflowlm.studio.request import Job
 
 LEAST_CHANGE = 0.1
 """A pass is shown if it changes at least this share of the tokens."""
+TRIES = 8
+"""The most tries of one request."""
 
 
 def write(
@@ -53,20 +58,18 @@ def write(
                 watch=Watch(job, job.tokens.append),
             )
 
-    job = Job(work)
-    for _ in job.follow():
+    def show() -> str:
         written = torch.cat(job.tokens, 1)[0] if job.tokens else given[:0]
         shown = stage(text_tokens(written, tokenizer, given=given[: len(written)] != BLANK), is_open=True)
         share = min(job.advanced / max(total, 1), 1.0)
-        yield page(card(shown, bar(share), muted(f"{100 * share:.0f} %" if job.advanced else "waiting for its turn")))
-    result = job.result
-    assert result is not None
+        return page(card(shown, bar(share), muted(job.doing(f"{100 * share:.0f} %"))))
+
+    job = Job(work)
+    result = yield from job.follow(show)
     cards = []
     for row, sample in enumerate(result.tokens):
-        body = stage(text_tokens(sample, tokenizer, given=given != BLANK)) + muted(
-            None if reading is None else reading.notice
-        )
-        body += _facts(result, len(given), num, job.seconds)
+        body = stage(text_tokens(sample, tokenizer, given=given != BLANK))
+        body += muted(None if reading is None else reading.notice) + _facts(result, len(given), num, job.seconds)
         if isinstance(lm, TarFlowLM) and lm.num_blocks > 1 and result.passes:
             rows, note = _passes(lm, result, row, tokenizer, given != BLANK)
             body += slider(rows, "pass", summary="how it was written, block by block", is_open=row == 0) + muted(note)
@@ -75,7 +78,7 @@ def write(
 
 
 def _passes(
-    flow: TarFlowLM, result: Generation, row: int, tokenizer: Any, given: torch.Tensor
+    flow: TarFlowLM, result: Generation, row: int, tokenizer: Tokenizer, given: Tensor
 ) -> tuple[list[Row], str | None]:
     """The rows of sample `row`, as opaque as p(x|h) under the codebook, and a note on blocks that are left out."""
     passes, probabilities = [tokens[row] for tokens in result.passes], []
@@ -83,11 +86,10 @@ def _passes(
         p = flow.codebook.log_components(state[row]).softmax(-1)
         probabilities.append(p.gather(-1, tokens[:, None].to(p.device))[:, 0])
     rows = pass_rows(passes, tokenizer, given=given, probabilities=probabilities, least_change=LEAST_CHANGE)
-    hidden = len(passes) - len(rows)
-    changed = (
-        f"{counted(hidden, 'block')} above changed next to nothing and {'is' if hidden == 1 else 'are'} not shown."
-    )
-    return rows, changed if hidden else None
+    if not (hidden := len(passes) - len(rows)):
+        return rows, None
+    verb = "is" if hidden == 1 else "are"
+    return rows, f"{counted(hidden, 'block')} above changed next to nothing and {verb} not shown."
 
 
 def _facts(result: Generation, length: int, num: int, seconds: float) -> str:
@@ -96,3 +98,74 @@ def _facts(result: Generation, length: int, num: int, seconds: float) -> str:
         words = {"sweeps": "in sweeps", "steps": "step by step"}[how]
         found.append((f"{passes:,}", f"{'pass' if passes == 1 else 'passes'} of block {block}, {words}"))
     return facts(*found)
+
+
+def infill(
+    catalogue: Catalogue, model: Any, text: Any, tries: Any, particles: Any, temperature: Any, seed: Any
+) -> Iterator[str]:
+    """HTML of candidates for the blanks of `text`."""
+    checkpoint = catalogue.load(model)
+    template = read_template(checkpoint.tokenizer, request.text(text, "text"), request.MARK)
+    yield page((yield from fill(checkpoint, template.tokens, template.notice, tries, particles, temperature, seed)))
+
+
+def fill(
+    checkpoint: Checkpoint, template: Tensor, notice: str | None, tries: Any, particles: Any, tau: Any, seed: Any
+) -> Generator[str, None, str]:
+    """Pages of the progress; returns HTML of candidates for a template [T] at temperature `tau`, the likeliest first.
+
+    Every try runs its own particles. Its evidence, the mean weight of its particles, is unbiased for p(given), so a
+    draw from the tries by evidence is a draw by all of their particles; that is the weight of its text.
+    """
+    num = request.whole(tries, "tries", 1, TRIES)
+    each = request.whole(particles, "particles", 1, request.PARTICLES)
+    temperature = request.number(tau, "temperature", 0.1, 2.0)
+    seed = request.whole(seed, "seed", 0, 2**31)
+    tokenizer, given = checkpoint.tokenizer, template != BLANK
+
+    def work(job: Job[Generation]) -> Generation:
+        with threads_for(num * each):
+            return generate(
+                checkpoint.model,
+                num_tokens=len(template),
+                num=num,
+                prompt=template,
+                generator=torch.Generator().manual_seed(seed),
+                particles=each,
+                temperature=temperature,
+                decoder="auto",
+                watch=Watch(job),
+            )
+
+    job = Job(work)
+    total = num_positions(checkpoint.model, len(template))
+    shown = text_tokens(template.clamp_min(0), tokenizer, given=given)
+    asked = stage([t if t.kind == "given" else Token(request.MARK, "noise") for t in shown], is_open=True)
+    result = yield from job.follow(lambda: page(card(asked, bar(job.advanced / total), muted(job.doing("trying")))))
+    # there is no evidence where nothing is given; weights are equal where all of it is zero
+    weights = (torch.zeros(num) if result.log_evidence is None else result.log_evidence).softmax(0)
+    if not torch.isfinite(weights).all():
+        weights = torch.full_like(weights, 1 / num)
+    # equal texts are one candidate
+    shares: dict[tuple[int, ...], float] = {}
+    for row, weight in zip(result.tokens.tolist(), weights.tolist(), strict=True):
+        shares[tuple(row)] = shares.get(tuple(row), 0.0) + weight
+    choices = ""
+    for row, share in sorted(shares.items(), key=lambda pair: -pair[1]):
+        text = spans(text_tokens(torch.tensor(row), tokenizer, before=template, given=given))
+        head = f'<div class="st-share"><b>{100 * share:.0f} %</b>{bar(share)}</div>'
+        choices += f'<div class="st-choice">{head}<div class="st-stage">{text}</div></div>'
+    numbers = facts((f"{each:,}", "particles per try"), took(job.seconds))
+    return card(choices, muted(notice)) + card(_trust(1 / (weights**2).sum().item(), num), numbers)
+
+
+def _trust(effective: float, tries: int) -> str:
+    """How far the weights can be trusted, in words and as a bar; `effective` tries count, from 1 to `tries`."""
+    share = effective / tries
+    if tries == 1:
+        words = "One try has nothing to be compared with: ask for more."
+    elif share >= 0.5:
+        words = "The tries fit the given text about equally well."
+    else:
+        words = "A few tries fit the given text far better than the others. More particles find more such texts."
+    return f"<b>About {effective:.1f} of {counted(tries, 'try', 'tries')} count.</b> {words}{bar(share)}"

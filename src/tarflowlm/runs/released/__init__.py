@@ -1,7 +1,4 @@
-"""Trained models that come with the package: one run directory each, with a README.
-
-They are small enough to be package data, so a first sample needs neither a download nor an extra.
-"""
+"""Trained models that come with the package, so that a first sample needs no download: a run directory each."""
 
 from pathlib import Path
 
@@ -20,10 +17,7 @@ def released() -> list[str]:
 
 
 def locate(directory: str | Path, progress: Progress = SILENT) -> Path:
-    """The path itself, or where there is no such path, the released model of that name or a downloaded hf:OWNER/NAME.
-
-    UserError where a download fails (`hub.fetch`).
-    """
+    """The path itself, or where there is none, the released model of that name or a downloaded hf:OWNER/NAME."""
     path = Path(directory)
     if is_reference(path) and not path.exists():
         return fetch(path, progress)
@@ -40,10 +34,7 @@ def read_only_reason(directory: str | Path) -> str | None:
 
 
 def choose_directory(directory: Path | None, model: str | None) -> Path:
-    """The run directory of a command: `directory`, or the released model `model`, or without both `DEFAULT`.
-
-    UserError if both are given, and for an unknown model.
-    """
+    """The run directory of a command: `directory`, or the released model `model`, or without both `DEFAULT`."""
     if directory is not None and model is not None:
         raise UserError(f"{directory} and --model {model}: give one of them")
     if directory is not None:
