@@ -1,7 +1,7 @@
 """Preparing corpora: a text is streamed, normalised, split, encoded, and written as token shards.
 
-Until it is complete, a corpus is in `.<name>.partial` beside its directory. A kill loses no finished shard:
-`resume.npz` holds the source's position behind the last of them, and the tokens since then.
+Until then it is in `.<name>.partial` beside its directory, and `resume.npz` there holds the source's position behind
+the last finished shards and the tokens since then.
 """
 
 import hashlib

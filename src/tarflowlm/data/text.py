@@ -39,9 +39,7 @@ def text_blocks(path: str | os.PathLike[str]) -> Iterator[str]:
             is_empty = False
             yield block
     except UnicodeDecodeError as error:
-        what = (
-            f"{source} is not UTF-8 text (it holds byte 0x{error.object[error.start]:02x}): convert it to UTF-8"
-        )
+        what = f"{source} is not UTF-8 text (it holds byte 0x{error.object[error.start]:02x}): convert it to UTF-8"
         raise UserError(f"{what}; a compressed file needs the suffix .gz, .xz, .zst or .zip") from None
     except _DAMAGED as error:
         raise UserError(f"{source} is damaged or not a {source.suffix} file ({error}): get it again") from None
