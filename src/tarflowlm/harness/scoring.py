@@ -91,8 +91,8 @@ class TextScorer:
         owner = torch.repeat_interleave(torch.tensor([len(w) for w in whole], dtype=torch.int64))
         total = torch.zeros(len(texts), dtype=torch.float64)
         if len(owner):
-            how = {"samples": self.samples, "seed": self.seed}
-            weights = log_weights(self.model, torch.cat(whole), torch.zeros_like(owner), **how, progress=progress)
+            x, zeros = torch.cat(whole), torch.zeros_like(owner)
+            weights = log_weights(self.model, x, zeros, samples=self.samples, seed=self.seed, progress=progress)
             total.index_add_(0, owner, -importance_weighted(weights))
         rest = [Piece(t[len(w) * T :], 0) for t, w in zip(tokens, whole, strict=True)]
         values, _ = self._scores(rest, progress)
