@@ -77,8 +77,7 @@ def test_recipe_measures_draws_and_writes(settings, name):
     recipe = RECIPES[name]
     finished = [untrained(settings, training) for training in recipe.plan(settings)]
     rows = recipe.measure(settings, finished)
-    labels = {done.training.label for done in finished} - {"judge"}
-    assert labels <= {row["model"] for row in rows}
+    assert {done.training.label for done in finished} - {"judge"} <= {row["model"] for row in rows}
     numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
     assert numbers
     assert all(math.isfinite(value) for value in numbers)
@@ -137,6 +136,24 @@ def test_fig6_marks_the_edits_of_every_block(settings):
     assert not re.search("https?:|<script|<link|src=|url[(]", page)
     texts = passes.sample_texts(settings, finished, rows)
     assert all(row["text"] in texts for row in rows)
+
+
+def test_spans_join_neighbours_and_skip_empty_symbols():
+    assert passes.edited_spans(["ab", "c", "", "de", "f"], [True, True, True, False, True]) == [[0, 3], [5, 6]]
+    assert passes.edited_spans(["a", "b"], [False, False]) == []
+
+
+def test_page_of_fig6_marks_edits_and_escapes_texts():
+    noise = {"model": "a <m>", "seed": 0, "text": "<b>&", "tokens as in the end": 0.5, "state": "noise"}
+    block = {"state": "", "direction": "left to right", "tokens": 9, "edits": 1, "edited": [[0, 1]]}
+    page = passes.page_fig6(
+        [noise, noise | block | {"block": 2, "text": "'q'"}, noise | block | {"block": 1, "text": "end"}]
+    )
+    assert page.count('class="tl-row"') == 3
+    assert '<span class="tl-noise">&lt;b&gt;&amp;</span>' in page
+    assert '<span class="tl-changed">e</span><span class="tl-final">nd</span>' in page
+    assert "<h2>a &lt;m&gt;, seed 0</h2>" in page
+    assert "block 2, left to right: 1 of 9 edited" in page
 
 
 def states_of(rows, model: str, start: str):
