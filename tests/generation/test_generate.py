@@ -121,8 +121,6 @@ def test_top_k_of_one_is_the_most_probable_text_of_a_mixd_block(tiny_flow):
     assert torch.equal(log_w.argmax(-1), tokens)
 
 
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -79,16 +79,6 @@ def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     return rows
 
 
-def sample_texts(settings: Settings, finished: Sequence[Finished], rows: Sequence[Row]) -> str:
-    """Markdown with the first sample of each model after every pass."""
-    parts = [f"## Samples\n\nThe first of {SHOWN_SAMPLES} samples of each model after every pass, noise first.\n"]
-    for done in finished:
-        label, seed = done.training.label, done.training.run.seed
-        lines = "\n".join(row["text"] for row in rows if (row["model"], row["seed"]) == (label, seed))
-        parts.append(f"{label}, {done.training.name}:\n\n```\n{lines}\n```\n")
-    return "\n".join(parts)
-
-
 def page_fig6(rows: Sequence[Row]) -> str:
     """Figure 6 as a self-contained page, with one grid for every model and seed."""
     notes = (
@@ -127,7 +117,6 @@ FIG6 = Recipe(
     measure=measure_fig6,
     page=page_fig6,
     table=without("text", "block", "direction", "edits", "tokens", "edited"),
-    text=sample_texts,
 )
 
 
