@@ -45,7 +45,7 @@ def model() -> TarFlowLM:
     """One tied Mix-d block under one of Mix-1, as in the OpenWebText presets, with a trunk of almost nothing."""
     config = FlowConfig(
         vocab_size=VOCABULARY, context=LENGTH, latent_dim=DIM, trunk=TRUNK, head_hidden=4,
-        blocks=stack(("mixd", "mix1"), (1, 1), (0, 2))
+        blocks=stack(("mixd", "mix1"), (1, 1), (0, 2)),
     )  # fmt: skip
     with seeded(0):
         return TarFlowLM(config)

@@ -45,16 +45,15 @@ class TokenLM(LanguageModel):
 
     def _positions(self, tokens: Tensor) -> Tensor:
         """Transformer inputs [B, N, D] of tokens [B, T]."""
-        B, T = tokens.shape
-        P = self.config.patch
+        (B, T), P = tokens.shape, self.config.patch
         return widen(self.join(self.embedding(tokens).view(B, T // P, P * self.config.trunk.width)))
 
     def _in_patch(self, tokens: Tensor) -> Tensor:
         """Token embeddings for the in-patch head, [B, N, 32 P]; [B, N, 0] without such a head."""
-        B, T = tokens.shape
+        B, N = len(tokens), tokens.shape[1] // self.config.patch
         if self.in_patch_embedding is None:
-            return self.head.weight.new_empty(B, T // self.config.patch, 0)
-        return self.in_patch_embedding(tokens).view(B, T // self.config.patch, -1)
+            return self.head.weight.new_empty(B, N, 0)
+        return self.in_patch_embedding(tokens).view(B, N, -1)
 
     def logits(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
         """Unnormalised log p(x_t | x_<t) of every token, in nats. UserError if P does not divide T."""
@@ -64,8 +63,7 @@ class TokenLM(LanguageModel):
         """Features c_n [B, N, D] of all positions."""
         if tokens.shape[1] % self.config.patch:
             raise UserError(f"patch {self.config.patch} does not divide the {tokens.shape[1]} tokens of the sequence")
-        start = self.start.expand(tokens.shape[0], 1, -1)
-        return self.transformer(torch.cat((start, self._positions(tokens[:, : -self.config.patch])), dim=1))
+        return self.states(tokens[:, : -self.config.patch])
 
     def patch_logits(self, features: Float[Tensor, "B N D"], tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B N P V"]:
         """Logits of the P tokens of each position, from its features and, with `in_patch`, its earlier tokens."""
@@ -126,8 +124,7 @@ class TokenLM(LanguageModel):
 
     def states(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B positions D"]:
         """Features after the start vector and after each of the N positions; the last are those of the whole text."""
-        start = self.start.expand(tokens.shape[0], 1, -1)
-        return self.transformer(torch.cat((start, self._positions(tokens)), dim=1))
+        return self.transformer(torch.cat((self.start.expand(len(tokens), 1, -1), self._positions(tokens)), dim=1))
 
     def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
         """Features of the next position, given the tokens [B, P] of the one before it (None at the start)."""

@@ -80,8 +80,7 @@ class LanguageModel(nn.Module):
             self.requires_grad_(False)
             next(iter(self.blocks_from(block))).requires_grad_(True)
         for parameter in self.parameters():
-            if not parameter.numel():
-                # empty, in a head with a single group: it would never get a gradient
+            if not parameter.numel():  # in a head with a single group: it would never get a gradient
                 parameter.requires_grad_(False)
 
 

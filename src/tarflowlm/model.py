@@ -2,16 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tarflowlm.config import BlockConfig as BlockConfig
-from tarflowlm.config import CouplingName as CouplingName
+from tarflowlm.config import CouplingName
 from tarflowlm.config import FlowConfig as FlowConfig
-from tarflowlm.config import as_flow_config as as_flow_config
 from tarflowlm.config import stack as stack
 from tarflowlm.errors import UserError
 from tarflowlm.flow.cached import KVCache
@@ -48,7 +46,7 @@ class ElboTerms:
 
     def by_name(self) -> dict[str, Tensor]:
         """The terms under names for a reader."""
-        log_dets = {f"log-det of block {i + 1}": value for i, value in enumerate(self.log_dets)}
+        log_dets = {f"log-det of block {i}": value for i, value in enumerate(self.log_dets, start=1)}
         return {"reconstruction": self.reconstruction, "log_q": self.log_q, "base": self.base} | log_dets
 
     @property
@@ -93,27 +91,19 @@ class TarFlowLM(LanguageModel):
         return block
 
     def _coupling(self, index: int) -> Coupling:
-        config, block = self.config, self.config.blocks[index]
-        width, channels, features = config.trunk.width, config.patch * config.latent_dim, config.head_features
+        config, block, width = self.config, self.config.blocks[index], self.config.trunk.width
+        channelwise: dict[str, Any] = {
+            "width": width,
+            "channels": config.patch * config.latent_dim,
+            "hidden": config.head_hidden,
+            "features": config.head_features,
+            "autoregressive": block.sees_channels,
+        }
         if block.coupling in ("affine", "token-affine"):
-            return AffineCoupling(
-                width=width,
-                channels=channels,
-                hidden=config.head_hidden,
-                features=features,
-                group=1 if block.coupling == "affine" else config.latent_dim,
-                autoregressive=block.sees_channels,
-            )
+            return AffineCoupling(group=1 if block.coupling == "affine" else config.latent_dim, **channelwise)
         if block.coupling == "mix1":
-            coupling = Mix1Coupling(
-                width=width,
-                channels=channels,
-                components=block.components,
-                hidden=config.head_hidden,
-                features=features,
-                spread=0.95 if index == 0 else 0.3,
-                autoregressive=block.sees_channels,
-            )
+            spread = 0.95 if index == 0 else 0.3
+            coupling = Mix1Coupling(components=block.components, spread=spread, **channelwise)
             if index == 0 and block.components == config.vocab_size and block.start != "plain":
                 coupling.start_from(self.codebook, evidence=0.1 if block.start == "flattened" else 1.0)
             return coupling
@@ -132,9 +122,8 @@ class TarFlowLM(LanguageModel):
         self, tokens: Int[Tensor, "B T"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "B T d"]:
         """Noise eps ~ N(0, I) for one posterior sample, drawn on the generator's device (else on the model's)."""
-        mean = self.codebook.mean
+        mean, shape = self.codebook.mean, (*tokens.shape, self.config.latent_dim)
         where = generator.device if generator is not None else mean.device
-        shape = (*tokens.shape, self.config.latent_dim)
         return torch.randn(shape, generator=generator, dtype=mean.dtype, device=where).to(mean.device)
 
     def elbo(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> tuple[ElboTerms, list[Tensor]]:
@@ -143,21 +132,15 @@ class TarFlowLM(LanguageModel):
             z = self.codebook.encode(tokens, noise)
             reconstruction = self.codebook.log_likelihood(tokens, z).sum(-1)
         states, log_dets = self.prior.states(z)
-        terms = ElboTerms(
-            reconstruction=reconstruction,
-            log_q=self.codebook.log_q(tokens, noise).sum(-1),
-            base=standard_normal_log_prob(states[-1]),
-            log_dets=tuple(log_det.sum(-1) for log_det in log_dets),
-        )
-        return terms, states
+        log_q, base = self.codebook.log_q(tokens, noise).sum(-1), standard_normal_log_prob(states[-1])
+        return ElboTerms(reconstruction, log_q, base, tuple(log_det.sum(-1) for log_det in log_dets)), states
 
     def bound(
         self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"], *, per_token: bool = False, frozen: int = 0
     ) -> Float[Tensor, "B ..."]:
         """One sample of the negative ELBO in nats: the `nelbo` of `elbo`, in fewer steps (docs/math.md, eq. 11a).
 
-        For every token log p(x|z) - log q(z|x) = -log sum_j N_j(z), and the last block needs only its density. If
-        that block is a mixture of the same components (eq. 12), one pass over the codebook gives both sums.
+        If a single block is a mixture of the codebook's components (eq. 12), one pass over these gives both sums.
         Arguments as in `LanguageModel.bound`.
         """
         relative = self.num_blocks == 1 and self.prior.block(0).coupling.is_tied and frozen == 0

@@ -82,10 +82,10 @@ def conditional_bound(
         -log p~(x_> | x_<=) <= E_q[ log q(z_> | x_>) - log p(x_> | z_>) - log p(z_> | z_<=) ]
 
     p~ sums to one over x_> and is the distribution of samples after the prompt x_<=. One sample of the bound sums
-    the parts of `bound` that belong to x_>. With several blocks these are no bound: blocks that run right to left
-    make z_<= depend on x_>.
+    the parts of `bound` that belong to x_>.
 
-    UserError for a flow of several blocks, and if `given` is outside 0 .. T - 1 or not a multiple of P.
+    UserError for a flow of several blocks, where those right to left make z_<= depend on x_>, and if `given` is
+    outside 0 .. T - 1 or not a multiple of P.
     """
     T, patch = tokens.shape[1], model.config.patch
     if not 0 <= given < T or given % patch:

@@ -51,13 +51,3 @@ def test_mixing_puts_even_channels_before_odd_ones():
     z = torch.arange(5.0).view(1, 1, 5)
     assert Order(5, mix=1)(z)[0].flatten().tolist() == [0, 2, 4, 1, 3]
     assert Order(5, mix=2)(z)[0].flatten().tolist() == [0, 4, 3, 2, 1]
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3, 8, 12])
-@pytest.mark.parametrize("times", [1, 2, 3])
-def test_mixing_n_times_is_mixing_once_n_times(channels, times, normal):
-    once, z = Order(channels, mix=1), normal(2, 3, channels)
-    expected = z
-    for _ in range(times):
-        expected = once(expected)[0]
-    assert torch.equal(Order(channels, mix=times)(z)[0], expected)

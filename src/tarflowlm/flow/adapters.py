@@ -42,7 +42,7 @@ class FlowTransform(Transform):
         return self.invert(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log|det du/dz| in nats; maps x again. `call_and_ladj` gives u and this at once."""
+        """log|det du/dz| in nats; maps x again, where `call_and_ladj` gives u and this at once."""
         return self.call_and_ladj(x)[1]
 
 
@@ -87,14 +87,17 @@ class ConditionedCoupling(Bijection):
         super().__init__()
         self.coupling, self.features = coupling, features
 
+    def _repeated(self, x: Tensor) -> Tensor:
+        """The features of every row of x."""
+        return self.features.repeat(len(x) // len(self.features), 1, 1)
+
     def forward(self, z: Float[Tensor, "M N C"]) -> tuple[Float[Tensor, "M N C"], Float[Tensor, "M N"]]:
         """u, and log|det du_n/dz_n| of every position, in nats."""
-        return self.coupling(z, self.features.repeat(len(z) // len(self.features), 1, 1))
+        return self.coupling(z, self._repeated(z))
 
     def inverse(self, u: Float[Tensor, "M N C"]) -> Float[Tensor, "M N C"]:
         """z. Given the features, positions do not depend on each other."""
-        features = self.features.repeat(len(u) // len(self.features), 1, 1)
-        return self.coupling.invert(u.flatten(0, 1), features.flatten(0, 1)).view(u.shape)
+        return self.coupling.invert(u.flatten(0, 1), self._repeated(u).flatten(0, 1)).view(u.shape)
 
 
 def zuko_flow(bijection: Bijection, *shape: int) -> Any:

@@ -6,8 +6,6 @@ sampling. Up to rounding the result equals `Transformer`.
 Shape legend: B batch, N new positions, D width, H heads, E = D / H head width, S positions that the cache can hold.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -20,39 +18,24 @@ LARGEST_COPY = 2**20
 when that is stored by inputs; a large one waits for memory either way."""
 
 
-class LayerWeights(NamedTuple):
-    """The weights of one layer, matrices as [inputs, outputs]."""
+class LayerWeights:
+    """The present weights of one layer, matrices as [inputs, outputs]."""
 
-    attention_norm: Tensor
-    qkv: Tensor
-    """[3, D, D]."""
-    scale: Tensor
-    """[2, 1, 1, 1, E], the factors of normalised queries and keys."""
-    out: Tensor
-    mlp_norm: Tensor
-    up: Tensor
-    down: Tensor
-
-    @staticmethod
-    def of(layer: Layer) -> "LayerWeights":
-        """The present weights of a layer."""
+    def __init__(self, layer: Layer) -> None:
         attention = layer.attention
-        return LayerWeights(
-            attention_norm=layer.attention_norm.weight.detach(),
-            qkv=_by_inputs(torch.stack(attention.qkv.weight.chunk(3))),
-            scale=torch.stack((attention.query_scale, attention.key_scale)).detach()[:, None, None, None],
-            out=_by_inputs(attention.out.weight),
-            mlp_norm=layer.mlp_norm.weight.detach(),
-            up=_by_inputs(layer.up.weight),
-            down=_by_inputs(layer.down.weight),
-        )
+        self.attention_norm = layer.attention_norm.weight.detach()
+        self.qkv = _by_inputs(torch.stack(attention.qkv.weight.chunk(3)))  # [3, D, D]
+        # the factors of normalised queries and keys, [2, 1, 1, 1, E]
+        self.scale = torch.stack((attention.query_scale, attention.key_scale)).detach()[:, None, None, None]
+        self.out = _by_inputs(attention.out.weight)
+        self.mlp_norm = layer.mlp_norm.weight.detach()
+        self.up, self.down = _by_inputs(layer.up.weight), _by_inputs(layer.down.weight)
 
 
 def _by_inputs(weight: Tensor) -> Tensor:
     """A weight [..., outputs, inputs] as [..., inputs, outputs]."""
     transposed = weight.detach().transpose(-1, -2)
-    copies = weight.device.type == "cpu" and weight.numel() <= LARGEST_COPY
-    return transposed.contiguous() if copies else transposed
+    return transposed.contiguous() if weight.device.type == "cpu" and weight.numel() <= LARGEST_COPY else transposed
 
 
 class KVCache:
@@ -67,11 +50,10 @@ class KVCache:
         """For `batch` rows of `capacity` positions, with the dtype and device of `like`."""
         config = transformer.config
         head_width = config.width // config.num_heads
-        self.weights = [LayerWeights.of(layer) for layer in transformer.layers]  # type: ignore[arg-type]
+        self.weights = [LayerWeights(layer) for layer in transformer.layers]  # type: ignore[arg-type]
         self.norm = transformer.norm.weight.detach()
-        shape = (2, batch, config.num_heads, capacity, head_width)
-        self.stored = [like.new_zeros(shape) for _ in self.weights]
-        """Keys and values of each layer."""
+        # keys and values of each layer
+        self.stored = [like.new_zeros(2, batch, config.num_heads, capacity, head_width) for _ in self.weights]
         self.positions = torch.arange(capacity, device=like.device)
         tables = rotary_tables(self.positions, 1, head_width, config.rotary_base)
         self.cos, self.sin = (table.to(like.dtype) for table in tables)
@@ -106,9 +88,8 @@ class KVCache:
         if end > self.capacity:
             raise ValueError(f"cache of {self.capacity} positions is full: {self.length} used, {N} more requested")
         with torch.inference_mode():
-            mask = None
-            if self.length and N > 1:
-                mask = self.positions[:end] <= self.positions[self.length : end, None]
+            several = self.length and N > 1
+            mask = self.positions[:end] <= self.positions[self.length : end, None] if several else None
             h = x.reshape(B * N, D)
             for layer, stored in zip(self.weights, self.stored, strict=True):
                 h = self._attend(h, layer, stored, end, mask)

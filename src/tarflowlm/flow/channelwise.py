@@ -1,5 +1,9 @@
 """Couplings channel by channel, or group by group: affine and Mix-1, with parameters from an autoregressive head.
 
+Inside a position the forward map is parallel, since the head sees the channels it is given. The inverse of a position
+takes Newton steps of all channels at once where the block is near the identity (`Newton` judges them, also for the
+sweeps of `generation/inversion.py`), else sweeps over all channels, or the walk from channel to channel.
+
 Shape legend: as in `couplings`.
 """
 
@@ -22,10 +26,13 @@ from tarflowlm.flow.precision import full_precision
 CONTRACTION = 0.5
 """Newton steps go on while each changes the latents by at most this times the step before."""
 RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-7}
-"""Latents h are wrong where |f(h) - u| exceeds this times 1 + |u|.
-
-Rounding alone causes residuals of about 1e-5, in narrow components.
-"""
+"""Latents h are wrong where |f(h) - u| exceeds this times 1 + |u|. Rounding in narrow components causes some 1e-5."""
+_MAX_NEWTON = 2048
+"""Largest number of elements B C for which a channel coupling tries Newton steps."""
+_MAX_NEWTON_COMPONENTS = 8
+"""With more components a block is hardly near the identity at every position, and the trial would be in vain."""
+_MAX_SWEPT = 512
+"""Largest number of elements B C that a channel coupling inverts in sweeps."""
 
 
 class Newton:
@@ -44,9 +51,8 @@ class Newton:
     ) -> Bool[Tensor, " N"]:
         """The positions, on the host, at which the step from `old` to `new` was the last that is needed.
 
-        The ratio q of the largest changes of this step and the one before estimates how the next will compare with
-        this one. All further ones then add up to q / (1 - q) times this one, so where that is within rounding they
-        need not be computed. `residual` is u - f(old), `noise` u.
+        With q the ratio of the largest changes of this step and the one before, all further steps are estimated to
+        add up to q / (1 - q) times this one. `residual` is u - f(old), `noise` u.
         """
         change = ((new - old).abs() / (1 + new.abs())).amax((0, 2))
         off = (residual.abs() / (1 + noise.abs())).amax((0, 2))
@@ -58,14 +64,6 @@ class Newton:
         ahead = largest / (self.last - largest) if self.contracts and self.last < math.inf else 1.0
         self.last, self._bound = largest, CONTRACTION * largest
         return (change * ahead <= self.tolerance) & (off <= RESIDUAL[new.dtype])
-
-
-_MAX_NEWTON = 2048
-"""Largest number of elements B C for which a channel coupling tries Newton steps."""
-_MAX_NEWTON_COMPONENTS = 8
-"""With more components a block is hardly near the identity at every position, and the trial would be in vain."""
-_MAX_SWEPT = 512
-"""Largest number of elements B C that a channel coupling inverts in sweeps."""
 
 
 class ChannelCoupling(Coupling):
@@ -124,21 +122,19 @@ class ChannelCoupling(Coupling):
     ) -> Float[Tensor, "B C"]:
         """The latents z_n of one position, from its noise u_n and features c_n.
 
-        A block near the identity takes Newton steps of all G groups at once. Where they do not converge, a small
-        batch is inverted in fixed-point sweeps over all groups, until nothing changes; G sweeps always suffice. There
-        a call costs the same for one group as for all of them.
+        Where Newton steps do not converge, a small batch is inverted in fixed-point sweeps over all groups, until
+        nothing changes; G sweeps always suffice. There a call costs the same for one group as for all of them.
         """
         assert adjust is None, "the components of a channel are not tokens"
-        B = len(u)
         if torch.is_grad_enabled():
             return super().invert(u, features)
-        may_be_near = u.numel() <= _MAX_NEWTON and self.components <= _MAX_NEWTON_COMPONENTS
-        near = self._invert_near_identity(u, features) if may_be_near else None
-        if near is not None:
-            return near
+        if u.numel() <= _MAX_NEWTON and self.components <= _MAX_NEWTON_COMPONENTS:
+            near = self._invert_near_identity(u, features)
+            if near is not None:
+                return near
         if u.numel() > _MAX_SWEPT:
             return super().invert(u, features)
-        G, size = self.head.groups, self.group
+        B, G, size = len(u), self.head.groups, self.group
         noise, z = u.view(B, G, size).transpose(0, 1).reshape(-1, size), u
         for _ in range(G):
             parameters = [p.reshape(G * B, -1) for p in self.head(features[:, None], z[:, None])]
@@ -220,8 +216,7 @@ class Mix1Coupling(ChannelCoupling):
     with the 3 K parameters (w_i, m_i, s_i) = head_i(c, z_<i). Paper: section 3.2.1.
 
     Start: means at `spread` times standard normal quantiles, scales that give the mixture unit variance. A small
-    `spread` is close to the identity, the right start on top of other blocks. Block 1 starts from the codebook
-    instead where K = V, see `start_from`.
+    `spread` is close to the identity, the right start on top of other blocks. Block 1: see `start_from`.
     """
 
     def __init__(
@@ -264,8 +259,8 @@ class Mix1Coupling(ChannelCoupling):
 
             sum_{j<i} log N(z_j; mu_kj, sigma^2) = sum_{j<i} (mu_kj z_j - mu_kj^2 / 2) / sigma^2 + terms without k
 
-        Training may leave this start. Without it, a Mix-1 block spends most of its steps finding the codebook.
-        `evidence` below 1 flattens these log-weights: each channel then knows less of the token than it could.
+        Without it, a Mix-1 block spends most of its steps finding the codebook. `evidence` below 1 flattens these
+        log-weights: each channel then knows less of the token than it could.
         UserError for a head that does not see the channels before.
         """
         mean, dim = codebook.mean.T, codebook.mean.shape[1]
@@ -283,24 +278,20 @@ class Mix1Coupling(ChannelCoupling):
             self.head.biases[2][c] = codebook.log_std
             paths[c, c - i : c, 0] = per_channel[:i]
 
-    def _mixture(self, z: Tensor, features: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """z as [C, B, N], and its log-weights, means and log-scales [C, B, N, K]."""
-        return z.permute(2, 0, 1).contiguous(), self.head(features, z)
-
     def channels(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
     ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
         """Noise u, and log du_i/dz_i of every channel, in nats."""
-        z_CBN, (log_w, mean, log_std) = self._mixture(z, features)
+        log_w, mean, log_std = self.head(features, z)
         with full_precision(z):
-            u, log_det = numerics.mixture_cdf(z_CBN, log_w, mean, log_std)
+            u, log_det = numerics.mixture_cdf(z.permute(2, 0, 1).contiguous(), log_w, mean, log_std)
         return u.permute(1, 2, 0), log_det.permute(1, 2, 0)
 
     def log_prob(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
         """log p(z_n | c_n) of every position, in nats."""
-        z_CBN, (log_w, mean, log_std) = self._mixture(z, features)
+        log_w, mean, log_std = self.head(features, z)
         with full_precision(z):
-            return numerics.mixture_log_density(z_CBN, log_w, mean, log_std).sum(0)
+            return numerics.mixture_log_density(z.permute(2, 0, 1).contiguous(), log_w, mean, log_std).sum(0)
 
     def conditional(self, parameters: list[Tensor]) -> Conditional:
         """The mixture CDF of channels with these log-weights, means and log-scales [rows, K]."""

@@ -43,7 +43,7 @@ def typical_neighbour_distance(points: Tensor) -> float:
     """Median distance from a point to its nearest neighbour, over the first 1,024 of `points` [K, d]."""
     if len(points) < 2 or points.is_meta:
         return 2.0
-    sample = points[: min(len(points), 1024)]
+    sample = points[:1024]
     distance = torch.cdist(sample, points)
     distance[torch.arange(len(sample)), torch.arange(len(sample))] = math.inf
     return distance.min(-1).values.median().item()
@@ -66,10 +66,8 @@ class Codebook(nn.Module):
     ) -> None:
         super().__init__()
         mean = spread_means(vocab_size, dim, generator)
-        self.mean = nn.Parameter(mean)
-        self.log_std = nn.Parameter(
-            torch.full((vocab_size,), math.log(typical_neighbour_distance(mean) / separation))
-        )
+        log_std = math.log(typical_neighbour_distance(mean) / separation)
+        self.mean, self.log_std = nn.Parameter(mean), nn.Parameter(torch.full((vocab_size,), log_std))
 
     @property
     def vocab_size(self) -> int:
@@ -80,32 +78,27 @@ class Codebook(nn.Module):
         """z = mu_x + sigma_x * noise with noise ~ N(0, I), differentiable in mu and sigma."""
         # index_select has a much faster backward than indexing
         flat = tokens.flatten()
-        mean = self.mean.index_select(0, flat).view_as(noise)
         std = self.log_std.index_select(0, flat).exp().view(*tokens.shape, 1)
-        return mean + std * noise
+        return self.mean.index_select(0, flat).view_as(noise) + std * noise
 
     def log_q(self, tokens: Int[Tensor, "*batch"], noise: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """log q(z_t | x_t) of every token, in nats, at z = encode(tokens, noise) (docs/math.md, eq. 1)."""
-        d = noise.shape[-1]
         log_std = self.log_std.index_select(0, tokens.flatten()).view_as(tokens)
-        return -0.5 * noise.square().sum(-1) - d * (log_std + 0.5 * math.log(2 * math.pi))
+        return -0.5 * noise.square().sum(-1) - noise.shape[-1] * (log_std + 0.5 * math.log(2 * math.pi))
 
     def log_components(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
         """log N_k(z) for every token k, in nats. Holds a [tokens, V] tensor: for small vocabularies."""
         return log_component_densities(z, self.mean, self.log_std)
 
     def log_normaliser(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-        """log sum_k N_k(z) in nats, computed in tiles without a [tokens, V] tensor.
-
-        It equals log q(z|x) - log p(x|z) for every x (docs/math.md, eqs. 2 and 11a).
-        """
+        """log sum_k N_k(z) = log q(z|x) - log p(x|z) for every x, in nats (docs/math.md, eqs. 2 and 11a)."""
         return mixture_log_prob(z, None, self.mean, self.log_std)
 
     def log_likelihood(self, tokens: Int[Tensor, "*batch"], z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """log p(x_t | z_t) = log N_{x_t}(z_t) - log sum_j N_j(z_t), in nats (docs/math.md, eq. 2).
 
-        Computed in tiles, without a [tokens, V] tensor. Near zero it is a small difference of large numbers, so both
-        are computed in float64 (float32 on devices without it) and the difference is rounded.
+        Without a [tokens, V] tensor. Near zero it is a small difference of large numbers, so both are computed in
+        float64 (float32 on devices without it) and the difference is rounded.
         """
         wide, flat = wide_dtype(z), tokens.flatten()
         z_wide, mean, log_std = z.to(wide), self.mean.to(wide), self.log_std.to(wide)

@@ -111,10 +111,9 @@ class Coupling(nn.Module):
         conditionals = self.conditionals(features, adjust)
         z: list[Tensor] = []
         noise: list[Tensor] = []
-        log_p = u.new_zeros(is_known.shape)
+        log_p, mask = u.new_zeros(is_known.shape), is_known.to(u.device)
         # read on the host, to skip a direction that no row needs
         some, every = is_known.any(0).tolist(), is_known.all(0).tolist()
-        mask = is_known.to(u.device)
         for g, (u_g, known_g) in enumerate(zip(u.split(self.group, -1), known.split(self.group, -1), strict=True)):
             conditional, a = conditionals.send(z[-1] if z else None), g * self.group * P // channels
             if not some[a]:
@@ -122,9 +121,8 @@ class Coupling(nn.Module):
                 noise.append(u_g)
                 continue
             given_u, log_det = conditional.forward(known_g)
-            density = log_det + standard_normal_log_prob(given_u)
             here = mask[:, a, None]
             z.append(known_g if every[a] else torch.where(here, known_g, conditional.inverse(u_g)))
             noise.append(torch.where(here, given_u, u_g))
-            log_p[:, a] += torch.where(here[:, 0], density, 0.0)
+            log_p[:, a] += torch.where(here[:, 0], log_det + standard_normal_log_prob(given_u), 0.0)
         return torch.cat(z, -1), torch.cat(noise, -1), log_p

@@ -111,11 +111,8 @@ class AutoregressiveHead(nn.Module):
 
     def _read_out(self, hidden: Tensor, groups: slice) -> list[Tensor]:
         """Outputs of some groups: [groups, rows, M] -> one [groups, rows, O] per output, at least float32."""
-        active = F.gelu(hidden)
-        parts = zip(self.weights, self.biases, self.scale, strict=True)
-        outputs = [
-            widen(active @ (weight[groups] * scale)) + bias[groups, None] * scale for weight, bias, scale in parts
-        ]
+        active, parts = F.gelu(hidden), zip(self.weights, self.biases, self.scale, strict=True)
+        outputs = [widen(active @ (w[groups] * scale)) + b[groups, None] * scale for w, b, scale in parts]
         if self.log_std_last:
             outputs[-1] = bounded_log_std(outputs[-1])
         return outputs
@@ -160,12 +157,9 @@ class AutoregressiveHead(nn.Module):
         return outputs
 
     def observe(self, state: GroupState, z: Float[Tensor, "B channels"]) -> GroupState:
-        """The state after the next group took the value z [B, C/G]; `state` itself is unchanged.
-
-        The last group has no successor, so it leaves the state as it is.
-        """
+        """The state after the next group took the value z [B, C/G]; `state` itself is unchanged."""
         g = len(state.values)
-        if g == self.groups - 1:
+        if g == self.groups - 1:  # nothing depends on the last group
             return state
         if not self.num_known:
             return replace(state, values=(*state.values, z))

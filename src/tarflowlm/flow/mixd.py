@@ -50,18 +50,13 @@ class MixDCoupling(Coupling):
         assert components is not None
         return components
 
-    def _tokens(self, z: Tensor) -> Tensor:
-        """[..., P d] -> [..., P, d]."""
-        return z.reshape(*z.shape[:-1], self.patch, self.latent_dim)
-
     def forward(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
     ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
         """Noise u, and log|det du_n/dz_n| of every position, in nats."""
-        tokens = self._tokens(z).reshape(-1, self.latent_dim)
         token_features = self.token_features(features, z).flatten(0, -2)
         rows = numerics.held_rows(self.weight_head.out_features, z.device)
-        parts = list(zip(tokens.split(rows), token_features.split(rows), strict=True))
+        parts = list(zip(z.reshape(-1, self.latent_dim).split(rows), token_features.split(rows), strict=True))
         if len(parts) == 1 or not torch.is_grad_enabled():
             mapped = [self._map(*part) for part in parts]
         else:
@@ -86,7 +81,7 @@ class MixDCoupling(Coupling):
         """
         head, book = self.weight_head, self.components
         by_token = numerics.mixture_log_prob_from_features(
-            self._tokens(z),
+            z.unflatten(-1, (self.patch, self.latent_dim)),
             self.token_features(features, z),
             head.weight,
             head.bias,
@@ -99,10 +94,7 @@ class MixDCoupling(Coupling):
     def invert(
         self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
     ) -> Float[Tensor, "B C"]:
-        """The latents z_n of each row, from its noise u_n and features c_n.
-
-        A sweep inverts many positions at once; their weights are held for `held_rows` of them at a time.
-        """
+        """The latents z_n of each row, from its noise u_n and features c_n, `held_rows` rows at a time."""
         rows = numerics.held_rows(self.weight_head.out_features, u.device)
         if len(u) <= rows:
             if self.patch > 1:
@@ -122,8 +114,8 @@ class MixDCoupling(Coupling):
         """`Coupling.complete` with the weights held for `held_rows` rows at a time."""
         rows = numerics.held_rows(self.weight_head.out_features, u.device)
         parts = zip(u.split(rows), features.split(rows), known.split(rows), is_known.split(rows), strict=True)
-        done = [super(MixDCoupling, self).complete(*part, adjust) for part in parts]
-        z, noise, log_p = (torch.cat(column) for column in zip(*done, strict=True))
+        columns = zip(*(super(MixDCoupling, self).complete(*part, adjust) for part in parts), strict=True)
+        z, noise, log_p = (torch.cat(column) for column in columns)
         return z, noise, log_p
 
     def conditionals(

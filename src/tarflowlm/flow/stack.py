@@ -17,6 +17,9 @@ from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.precision import widen
 from tarflowlm.flow.transformer import Transformer, TransformerConfig
 
+Invert = Callable[[int, Tensor], Tensor]
+"""Maps the index of a block (0-based) and its noise [B, N, C] to its latents [B, N, C]."""
+
 
 class InputMap(nn.Module):
     """Latents x [..., C] to Transformer inputs [..., D]: linear(x) + out(gelu(lift(x))) (docs/math.md, eq. 5).
@@ -108,21 +111,12 @@ class FlowBlock(Bijection):
 
     @torch.no_grad()
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
-        """h^(l-1) from h^(l) = u, position by position with the KV cache, without gradients.
-
-        Sweeps: `generation/inversion.py`.
-        """
+        """h^(l-1) from h^(l) = u, position by position, without gradients. Sweeps: `generation/inversion.py`."""
         cache = self.allocate_cache(len(u), u.shape[1])
-        previous: Tensor | None = None
         h: list[Tensor] = []
         for u_n in self.order(u)[0].unbind(1):
-            previous = self.invert_position(u_n, cache, previous)
-            h.append(previous)
+            h.append(self.invert_position(u_n, cache, h[-1] if h else None))
         return self.order.inverse(torch.stack(h, dim=1))
-
-
-Invert = Callable[[int, Tensor], Tensor]
-"""Maps the index of a block (0-based) and its noise [B, N, C] to its latents [B, N, C]."""
 
 
 class Prior(Bijection):

@@ -62,7 +62,7 @@ class _Book(NamedTuple):
     inv_std: list[float]
     largest_inv_std: float
     order: list[int]
-    """Components by their means in the first channel."""
+    """Components sorted by their means in the first channel."""
     step: float
     """The size from which a Newton step is the last."""
     eps: float

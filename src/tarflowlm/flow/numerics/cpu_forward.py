@@ -6,13 +6,12 @@ that ends too, in log space by `reference`.
 
 N rows, n of them in a chunk, K components, d channels. Scalar mixtures: z, u [N]; log_w, mean, log_std [N or 1, K].
 Codebook mixtures: z, u [N, d]; log_w [N, K]; mean [K, d]; log_std [K]. Standardised values are scaled by
-`UNIT` = sqrt(1/2) before they reach `tail_` and `density_into`, which leave out constant factors:
+`UNIT` = sqrt(1/2) before they reach erfc and `density_into`, and constant factors come last:
 
     Q(a) = TAIL_SCALE * erfc(UNIT a),        N(a; 0, 1) = DENSITY_SCALE * exp(-(UNIT a)^2)
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +57,7 @@ class Workspace:
     """
 
     def __init__(self, num_buffers: int, num_components: int, dtype: torch.dtype, wide: int | None = None) -> None:
-        """For chunks of `row_chunks`, untransposed from `wide` components on, by default `_WIDE`."""
+        """Chunks are untransposed from `wide` components on, by default `_WIDE`."""
         self.axis = 0 if num_components < (_WIDE if wide is None else wide) else 1
         self._num_components = num_components
         size = num_components * chunk_rows(num_components)
@@ -80,31 +79,21 @@ class Workspace:
         return x if self.axis == 0 else x.unsqueeze(-1)
 
 
-class Components(NamedTuple):
-    """A chunk's parameters in the workspace's layout; n is 1 when all rows share them."""
+def load(params: Params, space: Workspace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A chunk's weights and their sum [n], means (a view) and 1 / scales from its parameters [n or 1, K].
 
-    weight: Tensor
-    """Mixture weights times a positive number of each row's own."""
-    total: Tensor
-    """[n]: sum of `weight` over K."""
-    mean: Tensor
-    """A view: the first operation on it brings it into the layout."""
-    inv_std: Tensor
-
-
-def load(params: Params, space: Workspace) -> Components:
-    """Parameters [n, K] (or [1, K]) of one chunk, in buffers 0 and 1."""
+    In the workspace's layout, buffers 0 and 1. The weights of a row are those of the mixture times a positive number.
+    """
     log_w, mean, log_std = (space.orient(p) for p in params)
     weight = torch.exp(log_w, out=space(0, len(params[0])))
     total = weight.sum(space.axis)
     low, high = torch.aminmax(total)
     if not (bool(low > _SAFE_TOTAL[0]) and bool(high < _SAFE_TOTAL[1])):
-        # Not copy_: for two components a transposing copy is four times slower than a transposing add.
+        # not copy_: for two components a transposing copy is four times slower than a transposing add
         torch.add(log_w, space.zero, out=weight)
         weight.sub_(weight.amax(space.axis, keepdim=True)).exp_()
         total = weight.sum(space.axis)
-    inv_std = torch.exp(log_std, out=space(1, len(params[2]))).reciprocal_()
-    return Components(weight, total, mean, inv_std)
+    return weight, total, mean, torch.exp(log_std, out=space(1, len(params[2]))).reciprocal_()
 
 
 def guess_side(a: Tensor, weight: Tensor, buffer: Tensor, space: Workspace) -> Tensor:
@@ -123,11 +112,6 @@ def clamp_(a: Tensor) -> Tensor:
     return a.clamp_(-bound, bound)
 
 
-def tail_(a: Tensor) -> Tensor:
-    """Overwrites scaled a with its tail, without TAIL_SCALE."""
-    return a.erfc_()
-
-
 def density_into(a: Tensor, out: Tensor, space: Workspace) -> Tensor:
     """The density of scaled a, without DENSITY_SCALE, in `out`."""
     return torch.addcmul(space.zero, a, a, value=-1.0, out=out).exp_()
@@ -140,21 +124,21 @@ def rows_below(size: Tensor, limit: float) -> Tensor | None:
     return torch.nonzero(~(size >= limit)).squeeze(-1)
 
 
-def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """u and log_det, [N], as `reference.mixture_cdf`."""
-    params, num_components = (log_w, mean, log_std), mean.shape[-1]
+def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+    """u and log_det, [N], as `reference.mixture_cdf` of log_w, mean, log_std."""
+    num_components = params[1].shape[-1]
     tail, density, side = (torch.empty_like(z) for _ in range(3))
     space = Workspace(4, num_components, z.dtype)
     for rows in row_chunks(len(z), num_components):
-        c = load(take_rows(params, rows), space)
+        weight, total, mean, inv_std = load(take_rows(params, rows), space)
         n, axis, spread = len(z[rows]), space.axis, space.spread
         a, other = space(2, n), space(3, n)
-        torch.sub(spread(z[rows]), c.mean, out=a).mul_(c.inv_std)
-        side[rows] = guess_side(a, c.weight, other, space)
+        torch.sub(spread(z[rows]), mean, out=a).mul_(inv_std)
+        side[rows] = guess_side(a, weight, other, space)
         clamp_(a.mul_(spread(side[rows] * UNIT)))
-        density_into(a, other, space).mul_(c.weight).mul_(c.inv_std)
-        torch.sum(other, axis, out=density[rows]).div_(c.total)
-        torch.sum(tail_(a).mul_(c.weight), axis, out=tail[rows]).div_(c.total)
+        density_into(a, other, space).mul_(weight).mul_(inv_std)
+        torch.sum(other, axis, out=density[rows]).div_(total)
+        torch.sum(a.erfc_().mul_(weight), axis, out=tail[rows]).div_(total)
     tail.mul_(TAIL_SCALE)
     density.mul_(DENSITY_SCALE)
     size = torch.minimum(tail, density)
@@ -207,21 +191,20 @@ def _cdf_gradients(rows: Params, params: Params, space: Workspace) -> tuple[Grad
     """Gradients (parameters as [n, K] views of the workspace), and the smaller of tail mass and density, [n]."""
     z, u, log_det, grad_u, grad_log_p = rows
     n, axis, spread = len(z), space.axis, space.spread
-    c = load(params, space)
-    weight = c.weight.div_(spread(c.total))
-    diff = torch.sub(spread(z), c.mean, out=space(2, n))
-    a = torch.mul(diff, c.inv_std, out=space(3, n))
+    weight, total, mean, inv_std = load(params, space)
+    weight.div_(spread(total))
+    diff = torch.sub(spread(z), mean, out=space(2, n))
+    a = torch.mul(diff, inv_std, out=space(3, n))
     of_mean, share = space(4, n), space(5, n)
     side = guess_side(a, weight, share, space)
-    torch.mul(a, c.inv_std, out=of_mean)
+    torch.mul(a, inv_std, out=of_mean)
     clamp_(a.mul_(spread(side * UNIT)))
-    density_into(a, share, space).mul_(weight).mul_(c.inv_std)
-    density = share.sum(axis)
+    density = density_into(a, share, space).mul_(weight).mul_(inv_std).sum(axis)
     share.div_(spread(density))
     of_mean.mul_(spread(grad_log_p)).sub_(spread(grad_u * torch.exp(log_det))).mul_(share)
     share.mul_(spread(grad_log_p))
     of_log_std = diff.mul_(of_mean).sub_(share)
-    mass = tail_(a).mul_(TAIL_SCALE)
+    mass = a.erfc_().mul_(TAIL_SCALE)
     tail = torch.mul(mass, weight, out=space(6, n)).sum(axis)
     per_mass = grad_u * side * torch.exp(-log_standard_normal(u))
     mass.sub_(spread(tail)).mul_(spread(per_mass)).add_(spread(grad_log_p)).mul_(weight)
@@ -230,23 +213,12 @@ def _cdf_gradients(rows: Params, params: Params, space: Workspace) -> tuple[Grad
     return grads, torch.minimum(tail, density * DENSITY_SCALE)
 
 
-class _Shares(NamedTuple):
-    """The parts of the density of one chunk, in the layout of the workspace."""
+def _shares(z: Tensor, params: Params, space: Workspace) -> tuple[Tensor, ...]:
+    """weight, total, inv_std, a, share, share_total and log p [n] of one chunk, in the layout of the workspace.
 
-    weight: Tensor
-    """w_k times `total`."""
-    total: Tensor
-    inv_std: Tensor
-    a: Tensor
-    share: Tensor
-    """Responsibilities r_k times `share_total`."""
-    share_total: Tensor
-    log_density: Tensor
-    """[n]."""
-
-
-def _shares(z: Tensor, params: Params, space: Workspace) -> _Shares:
-    """Weights and shares are shifted by their maxima, so the density has no far rows."""
+    weight is total w_k, share is share_total times the responsibility r_k: both are shifted by their maxima, so the
+    density has no far rows.
+    """
     log_w, mean, log_std = (space.orient(p) for p in params)
     n, axis, lowest = len(z), space.axis, LOWEST_EXPONENT[z.dtype]
     log_w = torch.add(log_w, space.zero, out=space(4, len(params[0])))
@@ -260,14 +232,14 @@ def _shares(z: Tensor, params: Params, space: Workspace) -> _Shares:
     share.sub_(top).clamp_(min=lowest).exp_()
     share_total = share.sum(axis)
     log_density = torch.log(share_total / total) + top.squeeze(axis) - HALF_LOG_2PI
-    return _Shares(weight, total, inv_std, a, share, share_total, log_density)
+    return weight, total, inv_std, a, share, share_total, log_density
 
 
 def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log p, [N], as `reference.mixture_log_density`."""
     out, space = torch.empty_like(z), Workspace(5, mean.shape[-1], z.dtype)
     for rows in row_chunks(len(z), mean.shape[-1]):
-        out[rows] = _shares(z[rows], take_rows((log_w, mean, log_std), rows), space).log_density
+        out[rows] = _shares(z[rows], take_rows((log_w, mean, log_std), rows), space)[-1]
     return out
 
 
@@ -276,12 +248,13 @@ def mixture_log_density_backward(z: Tensor, params: Params, grad: Tensor) -> tup
     out = (torch.empty_like(z), *(torch.zeros_like(p) for p in params))
     space = Workspace(6, params[1].shape[-1], z.dtype)
     for rows in row_chunks(len(z), params[1].shape[-1]):
-        s, g = _shares(z[rows], take_rows(params, rows), space), grad[rows]
-        share = s.share.mul_(space.spread(g / s.share_total))
-        of_log_std = torch.mul(s.a, share, out=space(5, len(g)))
-        of_mean = of_log_std * s.inv_std
-        of_log_std.mul_(s.a).sub_(share)
-        of_log_w = share.sub_(s.weight * space.spread(g / s.total))
+        weight, total, inv_std, a, share, share_total, _ = _shares(z[rows], take_rows(params, rows), space)
+        g = grad[rows]
+        share.mul_(space.spread(g / share_total))
+        of_log_std = torch.mul(a, share, out=space(5, len(g)))
+        of_mean = of_log_std * inv_std
+        of_log_std.mul_(a).sub_(share)
+        of_log_w = share.sub_(weight * space.spread(g / total))
         by_row = (space.orient(of) for of in (of_log_w, of_mean, of_log_std))
         _store(out, rows, (-of_mean.sum(space.axis), *by_row), space)
     return out
@@ -334,7 +307,7 @@ def _rosenblatt_chunk(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, s
         torch.sub(spread(z[:, i]), space.orient(mean[None, :, i]), out=a).mul_(inv_std)
         side[i] = guess_side(a, alpha, scratch, space)
         torch.mul(a, spread(side[i] * UNIT), out=scratch)
-        mass = tail_(clamp_(scratch)).mul_(alpha)
+        mass = clamp_(scratch).erfc_().mul_(alpha)
         torch.sum(mass, axis, out=tail[i]).mul_(TAIL_SCALE).div_(total)
         far = rows_below(tail[i], smallest)
         if far is not None:

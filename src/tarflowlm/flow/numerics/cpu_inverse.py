@@ -2,8 +2,8 @@ r"""Inverse of the mixture CDF: z with F(z) = Phi(u), by a fixed number of steps
 
 With c_k = m_k + s_k u every component has mass Phi(u) below its own c_k, so the solution lies between min c and max c
 (docs/math.md, eq. 20). Bisection shrinks that bracket to the scale of the narrowest component, whatever the modes do;
-then Newton steps finish, each kept inside the bracket and replaced by its midpoint otherwise
-(`reference.newton_step`). A handful of mixtures, as in sampling one position at a time, is solved on a grid instead.
+then Newton steps finish, each replaced by the bracket's midpoint where it would leave it (`reference.newton_step`).
+A handful of mixtures, as in sampling one position at a time, is solved on a grid instead.
 
 N rows, n of them in a chunk, K components. u, z [N]; log_w, mean, log_std [N or 1, K]. All is mirrored to u >= 0,
 where the upper tail's mass is the smaller one.
@@ -26,11 +26,10 @@ from tarflowlm.flow.numerics.cpu_forward import (
     density_into,
     load,
     rows_below,
-    tail_,
 )
 from tarflowlm.flow.numerics.layout import Params, row_chunks, take_rows
 from tarflowlm.flow.numerics.normal import standard_normal_density, upper_tail
-from tarflowlm.flow.numerics.reference import BISECTIONS, NEWTON_STEPS, TINY, bayes_update, newton_step, newton_target
+from tarflowlm.flow.numerics.reference import BISECTIONS, NEWTON_STEPS, TINY, bayes_update, newton_step
 
 _SAFE_CELL = 7
 """Newton's steps may start in a bracket of 2^-7 of the narrowest scale."""
@@ -74,8 +73,7 @@ def _solve_linear(u: Tensor, params: Params) -> Tensor:
     num_components = params[1].shape[-1]
     if are_few(u.shape[0], num_components):
         return _solve_on_grid(u, params)
-    z = torch.empty_like(u)
-    space = Workspace(5, num_components, u.dtype)
+    z, space = torch.empty_like(u), Workspace(5, num_components, u.dtype)
     for rows in row_chunks(u.shape[0], num_components):
         z[rows] = _solve_by_bisection(u[rows], take_rows(params, rows), space)
     return z
@@ -84,20 +82,20 @@ def _solve_linear(u: Tensor, params: Params) -> Tensor:
 def _solve_by_bisection(u: Tensor, params: Params, space: Workspace) -> Tensor:
     """z [n] of one chunk."""
     n, axis, spread = u.shape[0], space.axis, space.spread
-    c = load(params, space)
+    weight, total, mean, inv_std = load(params, space)
     side, y = torch.copysign(space.one, u), u.abs()
     tail = upper_tail(y)
     a, other = space(2, n), space(3, n)
-    center = torch.mul(c.mean, spread(side), out=space(4, n))
-    torch.div(spread(y), c.inv_std, out=a).add_(center)
+    center = torch.mul(mean, spread(side), out=space(4, n))
+    torch.div(spread(y), inv_std, out=a).add_(center)
     low, high = a.amin(axis), a.amax(axis)
-    # Brackets over the narrowest scale, halved until Newton's steps are safe; not a number takes all steps.
-    widest = float(((high - low) * c.inv_std.amax(axis)).amax())
+    # brackets over the narrowest scale, halved until Newton's steps are safe; not a number takes all steps
+    widest = float(((high - low) * inv_std.amax(axis)).amax())
     bisections = BISECTIONS[u.dtype]
     if widest < 2.0 ** (bisections - _SAFE_CELL):
         bisections = max(0, math.ceil(math.log2(max(widest, 1e-9))) + _SAFE_CELL)
-    inv_std = c.inv_std.mul_(UNIT)
-    wanted = tail * c.total / TAIL_SCALE
+    inv_std.mul_(UNIT)
+    wanted = tail * total / TAIL_SCALE
 
     def scaled(x: Tensor) -> Tensor:
         return clamp_(torch.sub(spread(x), center, out=a).mul_(inv_std))
@@ -105,20 +103,19 @@ def _solve_by_bisection(u: Tensor, params: Params, space: Workspace) -> Tensor:
     above = torch.empty_like(u)
     for _ in range(bisections):
         x = torch.lerp(low, high, 0.5)
-        mass = tail_(scaled(x)).mul_(c.weight).sum(axis)
+        mass = scaled(x).erfc_().mul_(weight).sum(axis)
         torch.gt(mass, wanted, out=above)
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)
     x = torch.lerp(low, high, 0.5)
-    target = newton_target(y, standard_normal_density(y).div_(tail), low, high)
+    step = newton_step(y, standard_normal_density(y).div_(tail), low, high)
     factor = 2.0 * TAIL_SCALE * UNIT / DENSITY_SCALE
     for _ in range(NEWTON_STEPS[u.dtype]):
-        density_into(scaled(x), other, space).mul_(c.weight).mul_(inv_std)
-        density = other.sum(axis).clamp_(min=TINY[u.dtype])
-        mass = tail_(a).mul_(c.weight).sum(axis)
+        density = density_into(scaled(x), other, space).mul_(weight).mul_(inv_std).sum(axis)
+        mass = a.erfc_().mul_(weight).sum(axis)
         torch.gt(mass, wanted, out=above)
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)
         excess = torch.log(mass / wanted)
-        x = newton_step(x, excess, mass.div_(density).mul_(factor), low, high, target)
+        x = step(x, excess, mass.div_(density.clamp_(min=TINY[u.dtype])).mul_(factor), low, high)
     return x.mul_(side)
 
 
@@ -143,7 +140,7 @@ def _solve_on_grid(u: Tensor, params: Params) -> Tensor:
     low, high = torch.aminmax(torch.addcmul(center, std, y[:, None]), dim=-1, keepdim=True)
     center = center.unsqueeze(1)
     inv_std = std.reciprocal_().mul_(UNIT).unsqueeze(1)
-    # Negated, because searchsorted wants an increasing sequence and the tail's mass decreases along the grid.
+    # negated, because searchsorted wants an increasing sequence and the tail's mass decreases along the grid
     minus_weight = -TAIL_SCALE * weight
     minus_wanted = -wanted[:, None]
     for _ in range(_GRID_STEPS):
@@ -151,16 +148,16 @@ def _solve_on_grid(u: Tensor, params: Params) -> Tensor:
             break
         grid = torch.lerp(low, high, _fractions(u.dtype))
         a = clamp_((grid[:, 1:-1, None] - center).mul_(inv_std))
-        cell = torch.searchsorted(torch.bmm(tail_(a), minus_weight).squeeze(-1), minus_wanted)
+        cell = torch.searchsorted(torch.bmm(a.erfc_(), minus_weight).squeeze(-1), minus_wanted)
         low, high = grid.gather(1, cell), grid.gather(1, cell + 1)
-    # The last cell is a small part of the narrowest scale, so plain Newton on log T cannot go astray in it.
+    # the last cell is a small part of the narrowest scale, so plain Newton on log T cannot go astray in it
     x = torch.lerp(low, high, 0.5).unsqueeze(-1)
     low, high, minus_wanted = low.unsqueeze(-1), high.unsqueeze(-1), minus_wanted.unsqueeze(-1)
     density_weight = (weight * inv_std.transpose(1, 2)).mul_(DENSITY_SCALE / UNIT)
     for _ in range(_GRID_NEWTON_STEPS[u.dtype]):
         a = clamp_((x - center).mul_(inv_std))
         density = torch.bmm((a * a).neg_().exp_(), density_weight).clamp_(min=TINY[u.dtype])
-        minus_mass = torch.bmm(tail_(a), minus_weight)
+        minus_mass = torch.bmm(a.erfc_(), minus_weight)
         step = torch.log(minus_mass / minus_wanted).mul_(minus_mass).div_(density)
         x = torch.minimum(torch.maximum(x - step, low), high)
     return x.view(-1).mul_(side)
@@ -177,7 +174,7 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
 
 
 def _by_channels(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """z [N, d] chunk by chunk, channel after channel."""
+    """The general path: z [N, d] chunk by chunk, channel after channel."""
     z = torch.empty_like(u)
     for rows in row_chunks(len(u), len(mean)):
         z[rows] = _chunk_by_channels(u[rows], log_w[rows], mean[None], log_std[None])

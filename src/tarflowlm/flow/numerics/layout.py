@@ -2,7 +2,7 @@
 
 N rows, K components, d channels. Inside this package a scalar mixture problem is z [N] with parameters [N, K] or,
 where all rows share one mixture, [1, K]; a codebook problem is z [N, d], log_w [N, K], mean [K, d], log_std [K].
-On a CPU rows are worked on in chunks that stay in its second-level cache (`cpu.forward.Workspace`).
+On a CPU rows are worked on in chunks that stay in its second-level cache (`cpu_forward.Workspace`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,12 +41,12 @@ def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor
         raise ValueError(f"parameters disagree about the number of components: {sorted(counts)}")
     shape = torch.broadcast_shapes(z.shape, *(p.shape[:-1] for p in params))
     rows = shape.numel()
-    flat = []
-    for p in params:
-        if p.numel() == p.shape[-1] and rows != 1:
-            flat.append(p.reshape(1, -1).expand(1, num_components))
-        else:
-            flat.append(p.expand(*shape, num_components).reshape(rows, num_components))
+    flat = [
+        p.reshape(1, -1).expand(1, num_components)
+        if p.numel() == p.shape[-1] and rows != 1
+        else p.expand(*shape, num_components).reshape(rows, num_components)
+        for p in params
+    ]
     return shape, z.expand(shape).reshape(rows), flat
 
 
@@ -62,13 +62,13 @@ def flatten_vectors(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> 
         # as they come: a step of a sampler calls with so few rows that every view counts
         return z.shape[:1], z, log_w
     shape = torch.broadcast_shapes(z.shape[:-1], log_w.shape[:-1])
-    flat = z.expand(*shape, z.shape[-1]).reshape(-1, z.shape[-1])
-    return shape, flat, log_w.expand(*shape, log_w.shape[-1]).reshape(-1, log_w.shape[-1])
+    z, log_w = (t.expand(*shape, t.shape[-1]).reshape(-1, t.shape[-1]) for t in (z, log_w))
+    return shape, z, log_w
 
 
 def take_rows(params: Params, rows: slice | Tensor) -> Params:
     """Rows of [N, K] parameters; a shared [1, K] one is returned as it is."""
-    return tuple(p if p.shape[0] == 1 else p[rows] for p in params)
+    return tuple(p if len(p) == 1 else p[rows] for p in params)
 
 
 def sum_to_shared(grads: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, ...]:

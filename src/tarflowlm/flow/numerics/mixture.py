@@ -2,24 +2,21 @@ r"""Scalar mixtures: u = Phi^-1(F(z)) with its log-derivative, the inverse, and 
 
     F(z) = sum_k w_k Phi((z - m_k) / s_k),   w = softmax(log_w),   s = exp(log_std)
 
-The public functions, which take any leading shape, their closed-form derivatives, and the choice of a path: the
-linear space of `cpu`, or the log space of `reference` on accelerators and under torch.compile.
+The public functions take any leading shape, have closed-form derivatives, and choose a path: the linear space of
+`cpu_forward` and `cpu_inverse`, or the log space of `reference` on accelerators and under torch.compile.
 
 N rows, K components: flat problems are z, u [N] with parameters log_w, mean, log_std [N or 1, K].
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tarflowlm.flow.numerics import cpu_forward as cpu
-from tarflowlm.flow.numerics import cpu_inverse, layout, reference
-
-Compute = Callable[..., tuple[Tensor | None, ...]]
-"""Gradients from tensors, in closed form."""
+from tarflowlm.flow.numerics import cpu_forward, cpu_inverse, layout, reference
 
 
 def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,8 +51,7 @@ def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
 def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     r"""log p(z) = log F'(z) = log sum_k w_k N(z; m_k, s_k^2) of scalar mixtures, elementwise.
 
-    All that the last flow block needs of `mixture_cdf`: equals log_det + log N(u; 0, 1) (docs/math.md, eq. 6)
-    without the cost of u.
+    Equals log_det + log N(u; 0, 1) of `mixture_cdf` (docs/math.md, eq. 6), without the cost of u.
 
     Shapes: z [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against z; returns [...], nats. Float32
     or float64, any range. First derivatives only: a second backward raises RuntimeError.
@@ -65,20 +61,20 @@ def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
     return _MixtureLogDensity.apply(flat_z, *params).view(shape)
 
 
+def _path(z: Tensor) -> ModuleType:
+    return cpu_forward if layout.use_eager_cpu(z) else reference
+
+
 def _cdf_gradients(
     z: Tensor, u: Tensor, log_det: Tensor, grad_u: Tensor, grad_log_p: Tensor, *params: Tensor
 ) -> tuple[Tensor, ...]:
     """Gradients of z, log_w, mean, log_std, from cotangents of u and of log p = log F'(z)."""
-    if layout.use_eager_cpu(z):
-        return cpu.mixture_cdf_backward(z, params, u, log_det, grad_u, grad_log_p)
-    of_z, *of_params = reference.mixture_cdf_backward(z, params, u, log_det, grad_u, grad_log_p)
+    of_z, *of_params = _path(z).mixture_cdf_backward(z, params, u, log_det, grad_u, grad_log_p)
     return of_z, *layout.sum_to_shared(of_params, params)
 
 
 def _density_gradients(z: Tensor, grad: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-    if layout.use_eager_cpu(z):
-        return cpu.mixture_log_density_backward(z, params, grad)
-    of_z, *of_params = reference.mixture_log_density_backward(z, params, grad)
+    of_z, *of_params = _path(z).mixture_log_density_backward(z, params, grad)
     return of_z, *layout.sum_to_shared(of_params, params)
 
 
@@ -87,7 +83,7 @@ class _MixtureCdf(Function):
 
     @staticmethod
     def forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-        return (cpu if layout.use_eager_cpu(z) else reference).mixture_cdf(z, log_w, mean, log_std)
+        return _path(z).mixture_cdf(z, log_w, mean, log_std)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -96,7 +92,7 @@ class _MixtureCdf(Function):
     @staticmethod
     def backward(ctx: Any, grad_u: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         z, log_w, mean, log_std, u, log_det = ctx.saved_tensors
-        # log_det = log p - log N(u; 0, 1), and the second term depends on u alone: it joins the cotangent of u.
+        # log_det = log p - log N(u; 0, 1), and the second term depends on u alone: it joins the cotangent of u
         grad_u = grad_u + grad_log_det * u
         return first_derivatives(_cdf_gradients, z, u, log_det, grad_u, grad_log_det, log_w, mean, log_std)
 
@@ -118,15 +114,14 @@ class _MixtureCdfInverse(Function):
         *params, z = ctx.saved_tensors
         u, log_det = _MixtureCdf.apply(z, *params)
         grad_u = grad_z * torch.exp(-log_det)
-        nothing = torch.zeros_like(grad_u)
-        _, *grads = first_derivatives(_cdf_gradients, z, u, log_det, -grad_u, nothing, *params)
+        _, *grads = first_derivatives(_cdf_gradients, z, u, log_det, -grad_u, torch.zeros_like(grad_u), *params)
         return grad_u, *grads
 
 
 class _MixtureLogDensity(Function):
     @staticmethod
     def forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-        return (cpu if layout.use_eager_cpu(z) else reference).mixture_log_density(z, log_w, mean, log_std)
+        return _path(z).mixture_log_density(z, log_w, mean, log_std)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -138,14 +133,16 @@ class _MixtureLogDensity(Function):
         return first_derivatives(_density_gradients, z, grad, *params)
 
 
-def first_derivatives(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def first_derivatives(
+    compute: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """compute(*tensors), the gradients of a backward, without recording it; differentiating them raises RuntimeError.
 
     PyTorch's `once_differentiable` stays silent unless the *cotangent* requires a gradient: with create_graph=True a
     second derivative would lack the terms that depend on z or the parameters. A Function sees them.
     """
     if torch.compiler.is_compiling():
-        # A compiler does not trace a Function inside a backward.
+        # a compiler does not trace a Function inside a backward
         with torch.no_grad():
             return compute(*tensors)
     return _FirstDerivatives.apply(compute, *tensors)
@@ -153,7 +150,7 @@ def first_derivatives(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor
 
 class _FirstDerivatives(Function):
     @staticmethod
-    def forward(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(compute: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         with torch.no_grad():
             return compute(*tensors)
 

@@ -1,8 +1,8 @@
 r"""Every map of this package in log space: any range, no branch on data.
 
-Read this file for the mathematics (docs/math.md, sections 3 and 8). It is also what runs on accelerators and under
+Read this file for the mathematics (docs/math.md, sections 3 and 8). It also runs on accelerators and under
 torch.compile, where a branch would stop the device and an erfcx is as cheap as an erfc, and in the far tails on a
-CPU. The fast paths of `cpu` are tested against it.
+CPU. The fast paths `cpu_forward`, `cpu_inverse` and `cpu_few_rows` are tested against it.
 
 N rows, K components, d channels. Scalar mixtures: z, u [N]; log_w (unnormalised), mean, log_std [N or 1, K].
 Codebook mixtures: z, u [N, d]; log_w [N, K]; mean [K, d]; log_std [K]. Densities are in nats, and
@@ -11,7 +11,6 @@ a_k = (z - m_k) / s_k is a standardised value, Q the upper tail of the standard 
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +56,7 @@ def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tupl
     log_tail, side = smaller_tail(a, log_w)
     u = side * upper_quantile_of_log(log_tail)
     log_det = torch.logsumexp(log_w + log_standard_normal(a) - log_std, -1) - log_standard_normal(u)
-    # At z = +-inf, du/dz tends to 1 / (the largest scale), which inf - inf cannot say.
+    # at z = +-inf, du/dz tends to 1 / (the largest scale), which inf - inf cannot say
     return u, torch.where(torch.isinf(z), -log_std.amax(-1), log_det)
 
 
@@ -130,7 +129,7 @@ def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
         above = log_tail > log_wanted
         low, high = torch.where(above, x, low), torch.where(above, high, x)
     x = 0.5 * (low + high)
-    target = newton_target(y, torch.exp(log_standard_normal(y) - log_wanted), low, high)
+    step = newton_step(y, torch.exp(log_standard_normal(y) - log_wanted), low, high)
     for _ in range(NEWTON_STEPS[u.dtype]):
         a = (x[:, None] - center) * inv_std
         log_tail = torch.logsumexp(log_w + log_upper_tail(a), -1)
@@ -138,47 +137,34 @@ def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
         above = log_tail > log_wanted
         low, high = torch.where(above, x, low), torch.where(above, high, x)
         ratio = 2.0 * torch.exp((log_tail - log_density).clamp(max=-math.log(TINY[u.dtype])))
-        x = newton_step(x, log_tail - log_wanted, ratio, low, high, target)
+        x = step(x, log_tail - log_wanted, ratio, low, high)
     return torch.where(torch.isinf(u), u, side * x)
 
 
-class NewtonTarget(NamedTuple):
-    """Constants of a Newton step towards u >= 0; all [N]."""
+def newton_step(u: Tensor, hazard: Tensor, low: Tensor, high: Tensor) -> Callable[..., Tensor]:
+    r"""A Newton step towards T(x) = Q(u), u >= 0, T the upper tail, in the bracket [low, high] of now; all [N].
 
-    hazard: Tensor
-    square: Tensor
-    """hazard^2."""
-    floor: Tensor
-    """Least value of (h - kappa e)^2, where the quadratic model has no solution."""
-    bend: Tensor
-    """2 kappa."""
-    slack: Tensor
-    """A few ulps of the bracket's ends."""
-
-
-def newton_target(u: Tensor, hazard: Tensor, low: Tensor, high: Tensor) -> NewtonTarget:
-    """For u >= 0 with hazard N(u; 0, 1) / Q(u), in the bracket [low, high]."""
-    square = hazard * hazard
-    slack = torch.maximum(low.abs(), high.abs()) * (4.0 * torch.finfo(u.dtype).eps)
-    return NewtonTarget(hazard, square, square * 0.01, (square - hazard * u) * 2.0, slack)
-
-
-def newton_step(x: Tensor, excess: Tensor, ratio: Tensor, low: Tensor, high: Tensor, target: NewtonTarget) -> Tensor:
-    r"""The next x from `excess` L and `ratio` 2 T / p; the bracket's midpoint where Newton would leave it.
-
-    The upper tail T(x) is to meet Q(u), u >= 0. The step is taken in noise space, where a single component is a
-    straight line: with L = log T(x) - log Q(u), hazard h = N(u) / Q(u) and curvature kappa = h (h - u) of -log Q at
-    u, the noise still missing is e from L = h e - kappa e^2 / 2, and dx = e N(u - e) / p(x).
+    The step is taken in noise space, where a single component is a straight line: with L = log T(x) - log Q(u),
+    `hazard` h = N(u) / Q(u) and curvature kappa = h (h - u) of -log Q at u, the noise still missing is e from
+    L = h e - kappa e^2 / 2, and dx = e N(u - e) / p(x).
     """
-    slope = torch.maximum(torch.addcmul(target.square, target.bend, excess, value=-1.0), target.floor).sqrt_()
-    step = (excess * slope).mul_(ratio).div_(slope + target.hazard)
-    following = step.add_(x)
-    middle = torch.lerp(low, high, 0.5)
-    # A converged x is itself an end of the bracket: rounding must not count as leaving it.
-    limit = torch.add(target.slack, high - low, alpha=0.501)
-    inside = torch.le((following - middle).abs_(), limit).to(x.dtype)
-    # an infinite step is left out, too: 0 times infinity is not
-    return torch.lerp(middle, following.nan_to_num_(), inside)
+    square = hazard * hazard
+    # least value of (h - kappa e)^2, where the quadratic model has no solution; 2 kappa
+    floor, bend = square * 0.01, (square - hazard * u) * 2.0
+    slack = torch.maximum(low.abs(), high.abs()) * (4.0 * torch.finfo(u.dtype).eps)
+
+    def step(x: Tensor, excess: Tensor, ratio: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """The next x from `excess` L and `ratio` 2 T / p; the bracket's midpoint where Newton would leave it."""
+        slope = torch.maximum(torch.addcmul(square, bend, excess, value=-1.0), floor).sqrt_()
+        following = (excess * slope).mul_(ratio).div_(slope + hazard).add_(x)
+        middle = torch.lerp(low, high, 0.5)
+        # a converged x is itself an end of the bracket: rounding must not count as leaving it
+        limit = torch.add(slack, high - low, alpha=0.501)
+        inside = torch.le((following - middle).abs_(), limit).to(x.dtype)
+        # an infinite step is left out, too: 0 times infinity is not
+        return torch.lerp(middle, following.nan_to_num_(), inside)
+
+    return step
 
 
 def bayes_update(log_alpha: Tensor, a: Tensor, log_std: Tensor) -> Tensor:

@@ -3,8 +3,8 @@ r"""The mixture-Rosenblatt map of Mix-d: channel after channel, mixture weights 
     alpha^(1) = w,   u_i = Phi^-1( sum_k alpha_k^(i) Phi((z_i - mu_ki) / s_k) )
     alpha_k^(i+1) ~ alpha_k^(i) N(z_i; mu_ki, s_k^2),   log_det = log p_mix(z) - log N(u; 0, I)
 
-The public functions (docs/math.md, eq. 9), and a backward that is computed again chunk by chunk. The weights live in
-log space. Differs from the paper's algorithm 1 only there: it keeps alpha itself.
+See docs/math.md, eq. 9. The backward is computed again chunk by chunk. Differs from the paper's algorithm 1: the
+weights live in log space.
 
 N rows, K components, d channels: flat problems are z, u [N, d], log_w [N, K], mean [K, d], log_std [K].
 """
@@ -21,10 +21,9 @@ from tarflowlm.flow.numerics import cpu_forward, cpu_inverse, layout, reference
 from tarflowlm.flow.numerics.mixture import first_derivatives, mixture_cdf, mixture_cdf_inverse
 from tarflowlm.flow.numerics.normal import log_standard_normal_vectors
 
-_BACKWARD_SHARE = 16
-"""The backward records about this many [n, K] tensors per channel, so its chunks are that much smaller."""
-_BACKWARD_SHARE_STATIC = 4
-"""And on an accelerator, where every chunk is some hundred launches, or as many nodes of a compiler's graph."""
+_BACKWARD_SHARE, _BACKWARD_SHARE_STATIC = 16, 4
+"""The backward records about 16 [n, K] tensors per channel, so its chunks are that much smaller; only 4 times on an
+accelerator, where every chunk is some hundred launches, or as many nodes of a compiler's graph."""
 
 
 def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,8 +51,12 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     shape, flat, weights = layout.flatten_vectors(u, log_w, mean, log_std)
     if _needs_grad(u, log_w, mean, log_std):
         z = reference.rosenblatt_inverse(flat, weights, mean, log_std, mixture_cdf_inverse)
+    elif layout.use_eager_cpu(flat):
+        z = cpu_inverse.rosenblatt_inverse(flat, weights, mean, log_std)
     else:
-        z = _solve(flat, weights, mean, log_std)
+        z = torch.empty_like(flat)
+        for rows in _chunks(flat, len(mean)):
+            z[rows] = reference.rosenblatt_inverse(flat[rows], weights[rows], mean, log_std)
     return z.view(*shape, -1)
 
 
@@ -63,23 +66,13 @@ def _evaluate(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[
         return cpu_forward.rosenblatt(z, log_w, mean, log_std)
     u = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     log_p = torch.empty_like(z[:, 0])
-    for rows in _chunks(z, mean.shape[0]):
+    for rows in _chunks(z, len(mean)):
         u[rows], log_p[rows] = reference.rosenblatt_without_autograd(z[rows], log_w[rows], mean, log_std)
     return u, log_p - log_standard_normal_vectors(u)
 
 
-def _solve(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """z [N, d]; no autograd."""
-    if layout.use_eager_cpu(u):
-        return cpu_inverse.rosenblatt_inverse(u, log_w, mean, log_std)
-    z = torch.empty_like(u)
-    for rows in _chunks(u, mean.shape[0]):
-        z[rows] = reference.rosenblatt_inverse(u[rows], log_w[rows], mean, log_std)
-    return z
-
-
 def _recorded(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """The map from differentiable pieces: what the backward records."""
+    """The map from differentiable pieces, which the backward records."""
     return reference.rosenblatt(z, log_w, mean, log_std, mixture_cdf)
 
 
@@ -87,7 +80,7 @@ def _compiled(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[
     """A compiler derives the backward itself: it is told to compute again what does not fit one chunk."""
     if not _needs_grad(z, log_w, mean, log_std):
         return _evaluate(z, log_w, mean, log_std)
-    chunks = list(_chunks(z, mean.shape[0], backward=True))
+    chunks = list(_chunks(z, len(mean), backward=True))
     if len(chunks) == 1:
         return _recorded(z, log_w, mean, log_std)
     parts = [
@@ -101,7 +94,7 @@ def _gradients(
     z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, grad_u: Tensor, grad_log_det: Tensor
 ) -> tuple[Tensor, ...]:
     out = tuple(torch.zeros_like(t) for t in (z, log_w, mean, log_std))
-    for rows in _chunks(z, mean.shape[0], backward=True):
+    for rows in _chunks(z, len(mean), backward=True):
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (z[rows], log_w[rows], mean, log_std)]
             outputs = _recorded(*leaves)
@@ -131,9 +124,9 @@ class _Rosenblatt(Function):
 def _chunks(like: Tensor, num_components: int, *, backward: bool = False) -> Iterator[slice]:
     """Row ranges that bound the [rows, K] temporaries."""
     if layout.use_eager_cpu(like):
-        return layout.row_chunks(like.shape[0], num_components * (_BACKWARD_SHARE if backward else 1))
+        return layout.row_chunks(len(like), num_components * (_BACKWARD_SHARE if backward else 1))
     size = layout.held_rows(num_components * (_BACKWARD_SHARE_STATIC if backward else 1), torch.device("cuda"))
-    return layout.row_chunks(like.shape[0], num_components, size=size)
+    return layout.row_chunks(len(like), num_components, size=size)
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
