@@ -170,7 +170,10 @@ def _run_section(
     parts.append(draw(f"codebook-{record.slug}", caption, lambda f: draw_codes(f, codes), figure_height(codes)))
     tables.append(codes_table(codes))
     exact = ["A discrete model: its likelihood is exact, and it has no blocks and no codebook."] * record.is_exact
-    drawn = _SAMPLES.format(number=NUM, s=samples, seed=SEED, step=step)
+    drawn = (
+        f"{NUM} samples of {samples.tokens} tokens at step {step}: seed {SEED}, temperature {samples.temperature}, "
+        f"not selected."
+    )
     return Section(record.name, [*problems, *exact, drawn], [*parts, *tables])
 
 
@@ -188,9 +191,6 @@ def _corpus(record: RunRecord, checkpoint: Checkpoint, problems: list[str]) -> C
 
 
 _SIGNS = ("Flows have upper bounds, marked <=. The figures of a discrete baseline are exact.",)
-_SAMPLES = (
-    "{number} samples of {s.tokens} tokens at step {step}: seed {seed}, temperature {s.temperature}, not selected."
-)
 _PASSES = (
     "The first sample after every block, decoded with the codebook. Noise becomes latents block by block, the last "
     "block first. Where only the last row reads as text, block 1 does the writing."

@@ -92,16 +92,10 @@ def text_tokens(
     tokens: Tensor, tokenizer: Tokenizer, *, before: Tensor | None = None, given: Tensor | None = None
 ) -> list[Token]:
     """A text [T]: given where `given` [T] is true, changed where it differs from `before` [T], final elsewhere."""
-    marks = zip(symbols(tokens, tokenizer), _flags(given, tokens), _changes(before, tokens), strict=True)
+    is_given = [False] * len(tokens) if given is None else given.tolist()
+    is_new = [False] * len(tokens) if before is None else (tokens != before).tolist()
+    marks = zip(symbols(tokens, tokenizer), is_given, is_new, strict=True)
     return [Token(symbol, "given" if locked else "changed" if new else "final") for symbol, locked, new in marks]
-
-
-def _flags(mask: Tensor | None, tokens: Tensor) -> list[bool]:
-    return [False] * len(tokens) if mask is None else mask.tolist()
-
-
-def _changes(before: Tensor | None, tokens: Tensor) -> list[bool]:
-    return _flags(None if before is None else tokens != before, tokens)
 
 
 def pass_rows(
@@ -120,11 +114,11 @@ def pass_rows(
     rows: list[Row] = []
     before, last = passes[0], len(passes) - 1
     for index, tokens in enumerate(passes):
-        changed = _changes(before, tokens)
+        changed = (tokens != before).tolist()
         if 0 < index < last and sum(changed) < least_change * len(tokens):
             continue
-        is_given = _flags(given if index == last else None, tokens)
-        is_final = _flags(tokens == passes[-1] if index else None, tokens)
+        is_given = given.tolist() if given is not None and index == last else [False] * len(tokens)
+        is_final = (tokens == passes[-1]).tolist() if index else [False] * len(tokens)
         opacity = [1.0] * len(tokens) if probabilities is None else probabilities[index].tolist()
         row = []
         for n, symbol in enumerate(symbols(tokens, tokenizer)):
@@ -153,16 +147,15 @@ def to_html(rows: Sequence[Row]) -> str:
 
 def spans(tokens: Sequence[Token]) -> str:
     """The tokens of one row as HTML."""
-    # neighbours that look alike share an element, so that a long text in many rows stays light
-    runs = groupby(tokens, key=lambda t: (t.kind, _opacity(t.opacity), escape(t.title)))
+
+    def look_of(token: Token) -> tuple[Kind, float, str]:
+        share = min(max(token.opacity, 0.0), 1.0)
+        return token.kind, round(FAINTEST + (1 - FAINTEST) * share, 1), escape(token.title)
+
     found = []
-    for (kind, opacity, title), run in runs:
+    # neighbours that look alike share an element, so that a long text in many rows stays light
+    for (kind, opacity, title), run in groupby(tokens, key=look_of):
         text = escape("".join(token.symbol for token in run)).replace("↵\n", "<i>↵</i>\n")
         look = (f' style="opacity:{opacity:g}"' if opacity < 1 else "") + (f' title="{title}"' if title else "")
         found.append(f'<span class="tl-{kind}"{look}>{text}</span>')
     return "".join(found)
-
-
-def _opacity(share: float) -> float:
-    """Rounded, so that neighbours agree."""
-    return round(FAINTEST + (1 - FAINTEST) * min(max(share, 0.0), 1.0), 1)

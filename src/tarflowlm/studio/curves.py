@@ -38,7 +38,6 @@ def runs(catalogue: Catalogue, names: Any, axis: Any) -> Iterator[str]:
 
 
 def _written(place: Path) -> tuple[int, int]:
-    """Size and time of the metrics, which tell whether they have changed."""
     path = place / METRICS
     return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
 
@@ -64,7 +63,6 @@ def _view(wanted: tuple[tuple[str, Path, tuple[int, int]], ...], axis: str) -> s
 
 
 def _table(records: list[RunRecord]) -> str:
-    """One row per run: bits per character, tokens, time, speed, status."""
     head = ("run", "validation, bits per character", "test", "tokens", "time", "tokens per second", "status")
     rows = []
     for r in records:

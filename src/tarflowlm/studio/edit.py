@@ -1,8 +1,8 @@
 """The view that edits: words replaced or resampled, states re-noised, the way from one text to another."""
 
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,8 @@ from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.pieces import card, counted, facts, muted, page, slider, stage, took
-from tarflowlm.studio.request import Job
+from tarflowlm.studio.request import Job, R
 from tarflowlm.studio.write import TRIES, fill
-
-R = TypeVar("R")
 
 WORDS, LATENTS, NOISE = TARGETS = ("words", "latents", "noise")
 """Words are resampled given all others; of the states, h^(0) = z or h^(L) = u is changed."""
@@ -44,24 +42,19 @@ def replace_words(
     tokenizer, reading = checkpoint.tokenizer, request.reading(checkpoint.tokenizer, text)
     named = [piece for piece in request.text(words, "list of words").split(",") if piece.strip()]
     pieces = [request.reading(tokenizer, piece, "word").text.strip() for piece in named or [""]]
-    template = blank_out(tokenizer, reading.tokens, pieces)
+    # the text with a blank for every token of these whole words
+    template, parts = reading.tokens.clone(), [tokenizer.token_bytes[token] for token in reading.tokens.tolist()]
+    for piece in pieces:
+        if not (spans := find_words(parts, piece)):
+            raise UserError(f"{piece!r} is no word of the text: copy one from it")
+        for start, stop in spans:
+            template[start:stop] = BLANK
     if checkpoint.model.config.has_token_weights:
         filled = yield from fill(checkpoint, template, None, tries, particles, TEMPERATURE, seed)
         yield page(_original(tokenizer, reading), filled)
     else:
         edits = request.whole(tries, "tries", 1, TRIES)
         yield from _compared(checkpoint, reading, edits, seed, Rewrite(pieces=pieces, everywhere=True).apply)
-
-
-def blank_out(tokenizer: Tokenizer, tokens: Tensor, pieces: Sequence[str]) -> Tensor:
-    """The text [T] with a blank for every token of these whole words."""
-    template, parts = tokens.clone(), [tokenizer.token_bytes[token] for token in tokens.tolist()]
-    for piece in pieces:
-        if not (spans := find_words(parts, piece)):
-            raise UserError(f"{piece!r} is no word of the text: copy one from it")
-        for start, stop in spans:
-            template[start:stop] = BLANK
-    return template
 
 
 def rewrite(

@@ -90,10 +90,8 @@ class Job(Silent, Generic[R]):
         if not self._is_wanted:
             raise Halted
         if time.perf_counter() - self._begun > self.limit:
-            raise UserError(
-                f"stopped after {self.limit:g} seconds, the limit of this page: ask for fewer tokens, samples or "
-                f"particles"
-            )
+            stopped = f"stopped after {self.limit:g} seconds, the limit of this page"
+            raise UserError(f"{stopped}: ask for fewer tokens, samples or particles")
 
     def doing(self, words: str) -> str:
         """What goes on now: `words`, or that another visitor has the turn."""
