@@ -1,9 +1,8 @@
-"""The device a command runs on, its threads, and waiting for it."""
+"""The device a command runs on, and its threads."""
 
 import importlib.util
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -55,10 +54,3 @@ def keep_freed_memory() -> None:
     up to a third of sampling. MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ overrule it.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
-def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has finished its queued work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -71,7 +71,7 @@ def score(
     check_tokens(model, tokens, shape="[T]")
     generator = torch.Generator(device=model.device).manual_seed(seed)
     windows = _windows(model, len(tokens))
-    whole = _fill(model, tokens, windows[-1][0], seed)
+    whole = _with_drawn_end(model, tokens, windows[-1][0], seed)
     draws, found = 1 if model.is_exact else samples, []
     # the windows of one batch have the same length and number of given tokens
     alike = [(end - start, given) for start, end, given in windows]
@@ -101,10 +101,11 @@ def _windows(model: LanguageModel, num_tokens: int) -> list[tuple[int, int, int]
     return [(start, end, before - start) for (start, end), before in zip(found, scored, strict=False)]
 
 
-def _fill(model: LanguageModel, tokens: Tensor, start: int, seed: int) -> Tensor:
-    """The text with an incomplete last patch filled up, given where its last window starts.
+def _with_drawn_end(model: LanguageModel, tokens: Tensor, start: int, seed: int) -> Tensor:
+    """The text with its last patch completed, on the CPU; `start` is where its last window begins.
 
-    In the baseline what follows a token has no influence on it, so anything will do; a flow draws what is likely.
+    A flow has densities of whole patches only, so its model draws likely tokens for the end, given the last window.
+    In the baseline nothing after a token has an influence on it: any token will do.
     """
     missing = -len(tokens) % model.config.patch
     if not missing or model.is_exact:
