@@ -58,14 +58,8 @@ def test_the_wheel_works_where_it_is_installed(wheel, tmp_path):
     subprocess.run([*pip, str(wheel)], check=True, timeout=300)
     code = "import tarflowlm, runpy; print(tarflowlm.__file__); runpy.run_module('tarflowlm', run_name='__main__')"
     argv = ["sample", "english-mini", "--num", "1", "--length", "16", "--seed", "3", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *argv],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(place)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    how = {"env": os.environ | {"PYTHONPATH": str(place)}, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=tmp_path, **how)
     assert done.returncode == 0, done.stderr
     where, result = done.stdout.splitlines()
     assert Path(where).is_relative_to(place)

@@ -20,11 +20,9 @@ class UnknownCharacters(UserError):
             unknown.pop(character, None)
         counts = sorted(unknown.items(), key=lambda item: (-item[1], item[0]))
         shown = ", ".join(f"{character!r} x{count}" for character, count in counts[:8])
-        more = ", ..." if len(unknown) > 8 else ""
-        super().__init__(
-            f"{unknown.total()} of {len(text)} characters ({len(unknown)} kinds: {shown}{more}) are not in the "
-            f"tokenizer's alphabet of {len(alphabet)}: replace them or use a byte or BPE tokenizer"
-        )
+        kinds = f"{len(unknown)} kinds: {shown}" + (", ..." if len(unknown) > 8 else "")
+        where = f"are not in the tokenizer's alphabet of {len(alphabet)}: replace them or use a byte or BPE tokenizer"
+        super().__init__(f"{unknown.total()} of {len(text)} characters ({kinds}) {where}")
 
 
 def first_line(error: BaseException) -> str:

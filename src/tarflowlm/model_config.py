@@ -161,10 +161,8 @@ def stack(
     couplings: Sequence[CouplingName], layers: Sequence[int], components: Sequence[int]
 ) -> tuple[BlockConfig, ...]:
     """Blocks from their couplings, layers and components, block 1 first. ValueError for unequal lengths."""
-    return tuple(
-        BlockConfig(coupling=name, layers=depth, components=count)
-        for name, depth, count in zip(couplings, layers, components, strict=True)
-    )
+    rows = zip(couplings, layers, components, strict=True)
+    return tuple(BlockConfig(coupling=name, layers=depth, components=count) for name, depth, count in rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,21 +197,17 @@ class FlowConfig(LanguageModelConfig):
             self._check_block(index, block)
 
     def _check_block(self, index: int, block: BlockConfig) -> None:
-        is_affine, is_mixd, K = "affine" in block.coupling, block.coupling == "mixd", block.components
+        K, least = block.components, 1 if block.coupling == "mix1" else 0
+        where = f"model.blocks.{index}.components ({block.coupling}) {K}"
         if block.layers < 1:
             raise UserError(f"model.blocks.{index}.layers {block.layers}: must be at least 1")
-        rule = None
-        if is_affine and K not in (0, 1):
-            rule = "has no effect, an affine coupling has one Gaussian; use 1"
-        elif not is_affine and (0 if is_mixd else 1) > K:
-            rule = f"must be at least {0 if is_mixd else 1}"
-        elif is_mixd and K == 0 and index > 0 and self.mixes_channels:
-            rule = (
-                "0 (tied to the codebook) needs the codebook's order of channels: use it in block 1, turn "
-                "channel_mix off, or give K >= 1 components of the block's own"
-            )
-        if rule is not None:
-            raise UserError(f"model.blocks.{index}.components ({block.coupling}) {K}: {rule}")
+        if "affine" in block.coupling and K not in (0, 1):
+            raise UserError(f"{where}: has no effect, an affine coupling has one Gaussian; use 1")
+        if least > K:
+            raise UserError(f"{where}: must be at least {least}")
+        if block.coupling == "mixd" and K == 0 and index > 0 and self.mixes_channels:
+            remedy = "use it in block 1, turn channel_mix off, or give K >= 1 components of the block's own"
+            raise UserError(f"{where}: 0 (tied to the codebook) needs the codebook's order of channels: {remedy}")
 
     @property
     def num_blocks(self) -> int:

@@ -1,7 +1,6 @@
 """Named run configurations.
 
-Members of a family share Transformer size, data, tokens seen, optimiser and schedule, so that differences between
-their results come from the model.
+Members of a family share Transformer size, data, tokens seen, optimiser and schedule: results differ by the model.
 """
 
 from collections.abc import Callable

@@ -195,12 +195,10 @@ def _rows(
 def _samples(checkpoint: Checkpoint, length: int) -> str:
     generator = torch.Generator().manual_seed(0)
     tokens = generate(checkpoint.model, num_tokens=length, num=NUM_SAMPLES, generator=generator).tokens
+    texts = map(checkpoint.tokenizer.decode, tokens.tolist())
     # indented, so that nothing in a sample is taken for Markdown
-    card = ""
-    for number, row in enumerate(tokens.tolist(), 1):
-        lines = checkpoint.tokenizer.decode(row).splitlines()
-        card += f"{number}.\n\n" + "".join(f"        {line}\n" for line in lines) + "\n"
-    return card
+    samples = ("".join(f"        {line}\n" for line in text.splitlines()) for text in texts)
+    return "".join(f"{number}.\n\n{sample}\n" for number, sample in enumerate(samples, 1))
 
 
 def training_command(run: RunConfig) -> str | None:

@@ -61,22 +61,14 @@ def test_format_stays(words, tmp_path):
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert (meta["format"], meta["version"], meta["vocab_size"]) == ("tarflowlm-corpus", 1, 27)
     assert meta["identity"] == meta["files"][0]["path"] == str(path.resolve())
-    assert meta["splits"]["train"] == {
-        "tokens": 90,
-        "characters": 90,
-        "shards": [
-            {
-                "file": "train-00000.bin",
-                "tokens": 64,
-                "sha256": "499e92b87cc1bec5af9becb08cdcb193cc99b2aa24711792532d96cd5712ac1e",
-            },
-            {
-                "file": "train-00001.bin",
-                "tokens": 26,
-                "sha256": "0009be49c03ecb39331d7e79a1f1dd4ce7a25df695e777f306d95697e8371987",
-            },
-        ],
-    }
+    hashes = (
+        "499e92b87cc1bec5af9becb08cdcb193cc99b2aa24711792532d96cd5712ac1e",
+        "0009be49c03ecb39331d7e79a1f1dd4ce7a25df695e777f306d95697e8371987",
+    )
+    shards = [
+        {"file": f"train-0000{i}.bin", "tokens": tokens, "sha256": hashes[i]} for i, tokens in enumerate((64, 26))
+    ]
+    assert meta["splits"]["train"] == {"tokens": 90, "characters": 90, "shards": shards}
 
 
 def test_progress_reaches_the_end_of_every_stage(text_file, tmp_path):
@@ -302,12 +294,10 @@ def damage_meta(**changes):
         (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json does not exist"),
         (lambda folder: ByteTokenizer().save(folder), r"tokenizer\.json is not the one"),
         (lambda folder: (folder / "meta.json").unlink(), r"meta\.json is missing"),
-        (lambda folder: (folder / "meta.json").write_text("{"), "cannot be used"),
         (lambda folder: (folder / "meta.json").write_bytes(b"\xff"), "cannot be used"),
         (lambda folder: (folder / "meta.json").write_text("[]"), "cannot be used"),
         (damage_meta(version=99), "version 99"),
         (damage_meta(splits={}), "no 'train'"),
-        (damage_meta(splits=3), "cannot be used"),
     ],
 )
 def test_damaged_directories_are_refused(damage, message, text_file, tmp_path):

@@ -88,15 +88,11 @@ def test_states_of_another_stream_are_refused():
             sampler(**changes).load_state_dict(sampler().state_dict())
 
 
-def test_eval_windows_are_consecutive():
+def test_eval_windows_are_consecutive_and_with_a_limit_spread_evenly():
     windows = eval_windows(TOKENS, 10)
     assert windows.dtype == torch.int64
     assert torch.equal(windows.flatten(), torch.arange(1000))
-
-
-def test_eval_windows_with_a_limit_are_spread_evenly():
-    windows = eval_windows(TOKENS, 10, limit=4)
-    assert windows[:, 0].tolist() == [0, 250, 500, 750]
+    assert eval_windows(TOKENS, 10, limit=4)[:, 0].tolist() == [0, 250, 500, 750]
     assert len(eval_windows(TOKENS, 10, limit=500)) == 100
 
 
@@ -121,12 +117,9 @@ def parts_of(length: int) -> TokenArray:
     return TokenArray([TOKENS[i : i + length] for i in range(0, len(TOKENS), length)])
 
 
-def test_windows_across_parts_equal_windows_of_one_array():
+def test_token_arrays_in_parts_equal_one_array():
     assert torch.equal(eval_windows(parts_of(7), 10), eval_windows(TOKENS, 10))
     assert torch.equal(draw(sampler(tokens=parts_of(64)), 30), draw(sampler(), 30))
-
-
-def test_token_arrays_index_like_one_array():
     view = parts_of(100)
     assert view.dtype == np.uint16
     np.testing.assert_array_equal(view[np.array([[5, 1002], [100, 99]])], [[5, 1002], [100, 99]])

@@ -21,10 +21,8 @@ TEXTS = ["bad cab dad", " a bee", "e", "abcde " * 30]
 
 def save_run(folder: Path, model, **fields) -> Path:
     folder.mkdir()
-    stages = TrainConfig(mode="joint", stage_steps=(1,))
-    write_run(
-        folder, RunConfig(name="tiny", model=model.config, train=stages, **fields), CharTokenizer(ALPHABET, "none")
-    )
+    run = RunConfig(name="tiny", model=model.config, train=TrainConfig(mode="joint", stage_steps=(1,)), **fields)
+    write_run(folder, run, CharTokenizer(ALPHABET, "none"))
     save_weights(folder, model.float().state_dict(), {"blocks": str(getattr(model, "num_blocks", 0))})
     return folder
 
@@ -109,11 +107,9 @@ def test_pickled_weights_are_refused(gpt2, tmp_path):
 def test_baseline_scores_every_token(baseline_run):
     judge = load_judge(str(baseline_run))
     tokens = torch.from_numpy(load_tokenizer(baseline_run).encode("bad cab dad"))[None]
-    with torch.no_grad():
-        expected = -judge.model.log_prob(tokens).item()
     reading = judge.read(["bad cab dad"])
     assert (reading.tokens, judge.source) == (11, "english")
-    assert reading.nats == pytest.approx(expected, rel=1e-5)
+    assert reading.nats == pytest.approx(-judge.model.log_prob(tokens).item(), rel=1e-5)
 
 
 def test_features_of_a_baseline_are_those_of_sampling(baseline_run):
@@ -148,10 +144,8 @@ def test_texts_do_not_influence_each_other(judge):
 def test_chunks_begin_afresh(judge):
     ids = list(judge.encode(TEXTS[3] * 3))
     assert len(ids) > 2 * judge.context
-    losses = [
-        judge.score(torch.tensor([ids[start : start + judge.context]]))[0]
-        for start in range(0, len(ids), judge.context)
-    ]
+    chunks = [ids[start : start + judge.context] for start in range(0, len(ids), judge.context)]
+    losses = [judge.score(torch.tensor([chunk]))[0] for chunk in chunks]
     reading = judge.read([TEXTS[3] * 3])
     assert reading.nats == pytest.approx(torch.cat(losses, dim=1).nansum().item(), rel=1e-5)
 
@@ -170,9 +164,11 @@ def test_missing_judges(tmp_path, monkeypatch):
     refused("", "no directory")
     refused(tmp_path, "config.json")
     pytest.importorskip("transformers")
-    monkeypatch.setattr(
-        judges, "check_hub_reachable", lambda: (_ for _ in ()).throw(ConnectionError("offline: no hub"))
-    )
+
+    def offline():
+        raise ConnectionError("offline: no hub")
+
+    monkeypatch.setattr(judges, "check_hub_reachable", offline)
     refused("no-one/no-such-model", "'no-one/no-such-model'", "offline: no hub", "baseline")
     refused("x" * 5000, "xxx")
 

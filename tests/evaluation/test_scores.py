@@ -82,10 +82,8 @@ def test_what_fills_an_incomplete_patch_counts_with_the_last_token(tiny_flow):
     found = score(model, tokens, samples=1)
     assert found.bits.shape == (5,)
     assert found.blocks.shape == (2, 5)
-    totals = [
-        score(model, torch.cat((tokens, torch.tensor(rest))), samples=1).total
-        for rest in itertools.product(range(5), repeat=3)
-    ]
+    whole = [torch.cat((tokens, torch.tensor(rest))) for rest in itertools.product(range(5), repeat=3)]
+    totals = [score(model, tokens, samples=1).total for tokens in whole]
     assert min(abs(found.total - total) for total in totals) < 1e-6
     assert score(model, tokens, samples=1).total == found.total
 

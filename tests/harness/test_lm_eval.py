@@ -42,13 +42,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def model():
-    """model(NAME, ...): as lm-eval builds it."""
-    register()
-    return MODEL_REGISTRY["tarflowlm"]
-
-
 @pytest.mark.slow
 def test_tasks_run_offline_and_agree_with_eval(run, run_json, folder):
     tasks = ",".join(f"local_{task}" for task in TASKS)
@@ -89,7 +82,9 @@ def test_mistakes_are_refused_before_lm_eval_starts(refused, argv, names):
     refused("harness", *argv, names=names)
 
 
-def test_model_refuses_unknown_arguments(model):
+def test_model_refuses_unknown_arguments():
+    register()
+    model = MODEL_REGISTRY["tarflowlm"]
     with pytest.raises(UserError, match="no-such-run"):
         model("no-such-run")
     with pytest.raises(UserError, match="pretrained"):

@@ -75,10 +75,9 @@ def test_fig5_has_two_tokens_per_position_in_every_model(settings):
 @pytest.mark.parametrize("name", ["fig2", "fig3", "fig4", "table2"])
 def test_compared_models_have_one_depth(name, settings, layers):
     models = {training.label: training.run.model for training in RECIPES[name].plan(settings)}
-    depths = {
-        label: sum(block.layers for block in model.blocks) if isinstance(model, FlowConfig) else model.layers
-        for label, model in models.items()
-    }
+    flows = {label: model for label, model in models.items() if isinstance(model, FlowConfig)}
+    depths = {label: sum(block.layers for block in model.blocks) for label, model in flows.items()}
+    depths |= {label: model.layers for label, model in models.items() if label not in flows}
     deeper = {"Mix-d with two layers more": 8} if name == "table2" and settings is MINI else {}
     assert depths == dict.fromkeys(depths, layers) | deeper
 
@@ -125,12 +124,9 @@ class Stop(Exception):
     pass
 
 
-class StopAt(Reporter):
-    def __init__(self, step: int) -> None:
-        self.at = step
-
+class StopAt5(Reporter):
     def record(self, record) -> None:
-        if record["step"] == self.at:
+        if record["step"] == 5:
             raise Stop
 
 
@@ -138,7 +134,7 @@ class StopAt(Reporter):
 def test_trainings_are_resumed_and_done_once(settings, tmp_path):
     plan = TINY_RECIPE.plan(settings)
     with pytest.raises(Stop):
-        finish(settings, plan, StopAt(5))
+        finish(settings, plan, StopAt5())
     assert [state_of(settings, training) for training in plan] == ["stopped", "new"]
     done = finish(settings, plan, Reporter())
     assert [state_of(settings, training) for training in plan] == ["finished"] * 2

@@ -131,16 +131,11 @@ def train_bpe(
         library.pre_tokenizer = tokenizers.pre_tokenizers.Split(words, behavior="isolated")
         library.decoder = tokenizers.decoders.Fuse()
         initial = list(alphabet)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=initial, special_tokens=[], show_progress=False
-    )
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=initial, show_progress=False)
     library.train_from_iterator(_checked(pieces, alphabet), trainer)
-    reached = library.get_vocab_size()
-    if reached != vocab_size:
-        raise UserError(
-            f"vocab_size={vocab_size} cannot be reached, the training text gives {reached} tokens at most: "
-            f"set vocab_size to {reached} or less, or use more text"
-        )
+    if (reached := library.get_vocab_size()) != vocab_size:
+        what = f"vocab_size={vocab_size} cannot be reached, the training text gives {reached} tokens at most"
+        raise UserError(f"{what}: set vocab_size to {reached} or less, or use more text")
     return BPETokenizer(library.to_str(), normalization)
 
 

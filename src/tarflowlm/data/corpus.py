@@ -22,14 +22,13 @@ FORMAT, VERSION = "tarflowlm-corpus", 1
 
 
 class Corpus:
-    """A prepared corpus on disk. Its tokens are memory-mapped and read only where they are used."""
+    """A prepared corpus on disk: the content `meta` of meta.json, the `tokenizer` it was encoded with, and tokens.
+
+    These are memory-mapped and read only where they are used.
+    """
 
     def __init__(self, path: Path, meta: dict[str, Any], tokenizer: Tokenizer) -> None:
-        self.path = path
-        self.meta = meta
-        """Content of meta.json."""
-        self.tokenizer = tokenizer
-        """The tokenizer it was encoded with, normalisation included."""
+        self.path, self.meta, self.tokenizer = path, meta, tokenizer
 
     def split(self, name: str) -> TokenArray:
         """The tokens of split "train", "valid" or "test"."""

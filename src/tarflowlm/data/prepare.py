@@ -1,7 +1,7 @@
 """Preparing corpora: a text is streamed, normalised, split, encoded, and written as token shards.
 
-Until it is complete, a corpus is in `.<name>.partial` beside its directory. A kill loses no finished shard:
-`resume.npz` holds the source's position behind the last of them, and the tokens since then.
+Until then it is in `.<name>.partial` beside its directory, and `resume.npz` there holds the source's position behind
+the last finished shards and the tokens since then.
 """
 
 import hashlib
@@ -152,7 +152,6 @@ def _key(tokenizer: TokenizerConfig | Tokenizer) -> Any:
 
 
 def _check_tokenizer(corpus: Corpus, wanted: TokenizerConfig | Tokenizer) -> None:
-    """UserError if `corpus` was not encoded with the `wanted` tokenizer."""
     ours, recorded = corpus.tokenizer, corpus.meta["tokenizer_config"]
     if isinstance(wanted, TokenizerConfig) and recorded == asdict(wanted):
         return  # an equal request, without training again or asking the hub again
@@ -162,10 +161,8 @@ def _check_tokenizer(corpus: Corpus, wanted: TokenizerConfig | Tokenizer) -> Non
     else:
         matches = _key(_built(wanted)) == ours.fingerprint
     if not matches:
-        raise UserError(
-            f"{corpus.path} was prepared with {ours!r}, not with {wanted!r}: "
-            "prepare another one, or leave the tokenizer to the directory"
-        )
+        what = f"{corpus.path} was prepared with {ours!r}, not with {wanted!r}"
+        raise UserError(f"{what}: prepare another one, or leave the tokenizer to the directory")
 
 
 def _write(
@@ -179,7 +176,10 @@ def _write(
             return corpus
         if problem:
             log.warning("preparing %s again: %s", source.name, problem)
-        files = [_file_record(path) for path in source.obtain(progress)]
+        files = [
+            {"path": str(p), "size": p.stat().st_size, "mtime_ns": p.stat().st_mtime_ns, "sha256": sha256_of(p)}
+            for p in source.obtain(progress)
+        ]
         tokenizer = _built(wanted)
         plan = [source.identity, [file["sha256"] for file in files], _key(tokenizer), size]
         folder = target.with_name(f".{target.name}.partial")
@@ -210,12 +210,6 @@ def _write(
         shutil.rmtree(target, ignore_errors=True)
         os.rename(folder, target)
     return open_corpus(target)
-
-
-def _file_record(path: Path) -> dict[str, Any]:
-    status = path.stat()
-    times = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    return {"path": str(path), **times, "sha256": sha256_of(path)}
 
 
 def _training_text(source: Source, config: TokenizerConfig, progress: Progress) -> Iterator[str]:

@@ -46,11 +46,9 @@ def read(
     """Normalise `text` as the training text of the tokenizer's model was, and encode it.
 
     text8 gives lower case, spelled digits, and one space for everything else; the text keeps a space at either end
-    if and only if it was given with white space there. Without normalisation the text stays as it is, but becomes
-    lower case for an alphabet without upper case. `normalize` takes the place of the tokenizer's normalisation.
-
-    `goes_on` is for a text that the model continues: where tokens hold the space before a word, a space at the end
-    is left to the next token, since no training text has it as a token of its own.
+    if and only if it was given with white space there. Without normalisation the text becomes lower case for an
+    alphabet without upper case. `normalize` takes the place of the tokenizer's normalisation. `goes_on`: the model
+    continues the text, so where tokens hold the space before a word, a space at the end is left to the next token.
 
     UserError, calling the text `name`, if it is empty or not UTF-8, if nothing is left of it, or if it has characters
     that the tokenizer lacks.

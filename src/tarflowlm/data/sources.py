@@ -212,10 +212,8 @@ class Text8(TextFile):
         text, (length, sha256) = read_text(path).encode("utf-8"), self.prefix
         is_right = len(text) == self.size and not text.translate(None, TEXT8_ALPHABET.encode())
         if not is_right or hashlib.sha256(text[:length]).hexdigest() != sha256:
-            raise UserError(
-                f"{path} is not text8, {self.size:,} characters a-z and space that begin ' anarchism originated': "
-                "put text8 or text8.zip from elsewhere in its place"
-            )
+            what = f"{self.size:,} characters a-z and space that begin ' anarchism originated'"
+            raise UserError(f"{path} is not text8, {what}: put text8 or text8.zip from elsewhere in its place")
 
 
 def _download(url: str, target: Path, progress: Progress) -> None:
@@ -290,10 +288,8 @@ class OpenWebText(Source):
 
     def _failure(self, error: Exception) -> UserError:
         reason = f"no column {error}" if isinstance(error, KeyError) else first_line(error)
-        return UserError(
-            f"cannot read {self.name} ({reason}): check the connection and run the same command again, or put the "
-            f"parquet files of the hub's data set {self.repository} into {sources_dir() / self.name}"
-        )
+        remedy = f"put the parquet files of the hub's data set {self.repository} into {sources_dir() / self.name}"
+        return UserError(f"cannot read {self.name} ({reason}): check the connection and run this again, or {remedy}")
 
 
 def split_of_document(key: str, shares: tuple[int, int] = (90, 95)) -> Split:
@@ -333,7 +329,7 @@ def sources_dir() -> Path:
 
 
 def check_hub_reachable() -> None:
-    """ConnectionError if the hub's name cannot be resolved. Without it the hub's client retries for half a minute."""
+    """ConnectionError if the hub's name cannot be resolved; its client would retry for half a minute."""
     from huggingface_hub import constants
 
     if urllib.request.getproxies():

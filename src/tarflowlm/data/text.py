@@ -39,11 +39,8 @@ def text_blocks(path: str | os.PathLike[str]) -> Iterator[str]:
             is_empty = False
             yield block
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(
-            f"{source} is not UTF-8 text (it holds the byte 0x{byte:02x}): convert it to UTF-8; a compressed file "
-            "needs the suffix .gz, .xz, .zst or .zip"
-        ) from None
+        what = f"{source} is not UTF-8 text (it holds byte 0x{error.object[error.start]:02x}): convert it to UTF-8"
+        raise UserError(f"{what}; a compressed file needs the suffix .gz, .xz, .zst or .zip") from None
     except _DAMAGED as error:
         raise UserError(f"{source} is damaged or not a {source.suffix} file ({error}): get it again") from None
     except OSError as error:
@@ -80,8 +77,7 @@ def _zst_blocks(source: Path) -> Iterator[bytes]:
         import zstandard
     except ImportError:
         raise UserError(f"reading {source} needs the zstandard package: pip install 'tarflowlm[data]'") from None
-    # frame by frame: the package's streaming reader accepts a truncated file as complete
-    frame = None
+    frame = None  # one at a time: the package's streaming reader accepts a truncated file as complete
     try:
         with source.open("rb") as file:
             while block := file.read(_BLOCK // 16):  # it has no bound on what a block decompresses to

@@ -31,7 +31,7 @@ class Tokenizer(ABC):
     kind: ClassVar[str]
     _kinds: ClassVar[dict[str, type["Tokenizer"]]] = {}
 
-    def __init__(self, normalization: Normalization) -> None:
+    def __init__(self, normalization: Normalization = "none") -> None:
         if normalization not in NORMALIZATIONS:
             raise UserError(f"normalize={normalization!r} is not one of {', '.join(NORMALIZATIONS)}")
         self.normalization: Normalization = normalization
@@ -90,10 +90,8 @@ class Tokenizer(ABC):
         if array.size == 0:
             return ""
         if array.ndim != 1 or array.dtype.kind not in "iu" or not 0 <= array.min() <= array.max() < len(table):
-            raise UserError(
-                f"token ids must be a 1-d array of integers from 0 to {len(table) - 1}, not an array of "
-                f"{array.dtype}, shape {list(array.shape)}, from {array.min()} to {array.max()}"
-            )
+            found = f"{array.dtype}, shape {list(array.shape)}, from {array.min()} to {array.max()}"
+            raise UserError(f"token ids must be 1-d integers from 0 to {len(table) - 1}, not an array of {found}")
         return b"".join([table[i] for i in array.tolist()]).decode("utf-8", errors="replace")
 
     @cached_property
@@ -157,7 +155,7 @@ class CharTokenizer(Tokenizer):
         check_alphabet(alphabet)
         self.alphabet = alphabet
         codes = list(map(ord, alphabet))
-        # the id of every code point up to the largest in the alphabet, and -1 for all larger ones
+        # the id of every code point up to the largest in the alphabet, and -1 for all others
         self._ids = np.full(max(codes) + 2, -1, dtype=np.int64)
         self._ids[codes] = np.arange(len(alphabet))
 
@@ -188,9 +186,6 @@ class ByteTokenizer(Tokenizer):
     """One token per UTF-8 byte, V = 256; encodes any text."""
 
     kind = "byte"
-
-    def __init__(self, normalization: Normalization = "none") -> None:
-        super().__init__(normalization)
 
     @cached_property
     def token_bytes(self) -> Sequence[bytes]:
@@ -224,10 +219,8 @@ def encode_utf8(text: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"character {error.start} of the text, {text[error.start]!r}, is half of a surrogate pair and "
-            "has no UTF-8 form: remove it"
-        ) from None
+        what = f"character {error.start} of the text, {text[error.start]!r}, is half of a surrogate pair"
+        raise UserError(f"{what} and has no UTF-8 form: remove it") from None
 
 
 def _file(path: str | os.PathLike[str]) -> Path:

@@ -13,10 +13,9 @@ Array = npt.NDArray[Any]
 
 
 class TokenArray:
-    """A read-only 1-d view of tokens stored in several parts, memory-mapped or in memory.
+    """A read-only 1-d view of tokens in several parts, all but the last of one length, memory-mapped or in memory.
 
-    All parts but the last have the same length. `tokens[slice or positions]` copies the tokens there;
-    `numpy.asarray(tokens)` gives one array.
+    `tokens[slice or positions]` copies the tokens there; `numpy.asarray(tokens)` gives one array.
     """
 
     def __init__(self, parts: Sequence[Array]) -> None:
@@ -33,7 +32,6 @@ class TokenArray:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The storage type: uint8, uint16 or uint32 for shards."""
         return self._parts[0].dtype
 
     def __len__(self) -> int:

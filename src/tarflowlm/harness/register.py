@@ -55,7 +55,7 @@ def run_lm_eval(words: Sequence[str]) -> None:
 
 
 def meaning(model: LanguageModel, samples: int) -> dict[str, str]:
-    """A description of the two kinds of log-likelihood of a model, for that many posterior samples."""
+    """What the two kinds of log-likelihood of a model are, for that many posterior samples."""
     if model.is_exact:
         return {"rolling": "exact", "conditional": "exact"}
     bound = "lower bound: " + (f"importance-weighted, {samples} samples" if samples > 1 else "ELBO")
@@ -97,7 +97,6 @@ def register() -> None:
             model, tokenizer = load(str(pretrained), self._device)
             self.tokenizer = tokenizer.with_normalization(normalize)
             self.scorer = TextScorer(model, self.tokenizer, samples=posterior_samples, seed=noise_seed)
-            self.console = Console(stderr=True)
             self.meaning = meaning(model, posterior_samples)
             print_notice(f"rolling log-likelihoods: {self.meaning['rolling']}")
             print_notice(f"log-likelihoods of continuations: {self.meaning['conditional']}")
@@ -138,7 +137,7 @@ def register() -> None:
             return found | {"posterior_samples": self.scorer.samples, "noise_seed": self.scorer.seed}
 
         def _stage(self, name: str, total: int) -> Bars:
-            bars = Bars(console=self.console)
+            bars = Bars(console=Console(stderr=True))
             bars.stage(name, total)
             return bars
 

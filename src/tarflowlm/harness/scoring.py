@@ -35,14 +35,12 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Continuation:
-    """How to continue a text."""
+    """How to continue a text: greedily by default, until the first of the strings `until`, which is left out."""
 
     until: tuple[str, ...] = ()
-    """The text ends before the first of these strings."""
     max_tokens: int = 256
     temperature: float = 1.0
     top_k: int | None = 1
-    """1 takes the most probable token every time."""
     top_p: float | None = None
 
     def cut(self, text: str) -> str:
@@ -53,9 +51,8 @@ class Continuation:
 class TextScorer:
     """Log-likelihoods and continuations of texts under a model, all in nats.
 
-    `samples` posterior samples and their `seed` are for flows alone, as in `evaluate`. All continuations that are
-    scored see the same noise at the same position of their window: choices are compared under common noise, and no
-    log-likelihood depends on what else is asked.
+    `samples` posterior samples and their `seed` are for flows alone, as in `evaluate`. All continuations see the same
+    noise at the same position of their window, so no log-likelihood depends on the other requests.
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, *, samples: int = 1, seed: int = 0) -> None:
@@ -86,8 +83,7 @@ class TextScorer:
     def rolling(self, texts: Sequence[str], progress: Progress = SILENT) -> list[float]:
         """log p of every text, or a lower bound on it, in nats: the sum over windows with fresh contexts.
 
-        The windows are those of `evaluate`, and so is their noise; `eval` leaves an incomplete last window out, here
-        it counts as a shorter one.
+        Windows and noise are those of `evaluate`, but an incomplete last window counts as a shorter one.
         """
         T = self.model.config.context
         tokens = [self.encode(text) for text in texts]
@@ -95,8 +91,8 @@ class TextScorer:
         owner = torch.repeat_interleave(torch.tensor([len(w) for w in whole], dtype=torch.int64))
         total = torch.zeros(len(texts), dtype=torch.float64)
         if len(owner):
-            options: dict[str, Any] = {"samples": self.samples, "seed": self.seed, "progress": progress}
-            weights = log_weights(self.model, torch.cat(whole), torch.zeros_like(owner), **options)
+            x, zeros = torch.cat(whole), torch.zeros_like(owner)
+            weights = log_weights(self.model, x, zeros, samples=self.samples, seed=self.seed, progress=progress)
             total.index_add_(0, owner, -importance_weighted(weights))
         rest = [Piece(t[len(w) * T :], 0) for t, w in zip(tokens, whole, strict=True)]
         values, _ = self._scores(rest, progress)
@@ -110,9 +106,8 @@ class TextScorer:
         """log p(continuation | context), in nats, and whether it holds the most probable tokens; for each request.
 
         Exact for the baseline. For a flow of one block a lower bound on log p~ (`objective.conditional_bound`); for
-        more blocks a difference of two bounds with the same noise, which is no bound. A flow never says that tokens
-        are the most probable ones. What does not fit the trained context loses the start of its context; a longer
-        continuation is scored in pieces.
+        more blocks a difference of two bounds with the same noise, which is no bound, and never "most probable".
+        Beyond the trained context the start of the context is cut, and a longer continuation is scored in pieces.
         """
         pieces = [self._pieces(*request) for request in requests]
         values, greedy = self._scores([piece for parts in pieces for piece in parts], progress)
@@ -173,7 +168,6 @@ class TextScorer:
 
     @torch.no_grad()
     def _scores(self, pieces: Sequence[Piece], progress: Progress) -> tuple[list[float], list[bool]]:
-        """Log-likelihood in nats of every piece, and whether its tokens are the most probable ones."""
         values, greedy = [0.0] * len(pieces), [True] * len(pieces)
         shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, piece in enumerate(pieces):

@@ -14,7 +14,7 @@ from tarflowlm.data import Corpus, Tokenizer, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.blocks import bound_parts
 from tarflowlm.files import replacing
-from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation import Watch, generate
 from tarflowlm.generation.window import num_positions
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
@@ -23,9 +23,8 @@ from tarflowlm.report.codes import FEW, NAMED, Codes, codes_of, codes_table, dra
 from tarflowlm.report.figures import draw_bits, draw_blocks, draw_optimisation, draw_throughput, terms_table
 from tarflowlm.report.grid import CSS as GRID_CSS
 from tarflowlm.report.grid import pass_rows, to_html
-from tarflowlm.report.page import GENERATOR, Page, Section, config_table, picture_html, runs_table, summary
-from tarflowlm.report.records import RunRecord, read_records
-from tarflowlm.report.style import Figure, check_matplotlib, render
+from tarflowlm.report.records import RunRecord, config_table, read_records, summary_table
+from tarflowlm.report.style import GENERATOR, Figure, Page, Section, check_matplotlib, picture_html, render
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import is_reference
 from tarflowlm.runs.released import locate, read_only_reason
@@ -55,40 +54,14 @@ class Samples:
 def draw_samples(model: LanguageModel, tokenizer: Tokenizer, progress: Progress = SILENT) -> Samples:
     """NUM samples of the trained context, or of LENGTH tokens where that is less; always the same for a model.
 
-    At TEMPERATURE, or at 1 for models that refuse another.
+    At TEMPERATURE, or at 1 for models whose block 1 has no token weights.
     """
     length = min(LENGTH, model.config.context)
-
-    def draw(temperature: float) -> Generation:
-        return generate(
-            model,
-            num_tokens=length,
-            num=NUM,
-            generator=torch.Generator().manual_seed(SEED),
-            temperature=temperature,
-            watch=Watch(progress),
-        )
-
-    temperature = TEMPERATURE
-    try:
-        result = draw(temperature)
-    except UserError:
-        temperature = 1.0
-        result = draw(temperature)
+    temperature = TEMPERATURE if model.config.has_token_weights else 1.0
+    generator, watch = torch.Generator().manual_seed(SEED), Watch(progress)
+    result = generate(model, num_tokens=length, num=NUM, generator=generator, temperature=temperature, watch=watch)
     passes = [state[0] for state in result.passes] if model.num_blocks > 1 else []
     return Samples([tokenizer.decode(row.tolist()) for row in result.tokens], passes, length, temperature)
-
-
-def texts_html(samples: Samples) -> str:
-    """The texts beside each other, stacked on a phone."""
-    body = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in samples.texts)
-    return f'<div class="samples">\n{body}</div>\n'
-
-
-def passes_html(samples: Samples, tokenizer: Tokenizer, caption: str) -> str:
-    """The first sample after every block as a grid of coloured tokens."""
-    grid = to_html(pass_rows(samples.passes, tokenizer))
-    return f"<figure>\n{grid}\n<figcaption>{escape(caption)}</figcaption>\n</figure>\n"
 
 
 PAGE = "index.html"
@@ -129,7 +102,10 @@ def write_report(
         replace(record, name=given.as_posix()) if is_reference(given) else record
         for record, given in zip(read_records(places), directories, strict=True)
     ]
-    _check_out(out)
+    page = out / PAGE
+    ours = page.is_file() and f'content="{GENERATOR}"' in page.read_text(encoding="utf-8", errors="replace")[:1000]
+    if out.exists() and not (ours or (out.is_dir() and not any(out.iterdir()))):
+        raise UserError(f"{out} exists and holds no report: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     figures: list[str] = []
 
@@ -138,7 +114,7 @@ def write_report(
         svg = render(draw, Path(figures[-1]), width=WIDTH, height=height, dpi=DPI)
         return picture_html(name, svg, caption)
 
-    sections = [Section("Summary", _SIGNS, [runs_table(records, [summary(r) for r in records])])]
+    sections = [Section("Summary", _SIGNS, [summary_table(records)])]
     if logged := [record for record in records if record.has_log]:
         progress.stage("training curves")
         legend = 0.18 * len(logged)
@@ -155,17 +131,9 @@ def write_report(
         runs.append({"name": record.name, "status": record.status, "notes": problems})
     sections.append(Section("Configuration", parts=[config_table(records)], is_folded=True))
     title = f"{'Run' if len(records) == 1 else 'Runs'} {', '.join(r.name for r in records)}"
-    with replacing(out / PAGE) as temporary:
+    with replacing(page) as temporary:
         temporary.write_text(Page(title, sections, css=CSS).to_html(), encoding="utf-8")
-    return {"page": str(out / PAGE), "figures": figures, "runs": runs}
-
-
-def _check_out(out: Path) -> None:
-    """Raises UserError unless `out` is new or empty, or holds an earlier report."""
-    page = out / PAGE
-    ours = page.is_file() and f'content="{GENERATOR}"' in page.read_text(encoding="utf-8", errors="replace")[:1000]
-    if out.exists() and not (ours or (out.is_dir() and not any(out.iterdir()))):
-        raise UserError(f"{out} exists and holds no report: choose another --out")
+    return {"page": str(page), "figures": figures, "runs": runs}
 
 
 def _run_section(
@@ -180,9 +148,11 @@ def _run_section(
     model, tokenizer, step = checkpoint.model, checkpoint.tokenizer, checkpoint.info.get("step", "?")
     progress.stage(f"samples of {record.name}, positions", num_positions(model, min(LENGTH, model.config.context)))
     samples = draw_samples(model, tokenizer, progress)
-    parts, tables, counts = [texts_html(samples)], [], None
+    texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in samples.texts)
+    parts, tables, counts = [f'<div class="samples">\n{texts}</div>\n'], [], None
     if samples.passes:
-        parts.append(passes_html(samples, tokenizer, _PASSES))
+        grid = to_html(pass_rows(samples.passes, tokenizer))
+        parts.append(f"<figure>\n{grid}\n<figcaption>{escape(_PASSES)}</figcaption>\n</figure>\n")
     if (corpus := _corpus(record, checkpoint, problems)) is not None:
         valid = corpus.split("valid")
         counts = np.bincount(np.asarray(valid[:COUNTED]), minlength=tokenizer.vocab_size)

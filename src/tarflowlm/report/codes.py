@@ -8,7 +8,7 @@ import torch
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.report.page import table_html
+from tarflowlm.report.records import table_html
 from tarflowlm.report.style import COLOURS, MUTED, SMALL, Axes, Figure, label_points, literal
 
 Array = npt.NDArray[np.float64]

@@ -1,4 +1,4 @@
-"""Training curves: bits per character, learning rate and gradient norm, throughput."""
+"""The terms of the bound; training curves of bits per character, learning rate and gradient norm, throughput."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,20 +7,15 @@ import numpy as np
 import numpy.typing as npt
 
 from tarflowlm.evaluation.blocks import BoundParts
-from tarflowlm.report.page import table_html
-from tarflowlm.report.records import RunRecord, Series
+from tarflowlm.report.records import RunRecord, Series, table_html
 from tarflowlm.report.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figure, add_legend, line_style, literal
 
 
 def terms(parts: BoundParts) -> list[tuple[str, float]]:
     """Name and nats per token of each term; their sum is the bound."""
     blocks = [(f"−log|det J|, block {block}", -value) for block, value in enumerate(parts.log_dets, 1)]
-    return [
-        ("log q(z|x)", parts.log_q),
-        ("−log N(u; 0, I)", -parts.bases[-1]),
-        *blocks,
-        ("−log p(x|z)", -parts.reconstruction),
-    ]
+    first = [("log q(z|x)", parts.log_q), ("−log N(u; 0, I)", -parts.bases[-1])]
+    return [*first, *blocks, ("−log p(x|z)", -parts.reconstruction)]
 
 
 def draw_blocks(figure: Figure, parts: BoundParts) -> None:
@@ -52,15 +47,9 @@ def _waterfall(axes: Axes, parts: BoundParts) -> None:
     axes.barh(len(rows), position, height=0.62, color=INK)
     for row, value in enumerate([value for _, value in rows] + [position]):
         axes.annotate(
-            signed(value) if row < len(rows) else f"≤ {value:.4f}",
-            (1, row),
-            xycoords=("axes fraction", "data"),
-            xytext=(50, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            annotation_clip=False,
-        )
+            signed(value) if row < len(rows) else f"≤ {value:.4f}", (1, row), xycoords=("axes fraction", "data"),
+            xytext=(50, 0), textcoords="offset points", ha="right", va="center", annotation_clip=False,
+        )  # fmt: skip
     axes.set_yticks(range(len(rows) + 1), [*(name for name, _ in rows), "bound"])
     axes.set_ylim(len(rows) + 0.6, -0.6)
     axes.use_sticky_edges = False
@@ -76,16 +65,12 @@ def _gains(axes: Axes, parts: BoundParts) -> None:
     for row, gain in enumerate(gains):
         axes.barh(row, gain, height=0.62, color=_colour(gain))
         is_inside = gain > 0.6 * room
+        ha, away, color = ("right", -4, PAPER) if is_inside else ("left", 4, INK)
         axes.annotate(
             f"{signed(gain)} nats\n{signed(parts.bpc(gain))} bits per character",
-            (gain if is_inside else max(gain, 0), row),
-            xytext=(-4 if is_inside else 4, 0),
-            textcoords="offset points",
-            ha="right" if is_inside else "left",
-            va="center",
-            fontsize=SMALL,
-            color=PAPER if is_inside else INK,
-        )
+            (gain if is_inside else max(gain, 0), row), xytext=(away, 0), textcoords="offset points",
+            ha=ha, va="center", fontsize=SMALL, color=color,
+        )  # fmt: skip
     axes.set_yticks(range(len(gains)), [f"block {block}" for block in range(1, len(gains) + 1)])
     axes.set_ylim(len(gains) - 0.4, -0.6)
     axes.set_xlim(min(0.0, *gains) - 0.02 * room, 1.05 * room)
@@ -109,8 +94,6 @@ FAINT = {"linewidth": 0.7, "alpha": 0.45}
 MARKED = {"marker": "o", "markersize": 3.5}
 STAGE = {"color": MUTED, "linewidth": 0.8, "linestyle": (0, (2, 2))}
 
-UNITS = {"tokens": "tokens", "seconds": "seconds of training"}
-
 
 def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] = ("tokens", "seconds")) -> None:
     """Bits per character against tokens or seconds, a panel for each; training faint, validation with markers."""
@@ -125,9 +108,8 @@ def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] 
     for axes, column in zip(panels, over, strict=True):
         _mark_stages(axes, records, column)
     last = [(r.valid["bpc"] if len(r.valid["bpc"]) else r.train["bpc"])[-1] for r in records]
-    names = [
-        f"{literal(r.name)} {'=' if r.is_exact else '≤'} {bpc:.3f}" for r, bpc in zip(records, last, strict=True)
-    ]
+    signs = ["=" if r.is_exact else "≤" for r in records]
+    names = [f"{literal(r.name)} {sign} {bpc:.3f}" for r, sign, bpc in zip(records, signs, last, strict=True)]
     _explain(figure, records, names, ("training batches", FAINT), ("validation windows", MARKED))
 
 
@@ -208,7 +190,7 @@ def _count_on_x(axes: Axes, column: str = "tokens") -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
-    axes.set_xlabel(UNITS[column])
+    axes.set_xlabel("seconds of training" if column == "seconds" else column)
 
 
 def _mark_stages(axes: Axes, records: Sequence[RunRecord], column: str = "tokens", height: float = 0.98) -> None:

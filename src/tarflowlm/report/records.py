@@ -1,10 +1,11 @@
-"""Reading a run directory for a report: finished, still in training, or incomplete."""
+"""Reading run directories for a report, finished, in training, or incomplete; and tables about them."""
 
 import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import SUMMARY, WEIGHTS, read_run, read_summary
+from tarflowlm.runs.strict_json import flatten
 from tarflowlm.training.metrics import METRICS
 
 Series = npt.NDArray[np.float64]
@@ -147,3 +149,73 @@ def _read_metrics(directory: Path, notes: list[str]) -> tuple[dict[str, Series],
         notes.append(f"{bad} of {len(lines)} lines of {METRICS} could not be read and are left out.")
     train, valid = ({key: np.array([row[key] for row in rows[s]], float) for key in COLUMNS[s]} for s in COLUMNS)
     return train, valid
+
+
+def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells under a head; the first cell of a row is its name."""
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join(
+        f"<tr><th>{escape(row[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>\n"
+        for row in rows
+    )
+    return f'<div class="table"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n'
+
+
+def runs_table(records: Sequence[RunRecord], columns: Sequence[dict[str, str]]) -> str:
+    """One column per run, one row per key in the order of first appearance; a dash where a run has no value."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [(name, *(column.get(name, "–") or "–" for column in columns)) for name in names]
+    return table_html(["", *(r.name for r in records)], [row for row in rows if set(row[1:]) != {"–"}])
+
+
+def summary_table(records: Sequence[RunRecord]) -> str:
+    """Results, text, size and machine of every run."""
+    return runs_table(records, [_summary(r) for r in records])
+
+
+def _summary(record: RunRecord) -> dict[str, str]:
+    done = record.summary or {}
+    test, bpc, speeds = done.get("test", {}), record.valid["bpc"], record.stage_medians("tokens_per_second")
+    bits = f"{record.sign} {test['bpc']:.4f} ({test.get('bound', 'bound unknown')})" if test else ""
+    valid = f"{record.sign} {bpc[-1]:.4f} at step {int(record.valid['step'][-1]):,}" if len(bpc) else ""
+    nats = ""
+    if {"nats_per_token", "stderr"} <= test.keys():
+        # the standard error of a single window is not a number
+        error = f" ± {test['stderr']:.4f}" if math.isfinite(test["stderr"]) else ""
+        nats = f"{record.sign} {test['nats_per_token']:.4f}{error}"
+    stages = ", ".join(f"{bpc:.4f}" for bpc in done.get("stage_valid_bpc", []))
+    return {
+        "status": record.status,
+        "test, bits per character": bits,
+        "test, nats per token, standard error": nats,
+        "validation, bits per character": valid,
+        "validation after each stage": stages and f"{record.sign} {stages}",
+        "preset, seed": f"{record.run.name}, {record.run.seed}",
+        "text": Path(record.run.data.source).name,
+        "steps": f"{record.last_step:,}" if record.has_log else "",
+        "tokens": f"{int(record.train['tokens'].max()):,}" if record.has_log else "",
+        "training, seconds": f"{record.seconds[-1]:,.0f}" if record.has_log else "",
+        "tokens per second, median of each stage": ", ".join(f"{speed:,.0f}" for speed in speeds),
+        "parameters": _plain(done.get("parameters")),
+        "of them in Transformers": _plain(done.get("trunk_parameters")),
+        "device": _plain(done.get("device")),
+        "threads": _plain(done.get("threads")),
+        "machine": _plain(done.get("machine")),
+        "PyTorch": _plain(done.get("torch")),
+    }
+
+
+def _plain(value: Any) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def config_table(records: Sequence[RunRecord]) -> str:
+    """Every field of the configurations by its dotted name; fields in which the runs differ come first."""
+    flat = [flatten(r.run) for r in records]
+    names = list(dict.fromkeys(name for one in flat for name in one))
+    names.sort(key=lambda name: all(name in one and one[name] == flat[0].get(name) for one in flat))
+    return runs_table(records, [{name: _words(one[name]) for name in names if name in one} for one in flat])
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

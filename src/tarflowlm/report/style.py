@@ -1,10 +1,12 @@
-"""The style of every figure: colours safe for colour-blind readers, labels, legends, and how figures are saved."""
+"""The look of figures and pages: colours safe for colour-blind readers, labels, legends; HTML without scripts."""
 
 import importlib.util
 import io
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +122,7 @@ def add_legend(figure: Figure, entries: Sequence[tuple[str, dict[str, Any]]]) ->
 
 def line_style(index: int) -> dict[str, Any]:
     """Colour and dashes of curve number `index`; 18 curves differ."""
-    dashes = DASHES[index // len(COLOURS) % len(DASHES)]
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": dashes}
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
 
 
 def literal(text: str, longest: int = 30) -> str:
@@ -165,13 +166,77 @@ def label_points(axes: Axes, points: npt.NDArray[np.float64], texts: Sequence[st
         taken = np.concatenate([taken, boxes[free[:1]]])
         line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 1}
         axes.annotate(
-            literal(text),
-            tuple(point),
-            xytext=tuple(away[free[0]] / scale),
-            textcoords="offset points",
-            fontsize=size,
-            ha="center",
-            va="center",
-            arrowprops=line if _REACH[free[0]] > _REACH[0] else None,
-        )
+            literal(text), tuple(point), xytext=tuple(away[free[0]] / scale), textcoords="offset points",
+            fontsize=size, ha="center", va="center", arrowprops=line if _REACH[free[0]] > _REACH[0] else None,
+        )  # fmt: skip
     return len(taken) - num_points
+
+
+GENERATOR = "tarflowlm report"
+
+_CSS = f"""
+:root {{ --ink: {INK}; --muted: {MUTED}; --grid: {GRID}; --paper: {PAPER}; --blue: {COLOURS[0]};
+        color-scheme: light dark; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #e6e8eb; --muted: #98a1ab; --grid: #33393f; --paper: #16191d; --blue: #3d9be0; }}
+}}
+body {{ background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
+       max-width: 68rem; padding: 0 1rem; }}
+h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem; }}
+.parts {{ align-items: start; display: grid; gap: 1rem 2rem;
+         grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }}
+.parts > :not(.picture) {{ grid-column: 1 / -1; }}
+figure {{ margin: .5rem 0 1rem; min-width: 0; }} figcaption {{ margin-top: .5rem; }}
+figcaption, .note {{ color: var(--muted); font-size: .9rem; max-width: 60rem; }}
+svg {{ display: block; height: auto; max-width: 38rem; width: 100%; }}
+.table {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
+th, td {{ border-bottom: 1px solid var(--grid); padding: .22rem .9rem .22rem 0; text-align: left;
+         vertical-align: top; overflow-wrap: anywhere; min-width: 6rem; }}
+th {{ font-weight: 600; }} tbody th {{ color: var(--muted); font-weight: 400; }}
+summary {{ cursor: pointer; }}
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Notes, then parts in HTML, under a title. A folded section is closed until the reader opens it."""
+
+    title: str
+    notes: Sequence[str] = ()
+    parts: Sequence[str] = ()
+    is_folded: bool = False
+
+    def to_html(self) -> str:
+        """The section; title and notes are escaped."""
+        notes = "".join(f'<p class="note">{escape(note)}</p>\n' for note in self.notes)
+        body = f'{notes}<div class="parts">\n{"".join(self.parts)}</div>'
+        if self.is_folded:
+            return f"<details><summary>{escape(self.title)}</summary>\n{body}</details>"
+        return f"<section>\n<h2>{escape(self.title)}</h2>\n{body}</section>"
+
+
+@dataclass(frozen=True)
+class Page:
+    """A title and its sections; `css` has rules for the parts of the sections."""
+
+    title: str
+    sections: Sequence[Section]
+    css: str = ""
+    generator: str = GENERATOR
+
+    def to_html(self) -> str:
+        """The whole document."""
+        body = "\n".join(section.to_html() for section in self.sections)
+        return (
+            f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" '
+            f'content="{self.generator}">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{escape(self.title)}</title>\n<style>{_CSS}{self.css}</style>\n</head>\n<body>\n"
+            f"<h1>{escape(self.title)}</h1>\n{body}\n</body>\n</html>\n"
+        )
+
+
+def picture_html(name: str, svg: str, caption: str) -> str:
+    """A figure with its caption; its name becomes the id."""
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
+    return f'<figure class="picture" id="{name}">\n{svg}<figcaption>{escape(caption)}</figcaption>\n</figure>\n'

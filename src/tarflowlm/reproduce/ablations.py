@@ -55,16 +55,8 @@ def plan_fig2(settings: Settings) -> list[Training]:
     affine, progressive = settings.preset("affine", "owt"), settings.preset("mixd", "owt")
     model = as_flow_config(affine.model).each_block(coupling="token-affine")
     base = replace(affine, name=affine.name.replace("affine", "base"), model=model)
-    return trainings(
-        settings,
-        {
-            BASE: base,
-            CHANNELWISE: affine,
-            "+ Mix-1": settings.preset("mix1", "owt"),
-            "+ Mix-d": joint(progressive),
-            "+ progressive": progressive,
-        },
-    )
+    ladder = {BASE: base, CHANNELWISE: affine, "+ Mix-1": settings.preset("mix1", "owt")}
+    return trainings(settings, ladder | {"+ Mix-d": joint(progressive), "+ progressive": progressive})
 
 
 def joint(progressive: RunConfig) -> RunConfig:
@@ -80,15 +72,13 @@ def plan_fig3(settings: Settings) -> list[Training]:
 
 def _six_blocks(settings: Settings, coupling: Literal["affine", "mix1"]) -> RunConfig:
     """Six blocks of two layers; of one layer at mini scale, the depth of the baseline."""
-    mini = settings.scale == "mini"
     run = settings.preset(coupling, "owt")
     before = as_flow_config(run.model)
     first, upper = before.blocks[0], before.blocks[-1]
-    components = (first.components, *(upper.components,) * (SIX - 1))
-    blocks = stack((coupling,) * SIX, (1 if mini else 2,) * SIX, components)
+    layers = (1 if settings.scale == "mini" else 2,) * SIX
+    blocks = stack((coupling,) * SIX, layers, (first.components, *(upper.components,) * (SIX - 1)))
     model = replace(before, blocks=blocks).each_block(start=first.start)
-    run = replace(run, name=f"{run.name}-six", model=model)
-    return shortened(run) if mini else run
+    return shortened(settings, replace(run, name=f"{run.name}-six", model=model))
 
 
 def plan_fig4(settings: Settings) -> list[Training]:
@@ -107,7 +97,7 @@ def _components(settings: Settings, components: int, variant: str) -> tuple[str,
     model = as_flow_config(run.model).each_block(components=components, **fields)
     optim = replace(run.optim, codebook_lr_scale=PLAIN_CODEBOOK)
     run = replace(run, name=f"{run.name}-k{components}{suffix}", model=model, optim=optim)
-    return f"K = {components}, {variant}", shortened(run) if settings.scale == "mini" else run
+    return f"K = {components}, {variant}", shortened(settings, run)
 
 
 def measure_fig4(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
@@ -187,10 +177,8 @@ def plan_progressive(settings: Settings) -> list[Training]:
 def training_curve(record: RunRecord) -> dict[int, float]:
     """Step -> training bound in bits per character, averaged over the last `AVERAGED` lines up to that step."""
     steps, values = record.train["step"], record.train["bpc"]
-    return {
-        int(steps[i]): float(values[max(0, i + 1 - AVERAGED) : i + 1].mean())
-        for i in range(min(AVERAGED, len(values)) - 1, len(values))
-    }
+    ends = range(min(AVERAGED, len(values)), len(values) + 1)
+    return {int(steps[end - 1]): float(values[max(0, end - AVERAGED) : end].mean()) for end in ends}
 
 
 def measure_progressive(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
@@ -222,15 +210,12 @@ def draw_progressive(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def plan_patches(settings: Settings) -> list[Training]:
-    """Mix-d with each patch size."""
-    return trainings(settings, {f"P = {patch}": _patched(settings, patch) for patch in PATCHES})
-
-
-def _patched(settings: Settings, patch: int) -> RunConfig:
-    """Mix-d with in-patch weights; all but the patch as with one token at a time."""
+    """Mix-d with in-patch weights and each patch size; all but the patch as with one token at a time."""
     run = settings.preset("mixd", "text8")
-    name = run.name if patch == 1 else f"{run.name}-p{patch}"
-    return replace(run, name=name, model=replace(run.model, patch=patch))
+    runs = {"P = 1": run}
+    for patch in PATCHES[1:]:
+        runs[f"P = {patch}"] = replace(run, name=f"{run.name}-p{patch}", model=replace(run.model, patch=patch))
+    return trainings(settings, runs)
 
 
 def plan_one_block(settings: Settings) -> list[Training]:
@@ -245,8 +230,7 @@ def _one_block(settings: Settings, components: int) -> RunConfig:
     layers = sum(block.layers for block in before.blocks)
     model = replace(before, blocks=stack(("mix1",), (layers,), (components,)))
     optim = replace(run.optim, codebook_lr_scale=PLAIN_CODEBOOK)
-    run = replace(run, name=f"{run.name}-one-k{components}", model=model, optim=optim)
-    return shortened(run) if settings.scale == "mini" else run
+    return shortened(settings, replace(run, name=f"{run.name}-one-k{components}", model=model, optim=optim))
 
 
 FIG2 = Recipe(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from textwrap import fill
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from tarflowlm.generation.window import num_positions
 from tarflowlm.model import as_flow
 from tarflowlm.presets import mini_ar, with_steps
 from tarflowlm.report.style import COLOURS, SMALL, Axes, Figure
-from tarflowlm.reproduce.recipe import Finished, Row, Settings, Training
+from tarflowlm.reproduce.recipe import Draw, Finished, Measure, Row, Settings, Training
 from tarflowlm.runs.checkpoint import Checkpoint
 
 JUDGE_STEPS = 1300
@@ -31,18 +32,10 @@ LATENT_WINDOWS = 256
 
 def summary_row(done: Finished) -> Row:
     """The run's own measurement on its test split."""
-    summary = done.summary
-    test = summary["test"]
-    return {
-        "model": done.training.label,
-        "seed": summary["seed"],
-        "": sign_of(test["bound"]),
-        "test bpc": test["bpc"],
-        "ppl": test["ppl"],
-        "stderr, nats": test["stderr"],
-        "tokens seen": summary["tokens"],
-        "seconds": summary["seconds"],
-    }
+    summary, test = done.summary, done.summary["test"]
+    row: Row = {"model": done.training.label, "seed": summary["seed"], "": sign_of(test["bound"])}
+    row |= {"test bpc": test["bpc"], "ppl": test["ppl"], "stderr, nats": test["stderr"]}
+    return row | {"tokens seen": summary["tokens"], "seconds": summary["seconds"]}
 
 
 def summaries(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
@@ -50,9 +43,7 @@ def summaries(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     return [summary_row(done) for done in finished]
 
 
-def summaries_by(
-    column: str, value: Callable[[FlowConfig], int]
-) -> Callable[[Settings, Sequence[Finished]], list[Row]]:
+def summaries_by(column: str, value: Callable[[FlowConfig], int]) -> Measure:
     """`summaries` of flows with a number of their configuration as the first column."""
 
     def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
@@ -66,15 +57,9 @@ def sample(
 ) -> Generation:
     """`num` samples of `length` tokens, some given by `prompt` [num, T], by the decoder auto; the noise of seed 0."""
     progress = done.stage(f"sampling{what}, positions", num_positions(checkpoint.model, length))
-    return generate(
-        checkpoint.model,
-        num_tokens=length,
-        num=num,
-        prompt=prompt,
-        generator=torch.Generator().manual_seed(0),
-        decoder="auto",
-        watch=Watch(progress),
-    )
+    generator, watch = torch.Generator().manual_seed(0), Watch(progress)
+    options: dict[str, Any] = {"generator": generator, "decoder": "auto", "watch": watch}
+    return generate(checkpoint.model, num_tokens=length, num=num, prompt=prompt, **options)
 
 
 def share(is_so: Tensor) -> float:
@@ -89,8 +74,10 @@ def latents(done: Finished) -> list[StateReport]:
     return latent_report(as_flow(checkpoint.model), windows, progress=done.stage("latents of windows", len(windows)))
 
 
-def shortened(run: RunConfig) -> RunConfig:
-    """A mini run with fewer steps and a smaller test."""
+def shortened(settings: Settings, run: RunConfig) -> RunConfig:
+    """At mini scale the run with fewer steps and a smaller test."""
+    if settings.scale == "paper":
+        return run
     run = with_steps(run, SHORT_STEPS)
     return replace(run, train=replace(run.train, test_windows=SHORT_WINDOWS))
 
@@ -112,7 +99,7 @@ def judge_of(settings: Settings, finished: Sequence[Finished]) -> tuple[Judge, l
     return load_judge(str(judge.directory), settings.device), [d for d in finished if d is not judge]
 
 
-def plot_over(column: str, label: str, series: str | None = None) -> Callable[[Figure, Sequence[Row]], None]:
+def plot_over(column: str, label: str, series: str | None = None) -> Draw:
     """Test bits per character over a column of whole numbers, on a logarithmic axis; a colour per `series`."""
 
     def draw(figure: Figure, rows: Sequence[Row]) -> None:
@@ -135,9 +122,7 @@ def plot_over(column: str, label: str, series: str | None = None) -> Callable[[F
     return draw
 
 
-def plot_models(
-    column: str = "test bpc", label: str = "bits per character, <="
-) -> Callable[[Figure, Sequence[Row]], None]:
+def plot_models(column: str = "test bpc", label: str = "bits per character, <=") -> Draw:
     """A column for every model, in the order of the rows: one dot per seed."""
 
     def draw(figure: Figure, rows: Sequence[Row]) -> None:

@@ -6,25 +6,28 @@ per character, and the share of the text that is final before the last pass.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby, zip_longest
+from itertools import groupby
 from typing import Literal
 
 from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, as_flow_config, stack
 from tarflowlm.presets import PAPER_CORPORA, PRESETS, preset
 from tarflowlm.report.grid import CSS, Token, symbols, to_html
 from tarflowlm.report.grid import Row as TextRow
-from tarflowlm.report.page import Page, Section
-from tarflowlm.report.style import COLOURS, SMALL, Figure
+from tarflowlm.report.style import COLOURS, SMALL, Figure, Page, Section
 from tarflowlm.reproduce.measures import DEEPEST_LAST, SHORT_WINDOWS, latents, sample, share, summary_row
 from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings, without
 
-Spans = list[list[int]]
-"""[start, stop) of edited characters in a text, ascending and apart."""
+LENGTH = 128
+"""Tokens per sample."""
+SHOWN_SAMPLES, SAMPLES = 8, 16
+"""Samples of fig6, the first of which is shown, and of frontier."""
+BPE = TokenizerConfig(kind="bpe", vocab_size=2048)
+LABELS = {"affine": "affine", "mix1": "Mix-1", "mixd": "Mix-d"}
 
 
-def edited_spans(symbols: Sequence[str], is_edited: Sequence[bool]) -> Spans:
-    """The characters of the edited symbols of a text."""
-    spans: Spans = []
+def edited_spans(symbols: Sequence[str], is_edited: Sequence[bool]) -> list[list[int]]:
+    """[start, stop) of the characters of the edited symbols of a text, ascending and apart."""
+    spans: list[list[int]] = []
     at = 0
     for symbol, edited in zip(symbols, is_edited, strict=True):
         if edited and symbol:
@@ -34,42 +37,6 @@ def edited_spans(symbols: Sequence[str], is_edited: Sequence[bool]) -> Spans:
                 spans.append([at, at + len(symbol)])
         at += len(symbol)
     return spans
-
-
-def panels_page(title: str, notes: Sequence[str], rows: Sequence[Row]) -> str:
-    """A self-contained page with one grid for every model and seed, from the rows of `passes.measure_fig6`."""
-    sections = [Section("How to read it", notes)]
-    for (model, seed), group in groupby(rows, lambda row: (row["model"], row["seed"])):
-        states = list(group)
-        grid = to_html([TextRow(_label(row), _tokens(row, states[-1]["text"])) for row in states])
-        sections.append(Section(f"{model}, seed {seed}", parts=[grid]))
-    return Page(title, sections, css=CSS, generator="tarflowlm reproduce").to_html()
-
-
-def _label(row: Row) -> str:
-    final = f"{row['tokens as in the end']:.0%} final in all samples"
-    if row.get("block") is None:
-        return f"noise; {final}"
-    return f"block {row['block']}, {row['direction']}: {row['edits']} of {row['tokens']} edited; {final}"
-
-
-def _tokens(row: Row, final: str) -> list[Token]:
-    """The characters of a row. They are compared with the final text where both have the same length."""
-    text = row["text"]
-    edited = {i for start, stop in row.get("edited") or [] for i in range(start, stop)}
-    is_noise = [len(text) == len(final) and a != b for a, b in zip_longest(text, final)]
-    return [
-        Token(character, "changed" if i in edited else "noise" if noise or row["state"] == "noise" else "final")
-        for i, (character, noise) in enumerate(zip(text, is_noise, strict=False))
-    ]
-
-
-LENGTH = 128
-"""Tokens per sample."""
-SHOWN_SAMPLES, SAMPLES = 8, 16
-"""Samples of fig6, the first of which is shown, and of frontier."""
-BPE = TokenizerConfig(kind="bpe", vocab_size=2048)
-LABELS = {"affine": "affine", "mix1": "Mix-1", "mixd": "Mix-d"}
 
 
 def plan_fig6(settings: Settings) -> list[Training]:
@@ -97,60 +64,58 @@ def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
         checkpoint = done.load()
         passes = sample(done, checkpoint, SHOWN_SAMPLES, min(LENGTH, checkpoint.run.model.context)).passes
         for number, tokens in enumerate(passes):
+            block, text = len(passes) - number, symbols(tokens[0], checkpoint.tokenizer)
             row: Row = {"model": done.training.label, "seed": done.training.run.seed}
-            block = len(passes) - number
             row["state"] = f"block {block} inverted" if number else "noise"
-            row["tokens as in the end"] = share(tokens == passes[-1])
-            text = symbols(tokens[0], checkpoint.tokenizer)
-            row |= {"tokens edited": None, "text": "".join(text)}
+            row |= {"tokens as in the end": share(tokens == passes[-1]), "tokens edited": None, "text": "".join(text)}
             if number:
                 edits = tokens != passes[number - 1]
                 is_edited = edits[0].tolist()
-                row |= {
-                    "tokens edited": share(edits),
-                    "block": block,
-                    "direction": "left to right" if block % 2 else "right to left",
-                    "edits": sum(is_edited),
-                    "tokens": len(is_edited),
-                    "edited": edited_spans(text, is_edited),
-                }
+                row |= {"tokens edited": share(edits), "block": block}
+                row["direction"] = "left to right" if block % 2 else "right to left"
+                row |= {"edits": sum(is_edited), "tokens": len(is_edited), "edited": edited_spans(text, is_edited)}
             rows.append(row)
     return rows
 
 
-def sample_texts(settings: Settings, finished: Sequence[Finished], rows: Sequence[Row]) -> str:
-    """Markdown with the first sample of each model after every pass."""
-    parts = [f"## Samples\n\nThe first of {SHOWN_SAMPLES} samples of each model after every pass, noise first.\n"]
-    for done in finished:
-        label, seed = done.training.label, done.training.run.seed
-        lines = "\n".join(row["text"] for row in rows if (row["model"], row["seed"]) == (label, seed))
-        parts.append(f"{label}, {done.training.name}:\n\n```\n{lines}\n```\n")
-    return "\n".join(parts)
-
-
-TITLE = "Text after each pass"
-
-
 def page_fig6(rows: Sequence[Row]) -> str:
-    """Figure 6 as a page."""
+    """Figure 6 as a self-contained page, with one grid for every model and seed."""
     notes = (
         "One row per block, in the order of generation: the last block turns noise into the first state, block 1 "
         "gives the final text. Every state is decoded with the codebook.",
         f"The first of {SHOWN_SAMPLES} samples; a token counts as edited where its decoded token differs.",
     )
-    return panels_page(TITLE, notes, rows)
+    sections = [Section("How to read it", notes)]
+    for (model, seed), group in groupby(rows, lambda row: (row["model"], row["seed"])):
+        states = list(group)
+        grid = to_html([_text_row(row, states[-1]["text"]) for row in states])
+        sections.append(Section(f"{model}, seed {seed}", parts=[grid]))
+    return Page(FIG6.title, sections, css=CSS, generator="tarflowlm reproduce").to_html()
+
+
+def _text_row(row: Row, final: str) -> TextRow:
+    """The label and the characters of a row, which are compared with the final text if both have the same length."""
+    label, text = "noise", row["text"]
+    if row.get("block") is not None:
+        label = f"block {row['block']}, {row['direction']}: {row['edits']} of {row['tokens']} edited"
+    edited = {i for start, stop in row.get("edited") or [] for i in range(start, stop)}
+    final, is_noise = final if len(text) == len(final) else text, row["state"] == "noise"
+    tokens = [
+        Token(here, "changed" if i in edited else "noise" if is_noise or here != there else "final")
+        for i, (here, there) in enumerate(zip(text, final, strict=True))
+    ]
+    return TextRow(f"{label}; {row['tokens as in the end']:.0%} final in all samples", tokens)
 
 
 FIG6 = Recipe(
     name="fig6",
-    title=TITLE,
+    title="Text after each pass",
     claim="The paper: every intermediate state decodes to text, which each pass refines from coarse to fine. Its "
     "panels show the decoded text before and after every block, with the edits highlighted.",
     plan=plan_fig6,
     measure=measure_fig6,
     page=page_fig6,
     table=without("text", "block", "direction", "edits", "tokens", "edited"),
-    text=sample_texts,
 )
 
 
@@ -175,7 +140,12 @@ def plan_frontier(settings: Settings) -> list[Training]:
         "BPE, Mix-d": _bpe(preset("mini-mixd")),
         f"BPE, {plain}, K = 16, layers 1, 1, 4": _bpe(_mix1(components=16)),
     }
-    return trainings(settings, {label: _tested(run) for label, run in runs.items()})
+    # presets stay as they are, since recipes share their runs; the others have a smaller test
+    smaller = {
+        label: run if run.name in PRESETS else replace(run, train=replace(run.train, test_windows=SHORT_WINDOWS))
+        for label, run in runs.items()
+    }
+    return trainings(settings, smaller)
 
 
 def _mix1(
@@ -194,22 +164,13 @@ def _affine_mixd() -> RunConfig:
     run = preset("mini-mixd")
     blocks = stack(("affine", "mixd"), (1, 5), (1, 0))
     model = replace(as_flow_config(run.model), blocks=blocks, channel_mix=None)
-    joint = preset("mini-mix1").train
-    return replace(run, name="mini-affine-mixd", model=model, train=joint)
+    return replace(run, name="mini-affine-mixd", model=model, train=preset("mini-mix1").train)
 
 
 def _bpe(run: RunConfig) -> RunConfig:
     """The same on BPE tokens, with latents of 16 channels: no block can be the whole language model at once."""
-    is_flow = run.model.family == "flow"
-    model = replace(as_flow_config(run.model), latent_dim=16) if is_flow else run.model
+    model = replace(as_flow_config(run.model), latent_dim=16) if run.model.family == "flow" else run.model
     return replace(run, name=f"{run.name}-bpe", model=model, data=DataConfig(tokenizer=BPE))
-
-
-def _tested(run: RunConfig) -> RunConfig:
-    """Presets unchanged, since recipes share their runs; others with a smaller test, whose error is small here."""
-    if run.name in PRESETS:
-        return run
-    return replace(run, train=replace(run.train, test_windows=SHORT_WINDOWS))
 
 
 def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
@@ -219,10 +180,8 @@ def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[R
         row, checkpoint = summary_row(done), done.load()
         if not checkpoint.model.is_exact:
             passes = sample(done, checkpoint, SAMPLES, min(LENGTH, checkpoint.run.model.context)).passes
-            row |= {
-                "after noise": share(passes[0] == passes[-1]),
-                "before the last pass": share(passes[-2] == passes[-1]),
-            }
+            row["after noise"] = share(passes[0] == passes[-1])
+            row["before the last pass"] = share(passes[-2] == passes[-1])
             gains = [state.kl_gain.mean for state in latents(done) if state.kl_gain is not None]
             row |= {f"KL taken off by block {index + 1}": gain for index, gain in enumerate(gains)}
         rows.append(row)
@@ -235,13 +194,12 @@ def draw_frontier(figure: Figure, rows: Sequence[Row]) -> None:
     axes, number = figure.subplots(), 0
     for row in rows:
         bpc, share, model = row["test bpc"], row["before the last pass"], str(row["model"])
-        bpe = model.startswith("BPE")
-        colour = COLOURS[1 if bpe else 0]
+        colour, marker = (COLOURS[1], "s") if model.startswith("BPE") else (COLOURS[0], "o")
         if share is None:
             axes.axhline(bpc, color=colour, linestyle=":", label=model)
             continue
         number += 1
-        axes.plot(share, bpc, "s" if bpe else "o", color=colour, markersize=5, label=f"{number}  {model}")
+        axes.plot(share, bpc, marker, color=colour, markersize=5, label=f"{number}  {model}")
         axes.annotate(str(number), (share, bpc), xytext=(4, 4), textcoords="offset points", fontsize=SMALL)
     axes.set_xlim(-0.05, 1.1)
     axes.set_xlabel("share of tokens that are final before the last pass")

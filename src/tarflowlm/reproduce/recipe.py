@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from tarflowlm.config import Precision, RunConfig, Scale, TokenizerConfig
+from tarflowlm.config import Precision, RunConfig, Scale
 from tarflowlm.data import SOURCE_NAMES, TokenArray, build_tokenizer, cached_corpus, check_source, encode_text_source
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
@@ -74,7 +74,6 @@ class Training:
     """In tables and plots; the same for all seeds."""
 
     def directory(self, settings: Settings) -> Path:
-        """The run directory."""
         return settings.out / "runs" / self.name
 
 
@@ -103,11 +102,9 @@ class Finished:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """summary.json of the run."""
         return read_json(self.directory / SUMMARY)
 
     def load(self) -> Checkpoint:
-        """The trained model."""
         return load_checkpoint(self.directory, self.device)
 
     def tokens(self, checkpoint: Checkpoint, source: str | None = None) -> TokenArray:
@@ -115,6 +112,10 @@ class Finished:
         if source is not None:
             return encode_text_source(source, checkpoint.tokenizer, ("all",))["all"]
         return cached_corpus(checkpoint.run.data.source, checkpoint.tokenizer).split("test")
+
+
+Measure = Callable[[Settings, Sequence[Finished]], list[Row]]
+Draw = Callable[[Figure, Sequence[Row]], None]
 
 
 def without(*columns: str) -> Callable[[Sequence[Row]], list[Row]]:
@@ -134,11 +135,11 @@ class Recipe:
     claim: str
     """The paper's claim with its numbers, or the question where the paper makes none."""
     plan: Callable[[Settings], list[Training]]
-    measure: Callable[[Settings, Sequence[Finished]], list[Row]]
+    measure: Measure
     """All rows, for the CSV."""
     table: Callable[[Sequence[Row]], list[Row]] = without_details
     """The rows of the Markdown table, made from those of the CSV; none for no table."""
-    draw: Callable[[Figure, Sequence[Row]], None] | None = None
+    draw: Draw | None = None
     """Draws the rows into a matplotlib figure."""
     size: tuple[float, float] = (7.0, 4.5)
     """Width and height of the figure in inches."""
@@ -162,7 +163,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Planned:
-    """A training, its state, and its estimated time."""
+    """A training and its state."""
 
     training: Training
     state: State
@@ -188,9 +189,7 @@ def state_of(settings: Settings, training: Training) -> State:
         data=replace(run.data, source=source),
     )
     if found != run:
-        raise UserError(
-            f"{directory} holds a run of another configuration: choose another --out, or remove that directory"
-        )
+        raise UserError(f"{directory} holds a run of another configuration: choose another --out, or remove it")
     return "finished" if (directory / SUMMARY).exists() else "stopped"
 
 
@@ -240,7 +239,12 @@ def estimate(settings: Settings, plan: Sequence[Training]) -> list[Planned]:
 
 def _seconds(run: RunConfig, settings: Settings) -> float:
     """Estimated seconds of a training."""
-    run = replace(run, model=replace(run.model, vocab_size=_vocab_size(run.data.tokenizer)))
+    tokenizer = run.data.tokenizer
+    if tokenizer.needs_training:
+        vocab_size = tokenizer.vocab_size
+    else:
+        vocab_size = GPT2_VOCAB if tokenizer.source == "gpt2" else build_tokenizer(tokenizer).vocab_size
+    run = replace(run, model=replace(run.model, vocab_size=vocab_size))
     whole = (run.train.batch_size, run.model.context)
     rows, length = whole if settings.scale == "mini" else (1, min(whole[1], 128))
     length -= length % run.model.patch
@@ -253,9 +257,3 @@ def _seconds(run: RunConfig, settings: Settings) -> float:
     scale = whole[0] * whole[1] / (rows * length)
     times = [seconds_per_step(run, s, batch, settings.device, num_steps=steps) for s in range(run.num_stages)]
     return scale * sum(t * n for t, n in zip(times, run.train.stage_steps, strict=True))
-
-
-def _vocab_size(tokenizer: TokenizerConfig) -> int:
-    if tokenizer.needs_training:
-        return tokenizer.vocab_size
-    return GPT2_VOCAB if tokenizer.source == "gpt2" else build_tokenizer(tokenizer).vocab_size

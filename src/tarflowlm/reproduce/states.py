@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import groupby, pairwise
 
 from tarflowlm.config import RunConfig
-from tarflowlm.evaluation.blocks import state_metrics
+from tarflowlm.evaluation.blocks import Spread, state_metrics
 from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
 from tarflowlm.presets import preset
 from tarflowlm.report.style import SMALL, Figure
@@ -57,23 +57,17 @@ def measure_fig7(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
             row = of_model | {"layer 0": UP, "layer": state.block, "block": state.block or None}
             for name in METRICS + SHARES:
                 spread = getattr(state, name)
-                row |= {name: None if spread is None else spread.mean, f"{name} ±": spread and spread.std}
+                row |= {name: spread and spread.mean, f"{name} ±": spread and spread.std}
             rows.append(row)
-        rows += [of_model | row for row in _states_of_samples(done)]
-    return rows
-
-
-def _states_of_samples(done: Finished) -> list[Row]:
-    """The states from the noise to the latents: mean and standard deviation over samples of the model's length."""
-    checkpoint = done.load()
-    states = sample(done, checkpoint, SAMPLES, checkpoint.run.model.context).states
-    rows: list[Row] = []
-    for layer, metrics in enumerate(state_metrics(states)):
-        row: Row = {"layer 0": DOWN, "layer": layer, "block": len(states) - layer if layer else None}
-        for name, values in metrics.items():
-            values = values.cpu().double()
-            row |= {name: values.mean().item(), f"{name} ±": values.std().item()}
-        rows.append(row)
+        checkpoint = done.load()
+        # samples have the model's own length
+        states = sample(done, checkpoint, SAMPLES, checkpoint.run.model.context).states
+        for layer, metrics in enumerate(state_metrics(states)):
+            row = of_model | {"layer 0": DOWN, "layer": layer, "block": len(states) - layer if layer else None}
+            for name, values in metrics.items():
+                spread = Spread.of(values.cpu())
+                row |= {name: spread.mean, f"{name} ±": spread.std}
+            rows.append(row)
     return rows
 
 
@@ -100,7 +94,7 @@ def drops_and_rises(values: Sequence[float], directions: Sequence[str]) -> bool:
 
 
 def _steps(values: Sequence[float]) -> tuple[list[float], float]:
-    """Changes from layer to layer, and how large a change is visible."""
+    """Changes from layer to layer, and the least visible change."""
     return [after - before for before, after in pairwise(values)], VISIBLE * (max(values) - min(values))
 
 
@@ -133,10 +127,9 @@ def flops_table(settings: Settings, finished: Sequence[Finished]) -> str:
     """Markdown with the floating-point operations of the flows and the baseline, here and at the published size."""
     flows = {done.training.label: read_run(done.directory) for done in finished}
     vocab_size = next(iter(flows.values())).model.vocab_size
-    flow, baseline = preset("owt-mix1"), preset("owt-ar")
-    here = {"AR": settings.preset("ar", "owt")} | flows
+    flow, here = preset("owt-mix1"), {"AR": settings.preset("ar", "owt")} | flows
     rows = [_flops_row(label, run, vocab_size) for label, run in here.items()]
-    rows.append(_flops_row("published size: AR", baseline, GPT2_VOCAB))
+    rows.append(_flops_row("published size: AR", preset("owt-ar"), GPT2_VOCAB))
     for patch in FLOW_PATCHES:
         run = replace(flow, model=replace(flow.model, patch=patch))
         rows.append(_flops_row(f"published size: Mix-1, P = {patch}", run, GPT2_VOCAB))
@@ -155,11 +148,6 @@ def _flops_row(label: str, run: RunConfig, vocab_size: int) -> Row:
     return {"model": label} | {name: f"{1e-6 * count / config.context:.4g}" for name, count in counts.items()}
 
 
-def text_fig7(settings: Settings, finished: Sequence[Finished], rows: Sequence[Row]) -> str:
-    """Markdown below the table of states."""
-    return f"{directions_table(rows)}\n{flops_table(settings, finished)}"
-
-
 def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
     """The four geometric metrics over the layers in both readings, with standard deviations; seed 0."""
     metrics = dict(zip(METRICS, ("norm", "cosine", "participation ratio", "movement of centroid"), strict=True))
@@ -168,11 +156,8 @@ def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
     for across, start in zip(panels, (UP, DOWN), strict=True):
         for axes, (name, title) in zip(across, metrics.items(), strict=True):
             for index, model in enumerate(models):
-                of_model = [
-                    row
-                    for row in rows
-                    if (row["model"], row["seed"], row["layer 0"]) == (model, 0, start) and row.get(name) is not None
-                ]
+                found = [row for row in rows if (row["model"], row["seed"], row["layer 0"]) == (model, 0, start)]
+                of_model = [row for row in found if row.get(name) is not None]
                 values, spreads = ([row[column] for row in of_model] for column in (name, f"{name} ±"))
                 # side by side, so that no model hides another
                 places = [row["layer"] + 0.06 * index for row in of_model]
@@ -196,5 +181,5 @@ FIG7 = Recipe(
     table=lambda rows: [],
     draw=draw_fig7,
     size=(10.0, 5.0),
-    text=text_fig7,
+    text=lambda settings, finished, rows: f"{directions_table(rows)}\n{flops_table(settings, finished)}",
 )

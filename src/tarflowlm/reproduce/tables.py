@@ -1,6 +1,7 @@
 """Tables 2 and 6 of the paper: likelihood and sample quality of the model families."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -41,11 +42,8 @@ def plan_table2(settings: Settings) -> list[Training]:
     if settings.scale == "mini":
         kinds = FAMILIES | MINI_VARIANTS
         return trainings(settings, {label: preset(f"mini-{kind}") for label, kind in kinds.items()})
-    runs = {
-        f"{label}, {corpus}": preset(f"{corpus}-{kind}")
-        for corpus in PAPER_LIKELIHOOD
-        for label, kind in FAMILIES.items()
-    }
+    every = [(label, kind, corpus) for corpus in PAPER_LIKELIHOOD for label, kind in FAMILIES.items()]
+    runs = {f"{label}, {corpus}": preset(f"{corpus}-{kind}") for label, kind, corpus in every}
     return trainings(settings, runs)
 
 
@@ -72,14 +70,9 @@ def measure_table2(settings: Settings, finished: Sequence[Finished]) -> list[Row
 def _likelihood(done: Finished, checkpoint: Checkpoint, source: str | None, windows: int, samples: int) -> Likelihood:
     """The bound over evenly spaced windows of the run's test split, or of the text `source`."""
     some = eval_windows(done.tokens(checkpoint, source), checkpoint.run.model.context, windows)
-    text = "the test split" if source is None else "the second text"
-    return evaluate(
-        checkpoint.model,
-        some,
-        torch.from_numpy(checkpoint.tokenizer.characters_per_token),
-        samples=samples,
-        progress=done.stage(f"windows of {text}", len(some)),
-    )
+    text, characters = "test split" if source is None else "second text", checkpoint.tokenizer.characters_per_token
+    progress = done.stage(f"windows of the {text}", len(some))
+    return evaluate(checkpoint.model, some, torch.from_numpy(characters), samples=samples, progress=progress)
 
 
 def plan_table6(settings: Settings) -> list[Training]:
@@ -95,15 +88,9 @@ def measure_table6(settings: Settings, finished: Sequence[Finished]) -> list[Row
     rows: list[Row] = []
     for done in models:
         checkpoint = done.load()
-        result = measure_quality(
-            checkpoint.model,
-            checkpoint.tokenizer,
-            judge,
-            eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, config.num),
-            config,
-            trained_on=checkpoint.run.data.source,
-            progress=done.progress,
-        )
+        text = eval_windows(done.tokens(checkpoint), checkpoint.run.model.context, config.num)
+        options: dict[str, Any] = {"trained_on": checkpoint.run.data.source, "progress": done.progress}
+        result = measure_quality(checkpoint.model, checkpoint.tokenizer, judge, text, config, **options)
         rows.append(_quality_row(done.training.label, done.training.run.seed, result.samples, result.mauve))
     rows.append(_quality_row("real text", None, result.text, None))
     how = f"{config.num} samples of {result.length} tokens, decoder auto, {result.dtype}, temperature 1, seed 0"

@@ -26,12 +26,11 @@ def write_results(
 
     `command` is printed as what made them.
     """
-    written = [_write(settings.out / f"{recipe.name}.csv", _csv(rows))]
-    plot = settings.out / f"{recipe.name}.png"
+    csv_file, plot, page, markdown = (settings.out / f"{recipe.name}.{kind}" for kind in ("csv", "png", "html", "md"))
+    written = [_write(csv_file, _csv(rows))]
     if recipe.draw is not None:
         _plot(plot, recipe, rows)
         written.append(plot)
-    page = settings.out / f"{recipe.name}.html"
     if recipe.page is not None:
         written.append(_write(page, recipe.page(rows)))
     parts = [
@@ -43,8 +42,7 @@ def write_results(
         recipe.text(settings, finished, rows) if recipe.text is not None else "",
         _provenance(settings, finished, command),
     ]
-    written.append(_write(settings.out / f"{recipe.name}.md", "\n".join(part for part in parts if part)))
-    return written
+    return [*written, _write(markdown, "\n".join(part for part in parts if part))]
 
 
 def _write(path: Path, text: str) -> Path:
@@ -86,12 +84,10 @@ def _plot(path: Path, recipe: Recipe, rows: Sequence[Row]) -> None:
         recipe.draw(figure, rows)
         figure.suptitle(recipe.title, fontsize=10, x=0.01, ha="left")
 
-    width, height = recipe.size
-    render(draw, path, width=width, height=height)
+    render(draw, path, width=recipe.size[0], height=recipe.size[1])
 
 
 def _provenance(settings: Settings, finished: Sequence[Finished], command: Sequence[str]) -> str:
-    """Markdown: command, hashes of the runs and their texts, and hardware."""
     lines = ["## How it was made\n", f"```\n{shlex.join(command)}\n```\n"]
     lines += ["| run, -s: seed | steps | seconds | config.json | model.safetensors |", f"|{' --- |' * 5}"]
     for done in finished:
@@ -99,8 +95,14 @@ def _provenance(settings: Settings, finished: Sequence[Finished], command: Seque
         counts = [f"{done.summary[name]:,.0f}" for name in ("steps", "seconds")]
         lines.append(f"| {' | '.join([done.training.name, *counts, *hashes])} |")
     versions = f"tarflowlm {version('tarflowlm')}, PyTorch {torch.__version__}, Python {platform.python_version()}"
-    texts = "; ".join(sorted(_texts(finished)))
-    lines.append(f"\nHashes are the first 12 digits of sha256. Texts: {texts}.")
+    texts = set()
+    for done in finished:
+        source = done.summary["source"]
+        files = cached_corpus(source, load_tokenizer(done.directory)).meta["files"]
+        digests = ", ".join(record["sha256"][:12] for record in files[:3])
+        more = f" and {len(files) - 3} more files" if len(files) > 3 else ""
+        texts.add(f"{Path(source).name} {digests}{more}")
+    lines.append(f"\nHashes are the first 12 digits of sha256. Texts: {'; '.join(sorted(texts))}.")
     lines.append(f"Machine: {_hardware(settings.device)}; {versions}.\n")
     return "\n".join(lines)
 
@@ -115,14 +117,3 @@ def _hardware(device: torch.device) -> str:
         name = platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}, {device.type}"
-
-
-def _texts(finished: Sequence[Finished]) -> set[str]:
-    found = set()
-    for done in finished:
-        source = done.summary["source"]
-        files = cached_corpus(source, load_tokenizer(done.directory)).meta["files"]
-        digests = ", ".join(record["sha256"][:12] for record in files[:3])
-        more = f" and {len(files) - 3} more files" if len(files) > 3 else ""
-        found.add(f"{Path(source).name} {digests}{more}")
-    return found

@@ -80,8 +80,7 @@ def fetch(name: str | Path, progress: Progress = SILENT) -> Path:
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
     """Turns errors of the hub and the way there into one UserError about `name`; silences the client's retries."""
-    errors = hub_client(name).errors
-    log = logging.getLogger("huggingface_hub")
+    errors, log = hub_client(name).errors, logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.ERROR)
     try:

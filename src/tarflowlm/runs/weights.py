@@ -29,7 +29,7 @@ def write_weights(path: Path, weights: dict[str, torch.Tensor], info: dict[str, 
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the header of a file whose checksum is right: in its header, or earlier in manifest.json."""
+    """The tensors and the header of a file, compared with its checksum, which earlier versions have in a manifest."""
     if not path.is_file():
         raise UserError(f"{path} is missing: {path.parent} holds no trained weights yet")
     try:
@@ -40,8 +40,14 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if CHECKSUM in info:
         if info[CHECKSUM] != checksum(tensors):
             raise UserError(f"{path} is damaged (altered: its sha256 is not the one in its header)")
-    elif (problem := recorded_problem(path)) is not None:
-        raise UserError(problem)
+        return tensors, info
+    try:
+        records = read_json(path.parent / MANIFEST)["files"][path.name]
+        is_right = _record(path) in records
+    except (UserError, LookupError, TypeError):  # no manifest
+        return tensors, info
+    if not is_right:
+        raise UserError(f"{path} is damaged (altered: its sha256 is not the one in {MANIFEST})")
     return tensors, info
 
 
@@ -91,22 +97,6 @@ def is_whole(folder: Path, needed: str) -> bool:
         return False
 
 
-def recorded_problem(path: Path) -> str | None:
-    """How `path` differs from its record in the manifest beside it; None if it does not, or without a manifest."""
-    try:
-        records = read_json(path.parent / MANIFEST)["files"][path.name]
-        sizes = [record["size"] for record in records]
-    except (UserError, LookupError, TypeError):
-        return None
-    size = path.stat().st_size
-    if size not in sizes:
-        return f"{path} is damaged (altered: {size:,} bytes where {sizes[0]:,} belong)"
-    if _record(path) not in records:
-        return f"{path} is damaged (altered: its sha256 is not the one in {MANIFEST})"
-    return None
-
-
 def _record(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
