@@ -75,8 +75,8 @@ def read(argv: list[str]) -> Args | ResumeArgs:
         raise SystemExit
     if argv and not argv[0].startswith("-"):
         name = argv[0]
-        # some fields are true by default: every flag --x has its --no-x
-        config = (tyro.conf.AvoidSubcommands, tyro.conf.DisallowNone)
+        # some fields are true by default, so every flag --x has its --no-x; some take None
+        config = (tyro.conf.AvoidSubcommands,)
         args = parse(Args, argv[1:], f"tarflowlm train {name}", default=Args(run=preset(name)), config=config)
         if args.out is None:
             raise UserError(f"--out is missing: name the directory to write, say --out runs/{name}")
