@@ -48,8 +48,7 @@ def test_replacing_gives_the_new_file_or_leaves_the_old_one(tmp_path, monkeypatc
 
     if failure is None:
         replace()
-        assert path.read_text(encoding="utf-8") == "new"
-        assert path.stat().st_mode & 0o777 == 0o644
+        assert (path.read_text(encoding="utf-8"), path.stat().st_mode & 0o777) == ("new", 0o644)
         return
     if isinstance(failure, str):
         monkeypatch.setattr(files if failure == "sync_file" else Path, failure, fails)
@@ -95,9 +94,8 @@ def test_locks_of_a_killed_process_are_free(tmp_path):
         f"folder = pathlib.Path({str(tmp_path)!r})\n"
         "with writer_lock(folder), waiting_lock(folder / 'x'): print('locked', flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes, text=True) as process:
         assert process.stdout.readline() == "locked\n"
         with pytest.raises(UserError, match=f"by process {process.pid} on "), writer_lock(tmp_path):
             pass

@@ -31,17 +31,8 @@ def depth(name: str) -> int:
 def test_members_of_a_family_differ_by_the_model_alone(family):
     runs = [preset(name) for name in PRESETS if name.startswith(family)]
     # the baseline has no codebook, and how fast one may move depends on whether its coupling is tied to it
-    shared = {
-        (
-            replace(run.optim, codebook_lr_scale=1.0),
-            run.data,
-            run.model.trunk,
-            run.model.context,
-            run.train.batch_size,
-        )
-        for run in runs
-    }
-    assert len(shared) == 1
+    assert len({replace(run.optim, codebook_lr_scale=1.0) for run in runs}) == 1
+    assert len({(run.data, run.model.trunk, run.model.context, run.train.batch_size) for run in runs}) == 1
 
 
 @pytest.mark.parametrize(("family", "layers"), [("mini", 6), ("english-small", 8), ("text8", 12), ("owt", 12)])

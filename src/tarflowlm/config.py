@@ -1,4 +1,4 @@
-"""The configuration of a run, as frozen dataclasses, without torch: the command line needs none to read it."""
+"""The configuration of a run, as frozen dataclasses. No torch here: the command line reads it without."""
 
 import typing
 from dataclasses import dataclass, field

@@ -19,9 +19,8 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
         found = torch.device(available[0] if name == "auto" else name)
         torch.empty(0, device=found)
     except (TypeError, RuntimeError, AssertionError):  # the type depends on how PyTorch was built
-        raise UserError(
-            f"device {name}: not available on this machine; use one of auto, {', '.join(available)}"
-        ) from None
+        choice = ", ".join(["auto", *available])
+        raise UserError(f"device {name}: not available on this machine; use one of {choice}") from None
     return found
 
 

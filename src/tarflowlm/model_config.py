@@ -106,7 +106,7 @@ class LanguageModelConfig(Config):
 
     @property
     def has_token_weights(self) -> bool:
-        """Whether a token is drawn by weights of tokens, which a temperature, top-k and top-p change as they are."""
+        """Whether a token is drawn by weights of tokens, which temperature, top-k and top-p change directly."""
         return True
 
     def first_blocks(self: C, num_blocks: int) -> C:
@@ -211,7 +211,6 @@ class FlowConfig(LanguageModelConfig):
 
     @property
     def num_blocks(self) -> int:
-        """Flow blocks L."""
         return len(self.blocks)
 
     @property
@@ -231,7 +230,6 @@ class FlowConfig(LanguageModelConfig):
         return min(max(1, int(9 * 2 * self.head_hidden / (16 * max(channels - 1, 1)))), 96)
 
     def first_blocks(self, num_blocks: int) -> "FlowConfig":
-        """The configuration of the first `num_blocks` blocks."""
         return replace(self, blocks=self.blocks[:num_blocks])
 
     def each_block(self, **fields: Any) -> "FlowConfig":

@@ -85,10 +85,9 @@ class BPETokenizer(Tokenizer):
         ids = self.library.encode(probe, add_special_tokens=False).ids
         stand_ins = not self._is_byte_level and (model.get("unk_token") or model.get("byte_fallback"))
         if stand_ins or model.get("dropout") or b"".join(self.token_bytes[i] for i in ids) != probe.encode():
-            raise UserError(
-                "it does not restore every text from its tokens: use byte-level BPE such as GPT-2's, without a "
-                "normaliser, a space before the text, dropout, or stand-ins for unknown characters"
-            )
+            without = "a normaliser, a space before the text, dropout, or stand-ins for unknown characters"
+            what = "it does not restore every text from its tokens"
+            raise UserError(f"{what}: use byte-level BPE such as GPT-2's, without {without}")
 
     def _payload(self) -> dict[str, Any]:
         return {"tokenizers": self._specification}

@@ -24,7 +24,7 @@ FORMAT, VERSION = "tarflowlm-corpus", 1
 class Corpus:
     """A prepared corpus on disk: the content `meta` of meta.json, the `tokenizer` it was encoded with, and tokens.
 
-    These are memory-mapped and read only where they are used.
+    The tokens are memory-mapped and read only where they are used.
     """
 
     def __init__(self, path: Path, meta: dict[str, Any], tokenizer: Tokenizer) -> None:

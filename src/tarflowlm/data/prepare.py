@@ -1,7 +1,7 @@
 """Preparing corpora: a text is streamed, normalised, split, encoded, and written as token shards.
 
-Until then it is in `.<name>.partial` beside its directory, and `resume.npz` there holds the source's position behind
-the last finished shards and the tokens since then.
+Until it is complete, a corpus is in `.<name>.partial` beside its directory, where `resume.npz` holds the source's
+position behind the last finished shard and the tokens since then.
 """
 
 import hashlib

@@ -166,8 +166,8 @@ class English(Source):
 class Text8(TextFile):
     """TEXT8 (Mahoney 2006), the first 10^8 characters of a cleaned English Wikipedia, cut 90M/5M/5M as is customary.
 
-    Read from `text8` or `text8.zip` in the current directory, ./data or the cache; downloaded into the cache if it is
-    in none of them, and checked before use. It is in its alphabet already, so no normalisation is applied.
+    Read from `text8` or `text8.zip` in the current directory, ./data or the cache, else downloaded into the cache,
+    and checked before use. It is in its alphabet already, so no normalisation is applied.
     """
 
     urls: ClassVar = ("http://mattmahoney.net/dc/text8.zip", "https://data.deepai.org/text8.zip")
@@ -311,9 +311,8 @@ def resolve_source(source: str) -> Source:
     if os.path.isdir(path):
         raise UserError(f"{source!r} is a directory: give a text file (train and eval also take prepared corpora)")
     if not os.path.exists(path):  # os.path: False, not OSError, for impossible names
-        raise UserError(
-            f"{source!r} is no file and no corpus name: give a text file or one of {', '.join(_REGISTRY)}"
-        )
+        known = ", ".join(_REGISTRY)
+        raise UserError(f"{source!r} is no file and no corpus name: give a text file or one of {known}")
     return TextFile(Path(path))
 
 

@@ -96,7 +96,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def characters_per_token(self) -> npt.NDArray[np.int64]:
-        """Int64 [V]: the UTF-8 bytes of each token that start a character; their sum is a text's characters."""
+        """Int64 [V]: the UTF-8 bytes of each token that start a character: over a text, its characters."""
         # a continuation byte is 0b10xxxxxx
         return np.array([sum((b & 0xC0) != 0x80 for b in token) for token in self.token_bytes], dtype=np.int64)
 
