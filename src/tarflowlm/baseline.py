@@ -119,7 +119,6 @@ class TokenLM(LanguageModel):
         return self.embedding.weight, None
 
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
-        """An empty KV cache for `num_positions` positions."""
         return KVCache(self.transformer, batch, num_positions, self.start)
 
     def states(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B positions D"]:

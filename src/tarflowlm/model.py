@@ -73,11 +73,9 @@ class TarFlowLM(LanguageModel):
 
     @property
     def num_blocks(self) -> int:
-        """Flow blocks built so far."""
         return len(self.prior.blocks)
 
     def append_block(self) -> FlowBlock:
-        """Build the next block of the configuration on top of the stack, and return it."""
         config, index = self.config, self.num_blocks
         block = FlowBlock(
             trunk=config.trunk,
@@ -155,7 +153,6 @@ class TarFlowLM(LanguageModel):
         return (log_normaliser if per_token else log_normaliser.sum(-1)) - log_p
 
     def allocate_cache(self, batch: int, num_positions: int) -> KVCache:
-        """An empty KV cache for `num_positions` positions of block 1."""
         return self.prior.block(0).allocate_cache(batch, num_positions)
 
     def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:

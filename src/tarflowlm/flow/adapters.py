@@ -88,11 +88,9 @@ class ConditionedCoupling(Bijection):
         self.coupling, self.features = coupling, features
 
     def _repeated(self, x: Tensor) -> Tensor:
-        """The features of every row of x."""
         return self.features.repeat(len(x) // len(self.features), 1, 1)
 
     def forward(self, z: Float[Tensor, "M N C"]) -> tuple[Float[Tensor, "M N C"], Float[Tensor, "M N"]]:
-        """u, and log|det du_n/dz_n| of every position, in nats."""
         return self.coupling(z, self._repeated(z))
 
     def inverse(self, u: Float[Tensor, "M N C"]) -> Float[Tensor, "M N C"]:

@@ -45,7 +45,6 @@ class Patch(Bijection):
         return z.reshape(B, T // self.patch, self.patch * d), z.new_zeros(B)
 
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B T d"]:
-        """Positions to tokens."""
         B, N, C = u.shape
         return u.reshape(B, N * self.patch, C // self.patch)
 
@@ -70,11 +69,9 @@ class Order(Bijection):
         self.register_buffer("undo", torch.tensor(order).argsort(), persistent=False)
 
     def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
-        """z reordered; log-determinant 0."""
         return self.positions(z[..., self.channels] if self.mixes else z), z.new_zeros(len(z))
 
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
-        """u in the order of the tokens."""
         u = self.positions(u)
         return u[..., self.undo] if self.mixes else u
 

@@ -86,7 +86,6 @@ class ChannelCoupling(Coupling):
     def forward(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
     ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
-        """Noise u, and log|det du_n/dz_n| of every position, in nats."""
         u, log_det = self.channels(z, features)
         return u, log_det.sum(-1)
 
@@ -107,7 +106,6 @@ class ChannelCoupling(Coupling):
     def conditionals(
         self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None, *, earlier: Sequence[Tensor] = ()
     ) -> Conditionals:
-        """The conditionals of one position, group by group, from its features c_n, after the groups in `earlier`."""
         assert adjust is None, "the components of a channel are not tokens"
         state = self.head.start(features)
         for known in earlier:
@@ -185,17 +183,14 @@ class AffineCoupling(ChannelCoupling):
     def channels(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
     ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
-        """Noise u, and log du_i/dz_i of every channel, in nats."""
         mean, log_std = (p.permute(1, 2, 0, 3).flatten(2) for p in self.head(features, z))
         return (z - mean) * torch.exp(-log_std), -log_std
 
     def log_prob(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
-        """log p(z_n | c_n) of every position, in nats."""
         u, log_det = self(z, features)
         return log_det + log_standard_normal(u).sum(-1)
 
     def conditional(self, parameters: list[Tensor]) -> Conditional:
-        """The affine map of groups with these means and log-scales [rows, C/G]."""
         mean, log_std = parameters
 
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,14 +276,12 @@ class Mix1Coupling(ChannelCoupling):
     def channels(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
     ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
-        """Noise u, and log du_i/dz_i of every channel, in nats."""
         log_w, mean, log_std = self.head(features, z)
         with full_precision(z):
             u, log_det = numerics.mixture_cdf(z.permute(2, 0, 1).contiguous(), log_w, mean, log_std)
         return u.permute(1, 2, 0), log_det.permute(1, 2, 0)
 
     def log_prob(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
-        """log p(z_n | c_n) of every position, in nats."""
         log_w, mean, log_std = self.head(features, z)
         with full_precision(z):
             return numerics.mixture_log_density(z.permute(2, 0, 1).contiguous(), log_w, mean, log_std).sum(0)

@@ -20,14 +20,10 @@ from tarflowlm.flow.precision import full_precision, widen
 class GroupState:
     """The state of a head inside one position: its features, and the groups observed so far."""
 
-    context: Tensor
-    """W^context_g c of every group, [G, B, M]."""
-    shared: Tensor | None
-    """W^shared c, the linear path into the first output, [B, O]."""
-    values: tuple[Tensor, ...] = ()
-    """Values [B, C/G] of the groups observed so far."""
-    embedded: tuple[Tensor, ...] = ()
-    """Their embeddings e_g, [B, A]."""
+    context: Tensor  # W^context_g c of every group, [G, B, M]
+    shared: Tensor | None  # W^shared c, the linear path into the first output, [B, O]
+    values: tuple[Tensor, ...] = ()  # of the groups observed so far, [B, C/G]
+    embedded: tuple[Tensor, ...] = ()  # their embeddings e_g, [B, A]
 
 
 LARGEST_LOG_STD, ROOM = 8.0, 4.0
@@ -171,12 +167,9 @@ class AutoregressiveHead(nn.Module):
 class PatchState:
     """The state of `TokenFeatures` inside one patch."""
 
-    places: Tensor
-    """W^place_a c of every place a, [B, P, D]."""
-    head_state: GroupState | None
-    """The state of the in-patch head, if there is one."""
-    num_tokens: int = 0
-    """Tokens observed so far."""
+    places: Tensor  # W^place_a c of every place a, [B, P, D]
+    head_state: GroupState | None  # of the in-patch head, if there is one
+    num_tokens: int = 0  # observed so far
 
 
 class TokenFeatures(nn.Module):

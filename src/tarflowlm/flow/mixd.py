@@ -53,7 +53,6 @@ class MixDCoupling(Coupling):
     def forward(
         self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
     ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
-        """Noise u, and log|det du_n/dz_n| of every position, in nats."""
         token_features = self.token_features(features, z).flatten(0, -2)
         rows = numerics.held_rows(self.weight_head.out_features, z.device)
         parts = list(zip(z.reshape(-1, self.latent_dim).split(rows), token_features.split(rows), strict=True))
@@ -121,7 +120,6 @@ class MixDCoupling(Coupling):
     def conditionals(
         self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None, *, earlier: Sequence[Tensor] = ()
     ) -> Conditionals:
-        """The conditionals of one position, token by token, from its features c_n, after the tokens in `earlier`."""
         book, state = self.components, self.token_features.start(features)
         for known in earlier:
             state = self.token_features.observe(state, known)

@@ -40,7 +40,6 @@ class InputMap(nn.Module):
         nn.init.normal_(self.lift.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transformer inputs [..., D] of latents x [..., C]."""
         return self.linear(x) + self.out(F.gelu(self.lift(x)))
 
 

@@ -29,10 +29,9 @@ from tarflowlm.flow.numerics.normal import SQRT_HALF
 
 _DROPPED = 1e-40
 """Posterior mass of a component that is dropped: room for it to grow by the channels that follow."""
-_LARGEST_EXPONENT = 100.0
-"""A channel whose density is below exp(-100) of its components' largest is not taken here."""
-_FAR = 100.0
-"""Nor are components whose density is below exp(-100) of the nearest one's: they are dropped."""
+_LARGEST_EXPONENT = _FAR = 100.0
+"""A channel whose density is below exp(-100) of its components' largest is not taken here; a component whose density
+is below exp(-100) of the nearest one's is dropped."""
 _CERTAIN = 9.0
 """Q(9) = 1e-19: a component whose mean is that far below has all its mass there. One that is as far above y has none
 beside Q(y), y >= 0, since Q(y + 9) < 1e-18 Q(y)."""
@@ -56,19 +55,14 @@ _quantile = NormalDist().inv_cdf
 class _Book(NamedTuple):
     """The codebook in lists over components."""
 
-    mean: list[list[float]]
-    """One list per channel."""
+    mean: list[list[float]]  # one list per channel
     std: list[float]
     inv_std: list[float]
     largest_inv_std: float
-    order: list[int]
-    """Components sorted by their means in the first channel."""
-    step: float
-    """The size from which a Newton step is the last."""
-    eps: float
-    """The rounding unit of z's format."""
-    single: bool
-    """True where z is rounded to float32."""
+    order: list[int]  # components sorted by their means in the first channel
+    step: float  # the size from which a Newton step is the last
+    eps: float  # the rounding unit of z's format
+    single: bool  # True where z is rounded to float32
 
 
 def is_handful(rows: int, num_components: int) -> bool:
@@ -77,10 +71,7 @@ def is_handful(rows: int, num_components: int) -> bool:
 
 
 def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, list[int]]:
-    """z [N, d], and the rows that were left out: there, z is NaN.
-
-    Where the rows so far needed so much work that the general path is faster for the others, these are left out.
-    """
+    """z [N, d], and the rows that were left out, where z is NaN: all that follow once the general path is faster."""
     book = _book(mean, log_std)
     if book is None:
         return torch.full_like(u, nan), list(range(len(u)))
@@ -157,10 +148,7 @@ def _row(noise: list[float], weight: list[float], book: _Book) -> tuple[list[flo
 def _update(
     x: float, live: list[int], weight: list[float], dropped: float, mean: list[float], book: _Book
 ) -> tuple[list[int], float]:
-    """Bayes' rule after a channel at x: the components that are left, and the mass of the others.
-
-    Rewrites `weight`.
-    """
+    """Bayes' rule after a channel at x: the components that are left, and the others' mass. Rewrites `weight`."""
     inv_std, near, total = book.inv_std, [], 0.0
     exponents = [0.5 * ((x - mean[k]) * inv_std[k]) ** 2 for k in live]
     least = min(exponents)
@@ -174,11 +162,10 @@ def _update(
             near.append(k)
     dropped *= exp(least)
     dropped = (dropped + (len(live) - len(near)) * exp(-_FAR)) * book.largest_inv_std / total
-    left, scale = [], 1.0 / total
+    scale = 1.0 / total
     for k in near:
         weight[k] *= scale
-        if weight[k] > _DROPPED:
-            left.append(k)
+    left = [k for k in near if weight[k] > _DROPPED]
     return left, dropped + (len(near) - len(left)) * _DROPPED
 
 

@@ -235,11 +235,11 @@ def _shares(z: Tensor, params: Params, space: Workspace) -> tuple[Tensor, ...]:
     return weight, total, inv_std, a, share, share_total, log_density
 
 
-def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """log p, [N], as `reference.mixture_log_density`."""
-    out, space = torch.empty_like(z), Workspace(5, mean.shape[-1], z.dtype)
-    for rows in row_chunks(len(z), mean.shape[-1]):
-        out[rows] = _shares(z[rows], take_rows((log_w, mean, log_std), rows), space)[-1]
+def mixture_log_density(z: Tensor, *params: Tensor) -> Tensor:
+    """log p, [N], as `reference.mixture_log_density` of log_w, mean, log_std."""
+    out, space = torch.empty_like(z), Workspace(5, params[1].shape[-1], z.dtype)
+    for rows in row_chunks(len(z), params[1].shape[-1]):
+        out[rows] = _shares(z[rows], take_rows(params, rows), space)[-1]
     return out
 
 

@@ -47,9 +47,8 @@ _NEARLY_CERTAIN, _FEW_ROWS = -1e-5, 64
 rows are few and calls are all that costs, every one of them."""
 
 
-def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """z [N], as `reference.mixture_cdf_inverse`."""
-    params = (log_w, mean, log_std)
+def mixture_cdf_inverse(u: Tensor, *params: Tensor) -> Tensor:
+    """z [N], as `reference.mixture_cdf_inverse` of log_w, mean, log_std."""
     far = rows_below(upper_tail(u.abs()), SMALLEST[u.dtype])
     if far is None:
         return _solve_linear(u, params)
@@ -71,10 +70,10 @@ def are_few(rows: int, num_components: int) -> bool:
 
 def _solve_linear(u: Tensor, params: Params) -> Tensor:
     num_components = params[1].shape[-1]
-    if are_few(u.shape[0], num_components):
+    if are_few(len(u), num_components):
         return _solve_on_grid(u, params)
     z, space = torch.empty_like(u), Workspace(5, num_components, u.dtype)
-    for rows in row_chunks(u.shape[0], num_components):
+    for rows in row_chunks(len(u), num_components):
         z[rows] = _solve_by_bisection(u[rows], take_rows(params, rows), space)
     return z
 

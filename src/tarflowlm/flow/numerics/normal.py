@@ -9,9 +9,9 @@ For N rows z [N, d] and K components mean [K, d], log_std [K], with s_k = exp(lo
     log N(z_n; mean_k, s_k^2 I) = A_n . B_k,   A_n = [z_n, |z_n|^2, 1],
     B_k = [mean_k / s_k^2,  -1 / (2 s_k^2),  -|mean_k|^2 / (2 s_k^2) - d log s_k - d log(2 pi) / 2]
 
-One matrix product, in *float64*: |z|^2 - 2 z mean + |mean|^2 cancels, and at s = 1e-3 float32 (let alone TF32) would
-be wrong by some nats, centred or not. It costs d + 2 columns, little beside an LM head. Differences in float32 are as
-accurate and two to four times slower on a CPU; `log_component_densities` takes them on devices without float64.
+One matrix product, in *float64*: |z|^2 - 2 z mean + |mean|^2 cancels, and at s = 1e-3 float32 would be wrong by some
+nats. Differences in float32 are as accurate and two to four times slower on a CPU; `log_component_densities` takes
+them on devices without float64.
 """
 
 import math
@@ -77,10 +77,9 @@ def upper_quantile_of_log(log_q: Tensor) -> Tensor:
 
     Newton steps on log Q(x) - log q, which is concave: quadratic error at most, and never a wrong branch.
     """
-    x = _rational_start(torch.sqrt(-2.0 * log_q))
     square = (-2.0 * log_q).clamp(min=1.0)
     series = torch.sqrt((square - torch.log(square) - LOG_2PI).clamp(min=0.0))
-    x = torch.where(log_q < _SERIES_BELOW, series, x)
+    x = torch.where(log_q < _SERIES_BELOW, series, _rational_start(torch.sqrt(-2.0 * log_q)))
     for _ in range(3):
         log_tail = torch.special.log_ndtr(-x)
         x = x + (log_tail - log_q) * torch.exp(log_tail - log_standard_normal(x))
@@ -102,11 +101,9 @@ def point_factors(z: Tensor) -> Tensor:
 
 def component_factors(mean: Tensor, log_std: Tensor) -> Tensor:
     """B [K, d + 2] of mean [K, d], log_std [K], in the wide format."""
-    wide = wide_dtype(mean)
-    mean, log_std = mean.to(wide), log_std.to(wide)
-    precision = torch.exp(-2.0 * log_std)[:, None]
-    d = mean.shape[-1]
-    constant = -0.5 * (mean * mean).sum(-1, keepdim=True) * precision - d * (log_std[:, None] + HALF_LOG_2PI)
+    mean, log_std = mean.to(wide_dtype(mean)), log_std.to(wide_dtype(mean))[:, None]
+    precision = torch.exp(-2.0 * log_std)
+    constant = -0.5 * (mean * mean).sum(-1, keepdim=True) * precision - mean.shape[-1] * (log_std + HALF_LOG_2PI)
     return torch.cat([mean * precision, -0.5 * precision, constant], -1)
 
 
@@ -138,7 +135,5 @@ def log_own_density(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 def check_codebook(z: Tensor, mean: Tensor, log_std: Tensor) -> None:
     """ValueError unless z [..., d], mean [K, d], log_std [K]."""
     if mean.ndim != 2 or log_std.shape != mean.shape[:1] or z.ndim == 0 or z.shape[-1] != mean.shape[1]:
-        raise ValueError(
-            "need z [..., d], mean [K, d], log_std [K]; "
-            f"got {tuple(z.shape)}, {tuple(mean.shape)}, {tuple(log_std.shape)}"
-        )
+        got = f"{tuple(z.shape)}, {tuple(mean.shape)}, {tuple(log_std.shape)}"
+        raise ValueError(f"need z [..., d], mean [K, d], log_std [K]; got {got}")
