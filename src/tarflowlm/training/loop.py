@@ -213,18 +213,15 @@ class StepLog:
         if not window.losses:
             return  # every step was skipped
         nats = sum(window.losses) / len(window.losses)
-        self.run.log.write(
-            {
-                "split": "train",
-                **_place(self.counters),
-                "nats_per_token": nats,
-                "bpc": bits(nats) / self.run.characters_ratio,
-                "lr": lr,
-                "grad_norm": sum(window.norms) / len(window.norms),
-                "grad_norm_max": max(window.norms),
-                "tokens_per_second": window.tokens / max(window.seconds, 1e-9),
-            }
-        )
+        figures = {
+            "nats_per_token": nats,
+            "bpc": bits(nats) / self.run.characters_ratio,
+            "lr": lr,
+            "grad_norm": sum(window.norms) / len(window.norms),
+            "grad_norm_max": max(window.norms),
+            "tokens_per_second": window.tokens / max(window.seconds, 1e-9),
+        }
+        self.run.log.write({"split": "train", **_place(self.counters), **figures})
 
 
 def validate(run: TrainingRun) -> Likelihood:

@@ -18,7 +18,7 @@ class Pace:
 
     With a time limit, `train.stage_steps` are the shares of the stages in the remaining time. Time is first reserved
     for the evaluation and checkpoint that end every remaining stage, and for the evaluation of `test_windows` windows
-    at the end of the run. Other evaluations and checkpoints take time from the stage itself. `clock` gives the seconds
+    at the end of the run. Other evaluations and checkpoints take time from the stage itself. `clock` gives seconds
     since the run began.
     """
 

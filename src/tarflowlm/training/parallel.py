@@ -255,7 +255,6 @@ class ParallelModel:
     def _divided_bound(
         self, model: LanguageModel, tokens: Int[Tensor, "B T"], *, generator: torch.Generator, **_options: Any
     ) -> Float[Tensor, "1 B"]:
-        """The bound of every row from one posterior sample, with the rows divided between the processes."""
         noise = model.draw_noise(tokens, generator)
         each = -(-len(tokens) // self.processes.world)
         # the last process may have fewer rows and repeats one, since all must take part in every collective
@@ -293,9 +292,8 @@ def shard(loss: nn.Module, model: LanguageModel, processes: Processes, *, compil
     break a larger graph, so each layer is `compiled` on its own.
     """
     mesh = init_device_mesh(processes.device.type, (processes.world,))
-    for layer in _layers(model):
-        if compiled:
-            layer.compile(fullgraph=True)
+    for layer in _layers(model) if compiled else ():
+        layer.compile(fullgraph=True)
     # couplings contain the heads of a flow
     heads = [m for m in model.modules() if isinstance(m, Coupling) or m is getattr(model, "head", None)]
     for module in [*_layers(model), *heads]:

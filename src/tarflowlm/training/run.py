@@ -195,7 +195,6 @@ class TrainingRun:
         return weights
 
     def _write_weights(self, directory: Path, weights: dict[str, Tensor], **more: str) -> None:
-        """Write weights, with step, tokens, blocks and `more` in the header."""
         info = {"step": self.counters.step, "tokens": self.counters.tokens, "blocks": self.model.num_blocks}
         if self.processes.first:
             save_weights(directory, weights, {name: str(value) for name, value in info.items()} | more)
