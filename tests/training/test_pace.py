@@ -8,7 +8,7 @@ import torch
 from tarflowlm.config import OptimConfig, TrainConfig
 from tarflowlm.runs.checkpoint import read_run
 from tarflowlm.training.optim import schedule
-from tarflowlm.training.pace import StepPace, TimePace
+from tarflowlm.training.pace import Pace
 from tarflowlm.training.state import Counters, TimeSpent
 from tarflowlm.training.train import resume
 
@@ -22,9 +22,9 @@ def timed():
     def build(stage: int, **spent: float):
         counters = Counters(stage=stage, spent=TimeSpent(**spent))
         now = [counters.spent.stage_start]
-        pace = TimePace(TrainConfig(stage_steps=(8, 1, 1), minutes=100.0), counters, lambda: now[0], 10)
+        pace = Pace(TrainConfig(stage_steps=(8, 1, 1), minutes=100.0), counters, lambda: now[0], 10)
 
-        def at(seconds: float, stage_step: int) -> TimePace:
+        def at(seconds: float, stage_step: int) -> Pace:
             now[0], counters.stage_step = seconds, stage_step
             pace.update()
             return pace
@@ -36,7 +36,7 @@ def timed():
 
 def test_steps_are_counted():
     counters = Counters()
-    pace = StepPace(TrainConfig(stage_steps=(5,)), counters)
+    pace = Pace(TrainConfig(stage_steps=(5,)), counters, lambda: 0.0, 10)
     assert (pace.total, pace.num_steps, pace.over, pace.save_due) == (5, 5, False, False)
     counters.stage_step = 5
     pace.update()

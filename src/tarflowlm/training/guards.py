@@ -36,11 +36,7 @@ def broken_gradients(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 @torch.no_grad()
 def skipped_record(
-    model: LanguageModel,
-    tokens: Tensor,
-    generator: torch.Generator,
-    gradients: dict[str, dict[str, Any]],
-    loss: float,
+    model: LanguageModel, tokens: Tensor, generator: torch.Generator, gradients: dict[str, Any], loss: float
 ) -> dict[str, Any]:
     """The record of a skipped step in metrics.jsonl, without its place (step, tokens, block).
 

@@ -15,7 +15,7 @@ from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.language_model import seeded
 from tarflowlm.training.guards import broken_gradients, in_words, skipped_record
 from tarflowlm.training.optim import build_optimizers, schedule, set_learning_rate
-from tarflowlm.training.pace import StepPace, TimePace
+from tarflowlm.training.pace import Pace
 from tarflowlm.training.parallel import ParallelModel
 from tarflowlm.training.run import TrainingRun
 from tarflowlm.training.state import Counters, LogWindow
@@ -37,9 +37,7 @@ def train_stage(run: TrainingRun) -> Likelihood:
     """
     config, counters, log = run.config, run.counters, StepLog(run)
     every = STEPS_BETWEEN_READS.get(run.device.type, 1)
-    pace = StepPace(config.train, counters)
-    if config.train.minutes:
-        pace = TimePace(config.train, counters, run.seconds, run.num_test_windows)
+    pace = Pace(config.train, counters, run.seconds, run.num_test_windows)
     run.reporter.stage(run.describe_stage(), pace.total, pace.done)
     while True:
         # after the checkpoint: a kill during a long evaluation loses nothing, and a resumed run starts with it
@@ -136,8 +134,7 @@ def take_step(run: TrainingRun, *, deferred: bool) -> PendingStep:
         tokens = tokens.pin_memory()
     tokens = tokens.to(run.device, non_blocking=True)
     noise = run.generator.get_state()
-    model, optimizers, generator = run.parallel_model, run.optimizers, run.generator
-    result = optimizer_step(model, optimizers, tokens, generator=generator, deferred=deferred)
+    result = optimizer_step(run.parallel_model, run.optimizers, tokens, generator=run.generator, deferred=deferred)
     num_tokens = tokens.numel() * run.processes.world
     counters.step += 1
     counters.stage_step += 1
@@ -189,7 +186,6 @@ class StepLog:
         self.start = now
 
     def _record_skipped(self, step: PendingStep, loss: float) -> None:
-        """Record a skipped step; FloatingPointError after too many in a row."""
         counters, model, noise = self.counters, self.run.parallel_model, torch.Generator(device=self.run.device)
         counters.skipped += 1
         gradients = step.result.broken
@@ -217,18 +213,15 @@ class StepLog:
         if not window.losses:
             return  # every step was skipped
         nats = sum(window.losses) / len(window.losses)
-        self.run.log.write(
-            {
-                "split": "train",
-                **_place(self.counters),
-                "nats_per_token": nats,
-                "bpc": bits(nats) / self.run.characters_ratio,
-                "lr": lr,
-                "grad_norm": sum(window.norms) / len(window.norms),
-                "grad_norm_max": max(window.norms),
-                "tokens_per_second": window.tokens / max(window.seconds, 1e-9),
-            }
-        )
+        figures = {
+            "nats_per_token": nats,
+            "bpc": bits(nats) / self.run.characters_ratio,
+            "lr": lr,
+            "grad_norm": sum(window.norms) / len(window.norms),
+            "grad_norm_max": max(window.norms),
+            "tokens_per_second": window.tokens / max(window.seconds, 1e-9),
+        }
+        self.run.log.write({"split": "train", **_place(self.counters), **figures})
 
 
 def validate(run: TrainingRun) -> Likelihood:

@@ -1,4 +1,4 @@
-"""metrics.jsonl, one JSON object per line, and the reporter through which a front end follows a run."""
+"""What a run tells: metrics.jsonl, one JSON object per line, the trackers, and the reporter of a front end."""
 
 import importlib.util
 import io

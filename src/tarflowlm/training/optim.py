@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules."""
+"""Muon in a precision of its choice, which optimiser each parameter gets, and the learning-rate schedules."""
 
 import math
 from collections.abc import Iterable, Iterator

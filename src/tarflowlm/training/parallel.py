@@ -1,4 +1,4 @@
-"""The loss of a stage and its gradients, in one process or in several: the model replicated (DDP) or sharded (FSDP2).
+"""Training in one process or in several: the group of processes, and the model replicated (DDP) or sharded (FSDP2).
 
 A global batch gives the same step however it is divided: every process draws the noise of all sequences and uses its
 own rows, the loss is a mean over equal parts, and gradients are averaged. Dropout alone differs: every process draws
@@ -188,7 +188,10 @@ class ParallelModel:
         self.sharded = processes.world > 1 and config.train.parallel == "fsdp"
         # a model to be sharded is not on its device yet
         self.compiled = compiles(config.train, processes, processes.device if self.sharded else model.device)
-        self._prepare_layers(frozen)
+        trained = [layer for part in model.blocks_from(frozen) for layer in _layers(part)]
+        for layer in _layers(model):
+            layer.keeps_activations = not (config.train.checkpoint_activations and layer in trained)
+            layer.dropout = config.train.dropout if layer in trained else 0.0
         self.loss: nn.Module = NegativeBound(model, frozen)
         if self.sharded:
             shard(self.loss, model, processes, compiled=self.compiled)
@@ -197,13 +200,6 @@ class ParallelModel:
             self.loss.compile(fullgraph=True)
         if processes.world > 1:
             self.loss = DistributedDataParallel(self.loss, gradient_as_bucket_view=True)
-
-    def _prepare_layers(self, frozen: int) -> None:
-        """Turn on activation checkpointing and dropout in the Transformer layers that train."""
-        trained = [layer for part in self.model.blocks_from(frozen) for layer in _layers(part)]
-        for layer in _layers(self.model):
-            layer.keeps_activations = not (self.config.train.checkpoint_activations and layer in trained)
-            layer.dropout = self.config.train.dropout if layer in trained else 0.0
 
     def backward(self, tokens: Int[Tensor, "B T"], generator: torch.Generator) -> Tensor:
         """Compute the gradients of the mean loss over the global batch; returns that mean, in nats per token.
@@ -259,7 +255,6 @@ class ParallelModel:
     def _divided_bound(
         self, model: LanguageModel, tokens: Int[Tensor, "B T"], *, generator: torch.Generator, **_options: Any
     ) -> Float[Tensor, "1 B"]:
-        """The bound of every row from one posterior sample, with the rows divided between the processes."""
         noise = model.draw_noise(tokens, generator)
         each = -(-len(tokens) // self.processes.world)
         # the last process may have fewer rows and repeats one, since all must take part in every collective
@@ -287,7 +282,7 @@ def _layers(module: nn.Module) -> list[Layer]:
 
 
 # FSDP2: parameters, gradients and optimiser states are sharded. Nothing else here, in `optim` or in `state` depends
-# on it; `muon` gathers the matrices that it orthogonalises.
+# on it; `Muon` gathers the matrices that it orthogonalises.
 
 
 def shard(loss: nn.Module, model: LanguageModel, processes: Processes, *, compiled: bool) -> None:
@@ -297,9 +292,8 @@ def shard(loss: nn.Module, model: LanguageModel, processes: Processes, *, compil
     break a larger graph, so each layer is `compiled` on its own.
     """
     mesh = init_device_mesh(processes.device.type, (processes.world,))
-    for layer in _layers(model):
-        if compiled:
-            layer.compile(fullgraph=True)
+    for layer in _layers(model) if compiled else ():
+        layer.compile(fullgraph=True)
     # couplings contain the heads of a flow
     heads = [m for m in model.modules() if isinstance(m, Coupling) or m is getattr(model, "head", None)]
     for module in [*_layers(model), *heads]:

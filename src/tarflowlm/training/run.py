@@ -151,9 +151,7 @@ class TrainingRun:
 
     def evaluate(self, windows: Tensor, progress: Progress = SILENT) -> Likelihood:
         """The bound over `windows` [W, T]. Stops in between if the run was asked to. Collective."""
-        return self.parallel_model.evaluate(
-            windows, self.characters_per_token, progress=_StoppableProgress(self, progress)
-        )
+        return self.parallel_model.evaluate(windows, self.characters_per_token, _StoppableProgress(self, progress))
 
     def save(self) -> None:
         """Save a checkpoint, unless this step is saved: the state, then the weights, so that the directory loads."""
@@ -197,7 +195,6 @@ class TrainingRun:
         return weights
 
     def _write_weights(self, directory: Path, weights: dict[str, Tensor], **more: str) -> None:
-        """Write weights, with step, tokens, blocks and `more` in the header."""
         info = {"step": self.counters.step, "tokens": self.counters.tokens, "blocks": self.model.num_blocks}
         if self.processes.first:
             save_weights(directory, weights, {name: str(value) for name, value in info.items()} | more)

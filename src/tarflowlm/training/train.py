@@ -122,7 +122,6 @@ def resume(
 
 
 def _train_stages(run: TrainingRun, state: Path | None, stop_requests: StopRequests) -> dict[str, Any]:
-    """Train all stages of a run, from its first step or from `state`, and finish it; returns the summary."""
     keep_freed_memory()
     with stop_requests() as run.stop_signal:
         run.start(state)
@@ -135,7 +134,6 @@ def _train_stages(run: TrainingRun, state: Path | None, stop_requests: StopReque
 
 
 def _finish(run: TrainingRun) -> dict[str, Any]:
-    """Evaluate the test split and write summary.json."""
     run.model.eval()
     minutes = run.config.train.minutes
     if minutes:
@@ -196,10 +194,7 @@ def _writing(out: Path, processes: Processes) -> Iterator[None]:
 
 
 def _state_to_resume(out: Path) -> Path | None:
-    """The state to resume, or None if the run was killed before its first checkpoint.
-
-    Removes files that a kill left incomplete.
-    """
+    """The state to resume, or None without a checkpoint. Removes files that a kill left incomplete."""
     damage, states = weights_problem(out), out / STATE
     if (out / SUMMARY).exists() and damage is None:
         raise UserError(f"{out} is finished: there is nothing to resume; start a new run with another --out")
