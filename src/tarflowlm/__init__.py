@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tarflowlm.baseline import BaselineConfig, TokenLM
     from tarflowlm.errors import UserError
-    from tarflowlm.evaluation.likelihood import evaluate
-    from tarflowlm.evaluation.scores import Scores, score
+    from tarflowlm.evaluation.likelihood import Scores, evaluate, score
     from tarflowlm.generation import generate
     from tarflowlm.model import FlowConfig, TarFlowLM
     from tarflowlm.objective import elbo, importance_weighted_bound
@@ -21,11 +20,11 @@ __all__ = [
 ]  # fmt: skip
 
 _MODULES = {
-    "BaselineConfig": "baseline", "FlowConfig": "model", "Pretrained": "pretrained", "Scores": "evaluation.scores",
-    "TarFlowLM": "model", "TokenLM": "baseline", "UserError": "errors", "elbo": "objective",
-    "evaluate": "evaluation.likelihood", "from_pretrained": "pretrained", "generate": "generation",
-    "importance_weighted_bound": "objective", "load": "pretrained", "resume": "training.train",
-    "score": "evaluation.scores", "train": "training.train",
+    "BaselineConfig": "baseline", "FlowConfig": "model", "Pretrained": "pretrained",
+    "Scores": "evaluation.likelihood", "TarFlowLM": "model", "TokenLM": "baseline", "UserError": "errors",
+    "elbo": "objective", "evaluate": "evaluation.likelihood", "from_pretrained": "pretrained",
+    "generate": "generation", "importance_weighted_bound": "objective", "load": "pretrained",
+    "resume": "training.train", "score": "evaluation.likelihood", "train": "training.train",
 }  # fmt: skip
 """The module of every public name, imported on first use: PyTorch reads some environment variables at import, and the
 command line has to set them first."""

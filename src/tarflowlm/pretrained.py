@@ -13,7 +13,7 @@ from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import read, read_template
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.scores import Scores, score
+from tarflowlm.evaluation.likelihood import Scores, score
 from tarflowlm.generation import generate
 from tarflowlm.generation.inversion import Decoders
 from tarflowlm.language_model import LanguageModel, LanguageModelConfig, as_integer, check_type

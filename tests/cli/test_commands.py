@@ -15,7 +15,7 @@ from tarflowlm.cli import quickstart
 from tarflowlm.cli.main import COMMANDS, main
 from tarflowlm.cli.train import read
 from tarflowlm.data.bpe import train_bpe
-from tarflowlm.evaluation.scores import score
+from tarflowlm.evaluation.likelihood import score
 from tarflowlm.files import writer_lock
 from tarflowlm.pretrained import load
 from tarflowlm.runs.released import released

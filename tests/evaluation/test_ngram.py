@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tarflowlm.evaluation.ngram import bigram_cross_entropy, compressed_bits, ngram_entropy
+from tarflowlm.evaluation.quality import bigram_cross_entropy, compressed_bits, ngram_entropy
 
 
 def plain(text: str, order: int) -> float:

@@ -7,8 +7,7 @@ import torch
 
 from tarflowlm.data import sliding_windows
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import bits, evaluate
-from tarflowlm.evaluation.scores import score
+from tarflowlm.evaluation.likelihood import bits, evaluate, score
 from tarflowlm.objective import elbo
 from tarflowlm.progress import Silent
 

@@ -18,7 +18,7 @@ from tarflowlm.model import FlowConfig
 from tarflowlm.report.records import read_record
 from tarflowlm.reproduce import RECIPES, ablations, measures, passes, states, tables
 from tarflowlm.reproduce.recipe import Finished, Settings, Training
-from tarflowlm.reproduce.write import write_results
+from tarflowlm.reproduce.tables import write_results
 from tarflowlm.runs.checkpoint import save_weights, write_run
 
 CONTEXT = 16

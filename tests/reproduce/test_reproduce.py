@@ -14,8 +14,8 @@ from tarflowlm.config import FlowConfig, RunConfig, TrainConfig, TransformerConf
 from tarflowlm.data import TEXT8_ALPHABET
 from tarflowlm.errors import UserError
 from tarflowlm.reproduce import RECIPES, ablations, passes
-from tarflowlm.reproduce.measures import summary_row
 from tarflowlm.reproduce.recipe import Recipe, Settings, estimate, finish, state_of, trainings
+from tarflowlm.reproduce.states import summary_row
 from tarflowlm.training.metrics import Reporter
 
 MINI, PAPER = (Settings(scale=scale, out=Path("out")) for scale in ("mini", "paper"))

@@ -52,7 +52,7 @@ def run(args: Args) -> None:
     from tarflowlm.cli.signals import stop_on_signals
     from tarflowlm.data import cached_corpus
     from tarflowlm.device import pick_device
-    from tarflowlm.evaluation.ngram import bigram_cross_entropy, compressed_bits, ngram_entropy
+    from tarflowlm.evaluation.quality import bigram_cross_entropy, compressed_bits, ngram_entropy
     from tarflowlm.generation import Watch, generate
     from tarflowlm.generation.window import num_positions
     from tarflowlm.runs.checkpoint import load_checkpoint

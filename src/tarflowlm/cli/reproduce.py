@@ -60,7 +60,7 @@ def run(args: Args) -> None:
     from tarflowlm.device import pick_device
     from tarflowlm.reproduce import RECIPES
     from tarflowlm.reproduce.recipe import Settings, check_texts, estimate, finish, state_of
-    from tarflowlm.reproduce.write import write_results
+    from tarflowlm.reproduce.tables import write_results
     from tarflowlm.terminal.bars import Bars, ProgressReporter
     from tarflowlm.terminal.tables import print_json, print_table
 

@@ -42,8 +42,7 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.data.prompts import read
-    from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.evaluation.scores import score
+    from tarflowlm.evaluation.likelihood import score, sign_of
     from tarflowlm.runs.released import choose_directory
     from tarflowlm.terminal.bars import Bars
     from tarflowlm.terminal.tables import print_columns, print_json, print_notice

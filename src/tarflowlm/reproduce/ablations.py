@@ -12,7 +12,8 @@ from tarflowlm.data import eval_windows
 from tarflowlm.presets import PLAIN_CODEBOOK
 from tarflowlm.report.records import RunRecord, read_record
 from tarflowlm.report.style import Figure
-from tarflowlm.reproduce.measures import (
+from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings, without
+from tarflowlm.reproduce.states import (
     judge_of,
     judge_training,
     latents,
@@ -24,7 +25,6 @@ from tarflowlm.reproduce.measures import (
     summaries_by,
     summary_row,
 )
-from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings, without
 
 BASE, CHANNELWISE = "base", "+ channel-wise"
 SIX = 6

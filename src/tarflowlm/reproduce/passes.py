@@ -14,8 +14,8 @@ from tarflowlm.presets import PAPER_CORPORA, PRESETS, preset
 from tarflowlm.report.grid import CSS, Token, symbols, to_html
 from tarflowlm.report.grid import Row as TextRow
 from tarflowlm.report.style import COLOURS, SMALL, Figure, Page, Section
-from tarflowlm.reproduce.measures import DEEPEST_LAST, SHORT_WINDOWS, latents, sample, share, summary_row
 from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings, without
+from tarflowlm.reproduce.states import DEEPEST_LAST, SHORT_WINDOWS, latents, sample, share, summary_row
 
 LENGTH = 128
 """Tokens per sample."""

@@ -29,7 +29,27 @@ Row = dict[str, Any]
 GPT2_VOCAB = 50_257
 """Known here so that a plan needs no network."""
 RUN_DETAILS = ("ppl", "stderr, nats", "tokens seen", "seconds")
-"""Columns of `measures.summary_row` for the CSV alone."""
+"""Columns of `states.summary_row` for the CSV alone."""
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """The names of all columns, in the order of their first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table; empty without rows."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return ""
+        return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+    if not rows:
+        return ""
+    columns = columns_of(rows)
+    lines = [columns, ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 @dataclass(frozen=True)

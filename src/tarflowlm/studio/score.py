@@ -10,7 +10,7 @@ from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import Reading
 from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.scores import Scores, score
+from tarflowlm.evaluation.likelihood import Scores, score
 from tarflowlm.report.grid import symbols
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
