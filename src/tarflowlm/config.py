@@ -48,13 +48,9 @@ TEXT8_ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 
 def check_alphabet(alphabet: str) -> None:
     """UserError unless `alphabet` has at least two characters, no duplicates and no lone surrogates."""
-    if len(alphabet) < 2:
-        raise UserError(f"alphabet={alphabet!r} must hold at least two characters")
-    if duplicates := sorted({c for c in alphabet if alphabet.count(c) > 1}):
-        shown = ", ".join(map(repr, duplicates[:8]))
-        raise UserError(f"alphabet holds {shown} more than once: list each character once")
-    if any(0xD800 <= ord(c) <= 0xDFFF for c in alphabet):
-        raise UserError("alphabet holds half of a surrogate pair, which is no character: remove it")
+    if len(alphabet) < 2 or len(set(alphabet)) < len(alphabet) or any(0xD800 <= ord(c) <= 0xDFFF for c in alphabet):
+        rule = "list two characters or more, each once, and no half of a surrogate pair"
+        raise UserError(f"alphabet {alphabet!r:.80}: {rule}")
 
 
 Kind = Literal["char", "byte", "bpe"]

@@ -114,10 +114,12 @@ def check_option(value: Any, name: str, literal: Any) -> None:
         raise UserError(f"{name} {value!r:.40}: choose one of {', '.join(get_args(literal))}")
 
 
-def as_integer(value: Any, name: str) -> int:
-    """`value`, an integer of Python, NumPy or PyTorch. UserError for anything else."""
+def as_integer(value: Any, name: str, least: int | None = None) -> int:
+    """`value`, an integer of Python, NumPy or PyTorch. UserError for anything else, and below `least`."""
     value = value.item() if getattr(value, "ndim", None) == 0 else value
     check_type(value, name, Integral, "must be an integer")
+    if least is not None and value < least:
+        raise UserError(f"{name} {value}: must be at least {least}")
     return int(value)
 
 

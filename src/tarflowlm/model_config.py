@@ -194,20 +194,22 @@ class FlowConfig(LanguageModelConfig):
         self.above_zero("separation")
         self.require("blocks", len(self.blocks) > 0, "needs at least one block")
         for index, block in enumerate(self.blocks):
-            self._check_block(index, block)
+            if flaw := self._flaw(index, block):
+                raise UserError(f"model.blocks.{index}.{flaw}")
 
-    def _check_block(self, index: int, block: BlockConfig) -> None:
+    def _flaw(self, index: int, block: BlockConfig) -> str | None:
         K, least = block.components, 1 if block.coupling == "mix1" else 0
-        where = f"model.blocks.{index}.components ({block.coupling}) {K}"
+        components = f"components ({block.coupling}) {K}"
         if block.layers < 1:
-            raise UserError(f"model.blocks.{index}.layers {block.layers}: must be at least 1")
+            return f"layers {block.layers}: must be at least 1"
         if "affine" in block.coupling and K not in (0, 1):
-            raise UserError(f"{where}: has no effect, an affine coupling has one Gaussian; use 1")
+            return f"{components}: has no effect, an affine coupling has one Gaussian; use 1"
         if least > K:
-            raise UserError(f"{where}: must be at least {least}")
+            return f"{components}: must be at least {least}"
         if block.coupling == "mixd" and K == 0 and index > 0 and self.mixes_channels:
             remedy = "use it in block 1, turn channel_mix off, or give K >= 1 components of the block's own"
-            raise UserError(f"{where}: 0 (tied to the codebook) needs the codebook's order of channels: {remedy}")
+            return f"{components}: 0 (tied to the codebook) needs the codebook's order of channels: {remedy}"
+        return None
 
     @property
     def num_blocks(self) -> int:

@@ -113,9 +113,7 @@ def log_importance_weights(
     With `given` > 0 the weights are those of the tokens after the first `given`, conditional on these. The baseline
     gives one row, its exact log p(x). UserError for `samples` < 1, and as in `conditional_bound`.
     """
-    samples = as_integer(samples, "samples")
-    if samples < 1:
-        raise UserError(f"samples {samples}: must be at least 1")
+    samples = as_integer(samples, "samples", least=1)
     # on a CPU the activations of the rows should stay in the cache, and be small enough that the allocator reuses
     # their memory; an accelerator takes all rows, to keep it busy
     rows = max(1, CPU_TOKENS // max(1, tokens.shape[1]) if tokens.device.type == "cpu" else len(tokens))

@@ -87,9 +87,9 @@ def test_model_refuses_unknown_arguments():
     model = MODEL_REGISTRY["tarflowlm"]
     with pytest.raises(UserError, match="no-such-run"):
         model("no-such-run")
-    with pytest.raises(UserError, match="pretrained"):
+    with pytest.raises(TypeError, match="pretrained"):
         model()
-    with pytest.raises(UserError, match="dtype"):
+    with pytest.raises(TypeError, match="dtype"):
         model("english-mini-ar", dtype="auto")
     # the device that lm-eval passes on by default
     baseline = model("english-mini-ar", device="cuda:0", batch_size="1")

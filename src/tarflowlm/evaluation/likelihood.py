@@ -18,7 +18,6 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import checked_seed
 from tarflowlm.device import keep_freed_memory
-from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.precision import full_precision
 from tarflowlm.generation import generate
@@ -251,9 +250,7 @@ def score(
     not [T] or outside the vocabulary, and `samples` below 1.
     """
     check_model(model)
-    samples, seed = as_integer(samples, "samples"), checked_seed(as_integer(seed, "seed"))
-    if samples < 1:
-        raise UserError(f"samples {samples}: must be at least 1")
+    samples, seed = as_integer(samples, "samples", least=1), checked_seed(as_integer(seed, "seed"))
     check_tokens(model, tokens, shape="[T]")
     generator = torch.Generator(device=model.device).manual_seed(seed)
     windows = _windows(model, len(tokens))

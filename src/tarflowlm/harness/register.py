@@ -78,7 +78,7 @@ def register() -> None:
 
         def __init__(
             self,
-            pretrained: str = "",
+            pretrained: str,
             *,
             posterior_samples: int = 1,
             noise_seed: int = 0,
@@ -86,13 +86,8 @@ def register() -> None:
             device: str | None = None,
             batch_size: Any = None,
             max_batch_size: Any = None,
-            **unknown: Any,
         ) -> None:
             super().__init__()
-            if unknown:
-                raise UserError(f"model_args {', '.join(unknown)}: unknown")
-            if not str(pretrained):
-                raise UserError("name the model: --model_args pretrained=DIRECTORY")
             self._device = pick_device("auto" if device in (None, DEVICE_OF_THE_HARNESS) else device)
             model, tokenizer = load(str(pretrained), self._device)
             self.tokenizer = tokenizer.with_normalization(normalize)

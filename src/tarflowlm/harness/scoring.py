@@ -18,10 +18,9 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import BLANK, read
-from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import log_weights, windows_per_batch
 from tarflowlm.generation import generate
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.language_model import LanguageModel, as_integer
 from tarflowlm.objective import CPU_TOKENS, conditional_bound, importance_weighted
 from tarflowlm.progress import SILENT, Progress
 
@@ -56,8 +55,7 @@ class TextScorer:
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, *, samples: int = 1, seed: int = 0) -> None:
-        if samples < 1:
-            raise UserError(f"posterior samples {samples}: must be at least 1")
+        samples = as_integer(samples, "posterior samples", least=1)
         self.model, self.tokenizer = model, tokenizer
         self.samples, self.seed = 1 if model.is_exact else samples, seed
         generator = torch.Generator(device=model.device).manual_seed(seed)

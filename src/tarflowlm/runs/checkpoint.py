@@ -60,12 +60,7 @@ def read_run(directory: Path) -> RunConfig:
 
 def read_summary(directory: Path) -> dict[str, Any] | None:
     """The results of a finished run, or None where there are none."""
-    if not (directory / SUMMARY).exists():
-        return None
-    found = read_json(directory / SUMMARY)
-    if not isinstance(found, dict):
-        raise UserError(f"{directory / SUMMARY} is not an object: train again")
-    return found
+    return read_json(directory / SUMMARY) if (directory / SUMMARY).exists() else None
 
 
 def load_checkpoint(

@@ -38,20 +38,21 @@ def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
 
     UserError, naming the dotted key, for unknown keys, missing keys and values of the wrong type.
     """
-    if not isinstance(data, dict):
-        raise UserError(f"{where}: expected an object, found {data!r}")
+    _require(isinstance(data, dict), where, f"expected an object, found {data!r}")
     hints, family = typing.get_type_hints(cls), getattr(cls, "family", None)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in data:
-        if key not in fields and not (key == "family" and family is not None and data[key] == family):
-            raise UserError(f"{where}.{key}: unknown key; known keys are {', '.join(sorted(fields))}")
-    values = {}
+    for key, value in data.items():
+        is_known = key in fields or (key == "family" and family is not None and value == family)
+        _require(is_known, f"{where}.{key}", f"unknown key; known keys are {', '.join(sorted(fields))}")
     for name, field in fields.items():
-        if name in data:
-            values[name] = _value(hints[name], data[name], f"{where}.{name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{where}.{name}: missing key")
-    return cls(**values)
+        is_needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        _require(name in data or not is_needed, f"{where}.{name}", "missing key")
+    return cls(**{name: _value(hints[name], data[name], f"{where}.{name}") for name in fields if name in data})
+
+
+def _require(is_valid: bool, where: str, message: str) -> None:
+    if not is_valid:
+        raise UserError(f"{where}: {message}")
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -59,20 +60,17 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _union(arguments, value, where)
     if origin is typing.Literal:
-        if value not in arguments:
-            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}")
+        _require(value in arguments, where, f"{value!r} is not one of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}: expected a list, found {value!r}")
-        item = arguments[0]
-        return tuple(_value(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+        _require(isinstance(value, (list, tuple)), where, f"expected a list, found {value!r}")
+        return tuple(_value(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise UserError(f"{where}: expected {hint.__name__}, found {value!r}")
+    is_right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    _require(is_right, where, f"expected {hint.__name__}, found {value!r}")
     return value
 
 
@@ -84,6 +82,6 @@ def _union(members: tuple[Any, ...], value: Any, where: str) -> Any:
         return _value(members[0], value, where)
     by_family = {m.family: m for m in members}
     family = value.get("family") if isinstance(value, dict) else None
-    if not isinstance(family, str) or family not in by_family:
-        raise UserError(f"{where}.family: {family!r} is not one of {', '.join(map(repr, by_family))}")
+    is_known = isinstance(family, str) and family in by_family
+    _require(is_known, f"{where}.family", f"{family!r} is not one of {', '.join(map(repr, by_family))}")
     return _value(by_family[family], value, where)

@@ -1,8 +1,7 @@
 """Weights in safetensors files, and checksums. Reading weights never unpickles.
 
-The header of weights holds a checksum of the tensors. The folder of a training state has a manifest.json with size
-and sha256 of its files, written last. Earlier versions wrote one beside the weights of a run, with one record per
-file, or two while the file was being replaced.
+The header of weights holds a checksum of the tensors; those of the first versions have none and are not compared. The
+folder of a training state has a manifest.json with size and sha256 of its files, written last.
 """
 
 import hashlib
@@ -29,7 +28,7 @@ def write_weights(path: Path, weights: dict[str, torch.Tensor], info: dict[str, 
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the header of a file, compared with its checksum, which earlier versions have in a manifest."""
+    """The tensors and the header of a file, compared with the checksum if the header has one."""
     if not path.is_file():
         raise UserError(f"{path} is missing: {path.parent} holds no trained weights yet")
     try:
@@ -37,17 +36,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             tensors, info = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error})") from None
-    if CHECKSUM in info:
-        if info[CHECKSUM] != checksum(tensors):
-            raise UserError(f"{path} is damaged (altered: its sha256 is not the one in its header)")
-        return tensors, info
-    try:
-        records = read_json(path.parent / MANIFEST)["files"][path.name]
-        is_right = _record(path) in records
-    except (UserError, LookupError, TypeError):  # no manifest
-        return tensors, info
-    if not is_right:
-        raise UserError(f"{path} is damaged (altered: its sha256 is not the one in {MANIFEST})")
+    if CHECKSUM in info and info[CHECKSUM] != checksum(tensors):
+        raise UserError(f"{path} is damaged (altered: its sha256 is not the one in its header)")
     return tensors, info
 
 
