@@ -163,8 +163,8 @@ class OptimConfig(Config):
         self.require("grad_clip", self.grad_clip > 0, "must be above 0")
         self.at_least(0, "codebook_lr_scale", "weight_decay")
         self.below_one("beta1", "beta2")
-        for name in ("warmup", "decay"):
-            self.require(name, 0 <= getattr(self, name) <= 1, "must be between 0 and 1")
+        self.require("warmup", 0 <= self.warmup <= 1, "must be between 0 and 1")
+        self.require("decay", 0 <= self.decay <= 1, "must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)

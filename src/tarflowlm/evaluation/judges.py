@@ -3,8 +3,7 @@
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +52,7 @@ class Judge(ABC):
     kind: str
     """Kind of model and of tokens, to be printed."""
     context: int
-    source: str | None = None
-    """Its training text, if known."""
+    source: str | None = None  # its training text, if known
 
     @abstractmethod
     def encode(self, text: str) -> Sequence[int]:
@@ -73,7 +71,7 @@ class Judge(ABC):
         Raises UserError for texts without tokens or with unknown characters.
         """
         chunks: list[list[int]] = []
-        first = []
+        first: list[int] = []
         for text in texts:
             ids = list(self.encode(text))
             if not ids:
@@ -86,10 +84,9 @@ class Judge(ABC):
             lengths = torch.tensor([len(ids) for ids in part])
             padded = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
             losses, states = self.score(padded)
-            losses = losses.cpu().double()
-            scored = (torch.arange(padded.shape[1]) < lengths[:, None]) & ~losses.isnan()
-            nats += losses[scored].sum().item()
-            count += int(scored.sum())
+            scored = losses.cpu().double()[torch.arange(padded.shape[1]) < lengths[:, None]]
+            scored = scored[~scored.isnan()]
+            nats, count = nats + scored.sum().item(), count + len(scored)
             features.append(states.cpu()[torch.arange(len(part)), lengths - 1].float())
             progress.advance(sum(start <= index < start + batch for index in first))
         return JudgedTexts(nats, count, torch.cat(features)[first])
@@ -186,31 +183,17 @@ def _from_transformers(name: str, local: bool) -> tuple[Any, Any]:
         options = {"use_safetensors": True, "local_files_only": only_local}
         return transformers.AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
 
-    with _quiet(transformers):
-        try:
-            try:
-                return get(True)
-            except (OSError, ValueError):
-                if local:
-                    raise
-            check_hub_reachable()
-            return get(False)
-        except Exception as error:  # hub, network and library errors share no base class
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            advice = "give a run of the baseline, a directory of transformers, or a hub name that can be reached"
-            raise UserError(f"cannot load the judge {name!r} ({reason}): {advice}") from None
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the library's warnings and progress bars."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
+        try:
+            return get(True)
+        except (OSError, ValueError):
+            if local:
+                raise
+        check_hub_reachable()
+        return get(False)
+    except Exception as error:  # hub, network and library errors share no base class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        advice = "give a run of the baseline, a directory of transformers, or a hub name that can be reached"
+        raise UserError(f"cannot load the judge {name!r} ({reason}): {advice}") from None

@@ -128,28 +128,19 @@ class TextScorer:
             length = given + how.max_tokens
             # beyond the context `generate` takes one prompt at a time
             rows = self._rows(length) if length <= self.model.config.context else 1
+            options = {name: getattr(how, name) for name in ("temperature", "top_k", "top_p")}
             for start in range(0, len(members), rows):
                 part = members[start : start + rows]
-                for index, tokens in zip(part, self._continued([prompts[i] for i in part], how), strict=True):
+                prompt = F.pad(torch.stack([prompts[i] for i in part]), (0, how.max_tokens), value=BLANK)
+                options |= {"num": len(part), "prompt": prompt, "generator": torch.Generator().manual_seed(self.seed)}
+                drawn = generate(self.model, num_tokens=length, **options).tokens.cpu()
+                for index, tokens in zip(part, drawn, strict=True):
                     found[index] = how.cut(self.tokenizer.decode(tokens[given:]))
                 progress.advance(len(part))
         return found
 
     def _rows(self, length: int) -> int:
         return max(1, CPU_TOKENS // length) if self.model.device.type == "cpu" else windows_per_batch(length)
-
-    def _continued(self, prompts: list[Tensor], how: Continuation) -> Tensor:
-        given = F.pad(torch.stack(prompts), (0, how.max_tokens), value=BLANK)
-        return generate(
-            self.model,
-            num_tokens=given.shape[1],
-            num=len(prompts),
-            generator=torch.Generator().manual_seed(self.seed),
-            temperature=how.temperature,
-            top_k=how.top_k,
-            top_p=how.top_p,
-            prompt=given,
-        ).tokens.cpu()
 
     def _pieces(self, tokens: Tensor, given: int) -> list[Piece]:
         """Windows that score the tokens after the first `given`, once each, with as much before them as fits."""

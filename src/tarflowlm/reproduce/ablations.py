@@ -3,7 +3,7 @@
 The questions: progressive training over time, patch sizes, and a single Mix-1 block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -36,17 +36,13 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     STARTED: ("", {}),
 }
 """Figure 4: inputs of the parameters of a channel -> suffix of the run, fields of its blocks."""
-PREFIXES = (0, 16, 64, 128)
-"""Tokens of real text that a continuation is given."""
-PROMPTS = 32
-
+PREFIXES, PROMPTS = (0, 16, 64, 128), 32
+"""Tokens of real text that a continuation is given, and the number of continuations."""
 MINI_BOUND, PAPER_BOUND = 2.1, 1.4
 """Bits per character of the training text, of which no step at mini scale sees a part twice."""
-AVERAGED = 5
-"""Lines of metrics.jsonl that a point of the curve averages."""
-POINTS = 8
-"""Evenly spaced points of the curve."""
-PATCHES = (1, 2, 4, 8)
+AVERAGED, POINTS = 5, 8
+"""Lines of metrics.jsonl that a point of the curve averages; evenly spaced points of the curve."""
+PATCHES = (2, 4, 8)
 FEW_COMPONENTS = (2, 3, 4)
 
 
@@ -152,19 +148,27 @@ def table_fig5(rows: Sequence[Row]) -> list[Row]:
     """One row per model and seed, one column per prefix."""
     table: dict[Any, Row] = {}
     for row in rows:
-        model, seed = row["model"], row.get("seed")
-        table.setdefault((model, seed), {"model": model, "seed": seed})[f"prefix {row['prefix']}"] = row["perplexity"]
+        key = {"model": row["model"], "seed": row.get("seed")}
+        table.setdefault(tuple(key.values()), key)[f"prefix {row['prefix']}"] = row["perplexity"]
     return list(table.values())
 
 
 def draw_fig5(figure: Figure, rows: Sequence[Row]) -> None:
     """Perplexity over the length of the prefix, one line per model."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        curves.setdefault(row["model"], []).append((row["prefix"], row["perplexity"]))
+    _plot_lines(figure, curves, "tokens of real text before the continuation", "generative perplexity")
+
+
+def _plot_lines(
+    figure: Figure, curves: Mapping[str, Sequence[tuple[int, float]]], x_label: str, y_label: str
+) -> None:
     axes = figure.subplots()
-    for model in dict.fromkeys(row["model"] for row in rows):
-        of_model = [row for row in rows if row["model"] == model]
-        axes.plot([row["prefix"] for row in of_model], [row["perplexity"] for row in of_model], "o-", label=model)
-    axes.set_xlabel("tokens of real text before the continuation")
-    axes.set_ylabel("generative perplexity")
+    for name, points in curves.items():
+        axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
     axes.legend()
 
 
@@ -200,22 +204,18 @@ def measure_progressive(settings: Settings, finished: Sequence[Finished]) -> lis
 
 def draw_progressive(figure: Figure, rows: Sequence[Row]) -> None:
     """The training curves."""
-    axes = figure.subplots()
+    curves = {}
     for row in rows:
-        points = {int(name[7:].replace(",", "")): value for name, value in row.items() if name.startswith("bpc at ")}
-        axes.plot(list(points), list(points.values()), "o-", label=f"{row['model']}, seed {row['seed']}")
-    axes.set_xlabel("optimiser steps")
-    axes.set_ylabel("training bits per character, <=")
-    axes.legend()
+        points = [(int(name[7:].replace(",", "")), bpc) for name, bpc in row.items() if name.startswith("bpc at ")]
+        curves[f"{row['model']}, seed {row['seed']}"] = points
+    _plot_lines(figure, curves, "optimiser steps", "training bits per character, <=")
 
 
 def plan_patches(settings: Settings) -> list[Training]:
     """Mix-d with in-patch weights and each patch size; all but the patch as with one token at a time."""
     run = settings.preset("mixd", "text8")
-    runs = {"P = 1": run}
-    for patch in PATCHES[1:]:
-        runs[f"P = {patch}"] = replace(run, name=f"{run.name}-p{patch}", model=replace(run.model, patch=patch))
-    return trainings(settings, runs)
+    wider = {p: replace(run, name=f"{run.name}-p{p}", model=replace(run.model, patch=p)) for p in PATCHES}
+    return trainings(settings, {"P = 1": run} | {f"P = {p}": patched for p, patched in wider.items()})
 
 
 def plan_one_block(settings: Settings) -> list[Training]:
@@ -227,8 +227,8 @@ def _one_block(settings: Settings, components: int) -> RunConfig:
     """One Mix-1 block with all layers of the three."""
     run = settings.preset("mix1", "text8")
     before = as_flow_config(run.model)
-    layers = sum(block.layers for block in before.blocks)
-    model = replace(before, blocks=stack(("mix1",), (layers,), (components,)))
+    layers = (sum(block.layers for block in before.blocks),)
+    model = replace(before, blocks=stack(("mix1",), layers, (components,)))
     optim = replace(run.optim, codebook_lr_scale=PLAIN_CODEBOOK)
     return shortened(settings, replace(run, name=f"{run.name}-one-k{components}", model=model, optim=optim))
 

@@ -17,10 +17,8 @@ from tarflowlm.report.style import COLOURS, SMALL, Figure, Page, Section
 from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings, without
 from tarflowlm.reproduce.states import DEEPEST_LAST, SHORT_WINDOWS, latents, sample, share, summary_row
 
-LENGTH = 128
-"""Tokens per sample."""
-SHOWN_SAMPLES, SAMPLES = 8, 16
-"""Samples of fig6, the first of which is shown, and of frontier."""
+LENGTH, SHOWN_SAMPLES, SAMPLES = 128, 8, 16
+"""Tokens per sample; samples of fig6, the first of which is shown, and of frontier."""
 BPE = TokenizerConfig(kind="bpe", vocab_size=2048)
 LABELS = {"affine": "affine", "mix1": "Mix-1", "mixd": "Mix-d"}
 
@@ -45,16 +43,8 @@ def plan_fig6(settings: Settings) -> list[Training]:
         every = [(corpus, kind) for corpus in PAPER_CORPORA for kind in LABELS]
         runs = {f"{LABELS[kind]}, {PAPER_CORPORA[corpus]}": preset(f"{corpus}-{kind}") for corpus, kind in every}
         return trainings(settings, runs)
-    return trainings(
-        settings,
-        {
-            "Mix-1, plain start": preset("mini-mix1-plain"),
-            # the paper's shares of layers; in the presets the first block is the deepest
-            DEEPEST_LAST: preset("mini-passes"),
-            "affine": preset("mini-affine"),
-            "Mix-d": preset("mini-mixd"),
-        },
-    )
+    kinds = {"Mix-1, plain start": "mix1-plain", DEEPEST_LAST: "passes", "affine": "affine", "Mix-d": "mixd"}
+    return trainings(settings, {label: preset(f"mini-{kind}") for label, kind in kinds.items()})
 
 
 def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
@@ -141,11 +131,10 @@ def plan_frontier(settings: Settings) -> list[Training]:
         f"BPE, {plain}, K = 16, layers 1, 1, 4": _bpe(_mix1(components=16)),
     }
     # presets stay as they are, since recipes share their runs; the others have a smaller test
-    smaller = {
-        label: run if run.name in PRESETS else replace(run, train=replace(run.train, test_windows=SHORT_WINDOWS))
-        for label, run in runs.items()
-    }
-    return trainings(settings, smaller)
+    for label, run in runs.items():
+        if run.name not in PRESETS:
+            runs[label] = replace(run, train=replace(run.train, test_windows=SHORT_WINDOWS))
+    return trainings(settings, runs)
 
 
 def _mix1(

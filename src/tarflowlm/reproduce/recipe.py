@@ -197,9 +197,8 @@ def state_of(settings: Settings, training: Training) -> State:
     directory, run = training.directory(settings), training.run
     if not (directory / CONFIG).exists():
         return "new"
-    found = read_run(directory)
+    found, source = read_run(directory), run.data.source
     # `train` writes the vocabulary size, Muon's precision and an absolute path into the configuration
-    source = run.data.source
     if source not in SOURCE_NAMES:
         source = str(Path(source).expanduser().resolve())
     run = replace(
@@ -225,17 +224,15 @@ def finish(
 ) -> list[Finished]:
     """Run the trainings of a plan one after the other: skip finished ones, resume stopped ones."""
     options: dict[str, Any] = {"device": settings.device, "reporter": reporter, "stop_requests": stop_requests}
-    done = []
     for training in plan:
-        directory, state = training.directory(settings), state_of(settings, training)
-        if state == "finished":
-            logger.info("%s is done", training.name)
-        elif state == "stopped":
-            resume(directory, **options)
-        else:
-            train(training.run, directory, **options)
-        done.append(Finished(training, directory, settings.device))
-    return done
+        match state_of(settings, training):
+            case "finished":
+                logger.info("%s is done", training.name)
+            case "stopped":
+                resume(training.directory(settings), **options)
+            case "new":
+                train(training.run, training.directory(settings), **options)
+    return [Finished(training, training.directory(settings), settings.device) for training in plan]
 
 
 def estimate(settings: Settings, plan: Sequence[Training]) -> list[Planned]:
@@ -258,13 +255,9 @@ def estimate(settings: Settings, plan: Sequence[Training]) -> list[Planned]:
 
 
 def _seconds(run: RunConfig, settings: Settings) -> float:
-    """Estimated seconds of a training."""
     tokenizer = run.data.tokenizer
-    if tokenizer.needs_training:
-        vocab_size = tokenizer.vocab_size
-    else:
-        vocab_size = GPT2_VOCAB if tokenizer.source == "gpt2" else build_tokenizer(tokenizer).vocab_size
-    run = replace(run, model=replace(run.model, vocab_size=vocab_size))
+    vocab_size = GPT2_VOCAB if tokenizer.source == "gpt2" else tokenizer.vocab_size
+    run = replace(run, model=replace(run.model, vocab_size=vocab_size or build_tokenizer(tokenizer).vocab_size))
     whole = (run.train.batch_size, run.model.context)
     rows, length = whole if settings.scale == "mini" else (1, min(whole[1], 128))
     length -= length % run.model.patch

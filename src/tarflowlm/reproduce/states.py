@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflowlm.config import FlowConfig, RunConfig, as_flow_config
+from tarflowlm.config import BaselineConfig, FlowConfig, RunConfig, as_flow_config
 from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report, state_metrics
 from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
@@ -39,8 +39,6 @@ SHORT_STEPS, SHORT_WINDOWS = 300, 1024
 """Steps and test windows of mini trainings whose ranking shows early."""
 DEEPEST_LAST = "Mix-1, plain start, last block deepest"
 """Label of `mini-passes`."""
-LATENT_WINDOWS = 256
-"""Windows whose states are measured."""
 
 
 def summary_row(done: Finished) -> Row:
@@ -158,8 +156,8 @@ def _plot_seeds(axes: Axes, x: int, values: Sequence[float], colour: str = COLOU
     axes.annotate(text, (x, mean), xytext=(6, 0), textcoords="offset points", va="center", fontsize=SMALL)
 
 
-SAMPLES = 64
-"""Samples of each model whose states are measured, from the noise down."""
+LATENT_WINDOWS, SAMPLES = 256, 64
+"""Windows of text, and samples of each model, whose states are measured."""
 UP, DOWN = "latents of a text", "noise of a sample"
 """Two readings of layer 0: the states go up from the latents to the noise, or down from the noise to the latents."""
 METRICS = ("norm", "cosine", "participation_ratio", "centroid_shift")
@@ -204,7 +202,6 @@ def measure_fig7(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
                 row |= {name: spread and spread.mean, f"{name} ±": spread and spread.std}
             rows.append(row)
         checkpoint = done.load()
-        # samples have the model's own length
         states = sample(done, checkpoint, SAMPLES, checkpoint.run.model.context).states
         for layer, metrics in enumerate(state_metrics(states)):
             row = of_model | {"layer 0": DOWN, "layer": layer, "block": len(states) - layer if layer else None}
@@ -269,19 +266,17 @@ def directions_table(rows: Sequence[Row]) -> str:
 
 def flops_table(settings: Settings, finished: Sequence[Finished]) -> str:
     """Markdown with the floating-point operations of the flows and the baseline, here and at the published size."""
-    flows = {done.training.label: read_run(done.directory) for done in finished}
-    vocab_size = next(iter(flows.values())).model.vocab_size
-    flow, here = preset("owt-mix1"), {"AR": settings.preset("ar", "owt")} | flows
-    rows = [_flops_row(label, run, vocab_size) for label, run in here.items()]
-    rows.append(_flops_row("published size: AR", preset("owt-ar"), GPT2_VOCAB))
-    for patch in FLOW_PATCHES:
-        run = replace(flow, model=replace(flow.model, patch=patch))
-        rows.append(_flops_row(f"published size: Mix-1, P = {patch}", run, GPT2_VOCAB))
+    flows = {done.training.label: read_run(done.directory).model for done in finished}
+    vocab_size, flow = next(iter(flows.values())).vocab_size, preset("owt-mix1").model
+    here = {"AR": settings.preset("ar", "owt").model} | flows
+    published = {"AR": preset("owt-ar").model} | {f"Mix-1, P = {p}": replace(flow, patch=p) for p in FLOW_PATCHES}
+    rows = [_flops_row(label, model, vocab_size) for label, model in here.items()]
+    rows += [_flops_row(f"published size: {label}", model, GPT2_VOCAB) for label, model in published.items()]
     return f"{_OPERATIONS}\n{markdown_table(rows)}"
 
 
-def _flops_row(label: str, run: RunConfig, vocab_size: int) -> Row:
-    config = replace(run.model, vocab_size=vocab_size)
+def _flops_row(label: str, model: FlowConfig | BaselineConfig, vocab_size: int) -> Row:
+    config = replace(model, vocab_size=vocab_size)
     counts = {
         "forward, one head": forward_flops(config, "figure7"),
         "a head per block": forward_flops(config, "paper"),

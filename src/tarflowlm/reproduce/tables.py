@@ -6,6 +6,7 @@ Results are a CSV, a plot, an HTML page, and Markdown with everything needed to 
 import csv
 import io
 import platform
+import re
 import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -62,8 +63,8 @@ PAPER_QUALITY: dict[str, dict[str, float]] = {
 def plan_table2(settings: Settings) -> list[Training]:
     """Every family; at mini scale also two variants of them, at paper scale on both corpora."""
     if settings.scale == "mini":
-        kinds = FAMILIES | MINI_VARIANTS
-        return trainings(settings, {label: preset(f"mini-{kind}") for label, kind in kinds.items()})
+        mini = {label: preset(f"mini-{kind}") for label, kind in (FAMILIES | MINI_VARIANTS).items()}
+        return trainings(settings, mini)
     every = [(label, kind, corpus) for corpus in PAPER_LIKELIHOOD for label, kind in FAMILIES.items()]
     runs = {f"{label}, {corpus}": preset(f"{corpus}-{kind}") for label, kind, corpus in every}
     return trainings(settings, runs)
@@ -224,10 +225,9 @@ def _provenance(settings: Settings, finished: Sequence[Finished], command: Seque
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration, IndexError):
-        name = platform.processor() or platform.machine()
+    cpus = Path("/proc/cpuinfo")  # of Linux
+    text = cpus.read_text(encoding="utf-8") if cpus.exists() else ""
+    found = re.search(r"^model name\s*: *(.*)", text, re.MULTILINE)
+    name = found[1].strip() if found else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}, {device.type}"
