@@ -285,11 +285,8 @@ def _windows(model: LanguageModel, num_tokens: int) -> list[tuple[int, int, int]
 
 
 def _with_drawn_end(model: LanguageModel, tokens: Tensor, start: int, seed: int) -> Tensor:
-    """The text with its last patch completed, on the CPU; `start` is where its last window begins.
-
-    A flow has densities of whole patches only, so its model draws likely tokens for the end, given the last window.
-    In the baseline nothing after a token has an influence on it: any token will do.
-    """
+    """The text with its last patch completed, on the CPU: by tokens that a flow draws, given its last window from
+    `start` on, or by any token for the baseline, where nothing after a token has an influence on it."""
     missing = -len(tokens) % model.config.patch
     if not missing or model.is_exact:
         return F.pad(tokens.cpu(), (0, missing))

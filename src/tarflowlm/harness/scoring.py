@@ -5,7 +5,7 @@ Shape legend: B requests of n tokens each, S posterior samples, d channels, T th
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -119,28 +119,30 @@ class TextScorer:
         The rows of a batch have noise of their own, so a text that is drawn, or comes from a flow of several blocks,
         depends on the other contexts. top-k = 1 needs a model that has probabilities of tokens to change.
         """
-        groups: dict[tuple[int, Continuation], list[int]] = defaultdict(list)
         prompts = [self.encode(context) for context, _ in requests]
-        for index, (prompt, (_, how)) in enumerate(zip(prompts, requests, strict=True)):
-            groups[len(prompt), how].append(index)
+        lengths = [len(prompt) + how.max_tokens for prompt, (_, how) in zip(prompts, requests, strict=True)]
         found = [""] * len(requests)
-        for (given, how), members in groups.items():
-            length = given + how.max_tokens
-            # beyond the context `generate` takes one prompt at a time
-            rows = self._rows(length) if length <= self.model.config.context else 1
+        for (length, how), whole in self._alike([(n, how) for n, (_, how) in zip(lengths, requests, strict=True)]):
             options = {name: getattr(how, name) for name in ("temperature", "top_k", "top_p")}
-            for start in range(0, len(members), rows):
-                part = members[start : start + rows]
+            # beyond the context `generate` takes one prompt at a time
+            for part in [whole] if length <= self.model.config.context else [[index] for index in whole]:
                 prompt = F.pad(torch.stack([prompts[i] for i in part]), (0, how.max_tokens), value=BLANK)
                 options |= {"num": len(part), "prompt": prompt, "generator": torch.Generator().manual_seed(self.seed)}
                 drawn = generate(self.model, num_tokens=length, **options).tokens.cpu()
                 for index, tokens in zip(part, drawn, strict=True):
-                    found[index] = how.cut(self.tokenizer.decode(tokens[given:]))
+                    found[index] = how.cut(self.tokenizer.decode(tokens[length - how.max_tokens :]))
                 progress.advance(len(part))
         return found
 
-    def _rows(self, length: int) -> int:
-        return max(1, CPU_TOKENS // length) if self.model.device.type == "cpu" else windows_per_batch(length)
+    def _alike(self, kinds: Sequence[tuple[int, Any]]) -> Iterator[tuple[tuple[int, Any], list[int]]]:
+        """The places of equal `kinds`, whose first entry is a length, in batches of a size for that length."""
+        groups: dict[tuple[int, Any], list[int]] = defaultdict(list)
+        for place, kind in enumerate(kinds):
+            groups[kind].append(place)
+        for (length, rest), places in groups.items():
+            cpu_rows = CPU_TOKENS // max(1, length)
+            rows = max(1, cpu_rows) if self.model.device.type == "cpu" else windows_per_batch(max(1, length))
+            yield from (((length, rest), places[i : i + rows]) for i in range(0, len(places), rows))
 
     def _pieces(self, tokens: Tensor, given: int) -> list[Piece]:
         """Windows that score the tokens after the first `given`, once each, with as much before them as fits."""
@@ -158,18 +160,12 @@ class TextScorer:
     @torch.no_grad()
     def _scores(self, pieces: Sequence[Piece], progress: Progress) -> tuple[list[float], list[bool]]:
         values, greedy = [0.0] * len(pieces), [True] * len(pieces)
-        shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, piece in enumerate(pieces):
-            shapes[len(piece.tokens), piece.given].append(index)
-        for (length, given), members in shapes.items():
-            rows = self._rows(max(1, length))
-            for start in range(0, len(members), rows):
-                part = members[start : start + rows]
-                if length > given:
-                    log_p, best = self._batch(torch.stack([pieces[i].tokens for i in part]), given)
-                    for index, value, is_best in zip(part, log_p.tolist(), best.tolist(), strict=True):
-                        values[index], greedy[index] = value, is_best
-                progress.advance(len(part))
+        for (length, given), part in self._alike([(len(piece.tokens), piece.given) for piece in pieces]):
+            if length > given:
+                log_p, best = self._batch(torch.stack([pieces[i].tokens for i in part]), given)
+                for index, value, is_best in zip(part, log_p.tolist(), best.tolist(), strict=True):
+                    values[index], greedy[index] = value, is_best
+            progress.advance(len(part))
         return values, greedy
 
     def _batch(self, tokens: Int[Tensor, "B n"], given: int) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:

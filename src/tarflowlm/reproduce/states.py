@@ -115,13 +115,13 @@ def plot_over(column: str, label: str, series: str | None = None) -> Draw:
 
     def draw(figure: Figure, rows: Sequence[Row]) -> None:
         axes, places = figure.subplots(), sorted({row[column] for row in rows})
-        names = list(dict.fromkeys(row[series] for row in rows)) if series is not None else [None]
-        for name, colour in zip(names, COLOURS, strict=False):
-            of_name = [row for row in rows if series is None or row[series] == name]
-            for place in sorted({row[column] for row in of_name}):
-                _plot_seeds(axes, place, [row["test bpc"] for row in of_name if row[column] == place], colour)
-            if name is not None:
-                axes.plot([], [], "o", color=colour, label=name)
+        by_name: dict[str, dict[int, list[float]]] = {}
+        for row in rows:
+            by_name.setdefault(row[series] if series else "", {}).setdefault(row[column], []).append(row["test bpc"])
+        for (name, values), colour in zip(by_name.items(), COLOURS, strict=False):
+            for place, of_place in values.items():
+                _plot_seeds(axes, place, of_place, colour)
+            axes.plot([], [], "o", color=colour, label=name)
         axes.set_xscale("log", base=2)
         axes.set_xticks(places, [str(place) for place in places])
         axes.margins(x=0.12, y=0.1)
@@ -149,7 +149,7 @@ def plot_models(column: str = "test bpc", label: str = "bits per character, <=")
 
 
 def _plot_seeds(axes: Axes, x: int, values: Sequence[float], colour: str = COLOURS[0]) -> None:
-    """One dot per seed, labelled with the value or the mean."""
+    """One dot per seed, and their mean."""
     axes.plot([x] * len(values), values, "o", color=colour)
     mean = sum(values) / len(values)
     text = f"{mean:.3f}" if len(values) == 1 else f"mean {mean:.3f}"

@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,14 @@ def fetch(name: str | Path, progress: Progress = SILENT) -> Path:
     repository, revision = match.groups()
     hub = hub_client(name)
     with hub_errors(name):
+        get = partial(hub.snapshot_download, repository, revision=revision)
         # first, so that a large model of another kind is not downloaded in vain
-        first = {"allow_patterns": FILES[0], "tqdm_class": _bars(SILENT)}
-        config = Path(hub.snapshot_download(repository, revision=revision, **first)) / FILES[0]
+        config = Path(get(allow_patterns=FILES[0], tqdm_class=_bars(SILENT))) / FILES[0]
         document = read_json(config) if config.exists() else None
         if not isinstance(document, dict) or not (document.get("model_type") == MODEL_TYPE or "train" in document):
             raise UserError(f"{name} is not a model of tarflowlm: give one made by `tarflowlm push`")
         progress.stage(f"downloading {name}")
-        rest = {"allow_patterns": [*FILES, CARD], "tqdm_class": _bars(progress)}
-        folder = Path(hub.snapshot_download(repository, revision=revision, **rest))
+        folder = Path(get(allow_patterns=[*FILES, CARD], tqdm_class=_bars(progress)))
     from tarflowlm.runs.weights import read_weights  # imports torch
 
     weights = folder / "model.safetensors"

@@ -69,13 +69,12 @@ def check_weights(path: Path, module: torch.nn.Module, tensors: dict[str, torch.
 
 
 MANIFEST = "manifest.json"
-FORMAT, VERSION = "tarflowlm-manifest", 1
 
 
 def write_manifest(folder: Path, names: Iterable[str]) -> None:
     """Write a manifest of the files `names` of `folder` as they are now."""
     files = {name: [_record(folder / name)] for name in sorted(names)}
-    write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, "files": files})
+    write_json(folder / MANIFEST, {"format": "tarflowlm-manifest", "version": 1, "files": files})
 
 
 def is_whole(folder: Path, needed: str) -> bool:
