@@ -57,9 +57,10 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.cli.signals import stop_on_signals
+    from tarflowlm.data import check_source
     from tarflowlm.device import pick_device
     from tarflowlm.reproduce import RECIPES
-    from tarflowlm.reproduce.recipe import Settings, check_texts, estimate, finish, state_of
+    from tarflowlm.reproduce.recipe import Settings, estimate, finish, state_of
     from tarflowlm.reproduce.tables import write_results
     from tarflowlm.terminal.bars import Bars, ProgressReporter
     from tarflowlm.terminal.tables import print_json, print_table
@@ -79,7 +80,9 @@ def run(args: Args) -> None:
     plans = {recipe.name: recipe.trainings(settings) for recipe in recipes}
     # recipes share trainings
     plan = list({training.name: training for trainings in plans.values() for training in trainings}.values())
-    check_texts(settings, plan)
+    for source in (*(training.run.data.source for training in plan), settings.second_text):
+        if source is not None:
+            check_source(source)
     if args.dry_run:
         title = recipes[0].title if len(recipes) == 1 else "All recipes"
         _print_plan(args, title, estimate(settings, plan))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -150,10 +151,7 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
     Raises UserError for a model that cannot be found, is not autoregressive, or needs a package that is missing.
     """
     path = Path(name).expanduser()
-    try:
-        is_dir = name != "" and path.is_dir()
-    except OSError:  # the name is too long for a path
-        is_dir = False
+    is_dir = name != "" and os.path.isdir(path)
     if not _is_transformers(path) if is_dir else is_reference(name) or name in released():
         return BaselineJudge(name, load_checkpoint(path, device))
     if not is_dir and (name.startswith((".", "/", "~")) or not name or len(path.parts) > 2):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from tarflowlm.config import Precision, RunConfig, Scale
-from tarflowlm.data import SOURCE_NAMES, TokenArray, build_tokenizer, cached_corpus, check_source, encode_text_source
+from tarflowlm.data import SOURCE_NAMES, TokenArray, build_tokenizer, cached_corpus, encode_text_source
 from tarflowlm.errors import UserError
 from tarflowlm.files import read_json
 from tarflowlm.presets import preset, with_steps
@@ -210,13 +210,6 @@ def state_of(settings: Settings, training: Training) -> State:
     if found != run:
         raise UserError(f"{directory} holds a run of another configuration: choose another --out, or remove it")
     return "finished" if (directory / SUMMARY).exists() else "stopped"
-
-
-def check_texts(settings: Settings, plan: Sequence[Training]) -> None:
-    """UserError for a missing text of the plan, or a missing second text. Nothing is downloaded."""
-    texts = [training.run.data.source for training in plan]
-    for text in texts if settings.second_text is None else [*texts, settings.second_text]:
-        check_source(text)
 
 
 def finish(

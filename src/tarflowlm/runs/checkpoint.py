@@ -112,10 +112,9 @@ def undamaged_state(directory: Path) -> Path | None:
 
 def weights_problem(directory: Path) -> str | None:
     """What is wrong with the weights of a run directory, in words; None if they are undamaged or not written yet."""
-    if not (directory / WEIGHTS).exists():
-        return None
     try:
-        read_weights(directory / WEIGHTS)
+        if (directory / WEIGHTS).exists():
+            read_weights(directory / WEIGHTS)
     except UserError as error:
         return str(error)
     return None

@@ -20,8 +20,8 @@ from tarflowlm.progress import SILENT, Progress
 PREFIX = "hf:"
 CARD = "README.md"
 """The model card."""
-FILES = ("config.json", "tokenizer.json", "model.safetensors")
-"""The files of a model, all that is fetched beside its card."""
+FILES = ("config.json", "tokenizer.json", "model.safetensors", "manifest.json")
+"""The files of a model, all that is fetched beside its card; the manifest is there for earlier versions' models."""
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
 """OWNER/NAME; never the path of a folder above."""
 _REFERENCE = re.compile(rf"{PREFIX}({REPOSITORY})(?:@([\w./-]+))?")

@@ -1,7 +1,8 @@
 """Weights in safetensors files, and checksums. Reading weights never unpickles.
 
-The header of weights holds a checksum of the tensors; those of the first versions have none and are not compared. The
-folder of a training state has a manifest.json with size and sha256 of its files, written last.
+The header of weights holds a checksum of the tensors. The folder of a training state has a manifest.json with size
+and sha256 of its files, written last. Earlier versions, which wrote the shipped models, have one beside the weights of
+a run, with one record per file, or two while the file was being replaced.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ def write_weights(path: Path, weights: dict[str, torch.Tensor], info: dict[str, 
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the header of a file, compared with the checksum if the header has one."""
+    """The tensors and the header of a file, compared with its checksum, which earlier versions have in a manifest."""
     if not path.is_file():
         raise UserError(f"{path} is missing: {path.parent} holds no trained weights yet")
     try:
@@ -36,8 +37,16 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             tensors, info = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error})") from None
-    if CHECKSUM in info and info[CHECKSUM] != checksum(tensors):
-        raise UserError(f"{path} is damaged (altered: its sha256 is not the one in its header)")
+    if CHECKSUM in info:
+        place, is_right = "its header", info[CHECKSUM] == checksum(tensors)
+    else:
+        try:
+            records = read_json(path.parent / MANIFEST)["files"][path.name]
+            place, is_right = MANIFEST, _record(path) in records
+        except (UserError, LookupError, TypeError):  # no manifest
+            return tensors, info
+    if not is_right:
+        raise UserError(f"{path} is damaged (altered: its sha256 is not the one in {place})")
     return tensors, info
 
 
