@@ -1,7 +1,7 @@
 """Weights in safetensors files, and checksums. Reading weights never unpickles.
 
 The header of weights holds a checksum of the tensors. The folder of a training state has a manifest.json with size
-and sha256 of its files, written last. Earlier versions, which wrote the shipped models, have one beside the weights of
+and sha256 of its files, written last. Earlier versions (the shipped models are theirs) have one beside the weights of
 a run, with one record per file, or two while the file was being replaced.
 """
 
