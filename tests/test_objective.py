@@ -354,11 +354,9 @@ TRUNK = TransformerConfig(width=32, num_heads=2, mlp_ratio=2)
 SMALL_FLOW = {"vocab_size": 4, "context": 16, "latent_dim": 4, "trunk": TRUNK, "head_hidden": 16}
 FITS = {
     "ar": (BaselineConfig(vocab_size=4, context=16, trunk=TRUNK, layers=2), 0.05),
-    "mixd": (FlowConfig(blocks=stack(("mixd",), (2,), (0,)), **SMALL_FLOW), 0.05),
     "mixd-mix1": (FlowConfig(blocks=stack(("mixd", "mix1"), (2, 1), (0, 2)), **SMALL_FLOW), 0.05),
     "mixd-P2": (FlowConfig(blocks=stack(("mixd",), (2,), (0,)), patch=2, **SMALL_FLOW), 0.05),
     "mix1": (FlowConfig(blocks=stack(("mix1", "mix1"), (2, 1), (4, 2)), **SMALL_FLOW), 0.4),
-    "affine": (FlowConfig(blocks=stack(("affine", "affine"), (1, 1), (1, 1)), **SMALL_FLOW), 0.9),
 }
 """Configuration, and how near the entropy the bound must come, in nats per token."""
 

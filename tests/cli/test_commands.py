@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from command_cases import CHECKPOINT, TINY, TINY_AR, save_untrained
-from safetensors.torch import load_file
 
 from tarflowlm.cli import quickstart
 from tarflowlm.cli.main import COMMANDS, main
@@ -67,25 +66,6 @@ def test_options_of_train_reach_the_configuration():
     assert read(["mini-mixd", "--out", "x", "--model.blocks.0.no-sees-channels"]).configured() != one
 
 
-@pytest.mark.slow
-def test_a_stopped_run_continues(run, run_json, trained, text_file, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-
-    def interrupted(self, record):
-        if record["step"] == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("tarflowlm.terminal.bars.ProgressReporter.record", interrupted)
-        argv = ["--data", text_file, "--steps", "6", "--checkpoint-every", "2"]
-        stopped = run("train", "mini-mixd", "--out", out, *argv, *TINY)
-    assert stopped.status == 130
-    assert "train --resume" in stopped.err
-    assert run_json("train", "--resume", out, "--device", "cpu")["steps"] == 6
-    ours, theirs = load_file(out / "model.safetensors"), load_file(trained / "model.safetensors")
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-
-
 def test_data_prepares_a_directory_that_eval_takes(run_json, run, refused, model, text_file, tmp_path):
     odd = tmp_path / "a [bold]b [/red]"  # names are not markup
     odd.mkdir(parents=True)
@@ -133,20 +113,6 @@ def test_eval_of_samples_windows_and_other_texts(run_json, run, model, tmp_path)
     other.write_text("Other Words, 1790!  " * 60, encoding="utf-8")
     # normalised as the run's text was: lower case, digits spelled out
     assert run_json("eval", model, "--data", other, "--split", "all", "--samples", 1)["tokens"] > 1000
-
-
-def test_windows_slide(run_json, run, models, tmp_path):
-    model, tokenizer = load(models["ar"])
-    text = " abc def ghij kl mn"
-    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
-    tokens = torch.from_numpy(tokenizer.encode(text))[None]
-    with torch.no_grad():
-        nats = -model.log_prob(tokens[:, :16]) - model.token_log_prob(tokens[:, 3:19])[:, 13:].sum()
-    argv = [models["ar"], "--data", tmp_path / "t.txt", "--split", "all", "--stride", 3]
-    result = run_json("eval", *argv)
-    assert (result["tokens"], result["windows"]) == (19, 2)
-    assert result["nats_per_token"] == pytest.approx(nats.item() / 19, rel=1e-5)
-    assert "2 windows, 13 tokens of context each" in run("eval", *argv).out
 
 
 def test_latents_and_quality_stand_beside_the_likelihood(run_json, run, models):

@@ -15,7 +15,7 @@ from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import read_run
 from tarflowlm.runs.strict_json import from_dict
-from tarflowlm.training.metrics import MetricsLog, Reporter
+from tarflowlm.training.metrics import MetricsLog, Reporter, Trackers
 from tarflowlm.training.train import resume
 
 CPU = torch.device("cpu")
@@ -163,4 +163,4 @@ def test_missing_package_is_noticed_before_anything_is_written(tmp_path, tiny_ru
         go(tiny_run(track=("wandb",)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     # a run that was begun goes on without it
-    trackers.Trackers(tiny_run(track=("wandb",)), tmp_path, resume_at=5).record({"split": "train", "step": 6})
+    Trackers(tiny_run(track=("wandb",)), tmp_path, resume_at=5).record({"split": "train", "step": 6})
