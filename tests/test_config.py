@@ -64,7 +64,7 @@ def changed(path: str, value: object) -> dict:
         ("model.blocks", [], "model.blocks .*: needs at least one block"),
     ],
 )
-def test_what_is_wrong_is_named(path, value, message):
+def test_errors_name_the_wrong_field(path, value, message):
     with pytest.raises(UserError, match=message):
         from_dict(RunConfig, changed(path, value))
 

@@ -43,7 +43,7 @@ def noise(normal) -> Tensor:
     return normal(3, 8, 2, seed=1)
 
 
-def test_the_terms_are_what_they_say_and_sum_to_the_bound(model, tokens, noise):
+def test_terms_follow_their_definitions_and_sum_to_the_bound(model, tokens, noise):
     terms = elbo(model, tokens, noise=noise)
     total = terms.reconstruction - terms.log_q + terms.base + sum(terms.log_dets)
     torch.testing.assert_close(terms.nelbo, -total)
@@ -287,7 +287,7 @@ def test_importance_weights_are_unbiased(enumerated, given):
     assert ((weights.mean(0) - exact).abs() < 5 * error + 1e-6).all()
 
 
-def test_what_is_predicted_after_a_context_sums_to_one(enumerated):
+def test_predictions_after_a_context_sum_to_one(enumerated):
     by_context = enumerated.log_conditional.exp().view(enumerated.V, enumerated.V)
     torch.testing.assert_close(by_context.sum(1), torch.ones(enumerated.V, dtype=torch.float64), rtol=0, atol=1e-5)
 

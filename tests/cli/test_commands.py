@@ -115,7 +115,7 @@ def test_eval_of_samples_windows_and_other_texts(run_json, run, model, tmp_path)
     assert run_json("eval", model, "--data", other, "--split", "all", "--samples", 1)["tokens"] > 1000
 
 
-def test_latents_and_quality_stand_beside_the_likelihood(run_json, run, models):
+def test_eval_reports_the_latents_beside_the_likelihood(run_json, run, models):
     argv = ["eval", models["flow"], "--latents", "--windows", 5]
     result = run_json(*argv)
     states = result["latents"]
@@ -155,7 +155,7 @@ def test_score_gives_the_bits_of_every_token(run_json, run, models, tmp_path, mo
     assert "\x1b[" in run(*argv).out
 
 
-def test_texts_are_read_alike_from_everywhere(run, run_json, model, tmp_path, monkeypatch):
+def test_option_file_and_standard_input_give_one_score(run, run_json, model, tmp_path, monkeypatch):
     text = "The King,\n17!"
     argv = ["score", model, "--samples", 1]
     found = run_json(*argv, "--text", text)
@@ -276,7 +276,7 @@ def test_edits_of_word_pieces(run_json, run, refused, tiny_flow, text_file, tmp_
 # --- output
 
 
-def test_characters_that_the_output_lacks_end_nothing(monkeypatch):
+def test_characters_outside_the_output_encoding_are_replaced(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="")
     monkeypatch.setattr(sys, "stdout", out)
     main(["--version"])

@@ -121,9 +121,3 @@ def test_template_keeps_blanks_which_count_as_letters(text, expected):
 def test_blank_that_cannot_be_one_is_refused(blank, message):
     with pytest.raises(UserError, match=message):
         read_template(TEXT8, "the _ sat", blank)
-
-
-def test_notice_of_a_long_text_is_one_short_line():
-    notice = read(TEXT8, "A\n" * 1000).notice
-    assert notice.endswith("a a ...")
-    assert len(notice) < 250
