@@ -136,7 +136,7 @@ def test_quality_of_samples(run_json, run, models):
         assert part in shown
 
 
-def test_score_gives_the_bits_of_every_token(run_json, run, models, tmp_path, monkeypatch):
+def test_score_gives_the_bits_of_every_token(run_json, run, models, monkeypatch):
     model, tokenizer = load(models["flow"])
     argv = ["score", models["flow"], "--text", "the king", "--samples", 3, "--seed", 2]
     found = run_json(*argv, "--baseline", models["ar"])
@@ -187,7 +187,7 @@ def test_info_lists_and_describes_models(run_json, run, trained, models):
     assert "2 per position" in run("info", models["patches"]).out
 
 
-def test_runs_are_compared(run_json, run, trained, text_file, tmp_path):
+def test_runs_are_compared(run_json, run, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "a" / "finished")
     shutil.copytree(trained, tmp_path / "stopped")
     (tmp_path / "stopped" / "summary.json").unlink()
@@ -218,7 +218,7 @@ def test_runs_are_compared(run_json, run, trained, text_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_report_writes_a_page(run_json, run, trained, tmp_path):
+def test_report_writes_a_page(run_json, trained, tmp_path):
     pytest.importorskip("matplotlib")
     found = run_json("report", trained, "--out", tmp_path / "report")
     assert found.keys() >= {"page", "figures", "runs"}

@@ -1,4 +1,4 @@
-"""How the command is refused; without a browser, and without gradio."""
+"""The studio refuses a taken port and names a missing extra."""
 
 import importlib.util
 import socket
