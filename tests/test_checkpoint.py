@@ -242,21 +242,6 @@ def test_missing_directory_is_refused(tmp_path):
             load_checkpoint(path)
 
 
-def test_failed_save_keeps_the_old_weights(directory, monkeypatch):
-    before = load_file(directory / "model.safetensors")
-
-    def fails(*args, **options):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("tarflowlm.runs.weights.save_file", fails)
-    with pytest.raises(OSError, match="no space"):
-        save_weights(directory, replace(FLOW, vocab_size=3).build().state_dict(), INFO)
-    after = load_file(directory / "model.safetensors")
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    assert {path.name for path in directory.iterdir()} == FILES
-    load_checkpoint(directory)
-
-
 def test_config_of_an_earlier_version_loads(tmp_path):
     """There, couplings, layers and components were three parallel lists."""
     directory = tmp_path / "run"

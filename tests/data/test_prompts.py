@@ -127,12 +127,6 @@ def test_blank_that_cannot_be_one_is_refused(blank, message):
         read_template(TEXT8, "the _ sat", blank)
 
 
-def test_notice_of_a_long_text_is_one_short_line():
-    notice = read(TEXT8, "A\n" * 1000).notice
-    assert notice.endswith("a a ...")
-    assert len(notice) < 250
-
-
 @pytest.mark.parametrize("text", ["The King,\n17!", " the king ", "It's", "a_b  c"])
 def test_python_studio_and_harness_read_alike(text):
     tokenizer = TOKENIZERS["char"]
