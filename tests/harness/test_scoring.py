@@ -133,6 +133,6 @@ def test_continuations_equal_generate(scorer, kind):
     assert first == text
     assert len(long) == 20
     assert progress.done == 3
-    assert kind == "two" or third == first  # rows of a flow have noise of their own
+    assert third == first
     stop = Continuation(max_tokens=5, until=("\n", text[2]))
     assert s.complete([("The q", stop)]) == [text[: text.index(text[2])]]

@@ -118,8 +118,8 @@ class TextScorer:
     def complete(self, requests: Sequence[tuple[str, Continuation]], progress: Progress = SILENT) -> list[str]:
         """Text that follows each context. Contexts of one length are continued together.
 
-        The rows of a batch have noise of their own, so a text that is drawn, or comes from a flow of several blocks,
-        depends on the other contexts. top-k = 1 needs a model that has probabilities of tokens to change.
+        Every text is drawn with the seed of the scorer, whatever the other contexts are. top-k = 1 needs a model that
+        has probabilities of tokens to change.
         """
         groups: dict[tuple[int, Continuation], list[int]] = defaultdict(list)
         prompts = [self.encode(context) for context, _ in requests]
@@ -146,7 +146,7 @@ class TextScorer:
             self.model,
             num_tokens=given.shape[1],
             num=len(prompts),
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=[torch.Generator().manual_seed(self.seed) for _ in prompts],
             temperature=how.temperature,
             top_k=how.top_k,
             top_p=how.top_p,

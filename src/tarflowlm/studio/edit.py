@@ -131,7 +131,8 @@ def _compared(
 
 
 def _original(tokenizer: Tokenizer, reading: Reading) -> str:
-    return card(stage(text_tokens(reading.tokens, tokenizer)), muted(reading.notice or "the original"))
+    note = f"the original, {reading.notice}" if reading.notice else "the original"
+    return card(stage(text_tokens(reading.tokens, tokenizer)), muted(note))
 
 
 def _bits(nats: Tensor, tokens: Tensor, tokenizer: Tokenizer) -> float:
