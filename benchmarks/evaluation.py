@@ -6,7 +6,7 @@ python benchmarks/evaluation.py english-mini-ar english-mini --data english
 from argparse import Namespace
 from functools import partial
 
-from timing import Contender, find, parser, run, show
+from timing import Contender, parser, run, show
 
 
 def build(args: Namespace) -> dict[str, Contender]:
@@ -15,18 +15,18 @@ def build(args: Namespace) -> dict[str, Contender]:
 
     from tarflowlm.data import encode_text_source, eval_windows
     from tarflowlm.evaluation.likelihood import evaluate
+    from tarflowlm.runs.checkpoint import load_checkpoint
 
-    load, found = find("load_checkpoint", "runs.checkpoint"), {}
+    found = {}
     for name in args.models:
-        checkpoint = load(name, torch.device(args.device))
+        checkpoint = load_checkpoint(name, torch.device(args.device))
         tokens = encode_text_source(args.data, checkpoint.tokenizer, ("test",))["test"]
         windows = eval_windows(tokens, checkpoint.run.model.context, args.windows)
         characters = torch.from_numpy(checkpoint.tokenizer.characters_per_token)
         call = partial(evaluate, checkpoint.model, windows, characters, samples=args.samples)
         result = call()
-        found[name] = Contender(
-            call, windows.numel(), {"bound": result.bound, "nats per token": result.nats_per_token}
-        )
+        info = {"bound": result.bound, "nats per token": result.nats_per_token}
+        found[name] = Contender(call, windows.numel(), info)
     return found
 
 
@@ -41,8 +41,7 @@ def main() -> None:
     found = run(build, args)
     first = next(iter(found.values()))
     rows = [
-        {"": name, **c.info, "us per token": 1e6 / c.rate, "time over the first": 1 / c.over(first)}
-        | {"time over the other checkout": c.over_other_checkout}
+        {"": name, **c.info, "us per token": 1e6 / c.rate, "time over the first": 1 / c.over(first)} | c.versus
         for name, c in found.items()
     ]
     show(args, rows)

@@ -10,21 +10,17 @@ the blocks above; "auto" takes the cheaper of the two in every block.
 
 from argparse import Namespace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
-from timing import Contender, find, parser, run, show
+from timing import Contender, parser, run, show
 
 
 def decoders(model: Any) -> dict[str, Any]:
     """Label -> `decoder` of `generate`; the blocks are listed from the last one down."""
-    steps, sweeps = "steps", "sweeps"
-    if find_spec("tarflowlm.config") is None:  # up to commit 615369d
-        steps, sweeps = "sequential", "parallel"
     if model.is_exact:
-        return {"steps": steps}
-    above = [sweeps] * (model.num_blocks - 1)
-    return {"steps": steps, "auto": "auto"} | ({"steps below sweeps": (*above, steps)} if above else {})
+        return {"steps": "steps"}
+    above = ["sweeps"] * (model.num_blocks - 1)
+    return {"steps": "steps", "auto": "auto"} | ({"steps below sweeps": (*above, "steps")} if above else {})
 
 
 def build(args: Namespace) -> dict[str, Contender]:
@@ -32,10 +28,10 @@ def build(args: Namespace) -> dict[str, Contender]:
     import torch
 
     from tarflowlm.generation import generate
+    from tarflowlm.runs.checkpoint import load_checkpoint
 
-    load = find("load_checkpoint", "runs.checkpoint")
     device, found = torch.device(args.device), {}
-    models = {name: load(name, device).model for name in args.models}
+    models = {name: load_checkpoint(name, device).model for name in args.models}
 
     def draw(model: Any, decoder: Any, num: int, seed: int = 0) -> Any:
         length, generator = args.length or model.config.context, torch.Generator().manual_seed(seed)
@@ -77,8 +73,7 @@ def main() -> None:
     rows = []
     for name, contender in found.items():
         info, baseline = contender.info, first.setdefault(contender.info["batch"], contender)
-        row = {"": name, "tokens/s": contender.rate, "over the first": contender.over(baseline)}
-        row["time over the other checkout"] = contender.over_other_checkout
+        row = {"": name, "tokens/s": contender.rate, "over the first": contender.over(baseline)} | contender.versus
         rows.append(row | {"tokens that differ from steps": info.get("differing")})
     show(args, rows)
 

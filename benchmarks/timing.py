@@ -13,7 +13,6 @@ import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,9 @@ class Contender:
         return median_ratio(other.seconds, self.seconds) * self.units / other.units
 
     @property
-    def over_other_checkout(self) -> float | None:
-        """This checkout's time over the other's."""
-        return median_ratio(self.seconds, self.against) if self.against else None
+    def versus(self) -> dict[str, float | None]:
+        """The last column of a row: this checkout's time over the other's."""
+        return {"time over the other checkout": median_ratio(self.seconds, self.against) if self.against else None}
 
 
 def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
@@ -125,26 +124,15 @@ def _serve(build: Callable[[Namespace], dict[str, Contender]], args: Namespace) 
     contenders = build(args)
     kept = {name: {"units": c.units, "info": c.info} for name, c in contenders.items()}
     print(json.dumps(kept), file=answers, flush=True)
+    wait = torch.cuda.synchronize if args.device == "cuda" else bool
     for line in sys.stdin:
         call = contenders[line.rstrip("\n")].call
-        assert call is not None
-        wait = torch.cuda.synchronize if args.device == "cuda" else bool
         wait()
         start = time.perf_counter()
         for _ in range(args.calls):
             call()
         wait()
         print((time.perf_counter() - start) / args.calls, file=answers, flush=True)
-
-
-def find(name: str, *modules: str) -> Any:
-    """The first `name` found in these modules of tarflowlm: checkouts differ in the places of things."""
-    for module in modules:
-        try:
-            return getattr(import_module(f"tarflowlm.{module}"), name)
-        except (ImportError, AttributeError):
-            pass
-    raise ImportError(f"no {name} in {', '.join(modules)}")
 
 
 def show(args: Namespace, rows: list[dict[str, Any]]) -> None:

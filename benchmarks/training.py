@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from timing import Contender, find, parser, run, show
+from timing import Contender, parser, run, show
 
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
@@ -24,12 +24,6 @@ PEAK_TFLOPS = {
 
 def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Callable[[Any], Any]:
     """A function tokens [B, T] -> loss that takes an optimiser step of `stage` (0-based), on a new model."""
-    try:
-        from tarflowlm.training.step import TrainingStep  # up to commit 615369d
-    except ImportError:
-        pass
-    else:
-        return TrainingStep(config, stage, device, *processes)
     import torch
 
     from tarflowlm.language_model import seeded
@@ -49,7 +43,9 @@ def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Call
 
 def configuration(name: str, args: Namespace) -> Any:
     """The preset with a size of the vocabulary, which training takes from the tokenizer."""
-    config = find("preset", "presets", "runs.presets")(name)
+    from tarflowlm.presets import preset
+
+    config = preset(name)
     size = args.vocab_size or (config.data.tokenizer.vocab_size if config.data.tokenizer.kind == "bpe" else 27)
     precision, batch_size = args.precision or config.train.precision, args.batch_size or config.train.batch_size
     train = replace(config.train, precision=precision, batch_size=batch_size)
@@ -82,9 +78,8 @@ def build(args: Namespace) -> dict[str, Contender]:
     if args.peers:
         from peers import training_steps
 
-        config = configuration(args.presets[0], args)
-        tokens = random_tokens(config)
-        for label, step in training_steps(config, device).items():
+        tokens = random_tokens(first := configuration(args.presets[0], args))
+        for label, step in training_steps(first, device).items():
             found[label] = Contender(partial(step, tokens), tokens.numel())
     return found
 
@@ -108,7 +103,7 @@ def main() -> None:
         row = {"": name, "tokens/s": contender.rate, "ms per step": milliseconds}
         row |= {"tokens/s over the first": contender.over(first), "TFLOP/s": flops or None}
         row["of the peak"] = flops / peak if peak and flops else None
-        rows.append(row | {"time over the other checkout": contender.over_other_checkout})
+        rows.append(row | contender.versus)
     show(args, rows)
 
 
