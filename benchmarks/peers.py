@@ -116,9 +116,8 @@ def samplers(config: Any, device: torch.device) -> dict[str, Callable[[int, int]
     """Name -> function (batch, length) that samples tokens from a random first one on."""
 
     def sample(model: nn.Module, batch: int, length: int) -> Tensor:
-        return continued(
-            model, torch.randint(config.vocab_size, (batch, 1), device=device), length, config.vocab_size
-        )
+        first = torch.randint(config.vocab_size, (batch, 1), device=device)
+        return continued(model, first, length, config.vocab_size)
 
     models = {"GPT-2": gpt2(config), "Llama": llama(config)}
     return {name: partial(sample, model.to(device).eval()) for name, model in models.items()}
@@ -203,11 +202,11 @@ def train(peer: Gpt2 | Masked, corpus: Corpus, run: Any) -> None:
     named = list(peer.model.named_parameters())
     is_matrix = {name: p.ndim == 2 and (".h." in name or ".layers." in name) for name, p in named}
     matrices, rest = ([p for name, p in named if is_matrix[name] is wanted] for wanted in (True, False))
+    betas, decay = (run.optim.beta1, run.optim.beta2), run.optim.weight_decay
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": run.optim.weight_decay, "lr_scale": 1.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": decay, "lr_scale": 1.0},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "lr_scale": 1.0},
     ]
-    betas, decay = (run.optim.beta1, run.optim.beta2), run.optim.weight_decay
     muon = Muon([{"params": matrices, "lr_scale": 1.0}], precision="float32", weight_decay=decay, momentum=0.95)
     optimizers = [torch.optim.AdamW(groups, betas=betas, eps=1e-10), muon]
     batches = WindowSampler(
@@ -240,10 +239,6 @@ def measure(name: str, bpc: str, model: nn.Module, draw: Callable[..., Tensor], 
     return f"| real text | | | {real.perplexity:.3f} | 1 | {real.entropy:.3f} | {real.word_entropy:.3f} | |"
 
 
-def ours(model: Any, generator: torch.Generator, batch: int, length: int) -> Tensor:
-    return generate(model, num_tokens=length, num=batch, generator=generator, decoder="auto").tokens
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -251,7 +246,7 @@ def main() -> None:
     parser.add_argument("--judge", required=True, help="run of a baseline on another text, or one of transformers")
     parser.add_argument("--ours", nargs="*", default=[], type=Path, help="finished runs of tarflowlm")
     parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="weights of the peers, trained once")
-    parser.add_argument("--lr", type=float, help="peak rate of the peers; the default is that of mini-ar")
+
     parser.add_argument("--steps", type=int, help="fewer, for a quick look")
     parser.add_argument("--windows", type=int, default=4096)
     parser.add_argument("--num", type=int, default=500, help="samples")
@@ -259,7 +254,7 @@ def main() -> None:
     args = parser.parse_args()
     run = preset("mini-ar") if args.steps is None else with_steps(preset("mini-ar"), args.steps)
     run = replace(run, train=replace(run.train, precision=args.precision))
-    run = replace(run, optim=replace(run.optim, lr=args.lr or run.optim.lr))
+
     corpus, judge = cached_corpus(args.data, run.data.tokenizer), load_judge(args.judge)
     windows, text = (eval_windows(corpus.split("test"), run.model.context, num) for num in (args.windows, args.num))
     config = replace(run.model, vocab_size=corpus.tokenizer.vocab_size)
@@ -288,7 +283,10 @@ def main() -> None:
     for directory in args.ours:
         model, generator = load_checkpoint(directory).model, torch.Generator().manual_seed(run.seed)
         found = evaluate(model, windows, torch.from_numpy(corpus.tokenizer.characters_per_token))
-        draw = partial(ours, model, generator)
+
+        def draw(batch: int, length: int, model: Any = model, generator: torch.Generator = generator) -> Tensor:
+            return generate(model, num_tokens=length, num=batch, generator=generator, decoder="auto").tokens
+
         bpc = f"{'' if model.is_exact else '<= '}{found.bpc:.4f} ± {bits(found.stderr):.4f}"
         real = measure(directory.name, bpc, model, draw, text, corpus.tokenizer, judge)
     print(real)

@@ -76,16 +76,13 @@ def main() -> None:
     options.add_argument("--batch-size", type=int, help="sequences per step; the default is the preset's")
     options.add_argument("--json", action="store_true", help="print one JSON object")
     args = options.parse_args()
-    args.vocab_size, args.precision, args.muon_precision = None, None, "auto"
     seconds, rows = seconds_per_step(args), []
-    for name in args.presets:
+    for (name, label), each in seconds.items():
         config = configuration(name, args)
         tokens = config.train.batch_size * config.model.context
-        for (preset, label), time_per_step in seconds.items():
-            if preset == name:
-                speed = seconds[name, "1 process"] / time_per_step
-                rows.append({"": f"{name}, {label}", "tokens/s": tokens / time_per_step, "over one process": speed})
-    show(args, rows)
+        speed = seconds[name, "1 process"] / each
+        rows.append({"": f"{name}, {label}", "tokens/s": tokens / each, "over one process": speed})
+    show(args, sorted(rows, key=lambda row: row[""].split(",")[0]))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,6 @@ from typing import Any
 
 from timing import Contender, parser, run, show
 
-PEAK_TFLOPS = {
-    "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
-    "RTX 4090": 165.0, "V100": 125.0,
-}  # fmt: skip
-"""Dense matrix products in half precision with float32 sums, as the maker states them; by a part of the name."""
-
 
 def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Callable[[Any], Any]:
     """A function tokens [B, T] -> loss that takes an optimiser step of `stage` (0-based), on a new model."""
@@ -46,11 +40,9 @@ def configuration(name: str, args: Namespace) -> Any:
     from tarflowlm.presets import preset
 
     config = preset(name)
-    size = args.vocab_size or (config.data.tokenizer.vocab_size if config.data.tokenizer.kind == "bpe" else 27)
-    precision, batch_size = args.precision or config.train.precision, args.batch_size or config.train.batch_size
-    train = replace(config.train, precision=precision, batch_size=batch_size)
-    optim = replace(config.optim, muon_precision=args.muon_precision)
-    return replace(config, model=replace(config.model, vocab_size=size), train=train, optim=optim)
+    size = config.data.tokenizer.vocab_size if config.data.tokenizer.kind == "bpe" else 27
+    train = replace(config.train, batch_size=args.batch_size or config.train.batch_size)
+    return replace(config, model=replace(config.model, vocab_size=size), train=train)
 
 
 def build(args: Namespace) -> dict[str, Contender]:
@@ -73,8 +65,7 @@ def build(args: Namespace) -> dict[str, Contender]:
             tokens, step = random_tokens(config), training_step(config, stage, device)
             flops = len(tokens) * training_flops(config.model_of_stage(stage), frozen=stage)
             label = name if config.num_stages == 1 else f"{name} stage {stage + 1}"
-            info = {"flops": flops, "device": torch.cuda.get_device_name() if args.device == "cuda" else ""}
-            found[label] = Contender(partial(step, tokens), tokens.numel(), info)
+            found[label] = Contender(partial(step, tokens), tokens.numel(), {"flops": flops})
     if args.peers:
         from peers import training_steps
 
@@ -88,9 +79,7 @@ def main() -> None:
     """The command line."""
     options = parser(__doc__, rounds=7, calls=2)
     options.add_argument("presets", nargs="*", default=["mini-ar", "mini-mixd", "mini-mix1", "mini-affine"])
-    options.add_argument("--precision", choices=["float32", "bfloat16"], help="of matrix products")
-    options.add_argument("--muon-precision", default="auto", choices=["auto", "float32", "bfloat16"])
-    options.add_argument("--vocab-size", type=int, help="the default is 27 for characters")
+
     options.add_argument("--batch-size", type=int, help="sequences per step; the default is the preset's")
     options.add_argument("--peers", action="store_true", help="with AdamW, beside a GPT-2 and a Llama of this shape")
     args = options.parse_args()
@@ -99,10 +88,8 @@ def main() -> None:
     for name, contender in found.items():
         milliseconds = 1000 * contender.units / contender.rate
         flops = contender.info.get("flops", 0) / 1e9 / milliseconds
-        peak = next((v for k, v in PEAK_TFLOPS.items() if k in contender.info.get("device", "")), None)
         row = {"": name, "tokens/s": contender.rate, "ms per step": milliseconds}
         row |= {"tokens/s over the first": contender.over(first), "TFLOP/s": flops or None}
-        row["of the peak"] = flops / peak if peak and flops else None
         rows.append(row | contender.versus)
     show(args, rows)
 
