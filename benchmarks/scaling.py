@@ -82,7 +82,7 @@ def main() -> None:
         tokens = config.train.batch_size * config.model.context
         speed = seconds[name, "1 process"] / each
         rows.append({"": f"{name}, {label}", "tokens/s": tokens / each, "over one process": speed})
-    show(args, sorted(rows, key=lambda row: row[""].split(",")[0]))
+    show(args, sorted(rows, key=lambda row: args.presets.index(row[""].split(",")[0])))
 
 
 if __name__ == "__main__":

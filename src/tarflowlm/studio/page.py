@@ -6,8 +6,7 @@ from typing import Any
 import gradio as gr
 
 from tarflowlm.studio import request
-from tarflowlm.studio.catalogue import Catalogue
-from tarflowlm.studio.curves import AXES, runs
+from tarflowlm.studio.catalogue import AXES, Catalogue, runs
 from tarflowlm.studio.edit import TARGETS, WORDS, blend, replace_words, rewrite
 from tarflowlm.studio.pieces import card, guarded, muted, page
 from tarflowlm.studio.score import MODELS, compare
