@@ -39,16 +39,15 @@ class Catalogue:
     @property
     def models(self) -> list[str]:
         """All names: flows first, then baselines."""
-        return [*self.flows, *(name for name in self.places if name in self.baselines)]
+        return sorted(self.places, key=self.baselines.__contains__)
 
     @property
     def flows(self) -> list[str]:
-        """The names of flows."""
         return [name for name in self.places if name not in self.baselines]
 
     @property
     def runs(self) -> list[str]:
-        """The names of runs that have learning curves now."""
+        """Those that have learning curves now."""
         return [name for name, place in self.places.items() if (place / METRICS).is_file()]
 
     def place(self, name: object) -> Path:
@@ -80,8 +79,7 @@ def collect(names: Sequence[str], device: str = "cpu") -> Catalogue:
 
     UserError for what is none of them.
     """
-    if not names:
-        names = sorted(released(), key=lambda name: name != DEFAULT)
+    names = names or sorted(released(), key=lambda name: name != DEFAULT)
     # each run once, by the name that it was given
     found = {place.resolve(): Path(os.path.abspath(place)) for name in names for place in _runs_in(name)}
     places: dict[str, Path] = {}
@@ -119,7 +117,7 @@ def runs(catalogue: Catalogue, names: Any, axis: Any) -> Iterator[str]:
     more = f"{len(wanted)} runs are chosen, the first {MOST} are drawn."
     logs = [place / METRICS for _, place in wanted]
     written = [(log.stat().st_size, log.stat().st_mtime_ns) if log.exists() else (0, 0) for log in logs]
-    shown = tuple((*run, when) for run, when in zip(wanted[:MOST], written, strict=False))
+    shown = tuple((name, place, when) for (name, place), when in zip(wanted[:MOST], written, strict=False))
     yield page(_view(shown, request.choice(axis, AXES)), notice(more) if len(wanted) > MOST else "")
 
 
@@ -133,7 +131,7 @@ def _view(wanted: tuple[tuple[str, Path, tuple[int, int]], ...], axis: str) -> s
             if record.has_log:
                 records.append(replace(record, name=name))
             else:
-                problems.append(notice(f"{name} is {record.status}: choose another"))
+                problems.append(notice(f"{name} is a model without its training log: choose another"))
         except UserError as error:
             problems.append(notice(str(error).replace(str(place), name)))
     if not records:
@@ -146,14 +144,14 @@ def _view(wanted: tuple[tuple[str, Path, tuple[int, int]], ...], axis: str) -> s
 
 def _table(records: list[RunRecord]) -> str:
     head = ("run", "validation, bits per character", "test", "tokens", "time", "tokens per second", "status")
-    rows = []
+    body = ""
     for r in records:
         sign = "" if r.is_exact else "≤ "
         valid = f"{sign}{r.valid['bpc'][-1]:.3f}" if len(r.valid["bpc"]) else "–"
         test = f"{sign}{r.summary['test']['bpc']:.3f}" if r.summary else "–"
         speed = float(np.median(r.train["tokens_per_second"][-20:]))
         tokens = f"{r.train['tokens'].max() / 1e6:,.1f}M"
-        rows.append((r.name, valid, test, tokens, f"{r.seconds[-1] / 60:,.1f} min", f"{speed:,.0f}", r.status))
-    cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        row = (r.name, valid, test, tokens, f"{r.seconds[-1] / 60:,.1f} min", f"{speed:,.0f}", r.status)
+        body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    return f'<div class="st-wide"><table><thead><tr>{top}</tr></thead><tbody>{cells}</tbody></table></div>'
+    return f'<div class="st-wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
