@@ -170,12 +170,11 @@ def main() -> None:
     found = run(build, args)
     rows, first = [], {}
     for name, contender in found.items():
-        key = "loss" if args.loss else (name.split(",")[0], contender.info["K"])
-        reference = first.setdefault(key, contender)
+        K = contender.info.pop("K", None)
+        reference = first.setdefault((K, "loss" if args.loss else name.split(",")[0]), contender)
         row = {"": name, "ms": 1000 * contender.units / contender.rate}
         row["first one's time over it"] = contender.over(reference)
-        row |= {label: value for label, value in contender.info.items() if label != "K"}
-        rows.append(row | contender.versus)
+        rows.append(row | contender.info | contender.versus)
     show(args, rows)
 
 

@@ -19,7 +19,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -101,15 +101,20 @@ def training_steps(run: Any, device: torch.device) -> dict[str, Callable[[Tensor
 
     def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], tokens: Tensor) -> None:
         # without a start vector, the first token has nothing to be predicted from
-        F.cross_entropy(model(input_ids=tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), run.optim.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(model(input_ids=tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        descend(loss, model, optimizers, run.optim.grad_clip)
 
     models = {"GPT-2": gpt2(run.model).to(device).train(), "Llama": llama(run.model).to(device).train()}
     optim = replace(run.optim, optimizer="adamw")
     return {name: partial(step, model, build_optimizers(optim, model)) for name, model in models.items()}
+
+
+def descend(loss: Tensor, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], clip: float) -> None:
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def samplers(config: Any, device: torch.device) -> dict[str, Callable[[int, int], Tensor]]:
@@ -216,11 +221,7 @@ def train(peer: Gpt2 | Masked, corpus: Corpus, run: Any) -> None:
         set_learning_rate(optimizers, run.optim.lr * schedule(run.optim, step, steps))
         with torch.autocast("cpu", torch.bfloat16, enabled=run.train.precision == "bfloat16"):
             loss = peer.nats(batches.next()).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(peer.model.parameters(), run.optim.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        descend(loss, peer.model, optimizers, run.optim.grad_clip)
         if (step + 1) % 100 == 0:
             print(f"step {step + 1} of {steps}: {bits(loss.item()):.3f} bits", file=sys.stderr, flush=True)
 

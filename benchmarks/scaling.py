@@ -58,14 +58,14 @@ def _time(args: Namespace, processes: Processes) -> dict[tuple[str, str], float]
             label = f"{processes.world} processes, {mode}" if processes.world > 1 else "1 process"
             steps[name, label] = lambda step=step, tokens=tokens: step(tokens).item()
     times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
-    for index in range(args.rounds + 1):
+    for _ in range(args.rounds + 1):
         for key, step in steps.items():
             processes.wait()
             start = time.perf_counter()
             step()
-            if index:  # the first round warms up
-                times[key].append(time.perf_counter() - start)
-    return {key: statistics.median(values) for key, values in times.items()}
+            times[key].append(time.perf_counter() - start)
+    # the first round warms up
+    return {key: statistics.median(values[1:]) for key, values in times.items()}
 
 
 def main() -> None:

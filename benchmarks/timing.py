@@ -49,7 +49,6 @@ class Contender:
 
 
 def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    """The median over rounds of times[i] / others[i]."""
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
@@ -96,22 +95,18 @@ class _Worker:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(args.threads))
         environment = os.environ | threads | {WORKER: "1", "PYTHONPATH": str(source)}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, *sys.argv], env=environment, **pipes)
+        self.process: Any = subprocess.Popen([sys.executable, *sys.argv], env=environment, **pipes)
         self.contenders: dict[str, dict[str, Any]] = self._answer()
 
     def seconds(self, name: str) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write(name + "\n")
-        self.process.stdin.flush()
+        print(name, file=self.process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            # its error, if it could print one, is above
-            sys.exit(f"a process of the benchmark ended with status {self.process.wait()}")
-        return json.loads(line)
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        # its error, if it could print one, is above
+        sys.exit(f"a process of the benchmark ended with status {self.process.wait()}")
 
 
 def _serve(build: Callable[[Namespace], dict[str, Contender]], args: Namespace) -> None:

@@ -111,7 +111,8 @@ def write_report(
         svg = render(draw, Path(written[-1]), width=WIDTH, height=height, dpi=DPI)
         return picture_html(name, svg, caption)
 
-    sections = [Section("Summary", _SIGNS, [summary_table(records)])]
+    signs = "Flows have upper bounds, marked <=. The figures of a discrete baseline are exact."
+    sections = [Section("Summary", [signs], [summary_table(records)])]
     if logged := [record for record in records if record.has_log]:
         progress.stage("training curves")
         legend = 0.18 * len(logged)
@@ -123,9 +124,8 @@ def write_report(
         sections.append(Section("Training", parts=curves))
     runs = []
     for record in records:
-        problems = [*record.notes]
-        sections.append(_run_section(record, device or torch.device("cpu"), problems, draw, progress))
-        runs.append({"name": record.name, "status": record.status, "notes": problems})
+        sections.append(_run_section(record, device or torch.device("cpu"), draw, progress))
+        runs.append({"name": record.name, "status": record.status, "notes": record.notes})
     sections.append(Section("Configuration", parts=[config_table(records)], is_folded=True))
     title = f"{'Run' if len(records) == 1 else 'Runs'} {', '.join(r.name for r in records)}"
     with replacing(page) as temporary:
@@ -133,15 +133,13 @@ def write_report(
     return {"page": str(page), "figures": written, "runs": runs}
 
 
-def _run_section(
-    record: RunRecord, device: torch.device, problems: list[str], draw: Draw, progress: Progress
-) -> Section:
-    """Samples, terms of the bound and codebook of a run; `problems` gets a line for each that is missing."""
+def _run_section(record: RunRecord, device: torch.device, draw: Draw, progress: Progress) -> Section:
+    """Samples, terms of the bound and codebook of a run; its notes get a line for each that is missing."""
     try:
         checkpoint = load_checkpoint(record.directory, device)
     except UserError as error:
-        problems.append(f"Neither samples nor blocks nor codebook are shown: {error}.")
-        return Section(record.name, problems)
+        record.notes.append(f"Neither samples nor blocks nor codebook are shown: {error}.")
+        return Section(record.name, record.notes)
     model, tokenizer, step = checkpoint.model, checkpoint.tokenizer, checkpoint.info.get("step", "?")
     progress.stage(f"samples of {record.name}, positions", num_positions(model, min(LENGTH, model.config.context)))
     samples = draw_samples(model, tokenizer, progress)
@@ -150,7 +148,7 @@ def _run_section(
     if samples.passes:
         grid = to_html(pass_rows(samples.passes, tokenizer))
         parts.append(f"<figure>\n{grid}\n<figcaption>{escape(_PASSES)}</figcaption>\n</figure>\n")
-    if (corpus := _corpus(record, checkpoint, problems)) is not None:
+    if (corpus := _corpus(record, checkpoint)) is not None:
         valid = corpus.split("valid")
         counts = np.bincount(np.asarray(valid[:COUNTED]), minlength=tokenizer.vocab_size)
         if not model.is_exact:
@@ -169,11 +167,11 @@ def _run_section(
     exact = ["A discrete model: its likelihood is exact, and it has no blocks and no codebook."] * record.is_exact
     how = f"seed {SEED}, temperature {samples.temperature}, not selected"
     drawn = f"{NUM} samples of {samples.tokens} tokens at step {step}: {how}."
-    return Section(record.name, [*problems, *exact, drawn], [*parts, *tables])
+    return Section(record.name, [*record.notes, *exact, drawn], [*parts, *tables])
 
 
-def _corpus(record: RunRecord, checkpoint: Checkpoint, problems: list[str]) -> Corpus | None:
-    """The run's corpus in the run's tokens, or None with a problem."""
+def _corpus(record: RunRecord, checkpoint: Checkpoint) -> Corpus | None:
+    """The run's corpus in the run's tokens, or None with a note."""
     try:
         corpus = cached_corpus(record.run.data.source, record.run.data.tokenizer)
         if corpus.tokenizer.fingerprint == checkpoint.tokenizer.fingerprint:
@@ -181,11 +179,10 @@ def _corpus(record: RunRecord, checkpoint: Checkpoint, problems: list[str]) -> C
         problem = f"{record.run.data.source} is not the text that the run's tokenizer was trained on"
     except (UserError, OSError) as error:
         problem = str(error)
-    problems.append(f"The gain of each block is not shown, because the run's corpus cannot be used: {problem}.")
+    record.notes.append(f"The gain of each block is not shown, because the run's corpus cannot be used: {problem}.")
     return None
 
 
-_SIGNS = ("Flows have upper bounds, marked <=. The figures of a discrete baseline are exact.",)
 _PASSES = (
     "The first sample after every block, decoded with the codebook. Noise becomes latents block by block, the last "
     "block first. Where only the last row reads as text, block 1 does the writing."
