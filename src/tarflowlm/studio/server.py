@@ -18,7 +18,6 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def free_port(host: str, port: int | None) -> int:
     """The given port, or the first free one from PORT on. UserError for a bad address and a taken port."""
-
     for candidate in range(PORT, PORT + PORTS) if port is None else (port,):
         try:
             family = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0][0]
@@ -55,20 +54,11 @@ def serving(catalogue: Catalogue, *, host: str, port: int) -> Iterator[str]:
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"])
     blocks = build(catalogue)
     _, url, _ = blocks.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        ssr_mode=False,
-        enable_monitoring=False,
-        prevent_thread_lock=True,
-        quiet=True,
-        footer_links=[],
-        blocked_paths=["/"],
-        max_file_size=1,
-        head=HEAD,
+        server_name=host, server_port=port, share=False, ssr_mode=False, enable_monitoring=False,
+        prevent_thread_lock=True, quiet=True, footer_links=[], blocked_paths=["/"], max_file_size=1, head=HEAD,
         theme=gr.themes.Default(primary_hue="sky", font=["system-ui"], font_mono=["ui-monospace"]),
         app_kwargs={"middleware": [trusted], "docs_url": None, "openapi_url": None},
-    )
+    )  # fmt: skip
     try:
         yield url
     finally:

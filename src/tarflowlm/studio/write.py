@@ -47,16 +47,9 @@ def write(
     def work(job: Job[Generation]) -> Generation:
         with threads_for(num):
             return generate(
-                lm,
-                num_tokens=wanted if is_prompt else len(given),
-                num=num,
-                prompt=tokens,
-                temperature=temperature,
-                top_p=top_p,
-                decoder="auto",
-                generator=generator,
-                watch=Watch(job, job.tokens.append),
-            )
+                lm, num_tokens=wanted if is_prompt else len(given), num=num, prompt=tokens, temperature=temperature,
+                top_p=top_p, decoder="auto", generator=generator, watch=Watch(job, job.tokens.append),
+            )  # fmt: skip
 
     def show() -> str:
         written = torch.cat(job.tokens, 1)[0] if job.tokens else given[:0]
@@ -125,16 +118,9 @@ def fill(
     def work(job: Job[Generation]) -> Generation:
         with threads_for(num * each):
             return generate(
-                checkpoint.model,
-                num_tokens=len(template),
-                num=num,
-                prompt=template,
-                generator=generator,
-                particles=each,
-                temperature=temperature,
-                decoder="auto",
-                watch=Watch(job),
-            )
+                checkpoint.model, num_tokens=len(template), num=num, prompt=template, generator=generator,
+                particles=each, temperature=temperature, decoder="auto", watch=Watch(job),
+            )  # fmt: skip
 
     job = Job(work)
     total = num_positions(checkpoint.model, len(template))
