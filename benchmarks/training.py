@@ -79,7 +79,6 @@ def main() -> None:
     """The command line."""
     options = parser(__doc__, rounds=7, calls=2)
     options.add_argument("presets", nargs="*", default=["mini-ar", "mini-mixd", "mini-mix1", "mini-affine"])
-
     options.add_argument("--batch-size", type=int, help="sequences per step; the default is the preset's")
     options.add_argument("--peers", action="store_true", help="with AdamW, beside a GPT-2 and a Llama of this shape")
     args = options.parse_args()

@@ -103,10 +103,9 @@ class RunRecord:
 def read_records(directories: Sequence[Path]) -> list[RunRecord]:
     """The runs in `directories`. Raises UserError as `read_record`, and if two runs have the same name."""
     records: dict[str, RunRecord] = {}
-    for directory in directories:
-        record = read_record(directory)
+    for record in map(read_record, directories):
         if (other := records.get(record.slug)) is not None:
-            both = f"{other.directory} and {directory} have the same name {record.name!r}"
+            both = f"{other.directory} and {record.directory} have the same name {record.name!r}"
             raise UserError(f"{both}: give each run once, or rename one of the directories")
         records[record.slug] = record
     return list(records.values())

@@ -113,11 +113,10 @@ def _edit(catalogue: Catalogue) -> None:
 def _score(catalogue: Catalogue) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=300):
-            chosen = [*catalogue.flows[:1], *(name for name in catalogue.models if name in catalogue.baselines)][
-                :MODELS
-            ]
+            # one flow, then baselines, which come last
+            chosen = [*catalogue.flows[:1], *catalogue.models[len(catalogue.flows) :]]
             several = {"multiselect": True, "max_choices": MODELS}
-            models = gr.Dropdown(catalogue.models, value=chosen, label="Models", **several)
+            models = gr.Dropdown(catalogue.models, value=chosen[:MODELS], label="Models", **several)
             text = gr.Textbox(label="Text", value=HISTORY, lines=4, max_lines=12)
             buttons = _buttons("Score")
         out = _output("The bits of every token appear here.")
