@@ -10,8 +10,7 @@ import torch
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.studio import edit
-from tarflowlm.studio.catalogue import collect
-from tarflowlm.studio.curves import runs
+from tarflowlm.studio.catalogue import collect, runs
 from tarflowlm.studio.edit import TARGETS, blend, replace_words, rewrite
 from tarflowlm.studio.pieces import guarded
 from tarflowlm.studio.score import compare
