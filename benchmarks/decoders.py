@@ -87,9 +87,8 @@ def main() -> None:
                 for n in (n for n in POSITIONS if n <= model.config.context):
                     for kind, cost in costs(block, model.config.patch * model.config.latent_dim, batch, n).items():
                         found[kind].append((batch, n, cost))
-                        print(
-                            f"{name} block {index + 1}, {kind:6}: B {batch:2}, n {n:3}: {cost:7.2f} steps", flush=True
-                        )
+                        where = f"{name} block {index + 1}, {kind:6}: B {batch:2}, n {n:3}"
+                        print(f"{where}: {cost:7.2f} steps", flush=True)
     for kind, rows in found.items():
         print("{}: A {:.1f}, b {:.2f}".format(kind, *fitted(rows)))
 

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN002, ANN202
 """Accuracy, range and time of the mixture maps beside zuko and bisection; time of the Mix-d loss.
 
     python benchmarks/numerics.py                                  # needs zuko
@@ -14,7 +15,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from timing import Contender, parser, run, show
+from torch.nn.functional import cross_entropy, linear
+from torch.utils.checkpoint import checkpoint
 
 
 class Library(NamedTuple):
@@ -22,31 +26,29 @@ class Library(NamedTuple):
 
     forward: Callable[..., Any]
     inverse: Callable[..., Any]
-    dtype: str
+    dtype: torch.dtype = torch.float32
     equal_weights: bool = False
     """True for an implementation without weights; it is measured on mixtures of equal weights."""
 
 
 def libraries() -> dict[str, Library]:
     """Ours in two precisions, bisection on torch.distributions, and zuko."""
-    import torch
-
     from tarflowlm.flow.numerics import mixture_cdf, mixture_cdf_inverse
 
-    def forward(z, log_w, mean, log_std):  # noqa: ANN001, ANN202
-        return mixture_cdf(z, log_w, mean, log_std)[0]
+    def forward(*given):
+        return mixture_cdf(*given)[0]
 
-    def mixture(log_w, mean, log_std):  # noqa: ANN001, ANN202
+    def mixture(log_w, mean, log_std):
         weights = torch.distributions.Categorical(logits=log_w, validate_args=False)
         normals = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)
         return torch.distributions.MixtureSameFamily(weights, normals, validate_args=False)
 
-    def plain_forward(z, *params):  # noqa: ANN001, ANN002, ANN202
+    def plain_forward(z, *params):
         distribution = mixture(*params)
         distribution.log_prob(z)  # the log-determinant
         return torch.special.ndtri(distribution.cdf(z))
 
-    def bisection(u, log_w, mean, log_std):  # noqa: ANN001, ANN202
+    def bisection(u, log_w, mean, log_std):
         distribution, candidates = mixture(log_w, mean, log_std), mean + log_std.exp() * u[..., None]
         low, high, goal = candidates.amin(-1), candidates.amax(-1), torch.special.ndtr(u)
         for _ in range(30):
@@ -56,23 +58,22 @@ def libraries() -> dict[str, Library]:
         return (low + high) / 2
 
     found = {
-        "ours, float32": Library(forward, mixture_cdf_inverse, "float32"),
-        "ours, float64": Library(forward, mixture_cdf_inverse, "float64"),
-        "torch, bisection": Library(plain_forward, bisection, "float32"),
+        "ours, float32": Library(forward, mixture_cdf_inverse),
+        "ours, float64": Library(forward, mixture_cdf_inverse, torch.float64),
+        "torch, bisection": Library(plain_forward, bisection),
     }
     try:
         from zuko.transforms import GaussianizationTransform
     except ImportError:
         return found
 
-    def transform(mean, log_std):  # noqa: ANN001, ANN202
+    def transform(mean, log_std):
         # parameters come fresh from a network, so preparing them is part of the price on both sides
         return GaussianizationTransform(-mean * torch.exp(-log_std), -log_std)
 
     found["zuko"] = Library(
         lambda z, _, mean, log_std: transform(mean, log_std).call_and_ladj(z)[0],
         lambda u, _, mean, log_std: transform(mean, log_std).inv(u),
-        "float32",
         equal_weights=True,
     )
     return found
@@ -80,41 +81,31 @@ def libraries() -> dict[str, Library]:
 
 def round_trip(library: Library, u: Any, params: Any) -> tuple[float, float]:
     """Median and worst |u(z(u)) - u|, less an ulp of z; inf where a value is lost."""
-    import torch
-
     from tarflowlm.flow.numerics import mixture_cdf
 
-    dtype = getattr(torch, library.dtype)
-    log_w, mean, log_std = (p.to(dtype) for p in params)
-    if library.equal_weights:
-        log_w = torch.zeros_like(log_w)
-    u = u.to(dtype)
-    z = library.inverse(u, log_w, mean, log_std)
-    back = library.forward(z, log_w, mean, log_std).double()
-    wide = [p.double() for p in (log_w, mean, log_std)]
-    exact = mixture_cdf(z.double(), *wide)[0]
-    sides = [mixture_cdf(torch.nextafter(z, z + s).double(), *wide)[0] for s in (-1, 1)]
-    ulp = torch.stack([(side - exact).abs() for side in sides]).amax(0)
-    error = ((back - u.double()).abs() - torch.nan_to_num(ulp)).clamp(min=0)
-    error = torch.where(error.isnan(), math.inf, error)
+    u, log_w, mean, log_std = (x.to(library.dtype) for x in (u, *params))
+    params = torch.zeros_like(log_w) if library.equal_weights else log_w, mean, log_std
+    z = library.inverse(u, *params)
+    back = library.forward(z, *params).double()
+    low, exact, high = (
+        mixture_cdf(x.double(), *(p.double() for p in params))[0]
+        for x in (torch.nextafter(z, z - 1), z, torch.nextafter(z, z + 1))
+    )
+    ulp = torch.maximum((low - exact).abs(), (high - exact).abs())
+    error = ((back - u.double()).abs() - ulp.nan_to_num()).clamp(min=0).nan_to_num(nan=math.inf, posinf=math.inf)
     return error.median().item(), error.max().item()
 
 
 def largest_u(library: Library) -> float:
     """Largest u up to which all come back to 1e-3, for the mixture of two equal unit normals at -1 and 1."""
-    import torch
-
-    dtype = getattr(torch, library.dtype)
-    u, zero = torch.linspace(0, 60, 601, dtype=dtype), torch.zeros(601, 2, dtype=dtype)
-    params = zero, torch.tensor([-1.0, 1.0], dtype=dtype).expand(601, 2).contiguous(), zero
+    u, zero = torch.linspace(0, 60, 601, dtype=library.dtype), torch.zeros(601, 2, dtype=library.dtype)
+    params = zero, zero + torch.tensor([-1.0, 1.0], dtype=library.dtype), zero
     fine = (library.forward(library.inverse(u, *params), *params) - u).abs() < 1e-3
     return float(u[int(torch.cumprod(fine.long(), 0).sum()) - 1])
 
 
 def build(args: Namespace) -> dict[str, Contender]:
     """Forward and inverse of every library and number of components, or the losses with --loss."""
-    import torch
-
     from tarflowlm.flow.numerics import mixture_cdf_inverse
 
     if args.loss:
@@ -132,22 +123,17 @@ def build(args: Namespace) -> dict[str, Contender]:
         hard = -12 * uniform[2], apart - apart.mean(-1, keepdim=True), log_std
         hard_u = 60 * torch.rand(args.accuracy, generator=g, dtype=torch.float64) - 30
         for name, library in libraries().items():
-            dtype = getattr(torch, library.dtype)
             info: dict[str, Any] = {"K": K, "worst": round_trip(library, u, params)[1]}
             info["hard, median"], info["hard, worst"] = round_trip(library, hard_u, hard)
             info["|u| to"] = largest_u(library)
             for way, x in (("forward", z), ("inverse", u)):
-                call = partial(getattr(library, way), x.to(dtype), *(p.to(dtype) for p in params))
+                call = partial(getattr(library, way), *(value.to(library.dtype) for value in (x, *params)))
                 found[f"{way}, {name}, K = {K}"] = Contender(call, u.numel(), info if way == "inverse" else {"K": K})
     return found
 
 
 def losses(args: Namespace) -> dict[str, Contender]:
     """Forward and backward of the Mix-d loss over a vocabulary, and of cross-entropy in recomputed chunks."""
-    import torch
-    from torch.nn.functional import cross_entropy, linear
-    from torch.utils.checkpoint import checkpoint
-
     from tarflowlm.flow.numerics import mixture_log_prob_from_features
 
     K, N, E, d = 50_257, args.tokens, 256, 16
@@ -184,12 +170,11 @@ def main() -> None:
     found = run(build, args)
     rows, first = [], {}
     for name, contender in found.items():
-        key = "loss" if args.loss else (name.split(",")[0], contender.info["K"])
-        reference = first.setdefault(key, contender)
+        K = contender.info.pop("K", None)
+        reference = first.setdefault((K, "loss" if args.loss else name.split(",")[0]), contender)
         row = {"": name, "ms": 1000 * contender.units / contender.rate}
         row["first one's time over it"] = contender.over(reference)
-        row |= {label: value for label, value in contender.info.items() if label != "K"}
-        rows.append(row | {"time over the other checkout": contender.over_other_checkout})
+        rows.append(row | contender.info | contender.versus)
     show(args, rows)
 
 

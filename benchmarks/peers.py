@@ -19,8 +19,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -48,13 +47,11 @@ DENOISING_STEPS = (64, 16)
 
 
 def gpt2(config: Any) -> nn.Module:
-    """A GPT-2 in the shape of a `BaselineConfig`: learned positions, biases, output weights tied to the embedding.
-
-    GELU in its tanh form by PyTorch's single kernel; the default uses eight operations for the same numbers.
-    """
+    """A GPT-2 in the shape of a `BaselineConfig`: learned positions, biases, output weights tied to the embedding."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     trunk = config.trunk
+    # GELU in its tanh form by PyTorch's single kernel; the default uses eight operations for the same numbers
     theirs = GPT2Config(
         vocab_size=config.vocab_size, n_positions=config.context, n_embd=trunk.width, n_layer=config.layers,
         n_head=trunk.num_heads, n_inner=trunk.mlp_ratio * trunk.width, activation_function="gelu_pytorch_tanh",
@@ -89,13 +86,11 @@ def llama(config: Any) -> nn.Module:
 
 
 def modernbert(config: Any) -> nn.Module:
-    """A ModernBERT in the shape of a `BaselineConfig`, with full attention in every layer.
-
-    Weights start larger than its default of 0.02, which is for width 768: at width 128 the model with that start
-    had learned nothing but the frequencies of letters after 900 steps.
-    """
+    """A ModernBERT in the shape of a `BaselineConfig`, with full attention in every layer."""
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
+    # Weights start larger than by its default of 0.02, which is for width 768: at width 128 a model with that start
+    # had learned nothing but the frequencies of letters after 900 steps.
     options: dict[str, Any] = dict.fromkeys(f"{kind}_token_id" for kind in ("pad", "bos", "eos", "cls", "sep"))
     options |= {"layer_types": ["full_attention"] * config.layers, "initializer_range": config.trunk.width**-0.5}
     return ModernBertForMaskedLM(ModernBertConfig(**gated_shape(config), **options))
@@ -106,40 +101,45 @@ def training_steps(run: Any, device: torch.device) -> dict[str, Callable[[Tensor
 
     def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], tokens: Tensor) -> None:
         # without a start vector, the first token has nothing to be predicted from
-        logits = model(input_ids=tokens).logits[:, :-1]
-        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), run.optim.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(model(input_ids=tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        descend(loss, model, optimizers, run.optim.grad_clip)
 
     models = {"GPT-2": gpt2(run.model).to(device).train(), "Llama": llama(run.model).to(device).train()}
     optim = replace(run.optim, optimizer="adamw")
     return {name: partial(step, model, build_optimizers(optim, model)) for name, model in models.items()}
 
 
-def samplers(config: Any, device: torch.device) -> dict[str, Callable[[int, int], Tensor]]:
-    """Name -> function (batch, length) that samples tokens by a loop over the KV cache, without a start vector."""
+def descend(loss: Tensor, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], clip: float) -> None:
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
-    @torch.inference_mode()
+
+def samplers(config: Any, device: torch.device) -> dict[str, Callable[[int, int], Tensor]]:
+    """Name -> function (batch, length) that samples tokens from a random first one on."""
+
     def sample(model: nn.Module, batch: int, length: int) -> Tensor:
-        drawn, following = [torch.randint(config.vocab_size, (batch, 1), device=device)], stepper(model)
-        for _ in range(length - 1):
-            drawn.append(torch.multinomial(following(drawn[-1]).softmax(-1), 1))
-        return torch.cat(drawn, 1)
+        first = torch.randint(config.vocab_size, (batch, 1), device=device)
+        return continued(model, first, length, config.vocab_size)
 
     models = {"GPT-2": gpt2(config), "Llama": llama(config)}
     return {name: partial(sample, model.to(device).eval()) for name, model in models.items()}
 
 
-def stepper(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A function token [B, 1] -> logits [B, V] of the next one, over an empty KV cache."""
+@torch.inference_mode()
+def continued(model: nn.Module, first: Tensor, length: int, vocab_size: int) -> Tensor:
+    """The tokens `first` [B, 1] and those drawn after them over a KV cache, [B, length], below `vocab_size`."""
     from transformers import DynamicCache
 
-    cache = DynamicCache()
     # transformers 5.24 renamed it
     name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-    return lambda token: model(input_ids=token, use_cache=True, **{name: cache}).logits[:, -1]
+    drawn, cache = [first], {name: DynamicCache()}
+    for _ in range(length - 1):
+        logits = model(input_ids=drawn[-1], use_cache=True, **cache).logits[:, -1, :vocab_size]
+        drawn.append(torch.multinomial(logits.softmax(-1), 1))
+    return torch.cat(drawn, 1)
 
 
 # --- the comparison: both peers have one token more than ours, `extra`, which they never write
@@ -157,12 +157,8 @@ class Gpt2:
         logits = self.model(input_ids=torch.cat([start, tokens[:, :-1]], 1)).logits[..., : self.extra].float()
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
 
-    @torch.inference_mode()
     def sample(self, batch: int, length: int) -> Tensor:
-        following, drawn = stepper(self.model), [torch.full((batch, 1), self.extra)]
-        for _ in range(length):
-            drawn.append(torch.multinomial(following(drawn[-1])[:, : self.extra].softmax(-1), 1))
-        return torch.cat(drawn[1:], 1)
+        return continued(self.model, torch.full((batch, 1), self.extra), length + 1, self.extra)[:, 1:]
 
 
 class Masked:
@@ -211,33 +207,27 @@ def train(peer: Gpt2 | Masked, corpus: Corpus, run: Any) -> None:
     named = list(peer.model.named_parameters())
     is_matrix = {name: p.ndim == 2 and (".h." in name or ".layers." in name) for name, p in named}
     matrices, rest = ([p for name, p in named if is_matrix[name] is wanted] for wanted in (True, False))
+    betas, decay = (run.optim.beta1, run.optim.beta2), run.optim.weight_decay
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": run.optim.weight_decay, "lr_scale": 1.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": decay, "lr_scale": 1.0},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "lr_scale": 1.0},
     ]
-    betas, decay = (run.optim.beta1, run.optim.beta2), run.optim.weight_decay
     muon = Muon([{"params": matrices, "lr_scale": 1.0}], precision="float32", weight_decay=decay, momentum=0.95)
     optimizers = [torch.optim.AdamW(groups, betas=betas, eps=1e-10), muon]
-    steps, half, losses = run.train.num_steps, run.train.precision == "bfloat16", []
-    size = {"window": run.model.context, "batch": run.train.batch_size}
-    batches = WindowSampler(corpus.split("train"), **size, seed=run.seed)
-    for step in range(steps):
+    batches = WindowSampler(
+        corpus.split("train"), window=run.model.context, batch=run.train.batch_size, seed=run.seed
+    )
+    for step in range(steps := run.train.num_steps):
         set_learning_rate(optimizers, run.optim.lr * schedule(run.optim, step, steps))
-        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16, enabled=run.train.precision == "bfloat16"):
             loss = peer.nats(batches.next()).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(peer.model.parameters(), run.optim.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(loss.item())
+        descend(loss, peer.model, optimizers, run.optim.grad_clip)
         if (step + 1) % 100 == 0:
-            recent = bits(sum(losses[-100:]) / 100)
-            print(f"step {step + 1} of {steps}: {recent:.3f} bits", file=sys.stderr, flush=True)
+            print(f"step {step + 1} of {steps}: {bits(loss.item()):.3f} bits", file=sys.stderr, flush=True)
 
 
 def measure(name: str, bpc: str, model: nn.Module, draw: Callable[..., Tensor], text: Tensor, *readers: Any) -> str:
-    """Print a row of the table for as many samples as real `text` [N, T] has rows; returns the row of the text.
+    """Print a row of the table for as many samples as `text` [N, T] has rows; returns the row of the text.
 
     The readers are the tokenizer and the judge.
     """
@@ -257,7 +247,7 @@ def main() -> None:
     parser.add_argument("--judge", required=True, help="run of a baseline on another text, or one of transformers")
     parser.add_argument("--ours", nargs="*", default=[], type=Path, help="finished runs of tarflowlm")
     parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="weights of the peers, trained once")
-    parser.add_argument("--lr", type=float, help="peak rate of the peers; the default is that of mini-ar")
+
     parser.add_argument("--steps", type=int, help="fewer, for a quick look")
     parser.add_argument("--windows", type=int, default=4096)
     parser.add_argument("--num", type=int, default=500, help="samples")
@@ -265,7 +255,7 @@ def main() -> None:
     args = parser.parse_args()
     run = preset("mini-ar") if args.steps is None else with_steps(preset("mini-ar"), args.steps)
     run = replace(run, train=replace(run.train, precision=args.precision))
-    run = replace(run, optim=replace(run.optim, lr=args.lr or run.optim.lr))
+
     corpus, judge = cached_corpus(args.data, run.data.tokenizer), load_judge(args.judge)
     windows, text = (eval_windows(corpus.split("test"), run.model.context, num) for num in (args.windows, args.num))
     config = replace(run.model, vocab_size=corpus.tokenizer.vocab_size)
@@ -285,14 +275,12 @@ def main() -> None:
         with seeded(run.seed), torch.inference_mode():
             nats = torch.cat([peer.nats(part, TIMES).double().mean(1) for part in windows.split(EVAL_BATCH)])
         bpc = f"{bits(nats.mean().item()):.4f} ± {bits(nats.std().item()) / len(nats) ** 0.5:.4f}"
-        if isinstance(peer, Gpt2):
+        draws = {name: peer.sample}
+        if isinstance(peer, Masked):
+            bpc, draws = f"<= {bpc}", {f"{name}, {n} steps": partial(peer.sample, steps=n) for n in DENOISING_STEPS}
+        for label, draw in draws.items():
             with seeded(run.seed):
-                real = measure(name, bpc, peer.model, peer.sample, text, corpus.tokenizer, judge)
-            continue
-        for steps in DENOISING_STEPS:
-            draw = partial(peer.sample, steps=steps)
-            with seeded(run.seed):
-                measure(f"{name}, {steps} steps", f"<= {bpc}", peer.model, draw, text, corpus.tokenizer, judge)
+                real = measure(label, bpc, peer.model, draw, text, corpus.tokenizer, judge)
     for directory in args.ours:
         model, generator = load_checkpoint(directory).model, torch.Generator().manual_seed(run.seed)
         found = evaluate(model, windows, torch.from_numpy(corpus.tokenizer.characters_per_token))

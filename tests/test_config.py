@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import reduce
 from typing import Literal, get_origin, get_type_hints
 
@@ -64,7 +64,7 @@ def changed(path: str, value: object) -> dict:
         ("model.blocks", [], "model.blocks .*: needs at least one block"),
     ],
 )
-def test_what_is_wrong_is_named(path, value, message):
+def test_errors_name_the_wrong_field(path, value, message):
     with pytest.raises(UserError, match=message):
         from_dict(RunConfig, changed(path, value))
 
@@ -72,24 +72,6 @@ def test_what_is_wrong_is_named(path, value, message):
 def test_defaults_fill_what_is_left_out():
     run = from_dict(RunConfig, {"name": "x", "model": {"family": "ar"}, "train": {"stage_steps": [7]}})
     assert run == RunConfig(name="x", model=BaselineConfig(), train=TrainConfig(stage_steps=(7,)))
-
-
-def test_optional_values_and_nested_tuples():
-    @dataclass(frozen=True)
-    class Inner:
-        at: tuple[int, ...] = ()
-
-    @dataclass(frozen=True)
-    class Outer:
-        limit: int | None = None
-        inner: Inner = field(default_factory=Inner)
-
-    value = Outer(limit=3, inner=Inner(at=(1, 2)))
-    assert to_dict(value) == {"limit": 3, "inner": {"at": [1, 2]}}
-    assert from_dict(Outer, to_dict(value)) == value
-    assert from_dict(Outer, {"limit": None}) == Outer()
-    with pytest.raises(UserError, match=r"config\.limit: expected int, found '3'"):
-        from_dict(Outer, {"limit": "3"})
 
 
 FLOW = {"blocks": stack(("mixd", "mix1"), (1, 1), (0, 2))}

@@ -44,7 +44,7 @@ def test_members_of_a_family_have_one_depth(family, layers):
 
 
 @pytest.mark.parametrize("name", PAPER_FLOWS)
-def test_what_the_papers_flows_have_in_common(name):
+def test_flows_of_the_paper_share_their_shape(name):
     """Width, heads, channels per token, codebook, alternating directions, and channel mixing only for P > 1."""
     corpus = name.split("-")[0]
     model, config = built(name), preset(name).model

@@ -67,12 +67,6 @@ def test_texts_are_read_as_the_training_text_was(loaded):
             call("日本")
 
 
-def test_version(run, monkeypatch):
+def test_version(run):
     assert tarflowlm.__version__ == metadata.version("tarflowlm")
     assert run("--version").out == f"tarflowlm {tarflowlm.__version__}\n"
-
-    def missing(_name: str) -> str:
-        raise metadata.PackageNotFoundError
-
-    monkeypatch.setattr(metadata, "version", missing)
-    assert tarflowlm.__version__ == "unknown"

@@ -61,7 +61,7 @@ RELEASED = ["english-mini", "english-mini-ar", "english-passes", "english-small"
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_what_is_released_is_whole_and_says_what_it_is(name):
+def test_released_models_generate_and_have_a_card(name):
     model, tokenizer = load(name)
     tokens = generate(model, num_tokens=64, generator=torch.Generator().manual_seed(0)).tokens[0]
     assert len(tokens) == 64

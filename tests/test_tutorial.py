@@ -27,7 +27,7 @@ sys.modules |= {"IPython": types.ModuleType("IPython"), "IPython.display": displ
 
 
 @pytest.mark.slow
-def test_it_runs(tmp_path, monkeypatch):
+def test_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("TARFLOWLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     code = "\n\n".join([STAND_IN, *("".join(cell["source"]) for cell in CODE)])
@@ -42,7 +42,7 @@ def test_it_runs(tmp_path, monkeypatch):
     assert re.search(r"test: <= \d", done.stdout)
 
 
-def test_its_outputs_are_small():
+def test_stored_outputs_are_small():
     for output in OUTPUTS:
         for kind, value in {"text": output.get("text", ""), **output.get("data", {})}.items():
             assert len("".join(value)) <= (IMAGE_BYTES if kind.startswith("image/") else TEXT_BYTES), kind

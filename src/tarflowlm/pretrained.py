@@ -74,7 +74,7 @@ class Pretrained(_Pair):
         """
         if prompt and template is not None:
             raise UserError("both a prompt and a template: put the prompt at the start of the template")
-        given = read(self.tokenizer, prompt, name="prompt", goes_on=True).tokens if prompt else None
+        given = read(self.tokenizer, prompt, name="prompt", goes_on=True).tokens if prompt not in (None, "") else None
         if template is not None:
             given = read_template(self.tokenizer, template, blank).tokens
         if num_tokens is None:

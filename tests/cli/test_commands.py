@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from command_cases import CHECKPOINT, TINY, TINY_AR, save_untrained
-from safetensors.torch import load_file
 
 from tarflowlm.cli import quickstart
 from tarflowlm.cli.main import COMMANDS, main
@@ -67,25 +66,6 @@ def test_options_of_train_reach_the_configuration():
     assert read(["mini-mixd", "--out", "x", "--model.blocks.0.no-sees-channels"]).configured() != one
 
 
-@pytest.mark.slow
-def test_a_stopped_run_continues(run, run_json, trained, text_file, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-
-    def interrupted(self, record):
-        if record["step"] == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("tarflowlm.terminal.bars.ProgressReporter.record", interrupted)
-        argv = ["--data", text_file, "--steps", "6", "--checkpoint-every", "2"]
-        stopped = run("train", "mini-mixd", "--out", out, *argv, *TINY)
-    assert stopped.status == 130
-    assert "train --resume" in stopped.err
-    assert run_json("train", "--resume", out, "--device", "cpu")["steps"] == 6
-    ours, theirs = load_file(out / "model.safetensors"), load_file(trained / "model.safetensors")
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-
-
 def test_data_prepares_a_directory_that_eval_takes(run_json, run, refused, model, text_file, tmp_path):
     odd = tmp_path / "a [bold]b [/red]"  # names are not markup
     odd.mkdir(parents=True)
@@ -135,21 +115,7 @@ def test_eval_of_samples_windows_and_other_texts(run_json, run, model, tmp_path)
     assert run_json("eval", model, "--data", other, "--split", "all", "--samples", 1)["tokens"] > 1000
 
 
-def test_windows_slide(run_json, run, models, tmp_path):
-    model, tokenizer = load(models["ar"])
-    text = " abc def ghij kl mn"
-    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
-    tokens = torch.from_numpy(tokenizer.encode(text))[None]
-    with torch.no_grad():
-        nats = -model.log_prob(tokens[:, :16]) - model.token_log_prob(tokens[:, 3:19])[:, 13:].sum()
-    argv = [models["ar"], "--data", tmp_path / "t.txt", "--split", "all", "--stride", 3]
-    result = run_json("eval", *argv)
-    assert (result["tokens"], result["windows"]) == (19, 2)
-    assert result["nats_per_token"] == pytest.approx(nats.item() / 19, rel=1e-5)
-    assert "2 windows, 13 tokens of context each" in run("eval", *argv).out
-
-
-def test_latents_and_quality_stand_beside_the_likelihood(run_json, run, models):
+def test_eval_reports_the_latents_beside_the_likelihood(run_json, run, models):
     argv = ["eval", models["flow"], "--latents", "--windows", 5]
     result = run_json(*argv)
     states = result["latents"]
@@ -170,7 +136,7 @@ def test_quality_of_samples(run_json, run, models):
         assert part in shown
 
 
-def test_score_gives_the_bits_of_every_token(run_json, run, models, tmp_path, monkeypatch):
+def test_score_gives_the_bits_of_every_token(run_json, run, models, monkeypatch):
     model, tokenizer = load(models["flow"])
     argv = ["score", models["flow"], "--text", "the king", "--samples", 3, "--seed", 2]
     found = run_json(*argv, "--baseline", models["ar"])
@@ -189,7 +155,7 @@ def test_score_gives_the_bits_of_every_token(run_json, run, models, tmp_path, mo
     assert "\x1b[" in run(*argv).out
 
 
-def test_texts_are_read_alike_from_everywhere(run, run_json, model, tmp_path, monkeypatch):
+def test_option_file_and_standard_input_give_one_score(run, run_json, model, tmp_path, monkeypatch):
     text = "The King,\n17!"
     argv = ["score", model, "--samples", 1]
     found = run_json(*argv, "--text", text)
@@ -221,7 +187,7 @@ def test_info_lists_and_describes_models(run_json, run, trained, models):
     assert "2 per position" in run("info", models["patches"]).out
 
 
-def test_runs_are_compared(run_json, run, trained, text_file, tmp_path):
+def test_runs_are_compared(run_json, run, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "a" / "finished")
     shutil.copytree(trained, tmp_path / "stopped")
     (tmp_path / "stopped" / "summary.json").unlink()
@@ -252,7 +218,7 @@ def test_runs_are_compared(run_json, run, trained, text_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_report_writes_a_page(run_json, run, trained, tmp_path):
+def test_report_writes_a_page(run_json, trained, tmp_path):
     pytest.importorskip("matplotlib")
     found = run_json("report", trained, "--out", tmp_path / "report")
     assert found.keys() >= {"page", "figures", "runs"}
@@ -310,7 +276,7 @@ def test_edits_of_word_pieces(run_json, run, refused, tiny_flow, text_file, tmp_
 # --- output
 
 
-def test_characters_that_the_output_lacks_end_nothing(monkeypatch):
+def test_characters_outside_the_output_encoding_are_replaced(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="")
     monkeypatch.setattr(sys, "stdout", out)
     main(["--version"])

@@ -1,13 +1,8 @@
 """`tarflowlm sample`: batches, streams, stops, prompts from files, samples to a file, interrupts, conversations."""
 
-import contextlib
 import io
 import json
-import os
-import select
 import signal
-import sys
-import time
 
 import pytest
 
@@ -201,45 +196,3 @@ def test_mistakes_cost_a_line_and_go_on(talk, run, model, monkeypatch):
     done = run("sample", model, "--interactive", "--length", 5)
     assert (done.status, len(done.out)) == (2, 8)
     assert "not UTF-8 (character 0 is byte 0xff)" in done.err
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("interruptible")
-@pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
-def test_at_a_terminal_control_c_stops_the_writing_and_then_the_loop(model):
-    import pty
-
-    child, terminal = pty.fork()
-    if child == 0:
-        command = [sys.executable, "-m", "tarflowlm", "sample", str(model), "--interactive", "--length", "100000"]
-        os.execv(sys.executable, command)
-    seen, until = "", time.monotonic() + 120
-
-    def expect(text: str) -> None:
-        nonlocal seen
-        while text not in seen:
-            assert time.monotonic() < until, seen
-            if select.select([terminal], [], [], 1)[0]:
-                seen += os.read(terminal, 1000).decode()
-        seen = seen.partition(text)[2]
-
-    try:
-        # the echo of a line comes before its answer
-        for line, answers in ((b"ab c\n", ["> ", "ab c", "ab c", "a"]), (b"\x03", ["> "]), (b"/nope\n", ["no such"])):
-            if line == b"ab c\n":
-                expect(answers.pop(0))
-            os.write(terminal, line)
-            for answer in answers:
-                expect(answer)
-        # Python's readline misses a Ctrl-C that comes after the prompt but before it waits for a key: press it again
-        with contextlib.suppress(OSError):
-            ended = False
-            while not ended:
-                assert time.monotonic() < until, seen
-                os.write(terminal, b"\x03")
-                while not ended and select.select([terminal], [], [], 5)[0]:
-                    ended = not os.read(terminal, 1000)
-    finally:
-        os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -2,11 +2,9 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -69,21 +67,6 @@ def test_format_stays(words, tmp_path):
         {"file": f"train-0000{i}.bin", "tokens": tokens, "sha256": hashes[i]} for i, tokens in enumerate((64, 26))
     ]
     assert meta["splits"]["train"] == {"tokens": 90, "characters": 90, "shards": shards}
-
-
-def test_progress_reaches_the_end_of_every_stage(text_file, tmp_path):
-    stages = []
-
-    class Recorder(Silent):
-        def stage(self, name, total=None, done=0):
-            stages.append([name, total, done])
-
-        def advance(self, count=1):
-            stages[-1][2] += count
-
-    prepare_corpus(str(text_file), BPE, tmp_path / "out", progress=Recorder())
-    assert [name.split()[0] for name, _, _ in stages] == ["reading", "text", "encoding"]
-    assert all(done == total for _, total, done in stages[2:])
 
 
 def test_other_directories_are_not_overwritten(text_file, words, tmp_path):
@@ -191,34 +174,6 @@ def test_another_plan_or_damage_starts_over(change, source, tmp_path):
     for name in ("out", "fresh"):
         prepare_corpus(source("text"), config, tmp_path / name, **sizes)
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
-
-
-def prepare_there(path, out) -> None:
-    prepare_corpus(TextFile(path, block=2000), SMALL_BPE, out, shard_tokens=4000)
-
-
-@pytest.mark.slow
-def test_killed_and_concurrent_processes_end_the_same(source, tmp_path):
-    text = source("text")
-    prepare_corpus(text, SMALL_BPE, tmp_path / "whole", shard_tokens=4000)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tarflowlm.data.prepare"])
-    rng, kills = random.Random(1), 0
-    while not (tmp_path / "out").exists():
-        pair = [context.Process(target=prepare_there, args=(text.path, tmp_path / "out")) for _ in range(2)]
-        for process in pair:
-            process.start()
-        if kills < 4:
-            kills += 1
-            while not (tmp_path / ".out.partial").exists():
-                time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.03))
-            for process in pair:
-                process.kill()
-        for process in pair:
-            process.join()
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
-    assert not (tmp_path / ".out.partial").exists()
 
 
 # the cache

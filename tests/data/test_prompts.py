@@ -1,6 +1,7 @@
 """Texts, prompts, templates and stops of users, read by one rule."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,9 @@ from tarflowlm.data import TEXT8_ALPHABET, ByteTokenizer, CharTokenizer, load_to
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.prompts import BLANK, read, read_template
 from tarflowlm.errors import UnknownCharacters, UserError
+from tarflowlm.harness.scoring import TextScorer
+from tarflowlm.pretrained import Pretrained
+from tarflowlm.studio.request import reading
 
 TEXT8 = CharTokenizer(TEXT8_ALPHABET, "text8")
 LOWER = CharTokenizer(TEXT8_ALPHABET, "none")
@@ -123,7 +127,13 @@ def test_blank_that_cannot_be_one_is_refused(blank, message):
         read_template(TEXT8, "the _ sat", blank)
 
 
-def test_notice_of_a_long_text_is_one_short_line():
-    notice = read(TEXT8, "A\n" * 1000).notice
-    assert notice.endswith("a a ...")
-    assert len(notice) < 250
+@pytest.mark.parametrize("text", ["The King,\n17!", " the king ", "It's", "a_b  c"])
+def test_python_studio_and_harness_read_alike(text):
+    tokenizer = TOKENIZERS["char"]
+    expected = read(tokenizer, text).tokens.tolist()
+    everywhere = [
+        Pretrained.encode(SimpleNamespace(tokenizer=tokenizer), text),
+        reading(tokenizer, text).tokens,
+        TextScorer.encode(SimpleNamespace(tokenizer=tokenizer), text),
+    ]
+    assert [tokens.tolist() for tokens in everywhere] == [expected] * 3

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import io
-import json
 import random
 import zipfile
 from pathlib import Path
@@ -14,16 +13,16 @@ import pytest
 
 from tarflowlm.data import TokenizerConfig, build_tokenizer, cached_corpus, normalize_text8, prepare_corpus, sources
 from tarflowlm.data.bpe import train_bpe
-from tarflowlm.data.sources import SEPARATOR, SPLITS, OpenWebText, Text8, TextFile, resolve_source, sources_dir
+from tarflowlm.data.sources import SEPARATOR, SPLITS, OpenWebText, Text8, resolve_source, sources_dir
 from tarflowlm.data.text import read_text
 from tarflowlm.errors import UserError
 
 CHARS = TokenizerConfig()
 
 
-def texts_of(source, normalization="none", cursor=None) -> dict[str, str]:
+def texts_of(source) -> dict[str, str]:
     texts = dict.fromkeys(SPLITS, "")
-    for batch in source.stream(normalization, cursor).batches:
+    for batch in source.stream("none", None).batches:
         for split, parts in batch.texts.items():
             texts[split] += "".join(parts)
     return texts
@@ -184,26 +183,6 @@ def test_openwebtext_documents_are_each_in_one_split_encoded_alone(documents, tm
     trained = prepare_corpus("openwebtext", config, tmp_path / "bpe").tokenizer
     train = [document + SEPARATOR for document in by_split(documents)["train"]]
     assert trained.fingerprint == build_tokenizer(config, train).fingerprint
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("normalization", ["none", "text8"])
-@pytest.mark.parametrize("kind", ["openwebtext", "file"])
-def test_every_cursor_leads_to_the_rest(kind, normalization, documents, monkeypatch):
-    monkeypatch.setattr(OpenWebText, "block", 20_000)
-    if kind == "openwebtext":
-        write_parquet(documents)
-    Path("text.txt").write_text("\n".join(documents), encoding="utf-8")
-
-    def source():
-        return OpenWebText() if kind == "openwebtext" else TextFile(Path("text.txt"), block=20_000)
-
-    batches = list(source().stream(normalization).batches)
-    assert len(batches) > 5
-    for i, batch in enumerate(batches):
-        cursor = json.loads(json.dumps(batch.cursor))
-        rest = [b.texts for b in source().stream(normalization, cursor).batches if b.texts]
-        assert rest == [b.texts for b in batches[i + 1 :] if b.texts]
 
 
 def test_openwebtext_offline_or_without_its_package_names_the_remedy(tmp_path, no_network, uninstall):

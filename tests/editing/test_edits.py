@@ -7,7 +7,7 @@ import torch
 
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.tokenizer import CharTokenizer
-from tarflowlm.editing import EDITS, Redraw, Renoise, Replace, Rewrite, Source, Toward, encode
+from tarflowlm.editing import Redraw, Renoise, Replace, Rewrite, Source, Toward, encode
 from tarflowlm.errors import UserError
 from tarflowlm.progress import Silent
 
@@ -102,13 +102,3 @@ def test_renoise_changes_a_state_everywhere_or_at_some_words(source):
     everywhere = edited(source, Renoise(level=0, strength=1.0))
     assert all(text != TEXT for text in everywhere)
     edited(source, Renoise(level=2, strength=0.5, words=1))
-
-
-def test_the_table_names_every_kind_and_its_options():
-    assert {name: sorted(f.name for f in dataclasses.fields(kind)) for name, kind in EDITS.items()} == {
-        "words": ["candidates", "pick", "strength", "temperature", "words"],
-        "rewrite": ["candidates", "everywhere", "pieces", "temperature"],
-        "replace": ["new", "old"],
-        "toward": ["candidates", "decoder", "level", "other", "stretch", "temperature", "weight"],
-        "level": ["decoder", "level", "pick", "strength", "words"],
-    }

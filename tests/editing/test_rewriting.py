@@ -169,7 +169,7 @@ def test_another_span_is_tried_where_all_candidates_repeat_one(tiny_flow, monkey
     assert asked == [(1, 2)]
 
 
-def test_blends_take_and_keep_what_they_are_told(model):
+def test_blends_take_and_keep_the_requested_spans(model):
     first, second = (encode(model, x[None], generator()) for x in TEXT)
     spans = [([(0, 2)], [(4, 7)])]
     edit = blend(model, first, second, spans, candidates=3, generator=generator(1))

@@ -13,7 +13,7 @@ from tarflowlm.evaluation.flops import forward_flops, generation_flops, training
 from tarflowlm.flow.numerics.cpu_inverse import are_few
 from tarflowlm.generation import generate
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.model import FlowConfig, stack
+from tarflowlm.model import FlowConfig
 from tarflowlm.presets import preset
 
 VOCAB = {"text8": 27, "mini": 27, "owt": 50_257, "quickstart": 2048, "english": 4096}
@@ -102,20 +102,3 @@ def test_count_of_the_baseline_is_appendix_h(convention):
     L, d, S, V = 12, 768, 1024, 50_257
     body = 6 * L * d**2 * S + 2 * L * d * S**2 + 2 * L * d**2 * S + 16 * L * d**2 * S
     assert forward_flops(configured("owt-ar"), convention) == 4 * d * S + body + 2 * d * V * S
-
-
-def test_full_count_of_a_flow():
-    """Mix-d with one token per position, Mix-1 on top: input maps, Transformers, heads and the codebook."""
-    config = replace(configured("mini-mixd"), blocks=stack(("mixd", "mix1"), (6, 2), (0, 2)))
-    D, T, V, d, K = config.trunk.width, config.context, config.vocab_size, config.latent_dim, 2
-    H, E, layers = config.head_hidden, config.head_features, [block.layers for block in config.blocks]
-    blocks = [2 * (2 * d * D + D * D) * (T - 1) + L * (24 * D * D * T + 4 * D * T * T) for L in layers]
-    codebook = 2 * (d + 2) * V * T
-    channels = 2 * D * (d * H + K) + 2 * d * H * 3 * K
-    pairs = 2 * d * (d - 1) * (H * E + K) + 2 * 3 * (d - 1) * E
-    first, second = blocks[0] + 2 * D * V * T, blocks[1] + T * (channels + pairs)
-    assert forward_flops(config) == codebook + first + second
-    assert training_flops(config, frozen=1) == codebook + first + 3 * second
-    earlier = 4 * D * (T * T - T * (T + 1) // 2) * sum(layers)
-    walk = 2 * (d * (d - 1) // 2) * (H * E + K) + 2 * 3 * (d - 1) * E
-    assert generation_flops(config) == codebook + first + second - earlier - T * (pairs - walk)

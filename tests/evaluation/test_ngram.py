@@ -19,22 +19,6 @@ def plain(text: str, order: int) -> float:
     return -sum(c * math.log2(c / contexts[ngram[:-1]]) for ngram, c in counts.items()) / len(ngrams)
 
 
-@pytest.mark.parametrize(
-    ("text", "order", "expected"),
-    [
-        ("aaaa", 1, 0.0),
-        ("aaab", 1, 0.75 * math.log2(4 / 3) + 0.25 * 2),
-        # pairs aa, ab, bb, ba: each once; after a: a or b, after b: b or a
-        ("aabba", 2, 1.0),
-        # pairs aa aa ab: after a: a 2/3, b 1/3
-        ("aaab", 2, 2 / 3 * math.log2(1.5) + 1 / 3 * math.log2(3)),
-        ("abc", 3, 0.0),
-    ],
-)
-def test_entropy_by_hand(text, order, expected):
-    assert ngram_entropy(text, order) == pytest.approx(expected, abs=1e-12)
-
-
 @settings(derandomize=True, max_examples=100, deadline=None)
 @given(st.text(st.sampled_from("abcé\U0001f600"), min_size=6, max_size=60), st.integers(1, 6))
 def test_entropy_equals_the_formula(text, order):

@@ -75,7 +75,7 @@ def test_the_probabilities_of_all_texts_sum_to_one(tiny_ar, fields):
     assert total == pytest.approx(1)
 
 
-def test_what_fills_an_incomplete_patch_counts_with_the_last_token(tiny_flow):
+def test_filler_of_an_incomplete_patch_counts_with_the_last_token(tiny_flow):
     """So that the sum is a bound on the text: no text becomes more probable by a token more."""
     model, tokens = tiny_flow(patch=4, log_std=-6.0).eval(), text(5)
     found = score(model, tokens, samples=1)

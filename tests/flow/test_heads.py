@@ -68,7 +68,7 @@ def test_token_features_see_earlier_tokens_of_the_patch_only_if_autoregressive(i
     assert torch.equal(depends, expected if in_patch else torch.zeros_like(expected))
 
 
-def test_a_log_std_is_left_as_it_is_up_to_eight_and_bounded_beyond(normal):
+def test_a_log_std_is_left_as_it_is_up_to_eight_and_bounded_beyond():
     inside = torch.linspace(-LARGEST_LOG_STD, LARGEST_LOG_STD, 101, dtype=torch.float64)
     assert torch.equal(bounded_log_std(inside), inside)
     # beside one that is beyond, too

@@ -99,14 +99,6 @@ def test_both_solvers(dtype, components, solver, monkeypatch):
     assert (error / (1 + u.abs())).max() <= 8 * eps
 
 
-def test_both_layouts(monkeypatch):
-    _, z, params = scalar_case(500, 6, torch.float64)
-    narrow = cpu.mixture_cdf(z, *params)
-    monkeypatch.setattr(cpu, "_WIDE", 0)
-    for one, other in zip(narrow, cpu.mixture_cdf(z, *params), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-
-
 SHAPES = [(500, 1, 3), (500, 5, 3), (300, 27, 8), (60, 400, 16)]
 
 

@@ -1,10 +1,6 @@
 """rosenblatt, rosenblatt_inverse."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -85,38 +81,6 @@ def test_far_tails_in_log_space(monkeypatch):
     expected = rosenblatt(z, log_w, mean, log_std)[0]
     monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
     torch.testing.assert_close(rosenblatt(z, log_w, mean, log_std)[0], expected, rtol=1e-11, atol=1e-13)
-
-
-COMPILED = """
-import torch
-from numerics_cases import codebook_case
-from tarflowlm.flow.numerics import layout, rosenblatt
-
-layout.HELD_ELEMENTS_ACCELERATOR = 16 * 7
-case = codebook_case(12, 7, 3, 13)
-
-def results(function):
-    with torch.no_grad():
-        values = function(*case)
-    leaves = [t.clone().requires_grad_() for t in case]
-    u, log_det = function(*leaves)
-    return *values, *torch.autograd.grad((u.square().sum(), log_det.sum()), leaves)
-
-compiled = results(torch.compile(rosenblatt, backend="aot_eager", fullgraph=True))
-for one, other in zip(compiled, results(rosenblatt), strict=True):
-    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
-"""
-
-
-def test_a_compiler_has_the_same_chunks():
-    """One graph, values and gradients, where the rows need several chunks, which are then computed again.
-
-    In a process of its own: the run-time type checks that the tests add cannot be traced.
-    """
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=300, env=env)
-    assert done.returncode == 0, done.stderr
 
 
 def test_log_det_and_triangle_of_the_autograd_jacobian():

@@ -114,15 +114,6 @@ def test_the_jacobian_of_every_block_shows_its_direction_and_its_order(model, la
         z = block(z)[0].detach()
 
 
-def test_features_see_the_past_alone(model, latents):
-    z = model.prior.patch(latents[:1])[0]
-    for block in model.prior.blocks:
-        by_h = jacobian(lambda v, f=block: f._features(v[None])[0], z[0])  # [N, D, N, C]
-        depends = by_h.abs().amax(1) > 0
-        expected = torch.ones(len(depends), len(depends), dtype=torch.bool).tril(-1)
-        assert torch.equal(depends, expected[..., None].expand_as(depends))
-
-
 def test_the_cached_inverse_equals_a_plain_loop(model, normal):
     """Without a cache: parameters of position t from a full pass over the latents found so far."""
     with torch.no_grad():

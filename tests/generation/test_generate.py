@@ -138,6 +138,6 @@ def test_top_k_of_one_is_the_most_probable_text_of_a_mixd_block(tiny_flow):
         ({"top_p": 0.0}, "top-p 0.0"),
     ],
 )
-def test_what_cannot_be_generated_is_refused(model, options, message):
+def test_impossible_requests_are_refused(model, options, message):
     with pytest.raises(UserError, match=message):
         sample(model, **options)

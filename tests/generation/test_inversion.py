@@ -81,11 +81,10 @@ def test_auto_soon_notices_that_sweeps_do_not_converge(coupling, tiny_flow, norm
     assert found.passes <= 64 + 4
 
 
-@pytest.mark.parametrize("num", [1, pytest.param(16, marks=pytest.mark.slow)])
-def test_auto_sweeps_the_refining_blocks_of_a_trained_model(num, no_clock):
+def test_auto_sweeps_the_refining_blocks_of_a_trained_model(no_clock):
     """The upper blocks of english-mini are near the identity; block 1 is close to a model of tokens."""
     model = load("english-mini").model
-    options = {"num_tokens": 256, "num": num, "generator": torch.Generator().manual_seed(0)}
+    options = {"num_tokens": 256, "generator": torch.Generator().manual_seed(0)}
     found = generate(model, **options)
     assert found.decoders == ("sweeps", "sweeps", "steps")
     assert found.sweeps[:2] == (2, 2)
@@ -93,15 +92,6 @@ def test_auto_sweeps_the_refining_blocks_of_a_trained_model(num, no_clock):
     options["generator"].manual_seed(0)
     again = generate(model, decoder=found.decoders, **options)
     assert torch.equal(again.tokens, found.tokens)
-
-
-@pytest.mark.slow
-def test_auto_sweeps_a_block_that_converges_far_from_the_identity(no_clock):
-    """Newton steps diverge in blocks 1 and 2 of english-passes, while a few exact sweeps suffice."""
-    model = load("english-passes").model
-    found = generate(model, num_tokens=256, generator=torch.Generator().manual_seed(0))
-    assert found.decoders == ("steps", "sweeps", "sweeps")
-    assert max(found.sweeps[1:]) <= 10
 
 
 def test_a_row_that_needs_many_sweeps_does_not_spoil_the_others(tiny_flow, normal):

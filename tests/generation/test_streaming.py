@@ -48,7 +48,7 @@ PROMPTS = {"none": None, "one": torch.tensor([2, 0, 1]), "each": torch.tensor([[
 @pytest.mark.parametrize("length", [7, 8, 19])
 def test_steps_tell_position_by_position(length, prompt, model):
     P = model.config.patch
-    parts = told(model, num_tokens=length, prompt=prompt)
+    parts = told(model, num_tokens=length, prompt=prompt, decoder="steps")
     common = 0 if prompt is None else 3 if prompt.dim() == 1 else 1
     if common:
         assert parts[0].shape[1] == common

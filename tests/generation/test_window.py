@@ -80,7 +80,7 @@ def test_rows_and_seeds_beyond_the_context(model):
 
 
 @pytest.mark.parametrize("length", [8, 9, 20])
-def test_of_a_long_prompt_the_last_half_window_counts(length, model):
+def test_last_half_window_of_a_long_prompt_counts(length, model):
     long = torch.arange(length) % 5
     tokens = sample(model, num_tokens=length + 6, prompt=long).tokens
     assert torch.equal(tokens[:, :length], long.expand(3, -1))
@@ -106,6 +106,6 @@ def test_the_evidence_is_that_of_the_prompt_and_the_work_that_of_all_windows(mod
         ({"prompt": torch.zeros(9, dtype=torch.long)}, "the prompt has 9 tokens, which leaves no room in 9"),
     ],
 )
-def test_what_several_windows_cannot_have_is_refused(options, message, model):
+def test_impossible_options_of_long_texts_are_refused(options, message, model):
     with pytest.raises(UserError, match=message):
         sample(model, num_tokens=9, **options)

@@ -71,7 +71,6 @@ def test_error_of_lm_eval_is_one_line(run, folder):
 @pytest.mark.parametrize(
     ("argv", "names"),
     [
-        (["--tasks", "local_choice"], ["directory"]),
         (["english-mini", "--model_args", "a=b"], ["--model_args"]),
         (["english-mini", "--model=hf"], ["--model=hf"]),
         (["english-mini", "--posterior-samples", "0"], ["posterior samples 0"]),

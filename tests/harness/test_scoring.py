@@ -124,15 +124,15 @@ def test_context_and_continuation_are_normalised_together(scorer, context, conti
 def test_continuations_equal_generate(scorer, kind):
     s = scorer(kind)
     how = Continuation(max_tokens=5, top_k=1)
-    prompt = s.encode(" the q")
-    found = generate(s.model, num_tokens=11, prompt=prompt, top_k=1, generator=torch.Generator().manual_seed(0))
-    text = TOKENIZER.decode(found.tokens[0, 6:])
+    prompt = s.encode("the q")
+    found = generate(s.model, num_tokens=10, prompt=prompt, top_k=1, generator=torch.Generator().manual_seed(0))
+    text = TOKENIZER.decode(found.tokens[0, 5:])
     progress = Count()
     asked = [("The q", how), ("Long before this ", Continuation(max_tokens=20)), ("The q", how)]
     first, long, third = s.complete(asked, progress)
     assert first == text
     assert len(long) == 20
     assert progress.done == 3
-    assert kind == "two" or third == first  # rows of a flow have noise of their own
+    assert third == first
     stop = Continuation(max_tokens=5, until=("\n", text[2]))
     assert s.complete([("The q", stop)]) == [text[: text.index(text[2])]]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tarflowlm.report.codes import codes_of, nearest_neighbours, project
+from tarflowlm.report.figures import codes_of, nearest_neighbours, project
 from tarflowlm.runs.checkpoint import load_checkpoint
 
 

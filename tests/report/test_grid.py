@@ -57,12 +57,6 @@ def test_text_is_escaped_and_nothing_is_loaded():
     assert not re.search(r"url\(|https?:|@import", html)
 
 
-def test_equal_neighbours_share_an_element():
-    tokens = [Token("a"), Token("b"), Token("c", "noise"), Token("d", "noise", 0.6), Token("e", opacity=-1.0)]
-    assert re.findall(r">(\w+)<", spans(tokens)) == ["ab", "c", "d", "e"]
-    assert re.findall(r"opacity:([\d.]+)", spans(tokens)) == ["0.7", "0.3"]
-
-
 def test_legend_names_the_kinds_that_occur():
     html = to_html([Row("1", [Token("x", "noise")]), Row("2", [Token("x", "changed")])])
     assert re.findall(r">([^<>]+)<", html.split("tl-row")[0]) == ["new in this row", "noise"]

@@ -4,7 +4,7 @@ import warnings
 
 import numpy as np
 
-from tarflowlm.report.style import add_legend, label_points, line_style, literal, render
+from tarflowlm.report.style import label_points, literal, render
 
 SIZE = {"width": 5.0, "height": 4.0}
 
@@ -24,18 +24,6 @@ def test_figure_is_a_png_and_an_embeddable_svg(tmp_path):
     assert 'id="one-figure_1"' in svg
     assert render(draw, None, name="one", **SIZE) == svg
     assert dict(matplotlib.rcParams) == before
-
-
-def test_long_legend_stays_in_the_figure():
-    def draw(figure):
-        figure.subplots()
-        add_legend(figure, [("n" * 30, line_style(i)) for i in range(4)])
-        figure.draw_without_rendering()
-        box = figure.legends[0].get_window_extent()
-        assert box.x0 >= 0
-        assert box.x1 <= figure.bbox.width
-
-    render(draw, None, width=4.2, height=4.0)
 
 
 def test_symbols_are_no_mathematics_and_need_no_font():

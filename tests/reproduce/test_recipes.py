@@ -134,46 +134,6 @@ def test_fig6_marks_the_edits_of_every_block(settings):
     assert not re.search("https?:|<script|<link|src=|url[(]", page)
 
 
-def test_spans_join_neighbours_and_skip_empty_symbols():
-    assert passes.edited_spans(["ab", "c", "", "de", "f"], [True, True, True, False, True]) == [[0, 3], [5, 6]]
-    assert passes.edited_spans(["a", "b"], [False, False]) == []
-
-
-def test_page_of_fig6_marks_edits_and_escapes_texts():
-    noise = {"model": "a <m>", "seed": 0, "text": "<b>&", "tokens as in the end": 0.5, "state": "noise"}
-    block = {"state": "", "direction": "left to right", "tokens": 9, "edits": 1, "edited": [[0, 1]]}
-    page = passes.page_fig6(
-        [noise, noise | block | {"block": 2, "text": "'q'"}, noise | block | {"block": 1, "text": "end"}]
-    )
-    assert page.count('class="tl-row"') == 3
-    assert '<span class="tl-noise">&lt;b&gt;&amp;</span>' in page
-    assert '<span class="tl-changed">e</span><span class="tl-final">nd</span>' in page
-    assert "<h2>a &lt;m&gt;, seed 0</h2>" in page
-    assert "block 2, left to right: 1 of 9 edited" in page
-
-
-def states_of(rows, model: str, start: str):
-    return [row for row in rows if (row["model"], row["layer 0"]) == (model, start)]
-
-
-@pytest.mark.slow
-def test_fig7_has_both_readings(settings):
-    finished = [untrained(settings, training) for training in states.plan_fig7(settings)]
-    rows = states.measure_fig7(settings, finished)
-    up, down = states_of(rows, "affine", states.UP), states_of(rows, "affine", states.DOWN)
-    assert [row["block"] for row in up] == [None, 1, 2, 3]
-    assert [row["block"] for row in down] == [None, 3, 2, 1]
-    lines = [line.split("|") for line in states.directions_table(rows).splitlines() if line.startswith("| ")]
-    header, table = [cell.strip() for cell in lines[0]], lines[2:]
-    assert len(table) == len(finished)
-    for line in table:
-        row = dict(zip(header, (cell.strip() for cell in line), strict=True))
-        readings = [states_of(rows, row["model"], start) for start in (states.UP, states.DOWN)]
-        falls = ["yes" if states.falls([state["norm"] for state in reading]) else "no" for reading in readings]
-        assert row["norm decreases"] == ", ".join(falls)
-        assert row["KL lowered by blocks 1, 2, ..."].startswith(f"{readings[0][1]['kl_gain']:.4f}, ")
-
-
 def test_directions_of_the_paper():
     """Numbers as in the paper's figure: from the noise down, the right-to-left block second."""
     rows = [{"block": None}, {"block": 3}, {"block": 2}, {"block": 1}]
@@ -190,37 +150,6 @@ def test_directions_of_the_paper():
     upside_down = [row | {"block": block} for row, block in zip(rows[::-1], (None, 1, 2, 3), strict=True)]
     upside_down[0]["centroid_shift"], upside_down[3]["centroid_shift"] = None, 4.0
     assert set(states.directions(upside_down).values()) == {"no"}
-
-
-@pytest.mark.parametrize(
-    ("values", "falling"),
-    [
-        ((3.0, 2.0, 1.0), True),
-        ((3.0, 1.0, 1.05), True),  # what does not show in a figure
-        ((3.0, 1.0, 1.5), False),
-        ((1.0, 1.0, 1.0), False),
-        ((1.0, 2.0, 3.0), False),
-        ((1.0,), False),
-    ],
-)
-def test_falling_and_rising(values, falling):
-    assert states.falls(values) is falling
-    assert states.rises([-value for value in values]) is falling
-
-
-@pytest.mark.parametrize(
-    ("values", "found"),
-    [
-        ((5.0, 6.0, 3.0, 4.0), True),
-        ((5.0, 6.0, 5.95, 7.0), False),  # no drop that shows
-        ((5.0, 6.0, 3.0, 3.0), False),
-        ((5.0, 4.0, 6.0, 7.0), False),
-        ((5.0, 6.0), False),
-    ],
-)
-def test_drops_at_the_right_to_left_layer(values, found):
-    layers = ["left to right", "right to left", "left to right"][: len(values) - 1]
-    assert states.drops_and_rises(values, layers) is found
 
 
 @pytest.mark.slow

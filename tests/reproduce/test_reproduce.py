@@ -150,23 +150,6 @@ def test_trainings_are_resumed_and_done_once(settings, tmp_path):
         finish(settings, other, Reporter())
 
 
-@pytest.mark.slow
-def test_problems_of_a_later_recipe_are_reported_first(settings, refused, monkeypatch):
-    finish(settings, TINY_RECIPE.plan(settings)[:1], Reporter())
-    other = replace(TINY, optim=replace(TINY.optim, lr=1e-3))
-    good = replace(TINY_RECIPE, plan=lambda settings: trainings(settings, {"good": replace(TINY, name="good")}))
-    bad = replace(TINY_RECIPE, plan=lambda settings: trainings(settings, {"tiny": other}))
-    foreign = replace(TINY_RECIPE, needs=(("no_such_module", "quality"),))
-    for name in list(RECIPES):
-        monkeypatch.delitem(RECIPES, name)
-    monkeypatch.setitem(RECIPES, "good", good)
-    argv = ["reproduce", "all", "--out", settings.out, "--data", settings.data, "--device", "cpu"]
-    for recipe, words in ((bad, "another configuration"), (foreign, "tarflowlm[quality]")):
-        monkeypatch.setitem(RECIPES, "later", recipe)
-        refused(*argv, names=[words])
-    assert [path.name for path in (settings.out / "runs").iterdir()] == ["tiny-s0"]
-
-
 def test_estimates_count_all_tokens_and_time_every_shape_once(settings, monkeypatch):
     timed = []
 
@@ -218,14 +201,10 @@ def test_command_writes_results_with_provenance(settings, run, run_json, monkeyp
 @pytest.mark.parametrize(
     ("argv", "names"),
     [
-        (["fig9"], ["'fig9'", "table2"]),
-        (["fig3", "--seeds", "0"], ["seeds 0"]),
         (["fig3", "--steps", "0"], ["steps 0"]),
         (["fig3", "--data", "no-such.txt"], ["'no-such.txt'"]),
         (["table2", "--second-text", "no-such.txt", "--dry-run"], ["'no-such.txt'"]),
         (["table6", "--judge-data", "no-such.txt", "--dry-run"], ["'no-such.txt'"]),
-        (["fig3", "--data", "x.txt", "--scale", "paper"], ["--data x.txt", "no effect", "paper"]),
-        (["fig3", "--second-text", "x.txt"], ["--second-text x.txt", "no effect", "table2"]),
     ],
 )
 def test_wrong_requests_are_named(refused, tmp_path, monkeypatch, argv, names):

@@ -112,16 +112,6 @@ def test_every_view(open_page):
     assert page.title() == "tarflowlm studio"
 
 
-def test_closed_tab_frees_the_turn(open_page):
-    first, second = open_page(), open_page()
-    for page, length, words in ((first, "1024", "%"), (second, "24", "waiting for its turn")):
-        page.get_by_label("number input for Length").first.fill(length)
-        page.get_by_role("button", name="Write", exact=True).first.click()
-        page.locator(".st-view:visible").get_by_text(words).first.wait_for()
-    first.close()
-    second.locator(".st-view:visible").get_by_text("in all").wait_for()
-
-
 def ask(url: str, **headers: str) -> tuple[int, dict, str]:
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as found:

@@ -6,7 +6,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from tarflowlm.terminal.bars import Bars, ProgressReporter, minutes, per_second
+from tarflowlm.terminal.bars import Bars, ProgressReporter
 from tarflowlm.terminal.tables import NoticeHandler, print_notice
 
 TRAIN = {"split": "train", "step": 1520, "bpc": 2.3114, "tokens_per_second": 6945.2}
@@ -65,23 +65,6 @@ def test_a_line_comes_soon_and_then_every_half_minute(lines, clock):
         assert lines() == []
 
 
-def test_training_shows_its_numbers(lines, clock):
-    with ProgressReporter(clock=clock) as reporter:
-        reporter.stage("stage 1/3: block 1 mixd", 2600)
-        work(reporter, clock, 10, 0.25)
-        reporter.record(TRAIN)
-        work(reporter, clock, 4, 0.25)
-        reporter.record({"split": "valid", "step": 1520, "bpc": 2.402})
-        work(reporter, clock, 120, 0.25)
-        numbers = "step 1,520 (0 %), train 2.311 bpc, 6,945 tokens/s"
-        first, second = lines()
-        assert first.startswith(f"stage 1/3: block 1 mixd: {numbers}, 10:")
-        assert ", valid 2.402, " in second
-        reporter.stage("evaluating the test split", 96)
-        work(reporter, clock, 2, 2)
-        assert lines() == ["evaluating the test split: 2 of 96 (2 %), 2.0 s each, 3:08 left"]
-
-
 @pytest.mark.parametrize("width", [130, 80, 60])
 def test_a_terminal_shows_a_bar_that_fits(width, clock):
     console = Console(file=Terminal(), width=width, force_terminal=True)
@@ -111,8 +94,3 @@ def test_notices_are_lines_and_are_lost_where_nobody_reads(lines, monkeypatch):
 
     monkeypatch.setattr("sys.stderr", Closed())
     print_notice("evaluating")
-
-
-def test_durations_and_rates():
-    assert [minutes(s) for s in (0.0, 59.6, 346.0, 7546.0)] == ["0:00", "1:00", "5:46", "2:05:46"]
-    assert [per_second(r) for r in (6945.0, 9.5, 0.25)] == ["6,945/s", "9.5/s", "4.0 s each"]

@@ -43,7 +43,7 @@ def test_a_text_ends_before_the_first_stop_after_its_start(stops, start, expecte
     assert first_stop("one two two three", stops, start) == len(expected)
 
 
-def test_what_cannot_begin_a_stop_is_shown_at_once():
+def test_text_that_cannot_begin_a_stop_is_shown_at_once():
     pieces: list[str] = []
     stream = TextStream(pieces.append, ByteTokenizer(), ["abc"])
     for token in b"xabxab":

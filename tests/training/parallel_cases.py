@@ -113,7 +113,6 @@ def train_all(processes: Processes, source: str, out: Path) -> None:
             shutil.copytree(out / f"cut-{mode}", out / f"cut-{mode}-4")
             shutil.copytree(out / f"cut-{mode}", out / f"cut-{mode}-1")
         diverge(processes, run, out / f"diverged-{mode}")
-        skip(processes, run)
 
 
 def diverge(processes: Processes, run: RunConfig, out: Path) -> None:
@@ -134,41 +133,6 @@ def diverge(processes: Processes, run: RunConfig, out: Path) -> None:
         out.with_name(f"{out.name}-{processes.rank}.txt").write_text(str(error), encoding="utf-8")
     finally:
         training.train_stage = train_stage
-
-
-def skip(processes: Processes, run: RunConfig) -> None:
-    """A step that is skipped on the device leaves the shards of parameters and optimiser states as they are."""
-    with seeded(0):
-        model = replace(run.model, vocab_size=5).first_blocks(1).build()
-    model.train_only(0)
-    parallel_model, optimizers = ParallelModel(model, run, processes), build_optimizers(run.optim, model)
-    tokens = torch.zeros(2, run.model.context, dtype=torch.long)
-
-    def held() -> list[torch.Tensor]:
-        states = [t for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
-        return [getattr(t, "to_local", t.detach)().clone() for t in (*model.parameters(), *states)]
-
-    backward = parallel_model.backward
-
-    def step(broken: bool) -> None:
-        def backward_or_nan(*args: object) -> torch.Tensor:
-            loss = backward(*args)
-            for p in model.parameters():
-                if broken and p.grad is not None:
-                    p.grad.mul_(torch.nan)
-            return loss
-
-        parallel_model.backward = backward_or_nan
-        generator = torch.Generator().manual_seed(0)
-        result = optimizer_step(parallel_model, optimizers, tokens, generator=generator, deferred=True)
-        assert result.skipped == broken
-
-    step(False)
-    before = held()
-    step(True)
-    assert all(torch.equal(a, b) for a, b in zip(before, held(), strict=True))
-    step(False)
-    assert not all(torch.equal(a, b) for a, b in zip(before, held(), strict=True))
 
 
 COMPILED = ("joint", "upper stage", "ar", "one-channel", "mixd stage 3", "patches stage 2")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tarflowlm.training.optim import Muon, _iterate, faster_precision, orthogonalise
+from tarflowlm.training import optim
+from tarflowlm.training.optim import Muon, orthogonalise
 
 SETTINGS = {"coefficients": (3.4445, -4.7750, 2.0315), "steps": 5, "eps": 1e-7}
 SHAPES = [(6, 6), (12, 5), (5, 12), (33, 16)]
@@ -51,7 +52,7 @@ def test_short_cut_for_long_rows_equals_the_plain_iteration(smallest):
     left, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64))
     right, _ = torch.linalg.qr(torch.randn(64, 16, generator=generator, dtype=torch.float64))
     matrix = left @ torch.logspace(0, smallest, 16, dtype=torch.float64).diag() @ right.T
-    plain = _iterate(matrix / matrix.norm(), SETTINGS["coefficients"], SETTINGS["steps"])
+    plain = optim._iterate(matrix / matrix.norm(), SETTINGS["coefficients"], SETTINGS["steps"])
     for given, expected in ((matrix, plain), (matrix.T, plain.T)):
         for dtype, atol in ((torch.float64, 1e-10), (torch.float32, 1e-3)):
             found = orthogonalise(given, dtype=dtype, **SETTINGS).double()
@@ -85,13 +86,3 @@ def test_step_that_the_device_refuses_changes_nothing():
     optimizer.step()
     after = [t for p in params for t in (p, optimizer.state[p]["momentum_buffer"])]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("tiles", "width", "expected"), [(True, 512, "bfloat16"), (True, 128, "float32"), (False, 512, "float32")]
-)
-def test_cpu_takes_bfloat16_for_large_matrices_where_it_has_tiles(monkeypatch, tiles, width, expected):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    shapes = [torch.Size((width, width)), torch.Size((8, 8))]
-    assert faster_precision(shapes, torch.device("cpu")) == expected

@@ -1,10 +1,7 @@
 """Several processes train as one: the same losses in float64, step by step; any number resumes a checkpoint."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -120,17 +117,6 @@ def test_compiled_loss_is_one_graph(out, name):
     assert found["weights"] < weights
 
 
-@pytest.mark.parametrize(("device", "precision", "expected"), [
-    ("cuda", "bfloat16", True), ("cuda", "float32", False), ("cpu", "bfloat16", False), ("mps", "bfloat16", False),
-])  # fmt: skip
-def test_half_precision_compiles_on_a_gpu_by_default(monkeypatch, device, precision, expected):
-    monkeypatch.setattr(parallel, "missing_for_compilation", lambda device: None)
-    train = TrainConfig(precision=precision)
-    assert parallel.compiles(train, ALONE, torch.device(device)) is expected
-    for chosen in (False, True):
-        assert parallel.compiles(replace(train, compile=chosen), ALONE, torch.device(device)) is chosen
-
-
 def test_without_a_compiler_training_goes_on_with_a_warning(monkeypatch):
     monkeypatch.setattr(parallel, "missing_for_compilation", lambda device: "triton")
     train, gpu = TrainConfig(precision="bfloat16"), torch.device("cuda")
@@ -155,21 +141,3 @@ def test_accumulation_and_checkpointing_leave_loss_and_gradients(tiny_run, field
         found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
     for plain, changed in zip(*found, strict=True):
         torch.testing.assert_close(plain, changed, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_torchrun_starts_the_command_line(tmp_path, corpus_file):
-    """The first process alone prints and writes."""
-    launch = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
-        "-m", "tarflowlm", "train", "mini-ar", "--data", str(corpus_file), "--device", "cpu", "--json",
-        "--out", str(tmp_path / "run"), "--model.context", "16", "--steps", "2", "--train.test-windows", "2",
-        "--model.trunk.width", "8", "--train.batch-size", "4", "--train.parallel", "fsdp",
-    ]  # fmt: skip
-    done = subprocess.run(
-        launch, capture_output=True, text=True, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == 1
-    assert json.loads(lines[0])["processes"] == 2
-    assert load_checkpoint(tmp_path / "run").info["step"] == "2"

@@ -10,8 +10,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 from tarflowlm.cli.signals import stop_on_signals
 from tarflowlm.errors import Stopped, UserError
 from tarflowlm.runs.checkpoint import load_checkpoint, read_run
-from tarflowlm.training import optim, run, state
+from tarflowlm.training import optim, run
 from tarflowlm.training.state import Counters, TimeSpent
 from tarflowlm.training.train import resume, train
 
@@ -180,46 +178,6 @@ def test_processes_killed_at_random_instants_resume_to_the_same_bits(tmp_path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
-def test_command_line_stopped_and_resumed_gives_the_same_bits(tmp_path, corpus_file, same_run, number, status):
-    def command(*options: object) -> list[str]:
-        return [sys.executable, "-m", "tarflowlm", "train", *map(str, options), "--device", "cpu"]
-
-    def start(out: Path) -> list[str]:
-        sizes = ("--model.context", 16, "--model.trunk.width", 16, "--train.log-every", 1, "--train.test-windows", 4)
-        return command("mini-ar", "--out", out, "--data", corpus_file, "--steps", 60, "--checkpoint-every", 9, *sizes)
-
-    subprocess.run(start(tmp_path / "whole"), check=True, capture_output=True)
-    out = tmp_path / "cut"
-    process = subprocess.Popen(start(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while (
-        not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size) and process.poll() is None
-    ):
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, err = process.communicate()
-    assert process.returncode == status, err
-    assert "Traceback" not in err
-    if number == signal.SIGTERM:
-        assert f"continue with `tarflowlm train --resume {out}`" in err
-    subprocess.run(command("--resume", out), check=True, capture_output=True)
-    same_run(out, tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_kill_between_state_and_weights_leaves_the_last_checkpoint(tmp_path, whole, go, same_run, monkeypatch):
-    config, never_stopped, _ = whole
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "save_weights", lambda *_: sys.exit())
-        with pytest.raises(SystemExit):
-            go(config, tmp_path / "run")
-    assert names(tmp_path / "run") == ["step-00000002"]
-    assert_loads_or_is_new(tmp_path / "run")
-    resume(tmp_path / "run", device=CPU)
-    same_run(tmp_path / "run", never_stopped)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["joint", "baseline"])
 def test_joint_and_baseline_runs_resume(tmp_path, tiny_run, tiny_baseline, go, cut, same_run, family):
     config = tiny_run(mode="joint", stage_steps=(5,)) if family == "joint" else tiny_baseline()
@@ -230,20 +188,6 @@ def test_joint_and_baseline_runs_resume(tmp_path, tiny_run, tiny_baseline, go, c
 
 
 # what can be resumed
-
-
-@pytest.mark.slow
-def test_run_without_a_checkpoint_restarts(tmp_path, whole, cut, same_run):
-    config, never_stopped, _ = whole
-    out = tmp_path / "run"
-    cut(config, out, 2)
-    assert names(out) == []
-    # the log of the earlier start, and a tokenizer that was not yet written
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as log:
-        log.write('{"split": "train", "step": 1}\n')
-    (out / "tokenizer.json").unlink()
-    resume(out, device=CPU)
-    same_run(out, never_stopped)
 
 
 @pytest.mark.slow
@@ -330,7 +274,7 @@ def test_fields_of_stalled_stages_in_old_configurations_are_dropped(finished, wh
 
 
 @pytest.mark.slow
-def test_two_writers_exclude_each_other(tmp_path, tiny_run, go, killer, same_run):
+def test_two_writers_exclude_each_other(tmp_path, tiny_run, go, killer):
     out, config, refused = tmp_path / "run", tiny_run(), []
 
     def second() -> None:
@@ -342,8 +286,6 @@ def test_two_writers_exclude_each_other(tmp_path, tiny_run, go, killer, same_run
     go(config, out, killer(9, second))
     assert "is being written by" in refused[0]
     assert "exists already" in refused[1]
-    go(config, tmp_path / "alone")
-    same_run(out, tmp_path / "alone")
 
 
 @pytest.mark.parametrize("name", ["mine.txt", "config.json"])
@@ -353,17 +295,3 @@ def test_foreign_directory_is_left_alone(tmp_path, tiny_run, go, name):
         with pytest.raises(UserError, match="exists already"):
             go(tiny_run(), out)
     assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-@pytest.mark.slow
-def test_full_disk_while_saving_is_one_line_and_loses_nothing(tmp_path, whole, go, same_run, monkeypatch):
-    def full(*_args):
-        raise OSError(28, os.strerror(28))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(state, "write_manifest", full)
-        with pytest.raises(UserError, match=r"cannot write to .*make room and continue with `tarflowlm train"):
-            go(whole[0], tmp_path / "run")
-    assert names(tmp_path / "run") == []
-    resume(tmp_path / "run", device=CPU)
-    same_run(tmp_path / "run", whole[1])

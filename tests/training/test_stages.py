@@ -131,13 +131,6 @@ def test_joint_training_moves_every_block_in_one_stage(tmp_path, tiny_run, go, r
     assert {line["block"] for line in read_metrics(tmp_path / "run")} == {1}
 
 
-@pytest.mark.slow
-def test_bfloat16_products_leave_weights_and_bounds_in_float32(tmp_path, tiny_run, go):
-    summary = go(tiny_run(precision="bfloat16"), tmp_path / "run")
-    assert math.isfinite(summary["test"]["bpc"])
-    assert {t.dtype for t in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.float32}
-
-
 # dropout
 
 

@@ -35,11 +35,12 @@ def run(args: Args) -> None:
     from contextlib import suppress
 
     from tarflowlm.device import pick_device
+    from tarflowlm.report.style import check_package
     from tarflowlm.studio.catalogue import collect
-    from tarflowlm.studio.server import LOOPBACK, check_gradio, free_port, serving
+    from tarflowlm.studio.server import LOOPBACK, free_port, serving
     from tarflowlm.terminal.tables import print_notice
 
-    check_gradio()
+    check_package("gradio", "studio")
     port = free_port(args.host, args.port)
     catalogue = collect(args.models, str(pick_device(args.device)))
     if args.host not in LOOPBACK:

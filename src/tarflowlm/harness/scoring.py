@@ -116,8 +116,8 @@ class TextScorer:
     def complete(self, requests: Sequence[tuple[str, Continuation]], progress: Progress = SILENT) -> list[str]:
         """Text that follows each context. Contexts of one length are continued together.
 
-        The rows of a batch have noise of their own, so a text that is drawn, or comes from a flow of several blocks,
-        depends on the other contexts. top-k = 1 needs a model that has probabilities of tokens to change.
+        Every text is drawn with the seed of the scorer, whatever the other contexts are. top-k = 1 needs a model that
+        has probabilities of tokens to change.
         """
         prompts = [self.encode(context) for context, _ in requests]
         lengths = [len(prompt) + how.max_tokens for prompt, (_, how) in zip(prompts, requests, strict=True)]
@@ -127,9 +127,9 @@ class TextScorer:
             # beyond the context `generate` takes one prompt at a time
             for part in [whole] if length <= self.model.config.context else [[index] for index in whole]:
                 prompt = F.pad(torch.stack([prompts[i] for i in part]), (0, how.max_tokens), value=BLANK)
-                options |= {"num": len(part), "prompt": prompt, "generator": torch.Generator().manual_seed(self.seed)}
-                drawn = generate(self.model, num_tokens=length, **options).tokens.cpu()
-                for index, tokens in zip(part, drawn, strict=True):
+                options["generator"] = [torch.Generator().manual_seed(self.seed) for _ in part]
+                drawn = generate(self.model, num_tokens=length, num=len(part), prompt=prompt, **options)
+                for index, tokens in zip(part, drawn.tokens.cpu(), strict=True):
                     found[index] = how.cut(self.tokenizer.decode(tokens[length - how.max_tokens :]))
                 progress.advance(len(part))
         return found

@@ -1,10 +1,10 @@
 """Building a report: read the runs and their models, draw figures, and write one page."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +19,11 @@ from tarflowlm.generation.window import num_positions
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress
-from tarflowlm.report.codes import FEW, NAMED, Codes, codes_of, codes_table, draw_codes, figure_height
-from tarflowlm.report.figures import draw_bits, draw_blocks, draw_optimisation, draw_throughput, terms_table
+from tarflowlm.report import figures
 from tarflowlm.report.grid import CSS as GRID_CSS
 from tarflowlm.report.grid import pass_rows, to_html
 from tarflowlm.report.records import RunRecord, config_table, read_records, summary_table
-from tarflowlm.report.style import GENERATOR, Figure, Page, Section, check_matplotlib, picture_html, render
+from tarflowlm.report.style import GENERATOR, Figure, Section, check_package, page_html, picture_html, render
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import is_reference
 from tarflowlm.runs.released import locate, read_only_reason
@@ -39,8 +38,7 @@ CSS = f"""{GRID_CSS}
 """
 
 
-@dataclass(frozen=True)
-class Samples:
+class Samples(NamedTuple):
     """Samples of a model."""
 
     texts: list[str]
@@ -75,12 +73,9 @@ Draw = Callable[[str, str, Callable[[Figure], None], float], str]
 
 
 def write_report(
-    directories: Sequence[Path],
-    out: Path | None = None,
-    *,
-    device: torch.device | None = None,
-    progress: Progress = SILENT,
-) -> dict[str, Any]:
+    directories: Sequence[Path], out: Path | None = None, *,
+    device: torch.device | None = None, progress: Progress = SILENT,
+) -> dict[str, Any]:  # fmt: skip
     """Write PNG figures and index.html about the runs in `directories` into `out`, and return what was written.
 
     A run is a run directory, a model exported from one, the name of a released model or hf:OWNER/NAME; all but the
@@ -90,11 +85,13 @@ def write_report(
     Raises UserError, before anything is written, for a directory without a run, for runs of the same name, and for an
     `out` that holds something other than a report.
     """
-    check_matplotlib()
-    if out is None and len(directories) != 1:
-        raise UserError(f"a report of {len(directories)} runs needs a place: name it with --out")
-    if out is None and (whose := read_only_reason(directories[0])) is not None:
-        raise UserError(f"{whose}, which is no place for a report: add --out {Path(directories[0]).name}-report")
+    check_package("matplotlib", "plots")
+    if out is None:
+        several = len(directories) != 1
+        problem = f"{len(directories)} runs are given" if several else read_only_reason(directories[0])
+        if problem is not None:
+            place = "DIR" if several else f"{Path(directories[0]).name}-report"
+            raise UserError(f"{problem}, so the report needs a place: add --out {place}")
     places = [locate(directory, progress) for directory in directories]
     out = places[0] / "report" if out is None else out
     # folders in the hub's cache are named after commits
@@ -107,44 +104,42 @@ def write_report(
     if out.exists() and not (ours or (out.is_dir() and not any(out.iterdir()))):
         raise UserError(f"{out} exists and holds no report: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    figures: list[str] = []
+    written: list[str] = []
 
     def draw(name: str, caption: str, draw: Callable[[Figure], None], height: float) -> str:
-        figures.append(str(out / f"{name}.png"))
-        svg = render(draw, Path(figures[-1]), width=WIDTH, height=height, dpi=DPI)
+        written.append(str(out / f"{name}.png"))
+        svg = render(draw, Path(written[-1]), width=WIDTH, height=height, dpi=DPI)
         return picture_html(name, svg, caption)
 
-    sections = [Section("Summary", _SIGNS, [summary_table(records)])]
+    signs = "Flows have upper bounds, marked <=. The figures of a discrete baseline are exact."
+    sections = [Section("Summary", [signs], [summary_table(records)])]
     if logged := [record for record in records if record.has_log]:
         progress.stage("training curves")
         legend = 0.18 * len(logged)
         curves = [
-            draw("bits", _BITS, lambda f: draw_bits(f, logged), 6.0 + legend),
-            draw("optimisation", _OPTIMISATION, lambda f: draw_optimisation(f, logged), 6.0 + legend),
-            draw("throughput", _THROUGHPUT, lambda f: draw_throughput(f, logged), 3.4 + legend),
+            draw("bits", _BITS, lambda f: figures.draw_bits(f, logged), 6.0 + legend),
+            draw("optimisation", _OPTIMISATION, lambda f: figures.draw_optimisation(f, logged), 6.0 + legend),
+            draw("throughput", _THROUGHPUT, lambda f: figures.draw_throughput(f, logged), 3.4 + legend),
         ]
         sections.append(Section("Training", parts=curves))
     runs = []
     for record in records:
-        problems = [*record.notes]
-        sections.append(_run_section(record, device or torch.device("cpu"), problems, draw, progress))
-        runs.append({"name": record.name, "status": record.status, "notes": problems})
+        sections.append(_run_section(record, device or torch.device("cpu"), draw, progress))
+        runs.append({"name": record.name, "status": record.status, "notes": record.notes})
     sections.append(Section("Configuration", parts=[config_table(records)], is_folded=True))
     title = f"{'Run' if len(records) == 1 else 'Runs'} {', '.join(r.name for r in records)}"
     with replacing(page) as temporary:
-        temporary.write_text(Page(title, sections, css=CSS).to_html(), encoding="utf-8")
-    return {"page": str(page), "figures": figures, "runs": runs}
+        temporary.write_text(page_html(title, sections, css=CSS), encoding="utf-8")
+    return {"page": str(page), "figures": written, "runs": runs}
 
 
-def _run_section(
-    record: RunRecord, device: torch.device, problems: list[str], draw: Draw, progress: Progress
-) -> Section:
-    """Samples, terms of the bound and codebook of a run; `problems` gets a line for each that is missing."""
+def _run_section(record: RunRecord, device: torch.device, draw: Draw, progress: Progress) -> Section:
+    """Samples, terms of the bound and codebook of a run; its notes get a line for each that is missing."""
     try:
         checkpoint = load_checkpoint(record.directory, device)
     except UserError as error:
-        problems.append(f"Neither samples nor blocks nor codebook are shown: {error}.")
-        return Section(record.name, problems)
+        record.notes.append(f"Neither samples nor blocks nor codebook are shown: {error}.")
+        return Section(record.name, record.notes)
     model, tokenizer, step = checkpoint.model, checkpoint.tokenizer, checkpoint.info.get("step", "?")
     progress.stage(f"samples of {record.name}, positions", num_positions(model, min(LENGTH, model.config.context)))
     samples = draw_samples(model, tokenizer, progress)
@@ -153,7 +148,7 @@ def _run_section(
     if samples.passes:
         grid = to_html(pass_rows(samples.passes, tokenizer))
         parts.append(f"<figure>\n{grid}\n<figcaption>{escape(_PASSES)}</figcaption>\n</figure>\n")
-    if (corpus := _corpus(record, checkpoint, problems)) is not None:
+    if (corpus := _corpus(record, checkpoint)) is not None:
         valid = corpus.split("valid")
         counts = np.bincount(np.asarray(valid[:COUNTED]), minlength=tokenizer.vocab_size)
         if not model.is_exact:
@@ -163,22 +158,20 @@ def _run_section(
             terms = bound_parts(as_flow(model), windows, characters, progress=progress)
             caption = _BLOCKS.format(windows=terms.windows, tokens=terms.tokens, step=step)
             height = 4.3 + 0.7 * len(terms.log_dets)
-            parts.append(draw(f"blocks-{record.slug}", caption, lambda f: draw_blocks(f, terms), height))
-            tables.append(terms_table(terms))
-    codes = codes_of(model, tokenizer, counts)
-    caption = _codes_caption(codes, step)
-    parts.append(draw(f"codebook-{record.slug}", caption, lambda f: draw_codes(f, codes), figure_height(codes)))
-    tables.append(codes_table(codes))
+            parts.append(draw(f"blocks-{record.slug}", caption, lambda f: figures.draw_blocks(f, terms), height))
+            tables.append(figures.terms_table(terms))
+    codes = figures.codes_of(model, tokenizer, counts)
+    caption, height = _codes_caption(codes, step), figures.figure_height(codes)
+    parts.append(draw(f"codebook-{record.slug}", caption, lambda f: figures.draw_codes(f, codes), height))
+    tables.append(figures.codes_table(codes))
     exact = ["A discrete model: its likelihood is exact, and it has no blocks and no codebook."] * record.is_exact
-    drawn = (
-        f"{NUM} samples of {samples.tokens} tokens at step {step}: seed {SEED}, temperature {samples.temperature}, "
-        f"not selected."
-    )
-    return Section(record.name, [*problems, *exact, drawn], [*parts, *tables])
+    how = f"seed {SEED}, temperature {samples.temperature}, not selected"
+    drawn = f"{NUM} samples of {samples.tokens} tokens at step {step}: {how}."
+    return Section(record.name, [*record.notes, *exact, drawn], [*parts, *tables])
 
 
-def _corpus(record: RunRecord, checkpoint: Checkpoint, problems: list[str]) -> Corpus | None:
-    """The run's corpus in the run's tokens, or None with a problem."""
+def _corpus(record: RunRecord, checkpoint: Checkpoint) -> Corpus | None:
+    """The run's corpus in the run's tokens, or None with a note."""
     try:
         corpus = cached_corpus(record.run.data.source, record.run.data.tokenizer)
         if corpus.tokenizer.fingerprint == checkpoint.tokenizer.fingerprint:
@@ -186,11 +179,10 @@ def _corpus(record: RunRecord, checkpoint: Checkpoint, problems: list[str]) -> C
         problem = f"{record.run.data.source} is not the text that the run's tokenizer was trained on"
     except (UserError, OSError) as error:
         problem = str(error)
-    problems.append(f"The gain of each block is not shown, because the run's corpus cannot be used: {problem}.")
+    record.notes.append(f"The gain of each block is not shown, because the run's corpus cannot be used: {problem}.")
     return None
 
 
-_SIGNS = ("Flows have upper bounds, marked <=. The figures of a discrete baseline are exact.",)
 _PASSES = (
     "The first sample after every block, decoded with the codebook. Noise becomes latents block by block, the last "
     "block first. Where only the last row reads as text, block 1 does the writing."
@@ -209,9 +201,10 @@ _BLOCKS = (
 )
 
 
-def _codes_caption(codes: Codes, step: str) -> str:
+def _codes_caption(codes: figures.Codes, step: str) -> str:
     order = "most frequent of the validation text" if codes.is_counted else "first of the vocabulary"
-    named = "" if len(codes.symbols) <= FEW else f" Blue, and named where there is room: the {NAMED} {order}."
+    few = len(codes.symbols) <= figures.FEW
+    named = "" if few else f" Blue, and named where there is room: the {figures.NAMED} {order}."
     text = f"The {codes.noun} at step {step} on its first two principal components.{named} Distances are"
     if codes.std is None:
         return f"{text} Euclidean, in units of the root mean square norm of the embeddings."

@@ -1,14 +1,32 @@
-"""The terms of the bound; training curves of bits per character, learning rate and gradient norm, throughput."""
+"""Figures of the terms of the bound, of training curves, and of codes; tables of the first and the last."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from tarflowlm.data import Tokenizer
 from tarflowlm.evaluation.blocks import BoundParts
+from tarflowlm.language_model import LanguageModel
+from tarflowlm.report import style
 from tarflowlm.report.records import RunRecord, Series, table_html
-from tarflowlm.report.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figure, add_legend, line_style, literal
+from tarflowlm.report.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figure, line_style, literal
+
+Indices = npt.NDArray[np.int64]
+
+FEW = 64
+"""With at most this many symbols, all are named."""
+NAMED = 60
+"""With more, this many of the most frequent ones are."""
+PAIRS = 32
+"""Pairs of nearest neighbours in the figure, the closest ones."""
+COMPARED = 8192
+"""At most this many codes are compared with all others."""
+PLANE = 4.0
+"""Height of the projection in inches."""
 
 
 def terms(parts: BoundParts) -> list[tuple[str, float]]:
@@ -23,6 +41,9 @@ def draw_blocks(figure: Figure, parts: BoundParts) -> None:
     upper, lower = figure.subplots(2, height_ratios=(len(parts.log_dets) + 4.0, 1.2 * len(parts.log_dets) + 1))
     _waterfall(upper, parts)
     _gains(lower, parts)
+    for axes in (upper, lower):
+        axes.axvline(0, color=MUTED, linewidth=0.8)
+        axes.grid(axis="y", visible=False)
 
 
 def terms_table(parts: BoundParts) -> str:
@@ -40,7 +61,7 @@ def _waterfall(axes: Axes, parts: BoundParts) -> None:
     rows = terms(parts)
     position, edges = 0.0, [0.0]
     for row, (_, value) in enumerate(rows):
-        axes.barh(row, value, left=position, height=0.62, color=_colour(value))
+        axes.barh(row, value, left=position, height=0.62, color=COLOURS[0] if value >= 0 else COLOURS[1])
         position += value
         edges.append(position)
         axes.plot([position, position], [row - 0.31, row + 1.31], color=MUTED, linewidth=0.7)
@@ -54,8 +75,6 @@ def _waterfall(axes: Axes, parts: BoundParts) -> None:
     axes.set_ylim(len(rows) + 0.6, -0.6)
     axes.use_sticky_edges = False
     axes.margins(x=0.03)
-    axes.axvline(0, color=MUTED, linewidth=0.8)
-    axes.grid(axis="y", visible=False)
     axes.set_title("terms of the bound, nats per token")
 
 
@@ -63,7 +82,7 @@ def _gains(axes: Axes, parts: BoundParts) -> None:
     gains = parts.gains
     room = max([*map(abs, gains), 1e-9])
     for row, gain in enumerate(gains):
-        axes.barh(row, gain, height=0.62, color=_colour(gain))
+        axes.barh(row, gain, height=0.62, color=COLOURS[0] if gain >= 0 else COLOURS[1])
         is_inside = gain > 0.6 * room
         ha, away, color = ("right", -4, PAPER) if is_inside else ("left", 4, INK)
         axes.annotate(
@@ -74,13 +93,7 @@ def _gains(axes: Axes, parts: BoundParts) -> None:
     axes.set_yticks(range(len(gains)), [f"block {block}" for block in range(1, len(gains) + 1)])
     axes.set_ylim(len(gains) - 0.4, -0.6)
     axes.set_xlim(min(0.0, *gains) - 0.02 * room, 1.05 * room)
-    axes.axvline(0, color=MUTED, linewidth=0.8)
-    axes.grid(axis="y", visible=False)
     axes.set_title("gain of each block, nats per token")
-
-
-def _colour(value: float) -> str:
-    return COLOURS[0] if value >= 0 else COLOURS[1]
 
 
 def signed(value: float, digits: int = 4) -> str:
@@ -108,8 +121,7 @@ def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] 
     for axes, column in zip(panels, over, strict=True):
         _mark_stages(axes, records, column)
     last = [(r.valid["bpc"] if len(r.valid["bpc"]) else r.train["bpc"])[-1] for r in records]
-    signs = ["=" if r.is_exact else "≤" for r in records]
-    names = [f"{literal(r.name)} {sign} {bpc:.3f}" for r, sign, bpc in zip(records, signs, last, strict=True)]
+    names = [f"{literal(r.name)} {'=' if r.is_exact else '≤'} {b:.3f}" for r, b in zip(records, last, strict=True)]
     _explain(figure, records, names, ("training batches", FAINT), ("validation windows", MARKED))
 
 
@@ -117,10 +129,8 @@ def draw_optimisation(figure: Figure, records: Sequence[RunRecord]) -> None:
     """Learning rate and gradient norm against tokens."""
     upper, lower = figure.subplots(2)
     for index, r in enumerate(records):
-        norm = r.train["grad_norm"]
         upper.plot(r.train["tokens"], r.train["lr"], **line_style(index))
-        lower.plot(r.train["tokens"], norm, **line_style(index), **FAINT)
-        lower.plot(r.train["tokens"], running_median(norm), **line_style(index))
+        _plot_median(lower, r, "grad_norm", index)
     upper.set_title("learning rate")
     lower.set_title("gradient norm before clipping")
     upper.set_ylim(bottom=0)
@@ -129,42 +139,40 @@ def draw_optimisation(figure: Figure, records: Sequence[RunRecord]) -> None:
     for axes in (upper, lower):
         _count_on_x(axes)
         _mark_stages(axes, records)
-    _explain(figure, records, None, ("gradient norm", FAINT), ("running median", {}))
+    _explain(figure, records, [literal(r.name) for r in records], ("gradient norm", FAINT), ("running median", {}))
 
 
 def draw_throughput(figure: Figure, records: Sequence[RunRecord]) -> None:
     """Tokens per second against tokens; the legend has the median of every stage."""
     axes = figure.subplots()
     for index, r in enumerate(records):
-        speed = r.train["tokens_per_second"]
-        axes.plot(r.train["tokens"], speed, **line_style(index), **FAINT)
-        axes.plot(r.train["tokens"], running_median(speed), **line_style(index))
+        _plot_median(axes, r, "tokens_per_second", index)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("tokens per second")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     _count_on_x(axes)
     _mark_stages(axes, records, height=0.02)
-    medians = [", ".join(f"{m:,.0f}" for m in r.stage_medians("tokens_per_second")) for r in records]
-    names = [f"{literal(r.name)}: {median}" for r, median in zip(records, medians, strict=True)]
+    names = [f"{literal(r.name)}: {r.speeds}" for r in records]
     _explain(figure, records, names, ("every logged step", FAINT), ("running median", {}))
 
 
-def running_median(values: Series, width: int = 9) -> npt.NDArray[np.float64]:
-    """The median of the `width` values around each value, of fewer at the ends."""
-    reach = width // 2
-    return np.array([np.median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))])
+def _plot_median(axes: Axes, record: RunRecord, column: str, index: int) -> None:
+    """A column faint, and the median of the 9 values around each, of fewer at the ends."""
+    values = record.train[column]
+    medians = [np.median(values[max(0, i - 4) : i + 5]) for i in range(len(values))]
+    axes.plot(record.train["tokens"], values, **line_style(index), **FAINT)
+    axes.plot(record.train["tokens"], medians, **line_style(index))
 
 
 def _explain(
-    figure: Figure, records: Sequence[RunRecord], names: Sequence[str] | None, *kinds: tuple[str, dict[str, Any]]
+    figure: Figure, records: Sequence[RunRecord], names: Sequence[str], *kinds: tuple[str, dict[str, Any]]
 ) -> None:
     """A legend: the colour of every run, what kinds of lines mean, and the mark of a stage if there is one."""
-    names = names or [literal(r.name) for r in records]
     entries = [(name, line_style(index)) for index, name in enumerate(names)]
-    entries += [(text, {"color": MUTED} | style) for text, style in kinds]
+    entries += [(text, {"color": MUTED} | look) for text, look in kinds]
     if any(r.stage_starts for r in records):
         entries.append(("a stage begins", STAGE))
-    add_legend(figure, entries)
+    style.add_legend(figure, entries)
 
 
 def _limit_bits(axes: Axes, records: Sequence[RunRecord]) -> None:
@@ -206,3 +214,136 @@ def _mark_stages(axes: Axes, records: Sequence[RunRecord], column: str = "tokens
             textcoords="offset points", rotation=90, fontsize=SMALL - 1, color=MUTED, ha="right",
             va="top" if height > 0.5 else "bottom", bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Codes:
+    """One vector for every token: mu_k of a codebook, or the input embedding of a baseline."""
+
+    symbols: list[str]
+    """[V]."""
+    points: Series
+    """[V, 2]: coordinates along the two directions of largest variance."""
+    explained: tuple[float, float]
+    """Shares of the variance along these directions."""
+    std: Series | None
+    """[V]: sigma_k; None for an embedding."""
+    compared: Indices
+    """[M]: the tokens that are compared with all others, most frequent first."""
+    nearest: Indices
+    """[M]: the nearest other token of each."""
+    distance: Series
+    """[M]: the distance to it in units of sigma_k, or of the root mean square norm of an embedding."""
+    is_counted: bool
+    """`compared` is ordered by frequency in a text, and otherwise by token id."""
+
+    @property
+    def unit(self) -> str:
+        """Of the distances."""
+        return "σ" if self.std is not None else "r.m.s. norms"
+
+    @property
+    def noun(self) -> str:
+        return "codebook" if self.std is not None else "input embedding"
+
+
+def codes_of(model: LanguageModel, tokenizer: Tokenizer, counts: Indices | None) -> Codes:
+    """The codes of a model; `counts` [V] are the frequencies of the tokens, if known."""
+    vectors, log_std = model.token_vectors()
+    std = None if log_std is None else log_std.detach().cpu().double().exp().numpy()
+    mean = vectors.detach().cpu().double().numpy()
+    order = np.arange(len(mean)) if counts is None else np.argsort(-counts, kind="stable")
+    compared = order[:COMPARED]
+    nearest, distance = nearest_neighbours(mean, compared)
+    unit = np.sqrt(np.square(mean).sum(1).mean()) if std is None else std[compared]
+    points, explained = project(mean)
+    symbols = [symbol.replace(" ", "␣") for symbol in tokenizer.symbols]
+    return Codes(symbols, points, explained, std, compared, nearest, distance / unit, counts is not None)
+
+
+def project(vectors: Series) -> tuple[Series, tuple[float, float]]:
+    """Coordinates [V, 2] of vectors [V, d], d >= 1, on their first two principal axes; shares of the variance.
+
+    Signs are fixed: the entry of largest magnitude of each axis is positive. The axes are orthonormal, so a sphere
+    of radius sigma becomes a disc of radius sigma.
+    """
+    centred = vectors - vectors.mean(0)
+    _, singular, directions = np.linalg.svd(centred, full_matrices=False)
+    directions = directions[:2]
+    signs = np.sign(directions[np.arange(len(directions)), np.abs(directions).argmax(1)])
+    points = centred @ (directions * signs[:, None]).T
+    shares = np.square(singular) / max(np.square(singular).sum(), 1e-300)
+    missing = 2 - points.shape[1]  # d = 1
+    shares = np.pad(shares, (0, max(0, missing)))
+    return np.pad(points, ((0, 0), (0, missing))), (float(shares[0]), float(shares[1]))
+
+
+def nearest_neighbours(vectors: Series, queries: Indices, chunk: int = 256) -> tuple[Indices, Series]:
+    """The nearest other one of vectors [V, d] to each of the `queries` [M]: indices and Euclidean distances."""
+    everything = torch.from_numpy(vectors)
+    least = []
+    for start in range(0, len(queries), chunk):
+        rows = torch.from_numpy(queries[start : start + chunk])
+        # not by matrix products, which lose the precision of small distances
+        distance = torch.cdist(everything[rows], everything, compute_mode="donot_use_mm_for_euclid_dist")
+        distance[torch.arange(len(rows)), rows] = torch.inf
+        least.append(distance.min(1))
+    return torch.cat([found.indices for found in least]).numpy(), torch.cat([found.values for found in least]).numpy()
+
+
+def figure_height(codes: Codes) -> float:
+    """Height of the figure in inches."""
+    return PLANE + 1.2 + 0.16 * min(len(codes.compared), PAIRS)
+
+
+def draw_codes(figure: Figure, codes: Codes) -> None:
+    """The projection, with discs of radius sigma, then the distances of the closest pairs."""
+    plane, lower = figure.subplots(2, height_ratios=(PLANE, figure_height(codes) - PLANE - 0.6))
+    _draw_plane(plane, codes)
+    order = np.argsort(codes.distance, kind="stable")[:PAIRS]
+    rows = np.arange(len(order))
+    lower.hlines(rows, 0, codes.distance[order], color=COLOURS[0], linewidth=1)
+    lower.scatter(codes.distance[order], rows, s=12, color=COLOURS[0], zorder=3)
+    names = [literal(f"{codes.symbols[codes.compared[i]]} → {codes.symbols[codes.nearest[i]]}") for i in order]
+    lower.set_yticks(rows, names)
+    lower.set_ylim(len(rows) - 0.4, -0.6)
+    lower.set_xlim(left=0)
+    lower.grid(axis="y", visible=False)
+    lower.set_xlabel(f"distance, {codes.unit}")
+    lower.set_title("nearest neighbours" if len(rows) == len(codes.distance) else f"the {len(rows)} closest pairs")
+
+
+def codes_table(codes: Codes) -> str:
+    """Distances to the nearest neighbours, and scales."""
+    values = {f"distance to the nearest neighbour, {codes.unit}": codes.distance}
+    if codes.std is not None:
+        values["σ"] = codes.std
+    rows = [(name, *(f"{f(x):.4g}" for f in (np.min, np.median, np.max))) for name, x in values.items()]
+    return table_html(["", "least", "median", "largest"], rows)
+
+
+def _draw_plane(axes: Axes, codes: Codes) -> None:
+    from matplotlib.collections import EllipseCollection
+
+    few = len(codes.symbols) <= FEW
+    shown = codes.compared[: FEW if few else NAMED]
+    rest = np.setdiff1d(np.arange(len(codes.points)), shown)
+    axes.scatter(*codes.points[rest].T, s=4, color=MUTED, alpha=0.5, linewidths=0, rasterized=True)
+    axes.scatter(*codes.points[shown].T, s=9, color=COLOURS[0], linewidths=0, zorder=3)
+    if codes.std is not None:
+        radius = codes.std[shown]
+        circles = EllipseCollection(
+            2 * radius, 2 * radius, np.zeros(len(shown)), units="xy", offsets=codes.points[shown],
+            offset_transform=axes.transData, color=COLOURS[0], alpha=0.14, linewidths=0.8,
+        )  # fmt: skip
+        axes.add_collection(circles)
+        for side in (-1, 1):
+            axes.update_datalim(codes.points[shown] + side * radius[:, None])
+    axes.margins(0.04)
+    axes.autoscale_view()
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_xlabel(f"first principal component ({100 * codes.explained[0]:.0f} % of the variance)")
+    axes.set_ylabel(f"second principal component ({100 * codes.explained[1]:.0f} % of the variance)")
+    style.label_points(axes, codes.points[shown], [codes.symbols[i] for i in shown], size=10.0 if few else SMALL)
+    discs = ", discs of one σ" if codes.std is not None else ""
+    axes.set_title(f"{codes.noun}, {len(codes.symbols):,} symbols{discs}")

@@ -48,14 +48,13 @@ CSS = """
 
 @dataclass(frozen=True)
 class Token:
-    """One token of a row."""
+    """One token of a row; `title` is shown under the pointer."""
 
     symbol: str
     kind: Kind = "final"
     opacity: float = 1.0
     """From 0 to 1, for instance the probability of the token."""
     title: str = ""
-    """Shown under the pointer."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +98,9 @@ def text_tokens(
 
 
 def pass_rows(
-    passes: Sequence[Tensor],
-    tokenizer: Tokenizer,
-    *,
-    given: Tensor | None = None,
-    probabilities: Sequence[Tensor] | None = None,
-    least_change: float = 0.0,
-) -> list[Row]:
+    passes: Sequence[Tensor], tokenizer: Tokenizer, *, given: Tensor | None = None,
+    probabilities: Sequence[Tensor] | None = None, least_change: float = 0.0,
+) -> list[Row]:  # fmt: skip
     """One row for each of the `passes` [T] of a text, noise first: its new tokens, and which are already final.
 
     Tokens where `given` [T] is true are marked in the last row. `probabilities` [T] of every pass become opacities.
@@ -131,10 +126,7 @@ def pass_rows(
 
 
 def to_html(rows: Sequence[Row]) -> str:
-    """The rows under a legend of the kinds that occur. Every text is escaped; the page must include `CSS`.
-
-    The colours follow the `color-scheme` of the page.
-    """
+    """The rows, escaped, under a legend of the kinds that occur. The page must include `CSS`."""
     present = {token.kind for row in rows for token in row.tokens}
     legend = "".join(f'<span class="tl-{kind}">{name}</span>' for kind, name in LEGEND.items() if kind in present)
     body = "".join(

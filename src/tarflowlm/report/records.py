@@ -25,6 +25,11 @@ COLUMNS = {
     "valid": ("step", "tokens", "bpc"),
 }
 """Columns of metrics.jsonl that a report reads, by split."""
+PLAIN = {
+    "parameters": "parameters", "of them in Transformers": "trunk_parameters", "device": "device",
+    "threads": "threads", "machine": "machine", "PyTorch": "torch",
+}  # fmt: skip
+"""Rows of the summary that show a value of summary.json as it is."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,6 @@ class RunRecord:
 
     @property
     def is_exact(self) -> bool:
-        """The likelihood is exact, not a bound."""
         return self.run.model.family == "ar"
 
     @property
@@ -64,12 +68,10 @@ class RunRecord:
 
     @property
     def last_step(self) -> int:
-        """The last step with a training line."""
         return int(self.train["step"].max())
 
     @property
     def status(self) -> str:
-        """Finished, or how far the training is."""
         if self.summary is not None:
             return "finished"
         if not self.has_log:
@@ -92,17 +94,19 @@ class RunRecord:
         block = self.train["block"]
         return [float(np.median(self.train[column][block == b])) for b in np.unique(block)]
 
+    @property
+    def speeds(self) -> str:
+        """The median tokens per second of every stage."""
+        return ", ".join(f"{speed:,.0f}" for speed in self.stage_medians("tokens_per_second"))
+
 
 def read_records(directories: Sequence[Path]) -> list[RunRecord]:
     """The runs in `directories`. Raises UserError as `read_record`, and if two runs have the same name."""
     records: dict[str, RunRecord] = {}
-    for directory in directories:
-        record = read_record(directory)
+    for record in map(read_record, directories):
         if (other := records.get(record.slug)) is not None:
-            raise UserError(
-                f"{other.directory} and {directory} have the same name {record.name!r}: give each run once, "
-                f"or rename one of the directories"
-            )
+            both = f"{other.directory} and {record.directory} have the same name {record.name!r}"
+            raise UserError(f"{both}: give each run once, or rename one of the directories")
         records[record.slug] = record
     return list(records.values())
 
@@ -175,7 +179,7 @@ def summary_table(records: Sequence[RunRecord]) -> str:
 
 def _summary(record: RunRecord) -> dict[str, str]:
     done = record.summary or {}
-    test, bpc, speeds = done.get("test", {}), record.valid["bpc"], record.stage_medians("tokens_per_second")
+    test, bpc = done.get("test", {}), record.valid["bpc"]
     bits = f"{record.sign} {test['bpc']:.4f} ({test.get('bound', 'bound unknown')})" if test else ""
     valid = f"{record.sign} {bpc[-1]:.4f} at step {int(record.valid['step'][-1]):,}" if len(bpc) else ""
     nats = ""
@@ -195,13 +199,8 @@ def _summary(record: RunRecord) -> dict[str, str]:
         "steps": f"{record.last_step:,}" if record.has_log else "",
         "tokens": f"{int(record.train['tokens'].max()):,}" if record.has_log else "",
         "training, seconds": f"{record.seconds[-1]:,.0f}" if record.has_log else "",
-        "tokens per second, median of each stage": ", ".join(f"{speed:,.0f}" for speed in speeds),
-        "parameters": _plain(done.get("parameters")),
-        "of them in Transformers": _plain(done.get("trunk_parameters")),
-        "device": _plain(done.get("device")),
-        "threads": _plain(done.get("threads")),
-        "machine": _plain(done.get("machine")),
-        "PyTorch": _plain(done.get("torch")),
+        "tokens per second, median of each stage": record.speeds,
+        **{label: _plain(done.get(key)) for label, key in PLAIN.items()},
     }
 
 

@@ -30,42 +30,23 @@ SMALL = 8.0
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper", COLOURS[0]: "--blue"}
 
 _STYLE: Any = {
-    "figure.facecolor": PAPER,
-    "figure.constrained_layout.use": True,
-    "axes.facecolor": PAPER,
-    "axes.edgecolor": MUTED,
-    "axes.prop_cycle": f"cycler(color={COLOURS})",
-    "axes.labelcolor": INK,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "axes.titlecolor": INK,
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": SMALL,
-    "ytick.labelsize": SMALL,
-    "text.color": INK,
-    "font.size": 9,
-    "font.family": "DejaVu Sans",
-    "lines.linewidth": 1.6,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "tarflowlm",
-    "path.simplify": True,
-}
+    "figure.facecolor": PAPER, "figure.constrained_layout.use": True,
+    "axes.facecolor": PAPER, "axes.edgecolor": MUTED, "axes.prop_cycle": f"cycler(color={COLOURS})",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "axes.titlelocation": "left", "axes.titlesize": 10, "axes.titlecolor": INK,
+    "axes.labelsize": 9, "axes.labelcolor": INK,
+    "grid.color": GRID, "grid.linewidth": 0.8, "lines.linewidth": 1.6,
+    "xtick.color": MUTED, "xtick.labelcolor": INK, "xtick.labelsize": SMALL,
+    "ytick.color": MUTED, "ytick.labelcolor": INK, "ytick.labelsize": SMALL,
+    "text.color": INK, "font.size": 9, "font.family": "DejaVu Sans",
+    "svg.fonttype": "path", "svg.hashsalt": "tarflowlm",
+}  # fmt: skip
 
 
-def check_matplotlib() -> None:
-    """Raises UserError if matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("drawing needs the package matplotlib: pip install 'tarflowlm[plots]'")
+def check_package(name: str, extra: str) -> None:
+    """Raises UserError if an optional package is missing."""
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"this needs the package {name}: pip install 'tarflowlm[{extra}]'")
 
 
 def render(
@@ -76,7 +57,7 @@ def render(
     `draw` gets an empty figure. A PNG goes to the file `path`, if that is given, and replaces it atomically. Ids in
     the SVG begin with `name`, or else with the name of the file.
     """
-    check_matplotlib()
+    check_package("matplotlib", "plots")
     import matplotlib
     from matplotlib.figure import Figure as New
 
@@ -93,14 +74,11 @@ def render(
                 figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _embeddable(buffer.getvalue(), name or (path.stem if path is not None else "figure"))
-
-
-def _embeddable(svg: str, name: str) -> str:
-    """An SVG for use in a page: no prolog, no fixed size, ids prefixed by `name`, colours taken from the page."""
-    svg = svg[svg.index("<svg") :]
+    # for use in a page: no prolog, no fixed size, ids prefixed by the name, colours taken from the page
+    svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'((?<= )id="|url\(#|href="#)', lambda m: f"{m[1]}{name}-", svg)
+    prefix = name or (path.stem if path is not None else "figure")
+    svg = re.sub(r'((?<= )id="|url\(#|href="#)', lambda m: f"{m[1]}{prefix}-", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)
@@ -110,14 +88,11 @@ def add_legend(figure: Figure, entries: Sequence[tuple[str, dict[str, Any]]]) ->
     """A legend below all panels: a text, and the style of a line or marker, for each entry."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], **style) for _, style in entries]
-    longest = max(len(text) for text, _ in entries)
+    handles, texts = [Line2D([], [], **style) for _, style in entries], [text for text, _ in entries]
     # a character is about half as wide as the font is high, and a sample of a line has the width of eight
-    columns = int(72 * figure.get_figwidth() // (0.62 * SMALL * (longest + 8)))
-    figure.legend(
-        handles, [text for text, _ in entries], loc="outside lower center", ncols=max(1, min(columns, len(entries))),
-        fontsize=SMALL, frameon=False,
-    )  # fmt: skip
+    columns = int(72 * figure.get_figwidth() // (0.62 * SMALL * (max(map(len, texts)) + 8)))
+    look = {"loc": "outside lower center", "fontsize": SMALL, "frameon": False}
+    figure.legend(handles, texts, ncols=max(1, min(columns, len(entries))), **look)
 
 
 def line_style(index: int) -> dict[str, Any]:
@@ -216,24 +191,15 @@ class Section:
         return f"<section>\n<h2>{escape(self.title)}</h2>\n{body}</section>"
 
 
-@dataclass(frozen=True)
-class Page:
-    """A title and its sections; `css` has rules for the parts of the sections."""
-
-    title: str
-    sections: Sequence[Section]
-    css: str = ""
-    generator: str = GENERATOR
-
-    def to_html(self) -> str:
-        """The whole document."""
-        body = "\n".join(section.to_html() for section in self.sections)
-        return (
-            f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" '
-            f'content="{self.generator}">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{escape(self.title)}</title>\n<style>{_CSS}{self.css}</style>\n</head>\n<body>\n"
-            f"<h1>{escape(self.title)}</h1>\n{body}\n</body>\n</html>\n"
-        )
+def page_html(title: str, sections: Sequence[Section], css: str, generator: str = GENERATOR) -> str:
+    """The whole document; `css` has rules for the parts of the sections."""
+    body = "\n".join(section.to_html() for section in sections)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" '
+        f'content="{generator}">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_CSS}{css}</style>\n</head>\n<body>\n"
+        f"<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
+    )
 
 
 def picture_html(name: str, svg: str, caption: str) -> str:

@@ -13,7 +13,7 @@ from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, as_flow_con
 from tarflowlm.presets import PAPER_CORPORA, PRESETS, preset
 from tarflowlm.report.grid import CSS, Token, symbols, to_html
 from tarflowlm.report.grid import Row as TextRow
-from tarflowlm.report.style import COLOURS, SMALL, Figure, Page, Section
+from tarflowlm.report.style import COLOURS, SMALL, Figure, Section, page_html
 from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings, without
 from tarflowlm.reproduce.states import DEEPEST_LAST, SHORT_WINDOWS, latents, sample, share, summary_row
 
@@ -80,7 +80,7 @@ def page_fig6(rows: Sequence[Row]) -> str:
         states = list(group)
         grid = to_html([_text_row(row, states[-1]["text"]) for row in states])
         sections.append(Section(f"{model}, seed {seed}", parts=[grid]))
-    return Page(FIG6.title, sections, css=CSS, generator="tarflowlm reproduce").to_html()
+    return page_html(FIG6.title, sections, CSS, "tarflowlm reproduce")
 
 
 def _text_row(row: Row, final: str) -> TextRow:

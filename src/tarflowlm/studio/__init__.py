@@ -1,5 +1,5 @@
 """A local page on models and runs: write, fill in, edit, score, watch a training. Needs the extra `studio` (gradio).
 
-Each view is a generator of HTML, without gradio (`write`, `edit`, `score`, `curves`); `page` lays them out,
+Each view is a generator of HTML, without gradio (`write`, `edit`, `score`, `catalogue`); `page` lays them out,
 and `server` serves them.
 """

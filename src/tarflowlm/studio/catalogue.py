@@ -1,15 +1,28 @@
-"""The models and runs that a visitor can reach: those named at the start, by short names and never by a path."""
+"""The models and runs that a visitor can reach, by short names and never by a path; the view of learning curves."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from html import escape
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from tarflowlm.errors import UserError
+from tarflowlm.report.figures import draw_bits
+from tarflowlm.report.records import RunRecord, read_record
+from tarflowlm.report.style import render
 from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint, read_run
 from tarflowlm.runs.released import DEFAULT, locate, released
+from tarflowlm.studio import request
+from tarflowlm.studio.pieces import card, muted, notice, page
 from tarflowlm.training.metrics import METRICS
+
+AXES = ("tokens", "seconds")
+MOST = 12
+"""Runs in one figure."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +39,15 @@ class Catalogue:
     @property
     def models(self) -> list[str]:
         """All names: flows first, then baselines."""
-        return [*self.flows, *(name for name in self.places if name in self.baselines)]
+        return sorted(self.places, key=self.baselines.__contains__)
 
     @property
     def flows(self) -> list[str]:
-        """The names of flows."""
         return [name for name in self.places if name not in self.baselines]
 
     @property
     def runs(self) -> list[str]:
-        """The names of runs that have learning curves now."""
+        """Those that have learning curves now."""
         return [name for name, place in self.places.items() if (place / METRICS).is_file()]
 
     def place(self, name: object) -> Path:
@@ -67,8 +79,7 @@ def collect(names: Sequence[str], device: str = "cpu") -> Catalogue:
 
     UserError for what is none of them.
     """
-    if not names:
-        names = sorted(released(), key=lambda name: name != DEFAULT)
+    names = names or sorted(released(), key=lambda name: name != DEFAULT)
     # each run once, by the name that it was given
     found = {place.resolve(): Path(os.path.abspath(place)) for name in names for place in _runs_in(name)}
     places: dict[str, Path] = {}
@@ -92,3 +103,55 @@ def _runs_in(name: str) -> list[Path]:
         known = f"nor one of {', '.join(released())}"
         raise UserError(f"{name!r} is neither a run directory, nor a folder of them, {known}: check the path")
     return found
+
+
+def runs(catalogue: Catalogue, names: Any, axis: Any) -> Iterator[str]:
+    """HTML with the curves and numbers of the runs `names`, over tokens or over seconds of training."""
+    wanted = [(str(name), catalogue.place(name)) for name in names] if isinstance(names, list) else []
+    if not catalogue.runs:
+        yield page(card(muted("No learning curves here: name run directories, as in `tarflowlm studio runs/mine`.")))
+        return
+    if not wanted:
+        yield page(card(muted("Choose a run to see its learning curve.")))
+        return
+    more = f"{len(wanted)} runs are chosen, the first {MOST} are drawn."
+    logs = [place / METRICS for _, place in wanted]
+    written = [(log.stat().st_size, log.stat().st_mtime_ns) if log.exists() else (0, 0) for log in logs]
+    shown = tuple((name, place, when) for (name, place), when in zip(wanted[:MOST], written, strict=False))
+    yield page(_view(shown, request.choice(axis, AXES)), notice(more) if len(wanted) > MOST else "")
+
+
+@lru_cache(maxsize=8)
+def _view(wanted: tuple[tuple[str, Path, tuple[int, int]], ...], axis: str) -> str:
+    """Curves and table of runs, given by name, directory, and when their metrics were written."""
+    records, problems = [], []
+    for name, place, _ in wanted:
+        try:
+            record = read_record(place)
+            if record.has_log:
+                records.append(replace(record, name=name))
+            else:
+                problems.append(notice(f"{name} is a model without its training log: choose another"))
+        except UserError as error:
+            problems.append(notice(str(error).replace(str(place), name)))
+    if not records:
+        return "".join(problems)
+    draw = partial(draw_bits, records=records, over=[axis])
+    figure = render(draw, None, width=4.2, height=3.0 + 0.18 * len(records), name="runs")
+    note = muted("Bits per character. Flows have an upper bound (≤).")
+    return "".join([*problems, card(f'<div class="st-figure">{figure}</div>', note), card(_table(records))])
+
+
+def _table(records: list[RunRecord]) -> str:
+    head = ("run", "validation, bits per character", "test", "tokens", "time", "tokens per second", "status")
+    body = ""
+    for r in records:
+        sign = "" if r.is_exact else "≤ "
+        valid = f"{sign}{r.valid['bpc'][-1]:.3f}" if len(r.valid["bpc"]) else "–"
+        test = f"{sign}{r.summary['test']['bpc']:.3f}" if r.summary else "–"
+        speed = float(np.median(r.train["tokens_per_second"][-20:]))
+        tokens = f"{r.train['tokens'].max() / 1e6:,.1f}M"
+        row = (r.name, valid, test, tokens, f"{r.seconds[-1] / 60:,.1f} min", f"{speed:,.0f}", r.status)
+        body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    return f'<div class="st-wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

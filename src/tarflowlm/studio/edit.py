@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tarflowlm.data import Tokenizer
@@ -102,7 +101,7 @@ def _edited(
 ) -> Generator[str, None, tuple[R, float]]:
     """Pages of the progress; returns the result of `change` for so many `edits` of a text [T], and its seconds."""
     flow, tokenizer = as_flow(checkpoint.model, NO_LATENTS), checkpoint.tokenizer
-    generator = torch.Generator().manual_seed(request.whole(seed, "seed", 0, 2**31))
+    generator = request.generator(seed)
 
     def work(job: Job[R]) -> R:
         with threads_for(1):
@@ -131,10 +130,10 @@ def _compared(
 
 
 def _original(tokenizer: Tokenizer, reading: Reading) -> str:
-    return card(stage(text_tokens(reading.tokens, tokenizer)), muted(reading.notice or "the original"))
+    note = f"the original, {reading.notice}" if reading.notice else "the original"
+    return card(stage(text_tokens(reading.tokens, tokenizer)), muted(note))
 
 
 def _bits(nats: Tensor, tokens: Tensor, tokenizer: Tokenizer) -> float:
     """Bits per character of a text [T] with this bound, a scalar, in nats."""
-    characters = int(tokenizer.characters_per_token[tokens.numpy()].sum())
-    return bits(nats.cpu()).item() / max(characters, 1)
+    return bits(nats.cpu()).item() / request.num_characters(tokenizer, tokens)

@@ -1,13 +1,12 @@
 """The layout of the page: one tab per view, in Gradio. The views themselves are in modules without Gradio."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
 
 from tarflowlm.studio import request
-from tarflowlm.studio.catalogue import Catalogue
-from tarflowlm.studio.curves import AXES, runs
+from tarflowlm.studio.catalogue import AXES, Catalogue, runs
 from tarflowlm.studio.edit import TARGETS, WORDS, blend, replace_words, rewrite
 from tarflowlm.studio.pieces import card, guarded, muted, page
 from tarflowlm.studio.score import MODELS, compare
@@ -16,6 +15,8 @@ from tarflowlm.studio.write import TRIES, infill, write
 # gradio's classes cannot be named in annotations that tests check
 Blocks = Any
 Component = Any
+Buttons = tuple[Component, Component]
+View = Callable[..., Iterator[str]]
 
 TITLE = "tarflowlm studio"
 WAITING = 16
@@ -63,7 +64,7 @@ def _write(catalogue: Catalogue) -> None:
             buttons = _buttons("Write")
         out = _output("The text appears here, then its passes.")
     inputs = [model, text, length, temperature, top_p, num, seed]
-    _bind(buttons, write, catalogue, inputs, out, also=[text.submit])
+    _bind(buttons, write, catalogue, inputs, out, text.submit)
 
 
 def _infill(catalogue: Catalogue) -> None:
@@ -78,7 +79,7 @@ def _infill(catalogue: Catalogue) -> None:
             seed = _number("Seed", 0)
             buttons = _buttons("Fill in")
         out = _output("Candidates appear here, with their weights.")
-    _bind(buttons, infill, catalogue, [model, text, tries, particles, temperature, seed], out, also=[text.submit])
+    _bind(buttons, infill, catalogue, [model, text, tries, particles, temperature, seed], out, text.submit)
 
 
 def _edit(catalogue: Catalogue) -> None:
@@ -105,21 +106,21 @@ def _edit(catalogue: Catalogue) -> None:
         out = _output("The edit appears here, beside the original.")
     _bind(replacing, replace_words, catalogue, [model, text, words, tries, particles, seed], out)
     inputs = [model, text, target, strength, num, seed]
-    _bind(rewriting, rewrite, catalogue, inputs, out, also=[strength.release])
+    _bind(rewriting, rewrite, catalogue, inputs, out, strength.release)
     _bind(blending, blend, catalogue, [model, text, other, between, seed], out)
 
 
 def _score(catalogue: Catalogue) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=300):
-            first = [*catalogue.flows[:1], *(name for name in catalogue.models if name in catalogue.baselines)]
-            chosen = (first or catalogue.models)[:MODELS]
+            # one flow, then baselines, which come last
+            chosen = [*catalogue.flows[:1], *catalogue.models[len(catalogue.flows) :]]
             several = {"multiselect": True, "max_choices": MODELS}
-            models = gr.Dropdown(catalogue.models, value=chosen, label="Models", **several)
+            models = gr.Dropdown(catalogue.models, value=chosen[:MODELS], label="Models", **several)
             text = gr.Textbox(label="Text", value=HISTORY, lines=4, max_lines=12)
             buttons = _buttons("Score")
         out = _output("The bits of every token appear here.")
-    _bind(buttons, compare, catalogue, [models, text], out, also=[text.submit])
+    _bind(buttons, compare, catalogue, [models, text], out, text.submit)
 
 
 def _runs(catalogue: Catalogue) -> None:
@@ -139,8 +140,7 @@ def _runs(catalogue: Catalogue) -> None:
 
 
 def _model(catalogue: Catalogue) -> Component:
-    names = catalogue.models
-    return gr.Dropdown(names, value=names[0] if names else None, label="Model", filterable=False)
+    return gr.Dropdown(catalogue.models, value=catalogue.models[0], label="Model", filterable=False)
 
 
 def _temperature(catalogue: Catalogue, model: Component, usual: float) -> Component:
@@ -168,7 +168,7 @@ def _tries() -> tuple[Component, Component]:
     return tries, gr.Slider(1, request.PARTICLES, 16, step=1, label="Particles in each try")
 
 
-def _buttons(words: str) -> tuple[Component, Component]:
+def _buttons(words: str) -> Buttons:
     with gr.Row():
         return gr.Button(words, variant="primary", min_width=120), gr.Button("Stop", min_width=80)
 
@@ -179,13 +179,7 @@ def _output(words: str) -> Component:
 
 
 def _bind(
-    buttons: tuple[Component, Component],
-    view: Callable[..., Iterator[str]],
-    catalogue: Catalogue,
-    inputs: list[Component],
-    out: Component,
-    *,
-    also: Sequence[Callable[..., Any]] = (),
+    buttons: Buttons, view: View, catalogue: Catalogue, inputs: list[Component], out: Component, *also: Any
 ) -> None:
     """Call the view at a click on the first button, or at the events `also`, until a click on the second one."""
     go, stop = buttons

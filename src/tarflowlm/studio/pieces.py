@@ -86,8 +86,6 @@ document.addEventListener('input', (event) => {
 """
 
 HEAD = f"<style>{CSS}</style><script>{SCRIPT}</script>"
-
-
 LOG = logging.getLogger("tarflowlm.studio")
 
 
@@ -99,8 +97,7 @@ def guarded(view: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
             yield from view(*values)
         except UserError as error:
             yield page(notice(str(error)))
-        except MemoryError:
-            yield page(notice("Out of memory: ask for fewer tokens, samples or particles."))
+
         except Exception:
             LOG.exception("a view of the studio failed")
             yield page(notice("This did not work. The terminal that started the page shows the error."))
@@ -114,7 +111,6 @@ def page(*parts: str) -> str:
 
 
 def card(*parts: str) -> str:
-    """Parts in a frame."""
     return f'<div class="st-card">{"".join(parts)}</div>'
 
 
@@ -125,7 +121,6 @@ def notice(text: str) -> str:
 
 
 def title(text: str) -> str:
-    """The name of a card."""
     return f'<div class="st-title">{escape(text)}</div>'
 
 
@@ -147,7 +142,6 @@ def facts(*pairs: tuple[str, str]) -> str:
 
 
 def took(seconds: float) -> tuple[str, str]:
-    """The fact of a time."""
     return f"{1000 * seconds:,.0f} ms" if seconds < 1 else f"{seconds:,.1f} s", "in all"
 
 

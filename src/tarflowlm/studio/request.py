@@ -34,6 +34,10 @@ def whole(value: Any, name: str, least: int, most: int) -> int:
     return int(number(value, name, least, most))
 
 
+def generator(seed: Any) -> torch.Generator:
+    return torch.Generator().manual_seed(whole(seed, "seed", 0, 2**31))
+
+
 def choice(value: Any, allowed: tuple[str, ...]) -> str:
     """One of the allowed words: the first one in place of any other value."""
     return value if value in allowed else allowed[0]
@@ -49,6 +53,11 @@ def text(value: Any, name: str) -> str:
 def reading(tokenizer: Tokenizer, value: Any, name: str = "text") -> Reading:
     """A text that is not empty, as the model reads it."""
     return read(tokenizer, text(value, name), name=name)
+
+
+def num_characters(tokenizer: Tokenizer, tokens: torch.Tensor) -> int:
+    """The characters of a text [T], and at least 1."""
+    return max(int(tokenizer.characters_per_token[tokens.numpy()].sum()), 1)
 
 
 def template(tokenizer: Tokenizer, value: Any) -> Reading:
@@ -76,11 +85,9 @@ class Job(Silent, Generic[R]):
     def __init__(self, function: Callable[["Job[R]"], R], *, seconds: float = SECONDS) -> None:
         self.function, self.limit = function, seconds
         self.result: R | None = None
-        self.advanced = 0
+        # the final tokens so far, [num, n] each, and the seconds of the finished work
         self.tokens: list[torch.Tensor] = []
-        """Final tokens, [num, n] each."""
-        self.seconds = 0.0
-        """Seconds of the finished work."""
+        self.advanced, self.seconds = 0, 0.0
         self._error: BaseException | None = None
         self._is_wanted, self._begun = True, 0.0
 
@@ -90,11 +97,11 @@ class Job(Silent, Generic[R]):
         if not self._is_wanted:
             raise Halted
         if time.perf_counter() - self._begun > self.limit:
-            stopped = f"stopped after {self.limit:g} seconds, the limit of this page"
-            raise UserError(f"{stopped}: ask for fewer tokens, samples or particles")
+            limit = f"{self.limit:g} seconds, the limit of this page"
+            raise UserError(f"stopped after {limit}: ask for fewer tokens, samples or particles")
 
     def doing(self, words: str) -> str:
-        """What goes on now: `words`, or that another visitor has the turn."""
+        """`words`, or that another visitor has the turn."""
         return words if self.advanced else "waiting for its turn"
 
     def follow(self, show: Callable[[], str]) -> Generator[str, None, R]:

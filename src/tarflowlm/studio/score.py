@@ -9,14 +9,13 @@ from typing import Any
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import Reading
 from tarflowlm.device import threads_for
-from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import Scores, score
 from tarflowlm.report.grid import symbols
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.pieces import bar, card, facts, muted, page, title, took
-from tarflowlm.studio.request import Job
+from tarflowlm.studio.request import Job, num_characters
 
 SAMPLES = 8
 """Draws from the posterior that a bound is averaged over."""
@@ -46,9 +45,7 @@ class Scored:
 
 def compare(catalogue: Catalogue, names: Any, text: Any) -> Iterator[str]:
     """HTML with the bits of every token of `text` under each of the models `names`."""
-    wanted = names if isinstance(names, list) else [names]
-    if not wanted:
-        raise UserError("no model is chosen: choose one or two")
+    wanted = names if isinstance(names, list) and names else [names]
     checkpoints = [(str(name), catalogue.load(name)) for name in wanted[:MODELS]]
     readings = [request.reading(checkpoint.tokenizer, text) for _, checkpoint in checkpoints]
     found: list[Scored] = []
@@ -74,11 +71,10 @@ def _scored(checkpoint: Checkpoint, reading: Reading, job: Job[Scores]) -> Score
 
 
 def _card(one: Scored, most: float) -> str:
-    characters = max(int(one.tokenizer.characters_per_token[one.reading.tokens.numpy()].sum()), 1)
-    total = one.scores.total
+    per_character = one.scores.total / num_characters(one.tokenizer, one.reading.tokens)
     sign, kind = ("", "exact") if one.scores.exact else ("≤ ", f"a bound, mean of {SAMPLES} posterior samples")
-    per_character = (f"{sign}{total / characters:.3f}", "bits per character")
-    numbers = facts(per_character, (f"{sign}{total:.1f}", "bits in all"), ("", kind))
+    total = (f"{sign}{one.scores.total:.1f}", "bits in all")
+    numbers = facts((f"{sign}{per_character:.3f}", "bits per character"), total, ("", kind))
     shown = heat(one.symbols, one.scores.bits.tolist(), most)
     return card(title(one.name), shown, muted(one.reading.notice), numbers)
 
@@ -106,11 +102,8 @@ def _blocks(one: Scored) -> str:
         words = f"block {block}: {row.mean().item():+.2f} bits per token"
         body = heat(one.symbols, (row.mean() - row).tolist(), max(GAP, row.std(correction=0).item() * 2))
         rows += f"<details{' open' if block == 1 else ''}><summary>{words}</summary>{body}</details>"
-    text = (
-        "log2 |det J| of each block around its mean. Blue: the block spreads this token's latents more than others, "
-        "which makes it likelier; orange: less."
-    )
-    return card(title(f"Blocks of {one.name}"), rows, muted(text))
+    key = "Blue: the block spreads this token's latents more than others, which makes it likelier; orange: less."
+    return card(title(f"Blocks of {one.name}"), rows, muted(f"log2 |det J| of each block around its mean. {key}"))
 
 
 def heat(shown: Sequence[str], values: Sequence[float], most: float) -> str:

@@ -1,7 +1,6 @@
 """Serves the page: on this machine alone by default, and without anything that leaves the machine."""
 
 import errno
-import importlib.util
 import logging
 import os
 import socket
@@ -17,12 +16,6 @@ PORT, PORTS = 7860, 100
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def check_gradio() -> None:
-    """Raises UserError if gradio is missing."""
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("the studio needs the package gradio: pip install 'tarflowlm[studio]'")
-
-
 def free_port(host: str, port: int | None) -> int:
     """The given port, or the first free one from PORT on. UserError for a bad address and a taken port."""
     for candidate in range(PORT, PORT + PORTS) if port is None else (port,):
@@ -35,11 +28,10 @@ def free_port(host: str, port: int | None) -> int:
                 probe.bind((host, candidate))
             return candidate
         except OSError as error:
+            problem = error
             if error.errno != errno.EADDRINUSE:
-                problem = f"cannot serve at {host}, port {candidate} ({error.strerror})"
-                raise UserError(f"{problem}: choose another") from None
-    taken = f"ports {PORT} to {PORT + PORTS - 1} are" if port is None else f"port {port} is"
-    raise UserError(f"{taken} taken: choose another with --port")
+                break
+    raise UserError(f"cannot serve at {host}, port {candidate} ({problem.strerror}): choose another")
 
 
 @contextmanager
@@ -62,20 +54,11 @@ def serving(catalogue: Catalogue, *, host: str, port: int) -> Iterator[str]:
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"] if host in LOOPBACK else ["*"])
     blocks = build(catalogue)
     _, url, _ = blocks.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        ssr_mode=False,
-        enable_monitoring=False,
-        prevent_thread_lock=True,
-        quiet=True,
-        footer_links=[],
-        blocked_paths=["/"],
-        max_file_size=1,
-        head=HEAD,
+        server_name=host, server_port=port, share=False, ssr_mode=False, enable_monitoring=False,
+        prevent_thread_lock=True, quiet=True, footer_links=[], blocked_paths=["/"], max_file_size=1, head=HEAD,
         theme=gr.themes.Default(primary_hue="sky", font=["system-ui"], font_mono=["ui-monospace"]),
         app_kwargs={"middleware": [trusted], "docs_url": None, "openapi_url": None},
-    )
+    )  # fmt: skip
     try:
         yield url
     finally:

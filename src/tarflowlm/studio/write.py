@@ -33,7 +33,7 @@ def write(
     lm, tokenizer = checkpoint.model, checkpoint.tokenizer
     wanted = request.whole(length, "length", 1, request.TOKENS)
     num = request.whole(num, "samples", 1, request.SAMPLES)
-    seed = request.whole(seed, "seed", 0, 2**31)
+    generator = request.generator(seed)
     temperature = request.number(temperature, "temperature", 0.1, 2.0)
     top_p = request.number(top_p, "top-p", 0.05, 1.0)
     reading = request.template(tokenizer, text) if request.text(text, "text") else None
@@ -47,16 +47,9 @@ def write(
     def work(job: Job[Generation]) -> Generation:
         with threads_for(num):
             return generate(
-                lm,
-                num_tokens=wanted if is_prompt else len(given),
-                num=num,
-                prompt=tokens,
-                temperature=temperature,
-                top_p=top_p,
-                decoder="auto",
-                generator=torch.Generator().manual_seed(seed),
-                watch=Watch(job, job.tokens.append),
-            )
+                lm, num_tokens=wanted if is_prompt else len(given), num=num, prompt=tokens, temperature=temperature,
+                top_p=top_p, decoder="auto", generator=generator, watch=Watch(job, job.tokens.append),
+            )  # fmt: skip
 
     def show() -> str:
         written = torch.cat(job.tokens, 1)[0] if job.tokens else given[:0]
@@ -88,8 +81,7 @@ def _passes(
     rows = pass_rows(passes, tokenizer, given=given, probabilities=probabilities, least_change=LEAST_CHANGE)
     if not (hidden := len(passes) - len(rows)):
         return rows, None
-    verb = "is" if hidden == 1 else "are"
-    return rows, f"{counted(hidden, 'block')} above changed next to nothing and {verb} not shown."
+    return rows, f"Not shown: {counted(hidden, 'block')} above, which changed next to nothing."
 
 
 def _facts(result: Generation, length: int, num: int, seconds: float) -> str:
@@ -120,32 +112,24 @@ def fill(
     num = request.whole(tries, "tries", 1, TRIES)
     each = request.whole(particles, "particles", 1, request.PARTICLES)
     temperature = request.number(tau, "temperature", 0.1, 2.0)
-    seed = request.whole(seed, "seed", 0, 2**31)
+    generator = request.generator(seed)
     tokenizer, given = checkpoint.tokenizer, template != BLANK
 
     def work(job: Job[Generation]) -> Generation:
         with threads_for(num * each):
             return generate(
-                checkpoint.model,
-                num_tokens=len(template),
-                num=num,
-                prompt=template,
-                generator=torch.Generator().manual_seed(seed),
-                particles=each,
-                temperature=temperature,
-                decoder="auto",
-                watch=Watch(job),
-            )
+                checkpoint.model, num_tokens=len(template), num=num, prompt=template, generator=generator,
+                particles=each, temperature=temperature, decoder="auto", watch=Watch(job),
+            )  # fmt: skip
 
     job = Job(work)
     total = num_positions(checkpoint.model, len(template))
     shown = text_tokens(template.clamp_min(0), tokenizer, given=given)
     asked = stage([t if t.kind == "given" else Token(request.MARK, "noise") for t in shown], is_open=True)
     result = yield from job.follow(lambda: page(card(asked, bar(job.advanced / total), muted(job.doing("trying")))))
-    # there is no evidence where nothing is given; weights are equal where all of it is zero
+    # equal weights where nothing is given, and where all evidence is zero
     weights = (torch.zeros(num) if result.log_evidence is None else result.log_evidence).softmax(0)
-    if not torch.isfinite(weights).all():
-        weights = torch.full_like(weights, 1 / num)
+    weights = weights.nan_to_num(1 / num)
     # equal texts are one candidate
     shares: dict[tuple[int, ...], float] = {}
     for row, weight in zip(result.tokens.tolist(), weights.tolist(), strict=True):
@@ -160,7 +144,7 @@ def fill(
 
 
 def _trust(effective: float, tries: int) -> str:
-    """How far the weights can be trusted, in words and as a bar; `effective` tries count, from 1 to `tries`."""
+    """How far the weights can be trusted; `effective` tries count, from 1 to `tries`."""
     share = effective / tries
     if tries == 1:
         words = "One try has nothing to be compared with: ask for more."
