@@ -90,8 +90,7 @@ def run(args: Args) -> None:
     from tarflowlm.evaluation.likelihood import bits
     from tarflowlm.model import as_flow
     from tarflowlm.runs.released import choose_directory
-    from tarflowlm.terminal.bars import Bars
-    from tarflowlm.terminal.tables import print_json, print_notice
+    from tarflowlm.terminal.bars import Bars, print_json, print_notice
     from tarflowlm.terminal.texts import print_edits
 
     used = {field.name for field in fields(EDITS[args.kind])}

@@ -83,8 +83,7 @@ def run(args: Args) -> None:
     from tarflowlm.evaluation.quality import SamplingConfig, mauve_function, measure_quality
     from tarflowlm.model import as_flow
     from tarflowlm.runs.released import choose_directory
-    from tarflowlm.terminal.bars import Bars
-    from tarflowlm.terminal.tables import print_json
+    from tarflowlm.terminal.bars import Bars, print_json
 
     checked_seed(args.seed)
     given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
@@ -156,8 +155,7 @@ def _likelihood(
 
     from tarflowlm.data import sliding_windows
     from tarflowlm.evaluation.likelihood import evaluate, seconds_per_window
-    from tarflowlm.terminal.bars import minutes
-    from tarflowlm.terminal.tables import print_notice
+    from tarflowlm.terminal.bars import minutes, print_notice
 
     context, patch = model.config.context, model.config.patch
     if len(tokens) < context:
@@ -199,7 +197,7 @@ def _likelihood(
 
 def _print_likelihood(title: str, found: dict[str, Any]) -> None:
     from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.terminal.tables import print_table
+    from tarflowlm.terminal.bars import print_table
 
     sign = sign_of(found["bound"])
     spread = f" (standard error {found['stderr']:.4f})" if found["windows"] > 1 else ""
@@ -232,7 +230,7 @@ def _print_likelihood(title: str, found: dict[str, Any]) -> None:
 
 def _print_latents(states: list[dict[str, Any]]) -> None:
     """Two rows per state: mean over sequences, and standard deviation."""
-    from tarflowlm.terminal.tables import print_columns
+    from tarflowlm.terminal.bars import print_columns
 
     geometry = {
         "norm": "L2 norm",
@@ -253,7 +251,7 @@ def _print_latents(states: list[dict[str, Any]]) -> None:
 
 
 def _print_quality(quality: dict[str, Any]) -> None:
-    from tarflowlm.terminal.tables import print_columns
+    from tarflowlm.terminal.bars import print_columns
 
     labels = {
         "perplexity": ("generative perplexity", ".3f"),

@@ -48,7 +48,7 @@ def run(given: tuple[Args, list[str]]) -> None:
 
     from tarflowlm.config import checked_seed
     from tarflowlm.harness.register import run_lm_eval
-    from tarflowlm.terminal.tables import print_json
+    from tarflowlm.terminal.bars import print_json
 
     args, words = given
     for word in words:

@@ -25,7 +25,7 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.runs.released import DEFAULT, FOLDER, released
-    from tarflowlm.terminal.tables import print_json, print_table
+    from tarflowlm.terminal.bars import print_json, print_table
 
     if args.directory is None:
         models = [_describe(FOLDER / name) for name in released()]
@@ -114,7 +114,7 @@ def _print_info(found: dict[str, Any]) -> None:
     from rich.text import Text
 
     from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.terminal.tables import print_table
+    from tarflowlm.terminal.bars import print_table
 
     layers = zip(found["blocks"], found["layers"], strict=True)
     parts = [f"{count:,} {name}" for name, count in found["parameters"].items() if name != "all"]

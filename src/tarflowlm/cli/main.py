@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
-        from tarflowlm.terminal.tables import print_table
+        from tarflowlm.terminal.bars import print_table
 
         rows = [(name, " ".join(command_module(name).Args.__doc__.split())) for name in COMMANDS]
         print_table("tarflowlm COMMAND --help   or   tarflowlm --version", rows)
@@ -128,7 +128,7 @@ def settle_threads() -> None:
 
 def _print_notices() -> None:
     """Print what the package logs, one line each on stderr; under torchrun from the first process of a machine."""
-    from tarflowlm.terminal.tables import NoticeHandler
+    from tarflowlm.terminal.bars import NoticeHandler
 
     logger = logging.getLogger("tarflowlm")
     if os.environ.get("LOCAL_RANK", "0") == "0" and not logger.handlers:

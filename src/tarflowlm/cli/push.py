@@ -39,7 +39,7 @@ def run(args: Args) -> None:
 
     from tarflowlm.runs.hub import hub_client
     from tarflowlm.sharing import checked_repository, push_folder, save_pretrained
-    from tarflowlm.terminal.tables import print_json, print_notice, print_table
+    from tarflowlm.terminal.bars import print_json, print_notice, print_table
 
     repository = checked_repository(args.repository)
     name = repository.rpartition("/")[2]

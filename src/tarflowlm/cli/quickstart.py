@@ -56,8 +56,7 @@ def run(args: Args) -> None:
     from tarflowlm.generation import Watch, generate
     from tarflowlm.generation.window import num_positions
     from tarflowlm.runs.checkpoint import load_checkpoint
-    from tarflowlm.terminal.bars import Bars, ProgressReporter
-    from tarflowlm.terminal.tables import print_json, print_table
+    from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_table
     from tarflowlm.terminal.texts import print_samples, samples_to_json
     from tarflowlm.training.train import check_new, train
 

@@ -61,8 +61,7 @@ def run(args: Args) -> None:
     from tarflowlm.reproduce import RECIPES
     from tarflowlm.reproduce.recipe import Settings, check_texts, estimate, finish, state_of
     from tarflowlm.reproduce.write import write_results
-    from tarflowlm.terminal.bars import Bars, ProgressReporter
-    from tarflowlm.terminal.tables import print_json, print_table
+    from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_table
 
     recipes = list(RECIPES.values()) if args.name == ALL else [RECIPES[args.name]]
     settings = Settings(
@@ -108,7 +107,7 @@ def run(args: Args) -> None:
 
 
 def _print_plan(args: Args, title: str, planned: list[Any]) -> None:
-    from tarflowlm.terminal.tables import print_json, print_table
+    from tarflowlm.terminal.bars import print_json, print_table
 
     missing = sum((p.seconds for p in planned if p.state != "finished"), start=0.0)
     if args.json:

@@ -32,7 +32,7 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.terminal.tables import print_columns, print_json, print_notice
+    from tarflowlm.terminal.bars import print_columns, print_json, print_notice
 
     rows = _sorted([_row(name, directory) for name, directory in _find(args.directories).items()])
     if args.json:

@@ -22,8 +22,7 @@ from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.generation.window import num_positions
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.terminal.bars import Bars
-from tarflowlm.terminal.tables import json_line, print_json, print_notice
+from tarflowlm.terminal.bars import Bars, json_line, print_json, print_notice
 from tarflowlm.terminal.texts import TextStream, first_stop, print_samples, samples_to_json, write_out
 
 BATCH_TOKENS = 6144

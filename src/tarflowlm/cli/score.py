@@ -45,8 +45,7 @@ def run(args: Args) -> None:
     from tarflowlm.evaluation.likelihood import sign_of
     from tarflowlm.evaluation.scores import score
     from tarflowlm.runs.released import choose_directory
-    from tarflowlm.terminal.bars import Bars
-    from tarflowlm.terminal.tables import print_columns, print_json, print_notice
+    from tarflowlm.terminal.bars import Bars, print_columns, print_json, print_notice
 
     names = [choose_directory(args.directory, args.model), *([args.baseline] if args.baseline is not None else [])]
     # all before the first is used, so that a missing model costs no time

@@ -37,7 +37,7 @@ def run(args: Args) -> None:
     from tarflowlm.device import pick_device
     from tarflowlm.studio.catalogue import collect
     from tarflowlm.studio.server import LOOPBACK, check_gradio, free_port, serving
-    from tarflowlm.terminal.tables import print_notice
+    from tarflowlm.terminal.bars import print_notice
 
     check_gradio()
     port = free_port(args.host, args.port)

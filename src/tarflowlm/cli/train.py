@@ -68,7 +68,7 @@ class ResumeArgs:
 def read(argv: list[str]) -> Args | ResumeArgs:
     """The words after `tarflowlm train`: PRESET and its options, or --resume DIR. Help pages end the process."""
     if argv[:1] in (["-h"], ["--help"]):
-        from tarflowlm.terminal.tables import print_table
+        from tarflowlm.terminal.bars import print_table
 
         usage = "tarflowlm train PRESET --out DIR [--help for its fields]   or   tarflowlm train --resume DIR"
         print_table(usage, [(name, " ".join((make.__doc__ or "").split())) for name, make in PRESETS.items()])
@@ -92,8 +92,7 @@ def run(args: Args | ResumeArgs) -> None:
     from tarflowlm.cli.signals import stop_on_signals
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.terminal.bars import ProgressReporter
-    from tarflowlm.terminal.tables import print_json, print_table
+    from tarflowlm.terminal.bars import ProgressReporter, print_json, print_table
     from tarflowlm.training.metrics import Reporter
     from tarflowlm.training.parallel import launched
     from tarflowlm.training.train import resume, train

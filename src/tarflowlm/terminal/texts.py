@@ -4,7 +4,7 @@ import codecs
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -103,21 +103,15 @@ def print_samples(
         states = [state[row] for state in result.passes] if passes else []
         body = grid_text(pass_rows(states, tokenizer)) if states else Text(printable(text))
         console.print(_panel(body, f"sample {first + row + 1}"))
-        for note in _weights_notes(result, row, candidates):
-            console.print(f"  {note}", highlight=False)
-
-
-def _weights_notes(result: Generation, row: int, candidates: int) -> Iterator[str]:
-    """Notes on the weights of the candidates of a sample."""
-    if candidates == 1 or result.ess is None or result.log_evidence is None:
-        return
-    yield (
-        f"{candidates} candidates, effective number {result.ess[row].item():.1f}; "
-        f"log p(given) about {result.log_evidence[row].item():.1f} nats"
-    )
-    # NaN is not above it
-    if result.pareto_k is not None and (k := result.pareto_k[row].item()) > UNRELIABLE:
-        yield f"log p(given) is unreliable: the weights have no finite variance (k = {k:.2f})"
+        if candidates == 1 or result.ess is None or result.log_evidence is None:
+            continue
+        ess, log_p = result.ess[row].item(), result.log_evidence[row].item()
+        note = f"  {candidates} candidates, effective number {ess:.1f}; log p(given) about {log_p:.1f} nats"
+        console.print(note, highlight=False)
+        # NaN is not above it
+        if result.pareto_k is not None and (k := result.pareto_k[row].item()) > UNRELIABLE:
+            note = f"  log p(given) is unreliable: the weights have no finite variance (k = {k:.2f})"
+            console.print(note, highlight=False)
 
 
 def samples_to_json(
@@ -128,10 +122,7 @@ def samples_to_json(
     passes: bool = False,
     states: bool = False,
 ) -> list[dict[str, Any]]:
-    """One object per sample: text, passes and states on request, weights if tokens were given.
-
-    `texts` replaces the decoded tokens.
-    """
+    """One object per sample: text, passes and states on request, weights if tokens were given; `texts` as above."""
     samples: list[dict[str, Any]] = []
     for row, tokens in enumerate(result.tokens):
         sample: dict[str, Any] = {"text": tokenizer.decode(tokens.tolist()) if texts is None else texts[row]}
@@ -140,8 +131,7 @@ def samples_to_json(
         if states:
             sample["states"] = [state[row].tolist() for state in result.states]
         for name in ("log_evidence", "ess", "draws"):
-            value = getattr(result, name)
-            if value is not None:
+            if (value := getattr(result, name)) is not None:
                 sample[name] = value[row].item()
         if result.pareto_k is not None:
             k = result.pareto_k[row].item()
