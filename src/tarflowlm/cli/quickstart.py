@@ -49,7 +49,7 @@ def run(args: Args) -> None:
     import torch
     from rich.console import Console
 
-    from tarflowlm.cli.signals import stop_on_signals
+    from tarflowlm.cli.main import stop_on_signals
     from tarflowlm.data import cached_corpus
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.ngram import bigram_cross_entropy, compressed_bits, ngram_entropy

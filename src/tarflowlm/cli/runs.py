@@ -38,8 +38,10 @@ def run(args: Args) -> None:
     if args.json:
         print_json({"runs": rows})
         return
-    columns = {"": "name", "preset": "preset", "bpc": "bpc", "best step": "best_step", "tokens": "tokens"}
-    columns |= {"time": "seconds", "state": "state"}
+    columns = {
+        "": "name", "preset": "preset", "bpc": "bpc", "best step": "best_step", "tokens": "tokens", "time": "seconds",
+        "state": "state",
+    }  # fmt: skip
     if all((row["preset"] or "") in row["name"] for row in rows):
         del columns["preset"]
     # bits per character compare within a text only
@@ -57,12 +59,10 @@ def _find(directories: Sequence[Path]) -> dict[str, Path]:
     """Name -> run directory."""
     found: dict[str, Path] = {}
     for folder in directories:
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a directory: give run directories, or a folder that holds some")
         below = list(_runs_in(folder, DEPTH))
         if not below:
             raise UserError(
-                f"{folder} holds no run, also not {DEPTH} levels down: give a directory made by `tarflowlm train`"
+                f"{folder} holds no run, nor {DEPTH} levels down: give a directory made by `tarflowlm train`"
             )
         short = {folder.resolve().name if path == folder else str(path.relative_to(folder)): path for path in below}
         found |= {name if name not in found else str(path): path for name, path in short.items()}

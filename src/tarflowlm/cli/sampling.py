@@ -42,9 +42,10 @@ class Sampling:
         self.given = self._read_given()
         if args.template is not None and args.length is None:
             self.length = len(self.given[0].tokens)
-        if self.length > self.context and (args.passes or args.states):
+        if (args.passes or args.states) and (model.is_exact or self.length > self.context):
+            what = "this is a baseline" if model.is_exact else f"length {self.length} is more"
             flag = "passes" if args.passes else "states"
-            raise UserError(f"--{flag} with length {self.length}: at most the context of {self.context} tokens")
+            raise UserError(f"--{flag} needs a flow, and at most its context of {self.context} tokens: {what}")
         self.stops = tuple(self._read(stop, "stop").text for stop in args.stop)
         for notice in dict.fromkeys(reading.notice for reading in self.given):
             if notice is not None:

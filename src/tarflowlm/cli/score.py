@@ -37,7 +37,7 @@ class Args:
     def __post_init__(self) -> None:
         if (self.text is None) == (self.file is None):
             raise UserError("give the text to score: either --text TEXT, or --file FILE (- for standard input)")
-        options.check_at_least_one(self, "samples")
+        options.check(self, ("samples",))
 
 
 def run(args: Args) -> None:

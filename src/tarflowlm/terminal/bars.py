@@ -119,9 +119,7 @@ class _Numbers(ProgressColumn):
 class Bars:
     """The `Progress` of the command line: one stage of work after the other. Use it as a context, or `close` it."""
 
-    def __init__(
-        self, *, console: Console | None = None, clock: Clock = time.monotonic, keep: bool = False
-    ) -> None:
+    def __init__(self, *, console: Console | None = None, clock: Clock = time.monotonic, keep: bool = False) -> None:
         """`keep` leaves the bars on the screen when their work is done."""
         self.console, self.clock, self.keep = console or Console(stderr=True), clock, keep
         # FORCE_COLOR makes rich take a pipe for a terminal
