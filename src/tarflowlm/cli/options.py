@@ -56,8 +56,7 @@ ModelName = Annotated[
 Device = Annotated[DeviceName, arg(help="auto picks cuda, then mps, then cpu.")]
 PrintJson = Annotated[bool, arg(help="Print one JSON object as the last line.")]
 Normalize = Annotated[
-    Literal["text8"] | None,
-    arg("text8", "Normalise the text first, whatever the model's training text was."),
+    Literal["text8"] | None, arg("text8", "Normalise the text first, whatever the model's training text was.")
 ]
 
 TEMPERATURE = "raise the probabilities of tokens to the power 1 / temperature; 1 samples from the model itself."

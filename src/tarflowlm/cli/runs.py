@@ -62,7 +62,7 @@ def _find(directories: Sequence[Path]) -> dict[str, Path]:
         below = list(_runs_in(folder, DEPTH))
         if not below:
             raise UserError(
-                f"{folder} holds no run, nor {DEPTH} levels down: give a directory made by `tarflowlm train`"
+                f"{folder} holds no run within {DEPTH} levels: give a directory made by `tarflowlm train`"
             )
         short = {folder.resolve().name if path == folder else str(path.relative_to(folder)): path for path in below}
         found |= {name if name not in found else str(path): path for name, path in short.items()}

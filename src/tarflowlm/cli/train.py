@@ -111,10 +111,7 @@ def run(args: Args | ResumeArgs) -> None:
         return
     test, sign = summary["test"], sign_of(summary["test"]["bound"])
     rows = [
-        (
-            "test",
-            f"{sign_of(test['bound'])} {test['bpc']:.4f} bits per character ({test['bound']}, {test['tokens']:,} tokens)",
-        ),
+        ("test", f"{sign} {test['bpc']:.4f} bits per character ({test['bound']}, {test['tokens']:,} tokens)"),
         ("stages, valid", ", ".join(f"{bpc:.4f}" for bpc in summary["stage_valid_bpc"])),
         ("trained", f"{summary['tokens']:,} tokens in {summary['seconds']:,.0f} s"),
         ("parameters", f"{summary['parameters']:,}, {summary['trunk_parameters']:,} of them in Transformers"),
