@@ -3,19 +3,12 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
 from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
-
-if TYPE_CHECKING:
-    from tarflowlm.data import TokenArray, Tokenizer
-    from tarflowlm.language_model import LanguageModel
-else:
-    # help pages are printed without torch
-    TokenArray = Tokenizer = LanguageModel = Any
 
 SAMPLING = ("num", "length", "decoder", "temperature", "top_k", "top_p")
 """Options of --quality: fields of `quality.SamplingConfig`."""
@@ -128,9 +121,7 @@ def run(args: Args) -> None:
         _print_quality(found["quality"])
 
 
-def _likelihood(
-    args: Args, model: LanguageModel, tokenizer: Tokenizer, tokens: TokenArray, source: str, bars: Any
-) -> dict[str, Any]:
+def _likelihood(args: Args, model: Any, tokenizer: Any, tokens: Any, source: str, bars: Any) -> dict[str, Any]:
     """The likelihood of the text, as --json shows it."""
     import time
 
@@ -207,10 +198,8 @@ def _print_latents(states: list[dict[str, Any]]) -> None:
     geometry = {"norm": "L2 norm", "cosine": "pairwise cosine", "participation_ratio": "part. ratio"}
     geometry["centroid_shift"] = "centroid shift"
     shares = {"log_det": "log-det", "kl": "KL to the prior", "kl_gain": "KL taken off", "nelbo": "<= -ELBO"}
-    for title, names in (
-        ("state after every block", geometry),
-        ("with a prior that ends after the block, nats per token", shares),
-    ):
+    after = {"state after every block": geometry, "with a prior that ends after the block, nats per token": shares}
+    for title, names in after.items():
         rows = []
         for state in states:
             for label, key in (("z" if state["block"] == 0 else f"block {state['block']}", "mean"), ("  ±", "std")):
@@ -221,19 +210,14 @@ def _print_latents(states: list[dict[str, Any]]) -> None:
 def _print_quality(quality: dict[str, Any]) -> None:
     from tarflowlm.terminal.bars import print_columns
 
-    labels = {
-        "perplexity": ("generative perplexity", ".3f"),
-        "entropy": ("entropy of tokens, nats", ".4f"),
-        "word_entropy": ("entropy of words, nats", ".4f"),
-        **{f"distinct_{n}": (f"distinct {n}-grams", ".4f") for n in (1, 2, 3)},
-        "repetition": ("repeated 4-grams", ".4f"),
-        "texts": ("texts", ","),
-    }
-    texts = (quality["samples"], quality["text"])
-    rows = [
-        [label, *("-" if text[name] is None else f"{text[name]:{form}}" for text in texts)]
-        for name, (label, form) in labels.items()
-    ]
+    labels = {"perplexity": ("generative perplexity", ".3f"), "entropy": ("entropy of tokens, nats", ".4f")}
+    labels["word_entropy"] = ("entropy of words, nats", ".4f")
+    labels |= {f"distinct_{n}": (f"distinct {n}-grams", ".4f") for n in (1, 2, 3)}
+    labels |= {"repetition": ("repeated 4-grams", ".4f"), "texts": ("texts", ",")}
+    rows = []
+    for name, (label, form) in labels.items():
+        values = (quality[texts][name] for texts in ("samples", "text"))
+        rows.append([label, *("-" if value is None else f"{value:{form}}" for value in values)])
     rows.insert(1, ["MAUVE, scaling 5", f"{quality['mauve']:.4f}", ""])
     cuts = f", top-k {quality['top_k']}" if quality["top_k"] else ""
     cuts += f", top-p {quality['top_p']}" if quality["top_p"] else ""

@@ -1,6 +1,9 @@
 """`tarflowlm harness MODEL ...`: the command line of lm-evaluation-harness, with the model filled in."""
 
+import contextlib
+import io
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -40,10 +43,6 @@ def read(argv: list[str]) -> tuple[Args, list[str]]:
 
 
 def run(given: tuple[Args, list[str]]) -> None:
-    import contextlib
-    import io
-    import sys
-
     from tarflowlm.config import checked_seed
     from tarflowlm.harness.register import run_lm_eval
     from tarflowlm.terminal.bars import print_json

@@ -20,8 +20,7 @@ else:
     Checkpoint = Any
 
 
-Options = Sequence[str]
-Rules = Mapping[str, Options]
+Rules = Mapping[str, Sequence[str]]
 """Options that belong to an option, by its name."""
 NO_RULES: Rules = {}
 
@@ -87,7 +86,7 @@ def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
         raise
 
 
-def check(args: Any, counts: Options = (), exclusive: Rules = NO_RULES, needed: Rules = NO_RULES) -> None:
+def check(args: Any, counts: Sequence[str] = (), exclusive: Rules = NO_RULES, needed: Rules = NO_RULES) -> None:
     """UserError for `counts` below 1, an option with one that it excludes, and one without any that it needs."""
     for name in counts:
         value = getattr(args, name)
@@ -99,9 +98,8 @@ def check(args: Any, counts: Options = (), exclusive: Rules = NO_RULES, needed: 
         if both := given.intersection(exclusive.get(one, ())):
             raise UserError(f"--{flag} with --{min(both)}: leave one of them out")
         if one in needed and not given.intersection(needed[one]):
-            raise UserError(
-                f"--{flag} has no effect without --{' or --'.join(needed[one])}: leave it out, or add that"
-            )
+            others = " or --".join(needed[one])
+            raise UserError(f"--{flag} has no effect without --{others}: leave it out, or add that")
 
 
 def load_checkpoint(directory: Path, device: DeviceName) -> Checkpoint:

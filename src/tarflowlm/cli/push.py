@@ -1,6 +1,8 @@
 """`tarflowlm push`: a model and its card onto the Hugging Face hub."""
 
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -32,9 +34,6 @@ class Args:
 
 
 def run(args: Args) -> None:
-    import tempfile
-    from pathlib import Path
-
     from tarflowlm.runs.hub import hub_client
     from tarflowlm.sharing import checked_repository, push_folder, save_pretrained
     from tarflowlm.terminal.bars import print_json, print_notice, print_table

@@ -125,11 +125,10 @@ def _cell(row: dict[str, Any], name: str) -> str:
     value = row[name]
     if value is None:
         return ""
-    match name:
-        case "bpc":
-            return f"{sign_of(row['bound'])} {value:.4f}" + " v" * (row["split"] == "valid") + " *" * row["best"]
-        case "tokens":
-            return f"{value / 1e6:.2f}M"
-        case "seconds":
-            return minutes(value)
+    if name == "bpc":
+        return f"{sign_of(row['bound'])} {value:.4f}" + " v" * (row["split"] == "valid") + " *" * row["best"]
+    if name == "tokens":
+        return f"{value / 1e6:.2f}M"
+    if name == "seconds":
+        return minutes(value)
     return f"{value:,}" if isinstance(value, int) else value

@@ -47,9 +47,8 @@ class Sampling:
             flag = "passes" if args.passes else "states"
             raise UserError(f"--{flag} needs a flow, and at most its context of {self.context} tokens: {what}")
         self.stops = tuple(self._read(stop, "stop").text for stop in args.stop)
-        for notice in dict.fromkeys(reading.notice for reading in self.given):
-            if notice is not None:
-                print_notice(notice)
+        for notice in dict.fromkeys(reading.notice for reading in self.given if reading.notice is not None):
+            print_notice(notice)
         self.total = args.num * max(len(self.given), 1)
         self.decoder: Any = args.decoder
         self.objects: list[dict[str, Any]] = []
@@ -91,9 +90,9 @@ class Sampling:
             interrupt = KeyboardInterrupt(f"{self.done} of {self.total} samples are finished{where}")
         if self.args.json:
             seconds = time.perf_counter() - start
-            result: dict[str, Any] = (
-                {"samples": self.objects} if out is None else {"out": str(out.path), "written": self.done}
-            )
+            result: dict[str, Any] = {"samples": self.objects}
+            if out is not None:
+                result = {"out": str(out.path), "written": self.done}
             result |= {"sweeps": self.sweeps, "decoders": [] if isinstance(self.decoder, str) else self.decoder}
             result |= {"seconds": seconds, "tokens_per_second": self.num_tokens / seconds}
             print_json(result | ({"interrupted": True} if interrupt else {}))
@@ -209,10 +208,8 @@ class Sampling:
             if args.template is not None:
                 objects = [{"template": args.template} | sample for sample in objects]
             elif self.given:
-                objects = [
-                    {"prompt": self.tokenizer.decode(prompt.tolist())} | sample
-                    for prompt, sample in zip(self._prompts(rows), objects, strict=True)
-                ]
+                prompts = (self.tokenizer.decode(prompt.tolist()) for prompt in self._prompts(rows))
+                objects = [{"prompt": text} | sample for text, sample in zip(prompts, objects, strict=True)]
             if out is None:
                 self.objects += objects
             else:

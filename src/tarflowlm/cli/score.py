@@ -81,10 +81,9 @@ def run(args: Args) -> None:
         return
     _print_tokens(found)
     signed = {"bits per character": ("bpc", 4), "bits per token": ("bits_per_token", 4), "bits in all": ("bits", 2)}
-    rows = [
-        [label, *(f"{sign_of(one['bound'])} {one[key]:.{digits}f}" for one in found)]
-        for label, (key, digits) in signed.items()
-    ]
+    rows = []
+    for label, (key, digits) in signed.items():
+        rows.append([label, *(f"{sign_of(one['bound'])} {one[key]:.{digits}f}" for one in found)])
     rows += [
         ["characters", *(f"{one['characters']:,}" for one in found)],
         ["tokens", *(f"{len(one['tokens']):,}" for one in found)],

@@ -15,7 +15,7 @@ from torch import Tensor
 from tarflowlm.data import Tokenizer
 from tarflowlm.generation import Generation
 from tarflowlm.generation.particles import UNRELIABLE
-from tarflowlm.report.grid import Kind, Row, Token, pass_rows, text_tokens
+from tarflowlm.report.grid import Kind, Token, pass_rows, text_tokens
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters that a terminal may execute as commands; not tabs and line ends."""
@@ -100,8 +100,11 @@ def print_samples(
     """
     for row, tokens in enumerate(result.tokens):
         text = tokenizer.decode(tokens.tolist()) if texts is None else texts[row]
-        states = [state[row] for state in result.passes] if passes else []
-        body = grid_text(pass_rows(states, tokenizer)) if states else Text(printable(text))
+        body = Text(printable(text))
+        if passes and result.passes:
+            rows = pass_rows([state[row] for state in result.passes], tokenizer)
+            parts = [Text.assemble((f"{one.label}\n", "bold cyan"), _styled(one.tokens)) for one in rows]
+            body = Text("\n").join(parts)
         console.print(_panel(body, f"sample {first + row + 1}"))
         if candidates == 1 or result.ess is None or result.log_evidence is None:
             continue
@@ -141,12 +144,7 @@ def samples_to_json(
 
 
 def print_edits(
-    console: Console,
-    tokenizer: Tokenizer,
-    before: Tensor,
-    edits: Tensor,
-    notes: Sequence[str],
-    advice: str | None = None,
+    console: Console, tokenizer: Tokenizer, before: Tensor, edits: Tensor, notes: Sequence[str], advice: str | None
 ) -> None:
     """The text `before` [T], then each of its `edits` [num, T] with a note, changes highlighted; then the advice."""
     console.print(_panel(_styled(text_tokens(before, tokenizer)), "text"))
@@ -154,12 +152,6 @@ def print_edits(
         console.print(_panel(_styled(text_tokens(tokens, tokenizer, before=before)), f"edit {number}", note))
     if advice is not None:
         console.print(Text(advice), soft_wrap=True)
-
-
-def grid_text(rows: Sequence[Row]) -> Text:
-    """Rows of coloured tokens, each under its label."""
-    parts = [Text.assemble((f"{row.label}\n", "bold cyan"), _styled(row.tokens)) for row in rows]
-    return Text("\n").join(parts)
 
 
 STYLES: dict[Kind, str] = {"given": "underline", "final": "", "changed": "green", "noise": "dim"}
