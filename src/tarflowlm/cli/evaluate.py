@@ -193,7 +193,7 @@ def _print_likelihood(title: str, found: dict[str, Any]) -> None:
 
 def _print_latents(states: list[dict[str, Any]]) -> None:
     """Two rows per state: mean over sequences, and standard deviation."""
-    from tarflowlm.terminal.bars import print_columns
+    from tarflowlm.terminal.bars import print_table
 
     geometry = {"norm": "L2 norm", "cosine": "pairwise cosine", "participation_ratio": "part. ratio"}
     geometry["centroid_shift"] = "centroid shift"
@@ -204,11 +204,11 @@ def _print_latents(states: list[dict[str, Any]]) -> None:
         for state in states:
             for label, key in (("z" if state["block"] == 0 else f"block {state['block']}", "mean"), ("  ±", "std")):
                 rows.append([label, *("" if state[n] is None else f"{state[n][key]:.4f}" for n in names)])
-        print_columns(title, ["", *names.values()], rows)
+        print_table(title, rows, ["", *names.values()])
 
 
 def _print_quality(quality: dict[str, Any]) -> None:
-    from tarflowlm.terminal.bars import print_columns
+    from tarflowlm.terminal.bars import print_table
 
     labels = {"perplexity": ("generative perplexity", ".3f"), "entropy": ("entropy of tokens, nats", ".4f")}
     labels["word_entropy"] = ("entropy of words, nats", ".4f")
@@ -225,5 +225,5 @@ def _print_quality(quality: dict[str, Any]) -> None:
         f"{quality['length']} tokens each, decoder {quality['decoder']}, {quality['dtype']}, temperature "
         f"{quality['temperature']}{cuts}, seed {quality['seed']}; judge {quality['judge']} ({quality['judge_kind']})"
     )
-    print_columns(title, ["", "samples", "real text"], rows)
+    print_table(title, rows, ["", "samples", "real text"])
     sys.stdout.write("".join(f"{remark}\n" for remark in quality["remarks"]))

@@ -32,7 +32,7 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.terminal.bars import print_columns, print_json, print_notice
+    from tarflowlm.terminal.bars import print_json, print_notice, print_table
 
     rows = _sorted([_row(name, directory) for name, directory in _find(args.directories).items()])
     if args.json:
@@ -48,7 +48,7 @@ def run(args: Args) -> None:
     for source, same in groupby(rows, lambda row: row["source"]):
         text = "" if source is None else f" on {Path(source).name}"
         cells = [[_cell(row, name) for name in columns.values()] for row in same]
-        print_columns(f"runs{text}: bits per character (bpc) and more", list(columns), cells)
+        print_table(f"runs{text}: bits per character (bpc) and more", cells, list(columns))
     if any(row["best"] for row in rows):
         print_notice("* the fewest bits per character on its text")
     if any(row["split"] == "valid" for row in rows):

@@ -78,7 +78,7 @@ class Args:
         options.check(self, ("num", "length"), EXCLUSIVE, NEEDED)
 
     def writing(self) -> dict[str, Any]:
-        """The options that `generate` takes as they are."""
+        """Options that `generate` takes as they are."""
         return {name: getattr(self, name) for name in ("particles", "temperature", "top_k", "top_p", "decoding")}
 
 

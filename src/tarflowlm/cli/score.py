@@ -45,7 +45,7 @@ def run(args: Args) -> None:
     from tarflowlm.evaluation.likelihood import sign_of
     from tarflowlm.evaluation.scores import score
     from tarflowlm.runs.released import choose_directory
-    from tarflowlm.terminal.bars import Bars, print_columns, print_json, print_notice
+    from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
 
     names = [choose_directory(args.directory, args.model), *([args.baseline] if args.baseline is not None else [])]
     # all before the first is used, so that a missing model costs no time
@@ -89,7 +89,7 @@ def run(args: Args) -> None:
         ["tokens", *(f"{len(one['tokens']):,}" for one in found)],
         ["posterior samples", *("none" if one["bound"] == "exact" else f"{one['samples']:,}" for one in found)],
     ]
-    print_columns("score", ["", *(one["model"] for one in found)], rows)
+    print_table("score", rows, ["", *(one["model"] for one in found)])
 
 
 def _print_tokens(found: list[dict[str, Any]]) -> None:

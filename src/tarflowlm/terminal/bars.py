@@ -61,36 +61,22 @@ class NoticeHandler(logging.Handler):
         print_notice(record.getMessage())
 
 
-# cells and titles are Text: names may contain what rich takes for markup
+def print_table(title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = ("", "")) -> None:
+    """Names, and values under their headings in `columns` or without any.
 
-
-def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Two columns without headings: names and values."""
-    console = Console()
-    # not a title of the table, which would wrap to its width
+    Where the width does not suffice, names and longer texts wrap; numbers under headings stay whole.
+    """
+    console, rows = Console(), list(rows)
+    # cells and titles are Text: names may contain what rich takes for markup
     console.print(Text(title, style="bold"), soft_wrap=True)
-    table = Table(Column(style="cyan"), Column(), show_header=False)
+    table = Table(show_header=any(columns))
+    for index, column in enumerate(columns):
+        is_number = bool(column) and all(len(row[index]) <= NUMBER for row in rows)
+        table.add_column(column, style="" if index else "cyan", no_wrap=is_number, overflow="fold")
+        table.columns[index].justify = "right" if column else "left"
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
-
-
-def print_columns(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table of numbers under headings; the column without a heading holds names.
-
-    Where the width does not suffice, names and longer texts wrap; numbers stay whole.
-    """
-    table = Table(title=Text(title), title_justify="left", title_style="bold")
-    rows = list(rows)
-    for index, column in enumerate(columns):
-        if column:
-            is_short = all(len(row[index]) <= NUMBER for row in rows)
-            table.add_column(column, justify="right", no_wrap=is_short, overflow="fold")
-        else:
-            table.add_column(column, style="cyan", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console().print(table)
 
 
 def minutes(seconds: float) -> str:
