@@ -142,13 +142,15 @@ class _Session:
 
         try:
             with suppress(StopIteration, KeyboardInterrupt), threads_for(args.particles):
-                given, length = prompt if len(prompt) else None, len(prompt) + args.length
-                how: dict[str, Any] = {
-                    "generator": self.generator,
-                    "decoder": args.decoder,
-                    "watch": Watch(on_tokens=on_tokens),
-                }
-                generate(self.model, num_tokens=length, prompt=given, **how, **args.writing())
+                generate(
+                    self.model,
+                    num_tokens=len(prompt) + args.length,
+                    prompt=prompt if len(prompt) else None,
+                    generator=self.generator,
+                    decoder=args.decoder,
+                    watch=Watch(on_tokens=on_tokens),
+                    **args.writing(),
+                )
         finally:
             text = stream.close()
             write_out("\n")

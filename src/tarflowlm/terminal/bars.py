@@ -71,9 +71,11 @@ def print_table(title: str, rows: Iterable[Sequence[str]], columns: Sequence[str
     console.print(Text(title, style="bold"), soft_wrap=True)
     table = Table(show_header=any(columns))
     for index, column in enumerate(columns):
-        is_number = bool(column) and all(len(row[index]) <= NUMBER for row in rows)
-        table.add_column(column, style="" if index else "cyan", no_wrap=is_number, overflow="fold")
-        table.columns[index].justify = "right" if column else "left"
+        if column:
+            is_short = all(len(row[index]) <= NUMBER for row in rows)
+            table.add_column(column, justify="right", no_wrap=is_short, overflow="fold")
+        else:
+            table.add_column(style="" if index else "cyan", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
