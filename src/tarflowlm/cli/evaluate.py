@@ -102,15 +102,9 @@ def run(args: Args) -> None:
             states = latent_report(flow, windows, seed=args.seed, progress=bars)
             found["latents"] = [state.to_json() for state in states]
         if sampling is not None and judge is not None:
-            found["quality"] = measure_quality(
-                model,
-                tokenizer,
-                judge,
-                eval_windows(tokens, args.length or context, sampling.num),
-                sampling,
-                trained_on=checkpoint.run.data.source,
-                progress=bars,
-            ).to_json()
+            real, trained_on = eval_windows(tokens, args.length or context, sampling.num), checkpoint.run.data.source
+            quality = measure_quality(model, tokenizer, judge, real, sampling, trained_on=trained_on, progress=bars)
+            found["quality"] = quality.to_json()
     if args.json:
         print_json(found)
         return
@@ -149,16 +143,9 @@ def _likelihood(args: Args, model: Any, tokenizer: Any, tokens: Any, source: str
     samples = f", {draws} samples each" if draws > 1 else ""
     print_notice(f"evaluating {len(windows):,} windows of {context} tokens{samples}: {source}, {args.split}")
     bars.stage("evaluating, windows", len(windows))
-    result = evaluate(
-        model,
-        windows,
-        torch.from_numpy(tokenizer.characters_per_token),
-        bytes_per_token=torch.from_numpy(tokenizer.bytes_per_token),
-        given=given,
-        samples=args.samples,
-        seed=args.seed,
-        progress=bars,
-    )
+    characters, num_bytes = map(torch.from_numpy, (tokenizer.characters_per_token, tokenizer.bytes_per_token))
+    how: dict[str, Any] = {"given": given, "samples": args.samples, "seed": args.seed, "progress": bars}
+    result = evaluate(model, windows, characters, bytes_per_token=num_bytes, **how)
     extra = {"source": source, "split": args.split, "context": context, "stride": stride, "text_tokens": len(tokens)}
     return result.to_json() | extra | {"seconds": time.perf_counter() - start}
 

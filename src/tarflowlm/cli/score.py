@@ -64,18 +64,11 @@ def run(args: Args) -> None:
         if scores.blocks is not None:
             for token, column in zip(tokens, scores.blocks.T.tolist(), strict=True):
                 token["log2_dets"] = column
-        found.append(
-            {
-                "model": name.name,
-                "bound": "exact" if scores.exact else "elbo",
-                "samples": 1 if scores.exact else args.samples,
-                "bpc": scores.total / len(reading.text),
-                "bits": scores.total,
-                "bits_per_token": scores.per_token,
-                "characters": len(reading.text),
-                "tokens": tokens,
-            }
-        )
+        bound, samples = ("exact", 1) if scores.exact else ("elbo", args.samples)
+        count = len(reading.text)
+        record: dict[str, Any] = {"model": name.name, "bound": bound, "samples": samples, "bpc": scores.total / count}
+        record |= {"bits": scores.total, "bits_per_token": scores.per_token, "characters": count, "tokens": tokens}
+        found.append(record)
     if args.json:
         print_json(found[0] | ({"baseline": found[1]} if len(found) > 1 else {}))
         return
