@@ -7,7 +7,7 @@ from torch import nn
 from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, Watch, generate
-from tarflowlm.generation.window import num_positions
+from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import Silent
 

@@ -19,11 +19,10 @@ import numpy.typing as npt
 
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.data.bpe import build_tokenizer
-from tarflowlm.data.corpus import FORMAT, META, VERSION, Corpus, open_corpus, token_dtype
+from tarflowlm.data.corpus import FORMAT, META, VERSION, Corpus, TokenArray, open_corpus, token_dtype
 from tarflowlm.data.sources import SOURCE_NAMES, SPLITS, Source, Split, cache_root, resolve_source
 from tarflowlm.data.text import sha256_of
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
-from tarflowlm.data.windows import TokenArray
 from tarflowlm.errors import UserError
 from tarflowlm.files import remove_leftovers, replacing, waiting_lock, write_json
 from tarflowlm.progress import SILENT, Progress

@@ -74,13 +74,7 @@ def propose(
 
 @torch.no_grad()
 def propose_state(
-    model: TarFlowLM,
-    text: Encoded,
-    span: Span,
-    *,
-    level: int,
-    candidates: int,
-    generator: torch.Generator,
+    model: TarFlowLM, text: Encoded, span: Span, *, level: int, candidates: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]]:
     """R candidates for state l = `level` at a span of whole positions of the text [1, T]: as `propose`.
 

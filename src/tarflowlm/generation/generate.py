@@ -11,10 +11,8 @@ from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.inversion import Decoders, as_decoders
-from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
-from tarflowlm.generation.token_probabilities import check_estimable
-from tarflowlm.generation.window import write_windows
-from tarflowlm.generation.writing import Generation, Sampler, TokenStream, Watch
+from tarflowlm.generation.sampling import BLANK, adjust_weights, check_estimable, row_generators
+from tarflowlm.generation.writing import Generation, Sampler, TokenStream, Watch, write_windows
 from tarflowlm.language_model import LanguageModel, as_integer, check_generator, check_model, check_option
 from tarflowlm.model import as_flow
 from tarflowlm.objective import check_integers
@@ -55,7 +53,7 @@ def generate(
     then chosen, whatever `decoding` says, and the noise that the upper blocks drew for it is not used.
 
     `num_tokens` may exceed the trained context: the window slides, and its last half, encoded again, is the prompt of
-    the next one (`window.py`). Every window is exact or approximate as a prompt is. Blanks between given tokens and
+    the next one (`writing.py`). Every window is exact or approximate as a prompt is. Blanks between given tokens and
     several particles need a text within the context.
 
     `decoder`, one for all blocks or one per block, block L first: "steps" inverts position by position, "sweeps" by
