@@ -128,7 +128,7 @@ class Corpus:
     def _tokens(self) -> dict[str, TokenArray]:
         dtype = token_dtype(self.meta["vocab_size"])
 
-        def mapped(shard: dict[str, Any]) -> npt.NDArray[Any]:
+        def mapped(shard: dict[str, Any]) -> Array:
             # an empty file cannot be mapped
             return np.memmap(self.path / shard["file"], dtype, "r") if shard["tokens"] else np.zeros(0, dtype)
 
@@ -155,12 +155,12 @@ def open_corpus(path: str | os.PathLike[str]) -> Corpus:
             raise ValueError(f"format {meta['format']!r}, version {meta['version']!r}")
         corpus = Corpus(folder, meta, load_tokenizer(folder))
         if corpus.tokenizer.fingerprint != meta["tokenizer_fingerprint"]:
-            raise UserError("tokenizer.json is not the one this corpus was encoded with")
+            raise ValueError("tokenizer.json is not the one this corpus was encoded with")
         for split in SPLITS:
             for shard in meta["splits"][split]["shards"]:
                 size = shard["tokens"] * token_dtype(meta["vocab_size"]).itemsize
                 if (folder / shard["file"]).stat().st_size != size:
-                    raise UserError(f"{shard['file']} does not have {size:,} bytes")
+                    raise ValueError(f"{shard['file']} does not have {size:,} bytes")
     except FileNotFoundError as error:
         raise UserError(f"{folder} is not a complete corpus, {error.filename} is missing: prepare it again") from None
     except (OSError, LookupError, TypeError, ValueError) as error:
@@ -184,8 +184,7 @@ class WindowSampler:
     def __init__(
         self, tokens: TokenArray | Array, *, window: int, batch: int, seed: int, rank: int = 0, world: int = 1
     ) -> None:
-        if min(window, batch) < 1 or seed < 0:
-            raise UserError(f"window {window}, batch {batch}, seed {seed}: the first two must be 1 or more, seed 0")
+        assert min(window, batch) >= 1, (window, batch)
         assert 0 <= rank < world, (rank, world)
         self.tokens = TokenArray.of(tokens)
         _check_length(len(self.tokens), window)
@@ -217,9 +216,8 @@ class WindowSampler:
     def _identity(self) -> dict[str, int]:
         return {"seed": self.seed, "window": self.window, "num_tokens": len(self.tokens)}
 
-    def _next_global_starts(self) -> npt.NDArray[np.int64]:
-        parts: list[npt.NDArray[np.int64]] = []
-        missing = self.world * self.batch
+    def _next_global_starts(self) -> Array:
+        parts, missing = list[Array](), self.world * self.batch
         while missing:
             if self.position == len(self._starts):
                 self.epoch, self.position = self.epoch + 1, 0
@@ -229,7 +227,7 @@ class WindowSampler:
             missing -= len(parts[-1])
         return np.concatenate(parts)
 
-    def _epoch_starts(self, epoch: int) -> npt.NDArray[np.int64]:
+    def _epoch_starts(self, epoch: int) -> Array:
         generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         # a text of less than two windows allows fewer offsets: one window must remain
         offset = int(generator.integers(min(self.window, len(self.tokens) - self.window + 1)))

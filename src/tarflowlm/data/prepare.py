@@ -81,11 +81,11 @@ def prepare_corpus(
     found = source if isinstance(source, Source) else resolve_source(source)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return _write(found, tokenizer, target, progress, shard_tokens)
-    if not (target / META).is_file() or open_corpus(target).meta["identity"] != found.identity:
-        raise UserError(f"{target} already exists and holds something else: remove it or choose another --out")
-    corpus, problem = _usable(target, found)
+    corpus, problem = None, "holds something else"
+    if (target / META).is_file() and open_corpus(target).meta["identity"] == found.identity:
+        corpus, problem = _usable(target, found)
     if corpus is None:
-        raise UserError(f"{target} cannot be used ({problem}): remove it first")
+        raise UserError(f"{target} cannot be used ({problem}): remove it or choose another --out")
     _check_tokenizer(corpus, tokenizer)
     return corpus
 

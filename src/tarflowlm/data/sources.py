@@ -308,9 +308,7 @@ def resolve_source(source: str) -> Source:
     if source in _REGISTRY:
         return _REGISTRY[source]()
     path = os.path.expanduser(source)
-    if os.path.isdir(path):
-        raise UserError(f"{source!r} is a directory: give a text file (train and eval also take prepared corpora)")
-    if not os.path.exists(path):  # os.path: False, not OSError, for impossible names
+    if os.path.isdir(path) or not os.path.exists(path):  # os.path: False, not OSError, for impossible names
         known = ", ".join(_REGISTRY)
         raise UserError(f"{source!r} is no file and no corpus name: give a text file or one of {known}")
     return TextFile(Path(path))

@@ -19,6 +19,7 @@ from tarflowlm.editing.states import Edit, Encoded, interpolate, renoise, substi
 from tarflowlm.editing.words import (
     Span,
     blended_spans,
+    check_share,
     find_piece,
     find_words,
     merge_words,
@@ -155,11 +156,8 @@ class Replace(EditKind):
         held = b"".join(symbols[start:stop]).decode("utf-8", errors="replace")
         tokens = torch.from_numpy(source.tokenizer.encode(held.replace(self.old, self.new, 1)))
         if len(tokens) != stop - start:
-            count = f"{stop - start} token{'s' * (stop - start != 1)}"
-            raise UserError(
-                f"{held!r} has {count}, with {self.new!r} in its place {len(tokens)}, and these must agree: choose "
-                f"words of {count}, or let the model choose them by rewriting {self.old!r}"
-            )
+            what = f"{held!r} has {stop - start} tokens, with {self.new!r} in its place {len(tokens)}"
+            raise UserError(f"{what}, and these must agree: choose other words, or rewrite {self.old!r}")
         replacements = torch.full((source.text.length,), -1)
         replacements[start:stop] = tokens
         source.progress.stage("editing, positions", source.positions)
@@ -198,8 +196,7 @@ class Toward(Resampling):
                 decoder=self.decoder,
                 progress=source.progress,
             )
-        if not 0 <= self.weight <= 1:
-            raise UserError(f"weight {self.weight}: must be between 0 (the text) and 1 (the other text)")
+        check_share(self.weight, "weight")
         first, second = (words_of(source.symbols(text)) for text in (source.text, other))
         count = round(self.weight * len(second))
         spans = []

@@ -12,10 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tarflowlm.editing.states import Edit, Encoded, compared, inverted_below
+from tarflowlm.editing.states import Edit, Encoded, check_lengths, compared, inverted_below
 from tarflowlm.editing.words import Span
 from tarflowlm.errors import UserError
-from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.conditioned import ConditionedLatents
 from tarflowlm.generation.particles import resample
@@ -49,7 +48,7 @@ def propose(
     is_known = torch.ones(R, T, dtype=torch.bool)
     is_known[:, start:stop] = False
     passage = ConditionedLatents(
-        model, noise, text.states[0].expand(R, -1, -1), is_known, _adjustment(model, temperature)
+        model, noise, text.states[0].expand(R, -1, -1), is_known, adjust_weights(temperature)
     )
     passage.settle(known, first)
     passage.noise[:, :first] = before[:, :first]
@@ -59,9 +58,8 @@ def propose(
         log_w = log_w if log_p is None else log_w + log_p
     if end < passage.num_positions:
         behind = known[:, end:].expand(R, -1, -1)
-        features = passage.block.features_of(
-            passage.cache, torch.cat((passage.values[:, end - 1 : end], behind[:, :-1]), 1), first=False
-        )
+        inputs = torch.cat((passage.values[:, end - 1 : end], behind[:, :-1]), 1)
+        features = passage.block.features_of(passage.cache, inputs, first=False)
         passage.noise[:, end:], log_det = passage.block.coupling(behind, features)
         passage.values[:, end:] = behind
         log_w = log_w + log_det.sum(-1) + standard_normal_log_prob(passage.noise[:, end:])
@@ -128,13 +126,6 @@ def informative_level(model: TarFlowLM, text: Encoded) -> int:
     return int(torch.stack(gains).mean(1).argmax())
 
 
-def _adjustment(model: TarFlowLM, temperature: float) -> AdjustWeights | None:
-    adjust = adjust_weights(temperature)
-    if adjust is not None and not model.config.has_token_weights:
-        raise UserError(f"temperature {temperature}: block 1 of this model has no weights of tokens, take 1")
-    return adjust
-
-
 SPARE_TRIES = 8
 """Other spans that are tried in place of one that the model would not change."""
 
@@ -197,8 +188,7 @@ def blend(
     `spans[b]` are the spans that row b takes, and those of the first text that stay where nothing is taken.
     UserError for texts of different lengths, and as in `redraw`; `progress` advances once per row.
     """
-    if first.length != second.length:
-        raise UserError(f"texts of {first.length} and {second.length} tokens: cut them to the same length")
+    check_lengths(first, second)
     rows = []
     for b, (taken, kept) in enumerate(spans):
         is_second, stays = (_covered(part, first.tokens.shape[1]) for part in (taken, kept))
@@ -235,18 +225,15 @@ def redraw(
     tokens that were there only if all do. At a `level` above 0 the span is redrawn in that state (see
     `informative_level`); then tokens beside it change only if they do for all candidates.
 
-    UserError for fewer than 1 candidate, a span outside the text, a level that is not there, or a temperature other
-    than 1 where there are no weights of tokens.
+    UserError for fewer than 1 candidate, and for a temperature other than 1 where there are no weights of tokens.
     """
     start, stop = span
+    assert 0 <= start < stop <= text.length, span
+    assert 0 <= level < model.num_blocks, level
     if candidates < 1:
         raise UserError(f"candidates {candidates}: must be at least 1")
-    if not 0 <= start < stop <= text.length:
-        raise UserError(f"tokens {start} to {stop}: the text has {text.length}")
-    if not 0 <= level < model.num_blocks:
-        raise UserError(f"level {level}: words are redrawn in states 0 (the latents) to {model.num_blocks - 1}")
-    if level and temperature != 1.0:
-        raise UserError(f"temperature {temperature}: state {level} has no weights of tokens, take 1")
+    if temperature != 1.0 and (level or not model.config.has_token_weights):
+        raise UserError(f"temperature {temperature}: state {level} of this model has no weights of tokens, take 1")
     z, tokens, log_w = (
         propose_state(model, text, span, level=level, candidates=candidates, generator=generator)
         if level

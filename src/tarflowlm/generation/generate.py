@@ -73,13 +73,9 @@ def generate(
     given = _given(model, num, num_tokens, prompt, particles)
     adjust = _adjustment(model, temperature, top_k, top_p)
     keep_freed_memory()
-    stream = TokenStream(watch, given)
-    sampler = Sampler(
-        model, _row_streams(generator, num), particles, adjust, decoding, decoder, watch.progress, stream
-    )
-    if num_tokens <= model.config.context:
-        return sampler.write(given)
-    return write_windows(sampler, given)
+    rows, stream = _row_streams(generator, num), TokenStream(watch, given)
+    sampler = Sampler(model, rows, particles, adjust, decoding, decoder, watch.progress, stream)
+    return sampler.write(given) if num_tokens <= model.config.context else write_windows(sampler, given)
 
 
 def _adjustment(
@@ -99,8 +95,7 @@ def _adjustment(
 def _row_streams(generator: torch.Generator | Sequence[torch.Generator] | None, num: int) -> list[torch.Generator]:
     """One generator per row."""
     if isinstance(generator, Sequence):
-        if len(generator) != num:
-            raise UserError(f"{len(generator)} generators for {num} samples: give one per sample")
+        assert len(generator) == num, f"{len(generator)} generators for {num} samples"
         return list(generator)
     check_generator(generator)
     if generator is None:
@@ -115,28 +110,19 @@ def _given(model: LanguageModel, num: int, num_tokens: int, prompt: Tensor | Non
     for name, value in (("num", num), ("length", num_tokens), ("particles", particles)):
         if value < 1:
             raise UserError(f"{name} {value}: must be at least 1")
-    if num_tokens > context and particles > 1:
-        raise UserError(
-            f"particles {particles}: beyond the trained context of {context} tokens every window has weights of its "
-            f"own: choose 1, or a length of at most {context}"
-        )
-    if prompt is None:
-        return torch.full((num, num_tokens), BLANK)
-    check_integers(prompt, "prompt", "[T]", "[num, T]")
-    if prompt.shape[-1] > num_tokens or (particles == 1 and prompt.shape[-1] == num_tokens and (prompt >= 0).all()):
-        raise UserError(
-            f"the prompt has {prompt.shape[-1]} tokens, which leaves no room in {num_tokens}: shorten it, or raise "
-            f"the length"
-        )
-    if ((prompt < BLANK) | (prompt >= vocab_size)).any():
-        raise UserError(
-            f"the prompt {prompt.tolist()} has tokens outside of 0 to {vocab_size - 1}, which are not {BLANK} for a "
-            f"blank either: encode it again"
-        )
-    given = F.pad(prompt.cpu(), (0, num_tokens - prompt.shape[-1]), value=BLANK).expand(num, -1)
-    if num_tokens > context and ((given[:, :-1] == BLANK) & (given[:, 1:] != BLANK)).any():
-        raise UserError(
-            f"length {num_tokens}: a prompt with blanks between its tokens has to fit the trained context of "
-            f"{context} tokens: shorten it, or give only its start"
-        )
+    given = torch.full((num, num_tokens), BLANK)
+    if prompt is not None:
+        check_integers(prompt, "prompt", "[T]", "[num, T]")
+        length = prompt.shape[-1]
+        if length > num_tokens or (particles == 1 and length == num_tokens and (prompt >= 0).all()):
+            rule = "shorten it, or raise the length"
+            raise UserError(f"the prompt has {length} tokens, which leaves no room in {num_tokens}: {rule}")
+        if ((prompt < BLANK) | (prompt >= vocab_size)).any():
+            rule = f"0 to {vocab_size - 1}, or {BLANK} for a blank: encode it again"
+            raise UserError(f"the prompt {prompt.tolist()} has tokens outside of {rule}")
+        given = F.pad(prompt.cpu(), (0, num_tokens - length), value=BLANK).expand(num, -1)
+    has_gaps = ((given[:, :-1] == BLANK) & (given[:, 1:] != BLANK)).any()
+    if num_tokens > context and (particles > 1 or has_gaps):
+        rule = f"beyond the trained context of {context} tokens, take 1 particle, and a prompt without blanks in it"
+        raise UserError(f"length {num_tokens} with particles {particles}: {rule}")
     return given

@@ -58,22 +58,14 @@ class Weights:
         log_w = self.log_w
         return (2 * log_w.logsumexp(-1) - (2 * log_w).logsumexp(-1)).exp().nan_to_num(0.0)
 
-    def pareto_k(self) -> Tensor:
-        """The tail index of the weights of each sample, [num]; NaN where there are too few (`pareto_k` below)."""
-        return torch.tensor([pareto_k(log_w) for log_w in self.log_w], dtype=torch.float64)
-
     def total(self) -> Tensor:
         """Estimate of log p(given tokens), [num], in nats; its exponential is unbiased."""
         return self.log_evidence + self.log_w.logsumexp(-1) - math.log(self.log_w.shape[1])
 
     def summary(self) -> dict[str, Tensor]:
         """The fields of `Generation` that describe the weights."""
-        return {
-            "log_evidence": self.total(),
-            "ess": self.effective(),
-            "pareto_k": self.pareto_k(),
-            "draws": self.draws,
-        }
+        k = torch.tensor([pareto_k(log_w) for log_w in self.log_w], dtype=torch.float64)
+        return {"log_evidence": self.total(), "ess": self.effective(), "pareto_k": k, "draws": self.draws}
 
     def reset(self, sample: int) -> None:
         """After resampling the particles of `sample`: move their mean weight to the evidence, set weights to 1."""

@@ -25,7 +25,6 @@ LARGEST_VOCABULARY = 1024
 DRAWS = 4
 """Latents S per token of the vocabulary. Each estimate of a probability is unbiased for any S, but its power
 1 / tau and the order of tokens are not: S draws shrink that error. With sharp codes one draw would do."""
-
 MOST_LOST = 1.0
 """Temperature in block 1 ignores the upper blocks. It is refused if these contribute more nats per token."""
 
@@ -78,12 +77,13 @@ def adjust_weights(
     temperature = as_number(temperature, "temperature")
     top_k = None if top_k is None else as_integer(top_k, "top-k")
     top_p = None if top_p is None else as_number(top_p, "top-p")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise UserError(f"temperature {temperature}: must be above 0 and finite (1.0 is the model itself)")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top-k {top_k}: must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top-p {top_p}: must be above 0 and at most 1")
+    for name, value, is_right, rule in (
+        ("temperature", temperature, math.isfinite(temperature) and temperature > 0, "above 0 and finite"),
+        ("top-k", top_k, top_k is None or top_k >= 1, "at least 1"),
+        ("top-p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not is_right:
+            raise UserError(f"{name} {value}: must be {rule}")
     if top_p == 1.0:
         top_p = None  # rounding lets the cumulative sum reach 1 before the last tokens
     if temperature == 1.0 and top_k is None and top_p is None:
@@ -99,9 +99,8 @@ def adjust_weights(
         if top_p is not None:
             ordered, order = log_w.softmax(-1).sort(dim=-1, descending=True)
             # a token is kept when the mass before it has not reached top_p
-            drop = torch.zeros_like(ordered, dtype=torch.bool).scatter(
-                -1, order, ordered.cumsum(-1) - ordered >= top_p
-            )
+            is_behind = ordered.cumsum(-1) - ordered >= top_p
+            drop = torch.zeros_like(is_behind).scatter(-1, order, is_behind)
             log_w = log_w.masked_fill(drop, torch.finfo(log_w.dtype).min)
         return log_w
 
@@ -111,16 +110,12 @@ def adjust_weights(
 def check_estimable(model: TarFlowLM, settings: str) -> None:
     """UserError where tokens cannot be chosen by probability; `settings` names what asks for it: "top-k 3"."""
     name, V = model.config.blocks[0].coupling, model.config.vocab_size
-    if isinstance(model.prior.block(0).coupling, AffineCoupling):
+    is_affine = isinstance(model.prior.block(0).coupling, AffineCoupling)
+    if is_affine or V > LARGEST_VOCABULARY:
+        too_many = f"and all {V} of them are too many to estimate, at most {LARGEST_VOCABULARY}"
+        rule = "sample at temperature 1 without top-k and top-p, or use a model whose block 1 is mixd"
         raise UserError(
-            f"{settings}: block 1 ({name}) has no weights of tokens to change: sample at temperature 1 without top-k "
-            f"and top-p, or use a model whose block 1 is mixd or mix1"
-        )
-    if V > LARGEST_VOCABULARY:
-        raise UserError(
-            f"{settings}: block 1 ({name}) has no weights of tokens, and would estimate all {V} of them for every "
-            f"token, at most {LARGEST_VOCABULARY}: sample at temperature 1 without top-k and top-p, or use a model "
-            f"whose block 1 is mixd"
+            f"{settings}: block 1 ({name}) has no weights of tokens {'to change' if is_affine else too_many}: {rule}"
         )
 
 
@@ -132,10 +127,9 @@ def check_lost_information(model: TarFlowLM, h: Tensor, log_p: Tensor) -> None:
     """
     nats = 0.0 if model.num_blocks == 1 else float((log_p - log_standard_normal(h).sum((1, 2))).mean()) / h.shape[1]
     if nats > MOST_LOST:
-        raise UserError(
-            f"temperature, top-k and top-p choose tokens in block 1 and ignore what the blocks above it know, in "
-            f"this model {nats / math.log(2):.1f} bits a token: sample it at temperature 1 without top-k and top-p"
-        )
+        what = "temperature, top-k and top-p choose tokens in block 1 and ignore what the blocks above it know"
+        rule = "sample it at temperature 1 without top-k and top-p"
+        raise UserError(f"{what}, in this model {nats / math.log(2):.1f} bits a token: {rule}")
 
 
 class EstimatedTokens:
