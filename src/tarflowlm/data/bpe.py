@@ -25,9 +25,8 @@ _BATCH = 32  # pieces passed to the library at once: its per-token bookkeeping n
 class BPETokenizer(Tokenizer):
     """Byte-pair encoding, either byte-level (GPT-2 and its relatives) or over the characters of an alphabet.
 
-    `library_json` is the JSON of a `tokenizers.Tokenizer` that is invertible: no normaliser, and either a ByteLevel
-    pre-tokenizer or plain characters. Special tokens found in the text, such as `<|endoftext|>`, become one token
-    and count all their characters; none are added. Truncation and padding that a file asks for are switched off.
+    `library_json` is the JSON of an invertible `tokenizers.Tokenizer`; ValueError for any other. Special tokens in the
+    text, such as `<|endoftext|>`, become one token and count all their characters; none are added.
     """
 
     kind = "bpe"
@@ -84,8 +83,7 @@ class BPETokenizer(Tokenizer):
         stand_ins = not self._is_byte_level and (model.get("unk_token") or model.get("byte_fallback"))
         if stand_ins or model.get("dropout") or b"".join(self.token_bytes[i] for i in ids) != probe.encode():
             without = "a normaliser, a space before the text, dropout, or stand-ins for unknown characters"
-            what = "it does not restore every text from its tokens"
-            raise ValueError(f"{what}: use byte-level BPE such as GPT-2's, without {without}")
+            raise ValueError(f"it does not restore every text: use byte-level BPE such as GPT-2's, without {without}")
 
     def _payload(self) -> dict[str, Any]:
         return {"tokenizers": self._specification}
@@ -96,10 +94,7 @@ class BPETokenizer(Tokenizer):
 
 
 def build_tokenizer(config: TokenizerConfig, training_text: Iterable[str] = ()) -> Tokenizer:
-    """The tokenizer that `config` describes.
-
-    `training_text` yields pieces of the training split, already normalised. It is read only if BPE is trained here.
-    """
+    """The tokenizer that `config` describes; BPE may be trained on `training_text`, normalised pieces."""
     if config.kind == "char":
         return CharTokenizer(config.alphabet, config.normalize)
     if config.kind == "byte":

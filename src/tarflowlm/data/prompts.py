@@ -93,7 +93,8 @@ def _check(text: str, name: str) -> None:
         raise UserError(f"the {name} is empty: give at least one character")
     # half of a surrogate pair; Python keeps bytes of the command line that it cannot decode as such (PEP 383)
     if (found := re.search("[\ud800-\udfff]", text)) is not None:
-        raise UserError(f"the {name} is not UTF-8 (character {found.start()} is {found[0]!r}): convert it to UTF-8")
+        what = f"byte 0x{ord(found[0]) - 0xDC00:02x}" if "\udc80" <= found[0] <= "\udcff" else repr(found[0])
+        raise UserError(f"the {name} is not UTF-8 (character {found.start()} is {what}): convert it to UTF-8")
 
 
 def _check_left(found: str, given: str, name: str, how: Normalization) -> None:

@@ -48,14 +48,12 @@ class Stream(NamedTuple):
 
 
 class Source(ABC):
-    """A text that has a name and is read as a stream.
-
-    `name` is the user's word for it; `identity` tells sources apart: a registered name, or the absolute path of a
-    file. Equal normalisation gives the same batches every time.
-    """
+    """A text that is read as a stream: equal normalisation gives the same batches every time."""
 
     name: str
+    """The user's word for it."""
     identity: str
+    """A registered name, or the absolute path of a file."""
 
     @property
     @abstractmethod
@@ -228,8 +226,8 @@ def _download(url: str, target: Path, progress: Progress) -> None:
 class OpenWebText(Source):
     """About 8 million web pages, 40 GB, each encoded on its own and followed by `SEPARATOR`.
 
-    Streamed with the `datasets` library from the parquet files in `<cache>/sources/openwebtext`, or from the hub if
-    there are none; only the tokens are kept. Under text8 normalisation a separator is a space.
+    Streamed from the parquet files in `<cache>/sources/openwebtext`, or from the hub if there are none; only the
+    tokens are kept. Under text8 normalisation a separator is a space.
     """
 
     name = identity = "openwebtext"

@@ -155,7 +155,7 @@ class CharTokenizer(Tokenizer):
         check_alphabet(alphabet)
         self.alphabet = alphabet
         codes = list(map(ord, alphabet))
-        # the id of every code point up to the largest in the alphabet, and -1 for all others
+        # the id of every code point, -1 for foreign ones; all above the alphabet share the last place
         self._ids = np.full(max(codes) + 2, -1, dtype=np.int64)
         self._ids[codes] = np.arange(len(alphabet))
 

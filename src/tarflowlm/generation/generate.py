@@ -37,31 +37,28 @@ def generate(
     """Draw `num` samples of `num_tokens` tokens each, given tokens included (docs/math.md, sections 7 and 9).
 
     At temperature 1, without top-k, top-p or given tokens, the latents are exact samples. `decoding` turns them into
-    tokens: "drawn" samples p(x|z), which makes the tokens exact samples, too; "mode" takes the most probable token,
+    tokens: "drawn" samples p(x|z), so that the tokens are exact samples, too; "mode" takes the most probable token,
     which is the same where the codebook is sharp.
 
-    `prompt` [T], or [num, T] with one row per sample, holds given tokens; BLANK (-1) marks a token to draw, anywhere,
-    and tokens after its end are drawn, too. Tokens given at the start are exact for the baseline and, given their
-    latents, for a flow of one block. Otherwise the drawn tokens ignore given tokens further right and the dependence
-    that the upper blocks describe. R = `particles` > 1 corrects this (`particles.py`) at R times the cost, and is
-    exact in the limit of many particles.
+    `prompt` [T], or [num, T] with one row per sample, holds given tokens; BLANK (-1) marks a token to draw, anywhere.
+    Tokens given at the start are exact for the baseline and, given their latents, for a flow of one block. Otherwise
+    the drawn tokens ignore given tokens further right and the dependence that the upper blocks describe.
+    R = `particles` > 1 corrects this at R times the cost, exactly in the limit of many particles.
 
     `temperature` tau raises the probabilities of tokens, given everything before in the baseline or in block 1, to
-    the power 1 / tau; `top_k` and `top_p` truncate them. They do not act on the weights of particles. A Mix-d block
-    tied to the codebook has these probabilities as its weights (the noise is not scaled, since Phi(u) has to stay
-    uniform). For Mix-1, or Mix-d with components of its own, they are estimated (`EstimatedTokens`): the token is
-    then chosen, whatever `decoding` says, and the noise that the upper blocks drew for it is not used.
+    the power 1 / tau; `top_k` and `top_p` truncate them. A Mix-d block tied to the codebook has these probabilities
+    as its weights (the noise is not scaled, since Phi(u) has to stay uniform). For Mix-1, or Mix-d with components of
+    its own, they are estimated: the token is then chosen (`EstimatedTokens`), whatever `decoding` says.
 
-    `num_tokens` may exceed the trained context: the window slides, and its last half, encoded again, is the prompt of
-    the next one (`writing.py`). Every window is exact or approximate as a prompt is. Blanks between given tokens and
-    several particles need a text within the context.
+    `num_tokens` may exceed the trained context (`writing.py`). Blanks between given tokens and several particles need
+    a text within it.
 
-    `decoder`, one for all blocks or one per block, block L first: "steps" inverts position by position, "sweeps" by
-    parallel sweeps, equal up to rounding (`inversion.py`), "auto" by the cheaper of the two. Block 1 is swept only
-    without given tokens and without temperature, top-k and top-p.
+    `decoder`, one for all blocks or one per block, block L first: "steps" inverts position by position, "sweeps" in
+    parallel, equal up to rounding, "auto" by the cheaper of the two. Block 1 is swept only without given tokens,
+    temperature, top-k and top-p.
 
     Row b has a random stream of its own, made from `generator` and b, so it does not depend on `num`. A list of
-    generators, one per row, replaces these streams (`sampling.row_generators`).
+    generators, one per row, replaces these streams.
 
     Raises UserError for a prompt or settings that the model cannot take, and for arguments of a wrong type.
     """

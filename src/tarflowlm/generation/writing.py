@@ -1,4 +1,4 @@
-"""Text from either model: freely, or around given tokens, in windows (docs/math.md, sections 7 and 9).
+"""Text from either model, freely or around given tokens, in windows (docs/math.md, sections 7 and 9).
 
 A window is a text of at most the trained context. When it is full, its last half (in whole positions) becomes the
 prompt of the next one; everything before is forgotten.
@@ -7,6 +7,7 @@ prompt of the next one; everything before is forgotten.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -140,15 +141,9 @@ class Sampler:
         def send(h: Tensor, final: int) -> None:
             self.stream.send(final * flow.config.patch, _decoded_spans(flow, h))
 
-        streams = self._streams_early and flow.prior.block(0).keeps_order
-        states, work = invert_stack(
-            flow,
-            noise,
-            decoder=self.decoder,
-            adjust=self.adjust,
-            progress=self.progress,
-            on_final=send if streams else None,
-        )
+        on_final = send if self._streams_early and flow.prior.block(0).keeps_order else None
+        how: Any = {"decoder": self.decoder, "adjust": self.adjust, "progress": self.progress}
+        states, work = invert_stack(flow, noise, on_final=on_final, **how)
         return Generation(
             self._decoded(flow, states[-1])[:, :num_tokens],
             sweeps=tuple(w.passes for w in work),
@@ -251,10 +246,7 @@ def spans(config: LanguageModelConfig, num_tokens: int, num_given: int = 0) -> l
 
 
 def num_positions(model: LanguageModel, num_tokens: int, num_given: int = 0) -> int:
-    """How often `generate` advances `Watch.progress`: over the positions of all windows and blocks.
-
-    `num_given` tokens of a prompt are among the `num_tokens`; that matters only where they exceed the context.
-    """
+    """How often `generate` advances `Watch.progress`: over the positions of all windows and blocks (`spans`)."""
     windows = spans(model.config, num_tokens, num_given)
     return sum(-(-(end - start) // model.config.patch) for start, end in windows) * model.num_blocks
 
