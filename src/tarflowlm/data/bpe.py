@@ -25,8 +25,8 @@ _BATCH = 32  # pieces passed to the library at once: its per-token bookkeeping n
 class BPETokenizer(Tokenizer):
     """Byte-pair encoding, either byte-level (GPT-2 and its relatives) or over the characters of an alphabet.
 
-    `library_json` is the JSON of an invertible `tokenizers.Tokenizer`; ValueError for any other. Special tokens in the
-    text, such as `<|endoftext|>`, become one token and count all their characters; none are added.
+    `library_json` is the JSON of an invertible `tokenizers.Tokenizer`; ValueError for any other. Special tokens in
+    the text, such as `<|endoftext|>`, become one token and count all their characters; none are added.
     """
 
     kind = "bpe"

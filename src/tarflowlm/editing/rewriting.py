@@ -7,6 +7,7 @@ follows (docs/math.md, section 10, eq. 24). By default that is block 1, and all 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -47,9 +48,8 @@ def propose(
     noise = torch.randn(R, T, d, generator=generator, device=generator.device).to(known)
     is_known = torch.ones(R, T, dtype=torch.bool)
     is_known[:, start:stop] = False
-    passage = ConditionedLatents(
-        model, noise, text.states[0].expand(R, -1, -1), is_known, adjust_weights(temperature)
-    )
+    latents = text.states[0].expand(R, -1, -1)
+    passage = ConditionedLatents(model, noise, latents, is_known, adjust_weights(temperature))
     passage.settle(known, first)
     passage.noise[:, :first] = before[:, :first]
     log_w = noise.new_zeros(R)
@@ -137,16 +137,14 @@ def rewrite(
     spans: Sequence[Sequence[Span]],
     *,
     spare: Sequence[Span] = (),
-    candidates: int,
-    temperature: float = 1.0,
-    level: int = 0,
     generator: torch.Generator,
     progress: Progress = SILENT,
+    **options: Any,
 ) -> Edit:
     """Redraw the spans of every text, `spans[b]` those of row b, one after the other given everything else.
 
     Where all candidates of a span repeat it, some of the `spare` spans are tried in its place, but none at either end
-    of the text. `progress` advances once per span. UserError as in `redraw`.
+    of the text. `progress` advances once per span. The `options` and errors are those of `redraw`.
     """
     rows = []
     for b, chosen in enumerate(spans):
@@ -159,9 +157,7 @@ def rewrite(
         for span in chosen:
             before, tries = row.tokens, SPARE_TRIES
             while True:
-                row = redraw(
-                    model, row, span, candidates=candidates, temperature=temperature, level=level, generator=generator
-                )
+                row = redraw(model, row, span, generator=generator, **options)
                 if not (left and tries) or (row.tokens != before)[:, : text.length].any():
                     break
                 span, tries = left.pop(int(torch.randint(len(left), (), generator=generator))), tries - 1
@@ -177,16 +173,14 @@ def blend(
     second: Encoded,
     spans: Sequence[tuple[Sequence[Span], Sequence[Span]]],
     *,
-    candidates: int,
-    temperature: float = 1.0,
-    level: int = 0,
     generator: torch.Generator,
     progress: Progress = SILENT,
+    **options: Any,
 ) -> Edit:
     """Put spans of the second text into the first, at their places, and redraw what they leave in pieces.
 
     `spans[b]` are the spans that row b takes, and those of the first text that stay where nothing is taken.
-    UserError for texts of different lengths, and as in `redraw`; `progress` advances once per row.
+    `progress` advances once per row. The `options` are those of `redraw`. UserError for texts of different lengths.
     """
     check_lengths(first, second)
     rows = []
@@ -200,9 +194,7 @@ def blend(
         free = ~(is_second | stays)
         free[first.length :] = False
         for span in _runs(free):
-            row = redraw(
-                model, row, span, candidates=candidates, temperature=temperature, level=level, generator=generator
-            )
+            row = redraw(model, row, span, generator=generator, **options)
         progress.advance()
         rows.append(row)
     return _finished(model, first, rows, generator)
@@ -234,11 +226,11 @@ def redraw(
         raise UserError(f"candidates {candidates}: must be at least 1")
     if temperature != 1.0 and (level or not model.config.has_token_weights):
         raise UserError(f"temperature {temperature}: state {level} of this model has no weights of tokens, take 1")
-    z, tokens, log_w = (
-        propose_state(model, text, span, level=level, candidates=candidates, generator=generator)
-        if level
-        else propose(model, text, span, candidates=candidates, temperature=temperature, generator=generator)
-    )
+    how: Any = {"candidates": candidates, "generator": generator}
+    if level:
+        z, tokens, log_w = propose_state(model, text, span, level=level, **how)
+    else:
+        z, tokens, log_w = propose(model, text, span, temperature=temperature, **how)
     changed = (tokens != text.tokens)[:, : text.length].cpu()
     num_inside = changed[:, start:stop].sum(1)
     for wanted in (num_inside > 0, num_inside == changed.sum(1)):

@@ -47,13 +47,12 @@ def pick_words(
     count: int,
     length: int,
     generator: torch.Generator,
-    *,
     costs: Sequence[float] | None = None,
 ) -> list[Span]:
     """`count` words of a text of `length` tokens: at random, or with `costs` of all tokens those of the highest mean.
 
     Listed first to last. Words at either end of the text are the last to be picked: nothing says that a word begins
-    or ends there, so a piece of one may take its place. UserError for more words than there are.
+    or ends there. UserError for more words than there are.
     """
     if not 0 <= count <= len(words):
         raise UserError(f"words {count}: the text has {len(words)}, give at most so many")

@@ -138,7 +138,7 @@ class LatentSource:
 
         p_{>1}(h*) / N(h*_given; 0, I)  prod_{draws h'} rho(h'_unused | h'_used) / p_{>1}(h')
 
-    With any density rho, the mean weight is then unbiased for p(given tokens); it is the conditional of block 2 alone,
+    With any density rho, the mean weight is then unbiased for p(given tokens). It is the conditional of block 2,
     which is exact in a stack of two; unused tokens of a partly used patch get a standard normal. After resampling,
     particles take fresh draws for the positions ahead. With a single block all factors cancel.
     """
