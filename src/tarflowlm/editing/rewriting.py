@@ -253,7 +253,7 @@ def token_costs(model: TarFlowLM, text: Encoded) -> Float[Tensor, "B T"]:
 
 
 def _finished(model: TarFlowLM, before: Encoded, rows: Sequence[Encoded], generator: torch.Generator) -> Edit:
-    states = tuple(torch.cat(level) for level in zip(*(row.states for row in rows), strict=True))
+    states = [torch.cat(level) for level in zip(*(row.states for row in rows), strict=True)]
     return compared(model, before, torch.cat([row.tokens for row in rows]), states[::-1], generator)
 
 

@@ -5,6 +5,7 @@ is a text. In each block, positions before the first changed one (in the block's
 bit. Paper: section 4 (docs/math.md, section 10).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,7 +108,8 @@ def renoise(
     keep = torch.zeros_like(state, dtype=torch.bool) if strength else torch.ones_like(state, dtype=torch.bool)
     if where is not None:
         keep = keep | ~where.to(state.device)[:, None]
-    return _descend(model, text, level, torch.where(keep, state, changed), decoder, generator, progress)
+    states = inverted_below(model, text, level, torch.where(keep, state, changed), decoder, progress)
+    return compared(model, text, model.codebook.decode(states[-1]), states, generator)
 
 
 @torch.no_grad()
@@ -133,13 +135,13 @@ def interpolate(
     check_share(weight, "weight")
     check_lengths(first, second)
     a, b = (text.states[_checked_level(model, level)] for text in (first, second))
-    if weight in (0.0, 1.0):
-        anchor = first if weight == 0.0 else second
-        return _descend(model, anchor, level, anchor.states[level], decoder, generator, progress, before=first)
+    anchor = second if weight == 1.0 else first
     cosine = torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).to(wide_dtype(a))
     angle = cosine.clamp(-1, 1).arccos().clamp(1e-4, torch.pi - 1e-4)[:, None, None]
     state = (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / angle.sin()
-    return _descend(model, first, level, state.to(a), decoder, generator, progress)
+    state = anchor.states[level] if weight in (0.0, 1.0) else state.to(a)
+    states = inverted_below(model, anchor, level, state, decoder, progress)
+    return compared(model, first, model.codebook.decode(states[-1]), states, generator)
 
 
 @torch.no_grad()
@@ -171,22 +173,7 @@ def substitute(
         progress.advance()
     z = model.prior.patch.inverse(passage.values)
     tokens = torch.where(wanted >= 0, wanted, model.codebook.decode(z).cpu()).to(z.device)
-    return compared(model, text, tokens, tuple(model.prior.states(z)[0][::-1]), generator)
-
-
-def _descend(
-    model: TarFlowLM,
-    text: Encoded,
-    level: int,
-    state: Tensor,
-    decoder: Decoders,
-    generator: torch.Generator,
-    progress: Progress,
-    before: Encoded | None = None,
-) -> Edit:
-    """Invert the blocks below a changed state h^(level) of `text`, and compare with `before` (by default `text`)."""
-    states = inverted_below(model, text, level, state, decoder, progress)
-    return compared(model, before or text, model.codebook.decode(states[-1]), tuple(states), generator)
+    return compared(model, text, tokens, model.prior.states(z)[0][::-1], generator)
 
 
 def inverted_below(
@@ -211,7 +198,7 @@ def inverted_below(
 
 
 def compared(
-    model: TarFlowLM, text: Encoded, tokens: Tensor, states: tuple[Tensor, ...], generator: torch.Generator
+    model: TarFlowLM, text: Encoded, tokens: Tensor, states: Sequence[Tensor], generator: torch.Generator
 ) -> Edit:
     """`text` beside its new tokens [B, T] and states, with bounds of both."""
     # The bounds are those of whole patches, padding included. All texts get the same noise: so sampling noise does
