@@ -51,7 +51,7 @@ def run(args: Args) -> None:
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.ngram import bigram_cross_entropy, compressed_bits, ngram_entropy
     from tarflowlm.generation import Watch, generate
-    from tarflowlm.generation.window import num_positions
+    from tarflowlm.generation.writing import num_positions
     from tarflowlm.runs.checkpoint import load_checkpoint
     from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_table
     from tarflowlm.terminal.texts import print_samples, samples_to_json

@@ -20,7 +20,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import NewLines
 from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.generation.sampling import row_generators
-from tarflowlm.generation.window import num_positions
+from tarflowlm.generation.writing import num_positions
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.terminal.bars import Bars, json_line, print_json, print_notice
 from tarflowlm.terminal.texts import TextStream, first_stop, print_samples, samples_to_json, write_out

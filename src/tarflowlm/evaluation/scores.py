@@ -13,7 +13,7 @@ from tarflowlm.evaluation.likelihood import bits, runs, windows_per_batch
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.precision import full_precision
 from tarflowlm.generation import generate
-from tarflowlm.generation.window import spans
+from tarflowlm.generation.writing import spans
 from tarflowlm.language_model import LanguageModel, as_integer, check_model
 from tarflowlm.model import as_flow
 from tarflowlm.objective import check_tokens

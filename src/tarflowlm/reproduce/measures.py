@@ -14,7 +14,7 @@ from tarflowlm.evaluation.blocks import StateReport, latent_report
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
 from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.generation import Generation, Watch, generate
-from tarflowlm.generation.window import num_positions
+from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import as_flow
 from tarflowlm.presets import mini_ar, with_steps
 from tarflowlm.report.style import COLOURS, SMALL, Axes, Figure
