@@ -24,10 +24,9 @@ def check_integers(tokens: Any, name: str, *shapes: str) -> None:
             return
         shown = f"of shape {list(tokens.shape)} and type {tokens.dtype}"
     batch = "" if "[T]" in shapes else "[None]"
-    raise UserError(
-        f"{name} {shown}: give a tensor of integers {' or '.join(shapes)}, for a text "
-        f"torch.from_numpy(tokenizer.encode(text)){batch}; tarflowlm.load(...) has methods that take texts"
-    )
+    text = f"for a text torch.from_numpy(tokenizer.encode(text)){batch}"
+    methods = "tarflowlm.load(...) has methods that take texts"
+    raise UserError(f"{name} {shown}: give a tensor of integers {' or '.join(shapes)}, {text}; {methods}")
 
 
 def check_tokens(model: LanguageModel, tokens: Any, *, name: str = "tokens", shape: str = "[B, T]") -> None:
@@ -42,10 +41,8 @@ def check_tokens(model: LanguageModel, tokens: Any, *, name: str = "tokens", sha
     if not tokens.numel():
         raise UserError(f"{size}: give at least one token")
     if shape != "[T]" and tokens.shape[1] > context:
-        raise UserError(
-            f"{size}: {tokens.shape[1]} tokens exceed the context of {context}: cut them into windows, or use "
-            f"tarflowlm.score, which does"
-        )
+        remedy = "cut them into windows, or use tarflowlm.score, which does"
+        raise UserError(f"{size}: {tokens.shape[1]} tokens exceed the context of {context}: {remedy}")
     outside = (tokens < 0) | (tokens >= vocab_size)
     if tokens.device.type == "cpu" and outside.any():
         found = tokens[outside][0].item()
@@ -93,10 +90,8 @@ def conditional_bound(
     if given == 0:
         return model.bound(tokens, noise)
     if model.num_blocks > 1:
-        raise UserError(
-            f"a flow of {model.num_blocks} blocks has no known bound on new tokens given earlier ones (only a "
-            f"flow of one block has): evaluate it in fresh contexts"
-        )
+        what = f"a flow of {model.num_blocks} blocks has no known bound on new tokens given earlier ones"
+        raise UserError(f"{what} (only a flow of one block has): evaluate it in fresh contexts")
     return model.bound(tokens, noise, per_token=True)[:, given:].sum(-1)
 
 
@@ -114,8 +109,7 @@ def log_importance_weights(
     gives one row, its exact log p(x). UserError for `samples` < 1, and as in `conditional_bound`.
     """
     samples = as_integer(samples, "samples", least=1)
-    # on a CPU the activations of the rows should stay in the cache, and be small enough that the allocator reuses
-    # their memory; an accelerator takes all rows, to keep it busy
+    # on a CPU the activations should stay in the cache, and the allocator reuse their memory
     rows = max(1, CPU_TOKENS // max(1, tokens.shape[1]) if tokens.device.type == "cpu" else len(tokens))
     bounds = []
     for _ in range(1 if model.is_exact else samples):

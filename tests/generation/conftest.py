@@ -8,4 +8,4 @@ import pytest
 @pytest.fixture
 def any_stack(monkeypatch):
     """Tokens are chosen in block 1 however much the blocks above it know: random ones know a lot."""
-    monkeypatch.setattr("tarflowlm.generation.token_probabilities.MOST_LOST", math.inf)
+    monkeypatch.setattr("tarflowlm.generation.sampling.MOST_LOST", math.inf)

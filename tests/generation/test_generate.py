@@ -7,7 +7,7 @@ from torch import nn
 from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, Watch, generate
-from tarflowlm.generation.window import num_positions
+from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import Silent
 
@@ -132,7 +132,6 @@ def test_top_k_of_one_is_the_most_probable_text_of_a_mixd_block(tiny_flow):
         ({"prompt": torch.tensor([-2])}, "tokens outside of 0 to 4"),
         ({"prompt": torch.full((9,), -1)}, "the prompt has 9 tokens"),
         ({"particles": 0}, "particles 0"),
-        ({"generator": [torch.Generator()] * 2}, "2 generators for 3 samples"),
         ({"temperature": 0.0}, "temperature 0.0"),
         ({"top_k": 0}, "top-k 0"),
         ({"top_p": 0.0}, "top-p 0.0"),

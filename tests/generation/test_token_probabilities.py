@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tarflowlm.errors import UserError
-from tarflowlm.generation import generate, token_probabilities
+from tarflowlm.generation import generate, sampling
 from tarflowlm.model import TarFlowLM
 
 V, NUM = 4, 1500
@@ -160,7 +160,7 @@ def test_blocks_without_probabilities_of_tokens_refuse(options, name, tiny_flow,
             sample(tiny_flow(couplings=(coupling, "mix1")), num=1, **options)
     mix1 = tiny_flow(couplings=("mix1",))
     sample(mix1, num=1, **options)
-    monkeypatch.setattr(token_probabilities, "LARGEST_VOCABULARY", 4)
+    monkeypatch.setattr(sampling, "LARGEST_VOCABULARY", 4)
     with pytest.raises(UserError, match=rf"{name}: block 1 \(mix1\) .* all 5 of them .* at most 4: .*temperature 1"):
         sample(mix1, num=1, **options)
 

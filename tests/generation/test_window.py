@@ -101,7 +101,10 @@ def test_the_evidence_is_that_of_the_prompt_and_the_work_that_of_all_windows(mod
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": torch.tensor([-1, 1])}, "length 9: a prompt with blanks .* the trained context of 8 tokens"),
+        (
+            {"prompt": torch.tensor([-1, 1])},
+            "length 9 .* context of 8 tokens, .* a prompt without blanks",
+        ),
         ({"particles": 2}, "particles 2: beyond the trained context of 8 tokens"),
         ({"prompt": torch.zeros(9, dtype=torch.long)}, "the prompt has 9 tokens, which leaves no room in 9"),
     ],

@@ -6,8 +6,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from tarflowlm.terminal.bars import Bars, ProgressReporter
-from tarflowlm.terminal.tables import NoticeHandler, print_notice
+from tarflowlm.terminal.bars import Bars, NoticeHandler, ProgressReporter, print_notice
 
 TRAIN = {"split": "train", "step": 1520, "bpc": 2.3114, "tokens_per_second": 6945.2}
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tarflowlm.cli.signals import stop_on_signals
+from tarflowlm.cli.main import stop_on_signals
 from tarflowlm.errors import Stopped, UserError
 from tarflowlm.runs.checkpoint import load_checkpoint, read_run
 from tarflowlm.training import optim, run

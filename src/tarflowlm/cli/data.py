@@ -27,8 +27,7 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.data import prepare_corpus
-    from tarflowlm.terminal.bars import Bars
-    from tarflowlm.terminal.tables import print_json, print_table
+    from tarflowlm.terminal.bars import Bars, print_json, print_table
 
     with Bars() as bars:
         corpus = prepare_corpus(args.source, args.tokenizer, args.out, progress=bars)

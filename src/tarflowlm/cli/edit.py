@@ -9,8 +9,9 @@ from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
 
 MUCH_CHANGED, MUCH_LONGER = 0.5, 1.25
-"""An edit of a state that changes more than this share of the tokens, or multiplies the bits by more than this, is
-printed with advice on what keeps more of a text."""
+"""Share of changed tokens, and ratio of bits, above which an edit of a state comes with advice."""
+KINDS = ("rewrite", "toward", "replace")
+"""Options that name the edit. Without one of them it is "level" or "words"."""
 
 
 @dataclass(frozen=True)
@@ -57,27 +58,16 @@ class Args:
     json: options.PrintJson = False
 
     def __post_init__(self) -> None:
-        options.check_at_least_one(self, "num", "candidates", "words")
-        for name, most in (("strength", "all of it is new"), ("weight", "the other text")):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"{name} {value}: must be between 0 (the text) and 1 ({most})")
-        if len(given := [name for name in KINDS if getattr(self, name) is not None]) > 1:
-            raise UserError(f"--{' and --'.join(given)} are different edits: choose one")
-        if self.kind == "words" and self.words is not None and self.strength is not None:
-            raise UserError("--words and --strength both set the number of words to resample: give one of them")
-        if self.kind == "level" and self.pick is not None and self.words is None:
-            raise UserError("--pick has no effect with --level without --words: add it, or leave this out")
+        exclusive: dict[str, tuple[str, ...]] = {"rewrite": ("toward", "replace"), "toward": ("replace",)}
+        if self.kind == "words":
+            exclusive["words"] = ("strength",)
+        needed = {"pick": ("words",)} if self.kind == "level" else {}
+        options.check(self, ("num", "candidates", "words"), exclusive, needed)
 
     @property
     def kind(self) -> str:
         """The name of the edit in `editing.EDITS`."""
-        given = [name for name in (*KINDS, "level") if getattr(self, name) is not None]
-        return (given or ["words"])[0]
-
-
-KINDS = ("rewrite", "toward", "replace")
-"""Options that name the edit. Without one of them it is "level" or "words"."""
+        return next((name for name in (*KINDS, "level") if getattr(self, name) is not None), "words")
 
 
 def run(args: Args) -> None:
@@ -85,13 +75,12 @@ def run(args: Args) -> None:
     from rich.console import Console
 
     from tarflowlm.config import checked_seed
-    from tarflowlm.data.prompts import read
+    from tarflowlm.data.prompts import Reading, read
     from tarflowlm.editing import EDITS, Source, encode
     from tarflowlm.evaluation.likelihood import bits
     from tarflowlm.model import as_flow
     from tarflowlm.runs.released import choose_directory
-    from tarflowlm.terminal.bars import Bars
-    from tarflowlm.terminal.tables import print_json, print_notice
+    from tarflowlm.terminal.bars import Bars, print_json, print_notice
     from tarflowlm.terminal.texts import print_edits
 
     used = {field.name for field in fields(EDITS[args.kind])}
@@ -109,16 +98,17 @@ def run(args: Args) -> None:
     refusal = f"{directory} is a discrete baseline, which has no latents to edit: give a flow"
     model, tokenizer = as_flow(checkpoint.model, refusal), checkpoint.tokenizer
 
-    def piece(text: str, name: str) -> str:
-        return read(tokenizer, text, name=name, normalize=args.normalize).text.strip()
+    def reading_of(text: str, name: str) -> Reading:
+        return read(tokenizer, text, name=name, normalize=args.normalize)
 
-    texts = {"text": args.text} | ({} if args.toward is None else {"other text": args.toward})
-    readings = {name: read(tokenizer, text, name=name, normalize=args.normalize) for name, text in texts.items()}
+    readings = {"text": reading_of(args.text, "text")}
+    if args.toward is not None:
+        readings["other text"] = reading_of(args.toward, "other text")
     if args.rewrite is not None:
-        given["pieces"] = [piece(text, "piece") for text in args.rewrite]
+        given["pieces"] = [reading_of(text, "piece").text.strip() for text in args.rewrite]
     if args.replace is not None:
-        old, new = args.replace
-        given |= {"old": piece(old, "text to replace"), "new": piece(new, "replacement")}
+        for key, text, name in zip(("old", "new"), args.replace, ("text to replace", "replacement"), strict=True):
+            given[key] = reading_of(text, name).text.strip()
     length = min(len(reading.tokens) for reading in readings.values())
     for name, reading in readings.items():
         if reading.notice is not None:
@@ -127,41 +117,30 @@ def run(args: Args) -> None:
             print_notice(f"the {name} is cut from {len(reading.tokens)} to {length} tokens, the length of the other")
     generator = torch.Generator().manual_seed(checked_seed(args.seed))
     # once for every edit: all of them start from the same latents
-    text, *others = (encode(model, reading.tokens[None, :length], generator) for reading in readings.values())
+    source, *others = (encode(model, reading.tokens[None, :length], generator) for reading in readings.values())
     if others:
         given["other"] = others[0]
     with Bars() as bars:
-        source = Source(model, tokenizer, text.repeated(args.num), generator, bars)
-        edit = EDITS[args.kind](**given).apply(source)
+        edit = EDITS[args.kind](**given).apply(Source(model, tokenizer, source.repeated(args.num), generator, bars))
     characters = torch.from_numpy(tokenizer.characters_per_token)
-    found: dict[str, Any] = {
-        "before": tokenizer.decode(edit.before[0].tolist()),
-        "edits": [
-            {"text": tokenizer.decode(tokens), "changed": changed, "bpc_before": old, "bpc": new}
-            for tokens, changed, old, new in zip(
-                edit.tokens.tolist(),
-                edit.changed.tolist(),
-                (bits(edit.bound_before.cpu()) / characters[edit.before.cpu()].sum(-1)).tolist(),
-                (bits(edit.bound.cpu()) / characters[edit.tokens.cpu()].sum(-1)).tolist(),
-                strict=True,
-            )
-        ],
-        "advice": _advice(
-            args,
-            edit.changed.double().mean().item(),
-            (edit.bound.sum() / edit.bound_before.sum()).item(),
-            has_token_weights=model.config.has_token_weights,
-        ),
-    }
+    bpc_before = bits(edit.bound_before.cpu()) / characters[edit.before.cpu()].sum(-1)
+    bpc = bits(edit.bound.cpu()) / characters[edit.tokens.cpu()].sum(-1)
+    columns = (column.tolist() for column in (edit.tokens, edit.changed, bpc_before, bpc))
+    edits = [
+        {"text": tokenizer.decode(tokens), "changed": changed, "bpc_before": old, "bpc": new}
+        for tokens, changed, old, new in zip(*columns, strict=True)
+    ]
+    changed, ratio = edit.changed.double().mean().item(), (edit.bound.sum() / edit.bound_before.sum()).item()
+    advice = _advice(args, changed, ratio, has_token_weights=model.config.has_token_weights)
     if args.json:
-        print_json(found)
+        print_json({"before": tokenizer.decode(edit.before[0].tolist()), "edits": edits, "advice": advice})
         return
     notes = [
         f"{sum(one['changed'])} of {len(one['changed'])} tokens changed; bits per character "
         f"<= {one['bpc_before']:.3f} before, <= {one['bpc']:.3f} now"
-        for one in found["edits"]
+        for one in edits
     ]
-    print_edits(Console(), tokenizer, edit.before[0], edit.tokens, notes, found["advice"])
+    print_edits(Console(), tokenizer, edit.before[0], edit.tokens, notes, advice)
 
 
 def _advice(args: Args, changed: float, ratio: float, *, has_token_weights: bool) -> str | None:

@@ -3,24 +3,15 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
 from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
 
-if TYPE_CHECKING:
-    from tarflowlm.data import TokenArray, Tokenizer
-    from tarflowlm.language_model import LanguageModel
-else:
-    # help pages are printed without torch
-    TokenArray = Tokenizer = LanguageModel = Any
-
 SAMPLING = ("num", "length", "decoder", "temperature", "top_k", "top_p")
 """Options of --quality: fields of `quality.SamplingConfig`."""
-LONG = 90.0
-"""Seconds from which on an evaluation prints an estimate of its time at its start."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +22,6 @@ class Args:
     model: options.ModelName = None
     data: Annotated[str | None, arg("SOURCE")] = None
     """Another text: corpus name, file or prepared directory; the default is the run's own corpus."""
-    text: options.Text = None
-    """Not available in `eval`. To score one text, use `tarflowlm score`."""
     split: Literal["train", "valid", "test", "all"] = "test"
     """Part of the text; a file is split 90/5/5."""
     samples: int = 1
@@ -65,13 +54,7 @@ class Args:
     json: options.PrintJson = False
 
     def __post_init__(self) -> None:
-        if self.text is not None:
-            raise UserError("--text: `tarflowlm score MODEL --text TEXT` scores a single text, of any length")
-        options.check_at_least_one(self, "samples", "windows")
-        for name in (*SAMPLING, "judge"):
-            if getattr(self, name) is not None and not self.quality:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} has no effect without --quality: add it, or leave this out")
+        options.check(self, ("samples", "windows"), needed=dict.fromkeys((*SAMPLING, "judge"), ("quality",)))
 
 
 def run(args: Args) -> None:
@@ -83,8 +66,7 @@ def run(args: Args) -> None:
     from tarflowlm.evaluation.quality import SamplingConfig, mauve_function, measure_quality
     from tarflowlm.model import as_flow
     from tarflowlm.runs.released import choose_directory
-    from tarflowlm.terminal.bars import Bars
-    from tarflowlm.terminal.tables import print_json
+    from tarflowlm.terminal.bars import Bars, print_json
 
     checked_seed(args.seed)
     given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
@@ -92,8 +74,8 @@ def run(args: Args) -> None:
     directory = choose_directory(args.directory, args.model)
     checkpoint = options.load_checkpoint(directory, args.device)
     model, context = checkpoint.model, checkpoint.run.model.context
-    if args.latents and model.is_exact:
-        raise UserError(f"{directory} is the discrete baseline, which has no latents: leave --latents out")
+    refusal = f"{directory} is the discrete baseline, which has no latents: leave --latents out"
+    flow = as_flow(model, refusal) if args.latents else None
     if args.length is not None and not 1 <= args.length <= context:
         raise UserError(f"length {args.length}: must be between 1 and the trained context of {context} tokens")
     judge = None
@@ -108,34 +90,21 @@ def run(args: Args) -> None:
             f"cannot find the training text {source} of {directory.name}; models are shipped without their data. "
             f"Pass --data english or --data FILE"
         )
-    least = model.config.patch if args.split == "all" and not args.latents and not args.quality else context
     with Bars() as bars:
         if args.split != "all" and (source in SOURCE_NAMES or Path(source).is_dir()):
             tokens = cached_corpus(source, tokenizer, progress=bars).split(args.split)
         else:
             tokens = encode_text_source(source, tokenizer, (args.split,), progress=bars)[args.split]
-        if len(tokens) < least:
-            whole = "" if args.split == "all" else ", --split all"
-            raise UserError(
-                f"{args.split} of {source} has {len(tokens)} tokens, fewer than {least}: use a longer text{whole} or "
-                f"`tarflowlm score MODEL --file FILE`, which takes any length"
-            )
         found = _likelihood(args, model, tokenizer, tokens, source, bars)
-        if args.latents:
+        if flow is not None:
             windows = eval_windows(tokens, context, args.windows)
             bars.stage("latents, windows", len(windows))
-            states = latent_report(as_flow(model), windows, seed=args.seed, progress=bars)
+            states = latent_report(flow, windows, seed=args.seed, progress=bars)
             found["latents"] = [state.to_json() for state in states]
         if sampling is not None and judge is not None:
-            found["quality"] = measure_quality(
-                model,
-                tokenizer,
-                judge,
-                eval_windows(tokens, args.length or context, sampling.num),
-                sampling,
-                trained_on=checkpoint.run.data.source,
-                progress=bars,
-            ).to_json()
+            real, trained_on = eval_windows(tokens, args.length or context, sampling.num), checkpoint.run.data.source
+            quality = measure_quality(model, tokenizer, judge, real, sampling, trained_on=trained_on, progress=bars)
+            found["quality"] = quality.to_json()
     if args.json:
         print_json(found)
         return
@@ -146,21 +115,18 @@ def run(args: Args) -> None:
         _print_quality(found["quality"])
 
 
-def _likelihood(
-    args: Args, model: LanguageModel, tokenizer: Tokenizer, tokens: TokenArray, source: str, bars: Any
-) -> dict[str, Any]:
+def _likelihood(args: Args, model: Any, tokenizer: Any, tokens: Any, source: str, bars: Any) -> dict[str, Any]:
     """The likelihood of the text, as --json shows it."""
     import time
 
     import torch
 
     from tarflowlm.data import sliding_windows
-    from tarflowlm.evaluation.likelihood import evaluate, seconds_per_window
-    from tarflowlm.terminal.bars import minutes
-    from tarflowlm.terminal.tables import print_notice
+    from tarflowlm.evaluation.likelihood import evaluate
+    from tarflowlm.terminal.bars import print_notice
 
     context, patch = model.config.context, model.config.patch
-    if len(tokens) < context:
+    if patch <= len(tokens) < context and args.split == "all" and not (args.latents or args.quality):
         context = len(tokens) - len(tokens) % patch
         print_notice(f"the text is shorter than the context: one window of {context} tokens")
     stride = context if args.stride is None else args.stride
@@ -176,30 +142,17 @@ def _likelihood(
     draws = 1 if model.is_exact else args.samples
     samples = f", {draws} samples each" if draws > 1 else ""
     print_notice(f"evaluating {len(windows):,} windows of {context} tokens{samples}: {source}, {args.split}")
-    # windows that slide are evaluated twice, with and without their context
-    passes = draws * len(windows) * (1 if stride == context or model.is_exact else 2)
-    seconds = passes * seconds_per_window(model, windows)
-    if seconds >= LONG:
-        fewer = max(1, round(60 * len(windows) / seconds))
-        print_notice(f"about {minutes(seconds)} minutes; --windows {fewer} takes about one")
     bars.stage("evaluating, windows", len(windows))
-    result = evaluate(
-        model,
-        windows,
-        torch.from_numpy(tokenizer.characters_per_token),
-        bytes_per_token=torch.from_numpy(tokenizer.bytes_per_token),
-        given=given,
-        samples=args.samples,
-        seed=args.seed,
-        progress=bars,
-    )
+    characters, num_bytes = map(torch.from_numpy, (tokenizer.characters_per_token, tokenizer.bytes_per_token))
+    how: dict[str, Any] = {"given": given, "samples": args.samples, "seed": args.seed, "progress": bars}
+    result = evaluate(model, windows, characters, bytes_per_token=num_bytes, **how)
     extra = {"source": source, "split": args.split, "context": context, "stride": stride, "text_tokens": len(tokens)}
     return result.to_json() | extra | {"seconds": time.perf_counter() - start}
 
 
 def _print_likelihood(title: str, found: dict[str, Any]) -> None:
     from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.terminal.tables import print_table
+    from tarflowlm.terminal.bars import print_table
 
     sign = sign_of(found["bound"])
     spread = f" (standard error {found['stderr']:.4f})" if found["windows"] > 1 else ""
@@ -211,63 +164,47 @@ def _print_likelihood(title: str, found: dict[str, Any]) -> None:
         ("bound", found["bound"]),
     ]
     if found.get("gap") is not None:
-        sampling = f", {found['elbo_sampling_stderr']:.5f} of it from sampling"
+        error = f"standard error {found['elbo_stderr']:.4f}, {found['elbo_sampling_stderr']:.5f} of it from sampling"
         rows += [
-            (
-                "ELBO, nats per token",
-                f"<= {found['elbo']:.4f} (standard error {found['elbo_stderr']:.4f}{sampling})",
-            ),
+            ("ELBO, nats per token", f"<= {found['elbo']:.4f} ({error})"),
             ("gap to the ELBO", f"{found['gap']:.5f} nats per token (standard error {found['gap_stderr']:.5f})"),
         ]
     context, stride, count = found["context"], found["stride"], found["windows"]
     given = context - stride
     kind, how = ("window", f", {given} tokens of context each") if given else ("fresh context", "")
     text = f"{found['tokens']:,} of {found['text_tokens']:,} tokens, {found['characters']:,} characters; "
-    rows += [
-        ("text", f"{text}{count:,} {kind}{'s' * (count != 1)}{how}, stride {stride}"),
-        ("seconds", f"{found['seconds']:.1f}"),
-    ]
+    rows.append(("text", f"{text}{count:,} {kind}{'s' * (count != 1)}{how}, stride {stride}"))
+    rows.append(("seconds", f"{found['seconds']:.1f}"))
     print_table(title, rows)
 
 
 def _print_latents(states: list[dict[str, Any]]) -> None:
     """Two rows per state: mean over sequences, and standard deviation."""
-    from tarflowlm.terminal.tables import print_columns
+    from tarflowlm.terminal.bars import print_table
 
-    geometry = {
-        "norm": "L2 norm",
-        "cosine": "pairwise cosine",
-        "participation_ratio": "part. ratio",
-        "centroid_shift": "centroid shift",
-    }
+    geometry = {"norm": "L2 norm", "cosine": "pairwise cosine", "participation_ratio": "part. ratio"}
+    geometry["centroid_shift"] = "centroid shift"
     shares = {"log_det": "log-det", "kl": "KL to the prior", "kl_gain": "KL taken off", "nelbo": "<= -ELBO"}
-    for title, names in (
-        ("state after every block", geometry),
-        ("with a prior that ends after the block, nats per token", shares),
-    ):
+    after = {"state after every block": geometry, "with a prior that ends after the block, nats per token": shares}
+    for title, names in after.items():
         rows = []
         for state in states:
             for label, key in (("z" if state["block"] == 0 else f"block {state['block']}", "mean"), ("  ±", "std")):
                 rows.append([label, *("" if state[n] is None else f"{state[n][key]:.4f}" for n in names)])
-        print_columns(title, ["", *names.values()], rows)
+        print_table(title, rows, ["", *names.values()])
 
 
 def _print_quality(quality: dict[str, Any]) -> None:
-    from tarflowlm.terminal.tables import print_columns
+    from tarflowlm.terminal.bars import print_table
 
-    labels = {
-        "perplexity": ("generative perplexity", ".3f"),
-        "entropy": ("entropy of tokens, nats", ".4f"),
-        "word_entropy": ("entropy of words, nats", ".4f"),
-        **{f"distinct_{n}": (f"distinct {n}-grams", ".4f") for n in (1, 2, 3)},
-        "repetition": ("repeated 4-grams", ".4f"),
-        "texts": ("texts", ","),
-    }
-    texts = (quality["samples"], quality["text"])
-    rows = [
-        [label, *("-" if text[name] is None else f"{text[name]:{form}}" for text in texts)]
-        for name, (label, form) in labels.items()
-    ]
+    labels = {"perplexity": ("generative perplexity", ".3f"), "entropy": ("entropy of tokens, nats", ".4f")}
+    labels["word_entropy"] = ("entropy of words, nats", ".4f")
+    labels |= {f"distinct_{n}": (f"distinct {n}-grams", ".4f") for n in (1, 2, 3)}
+    labels |= {"repetition": ("repeated 4-grams", ".4f"), "texts": ("texts", ",")}
+    rows = []
+    for name, (label, form) in labels.items():
+        values = (quality[texts][name] for texts in ("samples", "text"))
+        rows.append([label, *("-" if value is None else f"{value:{form}}" for value in values)])
     rows.insert(1, ["MAUVE, scaling 5", f"{quality['mauve']:.4f}", ""])
     cuts = f", top-k {quality['top_k']}" if quality["top_k"] else ""
     cuts += f", top-p {quality['top_p']}" if quality["top_p"] else ""
@@ -275,5 +212,5 @@ def _print_quality(quality: dict[str, Any]) -> None:
         f"{quality['length']} tokens each, decoder {quality['decoder']}, {quality['dtype']}, temperature "
         f"{quality['temperature']}{cuts}, seed {quality['seed']}; judge {quality['judge']} ({quality['judge_kind']})"
     )
-    print_columns(title, ["", "samples", "real text"], rows)
+    print_table(title, rows, ["", "samples", "real text"])
     sys.stdout.write("".join(f"{remark}\n" for remark in quality["remarks"]))

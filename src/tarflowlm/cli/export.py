@@ -27,7 +27,7 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.runs.checkpoint import export
-    from tarflowlm.terminal.tables import print_json, print_table
+    from tarflowlm.terminal.bars import print_json, print_table
 
     out = export(args.directory, args.out, half=args.half)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

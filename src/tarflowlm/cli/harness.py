@@ -1,13 +1,16 @@
 """`tarflowlm harness MODEL ...`: the command line of lm-evaluation-harness, with the model filled in."""
 
+import contextlib
+import io
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from tarflowlm.cli.options import Normalize, PrintJson, arg, check_at_least_one
+from tarflowlm.cli.options import Normalize, PrintJson, arg, check, parse
 from tarflowlm.errors import UserError
 
 OURS = ("--model", "-M", "--model_args", "-a")
@@ -31,24 +34,18 @@ class Args:
     json: PrintJson = False
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "posterior_samples")
+        check(self, ("posterior_samples",))
 
 
 def read(argv: list[str]) -> tuple[Args, list[str]]:
     """The arguments, and the words that are for lm-eval."""
-    from tarflowlm.cli.options import parse
-
     return parse(Args, argv, "tarflowlm harness MODEL --tasks NAMES", return_unknown_args=True)
 
 
 def run(given: tuple[Args, list[str]]) -> None:
-    import contextlib
-    import io
-    import sys
-
     from tarflowlm.config import checked_seed
     from tarflowlm.harness.register import run_lm_eval
-    from tarflowlm.terminal.tables import print_json
+    from tarflowlm.terminal.bars import print_json
 
     args, words = given
     for word in words:
@@ -68,15 +65,9 @@ def run(given: tuple[Args, list[str]]) -> None:
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         run_lm_eval([*words, "--show_config"])
-    results, tables = split_results(shown.getvalue())
-    sys.stdout.write(tables)
+    # an object, and tables after it; nothing of that for, say, --tasks list
+    text = shown.getvalue()
+    start = text.find("{\n")
+    results, end = json.JSONDecoder().raw_decode(text, start) if start >= 0 else ({}, 0)
+    sys.stdout.write(text[end:].lstrip())
     print_json({key: results[key] for key in KEPT if key in results})
-
-
-def split_results(shown: str) -> tuple[dict[str, Any], str]:
-    """The object that lm-eval prints with --show_config, and its tables after it."""
-    start = shown.find("{\n")
-    if start < 0:
-        raise UserError(f"lm-eval evaluated nothing and printed {shown[:200]!r}: leave --json out")
-    results, end = json.JSONDecoder().raw_decode(shown, start)
-    return results, shown[end:].lstrip()

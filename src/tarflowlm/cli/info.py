@@ -25,7 +25,7 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.runs.released import DEFAULT, FOLDER, released
-    from tarflowlm.terminal.tables import print_json, print_table
+    from tarflowlm.terminal.bars import print_json, print_table
 
     if args.directory is None:
         models = [_describe(FOLDER / name) for name in released()]
@@ -69,10 +69,10 @@ def _describe(given: Path) -> dict[str, Any]:
         parts[part] = parts.get(part, 0) + parameter.numel()
     files = {}
     for path in sorted(directory.iterdir()):
-        if path.is_dir() and not path.name.startswith("__"):
-            files[f"{path.name}/"] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        elif path.is_file() and not path.name.startswith("."):
-            files[path.name] = path.stat().st_size
+        if not path.name.startswith((".", "__")):
+            within = [path, *path.rglob("*")] if path.is_dir() else [path]
+            files[path.name + "/" * path.is_dir()] = sum(file.stat().st_size for file in within if file.is_file())
+    layers = [config.layers] if isinstance(config, BaselineConfig) else [b.layers for b in config.blocks]
     return {
         "name": given.as_posix() if is_reference(given) else directory.resolve().name,
         "directory": str(directory),
@@ -80,11 +80,7 @@ def _describe(given: Path) -> dict[str, Any]:
         "preset": run.name,
         "family": config.family,
         "blocks": [config.describe(block) for block in range(model.num_blocks)],
-        "layers": (
-            [config.layers]
-            if isinstance(config, BaselineConfig)
-            else [block.layers for block in config.blocks[: model.num_blocks]]
-        ),
+        "layers": layers[: model.num_blocks],
         "parameters": {"all": sum(parts.values()), **parts},
         "context": config.context,
         "patch": config.patch,
@@ -114,7 +110,7 @@ def _print_info(found: dict[str, Any]) -> None:
     from rich.text import Text
 
     from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.terminal.tables import print_table
+    from tarflowlm.terminal.bars import print_table
 
     layers = zip(found["blocks"], found["layers"], strict=True)
     parts = [f"{count:,} {name}" for name, count in found["parameters"].items() if name != "all"]

@@ -21,7 +21,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.generation import Watch, generate
 from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.terminal.tables import print_notice
+from tarflowlm.terminal.bars import print_notice
 from tarflowlm.terminal.texts import TextStream, write_out
 
 HELP = """\

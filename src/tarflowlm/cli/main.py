@@ -1,35 +1,33 @@
-"""The command line: `tarflowlm COMMAND`. Nothing in the package imports it.
-
-Exit status: 0 on success, 2 for user errors (one line on stderr), 75 when a run was asked to stop and has saved
-itself, 130 when interrupted otherwise (docs/reliability.md).
-"""
+"""The command line `tarflowlm COMMAND`, its exit status (docs/reliability.md), threads and signals."""
 
 import contextlib
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import tarflowlm
-from tarflowlm.cli.signals import INTERRUPTED, exit_on_interrupt
 from tarflowlm.errors import Stopped, UnknownCharacters, UserError
 
-STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: try again."""
-CLOSED_PIPE = 141
-"""The status a shell reports for a program killed by SIGPIPE: 128 plus its number."""
+STOPPED, INTERRUPTED, CLOSED_PIPE = 75, 130, 141
+"""Exit status: EX_TEMPFAIL of sysexits.h, try again; 128 plus the number of SIGINT; 128 plus that of SIGPIPE."""
 AFTER_INTERRUPT = {
     "train": "a training run continues with `tarflowlm train --resume DIR`",
     "reproduce": "the same command goes on from the last checkpoint",
 }
 """Added to the message of an interrupt in commands that save on the way."""
 
-COMMANDS = ["quickstart", "data", "train", "eval", "score", "sample", "info", "runs", "edit", "report", "studio"]
-COMMANDS += ["export", "push", "reproduce", "harness"]
+COMMANDS = [
+    "quickstart", "data", "train", "eval", "score", "sample", "info", "runs", "edit", "report", "studio", "export",
+    "push", "reproduce", "harness",
+]  # fmt: skip
 """Modules below `cli` (`evaluate` for eval). Each has `run(args)` and the dataclass `Args`, whose docstring
 summarises the command, and where its options depend on the words `read(argv)`. None imports torch at its top."""
 
@@ -72,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
-        from tarflowlm.terminal.tables import print_table
+        from tarflowlm.terminal.bars import print_table
 
         rows = [(name, " ".join(command_module(name).Args.__doc__.split())) for name in COMMANDS]
         print_table("tarflowlm COMMAND --help   or   tarflowlm --version", rows)
@@ -83,19 +81,21 @@ def _dispatch(argv: list[str]) -> None:
     name, *rest = argv
     if name not in COMMANDS:
         raise UserError(f"command {name!r} is unknown: choose one of {', '.join(COMMANDS)}")
-    command = command_module(name)
-    if hasattr(command, "read"):
-        args = command.read(rest)
-    else:
-        from tarflowlm.cli.options import parse
+    from tarflowlm.cli.options import parse
+    from tarflowlm.terminal.bars import NoticeHandler
 
-        args = parse(command.Args, rest, f"tarflowlm {name}")
+    command = command_module(name)
+    args = command.read(rest) if hasattr(command, "read") else parse(command.Args, rest, f"tarflowlm {name}")
     settle_threads()
     with exit_on_interrupt():
         import torch
     # denormal numbers make these densities many times slower on CPUs
     torch.set_flush_denormal(True)
-    _print_notices()
+    logger = logging.getLogger("tarflowlm")
+    # under torchrun the first process of a machine speaks
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not logger.handlers:
+        logger.addHandler(NoticeHandler())
+        logger.setLevel(logging.INFO)
     command.run(args)
 
 
@@ -107,10 +107,9 @@ def command_module(name: str) -> Any:
 def settle_threads() -> None:
     """Choose how idle OpenMP threads wait, before torch is imported, unless the environment already does.
 
-    If other programs want the cores they sleep: a spinning thread takes the core from the thread it waits for, which
-    costs up to two thirds of the speed. On an idle machine sleeping costs one third, so there they spin, briefly
-    (docs/log.md). The load average would count work that has just ended, so this counts what runs now: the minimum of
-    five looks, without this process.
+    If other programs want the cores they sleep, as spinning would cost up to two thirds of the speed; on an idle
+    machine they spin briefly, as sleeping would cost one third (docs/log.md). The load average counts work that has
+    just ended, so this counts what runs now: the minimum of five looks, without this process.
     """
     choices = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     load = Path("/proc/loadavg")  # Linux alone has it: "0.20 0.18 0.12 2/345 678" means two runnable threads
@@ -126,14 +125,50 @@ def settle_threads() -> None:
     os.environ.update({"OMP_WAIT_POLICY": "PASSIVE"} if busy else {"GOMP_SPINCOUNT": "20000"})
 
 
-def _print_notices() -> None:
-    """Print what the package logs, one line each on stderr; under torchrun from the first process of a machine."""
-    from tarflowlm.terminal.tables import NoticeHandler
+@contextlib.contextmanager
+def handled(handlers: dict[int, Any]) -> Iterator[None]:
+    """Handlers of signals within the context, for the main thread of a program."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    logger = logging.getLogger("tarflowlm")
-    if os.environ.get("LOCAL_RANK", "0") == "0" and not logger.handlers:
-        logger.addHandler(NoticeHandler())
-        logger.setLevel(logging.INFO)
+
+def exit_on_interrupt() -> contextlib.AbstractContextManager[None]:
+    """While torch is imported, which takes seconds, Ctrl-C ends the process with one line.
+
+    An exception would pass through half-imported modules, some of which print tracebacks of their own.
+    """
+
+    def end(*_: object) -> None:
+        sys.stderr.write("tarflowlm: interrupted\n")
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+
+    # SIGINT may be ignored or another program's, and only the main thread may handle it
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    is_main = threading.current_thread() is threading.main_thread()
+    return handled({signal.SIGINT: end} if is_default and is_main else {})
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Callable[[], str | None]]:
+    """The first SIGTERM or SIGINT asks the run to stop at the next step boundary, with everything saved; the second
+    raises KeyboardInterrupt. Yields a function that returns the name of the signal, or None."""
+    received: list[str] = []
+
+    def handle(number: int, _frame: object) -> None:
+        received.append(signal.Signals(number).name)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+        # to the descriptor, as the signal may have interrupted a write to the stream
+        with contextlib.suppress(OSError):
+            os.write(2, b"\ntarflowlm: saving after this step; a second signal exits immediately\n")
+
+    with handled({signal.SIGTERM: handle, signal.SIGINT: handle}):
+        yield lambda: received[0] if received else None
 
 
 def _end(status: int, message: str, *, everywhere: bool = False) -> NoReturn:

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,6 +18,11 @@ if TYPE_CHECKING:
     from tarflowlm.runs.checkpoint import Checkpoint
 else:
     Checkpoint = Any
+
+
+Rules = Mapping[str, Sequence[str]]
+"""Options that belong to an option, by its name."""
+NO_RULES: Rules = {}
 
 
 def arg(metavar: str | None = None, help: str | None = None) -> Any:
@@ -48,8 +55,7 @@ ModelName = Annotated[
 Device = Annotated[DeviceName, arg(help="auto picks cuda, then mps, then cpu.")]
 PrintJson = Annotated[bool, arg(help="Print one JSON object as the last line.")]
 Normalize = Annotated[
-    Literal["text8"] | None,
-    arg("text8", "Normalise the text first, whatever the model's training text was."),
+    Literal["text8"] | None, arg("text8", "Normalise the text first, whatever the model's training text was.")
 ]
 
 TEMPERATURE = "raise the probabilities of tokens to the power 1 / temperature; 1 samples from the model itself."
@@ -80,12 +86,20 @@ def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
         raise
 
 
-def check_at_least_one(args: object, *names: str) -> None:
-    """UserError for a count below 1 among the named options that are given."""
-    for name in names:
+def check(args: Any, counts: Sequence[str] = (), exclusive: Rules = NO_RULES, needed: Rules = NO_RULES) -> None:
+    """UserError for `counts` below 1, an option with one that it excludes, and one without any that it needs."""
+    for name in counts:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"{name.replace('_', ' ')} {value}: must be at least 1")
+    given = {field.name for field in fields(args) if getattr(args, field.name) != field.default}
+    for one in sorted(given & {*exclusive, *needed}):
+        flag = one.replace("_", "-")
+        if both := given.intersection(exclusive.get(one, ())):
+            raise UserError(f"--{flag} with --{min(both)}: leave one of them out")
+        if one in needed and not given.intersection(needed[one]):
+            others = " or --".join(needed[one])
+            raise UserError(f"--{flag} has no effect without --{others}: leave it out, or add that")
 
 
 def load_checkpoint(directory: Path, device: DeviceName) -> Checkpoint:

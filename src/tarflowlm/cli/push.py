@@ -1,13 +1,14 @@
 """`tarflowlm push`: a model and its card onto the Hugging Face hub."""
 
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from tarflowlm.cli.export import Exported
-from tarflowlm.cli.options import Flag, Out, PrintJson, Text, arg, load_checkpoint
-from tarflowlm.errors import UserError
+from tarflowlm.cli.options import Flag, Out, PrintJson, Text, arg, check, load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -29,33 +30,22 @@ class Args:
     json: PrintJson = False
 
     def __post_init__(self) -> None:
-        if self.dry_run and self.private:
-            raise UserError("--private has no effect with --dry-run: leave one of them out")
+        check(self, exclusive={"dry_run": ("private",)})
 
 
 def run(args: Args) -> None:
-    import tempfile
-    from pathlib import Path
-
     from tarflowlm.runs.hub import hub_client
     from tarflowlm.sharing import checked_repository, push_folder, save_pretrained
-    from tarflowlm.terminal.tables import print_json, print_notice, print_table
+    from tarflowlm.terminal.bars import print_json, print_notice, print_table
 
     repository = checked_repository(args.repository)
     name = repository.rpartition("/")[2]
     if not args.dry_run:
         hub_client(f"pushing {repository}")
     out = Path(name) if args.out is None and args.dry_run else args.out
-    if out is not None and out.exists():
-        raise UserError(f"{out} exists already: name a new directory with --out")
     with tempfile.TemporaryDirectory() as place:
-        folder = save_pretrained(
-            load_checkpoint(args.directory, "cpu"),
-            Path(place) / name if out is None else out,
-            half=args.half,
-            licence=args.licence,
-            repository=repository,
-        )
+        checkpoint, new = load_checkpoint(args.directory, "cpu"), Path(place) / name if out is None else out
+        folder = save_pretrained(checkpoint, new, half=args.half, licence=args.licence, repository=repository)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         url = None

@@ -3,16 +3,14 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tarflowlm.cli.options import Device, PrintJson, arg
 from tarflowlm.errors import UserError
 from tarflowlm.presets import preset
 
-SAMPLING_SHARE = 0.06
-"""Share of --minutes spent on sampling."""
-SAMPLING_MINUTES = 0.15
-"""Minutes kept for sampling at least, but at most 30 % of --minutes."""
+SAMPLING_SHARE, SAMPLING_MINUTES = 0.06, 0.15
+"""Share of --minutes spent on sampling, and minutes kept for it at least, but at most 30 % of --minutes."""
 BASELINES = {
     "bigram_bpc": "bigrams of the same tokens",
     "bz2_bpc": "bz2, a compressor",
@@ -20,8 +18,7 @@ BASELINES = {
     "trigram_bpc": "trigrams of characters",
 }
 """Rows of the table below the model's."""
-NUM_SAMPLES = 2
-SAMPLE_LENGTH = 192
+NUM_SAMPLES, SAMPLE_LENGTH = 2, 192
 
 
 @dataclass(frozen=True)
@@ -49,15 +46,14 @@ def run(args: Args) -> None:
     import torch
     from rich.console import Console
 
-    from tarflowlm.cli.signals import stop_on_signals
+    from tarflowlm.cli.main import stop_on_signals
     from tarflowlm.data import cached_corpus
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.quality import bigram_cross_entropy, compressed_bits, ngram_entropy
     from tarflowlm.generation import Watch, generate
-    from tarflowlm.generation.window import num_positions
+    from tarflowlm.generation.writing import num_positions
     from tarflowlm.runs.checkpoint import load_checkpoint
-    from tarflowlm.terminal.bars import Bars, ProgressReporter
-    from tarflowlm.terminal.tables import print_json, print_table
+    from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_table
     from tarflowlm.terminal.texts import print_samples, samples_to_json
     from tarflowlm.training.train import check_new, train
 
@@ -88,14 +84,9 @@ def run(args: Args) -> None:
     length = min(SAMPLE_LENGTH, config.model.context)
     with Bars() as bars:
         bars.stage("sampling, positions", num_positions(model, length))
-        result = generate(
-            model,
-            num_tokens=length,
-            num=NUM_SAMPLES,
-            generator=torch.Generator().manual_seed(args.seed),
-            decoder="auto",
-            watch=Watch(bars),
-        )
+        noise = torch.Generator().manual_seed(args.seed)
+        options: Any = {"generator": noise, "decoder": "auto", "watch": Watch(bars)}
+        result = generate(model, num_tokens=length, num=NUM_SAMPLES, **options)
     seconds = time.perf_counter() - start
     print_samples(Console(), result, tokenizer)
     rows = [
@@ -106,14 +97,6 @@ def run(args: Args) -> None:
     ]
     print_table("quickstart", rows)
     if args.json:
-        print_json(
-            {
-                "bpc": test["bpc"],
-                "bound": test["bound"],
-                **baselines,
-                "seconds": seconds,
-                "samples": samples_to_json(result, tokenizer),
-                "out": str(args.out),
-                "test_tokens": test["tokens"],
-            }
-        )
+        found: dict[str, Any] = {"bpc": test["bpc"], "bound": test["bound"], **baselines, "seconds": seconds}
+        samples = samples_to_json(result, tokenizer)
+        print_json(found | {"samples": samples, "out": str(args.out), "test_tokens": test["tokens"]})

@@ -27,8 +27,7 @@ class Args:
 def run(args: Args) -> None:
     from tarflowlm.device import pick_device
     from tarflowlm.report.build import write_report
-    from tarflowlm.terminal.bars import Bars
-    from tarflowlm.terminal.tables import print_json, print_table
+    from tarflowlm.terminal.bars import Bars, print_json, print_table
 
     with Bars() as bars:
         result = write_report(args.directories, args.out, device=pick_device(args.device), progress=bars)

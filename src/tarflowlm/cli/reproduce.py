@@ -1,26 +1,26 @@
 """`tarflowlm reproduce NAME`: plan, train what is missing, measure, write the results."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from tarflowlm.cli.options import Count, Device, Flag, PrintJson, arg, check_at_least_one
+from tarflowlm.cli.options import Count, Device, Flag, PrintJson, arg, check
 from tarflowlm.config import RECIPE_NAMES, Precision, Scale
 from tarflowlm.errors import UserError
 
 ALL = "all"
-"""The name of all recipes."""
+NAMES = (*RECIPE_NAMES, ALL)
 
 
 @dataclass(frozen=True)
 class Args:
     """Reproduce a table or figure of the paper, or an experiment of ours; `all` runs every one of them."""
 
-    name: Annotated[tyro.conf.Positional[str], arg("NAME", f"One of {', '.join([*RECIPE_NAMES, ALL])}.")]
+    name: Annotated[tyro.conf.Positional[str], arg("NAME", f"One of {', '.join(NAMES)}.")]
     scale: Scale = "mini"
     """mini runs on a CPU; paper is the published size, on TEXT8 and OpenWebText."""
     out: Annotated[Path, arg("PATH")] = Path("reproduced")
@@ -44,11 +44,9 @@ class Args:
     json: PrintJson = False
 
     def __post_init__(self) -> None:
-        if self.name != ALL and self.name not in RECIPE_NAMES:
-            raise UserError(f"{self.name!r} is no recipe: choose one of {', '.join([*RECIPE_NAMES, ALL])}")
-        check_at_least_one(self, "seeds")
-        if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"{self.out} is a file: name a directory with --out")
+        if self.name not in NAMES:
+            raise UserError(f"{self.name!r} is no recipe: choose one of {', '.join(NAMES)}")
+        check(self, ("seeds",))
         if self.data is not None and self.scale == "paper":
             raise UserError(f"--data {self.data} has no effect with --scale paper, which keeps the paper's texts")
         if self.second_text is not None and self.name not in ("table2", ALL):
@@ -56,27 +54,17 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.cli.signals import stop_on_signals
+    from tarflowlm.cli.main import stop_on_signals
     from tarflowlm.data import check_source
     from tarflowlm.device import pick_device
     from tarflowlm.reproduce import RECIPES
     from tarflowlm.reproduce.recipe import Settings, estimate, finish, state_of
     from tarflowlm.reproduce.tables import write_results
-    from tarflowlm.terminal.bars import Bars, ProgressReporter
-    from tarflowlm.terminal.tables import print_json, print_table
+    from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_table
 
     recipes = list(RECIPES.values()) if args.name == ALL else [RECIPES[args.name]]
-    settings = Settings(
-        scale=args.scale,
-        out=args.out,
-        data=args.data,
-        judge_data=args.judge_data,
-        second_text=args.second_text,
-        seeds=args.seeds,
-        steps=args.steps,
-        precision=args.precision,
-        device=pick_device(args.device),
-    )
+    given = {f.name: getattr(args, f.name) for f in fields(Settings)}
+    settings = Settings(**given | {"device": pick_device(args.device)})
     plans = {recipe.name: recipe.trainings(settings) for recipe in recipes}
     # recipes share trainings
     plan = list({training.name: training for trainings in plans.values() for training in trainings}.values())
@@ -89,8 +77,7 @@ def run(args: Args) -> None:
         return
     # before anything that takes hours: missing packages, runs of another configuration
     for recipe in recipes:
-        plots = (("matplotlib", "plots"),) if recipe.draw is not None else ()
-        for module, extra in (*plots, *recipe.needs):
+        for module, extra in (*recipe.needs, *([("matplotlib", "plots")] if recipe.draw is not None else [])):
             if find_spec(module) is None:
                 raise UserError(f"{recipe.name} needs {module}: pip install 'tarflowlm[{extra}]'")
     for training in plan:
@@ -111,7 +98,7 @@ def run(args: Args) -> None:
 
 
 def _print_plan(args: Args, title: str, planned: list[Any]) -> None:
-    from tarflowlm.terminal.tables import print_json, print_table
+    from tarflowlm.terminal.bars import print_json, print_table
 
     missing = sum((p.seconds for p in planned if p.state != "finished"), start=0.0)
     if args.json:

@@ -32,21 +32,23 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.terminal.tables import print_columns, print_json, print_notice
+    from tarflowlm.terminal.bars import print_json, print_notice, print_table
 
     rows = _sorted([_row(name, directory) for name, directory in _find(args.directories).items()])
     if args.json:
         print_json({"runs": rows})
         return
-    columns = {"": "name", "preset": "preset", "bpc": "bpc", "best step": "best_step", "tokens": "tokens"}
-    columns |= {"time": "seconds", "state": "state"}
+    columns = {
+        "": "name", "preset": "preset", "bpc": "bpc", "best step": "best_step", "tokens": "tokens", "time": "seconds",
+        "state": "state",
+    }  # fmt: skip
     if all((row["preset"] or "") in row["name"] for row in rows):
         del columns["preset"]
     # bits per character compare within a text only
     for source, same in groupby(rows, lambda row: row["source"]):
         text = "" if source is None else f" on {Path(source).name}"
         cells = [[_cell(row, name) for name in columns.values()] for row in same]
-        print_columns(f"runs{text}: bits per character (bpc) and more", list(columns), cells)
+        print_table(f"runs{text}: bits per character (bpc) and more", cells, list(columns))
     if any(row["best"] for row in rows):
         print_notice("* the fewest bits per character on its text")
     if any(row["split"] == "valid" for row in rows):
@@ -57,12 +59,10 @@ def _find(directories: Sequence[Path]) -> dict[str, Path]:
     """Name -> run directory."""
     found: dict[str, Path] = {}
     for folder in directories:
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a directory: give run directories, or a folder that holds some")
         below = list(_runs_in(folder, DEPTH))
         if not below:
             raise UserError(
-                f"{folder} holds no run, also not {DEPTH} levels down: give a directory made by `tarflowlm train`"
+                f"{folder} holds no run within {DEPTH} levels: give a directory made by `tarflowlm train`"
             )
         short = {folder.resolve().name if path == folder else str(path.relative_to(folder)): path for path in below}
         found |= {name if name not in found else str(path): path for name, path in short.items()}
@@ -125,11 +125,10 @@ def _cell(row: dict[str, Any], name: str) -> str:
     value = row[name]
     if value is None:
         return ""
-    match name:
-        case "bpc":
-            return f"{sign_of(row['bound'])} {value:.4f}" + " v" * (row["split"] == "valid") + " *" * row["best"]
-        case "tokens":
-            return f"{value / 1e6:.2f}M"
-        case "seconds":
-            return minutes(value)
+    if name == "bpc":
+        return f"{sign_of(row['bound'])} {value:.4f}" + " v" * (row["split"] == "valid") + " *" * row["best"]
+    if name == "tokens":
+        return f"{value / 1e6:.2f}M"
+    if name == "seconds":
+        return minutes(value)
     return f"{value:,}" if isinstance(value, int) else value

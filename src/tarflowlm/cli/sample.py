@@ -1,7 +1,8 @@
 """`tarflowlm sample`: text from a trained model."""
 
+import signal
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,6 @@ import tyro
 from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
 from tarflowlm.config import Decoder, Decoding
-from tarflowlm.errors import UserError
 
 EXCLUSIVE = {
     "interactive": ("num", "prompts", "template", "out", "json", "passes", "states"),
@@ -75,39 +75,28 @@ class Args:
     json: options.PrintJson = False
 
     def __post_init__(self) -> None:
-        given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
-        for one, others in EXCLUSIVE.items():
-            if one in given and (both := given.intersection(others)):
-                raise UserError(f"--{one} with --{min(both)}: leave one of them out")
-        for one, others in NEEDED.items():
-            if one in given and not given.intersection(others):
-                raise UserError(f"--{one} has no effect without --{' or --'.join(others)}: leave it out, or add that")
-        if "" in self.stop:
-            raise UserError("--stop '': give at least one character")
-        options.check_at_least_one(self, "num", "length")
+        options.check(self, ("num", "length"), EXCLUSIVE, NEEDED)
 
     def writing(self) -> dict[str, Any]:
-        """The options that `generate` takes as they are."""
+        """Options that `generate` takes as they are."""
         return {name: getattr(self, name) for name in ("particles", "temperature", "top_k", "top_p", "decoding")}
 
 
 def run(args: Args) -> None:
     from tarflowlm.cli.interactive import converse
+    from tarflowlm.cli.main import handled
     from tarflowlm.cli.sampling import Sampling
-    from tarflowlm.cli.signals import interrupt_on_termination
     from tarflowlm.config import checked_seed
     from tarflowlm.files import NewLines
     from tarflowlm.runs.released import choose_directory
 
     checkpoint = options.load_checkpoint(choose_directory(args.directory, args.model), args.device)
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
     checked_seed(args.seed)
-    if model.is_exact and (args.passes or args.states):
-        flag = "passes" if args.passes else "states"
-        raise UserError(f"--{flag}: this model is a baseline, which writes token by token, in one pass: leave it out")
     if args.interactive:
-        converse(model, tokenizer, args)
+        converse(checkpoint.model, checkpoint.tokenizer, args)
         return
-    sampling = Sampling(model, tokenizer, args)
-    with interrupt_on_termination(), nullcontext() if args.out is None else NewLines(args.out) as out:
+    sampling = Sampling(checkpoint.model, checkpoint.tokenizer, args)
+    # SIGTERM raises KeyboardInterrupt, as SIGINT does
+    interrupts = handled({signal.SIGTERM: signal.default_int_handler})
+    with interrupts, nullcontext() if args.out is None else NewLines(args.out) as out:
         sampling.run(out)

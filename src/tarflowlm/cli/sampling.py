@@ -20,10 +20,9 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import NewLines
 from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.generation.sampling import row_generators
-from tarflowlm.generation.window import num_positions
+from tarflowlm.generation.writing import num_positions
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.terminal.bars import Bars
-from tarflowlm.terminal.tables import json_line, print_json, print_notice
+from tarflowlm.terminal.bars import Bars, json_line, print_json, print_notice
 from tarflowlm.terminal.texts import TextStream, first_stop, print_samples, samples_to_json, write_out
 
 BATCH_TOKENS = 6144
@@ -43,13 +42,13 @@ class Sampling:
         self.given = self._read_given()
         if args.template is not None and args.length is None:
             self.length = len(self.given[0].tokens)
-        if self.length > self.context and (args.passes or args.states):
+        if (args.passes or args.states) and (model.is_exact or self.length > self.context):
+            what = "this is a baseline" if model.is_exact else f"length {self.length} is more"
             flag = "passes" if args.passes else "states"
-            raise UserError(f"--{flag} with length {self.length}: at most the context of {self.context} tokens")
+            raise UserError(f"--{flag} needs a flow, and at most its context of {self.context} tokens: {what}")
         self.stops = tuple(self._read(stop, "stop").text for stop in args.stop)
-        for notice in dict.fromkeys(reading.notice for reading in self.given):
-            if notice is not None:
-                print_notice(notice)
+        for notice in dict.fromkeys(reading.notice for reading in self.given if reading.notice is not None):
+            print_notice(notice)
         self.total = args.num * max(len(self.given), 1)
         self.decoder: Any = args.decoder
         self.objects: list[dict[str, Any]] = []
@@ -91,9 +90,9 @@ class Sampling:
             interrupt = KeyboardInterrupt(f"{self.done} of {self.total} samples are finished{where}")
         if self.args.json:
             seconds = time.perf_counter() - start
-            result: dict[str, Any] = (
-                {"samples": self.objects} if out is None else {"out": str(out.path), "written": self.done}
-            )
+            result: dict[str, Any] = {"samples": self.objects}
+            if out is not None:
+                result = {"out": str(out.path), "written": self.done}
             result |= {"sweeps": self.sweeps, "decoders": [] if isinstance(self.decoder, str) else self.decoder}
             result |= {"seconds": seconds, "tokens_per_second": self.num_tokens / seconds}
             print_json(result | ({"interrupted": True} if interrupt else {}))
@@ -209,10 +208,8 @@ class Sampling:
             if args.template is not None:
                 objects = [{"template": args.template} | sample for sample in objects]
             elif self.given:
-                objects = [
-                    {"prompt": self.tokenizer.decode(prompt.tolist())} | sample
-                    for prompt, sample in zip(self._prompts(rows), objects, strict=True)
-                ]
+                prompts = (self.tokenizer.decode(prompt.tolist()) for prompt in self._prompts(rows))
+                objects = [{"prompt": text} | sample for text, sample in zip(prompts, objects, strict=True)]
             if out is None:
                 self.objects += objects
             else:

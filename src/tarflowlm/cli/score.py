@@ -37,15 +37,14 @@ class Args:
     def __post_init__(self) -> None:
         if (self.text is None) == (self.file is None):
             raise UserError("give the text to score: either --text TEXT, or --file FILE (- for standard input)")
-        options.check_at_least_one(self, "samples")
+        options.check(self, ("samples",))
 
 
 def run(args: Args) -> None:
     from tarflowlm.data.prompts import read
     from tarflowlm.evaluation.likelihood import score, sign_of
     from tarflowlm.runs.released import choose_directory
-    from tarflowlm.terminal.bars import Bars
-    from tarflowlm.terminal.tables import print_columns, print_json, print_notice
+    from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
 
     names = [choose_directory(args.directory, args.model), *([args.baseline] if args.baseline is not None else [])]
     # all before the first is used, so that a missing model costs no time
@@ -64,33 +63,25 @@ def run(args: Args) -> None:
         if scores.blocks is not None:
             for token, column in zip(tokens, scores.blocks.T.tolist(), strict=True):
                 token["log2_dets"] = column
-        found.append(
-            {
-                "model": name.name,
-                "bound": "exact" if scores.exact else "elbo",
-                "samples": 1 if scores.exact else args.samples,
-                "bpc": scores.total / len(reading.text),
-                "bits": scores.total,
-                "bits_per_token": scores.per_token,
-                "characters": len(reading.text),
-                "tokens": tokens,
-            }
-        )
+        bound, samples = ("exact", 1) if scores.exact else ("elbo", args.samples)
+        count = len(reading.text)
+        record: dict[str, Any] = {"model": name.name, "bound": bound, "samples": samples, "bpc": scores.total / count}
+        record |= {"bits": scores.total, "bits_per_token": scores.per_token, "characters": count, "tokens": tokens}
+        found.append(record)
     if args.json:
         print_json(found[0] | ({"baseline": found[1]} if len(found) > 1 else {}))
         return
     _print_tokens(found)
     signed = {"bits per character": ("bpc", 4), "bits per token": ("bits_per_token", 4), "bits in all": ("bits", 2)}
-    rows = [
-        [label, *(f"{sign_of(one['bound'])} {one[key]:.{digits}f}" for one in found)]
-        for label, (key, digits) in signed.items()
-    ]
+    rows = []
+    for label, (key, digits) in signed.items():
+        rows.append([label, *(f"{sign_of(one['bound'])} {one[key]:.{digits}f}" for one in found)])
     rows += [
         ["characters", *(f"{one['characters']:,}" for one in found)],
         ["tokens", *(f"{len(one['tokens']):,}" for one in found)],
         ["posterior samples", *("none" if one["bound"] == "exact" else f"{one['samples']:,}" for one in found)],
     ]
-    print_columns("score", ["", *(one["model"] for one in found)], rows)
+    print_table("score", rows, ["", *(one["model"] for one in found)])
 
 
 def _print_tokens(found: list[dict[str, Any]]) -> None:

@@ -38,7 +38,7 @@ def run(args: Args) -> None:
     from tarflowlm.report.style import check_package
     from tarflowlm.studio.catalogue import collect
     from tarflowlm.studio.server import LOOPBACK, free_port, serving
-    from tarflowlm.terminal.tables import print_notice
+    from tarflowlm.terminal.bars import print_notice
 
     check_package("gradio", "studio")
     port = free_port(args.host, args.port)

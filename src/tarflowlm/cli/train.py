@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from tarflowlm.cli.options import Count, Device, Number, Out, PrintJson, arg, parse
+from tarflowlm.cli.options import Count, Device, Number, Out, PrintJson, arg, check, parse
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.presets import PRESETS, preset, with_blocks, with_steps
@@ -34,12 +34,9 @@ class Args:
     """The preset's fields."""
 
     def __post_init__(self) -> None:
+        check(self, exclusive={"minutes": ("steps",)})
         if self.blocks is not None and self.run is not None and not 1 <= self.blocks <= self.run.model.num_blocks:
             raise UserError(f"blocks {self.blocks}: must be between 1 and the preset's {self.run.model.num_blocks}")
-        if self.minutes is not None and self.steps is not None:
-            raise UserError(f"--steps {self.steps} with --minutes {self.minutes}: give one of them")
-        if self.minutes is not None and not self.minutes > 0:
-            raise UserError(f"minutes {self.minutes}: must be above 0 and finite")
         self.configured()  # for its errors
 
     def configured(self) -> RunConfig:
@@ -68,7 +65,7 @@ class ResumeArgs:
 def read(argv: list[str]) -> Args | ResumeArgs:
     """The words after `tarflowlm train`: PRESET and its options, or --resume DIR. Help pages end the process."""
     if argv[:1] in (["-h"], ["--help"]):
-        from tarflowlm.terminal.tables import print_table
+        from tarflowlm.terminal.bars import print_table
 
         usage = "tarflowlm train PRESET --out DIR [--help for its fields]   or   tarflowlm train --resume DIR"
         print_table(usage, [(name, " ".join((make.__doc__ or "").split())) for name, make in PRESETS.items()])
@@ -89,11 +86,10 @@ def read(argv: list[str]) -> Args | ResumeArgs:
 def run(args: Args | ResumeArgs) -> None:
     from contextlib import nullcontext
 
-    from tarflowlm.cli.signals import stop_on_signals
+    from tarflowlm.cli.main import stop_on_signals
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.terminal.bars import ProgressReporter
-    from tarflowlm.terminal.tables import print_json, print_table
+    from tarflowlm.terminal.bars import ProgressReporter, print_json, print_table
     from tarflowlm.training.metrics import Reporter
     from tarflowlm.training.parallel import launched
     from tarflowlm.training.train import resume, train
@@ -101,12 +97,8 @@ def run(args: Args | ResumeArgs) -> None:
     with launched(pick_device(args.device)) as processes:
         # the first process alone shows its progress
         with ProgressReporter() if processes.first else nullcontext(Reporter()) as reporter:
-            options: dict[str, Any] = {
-                "device": processes.device,
-                "reporter": reporter,
-                "processes": processes,
-                "stop_requests": stop_on_signals,
-            }
+            options: dict[str, Any] = {"device": processes.device, "reporter": reporter, "processes": processes}
+            options["stop_requests"] = stop_on_signals
             if isinstance(args, ResumeArgs):
                 summary = resume(args.resume, **options)
             else:
@@ -117,8 +109,7 @@ def run(args: Args | ResumeArgs) -> None:
     if args.json:
         print_json(summary)
         return
-    test = summary["test"]
-    sign = sign_of(test["bound"])
+    test, sign = summary["test"], sign_of(summary["test"]["bound"])
     rows = [
         ("test", f"{sign} {test['bpc']:.4f} bits per character ({test['bound']}, {test['tokens']:,} tokens)"),
         ("stages, valid", ", ".join(f"{bpc:.4f}" for bpc in summary["stage_valid_bpc"])),

@@ -15,7 +15,7 @@ import tokenizers
 from tarflowlm.config import Normalization, TokenizerConfig
 from tarflowlm.data.sources import check_hub_reachable
 from tarflowlm.data.text import text_pieces
-from tarflowlm.data.tokenizer import FORMAT, ByteTokenizer, CharTokenizer, Tokenizer, encode_utf8
+from tarflowlm.data.tokenizer import FORMAT, ByteTokenizer, CharTokenizer, Tokenizer
 from tarflowlm.errors import UnknownCharacters, UserError, first_line
 
 _PIECE = 1 << 15  # characters per unit of the library's work, which it distributes over threads
@@ -25,9 +25,8 @@ _BATCH = 32  # pieces passed to the library at once: its per-token bookkeeping n
 class BPETokenizer(Tokenizer):
     """Byte-pair encoding, either byte-level (GPT-2 and its relatives) or over the characters of an alphabet.
 
-    `library_json` is the JSON of a `tokenizers.Tokenizer` that is invertible: no normaliser, and either a ByteLevel
-    pre-tokenizer or plain characters. Special tokens found in the text, such as `<|endoftext|>`, become one token
-    and count all their characters; none are added. Truncation and padding that a file asks for are switched off.
+    `library_json` is the JSON of an invertible `tokenizers.Tokenizer`; ValueError for any other. Special tokens in
+    the text, such as `<|endoftext|>`, become one token and count all their characters; none are added.
     """
 
     kind = "bpe"
@@ -37,7 +36,7 @@ class BPETokenizer(Tokenizer):
         try:
             self.library: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(library_json)
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"not a tokenizer of the `tokenizers` library ({error})") from None
+            raise ValueError(f"not a tokenizer of the `tokenizers` library ({error})") from None
         self.library.no_truncation()
         self.library.no_padding()
         self._specification: dict[str, Any] = json.loads(self.library.to_str())
@@ -60,8 +59,6 @@ class BPETokenizer(Tokenizer):
         return self.encode_each([text])
 
     def encode_each(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
-        for text in texts:
-            encode_utf8(text)  # for its message: the library would raise TypeError
         pieces = [piece for text in texts for piece in text_pieces(text, _PIECE)]
         parts = [np.zeros(0, dtype=np.int64)]
         for i in range(0, len(pieces), _BATCH):
@@ -86,8 +83,7 @@ class BPETokenizer(Tokenizer):
         stand_ins = not self._is_byte_level and (model.get("unk_token") or model.get("byte_fallback"))
         if stand_ins or model.get("dropout") or b"".join(self.token_bytes[i] for i in ids) != probe.encode():
             without = "a normaliser, a space before the text, dropout, or stand-ins for unknown characters"
-            what = "it does not restore every text from its tokens"
-            raise UserError(f"{what}: use byte-level BPE such as GPT-2's, without {without}")
+            raise ValueError(f"it does not restore every text: use byte-level BPE such as GPT-2's, without {without}")
 
     def _payload(self) -> dict[str, Any]:
         return {"tokenizers": self._specification}
@@ -98,10 +94,7 @@ class BPETokenizer(Tokenizer):
 
 
 def build_tokenizer(config: TokenizerConfig, training_text: Iterable[str] = ()) -> Tokenizer:
-    """The tokenizer that `config` describes.
-
-    `training_text` yields pieces of the training split, already normalised. It is read only if BPE is trained here.
-    """
+    """The tokenizer that `config` describes; BPE may be trained on `training_text`, normalised pieces."""
     if config.kind == "char":
         return CharTokenizer(config.alphabet, config.normalize)
     if config.kind == "byte":
@@ -140,7 +133,6 @@ def train_bpe(
 
 def _checked(pieces: Iterable[str], alphabet: str | None) -> Iterator[str]:
     for piece in pieces:
-        encode_utf8(piece)
         if alphabet is not None and not set(piece) <= set(alphabet):
             raise UnknownCharacters(piece, alphabet)
         # smaller pieces let the library count words in parallel
@@ -154,13 +146,13 @@ def _bpe_from(source: str, normalization: Normalization) -> BPETokenizer:
         if os.path.isfile(path):
             text = path.read_text(encoding="utf-8")
         elif source.endswith(".json") or source.startswith((".", "/", "~")) or os.path.isdir(source):
-            raise UserError(f"{path} does not exist: check source, or leave it empty to train one")
+            raise ValueError(f"{path} does not exist: check source, or leave it empty to train one")
         else:
             text = _from_hub(source)
         document = json.loads(text)
         if isinstance(document, dict) and document.get("format") == FORMAT:
             if document["kind"] != "bpe":
-                raise UserError(f"it is a {document['kind']} tokenizer, not BPE: set kind to {document['kind']}")
+                raise ValueError(f"it is a {document['kind']} tokenizer, not BPE: set kind to {document['kind']}")
             text = json.dumps(document["tokenizers"])
         return BPETokenizer(text, normalization)
     except (OSError, LookupError, ValueError) as error:
@@ -177,7 +169,7 @@ def _from_hub(name: str) -> str:
         check_hub_reachable()
         return tokenizers.Tokenizer.from_pretrained(name).to_str()
     except Exception as error:  # hub, network and library errors share no base class
-        raise UserError(f"{first_line(error)}; check the name and connection, or give its tokenizer.json") from None
+        raise ValueError(f"{first_line(error)}; check the name and connection, or give its tokenizer.json") from None
 
 
 def _byte_characters() -> dict[int, str]:

@@ -1,4 +1,7 @@
-"""A prepared corpus on disk: `meta.json`, hash-checked token shards in three splits, and the tokenizer."""
+"""Tokens for a model: a prepared corpus on disk, and windows of tokens for training and evaluation.
+
+A prepared corpus is `meta.json`, hash-checked token shards in three splits, and the tokenizer.
+"""
 
 import hashlib
 import json
@@ -10,15 +13,62 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from tarflowlm.data.sources import SPLITS
 from tarflowlm.data.text import sha256_of
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
-from tarflowlm.data.windows import TokenArray
 from tarflowlm.errors import UserError, first_line
 
 META = "meta.json"
 FORMAT, VERSION = "tarflowlm-corpus", 1
+
+Array = npt.NDArray[Any]
+
+
+class TokenArray:
+    """A read-only 1-d view of tokens in several parts, all but the last of one length, memory-mapped or in memory.
+
+    `tokens[slice or positions]` copies the tokens there; `numpy.asarray(tokens)` gives one array.
+    """
+
+    def __init__(self, parts: Sequence[Array]) -> None:
+        assert all(len(part) == len(parts[0]) for part in parts[:-1])
+        # plain views: indexing an np.memmap spends most of its time building np.memmap results
+        self._parts = [np.asarray(part) for part in parts]
+        self._part_length = max(1, len(parts[0]))
+        self._length = sum(map(len, parts))
+
+    @classmethod
+    def of(cls, tokens: "TokenArray | Array") -> "TokenArray":
+        """`tokens` itself, or a view of a 1-d array."""
+        return tokens if isinstance(tokens, TokenArray) else cls([tokens])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._parts[0].dtype
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: slice | Array) -> Array:
+        positions = np.arange(*index.indices(len(self))) if isinstance(index, slice) else index
+        if positions.size and not 0 <= positions.min() <= positions.max() < len(self):
+            raise IndexError(f"positions {positions.min()} .. {positions.max()} of {len(self)} tokens")
+        part_of, offsets = np.divmod(positions, self._part_length)
+        result = np.empty(positions.shape, dtype=self.dtype)
+        for part in np.unique(part_of):
+            here = part_of == part
+            result[here] = self._parts[part][offsets[here]]
+        return result
+
+    def windows(self, starts: Array, length: int) -> torch.Tensor:
+        """Int64 [N, length]: the tokens `start .. start + length - 1` for each of `starts` [N]."""
+        return torch.from_numpy(self[starts[:, None] + np.arange(length)].astype(np.int64))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        whole = self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts)
+        return np.array(whole, dtype=dtype, copy=copy)
 
 
 class Corpus:
@@ -52,7 +102,7 @@ class Corpus:
         """The first source file that has changed since, or None. Equal size and time count as unchanged.
 
         `current` are the files of the source now, matched by name since a package may be reinstalled. Without it the
-        recorded paths are checked, and a missing file counts as unchanged: the shards do not need it.
+        recorded paths are checked, and a missing file counts as unchanged.
         """
         recorded = {Path(record["path"]).name: record for record in self.meta["files"]}
         if current is None:
@@ -61,9 +111,8 @@ class Corpus:
             return Path(min(different))
         for path in current:
             record, now = recorded[path.name], path.stat()
-            if (now.st_size, now.st_mtime_ns) != (record["size"], record["mtime_ns"]) and (
-                now.st_size != record["size"] or sha256_of(path) != record["sha256"]
-            ):
+            is_same = (now.st_size, now.st_mtime_ns) == (record["size"], record["mtime_ns"])
+            if not is_same and (now.st_size != record["size"] or sha256_of(path) != record["sha256"]):
                 return path
         return None
 
@@ -78,7 +127,7 @@ class Corpus:
     def _tokens(self) -> dict[str, TokenArray]:
         dtype = token_dtype(self.meta["vocab_size"])
 
-        def mapped(shard: dict[str, Any]) -> npt.NDArray[Any]:
+        def mapped(shard: dict[str, Any]) -> Array:
             # an empty file cannot be mapped
             return np.memmap(self.path / shard["file"], dtype, "r") if shard["tokens"] else np.zeros(0, dtype)
 
@@ -105,15 +154,117 @@ def open_corpus(path: str | os.PathLike[str]) -> Corpus:
             raise ValueError(f"format {meta['format']!r}, version {meta['version']!r}")
         corpus = Corpus(folder, meta, load_tokenizer(folder))
         if corpus.tokenizer.fingerprint != meta["tokenizer_fingerprint"]:
-            raise UserError("tokenizer.json is not the one this corpus was encoded with")
+            raise ValueError("tokenizer.json is not the one this corpus was encoded with")
         for split in SPLITS:
             for shard in meta["splits"][split]["shards"]:
                 size = shard["tokens"] * token_dtype(meta["vocab_size"]).itemsize
                 if (folder / shard["file"]).stat().st_size != size:
-                    raise UserError(f"{shard['file']} does not have {size:,} bytes")
+                    raise ValueError(f"{shard['file']} does not have {size:,} bytes")
     except FileNotFoundError as error:
         raise UserError(f"{folder} is not a complete corpus, {error.filename} is missing: prepare it again") from None
     except (OSError, LookupError, TypeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"the corpus {folder} cannot be used ({reason}): prepare it again") from None
     return corpus
+
+
+class WindowSampler:
+    """An endless stream of batches of windows, fixed by `seed` alone.
+
+    Epoch e uses a generator seeded with (seed, e) to draw an offset in [0, window) and a permutation of the
+    non-overlapping windows from there on, so no token is seen twice in an epoch. The permutations of successive
+    epochs form one sequence, cut into global batches of `world * batch` windows, of which rank r takes the r-th
+    `batch`. A global batch may span two epochs.
+
+    The stream is the same for equal `world * batch`, so a state can be resumed with another number of ranks.
+    """
+
+    def __init__(
+        self, tokens: TokenArray | Array, *, window: int, batch: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        assert min(window, batch) >= 1, (window, batch)
+        assert 0 <= rank < world, (rank, world)
+        self.tokens = TokenArray.of(tokens)
+        _check_length(len(self.tokens), window)
+        self.window, self.batch, self.seed, self.rank, self.world = window, batch, seed, rank, world
+        self.epoch = 0
+        """Completed passes over the text."""
+        self.position = 0
+        """Windows of the current epoch that were used, over all ranks."""
+        self._starts = self._epoch_starts(0)
+
+    def next(self) -> torch.Tensor:
+        """The next batch of this rank: int64 [batch, window]."""
+        starts = self._next_global_starts()[self.rank * self.batch : (self.rank + 1) * self.batch]
+        return self.tokens.windows(starts, self.window)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the stream, and the stream's seed, window and number of tokens; small JSON."""
+        return {"epoch": self.epoch, "position": self.position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where `state` was taken. UserError if that stream had another text, window or seed."""
+        for name, ours in self._identity().items():
+            if state[name] != ours:
+                raise UserError(f"cannot resume the data stream: it had {name}={state[name]}, this run has {ours}")
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._starts = self._epoch_starts(self.epoch)
+        assert 0 <= self.position <= len(self._starts), state
+
+    def _identity(self) -> dict[str, int]:
+        return {"seed": self.seed, "window": self.window, "num_tokens": len(self.tokens)}
+
+    def _next_global_starts(self) -> Array:
+        parts, missing = list[Array](), self.world * self.batch
+        while missing:
+            if self.position == len(self._starts):
+                self.epoch, self.position = self.epoch + 1, 0
+                self._starts = self._epoch_starts(self.epoch)
+            parts.append(self._starts[self.position : self.position + missing])
+            self.position += len(parts[-1])
+            missing -= len(parts[-1])
+        return np.concatenate(parts)
+
+    def _epoch_starts(self, epoch: int) -> Array:
+        generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        # a text of less than two windows allows fewer offsets: one window must remain
+        offset = int(generator.integers(min(self.window, len(self.tokens) - self.window + 1)))
+        num_windows = (len(self.tokens) - offset) // self.window
+        return offset + self.window * generator.permutation(num_windows).astype(np.int64)
+
+
+def eval_windows(tokens: TokenArray | Array, window: int, limit: int | None = None) -> torch.Tensor:
+    """Consecutive windows without overlap, int64 [N, window]: `sliding_windows` with the stride of a window."""
+    return sliding_windows(tokens, window, window, limit)[0]
+
+
+def sliding_windows(
+    tokens: TokenArray | Array, window: int, stride: int, limit: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows every `stride` tokens, and how many leading tokens of each are context only: int64 [N, window], [N].
+
+    The tokens after the context continue those of the window before, so every token counts once; the first window
+    has no context. `limit` keeps at most that many windows, evenly spaced over the text, all with `window - stride`
+    tokens of context, as nearly every window of the text has. Fewer than `stride` tokens at the end are left out.
+    """
+    if not 1 <= stride <= window:
+        raise UserError(f"stride {stride}: must be at least 1 and at most the context of {window} tokens")
+    if limit is not None and limit < 1:
+        raise UserError(f"windows {limit}: must be at least 1")
+    view = TokenArray.of(tokens)
+    _check_length(len(view), window)
+    num_windows = (len(view) - window) // stride + 1
+    if limit is not None and limit < num_windows:
+        starts = np.arange(limit) * num_windows // limit * stride
+        return view.windows(starts, window), torch.full((limit,), window - stride)
+    # a view: overlapping windows share memory
+    windows = torch.from_numpy(np.asarray(view).astype(np.int64)).unfold(0, window, stride)
+    context = torch.full((num_windows,), window - stride)
+    context[0] = 0
+    return windows, context
+
+
+def _check_length(num_tokens: int, window: int) -> None:
+    if num_tokens < window:
+        rule = "use a longer text or a smaller window"
+        raise UserError(f"the text has {num_tokens} tokens, fewer than one window of {window}: {rule}")

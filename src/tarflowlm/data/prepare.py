@@ -19,11 +19,10 @@ import numpy.typing as npt
 
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.data.bpe import build_tokenizer
-from tarflowlm.data.corpus import FORMAT, META, VERSION, Corpus, open_corpus, token_dtype
+from tarflowlm.data.corpus import FORMAT, META, VERSION, Corpus, TokenArray, open_corpus, token_dtype
 from tarflowlm.data.sources import SOURCE_NAMES, SPLITS, Source, Split, cache_root, resolve_source
 from tarflowlm.data.text import sha256_of
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
-from tarflowlm.data.windows import TokenArray
 from tarflowlm.errors import UserError
 from tarflowlm.files import remove_leftovers, replacing, waiting_lock, write_json
 from tarflowlm.progress import SILENT, Progress
@@ -46,10 +45,9 @@ def cached_corpus(
     """`source` prepared for `tokenizer`: opened from the cache, or prepared now and kept there.
 
     `source`: a corpus name, a text file, or a prepared directory, which is opened where it is (UserError if its
-    source file changed, or if it was encoded with another tokenizer than one given here).
-    `tokenizer`: None means the one of a prepared directory, else the default TokenizerConfig.
-    `cache_dir`: None means $TARFLOWLM_CACHE or ~/.cache/tarflowlm. Entries are keyed by source and tokenizer. An
-    entry that is damaged, or whose source changed, is prepared again with a warning.
+    source file changed or its tokenizer is another). `tokenizer`: None means that of a prepared directory, else the
+    default. `cache_dir`: None means $TARFLOWLM_CACHE or ~/.cache/tarflowlm. An entry that is damaged, or whose source
+    changed, is prepared again with a warning.
     """
     if _is_prepared(source):
         corpus = open_corpus(source)
@@ -82,11 +80,10 @@ def prepare_corpus(
     found = source if isinstance(source, Source) else resolve_source(source)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return _write(found, tokenizer, target, progress, shard_tokens)
-    if not (target / META).is_file() or open_corpus(target).meta["identity"] != found.identity:
-        raise UserError(f"{target} already exists and holds something else: remove it or choose another --out")
-    corpus, problem = _usable(target, found)
+    is_same = (target / META).is_file() and open_corpus(target).meta["identity"] == found.identity
+    corpus, problem = _usable(target, found) if is_same else (None, "holds something else")
     if corpus is None:
-        raise UserError(f"{target} cannot be used ({problem}): remove it first")
+        raise UserError(f"{target} cannot be used ({problem}): remove it or choose another --out")
     _check_tokenizer(corpus, tokenizer)
     return corpus
 
@@ -100,10 +97,10 @@ def check_source(source: str) -> None:
 def encode_text_source(
     source: str, tokenizer: Tokenizer, splits: Sequence[str] = SPLITS, *, progress: Progress = SILENT
 ) -> dict[str, TokenArray]:
-    """Tokens of another text under a given tokenizer (a checkpoint's, say), which also normalises it; in memory.
+    """Tokens of another text under a given tokenizer, which also normalises it; in memory.
 
     `source`: a corpus name, a text file, or a directory that was prepared with this very tokenizer. `splits` may name
-    "train", "valid", "test" and "all" (the whole text, in that order). A split of a short text may be empty.
+    "all", too: the whole text. A split of a short text may be empty.
     """
     found: dict[str, list[Any]] = {split: [] for split in SPLITS}
     if _is_prepared(source):
@@ -214,15 +211,14 @@ def _write(
 
 def _training_text(source: Source, config: TokenizerConfig, progress: Progress) -> Iterator[str]:
     stream = source.stream(config.normalize, progress=progress)
-    limit = min(BPE_CHARACTERS, stream.total or BPE_CHARACTERS)
-    progress.stage(f"text for the tokenizer of {source.name}, characters", limit)
-    done = 0
+    left = min(BPE_CHARACTERS, stream.total or BPE_CHARACTERS)
+    progress.stage(f"text for the tokenizer of {source.name}, characters", left)
     for batch in stream.batches:
         texts = batch.texts.get("train", [])
         yield from texts
-        done += (size := sum(map(len, texts)))
+        left -= (size := sum(map(len, texts)))
         progress.advance(size)
-        if done >= limit:
+        if left <= 0:
             break
 
 

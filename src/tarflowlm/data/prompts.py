@@ -69,10 +69,8 @@ def read_template(
     letter: a comma beside it becomes a space.
     """
     _check(text, "template")
-    if not isinstance(blank, str) or len(blank) != 1:
-        raise UserError(f"blank {blank!r}: must be a single character")
-    if tokenizer.kind == "char" and blank in tokenizer.symbols:
-        raise UserError(f"blank {blank!r} is a character of the model's alphabet: choose another one")
+    if not isinstance(blank, str) or len(blank) != 1 or (tokenizer.kind == "char" and blank in tokenizer.symbols):
+        raise UserError(f"blank {blank!r}: must be a single character that is not in the model's alphabet")
     *before, last = text.split(blank)
     if not before:
         remedy = f"mark tokens to fill in by {blank!r}, or give it as the prompt"
@@ -93,10 +91,10 @@ def _check(text: str, name: str) -> None:
         raise UserError(f"{name} {text!r}: give a text, a str")
     if not text:
         raise UserError(f"the {name} is empty: give at least one character")
-    # Python keeps bytes of the command line that it cannot decode as surrogates (PEP 383)
-    if (found := re.search("[\udc80-\udcff]", text)) is not None:
-        what = f"character {found.start()} is byte 0x{ord(found[0]) - 0xDC00:02x}"
-        raise UserError(f"the {name} is not UTF-8 ({what}): convert it to UTF-8")
+    # half of a surrogate pair; Python keeps bytes of the command line that it cannot decode as such (PEP 383)
+    if (found := re.search("[\ud800-\udfff]", text)) is not None:
+        what = f"byte 0x{ord(found[0]) - 0xDC00:02x}" if "\udc80" <= found[0] <= "\udcff" else repr(found[0])
+        raise UserError(f"the {name} is not UTF-8 (character {found.start()} is {what}): convert it to UTF-8")
 
 
 def _check_left(found: str, given: str, name: str, how: Normalization) -> None:

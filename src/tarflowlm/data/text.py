@@ -94,7 +94,7 @@ def _zst_blocks(source: Path) -> Iterator[bytes]:
 
 
 # between a letter or digit and the one space or line end before the next: GPT-2-like pre-tokenizers attach a space
-# to the word that follows it, never join a letter to a space after it, and keep such a line end to itself
+# to the word that follows it, and keep such a line end to itself
 _CUT = re.compile(r"(?<=[^\W_])(?=[ \n][^\W_])")
 _LONGEST = 16
 """A piece of this many times the requested size is cut anywhere: memory must not depend on the text."""
@@ -104,8 +104,8 @@ def text_pieces(text: str | Iterable[str], size: int) -> Iterator[str]:
     """Consecutive pieces, of about `size` characters each, of a text that is given whole or in blocks.
 
     No tokenizer that we train or support joins characters across a cut: each piece but the last ends where a word
-    ends, and the next begins with the space or line end that follows. Only where there is no such place for
-    `16 * size` characters is the text cut anywhere. The cuts depend on the text and `size`, not on the blocks.
+    ends. Only where there is no such place for `16 * size` characters is the text cut anywhere. The cuts depend on
+    the text and `size`, not on the blocks.
     """
     buffer, searched = "", size
     for block in [text] if isinstance(text, str) else text:

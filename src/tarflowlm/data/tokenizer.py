@@ -33,7 +33,7 @@ class Tokenizer(ABC):
 
     def __init__(self, normalization: Normalization = "none") -> None:
         if normalization not in NORMALIZATIONS:
-            raise UserError(f"normalize={normalization!r} is not one of {', '.join(NORMALIZATIONS)}")
+            raise ValueError(f"normalize={normalization!r} is not one of {', '.join(NORMALIZATIONS)}")
         self.normalization: Normalization = normalization
 
     def __init_subclass__(cls) -> None:
@@ -103,7 +103,7 @@ class Tokenizer(ABC):
     @cached_property
     def bytes_per_token(self) -> npt.NDArray[np.int64]:
         """Int64 [V]: the number of UTF-8 bytes of each token."""
-        return np.array([len(token) for token in self.token_bytes], dtype=np.int64)
+        return np.array(list(map(len, self.token_bytes)), dtype=np.int64)
 
     @cached_property
     def symbols(self) -> list[str]:
@@ -155,7 +155,7 @@ class CharTokenizer(Tokenizer):
         check_alphabet(alphabet)
         self.alphabet = alphabet
         codes = list(map(ord, alphabet))
-        # the id of every code point up to the largest in the alphabet, and -1 for all others
+        # the id of every code point, -1 for foreign ones; all above the alphabet share the last place
         self._ids = np.full(max(codes) + 2, -1, dtype=np.int64)
         self._ids[codes] = np.arange(len(alphabet))
 
@@ -192,7 +192,7 @@ class ByteTokenizer(Tokenizer):
         return [bytes([b]) for b in range(256)]
 
     def encode(self, text: str) -> npt.NDArray[np.int64]:
-        return np.frombuffer(encode_utf8(text), dtype=np.uint8).astype(np.int64)
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
 
     def _payload(self) -> dict[str, Any]:
         return {}
@@ -207,20 +207,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     source = _file(path)
     try:
         text = source.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{source} does not exist: give a tokenizer.json or the directory that holds one") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the tokenizer {source}: {first_line(error)}") from None
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({first_line(error)})"
+        raise UserError(f"{source} {reason}: give a tokenizer.json or the directory that holds one") from None
     return Tokenizer.from_json(text, name=str(source))
-
-
-def encode_utf8(text: str) -> bytes:
-    """UTF-8 bytes of `text`. UserError for a lone surrogate, the one thing that UTF-8 cannot represent."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        what = f"character {error.start} of the text, {text[error.start]!r}, is half of a surrogate pair"
-        raise UserError(f"{what} and has no UTF-8 form: remove it") from None
 
 
 def _file(path: str | os.PathLike[str]) -> Path:

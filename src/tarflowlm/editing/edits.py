@@ -19,6 +19,7 @@ from tarflowlm.editing.states import Edit, Encoded, interpolate, renoise, substi
 from tarflowlm.editing.words import (
     Span,
     blended_spans,
+    check_share,
     find_piece,
     find_words,
     merge_words,
@@ -52,10 +53,9 @@ class Source:
         """Number of edits."""
         return len(self.text.tokens)
 
-    @property
-    def positions(self) -> int:
-        """Positions of the text."""
-        return self.text.tokens.shape[1] // self.model.config.patch
+    def stage(self, blocks: int) -> None:
+        """Begin the progress of an edit that passes the positions of the text through so many blocks."""
+        self.progress.stage("editing, positions", blocks * (self.text.tokens.shape[1] // self.model.config.patch))
 
     def symbols(self, text: Encoded | None = None) -> list[bytes]:
         """The bytes of every token of the text, or of another one."""
@@ -109,7 +109,6 @@ class Redraw(Resampling):
     pick: Pick = "random"
 
     def apply(self, source: Source) -> Edit:
-        """Pick words for every row, and resample them."""
         words = words_of(source.symbols())
         if not words:
             raise UserError("the text has no words: give some, or name pieces of it to rewrite")
@@ -129,7 +128,6 @@ class Rewrite(Resampling):
     """Every occurrence as whole words, in place of the first one of each piece."""
 
     def apply(self, source: Source) -> Edit:
-        """Find the pieces, and resample them."""
         symbols = source.symbols()
         if not self.pieces:
             raise UserError("no piece of the text is named: give at least one")
@@ -148,24 +146,19 @@ class Replace(EditKind):
     new: str
 
     def apply(self, source: Source) -> Edit:
-        """Substitute the tokens."""
         symbols = source.symbols()
         start, stop = find_piece(symbols, self.old)
         # with everything else in these tokens: tokens of word pieces begin with a space
         held = b"".join(symbols[start:stop]).decode("utf-8", errors="replace")
         tokens = torch.from_numpy(source.tokenizer.encode(held.replace(self.old, self.new, 1)))
         if len(tokens) != stop - start:
-            count = f"{stop - start} token{'s' * (stop - start != 1)}"
-            raise UserError(
-                f"{held!r} has {count}, with {self.new!r} in its place {len(tokens)}, and these must agree: choose "
-                f"words of {count}, or let the model choose them by rewriting {self.old!r}"
-            )
+            what = f"{held!r} has {stop - start} tokens, with {self.new!r} in its place {len(tokens)}"
+            raise UserError(f"{what}, and these must agree: choose other words, or rewrite {self.old!r}")
         replacements = torch.full((source.text.length,), -1)
         replacements[start:stop] = tokens
-        source.progress.stage("editing, positions", source.positions)
-        return substitute(
-            source.model, source.text, replacements, generator=source.generator, progress=source.progress
-        )
+        source.stage(1)
+        model, generator = source.model, source.generator
+        return substitute(model, source.text, replacements, generator=generator, progress=source.progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,25 +177,14 @@ class Toward(Resampling):
     """How the blocks below the `level` are inverted."""
 
     def apply(self, source: Source) -> Edit:
-        """Take words and resample the ones they cut, or interpolate."""
         other = self.other.repeated(source.num)
         if self.level is not None:
-            source.progress.stage("editing, positions", self.level * source.positions)
-            return interpolate(
-                source.model,
-                source.text,
-                other,
-                level=self.level,
-                weight=self.weight,
-                generator=source.generator,
-                decoder=self.decoder,
-                progress=source.progress,
-            )
-        if not 0 <= self.weight <= 1:
-            raise UserError(f"weight {self.weight}: must be between 0 (the text) and 1 (the other text)")
+            source.stage(self.level)
+            how: Any = {"level": self.level, "generator": source.generator, "progress": source.progress}
+            return interpolate(source.model, source.text, other, weight=self.weight, decoder=self.decoder, **how)
+        check_share(self.weight, "weight")
         first, second = (words_of(source.symbols(text)) for text in (source.text, other))
-        count = round(self.weight * len(second))
-        spans = []
+        spans, count = [], round(self.weight * len(second))
         for _ in range(source.num):
             start = 0
             if self.stretch == "random":
@@ -226,23 +208,14 @@ class Renoise(EditKind):
     """How the blocks below the `level` are inverted."""
 
     def apply(self, source: Source) -> Edit:
-        """Add the noise, and invert the blocks below."""
         where = None
         if self.words is not None:
             where = torch.zeros(source.text.tokens.shape[1], dtype=torch.bool)
             for start, stop in source.pick(self.words, self.pick):
                 where[start:stop] = True
-        source.progress.stage("editing, positions", self.level * source.positions)
-        return renoise(
-            source.model,
-            source.text,
-            level=self.level,
-            strength=self.strength,
-            generator=source.generator,
-            where=where,
-            decoder=self.decoder,
-            progress=source.progress,
-        )
+        source.stage(self.level)
+        how: Any = {"level": self.level, "generator": source.generator, "progress": source.progress}
+        return renoise(source.model, source.text, strength=self.strength, where=where, decoder=self.decoder, **how)
 
 
 EDITS: dict[str, type[EditKind]] = {

@@ -7,15 +7,15 @@ follows (docs/math.md, section 10, eq. 24). By default that is block 1, and all 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tarflowlm.editing.states import Edit, Encoded, compared, inverted_below
+from tarflowlm.editing.states import Edit, Encoded, check_lengths, compared, inverted_below
 from tarflowlm.editing.words import Span
 from tarflowlm.errors import UserError
-from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.conditioned import ConditionedLatents
 from tarflowlm.generation.particles import resample
@@ -48,9 +48,8 @@ def propose(
     noise = torch.randn(R, T, d, generator=generator, device=generator.device).to(known)
     is_known = torch.ones(R, T, dtype=torch.bool)
     is_known[:, start:stop] = False
-    passage = ConditionedLatents(
-        model, noise, text.states[0].expand(R, -1, -1), is_known, _adjustment(model, temperature)
-    )
+    latents = text.states[0].expand(R, -1, -1)
+    passage = ConditionedLatents(model, noise, latents, is_known, adjust_weights(temperature))
     passage.settle(known, first)
     passage.noise[:, :first] = before[:, :first]
     log_w = noise.new_zeros(R)
@@ -59,9 +58,8 @@ def propose(
         log_w = log_w if log_p is None else log_w + log_p
     if end < passage.num_positions:
         behind = known[:, end:].expand(R, -1, -1)
-        features = passage.block.features_of(
-            passage.cache, torch.cat((passage.values[:, end - 1 : end], behind[:, :-1]), 1), first=False
-        )
+        inputs = torch.cat((passage.values[:, end - 1 : end], behind[:, :-1]), 1)
+        features = passage.block.features_of(passage.cache, inputs, first=False)
         passage.noise[:, end:], log_det = passage.block.coupling(behind, features)
         passage.values[:, end:] = behind
         log_w = log_w + log_det.sum(-1) + standard_normal_log_prob(passage.noise[:, end:])
@@ -74,13 +72,7 @@ def propose(
 
 @torch.no_grad()
 def propose_state(
-    model: TarFlowLM,
-    text: Encoded,
-    span: Span,
-    *,
-    level: int,
-    candidates: int,
-    generator: torch.Generator,
+    model: TarFlowLM, text: Encoded, span: Span, *, level: int, candidates: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]]:
     """R candidates for state l = `level` at a span of whole positions of the text [1, T]: as `propose`.
 
@@ -134,13 +126,6 @@ def informative_level(model: TarFlowLM, text: Encoded) -> int:
     return int(torch.stack(gains).mean(1).argmax())
 
 
-def _adjustment(model: TarFlowLM, temperature: float) -> AdjustWeights | None:
-    adjust = adjust_weights(temperature)
-    if adjust is not None and not model.config.has_token_weights:
-        raise UserError(f"temperature {temperature}: block 1 of this model has no weights of tokens, take 1")
-    return adjust
-
-
 SPARE_TRIES = 8
 """Other spans that are tried in place of one that the model would not change."""
 
@@ -152,16 +137,14 @@ def rewrite(
     spans: Sequence[Sequence[Span]],
     *,
     spare: Sequence[Span] = (),
-    candidates: int,
-    temperature: float = 1.0,
-    level: int = 0,
     generator: torch.Generator,
     progress: Progress = SILENT,
+    **options: Any,
 ) -> Edit:
     """Redraw the spans of every text, `spans[b]` those of row b, one after the other given everything else.
 
     Where all candidates of a span repeat it, some of the `spare` spans are tried in its place, but none at either end
-    of the text. `progress` advances once per span. UserError as in `redraw`.
+    of the text. `progress` advances once per span. The `options` and errors are those of `redraw`.
     """
     rows = []
     for b, chosen in enumerate(spans):
@@ -174,9 +157,7 @@ def rewrite(
         for span in chosen:
             before, tries = row.tokens, SPARE_TRIES
             while True:
-                row = redraw(
-                    model, row, span, candidates=candidates, temperature=temperature, level=level, generator=generator
-                )
+                row = redraw(model, row, span, generator=generator, **options)
                 if not (left and tries) or (row.tokens != before)[:, : text.length].any():
                     break
                 span, tries = left.pop(int(torch.randint(len(left), (), generator=generator))), tries - 1
@@ -192,19 +173,16 @@ def blend(
     second: Encoded,
     spans: Sequence[tuple[Sequence[Span], Sequence[Span]]],
     *,
-    candidates: int,
-    temperature: float = 1.0,
-    level: int = 0,
     generator: torch.Generator,
     progress: Progress = SILENT,
+    **options: Any,
 ) -> Edit:
     """Put spans of the second text into the first, at their places, and redraw what they leave in pieces.
 
     `spans[b]` are the spans that row b takes, and those of the first text that stay where nothing is taken.
-    UserError for texts of different lengths, and as in `redraw`; `progress` advances once per row.
+    `progress` advances once per row. The `options` are those of `redraw`. UserError for texts of different lengths.
     """
-    if first.length != second.length:
-        raise UserError(f"texts of {first.length} and {second.length} tokens: cut them to the same length")
+    check_lengths(first, second)
     rows = []
     for b, (taken, kept) in enumerate(spans):
         is_second, stays = (_covered(part, first.tokens.shape[1]) for part in (taken, kept))
@@ -216,9 +194,7 @@ def blend(
         free = ~(is_second | stays)
         free[first.length :] = False
         for span in _runs(free):
-            row = redraw(
-                model, row, span, candidates=candidates, temperature=temperature, level=level, generator=generator
-            )
+            row = redraw(model, row, span, generator=generator, **options)
         progress.advance()
         rows.append(row)
     return _finished(model, first, rows, generator)
@@ -241,23 +217,20 @@ def redraw(
     tokens that were there only if all do. At a `level` above 0 the span is redrawn in that state (see
     `informative_level`); then tokens beside it change only if they do for all candidates.
 
-    UserError for fewer than 1 candidate, a span outside the text, a level that is not there, or a temperature other
-    than 1 where there are no weights of tokens.
+    UserError for fewer than 1 candidate, and for a temperature other than 1 where there are no weights of tokens.
     """
     start, stop = span
+    assert 0 <= start < stop <= text.length, span
+    assert 0 <= level < model.num_blocks, level
     if candidates < 1:
         raise UserError(f"candidates {candidates}: must be at least 1")
-    if not 0 <= start < stop <= text.length:
-        raise UserError(f"tokens {start} to {stop}: the text has {text.length}")
-    if not 0 <= level < model.num_blocks:
-        raise UserError(f"level {level}: words are redrawn in states 0 (the latents) to {model.num_blocks - 1}")
-    if level and temperature != 1.0:
-        raise UserError(f"temperature {temperature}: state {level} has no weights of tokens, take 1")
-    z, tokens, log_w = (
-        propose_state(model, text, span, level=level, candidates=candidates, generator=generator)
-        if level
-        else propose(model, text, span, candidates=candidates, temperature=temperature, generator=generator)
-    )
+    if temperature != 1.0 and (level or not model.config.has_token_weights):
+        raise UserError(f"temperature {temperature}: state {level} of this model has no weights of tokens, take 1")
+    how: Any = {"candidates": candidates, "generator": generator}
+    if level:
+        z, tokens, log_w = propose_state(model, text, span, level=level, **how)
+    else:
+        z, tokens, log_w = propose(model, text, span, temperature=temperature, **how)
     changed = (tokens != text.tokens)[:, : text.length].cpu()
     num_inside = changed[:, start:stop].sum(1)
     for wanted in (num_inside > 0, num_inside == changed.sum(1)):
@@ -280,7 +253,7 @@ def token_costs(model: TarFlowLM, text: Encoded) -> Float[Tensor, "B T"]:
 
 
 def _finished(model: TarFlowLM, before: Encoded, rows: Sequence[Encoded], generator: torch.Generator) -> Edit:
-    states = tuple(torch.cat(level) for level in zip(*(row.states for row in rows), strict=True))
+    states = [torch.cat(level) for level in zip(*(row.states for row in rows), strict=True)]
     return compared(model, before, torch.cat([row.tokens for row in rows]), states[::-1], generator)
 
 

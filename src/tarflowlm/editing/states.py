@@ -5,12 +5,14 @@ is a text. In each block, positions before the first changed one (in the block's
 bit. Paper: section 4 (docs/math.md, section 10).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tarflowlm.editing.words import check_share
 from tarflowlm.errors import UserError
 from tarflowlm.flow.precision import wide_dtype
 from tarflowlm.generation import generate
@@ -18,6 +20,7 @@ from tarflowlm.generation.conditioned import ConditionedLatents
 from tarflowlm.generation.inversion import Decoders, invert_block, per_block
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
+from tarflowlm.objective import check_tokens
 from tarflowlm.progress import SILENT, Progress
 
 
@@ -64,19 +67,14 @@ def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: torch.Genera
     """Latents z ~ q(z|x) and states of texts; an incomplete last patch is filled with a sample of the model.
 
     Latents that decode to another token (possible where Gaussians of the codebook overlap) are replaced by the mean
-    of their own. UserError for texts that are empty or longer than the context.
+    of their own. UserError as in `check_tokens`.
     """
-    length, patch = tokens.shape[1], model.config.patch
-    if length < 1:
-        raise UserError("the text is empty: give at least one token")
-    if length > model.config.context:
-        raise UserError(f"the text has {length} tokens, more than the context of {model.config.context}: shorten it")
-    if length % patch:
-        full = length + patch - length % patch
-        tokens = generate(
-            model, num_tokens=full, num=len(tokens), prompt=tokens, generator=generator, decoder="sweeps"
-        ).tokens.cpu()
-    book = model.codebook
+    check_tokens(model, tokens)
+    length, book = tokens.shape[1], model.codebook
+    if missing := -length % model.config.patch:
+        full, num = length + missing, len(tokens)
+        filled = generate(model, num_tokens=full, num=num, prompt=tokens, generator=generator, decoder="sweeps")
+        tokens = filled.tokens.cpu()
     tokens = tokens.to(book.mean.device)
     z = book.encode(tokens, model.draw_noise(tokens, generator))
     z = torch.where((book.decode(z) == tokens)[..., None], z, book.mean[tokens])
@@ -100,10 +98,9 @@ def renoise(
     Blocks l, ..., 1 are then inverted. `level` l runs from 0 (the latents) to L (the noise), `strength` eta from 0
     (no change) to 1 (the state is replaced by noise). At l = L the distribution of the state is the same for every
     eta. `where` limits the change to some tokens. `progress` advances once per position and inverted block.
-    UserError if eta or l is out of range, or the state is not finite.
+    UserError if eta or l is out of range.
     """
-    if not 0 <= strength <= 1:
-        raise UserError(f"strength {strength}: must be between 0 (no change) and 1 (a new state)")
+    check_share(strength, "strength")
     state = text.states[_checked_level(model, level)]
     eps = torch.randn(*state.shape, generator=generator, device=generator.device).to(state)
     changed = (1 - strength**2) ** 0.5 * state + strength * eps
@@ -111,7 +108,8 @@ def renoise(
     keep = torch.zeros_like(state, dtype=torch.bool) if strength else torch.ones_like(state, dtype=torch.bool)
     if where is not None:
         keep = keep | ~where.to(state.device)[:, None]
-    return _descend(model, text, level, torch.where(keep, state, changed), decoder, generator, progress)
+    states = inverted_below(model, text, level, torch.where(keep, state, changed), decoder, progress)
+    return compared(model, text, model.codebook.decode(states[-1]), states, generator)
 
 
 @torch.no_grad()
@@ -134,18 +132,16 @@ def interpolate(
     text, 1 the second, exactly. `Edit.before` is the first text. UserError for texts of different lengths, or if
     kappa or l is out of range.
     """
-    if not 0 <= weight <= 1:
-        raise UserError(f"weight {weight}: must be between 0 (the first text) and 1 (the second)")
-    if first.length != second.length:
-        raise UserError(f"texts of {first.length} and {second.length} tokens: cut them to the same length")
+    check_share(weight, "weight")
+    check_lengths(first, second)
     a, b = (text.states[_checked_level(model, level)] for text in (first, second))
-    if weight in (0.0, 1.0):
-        anchor = first if weight == 0.0 else second
-        return _descend(model, anchor, level, anchor.states[level], decoder, generator, progress, before=first)
+    anchor = second if weight == 1.0 else first
     cosine = torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).to(wide_dtype(a))
     angle = cosine.clamp(-1, 1).arccos().clamp(1e-4, torch.pi - 1e-4)[:, None, None]
     state = (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / angle.sin()
-    return _descend(model, first, level, state.to(a), decoder, generator, progress)
+    state = anchor.states[level] if weight in (0.0, 1.0) else state.to(a)
+    states = inverted_below(model, anchor, level, state, decoder, progress)
+    return compared(model, first, model.codebook.decode(states[-1]), states, generator)
 
 
 @torch.no_grad()
@@ -160,15 +156,9 @@ def substitute(
     """Replace some tokens and regenerate the others from their own noise h^(1) (docs/math.md, section 10).
 
     `replacements` holds the new tokens, and -1 elsewhere. Positions before the first new token keep their latents;
-    later tokens change where their new context changes them. UserError if nothing is replaced, for unknown tokens,
-    or if there is not one entry per token of the text.
+    later tokens change where their new context changes them.
     """
-    if replacements.shape != (text.length,):
-        raise UserError(f"replacements for {len(replacements)} tokens: the text has {text.length}")
-    if not (replacements >= 0).any():
-        raise UserError("nothing is replaced: give at least one token to change")
-    if (replacements >= model.config.vocab_size).any():
-        raise UserError(f"replacements {replacements.tolist()}: tokens go from 0 to {model.config.vocab_size - 1}")
+    assert replacements.shape == (text.length,), "one entry for every token"
     B, T = text.tokens.shape
     wanted = torch.full((T,), -1)
     wanted[: text.length] = replacements.cpu()
@@ -183,24 +173,7 @@ def substitute(
         progress.advance()
     z = model.prior.patch.inverse(passage.values)
     tokens = torch.where(wanted >= 0, wanted, model.codebook.decode(z).cpu()).to(z.device)
-    return compared(model, text, tokens, tuple(model.prior.states(z)[0][::-1]), generator)
-
-
-def _descend(
-    model: TarFlowLM,
-    text: Encoded,
-    level: int,
-    state: Tensor,
-    decoder: Decoders,
-    generator: torch.Generator,
-    progress: Progress,
-    before: Encoded | None = None,
-) -> Edit:
-    """Invert the blocks below a changed state h^(level) of `text`, and compare with `before` (by default `text`)."""
-    if not torch.isfinite(state).all():
-        raise UserError("the state is not finite: lower the strength, or use another checkpoint")
-    states = inverted_below(model, text, level, state, decoder, progress)
-    return compared(model, before or text, model.codebook.decode(states[-1]), tuple(states), generator)
+    return compared(model, text, tokens, model.prior.states(z)[0][::-1], generator)
 
 
 def inverted_below(
@@ -218,31 +191,23 @@ def inverted_below(
         # leading positions, in the block's order, whose noise is unchanged in all rows
         same = (block.order(u)[0] == block.order(above)[0]).all(2).all(0)
         settled = int(same.long().cumprod(0).sum())
-        return invert_block(
-            block, u, decoder=chosen[-1 - index], settled=below, num_settled=settled, progress=progress
-        ).h
+        how = chosen[-1 - index]
+        return invert_block(block, u, decoder=how, settled=below, num_settled=settled, progress=progress).h
 
     return prior.descend(state, invert, top=level)
 
 
 def compared(
-    model: TarFlowLM, text: Encoded, tokens: Tensor, states: tuple[Tensor, ...], generator: torch.Generator
+    model: TarFlowLM, text: Encoded, tokens: Tensor, states: Sequence[Tensor], generator: torch.Generator
 ) -> Edit:
     """`text` beside its new tokens [B, T] and states, with bounds of both."""
-    length = text.length
     # The bounds are those of whole patches, padding included. All texts get the same noise: so sampling noise does
     # not enter the differences of their bounds, and equal texts have equal ones.
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     both = torch.cat((text.tokens, tokens))
     before, after = bound(model, both, torch.Generator().manual_seed(seed), same_noise=True).chunk(2)
-    return Edit(
-        before=text.tokens[:, :length],
-        tokens=tokens[:, :length],
-        changed=(tokens != text.tokens)[:, :length],
-        bound_before=before,
-        bound=after,
-        states=tuple(h[:, :length] for h in states),
-    )
+    old, new, *levels = (x[:, : text.length] for x in (text.tokens, tokens, *states))
+    return Edit(old, new, new != old, bound_before=before, bound=after, states=tuple(levels))
 
 
 @torch.no_grad()
@@ -263,6 +228,12 @@ def bound(
         noise = model.draw_noise(tokens[:1] if same_noise else tokens, generator).expand(*tokens.shape, -1)
         draws.append(model.bound(tokens, noise))
     return torch.stack(draws).mean(0)
+
+
+def check_lengths(first: Encoded, second: Encoded) -> None:
+    """UserError for texts of different lengths."""
+    if first.length != second.length:
+        raise UserError(f"texts of {first.length} and {second.length} tokens: cut them to the same length")
 
 
 def _checked_level(model: TarFlowLM, level: int) -> int:

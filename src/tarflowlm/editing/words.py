@@ -30,10 +30,15 @@ def words_of(pieces: Sequence[bytes]) -> list[Span]:
     return spans
 
 
+def check_share(share: float, name: str) -> None:
+    """UserError, calling it `name`, for a share outside of [0, 1]."""
+    if not 0 <= share <= 1:
+        raise UserError(f"{name} {share}: must be between 0 (the text itself) and 1 (another text)")
+
+
 def num_words(strength: float, words: Sequence[Span]) -> int:
     """How many words a share `strength` is: rounded, at least one unless it is 0. UserError outside of [0, 1]."""
-    if not 0 <= strength <= 1:
-        raise UserError(f"strength {strength}: must be between 0 (no change) and 1 (a new text)")
+    check_share(strength, "strength")
     return max(1, round(strength * len(words))) if strength and words else 0
 
 
@@ -42,13 +47,12 @@ def pick_words(
     count: int,
     length: int,
     generator: torch.Generator,
-    *,
     costs: Sequence[float] | None = None,
 ) -> list[Span]:
     """`count` words of a text of `length` tokens: at random, or with `costs` of all tokens those of the highest mean.
 
     Listed first to last. Words at either end of the text are the last to be picked: nothing says that a word begins
-    or ends there, so a piece of one may take its place. UserError for more words than there are.
+    or ends there. UserError for more words than there are.
     """
     if not 0 <= count <= len(words):
         raise UserError(f"words {count}: the text has {len(words)}, give at most so many")
@@ -72,8 +76,7 @@ def merge_words(chosen: Sequence[Span], words: Sequence[Span]) -> list[Span]:
     return spans
 
 
-def with_space(word: Span, words: Sequence[Span], length: int) -> Span:
-    """A word of a text of `length` tokens with the white space on both sides of it."""
+def _with_space(word: Span, words: Sequence[Span], length: int) -> Span:
     at = words.index(word)
     return (words[at - 1][1] if at else 0, words[at + 1][0] if at + 1 < len(words) else length)
 
@@ -82,9 +85,9 @@ def blended_spans(
     first: Sequence[Span], second: Sequence[Span], taken: Sequence[Span], length: int
 ) -> tuple[list[Span], list[Span]]:
     """Where the words `taken` of a second text lie, and the words of the first that they leave whole, with space."""
-    new = [with_space(word, second, length) for word in taken]
+    new = [_with_space(word, second, length) for word in taken]
     whole = [(a, b) for a, b in first if not any(start < b and a < stop for start, stop in new)]
-    return new, [with_space(word, first, length) for word in whole]
+    return new, [_with_space(word, first, length) for word in whole]
 
 
 def find_piece(pieces: Sequence[bytes], piece: str) -> Span:

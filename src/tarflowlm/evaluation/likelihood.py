@@ -4,7 +4,6 @@ Shape legend: W windows of T tokens, S posterior samples for each, V token types
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -21,15 +20,13 @@ from tarflowlm.device import keep_freed_memory
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.precision import full_precision
 from tarflowlm.generation import generate
-from tarflowlm.generation.window import spans
+from tarflowlm.generation.writing import spans
 from tarflowlm.language_model import LanguageModel, as_integer, check_model
 from tarflowlm.model import as_flow
 from tarflowlm.objective import check_tokens, importance_weighted, log_importance_weights
 from tarflowlm.progress import SILENT, Progress
 
 Nats = TypeVar("Nats", float, Tensor)
-TIMED_WINDOWS = 8
-"""Windows that a CPU is timed with."""
 
 
 def bits(nats: Nats) -> Nats:
@@ -191,18 +188,6 @@ def _per_token(nats: Float[Tensor, " W"], tokens: Float[Tensor, " W"]) -> tuple[
         return mean, math.nan
     spread = (nats - mean * tokens).square().sum().item() * count / (count - 1)
     return mean, math.sqrt(spread) / total
-
-
-@torch.no_grad()
-def seconds_per_window(model: LanguageModel, windows: Int[Tensor, "W T"]) -> float:
-    """Estimated seconds per window and sample of `evaluate`, timed on a few windows; right within a factor of two."""
-    size = windows_per_batch(windows.shape[1]) if model.device.type != "cpu" else TIMED_WINDOWS
-    few = windows[:size].to(model.device)
-    noise = model.draw_noise(few)
-    model.bound(few[:1], noise[:1])  # the first call takes longer
-    start = time.perf_counter()
-    model.bound(few, noise).sum().item()
-    return (time.perf_counter() - start) / len(few)
 
 
 @dataclass(frozen=True)

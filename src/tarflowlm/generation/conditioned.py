@@ -15,8 +15,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.precision import wide_dtype
-from tarflowlm.generation.sampling import inverse_cdf
-from tarflowlm.generation.token_probabilities import EstimatedTokens
+from tarflowlm.generation.sampling import EstimatedTokens, inverse_cdf
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
 
@@ -36,9 +35,8 @@ class Conditioned(ABC):
         self.is_known = is_known.view(len(noise), -1, model.config.patch)
         # read on the host once, so that a position without given tokens costs nothing for them
         self.some_known, self.all_known = self.is_known.any(0).tolist(), self.is_known.all(0).tolist()
-        self.num_positions, self.at = noise.shape[1], 0
+        self.model, self.num_positions, self.at = model, noise.shape[1], 0
         self.cache = model.allocate_cache(len(noise), self.num_positions)
-        self._features_at = model.features_at
 
     def step(self) -> Tensor | None:
         """Complete the next position; returns log p [B], in nats, of its given tokens, given everything before.
@@ -46,8 +44,7 @@ class Conditioned(ABC):
         None where no row has given tokens.
         """
         previous = self.values[:, self.at - 1] if self.at else None
-        features = self._features_at(self.cache, previous, len(self.values))
-        log_p = self.complete(self.at, features)
+        log_p = self.complete(self.at, self.model.features_at(self.cache, previous, len(self.values)))
         self.at += 1
         return log_p
 
@@ -129,13 +126,8 @@ class ConditionedLatents(Conditioned):
         return features
 
     def complete(self, n: int, features: Tensor) -> Tensor | None:
-        """Complete position n from its features c_n [B, D]; returns as `step`."""
-        coupling, noise, known, is_known = (
-            self.block.coupling,
-            self.noise[:, n],
-            self.known[:, n],
-            self.is_known[:, n],
-        )
+        coupling, noise = self.block.coupling, self.noise[:, n]
+        known, is_known = self.known[:, n], self.is_known[:, n]
         if self.estimated is None and not any(self.some_known[n]):
             self.values[:, n] = coupling.invert(noise, features, self.adjust)
             return None
@@ -167,7 +159,6 @@ class ConditionedLatents(Conditioned):
         return self.tokens.flatten(1)[:, span]
 
     def select(self, rows: Tensor) -> None:
-        """As `Conditioned.select`, with the chosen tokens."""
         super().select(rows)
         self.tokens[:, : self.at] = self.tokens[rows, : self.at]
 
@@ -179,22 +170,21 @@ class ConditionedTokens(Conditioned):
         self, model: TokenLM, uniform: Tensor, given: Tensor, is_known: Tensor, adjust: AdjustWeights | None
     ) -> None:
         """`uniform` [B, T] in [0, 1); tokens `given` [B, T], used where `is_known` [B, T]. All on the CPU."""
-        self.model, device = model, model.device
-        uniform = uniform.to(device, wide_dtype(model.start))
-        noise, values = (self.positions(x) for x in (uniform, (given * is_known).to(device)))
+        self.baseline = model
+        uniform = uniform.to(model.device, wide_dtype(model.start))
+        noise, values = (self.positions(x) for x in (uniform, (given * is_known).to(model.device)))
         super().__init__(model, noise, values, is_known, adjust)
 
     def positions(self, x: Tensor) -> Tensor:
         """[B, T] as [B, N, P]."""
-        return x.view(len(x), -1, self.model.config.patch)
+        return x.view(len(x), -1, self.baseline.config.patch)
 
     def complete(self, n: int, features: Tensor) -> Tensor | None:
-        """Complete position n from its features c_n [B, D]; returns as `step`."""
         # a view, filled in place: the logits at place a depend on the tokens before a only
         patch, uniform = self.values[:, n], self.noise[:, n]
         log_p = None
         for a, (some, every) in enumerate(zip(self.some_known[n], self.all_known[n], strict=True)):
-            logits = self.model.place_logits(features, patch, a)
+            logits = self.baseline.place_logits(features, patch, a)
             drawn = inverse_cdf(logits if self.adjust is None else self.adjust(logits), uniform[:, a])
             if not some:
                 patch[:, a] = drawn

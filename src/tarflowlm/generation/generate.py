@@ -11,10 +11,8 @@ from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.inversion import Decoders, as_decoders
-from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
-from tarflowlm.generation.token_probabilities import check_estimable
-from tarflowlm.generation.window import write_windows
-from tarflowlm.generation.writing import Generation, Sampler, TokenStream, Watch
+from tarflowlm.generation.sampling import BLANK, adjust_weights, check_estimable, row_generators
+from tarflowlm.generation.writing import Generation, Sampler, TokenStream, Watch, write_windows
 from tarflowlm.language_model import LanguageModel, as_integer, check_generator, check_model, check_option
 from tarflowlm.model import as_flow
 from tarflowlm.objective import check_integers
@@ -39,31 +37,28 @@ def generate(
     """Draw `num` samples of `num_tokens` tokens each, given tokens included (docs/math.md, sections 7 and 9).
 
     At temperature 1, without top-k, top-p or given tokens, the latents are exact samples. `decoding` turns them into
-    tokens: "drawn" samples p(x|z), which makes the tokens exact samples, too; "mode" takes the most probable token,
+    tokens: "drawn" samples p(x|z), so that the tokens are exact samples, too; "mode" takes the most probable token,
     which is the same where the codebook is sharp.
 
-    `prompt` [T], or [num, T] with one row per sample, holds given tokens; BLANK (-1) marks a token to draw, anywhere,
-    and tokens after its end are drawn, too. Tokens given at the start are exact for the baseline and, given their
-    latents, for a flow of one block. Otherwise the drawn tokens ignore given tokens further right and the dependence
-    that the upper blocks describe. R = `particles` > 1 corrects this (`particles.py`) at R times the cost, and is
-    exact in the limit of many particles.
+    `prompt` [T], or [num, T] with one row per sample, holds given tokens; BLANK (-1) marks a token to draw, anywhere.
+    Tokens given at the start are exact for the baseline and, given their latents, for a flow of one block. Otherwise
+    the drawn tokens ignore given tokens further right and the dependence that the upper blocks describe.
+    R = `particles` > 1 corrects this at R times the cost, exactly in the limit of many particles.
 
     `temperature` tau raises the probabilities of tokens, given everything before in the baseline or in block 1, to
-    the power 1 / tau; `top_k` and `top_p` truncate them. They do not act on the weights of particles. A Mix-d block
-    tied to the codebook has these probabilities as its weights (the noise is not scaled, since Phi(u) has to stay
-    uniform). For Mix-1, or Mix-d with components of its own, they are estimated (`EstimatedTokens`): the token is
-    then chosen, whatever `decoding` says, and the noise that the upper blocks drew for it is not used.
+    the power 1 / tau; `top_k` and `top_p` truncate them. A Mix-d block tied to the codebook has these probabilities
+    as its weights (the noise is not scaled, since Phi(u) has to stay uniform). For Mix-1, or Mix-d with components of
+    its own, they are estimated: the token is then chosen (`EstimatedTokens`), whatever `decoding` says.
 
-    `num_tokens` may exceed the trained context: the window slides, and its last half, encoded again, is the prompt of
-    the next one (`window.py`). Every window is exact or approximate as a prompt is. Blanks between given tokens and
-    several particles need a text within the context.
+    `num_tokens` may exceed the trained context (`writing.py`). Blanks between given tokens and several particles need
+    a text within it.
 
-    `decoder`, one for all blocks or one per block, block L first: "steps" inverts position by position, "sweeps" by
-    parallel sweeps, equal up to rounding (`inversion.py`), "auto" by the cheaper of the two. Block 1 is swept only
-    without given tokens and without temperature, top-k and top-p.
+    `decoder`, one for all blocks or one per block, block L first: "steps" inverts position by position, "sweeps" in
+    parallel, equal up to rounding, "auto" by the cheaper of the two. Block 1 is swept only without given tokens,
+    temperature, top-k and top-p.
 
     Row b has a random stream of its own, made from `generator` and b, so it does not depend on `num`. A list of
-    generators, one per row, replaces these streams (`sampling.row_generators`).
+    generators, one per row, replaces these streams.
 
     Raises UserError for a prompt or settings that the model cannot take, and for arguments of a wrong type.
     """
@@ -75,13 +70,9 @@ def generate(
     given = _given(model, num, num_tokens, prompt, particles)
     adjust = _adjustment(model, temperature, top_k, top_p)
     keep_freed_memory()
-    stream = TokenStream(watch, given)
-    sampler = Sampler(
-        model, _row_streams(generator, num), particles, adjust, decoding, decoder, watch.progress, stream
-    )
-    if num_tokens <= model.config.context:
-        return sampler.write(given)
-    return write_windows(sampler, given)
+    rows, stream = _row_streams(generator, num), TokenStream(watch, given)
+    sampler = Sampler(model, rows, particles, adjust, decoding, decoder, watch.progress, stream)
+    return sampler.write(given) if num_tokens <= model.config.context else write_windows(sampler, given)
 
 
 def _adjustment(
@@ -101,8 +92,7 @@ def _adjustment(
 def _row_streams(generator: torch.Generator | Sequence[torch.Generator] | None, num: int) -> list[torch.Generator]:
     """One generator per row."""
     if isinstance(generator, Sequence):
-        if len(generator) != num:
-            raise UserError(f"{len(generator)} generators for {num} samples: give one per sample")
+        assert len(generator) == num, f"{len(generator)} generators for {num} samples"
         return list(generator)
     check_generator(generator)
     if generator is None:
@@ -117,28 +107,19 @@ def _given(model: LanguageModel, num: int, num_tokens: int, prompt: Tensor | Non
     for name, value in (("num", num), ("length", num_tokens), ("particles", particles)):
         if value < 1:
             raise UserError(f"{name} {value}: must be at least 1")
-    if num_tokens > context and particles > 1:
-        raise UserError(
-            f"particles {particles}: beyond the trained context of {context} tokens every window has weights of its "
-            f"own: choose 1, or a length of at most {context}"
-        )
-    if prompt is None:
-        return torch.full((num, num_tokens), BLANK)
-    check_integers(prompt, "prompt", "[T]", "[num, T]")
-    if prompt.shape[-1] > num_tokens or (particles == 1 and prompt.shape[-1] == num_tokens and (prompt >= 0).all()):
-        raise UserError(
-            f"the prompt has {prompt.shape[-1]} tokens, which leaves no room in {num_tokens}: shorten it, or raise "
-            f"the length"
-        )
-    if ((prompt < BLANK) | (prompt >= vocab_size)).any():
-        raise UserError(
-            f"the prompt {prompt.tolist()} has tokens outside of 0 to {vocab_size - 1}, which are not {BLANK} for a "
-            f"blank either: encode it again"
-        )
-    given = F.pad(prompt.cpu(), (0, num_tokens - prompt.shape[-1]), value=BLANK).expand(num, -1)
-    if num_tokens > context and ((given[:, :-1] == BLANK) & (given[:, 1:] != BLANK)).any():
-        raise UserError(
-            f"length {num_tokens}: a prompt with blanks between its tokens has to fit the trained context of "
-            f"{context} tokens: shorten it, or give only its start"
-        )
+    given = torch.full((num, num_tokens), BLANK)
+    if prompt is not None:
+        check_integers(prompt, "prompt", "[T]", "[num, T]")
+        length = prompt.shape[-1]
+        if length > num_tokens or (particles == 1 and length == num_tokens and (prompt >= 0).all()):
+            rule = "shorten it, or raise the length"
+            raise UserError(f"the prompt has {length} tokens, which leaves no room in {num_tokens}: {rule}")
+        if ((prompt < BLANK) | (prompt >= vocab_size)).any():
+            rule = f"0 to {vocab_size - 1}, or {BLANK} for a blank: encode it again"
+            raise UserError(f"the prompt {prompt.tolist()} has tokens outside of {rule}")
+        given = F.pad(prompt.cpu(), (0, num_tokens - length), value=BLANK).expand(num, -1)
+    has_gaps = ((given[:, :-1] == BLANK) & (given[:, 1:] != BLANK)).any()
+    if num_tokens > context and (particles > 1 or has_gaps):
+        rule = f"beyond the trained context of {context} tokens, take 1 particle, and a prompt without blanks in it"
+        raise UserError(f"length {num_tokens} with particles {particles}: {rule}")
     return given

@@ -51,11 +51,10 @@ class Inverted:
     h: Tensor
     """Latents [B, N, C], in the order of the tokens."""
     decoder: Decoder
-    """steps or sweeps."""
     passes: int
     """Steps and sweeps, each one pass of the Transformer over some positions."""
     repeated: int = 0
-    """Positions that were inverted again by steps, because their swept latents did not map back to the noise."""
+    """Positions inverted again by steps, because their swept latents did not map back to the noise."""
 
 
 @torch.no_grad()
@@ -73,12 +72,11 @@ def invert_block(
     """Invert `block`: latents h [B, N, C] from noise u [B, N, C].
 
     "steps": position by position, exact. "sweeps": in parallel (`_Inversion.sweep`), equal up to rounding; the result
-    is mapped forward again, and from the first position whose noise does not come back, the rest is inverted by
-    steps. "auto": the cheaper of the two, judged by the first positions (`_Inversion.trial`).
+    is mapped forward again, and the rest is inverted by steps from the first position whose noise does not come back.
+    "auto": the cheaper one (`_Inversion.trial`). With `adjust` there is no forward map to check against: steps.
 
-    The first `num_settled` positions, in the block's order, are copied from `settled` [B, N, C]. With adjusted
-    weights there is no forward map to check against, so a block with `adjust` always goes by steps. `progress`
-    advances once per position, and `on_final` is called after every step; what sweeps found is final at the end.
+    The first `num_settled` positions, in the block's order, are copied from `settled` [B, N, C]. `progress` advances
+    once per position, and `on_final` is called after every step; what sweeps found is final at the end.
     """
     if adjust is not None:
         decoder = "steps"
@@ -110,8 +108,8 @@ class _Inversion:
         self.block, self.adjust, self.progress, self.on_final = block, adjust, progress, on_final
         self.noise = block.order(u)[0]
         self.h = self.noise.clone()
-        B, self.num_positions, _ = u.shape
-        self.cache = block.allocate_cache(B, self.num_positions)
+        self.num_positions = u.shape[1]
+        self.cache = block.allocate_cache(len(u), self.num_positions)
         self.at = self.passes = 0
         self.swept_from: int | None = None
         self.contracts = isinstance(block.coupling, ChannelCoupling)
@@ -134,8 +132,7 @@ class _Inversion:
         """Invert position by position, up to position `until`."""
         self.cache.rewind(self.at)
         while self.at < until:
-            previous = self.h[:, self.at - 1] if self.at else None
-            noise = self.noise[:, self.at]
+            noise, previous = self.noise[:, self.at], self.h[:, self.at - 1] if self.at else None
             self.h[:, self.at] = self.block.invert_position(noise, self.cache, previous, self.adjust)
             self.passes += 1
             self._advance(1)
@@ -144,17 +141,15 @@ class _Inversion:
 
     def _open_features(self, end: int) -> Tensor:
         """Features [B, end - at, D] of the open positions before `end`, from the current guess."""
-        at = self.at
-        self.cache.rewind(at)
+        self.cache.rewind(self.at)
         self.passes += 1
-        return self.block.features_of(self.cache, self.h[:, max(at - 1, 0) : end - 1], first=at == 0)
+        return self.block.features_of(self.cache, self.h[:, max(self.at - 1, 0) : end - 1], first=self.at == 0)
 
     def newton(self, end: int, *, largest: float = math.inf) -> bool:
         """Newton steps of all channels of all positions at once, up to position `end`: True if they converged.
 
-        They are cheap, need no inverse of a mixture, and carry their own check: each evaluates the forward map.
-        Near the identity two or three suffice. A step that fails to shrink the changes, or a first one above
-        `largest`, ends them, and the open positions are noise again; those found final before stay so.
+        They carry their own check: each evaluates the forward map. A step that fails to shrink the changes, or a
+        first one above `largest`, ends them, and the open positions are noise again; final ones stay so.
         """
         coupling, newton = self.block.coupling, Newton(TOLERANCE[self.h.dtype], largest=largest)
         assert isinstance(coupling, ChannelCoupling)
@@ -188,15 +183,11 @@ class _Inversion:
     def sweep(self) -> None:
         """Gauss-Seidel-Jacobi sweeps over segments, up to the last position.
 
-        Segments take Newton steps (`newton`) until one does not converge by them. From there on a sweep inverts all
-        open positions of a segment at once, with parameters from the current guess. The first guess is the noise,
-        which is close where the block is near the identity. By causality a position is final when the guesses before
-        it are: after a sweep, these are the leading positions that no longer changed and the one after them, whose
-        inputs were final. They stay in the cache, so every sweep finishes at least one position and N sweeps always
-        suffice. Nothing is clamped.
-
-        A segment whose changes stop shrinking is halved, down to single positions (a step). After a segment that
-        converged, the next one is twice as long.
+        Segments take Newton steps until one does not converge by them. From there on a sweep inverts all open
+        positions of a segment at once, with parameters from the current guess, at first the noise. By causality the
+        leading positions that no longer changed are final, and the one after them, whose inputs were: every sweep
+        finishes at least one position, and N sweeps always suffice. A segment whose changes stop shrinking is halved,
+        down to single positions (a step); after one that converged, the next is twice as long.
         """
         limit, length = self.num_positions, LONGEST_SEGMENT
         while limit - self.at >= SHORTEST_NEWTON and self.contracts:
@@ -223,9 +214,8 @@ class _Inversion:
         """The cheaper decoder, from how many of the first positions a few passes made final.
 
         No clock is read, so that the same noise takes the same path everywhere. A block near the identity shows in
-        the first Newton step, which changes little, and is finished by Newton steps. Elsewhere sweeps are tried on
-        positions so few that a sweep costs next to nothing: they go on while their changes shrink fast, or while
-        they make more positions final than the steps that they cost.
+        the first Newton step, which changes little. Elsewhere sweeps are tried on so few positions that they cost
+        next to nothing, while their changes shrink fast or they make more positions final than their cost in steps.
         """
         N = self.num_positions
         if self.contracts and N - self.at >= SHORTEST_NEWTON:
@@ -233,8 +223,7 @@ class _Inversion:
             self.contracts = self.newton(min(self.at + length, N), largest=CONTRACTION)
             if self.contracts:
                 return "sweeps"
-        start, sweeps, spent, last = self.at, 0, 0.0, math.inf
-        end = start + 4
+        start, end, sweeps, spent, last = self.at, self.at + 4, 0, 0.0, math.inf
         while end < N and self.cost(end + 1 - start) <= TRIAL_COST:
             end += 1
         while self.at < min(end, N):
@@ -273,8 +262,7 @@ def invert_stack(
 ) -> tuple[list[Tensor], list[Inverted]]:
     """Invert blocks L, ..., above + 1: the states h^(L) = noise, ..., h^(above), each [B, T, d], and how it was done.
 
-    The second list has one `Inverted` per block, block L first. `adjust` acts on the mixture weights of block 1,
-    and `on_final` follows block 1 (`invert_block`).
+    The second list has one `Inverted` per block, block L first. `adjust` and `on_final` belong to block 1.
     UserError for a wrong number of decoders.
     """
     chosen, work = per_block(decoder, model.num_blocks), []

@@ -9,7 +9,6 @@ many particles this is exact; with R = 1 the given tokens are fixed and the othe
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -58,22 +57,14 @@ class Weights:
         log_w = self.log_w
         return (2 * log_w.logsumexp(-1) - (2 * log_w).logsumexp(-1)).exp().nan_to_num(0.0)
 
-    def pareto_k(self) -> Tensor:
-        """The tail index of the weights of each sample, [num]; NaN where there are too few (`pareto_k` below)."""
-        return torch.tensor([pareto_k(log_w) for log_w in self.log_w], dtype=torch.float64)
-
     def total(self) -> Tensor:
         """Estimate of log p(given tokens), [num], in nats; its exponential is unbiased."""
         return self.log_evidence + self.log_w.logsumexp(-1) - math.log(self.log_w.shape[1])
 
     def summary(self) -> dict[str, Tensor]:
         """The fields of `Generation` that describe the weights."""
-        return {
-            "log_evidence": self.total(),
-            "ess": self.effective(),
-            "pareto_k": self.pareto_k(),
-            "draws": self.draws,
-        }
+        k = torch.tensor([pareto_k(log_w) for log_w in self.log_w], dtype=torch.float64)
+        return {"log_evidence": self.total(), "ess": self.effective(), "pareto_k": k, "draws": self.draws}
 
     def reset(self, sample: int) -> None:
         """After resampling the particles of `sample`: move their mean weight to the evidence, set weights to 1."""
@@ -94,27 +85,16 @@ def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(w.cumsum(-1), at).clamp_(max=len(w) - 1)
 
 
-@runtime_checkable
-class Source(Protocol):
-    """The source of the noise, which is notified of every resampling."""
-
-    def follow(self, own: Tensor, parents: Tensor, at: int) -> None:
-        """Before position `at`, the rows `own` were replaced by copies of the rows `parents`."""
-
-    def refresh(self, samples: list[int], own: Tensor, at: int) -> Tensor:
-        """Fresh noise [rows, T, ...] for the rows `own` of these samples; used from position `at` on."""
-
-
 def particle_filter(
     conditioned: Conditioned,
     weights: Weights,
     generators: list[torch.Generator],
-    source: Source,
+    source: "UniformSource | LatentSource",
     on_step: Callable[[], None],
 ) -> None:
     """Run `conditioned` to its end, adding to `weights`; resample the particles of a sample when they become uneven.
 
-    `generators` has one per sample; `on_step` is called after every position.
+    `generators` has one per sample; `on_step` is called after every position; `source` gives fresh noise.
     """
     num, particles = weights.log_w.shape
     while conditioned.at < conditioned.num_positions:
@@ -158,10 +138,9 @@ class LatentSource:
 
         p_{>1}(h*) / N(h*_given; 0, I)  prod_{draws h'} rho(h'_unused | h'_used) / p_{>1}(h')
 
-    With any density rho, the mean weight is then unbiased for p(given tokens). The closer rho is to the conditional
-    of p_{>1}, the more even the weights. It is the conditional of block 2 alone, which is exact in a stack of two;
-    unused tokens of a partly used patch get a standard normal. After resampling, particles take fresh draws for the
-    positions ahead. With a single block all factors cancel.
+    With any density rho, the mean weight is then unbiased for p(given tokens). It is the conditional of block 2,
+    which is exact in a stack of two; unused tokens of a partly used patch get a standard normal. After resampling,
+    particles take fresh draws for the positions ahead. With a single block all factors cancel.
     """
 
     def __init__(
@@ -246,8 +225,7 @@ def _fitted_k(x: Tensor) -> float:
     The posterior mean over a grid of theta = -k / scale with their prior from the data; k itself then gets a weak
     prior, as if ten more values had said 1/2.
     """
-    M = len(x)
-    quartile = x[int(M / 4 + 0.5) - 1]
+    M, quartile = len(x), x[int(len(x) / 4 + 0.5) - 1]
     if not quartile > 0:
         return math.nan
     points = 30 + int(M**0.5)

@@ -1,8 +1,13 @@
-"""One window of text from either model: freely, or around given tokens (docs/math.md, sections 7 and 9)."""
+"""Text from either model, freely or around given tokens, in windows (docs/math.md, sections 7 and 9).
+
+A window is a text of at most the trained context. When it is full, its last half (in whole positions) becomes the
+prompt of the next one; everything before is forgotten.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +19,8 @@ from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.conditioned import Conditioned, ConditionedLatents, ConditionedTokens
 from tarflowlm.generation.inversion import Decoders, invert_stack, per_block
 from tarflowlm.generation.particles import LatentSource, UniformSource, Weights, particle_filter, resample
-from tarflowlm.generation.sampling import BLANK, draw_tokens, row_normal
-from tarflowlm.generation.token_probabilities import EstimatedTokens, check_lost_information
-from tarflowlm.language_model import LanguageModel
+from tarflowlm.generation.sampling import BLANK, EstimatedTokens, check_lost_information, draw_tokens, row_normal
+from tarflowlm.language_model import LanguageModel, LanguageModelConfig
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.progress import SILENT, Progress
 
@@ -137,15 +141,9 @@ class Sampler:
         def send(h: Tensor, final: int) -> None:
             self.stream.send(final * flow.config.patch, _decoded_spans(flow, h))
 
-        streams = self._streams_early and flow.prior.block(0).keeps_order
-        states, work = invert_stack(
-            flow,
-            noise,
-            decoder=self.decoder,
-            adjust=self.adjust,
-            progress=self.progress,
-            on_final=send if streams else None,
-        )
+        on_final = send if self._streams_early and flow.prior.block(0).keeps_order else None
+        how: Any = {"decoder": self.decoder, "adjust": self.adjust, "progress": self.progress}
+        states, work = invert_stack(flow, noise, on_final=on_final, **how)
         return Generation(
             self._decoded(flow, states[-1])[:, :num_tokens],
             sweeps=tuple(w.passes for w in work),
@@ -231,3 +229,42 @@ class Sampler:
 def _decoded_spans(flow: TarFlowLM, h: Tensor) -> Span:
     """The most probable tokens of latents h [B, N, C]."""
     return lambda span: flow.codebook.decode(flow.prior.patch.inverse(h)[:, span])
+
+
+def spans(config: LanguageModelConfig, num_tokens: int, num_given: int = 0) -> list[tuple[int, int]]:
+    """(start, end) of every window, in tokens, for a text of `num_tokens` that begins with a prompt of `num_given`.
+
+    A prompt that leaves no room in a window enters the first one with its last half window.
+    """
+    kept = config.context // config.patch // 2 * config.patch
+    start = num_given - kept if num_given >= config.context else 0
+    found = [(start, min(start + config.context, num_tokens))]
+    while found[-1][1] < num_tokens:
+        start = found[-1][1] - kept
+        found.append((start, min(start + config.context, num_tokens)))
+    return found
+
+
+def num_positions(model: LanguageModel, num_tokens: int, num_given: int = 0) -> int:
+    """How often `generate` advances `Watch.progress`: over the positions of all windows and blocks (`spans`)."""
+    windows = spans(model.config, num_tokens, num_given)
+    return sum(-(-(end - start) // model.config.patch) for start, end in windows) * model.num_blocks
+
+
+def write_windows(sampler: Sampler, given: Tensor) -> Generation:
+    """A text beyond the context that begins with a prompt: `given` [num, T], BLANK after it."""
+    tokens, windows, end = given.clone(), list[Generation](), 0
+    # with prompts of different lengths, the windows of the shortest
+    bounds = spans(sampler.model.config, given.shape[1], int((given != BLANK).sum(1).min()))
+    for start, end in bounds:
+        sampler.stream.start = start
+        windows.append(sampler.write(tokens[:, start:end]))
+        tokens[:, start:end] = windows[-1].tokens.cpu()
+        if sampler.stream.has_ended:
+            break
+    first = windows[0]
+    if bounds[0][0] > 0:
+        # part of the prompt is in no window
+        first = replace(first, log_evidence=None, ess=None, pareto_k=None, draws=None)
+    sweeps = tuple(map(sum, zip(*(window.sweeps for window in windows), strict=True)))
+    return replace(first, tokens=tokens[:, :end].to(first.tokens.device), sweeps=sweeps, _flow=None, _latents=())

@@ -13,8 +13,7 @@ from tarflowlm.errors import UserError, first_line
 from tarflowlm.harness.scoring import Continuation, TextScorer
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.pretrained import load
-from tarflowlm.terminal.bars import Bars
-from tarflowlm.terminal.tables import print_notice
+from tarflowlm.terminal.bars import Bars, print_notice
 
 DEVICE_OF_THE_HARNESS = "cuda:0"
 """The device that lm-eval passes by default."""

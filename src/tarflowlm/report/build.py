@@ -15,7 +15,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.evaluation.blocks import bound_parts
 from tarflowlm.files import replacing
 from tarflowlm.generation import Watch, generate
-from tarflowlm.generation.window import num_positions
+from tarflowlm.generation.writing import num_positions
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress

@@ -16,7 +16,7 @@ from tarflowlm.evaluation.flops import forward_flops, generation_flops, training
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
 from tarflowlm.evaluation.likelihood import sign_of
 from tarflowlm.generation import Generation, Watch, generate
-from tarflowlm.generation.window import num_positions
+from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import as_flow
 from tarflowlm.presets import mini_ar, preset, with_steps
 from tarflowlm.report.style import COLOURS, SMALL, Axes, Figure

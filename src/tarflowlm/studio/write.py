@@ -10,7 +10,7 @@ from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import BLANK, read_template
 from tarflowlm.device import threads_for
 from tarflowlm.generation import Generation, Watch, generate
-from tarflowlm.generation.window import num_positions
+from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import TarFlowLM
 from tarflowlm.report.grid import Row, Token, pass_rows, spans, text_tokens
 from tarflowlm.runs.checkpoint import Checkpoint

@@ -1,24 +1,84 @@
-"""Progress of long work on stderr: a bar on a terminal, now and then a line in a log file."""
+"""Tables, JSON and notices, and the progress of long work on stderr: a bar on a terminal, lines in a log file."""
 
+import contextlib
+import json
+import logging
+import math
+import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
-from tarflowlm.terminal.tables import print_notice
 from tarflowlm.training.metrics import Reporter
 
 Clock = Callable[[], float]
 """Seconds from some fixed instant."""
 
+NUMBER = 14
+"""Characters of the longest cell that is kept on one line."""
 FIRST, EVERY = 3.0, 30.0
 """Seconds until the first line of a stage in a log file, and between its lines."""
 WIDE = 120
 """Columns from which on a terminal shows the bar itself beside label, numbers and time left."""
+
+
+def json_line(value: dict[str, Any]) -> str:
+    """One JSON object as a line; non-finite numbers become null, as strict parsers require."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, float) and not math.isfinite(item):
+            return None
+        if isinstance(item, dict):
+            return {key: plain(inner) for key, inner in item.items()}
+        return [plain(inner) for inner in item] if isinstance(item, (list, tuple)) else item
+
+    return json.dumps(plain(value), ensure_ascii=False) + "\n"
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on a line of its own (`json_line`)."""
+    sys.stdout.write(json_line(value))
+    sys.stdout.flush()
+
+
+def print_notice(text: str) -> None:
+    """A line on stderr beside the results. It is lost if stderr is closed or its disk is full: work goes on."""
+    with contextlib.suppress(OSError):
+        # not by a rich console: it exits on a broken pipe, and would write into the bar of another one
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
+class NoticeHandler(logging.Handler):
+    """Prints the messages of the package's logger as notices."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_notice(record.getMessage())
+
+
+def print_table(title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = ("", "")) -> None:
+    """Names, and values under their headings in `columns` or without any.
+
+    Where the width does not suffice, names and longer texts wrap; numbers under headings stay whole.
+    """
+    console, rows = Console(), list(rows)
+    # cells and titles are Text: names may contain what rich takes for markup
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    table = Table(show_header=any(columns))
+    for index, column in enumerate(columns):
+        if column:
+            is_short = all(len(row[index]) <= NUMBER for row in rows)
+            table.add_column(column, justify="right", no_wrap=is_short, overflow="fold")
+        else:
+            table.add_column(style="" if index else "cyan", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
 
 
 def minutes(seconds: float) -> str:
@@ -68,7 +128,7 @@ class Bars:
         self._task: TaskID | None = None
         self._due = 0.0
 
-    def __enter__(self) -> "Bars":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -111,9 +171,6 @@ class ProgressReporter(Bars, Reporter):
     def __init__(self, *, console: Console | None = None, clock: Clock = time.monotonic) -> None:
         super().__init__(console=console, clock=clock, keep=True)
         self._shown: dict[str, str] = {}
-
-    def __enter__(self) -> "ProgressReporter":
-        return self
 
     def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         """Begin a part of the run; the numbers of the part before are not its own."""

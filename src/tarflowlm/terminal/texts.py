@@ -4,7 +4,7 @@ import codecs
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +15,7 @@ from torch import Tensor
 from tarflowlm.data import Tokenizer
 from tarflowlm.generation import Generation
 from tarflowlm.generation.particles import UNRELIABLE
-from tarflowlm.report.grid import Kind, Row, Token, pass_rows, text_tokens
+from tarflowlm.report.grid import Kind, Token, pass_rows, text_tokens
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters that a terminal may execute as commands; not tabs and line ends."""
@@ -100,24 +100,21 @@ def print_samples(
     """
     for row, tokens in enumerate(result.tokens):
         text = tokenizer.decode(tokens.tolist()) if texts is None else texts[row]
-        states = [state[row] for state in result.passes] if passes else []
-        body = grid_text(pass_rows(states, tokenizer)) if states else Text(printable(text))
+        body = Text(printable(text))
+        if passes and result.passes:
+            rows = pass_rows([state[row] for state in result.passes], tokenizer)
+            parts = [Text.assemble((f"{one.label}\n", "bold cyan"), _styled(one.tokens)) for one in rows]
+            body = Text("\n").join(parts)
         console.print(_panel(body, f"sample {first + row + 1}"))
-        for note in _weights_notes(result, row, candidates):
-            console.print(f"  {note}", highlight=False)
-
-
-def _weights_notes(result: Generation, row: int, candidates: int) -> Iterator[str]:
-    """Notes on the weights of the candidates of a sample."""
-    if candidates == 1 or result.ess is None or result.log_evidence is None:
-        return
-    yield (
-        f"{candidates} candidates, effective number {result.ess[row].item():.1f}; "
-        f"log p(given) about {result.log_evidence[row].item():.1f} nats"
-    )
-    # NaN is not above it
-    if result.pareto_k is not None and (k := result.pareto_k[row].item()) > UNRELIABLE:
-        yield f"log p(given) is unreliable: the weights have no finite variance (k = {k:.2f})"
+        if candidates == 1 or result.ess is None or result.log_evidence is None:
+            continue
+        ess, log_p = result.ess[row].item(), result.log_evidence[row].item()
+        note = f"  {candidates} candidates, effective number {ess:.1f}; log p(given) about {log_p:.1f} nats"
+        console.print(note, highlight=False)
+        # NaN is not above it
+        if result.pareto_k is not None and (k := result.pareto_k[row].item()) > UNRELIABLE:
+            note = f"  log p(given) is unreliable: the weights have no finite variance (k = {k:.2f})"
+            console.print(note, highlight=False)
 
 
 def samples_to_json(
@@ -128,10 +125,7 @@ def samples_to_json(
     passes: bool = False,
     states: bool = False,
 ) -> list[dict[str, Any]]:
-    """One object per sample: text, passes and states on request, weights if tokens were given.
-
-    `texts` replaces the decoded tokens.
-    """
+    """One object per sample: text, passes and states on request, weights if tokens were given; `texts` as above."""
     samples: list[dict[str, Any]] = []
     for row, tokens in enumerate(result.tokens):
         sample: dict[str, Any] = {"text": tokenizer.decode(tokens.tolist()) if texts is None else texts[row]}
@@ -140,8 +134,7 @@ def samples_to_json(
         if states:
             sample["states"] = [state[row].tolist() for state in result.states]
         for name in ("log_evidence", "ess", "draws"):
-            value = getattr(result, name)
-            if value is not None:
+            if (value := getattr(result, name)) is not None:
                 sample[name] = value[row].item()
         if result.pareto_k is not None:
             k = result.pareto_k[row].item()
@@ -151,12 +144,7 @@ def samples_to_json(
 
 
 def print_edits(
-    console: Console,
-    tokenizer: Tokenizer,
-    before: Tensor,
-    edits: Tensor,
-    notes: Sequence[str],
-    advice: str | None = None,
+    console: Console, tokenizer: Tokenizer, before: Tensor, edits: Tensor, notes: Sequence[str], advice: str | None
 ) -> None:
     """The text `before` [T], then each of its `edits` [num, T] with a note, changes highlighted; then the advice."""
     console.print(_panel(_styled(text_tokens(before, tokenizer)), "text"))
@@ -164,12 +152,6 @@ def print_edits(
         console.print(_panel(_styled(text_tokens(tokens, tokenizer, before=before)), f"edit {number}", note))
     if advice is not None:
         console.print(Text(advice), soft_wrap=True)
-
-
-def grid_text(rows: Sequence[Row]) -> Text:
-    """Rows of coloured tokens, each under its label."""
-    parts = [Text.assemble((f"{row.label}\n", "bold cyan"), _styled(row.tokens)) for row in rows]
-    return Text("\n").join(parts)
 
 
 STYLES: dict[Kind, str] = {"given": "underline", "final": "", "changed": "green", "noise": "dim"}

@@ -63,7 +63,7 @@ def train(
     With several `processes` all of them call this function, and the first one writes.
 
     Raises UserError if `out` exists and holds more than a start without weights, before anything is written; Stopped,
-    with everything saved, if `stop_requests` says so (the command line passes `signals.stop_on_signals`);
+    with everything saved, if `stop_requests` says so (the command line passes `cli.main.stop_on_signals`);
     FloatingPointError if the loss stays non-finite.
     """
     reporter = reporter or Reporter()
