@@ -15,8 +15,6 @@ from tarflowlm.language_model import LanguageModel
 from tarflowlm.pretrained import load
 from tarflowlm.terminal.bars import Bars, print_notice
 
-DEVICE_OF_THE_HARNESS = "cuda:0"
-"""The device that lm-eval passes by default."""
 SEE_MORE = "LMEVAL_LOG_LEVEL"
 GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 """Generation options of a task that are used; others are named and ignored."""
@@ -87,7 +85,8 @@ def register() -> None:
             max_batch_size: Any = None,
         ) -> None:
             super().__init__()
-            self._device = pick_device("auto" if device in (None, DEVICE_OF_THE_HARNESS) else device)
+            # lm-eval passes cuda:0 by default
+            self._device = pick_device("auto" if device in (None, "cuda:0") else device)
             model, tokenizer = load(str(pretrained), self._device)
             self.tokenizer = tokenizer.with_normalization(normalize)
             self.scorer = TextScorer(model, self.tokenizer, samples=posterior_samples, seed=noise_seed)

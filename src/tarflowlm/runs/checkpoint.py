@@ -15,7 +15,7 @@ from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.released import locate, released
 from tarflowlm.runs.strict_json import from_dict, to_dict
-from tarflowlm.runs.weights import check_weights, halve, is_whole, read_weights, write_weights
+from tarflowlm.runs.weights import check_weights, is_whole, read_weights, write_weights
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 SUMMARY = "summary.json"
@@ -135,10 +135,12 @@ def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = Fal
     tokenizer = replace(data.tokenizer, source=_without_folders(data.tokenizer.source))
     data = replace(data, source=_without_folders(data.source), tokenizer=tokenizer)
     weights = checkpoint.model.state_dict()
+    if half:
+        weights = {n: w.bfloat16() if w.ndim == 2 and n.endswith(".weight") else w for n, w in weights.items()}
     try:
         with full_disk_as_user_error(out, lambda: "export it again"):
             write_run(out, replace(checkpoint.run, data=data), checkpoint.tokenizer)
-            save_weights(out, halve(weights) if half else weights, checkpoint.info)
+            save_weights(out, weights, checkpoint.info)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise

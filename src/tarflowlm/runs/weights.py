@@ -59,11 +59,6 @@ def checksum(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def halve(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict with the matrices of linear layers in bfloat16."""
-    return {name: w.bfloat16() if w.ndim == 2 and name.endswith(".weight") else w for name, w in weights.items()}
-
-
 def check_weights(path: Path, module: torch.nn.Module, tensors: dict[str, torch.Tensor], config: str) -> None:
     """UserError, naming the tensor, unless `tensors` fit `module`, which was built from the file `config`."""
     expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
