@@ -7,8 +7,8 @@ import torch
 
 from tarflowlm.config import OptimConfig, TrainConfig
 from tarflowlm.runs.checkpoint import read_run
+from tarflowlm.training.loop import Pace
 from tarflowlm.training.optim import schedule
-from tarflowlm.training.pace import Pace
 from tarflowlm.training.state import Counters, TimeSpent
 from tarflowlm.training.train import resume
 

@@ -11,7 +11,7 @@ from tarflowlm.config import checked_seed
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits, runs, windows_per_batch
 from tarflowlm.flow.numerics import log_standard_normal
-from tarflowlm.flow.precision import full_precision
+from tarflowlm.flow.transformer import full_precision
 from tarflowlm.generation import generate
 from tarflowlm.generation.window import spans
 from tarflowlm.language_model import LanguageModel, as_integer, check_model

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
 
-from tarflowlm.flow.bijection import Bijection
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import mixture_cdf, mixture_cdf_inverse, rosenblatt, rosenblatt_inverse
+from tarflowlm.flow.stack import Bijection
 
 
 class FlowTransform(Transform):

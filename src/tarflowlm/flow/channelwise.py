@@ -21,7 +21,7 @@ from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights, Conditional, Conditionals, Coupling
 from tarflowlm.flow.heads import AutoregressiveHead
 from tarflowlm.flow.numerics import log_standard_normal
-from tarflowlm.flow.precision import full_precision
+from tarflowlm.flow.transformer import full_precision
 
 CONTRACTION = 0.5
 """Newton steps go on while each changes the latents by at most this times the step before."""

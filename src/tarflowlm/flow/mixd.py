@@ -15,7 +15,7 @@ from tarflowlm.flow import numerics
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights, Conditional, Conditionals, Coupling
 from tarflowlm.flow.heads import TokenFeatures
-from tarflowlm.flow.precision import full_precision, widen
+from tarflowlm.flow.transformer import full_precision, widen
 
 
 class MixDCoupling(Coupling):

@@ -1,8 +1,10 @@
-"""One flow block, and the prior: a stack of blocks of alternating direction over patches of tokens.
+"""The interface of invertible maps, the two that only reorder latents, one flow block, and the prior: a stack of blocks
+of alternating direction over patches of tokens.
 
 Shape legend: B batch, T tokens, P patch, N = T / P positions, d channels per token, C = P d, D width.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 
 import torch
@@ -10,15 +12,82 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflowlm.flow.bijection import Bijection, Order, Patch
+from tarflowlm.errors import UserError
 from tarflowlm.flow.cached import KVCache
 from tarflowlm.flow.couplings import AdjustWeights, Coupling
 from tarflowlm.flow.numerics import log_standard_normal
-from tarflowlm.flow.precision import widen
-from tarflowlm.flow.transformer import Transformer, TransformerConfig
+from tarflowlm.flow.transformer import Transformer, TransformerConfig, widen
 
 Invert = Callable[[int, Tensor], Tensor]
 """Maps the index of a block (0-based) and its noise [B, N, C] to its latents [B, N, C]."""
+
+
+class Bijection(nn.Module):
+    """An invertible map between latents z and noise u, both [B, N, C].
+
+    A subclass provides `forward` and `inverse`; forward(inverse(u))[0] equals u up to rounding.
+    """
+
+    @abstractmethod
+    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B ..."], Float[Tensor, "B ..."]]:
+        """Latents to noise, in parallel over positions: u, and log|det du/dz| in nats.
+
+        The log-determinant is that of the sequence, [B], or for a flow block its parts by position, [B, N].
+        """
+
+    @abstractmethod
+    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B ..."]:
+        """Noise to latents, without a log-determinant."""
+
+
+class Patch(Bijection):
+    """Joins P neighbouring tokens into one position: [B, T, d] <-> [B, N, C] (docs/math.md, eq. 14)."""
+
+    def __init__(self, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+
+    def forward(self, z: Float[Tensor, "B T d"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+        """Tokens to positions; log-determinant 0. UserError if P does not divide T."""
+        B, T, d = z.shape
+        if T % self.patch:
+            raise UserError(f"patch {self.patch} does not divide the {T} tokens of the sequence")
+        return z.reshape(B, T // self.patch, self.patch * d), z.new_zeros(B)
+
+    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B T d"]:
+        B, N, C = u.shape
+        return u.reshape(B, N * self.patch, C // self.patch)
+
+
+class Order(Bijection):
+    """pi_l, the order in which a block sees its input: channels mixed, positions reversed (docs/math.md, eqs. 5, 15).
+
+    Channels become [even-indexed, odd-indexed], `mix` times. This interleaves the channels of the tokens in a patch:
+    a later block models them in another order. With `reverse` the positions run right to left.
+    """
+
+    channels: Tensor
+    undo: Tensor
+
+    def __init__(self, num_channels: int, *, reverse: bool = False, mix: int = 0) -> None:
+        super().__init__()
+        order = list(range(num_channels))
+        for _ in range(mix):
+            order = order[0::2] + order[1::2]
+        self.reverse, self.mixes = reverse, order != sorted(order)
+        self.register_buffer("channels", torch.tensor(order), persistent=False)
+        self.register_buffer("undo", torch.tensor(order).argsort(), persistent=False)
+
+    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+        return self.positions(z[..., self.channels] if self.mixes else z), z.new_zeros(len(z))
+
+    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
+        u = self.positions(u)
+        return u[..., self.undo] if self.mixes else u
+
+    def positions(self, x: Float[Tensor, "B N ..."]) -> Float[Tensor, "B N ..."]:
+        """x with its positions in the block's order, or back in that of the tokens."""
+        return x.flip(1) if self.reverse else x
 
 
 class InputMap(nn.Module):

@@ -27,9 +27,8 @@ from tarflowlm.runs.checkpoint import (
     weights_problem,
     write_run,
 )
-from tarflowlm.training.loop import train_stage
+from tarflowlm.training.loop import test_seconds, train_stage
 from tarflowlm.training.metrics import METRICS, Reporter, check_installed
-from tarflowlm.training.pace import test_seconds
 from tarflowlm.training.parallel import ALONE, Processes
 from tarflowlm.training.run import TrainingRun
 from tarflowlm.training.state import newest_state

@@ -17,7 +17,7 @@ from tarflowlm.flow.numerics.vocabulary import (
     mixture_log_prob_from_features,
     most_probable_component,
 )
-from tarflowlm.flow.precision import wide_dtype
+from tarflowlm.flow.transformer import wide_dtype
 
 __all__ = [
     "held_rows",
