@@ -1,4 +1,4 @@
-"""The interface of invertible maps, the two that only reorder latents, one flow block, and the prior: a stack of blocks
+"""Invertible maps: their interface, the two that only reorder latents, a flow block, and the prior, a stack of blocks
 of alternating direction over patches of tokens.
 
 Shape legend: B batch, T tokens, P patch, N = T / P positions, d channels per token, C = P d, D width.

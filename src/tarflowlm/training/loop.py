@@ -20,10 +20,8 @@ from tarflowlm.training.run import TrainingRun
 from tarflowlm.training.state import Counters, LogWindow, TimeSpent
 
 STEPS_BETWEEN_READS = {"cuda": 16}
-"""Steps after which results are read from a device, where a read synchronises it with the host; 1 on other devices.
-
-(Also on mps: fused AdamW cannot skip a step there.)
-"""
+"""Steps after which results are read from a device, where a read synchronises it with the host; 1 on other devices
+(also on mps, where fused AdamW cannot skip a step)."""
 SAVE_SECONDS, SAVES_SHARE = 60.0, 0.05
 """A run with a time limit saves about this often, but spends at most about this share of its time on saving."""
 TEST_SHARE = 0.15
@@ -99,8 +97,7 @@ class Pace:
         if not self.train.minutes:
             self.done, self.over = stage_step, stage_step >= self.total
             return
-        now = self.clock()
-        passed = now - spent.stage_start
+        passed = (now := self.clock()) - spent.stage_start
         # until the first evaluation: a window without a backward pass takes a third of the time
         windows = self.train.evaluate_windows / self.train.batch_size / 3
         evaluation = spent.evaluation or passed / max(stage_step, 1) * windows
@@ -125,14 +122,10 @@ def test_seconds(total: float, test_windows: int, spent: TimeSpent) -> float:
 class StepResult(NamedTuple):
     """The outcome of an optimiser step; tensors are on the device."""
 
-    loss: Tensor
-    """Loss of the global batch, in nats per token."""
-    norm: Tensor
-    """Gradient norm of the global batch."""
-    skipped: Tensor
-    """True if loss or norm is not finite, so that the step was not taken."""
-    broken: dict[str, dict[str, Any]] | None
-    """The `broken_gradients` of a step that the host skipped."""
+    loss: Tensor  # of the global batch, in nats per token
+    norm: Tensor  # of the gradient of the global batch
+    skipped: Tensor  # True if loss or norm is not finite, so that the step was not taken
+    broken: dict[str, dict[str, Any]] | None  # the `broken_gradients` of a step that the host skipped
 
 
 def optimizer_step(
@@ -173,8 +166,7 @@ class PendingStep(NamedTuple):
     place: dict[str, int]
     result: StepResult
     tokens: Tensor
-    noise: Tensor
-    """State of the noise generator before the step."""
+    noise: Tensor  # state of the noise generator before the step
 
 
 def take_step(run: TrainingRun, *, deferred: bool) -> PendingStep:
@@ -216,9 +208,8 @@ class StepLog:
         """Read all pending steps, with one transfer: update the counters, record spikes and skipped steps."""
         counters, window = self.counters, self.counters.window
         unread, self.unread = self.unread, []
-        results = [step.result for step in unread]
-        rows = [torch.stack((r.loss, r.norm, r.skipped.to(r.loss.dtype))) for r in results]
-        values = torch.stack(rows).tolist() if rows else []
+        results = [torch.stack((r.loss, r.norm, r.skipped.to(r.loss.dtype))) for _, r, _, _ in unread]
+        values = torch.stack(results).tolist() if results else []
         for step, (loss, norm, skipped) in zip(unread, values, strict=True):
             if skipped:
                 self._record_skipped(step, loss)
@@ -228,9 +219,9 @@ class StepLog:
             window.norms.append(norm)
             mean, sigmas = counters.running.mean, counters.running.update(loss)
             if sigmas > self.run.config.train.spike_sigma:
-                place = {name: step.place[name] for name in ("step", "block")}
+                record = {"split": "spike", "step": step.place["step"], "block": step.place["block"]}
                 figures = {"nats_per_token": loss, "mean": mean, "sigmas": sigmas, "grad_norm": norm}
-                self.run.log.write({"split": "spike", **place, **figures})
+                self.run.log.write(record | figures)
         now = time.perf_counter()
         window.seconds += now - self.start
         counters.seconds[counters.stage] += now - self.start
@@ -251,12 +242,11 @@ class StepLog:
         details = skipped_record(model.whole_model(), tokens, noise, gradients, loss)
         record = {"split": "skipped", **step.place, **details}
         self.run.log.write(record)
+        words = in_words(record)
         if counters.skipped > self.run.config.train.max_skipped:
-            raise FloatingPointError(
-                f"{in_words(record)}; {counters.skipped} in a row: lower optim.lr or optim.grad_clip in a new run; "
-                f"earlier checkpoints are kept"
-            )
-        logger.warning("skipped: %s", in_words(record))
+            remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
+            raise FloatingPointError(f"{words}; {counters.skipped} in a row: {remedy}")
+        logger.warning("skipped: %s", words)
 
     def write_line(self, lr: float) -> None:
         """Write a line with the means since the last one to metrics.jsonl, and start the next window."""
@@ -280,8 +270,7 @@ def validate(run: TrainingRun) -> Likelihood:
     counters = run.counters
     run.model.eval()
     start = run.seconds()
-    # `evaluate` uses the same noise at every call
-    result = run.evaluate(run.valid)
+    result = run.evaluate(run.valid)  # with the same noise at every call
     run.model.train()
     figures = {"nats_per_token": result.nats_per_token, "bpc": result.bpc, "stderr": result.stderr}
     run.log.write({"split": "valid", **_place(counters), **figures})

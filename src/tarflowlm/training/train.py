@@ -74,10 +74,8 @@ def train(
         # absolute, since the run directory may be used from other folders
         run = replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
     vocab_size = corpus.tokenizer.vocab_size
-    if run.model.vocab_size not in (0, vocab_size):
-        raise UserError(
-            f"model.vocab_size {run.model.vocab_size}: the tokenizer has {vocab_size} symbols; leave it at 0"
-        )
+    if (given := run.model.vocab_size) not in (0, vocab_size):
+        raise UserError(f"model.vocab_size {given}: the tokenizer has {vocab_size} symbols; leave it at 0")
     run = replace(run, model=replace(run.model, vocab_size=vocab_size))
     new = TrainingRun(run, out, corpus, device, reporter, processes)
     if processes.first:
@@ -134,8 +132,7 @@ def _train_stages(run: TrainingRun, state: Path | None, stop_requests: StopReque
 
 def _finish(run: TrainingRun) -> dict[str, Any]:
     run.model.eval()
-    minutes = run.config.train.minutes
-    if minutes:
+    if minutes := run.config.train.minutes:
         _fix_lengths(run)
     config, counters, parameters = run.config, run.counters, dict(run.model.named_parameters())
     windows = eval_windows(run.corpus.split("test"), config.model.context, config.train.test_windows or None)
@@ -228,8 +225,6 @@ def _corpus(run: RunConfig, reporter: Reporter, processes: Processes) -> Corpus:
     for name in ("train", "valid", "test"):
         have = corpus.num_tokens(name)
         if have < run.model.context:
-            raise UserError(
-                f"the {name} split of {run.data.source} has {have} tokens, fewer than the context of "
-                f"{run.model.context}: use a longer text or a smaller model.context"
-            )
+            few = f"the {name} split of {run.data.source} has {have} tokens, fewer than the context of"
+            raise UserError(f"{few} {run.model.context}: use a longer text or a smaller model.context")
     return corpus
