@@ -48,10 +48,8 @@ class Coupling(nn.Module):
     """True for a mixture of the encoder's codebook; its `log_prob` then takes `relative`."""
 
     @abstractmethod
-    def forward(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
-        """Noise u, and log|det du_n/dz_n| of every position, in nats."""
+    def forward(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
+        """Noise u [B, N, C], and log|det du_n/dz_n| of every position [B, N], in nats."""
 
     @abstractmethod
     def log_prob(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:

@@ -140,8 +140,7 @@ class AutoregressiveHead(nn.Module):
 
     def step(self, state: GroupState) -> list[Tensor]:
         """Parameters of the first group not yet observed: one [1, B, O] per output."""
-        g = len(state.values)
-        hidden = state.context[g]
+        hidden = state.context[g := len(state.values)]
         if g and self.num_known:
             hidden = hidden + torch.cat(state.embedded, -1) @ self.cross[g, :, :g].reshape(self.hidden, -1).T
         outputs = self._read_out(hidden[None], slice(g, g + 1))
@@ -154,13 +153,12 @@ class AutoregressiveHead(nn.Module):
 
     def observe(self, state: GroupState, z: Float[Tensor, "B channels"]) -> GroupState:
         """The state after the next group took the value z [B, C/G]; `state` itself is unchanged."""
-        g = len(state.values)
+        g, embedded = len(state.values), state.embedded
         if g == self.groups - 1:  # nothing depends on the last group
             return state
-        if not self.num_known:
-            return replace(state, values=(*state.values, z))
-        embedded = self._embed(z[None], self.embed[g : g + 1])[0]
-        return replace(state, values=(*state.values, z), embedded=(*state.embedded, embedded))
+        if self.num_known:
+            embedded = (*embedded, self._embed(z[None], self.embed[g : g + 1])[0])
+        return replace(state, values=(*state.values, z), embedded=embedded)
 
 
 @dataclass(frozen=True)
@@ -181,9 +179,8 @@ class TokenFeatures(nn.Module):
 
     def __init__(self, *, width: int, patch: int, latent_dim: int, in_patch: bool) -> None:
         super().__init__()
-        self.patch = patch
+        self.patch, self.head = patch, None
         self.place = nn.Linear(width, patch * width, bias=False) if patch > 1 else None
-        self.head = None
         if self.place is not None:
             nn.init.normal_(self.place.weight, std=width**-0.5)
         if patch > 1 and in_patch:

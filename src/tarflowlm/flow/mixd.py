@@ -50,9 +50,7 @@ class MixDCoupling(Coupling):
         assert components is not None
         return components
 
-    def forward(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
+    def forward(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
         token_features = self.token_features(features, z).flatten(0, -2)
         rows = numerics.held_rows(self.weight_head.out_features, z.device)
         parts = list(zip(z.reshape(-1, self.latent_dim).split(rows), token_features.split(rows), strict=True))
@@ -79,21 +77,13 @@ class MixDCoupling(Coupling):
         (docs/math.md, eq. 12). One pass over the codebook gives both sums.
         """
         head, book = self.weight_head, self.components
-        by_token = numerics.mixture_log_prob_from_features(
-            z.unflatten(-1, (self.patch, self.latent_dim)),
-            self.token_features(features, z),
-            head.weight,
-            head.bias,
-            book.mean,
-            book.log_std,
-            relative=relative,
-        )
-        return by_token.sum(-1)
+        parameters = head.weight, head.bias, book.mean, book.log_std
+        by_token, features = z.unflatten(-1, (self.patch, self.latent_dim)), self.token_features(features, z)
+        return numerics.mixture_log_prob_from_features(by_token, features, *parameters, relative=relative).sum(-1)
 
     def invert(
         self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
     ) -> Float[Tensor, "B C"]:
-        """The latents z_n of each row, from its noise u_n and features c_n, `held_rows` rows at a time."""
         rows = numerics.held_rows(self.weight_head.out_features, u.device)
         if len(u) <= rows:
             if self.patch > 1:

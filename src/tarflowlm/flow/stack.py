@@ -41,14 +41,14 @@ class Bijection(nn.Module):
 
 
 class Patch(Bijection):
-    """Joins P neighbouring tokens into one position: [B, T, d] <-> [B, N, C] (docs/math.md, eq. 14)."""
+    """Joins P neighbouring tokens into one position: [B, T, d] <-> [B, N, C] (docs/math.md, eq. 14); UserError if P
+    does not divide T."""
 
     def __init__(self, patch: int) -> None:
         super().__init__()
         self.patch = patch
 
     def forward(self, z: Float[Tensor, "B T d"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
-        """Tokens to positions; log-determinant 0. UserError if P does not divide T."""
         B, T, d = z.shape
         if T % self.patch:
             raise UserError(f"patch {self.patch} does not divide the {T} tokens of the sequence")
@@ -99,8 +99,7 @@ class InputMap(nn.Module):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(channels, width)
-        self.lift = nn.Linear(channels, width)
+        self.linear, self.lift = nn.Linear(channels, width), nn.Linear(channels, width)
         self.out = nn.Linear(width, width, bias=False)
         nn.init.normal_(self.linear.weight, std=channels**-0.5)
         nn.init.normal_(self.lift.weight, std=2.0 * channels**-0.5)
@@ -131,14 +130,10 @@ class FlowBlock(Bijection):
         self.transformer = Transformer(trunk, num_layers)
         self.coupling = coupling
 
-    def _features(self, h: Tensor) -> Tensor:
-        """Features c_n [B, N, D] of all positions of h [B, N, C], which is in the block's order."""
-        return self.features_of(None, h[:, :-1], first=True)
-
     def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
         """h^(l) from h^(l-1) = z, and the part of every position in log|det J_l|, in nats."""
         h = self.order(z)[0]
-        u, log_det = self.coupling(h, self._features(h))
+        u, log_det = self.coupling(h, self.features_of(None, h[:, :-1], first=True))
         return self.order.inverse(u), self.order.positions(log_det)
 
     def log_prob(self, z: Float[Tensor, "B N C"], *, relative: bool = False) -> Float[Tensor, "B N"]:
@@ -147,20 +142,18 @@ class FlowBlock(Bijection):
         Cheaper than `forward`, since it needs no noise. `relative`: see `MixDCoupling.log_prob`.
         """
         h, options = self.order(z)[0], {"relative": True} if relative else {}
-        return self.order.positions(self.coupling.log_prob(h, self._features(h), **options))
+        features = self.features_of(None, h[:, :-1], first=True)
+        return self.order.positions(self.coupling.log_prob(h, features, **options))
 
     def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
         """Features c_n of the next position, given the latents [B, C] of the one before it (None at the start)."""
         x = self.start.expand(batch, -1) if previous is None else widen(self.input(previous))
         return cache.extend(x[:, None])[:, 0]
 
-    def features_of(
-        self, cache: KVCache | None, past: Float[Tensor, "B given C"], *, first: bool
-    ) -> Float[Tensor, "B next D"]:
-        """Features of the positions that follow the cached ones, given the latents `past` of the one before each.
+    def features_of(self, cache: KVCache | None, past: Float[Tensor, "B given C"], *, first: bool) -> Tensor:
+        """Features [B, next, D] of the positions after the cached ones, given the latents `past` of those before each.
 
-        With `first` the features begin with those of the first position of the sequence, which has none before it:
-        one more than there are in `past`.
+        With `first` they begin with those of the first position of the sequence: one more than there are in `past`.
         """
         x = widen(self.input(past))
         if first:
@@ -199,7 +192,6 @@ class Prior(Bijection):
         self.blocks = nn.ModuleList(blocks)
 
     def block(self, index: int) -> FlowBlock:
-        """Block `index`, 0-based."""
         block = self.blocks[index]
         assert isinstance(block, FlowBlock)
         return block
@@ -256,9 +248,7 @@ class Prior(Bijection):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= frozen):
                 h, log_det = self.block(index)(h)
             parts.append(log_det)
-        if above < len(self.blocks):
-            parts.append(self.block(-1).log_prob(h, relative=relative))
-        else:
-            parts.append(log_standard_normal(h).sum(-1))
+        below = above < len(self.blocks)
+        parts.append(self.block(-1).log_prob(h, relative=relative) if below else log_standard_normal(h).sum(-1))
         first, *rest = parts if per_position else [part.sum(-1) for part in parts]
         return sum(rest, start=first)

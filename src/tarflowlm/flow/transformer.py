@@ -46,10 +46,7 @@ def rotary_tables(positions: Tensor, num_heads: int, head_width: int, base: floa
 
 
 def rotate_(x_BNHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate, in place, the channel pairs (i, i + E/2) by the angle of their position.
-
-    A pair (x, y) becomes (x cos - y sin, x sin + y cos).
-    """
+    """Rotate, in place, channel pairs (i, i + E/2) by their position's angle: to (x cos - y sin, x sin + y cos)."""
     swapped = x_BNHE.roll(x_BNHE.shape[-1] // 2, dims=-1)
     return x_BNHE.mul_(cos.to(x_BNHE.dtype)).add_(swapped.mul_(sin.to(x_BNHE.dtype)))
 
@@ -59,8 +56,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.head_width = config.width // config.num_heads
+        self.num_heads, self.head_width = config.num_heads, config.width // config.num_heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
         self.query_scale = nn.Parameter(torch.ones(self.head_width))
@@ -74,8 +70,7 @@ class Attention(nn.Module):
         q, k, v = (part.view(B, N, self.num_heads, self.head_width) for part in parts)
         q = rotate_(F.layer_norm(q, (self.head_width,), self.query_scale.to(q.dtype)), *tables).transpose(1, 2)
         k = rotate_(F.layer_norm(k, (self.head_width,), self.key_scale.to(k.dtype)), *tables).transpose(1, 2)
-        v = v.transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True)
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
 
@@ -130,9 +125,8 @@ class Transformer(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Features of the inputs x."""
-        positions = torch.arange(x.shape[1], device=x.device)
-        num_heads = self.config.num_heads
-        tables = rotary_tables(positions, num_heads, self.config.width // num_heads, self.config.rotary_base)
+        config, positions = self.config, torch.arange(x.shape[1], device=x.device)
+        tables = rotary_tables(positions, config.num_heads, config.width // config.num_heads, config.rotary_base)
         for layer in self.layers:
             x = layer(x, tables)
         return self.norm(x)
