@@ -205,14 +205,12 @@ class TokenFeatures(nn.Module):
 
     def step(self, state: PatchState) -> Float[Tensor, "B D"]:
         """Features of the first token not yet observed."""
-        x = state.places[:, state.num_tokens]
-        if self.head is None or state.head_state is None:
-            return x
-        return x + self.head.step(state.head_state)[0][0]
+        x, inner = state.places[:, state.num_tokens], state.head_state
+        return x if self.head is None or inner is None else x + self.head.step(inner)[0][0]
 
     def observe(self, state: PatchState, z: Float[Tensor, "B d"]) -> PatchState:
         """The state after the next token took the latents z; `state` itself is unchanged."""
-        head_state = state.head_state
-        if self.head is not None and head_state is not None:
-            head_state = self.head.observe(head_state, z)
-        return PatchState(state.places, head_state, state.num_tokens + 1)
+        inner = state.head_state
+        if self.head is not None and inner is not None:
+            inner = self.head.observe(inner, z)
+        return PatchState(state.places, inner, state.num_tokens + 1)

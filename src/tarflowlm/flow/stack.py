@@ -130,10 +130,14 @@ class FlowBlock(Bijection):
         self.transformer = Transformer(trunk, num_layers)
         self.coupling = coupling
 
+    def _features(self, h: Tensor) -> Tensor:
+        """Features c_n [B, N, D] of all positions of h [B, N, C], which is in the block's order."""
+        return self.features_of(None, h[:, :-1], first=True)
+
     def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
         """h^(l) from h^(l-1) = z, and the part of every position in log|det J_l|, in nats."""
         h = self.order(z)[0]
-        u, log_det = self.coupling(h, self.features_of(None, h[:, :-1], first=True))
+        u, log_det = self.coupling(h, self._features(h))
         return self.order.inverse(u), self.order.positions(log_det)
 
     def log_prob(self, z: Float[Tensor, "B N C"], *, relative: bool = False) -> Float[Tensor, "B N"]:
@@ -142,8 +146,7 @@ class FlowBlock(Bijection):
         Cheaper than `forward`, since it needs no noise. `relative`: see `MixDCoupling.log_prob`.
         """
         h, options = self.order(z)[0], {"relative": True} if relative else {}
-        features = self.features_of(None, h[:, :-1], first=True)
-        return self.order.positions(self.coupling.log_prob(h, features, **options))
+        return self.order.positions(self.coupling.log_prob(h, self._features(h), **options))
 
     def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
         """Features c_n of the next position, given the latents [B, C] of the one before it (None at the start)."""
@@ -151,7 +154,7 @@ class FlowBlock(Bijection):
         return cache.extend(x[:, None])[:, 0]
 
     def features_of(self, cache: KVCache | None, past: Float[Tensor, "B given C"], *, first: bool) -> Tensor:
-        """Features [B, next, D] of the positions after the cached ones, given the latents `past` of those before each.
+        """Features [B, next, D] of the positions after the cached ones, given the latents `past` of the ones before.
 
         With `first` they begin with those of the first position of the sequence: one more than there are in `past`.
         """
@@ -248,7 +251,7 @@ class Prior(Bijection):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= frozen):
                 h, log_det = self.block(index)(h)
             parts.append(log_det)
-        below = above < len(self.blocks)
-        parts.append(self.block(-1).log_prob(h, relative=relative) if below else log_standard_normal(h).sum(-1))
+        flows = above < len(self.blocks)
+        parts.append(self.block(-1).log_prob(h, relative=relative) if flows else log_standard_normal(h).sum(-1))
         first, *rest = parts if per_position else [part.sum(-1) for part in parts]
         return sum(rest, start=first)

@@ -172,8 +172,7 @@ class PendingStep(NamedTuple):
 def take_step(run: TrainingRun, *, deferred: bool) -> PendingStep:
     """Take one step on the next batch and count it."""
     counters, tokens = run.counters, run.sampler.next()
-    if run.device.type == "cuda":
-        # a copy from pageable memory would wait for all work queued on the device
+    if run.device.type == "cuda":  # a copy from pageable memory would wait for all work queued on the device
         tokens = tokens.pin_memory()
     tokens = tokens.to(run.device, non_blocking=True)
     noise = run.generator.get_state()
@@ -188,7 +187,6 @@ def take_step(run: TrainingRun, *, deferred: bool) -> PendingStep:
 
 
 def _place(counters: Counters) -> dict[str, int]:
-    """The fields that place a record; blocks count from 1."""
     return {"step": counters.step, "tokens": counters.tokens, "block": counters.stage + 1}
 
 

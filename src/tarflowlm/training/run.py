@@ -107,8 +107,7 @@ class TrainingRun:
             with seeded(self.config.seed + 1000 * self.model.num_blocks):
                 self.model.append_block()
         if self.processes.world == 1 or self.config.train.parallel == "ddp":
-            # FSDP2 moves shards one by one: the whole model need not fit on the device
-            self.model.to(self.device)
+            self.model.to(self.device)  # FSDP2 moves shards one by one: the whole model need not fit on the device
         self.model.train_only(stage)
         self.parallel_model = ParallelModel(self.model, self.config, self.processes, frozen=stage)
         self.optimizers = build_optimizers(self.config.optim, self.model)
@@ -147,15 +146,10 @@ class TrainingRun:
         if self.saved_step == counters.step:
             return
         start, weights = self.seconds(), self._finite_weights()
-        # includes the time of this save, estimated from the last one
-        counters.spent.total = start + counters.spent.save
-        saved = {
-            "step": counters.step,
-            "counters": asdict(counters),
-            "sampler": self.sampler.state_dict(),
-            "corpus": self.corpus.fingerprint,
-            "metrics": self.log.position(),
-        }
+        counters.spent.total = start + counters.spent.save  # the time of this save is estimated from the last one
+        saved: dict[str, Any] = {"step": counters.step, "counters": asdict(counters)}
+        saved |= {"sampler": self.sampler.state_dict(), "corpus": self.corpus.fingerprint}
+        saved["metrics"] = self.log.position()
         keep, processes = self.config.train.keep_last, self.processes
         save_state(self.out, self.model, self.optimizers, self.generator, saved, keep=keep, processes=processes)
         self._write_weights(self.out, weights)
@@ -165,10 +159,9 @@ class TrainingRun:
     def save_best(self, result: Likelihood) -> None:
         """Save the weights of the best validation bound to best/, a run directory of its own."""
         best = self.out / BEST
-        if self.processes.first:
+        if self.processes.first and not (best / TOKENIZER).exists():
             best.mkdir(exist_ok=True)
-            if not (best / TOKENIZER).exists():
-                write_run(best, self.config, self.corpus.tokenizer)
+            write_run(best, self.config, self.corpus.tokenizer)
         self._write_weights(best, self._finite_weights(), nats_per_token=repr(result.nats_per_token))
 
     def _finite_weights(self) -> dict[str, Tensor]:

@@ -70,8 +70,7 @@ def train(
         check_new(out)
     check_installed(run.train.track)
     corpus = _corpus(run, reporter, processes)
-    if run.data.source not in SOURCE_NAMES:
-        # absolute, since the run directory may be used from other folders
+    if run.data.source not in SOURCE_NAMES:  # absolute, since the run directory may be used from other folders
         run = replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
     vocab_size = corpus.tokenizer.vocab_size
     if (given := run.model.vocab_size) not in (0, vocab_size):
@@ -105,8 +104,7 @@ def resume(
     """
     reporter = reporter or Reporter()
     run = read_run(out)
-    if run.optim.muon_precision == "auto":
-        # configurations of earlier versions: this was the only choice then
+    if run.optim.muon_precision == "auto":  # in configurations of earlier versions this was the only choice
         run = replace(run, optim=replace(run.optim, muon_precision="bfloat16", muon_qkv="together"))
     with _writing(out, processes):
         state = processes.from_first(_state_to_resume(out) if processes.first else None)
