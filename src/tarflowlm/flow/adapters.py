@@ -27,8 +27,7 @@ class FlowTransform(Transform):
         self, forward: Callable[[Tensor], tuple[Tensor, Tensor]], inverse: Callable[[Tensor], Tensor], event_dim: int
     ) -> None:
         super().__init__()
-        self.call_and_ladj = forward  # the name under which zuko calls it
-        self.invert = inverse
+        self.call_and_ladj, self.invert = forward, inverse  # the former is the name under which zuko calls it
         self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
 
     def with_cache(self, cache_size: int = 1) -> "FlowTransform":

@@ -106,10 +106,8 @@ class ChannelCoupling(Coupling):
             assert z is not None
             state = self.head.observe(state, z)
 
-    def invert(
-        self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
-    ) -> Float[Tensor, "B C"]:
-        """The latents z_n of one position, from its noise u_n and features c_n.
+    def invert(self, u: Tensor, features: Tensor, adjust: AdjustWeights | None = None) -> Tensor:
+        """The latents z_n [B, C] of one position, from its noise u_n [B, C] and features c_n [B, D].
 
         Where Newton steps do not converge, a small batch is inverted in fixed-point sweeps over all groups, until
         nothing changes; G sweeps always suffice. There a call costs the same for one group as for all of them.
@@ -260,13 +258,12 @@ class Mix1Coupling(ChannelCoupling):
 
     def conditional(self, parameters: list[Tensor]) -> Conditional:
         """The mixture CDF of channels with these log-weights, means and log-scales [rows, K]."""
-        log_w, mean, log_std = parameters
 
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
-            u, log_det = numerics.mixture_cdf(z[:, 0], log_w, mean, log_std)
+            u, log_det = numerics.mixture_cdf(z[:, 0], *parameters)
             return u[:, None], log_det
 
         def inverse(u: Tensor) -> Tensor:
-            return numerics.mixture_cdf_inverse(u[:, 0], log_w, mean, log_std)[:, None]
+            return numerics.mixture_cdf_inverse(u[:, 0], *parameters)[:, None]
 
-        return Conditional(forward, inverse, lambda z: numerics.mixture_log_density(z[:, 0], log_w, mean, log_std))
+        return Conditional(forward, inverse, lambda z: numerics.mixture_log_density(z[:, 0], *parameters))

@@ -28,12 +28,10 @@ AdjustWeights = Callable[[Tensor], Tensor]
 class Conditional:
     """p(z_g | c_n, z_<g) of one group of channels, as a map to noise and back."""
 
+    # z_g [B, C/G] to u_g [B, C/G] and log|det du_g/dz_g| [B], in nats
     forward: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """z_g [B, C/G] to u_g [B, C/G] and log|det du_g/dz_g| [B], in nats."""
-    inverse: Callable[[Tensor], Tensor]
-    """u_g to z_g, with the weights as the sampler adjusted them."""
-    log_density: Callable[[Tensor], Tensor]
-    """log p(z_g | c_n, z_<g) [B], in nats: that of `forward`, without the noise."""
+    inverse: Callable[[Tensor], Tensor]  # u_g to z_g, with the weights as the sampler adjusted them
+    log_density: Callable[[Tensor], Tensor]  # log p(z_g | c_n, z_<g) [B] of `forward`, in nats, without the noise
 
 
 Conditionals = Generator[Conditional, Tensor | None, None]

@@ -7,7 +7,7 @@ At V = 50,257 a [tokens, V] tensor would outgrow the rest of a training step, so
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -68,9 +68,7 @@ class MixDCoupling(Coupling):
         with full_precision(z):
             return numerics.rosenblatt(z, log_w, book.mean, book.log_std)
 
-    def log_prob(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"], *, relative: bool = False
-    ) -> Float[Tensor, "B N"]:
+    def log_prob(self, z: Tensor, features: Tensor, *, relative: bool = False) -> Float[Tensor, "B N"]:
         """log p(z_n | c_n) of every position, in nats.
 
         `relative` subtracts log sum_k N_k(z_t) of every token, for tied components the decoder's normaliser
@@ -81,9 +79,7 @@ class MixDCoupling(Coupling):
         by_token, features = z.unflatten(-1, (self.patch, self.latent_dim)), self.token_features(features, z)
         return numerics.mixture_log_prob_from_features(by_token, features, *parameters, relative=relative).sum(-1)
 
-    def invert(
-        self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
-    ) -> Float[Tensor, "B C"]:
+    def invert(self, u: Tensor, features: Tensor, adjust: AdjustWeights | None = None) -> Tensor:
         rows = numerics.held_rows(self.weight_head.out_features, u.device)
         if len(u) <= rows:
             if self.patch > 1:
@@ -93,13 +89,8 @@ class MixDCoupling(Coupling):
         return torch.cat([super(MixDCoupling, self).invert(*part, adjust) for part in parts])
 
     def complete(
-        self,
-        u: Float[Tensor, "B C"],
-        features: Float[Tensor, "B D"],
-        known: Float[Tensor, "B C"],
-        is_known: Bool[Tensor, "B P"],
-        adjust: AdjustWeights | None = None,
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B P"]]:
+        self, u: Tensor, features: Tensor, known: Tensor, is_known: Tensor, adjust: AdjustWeights | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`Coupling.complete` with the weights held for `held_rows` rows at a time."""
         rows = numerics.held_rows(self.weight_head.out_features, u.device)
         parts = zip(u.split(rows), features.split(rows), known.split(rows), is_known.split(rows), strict=True)
@@ -124,8 +115,5 @@ class MixDCoupling(Coupling):
             adjusted = log_w if adjust is None else adjust(log_w)
             return numerics.rosenblatt_inverse(u, adjusted, book.mean, book.log_std)
 
-        return Conditional(
-            lambda z: numerics.rosenblatt(z, log_w, book.mean, book.log_std),
-            inverse,
-            lambda z: numerics.mixture_log_prob(z, log_w, book.mean, book.log_std),
-        )
+        p = (log_w, book.mean, book.log_std)
+        return Conditional(lambda z: numerics.rosenblatt(z, *p), inverse, lambda z: numerics.mixture_log_prob(z, *p))

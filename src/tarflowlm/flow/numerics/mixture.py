@@ -35,7 +35,7 @@ def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tupl
 
 
 def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    r"""Inverse of `mixture_cdf`, elementwise: z = F^-1(Phi(u)), by docs/math.md, eq. 20; implicit gradients (eq. 20a).
+    r"""Inverse of `mixture_cdf`, elementwise: z = F^-1(Phi(u)) (docs/math.md, eq. 20; implicit gradients: eq. 20a).
 
     Shapes: u [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against u; z [...]. Float32 or float64.
     The number of steps is fixed, nothing is clamped and, on an accelerator, nothing is copied to the host. NaN gives
