@@ -175,8 +175,8 @@ class ParallelModel:
     ) -> None:
         self.model, self.config, self.processes = model, config, processes
         self.sharded = processes.world > 1 and config.train.parallel == "fsdp"
-        # a model to be sharded is not on its device yet
-        self.compiled = compiles(config.train, processes, processes.device if self.sharded else model.device)
+        device = processes.device if self.sharded else model.device  # a model to be sharded is not there yet
+        self.compiled = compiles(config.train, processes, device)
         trained = [layer for part in model.blocks_from(frozen) for layer in _layers(part)]
         for layer in _layers(model):
             layer.keeps_activations = not (config.train.checkpoint_activations and layer in trained)
@@ -184,10 +184,9 @@ class ParallelModel:
         self.loss: nn.Module = NegativeBound(model, frozen)
         if self.sharded:
             shard(self.loss, model, processes, compiled=self.compiled)
-            return
-        if self.compiled:
+        elif self.compiled:
             self.loss.compile(fullgraph=True)
-        if processes.world > 1:
+        if processes.world > 1 and not self.sharded:
             self.loss = DistributedDataParallel(self.loss, gradient_as_bucket_view=True)
 
     def backward(self, tokens: Int[Tensor, "B T"], generator: torch.Generator) -> Tensor:
