@@ -10,8 +10,7 @@ from tarflowlm.config import BaselineConfig as BaselineConfig
 from tarflowlm.errors import UserError
 from tarflowlm.flow.cached import KVCache
 from tarflowlm.flow.heads import TokenFeatures
-from tarflowlm.flow.precision import widen
-from tarflowlm.flow.transformer import Transformer
+from tarflowlm.flow.transformer import Transformer, widen
 from tarflowlm.language_model import LanguageModel
 
 IN_PATCH_CHANNELS = 32

@@ -18,8 +18,8 @@ from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.flow.precision import full_precision
 from tarflowlm.flow.stack import FlowBlock, Prior
+from tarflowlm.flow.transformer import full_precision
 from tarflowlm.language_model import LanguageModel, check_model
 
 

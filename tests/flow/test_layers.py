@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tarflowlm.errors import UserError
-from tarflowlm.flow.bijection import Order, Patch
+from tarflowlm.flow.stack import Order, Patch
 
 T, C = 6, 5
 

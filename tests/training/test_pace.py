@@ -7,7 +7,7 @@ import torch
 
 from tarflowlm.config import TrainConfig
 from tarflowlm.runs.checkpoint import read_run
-from tarflowlm.training.pace import Pace
+from tarflowlm.training.loop import Pace
 from tarflowlm.training.state import Counters, TimeSpent
 from tarflowlm.training.train import resume
 

@@ -61,7 +61,7 @@ def run(args: Args) -> None:
     check_new(args.out)
     device = pick_device(args.device)
     config = replace(preset("quickstart"), seed=args.seed)
-    with ProgressReporter() as reporter:
+    with (reporter := ProgressReporter()):
         corpus = cached_corpus(config.data.source, config.data.tokenizer, progress=reporter)
         # before the training, which gets the time that is left
         train_tokens, test_tokens = (np.asarray(corpus.split(split)) for split in ("train", "test"))

@@ -84,7 +84,7 @@ def run(args: Args) -> None:
         state_of(settings, training)
     results = []
     for recipe in recipes:
-        with ProgressReporter() as reporter:
+        with (reporter := ProgressReporter()):
             finished = finish(settings, plans[recipe.name], reporter, stop_on_signals)
         with Bars() as bars:
             finished = [replace(done, progress=bars) for done in finished]

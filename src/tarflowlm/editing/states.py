@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tarflowlm.editing.words import check_share
 from tarflowlm.errors import UserError
-from tarflowlm.flow.precision import wide_dtype
+from tarflowlm.flow.transformer import wide_dtype
 from tarflowlm.generation import generate
 from tarflowlm.generation.conditioned import ConditionedLatents
 from tarflowlm.generation.inversion import Decoders, invert_block, per_block

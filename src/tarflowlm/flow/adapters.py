@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
 
-from tarflowlm.flow.bijection import Bijection
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import mixture_cdf, mixture_cdf_inverse, rosenblatt, rosenblatt_inverse
+from tarflowlm.flow.stack import Bijection
 
 
 class FlowTransform(Transform):
@@ -27,13 +27,11 @@ class FlowTransform(Transform):
         self, forward: Callable[[Tensor], tuple[Tensor, Tensor]], inverse: Callable[[Tensor], Tensor], event_dim: int
     ) -> None:
         super().__init__()
-        self.call_and_ladj = forward  # the name under which zuko calls it
-        self.invert = inverse
+        self.call_and_ladj, self.invert = forward, inverse  # the former is the name under which zuko calls it
         self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
 
     def with_cache(self, cache_size: int = 1) -> "FlowTransform":
-        """The transform itself, without a cache: parameters may change between two calls with the same tensor."""
-        return self
+        return self  # without a cache: parameters may change between two calls with the same tensor
 
     def _call(self, x: Tensor) -> Tensor:
         return self.call_and_ladj(x)[0]
@@ -47,7 +45,7 @@ class FlowTransform(Transform):
 
 
 class MixtureCdfTransform(FlowTransform):
-    """`numerics.mixture_cdf` elementwise: z [...] to u [...], parameters [..., K]."""
+    """`numerics.mixture_cdf` elementwise: z [...] to u [...]; log_w, mean, log_std [..., K]."""
 
     sign = +1
 
@@ -94,7 +92,7 @@ class ConditionedCoupling(Bijection):
         return self.coupling(z, self._repeated(z))
 
     def inverse(self, u: Float[Tensor, "M N C"]) -> Float[Tensor, "M N C"]:
-        """z. Given the features, positions do not depend on each other."""
+        # given the features, positions do not depend on each other
         return self.coupling.invert(u.flatten(0, 1), self._repeated(u).flatten(0, 1)).view(u.shape)
 
 
@@ -118,7 +116,8 @@ def zuko_flow(bijection: Bijection, *shape: int) -> Any:
 class NormflowsFlow(nn.Module):
     """One of the `flows` of a normflows model: `forward` maps noise to latents, `inverse` latents to noise.
 
-    `forward` maps its result back for the log-determinant, and has no gradients through blocks.
+    Both also return their log-determinant of every sequence, in nats. `forward` maps its result back for it, and has
+    no gradients through blocks.
     """
 
     def __init__(self, bijection: Bijection) -> None:
@@ -126,12 +125,10 @@ class NormflowsFlow(nn.Module):
         self.bijection = bijection
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents, and -log|det du/dz| of every sequence, in nats."""
         z = self.bijection.inverse(u)
         return z, -self.inverse(z)[1]
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise, and log|det du/dz| of every sequence, in nats."""
         return BijectionTransform(self.bijection).call_and_ladj(z)
 
 

@@ -57,12 +57,7 @@ class KVCache:
         self.positions = torch.arange(capacity, device=like.device)
         tables = rotary_tables(self.positions, 1, head_width, config.rotary_base)
         self.cos, self.sin = (table.to(like.dtype) for table in tables)
-        self.length = 0
-
-    @property
-    def capacity(self) -> int:
-        """Positions S that the storage can hold."""
-        return len(self.positions)
+        self.capacity, self.length = capacity, 0
 
     def rewind(self, length: int) -> None:
         """Keep only the first `length` positions. ValueError for more than there are."""

@@ -21,7 +21,7 @@ from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights, Conditional, Conditionals, Coupling
 from tarflowlm.flow.heads import AutoregressiveHead
 from tarflowlm.flow.numerics import log_standard_normal
-from tarflowlm.flow.precision import full_precision
+from tarflowlm.flow.transformer import full_precision
 
 CONTRACTION = 0.5
 """Newton steps go on while each changes the latents by at most this times the step before."""
@@ -43,16 +43,13 @@ class Newton:
 
         A first step that changes them by more than `largest`, times 1 + |h|, counts as one that does not converge.
         """
-        self.tolerance, self.last, self.contracts = tolerance, math.inf, True
-        self._bound = largest
+        self.tolerance, self.last, self.contracts, self._bound = tolerance, math.inf, True, largest
 
-    def settled(
-        self, new: Float[Tensor, "B N C"], old: Tensor, residual: Tensor, noise: Tensor
-    ) -> Bool[Tensor, " N"]:
+    def settled(self, new: Tensor, old: Tensor, residual: Tensor, noise: Tensor) -> Bool[Tensor, " N"]:
         """The positions, on the host, at which the step from `old` to `new` was the last that is needed.
 
         With q the ratio of the largest changes of this step and the one before, all further steps are estimated to
-        add up to q / (1 - q) times this one. `residual` is u - f(old), `noise` u.
+        add up to q / (1 - q) times this one. `residual` is u - f(old), `noise` u; all [B, N, C].
         """
         change = ((new - old).abs() / (1 + new.abs())).amax((0, 2))
         off = (residual.abs() / (1 + noise.abs())).amax((0, 2))
@@ -78,21 +75,15 @@ class ChannelCoupling(Coupling):
         """The map of a batch of groups [rows, C/G], from their parameters [rows, outputs]."""
 
     @abstractmethod
-    def channels(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
-        """Noise u, and log du_i/dz_i of every channel, in nats."""
+    def channels(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
+        """Noise u, and log du_i/dz_i of every channel, in nats; both [B, N, C]."""
 
-    def forward(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
+    def forward(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
         u, log_det = self.channels(z, features)
         return u, log_det.sum(-1)
 
-    def newton_step(
-        self, z: Float[Tensor, "B N C"], u: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
-        """A step towards the latents of noise u from a guess z of them, and the residual u - f(z) of that guess.
+    def newton_step(self, z: Tensor, u: Tensor, features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
+        """A step towards the latents of noise u from a guess z of them, and that guess's residual u - f(z) [B, N, C].
 
             z_i + (u_i - f_i(z)) / (df_i/dz_i)
 
@@ -115,10 +106,8 @@ class ChannelCoupling(Coupling):
             assert z is not None
             state = self.head.observe(state, z)
 
-    def invert(
-        self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
-    ) -> Float[Tensor, "B C"]:
-        """The latents z_n of one position, from its noise u_n and features c_n.
+    def invert(self, u: Tensor, features: Tensor, adjust: AdjustWeights | None = None) -> Tensor:
+        """The latents z_n [B, C] of one position, from its noise u_n [B, C] and features c_n [B, D].
 
         Where Newton steps do not converge, a small batch is inverted in fixed-point sweeps over all groups, until
         nothing changes; G sweeps always suffice. There a call costs the same for one group as for all of them.
@@ -126,10 +115,9 @@ class ChannelCoupling(Coupling):
         assert adjust is None, "the components of a channel are not tokens"
         if torch.is_grad_enabled():
             return super().invert(u, features)
-        if u.numel() <= _MAX_NEWTON and self.components <= _MAX_NEWTON_COMPONENTS:
-            near = self._invert_near_identity(u, features)
-            if near is not None:
-                return near
+        tried = u.numel() <= _MAX_NEWTON and self.components <= _MAX_NEWTON_COMPONENTS
+        if tried and (near := self._invert_near_identity(u, features)) is not None:
+            return near
         if u.numel() > _MAX_SWEPT:
             return super().invert(u, features)
         B, G, size = len(u), self.head.groups, self.group
@@ -145,12 +133,12 @@ class ChannelCoupling(Coupling):
     def _invert_near_identity(self, u: Tensor, features: Tensor) -> Tensor | None:
         """`invert` by Newton steps from the guess z = u, or None where they do not converge quickly."""
         noise, features = u[:, None], features[:, None]
-        z, newton = noise, Newton(8 * torch.finfo(u.dtype).eps, largest=CONTRACTION)
+        new, newton = noise, Newton(8 * torch.finfo(u.dtype).eps, largest=CONTRACTION)
         while newton.contracts:
+            z = new
             new, residual = self.newton_step(z, noise, features)
             if bool(newton.settled(new, z, residual, noise)):
                 return new[:, 0]
-            z = new
         return None
 
 
@@ -167,22 +155,13 @@ class AffineCoupling(ChannelCoupling):
         self, *, width: int, channels: int, hidden: int, features: int, group: int = 1, autoregressive: bool = True
     ) -> None:
         super().__init__()
-        self.group = group
+        self.group, groups = group, channels // group
+        sizes = {"width": width, "groups": groups, "channels": group, "hidden": hidden * group, "features": features}
         self.head = AutoregressiveHead(
-            width=width,
-            groups=channels // group,
-            channels=group,
-            hidden=hidden * group,
-            outputs=(group, group),
-            features=features,
-            skip=True,
-            autoregressive=autoregressive,
-            log_std_last=True,
+            outputs=(group, group), skip=True, autoregressive=autoregressive, log_std_last=True, **sizes
         )
 
-    def channels(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+    def channels(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
         mean, log_std = (p.permute(1, 2, 0, 3).flatten(2) for p in self.head(features, z))
         return (z - mean) * torch.exp(-log_std), -log_std
 
@@ -227,16 +206,9 @@ class Mix1Coupling(ChannelCoupling):
     ) -> None:
         super().__init__()
         self.components = components
+        sizes = {"width": width, "groups": channels, "channels": 1, "hidden": hidden, "features": features}
         self.head = AutoregressiveHead(
-            width=width,
-            groups=channels,
-            channels=1,
-            hidden=hidden,
-            outputs=(components,) * 3,
-            features=features,
-            skip=True,
-            autoregressive=autoregressive,
-            log_std_last=True,
+            outputs=(components,) * 3, skip=True, autoregressive=autoregressive, log_std_last=True, **sizes
         )
         level = (torch.arange(components, dtype=torch.float64) + 0.5) / components
         means = spread * torch.special.ndtri(level)
@@ -273,9 +245,7 @@ class Mix1Coupling(ChannelCoupling):
             self.head.biases[2][c] = codebook.log_std
             paths[c, c - i : c, 0] = per_channel[:i]
 
-    def channels(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"]]:
+    def channels(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
         log_w, mean, log_std = self.head(features, z)
         with full_precision(z):
             u, log_det = numerics.mixture_cdf(z.permute(2, 0, 1).contiguous(), log_w, mean, log_std)
@@ -288,13 +258,12 @@ class Mix1Coupling(ChannelCoupling):
 
     def conditional(self, parameters: list[Tensor]) -> Conditional:
         """The mixture CDF of channels with these log-weights, means and log-scales [rows, K]."""
-        log_w, mean, log_std = parameters
 
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
-            u, log_det = numerics.mixture_cdf(z[:, 0], log_w, mean, log_std)
+            u, log_det = numerics.mixture_cdf(z[:, 0], *parameters)
             return u[:, None], log_det
 
         def inverse(u: Tensor) -> Tensor:
-            return numerics.mixture_cdf_inverse(u[:, 0], log_w, mean, log_std)[:, None]
+            return numerics.mixture_cdf_inverse(u[:, 0], *parameters)[:, None]
 
-        return Conditional(forward, inverse, lambda z: numerics.mixture_log_density(z[:, 0], log_w, mean, log_std))
+        return Conditional(forward, inverse, lambda z: numerics.mixture_log_density(z[:, 0], *parameters))

@@ -6,13 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tarflowlm.flow.numerics import (
-    log_component_densities,
-    log_own_density,
-    mixture_log_prob,
-    most_probable_component,
-    wide_dtype,
-)
+from tarflowlm.flow import numerics
+from tarflowlm.flow.transformer import wide_dtype
 
 
 def spread_means(num_components: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
@@ -76,8 +71,7 @@ class Codebook(nn.Module):
 
     def encode(self, tokens: Int[Tensor, "*batch"], noise: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """z = mu_x + sigma_x * noise with noise ~ N(0, I), differentiable in mu and sigma."""
-        # index_select has a much faster backward than indexing
-        flat = tokens.flatten()
+        flat = tokens.flatten()  # index_select has a much faster backward than indexing
         std = self.log_std.index_select(0, flat).exp().view(*tokens.shape, 1)
         return self.mean.index_select(0, flat).view_as(noise) + std * noise
 
@@ -88,11 +82,11 @@ class Codebook(nn.Module):
 
     def log_components(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
         """log N_k(z) for every token k, in nats. Holds a [tokens, V] tensor: for small vocabularies."""
-        return log_component_densities(z, self.mean, self.log_std)
+        return numerics.log_component_densities(z, self.mean, self.log_std)
 
     def log_normaliser(self, z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """log sum_k N_k(z) = log q(z|x) - log p(x|z) for every x, in nats (docs/math.md, eqs. 2 and 11a)."""
-        return mixture_log_prob(z, None, self.mean, self.log_std)
+        return numerics.mixture_log_prob(z, None, self.mean, self.log_std)
 
     def log_likelihood(self, tokens: Int[Tensor, "*batch"], z: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """log p(x_t | z_t) = log N_{x_t}(z_t) - log sum_j N_j(z_t), in nats (docs/math.md, eq. 2).
@@ -104,8 +98,8 @@ class Codebook(nn.Module):
         z_wide, mean, log_std = z.to(wide), self.mean.to(wide), self.log_std.to(wide)
         # at z, not at the noise it was drawn with: z has been rounded since
         rows = z_wide.reshape(-1, z.shape[-1])
-        own = log_own_density(rows, mean.index_select(0, flat), log_std.index_select(0, flat))
-        difference = own.view_as(tokens) - mixture_log_prob(z_wide, None, mean, log_std)
+        own = numerics.log_own_density(rows, mean.index_select(0, flat), log_std.index_select(0, flat))
+        difference = own.view_as(tokens) - numerics.mixture_log_prob(z_wide, None, mean, log_std)
         # rounding must not make a probability larger than one
         return difference.clamp(max=0.0).to(z.dtype)
 
@@ -115,4 +109,4 @@ class Codebook(nn.Module):
 
     def decode(self, z: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
         """The most probable token of every latent vector; on ties the lowest index."""
-        return most_probable_component(z, self.mean, self.log_std)
+        return numerics.most_probable_component(z, self.mean, self.log_std)

@@ -28,12 +28,10 @@ AdjustWeights = Callable[[Tensor], Tensor]
 class Conditional:
     """p(z_g | c_n, z_<g) of one group of channels, as a map to noise and back."""
 
+    # z_g [B, C/G] to u_g [B, C/G] and log|det du_g/dz_g| [B], in nats
     forward: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """z_g [B, C/G] to u_g [B, C/G] and log|det du_g/dz_g| [B], in nats."""
-    inverse: Callable[[Tensor], Tensor]
-    """u_g to z_g, with the weights as the sampler adjusted them."""
-    log_density: Callable[[Tensor], Tensor]
-    """log p(z_g | c_n, z_<g) [B], in nats: that of `forward`, without the noise."""
+    inverse: Callable[[Tensor], Tensor]  # u_g to z_g, with the weights as the sampler adjusted them
+    log_density: Callable[[Tensor], Tensor]  # log p(z_g | c_n, z_<g) [B] of `forward`, in nats, without the noise
 
 
 Conditionals = Generator[Conditional, Tensor | None, None]
@@ -48,10 +46,8 @@ class Coupling(nn.Module):
     """True for a mixture of the encoder's codebook; its `log_prob` then takes `relative`."""
 
     @abstractmethod
-    def forward(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
-        """Noise u, and log|det du_n/dz_n| of every position, in nats."""
+    def forward(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
+        """Noise u [B, N, C], and log|det du_n/dz_n| of every position [B, N], in nats."""
 
     @abstractmethod
     def log_prob(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:

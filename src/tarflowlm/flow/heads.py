@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflowlm.flow.precision import full_precision, widen
+from tarflowlm.flow.transformer import full_precision, widen
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,7 @@ class AutoregressiveHead(nn.Module):
 
     def step(self, state: GroupState) -> list[Tensor]:
         """Parameters of the first group not yet observed: one [1, B, O] per output."""
-        g = len(state.values)
-        hidden = state.context[g]
+        hidden = state.context[g := len(state.values)]
         if g and self.num_known:
             hidden = hidden + torch.cat(state.embedded, -1) @ self.cross[g, :, :g].reshape(self.hidden, -1).T
         outputs = self._read_out(hidden[None], slice(g, g + 1))
@@ -154,13 +153,12 @@ class AutoregressiveHead(nn.Module):
 
     def observe(self, state: GroupState, z: Float[Tensor, "B channels"]) -> GroupState:
         """The state after the next group took the value z [B, C/G]; `state` itself is unchanged."""
-        g = len(state.values)
+        g, embedded = len(state.values), state.embedded
         if g == self.groups - 1:  # nothing depends on the last group
             return state
-        if not self.num_known:
-            return replace(state, values=(*state.values, z))
-        embedded = self._embed(z[None], self.embed[g : g + 1])[0]
-        return replace(state, values=(*state.values, z), embedded=(*state.embedded, embedded))
+        if self.num_known:
+            embedded = (*embedded, self._embed(z[None], self.embed[g : g + 1])[0])
+        return replace(state, values=(*state.values, z), embedded=embedded)
 
 
 @dataclass(frozen=True)
@@ -181,9 +179,8 @@ class TokenFeatures(nn.Module):
 
     def __init__(self, *, width: int, patch: int, latent_dim: int, in_patch: bool) -> None:
         super().__init__()
-        self.patch = patch
+        self.patch, self.head = patch, None
         self.place = nn.Linear(width, patch * width, bias=False) if patch > 1 else None
-        self.head = None
         if self.place is not None:
             nn.init.normal_(self.place.weight, std=width**-0.5)
         if patch > 1 and in_patch:
@@ -208,14 +205,12 @@ class TokenFeatures(nn.Module):
 
     def step(self, state: PatchState) -> Float[Tensor, "B D"]:
         """Features of the first token not yet observed."""
-        x = state.places[:, state.num_tokens]
-        if self.head is None or state.head_state is None:
-            return x
-        return x + self.head.step(state.head_state)[0][0]
+        x, inner = state.places[:, state.num_tokens], state.head_state
+        return x if self.head is None or inner is None else x + self.head.step(inner)[0][0]
 
     def observe(self, state: PatchState, z: Float[Tensor, "B d"]) -> PatchState:
         """The state after the next token took the latents z; `state` itself is unchanged."""
-        head_state = state.head_state
-        if self.head is not None and head_state is not None:
-            head_state = self.head.observe(head_state, z)
-        return PatchState(state.places, head_state, state.num_tokens + 1)
+        inner = state.head_state
+        if self.head is not None and inner is not None:
+            inner = self.head.observe(inner, z)
+        return PatchState(state.places, inner, state.num_tokens + 1)

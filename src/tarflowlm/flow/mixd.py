@@ -7,7 +7,7 @@ At V = 50,257 a [tokens, V] tensor would outgrow the rest of a training step, so
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +15,7 @@ from tarflowlm.flow import numerics
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights, Conditional, Conditionals, Coupling
 from tarflowlm.flow.heads import TokenFeatures
-from tarflowlm.flow.precision import full_precision, widen
+from tarflowlm.flow.transformer import full_precision, widen
 
 
 class MixDCoupling(Coupling):
@@ -50,9 +50,7 @@ class MixDCoupling(Coupling):
         assert components is not None
         return components
 
-    def forward(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]
-    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
+    def forward(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
         token_features = self.token_features(features, z).flatten(0, -2)
         rows = numerics.held_rows(self.weight_head.out_features, z.device)
         parts = list(zip(z.reshape(-1, self.latent_dim).split(rows), token_features.split(rows), strict=True))
@@ -70,30 +68,18 @@ class MixDCoupling(Coupling):
         with full_precision(z):
             return numerics.rosenblatt(z, log_w, book.mean, book.log_std)
 
-    def log_prob(
-        self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"], *, relative: bool = False
-    ) -> Float[Tensor, "B N"]:
+    def log_prob(self, z: Tensor, features: Tensor, *, relative: bool = False) -> Float[Tensor, "B N"]:
         """log p(z_n | c_n) of every position, in nats.
 
         `relative` subtracts log sum_k N_k(z_t) of every token, for tied components the decoder's normaliser
         (docs/math.md, eq. 12). One pass over the codebook gives both sums.
         """
         head, book = self.weight_head, self.components
-        by_token = numerics.mixture_log_prob_from_features(
-            z.unflatten(-1, (self.patch, self.latent_dim)),
-            self.token_features(features, z),
-            head.weight,
-            head.bias,
-            book.mean,
-            book.log_std,
-            relative=relative,
-        )
-        return by_token.sum(-1)
+        parameters = head.weight, head.bias, book.mean, book.log_std
+        by_token, features = z.unflatten(-1, (self.patch, self.latent_dim)), self.token_features(features, z)
+        return numerics.mixture_log_prob_from_features(by_token, features, *parameters, relative=relative).sum(-1)
 
-    def invert(
-        self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
-    ) -> Float[Tensor, "B C"]:
-        """The latents z_n of each row, from its noise u_n and features c_n, `held_rows` rows at a time."""
+    def invert(self, u: Tensor, features: Tensor, adjust: AdjustWeights | None = None) -> Tensor:
         rows = numerics.held_rows(self.weight_head.out_features, u.device)
         if len(u) <= rows:
             if self.patch > 1:
@@ -103,13 +89,8 @@ class MixDCoupling(Coupling):
         return torch.cat([super(MixDCoupling, self).invert(*part, adjust) for part in parts])
 
     def complete(
-        self,
-        u: Float[Tensor, "B C"],
-        features: Float[Tensor, "B D"],
-        known: Float[Tensor, "B C"],
-        is_known: Bool[Tensor, "B P"],
-        adjust: AdjustWeights | None = None,
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B P"]]:
+        self, u: Tensor, features: Tensor, known: Tensor, is_known: Tensor, adjust: AdjustWeights | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`Coupling.complete` with the weights held for `held_rows` rows at a time."""
         rows = numerics.held_rows(self.weight_head.out_features, u.device)
         parts = zip(u.split(rows), features.split(rows), known.split(rows), is_known.split(rows), strict=True)
@@ -134,8 +115,5 @@ class MixDCoupling(Coupling):
             adjusted = log_w if adjust is None else adjust(log_w)
             return numerics.rosenblatt_inverse(u, adjusted, book.mean, book.log_std)
 
-        return Conditional(
-            lambda z: numerics.rosenblatt(z, log_w, book.mean, book.log_std),
-            inverse,
-            lambda z: numerics.mixture_log_prob(z, log_w, book.mean, book.log_std),
-        )
+        p = (log_w, book.mean, book.log_std)
+        return Conditional(lambda z: numerics.rosenblatt(z, *p), inverse, lambda z: numerics.mixture_log_prob(z, *p))

@@ -1,8 +1,10 @@
-"""One flow block, and the prior: a stack of blocks of alternating direction over patches of tokens.
+"""Invertible maps: their interface, the two that only reorder latents, a flow block, and the prior, a stack of blocks
+of alternating direction over patches of tokens.
 
 Shape legend: B batch, T tokens, P patch, N = T / P positions, d channels per token, C = P d, D width.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 
 import torch
@@ -10,15 +12,82 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflowlm.flow.bijection import Bijection, Order, Patch
+from tarflowlm.errors import UserError
 from tarflowlm.flow.cached import KVCache
 from tarflowlm.flow.couplings import AdjustWeights, Coupling
 from tarflowlm.flow.numerics import log_standard_normal
-from tarflowlm.flow.precision import widen
-from tarflowlm.flow.transformer import Transformer, TransformerConfig
+from tarflowlm.flow.transformer import Transformer, TransformerConfig, widen
 
 Invert = Callable[[int, Tensor], Tensor]
 """Maps the index of a block (0-based) and its noise [B, N, C] to its latents [B, N, C]."""
+
+
+class Bijection(nn.Module):
+    """An invertible map between latents z and noise u, both [B, N, C].
+
+    A subclass provides `forward` and `inverse`; forward(inverse(u))[0] equals u up to rounding.
+    """
+
+    @abstractmethod
+    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B ..."], Float[Tensor, "B ..."]]:
+        """Latents to noise, in parallel over positions: u, and log|det du/dz| in nats.
+
+        The log-determinant is that of the sequence, [B], or for a flow block its parts by position, [B, N].
+        """
+
+    @abstractmethod
+    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B ..."]:
+        """Noise to latents, without a log-determinant."""
+
+
+class Patch(Bijection):
+    """Joins P neighbouring tokens into one position: [B, T, d] <-> [B, N, C] (docs/math.md, eq. 14); UserError if P
+    does not divide T."""
+
+    def __init__(self, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+
+    def forward(self, z: Float[Tensor, "B T d"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+        B, T, d = z.shape
+        if T % self.patch:
+            raise UserError(f"patch {self.patch} does not divide the {T} tokens of the sequence")
+        return z.reshape(B, T // self.patch, self.patch * d), z.new_zeros(B)
+
+    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B T d"]:
+        B, N, C = u.shape
+        return u.reshape(B, N * self.patch, C // self.patch)
+
+
+class Order(Bijection):
+    """pi_l, the order in which a block sees its input: channels mixed, positions reversed (docs/math.md, eqs. 5, 15).
+
+    Channels become [even-indexed, odd-indexed], `mix` times. This interleaves the channels of the tokens in a patch:
+    a later block models them in another order. With `reverse` the positions run right to left.
+    """
+
+    channels: Tensor
+    undo: Tensor
+
+    def __init__(self, num_channels: int, *, reverse: bool = False, mix: int = 0) -> None:
+        super().__init__()
+        order = list(range(num_channels))
+        for _ in range(mix):
+            order = order[0::2] + order[1::2]
+        self.reverse, self.mixes = reverse, order != sorted(order)
+        self.register_buffer("channels", torch.tensor(order), persistent=False)
+        self.register_buffer("undo", torch.tensor(order).argsort(), persistent=False)
+
+    def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, " B"]]:
+        return self.positions(z[..., self.channels] if self.mixes else z), z.new_zeros(len(z))
+
+    def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
+        u = self.positions(u)
+        return u[..., self.undo] if self.mixes else u
+
+    def positions(self, x: Float[Tensor, "B N ..."]) -> Float[Tensor, "B N ..."]:
+        """x with its positions in the block's order, or back in that of the tokens."""
+        return x.flip(1) if self.reverse else x
 
 
 class InputMap(nn.Module):
@@ -30,8 +99,7 @@ class InputMap(nn.Module):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(channels, width)
-        self.lift = nn.Linear(channels, width)
+        self.linear, self.lift = nn.Linear(channels, width), nn.Linear(channels, width)
         self.out = nn.Linear(width, width, bias=False)
         nn.init.normal_(self.linear.weight, std=channels**-0.5)
         nn.init.normal_(self.lift.weight, std=2.0 * channels**-0.5)
@@ -85,13 +153,10 @@ class FlowBlock(Bijection):
         x = self.start.expand(batch, -1) if previous is None else widen(self.input(previous))
         return cache.extend(x[:, None])[:, 0]
 
-    def features_of(
-        self, cache: KVCache | None, past: Float[Tensor, "B given C"], *, first: bool
-    ) -> Float[Tensor, "B next D"]:
-        """Features of the positions that follow the cached ones, given the latents `past` of the one before each.
+    def features_of(self, cache: KVCache | None, past: Float[Tensor, "B given C"], *, first: bool) -> Tensor:
+        """Features [B, next, D] of the positions after the cached ones, given the latents `past` of the ones before.
 
-        With `first` the features begin with those of the first position of the sequence, which has none before it:
-        one more than there are in `past`.
+        With `first` they begin with those of the first position of the sequence: one more than there are in `past`.
         """
         x = widen(self.input(past))
         if first:
@@ -130,7 +195,6 @@ class Prior(Bijection):
         self.blocks = nn.ModuleList(blocks)
 
     def block(self, index: int) -> FlowBlock:
-        """Block `index`, 0-based."""
         block = self.blocks[index]
         assert isinstance(block, FlowBlock)
         return block
@@ -187,9 +251,7 @@ class Prior(Bijection):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= frozen):
                 h, log_det = self.block(index)(h)
             parts.append(log_det)
-        if above < len(self.blocks):
-            parts.append(self.block(-1).log_prob(h, relative=relative))
-        else:
-            parts.append(log_standard_normal(h).sum(-1))
+        flows = above < len(self.blocks)
+        parts.append(self.block(-1).log_prob(h, relative=relative) if flows else log_standard_normal(h).sum(-1))
         first, *rest = parts if per_position else [part.sum(-1) for part in parts]
         return sum(rest, start=first)

@@ -2,6 +2,10 @@
 
 Pre-norm, rotary positions, scaled-dot-product attention, GELU MLP. Every flow block and the discrete baseline use
 this architecture. Shape legend: B batch, N positions, D width, H heads, E = D / H head width.
+
+The precision rule is here, too: matrix products may run in half precision under autocast; densities never do.
+Couplings, codebook densities, log-determinants and inverses are float32 or wider (docs/math.md, section 8). The
+products in codebook densities cancel, so they are float64 where the device has it.
 """
 
 import math
@@ -13,6 +17,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.config import TransformerConfig as TransformerConfig
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in at least float32: bfloat16 and float16 are converted, float32 and float64 returned as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def wide_dtype(like: Tensor) -> torch.dtype:
+    """The widest float format on the device of `like`: float64, but float32 on `mps`."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """A context that turns autocast off on the device of `like`; meta tensors have none and follow the CPU's."""
+    return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)
 
 
 def rotary_tables(positions: Tensor, num_heads: int, head_width: int, base: float) -> tuple[Tensor, Tensor]:
@@ -27,10 +46,7 @@ def rotary_tables(positions: Tensor, num_heads: int, head_width: int, base: floa
 
 
 def rotate_(x_BNHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate, in place, the channel pairs (i, i + E/2) by the angle of their position.
-
-    A pair (x, y) becomes (x cos - y sin, x sin + y cos).
-    """
+    """Rotate, in place, channel pairs (i, i + E/2) by their position's angle: to (x cos - y sin, x sin + y cos)."""
     swapped = x_BNHE.roll(x_BNHE.shape[-1] // 2, dims=-1)
     return x_BNHE.mul_(cos.to(x_BNHE.dtype)).add_(swapped.mul_(sin.to(x_BNHE.dtype)))
 
@@ -40,8 +56,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.head_width = config.width // config.num_heads
+        self.num_heads, self.head_width = config.num_heads, config.width // config.num_heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
         self.query_scale = nn.Parameter(torch.ones(self.head_width))
@@ -55,8 +70,7 @@ class Attention(nn.Module):
         q, k, v = (part.view(B, N, self.num_heads, self.head_width) for part in parts)
         q = rotate_(F.layer_norm(q, (self.head_width,), self.query_scale.to(q.dtype)), *tables).transpose(1, 2)
         k = rotate_(F.layer_norm(k, (self.head_width,), self.key_scale.to(k.dtype)), *tables).transpose(1, 2)
-        v = v.transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True)
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
 
@@ -111,9 +125,8 @@ class Transformer(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Features of the inputs x."""
-        positions = torch.arange(x.shape[1], device=x.device)
-        num_heads = self.config.num_heads
-        tables = rotary_tables(positions, num_heads, self.config.width // num_heads, self.config.rotary_base)
+        config, positions = self.config, torch.arange(x.shape[1], device=x.device)
+        tables = rotary_tables(positions, config.num_heads, config.width // config.num_heads, config.rotary_base)
         for layer in self.layers:
             x = layer(x, tables)
         return self.norm(x)

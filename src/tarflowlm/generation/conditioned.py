@@ -14,7 +14,7 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.flow.precision import wide_dtype
+from tarflowlm.flow.transformer import wide_dtype
 from tarflowlm.generation.sampling import EstimatedTokens, inverse_cdf
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM

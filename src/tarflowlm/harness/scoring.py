@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import BLANK, read
 from tarflowlm.evaluation.likelihood import log_weights, windows_per_batch
 from tarflowlm.generation import generate
+from tarflowlm.generation.sampling import row_generators
 from tarflowlm.language_model import LanguageModel, as_integer
 from tarflowlm.objective import CPU_TOKENS, conditional_bound, importance_weighted
 from tarflowlm.progress import SILENT, Progress
@@ -127,7 +128,9 @@ class TextScorer:
             # beyond the context `generate` takes one prompt at a time
             for part in [whole] if length <= self.model.config.context else [[index] for index in whole]:
                 prompt = F.pad(torch.stack([prompts[i] for i in part]), (0, how.max_tokens), value=BLANK)
-                options["generator"] = [torch.Generator().manual_seed(self.seed) for _ in part]
+                # the noise of a first row, which a text alone would get
+                seeds = [torch.Generator().manual_seed(self.seed) for _ in part]
+                options["generator"] = [row_generators([0], seed)[0] for seed in seeds]
                 drawn = generate(self.model, num_tokens=length, num=len(part), prompt=prompt, **options)
                 for index, tokens in zip(part, drawn.tokens.cpu(), strict=True):
                     found[index] = how.cut(self.tokenizer.decode(tokens[length - how.max_tokens :]))

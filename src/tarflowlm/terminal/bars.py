@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
@@ -128,7 +128,7 @@ class Bars:
         self._task: TaskID | None = None
         self._due = 0.0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Bars":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -27,10 +27,10 @@ def broken_gradients(model: nn.Module) -> dict[str, dict[str, Any]]:
         if p.grad is None:
             continue
         gradient = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-        finite = gradient[torch.isfinite(gradient)]
-        if finite.numel() < gradient.numel():
+        finite, total = gradient[torch.isfinite(gradient)], gradient.numel()
+        if finite.numel() < total:
             span = [finite.min().item(), finite.max().item()] if finite.numel() else None
-            found[name] = {"not_finite": gradient.numel() - finite.numel(), "of": gradient.numel(), "range": span}
+            found[name] = {"not_finite": total - finite.numel(), "of": total, "range": span}
     return found
 
 
@@ -82,8 +82,7 @@ class RunningLoss:
 
     def update(self, loss: float) -> float:
         """Add `loss`; returns how many standard deviations it lies above the earlier mean, or 0 for the first 50."""
-        deviation = loss - self.mean
-        sigmas = 0.0
+        deviation, sigmas = loss - self.mean, 0.0
         if self.count >= MEMORY // 2 and self.variance > 0:
             sigmas = deviation / math.sqrt(self.variance)
         # a plain average for the first MEMORY losses

@@ -10,21 +10,24 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from tarflowlm.config import RunConfig
+from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.language_model import seeded
 from tarflowlm.training.guards import broken_gradients, in_words, skipped_record
 from tarflowlm.training.optim import build_optimizers, schedule, set_learning_rate
-from tarflowlm.training.pace import Pace
 from tarflowlm.training.parallel import ParallelModel
 from tarflowlm.training.run import TrainingRun
-from tarflowlm.training.state import Counters, LogWindow
+from tarflowlm.training.state import Counters, LogWindow, TimeSpent
 
 STEPS_BETWEEN_READS = {"cuda": 16}
-"""Steps after which results are read from a device, where a read synchronises it with the host; 1 on other devices.
-
-(Also on mps: fused AdamW cannot skip a step there.)
-"""
+"""Steps after which results are read from a device, where a read synchronises it with the host; 1 on other devices
+(also on mps, where fused AdamW cannot skip a step)."""
+SAVE_SECONDS, SAVES_SHARE = 60.0, 0.05
+"""A run with a time limit saves about this often, but spends at most about this share of its time on saving."""
+TEST_SHARE = 0.15
+"""Largest share of a run's time for the test split at its end."""
+UNTIMED_STEPS = 1000.0
+"""Steps that a stage with a time limit is assumed to have until one of them has been timed."""
 
 logger = logging.getLogger("tarflowlm")
 
@@ -71,17 +74,58 @@ def train_stage(run: TrainingRun) -> Likelihood:
             run.stop(stop)
 
 
+class Pace:
+    """How far a stage is: `done` of `total`, in steps, or in thousandths of its time if `train.minutes` limits it.
+
+    With a time limit, `train.stage_steps` are the shares of the stages in the remaining time. Time is first reserved
+    for the evaluation and checkpoint that end every remaining stage, and for the evaluation of `test_windows` windows
+    at the end of the run. Other evaluations and checkpoints take time from the stage itself. `clock` gives seconds
+    since the run began.
+    """
+
+    def __init__(self, train: TrainConfig, counters: Counters, clock: Callable[[], float], test_windows: int) -> None:
+        self.train, self.counters, self.clock, self.test_windows = train, counters, clock, test_windows
+        self.total = 1000 if train.minutes else train.stage_steps[counters.stage]
+        self.num_steps: int | float = self.total
+        """Steps of the stage, an estimate if its time is limited; the learning-rate schedule follows it."""
+        self.share, self.save_due = 0.0, False
+        self.update()
+
+    def update(self) -> None:
+        """Update `done` and `over`, and under a time limit the estimate `num_steps` and `save_due`."""
+        spent, stage_step = self.counters.spent, self.counters.stage_step
+        if not self.train.minutes:
+            self.done, self.over = stage_step, stage_step >= self.total
+            return
+        passed = (now := self.clock()) - spent.stage_start
+        # until the first evaluation: a window without a backward pass takes a third of the time
+        windows = self.train.evaluate_windows / self.train.batch_size / 3
+        evaluation = spent.evaluation or passed / max(stage_step, 1) * windows
+        limit, shares = 60 * self.train.minutes, self.train.stage_steps[self.counters.stage :]
+        left = limit - test_seconds(limit, self.test_windows, spent) - spent.stage_start
+        seconds = (left - len(shares) * (evaluation + spent.save)) * shares[0] / sum(shares)
+        # the share never falls, even if an evaluation is shorter than estimated
+        self.share = max(self.share, min(1.0, passed / seconds) if seconds > 0 else 1.0)
+        self.done = int(1000 * self.share)
+        self.num_steps = stage_step / max(self.share, 1e-9) if stage_step else UNTIMED_STEPS
+        # every stage takes at least one step
+        self.over = stage_step > 0 and self.share >= 1
+        self.save_due = now - spent.total > max(SAVE_SECONDS, spent.save / SAVES_SHARE)
+
+
+def test_seconds(total: float, test_windows: int, spent: TimeSpent) -> float:
+    """Seconds reserved for the test split, of `total`: estimated from validation, at most the share `TEST_SHARE`."""
+    most = TEST_SHARE * total
+    return min(most, 1.2 * test_windows * spent.per_window) if spent.per_window else most
+
+
 class StepResult(NamedTuple):
     """The outcome of an optimiser step; tensors are on the device."""
 
-    loss: Tensor
-    """Loss of the global batch, in nats per token."""
-    norm: Tensor
-    """Gradient norm of the global batch."""
-    skipped: Tensor
-    """True if loss or norm is not finite, so that the step was not taken."""
-    broken: dict[str, dict[str, Any]] | None
-    """The `broken_gradients` of a step that the host skipped."""
+    loss: Tensor  # of the global batch, in nats per token
+    norm: Tensor  # of the gradient of the global batch
+    skipped: Tensor  # True if loss or norm is not finite, so that the step was not taken
+    broken: dict[str, dict[str, Any]] | None  # the `broken_gradients` of a step that the host skipped
 
 
 def optimizer_step(
@@ -122,15 +166,13 @@ class PendingStep(NamedTuple):
     place: dict[str, int]
     result: StepResult
     tokens: Tensor
-    noise: Tensor
-    """State of the noise generator before the step."""
+    noise: Tensor  # state of the noise generator before the step
 
 
 def take_step(run: TrainingRun, *, deferred: bool) -> PendingStep:
     """Take one step on the next batch and count it."""
     counters, tokens = run.counters, run.sampler.next()
-    if run.device.type == "cuda":
-        # a copy from pageable memory would wait for all work queued on the device
+    if run.device.type == "cuda":  # a copy from pageable memory would wait for all work queued on the device
         tokens = tokens.pin_memory()
     tokens = tokens.to(run.device, non_blocking=True)
     noise = run.generator.get_state()
@@ -145,7 +187,6 @@ def take_step(run: TrainingRun, *, deferred: bool) -> PendingStep:
 
 
 def _place(counters: Counters) -> dict[str, int]:
-    """The fields that place a record; blocks count from 1."""
     return {"step": counters.step, "tokens": counters.tokens, "block": counters.stage + 1}
 
 
@@ -165,9 +206,8 @@ class StepLog:
         """Read all pending steps, with one transfer: update the counters, record spikes and skipped steps."""
         counters, window = self.counters, self.counters.window
         unread, self.unread = self.unread, []
-        results = [step.result for step in unread]
-        rows = [torch.stack((r.loss, r.norm, r.skipped.to(r.loss.dtype))) for r in results]
-        values = torch.stack(rows).tolist() if rows else []
+        results = [torch.stack((r.loss, r.norm, r.skipped.to(r.loss.dtype))) for _, r, _, _ in unread]
+        values = torch.stack(results).tolist() if results else []
         for step, (loss, norm, skipped) in zip(unread, values, strict=True):
             if skipped:
                 self._record_skipped(step, loss)
@@ -177,9 +217,9 @@ class StepLog:
             window.norms.append(norm)
             mean, sigmas = counters.running.mean, counters.running.update(loss)
             if sigmas > self.run.config.train.spike_sigma:
-                place = {name: step.place[name] for name in ("step", "block")}
+                record = {"split": "spike", "step": step.place["step"], "block": step.place["block"]}
                 figures = {"nats_per_token": loss, "mean": mean, "sigmas": sigmas, "grad_norm": norm}
-                self.run.log.write({"split": "spike", **place, **figures})
+                self.run.log.write(record | figures)
         now = time.perf_counter()
         window.seconds += now - self.start
         counters.seconds[counters.stage] += now - self.start
@@ -200,12 +240,11 @@ class StepLog:
         details = skipped_record(model.whole_model(), tokens, noise, gradients, loss)
         record = {"split": "skipped", **step.place, **details}
         self.run.log.write(record)
+        words = in_words(record)
         if counters.skipped > self.run.config.train.max_skipped:
-            raise FloatingPointError(
-                f"{in_words(record)}; {counters.skipped} in a row: lower optim.lr or optim.grad_clip in a new run; "
-                f"earlier checkpoints are kept"
-            )
-        logger.warning("skipped: %s", in_words(record))
+            remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
+            raise FloatingPointError(f"{words}; {counters.skipped} in a row: {remedy}")
+        logger.warning("skipped: %s", words)
 
     def write_line(self, lr: float) -> None:
         """Write a line with the means since the last one to metrics.jsonl, and start the next window."""
@@ -229,8 +268,7 @@ def validate(run: TrainingRun) -> Likelihood:
     counters = run.counters
     run.model.eval()
     start = run.seconds()
-    # `evaluate` uses the same noise at every call
-    result = run.evaluate(run.valid)
+    result = run.evaluate(run.valid)  # with the same noise at every call
     run.model.train()
     figures = {"nats_per_token": result.nats_per_token, "bpc": result.bpc, "stderr": result.stderr}
     run.log.write({"split": "valid", **_place(counters), **figures})

@@ -58,7 +58,6 @@ class Trackers:
                 tracker.log(values, record["step"], record["split"])
 
     def close(self) -> None:
-        """Close every tracker."""
         for name, tracker in list(self._open.items()):
             with self._dropping(name):
                 tracker.close()
@@ -89,21 +88,19 @@ class TensorBoard:
         logger.info("tensorboard --logdir %s", out / name)
 
     def log(self, values: dict[str, int | float], step: int, split: str) -> None:
-        """Write the numbers of a record."""
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
         self.writer.flush()
 
     def close(self) -> None:
-        """Close the event file."""
         self.writer.close()
 
 
 class TrackedRun:
     """A run of Weights & Biases, online or offline according to WANDB_MODE, or of Trackio, which has the same calls.
 
-    They cannot replace points. So DIR/wandb.json or DIR/trackio.json keeps the id of the run there and the last step
-    sent of every split; a resumed run, which repeats its steps bit for bit, sends none twice.
+    They cannot replace points. So DIR/wandb.json or DIR/trackio.json keeps the run's id there and the last step sent
+    of every split; a resumed run, which repeats its steps bit for bit, sends none twice.
     """
 
     def __init__(self, name: str, run: RunConfig, out: Path, resume_at: int) -> None:
@@ -124,14 +121,13 @@ class TrackedRun:
             options |= {"auto_log_gpu": False, "auto_log_cpu": False}
         with redirect_stdout(io.StringIO()):  # the terminal belongs to the progress bar
             self.run = self.module.init(**options)
-        where = f"trackio show --project {PROJECT}"
-        if name == "wandb":
+        if name == "trackio":
+            logger.info("trackio show --project %s", PROJECT)
+        else:
             offline = f"offline, send it with `wandb sync {out}/wandb/offline-*`"
-            where = f"wandb: {offline if self.run.offline else self.run.url}"
-        logger.info("%s", where)
+            logger.info("wandb: %s", offline if self.run.offline else self.run.url)
 
     def log(self, values: dict[str, int | float], step: int, split: str) -> None:
-        """Send the numbers of a record, unless its step was sent before."""
         if step > self.saved["sent"].get(split, 0):
             # saved first: a kill in between loses a point, where the other order would send it twice
             self.saved["sent"][split] = step
@@ -166,13 +162,13 @@ class Reporter(Silent):
 class MetricsLog:
     """Appends records to metrics.jsonl, and passes them to the reporter and the trackers. Every line is flushed.
 
-    Without `directory`, in the processes that do not write, records go to the reporter only.
+    Without `directory`, in the processes that do not write, records go to the reporter only. `resume_at` is the
+    `position` saved in the checkpoint that is resumed; later lines are dropped.
     """
 
     def __init__(
         self, directory: Path | None, reporter: Reporter, *, resume_at: int = 0, trackers: Trackers | None = None
     ) -> None:
-        """`resume_at`: the `position` saved in the checkpoint that is resumed; later lines are dropped."""
         self._file, self._reporter, self._trackers = None, reporter, trackers
         if directory is None:
             return
@@ -200,7 +196,6 @@ class MetricsLog:
         return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
-        """Close the file and the trackers."""
         if self._file is not None:
             self._file.close()
         if self._trackers is not None:

@@ -26,30 +26,24 @@ def orthogonalise(
     torch.optim.Muon computes; it has no other precision, and CPUs without bfloat16 products emulate it about thirty
     times slower.
     """
-    tall = matrix.shape[0] > matrix.shape[1]
+    tall, (a, b, c) = matrix.shape[0] > matrix.shape[1], coefficients
     x = matrix.to(dtype)
     x = x.T if tall else x
     x = x / x.norm().clamp(min=eps)
-    oblong = x.shape[1] >= 2 * x.shape[0]
-    iterate = _iterate_products if oblong and dtype != torch.bfloat16 else _iterate
-    x = iterate(x, coefficients, steps)
+    if x.shape[1] >= 2 * x.shape[0] and dtype != torch.bfloat16:
+        x = _iterate_products(x, a, b, c, steps)
+    else:
+        for _ in range(steps):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
 
 
-def _iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    a, b, c = coefficients
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
-
-
-def _iterate_products(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+def _iterate_products(x: Tensor, a: float, b: float, c: float, steps: int) -> Tensor:
     """The same by multiplying the factors of X alone, in half the time for long rows.
 
     A factor F turns Y into F Y F. Rounding errors grow to about 1e-4 in float32, a hundredth of those of bfloat16.
     """
-    a, b, c = coefficients
     gram, product = x @ x.T, None
     for step in range(steps):
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
@@ -90,12 +84,10 @@ class Muon(torch.optim.Muon):
             if not params:
                 continue
             self._update_momentum(params, group["momentum"], taken)
-            lr, decay = group["lr"], group["lr"] * group["weight_decay"]
+            decay = group["lr"] * group["weight_decay"]
             for p, update in zip(params, self._updates(params, group), strict=True):
-                if taken is not None:
-                    update = update * taken
                 p.mul_(1 - decay if taken is None else 1 - decay * taken)
-                p.add_(update, alpha=-lr)
+                p.add_(update if taken is None else update * taken, alpha=-group["lr"])
 
     def _update_momentum(self, params: list[Tensor], momentum: float, taken: Tensor | None) -> None:
         for p in params:
@@ -112,7 +104,6 @@ class Muon(torch.optim.Muon):
             buffer.add_((grad - buffer) * taken, alpha=1 - momentum)
 
     def _averaged_gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """The momentum average of the gradient, the input of the orthogonalisation."""
         buffer: Tensor = self.state[p]["momentum_buffer"]
         assert p.grad is not None
         return p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
@@ -137,21 +128,17 @@ class Muon(torch.optim.Muon):
     def _orthogonalise(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """The orthogonalised gradient of a whole parameter, scaled to a root mean square of 0.2."""
         dtype = torch.float64 if gradient.dtype == torch.float64 else getattr(torch, self.precision)
+        options = {"coefficients": group["ns_coefficients"], "steps": group["ns_steps"], "eps": group["eps"]}
         parts = []
         for matrix in gradient.chunk(3 if id(p) in self._stacked else 1):
-            found = orthogonalise(
-                matrix, coefficients=group["ns_coefficients"], steps=group["ns_steps"], eps=group["eps"], dtype=dtype
-            )
+            found = orthogonalise(matrix, dtype=dtype, **options)
             parts.append(found.to(gradient.dtype).mul_(0.2 * max(matrix.shape) ** 0.5))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def faster_precision(shapes: Iterable[torch.Size], device: torch.device) -> Precision:
-    """The faster precision for matrices of these shapes, by a fixed rule, so that results are reproducible.
-
-    bfloat16 on GPUs that support it, and for large matrices on CPUs with AMX tiles; float32 otherwise. CPUs without
-    AMX are slower in bfloat16 than in float32.
-    """
+    """The faster precision for matrices of these shapes, by a fixed rule, so that results are reproducible: bfloat16
+    on GPUs that support it, and for large matrices on CPUs with AMX tiles (others are slower in it); else float32."""
     if device.type != "cpu":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float32"
@@ -224,9 +211,8 @@ def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.
         {"params": codebook, "weight_decay": 0.0, "lr_scale": config.codebook_lr_scale},
     ]
     groups, betas = [g for g in groups if g["params"]], (config.beta1, config.beta2)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-10, fused=True)
-    ]
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-10, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
     if muon:
         precision = with_precision(config, model, next(iter(muon.values())).device).muon_precision
         assert precision != "auto"

@@ -10,7 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -42,12 +42,9 @@ class Processes:
     Methods that communicate are collective: all processes must call them.
     """
 
-    rank: int = 0
-    """Index of this process, from 0."""
-    world: int = 1
-    """Number of processes."""
+    rank: int = 0  # index of this process, from 0
+    world: int = 1  # number of processes
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """The device of this process."""
 
     @property
     def first(self) -> bool:
@@ -58,10 +55,8 @@ class Processes:
         """Sequences per process of a global batch. They must divide evenly into `accumulate` parts."""
         parts = self.world * accumulate
         if batch_size % parts:
-            raise UserError(
-                f"train.batch_size {batch_size}: does not divide into {self.world} processes x {accumulate} "
-                f"accumulation steps; use a multiple of {parts}"
-            )
+            division = f"{self.world} processes x {accumulate} accumulation steps; use a multiple of {parts}"
+            raise UserError(f"train.batch_size {batch_size}: does not divide into {division}")
         return batch_size // self.world
 
     def mean(self, value: Tensor) -> Tensor:
@@ -74,11 +69,9 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """True if `flag` is set in any process."""
-        if self.world == 1:
-            return flag
-        # on the CPU, by gloo, so that no device has to wait
-        raised = torch.tensor([int(flag)])
-        dist.all_reduce(raised, dist.ReduceOp.MAX)
+        raised = torch.tensor([int(flag)])  # on the CPU, by gloo, so that no device has to wait
+        if self.world > 1:
+            dist.all_reduce(raised, dist.ReduceOp.MAX)
         return bool(raised)
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -91,10 +84,9 @@ class Processes:
 
     def from_first(self, value: T) -> T:
         """The value of the first process (any object that can be pickled)."""
-        if self.world == 1:
-            return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        if self.world > 1:
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def wait(self) -> None:
@@ -147,22 +139,19 @@ def launched(device: torch.device) -> Iterator[Processes]:
 
 
 class NegativeBound(nn.Module):
-    """The negative bound as the forward of a module, as DDP, FSDP2 and torch.compile need it."""
+    """The negative bound of every sequence, in nats, as a module's forward: DDP, FSDP2 and torch.compile need one."""
 
     def __init__(self, model: LanguageModel, frozen: int) -> None:
         super().__init__()
         self.model, self.frozen = model, frozen
 
     def forward(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
-        """The negative bound of every sequence, in nats; the loss weights all of them equally."""
         return self.model.bound(tokens, noise, frozen=self.frozen)
 
 
 def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> bool:
-    """True if the loss is to be compiled on `device`: `train.compile`, or by default where it helps and is possible.
-
-    Warns if it would help but a compiler is missing.
-    """
+    """True if the loss is to be compiled on `device`: `train.compile`, or by default where it helps and is possible,
+    with a warning if it would help but a compiler is missing."""
     if train.compile is not None:
         return train.compile
     if train.precision != "bfloat16" or device.type != "cuda":
@@ -186,8 +175,8 @@ class ParallelModel:
     ) -> None:
         self.model, self.config, self.processes = model, config, processes
         self.sharded = processes.world > 1 and config.train.parallel == "fsdp"
-        # a model to be sharded is not on its device yet
-        self.compiled = compiles(config.train, processes, processes.device if self.sharded else model.device)
+        device = processes.device if self.sharded else model.device  # a model to be sharded is not there yet
+        self.compiled = compiles(config.train, processes, device)
         trained = [layer for part in model.blocks_from(frozen) for layer in _layers(part)]
         for layer in _layers(model):
             layer.keeps_activations = not (config.train.checkpoint_activations and layer in trained)
@@ -195,10 +184,9 @@ class ParallelModel:
         self.loss: nn.Module = NegativeBound(model, frozen)
         if self.sharded:
             shard(self.loss, model, processes, compiled=self.compiled)
-            return
-        if self.compiled:
+        elif self.compiled:
             self.loss.compile(fullgraph=True)
-        if processes.world > 1:
+        if processes.world > 1 and not self.sharded:
             self.loss = DistributedDataParallel(self.loss, gradient_as_bucket_view=True)
 
     def backward(self, tokens: Int[Tensor, "B T"], generator: torch.Generator) -> Tensor:
@@ -215,7 +203,10 @@ class ParallelModel:
         total = torch.zeros((), device=tokens.device)
         with self._seeded_dropout(generator):
             for index, (part, part_noise) in enumerate(parts):
-                with self._reducing_gradients(last=index + 1 == len(parts)):
+                # DDP averages gradients over processes only with the last part, FSDP2 with every part, since
+                # otherwise it would have to hold whole gradients
+                waits = isinstance(self.loss, DistributedDataParallel) and index + 1 < len(parts)
+                with self.loss.no_sync() if waits else nullcontext():  # type: ignore[operator]
                     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
                         loss = self.loss(part, part_noise).mean() / tokens.shape[1] / len(parts)
                     loss.backward()
@@ -237,20 +228,13 @@ class ParallelModel:
             torch.manual_seed(seed)
             yield
 
-    def _reducing_gradients(self, *, last: bool) -> AbstractContextManager[None]:
-        """The context of one accumulated part. DDP averages gradients over processes only with the last part, FSDP2
-        with every part, since otherwise it would have to hold whole gradients."""
-        ddp = isinstance(self.loss, DistributedDataParallel)
-        return nullcontext() if last or not ddp else self.loss.no_sync()  # type: ignore[operator]
-
     def evaluate(
         self, windows: Int[Tensor, "W T"], characters_per_token: Tensor, progress: Progress = SILENT
     ) -> Likelihood:
         """The bound over `windows`, with the rows of every batch divided between the processes. Collective; all
         processes get the same result. Arguments as `evaluation.likelihood.evaluate`."""
-        if self.processes.world == 1:
-            return evaluate(self.model, windows, characters_per_token, progress=progress)
-        return evaluate(self.model, windows, characters_per_token, weigh=self._divided_bound, progress=progress)
+        options: dict[str, Any] = {} if self.processes.world == 1 else {"weigh": self._divided_bound}
+        return evaluate(self.model, windows, characters_per_token, progress=progress, **options)
 
     def _divided_bound(
         self, model: LanguageModel, tokens: Int[Tensor, "B T"], *, generator: torch.Generator, **_options: Any
@@ -262,8 +246,7 @@ class ParallelModel:
         loss = self.loss if self.sharded else NegativeBound(model, frozen=0)
         nats = loss(tokens[rows], noise[rows])
         if isinstance(loss, FSDPModule):
-            # later code may read the parameters
-            loss.reshard()
+            loss.reshard()  # later code may read the parameters
         return -self.processes.gather(nats)[None, : len(tokens)]
 
     def whole_model(self) -> LanguageModel:
@@ -298,8 +281,7 @@ def shard(loss: nn.Module, model: LanguageModel, processes: Processes, *, compil
     heads = [m for m in model.modules() if isinstance(m, Coupling) or m is getattr(model, "head", None)]
     for module in [*_layers(model), *heads]:
         fully_shard(module, mesh=mesh)
-        if isinstance(module, Coupling):
-            # the last block uses only `log_prob`
+        if isinstance(module, Coupling):  # the last block uses only `log_prob`
             register_fsdp_forward_method(module, "log_prob")
     fully_shard(loss, mesh=mesh, reshard_after_forward=False)
 

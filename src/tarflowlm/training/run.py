@@ -31,8 +31,9 @@ logger = logging.getLogger("tarflowlm")
 class TrainingRun:
     """A run in progress: its model, optimisers, data and counters, and the methods that save them.
 
-    Every process holds the same, but only the first writes files. `model` has the blocks of the stages so far;
-    `parallel_model` computes its loss and gradients in the current stage, with the blocks below frozen.
+    Every process holds the same, but only the first writes files, from `write_start` and `start` on. `model` has the
+    blocks of the stages so far; `parallel_model` computes its loss and gradients in the current stage, with the
+    blocks below frozen.
     """
 
     parallel_model: ParallelModel
@@ -48,17 +49,11 @@ class TrainingRun:
         reporter: Reporter,
         processes: Processes,
     ) -> None:
-        """Nothing is written; see `write_start` and `start`."""
         self.out, self.corpus, self.device, self.reporter, self.processes = out, corpus, device, reporter, processes
         self.session_start = time.monotonic()
-        self.sampler = WindowSampler(
-            corpus.split("train"),
-            window=config.model.context,
-            batch=processes.rows_each(config.train.batch_size, config.train.accumulate),
-            seed=config.seed,
-            rank=processes.rank,
-            world=processes.world,
-        )
+        batch = processes.rows_each(config.train.batch_size, config.train.accumulate)
+        part = {"batch": batch, "rank": processes.rank, "world": processes.world}
+        self.sampler = WindowSampler(corpus.split("train"), window=config.model.context, seed=config.seed, **part)
         self.valid = eval_windows(corpus.split("valid"), config.model.context, config.train.evaluate_windows)
         self.characters_per_token = torch.from_numpy(corpus.tokenizer.characters_per_token)
         self.characters_ratio = corpus.num_characters("train") / corpus.num_tokens("train")
@@ -76,10 +71,7 @@ class TrainingRun:
         self.stop_signal: Callable[[], str | None] = lambda: None
 
     def write_start(self) -> None:
-        """Write the files of a run directory before the first step.
-
-        The empty folder of states distinguishes it from an exported model.
-        """
+        """Write the files of a run directory; the empty folder of states distinguishes it from an exported model."""
         write_run(self.out, self.config, self.corpus.tokenizer)
         (self.out / STATE).mkdir(exist_ok=True)
 
@@ -88,10 +80,8 @@ class TrainingRun:
         saved: dict[str, Any] = {"step": 0, "metrics": 0} if state is None else read_json(state / COUNTERS)
         if state is not None:
             if saved["corpus"] != self.corpus.fingerprint:
-                source = self.config.data.source
-                raise UserError(
-                    f"{source} is not the text that {self.out} was trained on: restore that text to resume"
-                )
+                text = f"{self.config.data.source} is not the text that {self.out} was trained on"
+                raise UserError(f"{text}: restore that text to resume")
             logger.info("resuming %s at step %d", self.out, saved["step"])
             self.counters, self.saved_step = Counters.restored(saved["counters"]), saved["step"]
         self.enter_stage(min(self.counters.stage, self.config.num_stages - 1))
@@ -100,11 +90,9 @@ class TrainingRun:
             self.sampler.load_state_dict(saved["sampler"])
             # they may be damaged, or a kill came between the state and its weights
             self._write_weights(self.out, self._finite_weights())
-        if self.processes.first:
-            trackers = Trackers(self.config, self.out, resume_at=saved["step"])
-            self.log = MetricsLog(self.out, self.reporter, resume_at=saved["metrics"], trackers=trackers)
-        else:
-            self.log = MetricsLog(None, self.reporter)
+        first, place = self.processes.first, saved["metrics"]
+        trackers = Trackers(self.config, self.out, resume_at=saved["step"]) if first else None
+        self.log = MetricsLog(self.out if first else None, self.reporter, resume_at=place, trackers=trackers)
         self.session_start -= self.counters.spent.total
         if not self.counters.step:
             self.counters.spent.stage_start = self.seconds()
@@ -119,8 +107,7 @@ class TrainingRun:
             with seeded(self.config.seed + 1000 * self.model.num_blocks):
                 self.model.append_block()
         if self.processes.world == 1 or self.config.train.parallel == "ddp":
-            # FSDP2 moves shards one by one: the whole model need not fit on the device
-            self.model.to(self.device)
+            self.model.to(self.device)  # FSDP2 moves shards one by one: the whole model need not fit on the device
         self.model.train_only(stage)
         self.parallel_model = ParallelModel(self.model, self.config, self.processes, frozen=stage)
         self.optimizers = build_optimizers(self.config.optim, self.model)
@@ -159,15 +146,10 @@ class TrainingRun:
         if self.saved_step == counters.step:
             return
         start, weights = self.seconds(), self._finite_weights()
-        # includes the time of this save, estimated from the last one
-        counters.spent.total = start + counters.spent.save
-        saved = {
-            "step": counters.step,
-            "counters": asdict(counters),
-            "sampler": self.sampler.state_dict(),
-            "corpus": self.corpus.fingerprint,
-            "metrics": self.log.position(),
-        }
+        counters.spent.total = start + counters.spent.save  # the time of this save is estimated from the last one
+        saved: dict[str, Any] = {"step": counters.step, "counters": asdict(counters)}
+        saved |= {"sampler": self.sampler.state_dict(), "corpus": self.corpus.fingerprint}
+        saved["metrics"] = self.log.position()
         keep, processes = self.config.train.keep_last, self.processes
         save_state(self.out, self.model, self.optimizers, self.generator, saved, keep=keep, processes=processes)
         self._write_weights(self.out, weights)
@@ -177,10 +159,9 @@ class TrainingRun:
     def save_best(self, result: Likelihood) -> None:
         """Save the weights of the best validation bound to best/, a run directory of its own."""
         best = self.out / BEST
-        if self.processes.first:
+        if self.processes.first and not (best / TOKENIZER).exists():
             best.mkdir(exist_ok=True)
-            if not (best / TOKENIZER).exists():
-                write_run(best, self.config, self.corpus.tokenizer)
+            write_run(best, self.config, self.corpus.tokenizer)
         self._write_weights(best, self._finite_weights(), nats_per_token=repr(result.nats_per_token))
 
     def _finite_weights(self) -> dict[str, Tensor]:
@@ -188,10 +169,8 @@ class TrainingRun:
         weights = whole_weights(self.model, keep=self.processes.first)
         broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
         if broken := self.processes.from_first(broken):
-            raise FloatingPointError(
-                f"parameters {', '.join(broken[:NAMED])} are not finite at step {self.counters.step}: lower optim.lr "
-                f"in a new run; earlier checkpoints are kept"
-            )
+            where = f"parameters {', '.join(broken[:NAMED])} are not finite at step {self.counters.step}"
+            raise FloatingPointError(f"{where}: lower optim.lr in a new run; earlier checkpoints are kept")
         return weights
 
     def _write_weights(self, directory: Path, weights: dict[str, Tensor], **more: str) -> None:
@@ -207,10 +186,8 @@ class TrainingRun:
     def stop(self, reason: str) -> None:
         """Save the run and raise Stopped. Collective."""
         self.save()
-        raise Stopped(
-            f"stopped by {reason} and saved at step {self.counters.step}; continue with "
-            f"`tarflowlm train --resume {self.out}`"
-        )
+        remedy = f"continue with `tarflowlm train --resume {self.out}`"
+        raise Stopped(f"stopped by {reason} and saved at step {self.counters.step}; {remedy}")
 
 
 class _StoppableProgress:

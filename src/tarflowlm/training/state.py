@@ -37,57 +37,38 @@ logger = logging.getLogger("tarflowlm")
 class LogWindow:
     """The steps since the last line of the log."""
 
-    losses: list[float] = field(default_factory=list)
-    """Nats per token of every step."""
-    norms: list[float] = field(default_factory=list)
-    """Gradient norm of every step."""
+    losses: list[float] = field(default_factory=list)  # nats per token of every step
+    norms: list[float] = field(default_factory=list)  # gradient norm of every step
     tokens: int = 0
-    seconds: float = 0.0
-    """Training time."""
+    seconds: float = 0.0  # training time
 
 
 @dataclass
 class TimeSpent:
     """Wall-clock time of a run, in seconds."""
 
-    total: float = 0.0
-    """From the start of the run to its last checkpoint; time lost by a kill does not count."""
-    stage_start: float = 0.0
-    """`total` at the start of the current stage."""
-    evaluation: float = 0.0
-    """Duration of the newest validation."""
-    per_window: float = 0.0
-    """Duration of the newest validation per window."""
-    save: float = 0.0
-    """Duration of the newest checkpoint."""
+    total: float = 0.0  # from the start of the run to its last checkpoint; time lost by a kill does not count
+    stage_start: float = 0.0  # `total` at the start of the current stage
+    evaluation: float = 0.0  # duration of the newest validation
+    per_window: float = 0.0  # the same per window
+    save: float = 0.0  # duration of the newest checkpoint
 
 
 @dataclass
 class Counters:
     """The progress of a run. All of it is saved, so that a resumed run continues as if it had never stopped."""
 
-    step: int = 0
-    """Optimiser steps of all stages, including skipped ones."""
-    tokens: int = 0
-    """Tokens of all steps, over all processes."""
-    stage: int = 0
-    """Current stage, from 0."""
-    stage_step: int = 0
-    """Steps of the current stage."""
-    due: bool = False
-    """True if an evaluation comes before the next step; checkpoints are saved before evaluations."""
-    lowest: float = math.inf
-    """Lowest validation bound of the stage, the bound of best/, in nats per token."""
-    skipped: int = 0
-    """Steps in a row that were skipped."""
-    seconds: list[float] = field(default_factory=list)
-    """Training time of every stage, without evaluations and checkpoints."""
-    stage_steps: list[int] = field(default_factory=list)
-    """Steps of every finished stage."""
-    stage_tokens: list[int] = field(default_factory=list)
-    """Tokens of every stage, the current one included."""
-    valid_bpc: list[float] = field(default_factory=list)
-    """Validation bound at the end of every finished stage, bits per character."""
+    step: int = 0  # optimiser steps of all stages, including skipped ones
+    tokens: int = 0  # of all steps, over all processes
+    stage: int = 0  # the current one, from 0
+    stage_step: int = 0  # steps of the current stage
+    due: bool = False  # an evaluation comes before the next step; checkpoints are saved before evaluations
+    lowest: float = math.inf  # validation bound of the stage, the bound of best/, in nats per token
+    skipped: int = 0  # steps in a row that were skipped
+    seconds: list[float] = field(default_factory=list)  # training time of stages, no evaluations and checkpoints
+    stage_steps: list[int] = field(default_factory=list)  # of every finished stage
+    stage_tokens: list[int] = field(default_factory=list)  # of every stage, the current one included
+    valid_bpc: list[float] = field(default_factory=list)  # bound at the end of finished stages, bits per character
     window: LogWindow = field(default_factory=LogWindow)
     running: RunningLoss = field(default_factory=RunningLoss)
     spent: TimeSpent = field(default_factory=TimeSpent)
@@ -132,12 +113,10 @@ def save_state(
             temporary.rename(target)
             sync_folder(root)
     except BaseException:
-        # on a full disk its space is needed
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its space is needed
         raise
     if processes.first:
-        for old in sorted(root.glob("step-*"))[:-keep]:
-            # renamed first, so that no partial state is ever visible
+        for old in sorted(root.glob("step-*"))[:-keep]:  # renamed first, so that no partial state is ever visible
             shutil.rmtree(old.rename(root / f".{old.name}"))
     processes.wait()
 

@@ -27,9 +27,8 @@ from tarflowlm.runs.checkpoint import (
     weights_problem,
     write_run,
 )
-from tarflowlm.training.loop import train_stage
+from tarflowlm.training.loop import test_seconds, train_stage
 from tarflowlm.training.metrics import METRICS, Reporter, check_installed
-from tarflowlm.training.pace import test_seconds
 from tarflowlm.training.parallel import ALONE, Processes
 from tarflowlm.training.run import TrainingRun
 from tarflowlm.training.state import newest_state
@@ -71,14 +70,11 @@ def train(
         check_new(out)
     check_installed(run.train.track)
     corpus = _corpus(run, reporter, processes)
-    if run.data.source not in SOURCE_NAMES:
-        # absolute, since the run directory may be used from other folders
+    if run.data.source not in SOURCE_NAMES:  # absolute, since the run directory may be used from other folders
         run = replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
     vocab_size = corpus.tokenizer.vocab_size
-    if run.model.vocab_size not in (0, vocab_size):
-        raise UserError(
-            f"model.vocab_size {run.model.vocab_size}: the tokenizer has {vocab_size} symbols; leave it at 0"
-        )
+    if (given := run.model.vocab_size) not in (0, vocab_size):
+        raise UserError(f"model.vocab_size {given}: the tokenizer has {vocab_size} symbols; leave it at 0")
     run = replace(run, model=replace(run.model, vocab_size=vocab_size))
     new = TrainingRun(run, out, corpus, device, reporter, processes)
     if processes.first:
@@ -108,8 +104,7 @@ def resume(
     """
     reporter = reporter or Reporter()
     run = read_run(out)
-    if run.optim.muon_precision == "auto":
-        # configurations of earlier versions: this was the only choice then
+    if run.optim.muon_precision == "auto":  # in configurations of earlier versions this was the only choice
         run = replace(run, optim=replace(run.optim, muon_precision="bfloat16", muon_qkv="together"))
     with _writing(out, processes):
         state = processes.from_first(_state_to_resume(out) if processes.first else None)
@@ -135,8 +130,7 @@ def _train_stages(run: TrainingRun, state: Path | None, stop_requests: StopReque
 
 def _finish(run: TrainingRun) -> dict[str, Any]:
     run.model.eval()
-    minutes = run.config.train.minutes
-    if minutes:
+    if minutes := run.config.train.minutes:
         _fix_lengths(run)
     config, counters, parameters = run.config, run.counters, dict(run.model.named_parameters())
     windows = eval_windows(run.corpus.split("test"), config.model.context, config.train.test_windows or None)
@@ -229,8 +223,6 @@ def _corpus(run: RunConfig, reporter: Reporter, processes: Processes) -> Corpus:
     for name in ("train", "valid", "test"):
         have = corpus.num_tokens(name)
         if have < run.model.context:
-            raise UserError(
-                f"the {name} split of {run.data.source} has {have} tokens, fewer than the context of "
-                f"{run.model.context}: use a longer text or a smaller model.context"
-            )
+            few = f"the {name} split of {run.data.source} has {have} tokens, fewer than the context of"
+            raise UserError(f"{few} {run.model.context}: use a longer text or a smaller model.context")
     return corpus

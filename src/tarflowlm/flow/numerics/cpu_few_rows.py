@@ -100,16 +100,9 @@ def _book(mean: Tensor, log_std: Tensor) -> _Book | None:
     means, stds, inv_std = mean.t().tolist(), std.tolist(), std.reciprocal_().tolist()
     if not isfinite(sum(stds) + sum(inv_std) + sum(map(sum, means))):
         return None
-    return _Book(
-        means,
-        stds,
-        inv_std,
-        max(inv_std),
-        sorted(range(len(stds)), key=means[0].__getitem__) if means else [],
-        _NEWTON_STEP[mean.dtype] * min(stds),
-        torch.finfo(mean.dtype).eps,
-        mean.dtype == torch.float32,
-    )
+    order = sorted(range(len(stds)), key=means[0].__getitem__) if means else []
+    step, eps = _NEWTON_STEP[mean.dtype] * min(stds), torch.finfo(mean.dtype).eps
+    return _Book(means, stds, inv_std, max(inv_std), order, step, eps, mean.dtype == torch.float32)
 
 
 def _row(noise: list[float], weight: list[float], book: _Book) -> tuple[list[float], int]:
@@ -136,8 +129,7 @@ def _row(noise: list[float], weight: list[float], book: _Book) -> tuple[list[flo
                 live.sort(key=mean.__getitem__)
             x, steps = _solve(u, live, weight, mean, book)
             visits += steps * (len(live) + _CALL)
-        if book.single:
-            # the channels that follow are conditioned on what is returned
+        if book.single:  # the channels that follow are conditioned on what is returned
             x = c_float(x).value
         z.append(x)
         if len(live) > 1:
@@ -173,8 +165,7 @@ def _solve(u: float, live: list[int], weight: list[float], mean: list[float], bo
     """x with F(x) = Phi(u), of the components `live`, sorted by mean, or NaN; and the number of steps."""
     std, inv_std = book.std, book.inv_std
     side, y = (1.0, u) if u >= 0.0 else (-1.0, -u)
-    rest = 0.5 * erfc(SQRT_HALF * y)
-    k = 0
+    rest, k = 0.5 * erfc(SQRT_HALF * y), 0
     for k in reversed(live) if u >= 0.0 else live:
         if weight[k] > rest:
             break

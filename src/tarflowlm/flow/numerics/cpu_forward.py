@@ -45,8 +45,6 @@ _WIDE, _WIDE_CODEBOOK = 20, 64
 """Components from which the untransposed layout is the faster one (measured between 8 and 27). With a codebook they
 are more, because the weights are transposed once for all channels."""
 
-_ERFINV_LIMIT = 0.02
-
 
 class Workspace:
     """Buffers reused by all chunks of one call, and the layout of a chunk.
@@ -59,11 +57,9 @@ class Workspace:
     def __init__(self, num_buffers: int, num_components: int, dtype: torch.dtype, wide: int | None = None) -> None:
         """Chunks are untransposed from `wide` components on, by default `_WIDE`."""
         self.axis = 0 if num_components < (_WIDE if wide is None else wide) else 1
-        self._num_components = num_components
-        size = num_components * chunk_rows(num_components)
+        self._num_components, size = num_components, num_components * chunk_rows(num_components)
         self._buffers = [torch.empty(size, dtype=dtype) for _ in range(num_buffers)]
-        self.one = torch.ones((), dtype=dtype)
-        self.zero = torch.zeros((), dtype=dtype)
+        self.one, self.zero = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype)
 
     def __call__(self, index: int, rows: int) -> Tensor:
         """Buffer `index` as a contiguous chunk of `rows`; its contents are whatever was left there."""
@@ -102,8 +98,7 @@ def guess_side(a: Tensor, weight: Tensor, buffer: Tensor, space: Workspace) -> T
     sign(sum_k w_k clamp(a_k, -1, 1)). As |clamp(a, -1, 1) - (1 - 2 Q(a))| < 0.55, the tail that is picked never holds
     more than 0.78 of the mass: 1 - T then loses no precision, and no second erfc is due.
     """
-    score = torch.clamp(a, -1.0, 1.0, out=buffer).mul_(weight).sum(space.axis)
-    return torch.copysign(space.one, score)
+    return torch.copysign(space.one, torch.clamp(a, -1.0, 1.0, out=buffer).mul_(weight).sum(space.axis))
 
 
 def clamp_(a: Tensor) -> Tensor:
@@ -144,8 +139,7 @@ def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
     size = torch.minimum(tail, density)
     u = _quantile(tail, side)
     log_det = density.log_().sub_(log_standard_normal(u))
-    far = rows_below(size, SMALLEST[z.dtype])
-    if far is not None:
+    if (far := rows_below(size, SMALLEST[z.dtype])) is not None:
         path = reference.mixture_cdf if z.dtype == torch.float64 else mixture_cdf
         wider = path(z[far].double(), *(p.double() for p in take_rows(params, far)))
         u[far], log_det[far] = (t.to(z.dtype) for t in wider)
@@ -159,8 +153,7 @@ def _quantile(tail: Tensor, side: Tensor) -> Tensor:
     rows beyond get Halley's method on Q(x) = T.
     """
     u = torch.erfinv(1.0 - 2.0 * tail).mul_(math.sqrt(2.0))
-    small = torch.nonzero(tail < _ERFINV_LIMIT).squeeze(-1)
-    if small.numel():
+    if (small := torch.nonzero(tail < 0.02).squeeze(-1)).numel():
         u[small] = upper_quantile(tail[small])
     return u.mul_(side)
 
@@ -175,8 +168,7 @@ def mixture_cdf_backward(
     for part in row_chunks(len(z), num_components):
         part_rows, part_params = tuple(t[part] for t in rows), take_rows(params, part)
         grads, size = _cdf_gradients(part_rows, part_params, space)
-        far = rows_below(size, SMALLEST[z.dtype])
-        if far is not None:
+        if (far := rows_below(size, SMALLEST[z.dtype])) is not None:
             # with parameters of their own, so that gradients come row by row
             own = tuple(p.expand(len(part_rows[0]), -1)[far].double() for p in part_params)
             far_z, *others = (t[far].double() for t in part_rows)
@@ -194,8 +186,7 @@ def _cdf_gradients(rows: Params, params: Params, space: Workspace) -> tuple[Grad
     weight, total, mean, inv_std = load(params, space)
     weight.div_(spread(total))
     diff = torch.sub(spread(z), mean, out=space(2, n))
-    a = torch.mul(diff, inv_std, out=space(3, n))
-    of_mean, share = space(4, n), space(5, n)
+    a, of_mean, share = torch.mul(diff, inv_std, out=space(3, n)), space(4, n), space(5, n)
     side = guess_side(a, weight, share, space)
     torch.mul(a, inv_std, out=of_mean)
     clamp_(a.mul_(spread(side * UNIT)))
@@ -309,8 +300,7 @@ def _rosenblatt_chunk(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, s
         torch.mul(a, spread(side[i] * UNIT), out=scratch)
         mass = clamp_(scratch).erfc_().mul_(alpha)
         torch.sum(mass, axis, out=tail[i]).mul_(TAIL_SCALE).div_(total)
-        far = rows_below(tail[i], smallest)
-        if far is not None:
+        if (far := rows_below(tail[i], smallest)) is not None:
             wide = (space.orient(log_alpha)[far], mean[None, :, i], log_std[None])
             found = mixture_cdf(z[far, i].double(), *(p.double() for p in wide))[0]
             far_values.append((i, far, found.to(z.dtype)))

@@ -36,10 +36,8 @@ _SAFE_CELL = 7
 _WASTE = 0.1
 """Below this share of far rows it is cheaper to solve them twice than to gather the others."""
 
-_CELLS = 16
-_GRID_STEPS = 6
-_SMALL_CELL = 2.0**-6
-"""Width of a cell over the narrowest scale from which plain Newton steps, which square that, reach rounding."""
+_CELLS, _GRID_STEPS, _SMALL_CELL = 16, 6, 2.0**-6
+"""The last: width of a cell over the narrowest scale from which Newton steps, which square that, reach rounding."""
 _GRID_NEWTON_STEPS = {torch.float32: 2, torch.float64: 3}
 
 _NEARLY_CERTAIN, _FEW_ROWS = -1e-5, 64
@@ -82,9 +80,8 @@ def _solve_by_bisection(u: Tensor, params: Params, space: Workspace) -> Tensor:
     """z [n] of one chunk."""
     n, axis, spread = u.shape[0], space.axis, space.spread
     weight, total, mean, inv_std = load(params, space)
-    side, y = torch.copysign(space.one, u), u.abs()
+    side, y, a, other = torch.copysign(space.one, u), u.abs(), space(2, n), space(3, n)
     tail = upper_tail(y)
-    a, other = space(2, n), space(3, n)
     center = torch.mul(mean, spread(side), out=space(4, n))
     torch.div(spread(y), inv_std, out=a).add_(center)
     low, high = a.amin(axis), a.amax(axis)
@@ -131,17 +128,14 @@ def _solve_on_grid(u: Tensor, params: Params) -> Tensor:
     """
     log_w, mean, log_std = params
     side, y = torch.copysign(torch.ones((), dtype=u.dtype), u), u.abs()
-    wanted = upper_tail(y)
+    wanted, std = upper_tail(y), torch.exp(log_std)
     weight = torch.softmax(log_w, -1).unsqueeze(-1).expand(u.shape[0], -1, 1)
-    std = torch.exp(log_std)
-    small = std.amin(-1, keepdim=True) * _SMALL_CELL
-    center = side[:, None] * mean
+    small, center = std.amin(-1, keepdim=True) * _SMALL_CELL, side[:, None] * mean
     low, high = torch.aminmax(torch.addcmul(center, std, y[:, None]), dim=-1, keepdim=True)
     center = center.unsqueeze(1)
     inv_std = std.reciprocal_().mul_(UNIT).unsqueeze(1)
     # negated, because searchsorted wants an increasing sequence and the tail's mass decreases along the grid
-    minus_weight = -TAIL_SCALE * weight
-    minus_wanted = -wanted[:, None]
+    minus_weight, minus_wanted = -TAIL_SCALE * weight, -wanted[:, None]
     for _ in range(_GRID_STEPS):
         if bool((high - low <= small).all()):
             break
@@ -164,12 +158,12 @@ def _solve_on_grid(u: Tensor, params: Params) -> Tensor:
 
 def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """z [N, d], as `reference.rosenblatt_inverse`."""
-    if cpu_few_rows.is_handful(len(u), len(mean)):
-        z, left = cpu_few_rows.rosenblatt_inverse(u, log_w, mean, log_std)
-        if left:
-            z[left] = _by_channels(u[left], log_w[left], mean, log_std)
-        return z
-    return _by_channels(u, log_w, mean, log_std)
+    if not cpu_few_rows.is_handful(len(u), len(mean)):
+        return _by_channels(u, log_w, mean, log_std)
+    z, left = cpu_few_rows.rosenblatt_inverse(u, log_w, mean, log_std)
+    if left:
+        z[left] = _by_channels(u[left], log_w[left], mean, log_std)
+    return z
 
 
 def _by_channels(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

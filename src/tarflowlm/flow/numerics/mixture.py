@@ -26,8 +26,8 @@ def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tupl
 
     Shapes: z [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against z; u, log_det [...], nats.
     Float32 or float64, all alike. Exact in both tails: |u| is limited by the range of z only. NaN gives NaN;
-    z = +-inf gives u = +-inf. First derivatives only: a second backward raises RuntimeError.
-    Errors: ValueError for mixed dtypes or differing K.
+    z = +-inf gives u = +-inf. First derivatives only. Errors: RuntimeError in a second backward, ValueError for mixed
+    dtypes or differing K.
     """
     shape, flat_z, params = layout.flatten(z, log_w, mean, log_std)
     u, log_det = _MixtureCdf.apply(flat_z, *params)
@@ -35,14 +35,11 @@ def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tupl
 
 
 def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    r"""Inverse of `mixture_cdf`, elementwise: z = F^-1(Phi(u)), by docs/math.md, eq. 20.
-
-    Gradients to u and to all parameters are implicit (eq. 20a).
+    r"""Inverse of `mixture_cdf`, elementwise: z = F^-1(Phi(u)) (docs/math.md, eq. 20; implicit gradients: eq. 20a).
 
     Shapes: u [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against u; z [...]. Float32 or float64.
     The number of steps is fixed, nothing is clamped and, on an accelerator, nothing is copied to the host. NaN gives
-    NaN, u = +-inf gives z = +-inf. First derivatives only: a second backward raises RuntimeError.
-    Errors: ValueError for mixed dtypes or differing K.
+    NaN, u = +-inf gives z = +-inf. Derivatives and errors as in `mixture_cdf`.
     """
     shape, flat_u, params = layout.flatten(u, log_w, mean, log_std)
     return _MixtureCdfInverse.apply(flat_u, *params).view(shape)
@@ -54,8 +51,7 @@ def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
     Equals log_det + log N(u; 0, 1) of `mixture_cdf` (docs/math.md, eq. 6), without the cost of u.
 
     Shapes: z [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against z; returns [...], nats. Float32
-    or float64, any range. First derivatives only: a second backward raises RuntimeError.
-    Errors: ValueError for mixed dtypes or differing K.
+    or float64, any range. Derivatives and errors as in `mixture_cdf`.
     """
     shape, flat_z, params = layout.flatten(z, log_w, mean, log_std)
     return _MixtureLogDensity.apply(flat_z, *params).view(shape)

@@ -11,6 +11,7 @@ a_k = (z - m_k) / s_k is a standardised value, Q the upper tail of the standard 
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,6 @@ from tarflowlm.flow.numerics.normal import (
     upper_quantile_of_log,
 )
 
-ScalarMap = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(u, log_det) of a scalar mixture, like `mixture_cdf`."""
-ScalarInverse = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""z of a scalar mixture, like `mixture_cdf_inverse`."""
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 """Gradients of z [N], log_w, mean, log_std."""
 
@@ -104,9 +101,8 @@ def mixture_log_density_backward(z: Tensor, params: tuple[Tensor, ...], grad: Te
     inv_std = torch.exp(-log_std)
     a = (z[:, None] - mean) * inv_std
     share = grad[:, None] * torch.softmax(torch.log_softmax(log_w, -1) + log_standard_normal(a) - log_std, -1)
-    of_scale = share * a
+    of_scale, of_log_w = share * a, share - grad[:, None] * torch.softmax(log_w, -1)
     of_mean = of_scale * inv_std
-    of_log_w = share - grad[:, None] * torch.softmax(log_w, -1)
     return -of_mean.sum(-1), of_log_w, of_mean, of_scale * a - share
 
 
@@ -115,12 +111,9 @@ def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
 
     Mirrored to u >= 0, where the upper tail is the smaller one.
     """
-    log_w = torch.log_softmax(log_w, -1)
-    inv_std = torch.exp(-log_std)
-    side = torch.where(u < 0, -1.0, 1.0).to(u.dtype)
-    y = u.abs()
-    log_wanted = log_upper_tail(y)
-    center = side[:, None] * mean
+    log_w, inv_std = torch.log_softmax(log_w, -1), torch.exp(-log_std)
+    side, y = torch.where(u < 0, -1.0, 1.0).to(u.dtype), u.abs()
+    log_wanted, center = log_upper_tail(y), side[:, None] * mean
     candidates = center + y[:, None] / inv_std
     low, high = candidates.amin(-1), candidates.amax(-1)
     for _ in range(BISECTIONS[u.dtype]):
@@ -181,7 +174,7 @@ def bayes_update_(log_alpha: Tensor, a: Tensor, log_normaliser: Tensor) -> Tenso
 
 
 def rosenblatt(
-    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, scalar_map: ScalarMap = mixture_cdf
+    z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, scalar_map: Callable[..., Any] = mixture_cdf
 ) -> tuple[Tensor, Tensor]:
     """u [N, d] and log_det [N] of the Mix-d map, channel after channel (docs/math.md, eq. 9).
 
@@ -203,8 +196,7 @@ def rosenblatt(
 def rosenblatt_without_autograd(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
     """u [N, d] and log p_mix(z) [N], with half the work of `rosenblatt` and fewer [N, K] tensors."""
     inv_std, log_normaliser = torch.exp(-log_std), log_std + HALF_LOG_2PI
-    log_alpha, channels = torch.log_softmax(log_w, -1), []
-    log_p = torch.zeros_like(z[:, 0])
+    log_alpha, channels, log_p = torch.log_softmax(log_w, -1), [], torch.zeros_like(z[:, 0])
     for i in range(z.shape[-1]):
         a = (z[:, i, None] - mean[:, i]) * inv_std
         channels.append(_noise_from_one_side(a, log_alpha))
@@ -229,7 +221,7 @@ def _noise_from_one_side(a: Tensor, log_w: Tensor) -> Tensor:
 
 
 def rosenblatt_inverse(
-    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, scalar_inverse: ScalarInverse = mixture_cdf_inverse
+    u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, scalar_inverse: Callable[..., Any] = mixture_cdf_inverse
 ) -> Tensor:
     """z [N, d]: the recursion of docs/math.md, eq. 9, with one scalar mixture solved by `scalar_inverse` per channel.
 

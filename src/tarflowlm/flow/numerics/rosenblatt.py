@@ -10,6 +10,7 @@ N rows, K components, d channels: flat problems are z, u [N, d], log_w [N, K], m
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,8 +46,7 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
 
     Shapes: u [..., d]; log_w [..., K], unnormalised; mean [K, d]; log_std [K]; z [..., d]. Float32 or float64.
     Gradients are implicit, channel by channel, and hold d tensors [..., K]; without any, memory is as in
-    `rosenblatt`.
-    Errors: ValueError for shapes that do not fit.
+    `rosenblatt`. Errors: ValueError for shapes that do not fit.
     """
     shape, flat, weights = layout.flatten_vectors(u, log_w, mean, log_std)
     if _needs_grad(u, log_w, mean, log_std):
@@ -83,10 +83,8 @@ def _compiled(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[
     chunks = list(_chunks(z, len(mean), backward=True))
     if len(chunks) == 1:
         return _recorded(z, log_w, mean, log_std)
-    parts = [
-        checkpoint(_recorded, z[rows], log_w[rows], mean, log_std, use_reentrant=False, preserve_rng_state=False)
-        for rows in chunks
-    ]
+    repeat = partial(checkpoint, _recorded, use_reentrant=False, preserve_rng_state=False)
+    parts = [repeat(z[rows], log_w[rows], mean, log_std) for rows in chunks]
     return torch.cat([u for u, _ in parts]), torch.cat([log_det for _, log_det in parts])
 
 
@@ -122,7 +120,6 @@ class _Rosenblatt(Function):
 
 
 def _chunks(like: Tensor, num_components: int, *, backward: bool = False) -> Iterator[slice]:
-    """Row ranges that bound the [rows, K] temporaries."""
     if layout.use_eager_cpu(like):
         return layout.row_chunks(len(like), num_components * (_BACKWARD_SHARE if backward else 1))
     size = layout.held_rows(num_components * (_BACKWARD_SHARE_STATIC if backward else 1), torch.device("cuda"))
