@@ -11,9 +11,9 @@ import pytest
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.config import BlockConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.errors import UserError
+from tarflowlm.files import from_dict, to_dict
 from tarflowlm.model import FlowConfig, stack
 from tarflowlm.presets import PRESETS, preset, with_steps
-from tarflowlm.runs.strict_json import from_dict, to_dict
 
 
 @pytest.mark.parametrize("name", PRESETS)

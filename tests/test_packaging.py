@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from docs_cases import ROOT
-from tarflowlm.runs.released import released
+from tarflowlm.runs.hub import released
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 

@@ -9,15 +9,15 @@ from safetensors.torch import load_file
 from tarflowlm.generation import generate
 from tarflowlm.pretrained import load
 from tarflowlm.runs.checkpoint import export
-from tarflowlm.runs.released import FOLDER, released
+from tarflowlm.runs.hub import FOLDER, released
 
 
 @pytest.fixture
 def shelf(tmp_path, trained, monkeypatch):
     """A shelf of released models with one on it, by the name of tiny."""
     export(trained, tmp_path / "shelf" / "tiny")
-    monkeypatch.setattr("tarflowlm.runs.released.FOLDER", tmp_path / "shelf")
-    monkeypatch.setattr("tarflowlm.runs.released.DEFAULT", "tiny")
+    monkeypatch.setattr("tarflowlm.runs.hub.FOLDER", tmp_path / "shelf")
+    monkeypatch.setattr("tarflowlm.runs.hub.DEFAULT", "tiny")
 
 
 @pytest.mark.parametrize("half", [False, True])

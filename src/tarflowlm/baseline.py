@@ -8,9 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.config import BaselineConfig as BaselineConfig
 from tarflowlm.errors import UserError
-from tarflowlm.flow.cached import KVCache
 from tarflowlm.flow.heads import TokenFeatures
-from tarflowlm.flow.transformer import Transformer, widen
+from tarflowlm.flow.transformer import KVCache, Transformer, widen
 from tarflowlm.language_model import LanguageModel
 
 IN_PATCH_CHANNELS = 32

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tarflowlm.config import LanguageModelConfig as LanguageModelConfig
 from tarflowlm.errors import UserError
-from tarflowlm.flow.cached import KVCache
+from tarflowlm.flow.transformer import KVCache
 
 
 class LanguageModel(nn.Module):

@@ -16,13 +16,12 @@ import torch
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
-from tarflowlm.files import read_json
+from tarflowlm.files import flatten, read_json
 from tarflowlm.generation import generate
 from tarflowlm.language_model import check_type
 from tarflowlm.presets import PRESETS, preset, with_blocks
 from tarflowlm.runs.checkpoint import COUNTERS, Checkpoint, export, load_checkpoint, read_summary, undamaged_state
 from tarflowlm.runs.hub import CARD, PREFIX, REPOSITORY, hub_client, hub_errors
-from tarflowlm.runs.strict_json import flatten
 
 NUM_SAMPLES, LONGEST = 2, 256
 """Samples on a card, and their length in tokens unless the context is shorter."""

@@ -17,7 +17,7 @@ from tarflowlm.data.bpe import train_bpe
 from tarflowlm.evaluation.likelihood import score
 from tarflowlm.files import writer_lock
 from tarflowlm.pretrained import load
-from tarflowlm.runs.released import released
+from tarflowlm.runs.hub import released
 from tarflowlm.terminal.bars import print_json
 from tarflowlm.terminal.texts import write_out
 

@@ -1,23 +1,22 @@
 """Texts, prompts, templates and stops of users, read by one rule."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-import tarflowlm.runs.released
 from tarflowlm.data import TEXT8_ALPHABET, ByteTokenizer, CharTokenizer, load_tokenizer
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.prompts import BLANK, read, read_template
 from tarflowlm.errors import UnknownCharacters, UserError
 from tarflowlm.harness.scoring import TextScorer
 from tarflowlm.pretrained import Pretrained
+from tarflowlm.runs.hub import FOLDER
 from tarflowlm.studio.request import reading
 
 TEXT8 = CharTokenizer(TEXT8_ALPHABET, "text8")
 LOWER = CharTokenizer(TEXT8_ALPHABET, "none")
 TEXT8_BPE = train_bpe([" the cat sat on the mat"] * 9, 32, alphabet=TEXT8_ALPHABET, normalization="text8")
-SMALL = load_tokenizer(Path(tarflowlm.runs.released.__file__).parent / "english-small")
+SMALL = load_tokenizer(FOLDER / "english-small")
 TOKENIZERS = {"char": TEXT8, "bpe": TEXT8_BPE, "normalize": LOWER}
 
 

@@ -1,16 +1,15 @@
 """Character and byte tokenizers, the tokenizer file, and the configuration of a tokenizer."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tarflowlm.runs.released
 from tarflowlm.data import TEXT8_ALPHABET, ByteTokenizer, CharTokenizer, TokenizerConfig, load_tokenizer
 from tarflowlm.errors import UnknownCharacters, UserError
+from tarflowlm.runs.hub import FOLDER
 
 # from the alphabet of the property test below, whose characters need one to four bytes each
 WIDE = "aé€\U0001f600\x00\n"
@@ -73,7 +72,7 @@ def test_fingerprints_tell_tokenizers_apart_and_do_not_change_with_the_program()
     tokenizers = [CharTokenizer("ab", "none"), CharTokenizer("ba", "none"), CharTokenizer("ab"), ByteTokenizer()]
     assert len({tokenizer.fingerprint for tokenizer in tokenizers}) == len(tokenizers)
     assert tokenizers[3].fingerprint == "3c517e0fd89156d24ca179eaf386d867034b09d9df367c79e1323ac6481f3505"
-    small = load_tokenizer(Path(tarflowlm.runs.released.__file__).parent / "english-small")
+    small = load_tokenizer(FOLDER / "english-small")
     assert small.encode("The history of the Union.").tolist() == SMALL_IDS
     assert small.fingerprint.startswith(SMALL_FINGERPRINT)
 

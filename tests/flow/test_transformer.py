@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from tarflowlm.flow.cached import KVCache
-from tarflowlm.flow.transformer import Transformer, rotary_tables, rotate_
+from tarflowlm.flow.transformer import KVCache, Transformer, rotary_tables, rotate_
 from tarflowlm.language_model import seeded
 
 T = 7

@@ -12,9 +12,8 @@ import torch
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import loop
 from tarflowlm.training import train as training
-from tarflowlm.training.guards import RunningLoss, broken_gradients
 from tarflowlm.training.loop import optimizer_step
-from tarflowlm.training.optim import build_optimizers
+from tarflowlm.training.optim import RunningLoss, broken_gradients, build_optimizers
 from tarflowlm.training.parallel import ParallelModel
 
 INF, NAN = math.inf, math.nan

@@ -79,7 +79,7 @@ def run(args: Args) -> None:
     from tarflowlm.editing import EDITS, Source, encode
     from tarflowlm.evaluation.likelihood import bits
     from tarflowlm.model import as_flow
-    from tarflowlm.runs.released import choose_directory
+    from tarflowlm.runs.hub import choose_directory
     from tarflowlm.terminal.bars import Bars, print_json, print_notice
     from tarflowlm.terminal.texts import print_edits
 

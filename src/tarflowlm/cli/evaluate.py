@@ -65,7 +65,7 @@ def run(args: Args) -> None:
     from tarflowlm.evaluation.judges import load_judge
     from tarflowlm.evaluation.quality import SamplingConfig, mauve_function, measure_quality
     from tarflowlm.model import as_flow
-    from tarflowlm.runs.released import choose_directory
+    from tarflowlm.runs.hub import choose_directory
     from tarflowlm.terminal.bars import Bars, print_json
 
     checked_seed(args.seed)

@@ -24,7 +24,7 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.runs.released import DEFAULT, FOLDER, released
+    from tarflowlm.runs.hub import DEFAULT, FOLDER, released
     from tarflowlm.terminal.bars import print_json, print_table
 
     if args.directory is None:
@@ -49,8 +49,7 @@ def _describe(given: Path) -> dict[str, Any]:
 
     from tarflowlm.config import BaselineConfig
     from tarflowlm.runs.checkpoint import WEIGHTS, read_summary
-    from tarflowlm.runs.hub import is_reference
-    from tarflowlm.runs.released import FOLDER, locate
+    from tarflowlm.runs.hub import FOLDER, is_reference, locate
 
     checkpoint = load_checkpoint(given, "cpu")
     directory = locate(given)  # of a model of the hub, which has been downloaded above

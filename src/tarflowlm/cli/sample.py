@@ -88,7 +88,7 @@ def run(args: Args) -> None:
     from tarflowlm.cli.sampling import Sampling
     from tarflowlm.config import checked_seed
     from tarflowlm.files import NewLines
-    from tarflowlm.runs.released import choose_directory
+    from tarflowlm.runs.hub import choose_directory
 
     checkpoint = options.load_checkpoint(choose_directory(args.directory, args.model), args.device)
     checked_seed(args.seed)

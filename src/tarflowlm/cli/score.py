@@ -43,7 +43,7 @@ class Args:
 def run(args: Args) -> None:
     from tarflowlm.data.prompts import read
     from tarflowlm.evaluation.likelihood import score, sign_of
-    from tarflowlm.runs.released import choose_directory
+    from tarflowlm.runs.hub import choose_directory
     from tarflowlm.terminal.bars import Bars, print_json, print_notice, print_table
 
     names = [choose_directory(args.directory, args.model), *([args.baseline] if args.baseline is not None else [])]

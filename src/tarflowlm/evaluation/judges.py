@@ -21,8 +21,7 @@ from tarflowlm.evaluation.likelihood import windows_per_batch
 from tarflowlm.flow.transformer import widen
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
-from tarflowlm.runs.hub import is_reference
-from tarflowlm.runs.released import released
+from tarflowlm.runs.hub import is_reference, released
 
 LONGEST = 1024
 """Tokens that a judge of `transformers` reads at once: GPT-2's context, and where MAUVE cuts texts."""

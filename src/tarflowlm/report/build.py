@@ -25,8 +25,7 @@ from tarflowlm.report.grid import pass_rows, to_html
 from tarflowlm.report.records import RunRecord, config_table, read_records, summary_table
 from tarflowlm.report.style import GENERATOR, Figure, Section, check_package, page_html, picture_html, render
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
-from tarflowlm.runs.hub import is_reference
-from tarflowlm.runs.released import locate, read_only_reason
+from tarflowlm.runs.hub import is_reference, locate, read_only_reason
 
 NUM, LENGTH, SEED, TEMPERATURE = 3, 256, 0, 0.8
 """Samples, the most tokens of each, and how they are drawn."""

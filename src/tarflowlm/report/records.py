@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
+from tarflowlm.files import flatten
 from tarflowlm.runs.checkpoint import SUMMARY, WEIGHTS, read_run, read_summary
-from tarflowlm.runs.strict_json import flatten
 from tarflowlm.training.metrics import METRICS
 
 Series = npt.NDArray[np.float64]

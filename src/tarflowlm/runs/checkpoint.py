@@ -10,11 +10,10 @@ import torch
 from tarflowlm.config import MODEL_TYPE, RunConfig, current_form
 from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.files import full_disk_as_user_error, read_json, write_json
+from tarflowlm.files import from_dict, full_disk_as_user_error, read_json, to_dict, write_json
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.progress import SILENT, Progress
-from tarflowlm.runs.released import locate, released
-from tarflowlm.runs.strict_json import from_dict, to_dict
+from tarflowlm.runs.hub import locate, released
 from tarflowlm.runs.weights import check_weights, is_whole, read_weights, write_weights
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"

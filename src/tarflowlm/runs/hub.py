@@ -1,6 +1,6 @@
-"""Models on the Hugging Face hub, by the cache of `huggingface_hub`, which is imported only for such names.
+"""Trained models by name: those that come with the package, and those on the Hugging Face hub.
 
-Only the files of an exported model are fetched, by their exact names, so nothing arrives that could be unpickled or
+The hub is reached by `huggingface_hub`, which is imported only for names with hf:. Only the files of an exported model are fetched, by their exact names, so nothing arrives that could be unpickled or
 run. The checksum of the weights is compared on load (docs/hub.md).
 """
 
@@ -132,3 +132,41 @@ def _bars(progress: Progress) -> type:
                 progress.advance(int(n or 0))
 
     return Forwarding
+
+
+FOLDER = Path(__file__).parent / "released"
+DEFAULT = "english-small"
+"""The default model."""
+
+
+def released() -> list[str]:
+    """The names of the released models, sorted."""
+    return sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
+
+
+def locate(directory: str | Path, progress: Progress = SILENT) -> Path:
+    """The path itself, or where there is none, the released model of that name or a downloaded hf:OWNER/NAME."""
+    path = Path(directory)
+    if is_reference(path) and not path.exists():
+        return fetch(path, progress)
+    return FOLDER / path if not path.exists() and str(path) in released() else path
+
+
+def read_only_reason(directory: str | Path) -> str | None:
+    """The reason why nothing may be written to what `locate` finds, or None for a run directory of the user's own."""
+    path = Path(directory)
+    if is_reference(path) and not path.exists():
+        return f"{path.as_posix()} is on the hub"
+    path = locate(path).resolve()
+    return f"{path.name} comes with the package" if path.parent == FOLDER.resolve() else None
+
+
+def choose_directory(directory: Path | None, model: str | None) -> Path:
+    """The run directory of a command: `directory`, or the released model `model`, or without both `DEFAULT`."""
+    if directory is not None and model is not None:
+        raise UserError(f"{directory} and --model {model}: give one of them")
+    if directory is not None:
+        return directory
+    if model is not None and model not in released():
+        raise UserError(f"model {model!r} does not come with the package: choose one of {', '.join(released())}")
+    return FOLDER / (model or DEFAULT)

@@ -15,7 +15,7 @@ from tarflowlm.report.figures import draw_bits
 from tarflowlm.report.records import RunRecord, read_record
 from tarflowlm.report.style import render
 from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint, read_run
-from tarflowlm.runs.released import DEFAULT, locate, released
+from tarflowlm.runs.hub import DEFAULT, locate, released
 from tarflowlm.studio import request
 from tarflowlm.studio.pieces import card, muted, notice, page
 from tarflowlm.training.metrics import METRICS

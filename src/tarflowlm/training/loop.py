@@ -13,8 +13,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.language_model import seeded
-from tarflowlm.training.guards import broken_gradients, in_words, skipped_record
-from tarflowlm.training.optim import build_optimizers, schedule, set_learning_rate
+from tarflowlm.training.optim import (
+    broken_gradients,
+    build_optimizers,
+    in_words,
+    schedule,
+    set_learning_rate,
+    skipped_record,
+)
 from tarflowlm.training.parallel import ParallelModel
 from tarflowlm.training.run import TrainingRun
 from tarflowlm.training.state import Counters, LogWindow, TimeSpent

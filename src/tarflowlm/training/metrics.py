@@ -15,9 +15,8 @@ from typing import Any
 
 from tarflowlm.config import RunConfig, TrackerName
 from tarflowlm.errors import UserError
-from tarflowlm.files import read_json, write_json
+from tarflowlm.files import read_json, to_dict, write_json
 from tarflowlm.progress import Silent
-from tarflowlm.runs.strict_json import to_dict
 
 PROJECT = "tarflowlm"
 """Project of W&B (unless WANDB_PROJECT is set) and of Trackio."""

@@ -19,9 +19,8 @@ from tarflowlm.files import read_json
 from tarflowlm.language_model import seeded
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import BEST, COUNTERS, STATE, TOKENIZER, save_weights, write_run
-from tarflowlm.training.guards import NAMED, RunningLoss
 from tarflowlm.training.metrics import MetricsLog, Reporter, Trackers
-from tarflowlm.training.optim import build_optimizers, with_precision
+from tarflowlm.training.optim import NAMED, RunningLoss, build_optimizers, with_precision
 from tarflowlm.training.parallel import ParallelModel, Processes, whole_weights
 from tarflowlm.training.state import Counters, load_state, save_state
 

@@ -24,7 +24,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import sync_file, sync_folder, write_json
 from tarflowlm.runs.checkpoint import COUNTERS, STATE, undamaged_state
 from tarflowlm.runs.weights import write_manifest
-from tarflowlm.training.guards import RunningLoss
+from tarflowlm.training.optim import RunningLoss
 from tarflowlm.training.parallel import ALONE, Processes
 
 # said of every save and load of a single process
