@@ -1,7 +1,8 @@
 """Trained models by name: those that come with the package, and those on the Hugging Face hub.
 
-`huggingface_hub` is imported only for names with hf:. Only the files of an exported model are fetched, by their exact
-names, so nothing arrives that could be unpickled or run. The checksum of the weights is compared on load (docs/hub.md).
+`huggingface_hub` is imported only for names with hf:. Only the files of an exported model are fetched, by their
+exact names, so nothing arrives that could be unpickled or run. The checksum of the weights is compared on load
+(docs/hub.md).
 """
 
 import logging
