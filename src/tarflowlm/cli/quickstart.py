@@ -67,12 +67,9 @@ def run(args: Args) -> None:
         train_tokens, test_tokens = (np.asarray(corpus.split(split)) for split in ("train", "test"))
         text = corpus.tokenizer.decode(test_tokens.tolist())
         bigram = bigram_cross_entropy(train_tokens, test_tokens, corpus.tokenizer.vocab_size)
-        baselines = {
-            "unigram_bpc": ngram_entropy(text, 1),
-            "trigram_bpc": ngram_entropy(text, 3),
-            "bigram_bpc": bigram * len(test_tokens) / len(text),
-            **{f"{name}_bpc": value for name, value in compressed_bits(text).items()},
-        }
+        baselines = {"unigram_bpc": ngram_entropy(text, 1), "trigram_bpc": ngram_entropy(text, 3)}
+        baselines["bigram_bpc"] = bigram * len(test_tokens) / len(text)
+        baselines |= {f"{name}_bpc": value for name, value in compressed_bits(text).items()}
         sampling = max(SAMPLING_SHARE * args.minutes, min(SAMPLING_MINUTES, 0.3 * args.minutes))
         left = args.minutes - sampling - (time.perf_counter() - start) / 60
         # however little is left, every stage takes at least one step
