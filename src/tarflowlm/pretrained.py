@@ -80,7 +80,7 @@ class Pretrained(_Pair):
         if num_tokens is None:
             num_tokens = self.config.context if template is None or given is None else len(given)
         generator = torch.Generator().manual_seed(checked_seed(as_integer(seed, "seed")))
-        how: Any = {"particles": particles, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        how: dict[str, Any] = {"particles": particles, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         how |= {"num": 1 if num is None else num, "generator": generator, "decoder": decoder}
         drawn = generate(self.model, num_tokens=num_tokens, prompt=given, **how)
         texts = [self.decode(row) for row in drawn.tokens]

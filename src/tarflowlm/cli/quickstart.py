@@ -11,12 +11,8 @@ from tarflowlm.presets import preset
 
 SAMPLING_SHARE, SAMPLING_MINUTES = 0.06, 0.15
 """Share of --minutes spent on sampling, and minutes kept for it at least, but at most 30 % of --minutes."""
-BASELINES = {
-    "bigram_bpc": "bigrams of the same tokens",
-    "bz2_bpc": "bz2, a compressor",
-    "lzma_bpc": "lzma, another",
-    "trigram_bpc": "trigrams of characters",
-}
+BASELINES = {"bigram_bpc": "bigrams of the same tokens", "bz2_bpc": "bz2, a compressor"}
+BASELINES |= {"lzma_bpc": "lzma, another", "trigram_bpc": "trigrams of characters"}
 """Rows of the table below the model's."""
 NUM_SAMPLES, SAMPLE_LENGTH = 2, 192
 
