@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.config import BaselineConfig as BaselineConfig
@@ -90,18 +90,14 @@ class TokenLM(LanguageModel):
         rows = max(1, LARGEST_LOGITS // self.config.vocab_size)
         if len(inputs) <= rows:
             return -self._nll(inputs, targets).view(tokens.shape)
-        parts = [
-            checkpoint(self._nll, *part, use_reentrant=False, preserve_rng_state=False)
-            for part in zip(inputs.split(rows), targets.split(rows), strict=True)
-        ]
+        pairs = zip(inputs.split(rows), targets.split(rows), strict=True)
+        parts = [checkpoint(self._nll, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
         return -torch.cat(parts).view(tokens.shape)
 
     def _nll(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(widen(self.head(inputs)), targets, reduction="none")
 
-    def draw_noise(
-        self, tokens: Int[Tensor, "B T"], generator: torch.Generator | None = None
-    ) -> Float[Tensor, "B T d"]:
+    def draw_noise(self, tokens: Int[Tensor, "B T"], generator: Generator | None = None) -> Float[Tensor, "B T d"]:
         """Empty noise, d = 0: the baseline has no latents."""
         return torch.empty(*tokens.shape, 0, device=tokens.device)
 

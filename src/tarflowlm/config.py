@@ -31,13 +31,11 @@ Scale = Literal["mini", "paper"]
 """Scale of the reproduction: CPU-sized models or the paper's."""
 
 Precision = Literal["float32", "bfloat16"]
-"""Precision of matrix products."""
 
 RECIPE_NAMES = (
     "table2", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "table6", "progressive", "patches", "one-block",
     "frontier",
 )  # fmt: skip
-"""The recipes of `reproduce`."""
 
 Normalization = Literal["none", "text8"]
 NORMALIZATIONS: tuple[Normalization, ...] = typing.get_args(Normalization)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, get_args
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from tarflowlm.config import LanguageModelConfig as LanguageModelConfig
 from tarflowlm.errors import UserError
@@ -39,9 +39,7 @@ class LanguageModel(nn.Module):
         return next(self.parameters()).device
 
     @abstractmethod
-    def draw_noise(
-        self, tokens: Int[Tensor, "B T"], generator: torch.Generator | None = None
-    ) -> Float[Tensor, "B T d"]:
+    def draw_noise(self, tokens: Int[Tensor, "B T"], generator: Generator | None = None) -> Float[Tensor, "B T d"]:
         """Noise eps ~ N(0, I) for one posterior sample z = mu_x + sigma_x eps; d = 0 for an exact model."""
 
     @abstractmethod
@@ -105,7 +103,7 @@ def check_model(model: Any) -> None:
 
 def check_generator(generator: Any) -> None:
     """UserError unless `generator` is one, or None."""
-    check_type(generator, "generator", (torch.Generator, type(None)), "give torch.Generator().manual_seed(0) or None")
+    check_type(generator, "generator", (Generator, type(None)), "give torch.Generator().manual_seed(0) or None")
 
 
 def check_option(value: Any, name: str, literal: Any) -> None:

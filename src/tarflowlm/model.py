@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from tarflowlm.config import CouplingName
 from tarflowlm.config import FlowConfig as FlowConfig
@@ -76,26 +76,17 @@ class TarFlowLM(LanguageModel):
 
     def append_block(self) -> FlowBlock:
         config, index = self.config, self.num_blocks
-        block = FlowBlock(
-            trunk=config.trunk,
-            num_layers=config.blocks[index].layers,
-            channels=config.patch * config.latent_dim,
-            coupling=self._coupling(index),
-            reverse=index % 2 == 1,
-            mix=index if config.mixes_channels else 0,
-        )
+        shape: dict[str, Any] = {"trunk": config.trunk, "num_layers": config.blocks[index].layers}
+        shape |= {"channels": config.patch * config.latent_dim, "mix": index if config.mixes_channels else 0}
+        block = FlowBlock(coupling=self._coupling(index), reverse=index % 2 == 1, **shape)
         self.prior.blocks.append(block.to(self.codebook.mean.device))
         return block
 
     def _coupling(self, index: int) -> Coupling:
         config, block, width = self.config, self.config.blocks[index], self.config.trunk.width
-        channelwise: dict[str, Any] = {
-            "width": width,
-            "channels": config.patch * config.latent_dim,
-            "hidden": config.head_hidden,
-            "features": config.head_features,
-            "autoregressive": block.sees_channels,
-        }
+        channelwise: dict[str, Any] = {"width": width, "channels": config.patch * config.latent_dim}
+        channelwise |= {"hidden": config.head_hidden, "features": config.head_features}
+        channelwise["autoregressive"] = block.sees_channels
         if block.coupling in ("affine", "token-affine"):
             return AffineCoupling(group=1 if block.coupling == "affine" else config.latent_dim, **channelwise)
         if block.coupling == "mix1":
@@ -105,19 +96,12 @@ class TarFlowLM(LanguageModel):
                 coupling.start_from(self.codebook, evidence=0.1 if block.start == "flattened" else 1.0)
             return coupling
         if block.coupling == "mixd":
-            return MixDCoupling(
-                width=width,
-                patch=config.patch,
-                latent_dim=config.latent_dim,
-                components=block.components,
-                tied=self.codebook if block.components == 0 else None,
-                in_patch=config.in_patch == "autoregressive",
-            )
+            shape: dict[str, Any] = {"width": width, "patch": config.patch, "latent_dim": config.latent_dim}
+            tied, in_patch = self.codebook if block.components == 0 else None, config.in_patch == "autoregressive"
+            return MixDCoupling(components=block.components, tied=tied, in_patch=in_patch, **shape)
         raise UserError(f"model.blocks.{index}.coupling {block.coupling!r}: choose one of {get_args(CouplingName)}")
 
-    def draw_noise(
-        self, tokens: Int[Tensor, "B T"], generator: torch.Generator | None = None
-    ) -> Float[Tensor, "B T d"]:
+    def draw_noise(self, tokens: Int[Tensor, "B T"], generator: Generator | None = None) -> Float[Tensor, "B T d"]:
         """Noise eps ~ N(0, I) for one posterior sample, drawn on the generator's device (else on the model's)."""
         mean, shape = self.codebook.mean, (*tokens.shape, self.config.latent_dim)
         where = generator.device if generator is not None else mean.device

@@ -6,20 +6,9 @@ Members of a family share Transformer size, data, tokens seen, optimiser and sch
 from collections.abc import Callable
 from dataclasses import replace
 
-from tarflowlm.config import (
-    BaselineConfig,
-    CouplingName,
-    DataConfig,
-    FlowConfig,
-    OptimConfig,
-    RunConfig,
-    TokenizerConfig,
-    TrainConfig,
-    TransformerConfig,
-    as_flow_config,
-    stack,
-)
+from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
 from tarflowlm.errors import UserError
+from tarflowlm.model_config import BaselineConfig, CouplingName, FlowConfig, TransformerConfig, as_flow_config, stack
 
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2)
 MINI_STEPS = 2600

@@ -79,19 +79,11 @@ class Pretrained(_Pair):
             given = read_template(self.tokenizer, template, blank).tokens
         if num_tokens is None:
             num_tokens = self.config.context if template is None or given is None else len(given)
-        tokens = generate(
-            self.model,
-            num_tokens=num_tokens,
-            num=1 if num is None else num,
-            prompt=given,
-            particles=particles,
-            generator=torch.Generator().manual_seed(checked_seed(as_integer(seed, "seed"))),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            decoder=decoder,
-        ).tokens
-        texts = [self.decode(row) for row in tokens]
+        generator = torch.Generator().manual_seed(checked_seed(as_integer(seed, "seed")))
+        how: dict[str, Any] = {"particles": particles, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        how |= {"num": 1 if num is None else num, "generator": generator, "decoder": decoder}
+        drawn = generate(self.model, num_tokens=num_tokens, prompt=given, **how)
+        texts = [self.decode(row) for row in drawn.tokens]
         return texts[0] if num is None else texts
 
     def score(self, text: str, *, samples: int = 8, seed: int = 0) -> Scores:

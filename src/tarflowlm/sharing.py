@@ -23,6 +23,8 @@ from tarflowlm.presets import PRESETS, preset, with_blocks
 from tarflowlm.runs.checkpoint import COUNTERS, Checkpoint, export, load_checkpoint, read_summary, undamaged_state
 from tarflowlm.runs.hub import CARD, PREFIX, REPOSITORY, hub_client, hub_errors
 
+Source = Checkpoint | str | Path
+"""A checkpoint, or whatever `load_checkpoint` takes."""
 NUM_SAMPLES, LONGEST = 2, 256
 """Samples on a card, and their length in tokens unless the context is shorter."""
 
@@ -35,7 +37,7 @@ with those of other models only on the same text, with the same windows and per 
 
 
 def save_pretrained(
-    source: Checkpoint | str | Path,
+    source: Source,
     folder: str | Path,
     *,
     half: bool = False,
@@ -44,9 +46,8 @@ def save_pretrained(
 ) -> Path:
     """Write a model with its tokenizer, configuration and a model card into the new `folder`.
 
-    `source` is a checkpoint, or whatever `load_checkpoint` takes; a README.md beside it becomes the card. `half` as
-    in `export`, `licence` an identifier of the hub (apache-2.0), `repository` the OWNER/NAME that the card is to
-    name. Returns `folder`. Nothing is left behind if this fails.
+    A README.md beside the `source` becomes the card. `half` as in `export`, `licence` an identifier of the hub
+    (apache-2.0), `repository` the OWNER/NAME that the card is to name. Nothing is left behind if this fails.
     """
     check_type(folder, "folder", (str, os.PathLike), "give the path of a new folder")
     checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
@@ -62,12 +63,7 @@ def save_pretrained(
 
 
 def push_to_hub(
-    source: Checkpoint | str | Path,
-    repository: str,
-    *,
-    private: bool = False,
-    half: bool = False,
-    licence: str | None = None,
+    source: Source, repository: str, *, private: bool = False, half: bool = False, licence: str | None = None
 ) -> str:
     """`save_pretrained` into a temporary folder, and `push_folder`; returns the address of the model."""
     repository = checked_repository(repository)

@@ -9,15 +9,14 @@ import tyro
 from tarflowlm.cli.options import PrintJson, arg
 from tarflowlm.config import TokenizerConfig
 
+SOURCES = "english (built in), text8, openwebtext, or a .txt, .gz, .xz or .zst file."
+
 
 @dataclass(frozen=True)
 class Args:
     """Turn a corpus or text file into token shards."""
 
-    source: Annotated[
-        tyro.conf.Positional[str],
-        arg("SOURCE", "english (built in), text8, openwebtext, or a .txt, .gz, .xz or .zst file."),
-    ]
+    source: Annotated[tyro.conf.Positional[str], arg("SOURCE", SOURCES)]
     out: Annotated[Path, arg("PATH")]
     """Directory to create."""
     tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerConfig)

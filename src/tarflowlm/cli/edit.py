@@ -125,21 +125,19 @@ def run(args: Args) -> None:
     characters = torch.from_numpy(tokenizer.characters_per_token)
     bpc_before = bits(edit.bound_before.cpu()) / characters[edit.before.cpu()].sum(-1)
     bpc = bits(edit.bound.cpu()) / characters[edit.tokens.cpu()].sum(-1)
-    columns = (column.tolist() for column in (edit.tokens, edit.changed, bpc_before, bpc))
-    edits = [
-        {"text": tokenizer.decode(tokens), "changed": changed, "bpc_before": old, "bpc": new}
-        for tokens, changed, old, new in zip(*columns, strict=True)
-    ]
+    texts = [tokenizer.decode(tokens) for tokens in edit.tokens.tolist()]
+    measured = {"changed": edit.changed, "bpc_before": bpc_before, "bpc": bpc}
+    columns: dict[str, Any] = {"text": texts} | {name: column.tolist() for name, column in measured.items()}
+    edits = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     changed, ratio = edit.changed.double().mean().item(), (edit.bound.sum() / edit.bound_before.sum()).item()
     advice = _advice(args, changed, ratio, has_token_weights=model.config.has_token_weights)
     if args.json:
         print_json({"before": tokenizer.decode(edit.before[0].tolist()), "edits": edits, "advice": advice})
         return
-    notes = [
-        f"{sum(one['changed'])} of {len(one['changed'])} tokens changed; bits per character "
-        f"<= {one['bpc_before']:.3f} before, <= {one['bpc']:.3f} now"
-        for one in edits
-    ]
+    notes = []
+    for one in edits:
+        bounds = f"bits per character <= {one['bpc_before']:.3f} before, <= {one['bpc']:.3f} now"
+        notes.append(f"{sum(one['changed'])} of {len(one['changed'])} tokens changed; {bounds}")
     print_edits(Console(), tokenizer, edit.before[0], edit.tokens, notes, advice)
 
 
@@ -155,7 +153,5 @@ def _advice(args: Args, changed: float, ratio: float, *, has_token_weights: bool
     if changed <= weight + (1 - weight) * MUCH_CHANGED and ratio <= MUCH_LONGER:
         return None
     fewer = "some words are resampled" if args.toward is None else "a stretch of the other text is taken"
-    return (
-        f"editing state {args.level} changes nearly everything here ({changed:.0%} of the tokens, bits x "
-        f"{ratio:.2f}). Without --level only {fewer}."
-    )
+    much = f"({changed:.0%} of the tokens, bits x {ratio:.2f})"
+    return f"editing state {args.level} changes nearly everything here {much}. Without --level only {fewer}."

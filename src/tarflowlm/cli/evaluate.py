@@ -86,10 +86,8 @@ def run(args: Args) -> None:
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
     source = checkpoint.run.data.source if args.data is None else args.data
     if args.data is None and source not in SOURCE_NAMES and not Path(source).exists():
-        raise UserError(
-            f"cannot find the training text {source} of {directory.name}; models are shipped without their data. "
-            f"Pass --data english or --data FILE"
-        )
+        remedy = "models are shipped without their data. Pass --data english or --data FILE"
+        raise UserError(f"cannot find the training text {source} of {directory.name}; {remedy}")
     with Bars() as bars:
         if args.split != "all" and (source in SOURCE_NAMES or Path(source).is_dir()):
             tokens = cached_corpus(source, tokenizer, progress=bars).split(args.split)
@@ -134,10 +132,8 @@ def _likelihood(args: Args, model: Any, tokenizer: Any, tokens: Any, source: str
     if stride % patch:
         raise UserError(f"stride {stride}: must be a multiple of the patch of {patch} tokens")
     if stride < context and model.num_blocks > 1:
-        raise UserError(
-            f"stride {stride}: windows can slide for the baseline and for flows of one block; no bound is known for "
-            f"the {model.num_blocks} blocks of this model: leave --stride out"
-        )
+        reason = f"no bound is known for the {model.num_blocks} blocks of this model: leave --stride out"
+        raise UserError(f"stride {stride}: windows can slide for the baseline and for flows of one block; {reason}")
     start = time.perf_counter()
     draws = 1 if model.is_exact else args.samples
     samples = f", {draws} samples each" if draws > 1 else ""
@@ -165,10 +161,8 @@ def _print_likelihood(title: str, found: dict[str, Any]) -> None:
     ]
     if found.get("gap") is not None:
         error = f"standard error {found['elbo_stderr']:.4f}, {found['elbo_sampling_stderr']:.5f} of it from sampling"
-        rows += [
-            ("ELBO, nats per token", f"<= {found['elbo']:.4f} ({error})"),
-            ("gap to the ELBO", f"{found['gap']:.5f} nats per token (standard error {found['gap_stderr']:.5f})"),
-        ]
+        gap = f"{found['gap']:.5f} nats per token (standard error {found['gap_stderr']:.5f})"
+        rows += [("ELBO, nats per token", f"<= {found['elbo']:.4f} ({error})"), ("gap to the ELBO", gap)]
     context, stride, count = found["context"], found["stride"], found["windows"]
     given = context - stride
     kind, how = ("window", f", {given} tokens of context each") if given else ("fresh context", "")
@@ -208,9 +202,8 @@ def _print_quality(quality: dict[str, Any]) -> None:
     rows.insert(1, ["MAUVE, scaling 5", f"{quality['mauve']:.4f}", ""])
     cuts = f", top-k {quality['top_k']}" if quality["top_k"] else ""
     cuts += f", top-p {quality['top_p']}" if quality["top_p"] else ""
-    title = (
-        f"{quality['length']} tokens each, decoder {quality['decoder']}, {quality['dtype']}, temperature "
-        f"{quality['temperature']}{cuts}, seed {quality['seed']}; judge {quality['judge']} ({quality['judge_kind']})"
-    )
+    title = f"{quality['length']} tokens each, decoder {quality['decoder']}, {quality['dtype']}, temperature "
+    title += f"{quality['temperature']}{cuts}, seed {quality['seed']}; "
+    title += f"judge {quality['judge']} ({quality['judge_kind']})"
     print_table(title, rows, ["", "samples", "real text"])
     sys.stdout.write("".join(f"{remark}\n" for remark in quality["remarks"]))

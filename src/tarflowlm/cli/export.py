@@ -8,9 +8,7 @@ import tyro
 
 from tarflowlm.cli.options import Flag, PrintJson, arg
 
-Exported = Annotated[
-    tyro.conf.Positional[Path], arg("MODEL", "Run directory, or the name of a model that comes with the package.")
-]
+Exported = Annotated[tyro.conf.Positional[Path], arg("MODEL", "Run directory, or the name of a shipped model.")]
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,9 @@ import io
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from tarflowlm.cli.options import Normalize, PrintJson, arg, check, parse
+from tarflowlm.cli.export import Exported
+from tarflowlm.cli.options import Normalize, PrintJson, check, parse
 from tarflowlm.errors import UserError
 
 OURS = ("--model", "-M", "--model_args", "-a")
@@ -23,9 +20,7 @@ KEPT = ("results", "groups", "n-samples", "versions", "config")
 class Args:
     """Evaluate a model with lm-evaluation-harness: harness MODEL --tasks NAMES and any other option of lm-eval."""
 
-    directory: Annotated[
-        tyro.conf.Positional[Path], arg("MODEL", "Run directory, or the name of a model that comes with the package.")
-    ]
+    directory: Exported
     posterior_samples: int = 1
     """Posterior samples of a flow: 1 gives the ELBO, more give the importance-weighted bound."""
     noise_seed: int = 0
@@ -51,12 +46,8 @@ def run(given: tuple[Args, list[str]]) -> None:
     for word in words:
         if word.partition("=")[0] in OURS:
             raise UserError(f"{word} with harness {args.directory}, which names the model: leave it out")
-    settings = {
-        "pretrained": str(args.directory),
-        "posterior_samples": args.posterior_samples,
-        "noise_seed": checked_seed(args.noise_seed),
-        "normalize": args.normalize,
-    }
+    settings = {"pretrained": str(args.directory), "posterior_samples": args.posterior_samples}
+    settings |= {"noise_seed": checked_seed(args.noise_seed), "normalize": args.normalize}
     # as JSON: a path may hold commas and equals signs
     words = ["--model", "tarflowlm", "--model_args", json.dumps(settings), *words]
     if not args.json:

@@ -8,9 +8,6 @@ import tyro
 
 from tarflowlm.cli.options import PrintJson, arg, load_checkpoint
 
-CARD = "README.md"
-"""Describes a shipped model, its licence included."""
-
 
 @dataclass(frozen=True)
 class Args:
@@ -49,7 +46,7 @@ def _describe(given: Path) -> dict[str, Any]:
 
     from tarflowlm.config import BaselineConfig
     from tarflowlm.runs.checkpoint import WEIGHTS, read_summary
-    from tarflowlm.runs.hub import FOLDER, is_reference, locate
+    from tarflowlm.runs.hub import CARD, FOLDER, is_reference, locate
 
     checkpoint = load_checkpoint(given, "cpu")
     directory = locate(given)  # of a model of the hub, which has been downloaded above
@@ -72,30 +69,18 @@ def _describe(given: Path) -> dict[str, Any]:
             within = [path, *path.rglob("*")] if path.is_dir() else [path]
             files[path.name + "/" * path.is_dir()] = sum(file.stat().st_size for file in within if file.is_file())
     layers = [config.layers] if isinstance(config, BaselineConfig) else [b.layers for b in config.blocks]
-    return {
-        "name": given.as_posix() if is_reference(given) else directory.resolve().name,
-        "directory": str(directory),
-        "shipped": shipped,
-        "preset": run.name,
-        "family": config.family,
-        "blocks": [config.describe(block) for block in range(model.num_blocks)],
-        "layers": layers[: model.num_blocks],
-        "parameters": {"all": sum(parts.values()), **parts},
-        "context": config.context,
-        "patch": config.patch,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} symbols, normalisation {tokenizer.normalization}",
-        "source": run.data.source,
-        "steps": int(info["step"]) if info.get("step", "").isdigit() else None,
-        "tokens": int(info["tokens"]) if info.get("tokens", "").isdigit() else None,
-        "seed": run.seed,
-        # of a shipped model it would be the date of its installation
-        "saved": None if shipped else saved.strftime("%Y-%m-%d"),
-        "bpc": test.get("bpc"),
-        "bound": test.get("bound"),
-        "files": files,
-        "card": card.read_text(encoding="utf-8") if card.is_file() else None,
-    }
+    name = given.as_posix() if is_reference(given) else directory.resolve().name
+    blocks = [config.describe(block) for block in range(model.num_blocks)]
+    symbols = f"{tokenizer.kind}, {tokenizer.vocab_size:,} symbols, normalisation {tokenizer.normalization}"
+    steps, tokens = (int(info[key]) if info.get(key, "").isdigit() else None for key in ("step", "tokens"))
+    found: dict[str, Any] = {"name": name, "directory": str(directory), "shipped": shipped, "preset": run.name}
+    found |= {"family": config.family, "blocks": blocks, "layers": layers[: model.num_blocks]}
+    found |= {"parameters": {"all": sum(parts.values()), **parts}, "context": config.context, "patch": config.patch}
+    found |= {"vocab_size": tokenizer.vocab_size, "tokenizer": symbols, "source": run.data.source}
+    # of a shipped model `saved` would be the date of its installation
+    found |= {"steps": steps, "tokens": tokens, "seed": run.seed, "saved": None if shipped else f"{saved:%Y-%m-%d}"}
+    found |= {"bpc": test.get("bpc"), "bound": test.get("bound"), "files": files}
+    return found | {"card": card.read_text(encoding="utf-8") if card.is_file() else None}
 
 
 def _kind(found: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """`tarflowlm sample --interactive`: prompts from the terminal, each continued at once."""
 
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -33,9 +32,7 @@ TEXT              continue this text
 /stop TEXT        stop before this text, too; without a text, nowhere
 /seed 3           start the random numbers anew
 /quit             or Ctrl-D; Ctrl-C stops the writing"""
-NUMBERS: dict[str, Callable[[str], Any]] = {
-    "temperature": float, "top-k": int, "top-p": float, "length": int, "seed": int,
-}  # fmt: skip
+NUMBERS: dict[str, Any] = {"temperature": float, "top-k": int, "top-p": float, "length": int, "seed": int}
 
 
 def converse(model: LanguageModel, tokenizer: Tokenizer, args: Args) -> None:
@@ -140,17 +137,11 @@ class _Session:
             if stream.has_stopped:
                 raise StopIteration
 
+        how: Any = {"generator": self.generator, "decoder": args.decoder, "watch": Watch(on_tokens=on_tokens)}
+        given = prompt if len(prompt) else None
         try:
             with suppress(StopIteration, KeyboardInterrupt), threads_for(args.particles):
-                generate(
-                    self.model,
-                    num_tokens=len(prompt) + args.length,
-                    prompt=prompt if len(prompt) else None,
-                    generator=self.generator,
-                    decoder=args.decoder,
-                    watch=Watch(on_tokens=on_tokens),
-                    **args.writing(),
-                )
+                generate(self.model, num_tokens=len(prompt) + args.length, prompt=given, **how, **args.writing())
         finally:
             text = stream.close()
             write_out("\n")

@@ -172,10 +172,8 @@ def stop_on_signals() -> Iterator[Callable[[], str | None]]:
 
 
 def _end(status: int, message: str, *, everywhere: bool = False) -> NoReturn:
-    """Exit with one line on stderr, also where names in it hold line ends.
-
-    Under torchrun it comes from the first process of every machine, or with `everywhere` from every process.
-    """
+    """One line on stderr and exit; under torchrun, from the first process of a machine or `everywhere` from all."""
+    # names in it may hold line ends
     line = message.replace("\r", "\\r").replace("\n", "\\n")
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         with contextlib.suppress(OSError):

@@ -43,15 +43,9 @@ Flag = Annotated[bool, arg()]
 
 Model = Annotated[
     tyro.conf.Positional[Path | None],
-    arg(
-        "[MODEL]",
-        "Run directory, name of a model that comes with the package, or hf:OWNER/NAME of the hub. `tarflowlm info` "
-        "lists the models and the default.",
-    ),
+    arg("[MODEL]", "Run directory, shipped model or hf:OWNER/NAME; `tarflowlm info` lists models and the default."),
 ]
-ModelName = Annotated[
-    str | None, arg("NAME", "In place of MODEL: a model that comes with the package, say english-mini.")
-]
+ModelName = Annotated[str | None, arg("NAME", "In place of MODEL: a model of the package, say english-mini.")]
 Device = Annotated[DeviceName, arg(help="auto picks cuda, then mps, then cpu.")]
 PrintJson = Annotated[bool, arg(help="Print one JSON object as the last line.")]
 Normalize = Annotated[

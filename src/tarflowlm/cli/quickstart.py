@@ -11,12 +11,8 @@ from tarflowlm.presets import preset
 
 SAMPLING_SHARE, SAMPLING_MINUTES = 0.06, 0.15
 """Share of --minutes spent on sampling, and minutes kept for it at least, but at most 30 % of --minutes."""
-BASELINES = {
-    "bigram_bpc": "bigrams of the same tokens",
-    "bz2_bpc": "bz2, a compressor",
-    "lzma_bpc": "lzma, another",
-    "trigram_bpc": "trigrams of characters",
-}
+BASELINES = {"bigram_bpc": "bigrams of the same tokens", "bz2_bpc": "bz2, a compressor"}
+BASELINES |= {"lzma_bpc": "lzma, another", "trigram_bpc": "trigrams of characters"}
 """Rows of the table below the model's."""
 NUM_SAMPLES, SAMPLE_LENGTH = 2, 192
 
@@ -67,12 +63,9 @@ def run(args: Args) -> None:
         train_tokens, test_tokens = (np.asarray(corpus.split(split)) for split in ("train", "test"))
         text = corpus.tokenizer.decode(test_tokens.tolist())
         bigram = bigram_cross_entropy(train_tokens, test_tokens, corpus.tokenizer.vocab_size)
-        baselines = {
-            "unigram_bpc": ngram_entropy(text, 1),
-            "trigram_bpc": ngram_entropy(text, 3),
-            "bigram_bpc": bigram * len(test_tokens) / len(text),
-            **{f"{name}_bpc": value for name, value in compressed_bits(text).items()},
-        }
+        baselines = {"unigram_bpc": ngram_entropy(text, 1), "trigram_bpc": ngram_entropy(text, 3)}
+        baselines["bigram_bpc"] = bigram * len(test_tokens) / len(text)
+        baselines |= {f"{name}_bpc": value for name, value in compressed_bits(text).items()}
         sampling = max(SAMPLING_SHARE * args.minutes, min(SAMPLING_MINUTES, 0.3 * args.minutes))
         left = args.minutes - sampling - (time.perf_counter() - start) / 60
         # however little is left, every stage takes at least one step

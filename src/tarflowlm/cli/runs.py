@@ -38,10 +38,8 @@ def run(args: Args) -> None:
     if args.json:
         print_json({"runs": rows})
         return
-    columns = {
-        "": "name", "preset": "preset", "bpc": "bpc", "best step": "best_step", "tokens": "tokens", "time": "seconds",
-        "state": "state",
-    }  # fmt: skip
+    columns = {"": "name", "preset": "preset", "bpc": "bpc", "best step": "best_step", "tokens": "tokens"}
+    columns |= {"time": "seconds", "state": "state"}
     if all((row["preset"] or "") in row["name"] for row in rows):
         del columns["preset"]
     # bits per character compare within a text only
@@ -61,9 +59,8 @@ def _find(directories: Sequence[Path]) -> dict[str, Path]:
     for folder in directories:
         below = list(_runs_in(folder, DEPTH))
         if not below:
-            raise UserError(
-                f"{folder} holds no run within {DEPTH} levels: give a directory made by `tarflowlm train`"
-            )
+            remedy = "give a directory made by `tarflowlm train`"
+            raise UserError(f"{folder} holds no run within {DEPTH} levels: {remedy}")
         short = {folder.resolve().name if path == folder else str(path.relative_to(folder)): path for path in below}
         found |= {name if name not in found else str(path): path for name, path in short.items()}
     return found

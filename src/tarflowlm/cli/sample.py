@@ -19,11 +19,8 @@ EXCLUSIVE = {
     "stop": ("template", "passes", "states"),
 }
 """Options that contradict each other."""
-NEEDED = {
-    "states": ("json", "out"),
-    "blank": ("template",),
-    "particles": ("prompt", "prompts", "template", "interactive"),
-}
+GIVEN = ("prompt", "prompts", "template", "interactive")
+NEEDED = {"states": ("json", "out"), "blank": ("template",), "particles": GIVEN}
 """Options that do nothing without one of these."""
 
 

@@ -30,10 +30,7 @@ BATCH_TOKENS = 6144
 
 
 class Sampling:
-    """Draws samples batch by batch, and prints or writes each batch as it is finished.
-
-    Sample r continues prompt r // num, or fills in the template.
-    """
+    """Prints or writes samples batch by batch, as they are drawn. Sample r continues prompt r // num where given."""
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, args: Args) -> None:
         self.model, self.tokenizer, self.args = model, tokenizer, args
@@ -136,18 +133,12 @@ class Sampling:
 
     def _draw(self, rows: range, watch: Watch) -> Generation:
         args = self.args
+        prompt = pad_sequence(self._prompts(rows), batch_first=True, padding_value=BLANK)
+        # streams of rows numbered over all batches, so that a sample does not depend on the batches
+        generator = row_generators(rows, torch.Generator().manual_seed(args.seed))
+        how: Any = {"generator": generator, "decoder": self.decoder, "watch": watch, **args.writing()}
         with threads_for(len(rows) * args.particles):
-            result = generate(
-                self.model,
-                num_tokens=self.length,
-                num=len(rows),
-                prompt=pad_sequence(self._prompts(rows), batch_first=True, padding_value=BLANK),
-                # streams of rows numbered over all batches, so that a sample does not depend on the batches
-                generator=row_generators(rows, torch.Generator().manual_seed(args.seed)),
-                decoder=self.decoder,
-                watch=watch,
-                **args.writing(),
-            )
+            result = generate(self.model, num_tokens=self.length, num=len(rows), prompt=prompt, **how)
         self.num_tokens += result.tokens.numel()
         # the choice of auto for the first batch serves the others
         self.decoder = result.decoders or self.decoder

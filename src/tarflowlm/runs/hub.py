@@ -1,8 +1,7 @@
 """Trained models by name: those that come with the package, and those on the Hugging Face hub.
 
-`huggingface_hub` is imported only for names with hf:. Only the files of an exported model are fetched, by their
-exact names, so nothing arrives that could be unpickled or run. The checksum of the weights is compared on load
-(docs/hub.md).
+`huggingface_hub` is imported only for names with hf:. Only the files of an exported model are fetched, by exact name,
+so nothing arrives that could be unpickled or run. The checksum of the weights is compared on load (docs/hub.md).
 """
 
 import logging
@@ -20,7 +19,6 @@ from tarflowlm.progress import SILENT, Progress
 
 PREFIX = "hf:"
 CARD = "README.md"
-"""The model card."""
 FILES = ("config.json", "tokenizer.json", "model.safetensors", "manifest.json")
 """The files of a model, all that is fetched beside its card; the manifest is there for earlier versions' models."""
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"
@@ -137,7 +135,6 @@ def _bars(progress: Progress) -> type:
 
 FOLDER = Path(__file__).parent / "released"
 DEFAULT = "english-small"
-"""The default model."""
 
 
 def released() -> list[str]:

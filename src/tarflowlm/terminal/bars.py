@@ -17,7 +17,6 @@ from rich.text import Text
 from tarflowlm.training.metrics import Reporter
 
 Clock = Callable[[], float]
-"""Seconds from some fixed instant."""
 
 NUMBER = 14
 """Characters of the longest cell that is kept on one line."""
@@ -115,16 +114,10 @@ class Bars:
         self.is_wide = not self.is_live or self.console.width >= WIDE
         bar = [BarColumn(bar_width=20, table_column=Column(no_wrap=True))] if self.is_wide else []
         self._numbers = _Numbers()
-        self.progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            *bar,
-            self._numbers,
-            TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
-            console=self.console,
-            transient=not keep,
-            disable=not self.is_live,
-            get_time=clock,
-        )
+        left = TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True))
+        columns = (TextColumn("{task.description}", markup=False), *bar, self._numbers, left)
+        how: dict[str, Any] = {"transient": not keep, "disable": not self.is_live}
+        self.progress = Progress(*columns, console=self.console, get_time=clock, **how)
         self._task: TaskID | None = None
         self._due = 0.0
 

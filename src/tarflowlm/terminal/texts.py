@@ -17,6 +17,8 @@ from tarflowlm.generation import Generation
 from tarflowlm.generation.particles import UNRELIABLE
 from tarflowlm.report.grid import Kind, Token, pass_rows, text_tokens
 
+Show = Callable[[str], None]
+Texts = Sequence[str] | None
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters that a terminal may execute as commands; not tabs and line ends."""
 
@@ -43,13 +45,7 @@ class TextStream:
     """Shows a text as its tokens come. What may be the beginning of a stop waits until it is known not to be one."""
 
     def __init__(
-        self,
-        show: Callable[[str], None],
-        tokenizer: Tokenizer,
-        stops: Sequence[str] = (),
-        *,
-        start: int = 0,
-        shown: int = 0,
+        self, show: Show, tokenizer: Tokenizer, stops: Sequence[str] = (), *, start: int = 0, shown: int = 0
     ) -> None:
         """Stops count from character `start` on; the first `shown` characters are not shown."""
         self.show, self.stops, self.start, self.shown = show, stops, start, shown
@@ -89,7 +85,7 @@ def print_samples(
     result: Generation,
     tokenizer: Tokenizer,
     *,
-    texts: Sequence[str] | None = None,
+    texts: Texts = None,
     first: int = 0,
     candidates: int = 1,
     passes: bool = False,
@@ -118,12 +114,7 @@ def print_samples(
 
 
 def samples_to_json(
-    result: Generation,
-    tokenizer: Tokenizer,
-    *,
-    texts: Sequence[str] | None = None,
-    passes: bool = False,
-    states: bool = False,
+    result: Generation, tokenizer: Tokenizer, *, texts: Texts = None, passes: bool = False, states: bool = False
 ) -> list[dict[str, Any]]:
     """One object per sample: text, passes and states on request, weights if tokens were given; `texts` as above."""
     samples: list[dict[str, Any]] = []
