@@ -235,7 +235,7 @@ class _Inversion:
 
 
 def first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:
-    """The first position from `first` whose h does not map back to u, both [B, N, C] in the block's order; or N."""
+    """First position, from `first` on, whose h does not map back to u, both [B, N, C] in the block's order; or N."""
     again, _ = block.coupling(h, block.features_of(None, h[:, :-1], first=True))
     off = ((again - u).abs() / (1 + u.abs())).amax((0, 2))[first:]
     # negated, so that NaN counts as bad
