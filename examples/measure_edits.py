@@ -15,7 +15,8 @@ import torch
 import tarflowlm
 from tarflowlm.data import encode_text_source, eval_windows
 from tarflowlm.editing import blend, bound, encode, informative_level, interpolate, renoise, rewrite, token_costs
-from tarflowlm.editing.words import blended_spans, merge_words, num_words, pick_words, words_of
+from tarflowlm.editing.edits import num_words
+from tarflowlm.editing.words import blended_spans, merge_words, pick_words, words_of
 from tarflowlm.language_model import LanguageModel
 
 TEXTS, LENGTH, SEED, CANDIDATES, TEMPERATURE = 32, 96, 0, 32, 0.7

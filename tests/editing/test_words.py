@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from tarflowlm.editing.edits import num_words
 from tarflowlm.editing.words import (
     blended_spans,
     find_piece,
     find_words,
-    num_words,
     pick_words,
     words_of,
 )

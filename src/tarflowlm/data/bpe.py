@@ -163,8 +163,7 @@ def _from_hub(name: str) -> str:
     import huggingface_hub
 
     try:
-        cached = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
-        if isinstance(cached, str):
+        if isinstance(cached := huggingface_hub.try_to_load_from_cache(name, "tokenizer.json"), str):
             return Path(cached).read_text(encoding="utf-8")
         check_hub_reachable()
         return tokenizers.Tokenizer.from_pretrained(name).to_str()

@@ -1,7 +1,4 @@
-"""Tokens for a model: a prepared corpus on disk, and windows of tokens for training and evaluation.
-
-A prepared corpus is `meta.json`, hash-checked token shards in three splits, and the tokenizer.
-"""
+"""Prepared corpora (`meta.json`, hash-checked token shards in three splits, the tokenizer), and windows of tokens."""
 
 import hashlib
 import json
@@ -101,8 +98,8 @@ class Corpus:
     def changed_file(self, current: Sequence[Path] | None = None) -> Path | None:
         """The first source file that has changed since, or None. Equal size and time count as unchanged.
 
-        `current` are the files of the source now, matched by name since a package may be reinstalled. Without it the
-        recorded paths are checked, and a missing file counts as unchanged.
+        `current` are the files of the source now, matched by name since a package may be reinstalled. None means the
+        recorded paths; then a missing file counts as unchanged.
         """
         recorded = {Path(record["path"]).name: record for record in self.meta["files"]}
         if current is None:
@@ -140,9 +137,7 @@ class Corpus:
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The smallest little-endian unsigned type that holds `vocab_size` ids."""
-    if vocab_size <= 1 << 8:
-        return np.dtype("u1")
-    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+    return np.dtype("u1" if vocab_size <= 1 << 8 else "<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def open_corpus(path: str | os.PathLike[str]) -> Corpus:
@@ -174,9 +169,7 @@ class WindowSampler:
     Epoch e uses a generator seeded with (seed, e) to draw an offset in [0, window) and a permutation of the
     non-overlapping windows from there on, so no token is seen twice in an epoch. The permutations of successive
     epochs form one sequence, cut into global batches of `world * batch` windows, of which rank r takes the r-th
-    `batch`. A global batch may span two epochs.
-
-    The stream is the same for equal `world * batch`, so a state can be resumed with another number of ranks.
+    `batch`. The stream is the same for equal `world * batch`, so a state can be resumed with another number of ranks.
     """
 
     def __init__(
@@ -187,10 +180,8 @@ class WindowSampler:
         self.tokens = TokenArray.of(tokens)
         _check_length(len(self.tokens), window)
         self.window, self.batch, self.seed, self.rank, self.world = window, batch, seed, rank, world
-        self.epoch = 0
-        """Completed passes over the text."""
-        self.position = 0
-        """Windows of the current epoch that were used, over all ranks."""
+        self.epoch = self.position = 0
+        """Completed passes over the text, and windows used in the present one, over all ranks."""
         self._starts = self._epoch_starts(0)
 
     def next(self) -> torch.Tensor:

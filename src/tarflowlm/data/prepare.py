@@ -76,8 +76,7 @@ def prepare_corpus(
     `out` appears complete or not at all. If it already holds this very corpus, that is opened; anything else there
     is a UserError. The next equal call resumes a killed preparation. Of several processes one prepares.
     """
-    target = Path(out)
-    found = source if isinstance(source, Source) else resolve_source(source)
+    target, found = Path(out), source if isinstance(source, Source) else resolve_source(source)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return _write(found, tokenizer, target, progress, shard_tokens)
     is_same = (target / META).is_file() and open_corpus(target).meta["identity"] == found.identity
@@ -191,18 +190,11 @@ def _write(
             if not (folder / RESUME).exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        meta = {
-            "format": FORMAT,
-            "version": VERSION,
-            "source": source.name,
-            "identity": source.identity,
-            "files": files,
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "tokenizer_config": None if isinstance(wanted, Tokenizer) else asdict(wanted),
-            "vocab_size": tokenizer.vocab_size,
-            "splits": shards.splits,
-        }
-        write_json(folder / META, meta)
+        head = {"format": FORMAT, "version": VERSION, "source": source.name, "identity": source.identity}
+        config = None if isinstance(wanted, Tokenizer) else asdict(wanted)
+        encoding = {"tokenizer_fingerprint": tokenizer.fingerprint, "tokenizer_config": config}
+        content = {"vocab_size": tokenizer.vocab_size, "splits": shards.splits}
+        write_json(folder / META, {**head, "files": files, **encoding, **content})
         (folder / RESUME).unlink(missing_ok=True)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(folder, target)
@@ -223,8 +215,7 @@ def _training_text(source: Source, config: TokenizerConfig, progress: Progress) 
 
 
 def _encode(source: Source, tokenizer: Tokenizer, shards: "_Shards", progress: Progress) -> None:
-    dtype = token_dtype(tokenizer.vocab_size)
-    stream = source.stream(tokenizer.normalization, shards.cursor, progress)
+    stream, dtype = source.stream(tokenizer.normalization, shards.cursor, progress), token_dtype(tokenizer.vocab_size)
     done = sum(record["characters"] for record in shards.splits.values())
     progress.stage(f"encoding {source.name}, characters", stream.total, done)
     for batch in stream.batches:
@@ -251,8 +242,7 @@ class _Shards:
         self.cursor: Any = None
         """Position of the source behind the tokens in `waiting`; None at the start."""
         self.waiting: dict[Split, list[npt.NDArray[Any]]] = {split: [] for split in SPLITS}
-        empty = ({"tokens": 0, "characters": 0, "shards": []} for _ in SPLITS)
-        self.splits: dict[Split, dict[str, Any]] = dict(zip(SPLITS, empty, strict=True))
+        self.splits: dict[Split, dict[str, Any]] = {s: {"tokens": 0, "characters": 0, "shards": []} for s in SPLITS}
         """Tokens, characters, and finished shards (file, tokens, sha256) of every split."""
         if not self._resume():
             shutil.rmtree(folder, ignore_errors=True)

@@ -14,8 +14,7 @@ from tarflowlm.errors import UserError
 
 BLANK = -1
 """Marks a token of a template that is to be drawn."""
-_SHOWN = 200
-"""Characters of a text that a notice shows."""
+_SHOWN = 200  # characters of a text in a notice
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,8 @@ class Reading:
     @property
     def notice(self) -> str | None:
         """A line that shows the text where it differs from the one given, else None."""
-        if self.text == self.given:
-            return None
-        cut = "..." if len(self.text) > _SHOWN else ""
-        return f"read as: {self.text[:_SHOWN]}{cut}".replace("\n", " ")
+        shown = self.text[:_SHOWN] + "..." * (len(self.text) > _SHOWN)
+        return None if self.text == self.given else f"read as: {shown}".replace("\n", " ")
 
 
 def read(

@@ -111,10 +111,8 @@ class TextFile(Source):
         for index, piece in enumerate(text_pieces(text_blocks(self.path), self.block)):
             if index >= block:
                 text = _normalized(piece, normalization)
-                parts = {
-                    split: [text[max(0, first - position) : max(0, last - position)]]
-                    for split, first, last in zip(SPLITS, cuts, cuts[1:], strict=False)
-                }
+                spans = zip(SPLITS, cuts, cuts[1:], strict=False)
+                parts = {split: [text[max(0, a - position) : max(0, b - position)]] for split, a, b in spans}
                 position += len(text)
                 cursor = {"block": index + 1, "position": position}
                 yield Batch({split: part for split, part in parts.items() if part[0]}, cursor)
@@ -169,8 +167,7 @@ class Text8(TextFile):
     """Length and sha256 of its beginning."""
 
     def __init__(self) -> None:
-        folders = (Path(), Path("data"), sources_dir())
-        places = [folder / name for folder in folders for name in ("text8", "text8.zip")]
+        places = [f / name for f in (Path(), Path("data"), sources_dir()) for name in ("text8", "text8.zip")]
         super().__init__(next((place for place in places if place.is_file()), places[-1]))
         self.name = self.identity = "text8"
 
@@ -262,8 +259,7 @@ class OpenWebText(Source):
         return Stream(self._batches(dataset, normalization), split.num_bytes if split is not None else None)
 
     def _batches(self, dataset: Any, normalization: Normalization) -> Iterator[Batch]:
-        texts: dict[Split, list[str]] = {}
-        size = 0
+        texts, size = dict[Split, list[str]](), 0
         try:
             for row in dataset:
                 if not isinstance(document := row["text"], str):
@@ -292,7 +288,6 @@ def split_of_document(key: str, shares: tuple[int, int] = (90, 95)) -> Split:
 
 _REGISTRY: dict[str, Callable[[], Source]] = {"english": English, "text8": Text8, "openwebtext": OpenWebText}
 SOURCE_NAMES = tuple(_REGISTRY)
-"""The registered corpora."""
 
 
 def resolve_source(source: str) -> Source:
@@ -301,8 +296,8 @@ def resolve_source(source: str) -> Source:
         return _REGISTRY[source]()
     path = os.path.expanduser(source)
     if os.path.isdir(path) or not os.path.exists(path):  # os.path: False, not OSError, for impossible names
-        known = ", ".join(_REGISTRY)
-        raise UserError(f"{source!r} is no file and no corpus name: give a text file or one of {known}")
+        remedy = f"give a text file or one of {', '.join(_REGISTRY)}"
+        raise UserError(f"{source!r} is no file and no corpus name: {remedy}")
     return TextFile(Path(path))
 
 

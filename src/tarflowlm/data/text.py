@@ -32,8 +32,7 @@ def text_blocks(path: str | os.PathLike[str]) -> Iterator[str]:
     ends stay as they are; a byte-order mark at the start is dropped. UserError for a file that is missing,
     unreadable, empty, damaged or not UTF-8, possibly after some blocks.
     """
-    source = Path(path)
-    is_empty = True
+    source, is_empty = Path(path), True
     try:
         for block in codecs.iterdecode(_byte_blocks(source), "utf-8-sig"):
             is_empty = False
@@ -96,8 +95,7 @@ def _zst_blocks(source: Path) -> Iterator[bytes]:
 # between a letter or digit and the one space or line end before the next: GPT-2-like pre-tokenizers attach a space
 # to the word that follows it, and keep such a line end to itself
 _CUT = re.compile(r"(?<=[^\W_])(?=[ \n][^\W_])")
-_LONGEST = 16
-"""A piece of this many times the requested size is cut anywhere: memory must not depend on the text."""
+_LONGEST = 16  # a piece of this many times the size is cut anywhere: memory must not depend on the text
 
 
 def text_pieces(text: str | Iterable[str], size: int) -> Iterator[str]:

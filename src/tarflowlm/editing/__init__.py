@@ -5,24 +5,7 @@ from tarflowlm.editing.rewriting import blend, informative_level, redraw, rewrit
 from tarflowlm.editing.states import Edit, Encoded, bound, encode, interpolate, renoise, substitute
 
 __all__ = [
-    "EDITS",
-    "Edit",
-    "EditKind",
-    "Encoded",
-    "Redraw",
-    "Renoise",
-    "Replace",
-    "Rewrite",
-    "Source",
-    "Toward",
-    "blend",
-    "bound",
-    "encode",
-    "informative_level",
-    "interpolate",
-    "redraw",
-    "renoise",
-    "rewrite",
-    "substitute",
+    "EDITS", "Edit", "EditKind", "Encoded", "Redraw", "Renoise", "Replace", "Rewrite", "Source", "Toward",
+    "blend", "bound", "encode", "informative_level", "interpolate", "redraw", "renoise", "rewrite", "substitute",
     "token_costs",
-]
+]  # fmt: skip

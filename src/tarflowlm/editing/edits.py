@@ -15,18 +15,8 @@ import torch
 from tarflowlm.config import Decoder
 from tarflowlm.data import Tokenizer
 from tarflowlm.editing.rewriting import blend, informative_level, rewrite, token_costs
-from tarflowlm.editing.states import Edit, Encoded, interpolate, renoise, substitute
-from tarflowlm.editing.words import (
-    Span,
-    blended_spans,
-    check_share,
-    find_piece,
-    find_words,
-    merge_words,
-    num_words,
-    pick_words,
-    words_of,
-)
+from tarflowlm.editing.states import Edit, Encoded, check_share, interpolate, renoise, substitute
+from tarflowlm.editing.words import Span, blended_spans, find_piece, find_words, merge_words, pick_words, words_of
 from tarflowlm.errors import UserError
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
@@ -36,6 +26,12 @@ TEMPERATURE = 0.7
 
 Pick = Literal["random", "unlikely"]
 """Which words: at random, or those that cost most in block 1."""
+
+
+def num_words(strength: float, words: Sequence[Span]) -> int:
+    """How many words a share `strength` is: rounded, at least one unless it is 0. UserError outside of [0, 1]."""
+    check_share(strength, "strength")
+    return max(1, round(strength * len(words))) if strength and words else 0
 
 
 @dataclass(frozen=True)
@@ -89,13 +85,9 @@ class Resampling(EditKind):
     def settings(self, source: Source) -> dict[str, Any]:
         """Arguments of `rewrite` and `blend`: words are resampled in the most informative state."""
         usual = TEMPERATURE if source.model.config.has_token_weights else 1.0
-        return {
-            "candidates": self.candidates,
-            "temperature": usual if self.temperature is None else self.temperature,
-            "level": informative_level(source.model, source.text.row(0)),
-            "generator": source.generator,
-            "progress": source.progress,
-        }
+        temperature = usual if self.temperature is None else self.temperature
+        how = {"level": informative_level(source.model, source.text.row(0)), "temperature": temperature}
+        return {"candidates": self.candidates, **how, "generator": source.generator, "progress": source.progress}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,11 +210,5 @@ class Renoise(EditKind):
         return renoise(source.model, source.text, strength=self.strength, where=where, decoder=self.decoder, **how)
 
 
-EDITS: dict[str, type[EditKind]] = {
-    "words": Redraw,
-    "rewrite": Rewrite,
-    "replace": Replace,
-    "toward": Toward,
-    "level": Renoise,
-}
+EDITS = dict[str, type[EditKind]](words=Redraw, rewrite=Rewrite, replace=Replace, toward=Toward, level=Renoise)
 """The kinds of edit by name."""

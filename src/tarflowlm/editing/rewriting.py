@@ -149,11 +149,8 @@ def rewrite(
     rows = []
     for b, chosen in enumerate(spans):
         row = text.row(b)
-        left = [
-            (start, stop)
-            for start, stop in spare
-            if start > 0 and stop < text.length and not any(start < end and first < stop for first, end in chosen)
-        ]
+        inner = [(start, stop) for start, stop in spare if start > 0 and stop < text.length]
+        left = [(i, j) for i, j in inner if not any(i < end and first < j for first, end in chosen)]
         for span in chosen:
             before, tries = row.tokens, SPARE_TRIES
             while True:

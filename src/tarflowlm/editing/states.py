@@ -1,8 +1,7 @@
 r"""Editing in latent space: encode a text, change its state at some block, and invert the blocks below.
 
 A text x has latents z ~ q(z|x) and states h^(0) = z, ..., h^(L) = u. The flow is invertible, so every changed state
-is a text. In each block, positions before the first changed one (in the block's order) keep their latents bit for
-bit. Paper: section 4 (docs/math.md, section 10).
+is a text (paper, section 4; docs/math.md, section 10).
 """
 
 from collections.abc import Sequence
@@ -10,9 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Generator, Tensor
 
-from tarflowlm.editing.words import check_share
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import wide_dtype
 from tarflowlm.generation import generate
@@ -63,7 +61,7 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: torch.Generator) -> Encoded:
+def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: Generator) -> Encoded:
     """Latents z ~ q(z|x) and states of texts; an incomplete last patch is filled with a sample of the model.
 
     Latents that decode to another token (possible where Gaussians of the codebook overlap) are replaced by the mean
@@ -88,7 +86,7 @@ def renoise(
     *,
     level: int,
     strength: float,
-    generator: torch.Generator,
+    generator: Generator,
     where: Bool[Tensor, " T"] | None = None,
     decoder: Decoders = "steps",
     progress: Progress = SILENT,
@@ -120,7 +118,7 @@ def interpolate(
     *,
     level: int,
     weight: float,
-    generator: torch.Generator,
+    generator: Generator,
     decoder: Decoders = "steps",
     progress: Progress = SILENT,
 ) -> Edit:
@@ -150,7 +148,7 @@ def substitute(
     text: Encoded,
     replacements: Int[Tensor, " T"],
     *,
-    generator: torch.Generator,
+    generator: Generator,
     progress: Progress = SILENT,
 ) -> Edit:
     """Replace some tokens and regenerate the others from their own noise h^(1) (docs/math.md, section 10).
@@ -197,15 +195,13 @@ def inverted_below(
     return prior.descend(state, invert, top=level)
 
 
-def compared(
-    model: TarFlowLM, text: Encoded, tokens: Tensor, states: Sequence[Tensor], generator: torch.Generator
-) -> Edit:
+def compared(model: TarFlowLM, text: Encoded, tokens: Tensor, states: Sequence[Tensor], generator: Generator) -> Edit:
     """`text` beside its new tokens [B, T] and states, with bounds of both."""
     # The bounds are those of whole patches, padding included. All texts get the same noise: so sampling noise does
     # not enter the differences of their bounds, and equal texts have equal ones.
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
     both = torch.cat((text.tokens, tokens))
-    before, after = bound(model, both, torch.Generator().manual_seed(seed), same_noise=True).chunk(2)
+    before, after = bound(model, both, Generator().manual_seed(seed), same_noise=True).chunk(2)
     old, new, *levels = (x[:, : text.length] for x in (text.tokens, tokens, *states))
     return Edit(old, new, new != old, bound_before=before, bound=after, states=tuple(levels))
 
@@ -214,7 +210,7 @@ def compared(
 def bound(
     model: LanguageModel,
     tokens: Int[Tensor, "B T"],
-    generator: torch.Generator,
+    generator: Generator,
     *,
     samples: int = 8,
     same_noise: bool = False,
@@ -228,6 +224,12 @@ def bound(
         noise = model.draw_noise(tokens[:1] if same_noise else tokens, generator).expand(*tokens.shape, -1)
         draws.append(model.bound(tokens, noise))
     return torch.stack(draws).mean(0)
+
+
+def check_share(share: float, name: str) -> None:
+    """UserError, calling it `name`, for a share outside of [0, 1]."""
+    if not 0 <= share <= 1:
+        raise UserError(f"{name} {share}: must be between 0 (the text itself) and 1 (another text)")
 
 
 def check_lengths(first: Encoded, second: Encoded) -> None:

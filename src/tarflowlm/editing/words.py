@@ -30,24 +30,8 @@ def words_of(pieces: Sequence[bytes]) -> list[Span]:
     return spans
 
 
-def check_share(share: float, name: str) -> None:
-    """UserError, calling it `name`, for a share outside of [0, 1]."""
-    if not 0 <= share <= 1:
-        raise UserError(f"{name} {share}: must be between 0 (the text itself) and 1 (another text)")
-
-
-def num_words(strength: float, words: Sequence[Span]) -> int:
-    """How many words a share `strength` is: rounded, at least one unless it is 0. UserError outside of [0, 1]."""
-    check_share(strength, "strength")
-    return max(1, round(strength * len(words))) if strength and words else 0
-
-
 def pick_words(
-    words: Sequence[Span],
-    count: int,
-    length: int,
-    generator: torch.Generator,
-    costs: Sequence[float] | None = None,
+    words: Sequence[Span], count: int, length: int, generator: torch.Generator, costs: Sequence[float] | None = None
 ) -> list[Span]:
     """`count` words of a text of `length` tokens: at random, or with `costs` of all tokens those of the highest mean.
 

@@ -39,10 +39,7 @@ class Conditioned(ABC):
         self.cache = model.allocate_cache(len(noise), self.num_positions)
 
     def step(self) -> Tensor | None:
-        """Complete the next position; returns log p [B], in nats, of its given tokens, given everything before.
-
-        None where no row has given tokens.
-        """
+        """Complete the next position; returns log p [B] of its given tokens, in nats; None where no row has any."""
         previous = self.values[:, self.at - 1] if self.at else None
         log_p = self.complete(self.at, self.model.features_at(self.cache, previous, len(self.values)))
         self.at += 1
@@ -97,8 +94,7 @@ class ConditionedLatents(Conditioned):
         self.estimated, self.tokens = estimated, torch.zeros_like(mask, dtype=torch.long)
 
     def positions(self, x: Tensor) -> Tensor:
-        """[B, T, d] as [B, N, C] (docs/math.md, eq. 14)."""
-        return self.patch(x)[0]
+        return self.patch(x)[0]  # [B, N, C] (docs/math.md, eq. 14)
 
     def prefill(self) -> Tensor:
         """Complete the leading positions that are given in all rows, in one parallel pass; returns as `step`."""
@@ -155,7 +151,6 @@ class ConditionedLatents(Conditioned):
         return z
 
     def chosen_tokens(self, span: slice) -> Tensor:
-        """The chosen tokens [B, n] of a span of the text."""
         return self.tokens.flatten(1)[:, span]
 
     def select(self, rows: Tensor) -> None:
@@ -176,8 +171,7 @@ class ConditionedTokens(Conditioned):
         super().__init__(model, noise, values, is_known, adjust)
 
     def positions(self, x: Tensor) -> Tensor:
-        """[B, T] as [B, N, P]."""
-        return x.view(len(x), -1, self.baseline.config.patch)
+        return x.view(len(x), -1, self.baseline.config.patch)  # [B, N, P]
 
     def complete(self, n: int, features: Tensor) -> Tensor | None:
         # a view, filled in place: the logits at place a depend on the tokens before a only

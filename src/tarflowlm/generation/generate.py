@@ -68,17 +68,14 @@ def generate(
     num, num_tokens = as_integer(num, "num"), as_integer(num_tokens, "num_tokens")
     particles = as_integer(particles, "particles")
     given = _given(model, num, num_tokens, prompt, particles)
-    adjust = _adjustment(model, temperature, top_k, top_p)
+    adjust = _adjust(model, temperature, top_k, top_p)
     keep_freed_memory()
     rows, stream = _row_streams(generator, num), TokenStream(watch, given)
     sampler = Sampler(model, rows, particles, adjust, decoding, decoder, watch.progress, stream)
     return sampler.write(given) if num_tokens <= model.config.context else write_windows(sampler, given)
 
 
-def _adjustment(
-    model: LanguageModel, temperature: float, top_k: int | None, top_p: float | None
-) -> AdjustWeights | None:
-    """`adjust_weights` for the tokens of this model."""
+def _adjust(model: LanguageModel, temperature: float, top_k: int | None, top_p: float | None) -> AdjustWeights | None:
     adjust = adjust_weights(temperature, top_k, top_p)
     if top_k is not None and top_k >= model.config.vocab_size:
         adjust, top_k = adjust_weights(temperature, None, top_p), None
@@ -90,7 +87,6 @@ def _adjustment(
 
 
 def _row_streams(generator: torch.Generator | Sequence[torch.Generator] | None, num: int) -> list[torch.Generator]:
-    """One generator per row."""
     if isinstance(generator, Sequence):
         assert len(generator) == num, f"{len(generator)} generators for {num} samples"
         return list(generator)

@@ -106,20 +106,17 @@ class _Inversion:
         self, block: FlowBlock, u: Tensor, adjust: AdjustWeights | None, progress: Progress, on_final: OnFinal | None
     ) -> None:
         self.block, self.adjust, self.progress, self.on_final = block, adjust, progress, on_final
-        self.noise = block.order(u)[0]
-        self.h = self.noise.clone()
-        self.num_positions = u.shape[1]
-        self.cache = block.allocate_cache(len(u), self.num_positions)
+        self.noise, self.num_positions = block.order(u)[0], u.shape[1]
+        self.h, self.cache = self.noise.clone(), block.allocate_cache(len(u), self.num_positions)
         self.at = self.passes = 0
         self.swept_from: int | None = None
         self.contracts = isinstance(block.coupling, ChannelCoupling)
 
     def result(self) -> Tensor:
-        """The latents [B, N, C] in the order of the tokens."""
         return self.block.order.inverse(self.h)
 
     def settle(self, h: Tensor, num: int) -> None:
-        """Copy the first `num` positions from h [B, N, C], which is in the order of the tokens."""
+        """Copy the first `num` positions from h [B, N, C], in the order of the tokens."""
         self.h[:, :num] = self.block.order(h)[0][:, :num]
         self.block.features_of(self.cache, self.h[:, : num - 1], first=True)
         self._advance(num)
@@ -168,8 +165,7 @@ class _Inversion:
     def _sweep_once(self, end: int) -> tuple[int, float]:
         """One sweep over positions `at` to `end` - 1: how many of them are final now, and the largest change."""
         at, (B, _, C) = self.at, self.h.shape
-        features = self._open_features(end)
-        noise = self.noise[:, at:end].flatten(0, 1)
+        features, noise = self._open_features(end), self.noise[:, at:end].flatten(0, 1)
         new = self.block.coupling.invert(noise, features.flatten(0, 1)).view(B, end - at, C)
         change = ((new - self.h[:, at:end]).abs() / (1 + new.abs())).amax((0, 2))
         self.h[:, at:end] = new
@@ -239,10 +235,7 @@ class _Inversion:
 
 
 def first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:
-    """The first position from `first` on whose latents do not map back to its noise; N if all do.
-
-    h, u [B, N, C] in the block's order.
-    """
+    """First position, from `first` on, whose h does not map back to u, both [B, N, C] in the block's order; or N."""
     again, _ = block.coupling(h, block.features_of(None, h[:, :-1], first=True))
     off = ((again - u).abs() / (1 + u.abs())).amax((0, 2))[first:]
     # negated, so that NaN counts as bad

@@ -47,15 +47,13 @@ class Weights:
 
     def add(self, log_increment: Tensor | None) -> None:
         """Multiply the weights by exp(`log_increment`), [num R]; NaN counts as probability zero, None as zeros."""
-        if log_increment is None:
-            return
-        increment = log_increment.detach().cpu().double().view(self.log_w.shape)
-        self.log_w = self.log_w + torch.where(increment.isnan(), -torch.inf, increment)
+        if log_increment is not None:
+            increment = log_increment.detach().cpu().double().view(self.log_w.shape)
+            self.log_w = self.log_w + torch.where(increment.isnan(), -torch.inf, increment)
 
     def effective(self) -> Tensor:
         """Effective sample size (sum_r omega_r)^2 / sum_r omega_r^2, [num]: 1 to R, or 0 if all weights are zero."""
-        log_w = self.log_w
-        return (2 * log_w.logsumexp(-1) - (2 * log_w).logsumexp(-1)).exp().nan_to_num(0.0)
+        return (2 * self.log_w.logsumexp(-1) - (2 * self.log_w).logsumexp(-1)).exp().nan_to_num(0.0)
 
     def total(self) -> Tensor:
         """Estimate of log p(given tokens), [num], in nats; its exponential is unbiased."""
@@ -153,8 +151,7 @@ class LatentSource:
         progress: Progress,
     ) -> None:
         """`is_known` [num R, T], on the CPU, says which tokens are given; `generators` has one per sample."""
-        self.model, self.generators, self.decoder = model, generators, decoder
-        self.single = model.num_blocks == 1
+        self.model, self.generators, self.decoder, self.single = model, generators, decoder, model.num_blocks == 1
         self.is_known = is_known.to(model.codebook.mean.device)
         self.shape = (particles, is_known.shape[1], model.config.latent_dim)
         self.draw, self.work = self._draw(generators, progress)
@@ -220,19 +217,15 @@ def pareto_k(log_w: Tensor) -> float:
 
 
 def _fitted_k(x: Tensor) -> float:
-    """k of a generalised Pareto distribution of the sorted values x [M] (Zhang and Stephens 2009).
-
-    The posterior mean over a grid of theta = -k / scale with their prior from the data; k itself then gets a weak
-    prior, as if ten more values had said 1/2.
-    """
+    """k of a generalised Pareto distribution of the sorted values x [M]: posterior mean (Zhang and Stephens 2009)."""
     M, quartile = len(x), x[int(len(x) / 4 + 0.5) - 1]
     if not quartile > 0:
         return math.nan
-    points = 30 + int(M**0.5)
+    points = 30 + int(M**0.5)  # of a grid of theta = -k / scale
     j = torch.arange(1, points + 1, dtype=x.dtype) - 0.5
     theta = 1 / x[-1] + (1 - (points / j).sqrt()) / (3 * quartile)
     k = torch.log1p(-theta[:, None] * x).mean(-1)
     log_likelihood = M * ((-theta / k).log() - k - 1)
     mean_theta = (log_likelihood.softmax(0) * theta).sum()
     found = torch.log1p(-mean_theta * x).mean().item()
-    return (M * found + 10 * 0.5) / (M + 10)
+    return (M * found + 10 * 0.5) / (M + 10)  # a weak prior, as if ten more values had said 1/2

@@ -1,7 +1,5 @@
 """Parts of a sampler: a random stream per row, draws of tokens, adjusted weights, and estimated ones.
 
-Weights of tokens are estimated where block 1 has none: Mix-1, or Mix-d with components of its own.
-
 Shape legend: B rows, T tokens, d channels per token, V tokens of the vocabulary, S draws per token.
 """
 
@@ -9,7 +7,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from tarflowlm.data.prompts import BLANK as BLANK
 from tarflowlm.errors import UserError
@@ -29,21 +27,18 @@ MOST_LOST = 1.0
 """Temperature in block 1 ignores the upper blocks. It is refused if these contribute more nats per token."""
 
 
-def row_generators(rows: Iterable[int], generator: torch.Generator) -> list[torch.Generator]:
-    """One CPU generator per row. That of row b depends on `generator` and b, but not on the other rows.
-
-    They are CPU generators so that a seed gives the same noise on every device.
-    """
+def row_generators(rows: Iterable[int], generator: Generator) -> list[Generator]:
+    """One generator per row, from `generator` and the row alone; on the CPU, for the same noise on every device."""
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-    return [torch.Generator().manual_seed(seed + row) for row in rows]
+    return [Generator().manual_seed(seed + row) for row in rows]
 
 
-def row_normal(generators: list[torch.Generator], *shape: int) -> Tensor:
+def row_normal(generators: list[Generator], *shape: int) -> Tensor:
     """Standard normal noise [B, *shape] in float32, row b from generators[b]."""
     return torch.stack([torch.randn(*shape, generator=g) for g in generators])
 
 
-def row_uniform(generators: list[torch.Generator], *shape: int) -> Tensor:
+def row_uniform(generators: list[Generator], *shape: int) -> Tensor:
     """Uniform numbers [B, *shape] in [0, 1) in float64, row b from generators[b]."""
     return torch.stack([torch.rand(*shape, generator=g, dtype=torch.float64) for g in generators])
 
@@ -56,7 +51,7 @@ def inverse_cdf(log_w: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, wanted).squeeze(-1).clamp(max=log_w.shape[-1] - 1)
 
 
-def draw_tokens(codebook: Codebook, z: Tensor, generators: list[torch.Generator]) -> Tensor:
+def draw_tokens(codebook: Codebook, z: Tensor, generators: list[Generator]) -> Tensor:
     """Tokens [B, T] drawn from p(x|z) (docs/math.md, eq. 2), for latents z [B, T, d]; row b from generators[b]."""
     uniform = row_uniform(generators, z.shape[1]).to(z.device, wide_dtype(z)).flatten()
     rows = held_rows(codebook.vocab_size, z.device)
@@ -93,8 +88,7 @@ def adjust_weights(
         log_w = torch.log_softmax(log_w / temperature, dim=-1)
         if top_k is not None and top_k < log_w.shape[-1]:
             # by index, so that ties do not keep more than top_k
-            kept = log_w.topk(top_k, dim=-1).indices
-            drop = torch.ones_like(log_w, dtype=torch.bool).scatter(-1, kept, False)
+            drop = torch.ones_like(log_w, dtype=torch.bool).scatter(-1, log_w.topk(top_k, dim=-1).indices, False)
             log_w = log_w.masked_fill(drop, torch.finfo(log_w.dtype).min)
         if top_p is not None:
             ordered, order = log_w.softmax(-1).sort(dim=-1, descending=True)
@@ -113,10 +107,9 @@ def check_estimable(model: TarFlowLM, settings: str) -> None:
     is_affine = isinstance(model.prior.block(0).coupling, AffineCoupling)
     if is_affine or V > LARGEST_VOCABULARY:
         too_many = f"and all {V} of them are too many to estimate, at most {LARGEST_VOCABULARY}"
+        why = "to change" if is_affine else too_many
         rule = "sample at temperature 1 without top-k and top-p, or use a model whose block 1 is mixd"
-        raise UserError(
-            f"{settings}: block 1 ({name}) has no weights of tokens {'to change' if is_affine else too_many}: {rule}"
-        )
+        raise UserError(f"{settings}: block 1 ({name}) has no weights of tokens {why}: {rule}")
 
 
 def check_lost_information(model: TarFlowLM, h: Tensor, log_p: Tensor) -> None:
@@ -142,12 +135,7 @@ class EstimatedTokens:
     """
 
     def __init__(
-        self,
-        model: TarFlowLM,
-        adjust: AdjustWeights,
-        generators: list[torch.Generator],
-        particles: int,
-        num_tokens: int,
+        self, model: TarFlowLM, adjust: AdjustWeights, generators: list[Generator], particles: int, num_tokens: int
     ) -> None:
         """Noise for `num_tokens` tokens of `particles` rows per generator, all of it drawn here."""
         book = self.codebook = model.codebook
@@ -171,10 +159,8 @@ class EstimatedTokens:
     def _draw(self, features: Tensor, earlier: Tensor, rows: Tensor, t: int) -> tuple[Tensor, Tensor]:
         book, each = self.codebook, torch.arange(len(rows), device=rows.device)
         z = book.mean[:, None] + book.log_std.exp()[:, None, None] * self.eps[rows, t, None]
-        flat = z.flatten(1, 2)
+        flat, (first, second) = z.flatten(1, 2), self.uniform[rows, t].unbind(-1)
         log_p = self.coupling.candidate_log_prob(flat, features, earlier) - book.log_normaliser(flat)
         by_draw = log_p.view(z.shape[:3])
-        first, second = self.uniform[rows, t].unbind(-1)
         tokens = inverse_cdf(self.adjust(by_draw.logsumexp(-1) - math.log(DRAWS)), first)
-        draws = inverse_cdf(by_draw[each, tokens], second)
-        return tokens, z[each, tokens, draws]
+        return tokens, z[each, tokens, inverse_cdf(by_draw[each, tokens], second)]

@@ -144,13 +144,9 @@ class Sampler:
         on_final = send if self._streams_early and flow.prior.block(0).keeps_order else None
         how: Any = {"decoder": self.decoder, "adjust": self.adjust, "progress": self.progress}
         states, work = invert_stack(flow, noise, on_final=on_final, **how)
-        return Generation(
-            self._decoded(flow, states[-1])[:, :num_tokens],
-            sweeps=tuple(w.passes for w in work),
-            decoders=tuple(w.decoder for w in work),
-            _latents=tuple(states),
-            _flow=flow,
-        )
+        tokens = self._decoded(flow, states[-1])[:, :num_tokens]
+        sweeps, decoders = tuple(w.passes for w in work), tuple(w.decoder for w in work)
+        return Generation(tokens, sweeps, decoders, _latents=tuple(states), _flow=flow)
 
     def _completed(self, flow: TarFlowLM, given: Tensor, num_tokens: int) -> Generation:
         """Samples with some tokens given or estimated, by a particle filter through block 1 (docs/math.md, 9)."""
@@ -170,14 +166,10 @@ class Sampler:
         z = prior.patch.inverse(latents.values)[rows]
         chosen = self._decoded(flow, z) if latents.estimated is None else latents.tokens.flatten(1)[rows.to(z.device)]
         tokens = torch.where(given == BLANK, chosen.cpu(), given).to(z.device)
-        return Generation(
-            tokens[:, :num_tokens],
-            sweeps=(*(w.passes for w in source.work), latents.num_positions),
-            decoders=(*(w.decoder for w in source.work), "steps"),
-            _latents=(z,),
-            _flow=flow,
-            **(weights.summary() if some_given else {}),
-        )
+        sweeps = (*(w.passes for w in source.work), latents.num_positions)
+        decoders: tuple[Decoder, ...] = (*(w.decoder for w in source.work), "steps")
+        summary = weights.summary() if some_given else {}
+        return Generation(tokens[:, :num_tokens], sweeps, decoders, _latents=(z,), _flow=flow, **summary)
 
     def _conditioned(self, flow: TarFlowLM, source: LatentSource, given: Tensor) -> ConditionedLatents:
         """Block 1 with the given tokens of all particles [num R, T], and the noise of `source` for the others."""
@@ -205,8 +197,6 @@ class Sampler:
         return self.stream.on_tokens is not None and self.particles == 1 and self.decoding == "mode"
 
     def _on_step(self, conditioned: Conditioned, tokens: Span) -> Callable[[], None]:
-        """What follows every position that `conditioned` completes."""
-
         def advance() -> None:
             self.progress.advance()
             if self._streams_early:
@@ -216,12 +206,11 @@ class Sampler:
 
     def _decoded(self, flow: TarFlowLM, z: Tensor) -> Tensor:
         """The tokens [B, T] of latents z [B, T, d]."""
-        if self.decoding == "mode":
-            return flow.codebook.decode(z)
-        return draw_tokens(flow.codebook, z, self.generators)
+        book = flow.codebook
+        return book.decode(z) if self.decoding == "mode" else draw_tokens(book, z, self.generators)
 
     def _draw_particles(self, weights: Weights) -> Tensor:
-        """One particle per sample, drawn by weight: row indices [num]."""
+        """One particle per sample: row indices [num]."""
         picks = [resample(log_w, 1, g) for log_w, g in zip(weights.log_w, self.generators, strict=True)]
         return torch.cat(picks) + torch.arange(len(picks)) * weights.log_w.shape[1]
 
