@@ -178,8 +178,6 @@ def _fix_lengths(run: TrainingRun) -> None:
 
 @contextmanager
 def _writing(out: Path, processes: Processes) -> Iterator[None]:
-    """Make this run the only writer of `out`, and turn a full disk into a one-line error."""
-
     def remedy() -> str:
         return f"continue with `tarflowlm train --resume {out}`" if (out / CONFIG).exists() else "start it again"
 

@@ -134,10 +134,7 @@ def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
         density_into(a, other, space).mul_(weight).mul_(inv_std)
         torch.sum(other, axis, out=density[rows]).div_(total)
         torch.sum(a.erfc_().mul_(weight), axis, out=tail[rows]).div_(total)
-    tail.mul_(TAIL_SCALE)
-    density.mul_(DENSITY_SCALE)
-    size = torch.minimum(tail, density)
-    u = _quantile(tail, side)
+    size, u = torch.minimum(tail.mul_(TAIL_SCALE), density.mul_(DENSITY_SCALE)), _quantile(tail, side)
     log_det = density.log_().sub_(log_standard_normal(u))
     if (far := rows_below(size, SMALLEST[z.dtype])) is not None:
         path = reference.mixture_cdf if z.dtype == torch.float64 else mixture_cdf
