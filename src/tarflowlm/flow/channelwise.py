@@ -86,8 +86,8 @@ class ChannelCoupling(Coupling):
 
             z_i + (u_i - f_i(z)) / (df_i/dz_i)
 
-        All channels of all positions step at once; the dependence on the channels and positions before is left to
-        the next step. The latents of u are the only fixed point, wherever the step leads from elsewhere.
+        All channels of all positions step at once; the dependence on those before is left to the next step. The
+        latents of u are the only fixed point.
         """
         mapped, log_det = self.channels(z, features)
         residual = u - mapped
@@ -254,8 +254,6 @@ class Mix1Coupling(ChannelCoupling):
             return numerics.mixture_log_density(z.permute(2, 0, 1).contiguous(), log_w, mean, log_std).sum(0)
 
     def conditional(self, parameters: list[Tensor]) -> Conditional:
-        """The mixture CDF of channels with these log-weights, means and log-scales [rows, K]."""
-
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
             u, log_det = numerics.mixture_cdf(z[:, 0], *parameters)
             return u[:, None], log_det

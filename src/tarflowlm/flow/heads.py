@@ -18,7 +18,7 @@ from tarflowlm.flow.transformer import full_precision, widen
 
 @dataclass(frozen=True)
 class GroupState:
-    """The state of a head inside one position: its features, and the groups observed so far."""
+    """The state of a head inside one position."""
 
     context: Tensor  # W^context_g c of every group, [G, B, M]
     shared: Tensor | None  # W^shared c, the linear path into the first output, [B, O]

@@ -84,10 +84,9 @@ def train_stage(run: TrainingRun) -> Likelihood:
 class Pace:
     """How far a stage is: `done` of `total`, in steps, or in thousandths of its time if `train.minutes` limits it.
 
-    With a time limit, `train.stage_steps` are the shares of the stages in the remaining time. Time is first reserved
-    for the evaluation and checkpoint that end every remaining stage, and for the evaluation of `test_windows` windows
-    at the end of the run. Other evaluations and checkpoints take time from the stage itself. `clock` gives seconds
-    since the run began.
+    With a time limit, `train.stage_steps` are the shares of the stages in the remaining time, less what is reserved
+    for the evaluation and checkpoint that end every remaining stage, and for `test_windows` windows at the end of the
+    run. Other evaluations and checkpoints take time from the stage itself. `clock` gives seconds since the start.
     """
 
     def __init__(self, train: TrainConfig, counters: Counters, clock: Callable[[], float], test_windows: int) -> None:
@@ -140,9 +139,8 @@ def optimizer_step(
 ) -> StepResult:
     """Take one step on a global batch, of which `tokens` [B, T] are this process's rows. Collective.
 
-    If loss or gradient norm is not finite, parameters and optimisers stay as they are. Both numbers are those of the
-    global batch, so all processes agree. If `deferred`, the host never waits for the device: the optimisers decide
-    there, by `found_inf` (as in torch.amp, which fused AdamW and our Muon support).
+    If loss or gradient norm of the global batch is not finite, parameters and optimisers stay as they are. If
+    `deferred`, the host never waits for the device: the optimisers decide there, by `found_inf` (as in torch.amp).
     """
     loss = model.backward(tokens, generator)
     trained = [p for p in model.model.parameters() if p.grad is not None]
@@ -199,8 +197,7 @@ class StepLog:
         self.unread: list[PendingStep] = []
         self.restart()
 
-    def restart(self) -> None:
-        """Do not count the time since the last step as training."""
+    def restart(self) -> None:  # the time since the last step does not count as training
         self.start = time.perf_counter()
 
     def read(self) -> None:

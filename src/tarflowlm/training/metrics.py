@@ -151,10 +151,9 @@ class Reporter(Silent):
 
 
 class MetricsLog:
-    """Appends records to metrics.jsonl, and passes them to the reporter and the trackers. Every line is flushed.
+    """Appends records to metrics.jsonl, flushed, and passes them to the reporter and the trackers.
 
-    Without `directory`, in the processes that do not write, records go to the reporter only. `resume_at` is the
-    `position` saved in the checkpoint that is resumed; later lines are dropped.
+    Without `directory`, records go to the reporter only. `resume_at` is a saved `position`; later lines are dropped.
     """
 
     def __init__(
@@ -171,7 +170,6 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record as a line."""
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()

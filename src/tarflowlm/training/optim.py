@@ -45,8 +45,8 @@ def orthogonalise(
 
 
 def _iterate_products(x: Tensor, a: float, b: float, c: float, steps: int) -> Tensor:
-    """The same by multiplying the factors F of X alone, which turn Y into F Y F: half the time for long rows. Rounding
-    errors grow to about 1e-4 in float32, a hundredth of those of bfloat16."""
+    """The same by multiplying the factors F of X alone, which turn Y into F Y F: half the time for long rows.
+    Rounding errors grow to about 1e-4 in float32, a hundredth of those of bfloat16."""
     gram, product = x @ x.T, None
     for step in range(steps):
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
@@ -157,10 +157,7 @@ STACKED = "attention.qkv.weight"
 
 
 def schedule(config: OptimConfig, step: int, num_steps: int | float) -> float:
-    """The learning rate over its peak, in (0, 1], at `step` (0-based) of a stage of `num_steps` steps.
-
-    A stage with a time limit estimates `num_steps` from its present speed, so it may be fractional.
-    """
+    """The learning rate over its peak, in (0, 1], at `step` (0-based) of a stage of `num_steps`, perhaps an estimate."""
     warmup = max(1, round(config.warmup * num_steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -236,10 +233,8 @@ MEMORY = 100
 
 
 def broken_gradients(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The parameters with a non-finite gradient, by name. Collective under FSDP2.
-
-    The values count the non-finite elements and all, and give the range [min, max] of the finite ones.
-    """
+    """The parameters with a non-finite gradient, by name, with the numbers of non-finite elements and of all, and the
+    range [min, max] of the finite ones. Collective under FSDP2."""
     found = {}
     for name, p in model.named_parameters():
         if p.grad is None:

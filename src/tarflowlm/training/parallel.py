@@ -167,7 +167,9 @@ class ParallelModel:
     parameters of `model` are sharded in place (DTensors).
     """
 
-    def __init__(self, model: LanguageModel, config: RunConfig, processes: Processes = ALONE, *, frozen: int = 0) -> None:
+    def __init__(
+        self, model: LanguageModel, config: RunConfig, processes: Processes = ALONE, *, frozen: int = 0
+    ) -> None:
         self.model, self.config, self.processes = model, config, processes
         self.sharded = processes.world > 1 and config.train.parallel == "fsdp"
         device = processes.device if self.sharded else model.device  # a model to be sharded is not there yet

@@ -47,11 +47,10 @@ are more, because the weights are transposed once for all channels."""
 
 
 class Workspace:
-    """Buffers reused by all chunks of one call, and the layout of a chunk.
+    """Buffers reused by all chunks of one call (fresh ones would cost page faults), and the layout of a chunk.
 
-    Fresh 256 KiB blocks would cost page faults, more than the erfc. Few components: [K, n], so that broadcasts of z
-    and sums over K are long vector loops, which pays for transposing the parameters; with K innermost and small they
-    would cost more than the erfc between them. Many components: [n, K], as they come.
+    Few components: [K, n], so that broadcasts of z and sums over K are long vector loops, which pays for transposing
+    the parameters. Many components: [n, K], as they come.
     """
 
     def __init__(self, num_buffers: int, num_components: int, dtype: torch.dtype, wide: int | None = None) -> None:

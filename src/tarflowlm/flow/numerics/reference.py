@@ -37,8 +37,8 @@ _LOG_HALF = math.log(0.5)
 
 
 def smaller_tail(a: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
-    """Log mass of the mixture beyond z on its smaller side, and that side (+1 upper, -1 lower), [N]; precise, as a sum
-    of positive terms. a [N, K] standardised, log_w [N or 1, K] normalised."""
+    """Log mass of the mixture beyond z on its smaller side, and that side (+1 upper, -1 lower), [N]. A sum of
+    positive terms keeps its relative precision. a [N, K] standardised, log_w [N or 1, K] normalised."""
     lower = torch.logsumexp(log_w + log_upper_tail(-a), -1)
     upper = torch.logsumexp(log_w + log_upper_tail(a), -1)
     return torch.minimum(lower, upper), torch.where(lower < upper, -1.0, 1.0).to(a.dtype)

@@ -96,7 +96,8 @@ def _gradients(
             outputs = _recorded(*leaves)
         grads = torch.autograd.grad(outputs, leaves, (grad_u[rows], grad_log_det[rows]))
         out[0][rows], out[1][rows] = grads[:2]
-        torch._foreach_add_(out[2:], grads[2:])
+        out[2].add_(grads[2])
+        out[3].add_(grads[3])
     return out
 
 
