@@ -157,7 +157,7 @@ STACKED = "attention.qkv.weight"
 
 
 def schedule(config: OptimConfig, step: int, num_steps: int | float) -> float:
-    """The learning rate over its peak, in (0, 1], at `step` (0-based) of a stage of `num_steps`, perhaps an estimate."""
+    """The learning rate over its peak, in (0, 1], at `step` (0-based) of `num_steps`, which may be an estimate."""
     warmup = max(1, round(config.warmup * num_steps))
     if step < warmup:
         return (step + 1) / warmup
