@@ -73,9 +73,10 @@ class BijectionTransform(FlowTransform):
             u, log_det = bijection(z.reshape(-1, *z.shape[-2:]))
             return u.reshape(z.shape), log_det.reshape(*z.shape[:-2], -1).sum(-1)
 
-        super().__init__(
-            forward, lambda u: bijection.inverse(u.reshape(-1, *u.shape[-2:])).view(u.shape), event_dim=2
-        )
+        def inverse(u: Tensor) -> Tensor:
+            return bijection.inverse(u.reshape(-1, *u.shape[-2:])).view(u.shape)
+
+        super().__init__(forward, inverse, event_dim=2)
 
 
 class ConditionedCoupling(Bijection):
@@ -114,11 +115,8 @@ def zuko_flow(bijection: Bijection, *shape: int) -> Any:
 
 
 class NormflowsFlow(nn.Module):
-    """One of the `flows` of a normflows model: `forward` maps noise to latents, `inverse` latents to noise.
-
-    Both also return their log-determinant of every sequence, in nats. `forward` maps its result back for it, and has
-    no gradients through blocks.
-    """
+    """One of the `flows` of a normflows model: `forward` maps noise to latents, `inverse` latents to noise. Both also
+    return log-determinants of sequences, in nats; `forward` has no gradients through blocks."""
 
     def __init__(self, bijection: Bijection) -> None:
         super().__init__()

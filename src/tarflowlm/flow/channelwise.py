@@ -36,13 +36,13 @@ _MAX_SWEPT = 512
 
 
 class Newton:
-    """Follows Newton steps from the guess h = u: do they converge, and at which positions have they?"""
+    """Follows Newton steps from the guess h = u: do they converge, and at which positions have they?
+
+    Latents have settled where all further changes amount to at most `tolerance`, times 1 + |h|. A first step of more
+    than `largest`, times 1 + |h|, counts as one that does not converge.
+    """
 
     def __init__(self, tolerance: float, *, largest: float = math.inf) -> None:
-        """Latents have settled where all further changes amount to at most `tolerance`, times 1 + |h|.
-
-        A first step that changes them by more than `largest`, times 1 + |h|, counts as one that does not converge.
-        """
         self.tolerance, self.last, self.contracts, self._bound = tolerance, math.inf, True, largest
 
     def settled(self, new: Tensor, old: Tensor, residual: Tensor, noise: Tensor) -> Bool[Tensor, " N"]:
@@ -55,8 +55,7 @@ class Newton:
         off = (residual.abs() / (1 + noise.abs())).amax((0, 2))
         change, off = torch.stack((change, off)).cpu()
         largest = float(change.max())
-        # NaN is less than nothing, so it ends the steps
-        self.contracts = largest < self._bound
+        self.contracts = largest < self._bound  # NaN is less than nothing, so it ends the steps
         # the first step has none before it to compare with
         ahead = largest / (self.last - largest) if self.contracts and self.last < math.inf else 1.0
         self.last, self._bound = largest, CONTRACTION * largest
@@ -87,8 +86,8 @@ class ChannelCoupling(Coupling):
 
             z_i + (u_i - f_i(z)) / (df_i/dz_i)
 
-        All channels of all positions step at once; the dependence on the channels and positions before is left to
-        the next step. The latents of u are the only fixed point, wherever the step leads from elsewhere.
+        All channels of all positions step at once; the dependence on those before is left to the next step. The
+        latents of u are the only fixed point.
         """
         mapped, log_det = self.channels(z, features)
         residual = u - mapped
@@ -123,8 +122,7 @@ class ChannelCoupling(Coupling):
         B, G, size = len(u), self.head.groups, self.group
         noise, z = u.view(B, G, size).transpose(0, 1).reshape(-1, size), u
         for _ in range(G):
-            parameters = [p.reshape(G * B, -1) for p in self.head(features[:, None], z[:, None])]
-            before = z
+            parameters, before = [p.reshape(G * B, -1) for p in self.head(features[:, None], z[:, None])], z
             z = self.conditional(parameters).inverse(noise).view(G, B, size).transpose(0, 1).flatten(1)
             if ((z - before).abs() <= 4 * torch.finfo(u.dtype).eps * (1 + z.abs())).all():
                 break
@@ -210,8 +208,7 @@ class Mix1Coupling(ChannelCoupling):
         self.head = AutoregressiveHead(
             outputs=(components,) * 3, skip=True, autoregressive=autoregressive, log_std_last=True, **sizes
         )
-        level = (torch.arange(components, dtype=torch.float64) + 0.5) / components
-        means = spread * torch.special.ndtri(level)
+        means = spread * torch.special.ndtri((torch.arange(components, dtype=torch.float64) + 0.5) / components)
         variance = (1.0 - means.square().mean()).clamp_min((1.0 / components) ** 2)
         with torch.no_grad():
             self.head.biases[1].copy_(means.float().expand(channels, -1))
@@ -257,8 +254,6 @@ class Mix1Coupling(ChannelCoupling):
             return numerics.mixture_log_density(z.permute(2, 0, 1).contiguous(), log_w, mean, log_std).sum(0)
 
     def conditional(self, parameters: list[Tensor]) -> Conditional:
-        """The mixture CDF of channels with these log-weights, means and log-scales [rows, K]."""
-
         def forward(z: Tensor) -> tuple[Tensor, Tensor]:
             u, log_det = numerics.mixture_cdf(z[:, 0], *parameters)
             return u[:, None], log_det

@@ -66,7 +66,6 @@ class Codebook(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens V."""
         return self.mean.shape[0]
 
     def encode(self, tokens: Int[Tensor, "*batch"], noise: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:

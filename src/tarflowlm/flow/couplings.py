@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflowlm.flow.numerics import standard_normal_log_prob
@@ -66,10 +66,8 @@ class Coupling(nn.Module):
     def candidate_log_prob(
         self, z: Float[Tensor, "B M d"], features: Float[Tensor, "B D"], earlier: Float[Tensor, "B E"]
     ) -> Float[Tensor, "B M"]:
-        """log p(z_na | c_n, z_n,<a), in nats, of M candidates for the latents of one token.
-
-        `earlier` [B, a d] are the latents of the tokens before it in the position.
-        """
+        """log p(z_na | c_n, z_n,<a), in nats, of M candidates for the latents of one token; `earlier` [B, a d] are
+        those of the tokens before it in the position."""
         M = z.shape[1]
         known = earlier.repeat_interleave(M, 0).split(self.group, -1) if earlier.shape[1] else ()
         conditionals = self.conditionals(features.repeat_interleave(M, 0), earlier=known)
@@ -83,30 +81,22 @@ class Coupling(nn.Module):
         self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
     ) -> Float[Tensor, "B C"]:
         """The latents z_n of one position, from its noise u_n and features c_n."""
-        conditionals = self.conditionals(features, adjust)
-        z: list[Tensor] = []
+        conditionals, z = self.conditionals(features, adjust), list[Tensor]()
         for u_g in u.split(self.group, -1):
             z.append(conditionals.send(z[-1] if z else None).inverse(u_g))
         return torch.cat(z, -1)
 
     def complete(
-        self,
-        u: Float[Tensor, "B C"],
-        features: Float[Tensor, "B D"],
-        known: Float[Tensor, "B C"],
-        is_known: Bool[Tensor, "B P"],
-        adjust: AdjustWeights | None = None,
+        self, u: Tensor, features: Tensor, known: Tensor, is_known: Tensor, adjust: AdjustWeights | None = None
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B P"]]:
-        """Complete one position in which some tokens are given: returns (z, u, log p).
+        """Complete one position in which some tokens are given, `is_known` [B, P]: returns (z, u, log p).
 
-        Given tokens keep their latents `known` and get the noise those map to; the others are inverted from `u`.
+        They keep their latents `known` [B, C] and get the noise those map to; the others are inverted from u [B, C].
         log p, in nats, is that of each given token's latents conditional on everything before them, and 0 for the
         other tokens (docs/math.md, section 9).
         """
         P, channels = is_known.shape[1], u.shape[1]
-        conditionals = self.conditionals(features, adjust)
-        z: list[Tensor] = []
-        noise: list[Tensor] = []
+        conditionals, z, noise = self.conditionals(features, adjust), list[Tensor](), list[Tensor]()
         log_p, mask = u.new_zeros(is_known.shape), is_known.to(u.device)
         # read on the host, to skip a direction that no row needs
         some, every = is_known.any(0).tolist(), is_known.all(0).tolist()

@@ -18,7 +18,7 @@ from tarflowlm.flow.transformer import full_precision, widen
 
 @dataclass(frozen=True)
 class GroupState:
-    """The state of a head inside one position: its features, and the groups observed so far."""
+    """The state of a head inside one position."""
 
     context: Tensor  # W^context_g c of every group, [G, B, M]
     shared: Tensor | None  # W^shared c, the linear path into the first output, [B, O]
@@ -102,7 +102,6 @@ class AutoregressiveHead(nn.Module):
         self.register_buffer("mask", torch.ones(groups, known).tril(-1), persistent=False)
 
     def _embed(self, z: Tensor, embed: Tensor) -> Tensor:
-        """Embeddings e_j: [groups, rows, C/G] -> [groups, rows, A]."""
         return F.gelu(torch.cat((z, F.elu(z), F.elu(-z)), dim=-1) @ embed)
 
     def _read_out(self, hidden: Tensor, groups: slice) -> list[Tensor]:

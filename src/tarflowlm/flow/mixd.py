@@ -63,7 +63,6 @@ class MixDCoupling(Coupling):
         return u.reshape(z.shape), log_det.view(*z.shape[:2], -1).sum(-1)
 
     def _map(self, z: Tensor, token_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise [rows, d] and log|det| [rows] of tokens z [rows, d], from their features [rows, D]."""
         log_w, book = widen(self.weight_head(token_features)), self.components
         with full_precision(z):
             return numerics.rosenblatt(z, log_w, book.mean, book.log_std)
@@ -91,7 +90,6 @@ class MixDCoupling(Coupling):
     def complete(
         self, u: Tensor, features: Tensor, known: Tensor, is_known: Tensor, adjust: AdjustWeights | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`Coupling.complete` with the weights held for `held_rows` rows at a time."""
         rows = numerics.held_rows(self.weight_head.out_features, u.device)
         parts = zip(u.split(rows), features.split(rows), known.split(rows), is_known.split(rows), strict=True)
         columns = zip(*(super(MixDCoupling, self).complete(*part, adjust) for part in parts), strict=True)

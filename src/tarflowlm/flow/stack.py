@@ -22,10 +22,7 @@ Invert = Callable[[int, Tensor], Tensor]
 
 
 class Bijection(nn.Module):
-    """An invertible map between latents z and noise u, both [B, N, C].
-
-    A subclass provides `forward` and `inverse`; forward(inverse(u))[0] equals u up to rounding.
-    """
+    """An invertible map between latents z and noise u, both [B, N, C]; a subclass has `forward` and `inverse`."""
 
     @abstractmethod
     def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B ..."], Float[Tensor, "B ..."]]:
@@ -100,9 +97,8 @@ class InputMap(nn.Module):
         super().__init__()
         self.linear, self.lift = nn.Linear(channels, width), nn.Linear(channels, width)
         self.out = nn.Linear(width, width, bias=False)
-        nn.init.normal_(self.linear.weight, std=channels**-0.5)
-        nn.init.normal_(self.lift.weight, std=2.0 * channels**-0.5)
-        nn.init.normal_(self.out.weight, std=width**-0.5)
+        for layer, std in ((self.linear, channels**-0.5), (self.lift, 2.0 * channels**-0.5), (self.out, width**-0.5)):
+            nn.init.normal_(layer.weight, std=std)
         nn.init.zeros_(self.linear.bias)
         nn.init.normal_(self.lift.bias)
 
@@ -130,7 +126,6 @@ class FlowBlock(Bijection):
         self.coupling = coupling
 
     def _features(self, h: Tensor) -> Tensor:
-        """Features c_n [B, N, D] of all positions of h [B, N, C], which is in the block's order."""
         return self.features_of(None, h[:, :-1], first=True)
 
     def forward(self, z: Float[Tensor, "B N C"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N"]]:
@@ -216,10 +211,7 @@ class Prior(Bijection):
     def descend(
         self, state: Float[Tensor, "B T d"], invert: Invert, *, top: int | None = None, bottom: int = 0
     ) -> list[Tensor]:
-        """Invert blocks top, ..., bottom + 1: returns h^(top) = `state`, ..., h^(bottom), each [B, T, d].
-
-        `invert` is called for one block after the other; `top` is L by default.
-        """
+        """Invert blocks top (by default L), ..., bottom + 1: h^(top) = `state`, ..., h^(bottom), each [B, T, d]."""
         h, states = self.patch(state)[0], [state]
         for index in reversed(range(bottom, len(self.blocks) if top is None else top)):
             h = invert(index, h)
@@ -231,15 +223,9 @@ class Prior(Bijection):
         return self.descend(u, lambda index, h: self.block(index).inverse(h))[-1]
 
     def log_prob(
-        self,
-        z: Float[Tensor, "B T d"],
-        *,
-        above: int = 0,
-        frozen: int = 0,
-        per_position: bool = False,
-        relative: bool = False,
+        self, z: Tensor, *, above: int = 0, frozen: int = 0, per_position: bool = False, relative: bool = False
     ) -> Float[Tensor, "B ..."]:
-        """log p(z) in nats, [B]: the log-determinants of all blocks but the last, and the density of the last.
+        """log p(z) [B] of z [B, T, d], in nats: the log-determinants of all blocks but the last, and its density.
 
         `above` takes z as the state h^(above) and evaluates the prior that the blocks above it define. The first
         `frozen` blocks run without a graph: no gradients, no stored activations. `per_position` returns the parts

@@ -94,7 +94,6 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.mlp_ratio * config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """[B, N, D] to [B, N, D]; arguments as `Attention.forward`."""
         if self.keeps_activations:
             return self._compute(x, tables)
         return checkpoint(self._compute, x, tables, use_reentrant=False, preserve_rng_state=self.dropout > 0)
@@ -127,7 +126,6 @@ class Transformer(nn.Module):
             nn.init.zeros_(layer.down.weight)  # type: ignore[union-attr, arg-type]
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """Features of the inputs x."""
         config, positions = self.config, torch.arange(x.shape[1], device=x.device)
         tables = rotary_tables(positions, config.num_heads, config.width // config.num_heads, config.rotary_base)
         for layer in self.layers:
@@ -155,7 +153,6 @@ class LayerWeights:
 
 
 def _by_inputs(weight: Tensor) -> Tensor:
-    """A weight [..., outputs, inputs] as [..., inputs, outputs]."""
     transposed = weight.detach().transpose(-1, -2)
     return transposed.contiguous() if weight.device.type == "cpu" and weight.numel() <= LARGEST_COPY else transposed
 
@@ -163,9 +160,8 @@ def _by_inputs(weight: Tensor) -> Tensor:
 class KVCache:
     """A Transformer with its keys and values for the positions so far, in preallocated storage.
 
-    `extend` reads the first `length` positions, writes its own behind them and advances `length`. `rewind` drops the
-    newest positions without touching storage, so a decoder can revise a segment. The cache keeps the weights as they
-    were at the start, and no graph.
+    `extend` appends positions, `rewind` drops the newest ones without touching storage, so a decoder can revise a
+    segment. The cache keeps the weights as they were at the start, and no graph.
     """
 
     def __init__(self, transformer: Transformer, batch: int, capacity: int, like: Tensor) -> None:

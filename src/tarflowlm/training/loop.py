@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
 from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.evaluation.likelihood import Likelihood, bits
@@ -83,10 +84,9 @@ def train_stage(run: TrainingRun) -> Likelihood:
 class Pace:
     """How far a stage is: `done` of `total`, in steps, or in thousandths of its time if `train.minutes` limits it.
 
-    With a time limit, `train.stage_steps` are the shares of the stages in the remaining time. Time is first reserved
-    for the evaluation and checkpoint that end every remaining stage, and for the evaluation of `test_windows` windows
-    at the end of the run. Other evaluations and checkpoints take time from the stage itself. `clock` gives seconds
-    since the run began.
+    With a time limit, `train.stage_steps` are the shares of the stages in the remaining time, less what is reserved
+    for the evaluation and checkpoint that end every remaining stage, and for `test_windows` windows at the end of the
+    run. Other evaluations and checkpoints take time from the stage itself. `clock` gives seconds since the start.
     """
 
     def __init__(self, train: TrainConfig, counters: Counters, clock: Callable[[], float], test_windows: int) -> None:
@@ -135,18 +135,12 @@ class StepResult(NamedTuple):
 
 
 def optimizer_step(
-    model: ParallelModel,
-    optimizers: list[torch.optim.Optimizer],
-    tokens: Tensor,
-    *,
-    generator: torch.Generator,
-    deferred: bool = False,
+    model: ParallelModel, optimizers: list[Optimizer], tokens: Tensor, *, generator: Generator, deferred: bool = False
 ) -> StepResult:
     """Take one step on a global batch, of which `tokens` [B, T] are this process's rows. Collective.
 
-    If loss or gradient norm is not finite, parameters and optimisers stay as they are. Both numbers are those of the
-    global batch, so all processes agree. If `deferred`, the host never waits for the device: the optimisers decide
-    there, by `found_inf` (as in torch.amp, which fused AdamW and our Muon support).
+    If loss or gradient norm of the global batch is not finite, parameters and optimisers stay as they are. If
+    `deferred`, the host never waits for the device: the optimisers decide there, by `found_inf` (as in torch.amp).
     """
     loss = model.backward(tokens, generator)
     trained = [p for p in model.model.parameters() if p.grad is not None]
@@ -184,8 +178,7 @@ def take_step(run: TrainingRun, *, deferred: bool) -> PendingStep:
     noise = run.generator.get_state()
     result = optimizer_step(run.parallel_model, run.optimizers, tokens, generator=run.generator, deferred=deferred)
     num_tokens = tokens.numel() * run.processes.world
-    counters.step += 1
-    counters.stage_step += 1
+    counters.step, counters.stage_step = counters.step + 1, counters.stage_step + 1
     counters.tokens += num_tokens
     counters.stage_tokens[counters.stage] += num_tokens
     counters.window.tokens += num_tokens
@@ -204,8 +197,7 @@ class StepLog:
         self.unread: list[PendingStep] = []
         self.restart()
 
-    def restart(self) -> None:
-        """Do not count the time since the last step as training."""
+    def restart(self) -> None:  # the time since the last step does not count as training
         self.start = time.perf_counter()
 
     def read(self) -> None:
@@ -232,7 +224,7 @@ class StepLog:
         self.start = now
 
     def _record_skipped(self, step: PendingStep, loss: float) -> None:
-        counters, model, noise = self.counters, self.run.parallel_model, torch.Generator(device=self.run.device)
+        counters, model, noise = self.counters, self.run.parallel_model, Generator(device=self.run.device)
         counters.skipped += 1
         gradients = step.result.broken
         if gradients is None:
@@ -258,22 +250,16 @@ class StepLog:
         if not window.losses:
             return  # every step was skipped
         nats = sum(window.losses) / len(window.losses)
-        figures = {
-            "nats_per_token": nats,
-            "bpc": bits(nats) / self.run.characters_ratio,
-            "lr": lr,
-            "grad_norm": sum(window.norms) / len(window.norms),
-            "grad_norm_max": max(window.norms),
-            "tokens_per_second": window.tokens / max(window.seconds, 1e-9),
-        }
+        figures = {"nats_per_token": nats, "bpc": bits(nats) / self.run.characters_ratio, "lr": lr}
+        figures |= {"grad_norm": sum(window.norms) / len(window.norms), "grad_norm_max": max(window.norms)}
+        figures["tokens_per_second"] = window.tokens / max(window.seconds, 1e-9)
         self.run.log.write({"split": "train", **_place(self.counters), **figures})
 
 
 def validate(run: TrainingRun) -> Likelihood:
     """Evaluate on the validation windows, log the bound, and save the weights if they are the best of the stage."""
-    counters = run.counters
+    counters, start = run.counters, run.seconds()
     run.model.eval()
-    start = run.seconds()
     result = run.evaluate(run.valid)  # with the same noise at every call
     run.model.train()
     figures = {"nats_per_token": result.nats_per_token, "bpc": result.bpc, "stderr": result.stderr}
@@ -281,8 +267,7 @@ def validate(run: TrainingRun) -> Likelihood:
     if result.nats_per_token < counters.lowest:
         counters.lowest = result.nats_per_token
         run.save_best(result)
-    counters.due = False
-    counters.spent.evaluation = run.seconds() - start
+    counters.due, counters.spent.evaluation = False, run.seconds() - start
     counters.spent.per_window = counters.spent.evaluation / len(run.valid)
     return result
 
@@ -290,15 +275,12 @@ def validate(run: TrainingRun) -> Likelihood:
 def seconds_per_step(
     config: RunConfig, stage: int, batches: Callable[[], Tensor], device: torch.device, *, num_steps: int = 6
 ) -> float:
-    """Median seconds of an optimiser step of `stage` (0-based) on a throw-away model.
-
-    Every step takes its tokens from a call of `batches`. `config.model.vocab_size` must be set.
-    """
+    """Median seconds of a step of `stage` (0-based) on a throw-away model. `config.model.vocab_size` must be set."""
     with seeded(config.seed):
         model = config.model_of_stage(stage).build().to(device)
     model.train_only(stage)
     parallel_model, optimizers = ParallelModel(model, config, frozen=stage), build_optimizers(config.optim, model)
-    generator, durations = torch.Generator(device=device).manual_seed(0), []
+    generator, durations = Generator(device=device).manual_seed(0), []
     for _ in range(num_steps):
         start = time.perf_counter()
         optimizer_step(parallel_model, optimizers, batches().to(device), generator=generator).loss.item()

@@ -18,6 +18,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import read_json, to_dict, write_json
 from tarflowlm.progress import Silent
 
+METRICS = "metrics.jsonl"
 PROJECT = "tarflowlm"
 """Project of W&B (unless WANDB_PROJECT is set) and of Trackio."""
 
@@ -34,10 +35,9 @@ def check_installed(names: tuple[TrackerName, ...]) -> None:
 
 
 class Trackers:
-    """The trackers of a run. One that fails, at the start or later, is dropped with one notice.
+    """The trackers of a run. One that fails is dropped with one notice.
 
-    `resume_at` is the step of the state that is resumed, 0 for a new run. Steps after it are repeated; no point of
-    them appears twice.
+    `resume_at` is the step of the state that is resumed, or 0. Repeated steps after it leave no point twice.
     """
 
     def __init__(self, run: RunConfig, out: Path, *, resume_at: int) -> None:
@@ -115,8 +115,7 @@ class TrackedRun:
             settings = self.module.Settings(silent=True, console="off")
             options |= {"dir": str(out), "reinit": "create_new", "settings": settings}
         else:
-            # runs are resumed by their name
-            options |= {"project": PROJECT, "name": f"{title}-{identity}"}
+            options |= {"project": PROJECT, "name": f"{title}-{identity}"}  # runs are resumed by their name
             options |= {"auto_log_gpu": False, "auto_log_cpu": False}
         with redirect_stdout(io.StringIO()):  # the terminal belongs to the progress bar
             self.run = self.module.init(**options)
@@ -143,26 +142,18 @@ class TrackedRun:
             self.module.finish()
 
 
-METRICS = "metrics.jsonl"
-"""File name of the log, inside a run directory."""
-
-
 class Reporter(Silent):
-    """The progress of a run, silent; a front end overrides what it shows.
-
-    The parts are the preparation of the corpus, every stage (in steps, or in thousandths of its time) and the test
-    split (in windows).
-    """
+    """The progress of a run, silent; a front end overrides what it shows. The parts are the preparation of the
+    corpus, every stage (in steps, or in thousandths of its time) and the test split (in windows)."""
 
     def record(self, record: dict[str, Any]) -> None:
         """A line was written to metrics.jsonl."""
 
 
 class MetricsLog:
-    """Appends records to metrics.jsonl, and passes them to the reporter and the trackers. Every line is flushed.
+    """Appends records to metrics.jsonl, flushed, and passes them to the reporter and the trackers.
 
-    Without `directory`, in the processes that do not write, records go to the reporter only. `resume_at` is the
-    `position` saved in the checkpoint that is resumed; later lines are dropped.
+    Without `directory`, records go to the reporter only. `resume_at` is a saved `position`; later lines are dropped.
     """
 
     def __init__(
@@ -179,7 +170,6 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record as a line."""
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()

@@ -45,10 +45,8 @@ def orthogonalise(
 
 
 def _iterate_products(x: Tensor, a: float, b: float, c: float, steps: int) -> Tensor:
-    """The same by multiplying the factors of X alone, in half the time for long rows.
-
-    A factor F turns Y into F Y F. Rounding errors grow to about 1e-4 in float32, a hundredth of those of bfloat16.
-    """
+    """The same by multiplying the factors F of X alone, which turn Y into F Y F: half the time for long rows.
+    Rounding errors grow to about 1e-4 in float32, a hundredth of those of bfloat16."""
     gram, product = x @ x.T, None
     for step in range(steps):
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
@@ -114,7 +112,6 @@ class Muon(torch.optim.Muon):
         return p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
 
     def _updates(self, params: list[Tensor], group: dict[str, Any]) -> Iterator[Tensor]:
-        """The update of every parameter in turn, before the learning rate."""
         if not isinstance(params[0], DTensor):
             for p in params:
                 yield self._orthogonalise(p, self._averaged_gradient(p, group), group)
@@ -126,8 +123,7 @@ class Muon(torch.optim.Muon):
             if turns[index] == mesh.get_rank():
                 own[index] = self._orthogonalise(p, whole, group)
         for index, p in enumerate(params):
-            update = own.pop(index, None)
-            update = torch.empty(p.shape, dtype=p.dtype, device=p.device) if update is None else update
+            update = own.pop(index) if index in own else torch.empty(p.shape, dtype=p.dtype, device=p.device)
             yield distribute_tensor(update, mesh, p.placements, src_data_rank=turns[index])  # type: ignore[attr-defined]
 
     def _orthogonalise(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
@@ -161,10 +157,7 @@ STACKED = "attention.qkv.weight"
 
 
 def schedule(config: OptimConfig, step: int, num_steps: int | float) -> float:
-    """The learning rate over its peak, in (0, 1], at `step` (0-based) of a stage of `num_steps` steps.
-
-    A stage with a time limit estimates `num_steps` from its present speed, so it may be fractional.
-    """
+    """The learning rate over its peak, in (0, 1], at `step` (0-based) of `num_steps`, which may be an estimate."""
     warmup = max(1, round(config.warmup * num_steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -197,9 +190,7 @@ def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.
     the features inside a patch, AdamW the input maps, heads, codebooks, vectors and block-diagonal tensors.
     """
     muon = muon_matrices(config, model)
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    biases, codebook = [], []
+    matrices, vectors, biases, codebook = (list[nn.Parameter]() for _ in range(4))
     for name, p in model.named_parameters():
         if not p.requires_grad or name in muon:
             continue
@@ -242,10 +233,8 @@ MEMORY = 100
 
 
 def broken_gradients(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The parameters with a non-finite gradient, by name. Collective under FSDP2.
-
-    The values count the non-finite elements and all, and give the range [min, max] of the finite ones.
-    """
+    """The parameters with a non-finite gradient, by name, with the numbers of non-finite elements and of all, and the
+    range [min, max] of the finite ones. Collective under FSDP2."""
     found = {}
     for name, p in model.named_parameters():
         if p.grad is None:

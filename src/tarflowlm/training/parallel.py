@@ -37,10 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process in its process group. In a group of one, all methods are local.
-
-    Methods that communicate are collective: all processes must call them.
-    """
+    """This process in its process group. Methods that communicate are collective: all processes must call them."""
 
     rank: int = 0  # index of this process, from 0
     world: int = 1  # number of processes
@@ -215,10 +212,8 @@ class ParallelModel:
 
     @contextmanager
     def _seeded_dropout(self, generator: torch.Generator) -> Iterator[None]:
-        """Seed dropout from `generator`, differently in every process, so that runs can be repeated.
-
-        Dropout takes no generator: it draws from PyTorch's global ones, whose states are restored afterwards.
-        """
+        """Seed dropout, which draws from PyTorch's global generators, from `generator`, differently in every process;
+        the global states are restored afterwards."""
         if not self.config.train.dropout:
             yield
             return
@@ -269,11 +264,8 @@ def _layers(module: nn.Module) -> list[Layer]:
 
 
 def shard(loss: nn.Module, model: LanguageModel, processes: Processes, *, compiled: bool) -> None:
-    """Shard the parameters of `model` in place over all processes; `loss` is the module that is called.
-
-    Transformer layers and heads are gathered one at a time, the small rest for the whole step. Hooks between layers
-    break a larger graph, so each layer is `compiled` on its own.
-    """
+    """Shard `model` in place over all processes; `loss` is the module that is called. Layers and heads are gathered
+    one at a time, the rest for the whole step. Hooks break larger graphs, so each layer is `compiled` on its own."""
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     for layer in _layers(model) if compiled else ():
         layer.compile(fullgraph=True)

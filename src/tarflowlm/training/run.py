@@ -28,11 +28,9 @@ logger = logging.getLogger("tarflowlm")
 
 
 class TrainingRun:
-    """A run in progress: its model, optimisers, data and counters, and the methods that save them.
+    """A run in progress. Every process holds the same, but only the first writes files, from `write_start` on.
 
-    Every process holds the same, but only the first writes files, from `write_start` and `start` on. `model` has the
-    blocks of the stages so far; `parallel_model` computes its loss and gradients in the current stage, with the
-    blocks below frozen.
+    `model` has the blocks of the stages so far; `parallel_model` trains those of the current stage.
     """
 
     parallel_model: ParallelModel
@@ -40,18 +38,12 @@ class TrainingRun:
     log: MetricsLog
 
     def __init__(
-        self,
-        config: RunConfig,
-        out: Path,
-        corpus: Corpus,
-        device: torch.device,
-        reporter: Reporter,
-        processes: Processes,
+        self, config: RunConfig, out: Path, corpus: Corpus, device: torch.device, reporter: Reporter, group: Processes
     ) -> None:
-        self.out, self.corpus, self.device, self.reporter, self.processes = out, corpus, device, reporter, processes
+        self.out, self.corpus, self.device, self.reporter, self.processes = out, corpus, device, reporter, group
         self.session_start = time.monotonic()
-        batch = processes.rows_each(config.train.batch_size, config.train.accumulate)
-        part = {"batch": batch, "rank": processes.rank, "world": processes.world}
+        batch = group.rows_each(config.train.batch_size, config.train.accumulate)
+        part = {"batch": batch, "rank": group.rank, "world": group.world}
         self.sampler = WindowSampler(corpus.split("train"), window=config.model.context, seed=config.seed, **part)
         self.valid = eval_windows(corpus.split("valid"), config.model.context, config.train.evaluate_windows)
         self.characters_per_token = torch.from_numpy(corpus.tokenizer.characters_per_token)
@@ -61,8 +53,7 @@ class TrainingRun:
             self.model = config.model_of_stage(0).build()
         self.model.config = config.model
         # decided by one process for all, and recorded in the configuration
-        optim = processes.from_first(with_precision(config.optim, self.model, device))
-        self.config = replace(config, optim=optim)
+        self.config = replace(config, optim=group.from_first(with_precision(config.optim, self.model, device)))
         available = corpus.num_tokens("test") // config.model.context
         self.num_test_windows = min(config.train.test_windows or available, available)
         self.counters = Counters()
@@ -146,9 +137,8 @@ class TrainingRun:
             return
         start, weights = self.seconds(), self._finite_weights()
         counters.spent.total = start + counters.spent.save  # the time of this save is estimated from the last one
-        saved: dict[str, Any] = {"step": counters.step, "counters": asdict(counters)}
+        saved: dict[str, Any] = {"step": counters.step, "counters": asdict(counters), "metrics": self.log.position()}
         saved |= {"sampler": self.sampler.state_dict(), "corpus": self.corpus.fingerprint}
-        saved["metrics"] = self.log.position()
         keep, processes = self.config.train.keep_last, self.processes
         save_state(self.out, self.model, self.optimizers, self.generator, saved, keep=keep, processes=processes)
         self._write_weights(self.out, weights)
@@ -185,8 +175,8 @@ class TrainingRun:
     def stop(self, reason: str) -> None:
         """Save the run and raise Stopped. Collective."""
         self.save()
-        remedy = f"continue with `tarflowlm train --resume {self.out}`"
-        raise Stopped(f"stopped by {reason} and saved at step {self.counters.step}; {remedy}")
+        saved = f"saved at step {self.counters.step}; continue with `tarflowlm train --resume {self.out}`"
+        raise Stopped(f"stopped by {reason} and {saved}")
 
 
 class _StoppableProgress:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Generator, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import Optimizer
 
 from tarflowlm.errors import UserError
 from tarflowlm.files import sync_file, sync_folder, write_json
@@ -85,8 +85,8 @@ class Counters:
 def save_state(
     directory: Path,
     model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    generator: torch.Generator,
+    optimizers: list[Optimizer],
+    generator: Generator,
     saved: dict[str, Any],
     *,
     keep: int = 2,
@@ -96,9 +96,8 @@ def save_state(
 
     Collective: all processes write their shards into one shared folder; the first does the rest.
     """
-    root = directory / STATE
-    target = root / f"step-{saved['step']:08d}"
-    temporary = root / f".{target.name}"
+    root, name = directory / STATE, f"step-{saved['step']:08d}"
+    temporary = root / f".{name}"
     if processes.first:
         root.mkdir(exist_ok=True)
     processes.wait()
@@ -110,7 +109,7 @@ def save_state(
             for file in temporary.iterdir():
                 sync_file(file)
             sync_folder(temporary)
-            temporary.rename(target)
+            temporary.rename(root / name)
             sync_folder(root)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its space is needed
@@ -122,17 +121,10 @@ def save_state(
 
 
 def load_state(
-    state: Path,
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    generator: torch.Generator,
-    *,
-    processes: Processes = ALONE,
+    state: Path, model: nn.Module, optimizers: list[Optimizer], generator: Generator, *, processes: Processes = ALONE
 ) -> None:
-    """Load a state into model, optimisers and generator, which must have been built for the same stage. Collective.
-
-    The state may have been written by another number of processes; it is resharded.
-    """
+    """Load a state into model, optimisers and generator, built for the same stage; another number of processes may
+    have written it. Collective."""
     tensors = _tensors(model, optimizers, generator)
     try:
         load(tensors, checkpoint_id=state, no_dist=processes.world == 1)
@@ -143,7 +135,7 @@ def load_state(
     generator.set_state(tensors["generator"])
 
 
-def _tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer], generator: torch.Generator) -> dict[str, Any]:
+def _tensors(model: nn.Module, optimizers: list[Optimizer], generator: Generator) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(model, optimizers)
     return {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state()}
 

@@ -57,13 +57,10 @@ def train(
     processes: Processes = ALONE,
     stop_requests: StopRequests = no_stop_requests,
 ) -> dict[str, Any]:
-    """Train `run` into the new directory `out`; returns the summary, also written to summary.json.
+    """Train `run` into the new directory `out`; returns the summary, also written to summary.json. Collective.
 
-    With several `processes` all of them call this function, and the first one writes.
-
-    Raises UserError if `out` exists and holds more than a start without weights, before anything is written; Stopped,
-    with everything saved, if `stop_requests` says so (the command line passes `cli.main.stop_on_signals`);
-    FloatingPointError if the loss stays non-finite.
+    Raises UserError if `out` holds more than a start without weights, before anything is written; Stopped, with
+    everything saved, if `stop_requests` says so; FloatingPointError if the loss stays non-finite.
     """
     reporter = reporter or Reporter()
     if processes.first:
@@ -178,8 +175,6 @@ def _fix_lengths(run: TrainingRun) -> None:
 
 @contextmanager
 def _writing(out: Path, processes: Processes) -> Iterator[None]:
-    """Make this run the only writer of `out`, and turn a full disk into a one-line error."""
-
     def remedy() -> str:
         return f"continue with `tarflowlm train --resume {out}`" if (out / CONFIG).exists() else "start it again"
 

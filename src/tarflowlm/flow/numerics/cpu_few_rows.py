@@ -52,9 +52,7 @@ _SMALLEST_SHARE, _LARGEST_SHARE = 1e-300, 1.0 - 1e-16
 _quantile = NormalDist().inv_cdf
 
 
-class _Book(NamedTuple):
-    """The codebook in lists over components."""
-
+class _Book(NamedTuple):  # the codebook in lists over components
     mean: list[list[float]]  # one list per channel
     std: list[float]
     inv_std: list[float]
@@ -75,8 +73,7 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     book = _book(mean, log_std)
     if book is None:
         return torch.full_like(u, nan), list(range(len(u)))
-    found: list[list[float]] = []
-    left: list[int] = []
+    found, left = list[list[float]](), list[int]()
     num_rows, visits = len(u), 0
     most_visits = _MOST_VISITS + _MORE_VISITS * num_rows * len(book.std)
     weights = torch.softmax(log_w.double(), -1).tolist()
@@ -106,10 +103,7 @@ def _book(mean: Tensor, log_std: Tensor) -> _Book | None:
 
 
 def _row(noise: list[float], weight: list[float], book: _Book) -> tuple[list[float], int]:
-    """z [d] of one row, cut short where it has to be left out, and the number of components visited.
-
-    Overwrites `weight`; of the components that are left it sums to one.
-    """
+    """z [d] of one row, cut short where it has to be left out, and the components visited. Overwrites `weight`."""
     z: list[float] = []
     live, visits = [k for k in book.order if weight[k] > _DROPPED], 0
     dropped = _DROPPED * (len(weight) - len(live))

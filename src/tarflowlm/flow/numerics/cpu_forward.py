@@ -47,11 +47,10 @@ are more, because the weights are transposed once for all channels."""
 
 
 class Workspace:
-    """Buffers reused by all chunks of one call, and the layout of a chunk.
+    """Buffers reused by all chunks of one call (fresh ones would cost page faults), and the layout of a chunk.
 
-    Fresh 256 KiB blocks would cost page faults, more than the erfc. Few components: [K, n], so that broadcasts of z
-    and sums over K are long vector loops, which pays for transposing the parameters; with K innermost and small they
-    would cost more than the erfc between them. Many components: [n, K], as they come.
+    Few components: [K, n], so that broadcasts of z and sums over K are long vector loops, which pays for transposing
+    the parameters. Many components: [n, K], as they come.
     """
 
     def __init__(self, num_buffers: int, num_components: int, dtype: torch.dtype, wide: int | None = None) -> None:
@@ -134,10 +133,7 @@ def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
         density_into(a, other, space).mul_(weight).mul_(inv_std)
         torch.sum(other, axis, out=density[rows]).div_(total)
         torch.sum(a.erfc_().mul_(weight), axis, out=tail[rows]).div_(total)
-    tail.mul_(TAIL_SCALE)
-    density.mul_(DENSITY_SCALE)
-    size = torch.minimum(tail, density)
-    u = _quantile(tail, side)
+    size, u = torch.minimum(tail.mul_(TAIL_SCALE), density.mul_(DENSITY_SCALE)), _quantile(tail, side)
     log_det = density.log_().sub_(log_standard_normal(u))
     if (far := rows_below(size, SMALLEST[z.dtype])) is not None:
         path = reference.mixture_cdf if z.dtype == torch.float64 else mixture_cdf

@@ -77,7 +77,6 @@ def _solve_linear(u: Tensor, params: Params) -> Tensor:
 
 
 def _solve_by_bisection(u: Tensor, params: Params, space: Workspace) -> Tensor:
-    """z [n] of one chunk."""
     n, axis, spread = u.shape[0], space.axis, space.spread
     weight, total, mean, inv_std = load(params, space)
     side, y, a, other = torch.copysign(space.one, u), u.abs(), space(2, n), space(3, n)
@@ -121,11 +120,8 @@ def _fractions(dtype: torch.dtype) -> Tensor:
 
 
 def _solve_on_grid(u: Tensor, params: Params) -> Tensor:
-    """z [N] of few rows, where the cost is the number of operations, not of elements.
-
-    Each step evaluates a whole grid inside the bracket and keeps one of its cells: a step of 16 cells does what four
-    bisections do, in a third of the operations.
-    """
+    """z [N] of few rows, where the number of operations is the cost: a step evaluates a grid inside the bracket and
+    keeps one of its 16 cells, which does what four bisections do in a third of the operations."""
     log_w, mean, log_std = params
     side, y = torch.copysign(torch.ones((), dtype=u.dtype), u), u.abs()
     wanted, std = upper_tail(y), torch.exp(log_std)
@@ -166,8 +162,7 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     return z
 
 
-def _by_channels(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """The general path: z [N, d] chunk by chunk, channel after channel."""
+def _by_channels(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:  # the general path
     z = torch.empty_like(u)
     for rows in row_chunks(len(u), len(mean)):
         z[rows] = _chunk_by_channels(u[rows], log_w[rows], mean[None], log_std[None])

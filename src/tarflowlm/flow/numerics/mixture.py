@@ -18,6 +18,8 @@ from torch.autograd import Function
 
 from tarflowlm.flow.numerics import cpu_forward, cpu_inverse, layout, reference
 
+Compute = Callable[..., tuple[Tensor, ...]]
+
 
 def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
     r"""Mixture-CDF map, elementwise (docs/math.md, eq. 8).
@@ -64,7 +66,6 @@ def _path(z: Tensor) -> ModuleType:
 def _cdf_gradients(
     z: Tensor, u: Tensor, log_det: Tensor, grad_u: Tensor, grad_log_p: Tensor, *params: Tensor
 ) -> tuple[Tensor, ...]:
-    """Gradients of z, log_w, mean, log_std, from cotangents of u and of log p = log F'(z)."""
     of_z, *of_params = _path(z).mixture_cdf_backward(z, params, u, log_det, grad_u, grad_log_p)
     return of_z, *layout.sum_to_shared(of_params, params)
 
@@ -129,9 +130,7 @@ class _MixtureLogDensity(Function):
         return first_derivatives(_density_gradients, z, grad, *params)
 
 
-def first_derivatives(
-    compute: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def first_derivatives(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """compute(*tensors), the gradients of a backward, without recording it; differentiating them raises RuntimeError.
 
     PyTorch's `once_differentiable` stays silent unless the *cotangent* requires a gradient: with create_graph=True a
@@ -146,7 +145,7 @@ def first_derivatives(
 
 class _FirstDerivatives(Function):
     @staticmethod
-    def forward(compute: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         with torch.no_grad():
             return compute(*tensors)
 

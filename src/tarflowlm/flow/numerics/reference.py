@@ -37,10 +37,8 @@ _LOG_HALF = math.log(0.5)
 
 
 def smaller_tail(a: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
-    """Log mass of the mixture beyond z on its smaller side, and that side (+1 upper, -1 lower), [N].
-
-    a [N, K] standardised, log_w [N or 1, K] normalised. A sum of positive terms, so it keeps its relative precision.
-    """
+    """Log mass of the mixture beyond z on its smaller side, and that side (+1 upper, -1 lower), [N]. A sum of
+    positive terms keeps its relative precision. a [N, K] standardised, log_w [N or 1, K] normalised."""
     lower = torch.logsumexp(log_w + log_upper_tail(-a), -1)
     upper = torch.logsumexp(log_w + log_upper_tail(a), -1)
     return torch.minimum(lower, upper), torch.where(lower < upper, -1.0, 1.0).to(a.dtype)
@@ -107,10 +105,8 @@ def mixture_log_density_backward(z: Tensor, params: tuple[Tensor, ...], grad: Te
 
 
 def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """z [N] with F(z) = Phi(u): bisections inside the bracket of docs/math.md, eq. 20, then Newton steps.
-
-    Mirrored to u >= 0, where the upper tail is the smaller one.
-    """
+    """z [N] with F(z) = Phi(u): bisections inside the bracket of docs/math.md, eq. 20, then Newton steps; mirrored to
+    u >= 0, where the upper tail is the smaller one."""
     log_w, inv_std = torch.log_softmax(log_w, -1), torch.exp(-log_std)
     side, y = torch.where(u < 0, -1.0, 1.0).to(u.dtype), u.abs()
     log_wanted, center = log_upper_tail(y), side[:, None] * mean
@@ -176,10 +172,8 @@ def bayes_update_(log_alpha: Tensor, a: Tensor, log_normaliser: Tensor) -> Tenso
 def rosenblatt(
     z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, scalar_map: Callable[..., Any] = mixture_cdf
 ) -> tuple[Tensor, Tensor]:
-    """u [N, d] and log_det [N] of the Mix-d map, channel after channel (docs/math.md, eq. 9).
-
-    Each channel is a scalar mixture under `scalar_map`. Differentiable where that is.
-    """
+    """u [N, d] and log_det [N] of the Mix-d map (docs/math.md, eq. 9): each channel is a scalar mixture under
+    `scalar_map`. Differentiable where that is."""
     log_alpha = torch.log_softmax(log_w, -1)
     inv_std, channels, log_p = torch.exp(-log_std), [], torch.zeros_like(z[:, 0])
     for i in range(z.shape[-1]):
@@ -208,11 +202,8 @@ def rosenblatt_without_autograd(z: Tensor, log_w: Tensor, mean: Tensor, log_std:
 
 
 def _noise_from_one_side(a: Tensor, log_w: Tensor) -> Tensor:
-    """The u of `mixture_cdf` [N] from a single tail: a [N, K] standardised, log_w [N, K] normalised; no autograd.
-
-    The side is chosen as in `cpu_forward.guess_side`: it never holds more than 0.78 of the mass, so that the other
-    one, where smaller, is a safe difference.
-    """
+    """The u of `mixture_cdf` [N] from a single tail, chosen as in `cpu_forward.guess_side`: it never holds more than
+    0.78 of the mass, so the other one, where smaller, is a safe difference. log_w is normalised; no autograd."""
     side = torch.where((torch.exp(log_w) * a.clamp(-1.0, 1.0)).sum(-1) < 0, -1.0, 1.0).to(a.dtype)
     log_tail = torch.logsumexp(log_upper_tail(side[:, None] * a) + log_w, -1)
     is_larger = log_tail > _LOG_HALF
@@ -223,10 +214,8 @@ def _noise_from_one_side(a: Tensor, log_w: Tensor) -> Tensor:
 def rosenblatt_inverse(
     u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, scalar_inverse: Callable[..., Any] = mixture_cdf_inverse
 ) -> Tensor:
-    """z [N, d]: the recursion of docs/math.md, eq. 9, with one scalar mixture solved by `scalar_inverse` per channel.
-
-    Differentiable where that is.
-    """
+    """z [N, d]: the recursion of docs/math.md, eq. 9, with one scalar mixture solved by `scalar_inverse` per channel;
+    differentiable where that is."""
     mean, log_std = mean[None], log_std[None]
     log_alpha, channels, inv_std = log_w, [], torch.exp(-log_std)
     for i in range(u.shape[-1]):

@@ -61,11 +61,9 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
 
 
 def _evaluate(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """u [N, d] and log_det [N]; no autograd."""
     if layout.use_eager_cpu(z):
         return cpu_forward.rosenblatt(z, log_w, mean, log_std)
-    u = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    log_p = torch.empty_like(z[:, 0])
+    u, log_p = torch.empty(z.shape, dtype=z.dtype, device=z.device), torch.empty_like(z[:, 0])
     for rows in _chunks(z, len(mean)):
         u[rows], log_p[rows] = reference.rosenblatt_without_autograd(z[rows], log_w[rows], mean, log_std)
     return u, log_p - log_standard_normal_vectors(u)

@@ -47,14 +47,7 @@ def mixture_log_prob(z: Tensor, log_w: Tensor | None, mean: Tensor, log_std: Ten
 
 
 def mixture_log_prob_from_features(
-    z: Tensor,
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    log_std: Tensor,
-    *,
-    relative: bool = False,
+    z: Tensor, features: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, log_std: Tensor, relative: bool = False
 ) -> Tensor:
     r"""`mixture_log_prob` with log_w = features @ weight.T + bias, of which only a chunk exists at a time.
 
