@@ -145,13 +145,9 @@ class StateReport:
 
 
 def bound_parts(
-    model: TarFlowLM,
-    windows: Int[Tensor, "W T"],
-    characters_per_token: Tensor,
-    *,
-    seed: int = 0,
+    model: TarFlowLM, windows: Int[Tensor, "W T"], characters_per_token: Tensor, *, seed: int = 0,
     progress: Progress = SILENT,
-) -> BoundParts:
+) -> BoundParts:  # fmt: skip
     """The terms of the bound over the windows of a text, with the noise that `evaluate` draws for the same seed.
 
     `characters_per_token` [V]. `progress` advances by windows.
@@ -164,13 +160,9 @@ def bound_parts(
 
 
 def latent_report(
-    model: TarFlowLM,
-    windows: Int[Tensor, "W T"],
-    *,
-    seed: int = 0,
-    batch: int | None = None,
+    model: TarFlowLM, windows: Int[Tensor, "W T"], *, seed: int = 0, batch: int | None = None,
     progress: Progress = SILENT,
-) -> list[StateReport]:
+) -> list[StateReport]:  # fmt: skip
     """Geometry and share of the likelihood of every state h^(0) = z, ..., h^(L) = u, over the windows of a text.
 
     The last entry's `nelbo` is that of the model; the gains add up to kl(0) - kl(L). Same seed, same result.

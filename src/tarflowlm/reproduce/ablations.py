@@ -234,77 +234,53 @@ def _one_block(settings: Settings, components: int) -> RunConfig:
 
 
 FIG2 = Recipe(
-    name="fig2",
-    title="Ladder of ablations",
+    name="fig2", title="Ladder of ablations",
     claim="The paper: every addition improves the model: base (one affine map for all channels of a token), + "
     "channel-wise affine, + Mix-1, + Mix-d, + progressive training.",
-    plan=plan_fig2,
-    measure=summaries,
-    draw=plot_models(),
-    seeds=2,
-    clear=(BASE, CHANNELWISE),
-)
+    plan=plan_fig2, measure=summaries, draw=plot_models(), seeds=2, clear=(BASE, CHANNELWISE),
+)  # fmt: skip
 
 FIG3 = Recipe(
-    name="fig3",
-    title="Affine against Mix-1, six blocks",
+    name="fig3", title="Affine against Mix-1, six blocks",
     claim="The paper: with six blocks of two layers, Mix-1 reaches a clearly better bound than affine couplings.",
-    plan=plan_fig3,
-    measure=summaries,
-    draw=plot_models(),
-)
+    plan=plan_fig3, measure=summaries, draw=plot_models(),
+)  # fmt: skip
 
 FIG4 = Recipe(
-    name="fig4",
-    title="Mixture components",
+    name="fig4", title="Mixture components",
     claim="The paper, without a head over channels: K = 1 is far worse than any K above 1, and all of those work. "
     f'("{ALONE}" is that model: the parameters of a channel depend on the positions before. With the head they also '
     "see the channels before it.)",
-    plan=plan_fig4,
-    measure=measure_fig4,
-    table=without(*RUN_DETAILS, "model", "seed", ""),
+    plan=plan_fig4, measure=measure_fig4, table=without(*RUN_DETAILS, "model", "seed", ""),
     draw=plot_over("K", "mixture components K", series="head"),
-)
+)  # fmt: skip
 
 FIG5 = Recipe(
-    name="fig5",
-    title="Two tokens at a time",
+    name="fig5", title="Two tokens at a time",
     claim="The paper: at patch size 2 the flow's generative perplexity stays good over all prefix lengths; a "
     "baseline that predicts two tokens at once breaks down. (It does not say which coupling the flow has. Its patch "
     "models have a head over all channels of a patch, as Mix-1 has here; its figure 1 has the tokens of a patch "
     "independent in the first blocks.)",
-    plan=plan_fig5,
-    measure=measure_fig5,
-    table=table_fig5,
-    draw=draw_fig5,
-)
+    plan=plan_fig5, measure=measure_fig5, table=table_fig5, draw=draw_fig5,
+)  # fmt: skip
 
 PROGRESSIVE = Recipe(
-    name="progressive",
-    title="Progressive and joint training",
+    name="progressive", title="Progressive and joint training",
     claim="The paper: the ablation is best with progressive training. (KL divergences are in nats per token, to a "
     "prior that ends after that block. A training step of the first block alone costs less than a joint step.)",
-    plan=plan_progressive,
-    measure=measure_progressive,
-    draw=draw_progressive,
-    seeds=2,
-)
+    plan=plan_progressive, measure=measure_progressive, draw=draw_progressive, seeds=2,
+)  # fmt: skip
 
 PATCH_SIZES = Recipe(
-    name="patches",
-    title="Patch size at one depth",
+    name="patches", title="Patch size at one depth",
     claim="Patches of several tokens shorten the sequence. What does each size cost? The paper does not say.",
-    plan=plan_patches,
-    measure=summaries_by("P", lambda config: config.patch),
+    plan=plan_patches, measure=summaries_by("P", lambda config: config.patch),
     draw=plot_over("P", "tokens per position P"),
-)
+)  # fmt: skip
 
 ONE_BLOCK = Recipe(
-    name="one-block",
-    title="One Mix-1 block with few components",
+    name="one-block", title="One Mix-1 block with few components",
     claim="In the paper any K above 1 works in three blocks, without a head over channels. Are two to four "
     "components enough in one, with that head?",
-    plan=plan_one_block,
-    measure=summaries,
-    draw=plot_models(),
-)
+    plan=plan_one_block, measure=summaries, draw=plot_models(),
+)  # fmt: skip

@@ -98,15 +98,12 @@ def _text_row(row: Row, final: str) -> TextRow:
 
 
 FIG6 = Recipe(
-    name="fig6",
-    title="Text after each pass",
+    name="fig6", title="Text after each pass",
     claim="The paper: every intermediate state decodes to text, which each pass refines from coarse to fine. Its "
     "panels show the decoded text before and after every block, with the edits highlighted.",
-    plan=plan_fig6,
-    measure=measure_fig6,
-    page=page_fig6,
+    plan=plan_fig6, measure=measure_fig6, page=page_fig6,
     table=without("text", "block", "direction", "edits", "tokens", "edited"),
-)
+)  # fmt: skip
 
 
 def plan_frontier(settings: Settings) -> list[Training]:
@@ -197,13 +194,9 @@ def draw_frontier(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 FRONTIER = Recipe(
-    name="frontier",
-    title="Passes and the bound",
+    name="frontier", title="Passes and the bound",
     claim="The paper shows passes that refine a text, and a good bound. Here the models with the best bound show no "
     "passes. How much of the text can be final before the last pass, and at what cost?",
-    plan=plan_frontier,
-    measure=measure_frontier,
-    table=without(*RUN_DETAILS, "after noise"),
-    draw=draw_frontier,
+    plan=plan_frontier, measure=measure_frontier, table=without(*RUN_DETAILS, "after noise"), draw=draw_frontier,
     size=(9.5, 4.5),
-)
+)  # fmt: skip

@@ -311,14 +311,9 @@ def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 FIG7 = Recipe(
-    name="fig7",
-    title="Latents after every block",
+    name="fig7", title="Latents after every block",
     claim="The paper: across the layers the mean norm decreases, the cosine increases, the movement of the centroid "
     "diminishes, and the participation ratio drops at the right-to-left block and then rises.",
-    plan=plan_fig7,
-    measure=measure_fig7,
-    table=lambda rows: [],
-    draw=draw_fig7,
-    size=(10.0, 5.0),
+    plan=plan_fig7, measure=measure_fig7, table=lambda rows: [], draw=draw_fig7, size=(10.0, 5.0),
     text=lambda settings, finished, rows: f"{directions_table(rows)}\n{flops_table(settings, finished)}",
-)
+)  # fmt: skip
