@@ -9,7 +9,7 @@ repetitions counts, so that other work on the machine hardly matters; `auto` its
 """
 
 import argparse
-import time
+import timeit
 from collections.abc import Callable
 
 import numpy as np
@@ -24,15 +24,13 @@ MODELS, BATCHES, POSITIONS = ("english-mini", "english-passes", "english-small")
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """The shortest time of `repeats` calls after a first one."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
-    for _ in range(repeats + 1):
-        wait()
-        begun = time.perf_counter()
+
+    def finished() -> None:
         work()
-        wait()
-        times.append(time.perf_counter() - begun)
-    return min(times[1:])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return min(timeit.repeat(finished, number=1, repeat=repeats + 1)[1:])
 
 
 @torch.no_grad()
@@ -54,8 +52,7 @@ def costs(block: FlowBlock, channels: int, batch: int, positions: int) -> dict[s
         block.coupling.invert(u.flatten(0, 1), features().flatten(0, 1))
 
     kinds = {"exact": sweep}
-    if isinstance(block.coupling, ChannelCoupling):
-        coupling = block.coupling
+    if isinstance(coupling := block.coupling, ChannelCoupling):
         kinds["newton"] = lambda: coupling.newton_step(u, u, features())
     features()
     one = seconds(step, device, 20)

@@ -24,14 +24,12 @@ def build(args: Namespace) -> dict[str, Contender]:
         characters = torch.from_numpy(checkpoint.tokenizer.characters_per_token)
         call = partial(evaluate, checkpoint.model, windows, characters, samples=args.samples)
         result = call()
-        found[name] = Contender(
-            call, windows.numel(), {"bound": result.bound, "nats per token": result.nats_per_token}
-        )
+        info = {"bound": result.bound, "nats per token": result.nats_per_token}
+        found[name] = Contender(call, windows.numel(), info)
     return found
 
 
 def main() -> None:
-    """The command line."""
     options = parser(__doc__)
     options.add_argument("models", nargs="+", help="run directories or shipped models, the baseline first")
     options.add_argument("--data", default="english", help="corpus or text file; windows are from its test split")

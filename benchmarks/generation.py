@@ -64,7 +64,6 @@ def build(args: Namespace) -> dict[str, Contender]:
 
 
 def main() -> None:
-    """The command line."""
     options = parser(__doc__, rounds=3)
     options.add_argument("models", nargs="+", help="run directories or shipped models, the baseline first")
     options.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="samples at once")

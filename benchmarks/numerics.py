@@ -27,8 +27,7 @@ class Library(NamedTuple):
     forward: Callable[..., Any]
     inverse: Callable[..., Any]
     dtype: torch.dtype = torch.float32
-    equal_weights: bool = False
-    """True for an implementation without weights; it is measured on mixtures of equal weights."""
+    equal_weights: bool = False  # without weights, an implementation is measured on mixtures of equal ones
 
 
 def libraries() -> dict[str, Library]:
@@ -71,12 +70,10 @@ def libraries() -> dict[str, Library]:
         # parameters come fresh from a network, so preparing them is part of the price on both sides
         return GaussianizationTransform(-mean * torch.exp(-log_std), -log_std)
 
-    found["zuko"] = Library(
-        lambda z, _, mean, log_std: transform(mean, log_std).call_and_ladj(z)[0],
-        lambda u, _, mean, log_std: transform(mean, log_std).inv(u),
-        equal_weights=True,
-    )
-    return found
+    def zuko_forward(z, _, mean, log_std):
+        return transform(mean, log_std).call_and_ladj(z)[0]
+
+    return found | {"zuko": Library(zuko_forward, lambda u, _, *given: transform(*given).inv(u), equal_weights=True)}
 
 
 def round_trip(library: Library, u: Any, params: Any) -> tuple[float, float]:
@@ -112,8 +109,7 @@ def build(args: Namespace) -> dict[str, Contender]:
         return losses(args)
     found = {}
     for K in args.components:
-        g = torch.Generator().manual_seed(0)
-        shape = (args.tokens, args.channels)
+        g, shape = torch.Generator().manual_seed(0), (args.tokens, args.channels)
         u, *draws = (torch.randn(*s, generator=g, dtype=torch.float64) for s in (shape, *[(*shape, K)] * 3))
         params = draws[0], 2 * draws[1], 0.3 * draws[2]
         z = mixture_cdf_inverse(u, *params)
@@ -159,7 +155,6 @@ def losses(args: Namespace) -> dict[str, Contender]:
 
 
 def main() -> None:
-    """The command line."""
     options = parser(__doc__)
     options.add_argument("--tokens", type=int, default=4096)
     options.add_argument("--channels", type=int, default=64)

@@ -90,7 +90,6 @@ def build(args: Namespace) -> dict[str, Contender]:
 
 
 def main() -> None:
-    """The command line."""
     options = parser(__doc__, rounds=7, calls=2)
     options.add_argument("presets", nargs="*", default=["mini-ar", "mini-mixd", "mini-mix1", "mini-affine"])
     options.add_argument("--precision", choices=["float32", "bfloat16"], help="of matrix products")

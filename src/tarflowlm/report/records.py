@@ -80,7 +80,6 @@ class RunRecord:
 
     @property
     def seconds(self) -> Series:
-        """Training time up to every training line."""
         return self.train["seconds"]
 
     @property
