@@ -11,6 +11,7 @@ repetitions counts, so that other work on the machine hardly matters; `auto` its
 import argparse
 import timeit
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import torch
@@ -79,13 +80,11 @@ def main() -> None:
     found: dict[str, list[tuple[int, int, float]]] = {"exact": [], "newton": []}
     for name in args.models:
         model = tarflowlm.load(name, args.device).model
-        for index, block in enumerate(model.prior.blocks):
-            for batch in BATCHES:
-                for n in (n for n in POSITIONS if n <= model.config.context):
-                    for kind, cost in costs(block, model.config.patch * model.config.latent_dim, batch, n).items():
-                        found[kind].append((batch, n, cost))
-                        where = f"{name} block {index + 1}, {kind:6}: B {batch:2}, n {n:3}"
-                        print(f"{where}: {cost:7.2f} steps", flush=True)
+        config, blocks = model.config, enumerate(model.prior.blocks, 1)
+        for (index, block), batch, n in product(blocks, BATCHES, (n for n in POSITIONS if n <= config.context)):
+            for kind, cost in costs(block, config.patch * config.latent_dim, batch, n).items():
+                found[kind].append((batch, n, cost))
+                print(f"{name} block {index}, {kind:6}: B {batch:2}, n {n:3}: {cost:7.2f} steps", flush=True)
     for kind, rows in found.items():
         print("{}: A {:.1f}, b {:.2f}".format(kind, *fitted(rows)))
 

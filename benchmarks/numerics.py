@@ -34,9 +34,6 @@ def libraries() -> dict[str, Library]:
     """Ours in two precisions, bisection on torch.distributions, and zuko."""
     from tarflowlm.flow.numerics import mixture_cdf, mixture_cdf_inverse
 
-    def forward(*given):
-        return mixture_cdf(*given)[0]
-
     def mixture(log_w, mean, log_std):
         weights = torch.distributions.Categorical(logits=log_w, validate_args=False)
         normals = torch.distributions.Normal(mean, log_std.exp(), validate_args=False)
@@ -57,10 +54,10 @@ def libraries() -> dict[str, Library]:
         return (low + high) / 2
 
     found = {
-        "ours, float32": Library(forward, mixture_cdf_inverse),
-        "ours, float64": Library(forward, mixture_cdf_inverse, torch.float64),
-        "torch, bisection": Library(plain_forward, bisection),
+        f"ours, {str(dtype)[6:]}": Library(lambda *given: mixture_cdf(*given)[0], mixture_cdf_inverse, dtype)
+        for dtype in (torch.float32, torch.float64)
     }
+    found["torch, bisection"] = Library(plain_forward, bisection)
     try:
         from zuko.transforms import GaussianizationTransform
     except ImportError:
@@ -84,10 +81,8 @@ def round_trip(library: Library, u: Any, params: Any) -> tuple[float, float]:
     params = torch.zeros_like(log_w) if library.equal_weights else log_w, mean, log_std
     z = library.inverse(u, *params)
     back = library.forward(z, *params).double()
-    low, exact, high = (
-        mixture_cdf(x.double(), *(p.double() for p in params))[0]
-        for x in (torch.nextafter(z, z - 1), z, torch.nextafter(z, z + 1))
-    )
+    near, doubles = (torch.nextafter(z, z - 1), z, torch.nextafter(z, z + 1)), [p.double() for p in params]
+    low, exact, high = (mixture_cdf(x.double(), *doubles)[0] for x in near)
     ulp = torch.maximum((low - exact).abs(), (high - exact).abs())
     error = ((back - u.double()).abs() - ulp.nan_to_num()).clamp(min=0).nan_to_num(nan=math.inf, posinf=math.inf)
     return error.median().item(), error.max().item()

@@ -41,8 +41,7 @@ from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training.optim import Muon, build_optimizers, schedule, set_learning_rate
 
 BATCH, EVAL_BATCH = 64, 32
-TIMES = 4
-"""Values of t per window in the bound of the masked flow, one from each quarter of [0, 1]."""
+TIMES = 4  # values of t per window in the bound of the masked flow, one from each quarter of [0, 1]
 DENOISING_STEPS = (64, 16)
 
 
@@ -199,10 +198,8 @@ def train(peer: Gpt2 | Masked, corpus: Corpus, run: Any) -> None:
     is_matrix = {name: p.ndim == 2 and (".h." in name or ".layers." in name) for name, p in named}
     matrices, rest = ([p for name, p in named if is_matrix[name] is wanted] for wanted in (True, False))
     betas, decay = (run.optim.beta1, run.optim.beta2), run.optim.weight_decay
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": decay, "lr_scale": 1.0},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
+    wide, narrow = ([p for p in rest if (p.ndim >= 2) is wanted] for wanted in (True, False))
+    groups = [{"params": p, "weight_decay": d, "lr_scale": 1.0} for p, d in ((wide, decay), (narrow, 0.0))]
     muon = Muon([{"params": matrices, "lr_scale": 1.0}], precision="float32", weight_decay=decay, momentum=0.95)
     optimizers = [torch.optim.AdamW(groups, betas=betas, eps=1e-10), muon]
     text, window = corpus.split("train"), run.model.context

@@ -140,7 +140,6 @@ class StateReport:
     """Negative ELBO with a prior that ends after block l, nats per token: kl - E_q[ log p(x|z) ]."""
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, for JSON."""
         return asdict(self)
 
 

@@ -18,11 +18,8 @@ from tarflowlm.data import Tokenizer
 Kind = Literal["given", "final", "changed", "noise"]
 
 LEGEND: dict[Kind, str] = {
-    "given": "given",
-    "final": "as in the final text",
-    "changed": "new in this row",
-    "noise": "noise",
-}
+    "given": "given", "final": "as in the final text", "changed": "new in this row", "noise": "noise",
+}  # fmt: skip
 FAINTEST = 0.3
 """The least opacity: every token stays readable."""
 

@@ -119,11 +119,10 @@ def read_record(directory: Path) -> RunRecord:
     notes: list[str] = []
     train, valid = _read_metrics(directory, notes)
     train["seconds"] = np.cumsum(np.diff(train["tokens"], prepend=0) / train["tokens_per_second"])
-    if not len(train["step"]) and ((directory / METRICS).exists() or not (directory / WEIGHTS).exists()):
+    has_log = len(train["step"]) > 0
+    if not has_log and ((directory / METRICS).exists() or not (directory / WEIGHTS).exists()):
         raise UserError(f"{directory} has no metrics yet: wait until training has logged its first line")
-    valid["seconds"] = (
-        np.interp(valid["step"], train["step"], train["seconds"]) if len(train["step"]) else np.zeros(0)
-    )
+    valid["seconds"] = np.interp(valid["step"], train["step"], train["seconds"]) if has_log else np.zeros(0)
     summary = None
     try:
         if (found := read_summary(directory)) is not None and math.isfinite(found["test"]["bpc"]):

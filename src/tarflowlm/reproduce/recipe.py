@@ -99,11 +99,8 @@ class Training:
 
 def trainings(settings: Settings, runs: Mapping[str, RunConfig]) -> list[Training]:
     """One training per label and seed, in the order of the labels; directories are named after the runs."""
-    return [
-        Training(f"{run.name}-s{seed}", replace(settings.adapt(run), seed=seed), label)
-        for label, run in runs.items()
-        for seed in range(settings.seeds)
-    ]
+    adapted = [(label, settings.adapt(run), seed) for label, run in runs.items() for seed in range(settings.seeds)]
+    return [Training(f"{run.name}-s{seed}", replace(run, seed=seed), label) for label, run, seed in adapted]
 
 
 @dataclass(frozen=True)
