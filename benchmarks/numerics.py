@@ -127,8 +127,7 @@ def losses(args: Namespace) -> dict[str, Contender]:
     """Forward and backward of the Mix-d loss over a vocabulary, and of cross-entropy in recomputed chunks."""
     from tarflowlm.flow.numerics import mixture_log_prob_from_features
 
-    K, N, E, d = 50_257, args.tokens, 256, 16
-    g = torch.Generator().manual_seed(0)
+    K, N, E, d, g = 50_257, args.tokens, 256, 16, torch.Generator().manual_seed(0)
     z, features, weight, mean = (torch.randn(*s, generator=g) for s in ((N, d), (N, E), (K, E), (K, d)))
     leaves = [t.requires_grad_() for t in (z, features, 0.05 * weight, torch.zeros(K), mean, torch.full((K,), -1.2))]
     z, features, weight, bias, mean, log_std = leaves

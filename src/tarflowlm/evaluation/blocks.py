@@ -58,10 +58,8 @@ def state_metrics(states: Sequence[Tensor]) -> list[dict[str, Tensor]]:
 
     Keys: norm, cosine, participation_ratio and, except for the first state, centroid_shift.
     """
-    metrics = [
-        {"norm": mean_norm(h), "cosine": mean_cosine(h), "participation_ratio": participation_ratio(h)}
-        for h in states
-    ]
+    kinds = {"norm": mean_norm, "cosine": mean_cosine, "participation_ratio": participation_ratio}
+    metrics = [{name: metric(h) for name, metric in kinds.items()} for h in states]
     for values, (before, after) in zip(metrics[1:], pairwise(states), strict=True):
         values["centroid_shift"] = centroid_shift(before, after)
     return metrics
@@ -185,11 +183,7 @@ def latent_report(
 def _measure(
     model: TarFlowLM, windows: Int[Tensor, "W T"], seed: int, batch: int | None, progress: Progress
 ) -> tuple[Float[Tensor, "terms W"], list[dict[str, Tensor]]]:
-    """Pass every window once through the blocks, with the noise of `seed`. All on the CPU.
-
-    The terms are log p(x|z), log q(z|x), the log-determinants of the L blocks and log N(h; 0, I) of the L + 1 states,
-    in nats; with them the metrics of every state.
-    """
+    """log p(x|z), log q(z|x), L log|det J| and L + 1 log N(h; 0, I) of every window, in nats; metrics of states."""
     # the batches of `evaluate`, so that both draw the same noise
     batch = batch or windows_per_batch(windows.shape[1])
     generator = torch.Generator(device=model.device).manual_seed(seed)

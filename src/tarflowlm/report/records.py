@@ -156,10 +156,9 @@ def _read_metrics(directory: Path, notes: list[str]) -> tuple[dict[str, Series],
 def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells under a head; the first cell of a row is its name."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(
-        f"<tr><th>{escape(row[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>\n"
-        for row in rows
-    )
+    body = ""
+    for name, *cells in rows:
+        body += f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>\n"
     return f'<div class="table"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n'
 
 
