@@ -9,8 +9,9 @@ repetitions counts, so that other work on the machine hardly matters; `auto` its
 """
 
 import argparse
-import time
+import timeit
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import torch
@@ -24,15 +25,13 @@ MODELS, BATCHES, POSITIONS = ("english-mini", "english-passes", "english-small")
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """The shortest time of `repeats` calls after a first one."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
-    for _ in range(repeats + 1):
-        wait()
-        begun = time.perf_counter()
+
+    def finished() -> None:
         work()
-        wait()
-        times.append(time.perf_counter() - begun)
-    return min(times[1:])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return min(timeit.repeat(finished, number=1, repeat=repeats + 1)[1:])
 
 
 @torch.no_grad()
@@ -54,8 +53,7 @@ def costs(block: FlowBlock, channels: int, batch: int, positions: int) -> dict[s
         block.coupling.invert(u.flatten(0, 1), features().flatten(0, 1))
 
     kinds = {"exact": sweep}
-    if isinstance(block.coupling, ChannelCoupling):
-        coupling = block.coupling
+    if isinstance(coupling := block.coupling, ChannelCoupling):
         kinds["newton"] = lambda: coupling.newton_step(u, u, features())
     features()
     one = seconds(step, device, 20)
@@ -82,13 +80,11 @@ def main() -> None:
     found: dict[str, list[tuple[int, int, float]]] = {"exact": [], "newton": []}
     for name in args.models:
         model = tarflowlm.load(name, args.device).model
-        for index, block in enumerate(model.prior.blocks):
-            for batch in BATCHES:
-                for n in (n for n in POSITIONS if n <= model.config.context):
-                    for kind, cost in costs(block, model.config.patch * model.config.latent_dim, batch, n).items():
-                        found[kind].append((batch, n, cost))
-                        where = f"{name} block {index + 1}, {kind:6}: B {batch:2}, n {n:3}"
-                        print(f"{where}: {cost:7.2f} steps", flush=True)
+        config, blocks = model.config, enumerate(model.prior.blocks, 1)
+        for (index, block), batch, n in product(blocks, BATCHES, (n for n in POSITIONS if n <= config.context)):
+            for kind, cost in costs(block, config.patch * config.latent_dim, batch, n).items():
+                found[kind].append((batch, n, cost))
+                print(f"{name} block {index}, {kind:6}: B {batch:2}, n {n:3}: {cost:7.2f} steps", flush=True)
     for kind, rows in found.items():
         print("{}: A {:.1f}, b {:.2f}".format(kind, *fitted(rows)))
 

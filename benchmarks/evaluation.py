@@ -24,14 +24,12 @@ def build(args: Namespace) -> dict[str, Contender]:
         characters = torch.from_numpy(checkpoint.tokenizer.characters_per_token)
         call = partial(evaluate, checkpoint.model, windows, characters, samples=args.samples)
         result = call()
-        found[name] = Contender(
-            call, windows.numel(), {"bound": result.bound, "nats per token": result.nats_per_token}
-        )
+        info = {"bound": result.bound, "nats per token": result.nats_per_token}
+        found[name] = Contender(call, windows.numel(), info)
     return found
 
 
 def main() -> None:
-    """The command line."""
     options = parser(__doc__)
     options.add_argument("models", nargs="+", help="run directories or shipped models, the baseline first")
     options.add_argument("--data", default="english", help="corpus or text file; windows are from its test split")
@@ -40,11 +38,10 @@ def main() -> None:
     args = options.parse_args()
     found = run(build, args)
     first = next(iter(found.values()))
-    rows = [
-        {"": name, **c.info, "us per token": 1e6 / c.rate, "time over the first": 1 / c.over(first)}
-        | {"time over the other checkout": c.over_other_checkout}
-        for name, c in found.items()
-    ]
+    rows = []
+    for name, c in found.items():
+        row = {"": name, **c.info, "us per token": 1e6 / c.rate, "time over the first": 1 / c.over(first)}
+        rows.append(row | {"time over the other checkout": c.over_other_checkout})
     show(args, rows)
 
 

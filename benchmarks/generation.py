@@ -64,7 +64,6 @@ def build(args: Namespace) -> dict[str, Contender]:
 
 
 def main() -> None:
-    """The command line."""
     options = parser(__doc__, rounds=3)
     options.add_argument("models", nargs="+", help="run directories or shipped models, the baseline first")
     options.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="samples at once")
@@ -73,8 +72,7 @@ def main() -> None:
     options.add_argument("--peers", action="store_true", help="beside a GPT-2 and a Llama of the first model's shape")
     args = options.parse_args()
     found = run(build, args)
-    first: dict[int, Contender] = {}
-    rows = []
+    rows, first = [], {}
     for name, contender in found.items():
         info, baseline = contender.info, first.setdefault(contender.info["batch"], contender)
         row = {"": name, "tokens/s": contender.rate, "over the first": contender.over(baseline)}

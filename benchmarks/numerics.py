@@ -27,16 +27,12 @@ class Library(NamedTuple):
     forward: Callable[..., Any]
     inverse: Callable[..., Any]
     dtype: torch.dtype = torch.float32
-    equal_weights: bool = False
-    """True for an implementation without weights; it is measured on mixtures of equal weights."""
+    equal_weights: bool = False  # without weights, an implementation is measured on mixtures of equal ones
 
 
 def libraries() -> dict[str, Library]:
     """Ours in two precisions, bisection on torch.distributions, and zuko."""
     from tarflowlm.flow.numerics import mixture_cdf, mixture_cdf_inverse
-
-    def forward(*given):
-        return mixture_cdf(*given)[0]
 
     def mixture(log_w, mean, log_std):
         weights = torch.distributions.Categorical(logits=log_w, validate_args=False)
@@ -58,10 +54,10 @@ def libraries() -> dict[str, Library]:
         return (low + high) / 2
 
     found = {
-        "ours, float32": Library(forward, mixture_cdf_inverse),
-        "ours, float64": Library(forward, mixture_cdf_inverse, torch.float64),
-        "torch, bisection": Library(plain_forward, bisection),
+        f"ours, {str(dtype)[6:]}": Library(lambda *given: mixture_cdf(*given)[0], mixture_cdf_inverse, dtype)
+        for dtype in (torch.float32, torch.float64)
     }
+    found["torch, bisection"] = Library(plain_forward, bisection)
     try:
         from zuko.transforms import GaussianizationTransform
     except ImportError:
@@ -71,12 +67,10 @@ def libraries() -> dict[str, Library]:
         # parameters come fresh from a network, so preparing them is part of the price on both sides
         return GaussianizationTransform(-mean * torch.exp(-log_std), -log_std)
 
-    found["zuko"] = Library(
-        lambda z, _, mean, log_std: transform(mean, log_std).call_and_ladj(z)[0],
-        lambda u, _, mean, log_std: transform(mean, log_std).inv(u),
-        equal_weights=True,
-    )
-    return found
+    def zuko_forward(z, _, mean, log_std):
+        return transform(mean, log_std).call_and_ladj(z)[0]
+
+    return found | {"zuko": Library(zuko_forward, lambda u, _, *given: transform(*given).inv(u), equal_weights=True)}
 
 
 def round_trip(library: Library, u: Any, params: Any) -> tuple[float, float]:
@@ -87,10 +81,8 @@ def round_trip(library: Library, u: Any, params: Any) -> tuple[float, float]:
     params = torch.zeros_like(log_w) if library.equal_weights else log_w, mean, log_std
     z = library.inverse(u, *params)
     back = library.forward(z, *params).double()
-    low, exact, high = (
-        mixture_cdf(x.double(), *(p.double() for p in params))[0]
-        for x in (torch.nextafter(z, z - 1), z, torch.nextafter(z, z + 1))
-    )
+    near, doubles = (torch.nextafter(z, z - 1), z, torch.nextafter(z, z + 1)), [p.double() for p in params]
+    low, exact, high = (mixture_cdf(x.double(), *doubles)[0] for x in near)
     ulp = torch.maximum((low - exact).abs(), (high - exact).abs())
     error = ((back - u.double()).abs() - ulp.nan_to_num()).clamp(min=0).nan_to_num(nan=math.inf, posinf=math.inf)
     return error.median().item(), error.max().item()
@@ -112,8 +104,7 @@ def build(args: Namespace) -> dict[str, Contender]:
         return losses(args)
     found = {}
     for K in args.components:
-        g = torch.Generator().manual_seed(0)
-        shape = (args.tokens, args.channels)
+        g, shape = torch.Generator().manual_seed(0), (args.tokens, args.channels)
         u, *draws = (torch.randn(*s, generator=g, dtype=torch.float64) for s in (shape, *[(*shape, K)] * 3))
         params = draws[0], 2 * draws[1], 0.3 * draws[2]
         z = mixture_cdf_inverse(u, *params)
@@ -136,8 +127,7 @@ def losses(args: Namespace) -> dict[str, Contender]:
     """Forward and backward of the Mix-d loss over a vocabulary, and of cross-entropy in recomputed chunks."""
     from tarflowlm.flow.numerics import mixture_log_prob_from_features
 
-    K, N, E, d = 50_257, args.tokens, 256, 16
-    g = torch.Generator().manual_seed(0)
+    K, N, E, d, g = 50_257, args.tokens, 256, 16, torch.Generator().manual_seed(0)
     z, features, weight, mean = (torch.randn(*s, generator=g) for s in ((N, d), (N, E), (K, E), (K, d)))
     leaves = [t.requires_grad_() for t in (z, features, 0.05 * weight, torch.zeros(K), mean, torch.full((K,), -1.2))]
     z, features, weight, bias, mean, log_std = leaves
@@ -159,7 +149,6 @@ def losses(args: Namespace) -> dict[str, Contender]:
 
 
 def main() -> None:
-    """The command line."""
     options = parser(__doc__)
     options.add_argument("--tokens", type=int, default=4096)
     options.add_argument("--channels", type=int, default=64)

@@ -41,8 +41,7 @@ from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training.optim import Muon, build_optimizers, schedule, set_learning_rate
 
 BATCH, EVAL_BATCH = 64, 32
-TIMES = 4
-"""Values of t per window in the bound of the masked flow, one from each quarter of [0, 1]."""
+TIMES = 4  # values of t per window in the bound of the masked flow, one from each quarter of [0, 1]
 DENOISING_STEPS = (64, 16)
 
 
@@ -63,8 +62,7 @@ def gpt2(config: Any) -> nn.Module:
 
 def gated_shape(config: Any) -> dict[str, Any]:
     """The shape of models whose MLPs have three matrices where ours has two: 2/3 as wide, in whole registers."""
-    trunk = config.trunk
-    hidden = 2 * trunk.mlp_ratio * trunk.width // 3
+    trunk, hidden = config.trunk, 2 * config.trunk.mlp_ratio * config.trunk.width // 3
     return {
         "vocab_size": config.vocab_size, "max_position_embeddings": config.context, "hidden_size": trunk.width,
         "num_hidden_layers": config.layers, "num_attention_heads": trunk.num_heads,
@@ -76,21 +74,14 @@ def llama(config: Any) -> nn.Module:
     """A Llama in the shape of a `BaselineConfig`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    options = {
-        "num_key_value_heads": config.trunk.num_heads,
-        "use_cache": False,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    return LlamaForCausalLM(LlamaConfig(**gated_shape(config), **options))
+    return LlamaForCausalLM(LlamaConfig(**gated_shape(config), use_cache=False, bos_token_id=0, eos_token_id=0))
 
 
 def modernbert(config: Any) -> nn.Module:
     """A ModernBERT in the shape of a `BaselineConfig`, with full attention in every layer."""
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
-    # Weights start larger than by its default of 0.02, which is for width 768: at width 128 a model with that start
-    # had learned nothing but the frequencies of letters after 900 steps.
+    # its default of 0.02 is for width 768: at width 128 that taught nothing but frequencies of letters in 900 steps
     options: dict[str, Any] = dict.fromkeys(f"{kind}_token_id" for kind in ("pad", "bos", "eos", "cls", "sep"))
     options |= {"layer_types": ["full_attention"] * config.layers, "initializer_range": config.trunk.width**-0.5}
     return ModernBertForMaskedLM(ModernBertConfig(**gated_shape(config), **options))
@@ -121,10 +112,9 @@ def samplers(config: Any, device: torch.device) -> dict[str, Callable[[int, int]
     """Name -> function (batch, length) that samples tokens from a random first one on."""
 
     def sample(model: nn.Module, batch: int, length: int) -> Tensor:
-        first = torch.randint(config.vocab_size, (batch, 1), device=device)
-        return continued(model, first, length, config.vocab_size)
+        return continued(model, torch.randint(V, (batch, 1), device=device), length, V)
 
-    models = {"GPT-2": gpt2(config), "Llama": llama(config)}
+    models, V = {"GPT-2": gpt2(config), "Llama": llama(config)}, config.vocab_size
     return {name: partial(sample, model.to(device).eval()) for name, model in models.items()}
 
 
@@ -208,15 +198,12 @@ def train(peer: Gpt2 | Masked, corpus: Corpus, run: Any) -> None:
     is_matrix = {name: p.ndim == 2 and (".h." in name or ".layers." in name) for name, p in named}
     matrices, rest = ([p for name, p in named if is_matrix[name] is wanted] for wanted in (True, False))
     betas, decay = (run.optim.beta1, run.optim.beta2), run.optim.weight_decay
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": decay, "lr_scale": 1.0},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
+    wide, narrow = ([p for p in rest if (p.ndim >= 2) is wanted] for wanted in (True, False))
+    groups = [{"params": p, "weight_decay": d, "lr_scale": 1.0} for p, d in ((wide, decay), (narrow, 0.0))]
     muon = Muon([{"params": matrices, "lr_scale": 1.0}], precision="float32", weight_decay=decay, momentum=0.95)
     optimizers = [torch.optim.AdamW(groups, betas=betas, eps=1e-10), muon]
-    batches = WindowSampler(
-        corpus.split("train"), window=run.model.context, batch=run.train.batch_size, seed=run.seed
-    )
+    text, window = corpus.split("train"), run.model.context
+    batches = WindowSampler(text, window=window, batch=run.train.batch_size, seed=run.seed)
     for step in range(steps := run.train.num_steps):
         set_learning_rate(optimizers, run.optim.lr * schedule(run.optim, step, steps))
         with torch.autocast("cpu", torch.bfloat16, enabled=run.train.precision == "bfloat16"):
@@ -227,10 +214,7 @@ def train(peer: Gpt2 | Masked, corpus: Corpus, run: Any) -> None:
 
 
 def measure(name: str, bpc: str, model: nn.Module, draw: Callable[..., Tensor], text: Tensor, *readers: Any) -> str:
-    """Print a row of the table for as many samples as `text` [N, T] has rows; returns the row of the text.
-
-    The readers are the tokenizer and the judge.
-    """
+    """Print the row of as many samples as `text` [N, T] has; returns that of the text. Readers: tokenizer, judge."""
     start = time.perf_counter()
     samples = torch.cat([draw(len(part), text.shape[1]) for part in text.split(BATCH)])
     rate = samples.numel() / (time.perf_counter() - start)
@@ -241,13 +225,11 @@ def measure(name: str, bpc: str, model: nn.Module, draw: Callable[..., Tensor], 
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="text in lower case; its splits are those of tarflowlm")
     parser.add_argument("--judge", required=True, help="run of a baseline on another text, or one of transformers")
     parser.add_argument("--ours", nargs="*", default=[], type=Path, help="finished runs of tarflowlm")
     parser.add_argument("--out", type=Path, default=Path("runs/peers"), help="weights of the peers, trained once")
-
     parser.add_argument("--steps", type=int, help="fewer, for a quick look")
     parser.add_argument("--windows", type=int, default=4096)
     parser.add_argument("--num", type=int, default=500, help="samples")
@@ -255,7 +237,6 @@ def main() -> None:
     args = parser.parse_args()
     run = preset("mini-ar") if args.steps is None else with_steps(preset("mini-ar"), args.steps)
     run = replace(run, train=replace(run.train, precision=args.precision))
-
     corpus, judge = cached_corpus(args.data, run.data.tokenizer), load_judge(args.judge)
     windows, text = (eval_windows(corpus.split("test"), run.model.context, num) for num in (args.windows, args.num))
     config = replace(run.model, vocab_size=corpus.tokenizer.vocab_size)

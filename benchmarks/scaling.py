@@ -69,7 +69,6 @@ def _time(args: Namespace, processes: Processes) -> dict[tuple[str, str], float]
 
 
 def main() -> None:
-    """The command line."""
     options = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     options.add_argument("presets", nargs="*", default=["mini-ar", "mini-mixd"])
     options.add_argument("--rounds", type=int, default=7)

@@ -17,8 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-WORKER = "TARFLOWLM_BENCHMARK_WORKER"
-"""Set in the environment of the processes that do the work."""
+WORKER = "TARFLOWLM_BENCHMARK_WORKER"  # set in the environment of the processes that do the work
 
 
 @dataclass
@@ -26,10 +25,8 @@ class Contender:
     """A call to be timed; in the parent process its times."""
 
     call: Callable[[], object] | None
-    units: int = 1
-    """Tokens or elements per call."""
-    info: dict[str, Any] = field(default_factory=dict)
-    """Numbers for the table."""
+    units: int = 1  # tokens or elements per call
+    info: dict[str, Any] = field(default_factory=dict)  # for the table
     seconds: list[float] = field(default_factory=list)
     """Seconds per call in every round; below, those of the other checkout, where it has this contender."""
     against: list[float] = field(default_factory=list)
@@ -101,15 +98,11 @@ class _Worker:
         self.contenders: dict[str, dict[str, Any]] = self._answer()
 
     def seconds(self, name: str) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write(name + "\n")
-        self.process.stdin.flush()
+        print(name, file=self.process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
+        if not (line := self.process.stdout.readline()):
             # its error, if it could print one, is above
             sys.exit(f"a process of the benchmark ended with status {self.process.wait()}")
         return json.loads(line)
@@ -127,7 +120,6 @@ def _serve(build: Callable[[Namespace], dict[str, Contender]], args: Namespace) 
     print(json.dumps(kept), file=answers, flush=True)
     for line in sys.stdin:
         call = contenders[line.rstrip("\n")].call
-        assert call is not None
         wait = torch.cuda.synchronize if args.device == "cuda" else bool
         wait()
         start = time.perf_counter()

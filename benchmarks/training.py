@@ -9,6 +9,7 @@ Progressive presets are timed stage by stage, on random tokens. TFLOP/s count mo
 
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,12 +25,8 @@ PEAK_TFLOPS = {
 
 def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Callable[[Any], Any]:
     """A function tokens [B, T] -> loss that takes an optimiser step of `stage` (0-based), on a new model."""
-    try:
-        from tarflowlm.training.step import TrainingStep  # up to commit 615369d
-    except ImportError:
-        pass
-    else:
-        return TrainingStep(config, stage, device, *processes)
+    with suppress(ImportError):  # up to commit 615369d
+        return find("TrainingStep", "training.step")(config, stage, device, *processes)
     import torch
 
     from tarflowlm.language_model import seeded
@@ -90,7 +87,6 @@ def build(args: Namespace) -> dict[str, Contender]:
 
 
 def main() -> None:
-    """The command line."""
     options = parser(__doc__, rounds=7, calls=2)
     options.add_argument("presets", nargs="*", default=["mini-ar", "mini-mixd", "mini-mix1", "mini-affine"])
     options.add_argument("--precision", choices=["float32", "bfloat16"], help="of matrix products")

@@ -58,10 +58,8 @@ def state_metrics(states: Sequence[Tensor]) -> list[dict[str, Tensor]]:
 
     Keys: norm, cosine, participation_ratio and, except for the first state, centroid_shift.
     """
-    metrics = [
-        {"norm": mean_norm(h), "cosine": mean_cosine(h), "participation_ratio": participation_ratio(h)}
-        for h in states
-    ]
+    kinds = {"norm": mean_norm, "cosine": mean_cosine, "participation_ratio": participation_ratio}
+    metrics = [{name: metric(h) for name, metric in kinds.items()} for h in states]
     for values, (before, after) in zip(metrics[1:], pairwise(states), strict=True):
         values["centroid_shift"] = centroid_shift(before, after)
     return metrics
@@ -140,18 +138,13 @@ class StateReport:
     """Negative ELBO with a prior that ends after block l, nats per token: kl - E_q[ log p(x|z) ]."""
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, for JSON."""
         return asdict(self)
 
 
 def bound_parts(
-    model: TarFlowLM,
-    windows: Int[Tensor, "W T"],
-    characters_per_token: Tensor,
-    *,
-    seed: int = 0,
+    model: TarFlowLM, windows: Int[Tensor, "W T"], characters_per_token: Tensor, *, seed: int = 0,
     progress: Progress = SILENT,
-) -> BoundParts:
+) -> BoundParts:  # fmt: skip
     """The terms of the bound over the windows of a text, with the noise that `evaluate` draws for the same seed.
 
     `characters_per_token` [V]. `progress` advances by windows.
@@ -164,13 +157,9 @@ def bound_parts(
 
 
 def latent_report(
-    model: TarFlowLM,
-    windows: Int[Tensor, "W T"],
-    *,
-    seed: int = 0,
-    batch: int | None = None,
+    model: TarFlowLM, windows: Int[Tensor, "W T"], *, seed: int = 0, batch: int | None = None,
     progress: Progress = SILENT,
-) -> list[StateReport]:
+) -> list[StateReport]:  # fmt: skip
     """Geometry and share of the likelihood of every state h^(0) = z, ..., h^(L) = u, over the windows of a text.
 
     The last entry's `nelbo` is that of the model; the gains add up to kl(0) - kl(L). Same seed, same result.
@@ -194,11 +183,7 @@ def latent_report(
 def _measure(
     model: TarFlowLM, windows: Int[Tensor, "W T"], seed: int, batch: int | None, progress: Progress
 ) -> tuple[Float[Tensor, "terms W"], list[dict[str, Tensor]]]:
-    """Pass every window once through the blocks, with the noise of `seed`. All on the CPU.
-
-    The terms are log p(x|z), log q(z|x), the log-determinants of the L blocks and log N(h; 0, I) of the L + 1 states,
-    in nats; with them the metrics of every state.
-    """
+    """log p(x|z), log q(z|x), L log|det J| and L + 1 log N(h; 0, I) of every window, in nats; metrics of states."""
     # the batches of `evaluate`, so that both draw the same noise
     batch = batch or windows_per_batch(windows.shape[1])
     generator = torch.Generator(device=model.device).manual_seed(seed)

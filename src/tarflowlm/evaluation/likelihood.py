@@ -86,18 +86,10 @@ class Likelihood:
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel,
-    windows: Int[Tensor, "W T"],
-    characters_per_token: Tensor,
-    *,
-    bytes_per_token: Tensor | None = None,
-    given: Int[Tensor, " W"] | None = None,
-    samples: int = 1,
-    seed: int = 0,
-    batch: int | None = None,
-    weigh: Callable[..., Tensor] = log_importance_weights,
-    progress: Progress = SILENT,
-) -> Likelihood:
+    model: LanguageModel, windows: Int[Tensor, "W T"], characters_per_token: Tensor, *,
+    bytes_per_token: Tensor | None = None, given: Int[Tensor, " W"] | None = None, samples: int = 1, seed: int = 0,
+    batch: int | None = None, weigh: Callable[..., Tensor] = log_importance_weights, progress: Progress = SILENT,
+) -> Likelihood:  # fmt: skip
     """Likelihood of the windows of a text, in nats and bits; each window has a fresh context.
 
     With one sample this is the ELBO (docs/math.md, eq. 3). With S > 1 it is the importance-weighted bound (eq. 13),
@@ -128,37 +120,21 @@ def evaluate(
     total_bits, num_samples = bits(weighted.sum().item()), len(log_w)
     several = num_samples > 1
     return Likelihood(
-        bound="exact" if model.is_exact else f"iw-{num_samples}" if several else "elbo",
-        nats_per_token=nats,
-        bpc=total_bits / characters,
-        ppl=math.exp(nats),
-        stderr=stderr,
-        samples=num_samples,
-        windows=len(windows),
-        tokens=len(scored),
-        characters=characters,
-        bytes=num_bytes,
+        bound="exact" if model.is_exact else f"iw-{num_samples}" if several else "elbo", nats_per_token=nats,
+        bpc=total_bits / characters, ppl=math.exp(nats), stderr=stderr, samples=num_samples, windows=len(windows),
+        tokens=len(scored), characters=characters, bytes=num_bytes,
         bits_per_byte=None if num_bytes is None else total_bits / num_bytes,
-        elbo=None if model.is_exact else elbo_nats,
-        elbo_stderr=None if model.is_exact else elbo_stderr,
+        elbo=None if model.is_exact else elbo_nats, elbo_stderr=None if model.is_exact else elbo_stderr,
         elbo_sampling_stderr=math.sqrt(log_w.var(0).sum().item() / num_samples) / len(scored) if several else None,
-        gap=gap if several else None,
-        gap_stderr=gap_stderr if several else None,
-    )
+        gap=gap if several else None, gap_stderr=gap_stderr if several else None,
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def log_weights(
-    model: LanguageModel,
-    windows: Int[Tensor, "W T"],
-    given: Int[Tensor, " W"],
-    *,
-    samples: int,
-    seed: int,
-    batch: int | None = None,
-    weigh: Callable[..., Tensor] = log_importance_weights,
-    progress: Progress = SILENT,
-) -> Float[Tensor, "S W"]:
+    model: LanguageModel, windows: Int[Tensor, "W T"], given: Int[Tensor, " W"], *, samples: int, seed: int,
+    batch: int | None = None, weigh: Callable[..., Tensor] = log_importance_weights, progress: Progress = SILENT,
+) -> Float[Tensor, "S W"]:  # fmt: skip
     """log p(x, z^r) / q(z^r | x) of every window, in nats and float64 on the CPU; arguments as in `evaluate`."""
     keep_freed_memory()
     generator = torch.Generator(device=model.device).manual_seed(checked_seed(as_integer(seed, "seed")))

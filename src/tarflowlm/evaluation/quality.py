@@ -106,16 +106,11 @@ class TextStatistics:
     def of(cls, tokens: Tensor, texts: Sequence[str], judged: JudgedTexts) -> "TextStatistics":
         words = [text.split() for text in texts]
         return cls(
-            texts=len(texts),
-            perplexity=judged.perplexity,
-            judge_tokens=judged.tokens,
-            entropy=sequence_entropy(tokens.tolist()),
-            word_entropy=sequence_entropy(words),
-            distinct_1=distinct(words, 1),
-            distinct_2=distinct(words, 2),
-            distinct_3=distinct(words, 3),
+            texts=len(texts), perplexity=judged.perplexity, judge_tokens=judged.tokens,
+            entropy=sequence_entropy(tokens.tolist()), word_entropy=sequence_entropy(words),
+            distinct_1=distinct(words, 1), distinct_2=distinct(words, 2), distinct_3=distinct(words, 3),
             repetition=repetition(words, REPETITION_ORDER),
-        )
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,15 +158,9 @@ class SamplingConfig:
 
 
 def measure_quality(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    judge: Judge,
-    text: Tensor,
-    config: SamplingConfig,
-    *,
-    trained_on: str | None = None,
-    progress: Progress = SILENT,
-) -> Quality:
+    model: LanguageModel, tokenizer: Tokenizer, judge: Judge, text: Tensor, config: SamplingConfig, *,
+    trained_on: str | None = None, progress: Progress = SILENT,
+) -> Quality:  # fmt: skip
     """Samples of `model` against real `text` [W, T]: windows of token ids, as long as the samples.
 
     Same configuration, same samples. `trained_on` names the model's corpus; a remark warns if the judge shares it.
@@ -182,17 +171,12 @@ def measure_quality(
     samples = draw_samples(model, config, progress)
     of_samples, of_text, similarity = compare_texts(samples, text, tokenizer, judge, progress)
     return Quality(
-        samples=of_samples,
-        text=of_text,
-        mauve=similarity,
-        judge=judge.name,
-        judge_kind=judge.kind,
-        remarks=_remarks(judge, config.num, trained_on),
-        length=samples.shape[1],
+        samples=of_samples, text=of_text, mauve=similarity, judge=judge.name, judge_kind=judge.kind,
+        remarks=_remarks(judge, config.num, trained_on), length=samples.shape[1],
         decoder="steps" if model.is_exact else config.decoder,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         **{name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")},
-    )
+    )  # fmt: skip
 
 
 def compare_texts(

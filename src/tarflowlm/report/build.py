@@ -94,10 +94,8 @@ def write_report(
     places = [locate(directory, progress) for directory in directories]
     out = places[0] / "report" if out is None else out
     # folders in the hub's cache are named after commits
-    records = [
-        replace(record, name=given.as_posix()) if is_reference(given) else record
-        for record, given in zip(read_records(places), directories, strict=True)
-    ]
+    pairs = zip(read_records(places), directories, strict=True)
+    records = [replace(record, name=d.as_posix()) if is_reference(d) else record for record, d in pairs]
     page = out / PAGE
     ours = page.is_file() and f'content="{GENERATOR}"' in page.read_text(encoding="utf-8", errors="replace")[:1000]
     if out.exists() and not (ours or (out.is_dir() and not any(out.iterdir()))):

@@ -18,11 +18,8 @@ from tarflowlm.data import Tokenizer
 Kind = Literal["given", "final", "changed", "noise"]
 
 LEGEND: dict[Kind, str] = {
-    "given": "given",
-    "final": "as in the final text",
-    "changed": "new in this row",
-    "noise": "noise",
-}
+    "given": "given", "final": "as in the final text", "changed": "new in this row", "noise": "noise",
+}  # fmt: skip
 FAINTEST = 0.3
 """The least opacity: every token stays readable."""
 
@@ -129,11 +126,10 @@ def to_html(rows: Sequence[Row]) -> str:
     """The rows, escaped, under a legend of the kinds that occur. The page must include `CSS`."""
     present = {token.kind for row in rows for token in row.tokens}
     legend = "".join(f'<span class="tl-{kind}">{name}</span>' for kind, name in LEGEND.items() if kind in present)
-    body = "".join(
-        f'<div class="tl-row"><div class="tl-label">{escape(row.label)}</div>'
-        f'<div class="tl-text">{spans(row.tokens)}</div></div>'
-        for row in rows
-    )
+    body = ""
+    for row in rows:
+        label, text = f'<div class="tl-label">{escape(row.label)}</div>', spans(row.tokens)
+        body += f'<div class="tl-row">{label}<div class="tl-text">{text}</div></div>'
     return f'<div class="tl-grid"><div class="tl-legend">{legend}</div>{body}</div>'
 
 

@@ -80,7 +80,6 @@ class RunRecord:
 
     @property
     def seconds(self) -> Series:
-        """Training time up to every training line."""
         return self.train["seconds"]
 
     @property
@@ -120,11 +119,10 @@ def read_record(directory: Path) -> RunRecord:
     notes: list[str] = []
     train, valid = _read_metrics(directory, notes)
     train["seconds"] = np.cumsum(np.diff(train["tokens"], prepend=0) / train["tokens_per_second"])
-    if not len(train["step"]) and ((directory / METRICS).exists() or not (directory / WEIGHTS).exists()):
+    has_log = len(train["step"]) > 0
+    if not has_log and ((directory / METRICS).exists() or not (directory / WEIGHTS).exists()):
         raise UserError(f"{directory} has no metrics yet: wait until training has logged its first line")
-    valid["seconds"] = (
-        np.interp(valid["step"], train["step"], train["seconds"]) if len(train["step"]) else np.zeros(0)
-    )
+    valid["seconds"] = np.interp(valid["step"], train["step"], train["seconds"]) if has_log else np.zeros(0)
     summary = None
     try:
         if (found := read_summary(directory)) is not None and math.isfinite(found["test"]["bpc"]):
@@ -158,10 +156,9 @@ def _read_metrics(directory: Path, notes: list[str]) -> tuple[dict[str, Series],
 def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells under a head; the first cell of a row is its name."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(
-        f"<tr><th>{escape(row[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>\n"
-        for row in rows
-    )
+    body = ""
+    for name, *cells in rows:
+        body += f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>\n"
     return f'<div class="table"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n'
 
 

@@ -12,19 +12,8 @@ from tarflowlm.data import eval_windows
 from tarflowlm.presets import PLAIN_CODEBOOK
 from tarflowlm.report.records import RunRecord, read_record
 from tarflowlm.report.style import Figure
+from tarflowlm.reproduce import states
 from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings, without
-from tarflowlm.reproduce.states import (
-    judge_of,
-    judge_training,
-    latents,
-    plot_models,
-    plot_over,
-    sample,
-    shortened,
-    summaries,
-    summaries_by,
-    summary_row,
-)
 
 BASE, CHANNELWISE = "base", "+ channel-wise"
 SIX = 6
@@ -74,7 +63,7 @@ def _six_blocks(settings: Settings, coupling: Literal["affine", "mix1"]) -> RunC
     layers = (1 if settings.scale == "mini" else 2,) * SIX
     blocks = stack((coupling,) * SIX, layers, (first.components, *(upper.components,) * (SIX - 1)))
     model = replace(before, blocks=blocks).each_block(start=first.start)
-    return shortened(settings, replace(run, name=f"{run.name}-six", model=model))
+    return states.shortened(settings, replace(run, name=f"{run.name}-six", model=model))
 
 
 def plan_fig4(settings: Settings) -> list[Training]:
@@ -93,12 +82,12 @@ def _components(settings: Settings, components: int, variant: str) -> tuple[str,
     model = as_flow_config(run.model).each_block(components=components, **fields)
     optim = replace(run.optim, codebook_lr_scale=PLAIN_CODEBOOK)
     run = replace(run, name=f"{run.name}-k{components}{suffix}", model=model, optim=optim)
-    return f"K = {components}, {variant}", shortened(settings, run)
+    return f"K = {components}, {variant}", states.shortened(settings, run)
 
 
 def measure_fig4(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     """The runs' own measurements by K and by the inputs of the parameters of a channel."""
-    by_components = summaries_by("K", lambda config: config.blocks[0].components)
+    by_components = states.summaries_by("K", lambda config: config.blocks[0].components)
     return [row | {"head": row["model"].partition(", ")[2]} for row in by_components(settings, finished)]
 
 
@@ -113,7 +102,7 @@ def plan_fig5(settings: Settings) -> list[Training]:
         "Mix-d, independent weights": two_tokens(settings, "independent"),
         "two-token AR": foil,
     }
-    return trainings(settings, runs) + judge_training(settings)
+    return trainings(settings, runs) + states.judge_training(settings)
 
 
 def two_tokens(settings: Settings, in_patch: Literal["autoregressive", "independent"]) -> RunConfig:
@@ -126,16 +115,15 @@ def two_tokens(settings: Settings, in_patch: Literal["autoregressive", "independ
 
 def measure_fig5(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     """Perplexity under the judge of prefix and continuation, by model and prefix; real text last."""
-    judge, models = judge_of(settings, finished)
+    judge, models = states.judge_of(settings, finished)
     rows: list[Row] = []
     for done in models:
         checkpoint = done.load()
         context, tokenizer = checkpoint.run.model.context, checkpoint.tokenizer
         text = eval_windows(done.tokens(checkpoint), context, PROMPTS)
         for prefix in PREFIXES:
-            found = sample(
-                done, checkpoint, len(text), context, prompt=text[:, :prefix], what=f" after a prefix of {prefix}"
-            )
+            prompt, what = text[:, :prefix], f" after a prefix of {prefix}"
+            found = states.sample(done, checkpoint, len(text), context, prompt=prompt, what=what)
             judged = judge.read([tokenizer.decode(row) for row in found.tokens.tolist()])
             row = {"model": done.training.label, "seed": done.training.run.seed, "prefix": prefix}
             rows.append(row | {"perplexity": judged.perplexity, "judge": judge.name})
@@ -161,14 +149,12 @@ def draw_fig5(figure: Figure, rows: Sequence[Row]) -> None:
     _plot_lines(figure, curves, "tokens of real text before the continuation", "generative perplexity")
 
 
-def _plot_lines(
-    figure: Figure, curves: Mapping[str, Sequence[tuple[int, float]]], x_label: str, y_label: str
-) -> None:
+def _plot_lines(figure: Figure, curves: Mapping[str, Sequence[tuple[int, float]]], x_name: str, y_name: str) -> None:
     axes = figure.subplots()
     for name, points in curves.items():
         axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set_xlabel(x_name)
+    axes.set_ylabel(y_name)
     axes.legend()
 
 
@@ -192,8 +178,8 @@ def measure_progressive(settings: Settings, finished: Sequence[Finished]) -> lis
     for done in finished:
         curve = training_curve(read_record(done.directory))
         reached = next((step for step, bpc in curve.items() if bpc <= bound), None)
-        row = summary_row(done) | {f"steps to {bound}": reached}
-        row |= {f"kl after block {state.block}": state.kl.mean for state in latents(done)[1:]}
+        row = states.summary_row(done) | {f"steps to {bound}": reached}
+        row |= {f"kl after block {state.block}": state.kl.mean for state in states.latents(done)[1:]}
         for place in range(1, POINTS + 1):
             goal = place * done.training.run.train.num_steps / POINTS
             _, step = min((abs(step - goal), step) for step in curve)
@@ -230,81 +216,57 @@ def _one_block(settings: Settings, components: int) -> RunConfig:
     layers = (sum(block.layers for block in before.blocks),)
     model = replace(before, blocks=stack(("mix1",), layers, (components,)))
     optim = replace(run.optim, codebook_lr_scale=PLAIN_CODEBOOK)
-    return shortened(settings, replace(run, name=f"{run.name}-one-k{components}", model=model, optim=optim))
+    return states.shortened(settings, replace(run, name=f"{run.name}-one-k{components}", model=model, optim=optim))
 
 
 FIG2 = Recipe(
-    name="fig2",
-    title="Ladder of ablations",
+    name="fig2", title="Ladder of ablations",
     claim="The paper: every addition improves the model: base (one affine map for all channels of a token), + "
     "channel-wise affine, + Mix-1, + Mix-d, + progressive training.",
-    plan=plan_fig2,
-    measure=summaries,
-    draw=plot_models(),
-    seeds=2,
-    clear=(BASE, CHANNELWISE),
-)
+    plan=plan_fig2, measure=states.summaries, draw=states.plot_models(), seeds=2, clear=(BASE, CHANNELWISE),
+)  # fmt: skip
 
 FIG3 = Recipe(
-    name="fig3",
-    title="Affine against Mix-1, six blocks",
+    name="fig3", title="Affine against Mix-1, six blocks",
     claim="The paper: with six blocks of two layers, Mix-1 reaches a clearly better bound than affine couplings.",
-    plan=plan_fig3,
-    measure=summaries,
-    draw=plot_models(),
-)
+    plan=plan_fig3, measure=states.summaries, draw=states.plot_models(),
+)  # fmt: skip
 
 FIG4 = Recipe(
-    name="fig4",
-    title="Mixture components",
+    name="fig4", title="Mixture components",
     claim="The paper, without a head over channels: K = 1 is far worse than any K above 1, and all of those work. "
     f'("{ALONE}" is that model: the parameters of a channel depend on the positions before. With the head they also '
     "see the channels before it.)",
-    plan=plan_fig4,
-    measure=measure_fig4,
-    table=without(*RUN_DETAILS, "model", "seed", ""),
-    draw=plot_over("K", "mixture components K", series="head"),
-)
+    plan=plan_fig4, measure=measure_fig4, table=without(*RUN_DETAILS, "model", "seed", ""),
+    draw=states.plot_over("K", "mixture components K", series="head"),
+)  # fmt: skip
 
 FIG5 = Recipe(
-    name="fig5",
-    title="Two tokens at a time",
+    name="fig5", title="Two tokens at a time",
     claim="The paper: at patch size 2 the flow's generative perplexity stays good over all prefix lengths; a "
     "baseline that predicts two tokens at once breaks down. (It does not say which coupling the flow has. Its patch "
     "models have a head over all channels of a patch, as Mix-1 has here; its figure 1 has the tokens of a patch "
     "independent in the first blocks.)",
-    plan=plan_fig5,
-    measure=measure_fig5,
-    table=table_fig5,
-    draw=draw_fig5,
-)
+    plan=plan_fig5, measure=measure_fig5, table=table_fig5, draw=draw_fig5,
+)  # fmt: skip
 
 PROGRESSIVE = Recipe(
-    name="progressive",
-    title="Progressive and joint training",
+    name="progressive", title="Progressive and joint training",
     claim="The paper: the ablation is best with progressive training. (KL divergences are in nats per token, to a "
     "prior that ends after that block. A training step of the first block alone costs less than a joint step.)",
-    plan=plan_progressive,
-    measure=measure_progressive,
-    draw=draw_progressive,
-    seeds=2,
-)
+    plan=plan_progressive, measure=measure_progressive, draw=draw_progressive, seeds=2,
+)  # fmt: skip
 
 PATCH_SIZES = Recipe(
-    name="patches",
-    title="Patch size at one depth",
+    name="patches", title="Patch size at one depth",
     claim="Patches of several tokens shorten the sequence. What does each size cost? The paper does not say.",
-    plan=plan_patches,
-    measure=summaries_by("P", lambda config: config.patch),
-    draw=plot_over("P", "tokens per position P"),
-)
+    plan=plan_patches, measure=states.summaries_by("P", lambda config: config.patch),
+    draw=states.plot_over("P", "tokens per position P"),
+)  # fmt: skip
 
 ONE_BLOCK = Recipe(
-    name="one-block",
-    title="One Mix-1 block with few components",
+    name="one-block", title="One Mix-1 block with few components",
     claim="In the paper any K above 1 works in three blocks, without a head over channels. Are two to four "
     "components enough in one, with that head?",
-    plan=plan_one_block,
-    measure=summaries,
-    draw=plot_models(),
-)
+    plan=plan_one_block, measure=states.summaries, draw=states.plot_models(),
+)  # fmt: skip

@@ -98,15 +98,12 @@ def _text_row(row: Row, final: str) -> TextRow:
 
 
 FIG6 = Recipe(
-    name="fig6",
-    title="Text after each pass",
+    name="fig6", title="Text after each pass",
     claim="The paper: every intermediate state decodes to text, which each pass refines from coarse to fine. Its "
     "panels show the decoded text before and after every block, with the edits highlighted.",
-    plan=plan_fig6,
-    measure=measure_fig6,
-    page=page_fig6,
+    plan=plan_fig6, measure=measure_fig6, page=page_fig6,
     table=without("text", "block", "direction", "edits", "tokens", "edited"),
-)
+)  # fmt: skip
 
 
 def plan_frontier(settings: Settings) -> list[Training]:
@@ -121,14 +118,14 @@ def plan_frontier(settings: Settings) -> list[Training]:
         "Mix-1, start from the codebook": preset("mini-mix1"),
         f"{plain}, layers 4, 1, 1": preset("mini-mix1-plain"),
         f"{plain}, layers 1, 1, 4": preset("mini-passes"),
-        f"{plain}, K = 8, layers 1, 1, 4": _mix1(components=8),
+        f"{plain}, K = 8, layers 1, 1, 4": _mix1(K=8),
         f"{plain}, layers 1, 1, 4, separation 3": _mix1(separation=3.0),
         "Mix-1, flattened start, layers 1, 1, 4": _mix1(start="flattened"),
         "affine": preset("mini-affine"),
         "affine, then Mix-d": _affine_mixd(),
         "BPE, AR": _bpe(preset("mini-ar")),
         "BPE, Mix-d": _bpe(preset("mini-mixd")),
-        f"BPE, {plain}, K = 16, layers 1, 1, 4": _bpe(_mix1(components=16)),
+        f"BPE, {plain}, K = 16, layers 1, 1, 4": _bpe(_mix1(K=16)),
     }
     # presets stay as they are, since recipes share their runs; the others have a smaller test
     for label, run in runs.items():
@@ -137,15 +134,13 @@ def plan_frontier(settings: Settings) -> list[Training]:
     return trainings(settings, runs)
 
 
-def _mix1(
-    *, start: Literal["flattened", "plain"] = "plain", components: int = 27, separation: float = 12.0
-) -> RunConfig:
+def _mix1(*, start: Literal["flattened", "plain"] = "plain", K: int = 27, separation: float = 12.0) -> RunConfig:
     """`mini-passes` with another start of block 1, K in every block, or distance between codes."""
     run = preset("mini-passes")
-    model = as_flow_config(run.model).each_block(components=components)
+    model = as_flow_config(run.model).each_block(components=K)
     first, *upper = model.blocks
     model = replace(model, blocks=(replace(first, start=start), *upper), separation=separation)
-    return replace(run, name=f"mini-mix1-{start}-k{components}-l114-s{separation:g}", model=model)
+    return replace(run, name=f"mini-mix1-{start}-k{K}-l114-s{separation:g}", model=model)
 
 
 def _affine_mixd() -> RunConfig:
@@ -197,13 +192,9 @@ def draw_frontier(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 FRONTIER = Recipe(
-    name="frontier",
-    title="Passes and the bound",
+    name="frontier", title="Passes and the bound",
     claim="The paper shows passes that refine a text, and a good bound. Here the models with the best bound show no "
     "passes. How much of the text can be final before the last pass, and at what cost?",
-    plan=plan_frontier,
-    measure=measure_frontier,
-    table=without(*RUN_DETAILS, "after noise"),
-    draw=draw_frontier,
+    plan=plan_frontier, measure=measure_frontier, table=without(*RUN_DETAILS, "after noise"), draw=draw_frontier,
     size=(9.5, 4.5),
-)
+)  # fmt: skip

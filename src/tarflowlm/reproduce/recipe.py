@@ -99,11 +99,8 @@ class Training:
 
 def trainings(settings: Settings, runs: Mapping[str, RunConfig]) -> list[Training]:
     """One training per label and seed, in the order of the labels; directories are named after the runs."""
-    return [
-        Training(f"{run.name}-s{seed}", replace(settings.adapt(run), seed=seed), label)
-        for label, run in runs.items()
-        for seed in range(settings.seeds)
-    ]
+    adapted = [(label, settings.adapt(run), seed) for label, run in runs.items() for seed in range(settings.seeds)]
+    return [Training(f"{run.name}-s{seed}", replace(run, seed=seed), label) for label, run, seed in adapted]
 
 
 @dataclass(frozen=True)
@@ -201,13 +198,9 @@ def state_of(settings: Settings, training: Training) -> State:
     # `train` writes the vocabulary size, Muon's precision and an absolute path into the configuration
     if source not in SOURCE_NAMES:
         source = str(Path(source).expanduser().resolve())
-    run = replace(
-        run,
-        model=replace(run.model, vocab_size=found.model.vocab_size),
-        optim=replace(run.optim, muon_precision=found.optim.muon_precision),
-        data=replace(run.data, source=source),
-    )
-    if found != run:
+    model = replace(run.model, vocab_size=found.model.vocab_size)
+    optim = replace(run.optim, muon_precision=found.optim.muon_precision)
+    if found != replace(run, model=model, optim=optim, data=replace(run.data, source=source)):
         raise UserError(f"{directory} holds a run of another configuration: choose another --out, or remove it")
     return "finished" if (directory / SUMMARY).exists() else "stopped"
 

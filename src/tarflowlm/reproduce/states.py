@@ -278,12 +278,10 @@ def flops_table(settings: Settings, finished: Sequence[Finished]) -> str:
 def _flops_row(label: str, model: FlowConfig | BaselineConfig, vocab_size: int) -> Row:
     config = replace(model, vocab_size=vocab_size)
     counts = {
-        "forward, one head": forward_flops(config, "figure7"),
-        "a head per block": forward_flops(config, "paper"),
-        "full": forward_flops(config),
-        "training step": training_flops(config),
+        "forward, one head": forward_flops(config, "figure7"), "a head per block": forward_flops(config, "paper"),
+        "full": forward_flops(config), "training step": training_flops(config),
         "generation": generation_flops(config),
-    }
+    }  # fmt: skip
     return {"model": label} | {name: f"{1e-6 * count / config.context:.4g}" for name, count in counts.items()}
 
 
@@ -311,14 +309,9 @@ def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 FIG7 = Recipe(
-    name="fig7",
-    title="Latents after every block",
+    name="fig7", title="Latents after every block",
     claim="The paper: across the layers the mean norm decreases, the cosine increases, the movement of the centroid "
     "diminishes, and the participation ratio drops at the right-to-left block and then rises.",
-    plan=plan_fig7,
-    measure=measure_fig7,
-    table=lambda rows: [],
-    draw=draw_fig7,
-    size=(10.0, 5.0),
+    plan=plan_fig7, measure=measure_fig7, table=lambda rows: [], draw=draw_fig7, size=(10.0, 5.0),
     text=lambda settings, finished, rows: f"{directions_table(rows)}\n{flops_table(settings, finished)}",
-)
+)  # fmt: skip

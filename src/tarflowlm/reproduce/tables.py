@@ -127,30 +127,22 @@ def _quality_row(label: str, seed: int | None, s: TextStatistics, mauve: float |
 
 
 TABLE2 = Recipe(
-    name="table2",
-    title="Likelihood of the families",
+    name="table2", title="Likelihood of the families",
     claim="The paper: bits per character on TEXT8 (AR 1.23, Mix-d 1.30, Mix-1 1.37, affine 1.54) and perplexity "
     "on OpenWebText (17.54, 22.64, 27.11, 148.21) put the families in the order Mix-d, Mix-1, affine, all "
     "above the baseline. (All models have the same number of Transformer layers, except the one with two more.)",
-    plan=plan_table2,
-    measure=measure_table2,
-    draw=plot_models(label="bits per character (bounds, AR exact)"),
-    seeds=2,
-    clear=(PLAIN,),
-)
+    plan=plan_table2, measure=measure_table2, draw=plot_models(label="bits per character (bounds, AR exact)"),
+    seeds=2, clear=(PLAIN,),
+)  # fmt: skip
 
 TABLE6 = Recipe(
-    name="table6",
-    title="Sample quality",
+    name="table6", title="Sample quality",
     claim="The paper: on OpenWebText, judged by GPT-2 Large, Mix-d comes close to the baseline and to real text in "
     "perplexity, MAUVE and entropy; Mix-1 less so.",
-    plan=plan_table6,
-    measure=measure_table6,
-    table=without("judge", "samples"),
-    needs=(("mauve", "quality"),),
+    plan=plan_table6, measure=measure_table6, table=without("judge", "samples"), needs=(("mauve", "quality"),),
     draw=plot_models("perplexity", "generative perplexity"),
     text=lambda _settings, _finished, rows: f"Judge {rows[0]['judge']}; {rows[0]['samples']}.\n",
-)
+)  # fmt: skip
 
 
 def write_results(

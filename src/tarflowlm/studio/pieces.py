@@ -97,7 +97,6 @@ def guarded(view: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
             yield from view(*values)
         except UserError as error:
             yield page(notice(str(error)))
-
         except Exception:
             LOG.exception("a view of the studio failed")
             yield page(notice("This did not work. The terminal that started the page shows the error."))
