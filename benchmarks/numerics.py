@@ -163,7 +163,7 @@ def main() -> None:
         reference = first.setdefault((K, "loss" if args.loss else name.split(",")[0]), contender)
         row = {"": name, "ms": 1000 * contender.units / contender.rate}
         row["first one's time over it"] = contender.over(reference)
-        rows.append(row | contender.info | contender.versus)
+        rows.append(row | contender.info | {"time over the other checkout": contender.over_other_checkout})
     show(args, rows)
 
 

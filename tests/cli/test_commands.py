@@ -268,7 +268,7 @@ def test_edits_of_word_pieces(run_json, run, refused, tiny_flow, text_file, tmp_
     argv = ["edit", save_untrained(tmp_path / "bpe", model, text_file, tokenizer), "--text", text]
     for old, new, start in (("king", "queen", "The queen"), ("The king", "The Queen", "The Queen")):
         assert run_json(*argv, "--replace", old, new)["edits"][0]["text"].startswith(start)
-    refused(*argv, "--replace", "king", "zzz", names=["' king' has 1 token", "rewriting 'king'"])
+    refused(*argv, "--replace", "king", "zzz", names=["' king' has 1 token", "rewrite 'king'"])
     refused(*argv, "--replace", "dog", "queen", names=["'dog' does not occur"])
     assert "is cut from 6 to 2 tokens" in run(*argv, "--toward", "The queen").err
 

@@ -5,7 +5,7 @@ import torch
 
 from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
-from tarflowlm.generation import Generation, generate, window
+from tarflowlm.generation import Generation, generate, writing
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
@@ -47,7 +47,7 @@ def sample(model: LanguageModel, seed: int = 0, **options) -> Generation:
 def test_windows_keep_their_last_half(patch, num_tokens, num_given, expected, tiny_flow):
     config = tiny_flow(couplings=("mixd",), patch=patch).config
     assert config.context == 8
-    assert window.spans(config, num_tokens, num_given) == expected
+    assert writing.spans(config, num_tokens, num_given) == expected
 
 
 @pytest.mark.parametrize("prompt", [None, [2, 0, 1]])

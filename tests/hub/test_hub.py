@@ -164,7 +164,7 @@ def test_dry_run_uploads_nothing_and_lists_everything(hub, finished, tmp_path, m
     assert shown["files"].keys() == {path.name for path in (tmp_path / "mine").iterdir()}
     assert load_checkpoint("mine").run.name == "mini-mixd"
     assert not hub.repository("ada/mine").exists()
-    refused("push", finished, "ada/mine", "--dry-run", names=["mine", "exists already", "--out"])
+    refused("push", finished, "ada/mine", "--dry-run", names=["mine", "exists already"])
     refused("push", finished, "mine", names=["'mine'", "OWNER/NAME"])
     refused("push", finished, "ada/mine", "--dry-run", "--private", names=["--private", "--dry-run"])
     main(["push", "english-mini-ar", "ada/english", "--dry-run"])

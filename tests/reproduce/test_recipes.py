@@ -16,7 +16,7 @@ from tarflowlm.files import write_json
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig
 from tarflowlm.report.records import read_record
-from tarflowlm.reproduce import RECIPES, ablations, measures, passes, states, tables
+from tarflowlm.reproduce import RECIPES, ablations, passes, states, tables
 from tarflowlm.reproduce.recipe import Finished, Settings, Training
 from tarflowlm.reproduce.tables import write_results
 from tarflowlm.runs.checkpoint import save_weights, write_run
@@ -34,7 +34,7 @@ def settings(tmp_path_factory) -> Settings:
         for module, name, value in (
             (tables, "WINDOWS", 3), (tables, "SAMPLES", 2), (tables, "SECOND_WINDOWS", 3),
             (tables, "MINI_SAMPLES", 20), (ablations, "PROMPTS", 2), (ablations, "PREFIXES", (0, 4)),
-            (passes, "SHOWN_SAMPLES", 2), (states, "SAMPLES", 2), (measures, "LATENT_WINDOWS", 4),
+            (passes, "SHOWN_SAMPLES", 2), (states, "SAMPLES", 2), (states, "LATENT_WINDOWS", 4),
         ):  # fmt: skip
             patch.setattr(module, name, value)
         yield Settings(scale="mini", out=folder / "out", data=str(text), judge_data=str(text), second_text=str(text))

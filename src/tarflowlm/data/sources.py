@@ -296,7 +296,7 @@ def resolve_source(source: str) -> Source:
         return _REGISTRY[source]()
     path = os.path.expanduser(source)
     if os.path.isdir(path) or not os.path.exists(path):  # os.path: False, not OSError, for impossible names
-        remedy = f"give a text file or one of {', '.join(_REGISTRY)}"
+        remedy = f"give a text file or one of {', '.join(_REGISTRY)}; train and eval also take prepared corpora"
         raise UserError(f"{source!r} is no file and no corpus name: {remedy}")
     return TextFile(Path(path))
 
