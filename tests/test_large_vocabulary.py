@@ -15,6 +15,8 @@ from tarflowlm.language_model import seeded
 from tarflowlm.model import FlowConfig, TarFlowLM, stack
 from tarflowlm.objective import elbo
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, BATCH, LENGTH, DIM = 50_257, 4, 64, 4
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
 HELD = layout.HELD_ELEMENTS["cpu"]

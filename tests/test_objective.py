@@ -246,10 +246,12 @@ def enumerated(request, tiny_flow) -> Enumerated:
     return Enumerated(tiny_flow(**fields, log_std=log_std, scale=0.2), reach)
 
 
+@pytest.mark.slow
 def test_probabilities_of_all_texts_sum_to_one(enumerated):
     assert enumerated.log_prob.exp().sum().item() == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [0, 1])
 def test_the_importance_weighted_bound_falls_to_the_exact_likelihood(enumerated, given):
     """Of whole texts, and of second tokens given the first where there is one block."""
@@ -272,6 +274,7 @@ def test_the_importance_weighted_bound_falls_to_the_exact_likelihood(enumerated,
     assert means[2] - exact < 0.2 * (means[0] - exact) + 4 * errors[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [0, 1])
 def test_importance_weights_are_unbiased(enumerated, given):
     """E[exp(-bound)] = p(x), whatever the number of samples: nothing is counted twice or left out."""
@@ -361,6 +364,7 @@ FITS = {
 """Configuration, and how near the entropy the bound must come, in nats per token."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "gap"), FITS.values(), ids=FITS.keys())
 def test_no_fit_beats_the_entropy_of_the_source_and_a_short_one_comes_near(config, gap):
     source, T, steps = MarkovSource(), 16, 200

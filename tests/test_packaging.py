@@ -32,6 +32,7 @@ def wheel(tmp_path_factory) -> Path:
     return build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_models_and_nothing_of_the_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "tarflowlm/py.typed" in names
@@ -42,6 +43,7 @@ def test_the_wheel_holds_the_models_and_nothing_of_the_tests(wheel):
     assert wheel.stat().st_size < 20e6
 
 
+@pytest.mark.slow
 def test_the_source_distribution_makes_the_same_wheel(wheel, tmp_path):
     source = build("sdist", ROOT, tmp_path / "sdist")
     with tarfile.open(source) as archive:
@@ -51,6 +53,7 @@ def test_the_source_distribution_makes_the_same_wheel(wheel, tmp_path):
     assert again.read_bytes() == wheel.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_wheel_works_where_it_is_installed(wheel, tmp_path):
     place = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(place)]

@@ -44,6 +44,7 @@ def test_write_fills_blanks(loaded):
     assert (text[:4], text[7:], len(text)) == ("the ", " of", 10)
 
 
+@pytest.mark.slow
 def test_spaces_belong_to_the_token_after_them():
     """One before a blank, or at the end of a prompt, is that of the token to be drawn."""
     small = tarflowlm.load("english-small")

@@ -38,6 +38,7 @@ def test_an_export_loads_and_knows_nothing_of_the_training(tmp_path, trained, ha
     assert not any(part in name for name in halves for part in exact)
 
 
+@pytest.mark.slow
 def test_a_released_model_is_found_by_name(shelf, trained, run_json, run):
     assert released() == ["tiny"]
     model, _ = load("tiny")
@@ -60,6 +61,7 @@ def test_one_model_at_a_time(shelf, trained, refused, command):
 RELEASED = ["english-mini", "english-mini-ar", "english-passes", "english-small"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_models_generate_and_have_a_card(name):
     model, tokenizer = load(name)

@@ -37,6 +37,7 @@ def test_help_is_no_error(run, command):
 # --- train, data
 
 
+@pytest.mark.slow
 def test_train_writes_a_complete_run_directory(run_json, trained, text_file, tmp_path):
     assert {path.name for path in trained.iterdir()} >= CHECKPOINT | {
         "metrics.jsonl",
@@ -247,6 +248,7 @@ EDITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "holds"), EDITS.values(), ids=EDITS.keys())
 def test_edits(run_json, run, model, options, holds):
     argv = ["edit", model, "--text", TEXT, "--num", 2, *options]
@@ -260,6 +262,7 @@ def test_edits(run_json, run, model, options, holds):
     assert "edit 2" in run(*argv).out
 
 
+@pytest.mark.slow
 def test_edits_of_word_pieces(run_json, run, refused, tiny_flow, text_file, tmp_path):
     """Tokens begin with a space; a replacement has as many tokens; the longer of two texts is cut."""
     text = "The king saw the other King"

@@ -151,6 +151,7 @@ def complete(models, text_file, tmp_path, monkeypatch):
     return lambda argv: [places.get(word, word) for word in argv]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("argv", "names"), LINES, ids=[" ".join(argv)[-40:] for argv, _ in LINES])
 def test_wrong_requests_cost_one_line(refused, complete, tmp_path, argv, names):
     refused(*complete(argv), names=["deep" if name == "OUT" else name for name in names])
@@ -248,6 +249,7 @@ FIELDS = [
 VALUES = ["", "-", "--", "0", "-1", "nan", "inf", "1e400", "None", "[]", "mix1", "bpe", "9" * 25, "0x10", "①"]
 
 
+@pytest.mark.slow
 @settings(few, max_examples=20)
 @given(field=st.sampled_from(FIELDS), value=st.one_of(st.sampled_from(VALUES), words))
 def test_no_field_brings_a_traceback(run, monkeypatch, field, value):

@@ -63,6 +63,7 @@ def test_templates_are_filled_in_and_candidates_counted(run, run_json, model):
     assert "log p(given)" in done.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("more", [[], ["--prompt", "ab"], ["--length", "20"]], ids=["free", "prompt", "windows"])
 def test_texts_do_not_depend_on_the_batches(texts, run, models, name, more, request):
@@ -74,6 +75,7 @@ def test_texts_do_not_depend_on_the_batches(texts, run, models, name, more, requ
     assert all(text.strip() in out for text in together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("more", [[], ["--prompt", "ab"], ["--length", "24", "--stop", "e"]])
 def test_streams_show_the_text(texts, run, models, name, more):
@@ -82,6 +84,7 @@ def test_streams_show_the_text(texts, run, models, name, more):
     assert run("sample", *argv, "--stream").out == f"{text}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_sample_ends_before_a_stop_that_follows_the_prompt(texts, models, name):
     argv = [models[name], "--num", 3, "--length", 24, "--prompt", "stop here ", *STEPS]
@@ -91,6 +94,7 @@ def test_a_sample_ends_before_a_stop_that_follows_the_prompt(texts, models, name
         assert cut == text[: first_stop(text, stops, 10)]
 
 
+@pytest.mark.slow
 def test_prompts_come_from_a_file_or_standard_input(run_json, texts, models, tmp_path, monkeypatch, small_batches):
     lines = "abc\r\n\nThe\n  \nzz top\n"
     (tmp_path / "prompts.txt").write_text(lines, encoding="utf-8", newline="")
@@ -105,6 +109,7 @@ def test_prompts_come_from_a_file_or_standard_input(run_json, texts, models, tmp
         assert run_json(*argv, "-")["samples"] == found
 
 
+@pytest.mark.slow
 def test_samples_go_to_a_new_file(run, run_json, refused, texts, model, tmp_path, small_batches):
     out, other = tmp_path / "samples.jsonl", tmp_path / "other.jsonl"
     argv = ["sample", model, "--num", 5, "--prompt", "ab ", "--seed", 4, "--length", 8, *STEPS]
@@ -120,6 +125,7 @@ def test_samples_go_to_a_new_file(run, run_json, refused, texts, model, tmp_path
     assert other.read_bytes() == out.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interruptible", "small_batches")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_keeps_the_finished_samples(run, model, tmp_path, monkeypatch, number):
@@ -162,6 +168,7 @@ def talk(run, models, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_prompts_are_continued(talk):
     lines = talk("ab c", "zz").out.splitlines()
     assert [len(line) for line in lines] == [24, 22]

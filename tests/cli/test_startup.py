@@ -22,6 +22,7 @@ for argv in {argvs}:
 """
 
 
+@pytest.mark.slow
 def test_help_and_wrong_arguments_need_no_torch():
     argvs = [[], ["--version"], ["trian"], ["train", "mini-mixd", "--help"], ["train", "--help"]]
     argvs += [[name, "--help"] for name in COMMANDS]

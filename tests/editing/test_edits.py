@@ -44,6 +44,7 @@ def edited(source: Source, kind) -> list[str]:
     return [source.tokenizer.decode(row) for row in edit.tokens.tolist()]
 
 
+@pytest.mark.slow
 def test_redraw_changes_as_many_words_as_asked(source):
     for options, most in (({"words": 1}, 1), ({"strength": 0.3}, 2), ({"words": 2, "pick": "unlikely"}, 2)):
         for text in edited(source, Redraw(candidates=4, **options)):
@@ -85,6 +86,7 @@ def test_a_replacement_has_as_many_tokens(source):
         Replace(old="dog", new="cat").apply(source)
 
 
+@pytest.mark.slow
 def test_toward_begins_and_ends_at_its_texts(source):
     generator = torch.Generator().manual_seed(2)
     tokens = source.text.tokens[:1, : source.text.length].flip(1).cpu()
@@ -97,6 +99,7 @@ def test_toward_begins_and_ends_at_its_texts(source):
         Toward(other=other, weight=1.5).apply(source)
 
 
+@pytest.mark.slow
 def test_renoise_changes_a_state_everywhere_or_at_some_words(source):
     assert edited(source, Renoise(level=1, strength=0.0)) == [TEXT] * 2
     everywhere = edited(source, Renoise(level=0, strength=1.0))

@@ -29,6 +29,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("span", [(0, 2), (3, 5), (4, 7), (0, 7)])
 def test_the_rest_keeps_tokens_and_latents(model, span):
     text = encode(model, TEXT, generator())
@@ -54,6 +55,7 @@ def test_weights_are_the_density_over_that_of_the_proposal(model, span):
     torch.testing.assert_close(difference, difference[:1].expand(5), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("couplings", "level"), [(("mix1", "mix1"), 1), (("mixd", "mix1", "mix1"), 1), (("mix1",) * 3, 2)]
 )
@@ -76,6 +78,7 @@ def test_weights_of_a_state_are_the_density_over_that_of_the_proposal(couplings,
     assert (h[:, ~outside] - before[:, ~outside]).abs().amax((1, 2)).min() > 1e-3
 
 
+@pytest.mark.slow
 def test_parts_of_positions_are_redrawn_with_their_position(tiny_flow):
     """Seven tokens in four positions of two: the padding behind the text does not count."""
     model = tiny_flow(log_std=-3.0, couplings=("mix1", "mix1"), patch=2)
@@ -87,6 +90,7 @@ def test_parts_of_positions_are_redrawn_with_their_position(tiny_flow):
     assert torch.isfinite(edit.bound).all()
 
 
+@pytest.mark.slow
 def test_words_are_redrawn_in_the_state_that_tells_most():
     """Two of three blocks of english-passes know little; with its third one a new word is spelled, not drawn."""
     model, tokenizer = tarflowlm.load("english-passes")
@@ -138,6 +142,7 @@ def test_weighted_candidates_have_the_conditional_of_the_model(couplings, tiny_f
     assert (found - expected).abs().sum() / 2 < 0.05, (found, expected)
 
 
+@pytest.mark.slow
 def test_candidates_that_repeat_the_text_come_last(tiny_flow):
     model = tiny_flow(log_std=-6.0, couplings=("mixd",))
     text = encode(model, TEXT[:1], generator())
@@ -169,6 +174,7 @@ def test_another_span_is_tried_where_all_candidates_repeat_one(tiny_flow, monkey
     assert asked == [(1, 2)]
 
 
+@pytest.mark.slow
 def test_blends_take_and_keep_the_requested_spans(model):
     first, second = (encode(model, x[None], generator()) for x in TEXT)
     spans = [([(0, 2)], [(4, 7)])]

@@ -40,6 +40,7 @@ def test_encoding_gives_the_states_and_fills_the_last_patch(model):
     assert torch.equal(u, text.states[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["steps", "sweeps", "auto"])
 def test_strength_zero_returns_the_text_to_the_bit(model, decoder):
     text = encode(model, TEXT, generator())
@@ -50,6 +51,7 @@ def test_strength_zero_returns_the_text_to_the_bit(model, decoder):
         assert torch.equal(edit.states[-1], text.states[0][:, :7])
 
 
+@pytest.mark.slow
 def test_strength_one_forgets_the_state_and_less_keeps_more(model):
     text = encode(model, TEXT, generator())
     counts = []
@@ -93,6 +95,7 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     return (math.sin((1 - weight) * angle) * a + math.sin(weight * angle) * b) / math.sin(angle)
 
 
+@pytest.mark.slow
 def test_interpolation_has_its_ends_and_its_arc(model):
     first, second = (encode(model, x[None], generator()) for x in TEXT)
     for level in range(model.num_blocks + 1):

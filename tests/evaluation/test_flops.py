@@ -55,6 +55,7 @@ def test_training_count_equals_a_real_step(name):
         assert trained == pytest.approx(both, rel=0.12 if name == "owt-mixd" else 0.02), (stage, trained / both)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mini-ar", "mini-affine", "mini-mix1", "mini-mixd", "mini-mixd-p2"])
 def test_count_equals_a_real_step_on_a_cpu(name):
     """With real tensors the numerics take another path with the same products."""
@@ -64,6 +65,7 @@ def test_count_equals_a_real_step_on_a_cpu(name):
     assert 2 * training_flops(config) == pytest.approx(both, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"patch": 2}, {"patch": 2, "in_patch": "independent"}])
 @pytest.mark.parametrize("couplings", [("mixd", "mix1", "affine"), ("token-affine",), None])
 def test_generation_count_equals_real_sampling(couplings, changes, tiny_flow, tiny_ar):

@@ -87,6 +87,7 @@ def test_sliding_windows_score_every_token_once(tiny_ar, stride, batch):
     assert result.nats_per_token == pytest.approx(nats / scored)
 
 
+@pytest.mark.slow
 def test_stderr_of_unequal_windows_equals_the_jackknife(tiny_ar):
     model = tiny_ar().eval()
     windows, given = sliding_windows(text(330).numpy(), 8, 3)

@@ -98,6 +98,7 @@ def test_quality_of_a_tiny_model(model, windows):
     assert result.decoder == ("auto" if hasattr(model, "codebook") else "steps")
 
 
+@pytest.mark.slow
 def test_samples_depend_on_the_seed_alone(model, monkeypatch):
     first = draw_samples(model, CONFIG)
     assert first.shape == (20, 8)

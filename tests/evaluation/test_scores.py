@@ -21,6 +21,7 @@ def text(num_tokens: int, seed: int = 0) -> torch.Tensor:
 STACKS = [("mixd",), ("mixd", "mix1"), ("mix1", "affine", "token-affine")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("couplings", STACKS)
 @pytest.mark.parametrize("num_tokens", [1, 3, 8])
 def test_the_bits_of_a_flow_sum_to_its_bound_and_the_blocks_to_its_log_determinants(tiny_flow, couplings, num_tokens):
@@ -75,6 +76,7 @@ def test_the_probabilities_of_all_texts_sum_to_one(tiny_ar, fields):
     assert total == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_filler_of_an_incomplete_patch_counts_with_the_last_token(tiny_flow):
     """So that the sum is a bound on the text: no text becomes more probable by a token more."""
     model, tokens = tiny_flow(patch=4, log_std=-6.0).eval(), text(5)

@@ -120,6 +120,7 @@ def test_rosenblatt(dtype, shape):
     assert largest(log_det, exact_log_det, 1 + exact_log_det.abs() + exact_u.square().sum(-1) / 2) <= 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharper", [0.0, 4.0], ids=["overlapping", "certain components"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,6 +132,7 @@ def test_rosenblatt_inverse(dtype, shape, sharper):
     assert (inverse.rosenblatt_inverse(noise, *book) - exact).abs().max() <= BOUND[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_rosenblatt(dtype, shape, monkeypatch):

@@ -39,6 +39,7 @@ def case(components, d, seed, dtype):
     return [t.to(dtype) for t in (u, log_w, mean, log_std)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("shape", [(1, 3), (2, 4), (27, 1), (27, 8), (90, 16)])
 @pytest.mark.parametrize("dtype", DTYPES)

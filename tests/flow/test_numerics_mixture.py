@@ -239,6 +239,7 @@ def test_second_derivatives_are_refused_and_errors_name_the_value():
         mixture_cdf(z, params[0], params[1], torch.zeros(2, 4))
 
 
+@pytest.mark.slow
 def test_one_graph_under_torch_compile():
     """The compiled path is the log-space one, with the same numbers and without a break in the graph."""
     params = nasty_mixtures(16, 3, 12, torch.float64)

@@ -48,6 +48,7 @@ def plain(z, log_w, mean, log_std):
     return u, log_p - standard_normal(u)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
 @pytest.mark.parametrize("elements", [2**26, 700], ids=["one chunk", "many chunks"])
 @pytest.mark.parametrize("path", ["cpu", "reference"])
@@ -94,6 +95,7 @@ def test_log_det_and_triangle_of_the_autograd_jacobian():
         torch.testing.assert_close(log_det, jacobian.diagonal().log().sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("components", [3, 21])
 @pytest.mark.parametrize("path", ["cpu", "reference"])
 def test_gradients(path, components, monkeypatch):

@@ -43,6 +43,7 @@ def chunks(request, monkeypatch):
         monkeypatch.setattr(vocabulary, "KEPT", 0)
 
 
+@pytest.mark.slow
 def test_values_and_gradients(chunks):
     z, log_w, mean, log_std = (t.requires_grad_() for t in codebook_case(6, 7, 3, 0))
     torch.testing.assert_close(mixture_log_prob(z, log_w, mean, log_std), plain(z, log_w, mean, log_std))
@@ -55,6 +56,7 @@ def test_values_and_gradients(chunks):
     assert torch.autograd.gradcheck(mixture_log_prob_from_features, inputs)
 
 
+@pytest.mark.slow
 def test_relative_to_the_normaliser_in_one_sweep(chunks):
     """Eq. 12 of docs/math.md: log sum_k pi_k p(k | z)."""
     inputs = [t.requires_grad_() for t in head_case(6, 7, 3, 4)]

@@ -48,6 +48,7 @@ def latents(model, normal):
         return model.prior.inverse(normal(3, T, d))
 
 
+@pytest.mark.slow
 def test_log_det_is_the_autograd_one(model, latents):
     z = latents[:1]
     by_z = jacobian(lambda v: model.prior(v.view(1, T, d))[0].flatten(), z.flatten())
@@ -55,6 +56,7 @@ def test_log_det_is_the_autograd_one(model, latents):
     torch.testing.assert_close(log_det[0], torch.linalg.slogdet(by_z).logabsdet, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_round_trips(model, latents, normal):
     u = normal(8, T, d, seed=5)
     with torch.no_grad():
@@ -99,6 +101,7 @@ def earlier_channels(model, index: int, num_channels: int) -> Tensor:
     return lower
 
 
+@pytest.mark.slow
 def test_the_jacobian_of_every_block_shows_its_direction_and_its_order(model, latents):
     """Position t sees t' < t in the block's own direction, and in its own position earlier channels alone."""
     z = model.prior.patch(latents[:1])[0]
@@ -114,6 +117,7 @@ def test_the_jacobian_of_every_block_shows_its_direction_and_its_order(model, la
         z = block(z)[0].detach()
 
 
+@pytest.mark.slow
 def test_the_cached_inverse_equals_a_plain_loop(model, normal):
     """Without a cache: parameters of position t from a full pass over the latents found so far."""
     with torch.no_grad():
@@ -136,6 +140,7 @@ def integral(log_density, low: float, high: float, points: int) -> float:
         return sum(log_density(part).exp().sum().item() for part in z.split(40_000)) * step**2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

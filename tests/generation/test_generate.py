@@ -32,6 +32,7 @@ def sample(model: nn.Module, seed: int = 0, **options) -> Generation:
     return generate(model, **({"generator": torch.Generator().manual_seed(seed)} | options))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_text_and_another_seed_another(model):
     tokens = sample(model).tokens
     assert tokens.shape == (3, 8)
@@ -42,6 +43,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(model):
     assert len(tokens.unique(dim=0)) == 3
 
 
+@pytest.mark.slow
 def test_the_global_generator_plays_no_part(model):
     torch.manual_seed(0)
     tokens, expected = sample(model).tokens, torch.rand(1)
@@ -50,6 +52,7 @@ def test_the_global_generator_plays_no_part(model):
     assert torch.equal(sample(model).tokens, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [None, [3, 1, 4]])
 def test_rows_do_not_depend_on_how_many_there_are(model, prompt):
     """A batch that shares one stream of noise gives a row another text when a row is added."""
@@ -57,6 +60,7 @@ def test_rows_do_not_depend_on_how_many_there_are(model, prompt):
     assert torch.equal(sample(model, num=1, **options).tokens[0], sample(model, num=3, **options).tokens[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 7, 8])
 def test_any_length_will_do(model, length):
     """Patches need not divide it."""
@@ -66,6 +70,7 @@ def test_any_length_will_do(model, length):
     assert all(state.shape == (3, length, 2) for state in result.states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [[], [2], [2, 0], [4, 4, 4, 1, 2, 3, 0]], ids=len)
 def test_the_prompt_is_kept(model, prompt):
     result = sample(model, prompt=torch.tensor(prompt, dtype=torch.long))
@@ -73,6 +78,7 @@ def test_the_prompt_is_kept(model, prompt):
     assert result.tokens.shape == (3, 8)
 
 
+@pytest.mark.slow
 def test_passes_lead_from_noise_to_the_text(model):
     result = sample(model)
     if isinstance(model, TokenLM):
@@ -97,6 +103,7 @@ class Count(Silent):
         self.count += count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "num_given"), [(1, 0), (5, 0), (8, 0), (8, 3), (9, 0), (20, 0), (20, 3), (20, 11)]
 )

@@ -11,6 +11,8 @@ from tarflowlm.language_model import seeded
 from tarflowlm.model import FlowConfig, TarFlowLM, stack
 from tarflowlm.pretrained import load
 
+pytestmark = pytest.mark.slow
+
 STACKS = [("mix1",), ("affine",), ("token-affine",), ("mixd",), ("affine", "mix1"), ("mixd", "mix1", "affine")]
 
 

@@ -46,6 +46,7 @@ def test_there_is_no_index_for_few_or_equal_or_impossible_weights(log_w):
     assert math.isnan(pareto_k(log_w))
 
 
+@pytest.mark.slow
 def test_particles_report_the_index_when_there_are_enough(tiny_flow):
     model, template = tiny_flow(couplings=("mixd", "mix1"), scale=0.6), torch.tensor([-1, 1, -1, 3])
     for particles in (1, 24, 32):

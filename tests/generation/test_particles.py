@@ -64,6 +64,7 @@ def model(request, tiny_flow, tiny_ar) -> TarFlowLM | TokenLM:
 TEMPLATES = {2: [[BLANK, 2], [1, BLANK]], 3: [[BLANK, BLANK, 2], [BLANK, 1, BLANK], [0, BLANK, 1]]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("always", [False, True], ids=["when-uneven", "always"])
 def test_the_conditional_and_its_evidence_are_the_enumerated_ones(model, always, monkeypatch):
     """With few particles the evidence is still unbiased; with many the texts follow the conditional."""
@@ -90,6 +91,7 @@ def test_the_conditional_and_its_evidence_are_the_enumerated_ones(model, always,
         assert (many.ess <= 24 * (1 + 1e-9)).all()
 
 
+@pytest.mark.slow
 def test_one_particle_ignores_what_comes_later_and_many_do_not(tiny_flow):
     """The last token is given; the first is drawn by its own probability, or by its probability given the last."""
     model = tiny_flow(couplings=("mixd",), vocab_size=V, context=2, latent_dim=1, log_std=-2.0, seed=3)
@@ -110,6 +112,7 @@ def test_one_particle_ignores_what_comes_later_and_many_do_not(tiny_flow):
         assert (observed - expected).abs().max() < 0.1
 
 
+@pytest.mark.slow
 def test_particles_are_drawn_anew_when_their_weights_are_uneven(tiny_flow, tiny_ar):
     for model in (tiny_flow(couplings=("mixd", "mix1"), log_std=-2.0), tiny_ar()):
         template = torch.tensor([BLANK, 1, BLANK, 3, BLANK, 0, BLANK, 2])
@@ -131,6 +134,7 @@ def test_templates_of_their_own_and_rows_that_do_not_depend_on_each_other(model)
     assert ((together.tokens == templates) | (templates == BLANK)).all()
 
 
+@pytest.mark.slow
 def test_a_text_given_whole_is_returned_with_its_likelihood(tiny_flow):
     model = tiny_flow(couplings=("mixd", "mix1"), vocab_size=V, context=2, latent_dim=1, log_std=-2.0, seed=3)
     generator = torch.Generator().manual_seed(0)

@@ -105,6 +105,7 @@ def test_frequencies_of_a_mixd_block_are_its_weights(length, fields, tiny_flow):
     assert_frequencies(tokens, discrete_probabilities(model, length, 4), 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_temperature_is_a_power_of_the_weights(temperature, tiny_flow, tiny_ar, normal):
     model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
@@ -120,6 +121,7 @@ def test_temperature_is_a_power_of_the_weights(temperature, tiny_flow, tiny_ar, 
     assert_frequencies(tokens, power / power.sum(), 3)
 
 
+@pytest.mark.slow
 def test_a_prompt_conditions_a_single_block(tiny_flow):
     """p(x_2 | x_1): for one block from left to right a prompt is exact."""
     model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
@@ -148,6 +150,7 @@ def test_drawn_decoding_is_exact_where_codes_are_soft(tiny_flow):
     assert distance["drawn"] < 0.025 < 0.05 < distance["mode"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [None, [2]])
 def test_drawn_tokens_of_a_row_are_its_own_and_those_of_sharp_codes_are_the_modes(prompt, tiny_flow):
     options = {"num_tokens": 7, "prompt": None if prompt is None else torch.tensor(prompt)}

@@ -8,6 +8,8 @@ from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.language_model import LanguageModel
 
+pytestmark = pytest.mark.slow
+
 MODELS = {
     "ar": ("ar", {}),
     "ar-P2": ("ar", {"patch": 2, "in_patch": "autoregressive"}),

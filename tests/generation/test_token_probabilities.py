@@ -99,6 +99,7 @@ def test_top_p_keeps_the_smallest_set_of_tokens_that_reaches_it(model):
     assert 1 < len(first) < V
 
 
+@pytest.mark.slow
 def test_tokens_of_soft_codes_are_the_chosen_ones_and_estimated_well(tiny_flow):
     """p(x) = sum_j w_j E_{z ~ N_j} p(x | z), where the mixture of the model is that of the codebook."""
     model = as_mixd(tiny_flow(couplings=("mix1",), components=(V,), vocab_size=V, log_std=-0.7))
@@ -124,6 +125,7 @@ FREE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", FREE.values(), ids=FREE.keys())
 def test_rows_do_not_depend_on_each_other_and_given_tokens_are_kept(fields, tiny_flow, any_stack):
     model = tiny_flow(**fields)

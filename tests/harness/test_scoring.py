@@ -120,6 +120,7 @@ def test_context_and_continuation_are_normalised_together(scorer, context, conti
     assert (TOKENIZER.decode(pair.tokens), pair.given) == (text, given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ar", "two"])
 def test_continuations_equal_generate(scorer, kind):
     s = scorer(kind)

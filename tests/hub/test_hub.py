@@ -34,6 +34,7 @@ def sample(model):
     return generate(model, num_tokens=16, num=2, generator=torch.Generator().manual_seed(0)).tokens
 
 
+@pytest.mark.slow
 def test_pushed_model_comes_back_bit_for_bit(hub, finished):
     url = tarflowlm.load(finished).push_to_hub("ada/mine", licence="cc0-1.0")
     assert url.endswith("/ada/mine")
@@ -148,6 +149,7 @@ def test_command_of_a_card_names_the_blocks(options):
     assert configured(shlex.split(training_command(run))[2:]) == run
 
 
+@pytest.mark.slow
 def test_private_repositories(hub, finished, run_json):
     assert run_json("push", finished, "ada/mine", "--private")["url"].endswith("/ada/mine")
     assert "ada/mine" in hub.private

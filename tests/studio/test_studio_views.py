@@ -50,6 +50,7 @@ def texts(html: str, kind: str = "st-stage") -> list[str]:
     return [words(found) for found in re.findall(rf'class="{kind}">(.*?)</div>', html, re.DOTALL)]
 
 
+@pytest.mark.slow
 @EVERY_VIEW
 def test_view_answers(catalogue, view):
     html = shown(view, catalogue, VALID[view])
@@ -57,6 +58,7 @@ def test_view_answers(catalogue, view):
     assert "st-notice" not in html
 
 
+@pytest.mark.slow
 @EVERY_VIEW
 @pytest.mark.parametrize("value", [None, "x" * 5000, float("nan"), 10**400, ["flow"], HOSTILE])
 def test_any_value_is_answered_in_words(catalogue, caplog, view, value):
@@ -118,6 +120,7 @@ def test_edit_of_strength_zero_changes_nothing(catalogue, target):
     assert "0 of 11 tokens changed" in html
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_blend_begins_and_ends_at_its_texts(catalogue, target):
     found = texts(shown(blend, catalogue, ["flow", "the cat saw", "nine old men saw", target, 0]), "tl-text")
@@ -130,6 +133,7 @@ def test_bound_of_a_flow_is_marked(catalogue):
     assert [texts(html, "st-heat")[n] for n in range(3)] == ["the cat saw"] * 3
 
 
+@pytest.mark.slow
 def test_curves_follow_the_chosen_runs(catalogue):
     both, one = (shown(runs, catalogue, [names, "seconds"]) for names in (["flow", "baseline"], ["flow"]))
     assert both.count("<svg") == one.count("<svg") == 1

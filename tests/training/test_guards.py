@@ -97,6 +97,7 @@ def lines(out, split):
     return [record for record in records if record["split"] == split]
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_recorded_with_their_cause(tmp_path, tiny_run, go, poison, caplog):
     poison({2, 4, 5})
     run = tiny_run(**JOINT, stage_steps=(8,), max_skipped=2, log_every=2)
@@ -116,6 +117,7 @@ def test_skipped_steps_are_recorded_with_their_cause(tmp_path, tiny_run, go, poi
     assert all(math.isfinite(record["grad_norm_max"]) for record in lines(tmp_path / "run", "train"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seldom", [False, True])
 def test_too_many_skipped_steps_stop_the_run_and_keep_the_last_checkpoint(
     tmp_path, tiny_run, go, poison, request, seldom
@@ -208,6 +210,7 @@ def test_running_loss_is_a_mean_and_variance_and_detects_jumps():
     assert max([running.update(4.0) for _ in range(300)][100:]) < 6
 
 
+@pytest.mark.slow
 def test_spike_is_recorded_with_its_step(tmp_path, tiny_baseline, go, monkeypatch):
     real, calls = loop.optimizer_step, []
 

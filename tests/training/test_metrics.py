@@ -140,6 +140,7 @@ def test_tensorboard_shows_the_lines_of_metrics_once_over_a_resume(tmp_path, int
         assert shown == [(r["step"], pytest.approx(r["bpc"])) for r in lines(out) if r["split"] == split]
 
 
+@pytest.mark.slow
 def test_tracker_that_fails_is_dropped_with_one_notice(tmp_path, tiny_run, go, fake, same_weights, caplog):
     starts, logs = fake("wandb"), fake("trackio")
     starts.init = lambda **_: 1 / 0

@@ -221,6 +221,7 @@ def test_damaged_weights_are_restored_from_the_state(finished, whole, same_run):
         resume(finished, device=CPU)
 
 
+@pytest.mark.slow
 def test_state_of_another_run_is_refused(tmp_path, stopped, tiny_run, cut):
     cut(tiny_run(stage_steps=(3, 2, 3), model={"latent_dim": 4}), tmp_path / "other", 19)
     shutil.rmtree(stopped / "state")
