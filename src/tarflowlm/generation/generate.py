@@ -88,7 +88,8 @@ def _adjust(model: LanguageModel, temperature: float, top_k: int | None, top_p: 
 
 def _row_streams(generator: torch.Generator | Sequence[torch.Generator] | None, num: int) -> list[torch.Generator]:
     if isinstance(generator, Sequence):
-        assert len(generator) == num, f"{len(generator)} generators for {num} samples"
+        if len(generator) != num:
+            raise UserError(f"{len(generator)} generators for {num} samples: give one per sample")
         return list(generator)
     check_generator(generator)
     if generator is None:
