@@ -45,7 +45,7 @@ WAYS = {
     "AdamW": ADAMW,
     "AdamW, bfloat16": f"{ADAMW} --train.precision bfloat16 --train.accumulate 2 --train.checkpoint-activations",
 }
-# _ stands for a space; the decoder `auto` is left out, because its choice depends on the clock
+# _ stands for a space; the decoder `auto` is left out, because that of commit 615369d reads the clock
 SAMPLES = (
     "--passes --states --length 32 --decoder sequential",
     "--passes --states --length 32 --decoder parallel",
