@@ -59,7 +59,10 @@ def read_run(directory: Path) -> RunConfig:
 
 def read_summary(directory: Path) -> dict[str, Any] | None:
     """The results of a finished run, or None where there are none."""
-    return read_json(directory / SUMMARY) if (directory / SUMMARY).exists() else None
+    found = read_json(directory / SUMMARY) if (directory / SUMMARY).exists() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{directory / SUMMARY} is not an object: train again")
+    return found or None
 
 
 def load_checkpoint(
