@@ -1,4 +1,4 @@
-"""What a pass over many positions costs in steps: the constants by which `--decoder auto` decides.
+"""The cost of a pass over many positions in steps: the constants by which `--decoder auto` decides.
 
     python benchmarks/decoders.py [MODEL ...] [--device cpu] [--threads 1]
 

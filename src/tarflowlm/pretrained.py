@@ -129,7 +129,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> Pretraine
 def from_pretrained(
     name: str | Path, *, revision: str | None = None, device: str | torch.device = "cpu"
 ) -> Pretrained:
-    """As `load`, and OWNER/NAME alone names a model of the hub where there is no such folder.
+    """Load as `load` does; OWNER/NAME alone names a model of the hub where there is no such folder.
 
     `revision` is a branch, tag or commit of a model on the hub. UserError for a revision of anything else.
     """

@@ -201,7 +201,7 @@ class _Inversion:
             length = min(LONGEST_SEGMENT, 2 * length)
 
     def cost(self, num: int) -> float:
-        """What a sweep over `num` positions costs, in steps."""
+        """The cost of a sweep over `num` positions, in steps."""
         B, rows = len(self.h), ROWS_CHANNELS if isinstance(self.block.coupling, ChannelCoupling) else ROWS_VECTORS
         rows = rows if self.h.device.type == "cpu" else ROWS_GPU
         return SWEEP * (rows + num * B) / (rows + B)

@@ -52,7 +52,7 @@ def run_lm_eval(words: Sequence[str]) -> None:
 
 
 def meaning(model: LanguageModel, samples: int) -> dict[str, str]:
-    """What the two kinds of log-likelihood of a model are, for that many posterior samples."""
+    """The two kinds of log-likelihood of a model in words, for that many posterior samples."""
     if model.is_exact:
         return {"rolling": "exact", "conditional": "exact"}
     bound = "lower bound: " + (f"importance-weighted, {samples} samples" if samples > 1 else "ELBO")

@@ -239,7 +239,7 @@ class Codes:
 
     @property
     def unit(self) -> str:
-        """Of the distances."""
+        """The unit of the distances."""
         return "σ" if self.std is not None else "r.m.s. norms"
 
     @property

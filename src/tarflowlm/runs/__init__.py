@@ -1,1 +1,1 @@
-"""What stays of a training: its configuration, its directory of files, presets, and the shipped models."""
+"""Run directories: configuration, weights and their checksums; and models by name, shipped or on the hub."""

@@ -113,7 +113,7 @@ def undamaged_state(directory: Path) -> Path | None:
 
 
 def weights_problem(directory: Path) -> str | None:
-    """What is wrong with the weights of a run directory, in words; None if they are undamaged or not written yet."""
+    """The damage of the weights of a run directory, in words; None if they are undamaged or not written yet."""
     try:
         if (directory / WEIGHTS).exists():
             read_weights(directory / WEIGHTS)

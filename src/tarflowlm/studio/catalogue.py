@@ -47,7 +47,7 @@ class Catalogue:
 
     @property
     def runs(self) -> list[str]:
-        """Those that have learning curves now."""
+        """The runs that have learning curves now."""
         return [name for name, place in self.places.items() if (place / METRICS).is_file()]
 
     def place(self, name: object) -> Path:

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, one JSON object per line, the trackers, and the reporter of a front end."""
+"""The records of a run: metrics.jsonl, one JSON object per line, the trackers, and the reporter of a front end."""
 
 import importlib.util
 import io
