@@ -3,13 +3,23 @@ r"""Mixtures over a whole vocabulary of isotropic Gaussians (docs/math.md, eqs. 
     log p_mix(z) = log sum_k w_k N_k(z),   N_k(z) = N(z; mu_k, s_k^2 I),   w = softmax(x)
                  = logsumexp_k (x_k + log N_k(z)) - logsumexp_k x_k
 
+The second sum is that of a cross-entropy. To the first one only components near z contribute, usually a single one.
+With b the nearest component, leave out every k with log N_k(z) < log N_b(z) - R. The parts left out are
+
+    of sum_k w_k N_k(z)    at most  N_b(z) exp(-R)          of sum_k N_k(z)    at most  K N_b(z) exp(-R)
+
+With R = `reach` the second one vanishes in rounding, and so does the first one, unless all tokens near z are very
+improbable. That is seen from the sum itself, and such rows take the general path, over all components. A product in
+float32 with a bound on its rounding finds the near components (`near_components`).
+
 N rows (tokens), K components, d channels, E features. Rows are worked on in chunks, so that no operation makes an
 [N, K] tensor however large K is.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +27,23 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.flow.numerics import layout
-from tarflowlm.flow.numerics.normal import check_codebook, log_component_densities
+from tarflowlm.flow.numerics.mixture import first_derivatives
+from tarflowlm.flow.numerics.normal import (
+    check_codebook,
+    component_factors,
+    log_component_densities,
+    log_own_density,
+    point_factors,
+)
 
 KEPT = 2**24
-"""Elements N K up to which every chunk keeps its softmaxes for the backward: at most three of 64 MiB in float32. With
-more, the backward computes the chunks again, which costs one product with the head's weight."""
+"""Elements N K up to which softmaxes are kept for the backward: 64 MiB each in float32, of which the general path has
+three. With more, the backward computes them again, which costs one product with the head's weight."""
+FEWEST, LARGEST_SHARE = 64, 1 / 32
+"""All components are taken where they are fewer than the first, or more than this share of them is near: a pair of a
+row and a component costs as much as some thirty elements of the general path."""
+ROOM = 27.0
+"""-log of the probability that the tokens near z must have, in nats, for a row to need no other components."""
 
 
 def mixture_log_prob(z: Tensor, log_w: Tensor | None, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -36,7 +58,10 @@ def mixture_log_prob(z: Tensor, log_w: Tensor | None, mean: Tensor, log_std: Ten
     if log_w is None:
         check_codebook(z, mean, log_std)
         flat = z.reshape(-1, z.shape[-1])
-        log_p = _by_chunks(lambda z: log_sum(log_component_densities(z, mean, log_std)), len(mean), flat)
+        if (near := near_components(flat, mean, log_std)) is None:
+            log_p = _by_chunks(lambda z: log_sum(log_component_densities(z, mean, log_std)), len(mean), flat)
+        else:
+            log_p = near.log_sum(near.log_densities(flat, mean, log_std))[0].to(z.dtype)
         return log_p.view(z.shape[:-1])
 
     def weighted(z: Tensor, log_w: Tensor) -> Tensor:
@@ -59,14 +84,25 @@ def mixture_log_prob_from_features(
     """
     check_codebook(z, mean, log_std)
 
-    def log_prob(z: Tensor, features: Tensor) -> Tensor:
+    def general(z: Tensor, features: Tensor) -> Tensor:
         log_w = (features @ weight.T).to(z.dtype) + bias
         log_density = log_component_densities(z, mean, log_std)
         log_p = log_sum(log_w + log_density) - log_sum(log_w)
         return log_p - log_sum(log_density) if relative else log_p
 
-    rows = z.reshape(-1, z.shape[-1]), features.reshape(-1, features.shape[-1])
-    return _by_chunks(log_prob, len(mean), *rows).view(z.shape[:-1])
+    flat = z.reshape(-1, z.shape[-1]), features.reshape(-1, features.shape[-1])
+    if (near := near_components(flat[0], mean, log_std)) is None:
+        return _by_chunks(general, len(mean), *flat).view(z.shape[:-1])
+    total, log_w = _HeadSums.apply(flat[1], weight, bias, near.rows, near.components)
+    log_density = near.log_densities(flat[0], mean, log_std)
+    joint, _ = near.log_sum(log_density + log_w)
+    normaliser, largest = near.log_sum(log_density)
+    log_p = (joint - total - normaliser if relative else joint - total).to(z.dtype)
+    # negated, so that NaN is left to the general path
+    rest = (~(largest - reach(z.dtype, len(mean)) + total - joint <= _log_rounding(z.dtype))).nonzero().squeeze(-1)
+    if len(rest):
+        log_p = log_p.index_put((rest,), _by_chunks(general, len(mean), *(t.index_select(0, rest) for t in flat)))
+    return log_p.view(z.shape[:-1])
 
 
 @torch.no_grad()
@@ -82,17 +118,155 @@ def most_probable_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     return best.view(z.shape[:-1])
 
 
+def _log_rounding(dtype: torch.dtype) -> float:
+    """The log of a relative error that rounding hides: half an ulp of 1, -16.6 in float32."""
+    return math.log(0.5 * torch.finfo(dtype).eps)
+
+
+def reach(dtype: torch.dtype, num_components: int) -> float:
+    """R in nats: the sum over the components that are left out is below K exp(-R) = exp(-ROOM) half an ulp."""
+    return ROOM + math.log(num_components) - _log_rounding(dtype)
+
+
+class Near(NamedTuple):
+    """The components near z, as pairs of a row and a component, in the order of the rows; each row has one."""
+
+    rows: Tensor
+    components: Tensor
+    num_rows: int
+
+    def log_densities(self, z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+        """log N_k(z_n) of every pair, in the wide format."""
+        own = mean.index_select(0, self.components), log_std.index_select(0, self.components)
+        return log_own_density(z.index_select(0, self.rows), *own)
+
+    def log_sum(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """logsumexp and maximum over the pairs of every row, [N]; no gradients of the latter."""
+        largest = x.new_full((self.num_rows,), -math.inf).scatter_reduce(0, self.rows, x.detach(), "amax")
+        share = torch.exp(x - largest.index_select(0, self.rows))
+        return largest + x.new_zeros(self.num_rows).index_add(0, self.rows, share).log(), largest
+
+
+@torch.no_grad()
+def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Near | None:
+    """All pairs with log N_k(z_n) >= max_j log N_j(z_n) - `reach`, and some that are just below; z [N, d].
+
+    None where there are few components, or many of them are near. The product of eq. 1's factors cancels, so its
+    rounding error is bounded, gamma_(d + 2) sum_i |A_i| |B_i|, and the threshold lowered by that.
+    """
+    num_components, dim = mean.shape
+    if num_components < FEWEST or not len(z):
+        return None
+    points, components = point_factors(z).float(), component_factors(mean, log_std).float()
+    slack = points.abs() @ components.abs().amax(0)
+    least = 2 * (dim + 8) * torch.finfo(torch.float32).eps * slack + reach(z.dtype, num_components)
+    found, components = list[Tensor](), components.T.contiguous()
+    for rows in _chunks(len(z), num_components, z.device):
+        log_density = points[rows] @ components
+        # negated, so that NaN counts as near
+        pairs = (~(log_density < (log_density.amax(-1) - least[rows])[:, None])).nonzero()
+        if len(pairs) > LARGEST_SHARE * log_density.numel():
+            return None
+        pairs[:, 0] += rows.start
+        found.append(pairs)
+    rows, indices = torch.cat(found).T.contiguous()
+    return Near(rows, indices, len(z))
+
+
+class _HeadSums(Function):
+    """logsumexp [N] of logits = features @ weight.T + bias, and the logits [M] of M pairs in the order of their rows.
+
+    The gradient of the first is softmax(logits) [N, K] times one number per row. This number is applied to the other
+    factor of the products, [N, E].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, components: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        device, num_components = features.device.type, len(weight)
+        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
+        low = [t.to(half) for t in (features, weight, bias)]
+        keep = any(ctx.needs_input_grad) and len(features) * num_components <= KEPT
+        sums, picked, shares = list[Tensor](), list[Tensor](), list[Tensor]()
+        parts = list(_chunks(len(features), num_components, features.device, tensors=1))
+        ends = torch.searchsorted(rows, torch.tensor([part.stop for part in parts], device=rows.device)).tolist()
+        for part, start, end in zip(parts, [0, *ends], ends, strict=False):
+            logits = torch.addmm(low[2], low[0][part], low[1].T)
+            picked.append(logits[rows[start:end] - part.start, components[start:end]])
+            total, share = softmax_with_log_sum(logits)
+            sums.append(total)
+            shares += [share] if keep else []
+        ctx.save_for_backward(*low, rows, components, *shares)
+        ctx.dtypes = [t.dtype for t in (features, weight, bias)]
+        wide = torch.promote_types(features.dtype, torch.float32)
+        return torch.cat(sums).to(wide), torch.cat(picked).to(wide)
+
+    @staticmethod
+    def backward(ctx: Any, of_sum: Tensor, of_picked: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = first_derivatives(
+            _head_gradients, *ctx.saved_tensors[:5], of_sum, of_picked, *ctx.saved_tensors[5:]
+        )
+        assert all(g is not None for g in gradients)
+        return *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)), None, None  # type: ignore[union-attr]
+
+
+def _head_gradients(
+    features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, components: Tensor,
+    of_sum: Tensor, of_picked: Tensor, *shares: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of features [N, E], weight [K, E] and bias [K]; the first three arguments have the products' dtype."""
+    half = features.dtype
+    scaled = features * of_sum[:, None].to(half)
+    of_features, of_weight, of_bias = (
+        torch.zeros(t.shape, dtype=of_sum.dtype, device=t.device) for t in (features, weight, bias)
+    )
+    for index, part in enumerate(_chunks(len(features), len(weight), features.device, tensors=1)):
+        share = shares[index] if shares else torch.addmm(bias, features[part], weight.T)
+        share = share if shares else softmax_with_log_sum(share)[1]
+        of_features[part] = (share @ weight).to(of_sum.dtype) * of_sum[part, None]
+        if half == of_weight.dtype:
+            of_weight.addmm_(share.T, scaled[part])
+        else:
+            of_weight += share.T @ scaled[part]
+        of_bias += share.T @ of_sum[part].to(half)
+    of_pair = of_picked[:, None]
+    of_features.index_add_(0, rows, of_pair * weight.index_select(0, components))
+    of_weight.index_add_(0, components, of_pair * features.index_select(0, rows))
+    of_bias.index_add_(0, components, of_picked)
+    return of_features, of_weight, of_bias
+
+
+def _chunks(rows: int, num_components: int, device: torch.device, *, tensors: int = 4) -> Iterator[slice]:
+    """Row ranges so short that this many [n, K] tensors have the size of one that may be held."""
+    return layout.row_chunks(rows, tensors * num_components, size=layout.held_rows(tensors * num_components, device))
+
+
 def _by_chunks(function: Callable[..., Tensor], num_components: int, *rows: Tensor) -> Tensor:
     """function(*rows) [N] for tensors with N rows, chunk by chunk; a chunk has up to eight [n, K] tensors."""
-    num_rows, step = len(rows[0]), max(1, layout.held_rows(num_components, rows[0].device) // 4)
-    if torch.is_grad_enabled() and num_rows * num_components > KEPT:
+    if torch.is_grad_enabled() and len(rows[0]) * num_components > KEPT:
         function = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([function(*(r[i : i + step] for r in rows)) for i in range(0, max(1, num_rows), step)])
+    parts = list(_chunks(len(rows[0]), num_components, rows[0].device)) or [slice(0, 0)]
+    return torch.cat([function(*(r[part] for r in rows)) for part in parts])
+
+
+def softmax_with_log_sum(x: Tensor) -> tuple[Tensor, Tensor]:
+    """logsumexp [n] of x [n, K], in at least float32, and softmax(x). On a CPU, where exp is slow if it underflows, this
+    is faster than torch's."""
+    if x.device.type != "cpu":
+        log_share = torch.log_softmax(x, -1, dtype=torch.promote_types(x.dtype, torch.float32))
+        return x[:, 0].to(log_share.dtype) - log_share[:, 0], torch.softmax(x, -1)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    top = x.amax(-1, keepdim=True)
+    # -inf - -inf would be NaN
+    share = (x - torch.where(torch.isneginf(top), 0.0, top)).clamp_(min=layout.LOWEST_EXPONENT[x.dtype]).exp_()
+    total = share.sum(-1, keepdim=True)
+    return (top + total.log()).squeeze(-1), share.div_(total)
 
 
 def log_sum(x: Tensor) -> Tensor:
-    """logsumexp over the last axis of x [n, K]: faster than torch's on a CPU, where exp is slow if it underflows."""
-    return torch.logsumexp(x, -1) if torch.compiler.is_compiling() else _LogSum.apply(x)[0]
+    """logsumexp over the last axis of x [n, K], by `softmax_with_log_sum`."""
+    return _LogSum.apply(x)[0]
 
 
 class _LogSum(Function):
@@ -100,13 +274,10 @@ class _LogSum(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        top = x.amax(-1, keepdim=True)
-        # -inf - -inf would be NaN
-        share = (x - torch.where(torch.isneginf(top), 0.0, top)).clamp_(min=layout.LOWEST_EXPONENT[x.dtype]).exp_()
-        total = share.sum(-1, keepdim=True)
-        ctx.save_for_backward(share.div_(total))
+        total, share = softmax_with_log_sum(x)
+        ctx.save_for_backward(share)
         ctx.set_materialize_grads(False)
-        return (top + total.log()).squeeze(-1), share
+        return total, share
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_share: Tensor | None) -> Tensor | None:
