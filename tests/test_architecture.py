@@ -14,7 +14,7 @@ PACKAGE = ROOT / "src" / "tarflowlm"
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 LAYERS = """
-    errors progress | model_config files | config | presets device | flow data | language_model | model baseline |
+    errors progress | model_config files | config | presets | flow data | language_model device | model baseline |
     objective | runs | generation | evaluation editing | sharing | training pretrained | report | __init__ |
     terminal | reproduce harness | studio | cli | __main__
 """

@@ -1,12 +1,19 @@
-"""Memory that is freed and wanted again."""
+"""The device that is chosen, and memory that is freed and wanted again."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-pytestmark = pytest.mark.slow
+from tarflowlm import device
+from tarflowlm.flow.numerics import layout, normal, reference
+from tarflowlm.flow.transformer import TransformerConfig
+from tarflowlm.language_model import seeded
+from tarflowlm.model import FlowConfig, TarFlowLM, stack
 
 FAULTS = """
 import resource, torch
@@ -24,6 +31,61 @@ print(faults() - before)
 """
 
 
+def test_auto_leaves_out_an_apple_gpu_whose_numerics_fail(monkeypatch, caplog):
+    assert device.numerics_problem(torch.device("cpu")) is None
+    monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
+    assert device.numerics_problem(torch.device("cpu")) is None
+    assert "meta" in device.numerics_problem(torch.device("meta"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    monkeypatch.setattr(device, "numerics_problem", lambda device: None)
+    assert device.pick_device() == torch.device("mps")
+    monkeypatch.setattr(device, "numerics_problem", lambda device: "no kernel for erfcx")
+    assert device.pick_device() == torch.device("cpu")
+    assert "no kernel for erfcx" in caplog.text
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators that run."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        self.names = getattr(self, "names", set()) | {name + f".{func._overloadname}".replace(".default", "")}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("vocab_size", [27, 100])
+def test_every_operator_has_a_kernel_for_apple_gpus(vocab_size, monkeypatch):
+    """By PyTorch's own table, for the paths of accelerators without float64: training, inverse, decoding."""
+    yaml, torchgen = pytest.importorskip("yaml"), pytest.importorskip("torchgen")
+    text = (Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text()
+    entries = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    table = {entry["func"].split("(")[0]: entry for entry in entries}
+
+    def has_kernel(name):
+        keys, other = ",".join(table[name].get("dispatch", {})), table[name].get("structured_delegate")
+        return "MPS" in keys or "Composite" in keys or (has_kernel(other) if other else not keys)
+
+    monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
+    for module in (normal, reference, sys.modules["tarflowlm.flow.codebook"]):
+        monkeypatch.setattr(module, "wide_dtype", lambda like: torch.float32)
+    blocks, trunk = stack(("mixd", "mix1", "affine"), (1, 1, 1), (0, 2, 1)), TransformerConfig(width=8, num_heads=2)
+    shape = {"vocab_size": vocab_size, "context": 8, "latent_dim": 4, "trunk": trunk, "head_hidden": 4}
+    with seeded(0):
+        stacks = blocks, blocks[:1], stack(("mixd", "mixd"), (1, 1), (0, 4))
+        models, tokens = [TarFlowLM(FlowConfig(**shape, blocks=b)) for b in stacks], torch.randint(vocab_size, (2, 8))
+    with Operators() as seen:
+        for model in models:
+            noise = model.draw_noise(tokens)
+            model.bound(tokens, noise).mean().backward()
+            with torch.no_grad():
+                model.codebook.decode(model.prior.inverse(model.elbo(tokens, noise)[1][-1]))
+    # attention has another one there
+    assert not [name for name in seen.names if "flash_attention" not in name and not has_kernel(name)]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc alone gives memory back this eagerly")
 @pytest.mark.parametrize("chosen", [{}, {"MALLOC_MMAP_THRESHOLD_": "131072"}], ids=["ours", "the user's"])
 def test_freed_memory_is_kept_for_what_comes_next(chosen):

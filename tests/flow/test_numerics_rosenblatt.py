@@ -84,6 +84,26 @@ def test_far_tails_in_log_space(monkeypatch):
     torch.testing.assert_close(rosenblatt(z, log_w, mean, log_std)[0], expected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("path", ["cpu", "reference"])
+@pytest.mark.parametrize("spread", [0.0, 0.4, 3.0])
+def test_a_vocabulary_in_one_sweep(spread, path, dtype, bound, monkeypatch):
+    """Sharp codes, of which few are left after some channels, against all of them in log space; equal scales, learnt
+    ones, and some too far apart. Rows: at a code, between two codes, and far out."""
+    z, log_w, mean, log_std = codebook_case(60, 500, 12, 3)
+    log_std = spread / 0.4 * (log_std + 0.7) - 2.5
+    z[:40] = mean[:40] + log_std[:40, None].exp() * z[:40]
+    z[40:50] = 0.5 * (mean[:10] + mean[10:20])
+    log_w[::2] *= 6.0
+    case = [t.to(dtype) for t in (z, log_w, mean, log_std)]
+    exact, exact_det = reference.rosenblatt(*(t.double() for t in case))
+    if path == "reference":
+        monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
+    u, log_det = rosenblatt(*case)
+    for found, expected in ((u, exact), (log_det, exact_det)):
+        torch.testing.assert_close(found.double(), expected, rtol=bound, atol=10 * bound)
+
+
 def test_log_det_and_triangle_of_the_autograd_jacobian():
     z, log_w, mean, log_std = codebook_case(3, 6, 4, 2)
     for row in range(3):

@@ -68,6 +68,49 @@ def test_relative_to_the_normaliser_in_one_sweep(chunks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_near_components_are_as_good_as_all(dtype, chunks, monkeypatch):
+    """The general path's values and gradients of a large vocabulary, with rows at codes, between them, far from all,
+    and at codes that the head finds impossible."""
+    inputs = list(head_case(60, 300, 12, 4, seed=3))
+    inputs[5] = inputs[5] - 1.5
+    inputs[0][:40] = inputs[4][:40] + inputs[5][:40, None].exp() * inputs[0][:40]
+    inputs[0][40:50] = 0.5 * (inputs[4][:10] + inputs[4][10:20])
+    inputs[3][:5] = -60.0
+    inputs = [t.to(dtype).requires_grad_() for t in inputs]
+    near = vocabulary.near_components(inputs[0], *inputs[4:])
+    assert 60 < len(near.rows) < 60 * 300 / 32
+    shares = torch.randn(60, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+    def results():
+        for relative in (True, False):
+            log_p = mixture_log_prob_from_features(*inputs, relative=relative)
+            yield from (log_p, *torch.autograd.grad(log_p @ shares, inputs))
+        log_p = mixture_log_prob(inputs[0], None, *inputs[4:])
+        yield from (log_p, *torch.autograd.grad(log_p @ shares, (inputs[0], *inputs[4:])))
+
+    found = list(results())
+    monkeypatch.setattr(vocabulary.reference, "FEWEST", 301)
+    assert vocabulary.near_components(inputs[0], *inputs[4:]) is None
+    bound = 5e-6 if dtype == torch.float32 else 1e-13
+    for one, other in zip(found, results(), strict=True):
+        torch.testing.assert_close(one, other, rtol=bound, atol=bound * (1 + other.abs().max().item()))
+
+
+def test_near_components_miss_none():
+    """Every component within reach of the nearest is there, also with scales of 1e-3 at means of 4."""
+    for sigma in (1e-3, 0.1, 0.2):
+        z, _, mean, log_std = codebook_case(200, 500, 12, 9, torch.float32)
+        log_std, mean = log_std + 0.7 + math.log(sigma), 2 * mean
+        z = mean[:200] + 4 * log_std[:200, None].exp() * z
+        near = vocabulary.near_components(z, mean, log_std)
+        exact = log_component_densities(z.double(), mean.double(), log_std.double())
+        wanted = exact >= exact.amax(-1, keepdim=True) - vocabulary.reach(torch.float32, 500)
+        found = torch.zeros_like(wanted)
+        found[near.rows, near.components] = True
+        assert found[wanted].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_most_probable_component_is_the_first_of_the_largest(dtype, chunks):
     z, _, mean, log_std = codebook_case(50, 40, 3, 5, dtype)
     z[7, 1] = math.nan

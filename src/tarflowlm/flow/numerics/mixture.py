@@ -3,7 +3,7 @@ r"""Scalar mixtures: u = Phi^-1(F(z)) with its log-derivative, the inverse, and 
     F(z) = sum_k w_k Phi((z - m_k) / s_k),   w = softmax(log_w),   s = exp(log_std)
 
 The public functions take any leading shape, have closed-form derivatives, and choose a path: the linear space of
-`cpu_forward` and `cpu_inverse`, or the log space of `reference` on accelerators and under torch.compile.
+`cpu_forward` and `cpu_inverse`, or the log space of `reference` on accelerators.
 
 N rows, K components: flat problems are z, u [N] with parameters log_w, mean, log_std [N or 1, K].
 """
@@ -136,10 +136,6 @@ def first_derivatives(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor
     PyTorch's `once_differentiable` stays silent unless the *cotangent* requires a gradient: with create_graph=True a
     second derivative would lack the terms that depend on z or the parameters. A Function sees them.
     """
-    if torch.compiler.is_compiling():
-        # a compiler does not trace a Function inside a backward
-        with torch.no_grad():
-            return compute(*tensors)
     return _FirstDerivatives.apply(compute, *tensors)
 
 

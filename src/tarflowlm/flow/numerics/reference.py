@@ -1,8 +1,8 @@
 r"""Every map of this package in log space: any range, no branch on data.
 
-Read this file for the mathematics (docs/math.md, sections 3 and 8). It also runs on accelerators and under
-torch.compile, where a branch would stop the device and an erfcx is as cheap as an erfc, and in the far tails on a
-CPU. The fast paths `cpu_forward`, `cpu_inverse` and `cpu_few_rows` are tested against it.
+Read this file for the mathematics (docs/math.md, sections 3 and 8). It also runs on accelerators, where a branch
+would stop the device and an erfcx is as cheap as an erfc, and in the far tails on a CPU. The fast paths are tested
+against it: `cpu_forward`, `cpu_inverse`, `cpu_few_rows` and `rosenblatt_forward`.
 
 N rows, K components, d channels. Scalar mixtures: z, u [N]; log_w (unnormalised), mean, log_std [N or 1, K].
 Codebook mixtures: z, u [N, d]; log_w [N, K]; mean [K, d]; log_std [K]. Densities are in nats, and
@@ -19,12 +19,18 @@ from torch import Tensor
 
 from tarflowlm.flow.numerics.normal import (
     HALF_LOG_2PI,
+    ROOM,
+    SQRT_HALF,
+    component_factors,
     log_component_densities,
     log_standard_normal,
     log_standard_normal_vectors,
     log_upper_tail,
+    point_factors,
+    reach,
     upper_quantile_of_log,
 )
+from tarflowlm.flow.transformer import wide_dtype
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 """Gradients of z [N], log_w, mean, log_std."""
@@ -34,7 +40,10 @@ NEWTON_STEPS = {torch.float32: 4, torch.float64: 6}
 TINY = {torch.float32: 1e-30, torch.float64: 1e-290}
 """Floor of a density one divides by, in a Newton step that the bracket then refuses."""
 
-_LOG_HALF = math.log(0.5)
+FEWEST = 64
+"""Of fewer components none are left out."""
+_LARGEST_RANGE = 80.0
+"""Largest log of the ratio of two codes' densities at their means, for which sums stay in the range of float32."""
 
 
 def smaller_tail(a: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,28 +202,103 @@ def rosenblatt(
     return u, log_p - log_standard_normal_vectors(u)
 
 
-def rosenblatt_without_autograd(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """u [N, d] and log p_mix(z) [N], with half the work of `rosenblatt` and fewer [N, K] tensors."""
-    inv_std, log_normaliser = torch.exp(-log_std), log_std + HALF_LOG_2PI
-    log_alpha, channels, log_p = torch.log_softmax(log_w, -1), [], torch.zeros_like(z[:, 0])
-    for i in range(z.shape[-1]):
-        a = (z[:, i, None] - mean[:, i]) * inv_std
-        channels.append(_noise_from_one_side(a, log_alpha))
-        bayes_update_(log_alpha, a, log_normaliser)
-        log_p_i = torch.logsumexp(log_alpha, -1)
-        log_alpha.sub_(log_p_i[:, None])
-        log_p = log_p + log_p_i
-    return torch.stack(channels, -1), log_p
+@torch.no_grad()
+def rosenblatt_forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+    r"""u [N, d] and log p_mix(z) [N] of the Mix-d map without autograd: one sweep over the channels, in linear space.
+
+    As z is known, every component has its own weights, and a channel takes three sums over them:
+
+        alpha_k^(i) = w_k prod_{j<i} N(z_j; mean_kj, s_k^2),   T_i = sum_k alpha_k^(i) Q(a_ki) / sum_k alpha_k^(i)
+
+    Next to the largest density of a channel the weights only fall. So the last weight of the nearest component b
+    bounds all sums from below, and what falls `reach` below it can be left out from there on. Once few components are
+    left, the other channels are summed over the remaining pairs of rows and components. Rows where a tail is below
+    exp(-ROOM) are left to `rosenblatt`, and so are codebooks with scales too far apart for linear space.
+    """
+    dim, (narrowest, widest) = z.shape[1], log_std.aminmax()
+    if not is_in_range(log_std, dim):
+        u, log_det = rosenblatt(z, log_w, mean, log_std)
+        return u, log_det + log_standard_normal_vectors(u)
+    best = (point_factors(z).float() @ component_factors(mean, log_std).float().T).argmax(-1)
+    inv_std, middle = torch.exp(-log_std) * SQRT_HALF, 0.5 * (narrowest + widest)
+    squares = ((z - mean[best]) * inv_std[best, None]).square().sum(-1)
+    log_alpha = torch.log_softmax(log_w, -1)
+    shift = log_alpha.gather(-1, best[:, None]).squeeze(-1) - squares
+    log_alpha = log_alpha.sub_(shift[:, None])  # without the factors 1 / s_k of every channel, which `weight` has
+    least = -reach(z.dtype, len(mean)) - dim * (log_std[best] - narrowest)
+    log_step, pairs = middle - log_std, None
+    tail, side = torch.empty_like(z), torch.empty_like(z)
+    for i in range(dim):
+        weight = torch.exp(i * log_step)
+        alpha = exp_clamped(log_alpha)
+        total, first = (alpha @ torch.stack((weight, weight * mean[:, i]), -1)).unbind(-1)
+        # the tail beyond z as seen from the mixture's mean, which usually is the smaller one
+        side[:, i] = torch.where(z[:, i] * total < first, -1.0, 1.0)
+        a = torch.addcmul((side * z)[:, i, None], side[:, i, None], mean[:, i], value=-1.0).mul_(inv_std)
+        log_alpha.addcmul_(a, a, value=-1.0)
+        tail[:, i] = 0.5 * (alpha.mul_(erfc_clamped_(a)) @ weight) / total
+        if len(mean) >= FEWEST and i + 1 < dim:
+            alive = log_alpha >= least[:, None]
+            if alive.sum() * 16 <= alive.numel():
+                pairs = alive.nonzero().unbind(-1)
+                break
+    if pairs is None:
+        total = exp_clamped(log_alpha) @ torch.exp(dim * log_step)
+    else:
+        start = i + 1
+        total = _rosenblatt_over_pairs(z, log_alpha[pairs], *pairs, mean, inv_std, log_step, tail, side, start)
+    log_p = torch.log(total) + shift - dim * (middle + HALF_LOG_2PI)
+    is_larger = tail > 0.5
+    log_tail = torch.where(is_larger, torch.log1p(-tail), torch.log(tail))
+    u = torch.where(is_larger, -side, side) * upper_quantile_of_log(log_tail)
+    # negated, so that NaN is left to the general path
+    fine = (tail >= math.exp(-ROOM)).all(-1) & (tail <= 0.95).all(-1) & torch.isfinite(log_p)
+    rest = (~fine).nonzero().squeeze(-1)
+    if len(rest):
+        wide = (t.to(wide_dtype(z)) for t in (z[rest], log_w[rest], mean, log_std))
+        found, log_det = rosenblatt(*wide)
+        u[rest] = found.to(z.dtype)
+        log_p[rest] = (log_det + log_standard_normal_vectors(found)).to(z.dtype)
+    return u, log_p
 
 
-def _noise_from_one_side(a: Tensor, log_w: Tensor) -> Tensor:
-    """The u of `mixture_cdf` [N] from a single tail, chosen as in `cpu_forward.guess_side`: it never holds more than
-    0.78 of the mass, so the other one, where smaller, is a safe difference. log_w is normalised; no autograd."""
-    side = torch.where((torch.exp(log_w) * a.clamp(-1.0, 1.0)).sum(-1) < 0, -1.0, 1.0).to(a.dtype)
-    log_tail = torch.logsumexp(log_upper_tail(side[:, None] * a) + log_w, -1)
-    is_larger = log_tail > _LOG_HALF
-    log_tail = torch.where(is_larger, torch.log1p(-torch.exp(log_tail)), log_tail)
-    return torch.where(is_larger, -side, side) * upper_quantile_of_log(log_tail)
+def is_in_range(log_std: Tensor, dim: int) -> bool:
+    """True where `rosenblatt_forward` can take its sums in linear space."""
+    narrowest, widest = log_std.aminmax()
+    return bool(dim * (widest - narrowest) <= _LARGEST_RANGE)
+
+
+def _rosenblatt_over_pairs(
+    z: Tensor, log_alpha: Tensor, rows: Tensor, components: Tensor, mean: Tensor, inv_std: Tensor,
+    log_step: Tensor, tail: Tensor, side: Tensor, start: int,
+) -> Tensor:  # fmt: skip
+    """Fills `tail` and `side` from channel `start` on, by sums over pairs, whose weights there are log_alpha [M].
+    Returns the sum of the last weights, [N]."""
+    a = (z[rows, start:] - mean[components, start:]).mul_(inv_std[components, None])
+    powers = torch.arange(start, z.shape[1] + 1, device=z.device)
+    log_alpha = log_alpha[:, None] + log_step[components, None] * powers
+    log_alpha[:, 1:] -= (a * a).cumsum(-1)
+    alpha, mass = exp_clamped(log_alpha), erfc_clamped_(a.abs())
+    sums = alpha.new_zeros(len(z), alpha.shape[1]).index_add_(0, rows, alpha)
+    alpha = alpha[:, :-1]
+    upper, lower = (
+        torch.zeros_like(sums[:, :-1]).index_add_(0, rows, alpha * torch.where(beyond, mass, 2.0 - mass))
+        for beyond in (a > 0, a <= 0)
+    )
+    tail[:, start:] = 0.5 * torch.minimum(upper, lower) / sums[:, :-1]
+    side[:, start:] = torch.where(upper <= lower, 1.0, -1.0)
+    return sums[:, -1]
+
+
+def exp_clamped(x: Tensor) -> Tensor:
+    """exp(x), and no less than exp(-80): on a CPU an exp that underflows is many times slower."""
+    return torch.clamp(x, min=-80.0).exp_()
+
+
+def erfc_clamped_(a: Tensor) -> Tensor:
+    """erfc(a), in place, of a clipped to where neither it nor 2 - erfc(a) changes any more, for the same reason."""
+    bound = 9.0 if a.dtype == torch.float32 else 26.0
+    return a.clamp_(-bound, bound).erfc_()
 
 
 def rosenblatt_inverse(

@@ -10,21 +10,21 @@ N rows, K components, d channels: flat problems are z, u [N, d], log_w [N, K], m
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.flow.numerics import cpu_forward, cpu_inverse, layout, reference
 from tarflowlm.flow.numerics.mixture import first_derivatives, mixture_cdf, mixture_cdf_inverse
 from tarflowlm.flow.numerics.normal import log_standard_normal_vectors
 
-_BACKWARD_SHARE, _BACKWARD_SHARE_STATIC = 16, 4
+_BACKWARD_SHARE, _BACKWARD_SHARE_ACCELERATOR = 16, 4
 """The backward records about 16 [n, K] tensors per channel, so its chunks are that much smaller; only 4 times on an
-accelerator, where every chunk is some hundred launches, or as many nodes of a compiler's graph."""
+accelerator, where every chunk is some hundred launches."""
+_SWEPT_CHUNKS = 4
+"""On a CPU, the sweep over a large vocabulary has chunks this much longer than others (measured)."""
 
 
 def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,8 +36,7 @@ def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple
     First derivatives only: a second backward raises RuntimeError. Errors: ValueError for shapes that do not fit.
     """
     shape, flat, weights = layout.flatten_vectors(z, log_w, mean, log_std)
-    function = _compiled if torch.compiler.is_compiling() else _Rosenblatt.apply
-    u, log_det = function(flat, weights, mean, log_std)
+    u, log_det = _Rosenblatt.apply(flat, weights, mean, log_std)
     return u.view(*shape, -1), log_det.view(shape)
 
 
@@ -61,29 +60,19 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
 
 
 def _evaluate(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    if layout.use_eager_cpu(z):
+    swept = len(mean) >= reference.FEWEST and reference.is_in_range(log_std, z.shape[1])
+    if (on_cpu := layout.use_eager_cpu(z)) and not swept:
         return cpu_forward.rosenblatt(z, log_w, mean, log_std)
     u, log_p = torch.empty(z.shape, dtype=z.dtype, device=z.device), torch.empty_like(z[:, 0])
-    for rows in _chunks(z, len(mean)):
-        u[rows], log_p[rows] = reference.rosenblatt_without_autograd(z[rows], log_w[rows], mean, log_std)
+    size = _SWEPT_CHUNKS * layout.chunk_rows(len(mean)) if on_cpu else layout.held_rows(len(mean), z.device)
+    for rows in layout.row_chunks(len(z), len(mean), size=size):
+        u[rows], log_p[rows] = reference.rosenblatt_forward(z[rows], log_w[rows], mean, log_std)
     return u, log_p - log_standard_normal_vectors(u)
 
 
 def _recorded(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
     """The map from differentiable pieces, which the backward records."""
     return reference.rosenblatt(z, log_w, mean, log_std, mixture_cdf)
-
-
-def _compiled(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """A compiler derives the backward itself: it is told to compute again what does not fit one chunk."""
-    if not _needs_grad(z, log_w, mean, log_std):
-        return _evaluate(z, log_w, mean, log_std)
-    chunks = list(_chunks(z, len(mean), backward=True))
-    if len(chunks) == 1:
-        return _recorded(z, log_w, mean, log_std)
-    repeat = partial(checkpoint, _recorded, use_reentrant=False, preserve_rng_state=False)
-    parts = [repeat(z[rows], log_w[rows], mean, log_std) for rows in chunks]
-    return torch.cat([u for u, _ in parts]), torch.cat([log_det for _, log_det in parts])
 
 
 def _gradients(
@@ -120,7 +109,7 @@ class _Rosenblatt(Function):
 def _chunks(like: Tensor, num_components: int, *, backward: bool = False) -> Iterator[slice]:
     if layout.use_eager_cpu(like):
         return layout.row_chunks(len(like), num_components * (_BACKWARD_SHARE if backward else 1))
-    size = layout.held_rows(num_components * (_BACKWARD_SHARE_STATIC if backward else 1), torch.device("cuda"))
+    size = layout.held_rows(num_components * (_BACKWARD_SHARE_ACCELERATOR if backward else 1), torch.device("cuda"))
     return layout.row_chunks(len(like), num_components, size=size)
 
 

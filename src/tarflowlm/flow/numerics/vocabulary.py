@@ -26,24 +26,24 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from tarflowlm.flow.numerics import layout
+from tarflowlm.flow.numerics import layout, reference
 from tarflowlm.flow.numerics.mixture import first_derivatives
 from tarflowlm.flow.numerics.normal import (
     check_codebook,
     component_factors,
     log_component_densities,
     log_own_density,
+    log_rounding,
     point_factors,
+    reach,
 )
 
 KEPT = 2**24
 """Elements N K up to which softmaxes are kept for the backward: 64 MiB each in float32, of which the general path has
 three. With more, the backward computes them again, which costs one product with the head's weight."""
-FEWEST, LARGEST_SHARE = 64, 1 / 32
-"""All components are taken where they are fewer than the first, or more than this share of them is near: a pair of a
-row and a component costs as much as some thirty elements of the general path."""
-ROOM = 27.0
-"""-log of the probability that the tokens near z must have, in nats, for a row to need no other components."""
+LARGEST_SHARE = 1 / 32
+"""All components are taken where more than this share of them is near: a pair of a row and a component costs as much
+as some thirty elements of the general path."""
 
 
 def mixture_log_prob(z: Tensor, log_w: Tensor | None, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def mixture_log_prob_from_features(
     normaliser, largest = near.log_sum(log_density)
     log_p = (joint - total - normaliser if relative else joint - total).to(z.dtype)
     # negated, so that NaN is left to the general path
-    rest = (~(largest - reach(z.dtype, len(mean)) + total - joint <= _log_rounding(z.dtype))).nonzero().squeeze(-1)
+    rest = (~(largest - reach(z.dtype, len(mean)) + total - joint <= log_rounding(z.dtype))).nonzero().squeeze(-1)
     if len(rest):
         log_p = log_p.index_put((rest,), _by_chunks(general, len(mean), *(t.index_select(0, rest) for t in flat)))
     return log_p.view(z.shape[:-1])
@@ -116,16 +116,6 @@ def most_probable_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     flat = z.reshape(-1, z.shape[-1])
     best = _by_chunks(lambda z: log_component_densities(z, mean, log_std).argmax(-1), len(mean), flat)
     return best.view(z.shape[:-1])
-
-
-def _log_rounding(dtype: torch.dtype) -> float:
-    """The log of a relative error that rounding hides: half an ulp of 1, -16.6 in float32."""
-    return math.log(0.5 * torch.finfo(dtype).eps)
-
-
-def reach(dtype: torch.dtype, num_components: int) -> float:
-    """R in nats: the sum over the components that are left out is below K exp(-R) = exp(-ROOM) half an ulp."""
-    return ROOM + math.log(num_components) - _log_rounding(dtype)
 
 
 class Near(NamedTuple):
@@ -155,17 +145,17 @@ def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Near | None:
     rounding error is bounded, gamma_(d + 2) sum_i |A_i| |B_i|, and the threshold lowered by that.
     """
     num_components, dim = mean.shape
-    if num_components < FEWEST or not len(z):
+    if num_components < reference.FEWEST or not len(z):
         return None
     points, components = point_factors(z).float(), component_factors(mean, log_std).float()
     slack = points.abs() @ components.abs().amax(0)
     least = 2 * (dim + 8) * torch.finfo(torch.float32).eps * slack + reach(z.dtype, num_components)
-    found, components = list[Tensor](), components.T.contiguous()
+    found, components, left = list[Tensor](), components.T.contiguous(), LARGEST_SHARE * len(z) * num_components
     for rows in _chunks(len(z), num_components, z.device):
         log_density = points[rows] @ components
         # negated, so that NaN counts as near
         pairs = (~(log_density < (log_density.amax(-1) - least[rows])[:, None])).nonzero()
-        if len(pairs) > LARGEST_SHARE * log_density.numel():
+        if (left := left - len(pairs)) < 0:
             return None
         pairs[:, 0] += rows.start
         found.append(pairs)
@@ -215,7 +205,7 @@ def _head_gradients(
     features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, components: Tensor,
     of_sum: Tensor, of_picked: Tensor, *shares: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of features [N, E], weight [K, E] and bias [K]; the first three arguments have the products' dtype."""
+    """Gradients of features [N, E], weight [K, E] and bias [K], which come in the dtype of the products."""
     half = features.dtype
     scaled = features * of_sum[:, None].to(half)
     of_features, of_weight, of_bias = (
@@ -251,8 +241,8 @@ def _by_chunks(function: Callable[..., Tensor], num_components: int, *rows: Tens
 
 
 def softmax_with_log_sum(x: Tensor) -> tuple[Tensor, Tensor]:
-    """logsumexp [n] of x [n, K], in at least float32, and softmax(x). On a CPU, where exp is slow if it underflows, this
-    is faster than torch's."""
+    """logsumexp [n] of x [n, K], in at least float32, and softmax(x). Faster than torch's on a CPU, where an exp that
+    underflows is slow."""
     if x.device.type != "cpu":
         log_share = torch.log_softmax(x, -1, dtype=torch.promote_types(x.dtype, torch.float32))
         return x[:, 0].to(log_share.dtype) - log_share[:, 0], torch.softmax(x, -1)
