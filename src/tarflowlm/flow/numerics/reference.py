@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflowlm.flow.numerics import layout
 from tarflowlm.flow.numerics.normal import (
     HALF_LOG_2PI,
     ROOM,
@@ -237,9 +238,10 @@ def rosenblatt_forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
         a = torch.addcmul((side * z)[:, i, None], side[:, i, None], mean[:, i], value=-1.0).mul_(inv_std)
         log_alpha.addcmul_(a, a, value=-1.0)
         tail[:, i] = 0.5 * (alpha.mul_(erfc_clamped_(a)) @ weight) / total
-        if len(mean) >= FEWEST and i + 1 < dim:
+        if len(mean) >= FEWEST and 2 <= i < dim - 1:
             alive = log_alpha >= least[:, None]
-            if alive.sum() * 16 <= alive.numel():
+            # no tensor over pairs and channels is then larger than those over rows and components
+            if alive.sum() * (dim - i) <= alive.numel():
                 pairs = alive.nonzero().unbind(-1)
                 break
     if pairs is None:
@@ -291,14 +293,14 @@ def _rosenblatt_over_pairs(
 
 
 def exp_clamped(x: Tensor) -> Tensor:
-    """exp(x), and no less than exp(-80): on a CPU an exp that underflows is many times slower."""
-    return torch.clamp(x, min=-80.0).exp_()
+    """exp(x), on a CPU no less than exp(-80), since one that underflows is many times slower there."""
+    return torch.clamp(x, min=-80.0).exp_() if layout.use_eager_cpu(x) else torch.exp(x)
 
 
 def erfc_clamped_(a: Tensor) -> Tensor:
-    """erfc(a), in place, of a clipped to where neither it nor 2 - erfc(a) changes any more, for the same reason."""
+    """erfc(a), in place, on a CPU of a clipped to where that is next to 0 or 2, for the same reason."""
     bound = 9.0 if a.dtype == torch.float32 else 26.0
-    return a.clamp_(-bound, bound).erfc_()
+    return (a.clamp_(-bound, bound) if layout.use_eager_cpu(a) else a).erfc_()
 
 
 def rosenblatt_inverse(

@@ -141,8 +141,9 @@ class Near(NamedTuple):
 def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Near | None:
     """All pairs with log N_k(z_n) >= max_j log N_j(z_n) - `reach`, and some that are just below; z [N, d].
 
-    None where there are few components, or many of them are near. The product of eq. 1's factors cancels, so its
-    rounding error is bounded, gamma_(d + 2) sum_i |A_i| |B_i|, and the threshold lowered by that.
+    None where there are few components, where many of them are near, or where values are not finite. The product of
+    the factors of log N cancels, so its rounding error is bounded by gamma_(d + 2) sum_i |A_i| |B_i|, and the threshold
+    is lowered by that.
     """
     num_components, dim = mean.shape
     if num_components < reference.FEWEST or not len(z):
@@ -153,9 +154,9 @@ def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Near | None:
     found, components, left = list[Tensor](), components.T.contiguous(), LARGEST_SHARE * len(z) * num_components
     for rows in _chunks(len(z), num_components, z.device):
         log_density = points[rows] @ components
-        # negated, so that NaN counts as near
-        pairs = (~(log_density < (log_density.amax(-1) - least[rows])[:, None])).nonzero()
-        if (left := left - len(pairs)) < 0:
+        lowest = log_density.amax(-1) - least[rows]
+        pairs = (log_density >= lowest[:, None]).nonzero()
+        if (left := left - len(pairs)) < 0 or not lowest.isfinite().all():
             return None
         pairs[:, 0] += rows.start
         found.append(pairs)
@@ -184,7 +185,7 @@ class _HeadSums(Function):
         for part, start, end in zip(parts, [0, *ends], ends, strict=False):
             logits = torch.addmm(low[2], low[0][part], low[1].T)
             picked.append(logits[rows[start:end] - part.start, components[start:end]])
-            total, share = softmax_with_log_sum(logits)
+            total, share = log_sum_with_softmax(logits, softmax=keep)
             sums.append(total)
             shares += [share] if keep else []
         ctx.save_for_backward(*low, rows, components, *shares)
@@ -212,8 +213,11 @@ def _head_gradients(
         torch.zeros(t.shape, dtype=of_sum.dtype, device=t.device) for t in (features, weight, bias)
     )
     for index, part in enumerate(_chunks(len(features), len(weight), features.device, tensors=1)):
-        share = shares[index] if shares else torch.addmm(bias, features[part], weight.T)
-        share = share if shares else softmax_with_log_sum(share)[1]
+        if shares:
+            share = shares[index]
+        else:
+            logits = torch.addmm(bias, features[part], weight.T)
+            share = log_sum_with_softmax(logits)[1] if layout.use_eager_cpu(logits) else torch.softmax(logits, -1)
         of_features[part] = (share @ weight).to(of_sum.dtype) * of_sum[part, None]
         if half == of_weight.dtype:
             of_weight.addmm_(share.T, scaled[part])
@@ -240,12 +244,12 @@ def _by_chunks(function: Callable[..., Tensor], num_components: int, *rows: Tens
     return torch.cat([function(*(r[part] for r in rows)) for part in parts])
 
 
-def softmax_with_log_sum(x: Tensor) -> tuple[Tensor, Tensor]:
-    """logsumexp [n] of x [n, K], in at least float32, and softmax(x). Faster than torch's on a CPU, where an exp that
-    underflows is slow."""
-    if x.device.type != "cpu":
+def log_sum_with_softmax(x: Tensor, *, softmax: bool = True) -> tuple[Tensor, Tensor]:
+    """logsumexp [n] of x [n, K], in at least float32, and softmax(x), which on an accelerator may be left out. It is
+    faster than torch's on a CPU, where an exp that underflows is slow."""
+    if not layout.use_eager_cpu(x):
         log_share = torch.log_softmax(x, -1, dtype=torch.promote_types(x.dtype, torch.float32))
-        return x[:, 0].to(log_share.dtype) - log_share[:, 0], torch.softmax(x, -1)
+        return x[:, 0].to(log_share.dtype) - log_share[:, 0], torch.softmax(x, -1) if softmax else x[:0]
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     top = x.amax(-1, keepdim=True)
     # -inf - -inf would be NaN
@@ -255,7 +259,7 @@ def softmax_with_log_sum(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_sum(x: Tensor) -> Tensor:
-    """logsumexp over the last axis of x [n, K], by `softmax_with_log_sum`."""
+    """logsumexp over the last axis of x [n, K], by `log_sum_with_softmax`."""
     return _LogSum.apply(x)[0]
 
 
@@ -264,7 +268,7 @@ class _LogSum(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        total, share = softmax_with_log_sum(x)
+        total, share = log_sum_with_softmax(x)
         ctx.save_for_backward(share)
         ctx.set_materialize_grads(False)
         return total, share
