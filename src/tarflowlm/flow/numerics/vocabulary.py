@@ -142,7 +142,7 @@ def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Near | None:
     """All pairs with log N_k(z_n) >= max_j log N_j(z_n) - `reach`, and some that are just below; z [N, d].
 
     None where there are few components, where many of them are near, or where values are not finite. The product of
-    the factors of log N cancels, so its rounding error is bounded by gamma_(d + 2) sum_i |A_i| |B_i|, and the threshold
+    the factors of log N cancels, so its rounding error is bounded, gamma_(d + 2) sum_i |A_i| |B_i|, and the threshold
     is lowered by that.
     """
     num_components, dim = mean.shape
