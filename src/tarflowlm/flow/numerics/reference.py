@@ -267,7 +267,7 @@ def rosenblatt_forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
 def is_in_range(log_std: Tensor, dim: int) -> bool:
     """True where `rosenblatt_forward` can take its sums in linear space."""
     narrowest, widest = log_std.aminmax()
-    return bool(dim * (widest - narrowest) <= _LARGEST_RANGE)
+    return not log_std.is_meta and bool(dim * (widest - narrowest) <= _LARGEST_RANGE)
 
 
 def _rosenblatt_over_pairs(

@@ -146,7 +146,7 @@ def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Near | None:
     is lowered by that.
     """
     num_components, dim = mean.shape
-    if num_components < reference.FEWEST or not len(z):
+    if num_components < reference.FEWEST or not len(z) or z.is_meta:
         return None
     points, components = point_factors(z).float(), component_factors(mean, log_std).float()
     slack = points.abs() @ components.abs().amax(0)
