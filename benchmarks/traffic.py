@@ -1,98 +1,146 @@
-"""Memory traffic of the vocabulary-sized work on an accelerator, in bytes per (token, component), counted here.
+"""Memory traffic of vocabulary-sized work on an accelerator, counted on a CPU, and the hours that follow from it.
 
-    python benchmarks/traffic.py                                   # the loss of stage 1, and the frozen map of stages 2, 3
+    python benchmarks/traffic.py                 # bytes per (token, component)
+    python benchmarks/traffic.py --hours         # the table of docs/scaling.md: hours on 1, 8 and 64 H100
 
-Every operation counts what it reads and writes, as kernels without fusion do: a reduction its input, logsumexp five
-passes. The accelerators' paths run on the CPU, at OpenWebText's vocabulary, with codes as far apart as at the start of
-training (12 standard deviations between typical neighbours) and as wide as 8.
+Every operation counts what it reads and writes, as kernels without fusion do; logsumexp counts five passes. The
+accelerators' paths run on the CPU at OpenWebText's vocabulary. Which components matter depends on the data, so the
+tensors are real: random codes, typical neighbours `--separation` standard deviations apart (12 as training begins).
 """
 
 import argparse
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from timing import show
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint
 
+from tarflowlm.evaluation.flops import training_flops
 from tarflowlm.flow.codebook import typical_neighbour_distance
 from tarflowlm.flow.numerics import layout, mixture_log_prob, mixture_log_prob_from_features, rosenblatt
+from tarflowlm.presets import preset
 
 VIEWS = (
-    "view", "expand", "slice", "t", "transpose", "unsqueeze", "squeeze", "select", "split", "alias", "permute", "detach",
-    "_unsafe_view", "as_strided", "empty", "unbind", "_reshape_alias", "new_empty", "empty_like", "split_with_sizes",
+    "view", "expand", "slice", "t", "transpose", "unsqueeze", "squeeze", "select", "split", "alias", "permute",
+    "detach", "_unsafe_view", "as_strided", "empty", "unbind", "_reshape_alias", "new_empty", "empty_like",
 )  # fmt: skip
 COMPONENTS, CHANNELS, WIDTH = 50_257, 16, 768
+FLOPS, BYTES = 396e12, 2.8e12
+"""Of one H100, per second: 40 % of the dense bfloat16 peak, and most of the memory's 3.35 TB/s."""
+OVERHEAD, WITHIN, ACROSS = 6e-3, 300e9, 40e9
+"""Seconds per step of launches, clipping and optimiser; bytes per second of a gradient average, in and across nodes."""
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that operations on at least `smallest` elements read and write, by operation, and their number."""
+    """Bytes that operations read and write, by operation, and their number."""
 
-    def __init__(self, smallest: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.smallest, self.bytes, self.calls = smallest, Counter[str](), Counter[str]()
+        self.bytes, self.calls = Counter[str](), Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1].rstrip("_")
-        tensors = {id(t): t for t in tree_iter((args, kwargs or {})) if isinstance(t, torch.Tensor)}
-        results = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
-        if name in VIEWS:
-            return out
-        read = sum(t.element_size() * real_elements(t) for t in tensors.values())
-        written = sum(t.element_size() * t.numel() for t in results)
-        extra = 16 * args[0].numel() if name == "logsumexp" else 0
-        if max((t.numel() for t in [*tensors.values(), *results]), default=0) >= self.smallest:
-            self.bytes[name] += read + written + extra
+        if name not in VIEWS:
+            read = {id(t): t for t in tree_iter((args, kwargs or {})) if isinstance(t, torch.Tensor)}
+            written = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
+            # an expanded axis is in memory once
+            axes = [(t, zip(t.shape, t.stride(), strict=True)) for t in read.values()]
+            size = sum(t.element_size() * math.prod(n for n, stride in pairs if stride) for t, pairs in axes)
+            size += sum(t.element_size() * t.numel() for t in written)
+            self.bytes[name] += size + (16 * args[0].numel() if name == "logsumexp" else 0)
             self.calls[name] += 1
         return out
 
 
-def real_elements(t: torch.Tensor) -> int:
-    """Elements of t in memory: an expanded axis counts once."""
-    return math.prod(size for size, stride in zip(t.shape, t.stride(), strict=True) if stride)
+def bytes_per_pair(args: argparse.Namespace, separation: float) -> dict[str, float]:
+    """Bytes per (token, component) of every kind of vocabulary-sized work."""
+    layout.use_eager_cpu = lambda t: False  # type: ignore[assignment]
+    layout.HELD_ELEMENTS["cpu"] = layout.HELD_ELEMENTS_ACCELERATOR
+    generator, found = torch.Generator().manual_seed(0), {}
+    mean, weight = (torch.randn(COMPONENTS, n, generator=generator) for n in (CHANNELS, WIDTH))
+    features, noise = (torch.randn(args.tokens, n, generator=generator) for n in (WIDTH, CHANNELS))
+    log_w = features @ weight.mul_(3 * WIDTH**-0.5).T
+    tokens = torch.distributions.Categorical(logits=log_w).sample()
+    sigma = typical_neighbour_distance(mean) / separation
+    z, log_std = mean[tokens] + sigma * noise, torch.full((COMPONENTS,), math.log(sigma))
+    leaves = [t.clone().requires_grad_() for t in (z, features, weight, torch.zeros(COMPONENTS), mean, log_std)]
+
+    def loss() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            log_p = mixture_log_prob_from_features(*leaves, relative=True)
+        log_p.mean().backward()
+
+    def cross_entropy() -> None:
+        def nll(x: Any, y: Any) -> Any:
+            return F.cross_entropy(F.linear(x, *leaves[2:4]).float(), y)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            value = checkpoint(nll, leaves[1], tokens, use_reentrant=False)
+        value.backward()
+
+    work: dict[str, Callable[[], Any]] = {"loss of stage 1": loss, "cross-entropy": cross_entropy}
+    work["frozen map"] = torch.no_grad()(lambda: rosenblatt(z, log_w, mean, log_std))
+    work["normaliser"] = torch.no_grad()(lambda: mixture_log_prob(z, None, mean, log_std))
+    work["normaliser, trained"] = lambda: mixture_log_prob(leaves[0], None, *leaves[4:]).sum().backward()
+    for name, call in work.items():
+        with Traffic() as traffic:
+            call()
+        found[name] = sum(traffic.bytes.values()) / args.tokens / COMPONENTS
+        for operation, size in traffic.bytes.most_common(args.top):
+            print(f"{name}: {operation:20} {size / args.tokens / COMPONENTS:8.1f} x {traffic.calls[operation]}")
+    return found
 
 
-def count(label: str, run: Callable[[], object], tokens: int, top: int) -> None:
-    with Traffic(0) as traffic:
-        run()
-    pairs = tokens * COMPONENTS
-    print(f"{label}: {sum(traffic.bytes.values()) / pairs:.0f} bytes, {sum(traffic.calls.values())} operations")
-    for name, size in traffic.bytes.most_common(top):
-        print(f"    {name:20} {size / pairs:8.1f}  x{traffic.calls[name]}")
+def hours(size: dict[str, float]) -> list[dict[str, Any]]:
+    """A row for every stage of every OpenWebText preset."""
+    rows = []
+    for name in ("owt-ar", "owt-affine", "owt-mix1", "owt-mixd"):
+        config = preset(name)
+        config = replace(config, model=replace(config.model, vocab_size=COMPONENTS))
+        for stage in range(config.num_stages):
+            if name == "owt-ar":
+                work = size["cross-entropy"]
+            elif name == "owt-mixd":
+                work = size["frozen map"] + size["normaliser"] + 10 if stage else size["loss of stage 1"]
+            else:
+                work = size["normaliser, trained"]
+            model, context = config.model_of_stage(stage), config.model.context
+            flops, traffic = training_flops(model, frozen=stage) / context, work * COMPONENTS
+            row = {"": name if config.num_stages == 1 else f"{name} {stage + 1}"}
+            row |= {"GFLOP per token": flops / 1e9, "MB per token": traffic / 1e6}
+            for world in (1, 8, 64):
+                tokens = config.train.batch_size * context / world
+                work_seconds = tokens * (flops / FLOPS + traffic / BYTES)
+                # a gradient of 0.12 B float32 numbers is averaged while two thirds of the work run
+                average = 0 if world == 1 else 2 * 4 * 0.12e9 / (WITHIN if world <= 8 else ACROSS)
+                seconds = work_seconds + OVERHEAD + max(0, average - 2 / 3 * work_seconds)
+                if world == 8:
+                    row |= {"ms: products": 1e3 * tokens * flops / FLOPS, "traffic": 1e3 * tokens * traffic / BYTES}
+                row[f"hours on {world}"] = config.train.stage_steps[stage] * seconds / 3600
+            rows.append(row)
+    return rows
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--tokens", type=int, default=512)
+    options.add_argument("--tokens", type=int, default=2048)
     options.add_argument("--separation", type=float, nargs="+", default=[12.0, 8.0])
     options.add_argument("--top", type=int, default=0, help="operations to list")
+    options.add_argument("--hours", action="store_true", help="of the OpenWebText presets, at the first separation")
+    options.add_argument("--json", action="store_true", help="print one JSON object")
     args = options.parse_args()
-    layout.use_eager_cpu = lambda t: False  # type: ignore[assignment]
-    layout.HELD_ELEMENTS["cpu"] = layout.HELD_ELEMENTS_ACCELERATOR
-    generator = torch.Generator().manual_seed(0)
-    mean, weight = (torch.randn(COMPONENTS, n, generator=generator) for n in (CHANNELS, WIDTH))
-    features, noise = (torch.randn(args.tokens, n, generator=generator) for n in (WIDTH, CHANNELS))
-    weight = weight.mul_(3 * WIDTH**-0.5)
-    tokens = torch.distributions.Categorical(logits=features @ weight.T).sample()
-    for separation in args.separation:
-        sigma = typical_neighbour_distance(mean) / separation
-        z, log_std = mean[tokens] + sigma * noise, torch.full((COMPONENTS,), math.log(sigma))
-        leaves = [t.clone().requires_grad_() for t in (z, features, weight, torch.zeros(COMPONENTS), mean, log_std)]
-
-        def loss() -> None:
-            with torch.autocast("cpu", torch.bfloat16):
-                log_p = mixture_log_prob_from_features(*leaves, relative=True)  # noqa: B023
-            log_p.mean().backward()
-
-        print(f"separation {separation:g}, scale {sigma:.3f}")
-        count("  loss of stage 1, with gradients", loss, args.tokens, args.top)
-        log_w = features @ weight.T
-        with torch.no_grad():
-            count("  frozen map of stages 2 and 3", lambda: rosenblatt(z, log_w, mean, log_std), args.tokens, args.top)  # noqa: B023
-            count("  decoder's normaliser", lambda: mixture_log_prob(z, None, mean, log_std), args.tokens, args.top)  # noqa: B023
+    if args.hours:
+        show(args, hours(bytes_per_pair(args, args.separation[0])))
+        return
+    show(args, [{"": f"separation {s:g}"} | bytes_per_pair(args, s) for s in args.separation])
 
 
 if __name__ == "__main__":
