@@ -35,7 +35,7 @@ COMPONENTS, CHANNELS, WIDTH = 50_257, 16, 768
 FLOPS, BYTES = 396e12, 2.8e12
 """Of one H100, per second: 40 % of the dense bfloat16 peak, and most of the memory's 3.35 TB/s."""
 OVERHEAD, WITHIN, ACROSS = 6e-3, 300e9, 40e9
-"""Seconds per step of launches, clipping and optimiser; bytes per second of a gradient average, in and across nodes."""
+"""Seconds per step of launches, clipping, optimiser; bytes per second of a gradient average, in and across nodes."""
 
 
 class Traffic(TorchDispatchMode):

@@ -1,12 +1,11 @@
-r"""Mixture CDF, log-density and Rosenblatt map on a CPU, with gradients, chunk by chunk in linear space.
+r"""Mixture CDF and log-density on a CPU, with gradients, chunk by chunk in linear space.
 
 The smaller tail's mass is a sum of positive terms, each right to an ulp or two, so it keeps its *relative* precision
 down to the smallest normal number. Rows that get near that number (`SMALLEST`) are repeated in float64, and where
 that ends too, in log space by `reference`.
 
-N rows, n of them in a chunk, K components, d channels. Scalar mixtures: z, u [N]; log_w, mean, log_std [N or 1, K].
-Codebook mixtures: z, u [N, d]; log_w [N, K]; mean [K, d]; log_std [K]. Standardised values are scaled by
-`UNIT` = sqrt(1/2) before they reach erfc and `density_into`, and constant factors come last:
+N rows, n of them in a chunk, K components: z, u [N]; log_w, mean, log_std [N or 1, K]. Standardised values are scaled
+by `UNIT` = sqrt(1/2) before they reach erfc and `density_into`, and constant factors come last:
 
     Q(a) = TAIL_SCALE * erfc(UNIT a),        N(a; 0, 1) = DENSITY_SCALE * exp(-(UNIT a)^2)
 """
@@ -23,10 +22,9 @@ from tarflowlm.flow.numerics.normal import (
     INV_SQRT_2PI,
     SQRT_HALF,
     log_standard_normal,
-    log_standard_normal_vectors,
     upper_quantile,
 )
-from tarflowlm.flow.numerics.reference import Gradients, bayes_update_
+from tarflowlm.flow.numerics.reference import Gradients
 
 UNIT, TAIL_SCALE, DENSITY_SCALE = SQRT_HALF, 0.5, INV_SQRT_2PI
 
@@ -41,9 +39,8 @@ denormals or not. What the clamp leaves (4e-37, 4e-305) is nothing beside `SMALL
 _SAFE_TOTAL = (1e-20, 1e30)
 """Sums of exp(log_w) for which shifting log_w by its maximum would change nothing."""
 
-_WIDE, _WIDE_CODEBOOK = 20, 64
-"""Components from which the untransposed layout is the faster one (measured between 8 and 27). With a codebook they
-are more, because the weights are transposed once for all channels."""
+_WIDE = 20
+"""Components from which the untransposed layout is the faster one (measured between 8 and 27)."""
 
 
 class Workspace:
@@ -53,9 +50,8 @@ class Workspace:
     the parameters. Many components: [n, K], as they come.
     """
 
-    def __init__(self, num_buffers: int, num_components: int, dtype: torch.dtype, wide: int | None = None) -> None:
-        """Chunks are untransposed from `wide` components on, by default `_WIDE`."""
-        self.axis = 0 if num_components < (_WIDE if wide is None else wide) else 1
+    def __init__(self, num_buffers: int, num_components: int, dtype: torch.dtype) -> None:
+        self.axis = 0 if num_components < _WIDE else 1
         self._num_components, size = num_components, num_components * chunk_rows(num_components)
         self._buffers = [torch.empty(size, dtype=dtype) for _ in range(num_buffers)]
         self.one, self.zero = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype)
@@ -255,55 +251,3 @@ def _store(out: tuple[Tensor, ...], rows: slice, grads: tuple[Tensor, ...], spac
             torch.add(space.orient(grad), space.zero, out=space.orient(total[rows]))
         else:
             total[0].add_(grad.sum(0))
-
-
-def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """u [N, d] and log_det [N], as `reference.rosenblatt`."""
-    u, log_p, num_components = torch.empty(z.shape, dtype=z.dtype), torch.empty_like(z[:, 0]), len(mean)
-    space = Workspace(4, num_components, z.dtype, wide=_WIDE_CODEBOOK)
-    for rows in row_chunks(len(z), num_components):
-        log_p[rows] = _rosenblatt_chunk(z[rows], log_w[rows], mean, log_std, space, u[rows])
-    return u, log_p - log_standard_normal_vectors(u)
-
-
-def _rosenblatt_chunk(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, space: Workspace, u: Tensor) -> Tensor:
-    """Fills u [n, d] of one chunk and returns log p_mix [n]; buffers: 0 log alpha, 1 alpha, 2 a, 3 scratch.
-
-    log alpha is shifted by its maximum at every channel, so nothing underflows, and not normalised: what the last
-    weights sum to is log p_mix. The quantiles of all channels are taken at once, after the recursion.
-    """
-    n, axis, spread = len(z), space.axis, space.spread
-    lowest, eps = LOWEST_EXPONENT[z.dtype], torch.finfo(z.dtype).eps
-    # beside a smaller tail the mass that the floor adds to the other components would show
-    smallest = max(SMALLEST[z.dtype], math.exp(lowest) * len(mean) / eps)
-    log_alpha, alpha = torch.add(space.orient(log_w), space.zero, out=space(0, n)), space(1, n)
-    a, scratch = space(2, n), space(3, n)
-    inv_std = space.orient(torch.exp(-log_std)[None])
-    log_normaliser = space.orient(log_std[None] + HALF_LOG_2PI)
-
-    def exponentiate() -> tuple[Tensor, Tensor]:
-        top = log_alpha.amax(axis, keepdim=True)
-        log_alpha.sub_(top)
-        return torch.clamp(log_alpha, min=lowest, out=alpha).exp_().sum(axis), top.squeeze(axis)
-
-    tail, side = (torch.empty(z.shape[1], n, dtype=z.dtype) for _ in range(2))
-    far_values: list[tuple[int, Tensor, Tensor]] = []
-    total, _ = exponentiate()
-    log_p = -torch.log(total)
-    for i in range(z.shape[1]):
-        torch.sub(spread(z[:, i]), space.orient(mean[None, :, i]), out=a).mul_(inv_std)
-        side[i] = guess_side(a, alpha, scratch, space)
-        torch.mul(a, spread(side[i] * UNIT), out=scratch)
-        mass = clamp_(scratch).erfc_().mul_(alpha)
-        torch.sum(mass, axis, out=tail[i]).mul_(TAIL_SCALE).div_(total)
-        if (far := rows_below(tail[i], smallest)) is not None:
-            wide = (space.orient(log_alpha)[far], mean[None, :, i], log_std[None])
-            found = mixture_cdf(z[far, i].double(), *(p.double() for p in wide))[0]
-            far_values.append((i, far, found.to(z.dtype)))
-        bayes_update_(log_alpha, a, log_normaliser)
-        total, top = exponentiate()
-        log_p.add_(top)
-    u.copy_(_quantile(tail.flatten(), side.flatten()).view_as(tail).T)
-    for i, far, values in far_values:
-        u[far, i] = values
-    return log_p.add_(torch.log(total))

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tarflowlm.flow.numerics import layout
@@ -43,8 +44,6 @@ TINY = {torch.float32: 1e-30, torch.float64: 1e-290}
 
 FEWEST = 64
 """Of fewer components none are left out."""
-_LARGEST_RANGE = 80.0
-"""Largest log of the ratio of two codes' densities at their means, for which sums stay in the range of float32."""
 
 
 def smaller_tail(a: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,11 +179,6 @@ def bayes_update(log_alpha: Tensor, a: Tensor, log_std: Tensor) -> Tensor:
     return log_alpha - 0.5 * a * a - log_std
 
 
-def bayes_update_(log_alpha: Tensor, a: Tensor, log_normaliser: Tensor) -> Tensor:
-    """`bayes_update` written over log_alpha, with log_normaliser = log_std + log(2 pi) / 2 included; no autograd."""
-    return log_alpha.addcmul_(a, a, value=-0.5).sub_(log_normaliser)
-
-
 def rosenblatt(
     z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, scalar_map: Callable[..., Any] = mixture_cdf
 ) -> tuple[Tensor, Tensor]:
@@ -211,50 +205,49 @@ def rosenblatt_forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
 
         alpha_k^(i) = w_k prod_{j<i} N(z_j; mean_kj, s_k^2),   T_i = sum_k alpha_k^(i) Q(a_ki) / sum_k alpha_k^(i)
 
-    Next to the largest density of a channel the weights only fall. So the last weight of the nearest component b
-    bounds all sums from below, and what falls `reach` below it can be left out from there on. Once few components are
-    left, the other channels are summed over the remaining pairs of rows and components. Rows where a tail is below
-    exp(-ROOM) are left to `rosenblatt`, and so are codebooks with scales too far apart for linear space.
+    They are held relative to those of the component b that is nearest to z. It is also known how far the weight of b
+    falls by the last channel, next to the largest density that a channel of any component can have. What is `reach`
+    below that can be left out from there on. Once few components are left, the other channels are summed over the
+    remaining pairs of rows and components. Rows where a tail is below exp(-ROOM) are left to `rosenblatt`.
     """
-    dim, (narrowest, widest) = z.shape[1], log_std.aminmax()
-    if not is_in_range(log_std, dim):
-        u, log_det = rosenblatt(z, log_w, mean, log_std)
-        return u, log_det + log_standard_normal_vectors(u)
+    dim, pairs = z.shape[1], None
     best = (point_factors(z).float() @ component_factors(mean, log_std).float().T).argmax(-1)
-    inv_std, middle = torch.exp(-log_std) * SQRT_HALF, 0.5 * (narrowest + widest)
-    squares = ((z - mean[best]) * inv_std[best, None]).square().sum(-1)
+    inv_std, own = torch.exp(-log_std) * SQRT_HALF, log_std[best, None]
+    falls = ((z - mean[best]) * inv_std[best, None]).square().add_(own)
+    left = torch.arange(dim - 1, -1, -1, device=z.device)
+    rests = falls.sum(-1, keepdim=True) - falls.cumsum(-1) - left * log_std.amin()
     log_alpha = torch.log_softmax(log_w, -1)
-    shift = log_alpha.gather(-1, best[:, None]).squeeze(-1) - squares
-    log_alpha = log_alpha.sub_(shift[:, None])  # without the factors 1 / s_k of every channel, which `weight` has
-    least = -reach(z.dtype, len(mean)) - dim * (log_std[best] - narrowest)
-    log_step, pairs = middle - log_std, None
+    log_p = log_alpha.gather(-1, best[:, None]) - falls.sum(-1, keepdim=True) - dim * HALF_LOG_2PI  # of b
+    log_alpha -= log_alpha.gather(-1, best[:, None])
     tail, side = torch.empty_like(z), torch.empty_like(z)
     for i in range(dim):
-        weight = torch.exp(i * log_step)
         alpha = exp_clamped(log_alpha)
-        total, first = (alpha @ torch.stack((weight, weight * mean[:, i]), -1)).unbind(-1)
+        total, first = (alpha @ torch.stack((torch.ones_like(log_std), mean[:, i]), -1)).unbind(-1)
         # the tail beyond z as seen from the mixture's mean, which usually is the smaller one
         side[:, i] = torch.where(z[:, i] * total < first, -1.0, 1.0)
         a = torch.addcmul((side * z)[:, i, None], side[:, i, None], mean[:, i], value=-1.0).mul_(inv_std)
         log_alpha.addcmul_(a, a, value=-1.0)
-        tail[:, i] = 0.5 * (alpha.mul_(erfc_clamped_(a)) @ weight) / total
+        # the sum of a row's and a component's number as a product, which needs one pass
+        by_row = torch.stack((falls[:, i], torch.ones_like(total)), -1)
+        by_component = torch.stack((torch.ones_like(log_std), -log_std))
+        log_alpha.addmm_(by_row, by_component)
+        tail[:, i] = 0.5 * alpha.mul_(erfc_clamped_(a)).sum(-1) / total
         if len(mean) >= FEWEST and 2 <= i < dim - 1:
-            alive = log_alpha >= least[:, None]
+            alive = log_alpha >= -(rests[:, i, None] + reach(z.dtype, len(mean)))
             # no tensor over pairs and channels is then larger than those over rows and components
             if alive.sum() * (dim - i) <= alive.numel():
                 pairs = alive.nonzero().unbind(-1)
                 break
     if pairs is None:
-        total = exp_clamped(log_alpha) @ torch.exp(dim * log_step)
+        total = exp_clamped(log_alpha).sum(-1)
     else:
-        start = i + 1
-        total = _rosenblatt_over_pairs(z, log_alpha[pairs], *pairs, mean, inv_std, log_step, tail, side, start)
-    log_p = torch.log(total) + shift - dim * (middle + HALF_LOG_2PI)
+        total = _rosenblatt_over_pairs(z, log_alpha[pairs], *pairs, mean, log_std, falls, tail, side, i + 1)
+    log_p = torch.log(total) + log_p.squeeze(-1)
     is_larger = tail > 0.5
     log_tail = torch.where(is_larger, torch.log1p(-tail), torch.log(tail))
     u = torch.where(is_larger, -side, side) * upper_quantile_of_log(log_tail)
     # negated, so that NaN is left to the general path
-    fine = (tail >= math.exp(-ROOM)).all(-1) & (tail <= 0.95).all(-1) & torch.isfinite(log_p)
+    fine = ((tail >= math.exp(-ROOM)) & (tail <= 0.95)).all(-1) & torch.isfinite(log_p)
     rest = (~fine).nonzero().squeeze(-1)
     if len(rest):
         wide = (t.to(wide_dtype(z)) for t in (z[rest], log_w[rest], mean, log_std))
@@ -264,23 +257,16 @@ def rosenblatt_forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     return u, log_p
 
 
-def is_in_range(log_std: Tensor, dim: int) -> bool:
-    """True where `rosenblatt_forward` can take its sums in linear space."""
-    narrowest, widest = log_std.aminmax()
-    return not log_std.is_meta and bool(dim * (widest - narrowest) <= _LARGEST_RANGE)
-
-
 def _rosenblatt_over_pairs(
-    z: Tensor, log_alpha: Tensor, rows: Tensor, components: Tensor, mean: Tensor, inv_std: Tensor,
-    log_step: Tensor, tail: Tensor, side: Tensor, start: int,
+    z: Tensor, log_alpha: Tensor, rows: Tensor, components: Tensor, mean: Tensor, log_std: Tensor,
+    falls: Tensor, tail: Tensor, side: Tensor, start: int,
 ) -> Tensor:  # fmt: skip
     """Fills `tail` and `side` from channel `start` on, by sums over pairs, whose weights there are log_alpha [M].
     Returns the sum of the last weights, [N]."""
-    a = (z[rows, start:] - mean[components, start:]).mul_(inv_std[components, None])
-    powers = torch.arange(start, z.shape[1] + 1, device=z.device)
-    log_alpha = log_alpha[:, None] + log_step[components, None] * powers
-    log_alpha[:, 1:] -= (a * a).cumsum(-1)
-    alpha, mass = exp_clamped(log_alpha), erfc_clamped_(a.abs())
+    own = log_std[components, None]
+    a = (z[rows, start:] - mean[components, start:]).mul_(torch.exp(-own) * SQRT_HALF)
+    steps = torch.addcmul(falls[rows, start:] - own, a, a, value=-1.0)
+    alpha, mass = exp_clamped(log_alpha[:, None] + F.pad(steps.cumsum(-1), (1, 0))), erfc_clamped_(a.abs())
     sums = alpha.new_zeros(len(z), alpha.shape[1]).index_add_(0, rows, alpha)
     alpha = alpha[:, :-1]
     upper, lower = (

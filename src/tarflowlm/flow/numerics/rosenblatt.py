@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tarflowlm.flow.numerics import cpu_forward, cpu_inverse, layout, reference
+from tarflowlm.flow.numerics import cpu_inverse, layout, reference
 from tarflowlm.flow.numerics.mixture import first_derivatives, mixture_cdf, mixture_cdf_inverse
 from tarflowlm.flow.numerics.normal import log_standard_normal_vectors
 
@@ -24,7 +24,7 @@ _BACKWARD_SHARE, _BACKWARD_SHARE_ACCELERATOR = 16, 4
 """The backward records about 16 [n, K] tensors per channel, so its chunks are that much smaller; only 4 times on an
 accelerator, where every chunk is some hundred launches."""
 _SWEPT_CHUNKS = 4
-"""On a CPU, the sweep over a large vocabulary has chunks this much longer than others (measured)."""
+"""On a CPU, chunks of the forward map are this much longer than others (measured)."""
 
 
 def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,12 +60,12 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
 
 
 def _evaluate(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    swept = len(mean) >= reference.FEWEST and reference.is_in_range(log_std, z.shape[1])
-    if (on_cpu := layout.use_eager_cpu(z)) and not swept:
-        return cpu_forward.rosenblatt(z, log_w, mean, log_std)
+    if z.is_meta:
+        return reference.rosenblatt(z, log_w, mean, log_std)
     u, log_p = torch.empty(z.shape, dtype=z.dtype, device=z.device), torch.empty_like(z[:, 0])
-    size = _SWEPT_CHUNKS * layout.chunk_rows(len(mean)) if on_cpu else layout.held_rows(len(mean), z.device)
-    for rows in layout.row_chunks(len(z), len(mean), size=size):
+    on_cpu, count = layout.use_eager_cpu(z), len(mean)
+    size = _SWEPT_CHUNKS * layout.chunk_rows(count) if on_cpu else layout.held_rows(count, z.device)
+    for rows in layout.row_chunks(len(z), count, size=size):
         u[rows], log_p[rows] = reference.rosenblatt_forward(z[rows], log_w[rows], mean, log_std)
     return u, log_p - log_standard_normal_vectors(u)
 
