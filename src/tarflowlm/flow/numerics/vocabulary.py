@@ -9,8 +9,8 @@ With b the nearest component, leave out every k with log N_k(z) < log N_b(z) - R
     of sum_k w_k N_k(z)    at most  N_b(z) exp(-R)          of sum_k N_k(z)    at most  K N_b(z) exp(-R)
 
 With R = `reach` the second one vanishes in rounding, and so does the first one, unless all tokens near z are very
-improbable. That is seen from the sum itself, and such rows take the general path, over all components. A product in
-float32 with a bound on its rounding finds the near components (`near_components`).
+improbable (eq. 20b). That is seen from the sum itself, and such rows take the general path, over all components. A
+product in float32 with a bound on its rounding finds the near components (`near_components`).
 
 N rows (tokens), K components, d channels, E features. Rows are worked on in chunks, so that no operation makes an
 [N, K] tensor however large K is.
