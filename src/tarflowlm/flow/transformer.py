@@ -99,11 +99,16 @@ class Layer(nn.Module):
         return checkpoint(self._compute, x, tables, use_reentrant=False, preserve_rng_state=self.dropout > 0)
 
     def _compute(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self._thinned(self.attention(self.attention_norm(x), tables))
-        return x + self._thinned(self.down(F.gelu(self.up(self.mlp_norm(x)))))
+        x = x + self._thinned(self.attention(_normalised(x, self.attention_norm), tables))
+        return x + self._thinned(self.down(F.gelu(self.up(_normalised(x, self.mlp_norm)))))
 
     def _thinned(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+
+def _normalised(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    # FSDP2 may gather the weight in bfloat16, while x stays wide
+    return F.layer_norm(x, x.shape[-1:], norm.weight.to(x.dtype), eps=norm.eps)
 
 
 class Transformer(nn.Module):

@@ -9,15 +9,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from tarflowlm.config import OptimConfig, Precision
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
+from tarflowlm.training.parallel import ALONE, Processes
 
 LARGE = 512 * 512
 """Smallest matrix, in elements, for which bfloat16 is worth its rounding on a CPU."""
+BUCKET = 2**26
+"""Elements of the matrices that processes exchange at once, and that are orthogonalised together."""
 
 
 def orthogonalise(
@@ -29,41 +33,76 @@ def orthogonalise(
 
     a, b, c are the `coefficients`. Products are taken in `dtype`, the dtype of the result. With bfloat16 this is what
     torch.optim.Muon computes; it has no other precision, and CPUs without bfloat16 products emulate it about thirty
-    times slower.
+    times slower. A batch [n, rows, columns] holds n matrices.
     """
-    tall, (a, b, c) = matrix.shape[0] > matrix.shape[1], coefficients
+    tall, (a, b, c) = matrix.shape[-2] > matrix.shape[-1], coefficients
+    add_product = torch.addmm if matrix.ndim == 2 else torch.baddbmm
     x = matrix.to(dtype)
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=eps)
-    if x.shape[1] >= 2 * x.shape[0] and dtype != torch.bfloat16:
-        x = _iterate_products(x, a, b, c, steps)
+    x = x.mT if tall else x
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    if x.shape[-1] >= 2 * x.shape[-2] and dtype != torch.bfloat16:
+        # multiply the factors F of X alone, which turn Y into F Y F: half the time for long rows. Rounding errors grow
+        # to about 1e-4 in float32, a hundredth of those of bfloat16
+        gram, product = x @ x.mT, None
+        for step in range(steps):
+            factor = add_product(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=-2, dim2=-1).add_(a)
+            product = factor if product is None else factor @ product
+            if step + 1 < steps:
+                gram = factor @ gram @ factor
+        x = x if product is None else product @ x
     else:
         for _ in range(steps):
-            gram = x @ x.T
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+            gram = x @ x.mT
+            x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
-def _iterate_products(x: Tensor, a: float, b: float, c: float, steps: int) -> Tensor:
-    """The same by multiplying the factors F of X alone, which turn Y into F Y F: half the time for long rows.
-    Rounding errors grow to about 1e-4 in float32, a hundredth of those of bfloat16."""
-    gram, product = x @ x.T, None
-    for step in range(steps):
-        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal().add_(a)
-        product = factor if product is None else factor @ product
-        if step + 1 < steps:
-            gram = factor @ gram @ factor
-    return x if product is None else product @ x
+def orthogonalise_all(matrices: list[Tensor], *, batched: bool, **options: Any) -> list[Tensor]:
+    """`orthogonalise` for every matrix, or if `batched` for those of equal shape at once: fewer and larger kernels,
+    which suits accelerators. On a CPU it is slower."""
+    if not batched:
+        return [orthogonalise(matrix, **options) for matrix in matrices]
+    wide = [matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+    found = list(matrices)
+    for shape in {matrix.shape for matrix in wide}:
+        places = [i for i, matrix in enumerate(wide) if matrix.shape == shape]
+        for i, x in zip(places, orthogonalise(torch.stack([wide[i] for i in places]), **options), strict=True):
+            found[i] = x if matrices[i].shape == shape else x.mT
+    return found
+
+
+def exchange(
+    parts: list[list[Tensor]], shapes: list[list[tuple[int, ...]]], like: Tensor, group: Any
+) -> list[Tensor]:
+    """Send the tensors `parts[r]` to every process r, and receive those of `shapes[r]` from it, in one collective."""
+    sent = torch.cat([like.new_empty(0), *(t.flatten() for some in parts for t in some)])
+    sizes = [[math.prod(shape) for shape in some] for some in shapes]
+    received = sent.new_empty(sum(map(sum, sizes)))
+    dist.all_to_all_single(received, sent, [*map(sum, sizes)], [sum(t.numel() for t in p) for p in parts], group)
+    flat = received.split([size for some in sizes for size in some])
+    return [t.view(shape) for t, shape in zip(flat, (shape for some in shapes for shape in some), strict=True)]
+
+
+def owners_of(shapes: list[torch.Size], world: int) -> list[list[int]]:
+    """The indices of the matrices that each of `world` processes orthogonalises: about the same work for all."""
+    work = [shape.numel() * min(shape) for shape in shapes]
+    owned, loads = [list[int]() for _ in range(world)], [0] * world
+    for index in sorted(range(len(work)), key=work.__getitem__, reverse=True):
+        owner = loads.index(min(loads))
+        owned[owner].append(index)
+        loads[owner] += work[index]
+    return owned
 
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024) that orthogonalises in `precision`, for whole matrices or DTensors.
 
-    Orthogonalisation needs whole matrices. For parameters that FSDP2 has sharded, the momentum stays sharded; each
-    matrix is gathered, one process (they take turns) orthogonalises it, and the result is sharded again. Up to
-    rounding that is the update of a single process. PyTorch's own step on DTensors would communicate in every
-    iteration. Updates have the root mean square of AdamW's (`match_rms_adamw`), so both use one learning rate.
+    Of several processes, each orthogonalises the matrices it owns. For parameters that FSDP2 has sharded, the momentum
+    stays sharded: one collective brings the shards of a bucket of gradients to the owners, another one the results
+    back, both in `precision`. Replicated parameters need only the second, and are divided if `processes` are given.
+    Up to rounding the update is that of a single process. Its root mean square is that of AdamW's
+    (`match_rms_adamw`), so both use one learning rate.
 
     `stacked` lists parameters that hold three matrices one below the other: queries, keys and values.
     """
@@ -72,10 +111,11 @@ class Muon(torch.optim.Muon):
     """A scalar on the device, as in torch.amp; if it is 1, `step` changes nothing."""
 
     def __init__(
-        self, params: Iterable[Any], *, precision: Precision, stacked: Iterable[Tensor] = (), **options: Any
-    ) -> None:
+        self, params: Iterable[Any], *, precision: Precision, stacked: Iterable[Tensor] = (),
+        processes: Processes = ALONE, **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **options)
-        self.precision = precision
+        self.precision, self.processes = precision, processes
         self._stacked = {id(p) for p in stacked}
 
     @torch.no_grad()
@@ -83,58 +123,90 @@ class Muon(torch.optim.Muon):
         """Take one step, unless `found_inf` is 1. `closure` is ignored."""
         taken = None if self.found_inf is None else 1 - self.found_inf
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            self._update_momentum(params, group["momentum"], taken)
-            decay = group["lr"] * group["weight_decay"]
-            for p, update in zip(params, self._updates(params, group), strict=True):
-                p.mul_(1 - decay if taken is None else 1 - decay * taken)
-                p.add_(update if taken is None else update * taken, alpha=-group["lr"])
+            for params in self._buckets([p for p in group["params"] if p.grad is not None]):
+                updates = self._updates(params, self._averaged_gradients(params, group, taken), group)
+                shards, decay = [_local(p) for p in params], group["lr"] * group["weight_decay"]
+                torch._foreach_mul_(shards, 1 - decay if taken is None else 1 - decay * taken)
+                if taken is not None:
+                    torch._foreach_mul_(updates, taken)
+                torch._foreach_add_(shards, updates, alpha=-group["lr"])
 
-    def _update_momentum(self, params: list[Tensor], momentum: float, taken: Tensor | None) -> None:
+    def _buckets(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        """The parameters in lists of at most `BUCKET` elements; one by one where several have no advantage."""
+        bucket: list[Tensor] = []
+        for p in params:
+            alone = p.device.type == "cpu" and self.processes.world == 1 and not isinstance(p, DTensor)
+            if bucket and (alone or sum(q.numel() for q in [*bucket, p]) > BUCKET):
+                yield bucket
+                bucket = []
+            bucket.append(p)
+        if bucket:
+            yield bucket
+
+    def _averaged_gradients(self, params: list[Tensor], group: dict[str, Any], taken: Tensor | None) -> list[Tensor]:
+        """Update the momentum; returns what is orthogonalised, or this process's shards of it."""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        grads = [p.grad for p in params if p.grad is not None]
+        buffers = [_local(self.state[p]["momentum_buffer"]) for p in params]
+        grads, momentum = [_local(p.grad) for p in params if p.grad is not None], group["momentum"]
         if taken is None:
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
-            return
-        for buffer, grad in zip(buffers, grads, strict=True):
-            # 0 times infinity would be NaN; the gradients of a skipped step are not needed afterwards
-            grad.nan_to_num_(0.0, 0.0, 0.0)
-            buffer.add_((grad - buffer) * taken, alpha=1 - momentum)
+        else:
+            for grad in grads:
+                # 0 times infinity would be NaN; the gradients of a skipped step are not needed afterwards
+                grad.nan_to_num_(0.0, 0.0, 0.0)
+            changes = torch._foreach_sub(grads, buffers)
+            torch._foreach_mul_(changes, taken)
+            torch._foreach_add_(buffers, changes, alpha=1 - momentum)
+        return list(torch._foreach_lerp(grads, buffers, momentum)) if group["nesterov"] else buffers
 
-    def _averaged_gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        buffer: Tensor = self.state[p]["momentum_buffer"]
-        assert p.grad is not None
-        return p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-
-    def _updates(self, params: list[Tensor], group: dict[str, Any]) -> Iterator[Tensor]:
-        if not isinstance(params[0], DTensor):
-            for p in params:
-                yield self._orthogonalise(p, self._averaged_gradient(p, group), group)
-            return
-        mesh, own = params[0].device_mesh, {}
-        turns = [index % mesh.size() for index in range(len(params))]
-        for index, p in enumerate(params):
-            whole = self._averaged_gradient(p, group).full_tensor()  # type: ignore[attr-defined]
-            if turns[index] == mesh.get_rank():
-                own[index] = self._orthogonalise(p, whole, group)
-        for index, p in enumerate(params):
-            update = own.pop(index) if index in own else torch.empty(p.shape, dtype=p.dtype, device=p.device)
-            yield distribute_tensor(update, mesh, p.placements, src_data_rank=turns[index])  # type: ignore[attr-defined]
-
-    def _orthogonalise(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        """The orthogonalised gradient of a whole parameter, scaled to a root mean square of 0.2."""
-        dtype = torch.float64 if gradient.dtype == torch.float64 else getattr(torch, self.precision)
+    def _updates(self, params: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """The gradients orthogonalised, with a root mean square of 0.2, or this process's shards of that."""
+        dtype = torch.float64 if params[0].dtype == torch.float64 else getattr(torch, self.precision)
+        rank, world, channel = self.processes.rank, self.processes.world, None
+        if sharded := isinstance(params[0], DTensor):
+            mesh = params[0].device_mesh
+            rank, world, channel = mesh.get_local_rank(), mesh.size(), mesh.get_group()
+        owned = owners_of([p.shape for p in params], world)
+        own, like = owned[rank], gradients[0].new_empty(0, dtype=dtype)
+        whole, rows = [gradients[i] for i in own], [_rows(p, world) for p in params]
+        if sharded:
+            parts = [[gradients[i].to(dtype) for i in some] for some in owned]
+            shapes = [[(rows[i][r], params[i].shape[1]) for i in own] for r in range(world)]
+            received = exchange(parts, shapes, like, channel)
+            whole = [torch.cat(received[k :: len(own)]) for k in range(len(own))]
+        matrices = [matrix.chunk(self._stack(params[i])) for i, matrix in zip(own, whole, strict=True)]
         options = {"coefficients": group["ns_coefficients"], "steps": group["ns_steps"], "eps": group["eps"]}
-        parts = []
-        for matrix in gradient.chunk(3 if id(p) in self._stacked else 1):
-            found = orthogonalise(matrix, dtype=dtype, **options)
-            parts.append(found.to(gradient.dtype).mul_(0.2 * max(matrix.shape) ** 0.5))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        flat = [matrix for some in matrices for matrix in some]
+        found = iter(orthogonalise_all(flat, batched=like.device.type != "cpu", dtype=dtype, **options))
+        updates = [
+            torch.cat(some) if len(some) > 1 else some[0] for some in ([next(found) for _ in m] for m in matrices)
+        ]
+        if world > 1:
+            cut = [x.split(rows[i]) if sharded else [x] * world for i, x in zip(own, updates, strict=True)]
+            shapes = [[gradients[i].shape for i in some] for some in owned]
+            updates = exchange([[part[r] for part in cut] for r in range(world)], shapes, like, channel)
+        by_index = dict(zip((i for some in owned for i in some), updates, strict=True))
+        sides = [max(len(p) // self._stack(p), p.shape[1]) for p in params]
+        return [
+            by_index[i].to(p.dtype).mul_(0.2 * side**0.5)
+            for i, (p, side) in enumerate(zip(params, sides, strict=True))
+        ]
+
+    def _stack(self, p: Tensor) -> int:
+        return 3 if id(p) in self._stacked else 1
+
+
+def _local(p: Tensor) -> Tensor:
+    """This process's shard of a DTensor; other tensors as they are."""
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
+def _rows(p: Tensor, world: int) -> list[int]:
+    """The rows of a matrix that each process holds under FSDP2, which cuts as `torch.chunk` does."""
+    each = -(-len(p) // world)
+    return [max(0, min(each, len(p) - r * each)) for r in range(world)]
 
 
 def faster_precision(shapes: Iterable[torch.Size], device: torch.device) -> Precision:
@@ -183,7 +255,9 @@ def with_precision(config: OptimConfig, model: nn.Module, device: torch.device) 
     return replace(config, muon_precision=faster_precision(shapes, device))
 
 
-def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    config: OptimConfig, model: nn.Module, processes: Processes = ALONE
+) -> list[torch.optim.Optimizer]:
     """The optimisers of the trainable parameters of `model`: AdamW, and Muon if it has matrices to optimise.
 
     Weight decay acts on matrices only. Muon (Jordan et al. 2024) optimises the matrices of the Transformers and of
@@ -215,7 +289,8 @@ def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.
         stacked = [p for name, p in muon.items() if name.endswith(STACKED)] if config.muon_qkv == "apart" else []
         groups = [{"params": list(muon.values()), "lr_scale": 1.0}]
         options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": 0.95}
-        optimizers.append(Muon(groups, precision=precision, stacked=stacked, **options))
+        options |= {"stacked": stacked, "processes": processes}
+        optimizers.append(Muon(groups, precision=precision, **options))
     return optimizers
 
 

@@ -6,33 +6,43 @@ its own.
 """
 
 import gc
+import hashlib
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tarflowlm.config import RunConfig, TrainConfig
+from tarflowlm.config import Precision, RunConfig, TrainConfig
 from tarflowlm.device import missing_for_compilation
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import Likelihood, evaluate
+from tarflowlm.evaluation.likelihood import Likelihood, evaluate, windows_per_batch
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.progress import SILENT, Progress
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(hours=12)
+"""How long a process waits for another one. The first may prepare the text meanwhile, which takes hours for a corpus
+of tens of gigabytes; PyTorch would give up after half an hour."""
+MOST_GRAPHS = 64
+"""Graphs of a compiled layer, over all models of a process: one for every kind of call (with gradients or without,
+frozen, with dropout, of one sequence) and shape of layer. PyTorch would stop at 8."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,7 @@ def launched(device: torch.device) -> Iterator[Processes]:
         torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise UserError(f"device {device.type}: serves only one process; use --device cpu, or train without torchrun")
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, timeout=PATIENCE)
     if dist.get_rank():
         logging.getLogger("tarflowlm").setLevel(logging.ERROR)  # the first process gives the notices
     # happens for heads under FSDP2; harmless, since nothing here is changed in place
@@ -136,7 +146,7 @@ def launched(device: torch.device) -> Iterator[Processes]:
 
 
 class NegativeBound(nn.Module):
-    """The negative bound of every sequence, in nats, as a module's forward: DDP, FSDP2 and torch.compile need one."""
+    """The negative bound of every sequence, in nats, as a module's forward: DDP and FSDP2 need one."""
 
     def __init__(self, model: LanguageModel, frozen: int) -> None:
         super().__init__()
@@ -147,7 +157,7 @@ class NegativeBound(nn.Module):
 
 
 def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> bool:
-    """True if the loss is to be compiled on `device`: `train.compile`, or by default where it helps and is possible,
+    """True if layers are to be compiled on `device`: `train.compile`, or by default where it helps and is possible,
     with a warning if it would help but a compiler is missing."""
     if train.compile is not None:
         return train.compile
@@ -164,7 +174,10 @@ class ParallelModel:
 
     The first `frozen` blocks are evaluated without a graph; the caller must have frozen their parameters and the
     codebook before (`LanguageModel.train_only`). `loss` maps tokens and noise to nats per sequence. Under FSDP2 the
-    parameters of `model` are sharded in place (DTensors).
+    trained parameters of `model` are sharded in place (DTensors).
+
+    Only Transformer layers are compiled, each on its own: layers of one shape share a graph, whose size does not
+    depend on the depth, batch or vocabulary.
     """
 
     def __init__(
@@ -178,13 +191,14 @@ class ParallelModel:
         for layer in _layers(model):
             layer.keeps_activations = not (config.train.checkpoint_activations and layer in trained)
             layer.dropout = config.train.dropout if layer in trained else 0.0
+            if self.compiled:
+                layer.compile(fullgraph=True)
         self.loss: nn.Module = NegativeBound(model, frozen)
         if self.sharded:
-            shard(self.loss, model, processes, compiled=self.compiled)
-        elif self.compiled:
-            self.loss.compile(fullgraph=True)
-        if processes.world > 1 and not self.sharded:
-            self.loss = DistributedDataParallel(self.loss, gradient_as_bucket_view=True)
+            shard(self.loss, model, processes, config.train.precision)
+        elif processes.world > 1:
+            # buffers are constants; a static graph would not gain anything, since all parameters take part
+            self.loss = DistributedDataParallel(self.loss, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def backward(self, tokens: Int[Tensor, "B T"], generator: torch.Generator) -> Tensor:
         """Compute the gradients of the mean loss over the global batch; returns that mean, in nats per token.
@@ -198,17 +212,29 @@ class ParallelModel:
         noise = self.model.draw_noise(global_batch, generator)[first_row : first_row + len(tokens)]
         parts = list(zip(tokens.chunk(train.accumulate), noise.chunk(train.accumulate), strict=True))
         total = torch.zeros((), device=tokens.device)
-        with self._seeded_dropout(generator):
+        with self._seeded_dropout(generator), self._compiling():
             for index, (part, part_noise) in enumerate(parts):
-                # DDP averages gradients over processes only with the last part, FSDP2 with every part, since
-                # otherwise it would have to hold whole gradients
-                waits = isinstance(self.loss, DistributedDataParallel) and index + 1 < len(parts)
-                with self.loss.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
+                # gradients are averaged over processes with the last part
+                waits = index + 1 < len(parts)
+                if isinstance(self.loss, FSDPModule):
+                    self.loss.set_requires_gradient_sync(not waits)
+                replicated = isinstance(self.loss, DistributedDataParallel)
+                with self.loss.no_sync() if waits and replicated else nullcontext():  # type: ignore[operator]
+                    with self._autocast():
                         loss = self.loss(part, part_noise).mean() / tokens.shape[1] / len(parts)
                     loss.backward()
                 total = total + loss.detach()
         return processes.mean(total)
+
+    def _autocast(self) -> torch.autocast:
+        narrow = self.config.train.precision == "bfloat16"
+        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=narrow)
+
+    def _compiling(self) -> AbstractContextManager[Any]:
+        """The settings of torch.compile for this model. DDP needs no graph split at its buckets: layers are small."""
+        if not self.compiled:
+            return nullcontext()
+        return torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, optimize_ddp=False)
 
     @contextmanager
     def _seeded_dropout(self, generator: torch.Generator) -> Iterator[None]:
@@ -217,10 +243,15 @@ class ParallelModel:
         if not self.config.train.dropout:
             yield
             return
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device)) + self.processes.rank
+        drawn = torch.randint(2**62, (), generator=generator, device=generator.device)
+        if drawn.device.type == "cpu":
+            seed = int(drawn)
+        else:  # reading it would wait for the device; the host knows the state of the generator, which has advanced
+            state = generator.get_state().numpy().tobytes()
+            seed = int.from_bytes(hashlib.sha256(state).digest()[:7], "little")
         device = self.model.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+            torch.manual_seed(seed + self.processes.rank)
             yield
 
     def evaluate(
@@ -228,20 +259,30 @@ class ParallelModel:
     ) -> Likelihood:
         """The bound over `windows`, with the rows of every batch divided between the processes. Collective; all
         processes get the same result. Arguments as `evaluation.likelihood.evaluate`."""
-        options: dict[str, Any] = {} if self.processes.world == 1 else {"weigh": self._divided_bound}
-        return evaluate(self.model, windows, characters_per_token, progress=progress, **options)
+        options: dict[str, Any] = {}
+        if self.processes.world > 1:
+            batch = self.processes.world * windows_per_batch(windows.shape[1])
+            options = {"weigh": self._divided_bound, "batch": batch}
+        with self._compiling():
+            return evaluate(self.model, windows, characters_per_token, progress=progress, **options)
 
     def _divided_bound(
         self, model: LanguageModel, tokens: Int[Tensor, "B T"], *, generator: torch.Generator, **_options: Any
     ) -> Float[Tensor, "1 B"]:
-        noise = model.draw_noise(tokens, generator)
+        # drawn for as many windows at once as by a single process, so that it is the same
+        parts = tokens.split(windows_per_batch(tokens.shape[1]))
+        noise = torch.cat([model.draw_noise(part, generator) for part in parts])
         each = -(-len(tokens) // self.processes.world)
-        # the last process may have fewer rows and repeats one, since all must take part in every collective
+        # of the last batch, a process may have fewer rows, and repeats one: all must take part in every collective
         rows = (self.processes.rank * each + torch.arange(each, device=tokens.device)).clamp(max=len(tokens) - 1)
-        loss = self.loss if self.sharded else NegativeBound(model, frozen=0)
-        nats = loss(tokens[rows], noise[rows])
-        if isinstance(loss, FSDPModule):
-            loss.reshard()  # later code may read the parameters
+        if self.sharded:
+            with self._autocast():  # the layers are gathered in this precision
+                nats = self.loss(tokens[rows], noise[rows])
+            for module in self.loss.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # later code may read the parameters
+        else:
+            nats = model.bound(tokens[rows], noise[rows])
         return -self.processes.gather(nats)[None, : len(tokens)]
 
     def whole_model(self) -> LanguageModel:
@@ -263,19 +304,29 @@ def _layers(module: nn.Module) -> list[Layer]:
 # on it; `Muon` gathers the matrices that it orthogonalises.
 
 
-def shard(loss: nn.Module, model: LanguageModel, processes: Processes, *, compiled: bool) -> None:
-    """Shard `model` in place over all processes; `loss` is the module that is called. Layers and heads are gathered
-    one at a time, the rest for the whole step. Hooks break larger graphs, so each layer is `compiled` on its own."""
+def shard(loss: nn.Module, model: LanguageModel, processes: Processes, precision: Precision) -> None:
+    """Shard the trained parameters of `model` in place over all processes; `loss` is the module that is called.
+
+    Layers and heads are gathered one at a time, the rest for the whole step. With a `precision` of bfloat16, layers are
+    gathered in it; everything else stays wide, and so do sums of gradients. Frozen parameters are whole everywhere.
+    """
     mesh = init_device_mesh(processes.device.type, (processes.world,))
-    for layer in _layers(model) if compiled else ():
-        layer.compile(fullgraph=True)
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    for p in frozen:
+        p.data = p.data.to(processes.device)
+    narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for layer in _layers(model):
+        if not frozen.issuperset(layer.parameters()):
+            fully_shard(layer, mesh=mesh, mp_policy=narrow if precision == "bfloat16" else MixedPrecisionPolicy())
     # couplings contain the heads of a flow
     heads = [m for m in model.modules() if isinstance(m, Coupling) or m is getattr(model, "head", None)]
-    for module in [*_layers(model), *heads]:
-        fully_shard(module, mesh=mesh)
-        if isinstance(module, Coupling):  # the last block uses only `log_prob`
-            register_fsdp_forward_method(module, "log_prob")
-    fully_shard(loss, mesh=mesh, reshard_after_forward=False)
+    for head in heads:
+        if not frozen.issuperset(head.parameters()):
+            # the backward pass begins with the last one
+            fully_shard(head, mesh=mesh, reshard_after_forward=head is not heads[-1], ignored_params=frozen)
+            if isinstance(head, Coupling):  # the last block uses only `log_prob`
+                register_fsdp_forward_method(head, "log_prob")
+    fully_shard(loss, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
 
 
 def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
