@@ -20,8 +20,8 @@ from tarflowlm.training.parallel import ALONE, Processes
 
 LARGE = 512 * 512
 """Smallest matrix, in elements, for which bfloat16 is worth its rounding on a CPU."""
-BUCKET = 2**26
-"""Elements of the matrices that processes exchange at once, and that are orthogonalised together."""
+BUCKET = 2**27
+"""Elements of matrices that are exchanged, and orthogonalised, together: a limit of memory."""
 
 
 def orthogonalise(
@@ -33,42 +33,39 @@ def orthogonalise(
 
     a, b, c are the `coefficients`. Products are taken in `dtype`, the dtype of the result. With bfloat16 this is what
     torch.optim.Muon computes; it has no other precision, and CPUs without bfloat16 products emulate it about thirty
-    times slower. A batch [n, rows, columns] holds n matrices.
+    times slower. Several matrices of one shape may be stacked, [n, rows, columns].
     """
     tall, (a, b, c) = matrix.shape[-2] > matrix.shape[-1], coefficients
     add_product = torch.addmm if matrix.ndim == 2 else torch.baddbmm
     x = matrix.to(dtype)
     x = x.mT if tall else x
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
-    if x.shape[-1] >= 2 * x.shape[-2] and dtype != torch.bfloat16:
-        # multiply the factors F of X alone, which turn Y into F Y F: half the time for long rows. Rounding errors grow
-        # to about 1e-4 in float32, a hundredth of those of bfloat16
-        gram, product = x @ x.mT, None
-        for step in range(steps):
-            factor = add_product(gram, gram, gram, beta=b, alpha=c)
+    gram, product = x @ x.mT, None
+    # Multiply the factors F of X alone, which turn Y into F Y F, where that takes half the time: for long rows.
+    # Rounding errors grow to about 1e-4 in float32, a hundredth of those of bfloat16.
+    apart = x.shape[-1] >= 2 * x.shape[-2] and dtype != torch.bfloat16
+    for step in range(steps):
+        factor = add_product(gram, gram, gram, beta=b, alpha=c)
+        if apart:
             factor.diagonal(dim1=-2, dim2=-1).add_(a)
             product = factor if product is None else factor @ product
-            if step + 1 < steps:
-                gram = factor @ gram @ factor
-        x = x if product is None else product @ x
-    else:
-        for _ in range(steps):
-            gram = x @ x.mT
-            x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        else:
+            x = add_product(x, factor, x, beta=a)
+        if step + 1 < steps:
+            gram = factor @ gram @ factor if apart else x @ x.mT
+    x = x if product is None else product @ x
     return x.mT if tall else x
 
 
 def orthogonalise_all(matrices: list[Tensor], *, batched: bool, **options: Any) -> list[Tensor]:
-    """`orthogonalise` for every matrix, or if `batched` for those of equal shape at once: fewer and larger kernels,
-    which suits accelerators. On a CPU it is slower."""
+    """`orthogonalise` every matrix: those of one shape at once if `batched`, which takes fewer and larger kernels."""
     if not batched:
         return [orthogonalise(matrix, **options) for matrix in matrices]
-    wide = [matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
-    found = list(matrices)
+    wide, found = [matrix.mT if len(matrix) > matrix.shape[1] else matrix for matrix in matrices], list(matrices)
     for shape in {matrix.shape for matrix in wide}:
         places = [i for i, matrix in enumerate(wide) if matrix.shape == shape]
         for i, x in zip(places, orthogonalise(torch.stack([wide[i] for i in places]), **options), strict=True):
-            found[i] = x if matrices[i].shape == shape else x.mT
+            found[i] = x.mT if wide[i] is not matrices[i] else x
     return found
 
 
@@ -84,25 +81,13 @@ def exchange(
     return [t.view(shape) for t, shape in zip(flat, (shape for some in shapes for shape in some), strict=True)]
 
 
-def owners_of(shapes: list[torch.Size], world: int) -> list[list[int]]:
-    """The indices of the matrices that each of `world` processes orthogonalises: about the same work for all."""
-    work = [shape.numel() * min(shape) for shape in shapes]
-    owned, loads = [list[int]() for _ in range(world)], [0] * world
-    for index in sorted(range(len(work)), key=work.__getitem__, reverse=True):
-        owner = loads.index(min(loads))
-        owned[owner].append(index)
-        loads[owner] += work[index]
-    return owned
-
-
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024) that orthogonalises in `precision`, for whole matrices or DTensors.
 
-    Of several processes, each orthogonalises the matrices it owns. For parameters that FSDP2 has sharded, the momentum
-    stays sharded: one collective brings the shards of a bucket of gradients to the owners, another one the results
-    back, both in `precision`. Replicated parameters need only the second, and are divided if `processes` are given.
-    Up to rounding the update is that of a single process. Its root mean square is that of AdamW's
-    (`match_rms_adamw`), so both use one learning rate.
+    Of several processes, each orthogonalises the matrices it owns. Momentum that FSDP2 has sharded stays so: one
+    collective brings the shards of a bucket of gradients to the owners, another one the results back, in `precision`.
+    Replicated matrices need only the second, and have owners if `processes` are given. Up to rounding the update is
+    that of a single process. It has the root mean square of AdamW's, so both use one learning rate.
 
     `stacked` lists parameters that hold three matrices one below the other: queries, keys and values.
     """
@@ -123,25 +108,21 @@ class Muon(torch.optim.Muon):
         """Take one step, unless `found_inf` is 1. `closure` is ignored."""
         taken = None if self.found_inf is None else 1 - self.found_inf
         for group in self.param_groups:
-            for params in self._buckets([p for p in group["params"] if p.grad is not None]):
-                updates = self._updates(params, self._averaged_gradients(params, group, taken), group)
-                shards, decay = [_local(p) for p in params], group["lr"] * group["weight_decay"]
+            params, decay = [p for p in group["params"] if p.grad is not None], group["lr"] * group["weight_decay"]
+            for bucket in self._buckets(params):
+                updates = self._updates(bucket, self._averaged_gradients(bucket, group, taken), group)
+                shards = [_local(p) for p in bucket]
                 torch._foreach_mul_(shards, 1 - decay if taken is None else 1 - decay * taken)
                 if taken is not None:
                     torch._foreach_mul_(updates, taken)
                 torch._foreach_add_(shards, updates, alpha=-group["lr"])
 
     def _buckets(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
-        """The parameters in lists of at most `BUCKET` elements; one by one where several have no advantage."""
-        bucket: list[Tensor] = []
-        for p in params:
-            alone = p.device.type == "cpu" and self.processes.world == 1 and not isinstance(p, DTensor)
-            if bucket and (alone or sum(q.numel() for q in [*bucket, p]) > BUCKET):
-                yield bucket
-                bucket = []
-            bucket.append(p)
-        if bucket:
-            yield bucket
+        """The parameters, as many at once as pays: on the CPU of a single process one, as long as it is in cache."""
+        world = params[0].device_mesh.size() if params and isinstance(params[0], DTensor) else self.processes.world
+        size = max(world, BUCKET // max((p.numel() for p in params), default=1))
+        size = 1 if world == 1 and params and params[0].device.type == "cpu" else size
+        return (params[start : start + size] for start in range(0, len(params), size))
 
     def _averaged_gradients(self, params: list[Tensor], group: dict[str, Any], taken: Tensor | None) -> list[Tensor]:
         """Update the momentum; returns what is orthogonalised, or this process's shards of it."""
@@ -149,64 +130,54 @@ class Muon(torch.optim.Muon):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [_local(self.state[p]["momentum_buffer"]) for p in params]
-        grads, momentum = [_local(p.grad) for p in params if p.grad is not None], group["momentum"]
-        if taken is None:
-            torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        else:
-            for grad in grads:
-                # 0 times infinity would be NaN; the gradients of a skipped step are not needed afterwards
-                grad.nan_to_num_(0.0, 0.0, 0.0)
-            changes = torch._foreach_sub(grads, buffers)
-            torch._foreach_mul_(changes, taken)
-            torch._foreach_add_(buffers, changes, alpha=1 - momentum)
-        return list(torch._foreach_lerp(grads, buffers, momentum)) if group["nesterov"] else buffers
+        grads = [_local(p.grad) for p in params if p.grad is not None]
+        if taken is not None:  # 0 times infinity would be NaN; an average with itself leaves the momentum
+            grads = [torch.where(taken > 0, *pair) for pair in zip(grads, buffers, strict=True)]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        return list(torch._foreach_lerp(grads, buffers, group["momentum"])) if group["nesterov"] else buffers
 
     def _updates(self, params: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """The gradients orthogonalised, with a root mean square of 0.2, or this process's shards of that."""
-        dtype = torch.float64 if params[0].dtype == torch.float64 else getattr(torch, self.precision)
         rank, world, channel = self.processes.rank, self.processes.world, None
         if sharded := isinstance(params[0], DTensor):
             mesh = params[0].device_mesh
             rank, world, channel = mesh.get_local_rank(), mesh.size(), mesh.get_group()
-        owned = owners_of([p.shape for p in params], world)
-        own, like = owned[rank], gradients[0].new_empty(0, dtype=dtype)
-        whole, rows = [gradients[i] for i in own], [_rows(p, world) for p in params]
+        # owners take turns, in the order of size; FSDP2 cuts rows as `torch.chunk` does
+        order = sorted(range(len(params)), key=lambda i: params[i].numel() * min(params[i].shape), reverse=True)
+        owned, own = [order[r::world] for r in range(world)], order[rank::world]
+        rows = [[max(0, min(n := -(-len(p) // world), len(p) - r * n)) for r in range(world)] for p in params]
+        dtype = torch.float64 if params[0].dtype == torch.float64 else getattr(torch, self.precision)
+        like, whole = gradients[0].new_empty(0, dtype=dtype), [gradients[i] for i in own]
         if sharded:
             parts = [[gradients[i].to(dtype) for i in some] for some in owned]
             shapes = [[(rows[i][r], params[i].shape[1]) for i in own] for r in range(world)]
-            received = exchange(parts, shapes, like, channel)
-            whole = [torch.cat(received[k :: len(own)]) for k in range(len(own))]
-        matrices = [matrix.chunk(self._stack(params[i])) for i, matrix in zip(own, whole, strict=True)]
-        options = {"coefficients": group["ns_coefficients"], "steps": group["ns_steps"], "eps": group["eps"]}
-        flat = [matrix for some in matrices for matrix in some]
-        found = iter(orthogonalise_all(flat, batched=like.device.type != "cpu", dtype=dtype, **options))
-        updates = [
-            torch.cat(some) if len(some) > 1 else some[0] for some in ([next(found) for _ in m] for m in matrices)
-        ]
+            shards = exchange(parts, shapes, like, channel)
+            whole = [torch.cat(shards[k :: len(own)]) for k in range(len(own))]
+        updates = self._orthogonalise([params[i] for i in own], whole, dtype, group)
         if world > 1:
             cut = [x.split(rows[i]) if sharded else [x] * world for i, x in zip(own, updates, strict=True)]
             shapes = [[gradients[i].shape for i in some] for some in owned]
-            updates = exchange([[part[r] for part in cut] for r in range(world)], shapes, like, channel)
-        by_index = dict(zip((i for some in owned for i in some), updates, strict=True))
+            updates = exchange([[some[r] for some in cut] for r in range(world)], shapes, like, channel)
+        found = dict(zip((i for some in owned for i in some), updates, strict=True))
         sides = [max(len(p) // self._stack(p), p.shape[1]) for p in params]
-        return [
-            by_index[i].to(p.dtype).mul_(0.2 * side**0.5)
-            for i, (p, side) in enumerate(zip(params, sides, strict=True))
-        ]
+        return [found[i].to(params[i].dtype).mul_(0.2 * side**0.5) for i, side in enumerate(sides)]
+
+    def _orthogonalise(
+        self, params: list[Tensor], matrices: list[Tensor], dtype: torch.dtype, group: dict[str, Any]
+    ) -> list[Tensor]:
+        """`orthogonalise_all` for the gradients of whole parameters."""
+        options = {"coefficients": group["ns_coefficients"], "steps": group["ns_steps"], "eps": group["eps"]}
+        pieces = [matrix.chunk(self._stack(p)) for p, matrix in zip(params, matrices, strict=True)]
+        batched, flat = params[0].device.type != "cpu" if params else False, [x for some in pieces for x in some]
+        found = iter(orthogonalise_all(flat, batched=batched, dtype=dtype, **options))
+        return [torch.cat([next(found) for _ in some]) if len(some) > 1 else next(found) for some in pieces]
 
     def _stack(self, p: Tensor) -> int:
         return 3 if id(p) in self._stacked else 1
 
 
 def _local(p: Tensor) -> Tensor:
-    """This process's shard of a DTensor; other tensors as they are."""
     return p.to_local() if isinstance(p, DTensor) else p
-
-
-def _rows(p: Tensor, world: int) -> list[int]:
-    """The rows of a matrix that each process holds under FSDP2, which cuts as `torch.chunk` does."""
-    each = -(-len(p) // world)
-    return [max(0, min(each, len(p) - r * each)) for r in range(world)]
 
 
 def faster_precision(shapes: Iterable[torch.Size], device: torch.device) -> Precision:
