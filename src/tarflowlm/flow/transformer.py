@@ -99,16 +99,14 @@ class Layer(nn.Module):
         return checkpoint(self._compute, x, tables, use_reentrant=False, preserve_rng_state=self.dropout > 0)
 
     def _compute(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self._thinned(self.attention(_normalised(x, self.attention_norm), tables))
-        return x + self._thinned(self.down(F.gelu(self.up(_normalised(x, self.mlp_norm)))))
+        # FSDP2 may gather weights in bfloat16, while x stays wide
+        normal = F.layer_norm(x, x.shape[-1:], self.attention_norm.weight.to(x.dtype))
+        x = x + self._thinned(self.attention(normal, tables))
+        normal = F.layer_norm(x, x.shape[-1:], self.mlp_norm.weight.to(x.dtype))
+        return x + self._thinned(self.down(F.gelu(self.up(normal))))
 
     def _thinned(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
-
-
-def _normalised(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    # FSDP2 may gather the weight in bfloat16, while x stays wide
-    return F.layer_norm(x, x.shape[-1:], norm.weight.to(x.dtype), eps=norm.eps)
 
 
 class Transformer(nn.Module):

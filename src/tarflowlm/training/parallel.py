@@ -38,11 +38,9 @@ from tarflowlm.progress import SILENT, Progress
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=12)
-"""How long a process waits for another one. The first may prepare the text meanwhile, which takes hours for a corpus
-of tens of gigabytes; PyTorch would give up after half an hour."""
+"""How long processes wait for another one, such as the first, which takes hours to prepare a text of 40 GB."""
 MOST_GRAPHS = 64
-"""Graphs of a compiled layer, over all models of a process: one for every kind of call (with gradients or without,
-frozen, with dropout, of one sequence) and shape of layer. PyTorch would stop at 8."""
+"""Compiled graphs of a layer: one for every kind of call, such as frozen or of one sequence, and every shape."""
 
 
 @dataclass(frozen=True)
@@ -146,14 +144,15 @@ def launched(device: torch.device) -> Iterator[Processes]:
 
 
 class NegativeBound(nn.Module):
-    """The negative bound of every sequence, in nats, as a module's forward: DDP and FSDP2 need one."""
+    """The negative bound of every sequence, in nats, as a module's forward, which DDP and FSDP2 need."""
 
-    def __init__(self, model: LanguageModel, frozen: int) -> None:
+    def __init__(self, model: LanguageModel, frozen: int, precision: Precision) -> None:
         super().__init__()
-        self.model, self.frozen = model, frozen
+        self.model, self.frozen, self.precision = model, frozen, precision
 
     def forward(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
-        return self.model.bound(tokens, noise, frozen=self.frozen)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.model.bound(tokens, noise, frozen=self.frozen)
 
 
 def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> bool:
@@ -174,10 +173,8 @@ class ParallelModel:
 
     The first `frozen` blocks are evaluated without a graph; the caller must have frozen their parameters and the
     codebook before (`LanguageModel.train_only`). `loss` maps tokens and noise to nats per sequence. Under FSDP2 the
-    trained parameters of `model` are sharded in place (DTensors).
-
-    Only Transformer layers are compiled, each on its own: layers of one shape share a graph, whose size does not
-    depend on the depth, batch or vocabulary.
+    trained parameters of `model` are sharded in place (DTensors). Only Transformer layers are compiled, each alone:
+    layers of one shape share a graph, and its size does not depend on depth, batch or vocabulary.
     """
 
     def __init__(
@@ -193,11 +190,10 @@ class ParallelModel:
             layer.dropout = config.train.dropout if layer in trained else 0.0
             if self.compiled:
                 layer.compile(fullgraph=True)
-        self.loss: nn.Module = NegativeBound(model, frozen)
+        self.loss: nn.Module = NegativeBound(model, frozen, config.train.precision)
         if self.sharded:
             shard(self.loss, model, processes, config.train.precision)
         elif processes.world > 1:
-            # buffers are constants; a static graph would not gain anything, since all parameters take part
             self.loss = DistributedDataParallel(self.loss, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def backward(self, tokens: Int[Tensor, "B T"], generator: torch.Generator) -> Tensor:
@@ -214,27 +210,20 @@ class ParallelModel:
         total = torch.zeros((), device=tokens.device)
         with self._seeded_dropout(generator), self._compiling():
             for index, (part, part_noise) in enumerate(parts):
-                # gradients are averaged over processes with the last part
-                waits = index + 1 < len(parts)
+                last = index + 1 == len(parts)  # gradients are averaged over processes with the last part
                 if isinstance(self.loss, FSDPModule):
-                    self.loss.set_requires_gradient_sync(not waits)
-                replicated = isinstance(self.loss, DistributedDataParallel)
-                with self.loss.no_sync() if waits and replicated else nullcontext():  # type: ignore[operator]
-                    with self._autocast():
-                        loss = self.loss(part, part_noise).mean() / tokens.shape[1] / len(parts)
+                    self.loss.set_requires_gradient_sync(last)
+                waits = isinstance(self.loss, DistributedDataParallel) and not last
+                with self.loss.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                    loss = self.loss(part, part_noise).mean() / tokens.shape[1] / len(parts)
                     loss.backward()
                 total = total + loss.detach()
         return processes.mean(total)
 
-    def _autocast(self) -> torch.autocast:
-        narrow = self.config.train.precision == "bfloat16"
-        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=narrow)
-
     def _compiling(self) -> AbstractContextManager[Any]:
-        """The settings of torch.compile for this model. DDP needs no graph split at its buckets: layers are small."""
-        if not self.compiled:
-            return nullcontext()
-        return torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, optimize_ddp=False)
+        """Settings of torch.compile; layers are small, so DDP need not split their graphs at its buckets."""
+        settings = torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, optimize_ddp=False)
+        return settings if self.compiled else nullcontext()
 
     @contextmanager
     def _seeded_dropout(self, generator: torch.Generator) -> Iterator[None]:
@@ -243,13 +232,10 @@ class ParallelModel:
         if not self.config.train.dropout:
             yield
             return
-        drawn = torch.randint(2**62, (), generator=generator, device=generator.device)
-        if drawn.device.type == "cpu":
-            seed = int(drawn)
-        else:  # reading it would wait for the device; the host knows the state of the generator, which has advanced
-            state = generator.get_state().numpy().tobytes()
-            seed = int.from_bytes(hashlib.sha256(state).digest()[:7], "little")
-        device = self.model.device
+        drawn, device = torch.randint(2**62, (), generator=generator, device=generator.device), self.model.device
+        # reading a number waits for an accelerator; its generator's state is on the host, and has advanced
+        state = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
+        seed = int(drawn) if drawn.device.type == "cpu" else int.from_bytes(state[:7], "little")
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed + self.processes.rank)
             yield
@@ -259,30 +245,25 @@ class ParallelModel:
     ) -> Likelihood:
         """The bound over `windows`, with the rows of every batch divided between the processes. Collective; all
         processes get the same result. Arguments as `evaluation.likelihood.evaluate`."""
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"batch": self.processes.world * windows_per_batch(windows.shape[1])}
         if self.processes.world > 1:
-            batch = self.processes.world * windows_per_batch(windows.shape[1])
-            options = {"weigh": self._divided_bound, "batch": batch}
+            options["weigh"] = self._divided_bound
         with self._compiling():
             return evaluate(self.model, windows, characters_per_token, progress=progress, **options)
 
     def _divided_bound(
         self, model: LanguageModel, tokens: Int[Tensor, "B T"], *, generator: torch.Generator, **_options: Any
     ) -> Float[Tensor, "1 B"]:
-        # drawn for as many windows at once as by a single process, so that it is the same
+        # in the parts that a single process would draw
         parts = tokens.split(windows_per_batch(tokens.shape[1]))
         noise = torch.cat([model.draw_noise(part, generator) for part in parts])
         each = -(-len(tokens) // self.processes.world)
-        # of the last batch, a process may have fewer rows, and repeats one: all must take part in every collective
+        # in the last batch, processes without rows repeat one, since all must take part in every collective
         rows = (self.processes.rank * each + torch.arange(each, device=tokens.device)).clamp(max=len(tokens) - 1)
-        if self.sharded:
-            with self._autocast():  # the layers are gathered in this precision
-                nats = self.loss(tokens[rows], noise[rows])
-            for module in self.loss.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()  # later code may read the parameters
-        else:
-            nats = model.bound(tokens[rows], noise[rows])
+        nats = (self.loss if self.sharded else model.bound)(tokens[rows], noise[rows])
+        for module in self.loss.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # later code may read the parameters
         return -self.processes.gather(nats)[None, : len(tokens)]
 
     def whole_model(self) -> LanguageModel:
@@ -307,25 +288,24 @@ def _layers(module: nn.Module) -> list[Layer]:
 def shard(loss: nn.Module, model: LanguageModel, processes: Processes, precision: Precision) -> None:
     """Shard the trained parameters of `model` in place over all processes; `loss` is the module that is called.
 
-    Layers and heads are gathered one at a time, the rest for the whole step. With a `precision` of bfloat16, layers are
-    gathered in it; everything else stays wide, and so do sums of gradients. Frozen parameters are whole everywhere.
+    Layers and heads are gathered one at a time, the rest for the whole step. Layers are gathered in `precision`; the
+    rest stays wide, and so do sums of gradients. Frozen parameters are whole in every process.
     """
     mesh = init_device_mesh(processes.device.type, (processes.world,))
+    narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = narrow if precision == "bfloat16" else MixedPrecisionPolicy()
     frozen = {p for p in model.parameters() if not p.requires_grad}
     for p in frozen:
         p.data = p.data.to(processes.device)
-    narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for layer in _layers(model):
-        if not frozen.issuperset(layer.parameters()):
-            fully_shard(layer, mesh=mesh, mp_policy=narrow if precision == "bfloat16" else MixedPrecisionPolicy())
     # couplings contain the heads of a flow
     heads = [m for m in model.modules() if isinstance(m, Coupling) or m is getattr(model, "head", None)]
-    for head in heads:
-        if not frozen.issuperset(head.parameters()):
-            # the backward pass begins with the last one
-            fully_shard(head, mesh=mesh, reshard_after_forward=head is not heads[-1], ignored_params=frozen)
-            if isinstance(head, Coupling):  # the last block uses only `log_prob`
-                register_fsdp_forward_method(head, "log_prob")
+    for module in [*_layers(model), *heads]:
+        if not frozen.issuperset(module.parameters()):
+            options: dict[str, Any] = {"mp_policy": policy} if isinstance(module, Layer) else {"ignored_params": frozen}
+            # the backward pass begins with the last head
+            fully_shard(module, mesh=mesh, reshard_after_forward=module is not heads[-1], **options)
+        if isinstance(module, Coupling):  # the last block uses only `log_prob`
+            register_fsdp_forward_method(module, "log_prob")
     fully_shard(loss, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
 
 
