@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tarflowlm.training.optim import Muon, orthogonalise
+from tarflowlm.training.optim import Muon, orthogonalise, orthogonalise_all
 
 SETTINGS = {"coefficients": (3.4445, -4.7750, 2.0315), "steps": 5, "eps": 1e-7}
 SHAPES = [(6, 6), (12, 5), (5, 12), (33, 16)]
@@ -59,6 +59,13 @@ def test_short_cut_for_long_rows_equals_the_plain_iteration(smallest):
         for dtype, atol in ((torch.float64, 1e-10), (torch.float32, 1e-3)):
             found = orthogonalise(given, dtype=dtype, **SETTINGS).double()
             torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_batches_of_equal_shapes_equal_a_loop(dtype):
+    matrices = [p.detach().double() for p in (*parameters(), *reversed(parameters()))]
+    alone, together = (orthogonalise_all(matrices, batched=b, dtype=dtype, **SETTINGS) for b in (False, True))
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12 if dtype == torch.float64 else 0.02)
 
 
 def test_stacked_matrices_are_orthogonalised_apart():
