@@ -12,7 +12,6 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.nn.utils import get_total_norm
 
 from tarflowlm.config import (
     BaselineConfig,
@@ -26,8 +25,9 @@ from tarflowlm.config import (
 from tarflowlm.language_model import seeded
 from tarflowlm.training import parallel
 from tarflowlm.training import train as training
+from tarflowlm.training.loop import optimizer_step
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.optim import Muon
+from tarflowlm.training.optim import Muon, build_optimizers
 from tarflowlm.training.parallel import ParallelModel, Processes, launched
 from tarflowlm.training.train import resume, train
 
@@ -59,7 +59,12 @@ def runs(source: str) -> dict[str, RunConfig]:
         "mixd": run(flow, staged),
         "patches": run(replace(flow, patch=2), compiled),
         "one-channel": run(one_channel, joint),
+        "narrow": run(flow, replace(compiled, precision="bfloat16")),
     }
+
+
+def dtype_of(run: RunConfig) -> torch.dtype:
+    return torch.float64 if run.train.precision == "float32" else torch.float32
 
 
 class Stop(Exception):
@@ -88,7 +93,7 @@ def work(rank: int, ports: tuple[int, int], source: str, out: Path) -> None:
     torch.set_default_dtype(torch.float64)
     torch.compile = functools.partial(torch.compile, backend="eager")
     if rank == 2:
-        compile_layers(source, out / "compiled.json")
+        compile_layers(runs(source)["patches"], out / "compiled.json")
     parallel.windows_per_batch = lambda num_tokens: 1
     if rank < 2:
         join(rank, 2, ports[0])
@@ -111,7 +116,9 @@ def train_all(processes: Processes, source: str, out: Path) -> None:
     for mode in MODES:
         torch.save(step_by_owners(processes, mode), out / f"muon-{mode}-{processes.rank}.pt")
         for name, run in runs(source).items():
+            torch.set_default_dtype(dtype_of(run))
             train(replace(run, train=replace(run.train, parallel=mode)), out / f"{name}-{mode}", **options)
+        torch.set_default_dtype(torch.float64)
         run = runs(source)["mixd"]
         run = replace(run, train=replace(run.train, parallel=mode))
         try:
@@ -149,42 +156,38 @@ SIZES = (4, 32, 4, 5, 7)
 """Batch sizes; PyTorch compiles for the first alone, and once more for all others but 1."""
 
 
-def compile_layers(source: str, report: Path) -> None:
-    """Gradients and bounds of two stages by compiled layers and by others; the nodes of every graph, by batch size."""
-    run, results, counted = runs(source)["patches"], list[list[float]](), list[int]()
-    model = replace(run.model, vocab_size=5, blocks=stack(("mixd", "mix1", "mix1"), (2, 3, 1), (0, 2, 2)))
-    run = replace(run, model=model, train=replace(run.train, accumulate=1, dropout=0.3))
+def compile_layers(run: RunConfig, report: Path) -> None:
+    """Steps and bounds of a stage without compiled layers, and with them; the nodes of new graphs, by batch size."""
+    blocks, counted = stack(("mixd", "mix1", "mix1"), (2, 3, 1), (0, 2, 2)), list[int]()
+    run = replace(run, model=replace(run.model, vocab_size=5, blocks=blocks))
 
     def count(graph, inputs):
         counted.append(sum(node.op == "call_function" for node in graph.graph.nodes))
         return make_boxed_func(graph.forward)
 
-    torch.compile = functools.partial(torch.compile, backend=aot_autograd(fw_compiler=count))
+    torch.compile, results = functools.partial(torch.compile, backend=aot_autograd(fw_compiler=count)), []
     for compiles in (False, True):
-        train, nodes, found = replace(run.train, compile=compiles), list[list[int]](), list[float]()
-        for stage in range(2):
-            with seeded(0):
-                model = run.model_of_stage(stage).build()
-                for p in model.parameters():  # new layers change nothing
-                    p.data += 0.1 * torch.randn_like(p)
-            model.train_only(stage)
-            parallel_model = ParallelModel(model, replace(run, train=train), frozen=stage)
-            generator = torch.Generator().manual_seed(1)
-            for size in SIZES:
-                tokens = torch.randint(5, (size, 16), generator=generator)
-                found.append(parallel_model.backward(tokens, generator).item())
-                found.append(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item())
-                model.eval()
-                found.append(parallel_model.evaluate(tokens, torch.ones(5)).nats_per_token)
-                model.train()
-                nodes.append(counted.copy())
-                counted.clear()
+        with seeded(0):
+            model, generator = run.model_of_stage(1).build(), torch.Generator().manual_seed(1)
+        model.train_only(1)
+        train, found, nodes = replace(run.train, accumulate=1, dropout=0.3, compile=compiles), [], []
+        parallel_model = ParallelModel(model, replace(run, train=train), frozen=1)
+        optimizers = build_optimizers(run.optim, model)
+        for size in SIZES:
+            tokens = torch.randint(5, (size, 16), generator=generator)
+            step = optimizer_step(parallel_model, optimizers, tokens, generator=generator)
+            found += [step.loss.item(), step.norm.item()]
+            model.eval()
+            found.append(parallel_model.evaluate(tokens, torch.ones(5)).nats_per_token)
+            model.train()
+            nodes.append(counted.copy())
+            counted.clear()
         results.append(found)
     report.write_text(json.dumps({"results": results, "nodes": nodes}), encoding="utf-8")
 
 
 def step_by_owners(processes: Processes, mode: str) -> list[torch.Tensor]:
-    """Matrices after three steps of Muon, of which the second is refused; the second process has no row of the last."""
+    """Matrices after steps of Muon; the device refuses the second, and process 1 holds no row of the last matrix."""
     generator = torch.Generator().manual_seed(0)
     mesh = init_device_mesh("cpu", (processes.world,)) if mode == "fsdp" else None
 

@@ -61,11 +61,10 @@ def test_short_cut_for_long_rows_equals_the_plain_iteration(smallest):
             torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_batches_of_equal_shapes_equal_a_loop(dtype):
+def test_batches_of_equal_shapes_equal_a_loop():
     matrices = [p.detach().double() for p in (*parameters(), *reversed(parameters()))]
-    alone, together = (orthogonalise_all(matrices, batched=b, dtype=dtype, **SETTINGS) for b in (False, True))
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12 if dtype == torch.float64 else 0.02)
+    alone, batched = (orthogonalise_all(matrices, batched=b, dtype=torch.float64, **SETTINGS) for b in (False, True))
+    torch.testing.assert_close(batched, alone, rtol=0, atol=1e-12)
 
 
 def test_stacked_matrices_are_orthogonalised_apart():
