@@ -196,7 +196,7 @@ def step_by_owners(processes: Processes, mode: str) -> list[torch.Tensor]:
         return drawn if mesh is None else distribute_tensor(drawn, mesh, [Shard(0)])
 
     params = [draw(shape) for shape in ((6, 6), (33, 16), (16, 33), (12, 4), (1, 5))]
-    muon = Muon(params, precision="float32", stacked=params[3:4], processes=processes, lr=0.1, weight_decay=0.1)
+    muon = Muon(params, precision="float32", stacked=params[3:4], lr=0.1, weight_decay=0.1)
     for refused in (False, True, False):
         for p in params:
             p.grad = draw(p.shape) * (torch.inf if refused else 1.0)

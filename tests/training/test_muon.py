@@ -35,7 +35,7 @@ def test_bfloat16_equals_the_muon_of_pytorch():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_singular_vectors_stay_and_values_come_near_one(precision):
     matrix = torch.randn(24, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    found = orthogonalise(matrix, dtype=getattr(torch, precision), **SETTINGS).double()
+    found = orthogonalise(matrix.to(getattr(torch, precision)), **SETTINGS).double()
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     inside = left.T @ found @ right.T
     assert (values > 0.01 * values[0]).all()
@@ -57,13 +57,13 @@ def test_short_cut_for_long_rows_equals_the_plain_iteration(smallest):
         plain = a * plain + (b * gram + c * gram @ gram) @ plain
     for given, expected in ((matrix, plain), (matrix.T, plain.T)):
         for dtype, atol in ((torch.float64, 1e-10), (torch.float32, 1e-3)):
-            found = orthogonalise(given, dtype=dtype, **SETTINGS).double()
+            found = orthogonalise(given.to(dtype), **SETTINGS).double()
             torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 def test_batches_of_equal_shapes_equal_a_loop():
-    matrices = [p.detach().double() for p in (*parameters(), *reversed(parameters()))]
-    alone, batched = (orthogonalise_all(matrices, batched=b, dtype=torch.float64, **SETTINGS) for b in (False, True))
+    stacks = [p.detach().double().expand(n, -1, -1) for n in (1, 3) for p in parameters()]
+    alone, batched = (orthogonalise_all(stacks, batched=b, **SETTINGS) for b in (False, True))
     torch.testing.assert_close(batched, alone, rtol=0, atol=1e-12)
 
 

@@ -4,7 +4,7 @@ The guards of a step are here, too: what is not finite in a step that was skippe
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,34 +16,30 @@ from torch.distributed.tensor import DTensor
 from tarflowlm.config import OptimConfig, Precision
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
-from tarflowlm.training.parallel import ALONE, Processes
 
 LARGE = 512 * 512
 """Smallest matrix, in elements, for which bfloat16 is worth its rounding on a CPU."""
-BUCKET = 2**27
-"""Elements of matrices that are exchanged, and orthogonalised, together: a limit of memory."""
+BUCKET = 64
+"""Matrices that are exchanged, and orthogonalised, together; more take more memory."""
 
 
-def orthogonalise(
-    matrix: Tensor, *, coefficients: tuple[float, float, float], steps: int, eps: float, dtype: torch.dtype
-) -> Tensor:
+def orthogonalise(matrix: Tensor, *, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     r"""The matrix with all its singular values moved close to 1, by Newton-Schulz iteration (Jordan et al. 2024).
 
         X <- X / |X|_F,   then `steps` times   X <- (a I + b Y + c Y^2) X   with   Y = X X^T
 
-    a, b, c are the `coefficients`. Products are taken in `dtype`, the dtype of the result. With bfloat16 this is what
-    torch.optim.Muon computes; it has no other precision, and CPUs without bfloat16 products emulate it about thirty
-    times slower. Several matrices of one shape may be stacked, [n, rows, columns].
+    a, b, c are the `coefficients`. With a matrix in bfloat16 this is what torch.optim.Muon computes; it has no other
+    precision, and CPUs without bfloat16 products emulate it about thirty times slower. Several matrices of one shape
+    may be stacked, [n, rows, columns].
     """
     tall, (a, b, c) = matrix.shape[-2] > matrix.shape[-1], coefficients
     add_product = torch.addmm if matrix.ndim == 2 else torch.baddbmm
-    x = matrix.to(dtype)
-    x = x.mT if tall else x
+    x = matrix.mT if tall else matrix
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
     gram, product = x @ x.mT, None
     # Multiply the factors F of X alone, which turn Y into F Y F, where that takes half the time: for long rows.
     # Rounding errors grow to about 1e-4 in float32, a hundredth of those of bfloat16.
-    apart = x.shape[-1] >= 2 * x.shape[-2] and dtype != torch.bfloat16
+    apart = x.shape[-1] >= 2 * x.shape[-2] and x.dtype != torch.bfloat16
     for step in range(steps):
         factor = add_product(gram, gram, gram, beta=b, alpha=c)
         if apart:
@@ -57,21 +53,20 @@ def orthogonalise(
     return x.mT if tall else x
 
 
-def orthogonalise_all(matrices: list[Tensor], *, batched: bool, **options: Any) -> list[Tensor]:
-    """`orthogonalise` every matrix: those of one shape at once if `batched`, which takes fewer and larger kernels."""
+def orthogonalise_all(stacks: list[Tensor], *, batched: bool, **options: Any) -> list[Tensor]:
+    """`orthogonalise` stacks [n, rows, columns] of matrices: if `batched`, all of one shape in the same kernels."""
     if not batched:
-        return [orthogonalise(matrix, **options) for matrix in matrices]
-    wide, found = [matrix.mT if len(matrix) > matrix.shape[1] else matrix for matrix in matrices], list(matrices)
-    for shape in {matrix.shape for matrix in wide}:
-        places = [i for i, matrix in enumerate(wide) if matrix.shape == shape]
-        for i, x in zip(places, orthogonalise(torch.stack([wide[i] for i in places]), **options), strict=True):
-            found[i] = x.mT if wide[i] is not matrices[i] else x
+        return [torch.stack([orthogonalise(matrix, **options) for matrix in stack]) for stack in stacks]
+    wide, found = [x.mT if x.shape[1] > x.shape[2] else x for x in stacks], [*stacks]
+    for shape in {x.shape[1:] for x in wide}:
+        places = [i for i, x in enumerate(wide) if x.shape[1:] == shape]
+        together = orthogonalise(torch.cat([wide[i] for i in places]), **options)
+        for i, x in zip(places, together.split([len(wide[i]) for i in places]), strict=True):
+            found[i] = x if wide[i] is stacks[i] else x.mT
     return found
 
 
-def exchange(
-    parts: list[list[Tensor]], shapes: list[list[tuple[int, ...]]], like: Tensor, group: Any
-) -> list[Tensor]:
+def exchange(parts: list[list[Tensor]], shapes: list[list[Any]], like: Tensor, group: Any) -> list[Tensor]:
     """Send the tensors `parts[r]` to every process r, and receive those of `shapes[r]` from it, in one collective."""
     sent = torch.cat([like.new_empty(0), *(t.flatten() for some in parts for t in some)])
     sizes = [[math.prod(shape) for shape in some] for some in shapes]
@@ -84,10 +79,10 @@ def exchange(
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024) that orthogonalises in `precision`, for whole matrices or DTensors.
 
-    Of several processes, each orthogonalises the matrices it owns. Momentum that FSDP2 has sharded stays so: one
-    collective brings the shards of a bucket of gradients to the owners, another one the results back, in `precision`.
-    Replicated matrices need only the second, and have owners if `processes` are given. Up to rounding the update is
-    that of a single process. It has the root mean square of AdamW's, so both use one learning rate.
+    Orthogonalisation needs whole matrices. If FSDP2 has sharded the parameters, the momentum stays sharded, and every
+    matrix has an owner: one collective brings the shards of a bucket of matrices to the owners, another one brings the
+    results back. Up to rounding that is the update of a single process. Updates have the root mean square of AdamW's
+    (`match_rms_adamw`), so both use one learning rate.
 
     `stacked` lists parameters that hold three matrices one below the other: queries, keys and values.
     """
@@ -96,11 +91,10 @@ class Muon(torch.optim.Muon):
     """A scalar on the device, as in torch.amp; if it is 1, `step` changes nothing."""
 
     def __init__(
-        self, params: Iterable[Any], *, precision: Precision, stacked: Iterable[Tensor] = (),
-        processes: Processes = ALONE, **options: Any,
-    ) -> None:  # fmt: skip
+        self, params: Iterable[Any], *, precision: Precision, stacked: Iterable[Tensor] = (), **options: Any
+    ) -> None:
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **options)
-        self.precision, self.processes = precision, processes
+        self.precision = precision
         self._stacked = {id(p) for p in stacked}
 
     @torch.no_grad()
@@ -109,20 +103,16 @@ class Muon(torch.optim.Muon):
         taken = None if self.found_inf is None else 1 - self.found_inf
         for group in self.param_groups:
             params, decay = [p for p in group["params"] if p.grad is not None], group["lr"] * group["weight_decay"]
-            for bucket in self._buckets(params):
+            # on a CPU, one matrix after the other stays in the cache
+            alone = all(p.device.type == "cpu" and not isinstance(p, DTensor) for p in params)
+            for start in range(0, len(params), size := 1 if alone else BUCKET):
+                bucket = params[start : start + size]
                 updates = self._updates(bucket, self._averaged_gradients(bucket, group, taken), group)
                 shards = [_local(p) for p in bucket]
                 torch._foreach_mul_(shards, 1 - decay if taken is None else 1 - decay * taken)
                 if taken is not None:
                     torch._foreach_mul_(updates, taken)
                 torch._foreach_add_(shards, updates, alpha=-group["lr"])
-
-    def _buckets(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
-        """The parameters, as many at once as pays: on the CPU of a single process one, as long as it is in cache."""
-        world = params[0].device_mesh.size() if params and isinstance(params[0], DTensor) else self.processes.world
-        size = max(world, BUCKET // max((p.numel() for p in params), default=1))
-        size = 1 if world == 1 and params and params[0].device.type == "cpu" else size
-        return (params[start : start + size] for start in range(0, len(params), size))
 
     def _averaged_gradients(self, params: list[Tensor], group: dict[str, Any], taken: Tensor | None) -> list[Tensor]:
         """Update the momentum; returns what is orthogonalised, or this process's shards of it."""
@@ -138,41 +128,36 @@ class Muon(torch.optim.Muon):
 
     def _updates(self, params: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """The gradients orthogonalised, with a root mean square of 0.2, or this process's shards of that."""
-        rank, world, channel = self.processes.rank, self.processes.world, None
-        if sharded := isinstance(params[0], DTensor):
-            mesh = params[0].device_mesh
-            rank, world, channel = mesh.get_local_rank(), mesh.size(), mesh.get_group()
-        # owners take turns, in the order of size; FSDP2 cuts rows as `torch.chunk` does
-        order = sorted(range(len(params)), key=lambda i: params[i].numel() * min(params[i].shape), reverse=True)
-        owned, own = [order[r::world] for r in range(world)], order[rank::world]
-        rows = [[max(0, min(n := -(-len(p) // world), len(p) - r * n)) for r in range(world)] for p in params]
-        dtype = torch.float64 if params[0].dtype == torch.float64 else getattr(torch, self.precision)
-        like, whole = gradients[0].new_empty(0, dtype=dtype), [gradients[i] for i in own]
-        if sharded:
-            parts = [[gradients[i].to(dtype) for i in some] for some in owned]
-            shapes = [[(rows[i][r], params[i].shape[1]) for i in own] for r in range(world)]
-            shards = exchange(parts, shapes, like, channel)
-            whole = [torch.cat(shards[k :: len(own)]) for k in range(len(own))]
-        updates = self._orthogonalise([params[i] for i in own], whole, dtype, group)
-        if world > 1:
-            cut = [x.split(rows[i]) if sharded else [x] * world for i, x in zip(own, updates, strict=True)]
-            shapes = [[gradients[i].shape for i in some] for some in owned]
-            updates = exchange([[some[r] for some in cut] for r in range(world)], shapes, like, channel)
-        found = dict(zip((i for some in owned for i in some), updates, strict=True))
-        sides = [max(len(p) // self._stack(p), p.shape[1]) for p in params]
-        return [found[i].to(params[i].dtype).mul_(0.2 * side**0.5) for i, side in enumerate(sides)]
+        first, update = params[0], self._updates_by_owners if isinstance(params[0], DTensor) else self._orthogonalise
+        dtype = torch.float64 if first.dtype == torch.float64 else getattr(torch, self.precision)
+        pairs = zip(params, update(params, [g.to(dtype) for g in gradients], group), strict=True)
+        return [x.to(p.dtype).mul_(0.2 * max(len(p) // self._height(p), p.shape[1]) ** 0.5) for p, x in pairs]
 
-    def _orthogonalise(
-        self, params: list[Tensor], matrices: list[Tensor], dtype: torch.dtype, group: dict[str, Any]
-    ) -> list[Tensor]:
-        """`orthogonalise_all` for the gradients of whole parameters."""
+    def _orthogonalise(self, params: list[Tensor], matrices: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         options = {"coefficients": group["ns_coefficients"], "steps": group["ns_steps"], "eps": group["eps"]}
-        pieces = [matrix.chunk(self._stack(p)) for p, matrix in zip(params, matrices, strict=True)]
-        batched, flat = params[0].device.type != "cpu" if params else False, [x for some in pieces for x in some]
-        found = iter(orthogonalise_all(flat, batched=batched, dtype=dtype, **options))
-        return [torch.cat([next(found) for _ in some]) if len(some) > 1 else next(found) for some in pieces]
+        stacks = [x.unflatten(0, (self._height(p), -1)) for p, x in zip(params, matrices, strict=True)]
+        batched = params[0].device.type != "cpu" if params else False
+        return [x.flatten(0, 1) for x in orthogonalise_all(stacks, batched=batched, **options)]
 
-    def _stack(self, p: Tensor) -> int:
+    def _updates_by_owners(self, params: list[Any], shards: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """The same for shards: every matrix goes to its owner, and its result comes back, in two collectives."""
+        mesh, sizes = params[0].device_mesh, [p.numel() * min(p.shape) for p in params]
+        world, channel = mesh.size(), mesh.get_group()
+        # in turns by size; FSDP2 cuts rows as `torch.chunk` does
+        order = sorted(range(len(params)), key=sizes.__getitem__, reverse=True)
+        owned, own = [order[r::world] for r in range(world)], order[mesh.get_local_rank() :: world]
+        rows = [[max(0, min(n := -(-len(p) // world), len(p) - r * n)) for r in range(world)] for p in params]
+        shapes = [[(rows[i][r], params[i].shape[1]) for i in own] for r in range(world)]
+        parts = exchange([[shards[i] for i in some] for some in owned], shapes, shards[0], channel)
+        whole = [torch.cat(parts[k :: len(own)]) for k in range(len(own))]
+        found = self._orthogonalise([params[i] for i in own], whole, group)
+        cut = [x.split(rows[i]) for i, x in zip(own, found, strict=True)]
+        shapes = [[shards[i].shape for i in some] for some in owned]
+        parts = exchange([[x[r] for x in cut] for r in range(world)], shapes, shards[0], channel)
+        updates = dict(zip((i for some in owned for i in some), parts, strict=True))
+        return [updates[i] for i in range(len(params))]
+
+    def _height(self, p: Tensor) -> int:
         return 3 if id(p) in self._stacked else 1
 
 
@@ -226,9 +211,7 @@ def with_precision(config: OptimConfig, model: nn.Module, device: torch.device) 
     return replace(config, muon_precision=faster_precision(shapes, device))
 
 
-def build_optimizers(
-    config: OptimConfig, model: nn.Module, processes: Processes = ALONE
-) -> list[torch.optim.Optimizer]:
+def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
     """The optimisers of the trainable parameters of `model`: AdamW, and Muon if it has matrices to optimise.
 
     Weight decay acts on matrices only. Muon (Jordan et al. 2024) optimises the matrices of the Transformers and of
@@ -260,8 +243,7 @@ def build_optimizers(
         stacked = [p for name, p in muon.items() if name.endswith(STACKED)] if config.muon_qkv == "apart" else []
         groups = [{"params": list(muon.values()), "lr_scale": 1.0}]
         options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": 0.95}
-        options |= {"stacked": stacked, "processes": processes}
-        optimizers.append(Muon(groups, precision=precision, **options))
+        optimizers.append(Muon(groups, precision=precision, stacked=stacked, **options))
     return optimizers
 
 

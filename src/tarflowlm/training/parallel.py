@@ -213,10 +213,10 @@ class ParallelModel:
                 last = index + 1 == len(parts)  # gradients are averaged over processes with the last part
                 if isinstance(self.loss, FSDPModule):
                     self.loss.set_requires_gradient_sync(last)
-                waits = isinstance(self.loss, DistributedDataParallel) and not last
-                with self.loss.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                    loss = self.loss(part, part_noise).mean() / tokens.shape[1] / len(parts)
-                    loss.backward()
+                elif isinstance(self.loss, DistributedDataParallel):
+                    self.loss.require_backward_grad_sync = last
+                loss = self.loss(part, part_noise).mean() / tokens.shape[1] / len(parts)
+                loss.backward()
                 total = total + loss.detach()
         return processes.mean(total)
 
@@ -293,7 +293,6 @@ def shard(loss: nn.Module, model: LanguageModel, processes: Processes, precision
     """
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    policy = narrow if precision == "bfloat16" else MixedPrecisionPolicy()
     frozen = {p for p in model.parameters() if not p.requires_grad}
     for p in frozen:
         p.data = p.data.to(processes.device)
@@ -301,9 +300,9 @@ def shard(loss: nn.Module, model: LanguageModel, processes: Processes, precision
     heads = [m for m in model.modules() if isinstance(m, Coupling) or m is getattr(model, "head", None)]
     for module in [*_layers(model), *heads]:
         if not frozen.issuperset(module.parameters()):
-            options: dict[str, Any] = {"mp_policy": policy} if isinstance(module, Layer) else {"ignored_params": frozen}
-            # the backward pass begins with the last head
-            fully_shard(module, mesh=mesh, reshard_after_forward=module is not heads[-1], **options)
+            policy = narrow if precision == "bfloat16" and isinstance(module, Layer) else MixedPrecisionPolicy()
+            frees = module is not heads[-1]  # the backward pass begins with it
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=frees, ignored_params=frozen)
         if isinstance(module, Coupling):  # the last block uses only `log_prob`
             register_fsdp_forward_method(module, "log_prob")
     fully_shard(loss, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
