@@ -113,8 +113,8 @@ def join(rank: int, world: int, port: int) -> None:
 
 def train_all(processes: Processes, source: str, out: Path) -> None:
     options = {"device": processes.device, "processes": processes}
+    torch.save(step_by_owners(processes.world), out / f"muon-{processes.rank}.pt")
     for mode in MODES:
-        torch.save(step_by_owners(processes, mode), out / f"muon-{mode}-{processes.rank}.pt")
         for name, run in runs(source).items():
             torch.set_default_dtype(dtype_of(run))
             train(replace(run, train=replace(run.train, parallel=mode)), out / f"{name}-{mode}", **options)
@@ -152,7 +152,7 @@ def diverge(processes: Processes, run: RunConfig, out: Path) -> None:
         training.train_stage = train_stage
 
 
-SIZES = (4, 32, 4, 5, 7)
+SIZES = (4, 32, 4, 5)
 """Batch sizes; PyTorch compiles for the first alone, and once more for all others but 1."""
 
 
@@ -165,31 +165,29 @@ def compile_layers(run: RunConfig, report: Path) -> None:
         counted.append(sum(node.op == "call_function" for node in graph.graph.nodes))
         return make_boxed_func(graph.forward)
 
-    torch.compile, results = functools.partial(torch.compile, backend=aot_autograd(fw_compiler=count)), []
+    torch.compile, results = functools.partial(torch.compile, backend=aot_autograd(fw_compiler=count)), [[], []]
     for compiles in (False, True):
         with seeded(0):
             model, generator = run.model_of_stage(1).build(), torch.Generator().manual_seed(1)
         model.train_only(1)
-        train, found, nodes = replace(run.train, accumulate=1, dropout=0.3, compile=compiles), [], []
+        train, nodes = replace(run.train, accumulate=1, dropout=0.3, compile=compiles), []
         parallel_model = ParallelModel(model, replace(run, train=train), frozen=1)
         optimizers = build_optimizers(run.optim, model)
         for size in SIZES:
             tokens = torch.randint(5, (size, 16), generator=generator)
-            step = optimizer_step(parallel_model, optimizers, tokens, generator=generator)
-            found += [step.loss.item(), step.norm.item()]
-            model.eval()
-            found.append(parallel_model.evaluate(tokens, torch.ones(5)).nats_per_token)
             model.train()
+            step = optimizer_step(parallel_model, optimizers, tokens, generator=generator)
+            model.eval()
+            bound = parallel_model.evaluate(tokens, torch.ones(5)).nats_per_token
+            results[compiles] += [step.loss.item(), step.norm.item(), bound]
             nodes.append(counted.copy())
             counted.clear()
-        results.append(found)
     report.write_text(json.dumps({"results": results, "nodes": nodes}), encoding="utf-8")
 
 
-def step_by_owners(processes: Processes, mode: str) -> list[torch.Tensor]:
+def step_by_owners(world: int) -> list[torch.Tensor]:
     """Matrices after steps of Muon; the device refuses the second, and process 1 holds no row of the last matrix."""
-    generator = torch.Generator().manual_seed(0)
-    mesh = init_device_mesh("cpu", (processes.world,)) if mode == "fsdp" else None
+    generator, mesh = torch.Generator().manual_seed(0), init_device_mesh("cpu", (world,)) if world > 1 else None
 
     def draw(shape: tuple[int, ...]) -> torch.Tensor:
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64)

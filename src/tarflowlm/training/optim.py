@@ -79,9 +79,9 @@ def exchange(parts: list[list[Tensor]], shapes: list[list[Any]], like: Tensor, g
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024) that orthogonalises in `precision`, for whole matrices or DTensors.
 
-    Orthogonalisation needs whole matrices. If FSDP2 has sharded the parameters, the momentum stays sharded, and every
-    matrix has an owner: one collective brings the shards of a bucket of matrices to the owners, another one brings the
-    results back. Up to rounding that is the update of a single process. Updates have the root mean square of AdamW's
+    Orthogonalisation needs whole matrices. If FSDP2 has sharded them, the momentum stays sharded, and every matrix
+    has an owner: one collective takes the shards of a bucket of matrices to the owners, another one returns theirs of
+    the results. Up to rounding that is the update of a single process. Updates have the root mean square of AdamW's
     (`match_rms_adamw`), so both use one learning rate.
 
     `stacked` lists parameters that hold three matrices one below the other: queries, keys and values.
@@ -95,7 +95,7 @@ class Muon(torch.optim.Muon):
     ) -> None:
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **options)
         self.precision = precision
-        self._stacked = {id(p) for p in stacked}
+        self._heights = {id(p): 3 for p in stacked}  # 1 for other parameters
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -131,12 +131,14 @@ class Muon(torch.optim.Muon):
         first, update = params[0], self._updates_by_owners if isinstance(params[0], DTensor) else self._orthogonalise
         dtype = torch.float64 if first.dtype == torch.float64 else getattr(torch, self.precision)
         pairs = zip(params, update(params, [g.to(dtype) for g in gradients], group), strict=True)
-        return [x.to(p.dtype).mul_(0.2 * max(len(p) // self._height(p), p.shape[1]) ** 0.5) for p, x in pairs]
+        return [
+            x.to(p.dtype).mul_(0.2 * max(len(p) // self._heights.get(id(p), 1), p.shape[1]) ** 0.5) for p, x in pairs
+        ]
 
     def _orthogonalise(self, params: list[Tensor], matrices: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         options = {"coefficients": group["ns_coefficients"], "steps": group["ns_steps"], "eps": group["eps"]}
-        stacks = [x.unflatten(0, (self._height(p), -1)) for p, x in zip(params, matrices, strict=True)]
-        batched = params[0].device.type != "cpu" if params else False
+        stacks = [x.unflatten(0, (self._heights.get(id(p), 1), -1)) for p, x in zip(params, matrices, strict=True)]
+        batched = any(p.device.type != "cpu" for p in params)
         return [x.flatten(0, 1) for x in orthogonalise_all(stacks, batched=batched, **options)]
 
     def _updates_by_owners(self, params: list[Any], shards: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
@@ -156,9 +158,6 @@ class Muon(torch.optim.Muon):
         parts = exchange([[x[r] for x in cut] for r in range(world)], shapes, shards[0], channel)
         updates = dict(zip((i for some in owned for i in some), parts, strict=True))
         return [updates[i] for i in range(len(params))]
-
-    def _height(self, p: Tensor) -> int:
-        return 3 if id(p) in self._stacked else 1
 
 
 def _local(p: Tensor) -> Tensor:

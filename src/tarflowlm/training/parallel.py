@@ -39,8 +39,6 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(hours=12)
 """How long processes wait for another one, such as the first, which takes hours to prepare a text of 40 GB."""
-MOST_GRAPHS = 64
-"""Compiled graphs of a layer: one for every kind of call, such as frozen or of one sequence, and every shape."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +171,8 @@ class ParallelModel:
 
     The first `frozen` blocks are evaluated without a graph; the caller must have frozen their parameters and the
     codebook before (`LanguageModel.train_only`). `loss` maps tokens and noise to nats per sequence. Under FSDP2 the
-    trained parameters of `model` are sharded in place (DTensors). Only Transformer layers are compiled, each alone:
-    layers of one shape share a graph, and its size does not depend on depth, batch or vocabulary.
+    trained parameters of `model` are sharded in place (DTensors). Transformer layers alone are compiled; those of one
+    shape share a graph, whatever the depth and the vocabulary.
     """
 
     def __init__(
@@ -194,7 +192,8 @@ class ParallelModel:
         if self.sharded:
             shard(self.loss, model, processes, config.train.precision)
         elif processes.world > 1:
-            self.loss = DistributedDataParallel(self.loss, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.loss = DistributedDataParallel(self.loss, gradient_as_bucket_view=True)
+            self.loss.broadcast_buffers = False  # they are constants; the argument has two names
 
     def backward(self, tokens: Int[Tensor, "B T"], generator: torch.Generator) -> Tensor:
         """Compute the gradients of the mean loss over the global batch; returns that mean, in nats per token.
@@ -221,9 +220,8 @@ class ParallelModel:
         return processes.mean(total)
 
     def _compiling(self) -> AbstractContextManager[Any]:
-        """Settings of torch.compile; layers are small, so DDP need not split their graphs at its buckets."""
-        settings = torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, optimize_ddp=False)
-        return settings if self.compiled else nullcontext()
+        # a graph for every kind of call, such as frozen or of one sequence; none is so large that DDP should split it
+        return torch._dynamo.config.patch(recompile_limit=64, optimize_ddp=False) if self.compiled else nullcontext()
 
     @contextmanager
     def _seeded_dropout(self, generator: torch.Generator) -> Iterator[None]:
@@ -245,9 +243,9 @@ class ParallelModel:
     ) -> Likelihood:
         """The bound over `windows`, with the rows of every batch divided between the processes. Collective; all
         processes get the same result. Arguments as `evaluation.likelihood.evaluate`."""
-        options: dict[str, Any] = {"batch": self.processes.world * windows_per_batch(windows.shape[1])}
-        if self.processes.world > 1:
-            options["weigh"] = self._divided_bound
+        world = self.processes.world
+        options: dict[str, Any] = {"weigh": self._divided_bound} if world > 1 else {}
+        options["batch"] = world * windows_per_batch(windows.shape[1])
         with self._compiling():
             return evaluate(self.model, windows, characters_per_token, progress=progress, **options)
 
@@ -286,11 +284,8 @@ def _layers(module: nn.Module) -> list[Layer]:
 
 
 def shard(loss: nn.Module, model: LanguageModel, processes: Processes, precision: Precision) -> None:
-    """Shard the trained parameters of `model` in place over all processes; `loss` is the module that is called.
-
-    Layers and heads are gathered one at a time, the rest for the whole step. Layers are gathered in `precision`; the
-    rest stays wide, and so do sums of gradients. Frozen parameters are whole in every process.
-    """
+    """Shard the trained parameters of `model` in place; frozen ones stay whole. Layers, in `precision`, and heads are
+    gathered one at a time, the rest for the whole step. `loss` is the module that is called."""
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     frozen = {p for p in model.parameters() if not p.requires_grad}
