@@ -121,8 +121,9 @@ class Muon(torch.optim.Muon):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [_local(self.state[p]["momentum_buffer"]) for p in params]
         grads = [_local(p.grad) for p in params if p.grad is not None]
-        if taken is not None:  # 0 times infinity would be NaN; an average with itself leaves the momentum
-            grads = [torch.where(taken > 0, *pair) for pair in zip(grads, buffers, strict=True)]
+        if taken is not None:
+            finite = taken > 0  # 0 times infinity would be NaN; a mean of the momentum with itself changes nothing
+            grads = [torch.where(finite, *pair) for pair in zip(grads, buffers, strict=True)]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         return list(torch._foreach_lerp(grads, buffers, group["momentum"])) if group["nesterov"] else buffers
 
@@ -130,12 +131,13 @@ class Muon(torch.optim.Muon):
         """The gradients orthogonalised, with a root mean square of 0.2, or this process's shards of that."""
         first, update = params[0], self._updates_by_owners if isinstance(params[0], DTensor) else self._orthogonalise
         dtype = torch.float64 if first.dtype == torch.float64 else getattr(torch, self.precision)
-        pairs = zip(params, update(params, [g.to(dtype) for g in gradients], group), strict=True)
-        return [
-            x.to(p.dtype).mul_(0.2 * max(len(p) // self._heights.get(id(p), 1), p.shape[1]) ** 0.5) for p, x in pairs
-        ]
+        updates = [x.to(first.dtype) for x in update(params, [g.to(dtype) for g in gradients], group)]
+        sides = [max(len(p) // self._heights.get(id(p), 1), p.shape[1]) for p in params]
+        torch._foreach_mul_(updates, [0.2 * side**0.5 for side in sides])
+        return updates
 
     def _orthogonalise(self, params: list[Tensor], matrices: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """`orthogonalise_all` for the gradients of whole parameters."""
         options = {"coefficients": group["ns_coefficients"], "steps": group["ns_steps"], "eps": group["eps"]}
         stacks = [x.unflatten(0, (self._heights.get(id(p), 1), -1)) for p, x in zip(params, matrices, strict=True)]
         batched = any(p.device.type != "cpu" for p in params)
@@ -149,7 +151,7 @@ class Muon(torch.optim.Muon):
         order = sorted(range(len(params)), key=sizes.__getitem__, reverse=True)
         owned, own = [order[r::world] for r in range(world)], order[mesh.get_local_rank() :: world]
         rows = [[max(0, min(n := -(-len(p) // world), len(p) - r * n)) for r in range(world)] for p in params]
-        shapes = [[(rows[i][r], params[i].shape[1]) for i in own] for r in range(world)]
+        shapes: list[list[Any]] = [[(rows[i][r], params[i].shape[1]) for i in own] for r in range(world)]
         parts = exchange([[shards[i] for i in some] for some in owned], shapes, shards[0], channel)
         whole = [torch.cat(parts[k :: len(own)]) for k in range(len(own))]
         found = self._orthogonalise([params[i] for i in own], whole, group)

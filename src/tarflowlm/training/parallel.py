@@ -207,7 +207,7 @@ class ParallelModel:
         noise = self.model.draw_noise(global_batch, generator)[first_row : first_row + len(tokens)]
         parts = list(zip(tokens.chunk(train.accumulate), noise.chunk(train.accumulate), strict=True))
         total = torch.zeros((), device=tokens.device)
-        with self._seeded_dropout(generator), self._compiling():
+        with self._seeded_dropout(generator), self.compiling():
             for index, (part, part_noise) in enumerate(parts):
                 last = index + 1 == len(parts)  # gradients are averaged over processes with the last part
                 if isinstance(self.loss, FSDPModule):
@@ -219,8 +219,9 @@ class ParallelModel:
                 total = total + loss.detach()
         return processes.mean(total)
 
-    def _compiling(self) -> AbstractContextManager[Any]:
-        # a graph for every kind of call, such as frozen or of one sequence; none is so large that DDP should split it
+    def compiling(self) -> AbstractContextManager[Any]:
+        """A context for calls of compiled layers: of frozen ones, of one sequence and so on, each with its own graph,
+        which is too small for DDP to split."""
         return torch._dynamo.config.patch(recompile_limit=64, optimize_ddp=False) if self.compiled else nullcontext()
 
     @contextmanager
@@ -246,7 +247,7 @@ class ParallelModel:
         world = self.processes.world
         options: dict[str, Any] = {"weigh": self._divided_bound} if world > 1 else {}
         options["batch"] = world * windows_per_batch(windows.shape[1])
-        with self._compiling():
+        with self.compiling():
             return evaluate(self.model, windows, characters_per_token, progress=progress, **options)
 
     def _divided_bound(
@@ -259,10 +260,14 @@ class ParallelModel:
         # in the last batch, processes without rows repeat one, since all must take part in every collective
         rows = (self.processes.rank * each + torch.arange(each, device=tokens.device)).clamp(max=len(tokens) - 1)
         nats = (self.loss if self.sharded else model.bound)(tokens[rows], noise[rows])
+        self.reshard()
+        return -self.processes.gather(nats)[None, : len(tokens)]
+
+    def reshard(self) -> None:
+        """Free what FSDP2 gathered for a call without a backward pass, so that parameters can be read."""
         for module in self.loss.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # later code may read the parameters
-        return -self.processes.gather(nats)[None, : len(tokens)]
+                module.reshard()
 
     def whole_model(self) -> LanguageModel:
         """The model with whole parameters: `model` itself, or under FSDP2 a copy on the CPU. Collective."""
