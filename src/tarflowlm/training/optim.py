@@ -56,7 +56,8 @@ def orthogonalise(matrix: Tensor, *, coefficients: tuple[float, float, float], s
 def orthogonalise_all(stacks: list[Tensor], *, batched: bool, **options: Any) -> list[Tensor]:
     """`orthogonalise` stacks [n, rows, columns] of matrices: if `batched`, all of one shape in the same kernels."""
     if not batched:
-        return [torch.stack([orthogonalise(matrix, **options) for matrix in stack]) for stack in stacks]
+        each = [[orthogonalise(matrix, **options) for matrix in stack] for stack in stacks]
+        return [torch.stack(x) if len(x) > 1 else x[0][None] for x in each]
     wide, found = [x.mT if x.shape[1] > x.shape[2] else x for x in stacks], [*stacks]
     for shape in {x.shape[1:] for x in wide}:
         places = [i for i, x in enumerate(wide) if x.shape[1:] == shape]
