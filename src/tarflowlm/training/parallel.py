@@ -17,7 +17,6 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-import torch._dynamo
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
