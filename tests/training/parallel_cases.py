@@ -152,12 +152,11 @@ def diverge(processes: Processes, run: RunConfig, out: Path) -> None:
         training.train_stage = train_stage
 
 
-SIZES = (4, 32, 4, 5)
-"""Batch sizes; PyTorch compiles for the first alone, and once more for all others but 1."""
-
-
 def compile_layers(run: RunConfig, report: Path) -> None:
-    """Steps and bounds of a stage without compiled layers, and with them; the nodes of new graphs, by batch size."""
+    """Steps and bounds of a stage without compiled layers, and with them; the nodes of new graphs, by batch size.
+
+    PyTorch compiles for the first size alone, and once more for all others but 1.
+    """
     blocks, counted = stack(("mixd", "mix1", "mix1"), (2, 3, 1), (0, 2, 2)), list[int]()
     run = replace(run, model=replace(run.model, vocab_size=5, blocks=blocks))
 
@@ -173,7 +172,7 @@ def compile_layers(run: RunConfig, report: Path) -> None:
         train, nodes = replace(run.train, accumulate=1, dropout=0.3, compile=compiles), []
         parallel_model = ParallelModel(model, replace(run, train=train), frozen=1)
         optimizers = build_optimizers(run.optim, model)
-        for size in SIZES:
+        for size in (4, 32, 4, 5):
             tokens = torch.randint(5, (size, 16), generator=generator)
             model.train()
             step = optimizer_step(parallel_model, optimizers, tokens, generator=generator)

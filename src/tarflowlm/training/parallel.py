@@ -284,7 +284,7 @@ def _layers(module: nn.Module) -> list[Layer]:
 
 
 # FSDP2: parameters, gradients and optimiser states are sharded. Nothing else here, in `optim` or in `state` depends
-# on it; `Muon` gathers the matrices that it orthogonalises.
+# on it, but `Muon`, which sends matrices to owners.
 
 
 def shard(loss: nn.Module, model: LanguageModel, processes: Processes, precision: Precision) -> None:
