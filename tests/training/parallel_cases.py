@@ -8,6 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from tarflowlm.config import (
     BaselineConfig,
@@ -19,10 +23,11 @@ from tarflowlm.config import (
     stack,
 )
 from tarflowlm.language_model import seeded
+from tarflowlm.training import parallel
 from tarflowlm.training import train as training
 from tarflowlm.training.loop import optimizer_step
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.optim import build_optimizers
+from tarflowlm.training.optim import Muon, build_optimizers
 from tarflowlm.training.parallel import ParallelModel, Processes, launched
 from tarflowlm.training.train import resume, train
 
@@ -54,7 +59,12 @@ def runs(source: str) -> dict[str, RunConfig]:
         "mixd": run(flow, staged),
         "patches": run(replace(flow, patch=2), compiled),
         "one-channel": run(one_channel, joint),
+        "narrow": run(flow, replace(compiled, precision="bfloat16")),
     }
+
+
+def dtype_of(run: RunConfig) -> torch.dtype:
+    return torch.float64 if run.train.precision == "float32" else torch.float32
 
 
 class Stop(Exception):
@@ -75,12 +85,16 @@ class Stopper(Reporter):
 
 
 def work(rank: int, ports: tuple[int, int], source: str, out: Path) -> None:
-    """Two processes train every family, and one run that is cut short; four resume it. A third compiles meanwhile."""
+    """Two processes train every family, and one run that is cut short; four resume it. A third compiles meanwhile.
+
+    They evaluate as many windows at once as there are processes.
+    """
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     torch.compile = functools.partial(torch.compile, backend="eager")
     if rank == 2:
-        compile_all(source, out / "compiled.json")
+        compile_layers(runs(source)["patches"], out / "compiled.json")
+    parallel.windows_per_batch = lambda num_tokens: 1
     if rank < 2:
         join(rank, 2, ports[0])
         with launched(torch.device("cpu")) as processes:
@@ -99,9 +113,12 @@ def join(rank: int, world: int, port: int) -> None:
 
 def train_all(processes: Processes, source: str, out: Path) -> None:
     options = {"device": processes.device, "processes": processes}
+    torch.save(step_by_owners(processes.world), out / f"muon-{processes.rank}.pt")
     for mode in MODES:
         for name, run in runs(source).items():
+            torch.set_default_dtype(dtype_of(run))
             train(replace(run, train=replace(run.train, parallel=mode)), out / f"{name}-{mode}", **options)
+        torch.set_default_dtype(torch.float64)
         run = runs(source)["mixd"]
         run = replace(run, train=replace(run.train, parallel=mode))
         try:
@@ -135,51 +152,51 @@ def diverge(processes: Processes, run: RunConfig, out: Path) -> None:
         training.train_stage = train_stage
 
 
-COMPILED = ("joint", "upper stage", "ar", "one-channel", "mixd stage 3", "patches stage 2")
-"""The first two in float64, the others, as the large presets train, in bfloat16 over float32."""
+def compile_layers(run: RunConfig, report: Path) -> None:
+    """Steps and bounds of a stage without compiled layers, and with them; the nodes of new graphs, by batch size.
+
+    PyTorch compiles for the first size alone, and once more for all others but 1.
+    """
+    blocks, counted = stack(("mixd", "mix1", "mix1"), (2, 3, 1), (0, 2, 2)), list[int]()
+    run = replace(run, model=replace(run.model, vocab_size=5, blocks=blocks))
+
+    def count(graph, inputs):
+        counted.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    torch.compile, results = functools.partial(torch.compile, backend=aot_autograd(fw_compiler=count)), [[], []]
+    for compiles in (False, True):
+        with seeded(0):
+            model, generator = run.model_of_stage(1).build(), torch.Generator().manual_seed(1)
+        model.train_only(1)
+        train, nodes = replace(run.train, accumulate=1, dropout=0.3, compile=compiles), []
+        parallel_model = ParallelModel(model, replace(run, train=train), frozen=1)
+        optimizers = build_optimizers(run.optim, model)
+        for size in (4, 32, 4, 5):
+            tokens = torch.randint(5, (size, 16), generator=generator)
+            model.train()
+            step = optimizer_step(parallel_model, optimizers, tokens, generator=generator)
+            model.eval()
+            bound = parallel_model.evaluate(tokens, torch.ones(5)).nats_per_token
+            results[compiles] += [step.loss.item(), step.norm.item(), bound]
+            nodes.append(counted.copy())
+            counted.clear()
+    report.write_text(json.dumps({"results": results, "nodes": nodes}), encoding="utf-8")
 
 
-def compile_all(source: str, report: Path) -> None:
-    """Two steps with the loss compiled as a whole and without. (The tests' shape checks cannot be compiled.)"""
-    every, found = runs(source), {}
-    pair = replace(every["mixd"].model, blocks=stack(("mixd", "mix1"), (1, 1), (0, 2)))
-    joint = replace(every["ar"], model=pair, train=replace(every["ar"].train, checkpoint_activations=True))
-    for name in COMPILED:
-        family, _, stage = name.partition(" stage")
-        if family in every:
-            torch.set_default_dtype(torch.float32)
-            frozen = int(stage or 1) - 1
-            train = replace(every["ar"].train, precision="bfloat16")
-            run = replace(every["ar"], model=every[family].model_of_stage(frozen), train=train)
-            found[name] = compile_one(run, frozen)
-        else:
-            found[name] = compile_one(joint, COMPILED.index(name))
-    torch.set_default_dtype(torch.float64)
-    report.write_text(json.dumps(found), encoding="utf-8")
+def step_by_owners(world: int) -> list[torch.Tensor]:
+    """Matrices after steps of Muon; the device refuses the second, and process 1 holds no row of the last matrix."""
+    generator, mesh = torch.Generator().manual_seed(0), init_device_mesh("cpu", (world,)) if world > 1 else None
 
+    def draw(shape: tuple[int, ...]) -> torch.Tensor:
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return drawn if mesh is None else distribute_tensor(drawn, mesh, [Shard(0)])
 
-def compile_one(run: RunConfig, frozen: int) -> dict[str, float]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    plain, compiled = (replace(run, train=replace(run.train, compile=compile)) for compile in (False, True))
-    (left, weights), (right, others) = (steps_of(run, frozen=frozen) for run in (compiled, plain))
-    counters = torch._dynamo.utils.counters
-    return {
-        "losses": max(abs(a - b) for a, b in zip(left, right, strict=True)),
-        "weights": max((weights[key] - others[key]).abs().max().item() for key in weights if weights[key].numel()),
-        "breaks": len(counters["graph_break"]),
-        "graphs": counters["stats"]["unique_graphs"],
-    }
-
-
-def steps_of(run: RunConfig, *, frozen: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Two steps of a stage on random tokens: losses, and the weights after them."""
-    config = replace(run.model, vocab_size=5)
-    with seeded(0):
-        model = config.build()
-    model.train_only(frozen)
-    parallel_model, optimizers = ParallelModel(model, run, frozen=frozen), build_optimizers(run.optim, model)
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(5, (run.train.batch_size, config.context), generator=generator)
-    taken = [optimizer_step(parallel_model, optimizers, tokens, generator=generator).loss.item() for _ in range(2)]
-    return taken, model.state_dict()
+    params = [draw(shape) for shape in ((6, 6), (33, 16), (16, 33), (12, 4), (1, 5))]
+    muon = Muon(params, precision="float32", stacked=params[3:4], lr=0.1, weight_decay=0.1)
+    for refused in (False, True, False):
+        for p in params:
+            p.grad = draw(p.shape) * (torch.inf if refused else 1.0)
+        muon.found_inf = torch.tensor(float(refused))
+        muon.step()
+    return [p if mesh is None else p.full_tensor() for p in params]

@@ -13,10 +13,9 @@ import torch.multiprocessing
 from safetensors.torch import load_file
 
 from tarflowlm.config import TrainConfig
-from tarflowlm.language_model import seeded
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import parallel
-from tarflowlm.training.parallel import ALONE, ParallelModel, Processes
+from tarflowlm.training.parallel import ALONE, Processes
 from tarflowlm.training.state import newest_state
 from tarflowlm.training.train import resume, train
 
@@ -49,7 +48,9 @@ def alone(tmp_path_factory, corpus_file):
         if not (directory / name).exists():
             run = cases.runs(str(corpus_file))[name]
             plain = replace(run.train, accumulate=1, checkpoint_activations=False, compile=False)
+            torch.set_default_dtype(cases.dtype_of(run))
             train(replace(run, train=plain), directory / name, device=CPU)
+            torch.set_default_dtype(torch.float64)
         return directory / name
 
     torch.set_default_dtype(torch.float64)
@@ -62,22 +63,22 @@ def losses(directory: Path) -> list[tuple[str, int, float]]:
     return [(line["split"], line["step"], line["nats_per_token"]) for line in lines]
 
 
-def assert_same(ours: Path, theirs: Path) -> None:
+def assert_same(ours: Path, theirs: Path, tolerance: float = TOLERANCE) -> None:
     """Losses, training and validation, and weights agree up to the order of sums."""
     left, right = losses(ours), losses(theirs)
     assert [line[:2] for line in left] == [line[:2] for line in right]
-    assert [line[2] for line in left] == pytest.approx([line[2] for line in right], rel=0, abs=TOLERANCE)
+    assert [line[2] for line in left] == pytest.approx([line[2] for line in right], rel=0, abs=tolerance)
     first, last = (load_file(directory / "model.safetensors") for directory in (ours, theirs))
     assert first.keys() == last.keys()
     for key, tensor in first.items():
-        torch.testing.assert_close(tensor, last[key], rtol=0, atol=1e-8)
+        torch.testing.assert_close(tensor, last[key], rtol=0, atol=10 * tolerance)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", cases.MODES)
-@pytest.mark.parametrize("name", ["ar", "mixd", "patches", "one-channel"])
+@pytest.mark.parametrize("name", ["ar", "mixd", "patches", "one-channel", "narrow"])
 def test_two_processes_train_as_one(out, alone, name, mode):
-    assert_same(out / f"{name}-{mode}", alone(name))
+    assert_same(out / f"{name}-{mode}", alone(name), 1e-2 if name == "narrow" else TOLERANCE)
 
 
 @pytest.mark.slow
@@ -106,15 +107,22 @@ def test_every_process_names_what_is_not_finite(out, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", cases.COMPILED)
-def test_compiled_loss_is_one_graph(out, name):
-    """`fullgraph` raises at the first break, in the loss or in the backward of the numerics, which is traced too."""
-    found = json.loads((out / "compiled.json").read_text(encoding="utf-8"))[name]
-    assert (found["graphs"], found["breaks"]) == (1, 0)
-    # in bfloat16, AdamW makes a full step of the sign of a gradient that is rounding alone
-    losses, weights = (1e-9, 1e-6) if name in cases.COMPILED[:2] else (1e-4, 1.0)
-    assert found["losses"] < losses
-    assert found["weights"] < weights
+def test_owners_take_the_step_of_one_process(out):
+    for rank in range(2):
+        found = torch.load(out / f"muon-{rank}.pt")
+        torch.testing.assert_close(found, cases.step_by_owners(1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled_layers_share_graphs_of_one_size(out):
+    """With activation checkpointing and dropout; `fullgraph` raises at the first break."""
+    found = json.loads((out / "compiled.json").read_text(encoding="utf-8"))
+    assert found["results"][1] == pytest.approx(found["results"][0], rel=1e-9)
+    # once for the first size, once for any other: forward, backward, frozen, and in an evaluation frozen or not
+    first, other, *later = found["nodes"]
+    assert len(first) == 5
+    assert other == pytest.approx(first, abs=2)
+    assert not any(later)
 
 
 def test_without_a_compiler_training_goes_on_with_a_warning(monkeypatch):
@@ -127,17 +135,3 @@ def test_without_a_compiler_training_goes_on_with_a_warning(monkeypatch):
         # other processes do not repeat it, and an explicit choice holds
         assert not parallel.compiles(train, Processes(1, 2), gpu)
         assert parallel.compiles(replace(train, compile=True), ALONE, gpu)
-
-
-@pytest.mark.parametrize("fields", [{"accumulate": 2}, {"checkpoint_activations": True}])
-def test_accumulation_and_checkpointing_leave_loss_and_gradients(tiny_run, fields):
-    run, found = tiny_run(mode="joint", stage_steps=(2,)), []
-    for fields_of_run in ({}, fields):
-        with seeded(0):
-            model = replace(run.model, vocab_size=27).build()
-        loss = ParallelModel(model, replace(run, train=replace(run.train, **fields_of_run))).backward(
-            torch.arange(64).view(4, 16) % 27, torch.Generator().manual_seed(0)
-        )
-        found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
-    for plain, changed in zip(*found, strict=True):
-        torch.testing.assert_close(plain, changed, rtol=1e-4, atol=1e-6)

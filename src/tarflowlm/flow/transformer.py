@@ -99,8 +99,11 @@ class Layer(nn.Module):
         return checkpoint(self._compute, x, tables, use_reentrant=False, preserve_rng_state=self.dropout > 0)
 
     def _compute(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self._thinned(self.attention(self.attention_norm(x), tables))
-        return x + self._thinned(self.down(F.gelu(self.up(self.mlp_norm(x)))))
+        # FSDP2 may gather weights in bfloat16, while x stays wide
+        normal = F.layer_norm(x, x.shape[-1:], self.attention_norm.weight.to(x.dtype))
+        x = x + self._thinned(self.attention(normal, tables))
+        normal = F.layer_norm(x, x.shape[-1:], self.mlp_norm.weight.to(x.dtype))
+        return x + self._thinned(self.down(F.gelu(self.up(normal))))
 
     def _thinned(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x

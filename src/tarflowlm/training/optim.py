@@ -4,13 +4,14 @@ The guards of a step are here, too: what is not finite in a step that was skippe
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from tarflowlm.config import OptimConfig, Precision
 from tarflowlm.language_model import LanguageModel
@@ -18,52 +19,71 @@ from tarflowlm.model import TarFlowLM
 
 LARGE = 512 * 512
 """Smallest matrix, in elements, for which bfloat16 is worth its rounding on a CPU."""
+BUCKET = 64
+"""Matrices that are exchanged, and orthogonalised, together; more take more memory."""
 
 
-def orthogonalise(
-    matrix: Tensor, *, coefficients: tuple[float, float, float], steps: int, eps: float, dtype: torch.dtype
-) -> Tensor:
+def orthogonalise(matrix: Tensor, *, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     r"""The matrix with all its singular values moved close to 1, by Newton-Schulz iteration (Jordan et al. 2024).
 
         X <- X / |X|_F,   then `steps` times   X <- (a I + b Y + c Y^2) X   with   Y = X X^T
 
-    a, b, c are the `coefficients`. Products are taken in `dtype`, the dtype of the result. With bfloat16 this is what
-    torch.optim.Muon computes; it has no other precision, and CPUs without bfloat16 products emulate it about thirty
-    times slower.
+    a, b, c are the `coefficients`. With a matrix in bfloat16 this is what torch.optim.Muon computes; it has no other
+    precision, and CPUs without bfloat16 products emulate it about thirty times slower. Several matrices of one shape
+    may be stacked, [n, rows, columns].
     """
-    tall, (a, b, c) = matrix.shape[0] > matrix.shape[1], coefficients
-    x = matrix.to(dtype)
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=eps)
-    if x.shape[1] >= 2 * x.shape[0] and dtype != torch.bfloat16:
-        x = _iterate_products(x, a, b, c, steps)
-    else:
-        for _ in range(steps):
-            gram = x @ x.T
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
-
-
-def _iterate_products(x: Tensor, a: float, b: float, c: float, steps: int) -> Tensor:
-    """The same by multiplying the factors F of X alone, which turn Y into F Y F: half the time for long rows.
-    Rounding errors grow to about 1e-4 in float32, a hundredth of those of bfloat16."""
-    gram, product = x @ x.T, None
+    tall, (a, b, c) = matrix.shape[-2] > matrix.shape[-1], coefficients
+    add_product = torch.addmm if matrix.ndim == 2 else torch.baddbmm
+    x = matrix.mT if tall else matrix
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    gram, product = x @ x.mT, None
+    # Multiply the factors F of X alone, which turn Y into F Y F, where that takes half the time: for long rows.
+    # Rounding errors grow to about 1e-4 in float32, a hundredth of those of bfloat16.
+    apart = x.shape[-1] >= 2 * x.shape[-2] and x.dtype != torch.bfloat16
     for step in range(steps):
-        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal().add_(a)
-        product = factor if product is None else factor @ product
+        factor = add_product(gram, gram, gram, beta=b, alpha=c)
+        if apart:
+            factor.diagonal(dim1=-2, dim2=-1).add_(a)
+            product = factor if product is None else factor @ product
+        else:
+            x = add_product(x, factor, x, beta=a)
         if step + 1 < steps:
-            gram = factor @ gram @ factor
-    return x if product is None else product @ x
+            gram = factor @ gram @ factor if apart else x @ x.mT
+    x = x if product is None else product @ x
+    return x.mT if tall else x
+
+
+def orthogonalise_all(stacks: list[Tensor], *, batched: bool, **options: Any) -> list[Tensor]:
+    """`orthogonalise` stacks [n, rows, columns] of matrices: if `batched`, all of one shape in the same kernels."""
+    if not batched:
+        each = [[orthogonalise(matrix, **options) for matrix in stack] for stack in stacks]
+        return [torch.stack(x) if len(x) > 1 else x[0][None] for x in each]
+    wide, found = [x.mT if x.shape[1] > x.shape[2] else x for x in stacks], [*stacks]
+    for shape in {x.shape[1:] for x in wide}:
+        places = [i for i, x in enumerate(wide) if x.shape[1:] == shape]
+        together = orthogonalise(torch.cat([wide[i] for i in places]), **options)
+        for i, x in zip(places, together.split([len(wide[i]) for i in places]), strict=True):
+            found[i] = x if wide[i] is stacks[i] else x.mT
+    return found
+
+
+def exchange(parts: list[list[Tensor]], shapes: list[list[Any]], like: Tensor, group: Any) -> list[Tensor]:
+    """Send the tensors `parts[r]` to every process r, and receive those of `shapes[r]` from it, in one collective."""
+    sent = torch.cat([like.new_empty(0), *(t.flatten() for some in parts for t in some)])
+    sizes = [[math.prod(shape) for shape in some] for some in shapes]
+    received = sent.new_empty(sum(map(sum, sizes)))
+    dist.all_to_all_single(received, sent, [*map(sum, sizes)], [sum(t.numel() for t in p) for p in parts], group)
+    flat = received.split([size for some in sizes for size in some])
+    return [t.view(shape) for t, shape in zip(flat, (shape for some in shapes for shape in some), strict=True)]
 
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (Jordan et al. 2024) that orthogonalises in `precision`, for whole matrices or DTensors.
 
-    Orthogonalisation needs whole matrices. For parameters that FSDP2 has sharded, the momentum stays sharded; each
-    matrix is gathered, one process (they take turns) orthogonalises it, and the result is sharded again. Up to
-    rounding that is the update of a single process. PyTorch's own step on DTensors would communicate in every
-    iteration. Updates have the root mean square of AdamW's (`match_rms_adamw`), so both use one learning rate.
+    Orthogonalisation needs whole matrices. If FSDP2 has sharded them, the momentum stays sharded, and every matrix
+    has an owner: one collective takes the shards of a bucket of matrices to the owners, another one returns theirs of
+    the results. Up to rounding that is the update of a single process. Updates have the root mean square of AdamW's
+    (`match_rms_adamw`), so both use one learning rate.
 
     `stacked` lists parameters that hold three matrices one below the other: queries, keys and values.
     """
@@ -76,65 +96,75 @@ class Muon(torch.optim.Muon):
     ) -> None:
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **options)
         self.precision = precision
-        self._stacked = {id(p) for p in stacked}
+        self._heights = {id(p): 3 for p in stacked}  # 1 for other parameters
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take one step, unless `found_inf` is 1. `closure` is ignored."""
         taken = None if self.found_inf is None else 1 - self.found_inf
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            self._update_momentum(params, group["momentum"], taken)
-            decay = group["lr"] * group["weight_decay"]
-            for p, update in zip(params, self._updates(params, group), strict=True):
-                p.mul_(1 - decay if taken is None else 1 - decay * taken)
-                p.add_(update if taken is None else update * taken, alpha=-group["lr"])
+            params, decay = [p for p in group["params"] if p.grad is not None], group["lr"] * group["weight_decay"]
+            # on a CPU, one matrix after the other stays in the cache
+            alone = all(p.device.type == "cpu" and not isinstance(p, DTensor) for p in params)
+            for start in range(0, len(params), size := 1 if alone else BUCKET):
+                bucket = params[start : start + size]
+                updates = self._updates(bucket, self._averaged_gradients(bucket, group, taken), group)
+                shards = [_local(p) for p in bucket]
+                torch._foreach_mul_(shards, 1 - decay if taken is None else 1 - decay * taken)
+                if taken is not None:
+                    torch._foreach_mul_(updates, taken)
+                torch._foreach_add_(shards, updates, alpha=-group["lr"])
 
-    def _update_momentum(self, params: list[Tensor], momentum: float, taken: Tensor | None) -> None:
+    def _averaged_gradients(self, params: list[Tensor], group: dict[str, Any], taken: Tensor | None) -> list[Tensor]:
+        """Update the momentum; returns what is orthogonalised, or this process's shards of it."""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        grads = [p.grad for p in params if p.grad is not None]
-        if taken is None:
-            torch._foreach_lerp_(buffers, grads, 1 - momentum)
-            return
-        for buffer, grad in zip(buffers, grads, strict=True):
-            # 0 times infinity would be NaN; the gradients of a skipped step are not needed afterwards
-            grad.nan_to_num_(0.0, 0.0, 0.0)
-            buffer.add_((grad - buffer) * taken, alpha=1 - momentum)
+        buffers = [_local(self.state[p]["momentum_buffer"]) for p in params]
+        grads = [_local(p.grad) for p in params if p.grad is not None]
+        if taken is not None:
+            finite = taken > 0  # 0 times infinity would be NaN; a mean of the momentum with itself changes nothing
+            grads = [torch.where(finite, *pair) for pair in zip(grads, buffers, strict=True)]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        return list(torch._foreach_lerp(grads, buffers, group["momentum"])) if group["nesterov"] else buffers
 
-    def _averaged_gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        buffer: Tensor = self.state[p]["momentum_buffer"]
-        assert p.grad is not None
-        return p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+    def _updates(self, params: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """The gradients orthogonalised, with a root mean square of 0.2, or this process's shards of that."""
+        first, update = params[0], self._updates_by_owners if isinstance(params[0], DTensor) else self._orthogonalise
+        dtype = torch.float64 if first.dtype == torch.float64 else getattr(torch, self.precision)
+        updates = [x.to(first.dtype) for x in update(params, [g.to(dtype) for g in gradients], group)]
+        sides = [max(len(p) // self._heights.get(id(p), 1), p.shape[1]) for p in params]
+        torch._foreach_mul_(updates, [0.2 * side**0.5 for side in sides])
+        return updates
 
-    def _updates(self, params: list[Tensor], group: dict[str, Any]) -> Iterator[Tensor]:
-        if not isinstance(params[0], DTensor):
-            for p in params:
-                yield self._orthogonalise(p, self._averaged_gradient(p, group), group)
-            return
-        mesh, own = params[0].device_mesh, {}
-        turns = [index % mesh.size() for index in range(len(params))]
-        for index, p in enumerate(params):
-            whole = self._averaged_gradient(p, group).full_tensor()  # type: ignore[attr-defined]
-            if turns[index] == mesh.get_rank():
-                own[index] = self._orthogonalise(p, whole, group)
-        for index, p in enumerate(params):
-            update = own.pop(index) if index in own else torch.empty(p.shape, dtype=p.dtype, device=p.device)
-            yield distribute_tensor(update, mesh, p.placements, src_data_rank=turns[index])  # type: ignore[attr-defined]
-
-    def _orthogonalise(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        """The orthogonalised gradient of a whole parameter, scaled to a root mean square of 0.2."""
-        dtype = torch.float64 if gradient.dtype == torch.float64 else getattr(torch, self.precision)
+    def _orthogonalise(self, params: list[Tensor], matrices: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """`orthogonalise_all` for the gradients of whole parameters."""
         options = {"coefficients": group["ns_coefficients"], "steps": group["ns_steps"], "eps": group["eps"]}
-        parts = []
-        for matrix in gradient.chunk(3 if id(p) in self._stacked else 1):
-            found = orthogonalise(matrix, dtype=dtype, **options)
-            parts.append(found.to(gradient.dtype).mul_(0.2 * max(matrix.shape) ** 0.5))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        stacks = [x.unflatten(0, (self._heights.get(id(p), 1), -1)) for p, x in zip(params, matrices, strict=True)]
+        batched = any(p.device.type != "cpu" for p in params)
+        return [x.flatten(0, 1) for x in orthogonalise_all(stacks, batched=batched, **options)]
+
+    def _updates_by_owners(self, params: list[Any], shards: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """The same for shards: every matrix goes to its owner, and its result comes back, in two collectives."""
+        mesh, sizes = params[0].device_mesh, [p.numel() * min(p.shape) for p in params]
+        world, channel = mesh.size(), mesh.get_group()
+        # in turns by size; FSDP2 cuts rows as `torch.chunk` does
+        order = sorted(range(len(params)), key=sizes.__getitem__, reverse=True)
+        owned, own = [order[r::world] for r in range(world)], order[mesh.get_local_rank() :: world]
+        rows = [[max(0, min(n := -(-len(p) // world), len(p) - r * n)) for r in range(world)] for p in params]
+        shapes: list[list[Any]] = [[(rows[i][r], params[i].shape[1]) for i in own] for r in range(world)]
+        parts = exchange([[shards[i] for i in some] for some in owned], shapes, shards[0], channel)
+        whole = [torch.cat(parts[k :: len(own)]) for k in range(len(own))]
+        found = self._orthogonalise([params[i] for i in own], whole, group)
+        cut = [x.split(rows[i]) for i, x in zip(own, found, strict=True)]
+        shapes = [[shards[i].shape for i in some] for some in owned]
+        parts = exchange([[x[r] for x in cut] for r in range(world)], shapes, shards[0], channel)
+        updates = dict(zip((i for some in owned for i in some), parts, strict=True))
+        return [updates[i] for i in range(len(params))]
+
+
+def _local(p: Tensor) -> Tensor:
+    return p.to_local() if isinstance(p, DTensor) else p
 
 
 def faster_precision(shapes: Iterable[torch.Size], device: torch.device) -> Precision:

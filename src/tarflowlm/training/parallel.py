@@ -6,12 +6,14 @@ its own.
 """
 
 import gc
+import hashlib
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,20 +21,23 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tarflowlm.config import RunConfig, TrainConfig
+from tarflowlm.config import Precision, RunConfig, TrainConfig
 from tarflowlm.device import missing_for_compilation
 from tarflowlm.errors import UserError
-from tarflowlm.evaluation.likelihood import Likelihood, evaluate
+from tarflowlm.evaluation.likelihood import Likelihood, evaluate, windows_per_batch
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.progress import SILENT, Progress
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for another one, such as the first, which takes hours to prepare a text of 40 GB."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def launched(device: torch.device) -> Iterator[Processes]:
         torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise UserError(f"device {device.type}: serves only one process; use --device cpu, or train without torchrun")
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, timeout=PATIENCE)
     if dist.get_rank():
         logging.getLogger("tarflowlm").setLevel(logging.ERROR)  # the first process gives the notices
     # happens for heads under FSDP2; harmless, since nothing here is changed in place
@@ -136,18 +141,19 @@ def launched(device: torch.device) -> Iterator[Processes]:
 
 
 class NegativeBound(nn.Module):
-    """The negative bound of every sequence, in nats, as a module's forward: DDP, FSDP2 and torch.compile need one."""
+    """The negative bound of every sequence, in nats, as a module's forward, which DDP and FSDP2 need."""
 
-    def __init__(self, model: LanguageModel, frozen: int) -> None:
+    def __init__(self, model: LanguageModel, frozen: int, precision: Precision) -> None:
         super().__init__()
-        self.model, self.frozen = model, frozen
+        self.model, self.frozen, self.precision = model, frozen, precision
 
     def forward(self, tokens: Int[Tensor, "B T"], noise: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
-        return self.model.bound(tokens, noise, frozen=self.frozen)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.model.bound(tokens, noise, frozen=self.frozen)
 
 
 def compiles(train: TrainConfig, processes: Processes, device: torch.device) -> bool:
-    """True if the loss is to be compiled on `device`: `train.compile`, or by default where it helps and is possible,
+    """True if layers are to be compiled on `device`: `train.compile`, or by default where it helps and is possible,
     with a warning if it would help but a compiler is missing."""
     if train.compile is not None:
         return train.compile
@@ -164,7 +170,8 @@ class ParallelModel:
 
     The first `frozen` blocks are evaluated without a graph; the caller must have frozen their parameters and the
     codebook before (`LanguageModel.train_only`). `loss` maps tokens and noise to nats per sequence. Under FSDP2 the
-    parameters of `model` are sharded in place (DTensors).
+    trained parameters of `model` are sharded in place (DTensors). Transformer layers alone are compiled; those of one
+    shape share a graph, whatever the depth and the vocabulary.
     """
 
     def __init__(
@@ -178,13 +185,14 @@ class ParallelModel:
         for layer in _layers(model):
             layer.keeps_activations = not (config.train.checkpoint_activations and layer in trained)
             layer.dropout = config.train.dropout if layer in trained else 0.0
-        self.loss: nn.Module = NegativeBound(model, frozen)
+            if self.compiled:
+                layer.compile(fullgraph=True)
+        self.loss: nn.Module = NegativeBound(model, frozen, config.train.precision)
         if self.sharded:
-            shard(self.loss, model, processes, compiled=self.compiled)
-        elif self.compiled:
-            self.loss.compile(fullgraph=True)
-        if processes.world > 1 and not self.sharded:
+            shard(self.loss, model, processes, config.train.precision)
+        elif processes.world > 1:
             self.loss = DistributedDataParallel(self.loss, gradient_as_bucket_view=True)
+            self.loss.broadcast_buffers = False  # they are constants; the argument has two names
 
     def backward(self, tokens: Int[Tensor, "B T"], generator: torch.Generator) -> Tensor:
         """Compute the gradients of the mean loss over the global batch; returns that mean, in nats per token.
@@ -198,17 +206,22 @@ class ParallelModel:
         noise = self.model.draw_noise(global_batch, generator)[first_row : first_row + len(tokens)]
         parts = list(zip(tokens.chunk(train.accumulate), noise.chunk(train.accumulate), strict=True))
         total = torch.zeros((), device=tokens.device)
-        with self._seeded_dropout(generator):
+        with self._seeded_dropout(generator), self.compiling():
             for index, (part, part_noise) in enumerate(parts):
-                # DDP averages gradients over processes only with the last part, FSDP2 with every part, since
-                # otherwise it would have to hold whole gradients
-                waits = isinstance(self.loss, DistributedDataParallel) and index + 1 < len(parts)
-                with self.loss.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
-                        loss = self.loss(part, part_noise).mean() / tokens.shape[1] / len(parts)
-                    loss.backward()
+                last = index + 1 == len(parts)  # gradients are averaged over processes with the last part
+                if isinstance(self.loss, FSDPModule):
+                    self.loss.set_requires_gradient_sync(last)
+                elif isinstance(self.loss, DistributedDataParallel):
+                    self.loss.require_backward_grad_sync = last
+                loss = self.loss(part, part_noise).mean() / tokens.shape[1] / len(parts)
+                loss.backward()
                 total = total + loss.detach()
         return processes.mean(total)
+
+    def compiling(self) -> AbstractContextManager[Any]:
+        """A context for calls of compiled layers: of frozen ones, of one sequence and so on, each with its own graph,
+        which is too small for DDP to split."""
+        return torch._dynamo.config.patch(recompile_limit=64, optimize_ddp=False) if self.compiled else nullcontext()
 
     @contextmanager
     def _seeded_dropout(self, generator: torch.Generator) -> Iterator[None]:
@@ -217,10 +230,12 @@ class ParallelModel:
         if not self.config.train.dropout:
             yield
             return
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device)) + self.processes.rank
-        device = self.model.device
+        drawn, device = torch.randint(2**62, (), generator=generator, device=generator.device), self.model.device
+        # reading a number waits for an accelerator; its generator's state is on the host, and has advanced
+        state = hashlib.sha256(generator.get_state().numpy().tobytes()).digest()
+        seed = int(drawn) if drawn.device.type == "cpu" else int.from_bytes(state[:7], "little")
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+            torch.manual_seed(seed + self.processes.rank)
             yield
 
     def evaluate(
@@ -228,21 +243,30 @@ class ParallelModel:
     ) -> Likelihood:
         """The bound over `windows`, with the rows of every batch divided between the processes. Collective; all
         processes get the same result. Arguments as `evaluation.likelihood.evaluate`."""
-        options: dict[str, Any] = {} if self.processes.world == 1 else {"weigh": self._divided_bound}
-        return evaluate(self.model, windows, characters_per_token, progress=progress, **options)
+        world = self.processes.world
+        options: dict[str, Any] = {"weigh": self._divided_bound} if world > 1 else {}
+        options["batch"] = world * windows_per_batch(windows.shape[1])
+        with self.compiling():
+            return evaluate(self.model, windows, characters_per_token, progress=progress, **options)
 
     def _divided_bound(
         self, model: LanguageModel, tokens: Int[Tensor, "B T"], *, generator: torch.Generator, **_options: Any
     ) -> Float[Tensor, "1 B"]:
-        noise = model.draw_noise(tokens, generator)
+        # in the parts that a single process would draw
+        parts = tokens.split(windows_per_batch(tokens.shape[1]))
+        noise = torch.cat([model.draw_noise(part, generator) for part in parts])
         each = -(-len(tokens) // self.processes.world)
-        # the last process may have fewer rows and repeats one, since all must take part in every collective
+        # in the last batch, processes without rows repeat one, since all must take part in every collective
         rows = (self.processes.rank * each + torch.arange(each, device=tokens.device)).clamp(max=len(tokens) - 1)
-        loss = self.loss if self.sharded else NegativeBound(model, frozen=0)
-        nats = loss(tokens[rows], noise[rows])
-        if isinstance(loss, FSDPModule):
-            loss.reshard()  # later code may read the parameters
+        nats = (self.loss if self.sharded else model.bound)(tokens[rows], noise[rows])
+        self.reshard()
         return -self.processes.gather(nats)[None, : len(tokens)]
+
+    def reshard(self) -> None:
+        """Free what FSDP2 gathered for a call without a backward pass, so that parameters can be read."""
+        for module in self.loss.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def whole_model(self) -> LanguageModel:
         """The model with whole parameters: `model` itself, or under FSDP2 a copy on the CPU. Collective."""
@@ -260,22 +284,27 @@ def _layers(module: nn.Module) -> list[Layer]:
 
 
 # FSDP2: parameters, gradients and optimiser states are sharded. Nothing else here, in `optim` or in `state` depends
-# on it; `Muon` gathers the matrices that it orthogonalises.
+# on it, but `Muon`, which sends matrices to owners.
 
 
-def shard(loss: nn.Module, model: LanguageModel, processes: Processes, *, compiled: bool) -> None:
-    """Shard `model` in place over all processes; `loss` is the module that is called. Layers and heads are gathered
-    one at a time, the rest for the whole step. Hooks break larger graphs, so each layer is `compiled` on its own."""
+def shard(loss: nn.Module, model: LanguageModel, processes: Processes, precision: Precision) -> None:
+    """Shard the trained parameters of `model` in place; frozen ones stay whole. Layers, in `precision`, and heads are
+    gathered one at a time, the rest for the whole step. `loss` is the module that is called."""
     mesh = init_device_mesh(processes.device.type, (processes.world,))
-    for layer in _layers(model) if compiled else ():
-        layer.compile(fullgraph=True)
+    narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    for p in frozen:
+        p.data = p.data.to(processes.device)
     # couplings contain the heads of a flow
     heads = [m for m in model.modules() if isinstance(m, Coupling) or m is getattr(model, "head", None)]
     for module in [*_layers(model), *heads]:
-        fully_shard(module, mesh=mesh)
+        if not frozen.issuperset(module.parameters()):
+            policy = narrow if precision == "bfloat16" and isinstance(module, Layer) else MixedPrecisionPolicy()
+            frees = module is not heads[-1]  # the backward pass begins with it
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=frees, ignored_params=frozen)
         if isinstance(module, Coupling):  # the last block uses only `log_prob`
             register_fsdp_forward_method(module, "log_prob")
-    fully_shard(loss, mesh=mesh, reshard_after_forward=False)
+    fully_shard(loss, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)
 
 
 def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
