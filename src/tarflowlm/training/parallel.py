@@ -36,8 +36,8 @@ from tarflowlm.progress import SILENT, Progress
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=12)
-"""How long processes wait for another one, such as the first, which takes hours to prepare a text of 40 GB."""
+PATIENCE = timedelta(hours=3)
+"""How long processes wait for another one, such as the first one, which prepares the text: some 6 MB per second."""
 
 
 @dataclass(frozen=True)

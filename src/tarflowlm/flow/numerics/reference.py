@@ -152,7 +152,6 @@ def newton_step(u: Tensor, hazard: Tensor, low: Tensor, high: Tensor) -> Callabl
     floor, bend = square * 0.01, (square - hazard * u) * 2.0
     slack = torch.maximum(low.abs(), high.abs()) * (4.0 * torch.finfo(u.dtype).eps)
 
-    # not a closure, which a compiler cannot trace where types are checked
     return partial(_newton_step, square, floor, bend, slack, hazard)
 
 
