@@ -126,13 +126,10 @@ def test_second_signal_leaves_at_once(tmp_path, whole, killer):
 
 
 def work(config, out: Path, cache: str) -> None:
-    """In a process of its own: begin the run, or resume it, as a user would."""
+    """In a process of its own: begin the run, or go on with it."""
     os.environ["TARFLOWLM_CACHE"] = cache
     torch.set_num_threads(1)
-    if (out / "config.json").exists():
-        resume(out, device=CPU)
-    else:
-        train(config, out, device=CPU)
+    train(config, out, device=CPU)
 
 
 def unfinished(out: Path) -> bool:
@@ -217,8 +214,6 @@ def test_damaged_weights_are_restored_from_the_state(finished, whole, same_run):
         load_checkpoint(finished)
     resume(finished, device=CPU)
     same_run(finished, whole[1])
-    with pytest.raises(UserError, match="is finished"):
-        resume(finished, device=CPU)
 
 
 @pytest.mark.slow
@@ -285,8 +280,7 @@ def test_two_writers_exclude_each_other(tmp_path, tiny_run, go, killer):
             refused.append(str(raised.value))
 
     go(config, out, killer(9, second))
-    assert "is being written by" in refused[0]
-    assert "exists already" in refused[1]
+    assert all("is being written by" in message for message in refused)
 
 
 @pytest.mark.parametrize("name", ["mine.txt", "config.json"])

@@ -23,7 +23,7 @@ FILES = {
 }  # fmt: skip
 TRAIN_KEYS = {
     "split", "step", "tokens", "block", "nats_per_token", "bpc", "lr", "grad_norm", "grad_norm_max",
-    "tokens_per_second",
+    "tokens_per_second", "data_share",
 }  # fmt: skip
 VALID_KEYS = {"split", "step", "tokens", "block", "nats_per_token", "bpc", "stderr"}
 

@@ -1,24 +1,32 @@
 """Training states, from which `train --resume` continues: model, optimisers, counters and random states.
 
 state/step-NNNNNNNN/ is written by PyTorch's distributed checkpoint under a temporary name, with a manifest.json, and
-renamed when complete. A run resumes from the newest undamaged one. Unlike weights, states are trusted data: reading
-one may unpickle.
+renamed when complete, all in a thread of its own. A run resumes from the newest undamaged one. Unlike weights, states
+are trusted data: reading one may unpickle.
 """
 
 import logging
 import math
 import shutil
+import time
 import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from torch import Generator, nn
+import torch.distributed as dist
+from torch import Generator, Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from tarflowlm.errors import UserError
 from tarflowlm.files import sync_file, sync_folder, write_json
@@ -41,6 +49,7 @@ class LogWindow:
     norms: list[float] = field(default_factory=list)  # gradient norm of every step
     tokens: int = 0
     seconds: float = 0.0  # training time
+    waited: float = 0.0  # the part of it in which the next batch was not there yet
 
 
 @dataclass
@@ -82,27 +91,52 @@ class Counters:
         return cls(**values)
 
 
-def save_state(
-    directory: Path,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    generator: Generator,
-    saved: dict[str, Any],
-    *,
-    keep: int = 2,
-    processes: Processes = ALONE,
+class Writer:
+    """Writes to disk in one thread, in the order of the calls, while training goes on.
+
+    PyTorch's `async_save` would not do: it is done before the manifest and the rename, which then need a thread, too.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._thread, self._pending = ThreadPoolExecutor(1), list[Future[None]]()
+        # collectives of the thread must not mix with those of training
+        self.group = dist.new_group(backend="gloo") if processes.world > 1 else None
+        self.seconds = 0.0
+        """Duration of the last piece of work."""
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Do `work` after all earlier work. It must own the tensors that it writes."""
+
+        def timed() -> None:
+            start = time.monotonic()
+            work()
+            self.seconds = time.monotonic() - start
+
+        self._pending.append(self._thread.submit(timed))
+
+    def wait(self) -> None:
+        """Return once all work is done; raises what it raised."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+
+    def close(self) -> None:
+        """Return once all work is done, whether or not it succeeded."""
+        self._thread.shutdown()
+
+
+def write_state(
+    directory: Path, tensors: dict[str, Any], saved: dict[str, Any], *, keep: int, processes: Processes, group: Any
 ) -> None:
     """Write the state of step `saved["step"]`, with `saved` as counters.json, and delete all but the `keep` newest.
 
-    Collective: all processes write their shards into one shared folder; the first does the rest.
+    `tensors` is a `snapshot`. Collective over `group`: all processes write their shards into one shared folder; the
+    first does the rest.
     """
     root, name = directory / STATE, f"step-{saved['step']:08d}"
     temporary = root / f".{name}"
-    if processes.first:
-        root.mkdir(exist_ok=True)
-    processes.wait()
     try:
-        save(_tensors(model, optimizers, generator), checkpoint_id=temporary, no_dist=processes.world == 1)
+        save(tensors, checkpoint_id=temporary, process_group=group, no_dist=processes.world == 1)
         if processes.first:
             write_json(temporary / COUNTERS, saved)
             write_manifest(temporary, [file.name for file in temporary.iterdir()])
@@ -117,27 +151,54 @@ def save_state(
     if processes.first:
         for old in sorted(root.glob("step-*"))[:-keep]:  # renamed first, so that no partial state is ever visible
             shutil.rmtree(old.rename(root / f".{old.name}"))
-    processes.wait()
+
+
+def snapshot(tensors: dict[str, Any], processes: Processes) -> dict[str, Any]:
+    """A copy of `state_tensors` on the CPU; shards keep their places in the whole."""
+    mesh = init_device_mesh("cpu", (processes.world,)) if processes.world > 1 else None
+
+    def copied(tensor: Tensor) -> Tensor:
+        whole = {"shape": tensor.shape, "stride": tensor.stride()}
+        local = local_part(tensor).to("cpu", copy=True)
+        return DTensor.from_local(local, mesh, tensor.placements, **whole) if isinstance(tensor, DTensor) else local
+
+    return tree_map_only(Tensor, copied, tensors)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The data of a tensor, or of this process's shard of it, without a graph."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def state_tensors(
+    model: nn.Module, optimizers: list[Optimizer], generator: Generator, copies: dict[str, dict[str, Tensor]]
+) -> dict[str, Any]:
+    """Everything with tensors in a state: model, optimisers, generator, and further `copies` of weights by name."""
+    model_state, optimizer_state = get_state_dict(model, optimizers)
+    return {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state(), **copies}
 
 
 def load_state(
-    state: Path, model: nn.Module, optimizers: list[Optimizer], generator: Generator, *, processes: Processes = ALONE
-) -> None:
-    """Load a state into model, optimisers and generator, built for the same stage; another number of processes may
-    have written it. Collective."""
-    tensors = _tensors(model, optimizers, generator)
+    state: Path, model: nn.Module, optimizers: list[Optimizer], generator: Generator,
+    copies: dict[str, dict[str, Tensor]], *, seed: int, processes: Processes = ALONE,
+) -> None:  # fmt: skip
+    """Load a state into model, optimisers, generator and copies, built for the same stage; another number of
+    processes may have written it. A generator of another kind of device gets `seed` instead. Collective."""
+    tensors = state_tensors(model, optimizers, generator, copies)
     try:
+        saved = FileSystemReader(state).read_metadata().state_dict_metadata["generator"]
+        if is_moved := saved.size != tensors["generator"].shape:  # type: ignore[union-attr]
+            del tensors["generator"]
         load(tensors, checkpoint_id=state, no_dist=processes.world == 1)
     except (CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{state} does not fit this run ({reason}): does it belong to another run?") from None
     set_state_dict(model, optimizers, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizers"])
-    generator.set_state(tensors["generator"])
-
-
-def _tensors(model: nn.Module, optimizers: list[Optimizer], generator: Generator) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(model, optimizers)
-    return {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state()}
+    if is_moved:
+        logger.warning("%s is from another kind of device: its noise goes on from another seed", state.name)
+        generator.manual_seed(seed)
+    else:
+        generator.set_state(tensors["generator"])
 
 
 def newest_state(directory: Path) -> Path:

@@ -15,7 +15,7 @@ from tarflowlm.config import RunConfig
 from tarflowlm.data import SOURCE_NAMES, Corpus, cached_corpus, eval_windows
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
-from tarflowlm.files import full_disk_as_user_error, remove_leftovers, write_json, writer_lock
+from tarflowlm.files import flatten, full_disk_as_user_error, remove_leftovers, write_json, writer_lock
 from tarflowlm.runs.checkpoint import (
     BEST,
     CONFIG,
@@ -24,6 +24,7 @@ from tarflowlm.runs.checkpoint import (
     TOKENIZER,
     WEIGHTS,
     read_run,
+    read_summary,
     weights_problem,
     write_run,
 )
@@ -57,31 +58,20 @@ def train(
     processes: Processes = ALONE,
     stop_requests: StopRequests = no_stop_requests,
 ) -> dict[str, Any]:
-    """Train `run` into the new directory `out`; returns the summary, also written to summary.json. Collective.
+    """Train `run` in the directory `out`; returns the summary, also written to summary.json. Collective.
 
-    Raises UserError if `out` holds more than a start without weights, before anything is written; Stopped, with
-    everything saved, if `stop_requests` says so; FloatingPointError if the loss stays non-finite.
+    If `out` holds this run already, it goes on there as `resume` does. Raises UserError for any other directory in
+    use, before anything is written; Stopped, with everything saved, if `stop_requests` says so; FloatingPointError if
+    the loss stays non-finite.
     """
-    reporter = reporter or Reporter()
-    if processes.first:
-        check_new(out)
-    check_installed(run.train.track)
-    corpus = _corpus(run, reporter, processes)
     if run.data.source not in SOURCE_NAMES:  # absolute, since the run directory may be used from other folders
         run = replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
-    vocab_size = corpus.tokenizer.vocab_size
-    if (given := run.model.vocab_size) not in (0, vocab_size):
-        raise UserError(f"model.vocab_size {given}: the tokenizer has {vocab_size} symbols; leave it at 0")
-    run = replace(run, model=replace(run.model, vocab_size=vocab_size))
-    new = TrainingRun(run, out, corpus, device, reporter, processes)
-    if processes.first:
-        out.mkdir(parents=True, exist_ok=True)
-    with _writing(out, processes):
+    if processes.from_first(processes.first and is_begun(out)):
         if processes.first:
-            check_new(out)
-            remove_leftovers(out)
-            new.write_start()
-        return _train_stages(new, None, stop_requests)
+            _check_same(run, out)
+        return resume(out, device=device, reporter=reporter, processes=processes, stop_requests=stop_requests)
+    check_installed(run.train.track)
+    return _go_on(run, out, device, reporter or Reporter(), processes, stop_requests)
 
 
 def resume(
@@ -92,43 +82,60 @@ def resume(
     processes: Processes = ALONE,
     stop_requests: StopRequests = no_stop_requests,
 ) -> dict[str, Any]:
-    """Resume a stopped run from its newest undamaged state; the weights come out as if it had never stopped.
+    """Go on with a run from its newest undamaged state; the weights come out as if it had never stopped.
 
-    A run that was stopped before its first checkpoint restarts from its configuration. A run with a time limit
-    continues with the time that its state had left. The number of processes may differ from before. Damaged weights
-    are restored from the state, also those of a finished run. Raises as `train`, and UserError if there is nothing to
-    resume or the text has changed.
+    A run that was stopped before its first checkpoint restarts from its configuration; of a finished one this is the
+    summary. A run with a time limit continues with the time that its state had left. The number of processes may
+    differ from before. Damaged weights are restored from the state, also those of a finished run. Raises as `train`,
+    and UserError if there is nothing to resume or the text has changed.
     """
-    reporter = reporter or Reporter()
     run = read_run(out)
     if run.optim.muon_precision == "auto":  # in configurations of earlier versions this was the only choice
         run = replace(run, optim=replace(run.optim, muon_precision="bfloat16", muon_qkv="together"))
+    return _go_on(run, out, device, reporter or Reporter(), processes, stop_requests)
+
+
+def _go_on(
+    config: RunConfig,
+    out: Path,
+    device: torch.device,
+    reporter: Reporter,
+    processes: Processes,
+    stop_requests: StopRequests,
+) -> dict[str, Any]:
+    """Train from the newest state in `out`, or from the start."""
+    if summary := processes.from_first(_finished(out) if processes.first else None):
+        logger.info("%s is finished", out)
+        return summary
+    corpus = _corpus(config, reporter, processes)
+    vocab_size = corpus.tokenizer.vocab_size
+    if (given := config.model.vocab_size) not in (0, vocab_size):
+        raise UserError(f"model.vocab_size {given}: the tokenizer has {vocab_size} symbols; leave it at 0")
+    config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    run = TrainingRun(config, out, corpus, device, reporter, processes)
+    if processes.first:
+        out.mkdir(parents=True, exist_ok=True)
     with _writing(out, processes):
         state = processes.from_first(_state_to_resume(out) if processes.first else None)
-        resumed = TrainingRun(run, out, _corpus(run, reporter, processes), device, reporter, processes)
-        if state is None:
-            logger.info("%s has no checkpoint yet: restarting at step 0", out)
-            if processes.first:
-                resumed.write_start()
-        return _train_stages(resumed, state, stop_requests)
-
-
-def _train_stages(run: TrainingRun, state: Path | None, stop_requests: StopRequests) -> dict[str, Any]:
-    keep_freed_memory()
-    with stop_requests() as run.stop_signal:
-        run.start(state)
-        try:
-            while run.counters.stage < run.config.num_stages:
-                run.leave_stage(train_stage(run))
-            return _finish(run)
-        finally:
-            run.log.close()
+        if state is None and processes.first:
+            if (out / CONFIG).exists():
+                logger.info("%s has no checkpoint yet: restarting at step 0", out)
+            run.write_start()
+        keep_freed_memory()
+        with stop_requests() as run.stop_signal:
+            try:
+                run.start(state)
+                while run.counters.stage < run.config.num_stages:
+                    run.leave_stage(train_stage(run))
+                return _finish(run)
+            finally:
+                run.close()
 
 
 def _finish(run: TrainingRun) -> dict[str, Any]:
     run.model.eval()
     if minutes := run.config.train.minutes:
-        _fix_lengths(run)
+        run.config = _with_lengths(run)
     config, counters, parameters = run.config, run.counters, dict(run.model.named_parameters())
     windows = eval_windows(run.corpus.split("test"), config.model.context, config.train.test_windows or None)
     run.reporter.stage("evaluating the test split", len(windows))
@@ -156,21 +163,20 @@ def _finish(run: TrainingRun) -> dict[str, Any]:
     }
     if run.processes.first:
         write_json(run.out / SUMMARY, summary)
+        for directory in (run.out, run.out / BEST) if minutes else ():
+            write_run(directory, run.config, run.corpus.tokenizer)
     return summary
 
 
-def _fix_lengths(run: TrainingRun) -> None:
-    """At the end of a run with a time limit: replace the limit in its configuration by the steps it has taken."""
+def _with_lengths(run: TrainingRun) -> RunConfig:
+    """The configuration of a run whose time is over, with the steps it has taken in place of the limit."""
     train, spent = run.config.train, run.counters.spent
     total = 60 * train.minutes
     seconds = min(max(total - run.seconds(), 0.0), test_seconds(total, run.num_test_windows, spent))
     fitting = max(LEAST_TEST_WINDOWS, int(seconds / max(spent.per_window, 1e-9)))
     count = run.processes.from_first(min(run.num_test_windows, fitting))
     steps = tuple(run.counters.stage_steps)
-    run.config = replace(run.config, train=replace(train, minutes=0.0, stage_steps=steps, test_windows=count))
-    for directory in (run.out, run.out / BEST) if run.processes.first else ():
-        if directory.exists():
-            write_run(directory, run.config, run.corpus.tokenizer)
+    return replace(run.config, train=replace(train, minutes=0.0, stage_steps=steps, test_windows=count))
 
 
 @contextmanager
@@ -182,11 +188,14 @@ def _writing(out: Path, processes: Processes) -> Iterator[None]:
         yield
 
 
+def _finished(out: Path) -> dict[str, Any] | None:
+    summary = read_summary(out) if out.is_dir() else None
+    return summary if summary and weights_problem(out) is None else None
+
+
 def _state_to_resume(out: Path) -> Path | None:
     """The state to resume, or None without a checkpoint. Removes files that a kill left incomplete."""
     damage, states = weights_problem(out), out / STATE
-    if (out / SUMMARY).exists() and damage is None:
-        raise UserError(f"{out} is finished: there is nothing to resume; start a new run with another --out")
     for folder in (out, out / BEST):
         remove_leftovers(folder)
     for partial in states.glob(".step-*"):
@@ -199,17 +208,33 @@ def _state_to_resume(out: Path) -> Path | None:
     return state
 
 
-def check_new(out: Path) -> None:
-    """UserError if `out` exists and holds anything but the remains of a run that ended before it saved weights."""
+def is_begun(out: Path) -> bool:
+    """Whether `out` holds a run that has saved something. UserError if it is in use for anything else."""
     if not out.exists():
-        return
-    # the folder that `write_start` writes last, and no other program does
-    begun = (out / STATE).is_dir() and not any((out / STATE).iterdir())
-    leftovers = {CONFIG, TOKENIZER, METRICS, STATE} if begun else set()
+        return False
+    if (out / STATE).is_dir() and ((out / WEIGHTS).exists() or any((out / STATE).iterdir())):
+        return True
+    # the folder that `write_start` writes first, and no other program does
+    leftovers = {CONFIG, TOKENIZER, METRICS, STATE} if (out / STATE).is_dir() else set()
     if not out.is_dir() or any(path.name not in leftovers and path.name[0] != "." for path in out.iterdir()):
-        can_resume = (out / STATE).is_dir() and not (out / SUMMARY).exists()
-        resume_it = f", or resume it with `train --resume {out}`" if can_resume else ""
-        raise UserError(f"{out} exists already: choose another --out{resume_it}")
+        raise UserError(f"{out} exists already, and is no run that could go on: choose another --out")
+    return False
+
+
+def _check_same(run: RunConfig, out: Path) -> None:
+    """UserError, naming the first field that differs, unless `run` is what was begun in `out`."""
+    found, lengths = read_run(out), {}
+    if run.train.minutes and (summary := read_summary(out)):  # it has its lengths in place of the limit
+        lengths = {"minutes": summary["minutes"], "stage_steps": run.train.stage_steps}
+        lengths["test_windows"] = run.train.test_windows
+    asked, held = flatten(run), flatten(replace(found, train=replace(found.train, **lengths)))
+    # where they are left open, the start of the run decides
+    decided = [("model.vocab_size", 0), ("optim.muon_precision", "auto")]
+    for name in asked | held:
+        ours, theirs = asked.get(name), held.get(name)
+        if ours != theirs and (name, ours) not in decided:
+            remedy = f"go on with `tarflowlm train --resume {out}`, or choose another --out"
+            raise UserError(f"{name} {ours}: the run in {out} has {theirs}; {remedy}")
 
 
 def _corpus(run: RunConfig, reporter: Reporter, processes: Processes) -> Corpus:
