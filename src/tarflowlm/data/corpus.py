@@ -61,7 +61,12 @@ class TokenArray:
 
     def windows(self, starts: Array, length: int) -> torch.Tensor:
         """Int64 [N, length]: the tokens `start .. start + length - 1` for each of `starts` [N]."""
-        return torch.from_numpy(self[starts[:, None] + np.arange(length)].astype(np.int64))
+        result = np.empty((len(starts), length), dtype=np.int64)
+        for row, start in zip(result, starts.tolist(), strict=True):
+            part, offset = divmod(start, self._part_length)
+            piece = self._parts[part][offset : offset + length]
+            row[:] = piece if len(piece) == length else self[start : start + length]
+        return torch.from_numpy(result)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         whole = self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts)

@@ -41,13 +41,14 @@ def cached_corpus(
     cache_dir: str | os.PathLike[str] | None = None,
     *,
     progress: Progress = SILENT,
+    may_download: bool = True,
 ) -> Corpus:
     """`source` prepared for `tokenizer`: opened from the cache, or prepared now and kept there.
 
     `source`: a corpus name, a text file, or a prepared directory, which is opened where it is (UserError if its
     source file changed or its tokenizer is another). `tokenizer`: None means that of a prepared directory, else the
     default. `cache_dir`: None means $TARFLOWLM_CACHE or ~/.cache/tarflowlm. An entry that is damaged, or whose source
-    changed, is prepared again with a warning.
+    changed, is prepared again with a warning. Without `may_download`, UserError for a text that would be.
     """
     if _is_prepared(source):
         corpus = open_corpus(source)
@@ -60,7 +61,14 @@ def cached_corpus(
     root = Path(cache_dir) if cache_dir is not None else cache_root()
     key = json.dumps([VERSION, found.identity, _key(_built(wanted))], sort_keys=True)
     target = root / "corpora" / f"{Path(found.identity).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    return _usable(target, found)[0] or _write(found, wanted, target, progress)
+    if (corpus := _usable(target, found)[0]) is not None:
+        return corpus
+    if not may_download and (found.files is None or found.is_large):
+        usual, asked = asdict(TokenizerConfig()), asdict(wanted) if isinstance(wanted, TokenizerConfig) else {}
+        options = "".join(f" --{name.replace('_', '-')} {x}" for name, x in asked.items() if x != usual[name])
+        first = f"`tarflowlm data {source} --out DIR{options}`"
+        raise UserError(f"{source}: several processes would wait for its preparation; run {first}, then --data DIR")
+    return _write(found, wanted, target, progress)
 
 
 def prepare_corpus(
@@ -177,7 +185,7 @@ def _write(
             for p in source.obtain(progress)
         ]
         tokenizer = _built(wanted)
-        plan = [source.identity, [file["sha256"] for file in files], _key(tokenizer), size]
+        plan = [source.identity + source.cut, [file["sha256"] for file in files], _key(tokenizer), size]
         folder = target.with_name(f".{target.name}.partial")
         try:
             shards = _Shards(folder, plan, size)

@@ -64,8 +64,6 @@ def train(
     use, before anything is written; Stopped, with everything saved, if `stop_requests` says so; FloatingPointError if
     the loss stays non-finite.
     """
-    if run.data.source not in SOURCE_NAMES:  # absolute, since the run directory may be used from other folders
-        run = replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
     if processes.from_first(processes.first and is_begun(out)):
         if processes.first:
             _check_same(run, out)
@@ -111,7 +109,7 @@ def _go_on(
     vocab_size = corpus.tokenizer.vocab_size
     if (given := config.model.vocab_size) not in (0, vocab_size):
         raise UserError(f"model.vocab_size {given}: the tokenizer has {vocab_size} symbols; leave it at 0")
-    config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+    config = _located(replace(config, model=replace(config.model, vocab_size=vocab_size)))
     run = TrainingRun(config, out, corpus, device, reporter, processes)
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
@@ -188,6 +186,13 @@ def _writing(out: Path, processes: Processes) -> Iterator[None]:
         yield
 
 
+def _located(run: RunConfig) -> RunConfig:
+    if run.data.source in SOURCE_NAMES:
+        return run
+    # absolute, since the run directory may be used from other folders
+    return replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
+
+
 def _finished(out: Path) -> dict[str, Any] | None:
     summary = read_summary(out) if out.is_dir() else None
     return summary if summary and weights_problem(out) is None else None
@@ -227,7 +232,7 @@ def _check_same(run: RunConfig, out: Path) -> None:
     if run.train.minutes and (summary := read_summary(out)):  # it has its lengths in place of the limit
         lengths = {"minutes": summary["minutes"], "stage_steps": run.train.stage_steps}
         lengths["test_windows"] = run.train.test_windows
-    asked, held = flatten(run), flatten(replace(found, train=replace(found.train, **lengths)))
+    asked, held = flatten(_located(run)), flatten(replace(found, train=replace(found.train, **lengths)))
     # where they are left open, the start of the run decides
     decided = [("model.vocab_size", 0), ("optim.muon_precision", "auto")]
     for name in asked | held:
@@ -239,7 +244,8 @@ def _check_same(run: RunConfig, out: Path) -> None:
 
 def _corpus(run: RunConfig, reporter: Reporter, processes: Processes) -> Corpus:
     with processes.first_alone():
-        corpus = cached_corpus(run.data.source, run.data.tokenizer, progress=reporter)
+        options: dict[str, Any] = {"progress": reporter, "may_download": processes.world == 1}
+        corpus = cached_corpus(run.data.source, run.data.tokenizer, **options)
     for name in ("train", "valid", "test"):
         have = corpus.num_tokens(name)
         if have < run.model.context:
