@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -17,16 +17,7 @@ from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.evaluation.flops import peak_flops, training_flops
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.language_model import seeded
-from tarflowlm.training.optim import (
-    NAMED,
-    build_optimizers,
-    in_words,
-    loss_terms,
-    norms,
-    not_finite,
-    schedule,
-    set_learning_rate,
-)
+from tarflowlm.training.optim import NAMED, build_optimizers, norms, not_finite, schedule, set_learning_rate, terms_of
 from tarflowlm.training.parallel import ParallelModel
 from tarflowlm.training.run import TrainingRun
 from tarflowlm.training.state import Counters, LogWindow, TimeSpent
@@ -167,20 +158,21 @@ def optimizer_step(
 
 
 class PendingStep(NamedTuple):
-    """A step whose result the host has not read yet, with its batch, should that have to be looked into."""
+    """A step whose result the host has not read yet, with its batch for `skipped` records."""
 
     place: dict[str, int]
     result: StepResult
     tokens: Tensor
-    noise: Tensor  # state of the noise generator before the step
 
 
 def take_step(run: TrainingRun, *, deferred: bool) -> PendingStep:
     """Take one step on the next batch and count it."""
     counters, start = run.counters, time.perf_counter()
-    tokens = run.next_batch()
+    tokens = run.sampler.next()
     counters.window.waited += time.perf_counter() - start
-    noise = run.generator.get_state()
+    if run.device.type == "cuda":  # a copy from pageable memory would wait for all work queued on the device
+        tokens = tokens.pin_memory()
+    tokens = tokens.to(run.device, non_blocking=True)
     result = optimizer_step(run.parallel_model, run.optimizers, tokens, generator=run.generator, deferred=deferred)
     num_tokens = tokens.numel() * run.processes.world
     counters.step, counters.stage_step = counters.step + 1, counters.stage_step + 1
@@ -188,7 +180,7 @@ def take_step(run: TrainingRun, *, deferred: bool) -> PendingStep:
     counters.stage_tokens[counters.stage] += num_tokens
     counters.window.tokens += num_tokens
     run.update_average()
-    return PendingStep(_place(counters), result, tokens, noise)
+    return PendingStep(_place(counters), result, tokens)
 
 
 def _place(counters: Counters) -> dict[str, int]:
@@ -216,7 +208,7 @@ class StepLog:
         `timed`, their time counts neither as training nor for `train.minutes`."""
         counters, window = self.counters, self.counters.window
         unread, self.unread = self.unread, []
-        results = [torch.stack((r.loss, r.norm, r.skipped.to(r.loss.dtype))) for _, r, _, _ in unread]
+        results = [torch.stack((r.loss, r.norm, r.skipped.to(r.loss.dtype))) for _, r, _ in unread]
         values = torch.stack(results).tolist() if results else []
         for step, (loss, norm, skipped) in zip(unread, values, strict=True):
             if skipped:
@@ -242,36 +234,36 @@ class StepLog:
     def _record_skipped(self, step: PendingStep, loss: float) -> None:
         """Record what is not finite: gradients of the step, and parameters and terms of the loss as they are now, on
         a GPU perhaps some steps later. Collective."""
-        counters, model, processes = self.counters, self.run.parallel_model, self.run.processes
+        counters, processes = self.counters, self.run.processes
+        record: dict[str, Any] = {"split": "skipped", **step.place}
         counters.skipped += 1
-        named = dict(model.model.named_parameters())
-        parameters = not_finite(named, norms(p.detach() for p in named.values()))
+        found = {name: processes.any(broken) for name, broken in self._broken_terms(step.tokens).items()}
+        record |= {"nats_per_token": loss if math.isfinite(loss) else None}
+        record["terms"] = [name for name, broken in found.items() if broken]
+        every, parameters = zip(*self.run.model.named_parameters(), strict=True)
+        record["parameters"] = not_finite(every, norms(parameters))[:NAMED]
         gradients = not_finite(step.result.names, step.result.norms)
-        terms = [name for name, broken in self._broken_terms(step).items() if processes.any(broken)]
-        record = {"split": "skipped", **step.place, "nats_per_token": loss if math.isfinite(loss) else None}
-        record |= {"terms": terms, "parameters": parameters[:NAMED], "gradients": gradients[:NAMED]}
-        record["num_gradients"] = len(gradients)
+        record |= {"gradients": gradients[:NAMED], "num_gradients": len(gradients)}
         self.run.log.write(record)
-        words = in_words(record)
+        parts = {part: record[part] for part in ("terms", "parameters", "gradients")}
+        named = "; ".join(f"{part} {', '.join(names) or 'all finite'}" for part, names in parts.items())
+        words = f"the loss or gradient is not finite at step {record['step']}: {named}"
         if counters.skipped > self.run.config.train.max_skipped:
             remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
             raise FloatingPointError(f"{words}; {counters.skipped} in a row: {remedy}")
         logger.warning("skipped: %s", words)
 
     @torch.no_grad()
-    def _broken_terms(self, step: PendingStep) -> dict[str, bool]:
-        """Whether a term of the loss is not finite, for this process's rows of a batch."""
-        parallel, found, rows = self.run.parallel_model, dict[str, bool](), len(step.tokens)
-        (generator := Generator(device=self.run.device)).set_state(step.noise)
-        batch = step.tokens.new_empty(self.run.processes.world * rows, step.tokens.shape[1])
-        noise = parallel.model.draw_noise(batch, generator)[self.run.processes.rank * rows :][:rows]
+    def _broken_terms(self, rows: Tensor) -> dict[str, bool]:
+        """Whether a term of the loss is not finite on these rows, by name."""
+        parallel, found, generator = self.run.parallel_model, dict[str, bool](), Generator(rows.device).manual_seed(0)
         if isinstance(parallel.loss, FSDPModule):
-            parallel.loss.unshard()  # this is not its forward
-        parts, train = parallel.config.train.accumulate, parallel.config.train
-        for some in zip(step.tokens.chunk(parts), noise.chunk(parts), strict=True):
-            with seeded(0), torch.autocast(noise.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
-                for name, value in loss_terms(parallel.model, *some).items():
-                    found[name] = found.get(name, False) or not bool(torch.isfinite(value).all())
+            parallel.loss.unshard()  # this is not its forward, which would do so
+        low = parallel.config.train.precision == "bfloat16"
+        with seeded(0), torch.autocast(rows.device.type, torch.bfloat16, enabled=low):
+            for tokens in rows.chunk(parallel.config.train.accumulate):
+                terms = terms_of(parallel.model, tokens, parallel.model.draw_noise(tokens, generator))
+                found |= {name: found.get(name, False) or not bool(x.isfinite().all()) for name, x in terms.items()}
         if isinstance(parallel.loss, FSDPModule):
             parallel.loss.reshard()
         return found

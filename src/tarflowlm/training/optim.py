@@ -232,6 +232,7 @@ MEMORY = 100
 """Steps that the running loss averages over; spikes are detected once it has seen half as many."""
 
 
+@torch.no_grad()
 def norms(tensors: Iterable[Tensor]) -> Tensor:
     """The norm of every tensor, of the whole one where it is sharded. Collective under FSDP2."""
     each = torch.stack(torch._foreach_norm([*tensors]))
@@ -243,21 +244,11 @@ def not_finite(names: Iterable[str], norms: Tensor) -> list[str]:
     return [name for name, norm in zip(names, norms.tolist(), strict=True) if not math.isfinite(norm)]
 
 
-def loss_terms(model: LanguageModel, tokens: Tensor, noise: Tensor) -> dict[str, Tensor]:
+def terms_of(model: LanguageModel, tokens: Tensor, noise: Tensor) -> dict[str, Tensor]:
     """The terms of the loss on `tokens` [B, T], by the names that messages use, [B]."""
     if isinstance(model, TarFlowLM):
         return model.elbo(tokens, noise)[0].by_name()
     return {"log_prob": model.bound(tokens, noise)}
-
-
-def in_words(record: dict[str, Any]) -> str:
-    """The record of a skipped step as one line: terms, parameters and gradients."""
-    gradients = record["gradients"][:2]
-    if record["num_gradients"] > len(gradients):
-        gradients.append(f"{record['num_gradients'] - len(gradients)} more")
-    parts = {"terms": record["terms"], "parameters": record["parameters"], "gradients": gradients}
-    found = "; ".join(f"{part} {', '.join(names) or 'all finite'}" for part, names in parts.items())
-    return f"the loss or gradient is not finite at step {record['step']}: {found}"
 
 
 @dataclass

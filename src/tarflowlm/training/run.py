@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -26,7 +27,7 @@ from tarflowlm.runs.checkpoint import BEST, COUNTERS, STATE, TOKENIZER, save_wei
 from tarflowlm.training.metrics import MetricsLog, Reporter, Trackers
 from tarflowlm.training.optim import NAMED, RunningLoss, build_optimizers, with_precision
 from tarflowlm.training.parallel import ParallelModel, Processes, whole_weights
-from tarflowlm.training.state import Counters, Writer, load_state, local_part, snapshot, state_tensors, write_state
+from tarflowlm.training.state import Counters, load_state, local_parts, snapshot, state_tensors, write_state
 
 PLANNED_SHARE = 0.85
 """Share of a device's memory that `train.accumulate` 0 fills; the rest is for what single operations need."""
@@ -37,22 +38,21 @@ logger = logging.getLogger("tarflowlm")
 class TrainingRun:
     """A run in progress. Every process holds the same, but only the first writes files, from `write_start` on.
 
-    `model` has the blocks of the stages so far; `parallel_model` trains those of the current stage. If asked for,
-    `average` holds the averages of the weights that train, by name, and `best` those of the best validation.
+    `model` has the blocks of the stages so far; `parallel_model` trains those of the current stage. Of the weights
+    that train, `copies` has the "average" and those of the "best" validation, as far as the configuration asks.
     """
 
     parallel_model: ParallelModel
     optimizers: list[torch.optim.Optimizer]
-    average: dict[str, Tensor]
-    best: dict[str, Tensor]
+    copies: dict[str, dict[str, Tensor]]
 
     def __init__(
         self, config: RunConfig, out: Path, corpus: Corpus, device: torch.device, reporter: Reporter, group: Processes
     ) -> None:
         self.out, self.corpus, self.device, self.reporter, self.processes = out, corpus, device, reporter, group
         self.session_start = time.monotonic()
-        self.rows = group.rows_each(config.train.batch_size, config.train.accumulate or 1)
-        part = {"batch": self.rows, "rank": group.rank, "world": group.world}
+        batch = group.rows_each(config.train.batch_size, config.train.accumulate or 1)
+        part = {"batch": batch, "rank": group.rank, "world": group.world}
         self.sampler = WindowSampler(corpus.split("train"), window=config.model.context, seed=config.seed, **part)
         self.valid = eval_windows(corpus.split("valid"), config.model.context, config.train.evaluate_windows)
         self.characters_per_token = torch.from_numpy(corpus.tokenizer.characters_per_token)
@@ -65,8 +65,11 @@ class TrainingRun:
         self.config = replace(config, optim=group.from_first(with_precision(config.optim, self.model, device)))
         available = corpus.num_tokens("test") // config.model.context
         self.num_test_windows = min(config.train.test_windows or available, available)
-        self.counters, self.writer, self._reader = Counters(), Writer(group), ThreadPoolExecutor(1)
-        self.log = MetricsLog(None, reporter)
+        # not `async_save` of PyTorch, which is done before manifest and rename: these would need a thread, too.
+        # Collectives of the thread must not mix with those of training
+        self._writer, self._writes = ThreadPoolExecutor(1), list[Future[None]]()
+        self._group = dist.new_group(backend="gloo") if group.world > 1 else None
+        self.counters, self.log = Counters(), MetricsLog(None, reporter)
         self.saved_step: int | None = None
         self.stop_signal: Callable[[], str | None] = lambda: None
 
@@ -86,14 +89,12 @@ class TrainingRun:
             self.counters, self.saved_step = Counters.restored(saved["counters"]), saved["step"]
         self.enter_stage(min(self.counters.stage, self.config.num_stages - 1))
         if state is not None:
-            seed = (self.config.seed + 1_000_003 * self.counters.step) % 2**62
-            parts = (self.model, self.optimizers, self.generator, self._copies())
+            seed = (self.config.seed + 1_000_003 * saved["step"]) % 2**62
+            parts = (self.model, self.optimizers, self.generator, self.copies)
             load_state(state, *parts, seed=seed, processes=self.processes)
             self.sampler.load_state_dict(saved["sampler"])
             # they may be damaged, or a kill came between the state and its weights
             self._write_weights(self.out, self._finite_weights())
-        self.position = self.sampler.state_dict()
-        self._next: Future[tuple[Tensor, dict[str, int]]] = self._reader.submit(self._read_batch)
         first, place = self.processes.first, saved["metrics"]
         trackers = Trackers(self.config, self.out, resume_at=saved["step"]) if first else None
         self.log = MetricsLog(self.out if first else None, self.reporter, resume_at=place, trackers=trackers)
@@ -105,17 +106,6 @@ class TrainingRun:
         """Wall-clock seconds since the run began, without the time between sessions and compilation. Collective."""
         return self.processes.from_first(time.monotonic() - self.session_start)
 
-    def next_batch(self) -> Tensor:
-        """This process's rows of the next batch; a thread reads the one after it meanwhile."""
-        tokens, self.position = self._next.result()
-        self._next = self._reader.submit(self._read_batch)
-        # a copy from pageable memory would wait for all work queued on the device
-        return tokens.to(self.device, non_blocking=True)
-
-    def _read_batch(self) -> tuple[Tensor, dict[str, int]]:
-        tokens = self.sampler.next()
-        return tokens.pin_memory() if self.device.type == "cuda" else tokens, self.sampler.state_dict()
-
     def enter_stage(self, stage: int) -> None:
         """Append the blocks of `stage` to the model, freeze all blocks but its own, and build new optimisers."""
         while self.model.num_blocks < self.config.model_of_stage(stage).num_blocks:
@@ -125,23 +115,22 @@ class TrainingRun:
             self.model.to(self.device)  # FSDP2 moves shards one by one: the whole model need not fit on the device
         self.model.train_only(stage)
         train = replace(self.config.train, accumulate=self.config.train.accumulate or self._fitting_parts(stage))
-        self.average = _values(self.model) if train.ema else {}
-        config, self.best = replace(self.config, train=train), _values(self.model) if train.keep == "best" else {}
+        config = replace(self.config, train=train)
         self.parallel_model = ParallelModel(self.model, config, self.processes, frozen=stage)
+        asked = {"average": train.ema > 0, "best": train.keep == "best"}
+        self.copies = {name: _copy(_trained(self.model)) for name, is_asked in asked.items() if is_asked}
         self.optimizers = build_optimizers(self.config.optim, self.model)
         if len(self.counters.seconds) < stage + 1:
             self.counters.seconds.append(0.0)
             self.counters.stage_tokens.append(0)
 
     def _fitting_parts(self, stage: int) -> int:
-        """What `train.accumulate` 0 means for a stage: the least that fits the device's memory. Collective."""
         if self.device.type != "cuda":
             return 1
-        free, parts = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device), 1
+        memory, parts = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device), 0
         if self.processes.first:
-            shards = self.processes.world if self.config.train.parallel == "fsdp" else 1
-            parts = fitting_parts(self.model, self.config, stage, self.rows, free, shards=shards)
-            logger.info("train.accumulate 0: %d parts of %d sequences fit", parts, self.rows // parts)
+            parts = fitting_parts(self.model, self.config, stage, self.processes.world, memory)
+            logger.info("train.accumulate 0: %d for the memory of this device", parts)
         return self.processes.from_first(parts)
 
     def leave_stage(self, end: Likelihood) -> None:
@@ -151,9 +140,9 @@ class TrainingRun:
         counters.stage_steps.append(counters.stage_step)
         counters.stage, counters.stage_step = counters.stage + 1, 0
         counters.lowest, counters.running = math.inf, RunningLoss()
-        _assign(_trained(self.model), self.best or self.average)
-        _assign(self.average, self.best)
-        if self.best:
+        if final := self.copies.get("best") or self.copies.get("average"):
+            _assign(_trained(self.model), final)
+            _assign(self.copies.get("average", {}), final)
             self._write_weights(self.out, self._finite_weights())
         if counters.stage < self.config.num_stages:
             self.model = self.parallel_model.whole_model()
@@ -164,18 +153,17 @@ class TrainingRun:
         self.wait()
 
     def update_average(self) -> None:
-        """Move the averaged weights towards the present ones; in the first steps of a stage by more."""
-        if self.average:
-            step = self.counters.stage_step
-            decay = min(self.config.train.ema, (1 + step) / (10 + step))
-            averages, weights = ([*map(local_part, d.values())] for d in (self.average, _trained(self.model)))
-            torch._foreach_lerp_(averages, weights, 1 - decay)
+        """Move the averaged weights towards the present ones: by more in the first steps of a stage."""
+        if average := self.copies.get("average"):
+            decay = min(self.config.train.ema, (1 + self.counters.stage_step) / (10 + self.counters.stage_step))
+            torch._foreach_lerp_(local_parts(average), local_parts(_trained(self.model)), 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """A context in which the model has its averaged weights, if it keeps them."""
-        held = _values(self.model) if self.average else {}
-        _assign(_trained(self.model), self.average)
+        average = self.copies.get("average", {})
+        held = _copy(_trained(self.model)) if average else {}
+        _assign(_trained(self.model), average)
         try:
             yield
         finally:
@@ -190,45 +178,43 @@ class TrainingRun:
 
     def evaluate(self, windows: Tensor, progress: Progress = SILENT) -> Likelihood:
         """The bound over `windows` [W, T]. Stops in between if the run was asked to. Collective."""
+        stoppable = _StoppableProgress(self, progress)
         try:
             with self.averaged():
-                return self.parallel_model.evaluate(
-                    windows, self.characters_per_token, _StoppableProgress(self, progress)
-                )
+                return self.parallel_model.evaluate(windows, self.characters_per_token, stoppable)
         except _StopRequest as request:
             self.stop(str(request))
 
     def save(self) -> None:
-        """Copy a checkpoint, unless this step is saved, and begin to write it: the state, then the weights, so that
-        the directory loads. The one before must be complete. Collective."""
+        """Copy a checkpoint, unless this step is saved, for a thread to write: the state, then the weights, so that
+        the directory loads. Waits for the one before, and also for the first one of a session. Collective."""
         counters = self.counters
         if self.saved_step == counters.step:
             return
         self.wait()
-        counters.spent.total = self.seconds()
+        start, weights = self.seconds(), self._finite_weights()
+        counters.spent.total = start
         saved: dict[str, Any] = {"step": counters.step, "counters": asdict(counters), "metrics": self.log.position()}
-        saved |= {"sampler": self.position, "corpus": self.corpus.fingerprint}
-        weights = self._finite_weights()
-        tensors = state_tensors(self.model, self.optimizers, self.generator, self._copies())
-        group: dict[str, Any] = {"processes": self.processes, "group": self.writer.group}
-        tensors, keep = snapshot(tensors, self.processes), self.config.train.keep_last
-        self.writer.submit(partial(write_state, self.out, tensors, saved, keep=keep, **group))
+        saved |= {"sampler": self.sampler.state_dict(), "corpus": self.corpus.fingerprint}
+        tensors = state_tensors(self.model, self.optimizers, self.generator, self.copies)
+        options = {"keep": self.config.train.keep_last, "processes": self.processes, "group": self._group}
+        copied = snapshot(tensors, self.processes)
+        self._writes.append(self._writer.submit(write_state, self.out, copied, saved, **options))
         self._write_weights(self.out, weights)
         self.saved_step = counters.step
+        if not counters.spent.save:
+            self.wait()
+            counters.spent.save = self.seconds() - start
 
     def wait(self) -> None:
-        """Return once everything that was saved is on disk. Collective."""
-        self.writer.wait()
-        self.counters.spent.save = self.processes.from_first(self.writer.seconds)
+        """Return once everything that was saved is on disk."""
+        while self._writes:
+            self._writes.pop(0).result()
 
     def close(self) -> None:
         """Return once nothing is being written any more, even if it failed."""
-        self.writer.close()
-        self._reader.shutdown()
+        self._writer.shutdown()
         self.log.close()
-
-    def _copies(self) -> dict[str, dict[str, Tensor]]:
-        return {name: copy for name, copy in (("average", self.average), ("best", self.best)) if copy}
 
     def save_best(self, result: Likelihood) -> None:
         """Save the weights of the best validation bound to best/, a run directory of its own."""
@@ -236,14 +222,14 @@ class TrainingRun:
         if self.processes.first and not (best / TOKENIZER).exists():
             best.mkdir(exist_ok=True)
             write_run(best, self.config, self.corpus.tokenizer)
-        _assign(self.best, self.average or _trained(self.model))
+        _assign(self.copies.get("best", {}), self.copies.get("average") or _trained(self.model))
         self._write_weights(best, self._finite_weights(), nats_per_token=repr(result.nats_per_token))
 
     def _finite_weights(self) -> dict[str, Tensor]:
-        """A copy of the (averaged) weights, on the CPU of the first process; FloatingPointError if any is not finite.
-        Collective."""
+        """A copy of the weights to evaluate, on the CPU of the first process; FloatingPointError if they are not
+        finite. Collective."""
         with self.averaged():
-            weights = {name: w.clone() for name, w in whole_weights(self.model, keep=self.processes.first).items()}
+            weights = _copy(whole_weights(self.model, keep=self.processes.first))
         broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
         if broken := self.processes.from_first(broken):
             where = f"parameters {', '.join(broken[:NAMED])} are not finite at step {self.counters.step}"
@@ -254,7 +240,7 @@ class TrainingRun:
         info = {"step": self.counters.step, "tokens": self.counters.tokens, "blocks": self.model.num_blocks}
         if self.processes.first:
             header = {name: str(value) for name, value in info.items()} | more
-            self.writer.submit(partial(save_weights, directory, weights, header))
+            self._writes.append(self._writer.submit(save_weights, directory, weights, header))
 
     def stop_requested(self) -> str | None:
         """Why this process or another one was asked to stop, or None. Collective."""
@@ -289,47 +275,39 @@ def _trained(model: LanguageModel) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _values(model: LanguageModel) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in _trained(model).items()}
+def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def _assign(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Copy `values` into the tensors of the same names; shards are copied by their local parts."""
-    if names := targets.keys() & values.keys():
-        parts = ([local_part(held[name]) for name in sorted(names)] for held in (targets, values))
-        torch._foreach_copy_(*parts)
+    if targets and values:
+        torch._foreach_copy_(local_parts(targets), local_parts(values))
 
 
-def saved_bytes(model: ParallelModel, num_sequences: int) -> int:
-    """Bytes that autograd keeps for the backward pass of so many sequences; weights that it keeps are counted."""
-    train, device, storages = model.config.train, model.model.device, dict[int, int]()
+def fitting_parts(model: LanguageModel, config: RunConfig, stage: int, world: int, memory: float) -> int:
+    """The least `train.accumulate` with which `stage` (0-based) of the model trains within `memory` bytes.
 
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    tokens = torch.zeros(num_sequences, model.model.config.context, dtype=torch.long, device=device)
-    noise = model.model.draw_noise(tokens, torch.Generator(device))
-    with seeded(0), torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model.loss(tokens, noise)
-        assert loss.requires_grad  # and holds the graph, so that no storage is used twice
-    return sum(storages.values())
-
-
-def fitting_parts(
-    model: LanguageModel, config: RunConfig, stage: int, rows: int, memory: float, *, shards: int = 1
-) -> int:
-    """The fewest equal parts of `rows` sequences with which `stage` (0-based) trains within `memory` bytes.
-
-    The activations of a part are measured on one sequence and on two. Beside them are the weights and, for every
-    weight that trains, its gradient, two states of the optimiser, and what `train.ema` and `train.keep` hold.
+    What autograd keeps for the backward pass is measured for one sequence and for two. It joins the weights and, for
+    every weight that trains, its gradient, two states of an optimiser, and what `train.ema` and `train.keep` hold.
     """
-    train = config.train
+    train, device, kept = config.train, model.device, list[int]()
     measured = ParallelModel(model, replace(config, train=replace(train, compile=False)), frozen=stage)
-    one, two = (saved_bytes(measured, count) for count in (1, 2))
-    copies = 3 + bool(train.ema) + (train.keep == "best")
-    weights = sum(p.nbytes * (1 + copies * p.requires_grad) for p in model.parameters()) / shards
-    each, fixed = two - one, 2 * one - two + weights
-    parts = (n for n in range(1, rows + 1) if rows % n == 0 and fixed + each * rows / n <= PLANNED_SHARE * memory)
-    return next(parts, rows)
+    for num_sequences in (1, 2):
+        storages: dict[int, torch.UntypedStorage] = {}
+        tokens = torch.zeros(num_sequences, config.model.context, dtype=torch.long, device=device)
+        noise = model.draw_noise(tokens, torch.Generator(device))
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bfloat16")
+        with seeded(0), autocast, saved_tensors_hooks(partial(_keep_storage, storages), lambda tensor: tensor):
+            measured.loss(tokens, noise)
+        kept.append(sum(storage.nbytes() for storage in storages.values()))
+    copies, rows = 3 + (train.ema > 0) + (train.keep == "best"), train.batch_size // world
+    weights = sum(p.nbytes * (1 + copies * p.requires_grad) for p in model.parameters())
+    fixed = 2 * kept[0] - kept[1] + weights / (world if train.parallel == "fsdp" else 1)
+    room = (PLANNED_SHARE * memory - fixed) / (kept[1] - kept[0])  # in sequences
+    return next((parts for parts in range(1, rows) if rows % parts == 0 and rows / parts <= room), rows)
+
+
+def _keep_storage(storages: dict[int, torch.UntypedStorage], tensor: Tensor) -> Tensor:
+    storage = tensor.untyped_storage()
+    storages[storage.data_ptr()] = storage
+    return tensor

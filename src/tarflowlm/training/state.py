@@ -8,15 +8,11 @@ are trusted data: reading one may unpickle.
 import logging
 import math
 import shutil
-import time
 import warnings
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Generator, Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -91,47 +87,12 @@ class Counters:
         return cls(**values)
 
 
-class Writer:
-    """Writes to disk in one thread, in the order of the calls, while training goes on.
-
-    PyTorch's `async_save` would not do: it is done before the manifest and the rename, which then need a thread, too.
-    """
-
-    def __init__(self, processes: Processes) -> None:
-        self._thread, self._pending = ThreadPoolExecutor(1), list[Future[None]]()
-        # collectives of the thread must not mix with those of training
-        self.group = dist.new_group(backend="gloo") if processes.world > 1 else None
-        self.seconds = 0.0
-        """Duration of the last piece of work."""
-
-    def submit(self, work: Callable[[], None]) -> None:
-        """Do `work` after all earlier work. It must own the tensors that it writes."""
-
-        def timed() -> None:
-            start = time.monotonic()
-            work()
-            self.seconds = time.monotonic() - start
-
-        self._pending.append(self._thread.submit(timed))
-
-    def wait(self) -> None:
-        """Return once all work is done; raises what it raised."""
-        pending, self._pending = self._pending, []
-        for future in pending:
-            future.result()
-
-    def close(self) -> None:
-        """Return once all work is done, whether or not it succeeded."""
-        self._thread.shutdown()
-
-
 def write_state(
     directory: Path, tensors: dict[str, Any], saved: dict[str, Any], *, keep: int, processes: Processes, group: Any
 ) -> None:
     """Write the state of step `saved["step"]`, with `saved` as counters.json, and delete all but the `keep` newest.
 
-    `tensors` is a `snapshot`. Collective over `group`: all processes write their shards into one shared folder; the
-    first does the rest.
+    Collective over `group`: all processes write their shards into one shared folder; the first does the rest.
     """
     root, name = directory / STATE, f"step-{saved['step']:08d}"
     temporary = root / f".{name}"
@@ -153,29 +114,30 @@ def write_state(
             shutil.rmtree(old.rename(root / f".{old.name}"))
 
 
-def snapshot(tensors: dict[str, Any], processes: Processes) -> dict[str, Any]:
-    """A copy of `state_tensors` on the CPU; shards keep their places in the whole."""
-    mesh = init_device_mesh("cpu", (processes.world,)) if processes.world > 1 else None
-
-    def copied(tensor: Tensor) -> Tensor:
-        whole = {"shape": tensor.shape, "stride": tensor.stride()}
-        local = local_part(tensor).to("cpu", copy=True)
-        return DTensor.from_local(local, mesh, tensor.placements, **whole) if isinstance(tensor, DTensor) else local
-
-    return tree_map_only(Tensor, copied, tensors)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """The data of a tensor, or of this process's shard of it, without a graph."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+def local_parts(tensors: dict[str, Tensor]) -> list[Tensor]:
+    """The data of tensors, or of this process's shards of them, without a graph."""
+    return [t.detach().to_local() if isinstance(t, DTensor) else t.detach() for t in tensors.values()]
 
 
 def state_tensors(
     model: nn.Module, optimizers: list[Optimizer], generator: Generator, copies: dict[str, dict[str, Tensor]]
 ) -> dict[str, Any]:
-    """Everything with tensors in a state: model, optimisers, generator, and further `copies` of weights by name."""
+    """All tensors of a state: of model, optimisers and generator, and further `copies` of weights by name."""
     model_state, optimizer_state = get_state_dict(model, optimizers)
     return {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state(), **copies}
+
+
+def snapshot(tensors: dict[str, Any], processes: Processes) -> dict[str, Any]:
+    """A copy of `state_tensors` on the CPU, where shards are those of a mesh of CPUs."""
+    mesh = init_device_mesh("cpu", (processes.world,)) if processes.world > 1 else None
+
+    def copied(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor.detach().to("cpu", copy=True)
+        local, shape, stride = tensor.to_local().detach().to("cpu", copy=True), tensor.shape, tensor.stride()
+        return DTensor.from_local(local, mesh, tensor.placements, shape=shape, stride=stride)
+
+    return tree_map_only(Tensor, copied, tensors)
 
 
 def load_state(
@@ -195,10 +157,8 @@ def load_state(
         raise UserError(f"{state} does not fit this run ({reason}): does it belong to another run?") from None
     set_state_dict(model, optimizers, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizers"])
     if is_moved:
-        logger.warning("%s is from another kind of device: its noise goes on from another seed", state.name)
-        generator.manual_seed(seed)
-    else:
-        generator.set_state(tensors["generator"])
+        logger.warning("%s is from another kind of device: the noise from here on is another", state.name)
+    generator.manual_seed(seed) if is_moved else generator.set_state(tensors["generator"])
 
 
 def newest_state(directory: Path) -> Path:

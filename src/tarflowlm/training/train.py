@@ -50,84 +50,54 @@ def no_stop_requests() -> Iterator[Callable[[], str | None]]:
 
 
 def train(
-    run: RunConfig,
-    out: Path,
-    *,
-    device: torch.device,
-    reporter: Reporter | None = None,
-    processes: Processes = ALONE,
-    stop_requests: StopRequests = no_stop_requests,
-) -> dict[str, Any]:
+    run: RunConfig, out: Path, *, device: torch.device, reporter: Reporter | None = None,
+    processes: Processes = ALONE, stop_requests: StopRequests = no_stop_requests,
+) -> dict[str, Any]:  # fmt: skip
     """Train `run` in the directory `out`; returns the summary, also written to summary.json. Collective.
 
-    If `out` holds this run already, it goes on there as `resume` does. Raises UserError for any other directory in
-    use, before anything is written; Stopped, with everything saved, if `stop_requests` says so; FloatingPointError if
-    the loss stays non-finite.
+    If `out` holds this run already, it goes on from the newest undamaged state, with the time that this had left; its
+    weights come out as if it had never stopped. The number of processes may differ from before. Of a finished run
+    this is the summary, unless the weights are damaged and have to be restored. Raises UserError, before anything is
+    written, if `out` is in use for anything else, or the text has changed; Stopped, with everything saved, if
+    `stop_requests` says so; FloatingPointError if the loss stays non-finite.
     """
-    if processes.from_first(processes.first and is_begun(out)):
-        if processes.first:
-            _check_same(run, out)
-        return resume(out, device=device, reporter=reporter, processes=processes, stop_requests=stop_requests)
-    check_installed(run.train.track)
-    return _go_on(run, out, device, reporter or Reporter(), processes, stop_requests)
-
-
-def resume(
-    out: Path,
-    *,
-    device: torch.device,
-    reporter: Reporter | None = None,
-    processes: Processes = ALONE,
-    stop_requests: StopRequests = no_stop_requests,
-) -> dict[str, Any]:
-    """Go on with a run from its newest undamaged state; the weights come out as if it had never stopped.
-
-    A run that was stopped before its first checkpoint restarts from its configuration; of a finished one this is the
-    summary. A run with a time limit continues with the time that its state had left. The number of processes may
-    differ from before. Damaged weights are restored from the state, also those of a finished run. Raises as `train`,
-    and UserError if there is nothing to resume or the text has changed.
-    """
-    run = read_run(out)
-    if run.optim.muon_precision == "auto":  # in configurations of earlier versions this was the only choice
-        run = replace(run, optim=replace(run.optim, muon_precision="bfloat16", muon_qkv="together"))
-    return _go_on(run, out, device, reporter or Reporter(), processes, stop_requests)
-
-
-def _go_on(
-    config: RunConfig,
-    out: Path,
-    device: torch.device,
-    reporter: Reporter,
-    processes: Processes,
-    stop_requests: StopRequests,
-) -> dict[str, Any]:
-    """Train from the newest state in `out`, or from the start."""
-    if summary := processes.from_first(_finished(out) if processes.first else None):
-        logger.info("%s is finished", out)
-        return summary
-    corpus = _corpus(config, reporter, processes)
+    reporter = reporter or Reporter()
+    if begun := processes.from_first(processes.first and is_begun(out)):
+        run = _continued(run, out)
+        summary = read_summary(out) if processes.first and weights_problem(out) is None else None
+        if summary := processes.from_first(summary):
+            logger.info("%s is finished", out)
+            return summary
+    else:
+        check_installed(run.train.track)
+    corpus = _corpus(run, reporter, processes)
     vocab_size = corpus.tokenizer.vocab_size
-    if (given := config.model.vocab_size) not in (0, vocab_size):
+    if (given := run.model.vocab_size) not in (0, vocab_size):
         raise UserError(f"model.vocab_size {given}: the tokenizer has {vocab_size} symbols; leave it at 0")
-    config = _located(replace(config, model=replace(config.model, vocab_size=vocab_size)))
-    run = TrainingRun(config, out, corpus, device, reporter, processes)
+    run = _located(replace(run, model=replace(run.model, vocab_size=vocab_size)))
+    training = TrainingRun(run, out, corpus, device, reporter, processes)
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
     with _writing(out, processes):
-        state = processes.from_first(_state_to_resume(out) if processes.first else None)
-        if state is None and processes.first:
-            if (out / CONFIG).exists():
-                logger.info("%s has no checkpoint yet: restarting at step 0", out)
-            run.write_start()
+        if processes.first and is_begun(out) != begun:
+            raise UserError(f"{out} has just been begun by another process: repeat the command to go on with it")
+        state = processes.from_first(_state_to_resume(out) if processes.first and begun else None)
+        if processes.first and state is None:
+            training.write_start()
         keep_freed_memory()
-        with stop_requests() as run.stop_signal:
+        with stop_requests() as training.stop_signal:
             try:
-                run.start(state)
-                while run.counters.stage < run.config.num_stages:
-                    run.leave_stage(train_stage(run))
-                return _finish(run)
+                training.start(state)
+                while training.counters.stage < run.num_stages:
+                    training.leave_stage(train_stage(training))
+                return _finish(training)
             finally:
-                run.close()
+                training.close()
+
+
+def resume(out: Path, **options: Any) -> dict[str, Any]:
+    """Go on with the run in `out`, as `train` with its configuration and these options."""
+    return train(read_run(out), out, **options)
 
 
 def _finish(run: TrainingRun) -> dict[str, Any]:
@@ -193,11 +163,6 @@ def _located(run: RunConfig) -> RunConfig:
     return replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
 
 
-def _finished(out: Path) -> dict[str, Any] | None:
-    summary = read_summary(out) if out.is_dir() else None
-    return summary if summary and weights_problem(out) is None else None
-
-
 def _state_to_resume(out: Path) -> Path | None:
     """The state to resume, or None without a checkpoint. Removes files that a kill left incomplete."""
     damage, states = weights_problem(out), out / STATE
@@ -215,19 +180,18 @@ def _state_to_resume(out: Path) -> Path | None:
 
 def is_begun(out: Path) -> bool:
     """Whether `out` holds a run that has saved something. UserError if it is in use for anything else."""
-    if not out.exists():
-        return False
-    if (out / STATE).is_dir() and ((out / WEIGHTS).exists() or any((out / STATE).iterdir())):
+    # the folder that `write_start` makes first, and no other program does
+    states = [*(out / STATE).iterdir()] if (out / STATE).is_dir() else None
+    if states or (states is not None and (out / WEIGHTS).exists()):
         return True
-    # the folder that `write_start` writes first, and no other program does
-    leftovers = {CONFIG, TOKENIZER, METRICS, STATE} if (out / STATE).is_dir() else set()
-    if not out.is_dir() or any(path.name not in leftovers and path.name[0] != "." for path in out.iterdir()):
+    left = set() if states is None else {CONFIG, TOKENIZER, METRICS, STATE}
+    if out.exists() and (not out.is_dir() or any(p.name not in left and p.name[0] != "." for p in out.iterdir())):
         raise UserError(f"{out} exists already, and is no run that could go on: choose another --out")
     return False
 
 
-def _check_same(run: RunConfig, out: Path) -> None:
-    """UserError, naming the first field that differs, unless `run` is what was begun in `out`."""
+def _continued(run: RunConfig, out: Path) -> RunConfig:
+    """The run in `out`; UserError, naming the first field that differs, unless it is `run`."""
     found, lengths = read_run(out), {}
     if run.train.minutes and (summary := read_summary(out)):  # it has its lengths in place of the limit
         lengths = {"minutes": summary["minutes"], "stage_steps": run.train.stage_steps}
@@ -240,6 +204,9 @@ def _check_same(run: RunConfig, out: Path) -> None:
         if ours != theirs and (name, ours) not in decided:
             remedy = f"go on with `tarflowlm train --resume {out}`, or choose another --out"
             raise UserError(f"{name} {ours}: the run in {out} has {theirs}; {remedy}")
+    if found.optim.muon_precision == "auto":  # in configurations of earlier versions this was the only choice
+        found = replace(found, optim=replace(found.optim, muon_precision="bfloat16", muon_qkv="together"))
+    return found
 
 
 def _corpus(run: RunConfig, reporter: Reporter, processes: Processes) -> Corpus:
