@@ -20,7 +20,7 @@ import numpy.typing as npt
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.data.bpe import build_tokenizer
 from tarflowlm.data.corpus import FORMAT, META, VERSION, Corpus, TokenArray, open_corpus, token_dtype
-from tarflowlm.data.sources import SOURCE_NAMES, SPLITS, Source, Split, cache_root, resolve_source
+from tarflowlm.data.sources import SOURCE_NAMES, SPLITS, OpenWebText, Source, Split, cache_root, resolve_source
 from tarflowlm.data.text import sha256_of
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
@@ -61,14 +61,13 @@ def cached_corpus(
     root = Path(cache_dir) if cache_dir is not None else cache_root()
     key = json.dumps([VERSION, found.identity, _key(_built(wanted))], sort_keys=True)
     target = root / "corpora" / f"{Path(found.identity).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if (corpus := _usable(target, found)[0]) is not None:
-        return corpus
-    if not may_download and (found.files is None or found.is_large):
+    usable = _usable(target, found)[0]
+    if usable is None and not may_download and (found.files is None or isinstance(found, OpenWebText)):
         usual, asked = asdict(TokenizerConfig()), asdict(wanted) if isinstance(wanted, TokenizerConfig) else {}
         options = "".join(f" --{name.replace('_', '-')} {x}" for name, x in asked.items() if x != usual[name])
         first = f"`tarflowlm data {source} --out DIR{options}`"
         raise UserError(f"{source}: several processes would wait for its preparation; run {first}, then --data DIR")
-    return _write(found, wanted, target, progress)
+    return usable or _write(found, wanted, target, progress)
 
 
 def prepare_corpus(

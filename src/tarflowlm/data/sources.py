@@ -54,8 +54,6 @@ class Source(ABC):
     """The user's word for it."""
     identity: str
     """A registered name, or the absolute path of a file."""
-    is_large: ClassVar[bool] = False
-    """Its preparation takes hours."""
     cut: ClassVar[str] = ""
     """Names the way it is split, where that has changed: what an earlier version has half prepared is begun again."""
 
@@ -228,12 +226,10 @@ class OpenWebText(Source):
     """
 
     name = identity = "openwebtext"
-    is_large, cut = True, "; the last documents are for validation"
+    cut = "; the last documents are for validation"
     repository: ClassVar[str] = "Skylion007/openwebtext"
-    num_documents: ClassVar[int] = 8_013_769
-    """Documents on the hub."""
-    num_valid: ClassVar[int] = 100_000
-    """Documents of the validation split; of a part of the text at most 1 in 80."""
+    num_documents, num_valid = 8_013_769, 100_000
+    """Documents on the hub and in the validation split, which of a part of the text is at most 1 in 80."""
     shares: ClassVar[tuple[int, int]] = (99, 99)
     """Cumulative percentages of train and valid among the other documents."""
     block: ClassVar[int] = BLOCK

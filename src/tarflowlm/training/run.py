@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -114,7 +113,14 @@ class TrainingRun:
         if self.processes.world == 1 or self.config.train.parallel == "ddp":
             self.model.to(self.device)  # FSDP2 moves shards one by one: the whole model need not fit on the device
         self.model.train_only(stage)
-        train = replace(self.config.train, accumulate=self.config.train.accumulate or self._fitting_parts(stage))
+        train = self.config.train
+        if not train.accumulate:
+            parts = 1
+            if self.device.type == "cuda":
+                memory = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+                parts = fitting_parts(self.model, self.config, stage, self.processes.world, memory)
+            train = replace(train, accumulate=self.processes.from_first(parts))
+            logger.info("train.accumulate 0 is %d here", train.accumulate)
         config = replace(self.config, train=train)
         self.parallel_model = ParallelModel(self.model, config, self.processes, frozen=stage)
         asked = {"average": train.ema > 0, "best": train.keep == "best"}
@@ -123,15 +129,6 @@ class TrainingRun:
         if len(self.counters.seconds) < stage + 1:
             self.counters.seconds.append(0.0)
             self.counters.stage_tokens.append(0)
-
-    def _fitting_parts(self, stage: int) -> int:
-        if self.device.type != "cuda":
-            return 1
-        memory, parts = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device), 0
-        if self.processes.first:
-            parts = fitting_parts(self.model, self.config, stage, self.processes.world, memory)
-            logger.info("train.accumulate 0: %d for the memory of this device", parts)
-        return self.processes.from_first(parts)
 
     def leave_stage(self, end: Likelihood) -> None:
         """Record the final validation `end` of a stage and enter the next one."""
@@ -182,8 +179,8 @@ class TrainingRun:
         try:
             with self.averaged():
                 return self.parallel_model.evaluate(windows, self.characters_per_token, stoppable)
-        except _StopRequest as request:
-            self.stop(str(request))
+        except Stopped as asked:  # outside, so that the weights in training are saved
+            self.stop(str(asked))
 
     def save(self) -> None:
         """Copy a checkpoint, unless this step is saved, for a thread to write: the state, then the weights, so that
@@ -263,12 +260,8 @@ class _StoppableProgress:
 
     def advance(self, count: int = 1) -> None:
         if reason := self.run.stop_requested():
-            raise _StopRequest(reason)
+            raise Stopped(reason)
         self.progress.advance(count)
-
-
-class _StopRequest(Exception):
-    """Leaves an evaluation, so that the run is saved with the weights that it trains."""
 
 
 def _trained(model: LanguageModel) -> dict[str, Tensor]:
@@ -290,24 +283,26 @@ def fitting_parts(model: LanguageModel, config: RunConfig, stage: int, world: in
     What autograd keeps for the backward pass is measured for one sequence and for two. It joins the weights and, for
     every weight that trains, its gradient, two states of an optimiser, and what `train.ema` and `train.keep` hold.
     """
-    train, device, kept = config.train, model.device, list[int]()
+    train, rows = config.train, config.train.batch_size // world
     measured = ParallelModel(model, replace(config, train=replace(train, compile=False)), frozen=stage)
-    for num_sequences in (1, 2):
-        storages: dict[int, torch.UntypedStorage] = {}
-        tokens = torch.zeros(num_sequences, config.model.context, dtype=torch.long, device=device)
-        noise = model.draw_noise(tokens, torch.Generator(device))
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bfloat16")
-        with seeded(0), autocast, saved_tensors_hooks(partial(_keep_storage, storages), lambda tensor: tensor):
-            measured.loss(tokens, noise)
-        kept.append(sum(storage.nbytes() for storage in storages.values()))
-    copies, rows = 3 + (train.ema > 0) + (train.keep == "best"), train.batch_size // world
+    one, two = (_saved_bytes(measured, count) for count in (1, 2))
+    copies = 3 + (train.ema > 0) + (train.keep == "best")
     weights = sum(p.nbytes * (1 + copies * p.requires_grad) for p in model.parameters())
-    fixed = 2 * kept[0] - kept[1] + weights / (world if train.parallel == "fsdp" else 1)
-    room = (PLANNED_SHARE * memory - fixed) / (kept[1] - kept[0])  # in sequences
+    fixed = 2 * one - two + weights / (world if train.parallel == "fsdp" else 1)
+    room = (PLANNED_SHARE * memory - fixed) / (two - one)  # in sequences
     return next((parts for parts in range(1, rows) if rows % parts == 0 and rows / parts <= room), rows)
 
 
-def _keep_storage(storages: dict[int, torch.UntypedStorage], tensor: Tensor) -> Tensor:
-    storage = tensor.untyped_storage()
-    storages[storage.data_ptr()] = storage
-    return tensor
+def _saved_bytes(model: ParallelModel, num_sequences: int) -> int:
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    tokens = torch.zeros(num_sequences, model.config.model.context, dtype=torch.long, device=model.model.device)
+    low = model.config.train.precision == "bfloat16"
+    autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=low)
+    with seeded(0), autocast, saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.loss(tokens, model.model.draw_noise(tokens))
+    return sum(storage.nbytes() for storage in storages.values())
