@@ -121,9 +121,9 @@ def _mini_mixd(name: str, patch: int, layers: tuple[int, ...] = (4, 1, 1)) -> Ru
 def _paper(corpus: str, kind: str, recipe: str = "") -> RunConfig:
     """The published models; docs/reproduce.md lists the values that the paper leaves open and our choices.
 
-    By default the recipe is ours: Muon with a rate that falls to zero, on text8 with dropout, since it is seen a
-    hundred times. "-adamw" is the one of MDLM, SEDD and D3PM, to which the paper points: a constant rate and averaged
-    weights over a million steps, of which the three stages of Mix-d have 5/7, 1/7 and 1/7.
+    The recipe is ours: Muon, a rate that falls to zero, and dropout on text8, which is seen a hundred times. "-adamw"
+    is that of MDLM, SEDD and D3PM, to which the paper points: a constant rate and averaged weights over a million
+    steps, of which the stages of Mix-d have 5/7, 1/7 and 1/7.
     """
     name, text8 = f"{corpus}-{kind}{recipe}", corpus == "text8"
     context, latent_dim, steps, batch = (256, 5, 100_000, 512) if text8 else (1024, 16, 200_000, 256)
@@ -132,9 +132,8 @@ def _paper(corpus: str, kind: str, recipe: str = "") -> RunConfig:
     train = TrainConfig(mode="joint", precision="bfloat16", accumulate=0, keep="best", dropout=0.1 if text8 else 0.0)
     train = replace(train, evaluate_every=2000, evaluate_windows=512, checkpoint_every=2000, log_every=50)
     optim = OptimConfig(lr=1e-3, warmup=0.01)
-    if recipe == "-adamw":
-        steps, batch = (714_286 if kind == "mixd" else 1_000_000), 512
-        train = replace(train, dropout=0.1, ema=0.9999)
+    if recipe:
+        steps, batch, train = 714_286 if kind == "mixd" else 1_000_000, 512, replace(train, dropout=0.1, ema=0.9999)
         optim = OptimConfig(optimizer="adamw", lr=3e-4, beta2=0.999, weight_decay=0.0, warmup=2500 / steps, decay=0.0)
     train = replace(train, stage_steps=(steps,), batch_size=batch)
     if kind == "ar":
@@ -167,9 +166,8 @@ def _paper_preset(corpus: str, kind: str, recipe: str) -> Callable[[], RunConfig
     def make() -> RunConfig:
         return _paper(corpus, kind, recipe)
 
-    training = ", with AdamW for a million steps" if recipe else ""
-    what = f"{PAPER_CORPORA[corpus]}, at the size of GPT-2 small{training}: {PAPER_KINDS[kind]}"
-    make.__doc__ = f"The paper's set-up on {what}."
+    size = f"at the size of GPT-2 small{', a million steps of AdamW' if recipe else ''}"
+    make.__doc__ = f"The paper's set-up on {PAPER_CORPORA[corpus]}, {size}: {PAPER_KINDS[kind]}."
     return make
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tarflowlm.cli.main import stop_on_signals
 from tarflowlm.errors import Stopped, UserError
 from tarflowlm.runs.checkpoint import load_checkpoint, read_run
-from tarflowlm.training import optim, run
+from tarflowlm.training import optim, run, state
 from tarflowlm.training.state import Counters, TimeSpent
 from tarflowlm.training.train import resume, train
 
@@ -90,8 +91,16 @@ def test_run_killed_at_any_event_resumes_to_the_same_bits(tmp_path, whole, cut, 
         out = tmp_path / str(at)
         cut(config, out, at)
         assert_loads_or_is_new(out)
-        resume(out, device=CPU)
+        train(config, out, device=CPU)
         same_run(out, never_stopped)
+
+
+def test_finished_run_is_left_alone_and_another_one_refused(finished, whole, go):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert go(whole[0], finished) == resume(finished, device=CPU) == json.loads(before[finished / "summary.json"])
+    with pytest.raises(UserError, match=r"optim\.lr 1\.0: the run in .* has 0\.006; go on with `tarflowlm"):
+        go(replace(whole[0], optim=replace(whole[0].optim, lr=1.0)), finished)
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -182,6 +191,31 @@ def test_joint_and_baseline_runs_resume(tmp_path, tiny_run, tiny_baseline, go, c
     cut(config, tmp_path / "cut", 8)
     resume(tmp_path / "cut", device=CPU)
     same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_run_ends_with_its_best_weights_even_if_killed(tmp_path, tiny_run, go, cut, same_run, read_metrics, ema):
+    config = tiny_run(stage_steps=(6, 6, 6), keep="best", ema=ema, optim={"lr": 0.3}, seed=3)
+    go(config, tmp_path / "whole")
+    ends = [line["nats_per_token"] for line in read_metrics(tmp_path / "whole") if line["split"] == "valid"][-3:]
+    assert min(ends) < ends[-1]
+    last, best = (load_file(tmp_path / "whole" / name / "model.safetensors") for name in ("", "best"))
+    assert all(torch.equal(tensor, best[name]) for name, tensor in last.items())
+    for at in range(2, 46, 4):
+        cut(config, tmp_path / str(at), at)
+        go(config, tmp_path / str(at))
+        same_run(tmp_path / str(at), tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_state_of_another_kind_of_device_goes_on_repeatably(tmp_path, stopped, same_run, monkeypatch, caplog):
+    of_gpu, real = {"generator": torch.zeros(16, dtype=torch.uint8)}, state.state_tensors
+    monkeypatch.setattr(state, "state_tensors", lambda *args: real(*args) | of_gpu)
+    for out in (Path(shutil.copytree(stopped, tmp_path / "again")), stopped):
+        resume(out, device=CPU)
+    assert "is from another kind of device" in caplog.text
+    same_run(tmp_path / "again", stopped)
 
 
 # what can be resumed

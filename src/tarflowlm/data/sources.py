@@ -252,7 +252,7 @@ class OpenWebText(Source):
 
     def stream(self, normalization: Normalization, cursor: Any = None, progress: Progress = SILENT) -> Stream:
         import datasets
-        from pyarrow import parquet
+        from pyarrow import parquet  # type: ignore[import-untyped]
 
         names = [str(file) for file in self.files or ()]
         source: dict[str, Any] = {"path": "parquet", "data_files": names} if names else {"path": self.repository}

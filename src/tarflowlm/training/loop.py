@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -234,39 +234,34 @@ class StepLog:
     def _record_skipped(self, step: PendingStep, loss: float) -> None:
         """Record what is not finite: gradients of the step, and parameters and terms of the loss as they are now, on
         a GPU perhaps some steps later. Collective."""
-        counters, processes = self.counters, self.run.processes
-        record: dict[str, Any] = {"split": "skipped", **step.place}
+        counters, parameters = self.counters, dict(self.run.model.named_parameters())
         counters.skipped += 1
-        found = {name: processes.any(broken) for name, broken in self._broken_terms(step.tokens).items()}
-        record |= {"nats_per_token": loss if math.isfinite(loss) else None}
-        record["terms"] = [name for name, broken in found.items() if broken]
-        every, parameters = zip(*self.run.model.named_parameters(), strict=True)
-        record["parameters"] = not_finite(every, norms(parameters))[:NAMED]
         gradients = not_finite(step.result.names, step.result.norms)
-        record |= {"gradients": gradients[:NAMED], "num_gradients": len(gradients)}
-        self.run.log.write(record)
-        parts = {part: record[part] for part in ("terms", "parameters", "gradients")}
-        named = "; ".join(f"{part} {', '.join(names) or 'all finite'}" for part, names in parts.items())
-        words = f"the loss or gradient is not finite at step {record['step']}: {named}"
+        found = {"terms": self._broken_terms(step.tokens), "gradients": gradients[:NAMED]}
+        found["parameters"] = not_finite(parameters, norms(parameters.values()))[:NAMED]
+        place = {"split": "skipped", **step.place, "nats_per_token": loss if math.isfinite(loss) else None}
+        self.run.log.write(place | found | {"num_gradients": len(gradients)})
+        named = "; ".join(f"{part} {', '.join(names) or 'all finite'}" for part, names in found.items())
+        words = f"the loss or gradient is not finite at step {step.place['step']}: {named}"
         if counters.skipped > self.run.config.train.max_skipped:
             remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
             raise FloatingPointError(f"{words}; {counters.skipped} in a row: {remedy}")
         logger.warning("skipped: %s", words)
 
     @torch.no_grad()
-    def _broken_terms(self, rows: Tensor) -> dict[str, bool]:
-        """Whether a term of the loss is not finite on these rows, by name."""
+    def _broken_terms(self, rows: Tensor) -> list[str]:
+        """The terms of the loss that are not finite on these rows of any process."""
         parallel, found, generator = self.run.parallel_model, dict[str, bool](), Generator(rows.device).manual_seed(0)
-        if isinstance(parallel.loss, FSDPModule):
-            parallel.loss.unshard()  # this is not its forward, which would do so
-        low = parallel.config.train.precision == "bfloat16"
-        with seeded(0), torch.autocast(rows.device.type, torch.bfloat16, enabled=low):
-            for tokens in rows.chunk(parallel.config.train.accumulate):
+        train, root = parallel.config.train, parallel.loss if isinstance(parallel.loss, FSDPModule) else None
+        if root is not None:
+            root.unshard()  # this is not its forward, which would do so
+        with seeded(0), torch.autocast(rows.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
+            for tokens in rows.chunk(train.accumulate):
                 terms = terms_of(parallel.model, tokens, parallel.model.draw_noise(tokens, generator))
                 found |= {name: found.get(name, False) or not bool(x.isfinite().all()) for name, x in terms.items()}
-        if isinstance(parallel.loss, FSDPModule):
-            parallel.loss.reshard()
-        return found
+        if root is not None:
+            root.reshard()
+        return [name for name, broken in found.items() if parallel.processes.any(broken)]
 
     def write_line(self, lr: float) -> None:
         """Write a line with the means since the last one to metrics.jsonl, and start the next window."""

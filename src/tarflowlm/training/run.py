@@ -194,9 +194,9 @@ class TrainingRun:
         saved: dict[str, Any] = {"step": counters.step, "counters": asdict(counters), "metrics": self.log.position()}
         saved |= {"sampler": self.sampler.state_dict(), "corpus": self.corpus.fingerprint}
         tensors = state_tensors(self.model, self.optimizers, self.generator, self.copies)
-        options = {"keep": self.config.train.keep_last, "processes": self.processes, "group": self._group}
-        copied = snapshot(tensors, self.processes)
-        self._writes.append(self._writer.submit(write_state, self.out, copied, saved, **options))
+        copied, keep = snapshot(tensors, self.processes), self.config.train.keep_last
+        group: dict[str, Any] = {"processes": self.processes, "group": self._group}
+        self._writes.append(self._writer.submit(write_state, self.out, copied, saved, keep=keep, **group))
         self._write_weights(self.out, weights)
         self.saved_step = counters.step
         if not counters.spent.save:

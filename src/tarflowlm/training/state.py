@@ -116,7 +116,7 @@ def write_state(
 
 def local_parts(tensors: dict[str, Tensor]) -> list[Tensor]:
     """The data of tensors, or of this process's shards of them, without a graph."""
-    return [t.detach().to_local() if isinstance(t, DTensor) else t.detach() for t in tensors.values()]
+    return [(t.to_local() if isinstance(t, DTensor) else t).detach() for t in tensors.values()]
 
 
 def state_tensors(

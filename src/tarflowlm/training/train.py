@@ -108,27 +108,17 @@ def _finish(run: TrainingRun) -> dict[str, Any]:
     windows = eval_windows(run.corpus.split("test"), config.model.context, config.train.test_windows or None)
     run.reporter.stage("evaluating the test split", len(windows))
     test = run.evaluate(windows, run.reporter)
+    trunk = sum(p.numel() for name, p in parameters.items() if "transformer." in name)
     summary = {
-        "preset": config.name,
-        "seed": config.seed,
-        "steps": counters.step,
-        "tokens": counters.tokens,
-        "stage_tokens": counters.stage_tokens,
-        "stage_seconds": [round(s, 2) for s in counters.seconds],
-        "stage_valid_bpc": counters.valid_bpc,
-        "seconds": round(sum(counters.seconds), 2),
-        "wall_seconds": round(run.seconds(), 2),
-        "minutes": minutes,
-        "parameters": sum(p.numel() for p in parameters.values()),
-        "trunk_parameters": sum(p.numel() for name, p in parameters.items() if "transformer." in name),
-        "test": test.to_json(),
-        "source": config.data.source,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processes": run.processes.world,
-        "device": str(run.device),
+        "preset": config.name, "seed": config.seed, "steps": counters.step, "tokens": counters.tokens,
+        "stage_tokens": counters.stage_tokens, "stage_seconds": [round(s, 2) for s in counters.seconds],
+        "stage_valid_bpc": counters.valid_bpc, "seconds": round(sum(counters.seconds), 2),
+        "wall_seconds": round(run.seconds(), 2), "minutes": minutes,
+        "parameters": sum(p.numel() for p in parameters.values()), "trunk_parameters": trunk,
+        "test": test.to_json(), "source": config.data.source, "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "processes": run.processes.world, "device": str(run.device),
         "machine": platform.machine(),
-    }
+    }  # fmt: skip
     if run.processes.first:
         write_json(run.out / SUMMARY, summary)
         for directory in (run.out, run.out / BEST) if minutes else ():
@@ -157,10 +147,10 @@ def _writing(out: Path, processes: Processes) -> Iterator[None]:
 
 
 def _located(run: RunConfig) -> RunConfig:
-    if run.data.source in SOURCE_NAMES:
-        return run
-    # absolute, since the run directory may be used from other folders
-    return replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
+    """The run with an absolute path to its text, since its directory may be used from other folders."""
+    source = run.data.source
+    path = source if source in SOURCE_NAMES else str(Path(source).expanduser().resolve())
+    return replace(run, data=replace(run.data, source=path))
 
 
 def _state_to_resume(out: Path) -> Path | None:
@@ -192,13 +182,13 @@ def is_begun(out: Path) -> bool:
 
 def _continued(run: RunConfig, out: Path) -> RunConfig:
     """The run in `out`; UserError, naming the first field that differs, unless it is `run`."""
-    found, lengths = read_run(out), {}
-    if run.train.minutes and (summary := read_summary(out)):  # it has its lengths in place of the limit
-        lengths = {"minutes": summary["minutes"], "stage_steps": run.train.stage_steps}
-        lengths["test_windows"] = run.train.test_windows
-    asked, held = flatten(_located(run)), flatten(replace(found, train=replace(found.train, **lengths)))
-    # where they are left open, the start of the run decides
+    found = read_run(out)
+    asked, held = flatten(_located(run)), flatten(found)
+    # left open, they are decided as a run begins, and the limit of time is replaced as it ends
     decided = [("model.vocab_size", 0), ("optim.muon_precision", "auto")]
+    if run.train.minutes and (summary := read_summary(out)):
+        held["train.minutes"] = summary["minutes"]
+        decided += [(name, asked[name]) for name in ("train.stage_steps", "train.test_windows")]
     for name in asked | held:
         ours, theirs = asked.get(name), held.get(name)
         if ours != theirs and (name, ours) not in decided:
