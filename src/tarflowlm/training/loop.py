@@ -237,8 +237,9 @@ class StepLog:
         counters, parameters = self.counters, dict(self.run.model.named_parameters())
         counters.skipped += 1
         gradients = not_finite(step.result.names, step.result.norms)
-        found = {"terms": self._broken_terms(step.tokens), "gradients": gradients[:NAMED]}
+        found = {"terms": self._broken_terms(step.tokens)}
         found["parameters"] = not_finite(parameters, norms(parameters.values()))[:NAMED]
+        found["gradients"] = gradients[:NAMED]
         place = {"split": "skipped", **step.place, "nats_per_token": loss if math.isfinite(loss) else None}
         self.run.log.write(place | found | {"num_gradients": len(gradients)})
         named = "; ".join(f"{part} {', '.join(names) or 'all finite'}" for part, names in found.items())
