@@ -117,24 +117,6 @@ def test_every_stage_trains_its_block(finished, tiny_run):
             assert not torch.equal(start, final[name]), name
 
 
-def test_joint_training_moves_every_block_in_one_stage(tmp_path, tiny_run, go, read_metrics):
-    run = tiny_run(
-        stage_steps=(4,), mode="joint", model={"couplings": ("affine", "mix1", "mixd"), "components": (1, 2, 3)}
-    )
-    watcher = Watcher(tmp_path / "run")
-    summary = go(run, tmp_path / "run", watcher)
-    assert ("all blocks", 4, 0) in watcher.parts
-    assert (summary["steps"], len(summary["stage_valid_bpc"])) == (4, 1)
-    final = load_file(tmp_path / "run" / "model.safetensors")
-    with seeded(0):
-        start = TarFlowLM(replace(run.model, vocab_size=27)).state_dict()
-    assert start.keys() == final.keys()
-    for block in range(3):
-        name = f"prior.blocks.{block}.input.linear.weight"
-        assert not torch.equal(start[name], final[name])
-    assert {line["block"] for line in read_metrics(tmp_path / "run")} == {1}
-
-
 # dropout
 
 
@@ -181,6 +163,7 @@ def test_dropout_spares_evaluation_and_frozen_blocks(tiny_run):
 
 
 def test_averaged_weights_are_the_averages_of_all_steps(tmp_path, tiny_run, go, monkeypatch):
+    """In joint training, which moves all blocks in one stage."""
     run, real = tiny_run(mode="joint", stage_steps=(12,), ema=0.7, checkpoint_every=3), loop.optimizer_step
     with seeded(0):
         model = replace(run.model, vocab_size=27).build()
@@ -198,7 +181,9 @@ def test_averaged_weights_are_the_averages_of_all_steps(tmp_path, tiny_run, go, 
     found = load_file(tmp_path / "run" / "model.safetensors")
     for name, expected in average.items():
         torch.testing.assert_close(found[name].double(), expected, rtol=0, atol=1e-6)
-    assert max((average[n] - p).abs().max() for n, p in last.items() if p.numel()) > 1e-3
+    for block in range(3):
+        name = f"prior.blocks.{block}.input.linear.weight"
+        assert (average[name] - last[name]).abs().max() > 1e-4
 
 
 def test_batches_are_cut_into_the_parts_that_fit(tiny_run):

@@ -113,15 +113,13 @@ class TrainingRun:
         if self.processes.world == 1 or self.config.train.parallel == "ddp":
             self.model.to(self.device)  # FSDP2 moves shards one by one: the whole model need not fit on the device
         self.model.train_only(stage)
-        train = self.config.train
-        if not train.accumulate:
-            parts = 1
-            if self.device.type == "cuda":
-                memory = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
-                parts = fitting_parts(self.model, self.config, stage, self.processes.world, memory)
-            train = replace(train, accumulate=self.processes.from_first(parts))
-            logger.info("train.accumulate 0 is %d here", train.accumulate)
-        config = replace(self.config, train=train)
+        train, parts = self.config.train, self.config.train.accumulate or 1
+        if not train.accumulate and self.device.type == "cuda":
+            memory = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+            fitting = fitting_parts(self.model, self.config, stage, self.processes.world, memory)
+            parts = self.processes.from_first(fitting)
+            logger.info("train.accumulate 0 is %d here", parts)
+        config = replace(self.config, train=replace(train, accumulate=parts))
         self.parallel_model = ParallelModel(self.model, config, self.processes, frozen=stage)
         asked = {"average": train.ema > 0, "best": train.keep == "best"}
         self.copies = {name: _copy(_trained(self.model)) for name, is_asked in asked.items() if is_asked}
@@ -158,13 +156,13 @@ class TrainingRun:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """A context in which the model has its averaged weights, if it keeps them."""
-        average = self.copies.get("average", {})
-        held = _copy(_trained(self.model)) if average else {}
-        _assign(_trained(self.model), average)
+        weights, average = _trained(self.model), self.copies.get("average", {})
+        held = _copy(weights) if average else {}
+        _assign(weights, average)
         try:
             yield
         finally:
-            _assign(_trained(self.model), held)
+            _assign(weights, held)
 
     def describe_stage(self) -> str:
         """The current stage in words, such as "stage 2/3: block 2 mix1"."""
