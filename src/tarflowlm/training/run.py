@@ -26,7 +26,7 @@ from tarflowlm.runs.checkpoint import BEST, COUNTERS, STATE, TOKENIZER, save_wei
 from tarflowlm.training.metrics import MetricsLog, Reporter, Trackers
 from tarflowlm.training.optim import NAMED, RunningLoss, build_optimizers, with_precision
 from tarflowlm.training.parallel import ParallelModel, Processes, whole_weights
-from tarflowlm.training.state import Counters, load_state, local_parts, snapshot, state_tensors, write_state
+from tarflowlm.training.state import Counters, load_state, local_parts, snapshot, state_tensors, save_state
 
 PLANNED_SHARE = 0.85
 """Share of a device's memory that `train.accumulate` 0 fills; the rest is for what single operations need."""
@@ -194,7 +194,7 @@ class TrainingRun:
         tensors = state_tensors(self.model, self.optimizers, self.generator, self.copies)
         copied, keep = snapshot(tensors, self.processes), self.config.train.keep_last
         group: dict[str, Any] = {"processes": self.processes, "group": self._group}
-        self._writes.append(self._writer.submit(write_state, self.out, copied, saved, keep=keep, **group))
+        self._writes.append(self._writer.submit(save_state, self.out, copied, saved, keep=keep, **group))
         self._write_weights(self.out, weights)
         self.saved_step = counters.step
         if not counters.spent.save:

@@ -87,7 +87,7 @@ class Counters:
         return cls(**values)
 
 
-def write_state(
+def save_state(
     directory: Path, tensors: dict[str, Any], saved: dict[str, Any], *, keep: int, processes: Processes, group: Any
 ) -> None:
     """Write the state of step `saved["step"]`, with `saved` as counters.json, and delete all but the `keep` newest.
