@@ -26,7 +26,7 @@ from tarflowlm.runs.checkpoint import BEST, COUNTERS, STATE, TOKENIZER, save_wei
 from tarflowlm.training.metrics import MetricsLog, Reporter, Trackers
 from tarflowlm.training.optim import NAMED, RunningLoss, build_optimizers, with_precision
 from tarflowlm.training.parallel import ParallelModel, Processes, whole_weights
-from tarflowlm.training.state import Counters, load_state, local_parts, snapshot, state_tensors, save_state
+from tarflowlm.training.state import Counters, load_state, local_parts, save_state, snapshot, state_tensors
 
 PLANNED_SHARE = 0.85
 """Share of a device's memory that `train.accumulate` 0 fills; the rest is for what single operations need."""
