@@ -177,10 +177,8 @@ _OWN = (
 )  # fmt: skip
 PRESETS: dict[str, Callable[[], RunConfig]] = {make.__name__.replace("_", "-"): make for make in _OWN} | {
     f"{corpus}-{kind}{recipe}": _paper_preset(corpus, kind, recipe)
-    for corpus in PAPER_CORPORA
-    for recipe in ("", "-adamw")
-    for kind in PAPER_KINDS
-}
+    for corpus in PAPER_CORPORA for recipe in ("", "-adamw") for kind in PAPER_KINDS
+}  # fmt: skip
 
 
 def preset(name: str) -> RunConfig:

@@ -36,13 +36,9 @@ log = logging.getLogger("tarflowlm")
 
 
 def cached_corpus(
-    source: str,
-    tokenizer: TokenizerConfig | Tokenizer | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    *,
-    progress: Progress = SILENT,
-    may_download: bool = True,
-) -> Corpus:
+    source: str, tokenizer: TokenizerConfig | Tokenizer | None = None,
+    cache_dir: str | os.PathLike[str] | None = None, *, progress: Progress = SILENT, may_download: bool = True,
+) -> Corpus:  # fmt: skip
     """`source` prepared for `tokenizer`: opened from the cache, or prepared now and kept there.
 
     `source`: a corpus name, a text file, or a prepared directory, which is opened where it is (UserError if its
@@ -71,13 +67,9 @@ def cached_corpus(
 
 
 def prepare_corpus(
-    source: str | Source,
-    tokenizer: TokenizerConfig | Tokenizer,
-    out: str | os.PathLike[str],
-    *,
-    progress: Progress = SILENT,
-    shard_tokens: int = SHARD_TOKENS,
-) -> Corpus:
+    source: str | Source, tokenizer: TokenizerConfig | Tokenizer, out: str | os.PathLike[str], *,
+    progress: Progress = SILENT, shard_tokens: int = SHARD_TOKENS,
+) -> Corpus:  # fmt: skip
     """Read, normalise, split and encode `source` (a corpus name or a text file) into the directory `out`.
 
     `out` appears complete or not at all. If it already holds this very corpus, that is opened; anything else there

@@ -170,11 +170,11 @@ def _state_to_resume(out: Path) -> Path | None:
 
 def is_begun(out: Path) -> bool:
     """Whether `out` holds a run that has saved something. UserError if it is in use for anything else."""
-    # the folder that `write_start` makes first, and no other program does
-    states = [*(out / STATE).iterdir()] if (out / STATE).is_dir() else None
-    if states or (states is not None and (out / WEIGHTS).exists()):
+    # `write_start` makes that folder first, and no other program does
+    is_run = (out / STATE).is_dir()
+    if is_run and (any((out / STATE).iterdir()) or (out / WEIGHTS).exists()):
         return True
-    left = set() if states is None else {CONFIG, TOKENIZER, METRICS, STATE}
+    left = {CONFIG, TOKENIZER, METRICS, STATE} if is_run else set()
     if out.exists() and (not out.is_dir() or any(p.name not in left and p.name[0] != "." for p in out.iterdir())):
         raise UserError(f"{out} exists already, and is no run that could go on: choose another --out")
     return False
