@@ -176,7 +176,8 @@ def _write(
             for p in source.obtain(progress)
         ]
         tokenizer = _built(wanted)
-        plan = [source.identity + source.cut, [file["sha256"] for file in files], _key(tokenizer), size]
+        plan = [source.identity, [file["sha256"] for file in files], _key(tokenizer), size]
+        plan += getattr(source, "shares", ())  # what an earlier version split in another way is begun again
         folder = target.with_name(f".{target.name}.partial")
         try:
             shards = _Shards(folder, plan, size)

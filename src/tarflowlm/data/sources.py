@@ -54,8 +54,6 @@ class Source(ABC):
     """The user's word for it."""
     identity: str
     """A registered name, or the absolute path of a file."""
-    cut: ClassVar[str] = ""
-    """Names the way it is split, where that has changed: what an earlier version has half prepared is begun again."""
 
     @property
     @abstractmethod
@@ -226,7 +224,6 @@ class OpenWebText(Source):
     """
 
     name = identity = "openwebtext"
-    cut = "; the last documents are for validation"
     repository: ClassVar[str] = "Skylion007/openwebtext"
     num_documents, num_valid = 8_013_769, 100_000
     """Documents on the hub and in the validation split, which of a part of the text is at most 1 in 80."""
