@@ -16,12 +16,6 @@ from typing import Any
 
 from timing import Contender, find, parser, run, show
 
-PEAK_TFLOPS = {
-    "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
-    "RTX 4090": 165.0, "V100": 125.0,
-}  # fmt: skip
-"""Dense matrix products in half precision with float32 sums, as the maker states them; by a part of the name."""
-
 
 def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Callable[[Any], Any]:
     """A function tokens [B, T] -> loss that takes an optimiser step of `stage` (0-based), on a new model."""
@@ -49,7 +43,7 @@ def configuration(name: str, args: Namespace) -> Any:
     config = find("preset", "presets", "runs.presets")(name)
     size = args.vocab_size or (config.data.tokenizer.vocab_size if config.data.tokenizer.kind == "bpe" else 27)
     precision, batch_size = args.precision or config.train.precision, args.batch_size or config.train.batch_size
-    train = replace(config.train, precision=precision, batch_size=batch_size)
+    train = replace(config.train, precision=precision, batch_size=batch_size, accumulate=config.train.accumulate or 1)
     optim = replace(config.optim, muon_precision=args.muon_precision)
     return replace(config, model=replace(config.model, vocab_size=size), train=train, optim=optim)
 
@@ -95,15 +89,17 @@ def main() -> None:
     options.add_argument("--batch-size", type=int, help="sequences per step; the default is the preset's")
     options.add_argument("--peers", action="store_true", help="with AdamW, beside a GPT-2 and a Llama of this shape")
     args = options.parse_args()
+    from tarflowlm.evaluation.flops import peak_flops
+
     found = run(build, args)
     first, rows = next(iter(found.values())), []
     for name, contender in found.items():
         milliseconds = 1000 * contender.units / contender.rate
         flops = contender.info.get("flops", 0) / 1e9 / milliseconds
-        peak = next((v for k, v in PEAK_TFLOPS.items() if k in contender.info.get("device", "")), None)
+        peak = peak_flops(contender.info.get("device", ""))
         row = {"": name, "tokens/s": contender.rate, "ms per step": milliseconds}
         row |= {"tokens/s over the first": contender.over(first), "TFLOP/s": flops or None}
-        row["of the peak"] = flops / peak if peak and flops else None
+        row["of the peak"] = 1e12 * flops / peak if peak and flops else None
         rows.append(row | {"time over the other checkout": contender.over_other_checkout})
     show(args, rows)
 

@@ -27,9 +27,14 @@ def depth(name: str) -> int:
     return sum(block.layers for block in model.blocks) if isinstance(model, FlowConfig) else model.layers
 
 
-@pytest.mark.parametrize("family", ["mini", "english-small", *CORPORA])
+@pytest.mark.parametrize("family", ["mini", "english-small", *CORPORA, *(f"{name} adamw" for name in CORPORA)])
 def test_members_of_a_family_differ_by_the_model_alone(family):
-    runs = [preset(name) for name in PRESETS if name.startswith(family)]
+    start, _, recipe = family.partition(" ")
+    runs = [preset(n) for n in PRESETS if n.startswith(start) and n.endswith("-adamw") == bool(recipe)]
+    if recipe:
+        assert {sum(run.train.stage_steps) for run in runs} == {1_000_000}
+        assert {round(run.optim.warmup * run.train.stage_steps[0]) for run in runs} == {2500}
+        runs = [replace(run, optim=replace(run.optim, warmup=0.0)) for run in runs]
     # the baseline has no codebook, and how fast one may move depends on whether its coupling is tied to it
     assert len({replace(run.optim, codebook_lr_scale=1.0) for run in runs}) == 1
     assert len({(run.data, run.model.trunk, run.model.context, run.train.batch_size) for run in runs}) == 1

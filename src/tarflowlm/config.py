@@ -174,15 +174,19 @@ class TrainConfig(Config):
     """Optimiser steps of each stage: one entry per block when progressive, one otherwise. With `minutes`, the stages'
     shares of the time."""
     minutes: float = 0.0
-    """Wall-clock time of the whole run, checkpoints and evaluation included; 0 counts steps instead."""
+    """Wall-clock time of the run with checkpoints and evaluation, but without compilation; 0 counts steps instead."""
     mode: Literal["progressive", "joint"] = "progressive"
     """One block after another on the frozen ones below, or all blocks at once. The baseline has one stage."""
     batch_size: int = 8
     """Sequences per optimiser step, over all processes and accumulation steps."""
     accumulate: int = 1
-    """Parts into which a process cuts its share of the batch; their gradients are accumulated."""
+    """Parts into which a process cuts its share of the batch, to accumulate gradients; 0: the fewest that fit."""
     dropout: float = 0.0
     """Dropout on the outputs of attention and MLP. Useful for several epochs on a small text."""
+    ema: float = 0.0
+    """Decay of an average of the weights, which is what is evaluated, saved and trained upon; 0: none."""
+    keep: Literal["last", "best"] = "last"
+    """Weights with which a stage ends: its last ones, or those of its best validation."""
     precision: Precision = "float32"
     """Precision of matrix products. Densities, log-dets and inverses are always float32 or wider."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -213,10 +217,10 @@ class TrainConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("stage_steps", min(self.stage_steps, default=0) >= 1, "every stage needs at least 1 step")
-        self.at_least(1, "batch_size", "accumulate", "log_every", "evaluate_every", "evaluate_windows")
+        self.at_least(1, "batch_size", "log_every", "evaluate_every", "evaluate_windows")
         self.at_least(1, "checkpoint_every", "keep_last")
-        self.at_least(0, "minutes", "max_skipped", "test_windows")
-        self.below_one("dropout")
+        self.at_least(0, "accumulate", "minutes", "max_skipped", "test_windows")
+        self.below_one("dropout", "ema")
         self.require("spike_sigma", self.spike_sigma > 0, "must be above 0")
 
     @property

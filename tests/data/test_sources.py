@@ -160,8 +160,10 @@ def documents() -> list[str]:
 
 def by_split(documents: list[str]) -> dict[str, list[str]]:
     held = {split: [] for split in SPLITS}
-    for document in documents:
+    last = len(documents) // 80  # of a part of OpenWebText
+    for document in documents[:-last]:
         held[sources.split_of_document(document, OpenWebText.shares)].append(document)
+    held["valid"] += documents[-last:]
     return held
 
 
@@ -185,8 +187,13 @@ def test_openwebtext_documents_are_each_in_one_split_encoded_alone(documents, tm
     assert trained.fingerprint == build_tokenizer(config, train).fingerprint
 
 
-def test_openwebtext_offline_or_without_its_package_names_the_remedy(tmp_path, no_network, uninstall):
+def test_openwebtext_offline_or_without_its_package_names_the_remedy(tmp_path, no_network, uninstall, monkeypatch):
     pytest.importorskip("datasets")
+    gpt2 = TokenizerConfig(kind="bpe", source="my.json", normalize="none")
+    monkeypatch.setattr("tarflowlm.data.prepare._built", lambda wanted: CHARS)
+    words = r"`tarflowlm data openwebtext --out DIR --kind bpe --source my.json --normalize none`, then --data DIR"
+    with pytest.raises(UserError, match=words):
+        cached_corpus("openwebtext", gpt2, may_download=False)
     with pytest.raises(UserError, match=r"offline.*put the parquet files of .*Skylion007/openwebtext into") as caught:
         prepare_corpus("openwebtext", CHARS, tmp_path / "out")
     assert "\n" not in str(caught.value)

@@ -77,15 +77,20 @@ def test_job_saves_itself_requeues_and_resumes(slurm, tmp_path, corpus_file):
     assert not (run / "summary.json").exists()
     assert list((run / "state").glob("step-*"))
 
+    lines = metrics.read_text(encoding="utf-8").count("\n")
     job = submit(slurm, "mini-ar", run, "--data", corpus_file, *FIELDS)
+    while metrics.read_text(encoding="utf-8").count("\n") < lines + 3 and job.poll() is None:
+        time.sleep(0.05)
+    # a process that dies is started again, and with it the others
+    os.kill(int((run / ".lock.holder").read_text(encoding="utf-8").split()[1]), signal.SIGKILL)
     out = job.communicate(timeout=120)[0]
     assert job.returncode == 0, out
-    assert "resuming" in out
+    assert out.count("resuming") == 2
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert (summary["steps"], summary["processes"]) == (150, 2)
     steps = [line["step"] for line in map(json.loads, metrics.read_text(encoding="utf-8").splitlines())]
     assert steps == sorted(steps)
 
-    job = submit(slurm, "mini-ar", run)
+    job = submit(slurm, "mini-ar", run, "--data", corpus_file, *FIELDS)
     assert "is finished" in job.communicate(timeout=60)[0]
     assert job.returncode == 0

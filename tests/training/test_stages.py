@@ -15,15 +15,17 @@ from tarflowlm.flow.transformer import Layer
 from tarflowlm.language_model import seeded
 from tarflowlm.model import TarFlowLM
 from tarflowlm.runs.checkpoint import load_checkpoint
+from tarflowlm.training import loop
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.parallel import ParallelModel
+from tarflowlm.training.run import PLANNED_SHARE, _saved_bytes, fitting_parts
 
 FILES = {
     "config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "summary.json", "state", "best", ".lock",
 }  # fmt: skip
 TRAIN_KEYS = {
     "split", "step", "tokens", "block", "nats_per_token", "bpc", "lr", "grad_norm", "grad_norm_max",
-    "tokens_per_second",
+    "tokens_per_second", "data_share",
 }  # fmt: skip
 VALID_KEYS = {"split", "step", "tokens", "block", "nats_per_token", "bpc", "stderr"}
 
@@ -115,24 +117,6 @@ def test_every_stage_trains_its_block(finished, tiny_run):
             assert not torch.equal(start, final[name]), name
 
 
-def test_joint_training_moves_every_block_in_one_stage(tmp_path, tiny_run, go, read_metrics):
-    run = tiny_run(
-        stage_steps=(4,), mode="joint", model={"couplings": ("affine", "mix1", "mixd"), "components": (1, 2, 3)}
-    )
-    watcher = Watcher(tmp_path / "run")
-    summary = go(run, tmp_path / "run", watcher)
-    assert ("all blocks", 4, 0) in watcher.parts
-    assert (summary["steps"], len(summary["stage_valid_bpc"])) == (4, 1)
-    final = load_file(tmp_path / "run" / "model.safetensors")
-    with seeded(0):
-        start = TarFlowLM(replace(run.model, vocab_size=27)).state_dict()
-    assert start.keys() == final.keys()
-    for block in range(3):
-        name = f"prior.blocks.{block}.input.linear.weight"
-        assert not torch.equal(start[name], final[name])
-    assert {line["block"] for line in read_metrics(tmp_path / "run")} == {1}
-
-
 # dropout
 
 
@@ -176,6 +160,39 @@ def test_dropout_spares_evaluation_and_frozen_blocks(tiny_run):
     frozen = ParallelModel(plain.model.train(), tiny_run(dropout=0.5), frozen=1)
     shares = [layer.dropout for layer in frozen.model.modules() if isinstance(layer, Layer)]
     assert shares == [0.0, 0.5, 0.5]
+
+
+def test_averaged_weights_are_the_averages_of_all_steps(tmp_path, tiny_run, go, monkeypatch):
+    """In joint training, which moves all blocks in one stage."""
+    run, real = tiny_run(mode="joint", stage_steps=(12,), ema=0.7, checkpoint_every=3), loop.optimizer_step
+    with seeded(0):
+        model = replace(run.model, vocab_size=27).build()
+    average, last = ({n: p.detach().double() for n, p in model.named_parameters()} for _ in range(2))
+    decays = (min(0.7, (1 + step) / (10 + step)) for step in itertools.count(1))
+
+    def watched(model, *args, **options):
+        result, decay = real(model, *args, **options), next(decays)
+        last.update({n: p.detach().double().clone() for n, p in model.model.named_parameters()})
+        average.update({n: decay * average[n] + (1 - decay) * weight for n, weight in last.items()})
+        return result
+
+    monkeypatch.setattr(loop, "optimizer_step", watched)
+    go(run, tmp_path / "run")
+    found = load_file(tmp_path / "run" / "model.safetensors")
+    for name, expected in average.items():
+        torch.testing.assert_close(found[name].double(), expected, rtol=0, atol=1e-6)
+    for block in range(3):
+        name = f"prior.blocks.{block}.input.linear.weight"
+        assert (average[name] - last[name]).abs().max() > 1e-4
+
+
+def test_batches_are_cut_into_the_parts_that_fit(tiny_run):
+    """Against the bytes of six sequences at once, which need no estimate; every weight counts four times."""
+    run = tiny_run(mode="joint", stage_steps=(2,), batch_size=12)
+    model = replace(run.model, vocab_size=27).build()
+    kept, weights = _saved_bytes(ParallelModel(model, run), 6), 16 * sum(p.numel() for p in model.parameters())
+    for slack, parts in ((1.02, 2), (0.95, 3), (0.1, 12), (2.1, 1)):
+        assert fitting_parts(model, run, 0, 1, (weights + slack * kept) / PLANNED_SHARE) == parts
 
 
 # what cannot start

@@ -51,10 +51,11 @@ def run(args: Args) -> None:
     from tarflowlm.runs.checkpoint import load_checkpoint
     from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_table
     from tarflowlm.terminal.texts import print_samples, samples_to_json
-    from tarflowlm.training.train import check_new, train
+    from tarflowlm.training.train import is_begun, train
 
     start = time.perf_counter()
-    check_new(args.out)
+    if is_begun(args.out):
+        raise UserError(f"{args.out} exists already: choose another --out")
     device = pick_device(args.device)
     config = replace(preset("quickstart"), seed=args.seed)
     with (reporter := ProgressReporter()):

@@ -14,10 +14,10 @@ from tarflowlm.presets import PRESETS, preset, with_blocks, with_steps
 
 @dataclass(frozen=True)
 class Args:
-    """Train a preset into a new directory, with any field of its configuration overridden, or --resume a run."""
+    """Train a preset, with any field of its configuration overridden, or go on with a run."""
 
     out: Out = None
-    """Run directory to create. Required."""
+    """Run directory: a new one, or that of the same run, which goes on. Required."""
     data: Annotated[str | None, arg("SOURCE")] = None
     """Corpus name, text file, or directory made by `tarflowlm data`."""
     steps: Count = None

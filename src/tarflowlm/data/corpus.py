@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 class TokenArray:
     """A read-only 1-d view of tokens in several parts, all but the last of one length, memory-mapped or in memory.
 
-    `tokens[slice or positions]` copies the tokens there; `numpy.asarray(tokens)` gives one array.
+    `tokens[start:stop]` copies the tokens there; `numpy.asarray(tokens)` gives one array.
     """
 
     def __init__(self, parts: Sequence[Array]) -> None:
@@ -48,20 +48,18 @@ class TokenArray:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: slice | Array) -> Array:
-        positions = np.arange(*index.indices(len(self))) if isinstance(index, slice) else index
-        if positions.size and not 0 <= positions.min() <= positions.max() < len(self):
-            raise IndexError(f"positions {positions.min()} .. {positions.max()} of {len(self)} tokens")
-        part_of, offsets = np.divmod(positions, self._part_length)
-        result = np.empty(positions.shape, dtype=self.dtype)
-        for part in np.unique(part_of):
-            here = part_of == part
-            result[here] = self._parts[part][offsets[here]]
-        return result
+    def __getitem__(self, index: slice) -> Array:
+        (start, stop, step), pieces = index.indices(len(self)), [np.empty(0, self.dtype)]
+        assert step == 1, index
+        while start < stop:
+            part, offset = divmod(start, self._part_length)
+            pieces.append(self._parts[part][offset : offset + stop - start])
+            start += len(pieces[-1])
+        return np.concatenate(pieces)
 
     def windows(self, starts: Array, length: int) -> torch.Tensor:
         """Int64 [N, length]: the tokens `start .. start + length - 1` for each of `starts` [N]."""
-        return torch.from_numpy(self[starts[:, None] + np.arange(length)].astype(np.int64))
+        return torch.from_numpy(np.stack([self[s : s + length] for s in starts.tolist()]).astype(np.int64))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         whole = self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.data.bpe import build_tokenizer
 from tarflowlm.data.corpus import FORMAT, META, VERSION, Corpus, TokenArray, open_corpus, token_dtype
-from tarflowlm.data.sources import SOURCE_NAMES, SPLITS, Source, Split, cache_root, resolve_source
+from tarflowlm.data.sources import SOURCE_NAMES, SPLITS, OpenWebText, Source, Split, cache_root, resolve_source
 from tarflowlm.data.text import sha256_of
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
@@ -36,18 +36,15 @@ log = logging.getLogger("tarflowlm")
 
 
 def cached_corpus(
-    source: str,
-    tokenizer: TokenizerConfig | Tokenizer | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    *,
-    progress: Progress = SILENT,
-) -> Corpus:
+    source: str, tokenizer: TokenizerConfig | Tokenizer | None = None,
+    cache_dir: str | os.PathLike[str] | None = None, *, progress: Progress = SILENT, may_download: bool = True,
+) -> Corpus:  # fmt: skip
     """`source` prepared for `tokenizer`: opened from the cache, or prepared now and kept there.
 
     `source`: a corpus name, a text file, or a prepared directory, which is opened where it is (UserError if its
     source file changed or its tokenizer is another). `tokenizer`: None means that of a prepared directory, else the
     default. `cache_dir`: None means $TARFLOWLM_CACHE or ~/.cache/tarflowlm. An entry that is damaged, or whose source
-    changed, is prepared again with a warning.
+    changed, is prepared again with a warning. Without `may_download`, UserError for a text that would be.
     """
     if _is_prepared(source):
         corpus = open_corpus(source)
@@ -60,17 +57,19 @@ def cached_corpus(
     root = Path(cache_dir) if cache_dir is not None else cache_root()
     key = json.dumps([VERSION, found.identity, _key(_built(wanted))], sort_keys=True)
     target = root / "corpora" / f"{Path(found.identity).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    return _usable(target, found)[0] or _write(found, wanted, target, progress)
+    usable = _usable(target, found)[0]
+    if usable is None and not may_download and (found.files is None or isinstance(found, OpenWebText)):
+        usual, asked = asdict(TokenizerConfig()), asdict(wanted) if isinstance(wanted, TokenizerConfig) else {}
+        options = "".join(f" --{name.replace('_', '-')} {x}" for name, x in asked.items() if x != usual[name])
+        first = f"`tarflowlm data {source} --out DIR{options}`"
+        raise UserError(f"{source}: several processes would wait for its preparation; run {first}, then --data DIR")
+    return usable or _write(found, wanted, target, progress)
 
 
 def prepare_corpus(
-    source: str | Source,
-    tokenizer: TokenizerConfig | Tokenizer,
-    out: str | os.PathLike[str],
-    *,
-    progress: Progress = SILENT,
-    shard_tokens: int = SHARD_TOKENS,
-) -> Corpus:
+    source: str | Source, tokenizer: TokenizerConfig | Tokenizer, out: str | os.PathLike[str], *,
+    progress: Progress = SILENT, shard_tokens: int = SHARD_TOKENS,
+) -> Corpus:  # fmt: skip
     """Read, normalise, split and encode `source` (a corpus name or a text file) into the directory `out`.
 
     `out` appears complete or not at all. If it already holds this very corpus, that is opened; anything else there
@@ -178,6 +177,7 @@ def _write(
         ]
         tokenizer = _built(wanted)
         plan = [source.identity, [file["sha256"] for file in files], _key(tokenizer), size]
+        plan += getattr(source, "shares", ())  # what an earlier version split in another way is begun again
         folder = target.with_name(f".{target.name}.partial")
         try:
             shards = _Shards(folder, plan, size)

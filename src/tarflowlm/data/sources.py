@@ -217,14 +217,18 @@ def _download(url: str, target: Path, progress: Progress) -> None:
 class OpenWebText(Source):
     """About 8 million web pages, 40 GB, each encoded on its own and followed by `SEPARATOR`.
 
-    Streamed from the parquet files in `<cache>/sources/openwebtext`, or from the hub if there are none; only the
-    tokens are kept. Under text8 normalisation a separator is a space.
+    The last 100,000 are the validation split, on which MDLM and its successors give perplexities; they train on all
+    others. Our test split is 1 % of these, chosen by hash. (Earlier versions chose both by hash, and what they have
+    prepared still opens.) Streamed from the parquet files in `<cache>/sources/openwebtext`, or from the hub if there
+    are none; only the tokens are kept. Under text8 normalisation a separator is a space.
     """
 
     name = identity = "openwebtext"
     repository: ClassVar[str] = "Skylion007/openwebtext"
-    shares: ClassVar[tuple[int, int]] = (98, 99)
-    """Cumulative percentages of train and valid: 1 % is 80,000 documents, close to the customary 100,000."""
+    num_documents, num_valid = 8_013_769, 100_000
+    """Documents on the hub and in the validation split, which of a part of the text is at most 1 in 80."""
+    shares: ClassVar[tuple[int, int]] = (99, 99)
+    """Cumulative percentages of train and valid among the other documents."""
     block: ClassVar[int] = BLOCK
 
     @property
@@ -245,32 +249,37 @@ class OpenWebText(Source):
 
     def stream(self, normalization: Normalization, cursor: Any = None, progress: Progress = SILENT) -> Stream:
         import datasets
+        from pyarrow import parquet  # type: ignore[import-untyped]
 
         names = [str(file) for file in self.files or ()]
         source: dict[str, Any] = {"path": "parquet", "data_files": names} if names else {"path": self.repository}
         try:
             dataset = datasets.load_dataset(**source, split="train", streaming=True)
             if cursor is not None:
-                dataset.load_state_dict(cursor)
+                dataset.load_state_dict(cursor["dataset"])
+            total = sum(parquet.read_metadata(name).num_rows for name in names) if names else self.num_documents
         except Exception as error:  # hub, network and library errors share no base class
             raise self._failure(error) from None
         split = (dataset.info.splits or {}).get("train")
         # bytes, but it only serves to show progress
-        return Stream(self._batches(dataset, normalization), split.num_bytes if split is not None else None)
+        batches = self._batches(dataset, normalization, cursor["documents"] if cursor is not None else 0, total)
+        return Stream(batches, split.num_bytes if split is not None else None)
 
-    def _batches(self, dataset: Any, normalization: Normalization) -> Iterator[Batch]:
-        texts, size = dict[Split, list[str]](), 0
+    def _batches(self, dataset: Any, normalization: Normalization, start: int, total: int) -> Iterator[Batch]:
+        texts, size, index = dict[Split, list[str]](), 0, start
+        first_valid = total - min(self.num_valid, max(1, total // 80))
         try:
-            for row in dataset:
+            for index, row in enumerate(dataset, start + 1):
                 if not isinstance(document := row["text"], str):
                     raise TypeError(f"a document is {document!r}")
                 text = document + SEPARATOR if normalization == "none" else _normalized(document, normalization)
-                texts.setdefault(split_of_document(document, self.shares), []).append(text)
+                split: Split = "valid" if index > first_valid else split_of_document(document, self.shares)
+                texts.setdefault(split, []).append(text)
                 size += len(text)
                 if size >= self.block:
-                    yield Batch(texts, dataset.state_dict())
+                    yield Batch(texts, {"dataset": dataset.state_dict(), "documents": index})
                     texts, size = {}, 0
-            yield Batch(texts, dataset.state_dict())
+            yield Batch(texts, {"dataset": dataset.state_dict(), "documents": index})
         except Exception as error:
             raise self._failure(error) from None
 

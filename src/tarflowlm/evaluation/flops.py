@@ -34,6 +34,17 @@ from tarflowlm.model import as_flow
 Convention = Literal["figure7", "paper", "full"]
 Config = FlowConfig | BaselineConfig
 
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
+    "RTX 4090": 165.0, "V100": 125.0,
+}  # fmt: skip
+"""Dense matrix products in half precision with float32 sums, as the maker states them; by a part of the name."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """What the maker of a GPU of this name states (`PEAK_TFLOPS`), per second; None for other devices."""
+    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
+
 
 def forward_flops(config: Config, convention: Convention = "full") -> int:
     """One evaluation of the training loss over a sequence of `config.context` tokens."""

@@ -1,27 +1,23 @@
 """The training loop of one stage: optimiser steps, logging, validation and checkpoints."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from tarflowlm.config import RunConfig, TrainConfig
+from tarflowlm.evaluation.flops import peak_flops, training_flops
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.language_model import seeded
-from tarflowlm.training.optim import (
-    broken_gradients,
-    build_optimizers,
-    in_words,
-    schedule,
-    set_learning_rate,
-    skipped_record,
-)
+from tarflowlm.training.optim import NAMED, build_optimizers, norms, not_finite, schedule, set_learning_rate, terms_of
 from tarflowlm.training.parallel import ParallelModel
 from tarflowlm.training.run import TrainingRun
 from tarflowlm.training.state import Counters, LogWindow, TimeSpent
@@ -49,6 +45,7 @@ def train_stage(run: TrainingRun) -> Likelihood:
     every = STEPS_BETWEEN_READS.get(run.device.type, 1)
     pace = Pace(config.train, counters, run.seconds, run.num_test_windows)
     run.reporter.stage(run.describe_stage(), pace.total, pace.done)
+    compiles = run.parallel_model.compiled
     while True:
         # after the checkpoint: a kill during a long evaluation loses nothing, and a resumed run starts with it
         if counters.due:
@@ -61,8 +58,9 @@ def train_stage(run: TrainingRun) -> Likelihood:
         lr = config.optim.lr * schedule(config.optim, counters.stage_step, num_steps)
         set_learning_rate(run.optimizers, lr)
         log.unread.append(take_step(run, deferred=every > 1))
-        if counters.stage_step % every == 0:
-            log.read()
+        if compiles or counters.stage_step % every == 0:
+            log.read(timed=not compiles)
+            compiles = False
         done = pace.done
         pace.update()
         run.reporter.advance(pace.done - done)
@@ -113,7 +111,8 @@ class Pace:
         # the share never falls, even if an evaluation is shorter than estimated
         self.share = max(self.share, min(1.0, passed / seconds) if seconds > 0 else 1.0)
         self.done = int(1000 * self.share)
-        self.num_steps = stage_step / max(self.share, 1e-9) if stage_step else UNTIMED_STEPS
+        # the first step may compile, which does not count
+        self.num_steps = stage_step / max(self.share, 1e-9) if stage_step > 1 else UNTIMED_STEPS
         # every stage takes at least one step
         self.over = stage_step > 0 and self.share >= 1
         self.save_due = now - spent.total > max(SAVE_SECONDS, spent.save / SAVES_SHARE)
@@ -131,7 +130,8 @@ class StepResult(NamedTuple):
     loss: Tensor  # of the global batch, in nats per token
     norm: Tensor  # of the gradient of the global batch
     skipped: Tensor  # True if loss or norm is not finite, so that the step was not taken
-    broken: dict[str, dict[str, Any]] | None  # the `broken_gradients` of a step that the host skipped
+    names: list[str]  # of the parameters that have a gradient
+    norms: Tensor  # of these gradients
 
 
 def optimizer_step(
@@ -143,46 +143,44 @@ def optimizer_step(
     `deferred`, the host never waits for the device: the optimisers decide there, by `found_inf` (as in torch.amp).
     """
     loss = model.backward(tokens, generator)
-    trained = [p for p in model.model.parameters() if p.grad is not None]
-    norm = get_total_norm([p.grad for p in trained if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    skipped, broken = ~(torch.isfinite(loss) & torch.isfinite(norm)), None
-    if not deferred and skipped:
-        broken = broken_gradients(model.model)
-    else:
-        clip_grads_with_norm_(trained, model.config.optim.grad_clip, norm)
+    trained = {name: p for name, p in model.model.named_parameters() if p.grad is not None}
+    each = norms(p.grad for p in trained.values() if p.grad is not None)
+    norm = torch.linalg.vector_norm(each)
+    skipped = ~(torch.isfinite(loss) & torch.isfinite(norm))
+    if deferred or not skipped:
+        clip_grads_with_norm_(trained.values(), model.config.optim.grad_clip, norm)
         for optimizer in optimizers:
             optimizer.found_inf = skipped.float() if deferred else None  # type: ignore[attr-defined]
             optimizer.step()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, norm, skipped, broken)
+    return StepResult(loss, norm, skipped, [*trained], each)
 
 
 class PendingStep(NamedTuple):
-    """A step whose result the host has not read yet, with everything needed to repeat it."""
+    """A step whose result the host has not read yet, with its batch for `skipped` records."""
 
     place: dict[str, int]
     result: StepResult
     tokens: Tensor
-    noise: Tensor  # state of the noise generator before the step
 
 
 def take_step(run: TrainingRun, *, deferred: bool) -> PendingStep:
     """Take one step on the next batch and count it."""
-    counters, tokens = run.counters, run.sampler.next()
+    counters, start = run.counters, time.perf_counter()
+    tokens = run.sampler.next()
+    counters.window.waited += time.perf_counter() - start
     if run.device.type == "cuda":  # a copy from pageable memory would wait for all work queued on the device
         tokens = tokens.pin_memory()
     tokens = tokens.to(run.device, non_blocking=True)
-    noise = run.generator.get_state()
     result = optimizer_step(run.parallel_model, run.optimizers, tokens, generator=run.generator, deferred=deferred)
     num_tokens = tokens.numel() * run.processes.world
     counters.step, counters.stage_step = counters.step + 1, counters.stage_step + 1
     counters.tokens += num_tokens
     counters.stage_tokens[counters.stage] += num_tokens
     counters.window.tokens += num_tokens
-    return PendingStep(_place(counters), result, tokens, noise)
+    run.update_average()
+    return PendingStep(_place(counters), result, tokens)
 
 
 def _place(counters: Counters) -> dict[str, int]:
@@ -195,16 +193,22 @@ class StepLog:
     def __init__(self, run: TrainingRun) -> None:
         self.run, self.counters = run, run.counters
         self.unread: list[PendingStep] = []
+        self.flops, stage = 0.0, run.counters.stage  # of a token, as a share of those of all devices in a second
+        name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
+        if peak := peak_flops(name):
+            flops = training_flops(run.config.model_of_stage(stage), frozen=stage)
+            self.flops = flops / run.config.model.context / peak / run.processes.world
         self.restart()
 
     def restart(self) -> None:  # the time since the last step does not count as training
         self.start = time.perf_counter()
 
-    def read(self) -> None:
-        """Read all pending steps, with one transfer: update the counters, record spikes and skipped steps."""
+    def read(self, *, timed: bool = True) -> None:
+        """Read all pending steps, with one transfer: update the counters, record spikes and skipped steps. Unless
+        `timed`, their time counts neither as training nor for `train.minutes`."""
         counters, window = self.counters, self.counters.window
         unread, self.unread = self.unread, []
-        results = [torch.stack((r.loss, r.norm, r.skipped.to(r.loss.dtype))) for _, r, _, _ in unread]
+        results = [torch.stack((r.loss, r.norm, r.skipped.to(r.loss.dtype))) for _, r, _ in unread]
         values = torch.stack(results).tolist() if results else []
         for step, (loss, norm, skipped) in zip(unread, values, strict=True):
             if skipped:
@@ -219,30 +223,46 @@ class StepLog:
                 figures = {"nats_per_token": loss, "mean": mean, "sigmas": sigmas, "grad_norm": norm}
                 self.run.log.write(record | figures)
         now = time.perf_counter()
-        window.seconds += now - self.start
-        counters.seconds[counters.stage] += now - self.start
+        if timed:
+            window.seconds += now - self.start
+            counters.seconds[counters.stage] += now - self.start
+        else:
+            window.tokens, window.seconds, window.waited = 0, 0.0, 0.0
+            self.run.session_start += now - self.start
         self.start = now
 
     def _record_skipped(self, step: PendingStep, loss: float) -> None:
-        counters, model, noise = self.counters, self.run.parallel_model, Generator(device=self.run.device)
+        """Record what is not finite: gradients of the step, and parameters and terms of the loss as they are now, on
+        a GPU perhaps some steps later. Collective."""
+        counters, parameters = self.counters, dict(self.run.model.named_parameters())
         counters.skipped += 1
-        gradients = step.result.broken
-        if gradients is None:
-            # repeat the step. The parameters may have changed since, but usually the cause is in the batch
-            noise.set_state(step.noise)
-            model.backward(step.tokens, noise)
-            gradients = broken_gradients(model.model)
-            model.model.zero_grad(set_to_none=True)
-        noise.set_state(step.noise)
-        tokens = self.run.processes.gather(step.tokens)
-        details = skipped_record(model.whole_model(), tokens, noise, gradients, loss)
-        record = {"split": "skipped", **step.place, **details}
-        self.run.log.write(record)
-        words = in_words(record)
+        gradients = not_finite(step.result.names, step.result.norms)
+        found = {"terms": self._broken_terms(step.tokens)}
+        found["parameters"] = not_finite(parameters, norms(parameters.values()))[:NAMED]
+        found["gradients"] = gradients[:NAMED]
+        place = {"split": "skipped", **step.place, "nats_per_token": loss if math.isfinite(loss) else None}
+        self.run.log.write(place | found | {"num_gradients": len(gradients)})
+        named = "; ".join(f"{part} {', '.join(names) or 'all finite'}" for part, names in found.items())
+        words = f"the loss or gradient is not finite at step {step.place['step']}: {named}"
         if counters.skipped > self.run.config.train.max_skipped:
             remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
             raise FloatingPointError(f"{words}; {counters.skipped} in a row: {remedy}")
         logger.warning("skipped: %s", words)
+
+    @torch.no_grad()
+    def _broken_terms(self, rows: Tensor) -> list[str]:
+        """The terms of the loss that are not finite on these rows of any process."""
+        parallel, found, generator = self.run.parallel_model, dict[str, bool](), Generator(rows.device).manual_seed(0)
+        train, root = parallel.config.train, parallel.loss if isinstance(parallel.loss, FSDPModule) else None
+        if root is not None:
+            root.unshard()  # this is not its forward, which would do so
+        with seeded(0), torch.autocast(rows.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
+            for tokens in rows.chunk(train.accumulate):
+                terms = terms_of(parallel.model, tokens, parallel.model.draw_noise(tokens, generator))
+                found |= {name: found.get(name, False) or not bool(x.isfinite().all()) for name, x in terms.items()}
+        if root is not None:
+            root.reshard()
+        return [name for name, broken in found.items() if parallel.processes.any(broken)]
 
     def write_line(self, lr: float) -> None:
         """Write a line with the means since the last one to metrics.jsonl, and start the next window."""
@@ -252,7 +272,13 @@ class StepLog:
         nats = sum(window.losses) / len(window.losses)
         figures = {"nats_per_token": nats, "bpc": bits(nats) / self.run.characters_ratio, "lr": lr}
         figures |= {"grad_norm": sum(window.norms) / len(window.norms), "grad_norm_max": max(window.norms)}
-        figures["tokens_per_second"] = window.tokens / max(window.seconds, 1e-9)
+        speed = window.tokens / max(window.seconds, 1e-9)
+        figures |= {"tokens_per_second": speed, "data_share": window.waited / max(window.seconds, 1e-9)}
+        if self.run.device.type == "cuda":
+            figures["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            torch.cuda.reset_peak_memory_stats()
+        if self.flops:
+            figures["mfu"] = speed * self.flops
         self.run.log.write({"split": "train", **_place(self.counters), **figures})
 
 
@@ -279,6 +305,7 @@ def seconds_per_step(
     with seeded(config.seed):
         model = config.model_of_stage(stage).build().to(device)
     model.train_only(stage)
+    config = replace(config, train=replace(config.train, accumulate=config.train.accumulate or 1))
     parallel_model, optimizers = ParallelModel(model, config, frozen=stage), build_optimizers(config.optim, model)
     generator, durations = Generator(device=device).manual_seed(0), []
     for _ in range(num_steps):

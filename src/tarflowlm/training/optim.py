@@ -262,57 +262,23 @@ MEMORY = 100
 """Steps that the running loss averages over; spikes are detected once it has seen half as many."""
 
 
-def broken_gradients(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The parameters with a non-finite gradient, by name, with the numbers of non-finite elements and of all, and the
-    range [min, max] of the finite ones. Collective under FSDP2."""
-    found = {}
-    for name, p in model.named_parameters():
-        if p.grad is None:
-            continue
-        gradient = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-        finite, total = gradient[torch.isfinite(gradient)], gradient.numel()
-        if finite.numel() < total:
-            span = [finite.min().item(), finite.max().item()] if finite.numel() else None
-            found[name] = {"not_finite": total - finite.numel(), "of": total, "range": span}
-    return found
-
-
 @torch.no_grad()
-def skipped_record(
-    model: LanguageModel, tokens: Tensor, generator: torch.Generator, gradients: dict[str, Any], loss: float
-) -> dict[str, Any]:
-    """The record of a skipped step in metrics.jsonl, without its place (step, tokens, block).
+def norms(tensors: Iterable[Tensor]) -> Tensor:
+    """The norm of every tensor, of the whole one where it is sharded. Collective under FSDP2."""
+    each = torch.stack(torch._foreach_norm([*tensors]))
+    return each.full_tensor() if isinstance(each, DTensor) else each
 
-    It names the terms of the loss on `tokens` [B, T] and the parameters that are not finite. `generator` must be in
-    its state before the step, to draw the same noise; `gradients`: see `broken_gradients`; `loss` in nats per token.
-    """
-    tokens = tokens.to(model.device)  # the copy of a sharded model is on the CPU
-    noise = model.draw_noise(tokens, generator)
+
+def not_finite(names: Iterable[str], norms: Tensor) -> list[str]:
+    """Those of the names whose norm is not finite."""
+    return [name for name, norm in zip(names, norms.tolist(), strict=True) if not math.isfinite(norm)]
+
+
+def terms_of(model: LanguageModel, tokens: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    """The terms of the loss on `tokens` [B, T], by the names that messages use, [B]."""
     if isinstance(model, TarFlowLM):
-        terms = model.elbo(tokens, noise)[0].by_name()
-    else:
-        terms = {"log_prob": model.bound(tokens, noise)}
-    broken = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    return {
-        "nats_per_token": loss if math.isfinite(loss) else None,
-        "terms": [name for name, value in terms.items() if not torch.isfinite(value).all()],
-        "parameters": broken[:NAMED],
-        "gradients": dict(list(gradients.items())[:NAMED]),
-        "num_gradients": len(gradients),
-    }
-
-
-def in_words(record: dict[str, Any]) -> str:
-    """The record of a skipped step as one line: terms, parameters, and gradients with their ranges."""
-    gradients = []
-    for name, g in list(record["gradients"].items())[:2]:
-        others = ", the others in [{:.3g}, {:.3g}]".format(*g["range"]) if g["range"] else ""
-        gradients.append(f"{name} ({g['not_finite']} of {g['of']}{others})")
-    if record["num_gradients"] > len(gradients):
-        gradients.append(f"{record['num_gradients'] - len(gradients)} more")
-    parts = {"terms": record["terms"], "parameters": record["parameters"], "gradients": gradients}
-    found = "; ".join(f"{part} {', '.join(names) or 'all finite'}" for part, names in parts.items())
-    return f"the loss or gradient is not finite at step {record['step']}: {found}"
+        return model.elbo(tokens, noise)[0].by_name()
+    return {"log_prob": model.bound(tokens, noise)}
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Training states, from which `train --resume` continues: model, optimisers, counters and random states.
 
 state/step-NNNNNNNN/ is written by PyTorch's distributed checkpoint under a temporary name, with a manifest.json, and
-renamed when complete. A run resumes from the newest undamaged one. Unlike weights, states are trusted data: reading
-one may unpickle.
+renamed when complete, all in a thread of its own. A run resumes from the newest undamaged one. Unlike weights, states
+are trusted data: reading one may unpickle.
 """
 
 import logging
@@ -13,12 +13,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from tarflowlm.errors import UserError
 from tarflowlm.files import sync_file, sync_folder, write_json
@@ -41,6 +45,7 @@ class LogWindow:
     norms: list[float] = field(default_factory=list)  # gradient norm of every step
     tokens: int = 0
     seconds: float = 0.0  # training time
+    waited: float = 0.0  # the part of it in which the next batch was not there yet
 
 
 @dataclass
@@ -83,26 +88,16 @@ class Counters:
 
 
 def save_state(
-    directory: Path,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    generator: Generator,
-    saved: dict[str, Any],
-    *,
-    keep: int = 2,
-    processes: Processes = ALONE,
+    directory: Path, tensors: dict[str, Any], saved: dict[str, Any], *, keep: int, processes: Processes, group: Any
 ) -> None:
     """Write the state of step `saved["step"]`, with `saved` as counters.json, and delete all but the `keep` newest.
 
-    Collective: all processes write their shards into one shared folder; the first does the rest.
+    Collective over `group`: all processes write their shards into one shared folder; the first does the rest.
     """
     root, name = directory / STATE, f"step-{saved['step']:08d}"
     temporary = root / f".{name}"
-    if processes.first:
-        root.mkdir(exist_ok=True)
-    processes.wait()
     try:
-        save(_tensors(model, optimizers, generator), checkpoint_id=temporary, no_dist=processes.world == 1)
+        save(tensors, checkpoint_id=temporary, process_group=group, no_dist=processes.world == 1)
         if processes.first:
             write_json(temporary / COUNTERS, saved)
             write_manifest(temporary, [file.name for file in temporary.iterdir()])
@@ -117,27 +112,53 @@ def save_state(
     if processes.first:
         for old in sorted(root.glob("step-*"))[:-keep]:  # renamed first, so that no partial state is ever visible
             shutil.rmtree(old.rename(root / f".{old.name}"))
-    processes.wait()
+
+
+def local_parts(tensors: dict[str, Tensor]) -> list[Tensor]:
+    """The data of tensors, or of this process's shards of them, without a graph."""
+    return [(t.to_local() if isinstance(t, DTensor) else t).detach() for t in tensors.values()]
+
+
+def state_tensors(
+    model: nn.Module, optimizers: list[Optimizer], generator: Generator, copies: dict[str, dict[str, Tensor]]
+) -> dict[str, Any]:
+    """All tensors of a state: of model, optimisers and generator, and further `copies` of weights by name."""
+    model_state, optimizer_state = get_state_dict(model, optimizers)
+    return {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state(), **copies}
+
+
+def snapshot(tensors: dict[str, Any], processes: Processes) -> dict[str, Any]:
+    """A copy of `state_tensors` on the CPU, where shards are those of a mesh of CPUs."""
+    mesh = init_device_mesh("cpu", (processes.world,)) if processes.world > 1 else None
+
+    def copied(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor.detach().to("cpu", copy=True)
+        local, shape, stride = tensor.to_local().detach().to("cpu", copy=True), tensor.shape, tensor.stride()
+        return DTensor.from_local(local, mesh, tensor.placements, shape=shape, stride=stride)
+
+    return tree_map_only(Tensor, copied, tensors)
 
 
 def load_state(
-    state: Path, model: nn.Module, optimizers: list[Optimizer], generator: Generator, *, processes: Processes = ALONE
-) -> None:
-    """Load a state into model, optimisers and generator, built for the same stage; another number of processes may
-    have written it. Collective."""
-    tensors = _tensors(model, optimizers, generator)
+    state: Path, model: nn.Module, optimizers: list[Optimizer], generator: Generator,
+    copies: dict[str, dict[str, Tensor]], *, seed: int, processes: Processes = ALONE,
+) -> None:  # fmt: skip
+    """Load a state into model, optimisers, generator and copies, built for the same stage; another number of
+    processes may have written it. A generator of another kind of device gets `seed` instead. Collective."""
+    tensors = state_tensors(model, optimizers, generator, copies)
     try:
+        saved = FileSystemReader(state).read_metadata().state_dict_metadata["generator"]
+        if is_moved := saved.size != tensors["generator"].shape:  # type: ignore[union-attr]
+            del tensors["generator"]
         load(tensors, checkpoint_id=state, no_dist=processes.world == 1)
     except (CheckpointException, OSError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{state} does not fit this run ({reason}): does it belong to another run?") from None
     set_state_dict(model, optimizers, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizers"])
-    generator.set_state(tensors["generator"])
-
-
-def _tensors(model: nn.Module, optimizers: list[Optimizer], generator: Generator) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(model, optimizers)
-    return {"model": model_state, "optimizers": optimizer_state, "generator": generator.get_state()}
+    if is_moved:
+        logger.warning("%s is from another kind of device: the noise from here on is another", state.name)
+    generator.manual_seed(seed) if is_moved else generator.set_state(tensors["generator"])
 
 
 def newest_state(directory: Path) -> Path:

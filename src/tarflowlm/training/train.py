@@ -15,7 +15,7 @@ from tarflowlm.config import RunConfig
 from tarflowlm.data import SOURCE_NAMES, Corpus, cached_corpus, eval_windows
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
-from tarflowlm.files import full_disk_as_user_error, remove_leftovers, write_json, writer_lock
+from tarflowlm.files import flatten, full_disk_as_user_error, remove_leftovers, write_json, writer_lock
 from tarflowlm.runs.checkpoint import (
     BEST,
     CONFIG,
@@ -24,6 +24,7 @@ from tarflowlm.runs.checkpoint import (
     TOKENIZER,
     WEIGHTS,
     read_run,
+    read_summary,
     weights_problem,
     write_run,
 )
@@ -49,128 +50,91 @@ def no_stop_requests() -> Iterator[Callable[[], str | None]]:
 
 
 def train(
-    run: RunConfig,
-    out: Path,
-    *,
-    device: torch.device,
-    reporter: Reporter | None = None,
-    processes: Processes = ALONE,
-    stop_requests: StopRequests = no_stop_requests,
-) -> dict[str, Any]:
-    """Train `run` into the new directory `out`; returns the summary, also written to summary.json. Collective.
+    run: RunConfig, out: Path, *, device: torch.device, reporter: Reporter | None = None,
+    processes: Processes = ALONE, stop_requests: StopRequests = no_stop_requests,
+) -> dict[str, Any]:  # fmt: skip
+    """Train `run` in the directory `out`; returns the summary, also written to summary.json. Collective.
 
-    Raises UserError if `out` holds more than a start without weights, before anything is written; Stopped, with
-    everything saved, if `stop_requests` says so; FloatingPointError if the loss stays non-finite.
+    If `out` holds this run already, it goes on from the newest undamaged state, with the time that this had left; its
+    weights come out as if it had never stopped. The number of processes may differ from before. Of a finished run
+    this is the summary, unless the weights are damaged and have to be restored. Raises UserError, before anything is
+    written, if `out` is in use for anything else, or the text has changed; Stopped, with everything saved, if
+    `stop_requests` says so; FloatingPointError if the loss stays non-finite.
     """
     reporter = reporter or Reporter()
-    if processes.first:
-        check_new(out)
-    check_installed(run.train.track)
+    if begun := processes.from_first(processes.first and is_begun(out)):
+        run = _continued(run, out)
+        summary = read_summary(out) if processes.first and weights_problem(out) is None else None
+        if summary := processes.from_first(summary):
+            logger.info("%s is finished", out)
+            return summary
+    else:
+        check_installed(run.train.track)
     corpus = _corpus(run, reporter, processes)
-    if run.data.source not in SOURCE_NAMES:  # absolute, since the run directory may be used from other folders
-        run = replace(run, data=replace(run.data, source=str(Path(run.data.source).expanduser().resolve())))
     vocab_size = corpus.tokenizer.vocab_size
     if (given := run.model.vocab_size) not in (0, vocab_size):
         raise UserError(f"model.vocab_size {given}: the tokenizer has {vocab_size} symbols; leave it at 0")
-    run = replace(run, model=replace(run.model, vocab_size=vocab_size))
-    new = TrainingRun(run, out, corpus, device, reporter, processes)
+    run = _located(replace(run, model=replace(run.model, vocab_size=vocab_size)))
+    training = TrainingRun(run, out, corpus, device, reporter, processes)
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
     with _writing(out, processes):
-        if processes.first:
-            check_new(out)
-            remove_leftovers(out)
-            new.write_start()
-        return _train_stages(new, None, stop_requests)
+        if processes.first and is_begun(out) != begun:
+            raise UserError(f"{out} has just been begun by another process: repeat the command to go on with it")
+        state = processes.from_first(_state_to_resume(out) if processes.first and begun else None)
+        if processes.first and state is None:
+            training.write_start()
+        keep_freed_memory()
+        with stop_requests() as training.stop_signal:
+            try:
+                training.start(state)
+                while training.counters.stage < run.num_stages:
+                    training.leave_stage(train_stage(training))
+                return _finish(training)
+            finally:
+                training.close()
 
 
-def resume(
-    out: Path,
-    *,
-    device: torch.device,
-    reporter: Reporter | None = None,
-    processes: Processes = ALONE,
-    stop_requests: StopRequests = no_stop_requests,
-) -> dict[str, Any]:
-    """Resume a stopped run from its newest undamaged state; the weights come out as if it had never stopped.
-
-    A run that was stopped before its first checkpoint restarts from its configuration. A run with a time limit
-    continues with the time that its state had left. The number of processes may differ from before. Damaged weights
-    are restored from the state, also those of a finished run. Raises as `train`, and UserError if there is nothing to
-    resume or the text has changed.
-    """
-    reporter = reporter or Reporter()
-    run = read_run(out)
-    if run.optim.muon_precision == "auto":  # in configurations of earlier versions this was the only choice
-        run = replace(run, optim=replace(run.optim, muon_precision="bfloat16", muon_qkv="together"))
-    with _writing(out, processes):
-        state = processes.from_first(_state_to_resume(out) if processes.first else None)
-        resumed = TrainingRun(run, out, _corpus(run, reporter, processes), device, reporter, processes)
-        if state is None:
-            logger.info("%s has no checkpoint yet: restarting at step 0", out)
-            if processes.first:
-                resumed.write_start()
-        return _train_stages(resumed, state, stop_requests)
-
-
-def _train_stages(run: TrainingRun, state: Path | None, stop_requests: StopRequests) -> dict[str, Any]:
-    keep_freed_memory()
-    with stop_requests() as run.stop_signal:
-        run.start(state)
-        try:
-            while run.counters.stage < run.config.num_stages:
-                run.leave_stage(train_stage(run))
-            return _finish(run)
-        finally:
-            run.log.close()
+def resume(out: Path, **options: Any) -> dict[str, Any]:
+    """Go on with the run in `out`, as `train` with its configuration and these options."""
+    return train(read_run(out), out, **options)
 
 
 def _finish(run: TrainingRun) -> dict[str, Any]:
     run.model.eval()
     if minutes := run.config.train.minutes:
-        _fix_lengths(run)
+        run.config = _with_lengths(run)
     config, counters, parameters = run.config, run.counters, dict(run.model.named_parameters())
     windows = eval_windows(run.corpus.split("test"), config.model.context, config.train.test_windows or None)
     run.reporter.stage("evaluating the test split", len(windows))
     test = run.evaluate(windows, run.reporter)
+    trunk = sum(p.numel() for name, p in parameters.items() if "transformer." in name)
     summary = {
-        "preset": config.name,
-        "seed": config.seed,
-        "steps": counters.step,
-        "tokens": counters.tokens,
-        "stage_tokens": counters.stage_tokens,
-        "stage_seconds": [round(s, 2) for s in counters.seconds],
-        "stage_valid_bpc": counters.valid_bpc,
-        "seconds": round(sum(counters.seconds), 2),
-        "wall_seconds": round(run.seconds(), 2),
-        "minutes": minutes,
-        "parameters": sum(p.numel() for p in parameters.values()),
-        "trunk_parameters": sum(p.numel() for name, p in parameters.items() if "transformer." in name),
-        "test": test.to_json(),
-        "source": config.data.source,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processes": run.processes.world,
-        "device": str(run.device),
+        "preset": config.name, "seed": config.seed, "steps": counters.step, "tokens": counters.tokens,
+        "stage_tokens": counters.stage_tokens, "stage_seconds": [round(s, 2) for s in counters.seconds],
+        "stage_valid_bpc": counters.valid_bpc, "seconds": round(sum(counters.seconds), 2),
+        "wall_seconds": round(run.seconds(), 2), "minutes": minutes,
+        "parameters": sum(p.numel() for p in parameters.values()), "trunk_parameters": trunk,
+        "test": test.to_json(), "source": config.data.source, "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "processes": run.processes.world, "device": str(run.device),
         "machine": platform.machine(),
-    }
+    }  # fmt: skip
     if run.processes.first:
         write_json(run.out / SUMMARY, summary)
+        for directory in (run.out, run.out / BEST) if minutes else ():
+            write_run(directory, run.config, run.corpus.tokenizer)
     return summary
 
 
-def _fix_lengths(run: TrainingRun) -> None:
-    """At the end of a run with a time limit: replace the limit in its configuration by the steps it has taken."""
+def _with_lengths(run: TrainingRun) -> RunConfig:
+    """The configuration of a run whose time is over, with the steps it has taken in place of the limit."""
     train, spent = run.config.train, run.counters.spent
     total = 60 * train.minutes
     seconds = min(max(total - run.seconds(), 0.0), test_seconds(total, run.num_test_windows, spent))
     fitting = max(LEAST_TEST_WINDOWS, int(seconds / max(spent.per_window, 1e-9)))
     count = run.processes.from_first(min(run.num_test_windows, fitting))
     steps = tuple(run.counters.stage_steps)
-    run.config = replace(run.config, train=replace(train, minutes=0.0, stage_steps=steps, test_windows=count))
-    for directory in (run.out, run.out / BEST) if run.processes.first else ():
-        if directory.exists():
-            write_run(directory, run.config, run.corpus.tokenizer)
+    return replace(run.config, train=replace(train, minutes=0.0, stage_steps=steps, test_windows=count))
 
 
 @contextmanager
@@ -182,11 +146,16 @@ def _writing(out: Path, processes: Processes) -> Iterator[None]:
         yield
 
 
+def _located(run: RunConfig) -> RunConfig:
+    """The run with an absolute path to its text, since its directory may be used from other folders."""
+    source = run.data.source
+    path = source if source in SOURCE_NAMES else str(Path(source).expanduser().resolve())
+    return replace(run, data=replace(run.data, source=path))
+
+
 def _state_to_resume(out: Path) -> Path | None:
     """The state to resume, or None without a checkpoint. Removes files that a kill left incomplete."""
     damage, states = weights_problem(out), out / STATE
-    if (out / SUMMARY).exists() and damage is None:
-        raise UserError(f"{out} is finished: there is nothing to resume; start a new run with another --out")
     for folder in (out, out / BEST):
         remove_leftovers(folder)
     for partial in states.glob(".step-*"):
@@ -199,22 +168,41 @@ def _state_to_resume(out: Path) -> Path | None:
     return state
 
 
-def check_new(out: Path) -> None:
-    """UserError if `out` exists and holds anything but the remains of a run that ended before it saved weights."""
-    if not out.exists():
-        return
-    # the folder that `write_start` writes last, and no other program does
-    begun = (out / STATE).is_dir() and not any((out / STATE).iterdir())
-    leftovers = {CONFIG, TOKENIZER, METRICS, STATE} if begun else set()
-    if not out.is_dir() or any(path.name not in leftovers and path.name[0] != "." for path in out.iterdir()):
-        can_resume = (out / STATE).is_dir() and not (out / SUMMARY).exists()
-        resume_it = f", or resume it with `train --resume {out}`" if can_resume else ""
-        raise UserError(f"{out} exists already: choose another --out{resume_it}")
+def is_begun(out: Path) -> bool:
+    """Whether `out` holds a run that has saved something. UserError if it is in use for anything else."""
+    # `write_start` makes that folder first, and no other program does
+    is_run = (out / STATE).is_dir()
+    if is_run and (any((out / STATE).iterdir()) or (out / WEIGHTS).exists()):
+        return True
+    left = {CONFIG, TOKENIZER, METRICS, STATE} if is_run else set()
+    if out.exists() and (not out.is_dir() or any(p.name not in left and p.name[0] != "." for p in out.iterdir())):
+        raise UserError(f"{out} exists already, and is no run that could go on: choose another --out")
+    return False
+
+
+def _continued(run: RunConfig, out: Path) -> RunConfig:
+    """The run in `out`; UserError, naming the first field that differs, unless it is `run`."""
+    found = read_run(out)
+    asked, held = flatten(_located(run)), flatten(found)
+    # left open, they are decided as a run begins, and the limit of time is replaced as it ends
+    decided = [("model.vocab_size", 0), ("optim.muon_precision", "auto")]
+    if run.train.minutes and (summary := read_summary(out)):
+        held["train.minutes"] = summary["minutes"]
+        decided += [(name, asked[name]) for name in ("train.stage_steps", "train.test_windows")]
+    for name in asked | held:
+        ours, theirs = asked.get(name), held.get(name)
+        if ours != theirs and (name, ours) not in decided:
+            remedy = f"go on with `tarflowlm train --resume {out}`, or choose another --out"
+            raise UserError(f"{name} {ours}: the run in {out} has {theirs}; {remedy}")
+    if found.optim.muon_precision == "auto":  # in configurations of earlier versions this was the only choice
+        found = replace(found, optim=replace(found.optim, muon_precision="bfloat16", muon_qkv="together"))
+    return found
 
 
 def _corpus(run: RunConfig, reporter: Reporter, processes: Processes) -> Corpus:
     with processes.first_alone():
-        corpus = cached_corpus(run.data.source, run.data.tokenizer, progress=reporter)
+        options: dict[str, Any] = {"progress": reporter, "may_download": processes.world == 1}
+        corpus = cached_corpus(run.data.source, run.data.tokenizer, **options)
     for name in ("train", "valid", "test"):
         have = corpus.num_tokens(name)
         if have < run.model.context:
