@@ -194,7 +194,7 @@ class TrainConfig(Config):
     checkpoint_activations: bool = False
     """Keep only the inputs of a Transformer layer and recompute the layer in the backward pass."""
     compile: bool | None = None
-    """Compile the loss with torch.compile; None: if `precision` is bfloat16, on a CUDA GPU with a compiler."""
+    """Compile the Transformer layers; None: if `precision` is bfloat16, on a CUDA GPU with a compiler."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 500

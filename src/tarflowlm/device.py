@@ -59,8 +59,8 @@ def numerics_problem(device: torch.device) -> str | None:
         found = maps(device, torch.float32)
     except (RuntimeError, TypeError) as error:  # say, an operator that is not implemented there
         return str(error).strip().splitlines()[0]
-    error = ((found - maps(torch.device("cpu"), torch.float64)).abs() / (1 + found.abs())).max().item()
-    return None if error < 1e-3 else f"an error of {error:.1g}"  # NaN is not below
+    off = ((found - maps(torch.device("cpu"), torch.float64)).abs() / (1 + found.abs())).max().item()
+    return None if off < 1e-3 else f"an error of {off:.1g}"  # NaN is not below
 
 
 def missing_for_compilation(device: torch.device) -> str | None:

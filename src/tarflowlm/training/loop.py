@@ -234,7 +234,9 @@ class StepLog:
     def _record_skipped(self, step: PendingStep, loss: float) -> None:
         """Record what is not finite: gradients of the step, and parameters and terms of the loss as they are now, on
         a GPU perhaps some steps later. Collective."""
-        counters, parameters = self.counters, dict(self.run.model.named_parameters())
+        counters, model = self.counters, self.run.model
+        # those that do not train are not sharded where others are
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         counters.skipped += 1
         gradients = not_finite(step.result.names, step.result.norms)
         found = {"terms": self._broken_terms(step.tokens)}
@@ -256,12 +258,12 @@ class StepLog:
         train, root = parallel.config.train, parallel.loss if isinstance(parallel.loss, FSDPModule) else None
         if root is not None:
             root.unshard()  # this is not its forward, which would do so
-        with seeded(0), torch.autocast(rows.device.type, torch.bfloat16, enabled=train.precision == "bfloat16"):
+        half = torch.autocast(rows.device.type, torch.bfloat16, enabled=train.precision == "bfloat16")
+        with seeded(0), half, parallel.compiling():
             for tokens in rows.chunk(train.accumulate):
                 terms = terms_of(parallel.model, tokens, parallel.model.draw_noise(tokens, generator))
                 found |= {name: found.get(name, False) or not bool(x.isfinite().all()) for name, x in terms.items()}
-        if root is not None:
-            root.reshard()
+        parallel.reshard()
         return [name for name, broken in found.items() if parallel.processes.any(broken)]
 
     def write_line(self, lr: float) -> None:

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -128,7 +129,10 @@ def launched(device: torch.device) -> Iterator[Processes]:
         torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise UserError(f"device {device.type}: serves only one process; use --device cpu, or train without torchrun")
-    dist.init_process_group(backend, timeout=PATIENCE)
+    # processes that torchrun starts again would find in its store the addresses of those that have ended
+    store, rank, world = next(rendezvous("env://"))
+    store = dist.distributed_c10d.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
     if dist.get_rank():
         logging.getLogger("tarflowlm").setLevel(logging.ERROR)  # the first process gives the notices
     # happens for heads under FSDP2; harmless, since nothing here is changed in place

@@ -209,7 +209,7 @@ def rosenblatt_forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     below that can be left out from there on. Once few components are left, the other channels are summed over the
     remaining pairs of rows and components. Rows where a tail is below exp(-ROOM) are left to `rosenblatt`.
     """
-    dim, pairs = z.shape[1], None
+    dim, pairs = z.shape[1], list[Tensor]()
     best = (point_factors(z).float() @ component_factors(mean, log_std).float().T).argmax(-1)
     inv_std, own = torch.exp(-log_std) * SQRT_HALF, log_std[best, None]
     falls = ((z - mean[best]) * inv_std[best, None]).square().add_(own)
@@ -235,12 +235,14 @@ def rosenblatt_forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
             alive = log_alpha >= -(rests[:, i, None] + reach(z.dtype, len(mean)))
             # no tensor over pairs and channels is then larger than those over rows and components
             if alive.sum() * (dim - i) <= alive.numel():
-                pairs = alive.nonzero().unbind(-1)
+                pairs += alive.nonzero().unbind(-1)
                 break
-    if pairs is None:
-        total = exp_clamped(log_alpha).sum(-1)
+    if pairs:
+        rows, components = pairs
+        over = z, log_alpha[rows, components], rows, components, mean, log_std, falls, tail, side
+        total = _rosenblatt_over_pairs(*over, start=i + 1)
     else:
-        total = _rosenblatt_over_pairs(z, log_alpha[pairs], *pairs, mean, log_std, falls, tail, side, i + 1)
+        total = exp_clamped(log_alpha).sum(-1)
     log_p = torch.log(total) + log_p.squeeze(-1)
     is_larger = tail > 0.5
     log_tail = torch.where(is_larger, torch.log1p(-tail), torch.log(tail))
@@ -249,10 +251,10 @@ def rosenblatt_forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     fine = ((tail >= math.exp(-ROOM)) & (tail <= 0.95)).all(-1) & torch.isfinite(log_p)
     rest = (~fine).nonzero().squeeze(-1)
     if len(rest):
-        wide = (t.to(wide_dtype(z)) for t in (z[rest], log_w[rest], mean, log_std))
-        found, log_det = rosenblatt(*wide)
-        u[rest] = found.to(z.dtype)
-        log_p[rest] = (log_det + log_standard_normal_vectors(found)).to(z.dtype)
+        z, log_w, mean, log_std = (t.to(wide_dtype(z)) for t in (z[rest], log_w[rest], mean, log_std))
+        found, log_det = rosenblatt(z, log_w, mean, log_std)
+        u[rest] = found.to(u.dtype)
+        log_p[rest] = (log_det + log_standard_normal_vectors(found)).to(u.dtype)
     return u, log_p
 
 
