@@ -9,7 +9,8 @@ Shape legend: as in `couplings`.
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,7 +20,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights, Conditional, Conditionals, Coupling
-from tarflowlm.flow.heads import AutoregressiveHead
+from tarflowlm.flow.heads import AutoregressiveHead, HeadWeights
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.transformer import full_precision
 
@@ -31,8 +32,6 @@ _MAX_NEWTON = 2048
 """Largest number of elements B C for which a channel coupling tries Newton steps."""
 _MAX_NEWTON_COMPONENTS = 8
 """With more components a block is hardly near the identity at every position, and the trial would be in vain."""
-_MAX_SWEPT = 512
-"""Largest number of elements B C that a channel coupling inverts in sweeps."""
 
 
 class Newton:
@@ -94,39 +93,39 @@ class ChannelCoupling(Coupling):
         return torch.addcmul(z, residual, torch.exp(-log_det)), residual
 
     def conditionals(
-        self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None, *, earlier: Sequence[Tensor] = ()
+        self,
+        features: Float[Tensor, "B D"],
+        adjust: AdjustWeights | None = None,
+        *,
+        earlier: Sequence[Tensor] = (),
+        weights: HeadWeights | None = None,
     ) -> Conditionals:
         assert adjust is None, "the components of a channel are not tokens"
-        state = self.head.start(features)
+        state = self.head.start(features, weights)
         for known in earlier:
             state = self.head.observe(state, known)
         for _ in range(len(earlier), self.head.groups):
-            z = yield self.conditional([p[0] for p in self.head.step(state)])
+            z = yield self.conditional(self.head.step(state))
             assert z is not None
             state = self.head.observe(state, z)
 
-    def invert(self, u: Tensor, features: Tensor, adjust: AdjustWeights | None = None) -> Tensor:
-        """The latents z_n [B, C] of one position, from its noise u_n [B, C] and features c_n [B, D].
+    def inverter(self) -> Callable[[Tensor, Tensor, AdjustWeights | None], Tensor]:
+        return partial(self.invert, weights=HeadWeights(self.head))
 
-        Where Newton steps do not converge, a small batch is inverted in fixed-point sweeps over all groups, until
-        nothing changes; G sweeps always suffice. There a call costs the same for one group as for all of them.
-        """
-        assert adjust is None, "the components of a channel are not tokens"
-        if torch.is_grad_enabled():
-            return super().invert(u, features)
+    def invert(
+        self,
+        u: Float[Tensor, "B C"],
+        features: Float[Tensor, "B D"],
+        adjust: AdjustWeights | None = None,
+        *,
+        weights: HeadWeights | None = None,
+    ) -> Float[Tensor, "B C"]:
+        """The latents z_n of one position, from its noise u_n and features c_n: by Newton steps where they converge,
+        else group by group."""
         tried = u.numel() <= _MAX_NEWTON and self.components <= _MAX_NEWTON_COMPONENTS
-        if tried and (near := self._invert_near_identity(u, features)) is not None:
+        if tried and not torch.is_grad_enabled() and (near := self._invert_near_identity(u, features)) is not None:
             return near
-        if u.numel() > _MAX_SWEPT:
-            return super().invert(u, features)
-        B, G, size = len(u), self.head.groups, self.group
-        noise, z = u.view(B, G, size).transpose(0, 1).reshape(-1, size), u
-        for _ in range(G):
-            parameters, before = [p.reshape(G * B, -1) for p in self.head(features[:, None], z[:, None])], z
-            z = self.conditional(parameters).inverse(noise).view(G, B, size).transpose(0, 1).flatten(1)
-            if ((z - before).abs() <= 4 * torch.finfo(u.dtype).eps * (1 + z.abs())).all():
-                break
-        return z
+        return self._walk(u, self.conditionals(features, adjust, weights=weights))
 
     def _invert_near_identity(self, u: Tensor, features: Tensor) -> Tensor | None:
         """`invert` by Newton steps from the guess z = u, or None where they do not converge quickly."""

@@ -16,14 +16,32 @@ from torch import Tensor, nn
 from tarflowlm.flow.transformer import full_precision, widen
 
 
+class HeadWeights:
+    """The weights of a head as `step` reads them: [inputs, outputs], group by group, with their factors.
+
+    Made once, they serve any number of positions; they keep the values and the graph of that time.
+    """
+
+    def __init__(self, head: "AutoregressiveHead") -> None:
+        known = range(head.groups if head.num_known else 0)
+        outputs = zip(head.weights, head.biases, head.scale, strict=True)
+        scaled = [zip((w * s).unbind(), (b * s).unbind(), strict=True) for w, b, s in outputs]
+        # of every group its outputs' ([M, O], [O]), and from earlier groups [g A, M] and [g C/G, O]
+        self.outputs = list(zip(*scaled, strict=True))
+        self.cross = [head.cross[g, :, :g].reshape(head.hidden, -1).t().contiguous() for g in known]
+        self.evidence = None if head.evidence is None else [head.evidence[g, :g].flatten(0, 1) for g in known]
+
+
 @dataclass(frozen=True)
 class GroupState:
     """The state of a head inside one position."""
 
-    context: Tensor  # W^context_g c of every group, [G, B, M]
+    weights: HeadWeights
+    context: tuple[Tensor, ...]  # W^context_g c of every group, [B, M]
     shared: Tensor | None  # W^shared c, the linear path into the first output, [B, O]
-    values: tuple[Tensor, ...] = ()  # of the groups observed so far, [B, C/G]
-    embedded: tuple[Tensor, ...] = ()  # their embeddings e_g, [B, A]
+    num_groups: int = 0  # observed so far
+    values: Tensor | None = None  # of these, [B, g C/G]
+    embedded: Tensor | None = None  # their embeddings e, [B, g A]
 
 
 LARGEST_LOG_STD, ROOM = 8.0, 4.0
@@ -37,7 +55,8 @@ def bounded_log_std(x: Tensor) -> Tensor:
     it: exp(-8) is a hundredth of the scale of a sharp code.
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = torch.aminmax(x.detach()) if x.numel() else (0.0, 0.0)
+        # numbers at once: comparing tensors would take longer than the search
+        low, high = map(float, torch.aminmax(x.detach())) if x.numel() else (0.0, 0.0)
         if low >= -LARGEST_LOG_STD and high <= LARGEST_LOG_STD:
             return x
     inside = x.clamp(-LARGEST_LOG_STD, LARGEST_LOG_STD)
@@ -132,32 +151,40 @@ class AutoregressiveHead(nn.Module):
                     first = first + z.reshape(B * N, -1)[:, : -self.channels] @ evidence
         return [out.view(self.groups, B, N, -1) for out in (first, *rest)]
 
-    def start(self, features: Float[Tensor, "B D"]) -> GroupState:
+    def start(self, features: Float[Tensor, "B D"], weights: HeadWeights | None = None) -> GroupState:
         """The state before the first group of a position. `step` then gives parameters, `observe` takes a value."""
-        context = self.context(features).view(len(features), self.groups, self.hidden).transpose(0, 1)
-        return GroupState(context, None if self.shared is None else self.shared(features))
+        context, shared = widen(self.context(features)).split(self.hidden, -1), None
+        if self.shared is not None:
+            shared = widen(self.shared(features))
+        return GroupState(HeadWeights(self) if weights is None else weights, context, shared)
 
     def step(self, state: GroupState) -> list[Tensor]:
-        """Parameters of the first group not yet observed: one [1, B, O] per output."""
-        hidden = state.context[g := len(state.values)]
-        if g and self.num_known:
-            hidden = hidden + torch.cat(state.embedded, -1) @ self.cross[g, :, :g].reshape(self.hidden, -1).T
-        outputs = self._read_out(hidden[None], slice(g, g + 1))
-        if state.shared is not None and self.evidence is not None:
-            outputs[0] = outputs[0] + widen(state.shared)
-            if g and self.num_known:
-                with full_precision(state.context):
-                    outputs[0] = outputs[0] + torch.cat(state.values, -1) @ self.evidence[g, :g].flatten(0, 1)
+        """Parameters of the first group not yet observed: one [B, O] per output."""
+        weights, g = state.weights, state.num_groups
+        hidden, (first, *rest) = state.context[g], weights.outputs[g]
+        with full_precision(hidden):
+            if state.embedded is not None:
+                hidden = torch.addmm(hidden, state.embedded, weights.cross[g])
+            active, start = F.gelu(hidden), first[1]
+            if state.shared is not None:
+                start = start + state.shared
+                if state.values is not None and weights.evidence is not None:
+                    start = torch.addmm(start, state.values, weights.evidence[g])
+            outputs = [torch.addmm(bias, active, weight) for weight, bias in ((first[0], start), *rest)]
+        if self.log_std_last:
+            outputs[-1] = bounded_log_std(outputs[-1])
         return outputs
 
     def observe(self, state: GroupState, z: Float[Tensor, "B channels"]) -> GroupState:
         """The state after the next group took the value z [B, C/G]; `state` itself is unchanged."""
-        g, embedded = len(state.values), state.embedded
+        g, values, embedded = state.num_groups, state.values, state.embedded
         if g == self.groups - 1:  # nothing depends on the last group
             return state
         if self.num_known:
-            embedded = (*embedded, self._embed(z[None], self.embed[g : g + 1])[0])
-        return replace(state, values=(*state.values, z), embedded=embedded)
+            e = widen(self._embed(z, self.embed[g]))
+            embedded = e if embedded is None else torch.cat((embedded, e), -1)
+            values = z if values is None else torch.cat((values, z), -1)
+        return replace(state, num_groups=g + 1, values=values, embedded=embedded)
 
 
 @dataclass(frozen=True)
@@ -205,7 +232,7 @@ class TokenFeatures(nn.Module):
     def step(self, state: PatchState) -> Float[Tensor, "B D"]:
         """Features of the first token not yet observed."""
         x, inner = state.places[:, state.num_tokens], state.head_state
-        return x if self.head is None or inner is None else x + self.head.step(inner)[0][0]
+        return x if self.head is None or inner is None else x + self.head.step(inner)[0]
 
     def observe(self, state: PatchState, z: Float[Tensor, "B d"]) -> PatchState:
         """The state after the next token took the latents z; `state` itself is unchanged."""

@@ -128,9 +128,11 @@ class _Inversion:
     def step(self, until: int) -> None:
         """Invert position by position, up to position `until`."""
         self.cache.rewind(self.at)
+        invert = self.block.coupling.inverter()
         while self.at < until:
-            noise, previous = self.noise[:, self.at], self.h[:, self.at - 1] if self.at else None
-            self.h[:, self.at] = self.block.invert_position(noise, self.cache, previous, self.adjust)
+            previous = self.h[:, self.at - 1] if self.at else None
+            features = self.block.features_at(self.cache, previous, len(self.h))
+            self.h[:, self.at] = invert(self.noise[:, self.at], features, self.adjust)
             self.passes += 1
             self._advance(1)
             if self.on_final is not None:

@@ -39,6 +39,11 @@ _NEWTON_STEP = {torch.float32: 2.0**-11, torch.float64: 2.0**-26}
 """A step this small, over the narrowest scale, is the last: the next would be about its square."""
 _MOST_STEPS = 300
 
+_ALONE = 200
+"""Rows of a scalar mixture, times components and `_CALL`, up to which they are solved one by one (measured)."""
+_FEWEST_STEPS_TOGETHER, _MOST_STEPS_TOGETHER = 3, 6
+_LARGEST = 26.4
+"""As in `cpu_forward`."""
 _MOST_ROWS, _MOST_COMPONENTS = 128, 256
 _CALL = 12
 """A step costs as much as this many components before it has visited one."""
@@ -91,6 +96,78 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     return torch.tensor(found, dtype=u.dtype).view_as(u), left
 
 
+def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, list[int]]:
+    """z [N] of scalar mixtures with parameters [N or 1, K], and the rows that were left out."""
+    log_w, log_std = (p.double().expand(len(u), -1) for p in (log_w, log_std))
+    weight, mean, std = torch.softmax(log_w, -1), mean.double().expand(len(u), -1), torch.exp(log_std)
+    if len(u) * (mean.shape[1] + _CALL) <= _ALONE:
+        z, left = _row_by_row(u.tolist(), weight, mean, std, u.dtype)
+        return torch.tensor(z, dtype=u.dtype), left
+    z, open_rows = _together(u, weight, mean, std)
+    if not open_rows:
+        return z, open_rows
+    rest, left = _row_by_row(u[open_rows].tolist(), weight[open_rows], mean[open_rows], std[open_rows], u.dtype)
+    z[open_rows] = torch.tensor(rest, dtype=u.dtype)
+    return z, [open_rows[row] for row in left]
+
+
+def _row_by_row(
+    u: list[float], weight: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype
+) -> tuple[list[float], list[int]]:
+    """z of some rows, NaN for those that are left out, and which these are."""
+    found, step, eps = list[float](), _NEWTON_STEP[dtype], torch.finfo(dtype).eps
+    for y, w, m, s in zip(u, weight.tolist(), mean.tolist(), std.tolist(), strict=True):
+        z, tail, narrowest = nan, 0.5 * erfc(SQRT_HALF * abs(y)), min(s)
+        # written so that not a number is refused
+        if narrowest > 0.0 and tail > _SMALLEST_TAIL and isfinite(sum(s) + sum(m)):
+            # together, components that are left out amount to an eighth of a rounding of the tail at most
+            least = 0.125 * eps * tail / len(w)
+            live = [k for k, share in enumerate(w) if share > least]
+            if live:
+                live.sort(key=m.__getitem__)
+                z, _ = _solve(y, live, w, m, s, [1.0 / one for one in s], step * narrowest, eps)
+        found.append(z)
+    return found, [row for row, z in enumerate(found) if z != z]
+
+
+def _together(u: Tensor, weight: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, list[int]]:
+    """z [N], and the rows in which it is not right yet; parameters [N, K] in float64.
+
+    `_solve` in tensors, without its bracket: Newton steps from the same start, until few rows are left.
+    """
+    side, y = torch.copysign(std.new_ones(()), u[:, None]), u[:, None].double().abs()
+    tail = torch.erfc(y * SQRT_HALF).mul_(0.5)
+    # the upper tail comes first
+    center, order = (side * mean).sort(-1, descending=True)
+    weight, std = weight.gather(-1, order), std.gather(-1, order)
+    up_to = weight.cumsum(-1)
+    k = torch.searchsorted(up_to, tail).clamp_(max=weight.shape[1] - 1)
+    share = (tail - (up_to - weight).gather(-1, k)).div_(weight.gather(-1, k))
+    quantile = torch.special.ndtri(share.clamp_(_SMALLEST_SHARE, _LARGEST_SHARE))
+    x = torch.addcmul(center.gather(-1, k), std.gather(-1, k), quantile, value=-1.0)
+    low, high = torch.aminmax(torch.addcmul(center, std, y), dim=-1, keepdim=True)
+    inv_std = std.reciprocal()
+    scaled, density_weight = inv_std * SQRT_HALF, (inv_std * weight).unsqueeze(-1)
+    offset, weight = (center * scaled).neg_(), (0.5 * weight).unsqueeze(-1)
+    narrowest, eps = _NEWTON_STEP[u.dtype] * std.amin(-1, keepdim=True), torch.finfo(u.dtype).eps
+    for number in range(1, _MOST_STEPS_TOGETHER + 1):
+        a = torch.addcmul(offset, x, scaled).clamp_(-_LARGEST, _LARGEST).unsqueeze(1)
+        mass = torch.bmm(torch.erfc(a), weight).squeeze(-1)
+        density = torch.bmm(a.square_().neg_().exp_(), density_weight).squeeze(-1)
+        here = torch.special.ndtri(mass.clamp_(_SMALLEST_SHARE, _LARGEST_SHARE))  # minus the noise
+        size = (here * here).mul_(-0.5).exp_().mul_(here.add_(y)).div_(density)
+        x = torch.minimum(torch.maximum(x + size, low), high)
+        if number < _FEWEST_STEPS_TOGETHER:
+            continue
+        # negated, so that not a number is open
+        is_open = ~(size.abs() <= torch.add(narrowest, x.abs(), alpha=4.0 * eps)).squeeze(-1)
+        is_open = is_open.logical_or_((tail <= _SMALLEST_TAIL).squeeze(-1))
+        open_rows = is_open.nonzero().squeeze(-1).tolist()
+        if len(open_rows) <= len(u) // 8:
+            break
+    return (x * side).squeeze(-1).to(u.dtype), open_rows
+
+
 def _book(mean: Tensor, log_std: Tensor) -> _Book | None:
     """None unless all of it is finite."""
     std = torch.exp(log_std.double())
@@ -121,7 +198,7 @@ def _row(noise: list[float], weight: list[float], book: _Book) -> tuple[list[flo
         else:
             if z:
                 live.sort(key=mean.__getitem__)
-            x, steps = _solve(u, live, weight, mean, book)
+            x, steps = _solve(u, live, weight, mean, book.std, book.inv_std, book.step, book.eps)
             visits += steps * (len(live) + _CALL)
         if book.single:  # the channels that follow are conditioned on what is returned
             x = c_float(x).value
@@ -155,9 +232,17 @@ def _update(
     return left, dropped + (len(near) - len(left)) * _DROPPED
 
 
-def _solve(u: float, live: list[int], weight: list[float], mean: list[float], book: _Book) -> tuple[float, int]:
+def _solve(
+    u: float,
+    live: list[int],
+    weight: list[float],
+    mean: list[float],
+    std: list[float],
+    inv_std: list[float],
+    step: float,
+    eps: float,
+) -> tuple[float, int]:
     """x with F(x) = Phi(u), of the components `live`, sorted by mean, or NaN; and the number of steps."""
-    std, inv_std = book.std, book.inv_std
     side, y = (1.0, u) if u >= 0.0 else (-1.0, -u)
     rest, k = 0.5 * erfc(SQRT_HALF * y), 0
     for k in reversed(live) if u >= 0.0 else live:
@@ -167,7 +252,7 @@ def _solve(u: float, live: list[int], weight: list[float], mean: list[float], bo
     share = min(max(rest / weight[k], _SMALLEST_SHARE), _LARGEST_SHARE)
     x = mean[k] - side * std[k] * _quantile(share)
     low, high, last, beyond = inf, -inf, inf, y + _CERTAIN
-    for step in range(1, _MOST_STEPS + 1):
+    for number in range(1, _MOST_STEPS + 1):
         tail = density = 0.0
         for k in live:
             a = side * (x - mean[k]) * inv_std[k]
@@ -178,9 +263,9 @@ def _solve(u: float, live: list[int], weight: list[float], mean: list[float], bo
                 density += weight[k] * inv_std[k] * exp(-0.5 * a * a)
         here = -_quantile(min(max(tail, _SMALLEST_SHARE), _LARGEST_SHARE))
         size = (y - here) * exp(-0.5 * here * here) / density if density else inf
-        following, enough = x + side * size, book.step + 4.0 * book.eps * abs(x)
+        following, enough = x + side * size, step + 4.0 * eps * abs(x)
         if abs(size) <= enough:
-            return following, step
+            return following, number
         if low > high:
             ends = [mean[k] + std[k] * u for k in live]
             low, high = min(ends), max(ends)
@@ -190,7 +275,7 @@ def _solve(u: float, live: list[int], weight: list[float], mean: list[float], bo
             high = min(high, x)
         if not low <= following <= high or abs(size) > 0.5 * last:
             following = low + 0.5 * (high - low)
-            if high - low <= 4.0 * book.eps * abs(following):
-                return following, step
+            if high - low <= 4.0 * eps * abs(following):
+                return following, number
         last, x = abs(following - x), following
     return nan, _MOST_STEPS
