@@ -6,7 +6,8 @@ contiguous, [G, B, N, O]: the elementwise kernels that read them are bound by me
 that layout at no extra cost.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +30,10 @@ class HeadWeights:
         # of every group its outputs' ([M, O], [O]), and from earlier groups [g A, M] and [g C/G, O]
         self.outputs = list(zip(*scaled, strict=True))
         self.cross = [head.cross[g, :, :g].reshape(head.hidden, -1).t().contiguous() for g in known]
-        self.evidence = None if head.evidence is None else [head.evidence[g, :g].flatten(0, 1) for g in known]
+        self.evidence = [] if head.evidence is None else [head.evidence[g, :g].flatten(0, 1) for g in known]
 
 
-@dataclass(frozen=True)
-class GroupState:
+class GroupState(NamedTuple):
     """The state of a head inside one position."""
 
     weights: HeadWeights
@@ -123,10 +123,13 @@ class AutoregressiveHead(nn.Module):
     def _embed(self, z: Tensor, embed: Tensor) -> Tensor:
         return F.gelu(torch.cat((z, F.elu(z), F.elu(-z)), dim=-1) @ embed)
 
-    def _read_out(self, hidden: Tensor, groups: slice) -> list[Tensor]:
-        """Outputs of some groups: [groups, rows, M] -> one [groups, rows, O] per output, at least float32."""
-        active, parts = F.gelu(hidden), zip(self.weights, self.biases, self.scale, strict=True)
-        outputs = [widen(active @ (w[groups] * scale)) + b[groups, None] * scale for w, b, scale in parts]
+    def _read_out(self, hidden: Tensor) -> list[Tensor]:
+        """Outputs of all groups: [G, rows, M] -> one [G, rows, O] per output, at least float32."""
+        # one product for all outputs, which reads the hidden units once
+        weight = torch.cat([w * scale for w, scale in zip(self.weights, self.scale, strict=True)], -1)
+        parts = (F.gelu(hidden) @ weight).split([w.shape[-1] for w in self.weights], -1)
+        biases = zip(parts, self.biases, self.scale, strict=True)
+        outputs = [widen(part) + b[:, None] * scale for part, b, scale in biases]
         if self.log_std_last:
             outputs[-1] = bounded_log_std(outputs[-1])
         return outputs
@@ -139,9 +142,9 @@ class AutoregressiveHead(nn.Module):
         if self.num_known:
             known = self._embed(values[:-1], self.embed).transpose(0, 1).reshape(B * N, -1)
             cross = (self.cross * self.mask[:, None, :, None]).reshape(self.groups * self.hidden, -1)
-            hidden = hidden + F.linear(known, cross)
+            hidden = torch.addmm(hidden, known, cross.T)
         by_group = hidden.view(B * N, self.groups, self.hidden).transpose(0, 1)
-        first, *rest = self._read_out(by_group, slice(None))
+        first, *rest = self._read_out(by_group)
         if self.shared is not None and self.evidence is not None:
             first = first + widen(self.shared(features)).view(1, B * N, -1)
             if self.num_known:
@@ -152,39 +155,39 @@ class AutoregressiveHead(nn.Module):
         return [out.view(self.groups, B, N, -1) for out in (first, *rest)]
 
     def start(self, features: Float[Tensor, "B D"], weights: HeadWeights | None = None) -> GroupState:
-        """The state before the first group of a position. `step` then gives parameters, `observe` takes a value."""
-        context, shared = widen(self.context(features)).split(self.hidden, -1), None
-        if self.shared is not None:
-            shared = widen(self.shared(features))
+        """The state before the first group of a position. `step` then gives parameters, `observe` takes a value.
+
+        This walk is not for half precision: turn autocast off.
+        """
+        context = self.context(features).split(self.hidden, -1)
+        shared = None if self.shared is None else self.shared(features)
         return GroupState(HeadWeights(self) if weights is None else weights, context, shared)
 
     def step(self, state: GroupState) -> list[Tensor]:
         """Parameters of the first group not yet observed: one [B, O] per output."""
-        weights, g = state.weights, state.num_groups
-        hidden, (first, *rest) = state.context[g], weights.outputs[g]
-        with full_precision(hidden):
-            if state.embedded is not None:
-                hidden = torch.addmm(hidden, state.embedded, weights.cross[g])
-            active, start = F.gelu(hidden), first[1]
-            if state.shared is not None:
-                start = start + state.shared
-                if state.values is not None and weights.evidence is not None:
-                    start = torch.addmm(start, state.values, weights.evidence[g])
-            outputs = [torch.addmm(bias, active, weight) for weight, bias in ((first[0], start), *rest)]
+        weights, context, shared, g, values, embedded = state
+        hidden = context[g] if embedded is None else torch.addmm(context[g], embedded, weights.cross[g])
+        active, outputs = F.gelu(hidden), list[Tensor]()
+        for weight, bias in weights.outputs[g]:
+            if shared is not None and not outputs:
+                bias = bias + shared
+                if values is not None:
+                    bias = torch.addmm(bias, values, weights.evidence[g])
+            outputs.append(torch.addmm(bias, active, weight))
         if self.log_std_last:
             outputs[-1] = bounded_log_std(outputs[-1])
         return outputs
 
     def observe(self, state: GroupState, z: Float[Tensor, "B channels"]) -> GroupState:
         """The state after the next group took the value z [B, C/G]; `state` itself is unchanged."""
-        g, values, embedded = state.num_groups, state.values, state.embedded
+        weights, context, shared, g, values, embedded = state
         if g == self.groups - 1:  # nothing depends on the last group
             return state
         if self.num_known:
-            e = widen(self._embed(z, self.embed[g]))
-            embedded = e if embedded is None else torch.cat((embedded, e), -1)
+            e = self._embed(z, self.embed[g])
             values = z if values is None else torch.cat((values, z), -1)
-        return replace(state, num_groups=g + 1, values=values, embedded=embedded)
+            embedded = e if embedded is None else torch.cat((embedded, e), -1)
+        return GroupState(weights, context, shared, g + 1, values, embedded)
 
 
 @dataclass(frozen=True)
