@@ -35,23 +35,24 @@ _MAX_NEWTON_COMPONENTS = 8
 
 
 class Newton:
-    """Follows Newton steps from the guess h = u: do they converge, and at which positions have they?
+    """Follows Newton steps from the guess h = u: do they converge, and which positions of which rows have?
 
-    Latents have settled where all further changes amount to at most `tolerance`, times 1 + |h|. A first step of more
-    than `largest`, times 1 + |h|, counts as one that does not converge.
+    Latents have settled where all further changes amount to at most `tolerance`, times 1 + |h|. `last` is the largest
+    change by what was done before, if anything. A first step of more than `largest`, times 1 + |h|, counts as one
+    that does not converge.
     """
 
-    def __init__(self, tolerance: float, *, largest: float = math.inf) -> None:
-        self.tolerance, self.last, self.contracts, self._bound = tolerance, math.inf, True, largest
+    def __init__(self, tolerance: float, *, last: float = math.inf, largest: float = math.inf) -> None:
+        self.tolerance, self.last, self.contracts, self._bound = tolerance, last, True, largest
 
-    def settled(self, new: Tensor, old: Tensor, residual: Tensor, noise: Tensor) -> Bool[Tensor, " N"]:
-        """The positions, on the host, at which the step from `old` to `new` was the last that is needed.
+    def settled(self, new: Tensor, old: Tensor, residual: Tensor, noise: Tensor) -> Bool[Tensor, "B N"]:
+        """Where the step from `old` to `new` was the last that is needed, on the host.
 
         With q the ratio of the largest changes of this step and the one before, all further steps are estimated to
         add up to q / (1 - q) times this one. `residual` is u - f(old), `noise` u; all [B, N, C].
         """
-        change = ((new - old).abs() / (1 + new.abs())).amax((0, 2))
-        off = (residual.abs() / (1 + noise.abs())).amax((0, 2))
+        change = ((new - old).abs() / (1 + new.abs())).amax(2)
+        off = (residual.abs() / (1 + noise.abs())).amax(2)
         change, off = torch.stack((change, off)).cpu()
         largest = float(change.max())
         self.contracts = largest < self._bound  # NaN is less than nothing, so it ends the steps
@@ -134,7 +135,7 @@ class ChannelCoupling(Coupling):
         while newton.contracts:
             z = new
             new, residual = self.newton_step(z, noise, features)
-            if bool(newton.settled(new, z, residual, noise)):
+            if bool(newton.settled(new, z, residual, noise).all()):
                 return new[:, 0]
         return None
 
