@@ -87,7 +87,7 @@ def test_auto_sweeps_the_refining_blocks_of_a_trained_model(no_clock):
     options = {"num_tokens": 256, "generator": torch.Generator().manual_seed(0)}
     found = generate(model, **options)
     assert found.decoders == ("sweeps", "sweeps", "steps")
-    assert found.sweeps[:2] == (2, 2)
+    assert found.sweeps[:2] == (3, 3)  # one of them over a few positions
     assert found.sweeps[2] <= 256 + 3
     options["generator"].manual_seed(0)
     again = generate(model, decoder=found.decoders, **options)
