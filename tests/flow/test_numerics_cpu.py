@@ -4,8 +4,8 @@ import pytest
 import torch
 from numerics_cases import codebook_case, nasty_mixtures, wide_noise
 
-from tarflowlm.flow.numerics import cpu_forward as cpu
 from tarflowlm.flow.numerics import cpu_few_rows as few_rows
+from tarflowlm.flow.numerics import cpu_forward as cpu
 from tarflowlm.flow.numerics import cpu_inverse as inverse
 from tarflowlm.flow.numerics import layout, mixture_cdf, mixture_log_prob, reference, rosenblatt
 

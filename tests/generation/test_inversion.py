@@ -16,9 +16,11 @@ pytestmark = pytest.mark.slow
 STACKS = [("mix1",), ("affine",), ("token-affine",), ("mixd",), ("affine", "mix1"), ("mixd", "mix1", "affine")]
 
 
+@pytest.mark.parametrize("segment", [40, 512])
 @pytest.mark.parametrize(("couplings", "patch"), zip(STACKS, [1, 2, 1, 2, 1, 2], strict=True), ids=str)
-def test_parallel_equals_sequential(couplings, patch, tiny_flow, normal):
+def test_parallel_equals_sequential(couplings, patch, segment, tiny_flow, normal, monkeypatch):
     """Strongly coupled random blocks of both directions, longer than the first window."""
+    monkeypatch.setattr(inversion, "LONGEST_SEGMENT", segment)
     model = tiny_flow(couplings=couplings, patch=patch, context=128)
     noise = normal(3, 128, 2)
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """Couplings channel by channel, or group by group: affine and Mix-1, with parameters from an autoregressive head.
 
-Inside a position the forward map is parallel, since the head sees the channels it is given. The inverse of a position
-takes Newton steps of all channels at once where the block is near the identity (`Newton` judges them, also for the
-sweeps of `generation/inversion.py`), else sweeps over all channels, or the walk from channel to channel.
+Inside a position the forward map is parallel, since the head sees the channels it is given; the inverse walks from
+group to group. Newton steps take all channels of all positions at once (`generation/inversion.py`), and `Newton`
+judges them.
 
 Shape legend: as in `couplings`.
 """
@@ -10,7 +10,6 @@ Shape legend: as in `couplings`.
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,10 +27,6 @@ CONTRACTION = 0.5
 """Newton steps go on while each changes the latents by at most this times the step before."""
 RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-7}
 """Latents h are wrong where |f(h) - u| exceeds this times 1 + |u|. Rounding in narrow components causes some 1e-5."""
-_MAX_NEWTON = 2048
-"""Largest number of elements B C for which a channel coupling tries Newton steps."""
-_MAX_NEWTON_COMPONENTS = 8
-"""With more components a block is hardly near the identity at every position, and the trial would be in vain."""
 
 
 class Newton:
@@ -102,42 +97,13 @@ class ChannelCoupling(Coupling):
         weights: HeadWeights | None = None,
     ) -> Conditionals:
         assert adjust is None, "the components of a channel are not tokens"
-        state = self.head.start(features, weights)
-        for known in earlier:
-            state = self.head.observe(state, known)
+        walk, z = self.head.walk(features, weights, earlier=earlier), None
         for _ in range(len(earlier), self.head.groups):
-            z = yield self.conditional(self.head.step(state))
-            assert z is not None
-            state = self.head.observe(state, z)
+            z = yield self.conditional(walk.send(z))
 
     def inverter(self) -> Callable[[Tensor, Tensor, AdjustWeights | None], Tensor]:
-        return partial(self.invert, weights=HeadWeights(self.head))
-
-    def invert(
-        self,
-        u: Float[Tensor, "B C"],
-        features: Float[Tensor, "B D"],
-        adjust: AdjustWeights | None = None,
-        *,
-        weights: HeadWeights | None = None,
-    ) -> Float[Tensor, "B C"]:
-        """The latents z_n of one position, from its noise u_n and features c_n: by Newton steps where they converge,
-        else group by group."""
-        tried = u.numel() <= _MAX_NEWTON and self.components <= _MAX_NEWTON_COMPONENTS
-        if tried and not torch.is_grad_enabled() and (near := self._invert_near_identity(u, features)) is not None:
-            return near
-        return self._walk(u, self.conditionals(features, adjust, weights=weights))
-
-    def _invert_near_identity(self, u: Tensor, features: Tensor) -> Tensor | None:
-        """`invert` by Newton steps from the guess z = u, or None where they do not converge quickly."""
-        noise, features = u[:, None], features[:, None]
-        new, newton = noise, Newton(8 * torch.finfo(u.dtype).eps, largest=CONTRACTION)
-        while newton.contracts:
-            z = new
-            new, residual = self.newton_step(z, noise, features)
-            if bool(newton.settled(new, z, residual, noise).all()):
-                return new[:, 0]
-        return None
+        weights = HeadWeights(self.head)
+        return lambda u, features, adjust: self._walk(u, self.conditionals(features, adjust, weights=weights))
 
 
 class AffineCoupling(ChannelCoupling):

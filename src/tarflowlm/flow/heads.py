@@ -6,8 +6,7 @@ contiguous, [G, B, N, O]: the elementwise kernels that read them are bound by me
 that layout at no extra cost.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Generator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,30 +17,18 @@ from tarflowlm.flow.transformer import full_precision, widen
 
 
 class HeadWeights:
-    """The weights of a head as `step` reads them: [inputs, outputs], group by group, with their factors.
+    """The weights of a head as `walk` reads them: [inputs, outputs], group by group, with their factors.
 
     Made once, they serve any number of positions; they keep the values and the graph of that time.
     """
 
     def __init__(self, head: "AutoregressiveHead") -> None:
-        known = range(head.groups if head.num_known else 0)
-        outputs = zip(head.weights, head.biases, head.scale, strict=True)
+        outputs, groups = zip(head.weights, head.biases, head.scale, strict=True), range(head.groups)
         scaled = [zip((w * s).unbind(), (b * s).unbind(), strict=True) for w, b, s in outputs]
         # of every group its outputs' ([M, O], [O]), and from earlier groups [g A, M] and [g C/G, O]
         self.outputs = list(zip(*scaled, strict=True))
-        self.cross = [head.cross[g, :, :g].reshape(head.hidden, -1).t().contiguous() for g in known]
-        self.evidence = [] if head.evidence is None else [head.evidence[g, :g].flatten(0, 1) for g in known]
-
-
-class GroupState(NamedTuple):
-    """The state of a head inside one position."""
-
-    weights: HeadWeights
-    context: tuple[Tensor, ...]  # W^context_g c of every group, [B, M]
-    shared: Tensor | None  # W^shared c, the linear path into the first output, [B, O]
-    num_groups: int = 0  # observed so far
-    values: Tensor | None = None  # of these, [B, g C/G]
-    embedded: Tensor | None = None  # their embeddings e, [B, g A]
+        self.cross = [head.cross[g, :, :g].flatten(1).T.contiguous() for g in groups]
+        self.evidence = [] if head.evidence is None else [head.evidence[g, :g].flatten(0, 1) for g in groups]
 
 
 LARGEST_LOG_STD, ROOM = 8.0, 4.0
@@ -154,49 +141,29 @@ class AutoregressiveHead(nn.Module):
                     first = first + z.reshape(B * N, -1)[:, : -self.channels] @ evidence
         return [out.view(self.groups, B, N, -1) for out in (first, *rest)]
 
-    def start(self, features: Float[Tensor, "B D"], weights: HeadWeights | None = None) -> GroupState:
-        """The state before the first group of a position. `step` then gives parameters, `observe` takes a value.
-
-        This walk is not for half precision: turn autocast off.
-        """
-        context = self.context(features).split(self.hidden, -1)
+    def walk(
+        self, features: Float[Tensor, "B D"], weights: HeadWeights | None = None, *, earlier: Sequence[Tensor] = ()
+    ) -> Generator[list[Tensor], Tensor | None, None]:
+        """Yields the parameters of each group of a position in turn, one [B, O] per output; the caller sends back the
+        value z_g [B, C/G]. It begins after the groups whose values are in `earlier`."""
+        weights = HeadWeights(self) if weights is None else weights
         shared = None if self.shared is None else self.shared(features)
-        return GroupState(HeadWeights(self) if weights is None else weights, context, shared)
-
-    def step(self, state: GroupState) -> list[Tensor]:
-        """Parameters of the first group not yet observed: one [B, O] per output."""
-        weights, context, shared, g, values, embedded = state
-        hidden = context[g] if embedded is None else torch.addmm(context[g], embedded, weights.cross[g])
-        active, outputs = F.gelu(hidden), list[Tensor]()
-        for weight, bias in weights.outputs[g]:
-            if shared is not None and not outputs:
-                bias = bias + shared
-                if values is not None:
-                    bias = torch.addmm(bias, values, weights.evidence[g])
-            outputs.append(torch.addmm(bias, active, weight))
-        if self.log_std_last:
-            outputs[-1] = bounded_log_std(outputs[-1])
-        return outputs
-
-    def observe(self, state: GroupState, z: Float[Tensor, "B channels"]) -> GroupState:
-        """The state after the next group took the value z [B, C/G]; `state` itself is unchanged."""
-        weights, context, shared, g, values, embedded = state
-        if g == self.groups - 1:  # nothing depends on the last group
-            return state
-        if self.num_known:
-            e = self._embed(z, self.embed[g])
-            values = z if values is None else torch.cat((values, z), -1)
-            embedded = e if embedded is None else torch.cat((embedded, e), -1)
-        return GroupState(weights, context, shared, g + 1, values, embedded)
-
-
-@dataclass(frozen=True)
-class PatchState:
-    """The state of `TokenFeatures` inside one patch."""
-
-    places: Tensor  # W^place_a c of every place a, [B, P, D]
-    head_state: GroupState | None  # of the in-patch head, if there is one
-    num_tokens: int = 0  # observed so far
+        values = embedded = features[:, :0]
+        for g, hidden in enumerate(self.context(features).split(self.hidden, -1)):
+            z = earlier[g] if g < len(earlier) else None
+            if z is None:
+                active, outputs = F.gelu(torch.addmm(hidden, embedded, weights.cross[g])), list[Tensor]()
+                for weight, bias in weights.outputs[g]:
+                    if shared is not None and not outputs:
+                        bias = torch.addmm(bias + shared, values, weights.evidence[g])
+                    outputs.append(torch.addmm(bias, active, weight))
+                if self.log_std_last:
+                    outputs[-1] = bounded_log_std(outputs[-1])
+                z = yield outputs
+                assert z is not None
+            if g < self.num_known:
+                values = torch.cat((values, z), -1)
+                embedded = torch.cat((embedded, self._embed(z, self.embed[g])), -1)
 
 
 class TokenFeatures(nn.Module):
@@ -225,21 +192,12 @@ class TokenFeatures(nn.Module):
         places = self.place(features).view(B, N, self.patch, D)
         return places if self.head is None else places + self.head(features, z)[0].permute(1, 2, 0, 3)
 
-    def start(self, features: Float[Tensor, "B D"]) -> PatchState:
-        """The state before the first token of a patch. `step` then gives features, `observe` takes a value."""
-        if self.place is None:
-            return PatchState(features[:, None], None)
-        places = self.place(features).view(len(features), self.patch, -1)
-        return PatchState(places, None if self.head is None else self.head.start(features))
-
-    def step(self, state: PatchState) -> Float[Tensor, "B D"]:
-        """Features of the first token not yet observed."""
-        x, inner = state.places[:, state.num_tokens], state.head_state
-        return x if self.head is None or inner is None else x + self.head.step(inner)[0]
-
-    def observe(self, state: PatchState, z: Float[Tensor, "B d"]) -> PatchState:
-        """The state after the next token took the latents z; `state` itself is unchanged."""
-        inner = state.head_state
-        if self.head is not None and inner is not None:
-            inner = self.head.observe(inner, z)
-        return PatchState(state.places, inner, state.num_tokens + 1)
+    def walk(
+        self, features: Float[Tensor, "B D"], *, earlier: Sequence[Tensor] = ()
+    ) -> Generator[Tensor, Tensor | None, None]:
+        """Yields the features [B, D] of each token of a patch in turn; the caller sends back the latents [B, d]. It
+        begins after the tokens whose latents are in `earlier`."""
+        places = features[:, None] if self.place is None else self.place(features).view(len(features), self.patch, -1)
+        inner, z = None if self.head is None else self.head.walk(features, earlier=earlier), None
+        for place in places.unbind(1)[len(earlier) :]:
+            z = yield place if inner is None else place + inner.send(z)[0]

@@ -3,7 +3,7 @@ r"""Inverse of the mixture CDF: z with F(z) = Phi(u), by a fixed number of steps
 With c_k = m_k + s_k u every component has mass Phi(u) below its own c_k, so the solution lies between min c and max c
 (docs/math.md, eq. 20). Bisection shrinks that bracket to the scale of the narrowest component, whatever the modes do;
 then Newton steps finish, each replaced by the bracket's midpoint where it would leave it (`reference.newton_step`).
-A handful of mixtures, as in sampling one position at a time, is solved on a grid instead.
+A handful of mixtures, as in sampling one position at a time, go another way first: `cpu_few_rows`.
 
 N rows, n of them in a chunk, K components. u, z [N]; log_w, mean, log_std [N or 1, K]. All is mirrored to u >= 0,
 where the upper tail's mass is the smaller one.
@@ -32,8 +32,6 @@ from tarflowlm.flow.numerics.reference import BISECTIONS, NEWTON_STEPS, TINY, ba
 
 _SAFE_CELL = 7
 """Newton's steps may start in a bracket of 2^-7 of the narrowest scale."""
-_WASTE = 0.1
-"""Below this share of far rows it is cheaper to solve them twice than to gather the others."""
 
 _NEARLY_CERTAIN, _FEW_ROWS = -1e-5, 64
 """Log posterior of a component from which certainty is looked into: when half the rows have reached it, or, where
@@ -52,22 +50,16 @@ def mixture_cdf_inverse(u: Tensor, *params: Tensor) -> Tensor:
 
 def _many(u: Tensor, params: Params) -> Tensor:  # the general path
     far = rows_below(upper_tail(u.abs()), SMALLEST[u.dtype])
-    if far is None:
-        return _solve_linear(u, params)
-    if len(far) < _WASTE * len(u):
-        z = _solve_linear(u, params)
-    else:
-        near = torch.ones(u.shape, dtype=torch.bool).index_fill_(0, far, False).nonzero().squeeze(-1)
-        z = torch.empty_like(u)
-        z[near] = _solve_linear(u[near], take_rows(params, near))
-    wide = u[far].double(), tuple(p.double() for p in take_rows(params, far))
-    solved = reference.mixture_cdf_inverse(wide[0], *wide[1]) if u.dtype == torch.float64 else _many(*wide)
-    z[far] = solved.to(u.dtype)
+    z = _solve_linear(u, params)
+    if far is not None:
+        wide = u[far].double(), tuple(p.double() for p in take_rows(params, far))
+        solved = reference.mixture_cdf_inverse(wide[0], *wide[1]) if u.dtype == torch.float64 else _many(*wide)
+        z[far] = solved.to(u.dtype)
     return z
 
 
 def are_few(rows: int, num_components: int) -> bool:
-    """True where the grid is the faster way (measured: equal at about 500 rows of 2 components, 180 of 27)."""
+    """True where `cpu_few_rows` is the faster way (measured: up to some 200 rows of 27 components)."""
     return rows * (num_components + 8) <= 6000
 
 
