@@ -1,7 +1,8 @@
-r"""The Mix-d inverse of a handful of rows, in Python's own floats, which are float64.
+r"""The inverses of a handful of rows, mostly in Python's own floats, which are float64.
 
 One call of a tensor library costs as much as some forty components here. So each row goes its own way, and does only
-what it needs. Where components become certain soon, as those of a trained codebook do, that is little. Per channel:
+what it needs. Where components become certain soon, as those of a trained codebook do, that is little. Scalar mixtures
+take steps 1 and 2: one by one, or, where more than a few, `_together` in tensors. Mix-d, per channel:
 
 1. Start: sorted by mean, the components that come first use up the wanted tail's mass one after the other; the one in
    which it runs out is inverted alone. This is exact where components do not overlap.
@@ -14,7 +15,8 @@ e by at most max_k N(m_k; m_k, s_k^2) / p(z), with p the density of the others. 
 so e must stay below half an ulp of the smaller tail of u_i. A row where it does not is left to the general path, like
 rows with values that are not finite.
 
-N rows, K components, d channels. u, z [N, d]; log_w [N, K]; mean [K, d]; log_std [K].
+N rows, K components, d channels. Mix-d: u, z [N, d]; log_w [N, K]; mean [K, d]; log_std [K]. Scalar mixtures: u, z
+[N]; log_w, mean, log_std [N or 1, K].
 """
 
 from ctypes import c_float
@@ -101,14 +103,14 @@ def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
     weight, std = torch.softmax(log_w, -1, dtype=torch.float64), torch.exp(log_std.double())
     params = tuple(p if len(p) == len(u) else p.expand(len(u), -1) for p in (weight, mean, std))
     if len(u) * (mean.shape[1] + _CALL) <= _ALONE:
-        z, left = _row_by_row(u.tolist(), params, u.dtype)
-        return torch.tensor(z, dtype=u.dtype), left
-    z, open_rows = _together(u, *params)
-    if not open_rows:
-        return z, open_rows
-    rest, left = _row_by_row(u[open_rows].tolist(), tuple(p[open_rows] for p in params), u.dtype)
-    z[open_rows] = torch.tensor(rest, dtype=u.dtype)
-    return z, [open_rows[row] for row in left]
+        found, left = _row_by_row(u.tolist(), params, u.dtype)
+        return torch.tensor(found, dtype=u.dtype), left
+    z, left = _together(u, *params)
+    if left:
+        found, still = _row_by_row(u[left].tolist(), tuple(p[left] for p in params), u.dtype)
+        z[left] = torch.tensor(found, dtype=u.dtype)
+        left = [left[row] for row in still]
+    return z, left
 
 
 def _row_by_row(u: list[float], params: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[list[float], list[int]]:
