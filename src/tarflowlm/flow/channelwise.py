@@ -32,13 +32,13 @@ RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-7}
 class Newton:
     """Follows Newton steps from the guess h = u: do they converge, and which positions of which rows have?
 
-    Latents have settled where all further changes amount to at most `tolerance`, times 1 + |h|. `last` is the largest
-    change by what was done before, if anything. A first step of more than `largest`, times 1 + |h|, counts as one
-    that does not converge.
+    Latents have settled where all further changes amount to at most `tolerance`, times 1 + |h|; unless `foresees`,
+    where this one does. A first step of more than `largest`, times 1 + |h|, counts as one that does not converge.
     """
 
-    def __init__(self, tolerance: float, *, last: float = math.inf, largest: float = math.inf) -> None:
-        self.tolerance, self.last, self.contracts, self._bound = tolerance, last, True, largest
+    def __init__(self, tolerance: float, *, largest: float = math.inf, foresees: bool = True) -> None:
+        self.tolerance, self.last, self.contracts, self._bound = tolerance, math.inf, True, largest
+        self.foresees = foresees
 
     def settled(self, new: Tensor, old: Tensor, residual: Tensor, noise: Tensor) -> Bool[Tensor, "B N"]:
         """Where the step from `old` to `new` was the last that is needed, on the host.
@@ -52,7 +52,7 @@ class Newton:
         largest = float(change.max())
         self.contracts = largest < self._bound  # NaN is less than nothing, so it ends the steps
         # the first step has none before it to compare with
-        ahead = largest / (self.last - largest) if self.contracts and self.last < math.inf else 1.0
+        ahead = largest / (self.last - largest) if self.foresees and self.contracts and self.last < math.inf else 1.0
         self.last, self._bound = largest, CONTRACTION * largest
         return (change * ahead <= self.tolerance) & (off <= RESIDUAL[new.dtype])
 

@@ -41,7 +41,7 @@ def bounded_log_std(x: Tensor) -> Tensor:
     Without a bound, the chain over the channels of an untrained head can grow to infinity. No trained head comes near
     it: exp(-8) is a hundredth of the scale of a sharp code.
     """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu":
         # numbers at once: comparing tensors would take longer than the search
         low, high = map(float, torch.aminmax(x.detach())) if x.numel() else (0.0, 0.0)
         if low >= -LARGEST_LOG_STD and high <= LARGEST_LOG_STD:

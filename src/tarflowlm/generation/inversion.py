@@ -35,12 +35,12 @@ LONGEST_SEGMENT = 512
 """Positions that one sweep inverts at most."""
 PATIENCE = 4
 """A segment is halved after more than this many sweeps in a row that fail to halve the largest change."""
-NEARLY_THERE = 0.1
+NEARLY_THERE = 0.25
 """Newton steps finish what a sweep changed by less than this, times 1 + |h|."""
 TRIAL_COST = 5.0
 """Steps that one sweep of the trial of `auto` may cost."""
-SWEEP = 1.5
-ROWS_CHANNELS, ROWS_VECTORS, ROWS_GPU = 200.0, 2.5, 4000.0
+SWEEP = 2.0
+ROWS_CHANNELS, ROWS_VECTORS, ROWS_GPU = 250.0, 2.5, 4000.0
 """A pass over n positions of B sequences costs SWEEP (A + n B) / (A + B) steps. A are the rows whose work takes as
 long as the overhead of a call: for channel couplings and for others on a CPU (`benchmarks/decoders.py`), and on other
 devices, where it was not measured. Decisions have wide margins, so these need not be exact."""
@@ -149,14 +149,14 @@ class _Inversion:
         self.passes += 1
         return self.block.features_of(cache, self.h[rows, max(self.at - 1, 0) : end - 1], first=self.at == 0)
 
-    def newton(self, end: int, *, last: float = math.inf, largest: float = math.inf) -> bool:
+    def newton(self, end: int, *, largest: float = math.inf, foresees: bool = True) -> bool:
         """Newton steps of all channels of all positions at once, up to position `end`: True if they converged.
 
         They carry their own check: each evaluates the forward map. Rows that have settled take no further steps. A
-        step that fails to shrink the changes, at first `last`, or a first one above `largest` ends them, and the open
-        positions are again what they were before; final ones stay so.
+        step that fails to shrink the changes, or a first one above `largest`, ends them, and the open positions are
+        again what they were before; final ones stay so. `foresees`: see `Newton`.
         """
-        coupling, newton = self.block.coupling, Newton(TOLERANCE[self.h.dtype], last=last, largest=largest)
+        coupling, newton = self.block.coupling, Newton(TOLERANCE[self.h.dtype], largest=largest, foresees=foresees)
         assert isinstance(coupling, ChannelCoupling)
         at, guess = self.at, self.h[:, self.at : end].clone()
         cache, rows = self.cache, torch.arange(len(self.h), device=self.h.device)
@@ -207,15 +207,16 @@ class _Inversion:
         down to single positions (a step); after one that converged, the next is twice as long. Where changes are
         small, Newton steps finish a segment.
         """
-        limit, length, finish = self.num_positions, LONGEST_SEGMENT, isinstance(self.block.coupling, ChannelCoupling)
+        limit, length = self.num_positions, LONGEST_SEGMENT
+        near = NEARLY_THERE if isinstance(self.block.coupling, ChannelCoupling) else 0.0
         while limit - self.at >= SHORTEST_NEWTON and self.contracts:
             self.contracts = self.newton(min(limit, self.at + length))
         while self.at < limit:
             stop, last, poor = min(limit, self.at + length), math.inf, 0
             while self.at < stop:
                 largest = self._sweep_once(stop)
-                if finish and largest < NEARLY_THERE:
-                    finish = self.newton(stop, last=largest)
+                if largest < near and not self.newton(stop, largest=CONTRACTION * largest, foresees=False):
+                    near = 0.1 * largest
                 poor = 0 if largest < 0.5 * last else poor + 1
                 last = largest
                 if poor > PATIENCE and stop - self.at > 1:

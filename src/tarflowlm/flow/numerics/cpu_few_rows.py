@@ -1,8 +1,8 @@
 r"""The inverses of a handful of rows, mostly in Python's own floats, which are float64.
 
 One call of a tensor library costs as much as some forty components here. So each row goes its own way, and does only
-what it needs. Where components become certain soon, as those of a trained codebook do, that is little. Scalar mixtures
-take steps 1 and 2: one by one, or, where more than a few, `_together` in tensors. Mix-d, per channel:
+what it needs. Where components become certain soon, as those of a trained codebook do, that is little. Scalar
+mixtures take steps 1 and 2, each alone or, where they are more than a few, all in tensors. Mix-d, per channel:
 
 1. Start: sorted by mean, the components that come first use up the wanted tail's mass one after the other; the one in
    which it runs out is inverted alone. This is exact where components do not overlap.
