@@ -215,8 +215,9 @@ class _Inversion:
             stop, last, poor = min(limit, self.at + length), math.inf, 0
             while self.at < stop:
                 largest = self._sweep_once(stop)
-                if largest < near and not self.newton(stop, largest=CONTRACTION * largest, foresees=False):
-                    near = 0.1 * largest
+                if largest < near and stop - self.at >= SHORTEST_NEWTON:
+                    done = self.newton(stop, largest=CONTRACTION * largest, foresees=False)
+                    near = near if done else 0.1 * largest
                 poor = 0 if largest < 0.5 * last else poor + 1
                 last = largest
                 if poor > PATIENCE and stop - self.at > 1:
