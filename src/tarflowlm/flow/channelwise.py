@@ -61,7 +61,6 @@ class ChannelCoupling(Coupling):
     """A coupling over groups of C/G channels, with parameters from an autoregressive head (docs/math.md, eq. 10)."""
 
     group = 1
-    components = 1
     head: AutoregressiveHead
 
     @abstractmethod
@@ -169,7 +168,6 @@ class Mix1Coupling(ChannelCoupling):
         autoregressive: bool = True,
     ) -> None:
         super().__init__()
-        self.components = components
         sizes = {"width": width, "groups": channels, "channels": 1, "hidden": hidden, "features": features}
         self.head = AutoregressiveHead(
             outputs=(components,) * 3, skip=True, autoregressive=autoregressive, log_std_last=True, **sizes
