@@ -39,7 +39,7 @@ def costs(block: FlowBlock, channels: int, batch: int, positions: int) -> dict[s
     """The time of each kind of pass over `positions` positions, in steps."""
     device = block.start.device
     u = torch.randn(batch, positions, channels, generator=torch.Generator().manual_seed(0)).to(device)
-    cache = block.allocate_cache(batch, positions)
+    cache, invert = block.allocate_cache(batch, positions), block.coupling.inverter()
 
     def features() -> torch.Tensor:
         cache.rewind(0)
@@ -47,7 +47,7 @@ def costs(block: FlowBlock, channels: int, batch: int, positions: int) -> dict[s
 
     def step() -> None:
         cache.rewind(positions // 2)
-        block.invert_position(u[:, 1], cache, u[:, 0])
+        invert(u[:, 1], block.features_at(cache, u[:, 0], batch), None)
 
     def sweep() -> None:
         block.coupling.invert(u.flatten(0, 1), features().flatten(0, 1))

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.autograd.functional import jacobian
 
-from tarflowlm.flow.heads import LARGEST_LOG_STD, AutoregressiveHead, TokenFeatures, bounded_log_std
+from tarflowlm.flow.heads import LARGEST_LOG_STD, AutoregressiveHead, HeadWeights, TokenFeatures, bounded_log_std
 from tarflowlm.language_model import seeded
 
 WIDTH = 6
@@ -17,6 +17,7 @@ HEADS = {
     "one-group-skip": {"groups": 1, "channels": 1, "outputs": (3,), "skip": True},
     "tokens-skip": {"groups": 3, "channels": 2, "outputs": (2, 1), "skip": True},
     "tokens": {"groups": 3, "channels": 2, "outputs": (WIDTH,)},
+    "independent": {"groups": 4, "channels": 1, "outputs": (2, 3), "skip": True, "autoregressive": False},
 }
 
 
@@ -31,7 +32,7 @@ def test_group_g_sees_earlier_groups_of_its_own_position(head, normal):
     features = normal(1, T, WIDTH, seed=1)
     by_z = jacobian(lambda z: torch.cat(head(features, z[None]), -1)[:, 0], normal(T, C))  # [G, T, O, T, C]
     depends = by_z.abs().amax(2).unflatten(-1, (head.groups, head.channels)) > 0  # [G, T, T, G, m]
-    earlier = torch.ones(head.groups, head.groups, dtype=torch.bool).tril(-1)
+    earlier = torch.ones(head.groups, head.groups, dtype=torch.bool).tril(-1) & (head.num_known > 0)
     here = torch.eye(T, dtype=torch.bool)
     expected = (here[None, :, :, None] & earlier[:, None, None, :])[..., None].expand_as(depends)
     assert torch.equal(depends, expected)
@@ -49,11 +50,13 @@ def test_walking_equals_the_parallel_pass(head, normal):
     B, C = 3, head.groups * head.channels
     features, z = normal(B, WIDTH, seed=1), normal(B, C)
     parallel = head(features[:, None], z[:, None])
-    state = head.start(features)
-    for g, z_g in enumerate(z.split(head.channels, dim=-1)):
-        for walked, out in zip(head.step(state), parallel, strict=True):
-            torch.testing.assert_close(walked[0], out[g, :, 0], rtol=1e-12, atol=1e-12)
-        state = head.observe(state, z_g)
+    known = z.split(head.channels, dim=-1)
+    for first in range(head.groups):
+        walk, z_g = head.walk(features, HeadWeights(head), earlier=known[:first]), None
+        for g in range(first, head.groups):
+            for walked, out in zip(walk.send(z_g), parallel, strict=True):
+                torch.testing.assert_close(walked, out[g, :, 0], rtol=1e-12, atol=1e-12)
+            z_g = known[g]
 
 
 @pytest.mark.parametrize("in_patch", [True, False], ids=["autoregressive", "independent"])
@@ -75,8 +78,7 @@ def test_a_log_std_is_left_as_it_is_up_to_eight_and_bounded_beyond():
     assert torch.equal(bounded_log_std(torch.cat((inside, inside.new_tensor([50.0]))))[:-1], inside)
     far = torch.tensor([-1e30, -100.0, 100.0, 1e30])
     assert bounded_log_std(far).tolist() == [-12.0, -12.0, 12.0, 12.0]
-    everywhere = bounded_log_std(torch.linspace(-20, 20, 4001, dtype=torch.float64))
-    assert (everywhere.diff() > 0).all()
+    assert (bounded_log_std(torch.linspace(-20, 20, 4001, dtype=torch.float64)).diff() > 0).all()
     assert bounded_log_std(torch.zeros(0, 3)).shape == (0, 3)
 
 

@@ -16,9 +16,11 @@ pytestmark = pytest.mark.slow
 STACKS = [("mix1",), ("affine",), ("token-affine",), ("mixd",), ("affine", "mix1"), ("mixd", "mix1", "affine")]
 
 
+@pytest.mark.parametrize("segment", [40, 512])
 @pytest.mark.parametrize(("couplings", "patch"), zip(STACKS, [1, 2, 1, 2, 1, 2], strict=True), ids=str)
-def test_parallel_equals_sequential(couplings, patch, tiny_flow, normal):
+def test_parallel_equals_sequential(couplings, patch, segment, tiny_flow, normal, monkeypatch):
     """Strongly coupled random blocks of both directions, longer than the first window."""
+    monkeypatch.setattr(inversion, "LONGEST_SEGMENT", segment)
     model = tiny_flow(couplings=couplings, patch=patch, context=128)
     noise = normal(3, 128, 2)
     with torch.no_grad():
@@ -28,7 +30,7 @@ def test_parallel_equals_sequential(couplings, patch, tiny_flow, normal):
     positions = 128 // patch
     assert [w.passes for w in one_each] == [positions] * len(couplings)
     # a few Newton steps that lead nowhere, then sweeps that finish a position each
-    assert all(1 <= w.passes <= positions + 8 and w.repeated == 0 for w in work)
+    assert all(1 <= w.passes <= positions + 16 and w.repeated == 0 for w in work)
     for a, b, c in zip(slow, fast, timed, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(a, c, rtol=1e-8, atol=1e-8)
@@ -40,10 +42,9 @@ def test_any_length(length, tiny_flow, normal):
     u = normal(2, length, 2)
     with torch.no_grad():
         found = invert_block(block, u, decoder="sweeps")
-        h, sweeps = found.h, found.passes
-        torch.testing.assert_close(block(h)[0], u, rtol=1e-8, atol=1e-8)
-        torch.testing.assert_close(h, block.inverse(u), rtol=1e-8, atol=1e-8)
-    assert sweeps <= length + 8
+        torch.testing.assert_close(block(found.h)[0], u, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(found.h, block.inverse(u), rtol=1e-8, atol=1e-8)
+    assert found.passes <= length + 16
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_auto_sweeps_the_refining_blocks_of_a_trained_model(no_clock):
     options = {"num_tokens": 256, "generator": torch.Generator().manual_seed(0)}
     found = generate(model, **options)
     assert found.decoders == ("sweeps", "sweeps", "steps")
-    assert found.sweeps[:2] == (2, 2)
+    assert found.sweeps[:2] == (3, 3)  # one of them over a few positions
     assert found.sweeps[2] <= 256 + 3
     options["generator"].manual_seed(0)
     again = generate(model, decoder=found.decoders, **options)
@@ -106,15 +107,13 @@ def test_a_row_that_needs_many_sweeps_does_not_spoil_the_others(tiny_flow, norma
 
 def test_decoders_write_the_same_text(tiny_flow):
     model = tiny_flow(couplings=("mixd", "mix1", "mix1"), context=32).float()
-    texts = {}
-    for decoder in ("steps", "sweeps", "auto"):
-        rows = [
-            generate(model, num_tokens=32, num=2, decoder=decoder, generator=torch.Generator().manual_seed(s)).tokens
-            for s in range(6)
-        ]
-        texts[decoder] = torch.stack(rows)
-    assert torch.equal(texts["steps"], texts["sweeps"])
-    assert torch.equal(texts["steps"], texts["auto"])
+    for seed in range(6):
+        texts = []
+        for decoder in ("steps", "sweeps", "auto"):
+            generator = torch.Generator().manual_seed(seed)
+            texts.append(generate(model, num_tokens=32, num=2, decoder=decoder, generator=generator).tokens)
+        assert torch.equal(texts[0], texts[1])
+        assert torch.equal(texts[0], texts[2])
 
 
 @pytest.mark.parametrize("num", [7, 63])

@@ -1,15 +1,15 @@
 """Couplings channel by channel, or group by group: affine and Mix-1, with parameters from an autoregressive head.
 
-Inside a position the forward map is parallel, since the head sees the channels it is given. The inverse of a position
-takes Newton steps of all channels at once where the block is near the identity (`Newton` judges them, also for the
-sweeps of `generation/inversion.py`), else sweeps over all channels, or the walk from channel to channel.
+Inside a position the forward map is parallel, since the head sees the channels it is given; the inverse walks from
+group to group. Newton steps take all channels of all positions at once (`generation/inversion.py`), and `Newton`
+judges them.
 
 Shape legend: as in `couplings`.
 """
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,7 +19,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights, Conditional, Conditionals, Coupling
-from tarflowlm.flow.heads import AutoregressiveHead
+from tarflowlm.flow.heads import AutoregressiveHead, HeadWeights
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.transformer import full_precision
 
@@ -27,37 +27,32 @@ CONTRACTION = 0.5
 """Newton steps go on while each changes the latents by at most this times the step before."""
 RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-7}
 """Latents h are wrong where |f(h) - u| exceeds this times 1 + |u|. Rounding in narrow components causes some 1e-5."""
-_MAX_NEWTON = 2048
-"""Largest number of elements B C for which a channel coupling tries Newton steps."""
-_MAX_NEWTON_COMPONENTS = 8
-"""With more components a block is hardly near the identity at every position, and the trial would be in vain."""
-_MAX_SWEPT = 512
-"""Largest number of elements B C that a channel coupling inverts in sweeps."""
 
 
 class Newton:
-    """Follows Newton steps from the guess h = u: do they converge, and at which positions have they?
+    """Follows Newton steps from the guess h = u: do they converge, and which positions of which rows have?
 
-    Latents have settled where all further changes amount to at most `tolerance`, times 1 + |h|. A first step of more
-    than `largest`, times 1 + |h|, counts as one that does not converge.
+    Latents have settled where all further changes amount to at most `tolerance`, times 1 + |h|; unless `foresees`,
+    where this one does. A first step of more than `largest`, times 1 + |h|, counts as one that does not converge.
     """
 
-    def __init__(self, tolerance: float, *, largest: float = math.inf) -> None:
+    def __init__(self, tolerance: float, *, largest: float = math.inf, foresees: bool = True) -> None:
         self.tolerance, self.last, self.contracts, self._bound = tolerance, math.inf, True, largest
+        self.foresees = foresees
 
-    def settled(self, new: Tensor, old: Tensor, residual: Tensor, noise: Tensor) -> Bool[Tensor, " N"]:
-        """The positions, on the host, at which the step from `old` to `new` was the last that is needed.
+    def settled(self, new: Tensor, old: Tensor, residual: Tensor, noise: Tensor) -> Bool[Tensor, "B N"]:
+        """Where the step from `old` to `new` was the last that is needed, on the host.
 
         With q the ratio of the largest changes of this step and the one before, all further steps are estimated to
         add up to q / (1 - q) times this one. `residual` is u - f(old), `noise` u; all [B, N, C].
         """
-        change = ((new - old).abs() / (1 + new.abs())).amax((0, 2))
-        off = (residual.abs() / (1 + noise.abs())).amax((0, 2))
+        change = ((new - old).abs() / (1 + new.abs())).amax(2)
+        off = (residual.abs() / (1 + noise.abs())).amax(2)
         change, off = torch.stack((change, off)).cpu()
         largest = float(change.max())
         self.contracts = largest < self._bound  # NaN is less than nothing, so it ends the steps
         # the first step has none before it to compare with
-        ahead = largest / (self.last - largest) if self.contracts and self.last < math.inf else 1.0
+        ahead = largest / (self.last - largest) if self.foresees and self.contracts and self.last < math.inf else 1.0
         self.last, self._bound = largest, CONTRACTION * largest
         return (change * ahead <= self.tolerance) & (off <= RESIDUAL[new.dtype])
 
@@ -66,7 +61,6 @@ class ChannelCoupling(Coupling):
     """A coupling over groups of C/G channels, with parameters from an autoregressive head (docs/math.md, eq. 10)."""
 
     group = 1
-    components = 1
     head: AutoregressiveHead
 
     @abstractmethod
@@ -94,50 +88,21 @@ class ChannelCoupling(Coupling):
         return torch.addcmul(z, residual, torch.exp(-log_det)), residual
 
     def conditionals(
-        self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None, *, earlier: Sequence[Tensor] = ()
+        self,
+        features: Float[Tensor, "B D"],
+        adjust: AdjustWeights | None = None,
+        *,
+        earlier: Sequence[Tensor] = (),
+        weights: HeadWeights | None = None,
     ) -> Conditionals:
         assert adjust is None, "the components of a channel are not tokens"
-        state = self.head.start(features)
-        for known in earlier:
-            state = self.head.observe(state, known)
+        walk, z = self.head.walk(features, weights, earlier=earlier), None
         for _ in range(len(earlier), self.head.groups):
-            z = yield self.conditional([p[0] for p in self.head.step(state)])
-            assert z is not None
-            state = self.head.observe(state, z)
+            z = yield self.conditional(walk.send(z))
 
-    def invert(self, u: Tensor, features: Tensor, adjust: AdjustWeights | None = None) -> Tensor:
-        """The latents z_n [B, C] of one position, from its noise u_n [B, C] and features c_n [B, D].
-
-        Where Newton steps do not converge, a small batch is inverted in fixed-point sweeps over all groups, until
-        nothing changes; G sweeps always suffice. There a call costs the same for one group as for all of them.
-        """
-        assert adjust is None, "the components of a channel are not tokens"
-        if torch.is_grad_enabled():
-            return super().invert(u, features)
-        tried = u.numel() <= _MAX_NEWTON and self.components <= _MAX_NEWTON_COMPONENTS
-        if tried and (near := self._invert_near_identity(u, features)) is not None:
-            return near
-        if u.numel() > _MAX_SWEPT:
-            return super().invert(u, features)
-        B, G, size = len(u), self.head.groups, self.group
-        noise, z = u.view(B, G, size).transpose(0, 1).reshape(-1, size), u
-        for _ in range(G):
-            parameters, before = [p.reshape(G * B, -1) for p in self.head(features[:, None], z[:, None])], z
-            z = self.conditional(parameters).inverse(noise).view(G, B, size).transpose(0, 1).flatten(1)
-            if ((z - before).abs() <= 4 * torch.finfo(u.dtype).eps * (1 + z.abs())).all():
-                break
-        return z
-
-    def _invert_near_identity(self, u: Tensor, features: Tensor) -> Tensor | None:
-        """`invert` by Newton steps from the guess z = u, or None where they do not converge quickly."""
-        noise, features = u[:, None], features[:, None]
-        new, newton = noise, Newton(8 * torch.finfo(u.dtype).eps, largest=CONTRACTION)
-        while newton.contracts:
-            z = new
-            new, residual = self.newton_step(z, noise, features)
-            if bool(newton.settled(new, z, residual, noise)):
-                return new[:, 0]
-        return None
+    def inverter(self) -> Callable[[Tensor, Tensor, AdjustWeights | None], Tensor]:
+        weights = HeadWeights(self.head)
+        return lambda u, features, adjust: self._walk(u, self.conditionals(features, adjust, weights=weights))
 
 
 class AffineCoupling(ChannelCoupling):
@@ -203,7 +168,6 @@ class Mix1Coupling(ChannelCoupling):
         autoregressive: bool = True,
     ) -> None:
         super().__init__()
-        self.components = components
         sizes = {"width": width, "groups": channels, "channels": 1, "hidden": hidden, "features": features}
         self.head = AutoregressiveHead(
             outputs=(components,) * 3, skip=True, autoregressive=autoregressive, log_std_last=True, **sizes

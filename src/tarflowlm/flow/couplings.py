@@ -81,10 +81,17 @@ class Coupling(nn.Module):
         self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None
     ) -> Float[Tensor, "B C"]:
         """The latents z_n of one position, from its noise u_n and features c_n."""
-        conditionals, z = self.conditionals(features, adjust), list[Tensor]()
+        return self._walk(u, self.conditionals(features, adjust))
+
+    def _walk(self, u: Float[Tensor, "B C"], conditionals: Conditionals) -> Float[Tensor, "B C"]:
+        z: list[Tensor] = []
         for u_g in u.split(self.group, -1):
             z.append(conditionals.send(z[-1] if z else None).inverse(u_g))
         return torch.cat(z, -1)
+
+    def inverter(self) -> Callable[[Tensor, Tensor, AdjustWeights | None], Tensor]:
+        """`invert` for many positions, with the weights as they are now."""
+        return self.invert
 
     def complete(
         self, u: Tensor, features: Tensor, known: Tensor, is_known: Tensor, adjust: AdjustWeights | None = None

@@ -6,7 +6,7 @@ contiguous, [G, B, N, O]: the elementwise kernels that read them are bound by me
 that layout at no extra cost.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,19 @@ from torch import Tensor, nn
 from tarflowlm.flow.transformer import full_precision, widen
 
 
-@dataclass(frozen=True)
-class GroupState:
-    """The state of a head inside one position."""
+class HeadWeights:
+    """The weights of a head as `walk` reads them: [inputs, outputs], group by group, with their factors.
 
-    context: Tensor  # W^context_g c of every group, [G, B, M]
-    shared: Tensor | None  # W^shared c, the linear path into the first output, [B, O]
-    values: tuple[Tensor, ...] = ()  # of the groups observed so far, [B, C/G]
-    embedded: tuple[Tensor, ...] = ()  # their embeddings e_g, [B, A]
+    Made once, they serve any number of positions; they keep the values and the graph of that time.
+    """
+
+    def __init__(self, head: "AutoregressiveHead") -> None:
+        outputs, groups = zip(head.weights, head.biases, head.scale, strict=True), range(head.groups)
+        scaled = [zip((w * s).unbind(), (b * s).unbind(), strict=True) for w, b, s in outputs]
+        # of every group its outputs' ([M, O], [O]), and from earlier groups [g A, M] and [g C/G, O]
+        self.outputs = list(zip(*scaled, strict=True))
+        self.cross = [head.cross[g, :, :g].flatten(1).T.contiguous() for g in groups]
+        self.evidence = [] if head.evidence is None else [head.evidence[g, :g].flatten(0, 1) for g in groups]
 
 
 LARGEST_LOG_STD, ROOM = 8.0, 4.0
@@ -36,8 +41,9 @@ def bounded_log_std(x: Tensor) -> Tensor:
     Without a bound, the chain over the channels of an untrained head can grow to infinity. No trained head comes near
     it: exp(-8) is a hundredth of the scale of a sharp code.
     """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = torch.aminmax(x.detach()) if x.numel() else (0.0, 0.0)
+    if x.device.type == "cpu":
+        # numbers at once: comparing tensors would take longer than the search
+        low, high = map(float, torch.aminmax(x.detach())) if x.numel() else (0.0, 0.0)
         if low >= -LARGEST_LOG_STD and high <= LARGEST_LOG_STD:
             return x
     inside = x.clamp(-LARGEST_LOG_STD, LARGEST_LOG_STD)
@@ -104,10 +110,13 @@ class AutoregressiveHead(nn.Module):
     def _embed(self, z: Tensor, embed: Tensor) -> Tensor:
         return F.gelu(torch.cat((z, F.elu(z), F.elu(-z)), dim=-1) @ embed)
 
-    def _read_out(self, hidden: Tensor, groups: slice) -> list[Tensor]:
-        """Outputs of some groups: [groups, rows, M] -> one [groups, rows, O] per output, at least float32."""
-        active, parts = F.gelu(hidden), zip(self.weights, self.biases, self.scale, strict=True)
-        outputs = [widen(active @ (w[groups] * scale)) + b[groups, None] * scale for w, b, scale in parts]
+    def _read_out(self, hidden: Tensor) -> list[Tensor]:
+        """Outputs of all groups: [G, rows, M] -> one [G, rows, O] per output, at least float32."""
+        # one product for all outputs, which reads the hidden units once
+        weight = torch.cat([w * scale for w, scale in zip(self.weights, self.scale, strict=True)], -1)
+        parts = (F.gelu(hidden) @ weight).split([w.shape[-1] for w in self.weights], -1)
+        biases = zip(parts, self.biases, self.scale, strict=True)
+        outputs = [widen(part) + b[:, None] * scale for part, b, scale in biases]
         if self.log_std_last:
             outputs[-1] = bounded_log_std(outputs[-1])
         return outputs
@@ -120,9 +129,9 @@ class AutoregressiveHead(nn.Module):
         if self.num_known:
             known = self._embed(values[:-1], self.embed).transpose(0, 1).reshape(B * N, -1)
             cross = (self.cross * self.mask[:, None, :, None]).reshape(self.groups * self.hidden, -1)
-            hidden = hidden + F.linear(known, cross)
+            hidden = torch.addmm(hidden, known, cross.T)
         by_group = hidden.view(B * N, self.groups, self.hidden).transpose(0, 1)
-        first, *rest = self._read_out(by_group, slice(None))
+        first, *rest = self._read_out(by_group)
         if self.shared is not None and self.evidence is not None:
             first = first + widen(self.shared(features)).view(1, B * N, -1)
             if self.num_known:
@@ -132,41 +141,29 @@ class AutoregressiveHead(nn.Module):
                     first = first + z.reshape(B * N, -1)[:, : -self.channels] @ evidence
         return [out.view(self.groups, B, N, -1) for out in (first, *rest)]
 
-    def start(self, features: Float[Tensor, "B D"]) -> GroupState:
-        """The state before the first group of a position. `step` then gives parameters, `observe` takes a value."""
-        context = self.context(features).view(len(features), self.groups, self.hidden).transpose(0, 1)
-        return GroupState(context, None if self.shared is None else self.shared(features))
-
-    def step(self, state: GroupState) -> list[Tensor]:
-        """Parameters of the first group not yet observed: one [1, B, O] per output."""
-        hidden = state.context[g := len(state.values)]
-        if g and self.num_known:
-            hidden = hidden + torch.cat(state.embedded, -1) @ self.cross[g, :, :g].reshape(self.hidden, -1).T
-        outputs = self._read_out(hidden[None], slice(g, g + 1))
-        if state.shared is not None and self.evidence is not None:
-            outputs[0] = outputs[0] + widen(state.shared)
-            if g and self.num_known:
-                with full_precision(state.context):
-                    outputs[0] = outputs[0] + torch.cat(state.values, -1) @ self.evidence[g, :g].flatten(0, 1)
-        return outputs
-
-    def observe(self, state: GroupState, z: Float[Tensor, "B channels"]) -> GroupState:
-        """The state after the next group took the value z [B, C/G]; `state` itself is unchanged."""
-        g, embedded = len(state.values), state.embedded
-        if g == self.groups - 1:  # nothing depends on the last group
-            return state
-        if self.num_known:
-            embedded = (*embedded, self._embed(z[None], self.embed[g : g + 1])[0])
-        return replace(state, values=(*state.values, z), embedded=embedded)
-
-
-@dataclass(frozen=True)
-class PatchState:
-    """The state of `TokenFeatures` inside one patch."""
-
-    places: Tensor  # W^place_a c of every place a, [B, P, D]
-    head_state: GroupState | None  # of the in-patch head, if there is one
-    num_tokens: int = 0  # observed so far
+    def walk(
+        self, features: Float[Tensor, "B D"], weights: HeadWeights | None = None, *, earlier: Sequence[Tensor] = ()
+    ) -> Generator[list[Tensor], Tensor | None, None]:
+        """Yields the parameters of each group of a position in turn, one [B, O] per output; the caller sends back the
+        value z_g [B, C/G]. It begins after the groups whose values are in `earlier`."""
+        weights = HeadWeights(self) if weights is None else weights
+        shared = None if self.shared is None else self.shared(features)
+        values = embedded = features[:, :0]
+        for g, hidden in enumerate(self.context(features).split(self.hidden, -1)):
+            z = earlier[g] if g < len(earlier) else None
+            if z is None:
+                active, outputs = F.gelu(torch.addmm(hidden, embedded, weights.cross[g])), list[Tensor]()
+                for weight, bias in weights.outputs[g]:
+                    if shared is not None and not outputs:
+                        bias = torch.addmm(bias + shared, values, weights.evidence[g])
+                    outputs.append(torch.addmm(bias, active, weight))
+                if self.log_std_last:
+                    outputs[-1] = bounded_log_std(outputs[-1])
+                z = yield outputs
+                assert z is not None
+            if g < self.num_known:
+                values = torch.cat((values, z), -1)
+                embedded = torch.cat((embedded, self._embed(z, self.embed[g])), -1)
 
 
 class TokenFeatures(nn.Module):
@@ -195,21 +192,12 @@ class TokenFeatures(nn.Module):
         places = self.place(features).view(B, N, self.patch, D)
         return places if self.head is None else places + self.head(features, z)[0].permute(1, 2, 0, 3)
 
-    def start(self, features: Float[Tensor, "B D"]) -> PatchState:
-        """The state before the first token of a patch. `step` then gives features, `observe` takes a value."""
-        if self.place is None:
-            return PatchState(features[:, None], None)
-        places = self.place(features).view(len(features), self.patch, -1)
-        return PatchState(places, None if self.head is None else self.head.start(features))
-
-    def step(self, state: PatchState) -> Float[Tensor, "B D"]:
-        """Features of the first token not yet observed."""
-        x, inner = state.places[:, state.num_tokens], state.head_state
-        return x if self.head is None or inner is None else x + self.head.step(inner)[0][0]
-
-    def observe(self, state: PatchState, z: Float[Tensor, "B d"]) -> PatchState:
-        """The state after the next token took the latents z; `state` itself is unchanged."""
-        inner = state.head_state
-        if self.head is not None and inner is not None:
-            inner = self.head.observe(inner, z)
-        return PatchState(state.places, inner, state.num_tokens + 1)
+    def walk(
+        self, features: Float[Tensor, "B D"], *, earlier: Sequence[Tensor] = ()
+    ) -> Generator[Tensor, Tensor | None, None]:
+        """Yields the features [B, D] of each token of a patch in turn; the caller sends back the latents [B, d]. It
+        begins after the tokens whose latents are in `earlier`."""
+        places = features[:, None] if self.place is None else self.place(features).view(len(features), self.patch, -1)
+        inner, z = None if self.head is None else self.head.walk(features, earlier=earlier), None
+        for place in places.unbind(1)[len(earlier) :]:
+            z = yield place if inner is None else place + inner.send(z)[0]

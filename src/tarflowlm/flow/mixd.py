@@ -99,13 +99,9 @@ class MixDCoupling(Coupling):
     def conditionals(
         self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None, *, earlier: Sequence[Tensor] = ()
     ) -> Conditionals:
-        book, state = self.components, self.token_features.start(features)
-        for known in earlier:
-            state = self.token_features.observe(state, known)
+        walk, z = self.token_features.walk(features, earlier=earlier), None
         for _ in range(len(earlier), self.patch):
-            z = yield self._conditional(widen(self.weight_head(self.token_features.step(state))), book, adjust)
-            assert z is not None
-            state = self.token_features.observe(state, z)
+            z = yield self._conditional(widen(self.weight_head(walk.send(z))), self.components, adjust)
 
     @staticmethod
     def _conditional(log_w: Tensor, book: Codebook, adjust: AdjustWeights | None) -> Conditional:

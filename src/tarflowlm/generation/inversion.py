@@ -5,6 +5,7 @@ Steps and sweeps share one guess and one KV cache, so a block can change from on
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow.channelwise import CONTRACTION, RESIDUAL, ChannelCoupling, Newton
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.stack import FlowBlock
+from tarflowlm.flow.transformer import KVCache
 from tarflowlm.language_model import check_option
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
@@ -33,12 +35,12 @@ LONGEST_SEGMENT = 512
 """Positions that one sweep inverts at most."""
 PATIENCE = 4
 """A segment is halved after more than this many sweeps in a row that fail to halve the largest change."""
-TRIAL_ROWS = 8192
-"""Rows (sequences x positions) to which `auto` gives a first Newton step: it costs at most some 30 steps."""
+NEARLY_THERE = 0.25
+"""Newton steps finish what a sweep changed by less than this, times 1 + |h|."""
 TRIAL_COST = 5.0
 """Steps that one sweep of the trial of `auto` may cost."""
-SWEEP = 1.5
-ROWS_CHANNELS, ROWS_VECTORS, ROWS_GPU = 200.0, 2.5, 4000.0
+SWEEP = 2.0
+ROWS_CHANNELS, ROWS_VECTORS, ROWS_GPU = 250.0, 2.5, 4000.0
 """A pass over n positions of B sequences costs SWEEP (A + n B) / (A + B) steps. A are the rows whose work takes as
 long as the overhead of a call: for channel couplings and for others on a CPU (`benchmarks/decoders.py`), and on other
 devices, where it was not measured. Decisions have wide margins, so these need not be exact."""
@@ -89,13 +91,11 @@ def invert_block(
         work.step(until=work.num_positions)
         return Inverted(work.result(), decoder, work.passes)
     work.sweep()
-    repeated = 0
-    if work.swept_from is not None:
-        bad = first_bad(block, work.h, work.noise, work.swept_from)
-        if bad < work.num_positions:
-            repeated = work.num_positions - bad
-            work.at, work.progress = bad, SILENT
-            work.step(until=work.num_positions)
+    repeated, (start, end) = 0, work.swept
+    if end and (bad := first_bad(block, work.h[:, :end], work.noise[:, :end], start)) < end:
+        repeated = work.num_positions - bad
+        work.at, work.progress = bad, SILENT
+        work.step(until=work.num_positions)
     return Inverted(work.result(), decoder, work.passes, repeated)
 
 
@@ -109,7 +109,7 @@ class _Inversion:
         self.noise, self.num_positions = block.order(u)[0], u.shape[1]
         self.h, self.cache = self.noise.clone(), block.allocate_cache(len(u), self.num_positions)
         self.at = self.passes = 0
-        self.swept_from: int | None = None
+        self.swept = (self.num_positions, 0)  # the range of positions that sweeps with exact inverses made final
         self.contracts = isinstance(block.coupling, ChannelCoupling)
 
     def result(self) -> Tensor:
@@ -118,8 +118,13 @@ class _Inversion:
     def settle(self, h: Tensor, num: int) -> None:
         """Copy the first `num` positions from h [B, N, C], in the order of the tokens."""
         self.h[:, :num] = self.block.order(h)[0][:, :num]
-        self.block.features_of(self.cache, self.h[:, : num - 1], first=True)
         self._advance(num)
+        self._fill_cache()
+
+    def _fill_cache(self) -> None:
+        """Cache the final positions of all rows."""
+        self.cache.rewind(0)
+        self.block.features_of(self.cache, self.h[:, : self.at - 1], first=True)
 
     def _advance(self, num: int) -> None:
         self.at += num
@@ -128,53 +133,69 @@ class _Inversion:
     def step(self, until: int) -> None:
         """Invert position by position, up to position `until`."""
         self.cache.rewind(self.at)
+        invert = self.block.coupling.inverter()
         while self.at < until:
-            noise, previous = self.noise[:, self.at], self.h[:, self.at - 1] if self.at else None
-            self.h[:, self.at] = self.block.invert_position(noise, self.cache, previous, self.adjust)
+            previous = self.h[:, self.at - 1] if self.at else None
+            features = self.block.features_at(self.cache, previous, len(self.h))
+            self.h[:, self.at] = invert(self.noise[:, self.at], features, self.adjust)
             self.passes += 1
             self._advance(1)
             if self.on_final is not None:
                 self.on_final(self.h, self.at)
 
-    def _open_features(self, end: int) -> Tensor:
-        """Features [B, end - at, D] of the open positions before `end`, from the current guess."""
-        self.cache.rewind(self.at)
+    def _open_features(self, end: int, cache: KVCache, rows: Tensor | slice) -> Tensor:
+        """Features [B, end - at, D] of the open positions of some rows before `end`, from the current guess."""
+        cache.rewind(self.at)
         self.passes += 1
-        return self.block.features_of(self.cache, self.h[:, max(self.at - 1, 0) : end - 1], first=self.at == 0)
+        return self.block.features_of(cache, self.h[rows, max(self.at - 1, 0) : end - 1], first=self.at == 0)
 
-    def newton(self, end: int, *, largest: float = math.inf) -> bool:
+    def newton(self, end: int, *, largest: float = math.inf, foresees: bool = True) -> bool:
         """Newton steps of all channels of all positions at once, up to position `end`: True if they converged.
 
-        They carry their own check: each evaluates the forward map. A step that fails to shrink the changes, or a
-        first one above `largest`, ends them, and the open positions are noise again; final ones stay so.
+        They carry their own check: each evaluates the forward map. Rows that have settled take no further steps. A
+        step that fails to shrink the changes, or a first one above `largest`, ends them, and the open positions are
+        again what they were before; final ones stay so. `foresees`: see `Newton`.
         """
-        coupling, newton = self.block.coupling, Newton(TOLERANCE[self.h.dtype], largest=largest)
+        coupling, newton = self.block.coupling, Newton(TOLERANCE[self.h.dtype], largest=largest, foresees=foresees)
         assert isinstance(coupling, ChannelCoupling)
+        at, guess = self.at, self.h[:, self.at : end].clone()
+        cache, rows = self.cache, torch.arange(len(self.h), device=self.h.device)
         while self.at < end:
-            span = slice(self.at, end)
-            old, noise = self.h[:, span], self.noise[:, span]
-            new, residual = coupling.newton_step(old, noise, self._open_features(end))
+            old, noise = self.h[rows, self.at : end], self.noise[rows, self.at : end]
+            new, residual = coupling.newton_step(old, noise, self._open_features(end, cache, rows))
             settled = newton.settled(new, old, residual, noise)
-            self.h[:, span] = new
-            self._advance(int(settled.long().cumprod(0).sum()))
+            self.h[rows, self.at : end] = new
+            self._advance(int(settled.all(0).long().cumprod(0).sum()))
             if self.at < end and not newton.contracts:
-                self.h[:, self.at : end] = self.noise[:, self.at : end]
-                return False
-        return True
+                self.h[:, self.at : end] = guess[:, self.at - at :]
+                break
+            if bool((done := settled.all(1)).any()):
+                left = (~done).nonzero()[:, 0].to(rows.device)
+                cache, rows = copy(cache), rows[left]
+                cache.stored = [stored[:, left] for stored in cache.stored]
+        if cache is not self.cache and 0 < self.at < self.num_positions:
+            self._fill_cache()
+        return self.at >= end
 
-    def _sweep_once(self, end: int) -> tuple[int, float]:
-        """One sweep over positions `at` to `end` - 1: how many of them are final now, and the largest change."""
+    def _first_change(self, end: int) -> float:
+        """The largest change by a first Newton step of the positions before `end`."""
+        noise, features = self.noise[:, self.at : end], self._open_features(end, self.cache, slice(None))
+        new, _ = self.block.coupling.newton_step(noise, noise, features)  # type: ignore[operator]
+        return float(((new - noise).abs() / (1 + new.abs())).max())
+
+    def _sweep_once(self, end: int) -> float:
+        """One sweep over positions `at` to `end` - 1: the largest change."""
         at, (B, _, C) = self.at, self.h.shape
-        features, noise = self._open_features(end), self.noise[:, at:end].flatten(0, 1)
+        features, noise = self._open_features(end, self.cache, slice(None)), self.noise[:, at:end].flatten(0, 1)
         new = self.block.coupling.invert(noise, features.flatten(0, 1)).view(B, end - at, C)
         change = ((new - self.h[:, at:end]).abs() / (1 + new.abs())).amax((0, 2))
         self.h[:, at:end] = new
         converged = (change <= TOLERANCE[new.dtype]).long().cumprod(0).sum()
         # one copy to the host per sweep; NaN counts as not converged, so it advances one position at a time
         final, largest = torch.stack((converged, change.max().to(new.dtype))).tolist()
-        if self.swept_from is None:
-            self.swept_from = at
-        return min(int(final) + 1, end - at), largest
+        self._advance(min(int(final) + 1, end - at))
+        self.swept = min(at, self.swept[0]), self.at
+        return largest
 
     def sweep(self) -> None:
         """Gauss-Seidel-Jacobi sweeps over segments, up to the last position.
@@ -183,16 +204,20 @@ class _Inversion:
         positions of a segment at once, with parameters from the current guess, at first the noise. By causality the
         leading positions that no longer changed are final, and the one after them, whose inputs were: every sweep
         finishes at least one position, and N sweeps always suffice. A segment whose changes stop shrinking is halved,
-        down to single positions (a step); after one that converged, the next is twice as long.
+        down to single positions (a step); after one that converged, the next is twice as long. Where changes are
+        small, Newton steps finish a segment.
         """
         limit, length = self.num_positions, LONGEST_SEGMENT
+        near = NEARLY_THERE if isinstance(self.block.coupling, ChannelCoupling) else 0.0
         while limit - self.at >= SHORTEST_NEWTON and self.contracts:
             self.contracts = self.newton(min(limit, self.at + length))
         while self.at < limit:
             stop, last, poor = min(limit, self.at + length), math.inf, 0
             while self.at < stop:
-                final, largest = self._sweep_once(stop)
-                self._advance(final)
+                largest = self._sweep_once(stop)
+                if largest < near and stop - self.at >= SHORTEST_NEWTON:
+                    done = self.newton(stop, largest=CONTRACTION * largest, foresees=False)
+                    near = near if done else 0.1 * largest
                 poor = 0 if largest < 0.5 * last else poor + 1
                 last = largest
                 if poor > PATIENCE and stop - self.at > 1:
@@ -213,10 +238,12 @@ class _Inversion:
         the first Newton step, which changes little. Elsewhere sweeps are tried on so few positions that they cost
         next to nothing, while their changes shrink fast or they make more positions final than their cost in steps.
         """
-        N = self.num_positions
-        if self.contracts and N - self.at >= SHORTEST_NEWTON:
-            length = min(LONGEST_SEGMENT, max(SHORTEST_NEWTON, TRIAL_ROWS // len(self.h)))
-            self.contracts = self.newton(min(self.at + length, N), largest=CONTRACTION)
+        N, by_channels = self.num_positions, isinstance(self.block.coupling, ChannelCoupling)
+        if by_channels and N - self.at >= SHORTEST_NEWTON:
+            # a few positions show as well as many that the block is not near the identity
+            self.contracts = self._first_change(self.at + SHORTEST_NEWTON) < CONTRACTION and self.newton(
+                min(self.at + LONGEST_SEGMENT, N), largest=CONTRACTION
+            )
             if self.contracts:
                 return "sweeps"
         start, end, sweeps, spent, last = self.at, self.at + 4, 0, 0.0, math.inf
@@ -224,12 +251,14 @@ class _Inversion:
             end += 1
         while self.at < min(end, N):
             spent, sweeps = spent + self.cost(end - self.at), sweeps + 1
-            final, largest = self._sweep_once(min(end, N))
-            self._advance(final)
+            largest = self._sweep_once(min(end, N))
             # negated, so that NaN counts as no convergence
             if not largest < CONTRACTION * last and spent > self.at - start:
                 return "steps"
             last = largest
+            if by_channels and largest < NEARLY_THERE:
+                sweeps += 1  # Newton steps will do the rest
+                break
         rest = min(N - self.at, LONGEST_SEGMENT)
         return "sweeps" if rest == 0 or sweeps * self.cost(rest) < rest else "steps"
 

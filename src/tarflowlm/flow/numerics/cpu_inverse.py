@@ -3,14 +3,13 @@ r"""Inverse of the mixture CDF: z with F(z) = Phi(u), by a fixed number of steps
 With c_k = m_k + s_k u every component has mass Phi(u) below its own c_k, so the solution lies between min c and max c
 (docs/math.md, eq. 20). Bisection shrinks that bracket to the scale of the narrowest component, whatever the modes do;
 then Newton steps finish, each replaced by the bracket's midpoint where it would leave it (`reference.newton_step`).
-A handful of mixtures, as in sampling one position at a time, is solved on a grid instead.
+A handful of mixtures, as in sampling one position at a time, go another way first: `cpu_few_rows`.
 
 N rows, n of them in a chunk, K components. u, z [N]; log_w, mean, log_std [N or 1, K]. All is mirrored to u >= 0,
 where the upper tail's mass is the smaller one.
 """
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -33,12 +32,6 @@ from tarflowlm.flow.numerics.reference import BISECTIONS, NEWTON_STEPS, TINY, ba
 
 _SAFE_CELL = 7
 """Newton's steps may start in a bracket of 2^-7 of the narrowest scale."""
-_WASTE = 0.1
-"""Below this share of far rows it is cheaper to solve them twice than to gather the others."""
-
-_CELLS, _GRID_STEPS, _SMALL_CELL = 16, 6, 2.0**-6
-"""The last: width of a cell over the narrowest scale from which Newton steps, which square that, reach rounding."""
-_GRID_NEWTON_STEPS = {torch.float32: 2, torch.float64: 3}
 
 _NEARLY_CERTAIN, _FEW_ROWS = -1e-5, 64
 """Log posterior of a component from which certainty is looked into: when half the rows have reached it, or, where
@@ -47,29 +40,31 @@ rows are few and calls are all that costs, every one of them."""
 
 def mixture_cdf_inverse(u: Tensor, *params: Tensor) -> Tensor:
     """z [N], as `reference.mixture_cdf_inverse` of log_w, mean, log_std."""
+    if not are_few(len(u), params[1].shape[-1]):
+        return _many(u, params)
+    z, left = cpu_few_rows.mixture_cdf_inverse(u, *params)
+    if left:
+        z[left] = _many(u[left], take_rows(params, left))
+    return z
+
+
+def _many(u: Tensor, params: Params) -> Tensor:  # the general path
     far = rows_below(upper_tail(u.abs()), SMALLEST[u.dtype])
-    if far is None:
-        return _solve_linear(u, params)
-    if len(far) < _WASTE * len(u):
-        z = _solve_linear(u, params)
-    else:
-        near = torch.ones(u.shape, dtype=torch.bool).index_fill_(0, far, False).nonzero().squeeze(-1)
-        z = torch.empty_like(u)
-        z[near] = _solve_linear(u[near], take_rows(params, near))
-    path = reference.mixture_cdf_inverse if u.dtype == torch.float64 else mixture_cdf_inverse
-    z[far] = path(u[far].double(), *(p.double() for p in take_rows(params, far))).to(u.dtype)
+    z = _solve_linear(u, params)
+    if far is not None:
+        wide = u[far].double(), tuple(p.double() for p in take_rows(params, far))
+        solved = reference.mixture_cdf_inverse(wide[0], *wide[1]) if u.dtype == torch.float64 else _many(*wide)
+        z[far] = solved.to(u.dtype)
     return z
 
 
 def are_few(rows: int, num_components: int) -> bool:
-    """True where the grid is the faster way (measured: equal at about 500 rows of 2 components, 180 of 27)."""
+    """True where `cpu_few_rows` is the faster way (measured: up to some 200 rows of 27 components)."""
     return rows * (num_components + 8) <= 6000
 
 
 def _solve_linear(u: Tensor, params: Params) -> Tensor:
     num_components = params[1].shape[-1]
-    if are_few(len(u), num_components):
-        return _solve_on_grid(u, params)
     z, space = torch.empty_like(u), Workspace(5, num_components, u.dtype)
     for rows in row_chunks(len(u), num_components):
         z[rows] = _solve_by_bisection(u[rows], take_rows(params, rows), space)
@@ -111,45 +106,8 @@ def _solve_by_bisection(u: Tensor, params: Params, space: Workspace) -> Tensor:
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)
         excess = torch.log(mass / wanted)
         x = step(x, excess, mass.div_(density.clamp_(min=TINY[u.dtype])).mul_(factor), low, high)
-    return x.mul_(side)
-
-
-@lru_cache(maxsize=4)
-def _fractions(dtype: torch.dtype) -> Tensor:
-    return torch.linspace(0.0, 1.0, _CELLS + 1, dtype=dtype)
-
-
-def _solve_on_grid(u: Tensor, params: Params) -> Tensor:
-    """z [N] of few rows, where the number of operations is the cost: a step evaluates a grid inside the bracket and
-    keeps one of its 16 cells, which does what four bisections do in a third of the operations."""
-    log_w, mean, log_std = params
-    side, y = torch.copysign(torch.ones((), dtype=u.dtype), u), u.abs()
-    wanted, std = upper_tail(y), torch.exp(log_std)
-    weight = torch.softmax(log_w, -1).unsqueeze(-1).expand(u.shape[0], -1, 1)
-    small, center = std.amin(-1, keepdim=True) * _SMALL_CELL, side[:, None] * mean
-    low, high = torch.aminmax(torch.addcmul(center, std, y[:, None]), dim=-1, keepdim=True)
-    center = center.unsqueeze(1)
-    inv_std = std.reciprocal_().mul_(UNIT).unsqueeze(1)
-    # negated, because searchsorted wants an increasing sequence and the tail's mass decreases along the grid
-    minus_weight, minus_wanted = -TAIL_SCALE * weight, -wanted[:, None]
-    for _ in range(_GRID_STEPS):
-        if bool((high - low <= small).all()):
-            break
-        grid = torch.lerp(low, high, _fractions(u.dtype))
-        a = clamp_((grid[:, 1:-1, None] - center).mul_(inv_std))
-        cell = torch.searchsorted(torch.bmm(a.erfc_(), minus_weight).squeeze(-1), minus_wanted)
-        low, high = grid.gather(1, cell), grid.gather(1, cell + 1)
-    # the last cell is a small part of the narrowest scale, so plain Newton on log T cannot go astray in it
-    x = torch.lerp(low, high, 0.5).unsqueeze(-1)
-    low, high, minus_wanted = low.unsqueeze(-1), high.unsqueeze(-1), minus_wanted.unsqueeze(-1)
-    density_weight = (weight * inv_std.transpose(1, 2)).mul_(DENSITY_SCALE / UNIT)
-    for _ in range(_GRID_NEWTON_STEPS[u.dtype]):
-        a = clamp_((x - center).mul_(inv_std))
-        density = torch.bmm((a * a).neg_().exp_(), density_weight).clamp_(min=TINY[u.dtype])
-        minus_mass = torch.bmm(a.erfc_(), minus_weight)
-        step = torch.log(minus_mass / minus_wanted).mul_(minus_mass).div_(density)
-        x = torch.minimum(torch.maximum(x - step, low), high)
-    return x.view(-1).mul_(side)
+    # the bracket knows nothing of a weight that is not a number
+    return x.mul_(side).add_(total.mul_(0.0))
 
 
 def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

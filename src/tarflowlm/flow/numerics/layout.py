@@ -39,6 +39,9 @@ def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor
     num_components = max(counts)
     if num_components == 0 or counts - {1, num_components}:
         raise ValueError(f"parameters disagree about the number of components: {sorted(counts)}")
+    if z.ndim == 1 and all(p.shape == (len(z), num_components) for p in params):
+        # as they come: a step of a sampler calls with so few rows that every view counts
+        return z.shape, z, list(params)
     shape = torch.broadcast_shapes(z.shape, *(p.shape[:-1] for p in params))
     rows = shape.numel()
     flat = [
@@ -59,14 +62,13 @@ def flatten_vectors(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> 
     if log_w.shape[-1] != mean.shape[0]:
         raise ValueError(f"log_w has {log_w.shape[-1]} components, the codebook {mean.shape[0]}")
     if z.ndim == 2 and log_w.shape[:-1] == z.shape[:-1]:
-        # as they come: a step of a sampler calls with so few rows that every view counts
-        return z.shape[:1], z, log_w
+        return z.shape[:1], z, log_w  # as they come
     shape = torch.broadcast_shapes(z.shape[:-1], log_w.shape[:-1])
     z, log_w = (t.expand(*shape, t.shape[-1]).reshape(-1, t.shape[-1]) for t in (z, log_w))
     return shape, z, log_w
 
 
-def take_rows(params: Params, rows: slice | Tensor) -> Params:
+def take_rows(params: Params, rows: slice | Tensor | list[int]) -> Params:
     """Rows of [N, K] parameters; a shared [1, K] one is returned as it is."""
     return tuple(p if len(p) == 1 else p[rows] for p in params)
 

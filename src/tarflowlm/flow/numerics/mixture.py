@@ -44,7 +44,9 @@ def mixture_cdf_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor)
     NaN, u = +-inf gives z = +-inf. Derivatives and errors as in `mixture_cdf`.
     """
     shape, flat_u, params = layout.flatten(u, log_w, mean, log_std)
-    return _MixtureCdfInverse.apply(flat_u, *params).view(shape)
+    # without a graph as it is: a Function takes as long as the work for a few rows
+    inverse = _MixtureCdfInverse.apply if torch.is_grad_enabled() else _MixtureCdfInverse.forward
+    return inverse(flat_u, *params).view(shape)
 
 
 def mixture_log_density(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
