@@ -50,12 +50,9 @@ def check_tokens(model: LanguageModel, tokens: Any, *, name: str = "tokens", sha
 
 
 def elbo(
-    model: TarFlowLM,
-    tokens: Int[Tensor, "B T"],
-    *,
-    generator: torch.Generator | None = None,
-    noise: Float[Tensor, "B T d"] | None = None,
-) -> ElboTerms:
+    model: TarFlowLM, tokens: Int[Tensor, "B T"], *,
+    generator: torch.Generator | None = None, noise: Float[Tensor, "B T d"] | None = None,
+) -> ElboTerms:  # fmt: skip
     """One sample of the ELBO in its terms (docs/math.md, eq. 11).
 
     `noise` fixes the posterior sample; by default it is drawn with `generator`. UserError for the baseline, and for
@@ -96,13 +93,9 @@ def conditional_bound(
 
 
 def log_importance_weights(
-    model: LanguageModel,
-    tokens: Int[Tensor, "B T"],
-    *,
-    samples: int,
-    generator: torch.Generator | None = None,
-    given: int = 0,
-) -> Float[Tensor, "S B"]:
+    model: LanguageModel, tokens: Int[Tensor, "B T"], *,
+    samples: int, generator: torch.Generator | None = None, given: int = 0,
+) -> Float[Tensor, "S B"]:  # fmt: skip
     """log p(x, z^r) / q(z^r | x) for S = `samples` draws z^r ~ q, in nats (docs/math.md, eq. 13).
 
     With `given` > 0 the weights are those of the tokens after the first `given`, conditional on these. The baseline

@@ -37,13 +37,9 @@ with those of other models only on the same text, with the same windows and per 
 
 
 def save_pretrained(
-    source: Source,
-    folder: str | Path,
-    *,
-    half: bool = False,
-    licence: str | None = None,
-    repository: str | None = None,
-) -> Path:
+    source: Source, folder: str | Path, *,
+    half: bool = False, licence: str | None = None, repository: str | None = None,
+) -> Path:  # fmt: skip
     """Write a model with its tokenizer, configuration and a model card into the new `folder`.
 
     A README.md beside the `source` becomes the card. `half` as in `export`, `licence` an identifier of the hub

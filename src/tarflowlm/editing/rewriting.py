@@ -26,14 +26,9 @@ from tarflowlm.progress import SILENT, Progress
 
 @torch.no_grad()
 def propose(
-    model: TarFlowLM,
-    text: Encoded,
-    span: Span,
-    *,
-    candidates: int,
-    temperature: float = 1.0,
-    generator: torch.Generator,
-) -> tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]]:
+    model: TarFlowLM, text: Encoded, span: Span, *,
+    candidates: int, temperature: float = 1.0, generator: torch.Generator,
+) -> tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]]:  # fmt: skip
     """R candidates for a span of the text [1, T]: latents, tokens, and log-weights in float64 on the CPU, in nats.
 
     The noise of the span is standard normal, so that a candidate has the density prod_t p(z_t | z_<t) of block 1.
@@ -132,15 +127,9 @@ SPARE_TRIES = 8
 
 @torch.no_grad()
 def rewrite(
-    model: TarFlowLM,
-    text: Encoded,
-    spans: Sequence[Sequence[Span]],
-    *,
-    spare: Sequence[Span] = (),
-    generator: torch.Generator,
-    progress: Progress = SILENT,
-    **options: Any,
-) -> Edit:
+    model: TarFlowLM, text: Encoded, spans: Sequence[Sequence[Span]], *,
+    spare: Sequence[Span] = (), generator: torch.Generator, progress: Progress = SILENT, **options: Any,
+) -> Edit:  # fmt: skip
     """Redraw the spans of every text, `spans[b]` those of row b, one after the other given everything else.
 
     Where all candidates of a span repeat it, some of the `spare` spans are tried in its place, but none at either end
@@ -165,15 +154,9 @@ def rewrite(
 
 @torch.no_grad()
 def blend(
-    model: TarFlowLM,
-    first: Encoded,
-    second: Encoded,
-    spans: Sequence[tuple[Sequence[Span], Sequence[Span]]],
-    *,
-    generator: torch.Generator,
-    progress: Progress = SILENT,
-    **options: Any,
-) -> Edit:
+    model: TarFlowLM, first: Encoded, second: Encoded, spans: Sequence[tuple[Sequence[Span], Sequence[Span]]], *,
+    generator: torch.Generator, progress: Progress = SILENT, **options: Any,
+) -> Edit:  # fmt: skip
     """Put spans of the second text into the first, at their places, and redraw what they leave in pieces.
 
     `spans[b]` are the spans that row b takes, and those of the first text that stay where nothing is taken.
@@ -199,15 +182,9 @@ def blend(
 
 @torch.no_grad()
 def redraw(
-    model: TarFlowLM,
-    text: Encoded,
-    span: Span,
-    *,
-    candidates: int,
-    temperature: float = 1.0,
-    level: int = 0,
-    generator: torch.Generator,
-) -> Encoded:
+    model: TarFlowLM, text: Encoded, span: Span, *,
+    candidates: int, temperature: float = 1.0, level: int = 0, generator: torch.Generator,
+) -> Encoded:  # fmt: skip
     """The text [1, T] with the tokens of `span` redrawn given all others, which keep their latents.
 
     Of R = `candidates` draws of the span, one is taken by its weight (docs/math.md, eq. 24); those that repeat the

@@ -75,14 +75,9 @@ class ConditionedLatents(Conditioned):
     """
 
     def __init__(
-        self,
-        model: TarFlowLM,
-        noise: Tensor,
-        known: Tensor,
-        is_known: Tensor,
-        adjust: AdjustWeights | None,
+        self, model: TarFlowLM, noise: Tensor, known: Tensor, is_known: Tensor, adjust: AdjustWeights | None,
         estimated: EstimatedTokens | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU."""
         assert adjust is None or estimated is None
         self.block, self.patch = model.prior.block(0), model.prior.patch

@@ -84,12 +84,9 @@ def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def particle_filter(
-    conditioned: Conditioned,
-    weights: Weights,
-    generators: list[torch.Generator],
-    source: "UniformSource | LatentSource",
-    on_step: Callable[[], None],
-) -> None:
+    conditioned: Conditioned, weights: Weights, generators: list[torch.Generator],
+    source: "UniformSource | LatentSource", on_step: Callable[[], None],
+) -> None:  # fmt: skip
     """Run `conditioned` to its end, adding to `weights`; resample the particles of a sample when they become uneven.
 
     `generators` has one per sample; `on_step` is called after every position; `source` gives fresh noise.
@@ -142,14 +139,9 @@ class LatentSource:
     """
 
     def __init__(
-        self,
-        model: TarFlowLM,
-        generators: list[torch.Generator],
-        particles: int,
-        is_known: Tensor,
-        decoder: Decoders,
-        progress: Progress,
-    ) -> None:
+        self, model: TarFlowLM, generators: list[torch.Generator], particles: int, is_known: Tensor,
+        decoder: Decoders, progress: Progress,
+    ) -> None:  # fmt: skip
         """`is_known` [num R, T], on the CPU, says which tokens are given; `generators` has one per sample."""
         self.model, self.generators, self.decoder, self.single = model, generators, decoder, model.num_blocks == 1
         self.is_known = is_known.to(model.codebook.mean.device)
