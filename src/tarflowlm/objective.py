@@ -23,8 +23,7 @@ def check_integers(tokens: Any, name: str, *shapes: str) -> None:
         if tokens.dtype in INTEGERS and tokens.dim() in (shape.count(",") + 1 for shape in shapes):
             return
         shown = f"of shape {list(tokens.shape)} and type {tokens.dtype}"
-    batch = "" if "[T]" in shapes else "[None]"
-    text = f"for a text torch.from_numpy(tokenizer.encode(text)){batch}"
+    text = f"for a text torch.from_numpy(tokenizer.encode(text)){'' if '[T]' in shapes else '[None]'}"
     methods = "tarflowlm.load(...) has methods that take texts"
     raise UserError(f"{name} {shown}: give a tensor of integers {' or '.join(shapes)}, {text}; {methods}")
 

@@ -98,8 +98,7 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
     `origin` is the folder that it was made from, with the results of its training; a README.md there is kept as the
     text. `name` is its OWNER/NAME or the name of its folder.
     """
-    summary = read_summary(origin) or {}
-    written = origin / CARD
+    summary, written = read_summary(origin) or {}, origin / CARD
     if written.is_file():
         text = written.read_text(encoding="utf-8")
         if not text.startswith("---\n"):

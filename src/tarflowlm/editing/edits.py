@@ -105,8 +105,7 @@ class Redraw(Resampling):
         if not words:
             raise UserError("the text has no words: give some, or name pieces of it to rewrite")
         count = num_words(self.strength, words) if self.words is None else self.words
-        picked = [source.pick(count, self.pick) for _ in range(source.num)]
-        spans = [merge_words(row, words) for row in picked]
+        spans = [merge_words(source.pick(count, self.pick), words) for _ in range(source.num)]
         source.progress.stage("resampling, pieces", sum(map(len, spans)))
         return rewrite(source.model, source.text, spans, spare=words, **self.settings(source))
 

@@ -35,8 +35,7 @@ def propose(
     Its weight is p(z) over that: the densities of block 1 behind the span, times p_{>1}(h) / N(h; 0, I) for the noise
     h = h^(1) of the whole text. At another temperature h keeps the noise that was drawn in the span.
     """
-    start, stop = span
-    patch, prior = model.config.patch, model.prior
+    (start, stop), patch, prior = span, model.config.patch, model.prior
     known, before = prior.patch(text.states[0])[0], prior.patch(text.states[1])[0]
     first, end = start // patch, -(-stop // patch)
     R, (T, d) = candidates, text.states[0].shape[1:]
@@ -93,14 +92,12 @@ def propose_state(
         h[:, n] = block.invert_position(u[:, n], cache, h[:, n - 1] if n else None)
     log_w = h.new_zeros(R)
     if end < N:
-        features = block.features_of(cache, h[:, end - 1 : -1], first=False)
-        u[:, end:], log_det = block.coupling(h[:, end:], features)
+        u[:, end:], log_det = block.coupling(h[:, end:], block.features_of(cache, h[:, end - 1 : -1], first=False))
         log_w = log_det.sum(-1) + standard_normal_log_prob(u[:, end:])
     if level + 1 < model.num_blocks:
         noise = prior.patch.inverse(block.order.inverse(u))
         log_w = log_w + prior.log_prob(noise, above=level + 1) - standard_normal_log_prob(u)
-    state = prior.patch.inverse(block.order.inverse(h))
-    z = inverted_below(model, text.repeated(R), level, state, "auto")[-1]
+    z = inverted_below(model, text.repeated(R), level, prior.patch.inverse(block.order.inverse(h)), "auto")[-1]
     return z, model.codebook.decode(z), log_w.double().cpu().nan_to_num(nan=-torch.inf)
 
 
@@ -114,8 +111,7 @@ def informative_level(model: TarFlowLM, text: Encoded) -> int:
     if model.config.has_token_weights:
         return 0
     states, log_dets = model.prior.states(text.states[0])
-    log_p = [standard_normal_log_prob(h) for h in states]
-    book = model.codebook
+    book, log_p = model.codebook, [standard_normal_log_prob(h) for h in states]
     log_p[0] = (book.log_normaliser(states[0]) - math.log(book.vocab_size)).sum(1)
     gains = [log_dets[i].sum(-1) + log_p[i + 1] - log_p[i] for i in range(model.num_blocks)]
     return int(torch.stack(gains).mean(1).argmax())

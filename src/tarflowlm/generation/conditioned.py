@@ -96,8 +96,7 @@ class ConditionedLatents(Conditioned):
         num = int(self.is_known.all(2).all(0).long().cumprod(0).sum())
         if num == 0:
             return self.noise.new_zeros(len(self.noise))
-        features = self.settle(self.known, num)
-        u, log_det = self.block.coupling(self.known[:, :num], features)
+        u, log_det = self.block.coupling(self.known[:, :num], self.settle(self.known, num))
         self.noise[:, :num] = u
         return log_det.sum(-1) + standard_normal_log_prob(u) - self.log_normaliser[:, :num].sum((1, 2))
 

@@ -190,8 +190,7 @@ class LatentSource:
         if self.single:
             return torch.zeros_like(self.log_p)
         self._account_for_draw(torch.arange(len(h)), -(-self.shape[1] // self.model.config.patch))
-        given = (log_standard_normal(h).sum(-1) * self.is_known).sum(-1)
-        return self._log_p(h) - given + self.correction
+        return self._log_p(h) - (log_standard_normal(h).sum(-1) * self.is_known).sum(-1) + self.correction
 
 
 def pareto_k(log_w: Tensor) -> float:
@@ -200,8 +199,7 @@ def pareto_k(log_w: Tensor) -> float:
     Moments of order 1 / k and above are infinite: from k = 1/2 on the variance. k is that of a generalised Pareto
     distribution fitted to the largest min(R / 5, 3 sqrt(R)) weights (Vehtari et al. 2024, section 2 and appendix C).
     """
-    R = len(log_w)
-    w = (log_w.double() - log_w.max()).exp().sort().values
+    R, w = len(log_w), (log_w.double() - log_w.max()).exp().sort().values
     tail = math.ceil(min(0.2 * R, 3 * R**0.5))
     if R < FEWEST or not torch.isfinite(w).all():
         return math.nan

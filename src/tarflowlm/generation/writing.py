@@ -155,8 +155,7 @@ class Sampler:
         spread = given.repeat_interleave(particles, dim=0)
         upper = per_block(self.decoder, flow.num_blocks)[:-1]
         source = LatentSource(flow, self.generators, particles, spread != BLANK, (*upper, "steps"), self.progress)
-        latents = self._conditioned(flow, source, spread)
-        weights = Weights.uniform(len(given), particles)
+        latents, weights = self._conditioned(flow, source, spread), Weights.uniform(len(given), particles)
         weights.add(latents.prefill())
         self.progress.advance(latents.at)
         ready = _decoded_spans(flow, latents.values) if latents.estimated is None else latents.chosen_tokens

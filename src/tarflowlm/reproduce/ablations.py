@@ -78,8 +78,7 @@ def plan_fig4(settings: Settings) -> list[Training]:
 
 def _components(settings: Settings, components: int, variant: str) -> tuple[str, RunConfig]:
     """Label and run: Mix-1 with K components in every block, the learning rate of the codebook the same for all."""
-    run = settings.preset("mix1", "text8")
-    suffix, fields = HEADS[variant]
+    run, (suffix, fields) = settings.preset("mix1", "text8"), HEADS[variant]
     model = as_flow_config(run.model).each_block(components=components, **fields)
     optim = replace(run.optim, codebook_lr_scale=PLAIN_CODEBOOK)
     run = replace(run, name=f"{run.name}-k{components}{suffix}", model=model, optim=optim)

@@ -146,8 +146,7 @@ def _mix1(*, start: Literal["flattened", "plain"] = "plain", K: int = 27, separa
 def _affine_mixd() -> RunConfig:
     """An affine block 1 under a Mix-d block that is the language model: the text is final before the last pass."""
     run = preset("mini-mixd")
-    blocks = stack(("affine", "mixd"), (1, 5), (1, 0))
-    model = replace(as_flow_config(run.model), blocks=blocks, channel_mix=None)
+    model = replace(as_flow_config(run.model), blocks=stack(("affine", "mixd"), (1, 5), (1, 0)), channel_mix=None)
     return replace(run, name="mini-affine-mixd", model=model, train=preset("mini-mix1").train)
 
 

@@ -248,7 +248,6 @@ def _seconds(run: RunConfig, settings: Settings) -> float:
     def batch() -> torch.Tensor:
         return torch.randint(run.model.vocab_size, (rows, length), generator=generator)
 
-    steps = 3 if settings.scale == "mini" else 1
-    scale = whole[0] * whole[1] / (rows * length)
+    steps, scale = 3 if settings.scale == "mini" else 1, whole[0] * whole[1] / (rows * length)
     times = [seconds_per_step(run, s, batch, settings.device, num_steps=steps) for s in range(run.num_stages)]
     return scale * sum(t * n for t, n in zip(times, run.train.stage_steps, strict=True))

@@ -64,11 +64,10 @@ PAPER_QUALITY: dict[str, dict[str, float]] = {
 def plan_table2(settings: Settings) -> list[Training]:
     """Every family; at mini scale also two variants of them, at paper scale on both corpora."""
     if settings.scale == "mini":
-        mini = {label: preset(f"mini-{kind}") for label, kind in (FAMILIES | MINI_VARIANTS).items()}
-        return trainings(settings, mini)
+        kinds = (FAMILIES | MINI_VARIANTS).items()
+        return trainings(settings, {label: preset(f"mini-{kind}") for label, kind in kinds})
     every = [(label, kind, corpus) for corpus in PAPER_LIKELIHOOD for label, kind in FAMILIES.items()]
-    runs = {f"{label}, {corpus}": preset(f"{corpus}-{kind}") for label, kind, corpus in every}
-    return trainings(settings, runs)
+    return trainings(settings, {f"{label}, {corpus}": preset(f"{corpus}-{kind}") for label, kind, corpus in every})
 
 
 def measure_table2(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
