@@ -107,8 +107,7 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
             raise UserError(f"licence {licence!r}: {written} has a head, which is kept: state it there")
         return text
     rows = "".join(f"| {left} | {right} |\n" for left, right in _rows(checkpoint, origin, summary, licence))
-    reference = f"hf:{name}" if "/" in name else name
-    length = min(LONGEST, checkpoint.run.model.context)
+    reference, length = f"hf:{name}" if "/" in name else name, min(LONGEST, checkpoint.run.model.context)
     return f"""{_head(checkpoint, summary, name, licence)}# {name.rpartition("/")[2]}
 
 {BASELINE if checkpoint.model.is_exact else FLOW}

@@ -161,7 +161,7 @@ def blend(
     check_lengths(first, second)
     rows = []
     for b, (taken, kept) in enumerate(spans):
-        is_second, stays = (_covered(part, first.tokens.shape[1]) for part in (taken, kept))
+        is_second, stays = (covered(part, first.tokens.shape[1]) for part in (taken, kept))
         row, other = first.row(b), second.row(b)
         mask = is_second.to(row.tokens.device)
         z = torch.where(mask[:, None], other.states[0], row.states[0])
@@ -227,7 +227,8 @@ def _finished(model: TarFlowLM, before: Encoded, rows: Sequence[Encoded], genera
     return compared(model, before, torch.cat([row.tokens for row in rows]), states[::-1], generator)
 
 
-def _covered(spans: Sequence[Span], length: int) -> Tensor:
+def covered(spans: Sequence[Span], length: int) -> Tensor:
+    """Which of `length` tokens lie in the spans, [T]."""
     found = torch.zeros(length, dtype=torch.bool)
     for start, stop in spans:
         found[start:stop] = True

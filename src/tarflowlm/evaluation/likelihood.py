@@ -211,8 +211,7 @@ def score(
     check_model(model)
     samples, seed = as_integer(samples, "samples", least=1), checked_seed(as_integer(seed, "seed"))
     check_tokens(model, tokens, shape="[T]")
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    windows = _windows(model, len(tokens))
+    generator, windows = torch.Generator(device=model.device).manual_seed(seed), _windows(model, len(tokens))
     whole = _with_drawn_end(model, tokens, windows[-1][0], seed)
     draws, found = 1 if model.is_exact else samples, []
     # the windows of one batch have the same length and number of given tokens

@@ -159,8 +159,7 @@ class ConditionedTokens(Conditioned):
         self, model: TokenLM, uniform: Tensor, given: Tensor, is_known: Tensor, adjust: AdjustWeights | None
     ) -> None:
         """`uniform` [B, T] in [0, 1); tokens `given` [B, T], used where `is_known` [B, T]. All on the CPU."""
-        self.baseline = model
-        uniform = uniform.to(model.device, wide_dtype(model.start))
+        self.baseline, uniform = model, uniform.to(model.device, wide_dtype(model.start))
         noise, values = (self.positions(x) for x in (uniform, (given * is_known).to(model.device)))
         super().__init__(model, noise, values, is_known, adjust)
 

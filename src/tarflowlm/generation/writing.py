@@ -129,8 +129,7 @@ class Sampler:
         if isinstance(self.model, TokenLM):
             result = self._from_baseline(self.model, whole, num_tokens)
         else:
-            write = self._free if is_free else self._completed
-            result = write(as_flow(self.model), whole, num_tokens)
+            result = (self._free if is_free else self._completed)(as_flow(self.model), whole, num_tokens)
         self.stream.send(num_tokens, lambda span: result.tokens[:, span])
         return result
 
@@ -205,8 +204,7 @@ class Sampler:
 
     def _decoded(self, flow: TarFlowLM, z: Tensor) -> Tensor:
         """The tokens [B, T] of latents z [B, T, d]."""
-        book = flow.codebook
-        return book.decode(z) if self.decoding == "mode" else draw_tokens(book, z, self.generators)
+        return flow.codebook.decode(z) if self.decoding == "mode" else draw_tokens(flow.codebook, z, self.generators)
 
     def _draw_particles(self, weights: Weights) -> Tensor:
         """One particle per sample: row indices [num]."""

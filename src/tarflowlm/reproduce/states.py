@@ -248,13 +248,12 @@ def flops_table(settings: Settings, finished: Sequence[Finished]) -> str:
 
 
 def _flops_row(label: str, model: FlowConfig | BaselineConfig, vocab_size: int) -> Row:
-    config = replace(model, vocab_size=vocab_size)
+    shape = replace(model, vocab_size=vocab_size)
     counts = {
-        "forward, one head": forward_flops(config, "figure7"), "a head per block": forward_flops(config, "paper"),
-        "full": forward_flops(config), "training step": training_flops(config),
-        "generation": generation_flops(config),
+        "forward, one head": forward_flops(shape, "figure7"), "a head per block": forward_flops(shape, "paper"),
+        "full": forward_flops(shape), "training step": training_flops(shape), "generation": generation_flops(shape),
     }  # fmt: skip
-    return {"model": label} | {name: f"{1e-6 * count / config.context:.4g}" for name, count in counts.items()}
+    return {"model": label} | {name: f"{1e-6 * count / shape.context:.4g}" for name, count in counts.items()}
 
 
 def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
