@@ -86,8 +86,7 @@ class TokenLM(LanguageModel):
         backward pass recomputes.
         """
         inputs = self.token_features(self._features(tokens), self._in_patch(tokens)).flatten(0, 2)
-        targets = tokens.flatten()
-        rows = max(1, LARGEST_LOGITS // self.config.vocab_size)
+        targets, rows = tokens.flatten(), max(1, LARGEST_LOGITS // self.config.vocab_size)
         if len(inputs) <= rows:
             return -self._nll(inputs, targets).view(tokens.shape)
         pairs = zip(inputs.split(rows), targets.split(rows), strict=True)

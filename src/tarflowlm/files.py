@@ -214,9 +214,7 @@ def to_dict(config: Any) -> Any:
     if dataclasses.is_dataclass(config):
         family = {"family": config.family} if hasattr(config, "family") else {}
         return family | {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, (tuple, list)):
-        return [to_dict(item) for item in config]
-    return config
+    return [to_dict(item) for item in config] if isinstance(config, (tuple, list)) else config
 
 
 def flatten(value: Any, name: str = "") -> dict[str, Any]:

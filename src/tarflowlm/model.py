@@ -90,8 +90,7 @@ class TarFlowLM(LanguageModel):
         if block.coupling in ("affine", "token-affine"):
             return AffineCoupling(group=1 if block.coupling == "affine" else config.latent_dim, **channelwise)
         if block.coupling == "mix1":
-            spread = 0.95 if index == 0 else 0.3
-            coupling = Mix1Coupling(components=block.components, spread=spread, **channelwise)
+            coupling = Mix1Coupling(components=block.components, spread=0.95 if index == 0 else 0.3, **channelwise)
             if index == 0 and block.components == config.vocab_size and block.start != "plain":
                 coupling.start_from(self.codebook, evidence=0.1 if block.start == "flattened" else 1.0)
             return coupling

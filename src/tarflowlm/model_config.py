@@ -176,10 +176,8 @@ class FlowConfig(LanguageModelConfig):
     separation: float = 12.0
     """Typical distance between neighbouring codebook means, over sigma, at the start of training."""
     blocks: tuple[BlockConfig, ...] = (
-        BlockConfig(coupling="mixd", layers=6, components=0),
-        BlockConfig(),
-        BlockConfig(),
-    )
+        BlockConfig(coupling="mixd", layers=6, components=0), BlockConfig(), BlockConfig(),
+    )  # fmt: skip
     """Blocks of the stack, block 1 (next to the tokens) first."""
     head_hidden: int = 64
     """Hidden units per channel of the masked autoregressive head (D_m / 2 in the paper)."""
@@ -228,8 +226,7 @@ class FlowConfig(LanguageModelConfig):
     @property
     def head_features(self) -> int:
         """Embedding width A of the masked autoregressive head (docs/math.md, eq. 10; paper: appendix H)."""
-        channels = self.patch * self.latent_dim
-        return min(max(1, int(9 * 2 * self.head_hidden / (16 * max(channels - 1, 1)))), 96)
+        return min(max(1, int(9 * 2 * self.head_hidden / (16 * max(self.patch * self.latent_dim - 1, 1)))), 96)
 
     def first_blocks(self, num_blocks: int) -> "FlowConfig":
         return replace(self, blocks=self.blocks[:num_blocks])

@@ -23,8 +23,7 @@ def check_integers(tokens: Any, name: str, *shapes: str) -> None:
         if tokens.dtype in INTEGERS and tokens.dim() in (shape.count(",") + 1 for shape in shapes):
             return
         shown = f"of shape {list(tokens.shape)} and type {tokens.dtype}"
-    batch = "" if "[T]" in shapes else "[None]"
-    text = f"for a text torch.from_numpy(tokenizer.encode(text)){batch}"
+    text = f"for a text torch.from_numpy(tokenizer.encode(text)){'' if '[T]' in shapes else '[None]'}"
     methods = "tarflowlm.load(...) has methods that take texts"
     raise UserError(f"{name} {shown}: give a tensor of integers {' or '.join(shapes)}, {text}; {methods}")
 
@@ -50,12 +49,9 @@ def check_tokens(model: LanguageModel, tokens: Any, *, name: str = "tokens", sha
 
 
 def elbo(
-    model: TarFlowLM,
-    tokens: Int[Tensor, "B T"],
-    *,
-    generator: torch.Generator | None = None,
-    noise: Float[Tensor, "B T d"] | None = None,
-) -> ElboTerms:
+    model: TarFlowLM, tokens: Int[Tensor, "B T"], *,
+    generator: torch.Generator | None = None, noise: Float[Tensor, "B T d"] | None = None,
+) -> ElboTerms:  # fmt: skip
     """One sample of the ELBO in its terms (docs/math.md, eq. 11).
 
     `noise` fixes the posterior sample; by default it is drawn with `generator`. UserError for the baseline, and for
@@ -96,13 +92,9 @@ def conditional_bound(
 
 
 def log_importance_weights(
-    model: LanguageModel,
-    tokens: Int[Tensor, "B T"],
-    *,
-    samples: int,
-    generator: torch.Generator | None = None,
-    given: int = 0,
-) -> Float[Tensor, "S B"]:
+    model: LanguageModel, tokens: Int[Tensor, "B T"], *,
+    samples: int, generator: torch.Generator | None = None, given: int = 0,
+) -> Float[Tensor, "S B"]:  # fmt: skip
     """log p(x, z^r) / q(z^r | x) for S = `samples` draws z^r ~ q, in nats (docs/math.md, eq. 13).
 
     With `given` > 0 the weights are those of the tokens after the first `given`, conditional on these. The baseline

@@ -52,20 +52,10 @@ class Pretrained(_Pair):
         return self.model.config
 
     def write(
-        self,
-        prompt: str | None = None,
-        *,
-        num_tokens: int | None = None,
-        template: str | None = None,
-        blank: str = "_",
-        num: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        particles: int = 1,
-        seed: int = 0,
-        decoder: Decoders = "auto",
-    ) -> str | list[str]:
+        self, prompt: str | None = None, *, num_tokens: int | None = None, template: str | None = None,
+        blank: str = "_", num: int | None = None, temperature: float = 1.0, top_k: int | None = None,
+        top_p: float | None = None, particles: int = 1, seed: int = 0, decoder: Decoders = "auto",
+    ) -> str | list[str]:  # fmt: skip
         """A text that begins with `prompt` or fills the blanks of `template`; with `num`, a list of so many texts.
 
         `num_tokens` is the length in tokens, given ones included; by default that of the trained context, or of the

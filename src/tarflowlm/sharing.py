@@ -37,13 +37,9 @@ with those of other models only on the same text, with the same windows and per 
 
 
 def save_pretrained(
-    source: Source,
-    folder: str | Path,
-    *,
-    half: bool = False,
-    licence: str | None = None,
-    repository: str | None = None,
-) -> Path:
+    source: Source, folder: str | Path, *,
+    half: bool = False, licence: str | None = None, repository: str | None = None,
+) -> Path:  # fmt: skip
     """Write a model with its tokenizer, configuration and a model card into the new `folder`.
 
     A README.md beside the `source` becomes the card. `half` as in `export`, `licence` an identifier of the hub
@@ -102,8 +98,7 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
     `origin` is the folder that it was made from, with the results of its training; a README.md there is kept as the
     text. `name` is its OWNER/NAME or the name of its folder.
     """
-    summary = read_summary(origin) or {}
-    written = origin / CARD
+    summary, written = read_summary(origin) or {}, origin / CARD
     if written.is_file():
         text = written.read_text(encoding="utf-8")
         if not text.startswith("---\n"):
@@ -112,8 +107,7 @@ def model_card(checkpoint: Checkpoint, origin: Path, name: str, licence: str | N
             raise UserError(f"licence {licence!r}: {written} has a head, which is kept: state it there")
         return text
     rows = "".join(f"| {left} | {right} |\n" for left, right in _rows(checkpoint, origin, summary, licence))
-    reference = f"hf:{name}" if "/" in name else name
-    length = min(LONGEST, checkpoint.run.model.context)
+    reference, length = f"hf:{name}" if "/" in name else name, min(LONGEST, checkpoint.run.model.context)
     return f"""{_head(checkpoint, summary, name, licence)}# {name.rpartition("/")[2]}
 
 {BASELINE if checkpoint.model.is_exact else FLOW}

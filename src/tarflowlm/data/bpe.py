@@ -119,8 +119,7 @@ def train_bpe(
         library.decoder = tokenizers.decoders.ByteLevel()
         initial = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     else:
-        words = tokenizers.Regex(r" ?[^ ]+| ")
-        library.pre_tokenizer = tokenizers.pre_tokenizers.Split(words, behavior="isolated")
+        library.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r" ?[^ ]+| "), behavior="isolated")
         library.decoder = tokenizers.decoders.Fuse()
         initial = list(alphabet)
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=initial, show_progress=False)

@@ -33,8 +33,7 @@ class TokenArray:
         assert all(len(part) == len(parts[0]) for part in parts[:-1])
         # plain views: indexing an np.memmap spends most of its time building np.memmap results
         self._parts = [np.asarray(part) for part in parts]
-        self._part_length = max(1, len(parts[0]))
-        self._length = sum(map(len, parts))
+        self._part_length, self._length = max(1, len(parts[0])), sum(map(len, parts))
 
     @classmethod
     def of(cls, tokens: "TokenArray | Array") -> "TokenArray":

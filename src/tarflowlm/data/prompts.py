@@ -33,13 +33,9 @@ class Reading:
 
 
 def read(
-    tokenizer: Tokenizer,
-    text: str,
-    *,
-    name: str = "text",
-    normalize: Normalization | None = None,
-    goes_on: bool = False,
-) -> Reading:
+    tokenizer: Tokenizer, text: str, *,
+    name: str = "text", normalize: Normalization | None = None, goes_on: bool = False,
+) -> Reading:  # fmt: skip
     """Normalise `text` as the training text of the tokenizer's model was, and encode it.
 
     text8 gives lower case, spelled digits, and one space for everything else; the text keeps a space at either end

@@ -110,8 +110,7 @@ class TextFile(Source):
         cuts = [0, total * 90 // 100, total * 95 // 100, total]
         for index, piece in enumerate(text_pieces(text_blocks(self.path), self.block)):
             if index >= block:
-                text = _normalized(piece, normalization)
-                spans = zip(SPLITS, cuts, cuts[1:], strict=False)
+                text, spans = _normalized(piece, normalization), zip(SPLITS, cuts, cuts[1:], strict=False)
                 parts = {split: [text[max(0, a - position) : max(0, b - position)]] for split, a, b in spans}
                 position += len(text)
                 cursor = {"block": index + 1, "position": position}

@@ -153,8 +153,7 @@ class CharTokenizer(Tokenizer):
     def __init__(self, alphabet: str, normalization: Normalization = "text8") -> None:
         super().__init__(normalization)
         check_alphabet(alphabet)
-        self.alphabet = alphabet
-        codes = list(map(ord, alphabet))
+        self.alphabet, codes = alphabet, list(map(ord, alphabet))
         # the id of every code point, -1 for foreign ones; all above the alphabet share the last place
         self._ids = np.full(max(codes) + 2, -1, dtype=np.int64)
         self._ids[codes] = np.arange(len(alphabet))

@@ -14,7 +14,7 @@ import torch
 
 from tarflowlm.config import Decoder
 from tarflowlm.data import Tokenizer
-from tarflowlm.editing.rewriting import blend, informative_level, rewrite, token_costs
+from tarflowlm.editing.rewriting import blend, covered, informative_level, rewrite, token_costs
 from tarflowlm.editing.states import Edit, Encoded, check_share, interpolate, renoise, substitute
 from tarflowlm.editing.words import Span, blended_spans, find_piece, find_words, merge_words, pick_words, words_of
 from tarflowlm.errors import UserError
@@ -105,8 +105,7 @@ class Redraw(Resampling):
         if not words:
             raise UserError("the text has no words: give some, or name pieces of it to rewrite")
         count = num_words(self.strength, words) if self.words is None else self.words
-        picked = [source.pick(count, self.pick) for _ in range(source.num)]
-        spans = [merge_words(row, words) for row in picked]
+        spans = [merge_words(source.pick(count, self.pick), words) for _ in range(source.num)]
         source.progress.stage("resampling, pieces", sum(map(len, spans)))
         return rewrite(source.model, source.text, spans, spare=words, **self.settings(source))
 
@@ -200,11 +199,8 @@ class Renoise(EditKind):
     """How the blocks below the `level` are inverted."""
 
     def apply(self, source: Source) -> Edit:
-        where = None
-        if self.words is not None:
-            where = torch.zeros(source.text.tokens.shape[1], dtype=torch.bool)
-            for start, stop in source.pick(self.words, self.pick):
-                where[start:stop] = True
+        T = source.text.tokens.shape[1]
+        where = None if self.words is None else covered(source.pick(self.words, self.pick), T)
         source.stage(self.level)
         how: Any = {"level": self.level, "generator": source.generator, "progress": source.progress}
         return renoise(source.model, source.text, strength=self.strength, where=where, decoder=self.decoder, **how)

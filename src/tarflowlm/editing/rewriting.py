@@ -26,22 +26,16 @@ from tarflowlm.progress import SILENT, Progress
 
 @torch.no_grad()
 def propose(
-    model: TarFlowLM,
-    text: Encoded,
-    span: Span,
-    *,
-    candidates: int,
-    temperature: float = 1.0,
-    generator: torch.Generator,
-) -> tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]]:
+    model: TarFlowLM, text: Encoded, span: Span, *,
+    candidates: int, temperature: float = 1.0, generator: torch.Generator,
+) -> tuple[Float[Tensor, "R T d"], Int[Tensor, "R T"], Float[Tensor, " R"]]:  # fmt: skip
     """R candidates for a span of the text [1, T]: latents, tokens, and log-weights in float64 on the CPU, in nats.
 
     The noise of the span is standard normal, so that a candidate has the density prod_t p(z_t | z_<t) of block 1.
     Its weight is p(z) over that: the densities of block 1 behind the span, times p_{>1}(h) / N(h; 0, I) for the noise
     h = h^(1) of the whole text. At another temperature h keeps the noise that was drawn in the span.
     """
-    start, stop = span
-    patch, prior = model.config.patch, model.prior
+    (start, stop), patch, prior = span, model.config.patch, model.prior
     known, before = prior.patch(text.states[0])[0], prior.patch(text.states[1])[0]
     first, end = start // patch, -(-stop // patch)
     R, (T, d) = candidates, text.states[0].shape[1:]
@@ -98,14 +92,12 @@ def propose_state(
         h[:, n] = block.invert_position(u[:, n], cache, h[:, n - 1] if n else None)
     log_w = h.new_zeros(R)
     if end < N:
-        features = block.features_of(cache, h[:, end - 1 : -1], first=False)
-        u[:, end:], log_det = block.coupling(h[:, end:], features)
+        u[:, end:], log_det = block.coupling(h[:, end:], block.features_of(cache, h[:, end - 1 : -1], first=False))
         log_w = log_det.sum(-1) + standard_normal_log_prob(u[:, end:])
     if level + 1 < model.num_blocks:
         noise = prior.patch.inverse(block.order.inverse(u))
         log_w = log_w + prior.log_prob(noise, above=level + 1) - standard_normal_log_prob(u)
-    state = prior.patch.inverse(block.order.inverse(h))
-    z = inverted_below(model, text.repeated(R), level, state, "auto")[-1]
+    z = inverted_below(model, text.repeated(R), level, prior.patch.inverse(block.order.inverse(h)), "auto")[-1]
     return z, model.codebook.decode(z), log_w.double().cpu().nan_to_num(nan=-torch.inf)
 
 
@@ -119,8 +111,7 @@ def informative_level(model: TarFlowLM, text: Encoded) -> int:
     if model.config.has_token_weights:
         return 0
     states, log_dets = model.prior.states(text.states[0])
-    log_p = [standard_normal_log_prob(h) for h in states]
-    book = model.codebook
+    book, log_p = model.codebook, [standard_normal_log_prob(h) for h in states]
     log_p[0] = (book.log_normaliser(states[0]) - math.log(book.vocab_size)).sum(1)
     gains = [log_dets[i].sum(-1) + log_p[i + 1] - log_p[i] for i in range(model.num_blocks)]
     return int(torch.stack(gains).mean(1).argmax())
@@ -132,15 +123,9 @@ SPARE_TRIES = 8
 
 @torch.no_grad()
 def rewrite(
-    model: TarFlowLM,
-    text: Encoded,
-    spans: Sequence[Sequence[Span]],
-    *,
-    spare: Sequence[Span] = (),
-    generator: torch.Generator,
-    progress: Progress = SILENT,
-    **options: Any,
-) -> Edit:
+    model: TarFlowLM, text: Encoded, spans: Sequence[Sequence[Span]], *,
+    spare: Sequence[Span] = (), generator: torch.Generator, progress: Progress = SILENT, **options: Any,
+) -> Edit:  # fmt: skip
     """Redraw the spans of every text, `spans[b]` those of row b, one after the other given everything else.
 
     Where all candidates of a span repeat it, some of the `spare` spans are tried in its place, but none at either end
@@ -165,15 +150,9 @@ def rewrite(
 
 @torch.no_grad()
 def blend(
-    model: TarFlowLM,
-    first: Encoded,
-    second: Encoded,
-    spans: Sequence[tuple[Sequence[Span], Sequence[Span]]],
-    *,
-    generator: torch.Generator,
-    progress: Progress = SILENT,
-    **options: Any,
-) -> Edit:
+    model: TarFlowLM, first: Encoded, second: Encoded, spans: Sequence[tuple[Sequence[Span], Sequence[Span]]], *,
+    generator: torch.Generator, progress: Progress = SILENT, **options: Any,
+) -> Edit:  # fmt: skip
     """Put spans of the second text into the first, at their places, and redraw what they leave in pieces.
 
     `spans[b]` are the spans that row b takes, and those of the first text that stay where nothing is taken.
@@ -182,7 +161,7 @@ def blend(
     check_lengths(first, second)
     rows = []
     for b, (taken, kept) in enumerate(spans):
-        is_second, stays = (_covered(part, first.tokens.shape[1]) for part in (taken, kept))
+        is_second, stays = (covered(part, first.tokens.shape[1]) for part in (taken, kept))
         row, other = first.row(b), second.row(b)
         mask = is_second.to(row.tokens.device)
         z = torch.where(mask[:, None], other.states[0], row.states[0])
@@ -199,15 +178,9 @@ def blend(
 
 @torch.no_grad()
 def redraw(
-    model: TarFlowLM,
-    text: Encoded,
-    span: Span,
-    *,
-    candidates: int,
-    temperature: float = 1.0,
-    level: int = 0,
-    generator: torch.Generator,
-) -> Encoded:
+    model: TarFlowLM, text: Encoded, span: Span, *,
+    candidates: int, temperature: float = 1.0, level: int = 0, generator: torch.Generator,
+) -> Encoded:  # fmt: skip
     """The text [1, T] with the tokens of `span` redrawn given all others, which keep their latents.
 
     Of R = `candidates` draws of the span, one is taken by its weight (docs/math.md, eq. 24); those that repeat the
@@ -254,7 +227,8 @@ def _finished(model: TarFlowLM, before: Encoded, rows: Sequence[Encoded], genera
     return compared(model, before, torch.cat([row.tokens for row in rows]), states[::-1], generator)
 
 
-def _covered(spans: Sequence[Span], length: int) -> Tensor:
+def covered(spans: Sequence[Span], length: int) -> Tensor:
+    """Which of `length` tokens lie in the spans, [T]."""
     found = torch.zeros(length, dtype=torch.bool)
     for start, stop in spans:
         found[start:stop] = True

@@ -81,16 +81,9 @@ def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: Generator) -
 
 @torch.no_grad()
 def renoise(
-    model: TarFlowLM,
-    text: Encoded,
-    *,
-    level: int,
-    strength: float,
-    generator: Generator,
-    where: Bool[Tensor, " T"] | None = None,
-    decoder: Decoders = "steps",
-    progress: Progress = SILENT,
-) -> Edit:
+    model: TarFlowLM, text: Encoded, *, level: int, strength: float, generator: Generator,
+    where: Bool[Tensor, " T"] | None = None, decoder: Decoders = "steps", progress: Progress = SILENT,
+) -> Edit:  # fmt: skip
     r"""Re-noise state l: h^(l) -> sqrt(1 - eta^2) h^(l) + eta eps with eps ~ N(0, I) (docs/math.md, eq. 23).
 
     Blocks l, ..., 1 are then inverted. `level` l runs from 0 (the latents) to L (the noise), `strength` eta from 0
@@ -112,16 +105,9 @@ def renoise(
 
 @torch.no_grad()
 def interpolate(
-    model: TarFlowLM,
-    first: Encoded,
-    second: Encoded,
-    *,
-    level: int,
-    weight: float,
-    generator: Generator,
-    decoder: Decoders = "steps",
-    progress: Progress = SILENT,
-) -> Edit:
+    model: TarFlowLM, first: Encoded, second: Encoded, *,
+    level: int, weight: float, generator: Generator, decoder: Decoders = "steps", progress: Progress = SILENT,
+) -> Edit:  # fmt: skip
     r"""Spherical interpolation of the states l of two texts (docs/math.md, eq. 23), then blocks l, ..., 1 inverted:
 
         (sin((1 - kappa) theta) first^(l) + sin(kappa theta) second^(l)) / sin(theta)
@@ -144,13 +130,9 @@ def interpolate(
 
 @torch.no_grad()
 def substitute(
-    model: TarFlowLM,
-    text: Encoded,
-    replacements: Int[Tensor, " T"],
-    *,
-    generator: Generator,
-    progress: Progress = SILENT,
-) -> Edit:
+    model: TarFlowLM, text: Encoded, replacements: Int[Tensor, " T"], *,
+    generator: Generator, progress: Progress = SILENT,
+) -> Edit:  # fmt: skip
     """Replace some tokens and regenerate the others from their own noise h^(1) (docs/math.md, section 10).
 
     `replacements` holds the new tokens, and -1 elsewhere. Positions before the first new token keep their latents;
@@ -208,13 +190,9 @@ def compared(model: TarFlowLM, text: Encoded, tokens: Tensor, states: Sequence[T
 
 @torch.no_grad()
 def bound(
-    model: LanguageModel,
-    tokens: Int[Tensor, "B T"],
-    generator: Generator,
-    *,
-    samples: int = 8,
-    same_noise: bool = False,
-) -> Float[Tensor, " B"]:
+    model: LanguageModel, tokens: Int[Tensor, "B T"], generator: Generator, *,
+    samples: int = 8, same_noise: bool = False,
+) -> Float[Tensor, " B"]:  # fmt: skip
     """The negative ELBO of texts, [B], in nats, averaged over `samples` posterior samples; exact for the baseline.
 
     With `same_noise` all texts get the same samples of the noise.

@@ -29,8 +29,7 @@ def mean_norm(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
 
 def mean_cosine(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
     """Mean of cos(h_s, h_t) over the pairs s < t of a sequence. A zero vector has cosine 0. NaN for T = 1."""
-    T = states.shape[1]
-    unit = F.normalize(states, dim=-1)
+    T, unit = states.shape[1], F.normalize(states, dim=-1)
     # |sum_t n_t|^2 = sum_t |n_t|^2 + 2 sum_{s<t} n_s n_t
     pairs = (unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))) / 2
     return pairs / (T * (T - 1) / 2) if T > 1 else pairs * torch.nan

@@ -59,9 +59,7 @@ def forward_flops(config: Config, convention: Convention = "full") -> int:
 def training_flops(config: Config, *, frozen: int = 0, convention: Convention = "full") -> int:
     """Forward and backward pass of the training loss over one sequence; the first `frozen` blocks are not trained."""
     whole = 3 * forward_flops(config, convention)
-    if not frozen:
-        return whole
-    if convention == "full":
+    if convention == "full" and frozen:
         return whole - 2 * _counted_below(config, frozen)
     return whole - 2 * sum(_paper_block(as_flow_config(config), index, convention) for index in range(frozen))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import MODEL_TYPE
 from tarflowlm.data.sources import check_hub_reachable
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, first_line
 from tarflowlm.evaluation.likelihood import windows_per_batch
 from tarflowlm.flow.transformer import widen
 from tarflowlm.progress import SILENT, Progress
@@ -191,6 +191,5 @@ def _from_transformers(name: str, local: bool) -> tuple[Any, Any]:
         check_hub_reachable()
         return get(False)
     except Exception as error:  # hub, network and library errors share no base class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         advice = "give a run of the baseline, a directory of transformers, or a hub name that can be reached"
-        raise UserError(f"cannot load the judge {name!r} ({reason}): {advice}") from None
+        raise UserError(f"cannot load the judge {name!r} ({first_line(error)}): {advice}") from None

@@ -112,10 +112,8 @@ def evaluate(
     characters = int(characters_per_token[scored].sum())
     num_bytes = None if bytes_per_token is None else int(bytes_per_token[scored].sum())
 
-    tokens = is_scored.sum(1).double()
-    weighted, elbo = importance_weighted(log_w), -log_w.mean(0)
-    nats, stderr = _per_token(weighted, tokens)
-    elbo_nats, elbo_stderr = _per_token(elbo, tokens)
+    tokens, weighted, elbo = is_scored.sum(1).double(), importance_weighted(log_w), -log_w.mean(0)
+    (nats, stderr), (elbo_nats, elbo_stderr) = _per_token(weighted, tokens), _per_token(elbo, tokens)
     gap, gap_stderr = _per_token(elbo - weighted, tokens)
     total_bits, num_samples = bits(weighted.sum().item()), len(log_w)
     several = num_samples > 1
@@ -213,8 +211,7 @@ def score(
     check_model(model)
     samples, seed = as_integer(samples, "samples", least=1), checked_seed(as_integer(seed, "seed"))
     check_tokens(model, tokens, shape="[T]")
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    windows = _windows(model, len(tokens))
+    generator, windows = torch.Generator(device=model.device).manual_seed(seed), _windows(model, len(tokens))
     whole = _with_drawn_end(model, tokens, windows[-1][0], seed)
     draws, found = 1 if model.is_exact else samples, []
     # the windows of one batch have the same length and number of given tokens
@@ -267,5 +264,4 @@ def _shares(model: LanguageModel, tokens: Tensor, generator: torch.Generator) ->
         nats = flow.codebook.log_normaliser(z)
     states, by_position = flow.prior.states(z)
     log_dets = [log_det.repeat_interleave(patch, dim=1) / patch for log_det in by_position]
-    base = log_standard_normal(states[-1]).sum(-1)
-    return torch.stack([nats - base - sum(log_dets), *log_dets])
+    return torch.stack([nats - log_standard_normal(states[-1]).sum(-1) - sum(log_dets), *log_dets])

@@ -196,8 +196,7 @@ def compare_texts(
 def draw_samples(model: LanguageModel, config: SamplingConfig, progress: Progress = SILENT) -> Tensor:
     """Token ids [num, length] on the CPU. The batch size depends only on the length."""
     length = model.config.context if config.length is None else config.length
-    batch = max(1, BATCH_TOKENS // max(length, 1))
-    generator = torch.Generator().manual_seed(config.seed)
+    batch, generator = max(1, BATCH_TOKENS // max(length, 1)), torch.Generator().manual_seed(config.seed)
     progress.stage("samples", config.num)
     parts = []
     settings = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "decoder")}

@@ -75,14 +75,9 @@ class ConditionedLatents(Conditioned):
     """
 
     def __init__(
-        self,
-        model: TarFlowLM,
-        noise: Tensor,
-        known: Tensor,
-        is_known: Tensor,
-        adjust: AdjustWeights | None,
+        self, model: TarFlowLM, noise: Tensor, known: Tensor, is_known: Tensor, adjust: AdjustWeights | None,
         estimated: EstimatedTokens | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU."""
         assert adjust is None or estimated is None
         self.block, self.patch = model.prior.block(0), model.prior.patch
@@ -101,8 +96,7 @@ class ConditionedLatents(Conditioned):
         num = int(self.is_known.all(2).all(0).long().cumprod(0).sum())
         if num == 0:
             return self.noise.new_zeros(len(self.noise))
-        features = self.settle(self.known, num)
-        u, log_det = self.block.coupling(self.known[:, :num], features)
+        u, log_det = self.block.coupling(self.known[:, :num], self.settle(self.known, num))
         self.noise[:, :num] = u
         return log_det.sum(-1) + standard_normal_log_prob(u) - self.log_normaliser[:, :num].sum((1, 2))
 
@@ -165,8 +159,7 @@ class ConditionedTokens(Conditioned):
         self, model: TokenLM, uniform: Tensor, given: Tensor, is_known: Tensor, adjust: AdjustWeights | None
     ) -> None:
         """`uniform` [B, T] in [0, 1); tokens `given` [B, T], used where `is_known` [B, T]. All on the CPU."""
-        self.baseline = model
-        uniform = uniform.to(model.device, wide_dtype(model.start))
+        self.baseline, uniform = model, uniform.to(model.device, wide_dtype(model.start))
         noise, values = (self.positions(x) for x in (uniform, (given * is_known).to(model.device)))
         super().__init__(model, noise, values, is_known, adjust)
 

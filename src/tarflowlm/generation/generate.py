@@ -20,20 +20,11 @@ from tarflowlm.objective import check_integers
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel,
-    *,
-    num_tokens: int,
-    num: int = 1,
-    prompt: Tensor | None = None,
-    particles: int = 1,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    decoding: Decoding = "mode",
-    decoder: Decoders = "auto",
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    watch: Watch | None = None,
-) -> Generation:
+    model: LanguageModel, *,
+    num_tokens: int, num: int = 1, prompt: Tensor | None = None, particles: int = 1, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float | None = None, decoding: Decoding = "mode", decoder: Decoders = "auto",
+    generator: torch.Generator | Sequence[torch.Generator] | None = None, watch: Watch | None = None,
+) -> Generation:  # fmt: skip
     """Draw `num` samples of `num_tokens` tokens each, given tokens included (docs/math.md, sections 7 and 9).
 
     At temperature 1, without top-k, top-p or given tokens, the latents are exact samples. `decoding` turns them into

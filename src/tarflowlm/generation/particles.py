@@ -84,12 +84,9 @@ def resample(log_w: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def particle_filter(
-    conditioned: Conditioned,
-    weights: Weights,
-    generators: list[torch.Generator],
-    source: "UniformSource | LatentSource",
-    on_step: Callable[[], None],
-) -> None:
+    conditioned: Conditioned, weights: Weights, generators: list[torch.Generator],
+    source: "UniformSource | LatentSource", on_step: Callable[[], None],
+) -> None:  # fmt: skip
     """Run `conditioned` to its end, adding to `weights`; resample the particles of a sample when they become uneven.
 
     `generators` has one per sample; `on_step` is called after every position; `source` gives fresh noise.
@@ -142,14 +139,9 @@ class LatentSource:
     """
 
     def __init__(
-        self,
-        model: TarFlowLM,
-        generators: list[torch.Generator],
-        particles: int,
-        is_known: Tensor,
-        decoder: Decoders,
-        progress: Progress,
-    ) -> None:
+        self, model: TarFlowLM, generators: list[torch.Generator], particles: int, is_known: Tensor,
+        decoder: Decoders, progress: Progress,
+    ) -> None:  # fmt: skip
         """`is_known` [num R, T], on the CPU, says which tokens are given; `generators` has one per sample."""
         self.model, self.generators, self.decoder, self.single = model, generators, decoder, model.num_blocks == 1
         self.is_known = is_known.to(model.codebook.mean.device)
@@ -198,8 +190,7 @@ class LatentSource:
         if self.single:
             return torch.zeros_like(self.log_p)
         self._account_for_draw(torch.arange(len(h)), -(-self.shape[1] // self.model.config.patch))
-        given = (log_standard_normal(h).sum(-1) * self.is_known).sum(-1)
-        return self._log_p(h) - given + self.correction
+        return self._log_p(h) - (log_standard_normal(h).sum(-1) * self.is_known).sum(-1) + self.correction
 
 
 def pareto_k(log_w: Tensor) -> float:
@@ -208,8 +199,7 @@ def pareto_k(log_w: Tensor) -> float:
     Moments of order 1 / k and above are infinite: from k = 1/2 on the variance. k is that of a generalised Pareto
     distribution fitted to the largest min(R / 5, 3 sqrt(R)) weights (Vehtari et al. 2024, section 2 and appendix C).
     """
-    R = len(log_w)
-    w = (log_w.double() - log_w.max()).exp().sort().values
+    R, w = len(log_w), (log_w.double() - log_w.max()).exp().sort().values
     tail = math.ceil(min(0.2 * R, 3 * R**0.5))
     if R < FEWEST or not torch.isfinite(w).all():
         return math.nan

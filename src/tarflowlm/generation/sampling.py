@@ -56,8 +56,7 @@ def draw_tokens(codebook: Codebook, z: Tensor, generators: list[Generator]) -> T
     uniform = row_uniform(generators, z.shape[1]).to(z.device, wide_dtype(z)).flatten()
     rows = held_rows(codebook.vocab_size, z.device)
     parts = zip(z.flatten(0, 1).split(rows), uniform.split(rows), strict=True)
-    drawn = [inverse_cdf(codebook.log_components(part), u) for part, u in parts]
-    return torch.cat(drawn).view(z.shape[:2])
+    return torch.cat([inverse_cdf(codebook.log_components(part), u) for part, u in parts]).view(z.shape[:2])
 
 
 def adjust_weights(

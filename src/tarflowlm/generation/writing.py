@@ -129,8 +129,7 @@ class Sampler:
         if isinstance(self.model, TokenLM):
             result = self._from_baseline(self.model, whole, num_tokens)
         else:
-            write = self._free if is_free else self._completed
-            result = write(as_flow(self.model), whole, num_tokens)
+            result = (self._free if is_free else self._completed)(as_flow(self.model), whole, num_tokens)
         self.stream.send(num_tokens, lambda span: result.tokens[:, span])
         return result
 
@@ -155,8 +154,7 @@ class Sampler:
         spread = given.repeat_interleave(particles, dim=0)
         upper = per_block(self.decoder, flow.num_blocks)[:-1]
         source = LatentSource(flow, self.generators, particles, spread != BLANK, (*upper, "steps"), self.progress)
-        latents = self._conditioned(flow, source, spread)
-        weights = Weights.uniform(len(given), particles)
+        latents, weights = self._conditioned(flow, source, spread), Weights.uniform(len(given), particles)
         weights.add(latents.prefill())
         self.progress.advance(latents.at)
         ready = _decoded_spans(flow, latents.values) if latents.estimated is None else latents.chosen_tokens
@@ -206,8 +204,7 @@ class Sampler:
 
     def _decoded(self, flow: TarFlowLM, z: Tensor) -> Tensor:
         """The tokens [B, T] of latents z [B, T, d]."""
-        book = flow.codebook
-        return book.decode(z) if self.decoding == "mode" else draw_tokens(book, z, self.generators)
+        return flow.codebook.decode(z) if self.decoding == "mode" else draw_tokens(flow.codebook, z, self.generators)
 
     def _draw_particles(self, weights: Weights) -> Tensor:
         """One particle per sample: row indices [num]."""

@@ -5,6 +5,7 @@ The questions: progressive training over time, patch sizes, and a single Mix-1 b
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from tarflowlm.config import RunConfig, as_flow_config, stack
@@ -77,8 +78,7 @@ def plan_fig4(settings: Settings) -> list[Training]:
 
 def _components(settings: Settings, components: int, variant: str) -> tuple[str, RunConfig]:
     """Label and run: Mix-1 with K components in every block, the learning rate of the codebook the same for all."""
-    run = settings.preset("mix1", "text8")
-    suffix, fields = HEADS[variant]
+    run, (suffix, fields) = settings.preset("mix1", "text8"), HEADS[variant]
     model = as_flow_config(run.model).each_block(components=components, **fields)
     optim = replace(run.optim, codebook_lr_scale=PLAIN_CODEBOOK)
     run = replace(run, name=f"{run.name}-k{components}{suffix}", model=model, optim=optim)
@@ -87,8 +87,8 @@ def _components(settings: Settings, components: int, variant: str) -> tuple[str,
 
 def measure_fig4(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     """The runs' own measurements by K and by the inputs of the parameters of a channel."""
-    by_components = states.summaries_by("K", lambda config: config.blocks[0].components)
-    return [row | {"head": row["model"].partition(", ")[2]} for row in by_components(settings, finished)]
+    rows = states.summaries_by(settings, finished, column="K", value=lambda config: config.blocks[0].components)
+    return [row | {"head": row["model"].partition(", ")[2]} for row in rows]
 
 
 def plan_fig5(settings: Settings) -> list[Training]:
@@ -153,8 +153,7 @@ def _plot_lines(figure: Figure, curves: Mapping[str, Sequence[tuple[int, float]]
     axes = figure.subplots()
     for name, points in curves.items():
         axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
-    axes.set_xlabel(x_name)
-    axes.set_ylabel(y_name)
+    axes.set(xlabel=x_name, ylabel=y_name)
     axes.legend()
 
 
@@ -223,13 +222,13 @@ FIG2 = Recipe(
     name="fig2", title="Ladder of ablations",
     claim="The paper: every addition improves the model: base (one affine map for all channels of a token), + "
     "channel-wise affine, + Mix-1, + Mix-d, + progressive training.",
-    plan=plan_fig2, measure=states.summaries, draw=states.plot_models(), seeds=2, clear=(BASE, CHANNELWISE),
+    plan=plan_fig2, measure=states.summaries, draw=states.plot_models, seeds=2, clear=(BASE, CHANNELWISE),
 )  # fmt: skip
 
 FIG3 = Recipe(
     name="fig3", title="Affine against Mix-1, six blocks",
     claim="The paper: with six blocks of two layers, Mix-1 reaches a clearly better bound than affine couplings.",
-    plan=plan_fig3, measure=states.summaries, draw=states.plot_models(),
+    plan=plan_fig3, measure=states.summaries, draw=states.plot_models,
 )  # fmt: skip
 
 FIG4 = Recipe(
@@ -238,7 +237,7 @@ FIG4 = Recipe(
     f'("{ALONE}" is that model: the parameters of a channel depend on the positions before. With the head they also '
     "see the channels before it.)",
     plan=plan_fig4, measure=measure_fig4, table=without(*RUN_DETAILS, "model", "seed", ""),
-    draw=states.plot_over("K", "mixture components K", series="head"),
+    draw=partial(states.plot_over, column="K", label="mixture components K", series="head"),
 )  # fmt: skip
 
 FIG5 = Recipe(
@@ -260,13 +259,13 @@ PROGRESSIVE = Recipe(
 PATCH_SIZES = Recipe(
     name="patches", title="Patch size at one depth",
     claim="Patches of several tokens shorten the sequence. What does each size cost? The paper does not say.",
-    plan=plan_patches, measure=states.summaries_by("P", lambda config: config.patch),
-    draw=states.plot_over("P", "tokens per position P"),
+    plan=plan_patches, measure=partial(states.summaries_by, column="P", value=lambda config: config.patch),
+    draw=partial(states.plot_over, column="P", label="tokens per position P"),
 )  # fmt: skip
 
 ONE_BLOCK = Recipe(
     name="one-block", title="One Mix-1 block with few components",
     claim="In the paper any K above 1 works in three blocks, without a head over channels. Are two to four "
     "components enough in one, with that head?",
-    plan=plan_one_block, measure=states.summaries, draw=states.plot_models(),
+    plan=plan_one_block, measure=states.summaries, draw=states.plot_models,
 )  # fmt: skip

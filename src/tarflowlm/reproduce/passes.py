@@ -146,8 +146,7 @@ def _mix1(*, start: Literal["flattened", "plain"] = "plain", K: int = 27, separa
 def _affine_mixd() -> RunConfig:
     """An affine block 1 under a Mix-d block that is the language model: the text is final before the last pass."""
     run = preset("mini-mixd")
-    blocks = stack(("affine", "mixd"), (1, 5), (1, 0))
-    model = replace(as_flow_config(run.model), blocks=blocks, channel_mix=None)
+    model = replace(as_flow_config(run.model), blocks=stack(("affine", "mixd"), (1, 5), (1, 0)), channel_mix=None)
     return replace(run, name="mini-affine-mixd", model=model, train=preset("mini-mix1").train)
 
 
@@ -169,15 +168,14 @@ def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[R
             gains = [state.kl_gain.mean for state in latents(done) if state.kl_gain is not None]
             row |= {f"KL taken off by block {index + 1}": gain for index, gain in enumerate(gains)}
         rows.append(row)
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    return [{column: row.get(column) for column in columns} for row in rows]
+    return rows
 
 
 def draw_frontier(figure: Figure, rows: Sequence[Row]) -> None:
     """Every flow as a numbered point; the baselines as lines."""
     axes, number = figure.subplots(), 0
     for row in rows:
-        bpc, share, model = row["test bpc"], row["before the last pass"], str(row["model"])
+        bpc, share, model = row["test bpc"], row.get("before the last pass"), str(row["model"])
         colour, marker = (COLOURS[1], "s") if model.startswith("BPE") else (COLOURS[0], "o")
         if share is None:
             axes.axhline(bpc, color=colour, linestyle=":", label=model)
@@ -185,9 +183,8 @@ def draw_frontier(figure: Figure, rows: Sequence[Row]) -> None:
         number += 1
         axes.plot(share, bpc, marker, color=colour, markersize=5, label=f"{number}  {model}")
         axes.annotate(str(number), (share, bpc), xytext=(4, 4), textcoords="offset points", fontsize=SMALL)
-    axes.set_xlim(-0.05, 1.1)
+    axes.set(xlim=(-0.05, 1.1), ylabel="test bits per character, <=")
     axes.set_xlabel("share of tokens that are final before the last pass")
-    axes.set_ylabel("test bits per character, <=")
     figure.legend(loc="outside right upper", fontsize=SMALL)
 
 

@@ -26,8 +26,8 @@ State = Literal["finished", "stopped", "new"]
 Row = dict[str, Any]
 """One row of the CSV: column name -> number or text."""
 
-GPT2_VOCAB = 50_257
-"""Known here so that a plan needs no network."""
+GPT2_SIZE = 50_257
+"""Tokens of GPT-2's vocabulary, known here so that a plan needs no network."""
 RUN_DETAILS = ("ppl", "stderr, nats", "tokens seen", "seconds")
 """Columns of `states.summary_row` for the CSV alone."""
 
@@ -131,10 +131,6 @@ class Finished:
         return cached_corpus(checkpoint.run.data.source, checkpoint.tokenizer).split("test")
 
 
-Measure = Callable[[Settings, Sequence[Finished]], list[Row]]
-Draw = Callable[[Figure, Sequence[Row]], None]
-
-
 def without(*columns: str) -> Callable[[Sequence[Row]], list[Row]]:
     """A function that leaves `columns` out of rows."""
     return lambda rows: [{name: value for name, value in row.items() if name not in columns} for row in rows]
@@ -152,11 +148,11 @@ class Recipe:
     claim: str
     """The paper's claim with its numbers, or the question where the paper makes none."""
     plan: Callable[[Settings], list[Training]]
-    measure: Measure
+    measure: Callable[[Settings, Sequence[Finished]], list[Row]]
     """All rows, for the CSV."""
     table: Callable[[Sequence[Row]], list[Row]] = without_details
     """The rows of the Markdown table, made from those of the CSV; none for no table."""
-    draw: Draw | None = None
+    draw: Callable[[Figure, Sequence[Row]], None] | None = None
     """Draws the rows into a matplotlib figure."""
     size: tuple[float, float] = (7.0, 4.5)
     """Width and height of the figure in inches."""
@@ -242,7 +238,7 @@ def estimate(settings: Settings, plan: Sequence[Training]) -> list[Planned]:
 
 def _seconds(run: RunConfig, settings: Settings) -> float:
     tokenizer = run.data.tokenizer
-    vocab_size = GPT2_VOCAB if tokenizer.source == "gpt2" else tokenizer.vocab_size
+    vocab_size = GPT2_SIZE if tokenizer.source == "gpt2" else tokenizer.vocab_size
     run = replace(run, model=replace(run.model, vocab_size=vocab_size or build_tokenizer(tokenizer).vocab_size))
     whole = (run.train.batch_size, run.model.context)
     rows, length = whole if settings.scale == "mini" else (1, min(whole[1], 128))
@@ -252,7 +248,6 @@ def _seconds(run: RunConfig, settings: Settings) -> float:
     def batch() -> torch.Tensor:
         return torch.randint(run.model.vocab_size, (rows, length), generator=generator)
 
-    steps = 3 if settings.scale == "mini" else 1
-    scale = whole[0] * whole[1] / (rows * length)
+    steps, scale = 3 if settings.scale == "mini" else 1, whole[0] * whole[1] / (rows * length)
     times = [seconds_per_step(run, s, batch, settings.device, num_steps=steps) for s in range(run.num_stages)]
     return scale * sum(t * n for t, n in zip(times, run.train.stage_steps, strict=True))

@@ -20,21 +20,10 @@ from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import as_flow
 from tarflowlm.presets import mini_ar, preset, with_steps
 from tarflowlm.report.style import COLOURS, SMALL, Axes, Figure
-from tarflowlm.reproduce.recipe import (
-    GPT2_VOCAB,
-    Draw,
-    Finished,
-    Measure,
-    Recipe,
-    Row,
-    Settings,
-    Training,
-    markdown_table,
-    trainings,
-)
+from tarflowlm.reproduce.recipe import GPT2_SIZE, Finished, Recipe, Row, Settings, Training, markdown_table, trainings
 from tarflowlm.runs.checkpoint import Checkpoint, read_run
 
-JUDGE_STEPS = 1300
+JUDGE_STEPS, BOUND = 1300, "bits per character, <="
 SHORT_STEPS, SHORT_WINDOWS = 300, 1024
 """Steps and test windows of mini trainings whose ranking shows early."""
 DEEPEST_LAST = "Mix-1, plain start, last block deepest"
@@ -54,13 +43,11 @@ def summaries(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     return [summary_row(done) for done in finished]
 
 
-def summaries_by(column: str, value: Callable[[FlowConfig], int]) -> Measure:
+def summaries_by(
+    settings: Settings, finished: Sequence[Finished], *, column: str, value: Callable[[FlowConfig], int]
+) -> list[Row]:
     """`summaries` of flows with a number of their configuration as the first column."""
-
-    def measure(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-        return [{column: value(as_flow_config(done.training.run.model)), **summary_row(done)} for done in finished]
-
-    return measure
+    return [{column: value(as_flow_config(done.training.run.model)), **summary_row(done)} for done in finished]
 
 
 def sample(
@@ -110,42 +97,32 @@ def judge_of(settings: Settings, finished: Sequence[Finished]) -> tuple[Judge, l
     return load_judge(str(judge.directory), settings.device), [d for d in finished if d is not judge]
 
 
-def plot_over(column: str, label: str, series: str | None = None) -> Draw:
+def plot_over(figure: Figure, rows: Sequence[Row], *, column: str, label: str, series: str | None = None) -> None:
     """Test bits per character over a column of whole numbers, on a logarithmic axis; a colour per `series`."""
-
-    def draw(figure: Figure, rows: Sequence[Row]) -> None:
-        axes, places = figure.subplots(), sorted({row[column] for row in rows})
-        by_name: dict[str, dict[int, list[float]]] = {}
-        for row in rows:
-            by_name.setdefault(row[series] if series else "", {}).setdefault(row[column], []).append(row["test bpc"])
-        for (name, values), colour in zip(by_name.items(), COLOURS, strict=False):
-            for place, of_place in values.items():
-                _plot_seeds(axes, place, of_place, colour)
-            axes.plot([], [], "o", color=colour, label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(places, [str(place) for place in places])
-        axes.margins(x=0.12, y=0.1)
-        axes.set_xlabel(label)
-        axes.set_ylabel("bits per character, <=")
-        if series is not None:
-            axes.legend()
-
-    return draw
+    axes, places = figure.subplots(), sorted({row[column] for row in rows})
+    by_name: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        by_name.setdefault(row[series] if series else "", {}).setdefault(row[column], []).append(row["test bpc"])
+    for (name, values), colour in zip(by_name.items(), COLOURS, strict=False):
+        for place, of_place in values.items():
+            _plot_seeds(axes, place, of_place, colour)
+        axes.plot([], [], "o", color=colour, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [str(place) for place in places])
+    axes.margins(x=0.12, y=0.1)
+    axes.set(xlabel=label, ylabel=BOUND)
+    if series is not None:
+        axes.legend()
 
 
-def plot_models(column: str = "test bpc", label: str = "bits per character, <=") -> Draw:
+def plot_models(figure: Figure, rows: Sequence[Row], *, column: str = "test bpc", label: str = BOUND) -> None:
     """A column for every model, in the order of the rows: one dot per seed."""
-
-    def draw(figure: Figure, rows: Sequence[Row]) -> None:
-        axes = figure.subplots()
-        models = list(dict.fromkeys(row["model"] for row in rows))
-        for place, model in enumerate(models):
-            _plot_seeds(axes, place, [row[column] for row in rows if row["model"] == model])
-        axes.set_xticks(range(len(models)), [fill(str(model), 14) for model in models])
-        axes.margins(x=0.2, y=0.1)
-        axes.set_ylabel(label)
-
-    return draw
+    axes, models = figure.subplots(), list(dict.fromkeys(row["model"] for row in rows))
+    for place, model in enumerate(models):
+        _plot_seeds(axes, place, [row[column] for row in rows if row["model"] == model])
+    axes.set_xticks(range(len(models)), [fill(str(model), 14) for model in models])
+    axes.margins(x=0.2, y=0.1)
+    axes.set_ylabel(label)
 
 
 def _plot_seeds(axes: Axes, x: int, values: Sequence[float], colour: str = COLOURS[0]) -> None:
@@ -218,11 +195,6 @@ def falls(values: Sequence[float]) -> bool:
     return values[0] - values[-1] > least and max(steps, default=0.0) <= least
 
 
-def rises(values: Sequence[float]) -> bool:
-    """The opposite of `falls`: visibly up as a whole, and no step visibly down."""
-    return falls([-value for value in values])
-
-
 def drops_and_rises(values: Sequence[float], directions: Sequence[str]) -> bool:
     """True if values drop visibly at every right-to-left layer that has a next one, and rise at that next layer.
 
@@ -245,7 +217,7 @@ def directions(states: Sequence[Row]) -> Row:
     layers = ["left to right" if row["block"] % 2 else "right to left" for row in states[1:]]
     found = {
         "norm decreases": falls(values["norm"]),
-        "cosine increases": rises(values["cosine"]),
+        "cosine increases": falls([-cosine for cosine in values["cosine"]]),
         "centroid movement diminishes": falls(values["centroid_shift"]),
         "participation ratio drops right to left, then rises": drops_and_rises(values["participation_ratio"], layers),
     }
@@ -271,18 +243,17 @@ def flops_table(settings: Settings, finished: Sequence[Finished]) -> str:
     here = {"AR": settings.preset("ar", "owt").model} | flows
     published = {"AR": preset("owt-ar").model} | {f"Mix-1, P = {p}": replace(flow, patch=p) for p in FLOW_PATCHES}
     rows = [_flops_row(label, model, vocab_size) for label, model in here.items()]
-    rows += [_flops_row(f"published size: {label}", model, GPT2_VOCAB) for label, model in published.items()]
+    rows += [_flops_row(f"published size: {label}", model, GPT2_SIZE) for label, model in published.items()]
     return f"{_OPERATIONS}\n{markdown_table(rows)}"
 
 
 def _flops_row(label: str, model: FlowConfig | BaselineConfig, vocab_size: int) -> Row:
-    config = replace(model, vocab_size=vocab_size)
+    shape = replace(model, vocab_size=vocab_size)
     counts = {
-        "forward, one head": forward_flops(config, "figure7"), "a head per block": forward_flops(config, "paper"),
-        "full": forward_flops(config), "training step": training_flops(config),
-        "generation": generation_flops(config),
+        "forward, one head": forward_flops(shape, "figure7"), "a head per block": forward_flops(shape, "paper"),
+        "full": forward_flops(shape), "training step": training_flops(shape), "generation": generation_flops(shape),
     }  # fmt: skip
-    return {"model": label} | {name: f"{1e-6 * count / config.context:.4g}" for name, count in counts.items()}
+    return {"model": label} | {name: f"{1e-6 * count / shape.context:.4g}" for name, count in counts.items()}
 
 
 def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:

@@ -9,6 +9,7 @@ import platform
 import re
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,10 @@ PAPER_QUALITY: dict[str, dict[str, float]] = {
 def plan_table2(settings: Settings) -> list[Training]:
     """Every family; at mini scale also two variants of them, at paper scale on both corpora."""
     if settings.scale == "mini":
-        mini = {label: preset(f"mini-{kind}") for label, kind in (FAMILIES | MINI_VARIANTS).items()}
-        return trainings(settings, mini)
+        kinds = (FAMILIES | MINI_VARIANTS).items()
+        return trainings(settings, {label: preset(f"mini-{kind}") for label, kind in kinds})
     every = [(label, kind, corpus) for corpus in PAPER_LIKELIHOOD for label, kind in FAMILIES.items()]
-    runs = {f"{label}, {corpus}": preset(f"{corpus}-{kind}") for label, kind, corpus in every}
-    return trainings(settings, runs)
+    return trainings(settings, {f"{label}, {corpus}": preset(f"{corpus}-{kind}") for label, kind, corpus in every})
 
 
 def measure_table2(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
@@ -131,8 +131,8 @@ TABLE2 = Recipe(
     claim="The paper: bits per character on TEXT8 (AR 1.23, Mix-d 1.30, Mix-1 1.37, affine 1.54) and perplexity "
     "on OpenWebText (17.54, 22.64, 27.11, 148.21) put the families in the order Mix-d, Mix-1, affine, all "
     "above the baseline. (All models have the same number of Transformer layers, except the one with two more.)",
-    plan=plan_table2, measure=measure_table2, draw=plot_models(label="bits per character (bounds, AR exact)"),
-    seeds=2, clear=(PLAIN,),
+    plan=plan_table2, measure=measure_table2, seeds=2, clear=(PLAIN,),
+    draw=partial(plot_models, label="bits per character (bounds, AR exact)"),
 )  # fmt: skip
 
 TABLE6 = Recipe(
@@ -140,7 +140,7 @@ TABLE6 = Recipe(
     claim="The paper: on OpenWebText, judged by GPT-2 Large, Mix-d comes close to the baseline and to real text in "
     "perplexity, MAUVE and entropy; Mix-1 less so.",
     plan=plan_table6, measure=measure_table6, table=without("judge", "samples"), needs=(("mauve", "quality"),),
-    draw=plot_models("perplexity", "generative perplexity"),
+    draw=partial(plot_models, column="perplexity", label="generative perplexity"),
     text=lambda _settings, _finished, rows: f"Judge {rows[0]['judge']}; {rows[0]['samples']}.\n",
 )  # fmt: skip
 

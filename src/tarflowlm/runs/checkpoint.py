@@ -89,8 +89,7 @@ def load_checkpoint(
         model = config.build()
     check_weights(directory / WEIGHTS, model, tensors, CONFIG)
     model.load_state_dict(tensors)
-    model.to(device).eval()
-    return Checkpoint(model=model, tokenizer=tokenizer, run=run, info=info, directory=directory)
+    return Checkpoint(model.to(device).eval(), tokenizer, run, info, directory)
 
 
 def _remedy(directory: Path) -> str:

@@ -51,8 +51,7 @@ def fetch(name: str | Path, progress: Progress = SILENT) -> Path:
     match = _REFERENCE.fullmatch(name)
     if match is None:
         raise UserError(f"{name}: name a model of the hub as hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
-    repository, revision = match.groups()
-    hub = hub_client(name)
+    hub, (repository, revision) = hub_client(name), match.groups()
     with hub_errors(name):
         get = partial(hub.snapshot_download, repository, revision=revision)
         # first, so that a large model of another kind is not downloaded in vain
@@ -94,8 +93,7 @@ def hub_errors(name: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     hub = hub_client("the hub")
-    errors, place = hub.errors, hub.constants.ENDPOINT
-    log_in = "log in with `hf auth login` or set HF_TOKEN"
+    errors, place, log_in = hub.errors, hub.constants.ENDPOINT, "log in with `hf auth login` or set HF_TOKEN"
     causes = [error, *filter(None, (error.__cause__, error.__context__))]
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
         return "HF_HUB_OFFLINE is set, and the cache does not hold all of it; unset it, or give a local folder"
