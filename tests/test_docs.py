@@ -4,11 +4,9 @@ import contextlib
 import doctest
 import importlib.util
 import io
-import random
 import re
 import shlex
 import shutil
-import string
 import tomllib
 from pathlib import Path
 
@@ -62,23 +60,17 @@ def call(argv: list[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A folder with a text of made-up words and a run trained on it."""
-    rng = random.Random(1)
-    words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 7))) for _ in range(60)]
+def trained(tmp_path_factory, corpus_file) -> Path:
+    """A folder with a text and a run trained on it."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "my_text.txt").write_text(" ".join(rng.choice(words) for _ in range(1600)), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TARFLOWLM_CACHE", str(folder / "cache"))
-        text = str(folder / "my_text.txt")
-        call(["train", "mini-mixd", "--out", str(folder / "runs" / "mine"), "--data", text, "--steps", "3", *SMALL])
+    text = str(shutil.copy(corpus_file, folder / "my_text.txt"))
+    call(["train", "mini-mixd", "--out", str(folder / "runs" / "mine"), "--data", text, "--steps", "3", *SMALL])
     return folder
 
 
 @pytest.fixture
 def place(trained, tmp_path, monkeypatch) -> Path:
     """The working folder of the examples, with `my_text.txt` and `runs/mine`."""
-    monkeypatch.setenv("TARFLOWLM_CACHE", str(trained / "cache"))
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path

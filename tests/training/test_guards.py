@@ -1,7 +1,6 @@
 """Steps that must not be taken change nothing and are recorded; losses that jump are recorded."""
 
 import copy
-import json
 import logging
 import math
 from dataclasses import replace
@@ -9,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from run_cases import metrics_of
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import loop
 from tarflowlm.training import train as training
@@ -83,8 +83,7 @@ def read_seldom(monkeypatch):
 
 
 def lines(out, split):
-    records = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [record for record in records if record["split"] == split]
+    return [record for record in metrics_of(out) if record["split"] == split]
 
 
 @pytest.mark.slow
