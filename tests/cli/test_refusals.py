@@ -15,7 +15,7 @@ from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 
 TRAIN = ["train", "mini-mixd", "--out", "OUT", "--data", "TEXT", *TINY]
 SAMPLE, EVAL, EDIT = ["sample", "flow"], ["eval", "flow"], ["edit", "flow", "--text", "the king"]
-SCORE, REPRODUCE = ["score", "flow"], ["reproduce", "table2"]
+SCORE, REPRODUCE, HARNESS = ["score", "flow"], ["reproduce", "table2"], ["harness", "flow"]
 BYTES = "\udcff\udcfe"  # how Python keeps arguments that are not UTF-8
 LINES = [
     (["trian"], ["'trian'", "train", "eval", "sample"]),
@@ -124,7 +124,11 @@ LINES = [
     ([*REPRODUCE, "--seeds", "0"], ["seeds 0"]),
     (["reproduce", "fig2", "--second-text", "a.txt"], ["--second-text a.txt", "table2"]),
     ([*REPRODUCE, "--scale", "paper", "--data", "a.txt"], ["--data a.txt", "--scale paper"]),
-    (["harness", "flow", "--model", "gpt2"], ["--model", "leave it out"]),
+    ([*HARNESS, "--model", "gpt2"], ["--model", "leave it out"]),
+    ([*HARNESS, "--model=hf"], ["--model=hf"]),
+    ([*HARNESS, "--model_args", "a=b"], ["--model_args"]),
+    ([*HARNESS, "--posterior-samples", "0"], ["posterior samples 0"]),
+    ([*HARNESS, "--noise-seed", "-1"], ["-1"]),
 ]
 BOXES = [
     (["sample", "x", "--num", "1.5"], ["--num", "'1.5'"]),
