@@ -189,16 +189,10 @@ def test_command_writes_results_with_provenance(settings, run, run_json, monkeyp
     assert run(*argv, "--dry-run").out.count("finished") == 2
 
 
-@pytest.mark.parametrize(
-    ("argv", "names"),
-    [
-        (["fig3", "--steps", "0"], ["steps 0"]),
-        (["fig3", "--data", "no-such.txt"], ["'no-such.txt'"]),
-        (["table2", "--second-text", "no-such.txt", "--dry-run"], ["'no-such.txt'"]),
-        (["table6", "--judge-data", "no-such.txt", "--dry-run"], ["'no-such.txt'"]),
-    ],
-)
-def test_wrong_requests_are_named(refused, tmp_path, monkeypatch, argv, names):
+def test_wrong_requests_are_named(refused, tmp_path, monkeypatch):
     # packages that a recipe needs count as installed
     monkeypatch.setattr("tarflowlm.cli.reproduce.find_spec", lambda name: name)
-    refused("reproduce", *argv, "--out", tmp_path / "out", names=names)
+    argv = ["reproduce", "--dry-run", "--out", tmp_path / "out"]
+    refused(*argv, "fig3", "--steps", "0", names=["steps 0"])
+    for recipe, option in (("fig3", "--data"), ("table2", "--second-text"), ("table6", "--judge-data")):
+        refused(*argv, recipe, option, "no-such.txt", names=["'no-such.txt'"])
