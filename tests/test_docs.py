@@ -13,26 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from docs_cases import (
-    COMMAND,
-    DOCUMENTS,
-    LOG,
-    ROOT,
-    anchors,
-    blocks,
-    definitions,
-    inline_codes,
-    links,
-    name_of,
-    shell_lines,
-)
+from docs_cases import COMMAND, DOCUMENTS, ROOT, anchors, blocks, codes_in, definitions, links, name_of, shell_lines
 from tarflowlm.cli.main import COMMANDS, main
 from tarflowlm.errors import UserError
 from tarflowlm.presets import PRESETS
 from tarflowlm.reproduce import RECIPES
 
 # the log records what was true at a date; its commands may be gone
-CURRENT = [document for document in DOCUMENTS if document != LOG]
+CURRENT = [document for document in DOCUMENTS if document != ROOT / "docs" / "log.md"]
 RUN = [ROOT / "README.md", ROOT / "docs" / "tour.md"]
 """Documents whose commands are run, in their order; of the others only names and options are checked."""
 SMALL = [
@@ -158,7 +146,7 @@ def options() -> dict[str, set[str]]:
 @pytest.mark.parametrize("document", CURRENT, ids=name_of)
 def test_commands_and_options_exist(document, options):
     """Commands in blocks and in running text, such as `tarflowlm eval --stride`, and single options: `--stride`."""
-    codes = list(inline_codes(document))
+    codes = list(codes_in(document))
     for command, arguments in COMMAND.findall("\n".join([*codes, *blocks(document, "", "console")])):
         place = f"{name_of(document)}: tarflowlm {command}{arguments}"
         assert command in COMMANDS, place
