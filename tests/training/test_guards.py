@@ -106,7 +106,7 @@ def test_skipped_steps_are_recorded_with_their_cause(tmp_path, tiny_run, go, ins
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [1, 4])  # step, as on a GPU every sixteenth
+@pytest.mark.parametrize("every", [1, 4])  # steps between readings; with a GPU 16
 def test_too_many_skipped_steps_stop_the_run_and_keep_the_last_checkpoint(
     tmp_path, tiny_run, go, instead, monkeypatch, every
 ):
