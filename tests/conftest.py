@@ -1,6 +1,7 @@
 """Fixtures shared by the tests of the model: sizes are tiny and everything random comes from a seed."""
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from run_cases import FLOW, TRUNK, save_run
 from tarflowlm.baseline import BaselineConfig, TokenLM
-from tarflowlm.config import TEXT8_ALPHABET, DataConfig, RunConfig, TrainConfig
-from tarflowlm.data import CharTokenizer
+from tarflowlm.config import DataConfig, RunConfig, TrainConfig
 from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.language_model import seeded
 from tarflowlm.model import FlowConfig, TarFlowLM, stack
-from tarflowlm.runs.checkpoint import save_weights, write_run
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -27,6 +27,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_cache(tmp_path_factory):
+    """No test reads or fills the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TARFLOWLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +74,7 @@ def randomise() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def tiny_trunk() -> TransformerConfig:
-    return TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
+    return TRUNK
 
 
 @pytest.fixture(scope="session")
@@ -119,15 +127,35 @@ def tiny_ar(randomise, tiny_trunk) -> Callable[..., TokenLM]:
 @pytest.fixture
 def trained(tmp_path, tiny_flow) -> Path:
     """A run directory of a tiny model of two blocks, with more in it than a model, trained on a file elsewhere."""
-    model = tiny_flow(vocab_size=27, context=16).float().eval()
-    data, train = DataConfig(source="/somewhere/else/text.txt"), TrainConfig(stage_steps=(1,), mode="joint")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    run = RunConfig(name="mini-mixd", model=model.config, data=data, train=train)
-    write_run(folder, run, CharTokenizer(TEXT8_ALPHABET))
-    save_weights(folder, model.state_dict(), {"blocks": "2", "step": "1", "tokens": "128"})
+    model = tiny_flow(vocab_size=27, context=16).eval()
+    folder = save_run(tmp_path / "run", model, source="/somewhere/else/text.txt", step="1", tokens="128")
     (folder / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory) -> Path:
+    """About 3,000 characters of a-z and spaces."""
+    rng = random.Random(3)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "nine", "old", "men", "quick", "dogs", "zebra"]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(rng.choice(words) for _ in range(700)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, corpus_file) -> dict[str, Path]:
+    """Finished runs by name, progressive, joint and the baseline; do not change them."""
+    from tarflowlm.training.train import train
+
+    root, seldom = tmp_path_factory.mktemp("runs"), {"evaluate_every": 3, "evaluate_windows": 5, "test_windows": 3}
+    steps = TrainConfig(stage_steps=(6, 4, 4), batch_size=2, log_every=1, **seldom)
+    progressive = RunConfig(name="tiny", model=FLOW, data=DataConfig(source=str(corpus_file)), train=steps)
+    joint = replace(progressive, train=replace(steps, mode="joint", stage_steps=(5,)))
+    baseline = replace(joint, model=BaselineConfig(context=16, trunk=TRUNK, layers=1))
+    for name, run in {"progressive": progressive, "joint": joint, "baseline": baseline}.items():
+        train(run, root / name, device=torch.device("cpu"))
+    return {path.name: path for path in (root / "progressive", root / "joint", root / "baseline")}
 
 
 @pytest.fixture

@@ -14,13 +14,8 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[1]
-LOG = ROOT / "docs" / "log.md"
-DOCUMENTS = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
-    *sorted((ROOT / "docs").glob("*.ipynb")),
-]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCUMENTS += [*sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "docs").glob("*.ipynb"))]
 COMMAND = re.compile(r"\btarflowlm ([a-z]+)\b((?:[^\n`|;&]|\\\n)*)")
 """A command of ours in a block or in running text, with its arguments."""
 
@@ -59,7 +54,7 @@ def shell_lines(document: Path) -> Iterator[str]:
             yield from (part.strip() for part in re.sub(r"(^|\s)#.*", "", line).split("&&") if part.strip())
 
 
-def inline_codes(document: Path) -> Iterator[str]:
+def codes_in(document: Path) -> Iterator[str]:
     """Every `code` in running text."""
     for token in parsed(document):
         yield from (child.content for child in token.children or [] if child.type == "code_inline")

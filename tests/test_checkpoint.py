@@ -11,19 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tarflowlm
+from run_cases import FLOW, TRUNK, flip
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
-from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.model import FlowConfig, stack
 from tarflowlm.runs.checkpoint import load_checkpoint, read_summary, save_weights, write_run
 from tarflowlm.runs.weights import is_whole, write_manifest
 
-TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
-FLOW = FlowConfig(
-    context=8, latent_dim=2, trunk=TRUNK, blocks=stack(("mixd", "mix1", "mix1"), (1, 1, 1), (0, 2, 2)), head_hidden=4
-)
 CONFIGS = {
     "flow": FLOW,
     "flow-patch": replace(FLOW, patch=2, in_patch="independent", channel_mix=False),
@@ -121,12 +117,6 @@ def test_truncated_weights_are_refused(directory, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         load_checkpoint(directory)
-
-
-def flip(path: Path, at: int = -5) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
 
 
 def test_flipped_bit_in_the_weights_is_refused_with_a_remedy(directory):

@@ -4,37 +4,23 @@ import contextlib
 import doctest
 import importlib.util
 import io
-import random
 import re
 import shlex
 import shutil
-import string
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
-from docs_cases import (
-    COMMAND,
-    DOCUMENTS,
-    LOG,
-    ROOT,
-    anchors,
-    blocks,
-    definitions,
-    inline_codes,
-    links,
-    name_of,
-    shell_lines,
-)
+from docs_cases import COMMAND, DOCUMENTS, ROOT, anchors, blocks, codes_in, definitions, links, name_of, shell_lines
 from tarflowlm.cli.main import COMMANDS, main
 from tarflowlm.errors import UserError
 from tarflowlm.presets import PRESETS
 from tarflowlm.reproduce import RECIPES
 
 # the log records what was true at a date; its commands may be gone
-CURRENT = [document for document in DOCUMENTS if document != LOG]
+CURRENT = [document for document in DOCUMENTS if document != ROOT / "docs" / "log.md"]
 RUN = [ROOT / "README.md", ROOT / "docs" / "tour.md"]
 """Documents whose commands are run, in their order; of the others only names and options are checked."""
 SMALL = [
@@ -62,23 +48,17 @@ def call(argv: list[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A folder with a text of made-up words and a run trained on it."""
-    rng = random.Random(1)
-    words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 7))) for _ in range(60)]
+def trained(tmp_path_factory, corpus_file) -> Path:
+    """A folder with a text and a run trained on it."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "my_text.txt").write_text(" ".join(rng.choice(words) for _ in range(1600)), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TARFLOWLM_CACHE", str(folder / "cache"))
-        text = str(folder / "my_text.txt")
-        call(["train", "mini-mixd", "--out", str(folder / "runs" / "mine"), "--data", text, "--steps", "3", *SMALL])
+    text = str(shutil.copy(corpus_file, folder / "my_text.txt"))
+    call(["train", "mini-mixd", "--out", str(folder / "runs" / "mine"), "--data", text, "--steps", "3", *SMALL])
     return folder
 
 
 @pytest.fixture
 def place(trained, tmp_path, monkeypatch) -> Path:
     """The working folder of the examples, with `my_text.txt` and `runs/mine`."""
-    monkeypatch.setenv("TARFLOWLM_CACHE", str(trained / "cache"))
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -166,7 +146,7 @@ def options() -> dict[str, set[str]]:
 @pytest.mark.parametrize("document", CURRENT, ids=name_of)
 def test_commands_and_options_exist(document, options):
     """Commands in blocks and in running text, such as `tarflowlm eval --stride`, and single options: `--stride`."""
-    codes = list(inline_codes(document))
+    codes = list(codes_in(document))
     for command, arguments in COMMAND.findall("\n".join([*codes, *blocks(document, "", "console")])):
         place = f"{name_of(document)}: tarflowlm {command}{arguments}"
         assert command in COMMANDS, place

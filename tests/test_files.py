@@ -2,29 +2,20 @@
 
 import errno
 import os
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tarflowlm import files
 from tarflowlm.errors import UserError
-from tarflowlm.files import (
-    LOCK,
-    full_disk_as_user_error,
-    read_json,
-    replacing,
-    waiting_lock,
-    write_json,
-    writer_lock,
-    writer_of,
-)
+from tarflowlm.files import read_json, replacing, waiting_lock, write_json, writer_lock, writer_of
 
 
 def names(folder: Path) -> list[str]:
     """File names in a folder without lock files, which some versions of filelock remove."""
-    return sorted(path.name for path in folder.iterdir() if path.suffix != LOCK and path.name != LOCK)
+    return sorted(path.name for path in folder.iterdir() if files.LOCK not in (path.suffix, path.name))
 
 
 @pytest.mark.parametrize("failure", [None, ValueError, KeyboardInterrupt, "sync_file", "chmod", "replace"])
@@ -96,11 +87,8 @@ def test_waiting_lock_is_held_by_one_thread_at_a_time(tmp_path):
                 time.sleep(0.0005)
                 inside -= 1
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: work(), range(4)))
     assert seen == [1] * 40
 
 
@@ -108,8 +96,6 @@ def test_waiting_lock_is_held_by_one_thread_at_a_time(tmp_path):
     "failure", [OSError(errno.ENOSPC, "full"), RuntimeError(f"I/O error: (os error {errno.EDQUOT})")]
 )
 def test_full_disk_is_one_line_with_a_remedy(tmp_path, failure):
-    with (
-        pytest.raises(UserError, match=r"cannot write to .*make room and wait"),
-        full_disk_as_user_error(tmp_path, lambda: "wait"),
-    ):
+    full = files.full_disk_as_user_error(tmp_path, lambda: "wait")
+    with pytest.raises(UserError, match=r"cannot write to .*make room and wait"), full:
         raise failure

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from run_cases import TRUNK
 from tarflowlm import baseline
 from tarflowlm.baseline import BaselineConfig, TokenLM
 from tarflowlm.evaluation.blocks import latent_report
 from tarflowlm.flow.numerics import layout
-from tarflowlm.flow.transformer import TransformerConfig
 from tarflowlm.language_model import seeded
 from tarflowlm.model import FlowConfig, TarFlowLM, stack
 from tarflowlm.objective import elbo
@@ -18,7 +18,6 @@ from tarflowlm.objective import elbo
 pytestmark = pytest.mark.slow
 
 VOCABULARY, BATCH, LENGTH, DIM = 50_257, 4, 64, 4
-TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
 HELD = layout.HELD_ELEMENTS["cpu"]
 """Elements that may be held, a third of tokens x vocabulary."""
 

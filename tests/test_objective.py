@@ -138,19 +138,14 @@ def test_a_frozen_block_leaves_the_gradient_of_the_others_as_it_is(tiny_flow, to
 def token_lm_of(model: TarFlowLM) -> TokenLM:
     """The discrete model with the weights of a tied Mix-d block: it embeds a token as the block does its mean."""
     config, block = model.config, model.prior.blocks[0]
-    P, width = config.patch, config.trunk.width
-    lm = TokenLM(
-        BaselineConfig(
-            vocab_size=config.vocab_size, context=config.context, patch=P, in_patch=config.in_patch,
-            trunk=config.trunk, layers=config.blocks[0].layers
-        )
-    ).double()  # fmt: skip
+    shared = {name: getattr(config, name) for name in ("vocab_size", "context", "patch", "in_patch", "trunk")}
+    lm = TokenLM(BaselineConfig(**shared, layers=config.blocks[0].layers)).double()
     with torch.no_grad():
-        if P == 1:
+        if config.patch == 1:
             lm.embedding.weight.copy_(block.input(model.codebook.mean))
         else:  # the map of a whole patch must be linear to be a sum over its tokens
             block.input.out.weight.zero_()
-            assert width == config.latent_dim
+            assert config.trunk.width == config.latent_dim
             lm.embedding.weight.copy_(model.codebook.mean)
             lm.join.load_state_dict(block.input.linear.state_dict())
             lm.token_features.load_state_dict(block.coupling.token_features.state_dict())
@@ -162,18 +157,12 @@ def token_lm_of(model: TarFlowLM) -> TokenLM:
     return lm
 
 
-TWO_AT_ONCE = {
-    "patch": 2,
-    "latent_dim": IN_PATCH_CHANNELS,
-    "trunk": TransformerConfig(width=IN_PATCH_CHANNELS, num_heads=2),
-}
+WIDE = TransformerConfig(width=IN_PATCH_CHANNELS, num_heads=2)
+TWO_AT_ONCE = {"patch": 2, "latent_dim": IN_PATCH_CHANNELS, "trunk": WIDE}
+LIMITS = {"P1": {"latent_dim": 3}, "P2": TWO_AT_ONCE, "P2-independent": TWO_AT_ONCE | {"in_patch": "independent"}}
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [{"latent_dim": 3}, TWO_AT_ONCE, TWO_AT_ONCE | {"in_patch": "independent"}],
-    ids=["P1", "P2-in-patch", "P2-independent"],
-)
+@pytest.mark.parametrize("fields", LIMITS.values(), ids=LIMITS.keys())
 def test_a_well_separated_tied_mixd_block_is_the_discrete_model(fields, tiny_flow, tokens, normal):
     model = tiny_flow(couplings=("mixd",), **fields)
     lm = token_lm_of(model)
@@ -201,6 +190,7 @@ class Enumerated:
         self.V = model.config.vocab_size
         self.sequences = torch.tensor(list(itertools.product(range(self.V), repeat=2)))
         self.grid = torch.linspace(-reach, reach, 361, dtype=torch.float64)
+        self.log_cell = math.log(self.grid[1] - self.grid[0])
 
     @cached_property
     def density(self) -> Tensor:
@@ -227,10 +217,6 @@ class Enumerated:
             q = (self.model.codebook.log_components(self.grid[:, None]) + self.log_cell).exp()  # [G, V]
         conditional = torch.einsum("av,ab,bw->vw", q, self.density.softmax(1), self.posterior.exp())
         return conditional.flatten().log()
-
-    @property
-    def log_cell(self) -> float:
-        return math.log(self.grid[1] - self.grid[0])
 
 
 ONE_GRID = dict.fromkeys(("mixd", "mix1", "affine", "mixd-mix1"), (-0.6, 9))
@@ -340,8 +326,7 @@ class MarkovSource:
         return x
 
     def log_prob(self, x: Tensor) -> Tensor:
-        steps = self.next[x[:, :-2], x[:, 1:-1], x[:, 2:]].log().sum(-1)
-        return steps - 2 * math.log(self.V)
+        return self.next[x[:, :-2], x[:, 1:-1], x[:, 2:]].log().sum(-1) - 2 * math.log(self.V)
 
     def entropy(self, length: int) -> float:
         """Nats per token."""

@@ -38,10 +38,9 @@ def test_write(loaded):
 
 
 def test_write_fills_blanks(loaded):
-    text = loaded.write(template="The ___ of", particles=2)
-    assert (text[:4], text[7:], len(text)) == ("the ", " of", 10)
-    text = loaded.write(template="The XXX of", blank="X")
-    assert (text[:4], text[7:], len(text)) == ("the ", " of", 10)
+    for options in ({"template": "The ___ of", "particles": 2}, {"template": "The XXX of", "blank": "X"}):
+        text = loaded.write(**options)
+        assert (text[:4], text[7:], len(text)) == ("the ", " of", 10)
 
 
 @pytest.mark.slow

@@ -28,7 +28,6 @@ sys.modules |= {"IPython": types.ModuleType("IPython"), "IPython.display": displ
 
 @pytest.mark.slow
 def test_notebook_runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("TARFLOWLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     code = "\n\n".join([STAND_IN, *("".join(cell["source"]) for cell in CODE)])
     short = code.replace("\nMINUTES = 5\n", "\nMINUTES = 0.02\n")

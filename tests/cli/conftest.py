@@ -1,27 +1,19 @@
-"""A text, tiny untrained models as run directories, and one tiny run that the command line trained."""
+"""Tiny untrained models as run directories, and one tiny run that the command line trained."""
 
-import random
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from command_cases import TINY, save_untrained
+from command_cases import TINY
 
+from run_cases import save_run
 from tarflowlm.cli.main import main
-from tarflowlm.data import TEXT8_ALPHABET
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)
-def private_places(cache, monkeypatch):
-    """No test reads or fills the user's cache; lines have a known length."""
-    monkeypatch.setenv("TARFLOWLM_CACHE", cache)
+def long_lines(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
 
 
@@ -34,17 +26,7 @@ def interruptible():
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory) -> Path:
-    """About 8,000 characters of words made up of a-z."""
-    rng = random.Random(1)
-    words = ["".join(rng.choices(TEXT8_ALPHABET[1:], k=rng.randint(1, 7))) for _ in range(60)]
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(rng.choice(words) for _ in range(1600)), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory, text_file, tiny_flow, tiny_ar) -> dict[str, Path]:
+def models(tmp_path_factory, corpus_file, tiny_flow, tiny_ar) -> dict[str, Path]:
     """Untrained models of text8 with a context of 16: their texts are random, but must be shown and kept rightly."""
     root, fields = tmp_path_factory.mktemp("models"), {"vocab_size": 27, "context": 16}
     built = {
@@ -55,7 +37,7 @@ def models(tmp_path_factory, text_file, tiny_flow, tiny_ar) -> dict[str, Path]:
         "patches": tiny_flow(couplings=("mixd", "mix1"), patch=2, **fields),
         "affine": tiny_flow(couplings=("affine", "mix1"), **fields),
     }
-    return {name: save_untrained(root / name, model, text_file) for name, model in built.items()}
+    return {name: save_run(root / name, model, source=corpus_file) for name, model in built.items()}
 
 
 @pytest.fixture
@@ -64,12 +46,10 @@ def model(models) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, cache, text_file) -> Path:
+def trained(tmp_path_factory, corpus_file) -> Path:
     """A finished run of three blocks, six steps long."""
     out = tmp_path_factory.mktemp("runs") / "mine"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TARFLOWLM_CACHE", cache)
-        main(["train", "mini-mixd", "--out", str(out), "--data", str(text_file), "--steps", "6", *TINY])
+    main(["train", "mini-mixd", "--out", str(out), "--data", str(corpus_file), "--steps", "6", *TINY])
     torch.set_flush_denormal(False)
     return out
 

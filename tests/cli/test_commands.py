@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
-from command_cases import CHECKPOINT, TINY, TINY_AR, save_untrained
+from command_cases import CHECKPOINT, TINY, TINY_AR
 
+from run_cases import save_run
 from tarflowlm.cli import quickstart
 from tarflowlm.cli.main import COMMANDS, main
 from tarflowlm.cli.train import read
@@ -38,24 +39,20 @@ def test_help_is_no_error(run, command):
 
 
 @pytest.mark.slow
-def test_train_writes_a_complete_run_directory(run_json, trained, text_file, tmp_path):
-    assert {path.name for path in trained.iterdir()} >= CHECKPOINT | {
-        "metrics.jsonl",
-        "summary.json",
-        "state",
-        "best",
-    }
+def test_train_writes_a_complete_run_directory(run_json, trained, corpus_file, tmp_path):
+    files = {path.name for path in trained.iterdir()}
+    assert files >= {*CHECKPOINT, "metrics.jsonl", "summary.json", "state", "best"}
     config = json.loads((trained / "config.json").read_text(encoding="utf-8"))
     assert config["name"] == "mini-mixd"
     assert (config["model"]["context"], sum(config["train"]["stage_steps"])) == (32, 6)
     out = tmp_path / "run"
-    argv = ["--steps", 3, "--seed", 7, "--checkpoint-every", 2, "--optim.lr", 0.01, "--data", text_file]
+    argv = ["--steps", 3, "--seed", 7, "--checkpoint-every", 2, "--optim.lr", 0.01, "--data", corpus_file]
     summary = run_json("train", "mini-ar", "--out", out, *argv, *TINY_AR)
     assert summary == json.loads((out / "summary.json").read_text(encoding="utf-8"))
     assert summary["steps"] == 3
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert (config["seed"], config["train"]["checkpoint_every"], config["optim"]["lr"]) == (7, 2, 0.01)
-    assert config["data"]["source"] == str(text_file)
+    assert config["data"]["source"] == str(corpus_file)
 
 
 def test_options_of_train_reach_the_configuration():
@@ -67,19 +64,17 @@ def test_options_of_train_reach_the_configuration():
     assert read(["mini-mixd", "--out", "x", "--model.blocks.0.no-sees-channels"]).configured() != one
 
 
-def test_data_prepares_a_directory_that_eval_takes(run_json, run, refused, model, text_file, tmp_path):
+def test_data_prepares_a_directory_that_eval_takes(run_json, run, refused, model, corpus_file, tmp_path):
     odd = tmp_path / "a [bold]b [/red]"  # names are not markup
     odd.mkdir(parents=True)
-    shutil.copy(text_file, odd / "words.txt")
+    shutil.copy(corpus_file, odd / "words.txt")
     corpus = odd / "corpus"
     result = run_json("data", odd / "words.txt", "--out", corpus)
     assert (result["out"], result["vocab_size"]) == (str(corpus), 27)
-    assert sum(result["tokens"].values()) == len(text_file.read_text(encoding="utf-8")) + 1
-    assert (
-        run_json("eval", model, "--windows", 9)["bpc"]
-        == run_json("eval", model, "--windows", 9, "--data", corpus)["bpc"]
-    )
-    assert "27 symbols" in run("data", text_file, "--out", tmp_path / "table").out
+    assert sum(result["tokens"].values()) == len(corpus_file.read_text(encoding="utf-8")) + 1
+    of_text, of_corpus = (run_json("eval", model, "--windows", 9, *data) for data in ([], ["--data", corpus]))
+    assert of_text["bpc"] == of_corpus["bpc"]
+    assert "27 symbols" in run("data", corpus_file, "--out", tmp_path / "table").out
     refused("data", corpus, "--out", tmp_path / "again", names=["prepared corpora"])
 
 
@@ -263,12 +258,12 @@ def test_edits(run_json, run, model, options, holds):
 
 
 @pytest.mark.slow
-def test_edits_of_word_pieces(run_json, run, refused, tiny_flow, text_file, tmp_path):
+def test_edits_of_word_pieces(run_json, run, refused, tiny_flow, tmp_path):
     """Tokens begin with a space; a replacement has as many tokens; the longer of two texts is cut."""
     text = "The king saw the other King"
     tokenizer = train_bpe([f"{text} The Queen saw the queen. " * 9], 280, alphabet=None, normalization="none")
     model = tiny_flow(couplings=("mixd", "mix1"), vocab_size=280, context=16)
-    argv = ["edit", save_untrained(tmp_path / "bpe", model, text_file, tokenizer), "--text", text]
+    argv = ["edit", save_run(tmp_path / "bpe", model, tokenizer=tokenizer), "--text", text]
     for old, new, start in (("king", "queen", "The queen"), ("The king", "The Queen", "The Queen")):
         assert run_json(*argv, "--replace", old, new)["edits"][0]["text"].startswith(start)
     refused(*argv, "--replace", "king", "zzz", names=["' king' has 1 token", "rewrite 'king'"])

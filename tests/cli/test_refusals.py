@@ -6,15 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_cases import TINY, listing, save_untrained
+from command_cases import TINY, listing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from run_cases import save_run
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 
 TRAIN = ["train", "mini-mixd", "--out", "OUT", "--data", "TEXT", *TINY]
 SAMPLE, EVAL, EDIT = ["sample", "flow"], ["eval", "flow"], ["edit", "flow", "--text", "the king"]
-SCORE, REPRODUCE = ["score", "flow"], ["reproduce", "table2"]
+SCORE, REPRODUCE, HARNESS = ["score", "flow"], ["reproduce", "table2"], ["harness", "flow"]
 BYTES = "\udcff\udcfe"  # how Python keeps arguments that are not UTF-8
 LINES = [
     (["trian"], ["'trian'", "train", "eval", "sample"]),
@@ -123,7 +124,11 @@ LINES = [
     ([*REPRODUCE, "--seeds", "0"], ["seeds 0"]),
     (["reproduce", "fig2", "--second-text", "a.txt"], ["--second-text a.txt", "table2"]),
     ([*REPRODUCE, "--scale", "paper", "--data", "a.txt"], ["--data a.txt", "--scale paper"]),
-    (["harness", "flow", "--model", "gpt2"], ["--model", "leave it out"]),
+    ([*HARNESS, "--model", "gpt2"], ["--model", "leave it out"]),
+    ([*HARNESS, "--model=hf"], ["--model=hf"]),
+    ([*HARNESS, "--model_args", "a=b"], ["--model_args"]),
+    ([*HARNESS, "--posterior-samples", "0"], ["posterior samples 0"]),
+    ([*HARNESS, "--noise-seed", "-1"], ["-1"]),
 ]
 BOXES = [
     (["sample", "x", "--num", "1.5"], ["--num", "'1.5'"]),
@@ -144,10 +149,10 @@ BOXES = [
 
 
 @pytest.fixture
-def complete(models, text_file, tmp_path, monkeypatch):
+def complete(models, corpus_file, tmp_path, monkeypatch):
     """complete(argv): the words with the paths that the tables leave open; works in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    places = {"OUT": str(Path("deep") / "run"), "TEXT": str(text_file)} | {n: str(p) for n, p in models.items()}
+    places = {"OUT": str(Path("deep") / "run"), "TEXT": str(corpus_file)} | {n: str(p) for n, p in models.items()}
     return lambda argv: [places.get(word, word) for word in argv]
 
 
@@ -184,9 +189,9 @@ def test_texts_that_cannot_be_used(refused, complete, tmp_path, content, name):
     assert {path.suffix for path in tmp_path.iterdir()} <= {".txt", ".lock"}
 
 
-def test_unknown_characters_are_counted_and_shown(refused, run_json, tiny_flow, text_file, tmp_path):
+def test_unknown_characters_are_counted_and_shown(refused, run_json, tiny_flow, tmp_path):
     plain = CharTokenizer(TEXT8_ALPHABET, "none")
-    model = save_untrained(tmp_path / "plain", tiny_flow(vocab_size=27, context=16), text_file, plain)
+    model = save_run(tmp_path / "plain", tiny_flow(vocab_size=27, context=16), tokenizer=plain)
     (tmp_path / "upper.txt").write_text("Hello World, 1790! " * 100, encoding="utf-8")
     argv = ["eval", model, "--data", tmp_path / "upper.txt", "--split", "all"]
     refused(*argv, names=["'1' x90", "--normalize text8"])
@@ -208,13 +213,13 @@ def test_wrong_prompts_are_named_by_their_line(refused, model, tmp_path, monkeyp
     assert not out.exists()
 
 
-def test_existing_files_are_left_alone(refused, copied, text_file, tmp_path):
+def test_existing_files_are_left_alone(refused, copied, corpus_file, tmp_path):
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     before = listing(tmp_path)
-    argv = ["--data", text_file, *TINY]
+    argv = ["--data", corpus_file, *TINY]
     for out in (copied, tmp_path / "file", tmp_path / "file" / "run"):
         refused("train", "mini-mixd", "--out", out, *argv, names=[str(tmp_path)])
-        refused("data", text_file, "--out", out, names=[str(tmp_path)])
+        refused("data", corpus_file, "--out", out, names=[str(tmp_path)])
         refused("sample", copied, "--length", 4, "--out", out, names=[str(tmp_path)])
     refused("export", copied, "--out", copied, names=["exists"])
     refused("train", "mini-mixd", "--out", copied, *argv, "--seed", "1", names=[f"train --resume {copied}`"])

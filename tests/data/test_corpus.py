@@ -10,16 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tarflowlm.data import (
-    ByteTokenizer,
-    CharTokenizer,
-    TokenizerConfig,
-    cached_corpus,
-    encode_text_source,
-    load_tokenizer,
-    open_corpus,
-    prepare_corpus,
-)
+from run_cases import flip
+from tarflowlm.data import ByteTokenizer, CharTokenizer, TokenizerConfig, load_tokenizer, open_corpus
+from tarflowlm.data.prepare import cached_corpus, encode_text_source, prepare_corpus
 from tarflowlm.data.sources import SPLITS, OpenWebText, TextFile, sources_dir
 from tarflowlm.errors import UserError
 from tarflowlm.progress import Silent
@@ -39,14 +32,11 @@ def test_splits_are_the_text_cut_in_three(config, text_file, words, tmp_path):
         assert corpus.num_characters(name) == len(decoded[name])
         assert corpus.num_tokens(name) == len(corpus.split(name))
     corpus.verify()
-    shard = tmp_path / "out" / "valid-00000.bin"
-    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    flip(tmp_path / "out" / "valid-00000.bin")
     with pytest.raises(UserError, match=r"valid-00000\.bin is damaged"):
         corpus.verify()
-    shards = [f"{name}-00000.bin" for name in ("test", "train", "valid")]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        ["meta.json", "tokenizer.json", *shards]
-    )
+    names = {"meta.json", "tokenizer.json", *(f"{split}-00000.bin" for split in SPLITS)}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert load_tokenizer(tmp_path / "out").fingerprint == corpus.tokenizer.fingerprint
 
 

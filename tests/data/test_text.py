@@ -20,11 +20,8 @@ except ImportError:
 
 TEXT = "héllo\r\nworld \U0001f600\x00\n" * 50
 RAW = TEXT.encode("utf-8")
-COMPRESSED = {
-    ".gz": gzip.compress(RAW, mtime=0),
-    ".xz": lzma.compress(RAW),
-    **({".zst": compress(RAW)} if compress else {}),
-}
+COMPRESSED = {".gz": gzip.compress(RAW, mtime=0), ".xz": lzma.compress(RAW)}
+COMPRESSED |= {".zst": compress(RAW)} if compress else {}
 
 
 @pytest.mark.parametrize("suffix", [".txt", "", ".XZ", *COMPRESSED])
@@ -113,15 +110,11 @@ def reference(text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", " "),
-        (" \n\t.", " "),
-        ("in 1984,", " in one nine eight four"),
-        ("naïve Ünder", " na ve nder"),
-        ("a<|endoftext|>b", " a b"),
-        ("x\ud800y \x00 \x0b\U0001f600z", " x y z"),
+        ("", " "), (" \n\t.", " "), ("in 1984,", " in one nine eight four"), ("naïve Ünder", " na ve nder"),
+        ("a<|endoftext|>b", " a b"), ("x\ud800y \x00 \x0b\U0001f600z", " x y z"),
         ("\u0130\u212a", " "),  # str.lower() would turn these into an ASCII i and k
     ],
-)
+)  # fmt: skip
 def test_text8_examples(text, expected):
     assert normalize_text8(text) == expected
 

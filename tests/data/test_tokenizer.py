@@ -73,12 +73,10 @@ def test_fingerprints_tell_tokenizers_apart_and_do_not_change_with_the_program()
     assert len({tokenizer.fingerprint for tokenizer in tokenizers}) == len(tokenizers)
     assert tokenizers[3].fingerprint == "3c517e0fd89156d24ca179eaf386d867034b09d9df367c79e1323ac6481f3505"
     small = load_tokenizer(FOLDER / "english-small")
-    assert small.encode("The history of the Union.").tolist() == SMALL_IDS
-    assert small.fingerprint.startswith(SMALL_FINGERPRINT)
+    assert small.encode("The history of the Union.").tolist() == [492, 1590, 267, 259, 1181, 13]
+    assert small.fingerprint.startswith("afba6b845f699df5")
 
 
-SMALL_IDS = [492, 1590, 267, 259, 1181, 13]
-SMALL_FINGERPRINT = "afba6b845f699df5"
 GOOD = json.loads(CharTokenizer("ab", "none").to_json())
 
 
@@ -106,19 +104,15 @@ def test_damaged_files_are_one_line_with_their_name(content, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
-        ({"alphabet": ""}, "alphabet"),
-        ({"alphabet": "a\ud800", "normalize": "none"}, "alphabet"),
-        ({"alphabet": "abc"}, "alphabet"),
-        ({"kind": "bpe", "source": "gpt2", "alphabet": "ab"}, "alphabet"),
+        ({"alphabet": ""}, "alphabet"), ({"alphabet": "a\ud800", "normalize": "none"}, "alphabet"),
+        ({"alphabet": "abc"}, "alphabet"), ({"kind": "bpe", "source": "gpt2", "alphabet": "ab"}, "alphabet"),
         ({"kind": "bpe", "vocab_size": 300, "normalize": "none", "alphabet": "ab"}, "alphabet"),
-        ({"source": "gpt2"}, "source"),
-        ({"vocab_size": 27}, "vocab_size"),
-        ({"kind": "bpe"}, "vocab_size"),
+        ({"source": "gpt2"}, "source"), ({"vocab_size": 27}, "vocab_size"), ({"kind": "bpe"}, "vocab_size"),
         ({"kind": "bpe", "vocab_size": 10**9}, "vocab_size"),
         ({"kind": "bpe", "vocab_size": 256, "normalize": "none"}, "vocab_size"),
         ({"kind": "bpe", "source": "gpt2", "vocab_size": 300}, "vocab_size"),
     ],
-)
+)  # fmt: skip
 def test_contradictory_configurations_name_the_field(fields, name):
     with pytest.raises(UserError, match=name) as caught:
         TokenizerConfig(**fields)

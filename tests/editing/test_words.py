@@ -4,13 +4,7 @@ import pytest
 import torch
 
 from tarflowlm.editing.edits import num_words
-from tarflowlm.editing.words import (
-    blended_spans,
-    find_piece,
-    find_words,
-    pick_words,
-    words_of,
-)
+from tarflowlm.editing.words import blended_spans, find_piece, find_words, pick_words, words_of
 from tarflowlm.errors import UserError
 
 

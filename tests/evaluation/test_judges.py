@@ -7,29 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from run_cases import save_run
 from tarflowlm.baseline import TokenLM
-from tarflowlm.config import RunConfig, TrainConfig
-from tarflowlm.data import CharTokenizer, load_tokenizer
+from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation import judges
 from tarflowlm.evaluation.judges import load_judge
-from tarflowlm.runs.checkpoint import save_weights, write_run
 
-ALPHABET = " abcde"
+TOKENIZER = CharTokenizer(" abcde", "none")
 TEXTS = ["bad cab dad", " a bee", "e", "abcde " * 30]
-
-
-def save_run(folder: Path, model, **fields) -> Path:
-    folder.mkdir()
-    run = RunConfig(name="tiny", model=model.config, train=TrainConfig(mode="joint", stage_steps=(1,)), **fields)
-    write_run(folder, run, CharTokenizer(ALPHABET, "none"))
-    save_weights(folder, model.float().state_dict(), {"blocks": str(getattr(model, "num_blocks", 0))})
-    return folder
 
 
 @pytest.fixture(scope="module")
 def baseline_run(tmp_path_factory, tiny_ar) -> Path:
-    return save_run(tmp_path_factory.mktemp("judges") / "ar", tiny_ar(vocab_size=6, context=12))
+    return save_run(tmp_path_factory.mktemp("judges") / "ar", tiny_ar(vocab_size=6, context=12), tokenizer=TOKENIZER)
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +33,14 @@ def gpt2(tmp_path_factory) -> Path:
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=280, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
-    )
+    options = {"vocab_size": 280, "special_tokens": ["<|endoftext|>"], "show_progress": False}
+    trainer = tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, **options)
     library.train_from_iterator(TEXTS * 5, trainer)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=library, eos_token="<|endoftext|>")
     fast.save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=280, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3
-    )
+    sizes = {"vocab_size": 280, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    config = transformers.GPT2Config(**sizes, initializer_range=0.3)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 
@@ -106,20 +95,20 @@ def test_pickled_weights_are_refused(gpt2, tmp_path):
 
 def test_baseline_scores_every_token(baseline_run):
     judge = load_judge(str(baseline_run))
-    tokens = torch.from_numpy(load_tokenizer(baseline_run).encode("bad cab dad"))[None]
+    tokens = torch.from_numpy(TOKENIZER.encode("bad cab dad"))[None]
     reading = judge.read(["bad cab dad"])
     assert (reading.tokens, judge.source) == (11, "english")
     assert reading.nats == pytest.approx(-judge.model.log_prob(tokens).item(), rel=1e-5)
 
 
 def test_features_of_a_baseline_are_those_of_sampling(baseline_run):
-    judge, tokenizer = load_judge(str(baseline_run)), load_tokenizer(baseline_run)
+    judge = load_judge(str(baseline_run))
     model = judge.model
     assert isinstance(model, TokenLM)
     cache = model.allocate_cache(1, 12)
     with torch.no_grad():
         features = model.features_at(cache, None, 1)
-        for token in tokenizer.encode("bad cab"):
+        for token in TOKENIZER.encode("bad cab"):
             features = model.features_at(cache, torch.tensor([[token]]), 1)
     torch.testing.assert_close(judge.read(["bad cab"]).features, features, rtol=1e-4, atol=1e-5)
 
@@ -175,8 +164,8 @@ def test_missing_judges(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_models_that_cannot_judge(tmp_path, tiny_flow, tiny_ar, gpt2):
-    refused(save_run(tmp_path / "flow", tiny_flow(vocab_size=6, couplings=("mixd",))), "flow", "mini-ar")
-    refused(save_run(tmp_path / "two", tiny_ar(vocab_size=6, patch=2)), "several tokens at once")
+    refused(save_run(tmp_path / "flow", tiny_flow(vocab_size=27, couplings=("mixd",))), "flow", "mini-ar")
+    refused(save_run(tmp_path / "two", tiny_ar(vocab_size=27, patch=2)), "several tokens at once")
     encoder = tmp_path / "encoder"
     encoder.mkdir()
     (encoder / "config.json").write_text(json.dumps({"model_type": "vit"}), encoding="utf-8")

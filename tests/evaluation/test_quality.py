@@ -7,16 +7,9 @@ import pytest
 import torch
 
 from tarflowlm.data import CharTokenizer
+from tarflowlm.evaluation import quality
 from tarflowlm.evaluation.judges import Judge
-from tarflowlm.evaluation.quality import (
-    SamplingConfig,
-    distinct,
-    draw_samples,
-    mauve,
-    measure_quality,
-    repetition,
-    sequence_entropy,
-)
+from tarflowlm.evaluation.quality import SamplingConfig, distinct, draw_samples, mauve, repetition, sequence_entropy
 
 TOKENIZER = CharTokenizer(" abcd", "none")
 
@@ -81,7 +74,7 @@ CONFIG = SamplingConfig(num=20, seed=3)
 def test_quality_of_a_tiny_model(model, windows):
     pytest.importorskip("mauve")
     config = replace(CONFIG, temperature=0.8, top_k=3)
-    result = measure_quality(model, TOKENIZER, LetterJudge(), windows, config, trained_on="other")
+    result = quality.measure_quality(model, TOKENIZER, LetterJudge(), windows, config, trained_on="other")
     samples = draw_samples(model, config)
     for tokens, statistics in ((samples, result.samples), (windows, result.text)):
         assert statistics.texts == len(tokens)
@@ -104,7 +97,7 @@ def test_samples_depend_on_the_seed_alone(model, monkeypatch):
     assert first.shape == (20, 8)
     assert torch.equal(draw_samples(model, CONFIG), first)
     assert not torch.equal(draw_samples(model, replace(CONFIG, seed=4)), first)
-    monkeypatch.setattr("tarflowlm.evaluation.quality.BATCH_TOKENS", 7 * 8)
+    monkeypatch.setattr(quality, "BATCH_TOKENS", 7 * 8)
     several = draw_samples(model, replace(CONFIG, length=5))
     assert several.shape == (20, 5)
     assert not torch.equal(several[:10], several[10:])

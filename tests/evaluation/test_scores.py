@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tarflowlm.data import sliding_windows
-from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits, evaluate, score
 from tarflowlm.objective import elbo
 from tarflowlm.progress import Silent
@@ -87,18 +86,3 @@ def test_filler_of_an_incomplete_patch_counts_with_the_last_token(tiny_flow):
     totals = [score(model, tokens, samples=1).total for tokens in whole]
     assert min(abs(found.total - total) for total in totals) < 1e-6
     assert score(model, tokens, samples=1).total == found.total
-
-
-@pytest.mark.parametrize(
-    ("tokens", "name"),
-    [
-        (torch.zeros(0, dtype=torch.int64), "at least one token"),
-        (torch.zeros(1, 8, dtype=torch.int64), r"\[1, 8\]"),
-        (torch.zeros(8), "float32"),
-        (torch.tensor([1, 5]), "hold 5"),
-        (torch.tensor([1, -1]), "hold -1"),
-    ],
-)
-def test_other_tokens_are_refused(tiny_ar, tokens, name):
-    with pytest.raises(UserError, match=name):
-        score(tiny_ar(), tokens)

@@ -68,19 +68,6 @@ def test_error_of_lm_eval_is_one_line(run, folder):
     assert done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("argv", "names"),
-    [
-        (["english-mini", "--model_args", "a=b"], ["--model_args"]),
-        (["english-mini", "--model=hf"], ["--model=hf"]),
-        (["english-mini", "--posterior-samples", "0"], ["posterior samples 0"]),
-        (["english-mini", "--noise-seed", "-1"], ["-1"]),
-    ],
-)
-def test_mistakes_are_refused_before_lm_eval_starts(refused, argv, names):
-    refused("harness", *argv, names=names)
-
-
 def test_model_refuses_unknown_arguments():
     register()
     model = MODEL_REGISTRY["tarflowlm"]

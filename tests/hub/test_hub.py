@@ -167,8 +167,6 @@ def test_dry_run_uploads_nothing_and_lists_everything(hub, finished, tmp_path, m
     assert load_checkpoint("mine").run.name == "mini-mixd"
     assert not hub.repository("ada/mine").exists()
     refused("push", finished, "ada/mine", "--dry-run", names=["mine", "exists already"])
-    refused("push", finished, "mine", names=["'mine'", "OWNER/NAME"])
-    refused("push", finished, "ada/mine", "--dry-run", "--private", names=["--private", "--dry-run"])
     main(["push", "english-mini-ar", "ada/english", "--dry-run"])
     assert "# english-mini-ar" in (tmp_path / "english" / "README.md").read_text(encoding="utf-8")
 

@@ -1,7 +1,5 @@
-"""The runs to report on."""
+"""Reports need matplotlib."""
 
 import importlib.util
-
-from run_cases import runs  # noqa: F401
 
 collect_ignore_glob = ["*"] if importlib.util.find_spec("matplotlib") is None else []

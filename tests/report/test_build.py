@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from run_cases import metrics_of
 from tarflowlm.errors import UserError
 from tarflowlm.report import build
 from tarflowlm.report.build import draw_samples, write_report
@@ -49,10 +50,6 @@ def parsed(path) -> Checker:
     return Checker(Path(path).read_text(encoding="utf-8"))
 
 
-def json_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures without content, for tests of the text around them."""
@@ -90,7 +87,7 @@ def test_report_has_figures_and_numbers(runs, tmp_path):
     shown = [float(number) for number in re.findall(r"bound of the model<= (\d+\.\d+)", page.text)]
     expected = []
     for name in ("progressive", "joint"):
-        lines = json_lines(runs[name] / "metrics.jsonl")
+        lines = metrics_of(runs[name])
         expected.append([line["nats_per_token"] for line in lines if line["split"] == "valid"][-1])
     assert shown == pytest.approx(expected, abs=2e-5)
 

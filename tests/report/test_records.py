@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from run_cases import metrics_of
 from tarflowlm.errors import UserError
 from tarflowlm.report.records import read_record, read_records
 
@@ -26,8 +27,8 @@ def test_finished_run(runs):
 
 def test_medians_of_stages(directory):
     speeds = {1: 100.0, 2: 300.0, 3: 50.0}
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    lines = [line | {"tokens_per_second": speeds[line["block"]]} for line in lines if line["split"] == "train"]
+    train = [line for line in metrics_of(directory) if line["split"] == "train"]
+    lines = [line | {"tokens_per_second": speeds[line["block"]]} for line in train]
     (directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     record = read_record(directory)
     assert record.stage_medians("tokens_per_second") == [100.0, 300.0, 50.0]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 import re
 from dataclasses import replace
 from html import unescape
@@ -25,19 +24,16 @@ CONTEXT = 16
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> Settings:
-    folder = tmp_path_factory.mktemp("recipes")
-    text = folder / "text.txt"
-    text.write_text("".join(random.Random(1).choices(TEXT8_ALPHABET, k=4000)), encoding="utf-8")
+def settings(tmp_path_factory, corpus_file) -> Settings:
+    out, text = tmp_path_factory.mktemp("recipes"), str(corpus_file)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TARFLOWLM_CACHE", str(folder / "cache"))
         for module, name, value in (
             (tables, "WINDOWS", 3), (tables, "SAMPLES", 2), (tables, "SECOND_WINDOWS", 3),
             (tables, "MINI_SAMPLES", 20), (ablations, "PROMPTS", 2), (ablations, "PREFIXES", (0, 4)),
             (passes, "SHOWN_SAMPLES", 2), (states, "SAMPLES", 2), (states, "LATENT_WINDOWS", 4),
         ):  # fmt: skip
             patch.setattr(module, name, value)
-        yield Settings(scale="mini", out=folder / "out", data=str(text), judge_data=str(text), second_text=str(text))
+        yield Settings(scale="mini", out=out, data=text, judge_data=text, second_text=text)
 
 
 def untrained(settings: Settings, training: Training) -> Finished:

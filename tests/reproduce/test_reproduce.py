@@ -1,7 +1,6 @@
 """Plans of the recipes, and on a tiny training: work is done once, resumed, and written down."""
 
 import csv
-import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tarflowlm.config import FlowConfig, RunConfig, TrainConfig, TransformerConfig, stack
-from tarflowlm.data import TEXT8_ALPHABET
+from run_cases import FLOW
+from tarflowlm.config import FlowConfig, RunConfig, TrainConfig
 from tarflowlm.errors import UserError
 from tarflowlm.reproduce import RECIPES, ablations, passes
 from tarflowlm.reproduce.recipe import Recipe, Settings, estimate, finish, state_of, trainings
@@ -84,12 +83,7 @@ def test_compared_models_have_one_depth(name, settings, layers):
 
 TINY = RunConfig(
     name="tiny",
-    model=FlowConfig(
-        context=16,
-        latent_dim=2,
-        trunk=TransformerConfig(width=8, num_heads=2, mlp_ratio=2),
-        blocks=stack(("mixd", "mix1"), (1, 1), (0, 2)),
-    ),
+    model=replace(FLOW, blocks=FLOW.blocks[:2]),
     train=TrainConfig(stage_steps=(3, 3), batch_size=2, evaluate_windows=2, checkpoint_every=2, log_every=1),
 )
 TINY_RECIPE = Recipe(
@@ -113,11 +107,8 @@ def test_recipes_of_small_differences_have_several_seeds(scale, asked, seeds):
 
 
 @pytest.fixture
-def settings(tmp_path, monkeypatch) -> Settings:
-    monkeypatch.setenv("TARFLOWLM_CACHE", str(tmp_path / "cache"))
-    text = tmp_path / "text.txt"
-    text.write_text("".join(random.Random(1).choices(TEXT8_ALPHABET, k=1500)), encoding="utf-8")
-    return Settings(scale="mini", out=tmp_path / "out", data=str(text), seeds=2)
+def settings(tmp_path, corpus_file) -> Settings:
+    return Settings(scale="mini", out=tmp_path / "out", data=str(corpus_file), seeds=2)
 
 
 class Stop(Exception):
@@ -169,11 +160,11 @@ def test_estimates_count_all_tokens_and_time_every_shape_once(settings, monkeypa
 @pytest.mark.slow
 def test_command_writes_results_with_provenance(settings, run, run_json, monkeypatch):
     pytest.importorskip("matplotlib")
-    recipe = replace(
-        TINY_RECIPE,
-        draw=lambda figure, rows: figure.subplots().plot([row["test bpc"] for row in rows]),
-        page=lambda rows: f"<p>{len(rows)} rows</p>",
-    )
+
+    def draw(figure, rows):
+        figure.subplots().plot([row["test bpc"] for row in rows])
+
+    recipe = replace(TINY_RECIPE, draw=draw, page=lambda rows: f"<p>{len(rows)} rows</p>")
     for name in list(RECIPES):
         monkeypatch.delitem(RECIPES, name)
     for name in ("first", "second"):
@@ -191,23 +182,17 @@ def test_command_writes_results_with_provenance(settings, run, run_json, monkeyp
     assert "ppl" in table[0]
     assert (settings.out / "first.html").read_text(encoding="utf-8") == "<p>2 rows</p>"
     page = (settings.out / "first.md").read_text(encoding="utf-8")
-    parts = ["| tiny | 0 | <= |", "2 runs, 2 rows.", "tarflowlm reproduce all", "tiny-s1", "text.txt", "PyTorch"]
+    parts = ["| tiny | 0 | <= |", "2 runs, 2 rows.", "tarflowlm reproduce all", "tiny-s1", "words.txt", "PyTorch"]
     assert [part for part in [*parts, "[first.html](first.html)"] if part not in page] == []
     assert "ppl" not in page
     assert (settings.out / "first.png").read_bytes()[:4] == b"\x89PNG"
     assert run(*argv, "--dry-run").out.count("finished") == 2
 
 
-@pytest.mark.parametrize(
-    ("argv", "names"),
-    [
-        (["fig3", "--steps", "0"], ["steps 0"]),
-        (["fig3", "--data", "no-such.txt"], ["'no-such.txt'"]),
-        (["table2", "--second-text", "no-such.txt", "--dry-run"], ["'no-such.txt'"]),
-        (["table6", "--judge-data", "no-such.txt", "--dry-run"], ["'no-such.txt'"]),
-    ],
-)
-def test_wrong_requests_are_named(refused, tmp_path, monkeypatch, argv, names):
+def test_wrong_requests_are_named(refused, tmp_path, monkeypatch):
     # packages that a recipe needs count as installed
     monkeypatch.setattr("tarflowlm.cli.reproduce.find_spec", lambda name: name)
-    refused("reproduce", *argv, "--out", tmp_path / "out", names=names)
+    argv = ["reproduce", "--dry-run", "--out", tmp_path / "out"]
+    refused(*argv, "fig3", "--steps", "0", names=["steps 0"])
+    for recipe, option in (("fig3", "--data"), ("table2", "--second-text"), ("table6", "--judge-data")):
+        refused(*argv, recipe, option, "no-such.txt", names=["'no-such.txt'"])

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from run_cases import runs  # noqa: F401
 from tarflowlm.studio.catalogue import Catalogue, collect
 
 
 @pytest.fixture(scope="session")
-def folder(runs, tmp_path_factory) -> Path:  # noqa: F811
+def folder(runs, tmp_path_factory) -> Path:
     """Finished runs `flow` and `baseline`; do not change them."""
     root = tmp_path_factory.mktemp("studio")
     for name, kind in (("flow", "progressive"), ("baseline", "baseline")):

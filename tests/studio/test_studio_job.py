@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -20,8 +21,7 @@ def test_work_is_followed_to_its_end():
         job.advance(3)
         return 7
 
-    job = Job(work)
-    results = []
+    job, results = Job(work), []
 
     def view():
         results.append((yield from job.follow(str)))
@@ -60,9 +60,6 @@ def test_one_works_at_a_time():
         time.sleep(0.03)
         running.pop()
 
-    threads = [threading.Thread(target=lambda: list(Job(work).follow(str))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: list(Job(work).follow(str)), range(3)))
     assert most == [1, 1, 1]

@@ -1,7 +1,6 @@
 """Runs so small that a test can afford dozens of them."""
 
 import json
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,38 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tarflowlm.config import (
-    BaselineConfig,
-    DataConfig,
-    FlowConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    TransformerConfig,
-    stack,
-)
+from run_cases import FLOW, TRUNK, metrics_of
+from tarflowlm.config import BaselineConfig, DataConfig, OptimConfig, RunConfig, TrainConfig, stack
 from tarflowlm.training.metrics import Reporter
 from tarflowlm.training.train import train
-
-TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def private_cache(tmp_path_factory: pytest.TempPathFactory):
-    """No test reads or fills the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TARFLOWLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="session")
-def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 3,000 characters of a-z and spaces."""
-    rng = random.Random(3)
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "nine", "old", "men", "quick", "dogs", "zebra"]
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(rng.choice(words) for _ in range(700)), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -54,9 +25,7 @@ def tiny_run(corpus_file) -> Callable[..., RunConfig]:
         couplings = fields_of_model.pop("couplings", ("mixd", "mix1", "mix1"))
         layers = fields_of_model.pop("layers", (1,) * len(couplings))
         components = fields_of_model.pop("components", (0, 2, 2)[: len(couplings)])
-        flow = FlowConfig(
-            context=16, latent_dim=3, trunk=TRUNK, blocks=stack(couplings, layers, components), head_hidden=4
-        )
+        flow = replace(FLOW, blocks=stack(couplings, layers, components))
         defaults = {
             "stage_steps": (3, 2, 2), "batch_size": 2, "log_every": 1, "evaluate_every": 2,
             "evaluate_windows": 3, "checkpoint_every": 2, "test_windows": 3,
@@ -146,9 +115,8 @@ def read_metrics() -> Callable[[Path], list[dict[str, Any]]]:
     """The lines of metrics.jsonl without the speeds, the one thing in them that is not reproducible."""
 
     def read(directory: Path) -> list[dict[str, Any]]:
-        lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         speeds = ("tokens_per_second", "data_share")
-        return [{k: v for k, v in json.loads(line).items() if k not in speeds} for line in lines]
+        return [{k: v for k, v in line.items() if k not in speeds} for line in metrics_of(directory)]
 
     return read
 

@@ -13,15 +13,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from tarflowlm.config import (
-    BaselineConfig,
-    DataConfig,
-    FlowConfig,
-    RunConfig,
-    TrainConfig,
-    TransformerConfig,
-    stack,
-)
+from run_cases import FLOW, TRUNK
+from tarflowlm.config import BaselineConfig, DataConfig, FlowConfig, RunConfig, TrainConfig, stack
 from tarflowlm.language_model import seeded
 from tarflowlm.training import parallel
 from tarflowlm.training import train as training
@@ -39,11 +32,8 @@ POISONED = "prior.blocks.1.coupling.head.biases.0"
 
 def runs(source: str) -> dict[str, RunConfig]:
     """Every family of presets, 10 steps each; the progressive ones in three stages."""
-    trunk = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
-    blocks = stack(("mixd", "mix1", "mix1"), (1, 1, 1), (0, 2, 2))
-    flow = FlowConfig(context=16, latent_dim=3, trunk=trunk, blocks=blocks, head_hidden=4)
     # with one channel, heads have empty parameters
-    one_channel = replace(flow, latent_dim=1, blocks=stack(("mix1", "affine", "mix1"), (1, 1, 1), (3, 1, 2)))
+    one_channel = replace(FLOW, latent_dim=1, blocks=stack(("mix1", "affine", "mix1"), (1, 1, 1), (3, 1, 2)))
     staged = TrainConfig(
         stage_steps=(5, 3, 2), batch_size=4, log_every=1, evaluate_every=5, evaluate_windows=3,
         checkpoint_every=100, test_windows=3,
@@ -55,11 +45,11 @@ def runs(source: str) -> dict[str, RunConfig]:
         return RunConfig(name="tiny", model=model, train=train, data=DataConfig(source=source))
 
     return {
-        "ar": run(BaselineConfig(context=16, trunk=trunk, layers=2), replace(joint, compile=True)),
-        "mixd": run(flow, staged),
-        "patches": run(replace(flow, patch=2), compiled),
+        "ar": run(BaselineConfig(context=16, trunk=TRUNK, layers=2), replace(joint, compile=True)),
+        "mixd": run(FLOW, staged),
+        "patches": run(replace(FLOW, patch=2), compiled),
         "one-channel": run(one_channel, joint),
-        "narrow": run(flow, replace(compiled, precision="bfloat16")),
+        "narrow": run(FLOW, replace(compiled, precision="bfloat16")),
     }
 
 

@@ -1,7 +1,8 @@
 """Steps that must not be taken change nothing and are recorded; losses that jump are recorded."""
 
 import copy
-import json
+import functools
+import itertools
 import logging
 import math
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from run_cases import metrics_of
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import loop
 from tarflowlm.training import train as training
@@ -55,41 +57,37 @@ def test_skipped_step_changes_neither_parameters_nor_optimisers(tiny_run, optimi
 
 
 @pytest.fixture
-def poison(monkeypatch):
-    """poison(steps): the gradient of block 1's start vector is NaN in one element at these calls (from 1)."""
+def instead(monkeypatch):
+    """instead(steps, act): at these calls (from 1) the result of a step is that of act(model, take_step)."""
 
-    def apply(steps):
-        calls, real = [], loop.optimizer_step
+    def apply(steps, act):
+        calls, real = itertools.count(1), loop.optimizer_step
 
-        def poisoned(model, *args, **options):
-            calls.append(None)
-            if len(calls) not in steps:
-                return real(model, *args, **options)
-            start = model.model.prior.blocks[0].start
-            hook = start.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), NAN))
-            result = real(model, *args, **options)
-            hook.remove()
-            return result
+        def watched(model, *args, **options):
+            take_step = functools.partial(real, model, *args, **options)
+            return act(model.model, take_step) if next(calls) in steps else take_step()
 
-        monkeypatch.setattr(loop, "optimizer_step", poisoned)
+        monkeypatch.setattr(loop, "optimizer_step", watched)
 
     return apply
 
 
-@pytest.fixture
-def read_seldom(monkeypatch):
-    """Results are read from the CPU at every fourth step, as from a GPU at every sixteenth."""
-    monkeypatch.setitem(loop.STEPS_BETWEEN_READS, "cpu", 4)
+def poisoned(model, take_step):
+    """The gradient of block 1's start vector is NaN in one element."""
+    start = model.prior.blocks[0].start
+    hook = start.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), NAN))
+    result = take_step()
+    hook.remove()
+    return result
 
 
 def lines(out, split):
-    records = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [record for record in records if record["split"] == split]
+    return [record for record in metrics_of(out) if record["split"] == split]
 
 
 @pytest.mark.slow
-def test_skipped_steps_are_recorded_with_their_cause(tmp_path, tiny_run, go, poison, caplog):
-    poison({2, 4, 5})
+def test_skipped_steps_are_recorded_with_their_cause(tmp_path, tiny_run, go, instead, caplog):
+    instead({2, 4, 5}, poisoned)
     run = tiny_run(**JOINT, stage_steps=(8,), max_skipped=2, log_every=2)
     with caplog.at_level(logging.INFO, "tarflowlm"):
         assert go(run, tmp_path / "run")["steps"] == 8
@@ -108,13 +106,12 @@ def test_skipped_steps_are_recorded_with_their_cause(tmp_path, tiny_run, go, poi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seldom", [False, True])
+@pytest.mark.parametrize("every", [1, 4])  # steps between readings; with a GPU 16
 def test_too_many_skipped_steps_stop_the_run_and_keep_the_last_checkpoint(
-    tmp_path, tiny_run, go, poison, request, seldom
+    tmp_path, tiny_run, go, instead, monkeypatch, every
 ):
-    if seldom:
-        request.getfixturevalue("read_seldom")
-    poison({5, 6, 7})
+    monkeypatch.setitem(loop.STEPS_BETWEEN_READS, "cpu", every)
+    instead({5, 6, 7}, poisoned)
     out = tmp_path / "run"
     with pytest.raises(FloatingPointError, match=r"step 7: .* 3 in a row: lower optim\.lr"):
         go(tiny_run(mode="joint", stage_steps=(20,), max_skipped=2, checkpoint_every=4), out)
@@ -135,17 +132,13 @@ def test_reading_seldom_changes_nothing(tmp_path, tiny_run, go, read_metrics, mo
         assert ours["nats_per_token"] == pytest.approx(theirs["nats_per_token"], rel=1e-5)
 
 
-def test_parameters_that_are_not_finite_are_never_saved(tmp_path, tiny_run, go, monkeypatch):
-    real, calls = loop.optimizer_step, []
-
-    def overflows(model, *args, **options):
-        result = real(model, *args, **options)
-        calls.append(None)
-        if len(calls) == 4:
-            model.model.codebook.mean.data[0, 0] = INF
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path, tiny_run, go, instead):
+    def overflows(model, take_step):
+        result = take_step()
+        model.codebook.mean.data[0, 0] = INF
         return result
 
-    monkeypatch.setattr(loop, "optimizer_step", overflows)
+    instead({4}, overflows)
     out = tmp_path / "run"
     with pytest.raises(FloatingPointError, match=r"codebook\.mean are not finite at step 4"):
         go(tiny_run(mode="joint", stage_steps=(20,), checkpoint_every=2), out)
@@ -201,15 +194,12 @@ def test_running_loss_is_a_mean_and_variance_and_detects_jumps():
 
 
 @pytest.mark.slow
-def test_spike_is_recorded_with_its_step(tmp_path, tiny_baseline, go, monkeypatch):
-    real, calls = loop.optimizer_step, []
+def test_spike_is_recorded_with_its_step(tmp_path, tiny_baseline, go, instead):
+    def jumps(model, take_step):
+        result = take_step()
+        return result._replace(loss=result.loss + 50)
 
-    def jumps(*args, **options):
-        result = real(*args, **options)
-        calls.append(None)
-        return result._replace(loss=result.loss + (50 if len(calls) == 59 else 0))
-
-    monkeypatch.setattr(loop, "optimizer_step", jumps)
+    instead({59}, jumps)
     run = tiny_baseline(stage_steps=(64,), log_every=8, evaluate_every=100, checkpoint_every=100)
     go(run, tmp_path / "run")
     (spike,) = lines(tmp_path / "run", "spike")

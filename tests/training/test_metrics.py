@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from run_cases import metrics_of
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.files import from_dict
@@ -21,10 +22,6 @@ from tarflowlm.training.train import resume
 CPU = torch.device("cpu")
 
 
-def lines(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 # the log
 
 
@@ -33,7 +30,7 @@ def test_lines_are_on_disk_before_the_log_is_closed(tmp_path):
     heard.record = (records := []).append
     log = MetricsLog(tmp_path, heard)
     log.write({"step": 1, "bpc": 4.5})
-    assert lines(tmp_path) == records == [{"step": 1, "bpc": 4.5}]
+    assert metrics_of(tmp_path) == records == [{"step": 1, "bpc": 4.5}]
     log.close()
 
 
@@ -48,13 +45,13 @@ def test_resuming_drops_later_lines_and_torn_ones(tmp_path):
     log = MetricsLog(tmp_path, Reporter(), resume_at=position)
     log.write({"step": 3})
     log.close()
-    assert lines(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+    assert metrics_of(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}]
     # a power failure lost the end of the log
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st', encoding="utf-8")
     log = MetricsLog(tmp_path, Reporter(), resume_at=1000)
     log.write({"step": 5})
     log.close()
-    assert lines(tmp_path) == [{"step": 1}, {"step": 5}]
+    assert metrics_of(tmp_path) == [{"step": 1}, {"step": 5}]
 
 
 # trackers
@@ -96,7 +93,7 @@ def interrupted(tiny_run, cut):
     def start(out: Path, tracker: str) -> None:
         run = tiny_run(track=(tracker,), mode="joint", stage_steps=(8,), checkpoint_every=3, evaluate_every=100)
         cut(run, out, 12)
-        assert max(line["step"] for line in lines(out)) == 5
+        assert max(line["step"] for line in metrics_of(out)) == 5
         assert [path.name for path in (out / "state").iterdir()] == ["step-00000003"]
 
     return start
@@ -115,7 +112,7 @@ def test_tracked_run_gets_every_line_once_over_a_resume(tmp_path, interrupted, f
     assert module.num_finished == 2
     sent = [(step, tag, value) for step, values in module.logged for tag, value in values.items()]
     assert len({(step, tag) for step, tag, _ in sent}) == len(sent)
-    written = [(line["step"], f"{line['split']}/{key}", value) for line in lines(out) for key, value in line.items()]
+    written = [(one["step"], f"{one['split']}/{key}", value) for one in metrics_of(out) for key, value in one.items()]
     for split in ("train", "valid"):
         shown = [point for point in sent if point[1] == f"{split}/bpc"]
         assert shown == [point for point in written if point[1] == f"{split}/bpc"]
@@ -137,7 +134,7 @@ def test_tensorboard_shows_the_lines_of_metrics_once_over_a_resume(tmp_path, int
     reader.Reload()
     for split in ("train", "valid"):
         shown = [(event.step, event.value) for event in reader.Scalars(f"{split}/bpc")]
-        assert shown == [(r["step"], pytest.approx(r["bpc"])) for r in lines(out) if r["split"] == split]
+        assert shown == [(r["step"], pytest.approx(r["bpc"])) for r in metrics_of(out) if r["split"] == split]
 
 
 @pytest.mark.slow

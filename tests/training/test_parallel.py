@@ -12,6 +12,7 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
 
+from run_cases import metrics_of
 from tarflowlm.config import TrainConfig
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import parallel
@@ -59,8 +60,7 @@ def alone(tmp_path_factory, corpus_file):
 
 
 def losses(directory: Path) -> list[tuple[str, int, float]]:
-    lines = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [(line["split"], line["step"], line["nats_per_token"]) for line in lines]
+    return [(line["split"], line["step"], line["nats_per_token"]) for line in metrics_of(directory)]
 
 
 def assert_same(ours: Path, theirs: Path, tolerance: float = TOLERANCE) -> None:

@@ -18,8 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from run_cases import flip
 from tarflowlm.cli.main import stop_on_signals
 from tarflowlm.errors import Stopped, UserError
+from tarflowlm.files import read_json
 from tarflowlm.runs.checkpoint import load_checkpoint, read_run
 from tarflowlm.training import optim, run, state
 from tarflowlm.training.state import Counters, TimeSpent
@@ -72,12 +74,6 @@ def assert_loads_or_is_new(out: Path) -> None:
     elif out.exists():
         with pytest.raises(UserError, match=r"no trained weights yet|not a complete run directory"):
             load_checkpoint(out)
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-7] ^= 1
-    path.write_bytes(data)
 
 
 # kills and signals
@@ -270,9 +266,7 @@ def test_changed_text_is_refused(tmp_path, whole, cut, corpus_file):
 
 
 def test_counters_of_earlier_versions_are_read(stopped):
-    saved = json.loads((stopped / "state" / "step-00000006" / "counters.json").read_text(encoding="utf-8"))[
-        "counters"
-    ]
+    saved = read_json(stopped / "state" / "step-00000006" / "counters.json")["counters"]
     older = {k: v for k, v in saved.items() if k != "spent"} | {"best": 3.0, "stalled": 1}
     assert Counters.restored(older) == replace(Counters.restored(saved), spent=TimeSpent())
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from run_cases import metrics_of
 from tarflowlm.errors import UserError
 from tarflowlm.flow.transformer import Layer
 from tarflowlm.language_model import seeded
@@ -70,7 +71,7 @@ def test_run_directory_holds_the_documented_files_and_summary(finished):
 
 def test_metrics_lines_have_the_documented_keys(finished):
     out, summary, _ = finished
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = metrics_of(out)
     for line in lines:
         assert line.keys() == (TRAIN_KEYS if line["split"] == "train" else VALID_KEYS)
         # one character per token
