@@ -11,7 +11,6 @@ a_k = (z - m_k) / s_k is a standardised value, Q the upper tail of the standard 
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -152,22 +151,18 @@ def newton_step(u: Tensor, hazard: Tensor, low: Tensor, high: Tensor) -> Callabl
     floor, bend = square * 0.01, (square - hazard * u) * 2.0
     slack = torch.maximum(low.abs(), high.abs()) * (4.0 * torch.finfo(u.dtype).eps)
 
-    return partial(_newton_step, square, floor, bend, slack, hazard)
+    def step(x: Tensor, excess: Tensor, ratio: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """The next x from `excess` L and `ratio` 2 T / p; the bracket's midpoint where Newton would leave it."""
+        slope = torch.maximum(torch.addcmul(square, bend, excess, value=-1.0), floor).sqrt_()
+        following = (excess * slope).mul_(ratio).div_(slope + hazard).add_(x)
+        middle = torch.lerp(low, high, 0.5)
+        # a converged x is itself an end of the bracket: rounding must not count as leaving it
+        limit = torch.add(slack, high - low, alpha=0.501)
+        inside = torch.le((following - middle).abs_(), limit).to(x.dtype)
+        # an infinite step is left out, too: 0 times infinity is not
+        return torch.lerp(middle, following.nan_to_num_(), inside)
 
-
-def _newton_step(
-    square: Tensor, floor: Tensor, bend: Tensor, slack: Tensor, hazard: Tensor,
-    x: Tensor, excess: Tensor, ratio: Tensor, low: Tensor, high: Tensor,
-) -> Tensor:  # fmt: skip
-    """The next x from `excess` L and `ratio` 2 T / p; the bracket's midpoint where Newton would leave it."""
-    slope = torch.maximum(torch.addcmul(square, bend, excess, value=-1.0), floor).sqrt_()
-    following = (excess * slope).mul_(ratio).div_(slope + hazard).add_(x)
-    middle = torch.lerp(low, high, 0.5)
-    # a converged x is itself an end of the bracket: rounding must not count as leaving it
-    limit = torch.add(slack, high - low, alpha=0.501)
-    inside = torch.le((following - middle).abs_(), limit).to(x.dtype)
-    # an infinite step is left out, too: 0 times infinity is not
-    return torch.lerp(middle, following.nan_to_num_(), inside)
+    return step
 
 
 def bayes_update(log_alpha: Tensor, a: Tensor, log_std: Tensor) -> Tensor:
