@@ -2,6 +2,7 @@
 
     python benchmarks/traffic.py                 # bytes per (token, component)
     python benchmarks/traffic.py --hours         # the table of docs/scaling.md: hours on 1, 8 and 64 H100
+    python benchmarks/traffic.py --nodes         # operations in the compiled graphs of a step of owt-mixd
 
 Every operation counts what it reads and writes, as kernels without fusion do; logsumexp counts five passes. The
 accelerators' paths run on the CPU at OpenWebText's vocabulary. Which components matter depends on the data, so the
@@ -129,14 +130,49 @@ def hours(size: dict[str, float]) -> list[dict[str, Any]]:
     return rows
 
 
+def nodes() -> list[dict[str, Any]]:
+    """Operations (aten nodes) of all graphs that steps of `owt-mixd` compile, by sequences; small, but as deep."""
+    from functools import partial
+
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    from tarflowlm.config import TransformerConfig
+    from tarflowlm.language_model import seeded
+    from tarflowlm.training.parallel import ParallelModel
+
+    rows, config, counted = [], preset("owt-mixd"), list[int]()
+
+    def count(graph: Any, _inputs: Any) -> Any:
+        counted.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    torch.compile = partial(torch.compile, backend=aot_autograd(fw_compiler=count))  # type: ignore[assignment]
+    model = replace(config.model, vocab_size=31, context=32, trunk=TransformerConfig(width=16, num_heads=2))
+    config = replace(config, model=model, train=replace(config.train, compile=True, accumulate=1))
+    with seeded(0):
+        trained = config.model_of_stage(0).build()
+    parallel, generator = ParallelModel(trained, config), torch.Generator().manual_seed(0)
+    for sequences in (4, 32):
+        torch._dynamo.reset()
+        counted.clear()
+        parallel.backward(torch.randint(31, (sequences, 32)), generator)
+        rows.append({"sequences": sequences, "graphs": len(counted), "nodes": sum(counted)})
+    return rows
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--tokens", type=int, default=2048)
     options.add_argument("--separation", type=float, nargs="+", default=[12.0, 8.0])
     options.add_argument("--top", type=int, default=0, help="operations to list")
     options.add_argument("--hours", action="store_true", help="of the OpenWebText presets, at the first separation")
+    options.add_argument("--nodes", action="store_true", help="of compiled graphs")
     options.add_argument("--json", action="store_true", help="print one JSON object")
     args = options.parse_args()
+    if args.nodes:
+        show(args, nodes())
+        return
     if args.hours:
         show(args, hours(bytes_per_pair(args, args.separation[0])))
         return
