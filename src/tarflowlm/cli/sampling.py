@@ -102,8 +102,7 @@ class Sampling:
         args = self.args
         batches = list(self._batches())
         ticks = sum(num_positions(self.model, self.length, max(map(len, self._prompts(rows)))) for rows in batches)
-        with Bars() as bars:
-            bars.stage("sampling, positions", ticks)
+        with Bars("sampling, positions", ticks) as bars:
             for rows in batches:
                 if args.stream:
                     result, texts = self._stream(rows)
