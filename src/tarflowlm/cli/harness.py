@@ -23,8 +23,7 @@ class Args:
     directory: Exported
     posterior_samples: int = 1
     """Posterior samples of a flow: 1 gives the ELBO, more give the importance-weighted bound."""
-    noise_seed: int = 0
-    """Seed of these samples, and of continuations."""
+    noise_seed: int = 0  # Seed of these samples, and of continuations.
     normalize: Normalize = None
     json: PrintJson = False
 
