@@ -151,7 +151,7 @@ def _table(records: list[RunRecord]) -> str:
         test = f"{sign}{r.summary['test']['bpc']:.3f}" if r.summary else "–"
         speed = float(np.median(r.train["tokens_per_second"][-20:]))
         tokens = f"{r.train['tokens'].max() / 1e6:,.1f}M"
-        row = (r.name, valid, test, tokens, f"{r.seconds[-1] / 60:,.1f} min", f"{speed:,.0f}", r.status)
+        row = (r.name, valid, test, tokens, f"{r.train['seconds'][-1] / 60:,.1f} min", f"{speed:,.0f}", r.status)
         body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     return f'<div class="st-wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
