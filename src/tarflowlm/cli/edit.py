@@ -10,8 +10,7 @@ from tarflowlm.errors import UserError
 
 MUCH_CHANGED, MUCH_LONGER = 0.5, 1.25
 """Share of changed tokens, and ratio of bits, above which an edit of a state comes with advice."""
-KINDS = ("rewrite", "toward", "replace")
-"""Options that name the edit. Without one of them it is "level" or "words"."""
+KINDS = ("rewrite", "toward", "replace")  # options that name the edit; without one it is "level" or "words"
 
 
 @dataclass(frozen=True)

@@ -137,10 +137,8 @@ def handled(handlers: dict[int, Any]) -> Iterator[None]:
 
 
 def exit_on_interrupt() -> contextlib.AbstractContextManager[None]:
-    """While torch is imported, which takes seconds, Ctrl-C ends the process with one line.
-
-    An exception would pass through half-imported modules, some of which print tracebacks of their own.
-    """
+    """While torch is imported, which takes seconds, Ctrl-C ends the process with one line. An exception would pass
+    through half-imported modules, some of which print tracebacks of their own."""
 
     def end(*_: object) -> None:
         sys.stderr.write("tarflowlm: interrupted\n")

@@ -67,8 +67,7 @@ class Sampling:
             try:
                 if line.strip():
                     readings.append(self._read(line.removesuffix("\r"), "prompt"))
-                    if len(readings[-1].tokens) >= self.length:
-                        count = len(readings[-1].tokens)
+                    if (count := len(readings[-1].tokens)) >= self.length:
                         raise UserError(f"{count} tokens leave no room in {self.length}: raise --length")
             except UserError as error:
                 error.args = (f"line {number} of {args.prompts}: {error}",)

@@ -19,10 +19,8 @@ GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_
 
 
 def run_lm_eval(words: Sequence[str]) -> None:
-    """The command line of lm-eval on `words`, with the model `tarflowlm` known to it.
-
-    What lm-eval raises becomes a UserError; with LMEVAL_LOG_LEVEL=DEBUG its own exception passes through.
-    """
+    """The command line of lm-eval on `words`, with the model `tarflowlm` known to it. What lm-eval raises becomes a
+    UserError; with LMEVAL_LOG_LEVEL=DEBUG its own exception passes through."""
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError:

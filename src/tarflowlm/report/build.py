@@ -43,10 +43,8 @@ class Samples(NamedTuple):
 
 
 def draw_samples(model: LanguageModel, tokenizer: Tokenizer, progress: Progress = SILENT) -> Samples:
-    """NUM samples of the trained context, or of LENGTH tokens where that is less; always the same for a model.
-
-    At TEMPERATURE, or at 1 for models whose block 1 has no token weights.
-    """
+    """NUM samples of the trained context, or of LENGTH tokens where that is less; always the same for a model. They
+    are drawn at TEMPERATURE, or at 1 from models whose block 1 has no token weights."""
     length, temperature = min(LENGTH, model.config.context), TEMPERATURE if model.config.has_token_weights else 1.0
     generator, watch = torch.Generator().manual_seed(SEED), Watch(progress)
     result = generate(model, num_tokens=length, num=NUM, generator=generator, temperature=temperature, watch=watch)

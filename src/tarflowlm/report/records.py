@@ -105,10 +105,8 @@ def read_records(directories: Sequence[Path]) -> list[RunRecord]:
 
 
 def read_record(directory: Path) -> RunRecord:
-    """The run in a directory, named after it. A model without its log is a run without lines.
-
-    Raises UserError if it is not a run directory, or if its training has not logged anything yet.
-    """
+    """The run in a directory, named after it. A model without its log is a run without lines. UserError for what is
+    no run directory, and for a training that has not logged anything yet."""
     run = read_run(directory)
     notes: list[str] = []
     train, valid = _read_metrics(directory, notes)

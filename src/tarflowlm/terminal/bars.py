@@ -58,10 +58,8 @@ class NoticeHandler(logging.Handler):
 
 
 def print_table(title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = ("", "")) -> None:
-    """Names, and values under their headings in `columns` or without any.
-
-    Where the width does not suffice, names and longer texts wrap; numbers under headings stay whole.
-    """
+    """Names, and values under their headings in `columns` or without any. Where the width does not suffice, names and
+    longer texts wrap; numbers under headings stay whole."""
     console, rows = Console(), list(rows)
     # cells and titles are Text: names may contain what rich takes for markup
     console.print(Text(title, style="bold"), soft_wrap=True)

@@ -81,10 +81,8 @@ def print_samples(
     console: Console, result: Generation, tokenizer: Tokenizer, *,
     texts: Texts = None, first: int = 0, candidates: int = 1, passes: bool = False,
 ) -> None:  # fmt: skip
-    """Print every sample in a panel, with its passes on request, and the weights of several `candidates`.
-
-    `texts` replaces the decoded tokens; `first` samples came before.
-    """
+    """Print every sample in a panel, with its passes on request, and the weights of several `candidates`; `texts`
+    replaces the decoded tokens, and `first` samples came before."""
     for row, tokens in enumerate(result.tokens):
         text = tokenizer.decode(tokens.tolist()) if texts is None else texts[row]
         body = Text(printable(text))
