@@ -95,8 +95,7 @@ def write_report(
 
     def draw(name: str, caption: str, draw: Callable[[Figure], None], height: float) -> str:
         written.append(str(out / f"{name}.png"))
-        svg = render(draw, Path(written[-1]), width=WIDTH, height=height, dpi=DPI)
-        return picture_html(name, svg, caption)
+        return picture_html(name, render(draw, Path(written[-1]), width=WIDTH, height=height, dpi=DPI), caption)
 
     signs = "Flows have upper bounds, marked <=. The figures of a discrete baseline are exact."
     sections = [Section("Summary", [signs], [runs_table(records, list(map(summary_of, records)))])]

@@ -84,8 +84,7 @@ def print_samples(
     """Print every sample in a panel, with its passes on request, and the weights of several `candidates`; `texts`
     replaces the decoded tokens, and `first` samples came before."""
     for row, tokens in enumerate(result.tokens):
-        text = tokenizer.decode(tokens.tolist()) if texts is None else texts[row]
-        body = Text(printable(text))
+        body = Text(printable(tokenizer.decode(tokens.tolist()) if texts is None else texts[row]))
         if passes and result.passes:
             rows = pass_rows([state[row] for state in result.passes], tokenizer)
             parts = [Text.assemble((f"{one.label}\n", "bold cyan"), _styled(one.tokens)) for one in rows]
