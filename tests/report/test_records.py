@@ -32,7 +32,7 @@ def test_medians_of_stages(directory):
     (directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     record = read_record(directory)
     assert record.stage_medians("tokens_per_second") == [100.0, 300.0, 50.0]
-    assert record.seconds[-1] == pytest.approx(6 * 32 / 100 + 4 * 32 / 300 + 4 * 32 / 50)
+    assert record.train["seconds"][-1] == pytest.approx(6 * 32 / 100 + 4 * 32 / 300 + 4 * 32 / 50)
     assert len(record.valid["seconds"]) == 0
 
 

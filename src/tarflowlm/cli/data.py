@@ -17,8 +17,7 @@ class Args:
     """Turn a corpus or text file into token shards."""
 
     source: Annotated[tyro.conf.Positional[str], arg("SOURCE", SOURCES)]
-    out: Annotated[Path, arg("PATH")]
-    """Directory to create."""
+    out: Annotated[Path, arg("PATH")]  # Directory to create.
     tokenizer: Annotated[TokenizerConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerConfig)
     """The tokenizer."""
     json: PrintJson = False
@@ -26,15 +25,13 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.data import prepare_corpus
-    from tarflowlm.terminal.bars import Bars, print_json, print_table
+    from tarflowlm.terminal.bars import Bars, print_result
 
     with Bars() as bars:
         corpus = prepare_corpus(args.source, args.tokenizer, args.out, progress=bars)
     splits = ("train", "valid", "test")
     counts = {name: corpus.num_tokens(name) for name in splits}
     vocab_size = corpus.tokenizer.vocab_size
-    if args.json:
-        print_json({"out": str(args.out), "vocab_size": vocab_size, "tokens": counts})
-        return
+    found = {"out": str(args.out), "vocab_size": vocab_size, "tokens": counts}
     rows = [(name, f"{counts[name]:,} tokens, {corpus.num_characters(name):,} characters") for name in splits]
-    print_table(f"{args.out}: {vocab_size} symbols", rows)
+    print_result(args.json, found, f"{args.out}: {vocab_size} symbols", rows)

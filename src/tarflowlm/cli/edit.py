@@ -10,8 +10,7 @@ from tarflowlm.errors import UserError
 
 MUCH_CHANGED, MUCH_LONGER = 0.5, 1.25
 """Share of changed tokens, and ratio of bits, above which an edit of a state comes with advice."""
-KINDS = ("rewrite", "toward", "replace")
-"""Options that name the edit. Without one of them it is "level" or "words"."""
+KINDS = ("rewrite", "toward", "replace")  # options that name the edit; without one it is "level" or "words"
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,7 @@ class Args:
     """Resample some words of a text given all others. Or move the text --toward another, --replace OLD NEW, or change
     one of its states in latent space (--level)."""
 
-    text: Annotated[str, arg("TEXT")]
-    """The text to edit."""
+    text: Annotated[str, arg("TEXT")]  # The text to edit.
     directory: options.Model = None
     model: options.ModelName = None
     strength: options.Number = None
@@ -38,18 +36,15 @@ class Args:
     toward: options.Text = None
     """Take a stretch of this text of the same length, in its place, and resample the words it cuts. With --level:
     interpolate between the states of the two texts."""
-    weight: options.Number = None
-    """With --toward: the share of words to take (0.5); 0 is the text, 1 the other text."""
+    weight: options.Number = None  # With --toward: the share of words to take (0.5); 0 is the text, 1 the other text.
     replace: Annotated[tuple[str, str] | None, arg("OLD NEW")] = None
     """Replace the first OLD, as a word if it is one, by NEW, of as many tokens, and regenerate the rest from its
     noise."""
     level: options.Count = None
     """Change a state in latent space, as in the paper: 0 is the latents, the number of blocks is the noise. Adds
     noise by h -> sqrt(1 - s^2) h + s eps with s the strength, or interpolates."""
-    num: int = 1
-    """Number of edits, each with its own noise (with --replace: the noise of the new words alone)."""
-    seed: int = 0
-    """The same seed gives the same edits."""
+    num: int = 1  # Number of edits, each with its own noise (with --replace: the noise of the new words alone).
+    seed: int = 0  # The same seed gives the same edits.
     decoder: Annotated[Decoder | None, arg()] = None
     """With --level: how to invert a block: position by position, in parallel sweeps, or by the cheaper of the two
     (auto, the default)."""

@@ -22,12 +22,10 @@ class Args:
     model: options.ModelName = None
     data: Annotated[str | None, arg("SOURCE")] = None
     """Another text: corpus name, file or prepared directory; the default is the run's own corpus."""
-    split: Literal["train", "valid", "test", "all"] = "test"
-    """Part of the text; a file is split 90/5/5."""
+    split: Literal["train", "valid", "test", "all"] = "test"  # Part of the text; a file is split 90/5/5.
     samples: int = 1
     """Posterior samples: 1 gives the ELBO, more give the importance-weighted bound with the ELBO beside it."""
-    windows: options.Count = None
-    """At most this many windows, evenly spaced; the default is all of them."""
+    windows: options.Count = None  # At most this many windows, evenly spaced; the default is all of them.
     stride: options.Count = None
     """Tokens between window starts (default: the context). Less lets windows overlap: baseline, one-block flows."""
     latents: options.Flag = False
@@ -38,18 +36,14 @@ class Args:
     judge: Annotated[str | None, arg("MODEL")] = None
     """With --quality: a run directory or shipped model of the baseline, a directory of transformers, or a hub name
     (gpt2-large)."""
-    num: options.Count = None
-    """With --quality: number of samples; 5000, as in the paper."""
-    length: options.Count = None
-    """With --quality: tokens per sample; the default is the trained context."""
-    decoder: Annotated[Decoder | None, arg()] = None
-    """With --quality: how to invert a block (auto)."""
+    num: options.Count = None  # With --quality: number of samples; 5000, as in the paper.
+    length: options.Count = None  # With --quality: tokens per sample; the default is the trained context.
+    decoder: Annotated[Decoder | None, arg()] = None  # With --quality: how to invert a block (auto).
     temperature: Annotated[float | None, arg("FLOAT", f"With --quality: {options.TEMPERATURE}")] = None
     top_k: Annotated[int | None, arg("INT", f"With --quality: {options.TOP_K}")] = None
     top_p: Annotated[float | None, arg("FLOAT", f"With --quality: {options.TOP_P}")] = None
     normalize: options.Normalize = None
-    seed: int = 0
-    """Seed of the posterior samples, and of the samples of --quality."""
+    seed: int = 0  # Seed of the posterior samples, and of the samples of --quality.
     device: options.Device = "auto"
     json: options.PrintJson = False
 

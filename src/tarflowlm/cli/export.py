@@ -16,20 +16,15 @@ class Args:
     """Copy a model out of its run directory: configuration, tokenizer and weights, without its training state."""
 
     directory: Exported
-    out: Annotated[Path, arg("PATH")]
-    """Directory to create."""
-    half: Flag = False
-    """Store weight matrices in bfloat16, which halves the size."""
+    out: Annotated[Path, arg("PATH")]  # Directory to create.
+    half: Flag = False  # Store weight matrices in bfloat16, which halves the size.
     json: PrintJson = False
 
 
 def run(args: Args) -> None:
     from tarflowlm.runs.checkpoint import export
-    from tarflowlm.terminal.bars import print_json, print_table
+    from tarflowlm.terminal.bars import print_result
 
     out = export(args.directory, args.out, half=args.half)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    if args.json:
-        print_json({"out": str(out), "bytes": size})
-        return
-    print_table(str(out), [("size", f"{size / 1e6:.2f} MB")])
+    print_result(args.json, {"out": str(out), "bytes": size}, str(out), [("size", f"{size / 1e6:.2f} MB")])

@@ -10,8 +10,7 @@ from tarflowlm.cli.export import Exported
 from tarflowlm.cli.options import Normalize, PrintJson, check, parse
 from tarflowlm.errors import UserError
 
-OURS = ("--model", "-M", "--model_args", "-a")
-"""Options of lm-eval that name the model: `harness` fills them in."""
+OURS = ("--model", "-M", "--model_args", "-a")  # options of lm-eval that name the model: `harness` fills them in
 KEPT = ("results", "groups", "n-samples", "versions", "config")
 """Fields of lm-eval's results that --json prints; `--output_path` keeps all of them."""
 
@@ -23,8 +22,7 @@ class Args:
     directory: Exported
     posterior_samples: int = 1
     """Posterior samples of a flow: 1 gives the ELBO, more give the importance-weighted bound."""
-    noise_seed: int = 0
-    """Seed of these samples, and of continuations."""
+    noise_seed: int = 0  # Seed of these samples, and of continuations.
     normalize: Normalize = None
     json: PrintJson = False
 

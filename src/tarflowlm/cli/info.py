@@ -22,16 +22,14 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.runs.hub import DEFAULT, FOLDER, released
-    from tarflowlm.terminal.bars import print_json, print_table
+    from tarflowlm.terminal.bars import print_json, print_result
 
     if args.directory is None:
         models = [_describe(FOLDER / name) for name in released()]
-        if args.json:
-            print_json({"models": models})
-            return
         note = {DEFAULT: ", the default"}
         rows = [(m["name"] + note.get(m["name"], ""), f"{_kind(m)}; {m['tokenizer']}") for m in models]
-        print_table("models that come with the package; `tarflowlm info NAME` says more", rows)
+        title = "models that come with the package; `tarflowlm info NAME` says more"
+        print_result(args.json, {"models": models}, title, rows)
         return
     found = _describe(args.directory)
     if args.json:

@@ -36,10 +36,8 @@ NUMBERS: dict[str, Any] = {"temperature": float, "top-k": int, "top-p": float, "
 
 
 def converse(model: LanguageModel, tokenizer: Tokenizer, args: Args) -> None:
-    """Read and continue prompts until the input ends, or Ctrl-C is pressed while nothing is written.
-
-    A mistake costs one line. From a pipe it also costs the exit status 2 at the end.
-    """
+    """Read and continue prompts until the input ends, or Ctrl-C is pressed while nothing is written. A mistake costs
+    one line, and from a pipe also the exit status 2 at the end."""
     session = _Session(model, tokenizer, args)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:

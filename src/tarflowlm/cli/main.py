@@ -28,8 +28,9 @@ COMMANDS = [
     "quickstart", "data", "train", "eval", "score", "sample", "info", "runs", "edit", "report", "studio", "export",
     "push", "reproduce", "harness",
 ]  # fmt: skip
-"""Modules below `cli` (`evaluate` for eval). Each has `run(args)` and the dataclass `Args`, whose docstring
-summarises the command, and where its options depend on the words `read(argv)`. None imports torch at its top."""
+"""Modules below `cli` (`evaluate` for eval). Each has `run(args)` and the dataclass `Args`, and where its options
+depend on the words `read(argv)`. The docstring of `Args` summarises the command, comments beside and docstrings below
+options are their help. None imports torch at its top."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -137,10 +138,8 @@ def handled(handlers: dict[int, Any]) -> Iterator[None]:
 
 
 def exit_on_interrupt() -> contextlib.AbstractContextManager[None]:
-    """While torch is imported, which takes seconds, Ctrl-C ends the process with one line.
-
-    An exception would pass through half-imported modules, some of which print tracebacks of their own.
-    """
+    """While torch is imported, which takes seconds, Ctrl-C ends the process with one line. An exception would pass
+    through half-imported modules, some of which print tracebacks of their own."""
 
     def end(*_: object) -> None:
         sys.stderr.write("tarflowlm: interrupted\n")

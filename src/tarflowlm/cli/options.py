@@ -20,8 +20,7 @@ else:
     Checkpoint = Any
 
 
-Rules = Mapping[str, Sequence[str]]
-"""Options that belong to an option, by its name."""
+Rules = Mapping[str, Sequence[str]]  # options that belong to an option, by its name
 NO_RULES: Rules = {}
 
 

@@ -17,16 +17,11 @@ class Args:
 
     directory: Exported
     repository: Annotated[tyro.conf.Positional[str], arg("OWNER/NAME", "Repository on the hub, made if needed.")]
-    private: Flag = False
-    """Only its owner can see it; for a new repository, or one that is private already."""
-    half: Flag = False
-    """Store weight matrices in bfloat16, which halves the size."""
-    licence: Text = None
-    """Licence of the weights, as the hub calls it: apache-2.0, cc-by-sa-4.0."""
-    out: Out = None
-    """Directory to create, to keep what is uploaded."""
-    dry_run: Flag = False
-    """Upload nothing: write the directory, by default ./NAME, and list what would be uploaded."""
+    private: Flag = False  # Only its owner can see it; for a new repository, or one that is private already.
+    half: Flag = False  # Store weight matrices in bfloat16, which halves the size.
+    licence: Text = None  # Licence of the weights, as the hub calls it: apache-2.0, cc-by-sa-4.0.
+    out: Out = None  # Directory to create, to keep what is uploaded.
+    dry_run: Flag = False  # Upload nothing: write the directory, by default ./NAME, and list what would be uploaded.
     json: PrintJson = False
 
     def __post_init__(self) -> None:
@@ -36,7 +31,7 @@ class Args:
 def run(args: Args) -> None:
     from tarflowlm.runs.hub import hub_client
     from tarflowlm.sharing import checked_repository, push_folder, save_pretrained
-    from tarflowlm.terminal.bars import print_json, print_notice, print_table
+    from tarflowlm.terminal.bars import print_notice, print_result
 
     repository = checked_repository(args.repository)
     name = repository.rpartition("/")[2]
@@ -53,9 +48,7 @@ def run(args: Args) -> None:
             print_notice(f"uploading {len(sizes)} files, {sum(sizes.values()) / 1e6:.2f} MB, to {repository}")
             url = push_folder(folder, repository, private=args.private)
     written = None if out is None else str(out)
-    if args.json:
-        print_json({"repository": repository, "private": args.private, "out": written, "url": url, "files": sizes})
-        return
+    found = {"repository": repository, "private": args.private, "out": written, "url": url, "files": sizes}
     rows = [(file, f"{size:,} bytes") for file, size in sizes.items()]
     rows += [] if written is None else [("written to", written)]
-    print_table(f"{repository}: would be uploaded" if url is None else url, rows)
+    print_result(args.json, found, f"{repository}: would be uploaded" if url is None else url, rows)

@@ -21,12 +21,9 @@ NUM_SAMPLES, SAMPLE_LENGTH = 2, 192
 class Args:
     """Train, evaluate and sample a small model on the built-in corpus, on any CPU, in a few minutes."""
 
-    out: Annotated[Path, arg("PATH")] = Path("runs/quickstart")
-    """Run directory to create."""
-    minutes: float = 5.0
-    """Total time, including evaluation and sampling."""
-    seed: int = 0
-    """Seed of the weights, data order, noise and samples."""
+    out: Annotated[Path, arg("PATH")] = Path("runs/quickstart")  # Run directory to create.
+    minutes: float = 5.0  # Total time, including evaluation and sampling.
+    seed: int = 0  # Seed of the weights, data order, noise and samples.
     device: Device = "auto"
     json: PrintJson = False
 
@@ -76,8 +73,7 @@ def run(args: Args) -> None:
     checkpoint = load_checkpoint(args.out, device)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     length = min(SAMPLE_LENGTH, config.model.context)
-    with Bars() as bars:
-        bars.stage("sampling, positions", num_positions(model, length))
+    with Bars("sampling, positions", num_positions(model, length)) as bars:
         noise = torch.Generator().manual_seed(args.seed)
         options: Any = {"generator": noise, "decoder": "auto", "watch": Watch(bars)}
         result = generate(model, num_tokens=length, num=NUM_SAMPLES, **options)

@@ -27,15 +27,12 @@ class Args:
 def run(args: Args) -> None:
     from tarflowlm.device import pick_device
     from tarflowlm.report.build import write_report
-    from tarflowlm.terminal.bars import Bars, print_json, print_table
+    from tarflowlm.terminal.bars import Bars, print_result
 
     with Bars() as bars:
         result = write_report(args.directories, args.out, device=pick_device(args.device), progress=bars)
-    if args.json:
-        print_json(result)
-        return
     rows = [("page", result["page"]), ("figures", f"{len(result['figures'])} in PNG beside it")]
     for found in result["runs"]:
         rows.append((found["name"], found["status"]))
         rows += [("", note) for note in found["notes"]]
-    print_table("report", rows)
+    print_result(args.json, result, "report", rows)

@@ -21,8 +21,7 @@ class Args:
     """Reproduce a table or figure of the paper, or an experiment of ours; `all` runs every one of them."""
 
     name: Annotated[tyro.conf.Positional[str], arg("NAME", f"One of {', '.join(NAMES)}.")]
-    scale: Scale = "mini"
-    """mini runs on a CPU; paper is the published size, on TEXT8 and OpenWebText."""
+    scale: Scale = "mini"  # mini runs on a CPU; paper is the published size, on TEXT8 and OpenWebText.
     out: Annotated[Path, arg("PATH")] = Path("reproduced")
     """Directory of runs and results. Recipes share the runs in it, and finished work is not repeated."""
     data: Annotated[str | None, arg("SOURCE")] = None
@@ -33,13 +32,11 @@ class Args:
     """table2: also measure the likelihood of this whole text."""
     seeds: int = 1
     """Train each model this many times, with seeds 0, 1, ...; where differences are small, at least twice."""
-    steps: Count = None
-    """Optimiser steps of every training in place of the recipe's, for a quick look."""
+    steps: Count = None  # Optimiser steps of every training in place of the recipe's, for a quick look.
     precision: Annotated[Precision | None, arg()] = None
     """Precision of matrix products in training; densities are in float32 either way. bfloat16 is faster on some
     CPUs."""
-    dry_run: Flag = False
-    """Train nothing: list the trainings with a rough time for each, from a few timed steps."""
+    dry_run: Flag = False  # Train nothing: list the trainings with a rough time for each, from a few timed steps.
     device: Device = "auto"
     json: PrintJson = False
 
@@ -98,16 +95,14 @@ def run(args: Args) -> None:
 
 
 def _print_plan(args: Args, title: str, planned: list[Any]) -> None:
-    from tarflowlm.terminal.bars import print_json, print_table
+    from tarflowlm.terminal.bars import print_result
 
     missing = sum((p.seconds for p in planned if p.state != "finished"), start=0.0)
-    if args.json:
-        runs = [{"run": p.training.name, "state": p.state, "tokens": p.tokens, "seconds": p.seconds} for p in planned]
-        print_json({"name": args.name, "runs": runs, "seconds": missing})
-        return
+    runs = [{"run": p.training.name, "state": p.state, "tokens": p.tokens, "seconds": p.seconds} for p in planned]
     rows = [(p.training.name, f"{p.state}: {p.tokens:,} tokens, about {_time(p.seconds)}") for p in planned]
     rows.append(("to do", f"about {_time(missing)}, and the measurements"))
-    print_table(f"{title} ({args.scale}), in {args.out}", rows)
+    found = {"name": args.name, "runs": runs, "seconds": missing}
+    print_result(args.json, found, f"{title} ({args.scale}), in {args.out}", rows)
 
 
 def _time(seconds: float) -> str:

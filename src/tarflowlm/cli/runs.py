@@ -12,8 +12,7 @@ import tyro
 from tarflowlm.cli.options import PrintJson, arg
 from tarflowlm.errors import UserError, first_line
 
-DEPTH = 2
-"""Levels below a folder at which runs are looked for."""
+DEPTH = 2  # levels below a folder at which runs are looked for
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ def _find(directories: Sequence[Path]) -> dict[str, Path]:
     """Name -> run directory."""
     found: dict[str, Path] = {}
     for folder in directories:
-        below = list(_runs_in(folder, DEPTH))
-        if not below:
+        if not (below := list(_runs_in(folder, DEPTH))):
             remedy = "give a directory made by `tarflowlm train`"
             raise UserError(f"{folder} holds no run within {DEPTH} levels: {remedy}")
         short = {folder.resolve().name if path == folder else str(path.relative_to(folder)): path for path in below}
@@ -90,7 +88,7 @@ def _row(name: str, directory: Path) -> dict[str, Any]:
     row |= {"preset": record.run.name, "source": record.run.data.source, "state": "no log"}
     row["bound"] = "exact" if record.is_exact else "elbo"
     if record.has_log:
-        row |= {"tokens": int(record.train["tokens"].max()), "seconds": float(record.seconds[-1])}
+        row |= {"tokens": int(record.train["tokens"].max()), "seconds": float(record.train["seconds"][-1])}
         # the steps of a run with a time limit are not known before its end
         step = f"step {record.last_step:,}" + ("" if train.minutes else f" of {train.num_steps:,}")
         row["state"] = f"training now, {step}" if writer_of(directory) else f"stopped, {step}"

@@ -30,23 +30,19 @@ class Args:
 
     directory: options.Model = None
     model: options.ModelName = None
-    num: int = 1
-    """Number of samples."""
+    num: int = 1  # Number of samples.
     length: options.Count = None
     """Tokens per sample, including the prompt; the default is the trained context. Beyond that the window slides: its
     last half is the next prompt, exact for the baseline and one block, an approximation for more."""
-    prompt: options.Text = None
-    """Text to continue. Exact for one block; an approximation for more, see --particles."""
+    prompt: options.Text = None  # Text to continue. Exact for one block; an approximation for more, see --particles.
     prompts: options.File = None
     """File with one prompt per line, or - for standard input; --num samples of each. Empty lines are skipped."""
     template: options.Text = None
     """Text with a blank for every token to fill in: "the ____ of ____". A BPE token brings the space before it."""
-    blank: Annotated[str, arg("CHARACTER")] = "_"
-    """Character that marks a blank in the template."""
+    blank: Annotated[str, arg("CHARACTER")] = "_"  # Character that marks a blank in the template.
     particles: int = 1
     """Candidates per sample, weighted by the likelihood of the given tokens; exact in the limit of many."""
-    seed: int = 0
-    """The same seed gives the same text."""
+    seed: int = 0  # The same seed gives the same text.
     temperature: Annotated[float, arg("FLOAT", options.TEMPERATURE.capitalize())] = 1.0
     top_k: Annotated[int | None, arg("INT", options.TOP_K.capitalize())] = None
     top_p: Annotated[float | None, arg("FLOAT", options.TOP_P.capitalize())] = None
@@ -55,14 +51,11 @@ class Args:
     They hardly differ for a sharp codebook."""
     decoder: Decoder = "auto"
     """Invert a block position by position, in parallel sweeps, or by the cheaper of the two."""
-    passes: options.Flag = False
-    """Show the text decoded after every block."""
-    states: options.Flag = False
-    """With --json or --out: the latents after every block as well."""
+    passes: options.Flag = False  # Show the text decoded after every block.
+    states: options.Flag = False  # With --json or --out: the latents after every block as well.
     stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], arg("TEXT")] = ()
     """End a sample before this text, once it follows the prompt. May be given several times."""
-    stream: options.Flag = False
-    """Show the text while it is written, one sample after the other."""
+    stream: options.Flag = False  # Show the text while it is written, one sample after the other.
     out: Annotated[Path | None, arg("FILE")] = None
     """New file for the samples, one JSON object per line, written as they are finished."""
     interactive: options.Flag = False

@@ -67,8 +67,7 @@ class Sampling:
             try:
                 if line.strip():
                     readings.append(self._read(line.removesuffix("\r"), "prompt"))
-                    if len(readings[-1].tokens) >= self.length:
-                        count = len(readings[-1].tokens)
+                    if (count := len(readings[-1].tokens)) >= self.length:
                         raise UserError(f"{count} tokens leave no room in {self.length}: raise --length")
             except UserError as error:
                 error.args = (f"line {number} of {args.prompts}: {error}",)
@@ -102,8 +101,7 @@ class Sampling:
         args = self.args
         batches = list(self._batches())
         ticks = sum(num_positions(self.model, self.length, max(map(len, self._prompts(rows)))) for rows in batches)
-        with Bars() as bars:
-            bars.stage("sampling, positions", ticks)
+        with Bars("sampling, positions", ticks) as bars:
             for rows in batches:
                 if args.stream:
                     result, texts = self._stream(rows)

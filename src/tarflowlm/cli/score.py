@@ -10,8 +10,8 @@ from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
 from tarflowlm.errors import UserError
 
+# bits below which a token has a colour
 LEVELS = ((1.0, ""), (2.0, "green"), (4.0, "yellow"), (8.0, "magenta"), (math.inf, "bold red"))
-"""Bits below which a token has a colour."""
 
 
 @dataclass(frozen=True)
@@ -20,17 +20,13 @@ class Args:
 
     directory: options.Model = None
     model: options.ModelName = None
-    text: options.Text = None
-    """The text to score."""
-    file: options.File = None
-    """A file with the text, or - for standard input, in place of --text."""
+    text: options.Text = None  # The text to score.
+    file: options.File = None  # A file with the text, or - for standard input, in place of --text.
     baseline: Annotated[Path | None, arg("MODEL")] = None
     """A second model to score the same text with: run directory, or the name of a model of the package."""
-    samples: int = 8
-    """Posterior samples averaged in the bound of a flow; the baseline is exact."""
+    samples: int = 8  # Posterior samples averaged in the bound of a flow; the baseline is exact.
     normalize: options.Normalize = None
-    seed: int = 0
-    """Seed of the posterior samples."""
+    seed: int = 0  # Seed of the posterior samples.
     device: options.Device = "auto"
     json: options.PrintJson = False
 
@@ -55,8 +51,7 @@ def run(args: Args) -> None:
         reading = read(checkpoint.tokenizer, text, normalize=args.normalize)
         if args.text is not None and reading.notice:
             print_notice(f"{name.name}: {reading.notice}")
-        with Bars() as bars:
-            bars.stage(f"scoring with {name.name}, windows")
+        with Bars(f"scoring with {name.name}, windows") as bars:
             scores = score(checkpoint.model, reading.tokens, samples=args.samples, seed=args.seed, progress=bars)
         symbols = [checkpoint.tokenizer.symbols[i] for i in reading.tokens.tolist()]
         tokens = [{"text": symbol, "bits": bits} for symbol, bits in zip(symbols, scores.bits.tolist(), strict=True)]

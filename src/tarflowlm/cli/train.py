@@ -16,22 +16,17 @@ from tarflowlm.presets import PRESETS, preset, with_blocks, with_steps
 class Args:
     """Train a preset, with any field of its configuration overridden, or go on with a run."""
 
-    out: Out = None
-    """Run directory: a new one, or that of the same run, which goes on. Required."""
+    out: Out = None  # Run directory: a new one, or that of the same run, which goes on. Required.
     data: Annotated[str | None, arg("SOURCE")] = None
     """Corpus name, text file, or directory made by `tarflowlm data`."""
-    steps: Count = None
-    """Optimiser steps in total; the stages keep their proportions."""
+    steps: Count = None  # Optimiser steps in total; the stages keep their proportions.
     minutes: Number = None
     """Train for this time instead, including evaluation and saving; the stages keep their shares of it."""
     device: Device = "auto"
-    checkpoint_every: Count = None
-    """Steps between checkpoints."""
-    blocks: Count = None
-    """Train only the first blocks of the preset's stack, this many."""
+    checkpoint_every: Count = None  # Steps between checkpoints.
+    blocks: Count = None  # Train only the first blocks of the preset's stack, this many.
     json: PrintJson = False
-    run: Annotated[RunConfig | None, tyro.conf.arg(name="")] = None
-    """The preset's fields."""
+    run: Annotated[RunConfig | None, tyro.conf.arg(name="")] = None  # The preset's fields.
 
     def __post_init__(self) -> None:
         check(self, exclusive={"minutes": ("steps",)})
@@ -56,8 +51,7 @@ class Args:
 class ResumeArgs:
     """Continue a stopped run."""
 
-    resume: Annotated[Path, arg("DIR")]
-    """Run directory to continue."""
+    resume: Annotated[Path, arg("DIR")]  # Run directory to continue.
     device: Device = "auto"
     json: PrintJson = False
 
@@ -89,7 +83,7 @@ def run(args: Args | ResumeArgs) -> None:
     from tarflowlm.cli.main import stop_on_signals
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.terminal.bars import ProgressReporter, print_json, print_table
+    from tarflowlm.terminal.bars import ProgressReporter, print_result
     from tarflowlm.training.metrics import Reporter
     from tarflowlm.training.parallel import launched
     from tarflowlm.training.train import resume, train
@@ -106,9 +100,6 @@ def run(args: Args | ResumeArgs) -> None:
                 summary = train(args.configured(), args.out, **options)
         if not processes.first:
             return
-    if args.json:
-        print_json(summary)
-        return
     test, sign = summary["test"], sign_of(summary["test"]["bound"])
     rows = [
         ("test", f"{sign} {test['bpc']:.4f} bits per character ({test['bound']}, {test['tokens']:,} tokens)"),
@@ -116,4 +107,4 @@ def run(args: Args | ResumeArgs) -> None:
         ("trained", f"{summary['tokens']:,} tokens in {summary['seconds']:,.0f} s"),
         ("parameters", f"{summary['parameters']:,}, {summary['trunk_parameters']:,} of them in Transformers"),
     ]
-    print_table(summary["preset"], rows)
+    print_result(args.json, summary, summary["preset"], rows)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
-
 from tarflowlm.device import pick_device
 from tarflowlm.errors import UserError, first_line
 from tarflowlm.harness.scoring import Continuation, TextScorer
@@ -21,10 +19,8 @@ GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_
 
 
 def run_lm_eval(words: Sequence[str]) -> None:
-    """The command line of lm-eval on `words`, with the model `tarflowlm` known to it.
-
-    What lm-eval raises becomes a UserError; with LMEVAL_LOG_LEVEL=DEBUG its own exception passes through.
-    """
+    """The command line of lm-eval on `words`, with the model `tarflowlm` known to it. What lm-eval raises becomes a
+    UserError; with LMEVAL_LOG_LEVEL=DEBUG its own exception passes through."""
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError:
@@ -74,16 +70,9 @@ def register() -> None:
         """A run directory, or a model that comes with the package, as lm-eval calls it."""
 
         def __init__(
-            self,
-            pretrained: str,
-            *,
-            posterior_samples: int = 1,
-            noise_seed: int = 0,
-            normalize: Any = None,
-            device: str | None = None,
-            batch_size: Any = None,
-            max_batch_size: Any = None,
-        ) -> None:
+            self, pretrained: str, *, posterior_samples: int = 1, noise_seed: int = 0, normalize: Any = None,
+            device: str | None = None, batch_size: Any = None, max_batch_size: Any = None,
+        ) -> None:  # fmt: skip
             super().__init__()
             # lm-eval passes cuda:0 by default
             self._device = pick_device("auto" if device in (None, "cuda:0") else device)
@@ -104,19 +93,19 @@ def register() -> None:
             pairs = [self.scorer.encode_pair(*request.args) for request in requests]
             if empty := sum(pair.given == len(pair.tokens) for pair in pairs):
                 print_notice(f"{empty} continuations have nothing left in the model's alphabet: log-likelihood 0")
-            with self._stage("log-likelihoods", len(pairs)) as progress:
+            with Bars("log-likelihoods", len(pairs)) as progress:
                 return self.scorer.conditional(pairs, progress)
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
             texts = [request.args[0] for request in requests]
-            with self._stage("rolling log-likelihoods, windows", self.scorer.num_windows(texts)) as progress:
+            with Bars("rolling log-likelihoods, windows", self.scorer.num_windows(texts)) as progress:
                 return self.scorer.rolling(texts, progress)
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             asked = [(request.args[0], how_to_continue(request.args[1])) for request in requests]
             if ignored := {name for request in requests for name in request.args[1]} - GENERATION_OPTIONS:
                 print_notice(f"generation options without effect: {', '.join(sorted(ignored))}")
-            with self._stage("continuations", len(asked)) as progress:
+            with Bars("continuations", len(asked)) as progress:
                 return self.scorer.complete(asked, progress)
 
         def chat_template(self, chat_template: bool | str = False) -> str:
@@ -128,11 +117,6 @@ def register() -> None:
             """Entries of the configuration that lm-eval stores with the results."""
             found = {"log_likelihoods": self.meaning, "normalization": self.tokenizer.normalization}
             return found | {"posterior_samples": self.scorer.samples, "noise_seed": self.scorer.seed}
-
-        def _stage(self, name: str, total: int) -> Bars:
-            bars = Bars(console=Console(stderr=True))
-            bars.stage(name, total)
-            return bars
 
 
 def how_to_continue(options: dict[str, Any]) -> Continuation:

@@ -71,9 +71,7 @@ class TextScorer:
 
     def encode_pair(self, context: str, continuation: str) -> Piece:
         """The tokens of both texts, normalised together since words may meet, and how many belong to the context.
-
-        White space at the end of the context goes to the continuation, as in the training text.
-        """
+        White space at the end of the context goes to the continuation, as in the training text."""
         ending = context[len(context.rstrip()) :]
         context, continuation = context.removesuffix(ending) if ending else context, ending + continuation
         tokens, given = self.encode(context + continuation), len(self.encode(context))

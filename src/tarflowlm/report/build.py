@@ -19,18 +19,15 @@ from tarflowlm.generation.writing import num_positions
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress
-from tarflowlm.report import figures
-from tarflowlm.report.grid import CSS as GRID_CSS
-from tarflowlm.report.grid import pass_rows, to_html
-from tarflowlm.report.records import RunRecord, config_table, read_records, summary_table
+from tarflowlm.report import figures, grid
+from tarflowlm.report.records import RunRecord, config_table, read_records, runs_table, summary_of
 from tarflowlm.report.style import GENERATOR, Figure, Section, check_package, page_html, picture_html, render
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import is_reference, locate, read_only_reason
 
-NUM, LENGTH, SEED, TEMPERATURE = 3, 256, 0, 0.8
-"""Samples, the most tokens of each, and how they are drawn."""
+NUM, LENGTH, SEED, TEMPERATURE = 3, 256, 0, 0.8  # samples, the most tokens of each, and how they are drawn
 
-CSS = f"""{GRID_CSS}
+CSS = f"""{grid.CSS}
 .samples {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }}
 .sample {{ border-left: 3px solid var(--grid); margin: 0; overflow-wrap: anywhere; padding: .1rem .8rem;
           white-space: pre-wrap; }}
@@ -38,34 +35,27 @@ CSS = f"""{GRID_CSS}
 
 
 class Samples(NamedTuple):
-    """Samples of a model."""
+    """Samples of a model, drawn at a temperature."""
 
     texts: list[str]
-    passes: list[Tensor]
-    """The tokens [T] of the first sample after every pass, noise first; empty for fewer than two blocks."""
-    tokens: int
-    """Length of each sample."""
+    passes: list[Tensor]  # the first sample [T] after every pass, noise first; empty for fewer than two blocks
     temperature: float
 
 
 def draw_samples(model: LanguageModel, tokenizer: Tokenizer, progress: Progress = SILENT) -> Samples:
-    """NUM samples of the trained context, or of LENGTH tokens where that is less; always the same for a model.
-
-    At TEMPERATURE, or at 1 for models whose block 1 has no token weights.
-    """
-    length = min(LENGTH, model.config.context)
-    temperature = TEMPERATURE if model.config.has_token_weights else 1.0
+    """NUM samples of the trained context, or of LENGTH tokens where that is less; always the same for a model. They
+    are drawn at TEMPERATURE, or at 1 from models whose block 1 has no token weights."""
+    length, temperature = min(LENGTH, model.config.context), TEMPERATURE if model.config.has_token_weights else 1.0
     generator, watch = torch.Generator().manual_seed(SEED), Watch(progress)
     result = generate(model, num_tokens=length, num=NUM, generator=generator, temperature=temperature, watch=watch)
     passes = [state[0] for state in result.passes] if model.num_blocks > 1 else []
-    return Samples([tokenizer.decode(row.tolist()) for row in result.tokens], passes, length, temperature)
+    return Samples([tokenizer.decode(row.tolist()) for row in result.tokens], passes, temperature)
 
 
 PAGE = "index.html"
 WIDTH, DPI = 4.6, 240
 """Inches, and dots per inch of a PNG. On a phone, a figure of this width shows its text in full size."""
-COUNTED = 1 << 22
-"""Tokens of the validation split whose frequencies are counted."""
+COUNTED = 1 << 22  # tokens of the validation split whose frequencies are counted
 
 Draw = Callable[[str, str, Callable[[Figure], None], float], str]
 """Draws the figure of a name, caption, function and height in inches; returns its HTML."""
@@ -105,11 +95,10 @@ def write_report(
 
     def draw(name: str, caption: str, draw: Callable[[Figure], None], height: float) -> str:
         written.append(str(out / f"{name}.png"))
-        svg = render(draw, Path(written[-1]), width=WIDTH, height=height, dpi=DPI)
-        return picture_html(name, svg, caption)
+        return picture_html(name, render(draw, Path(written[-1]), width=WIDTH, height=height, dpi=DPI), caption)
 
     signs = "Flows have upper bounds, marked <=. The figures of a discrete baseline are exact."
-    sections = [Section("Summary", [signs], [summary_table(records)])]
+    sections = [Section("Summary", [signs], [runs_table(records, list(map(summary_of, records)))])]
     if logged := [record for record in records if record.has_log]:
         progress.stage("training curves")
         legend = 0.18 * len(logged)
@@ -119,14 +108,12 @@ def write_report(
             draw("throughput", _THROUGHPUT, lambda f: figures.draw_throughput(f, logged), 3.4 + legend),
         ]
         sections.append(Section("Training", parts=curves))
-    runs = []
-    for record in records:
-        sections.append(_run_section(record, device or torch.device("cpu"), draw, progress))
-        runs.append({"name": record.name, "status": record.status, "notes": record.notes})
+    sections += [_run_section(record, device or torch.device("cpu"), draw, progress) for record in records]
     sections.append(Section("Configuration", parts=[config_table(records)], is_folded=True))
     title = f"{'Run' if len(records) == 1 else 'Runs'} {', '.join(r.name for r in records)}"
     with replacing(page) as temporary:
         temporary.write_text(page_html(title, sections, css=CSS), encoding="utf-8")
+    runs = [{"name": record.name, "status": record.status, "notes": record.notes} for record in records]
     return {"page": str(page), "figures": written, "runs": runs}
 
 
@@ -138,13 +125,14 @@ def _run_section(record: RunRecord, device: torch.device, draw: Draw, progress: 
         record.notes.append(f"Neither samples nor blocks nor codebook are shown: {error}.")
         return Section(record.name, record.notes)
     model, tokenizer, step = checkpoint.model, checkpoint.tokenizer, checkpoint.info.get("step", "?")
-    progress.stage(f"samples of {record.name}, positions", num_positions(model, min(LENGTH, model.config.context)))
+    length = min(LENGTH, model.config.context)
+    progress.stage(f"samples of {record.name}, positions", num_positions(model, length))
     samples = draw_samples(model, tokenizer, progress)
     texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in samples.texts)
     parts, tables, counts = [f'<div class="samples">\n{texts}</div>\n'], [], None
     if samples.passes:
-        grid = to_html(pass_rows(samples.passes, tokenizer))
-        parts.append(f"<figure>\n{grid}\n<figcaption>{escape(_PASSES)}</figcaption>\n</figure>\n")
+        rows = grid.to_html(grid.pass_rows(samples.passes, tokenizer))
+        parts.append(f"<figure>\n{rows}\n<figcaption>{escape(_PASSES)}</figcaption>\n</figure>\n")
     if (corpus := _corpus(record, checkpoint)) is not None:
         valid = corpus.split("valid")
         counts = np.bincount(np.asarray(valid[:COUNTED]), minlength=tokenizer.vocab_size)
@@ -163,7 +151,7 @@ def _run_section(record: RunRecord, device: torch.device, draw: Draw, progress: 
     tables.append(figures.codes_table(codes))
     exact = ["A discrete model: its likelihood is exact, and it has no blocks and no codebook."] * record.is_exact
     how = f"seed {SEED}, temperature {samples.temperature}, not selected"
-    drawn = f"{NUM} samples of {samples.tokens} tokens at step {step}: {how}."
+    drawn = f"{NUM} samples of {length} tokens at step {step}: {how}."
     return Section(record.name, [*record.notes, *exact, drawn], [*parts, *tables])
 
 

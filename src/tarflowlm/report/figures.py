@@ -17,16 +17,11 @@ from tarflowlm.report.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figu
 
 Indices = npt.NDArray[np.int64]
 
-FEW = 64
-"""With at most this many symbols, all are named."""
-NAMED = 60
-"""With more, this many of the most frequent ones are."""
-PAIRS = 32
-"""Pairs of nearest neighbours in the figure, the closest ones."""
-COMPARED = 8192
-"""At most this many codes are compared with all others."""
-PLANE = 4.0
-"""Height of the projection in inches."""
+FEW = 64  # with at most this many symbols, all are named
+NAMED = 60  # with more, this many of the most frequent ones are
+PAIRS = 32  # pairs of nearest neighbours in the figure, the closest ones
+COMPARED = 8192  # at most this many codes are compared with all others
+PLANE = 4.0  # height of the projection in inches
 
 
 def terms(parts: BoundParts) -> list[tuple[str, float]]:
@@ -59,11 +54,10 @@ def terms_table(parts: BoundParts) -> str:
 
 def _waterfall(axes: Axes, parts: BoundParts) -> None:
     rows = terms(parts)
-    position, edges = 0.0, [0.0]
+    position = 0.0
     for row, (_, value) in enumerate(rows):
         axes.barh(row, value, left=position, height=0.62, color=COLOURS[0] if value >= 0 else COLOURS[1])
         position += value
-        edges.append(position)
         axes.plot([position, position], [row - 0.31, row + 1.31], color=MUTED, linewidth=0.7)
     axes.barh(len(rows), position, height=0.62, color=INK)
     for row, value in enumerate([value for _, value in rows] + [position]):
@@ -220,22 +214,14 @@ def _mark_stages(axes: Axes, records: Sequence[RunRecord], column: str = "tokens
 class Codes:
     """One vector for every token: mu_k of a codebook, or the input embedding of a baseline."""
 
-    symbols: list[str]
-    """[V]."""
-    points: Series
-    """[V, 2]: coordinates along the two directions of largest variance."""
-    explained: tuple[float, float]
-    """Shares of the variance along these directions."""
-    std: Series | None
-    """[V]: sigma_k; None for an embedding."""
-    compared: Indices
-    """[M]: the tokens that are compared with all others, most frequent first."""
-    nearest: Indices
-    """[M]: the nearest other token of each."""
-    distance: Series
-    """[M]: the distance to it in units of sigma_k, or of the root mean square norm of an embedding."""
-    is_counted: bool
-    """`compared` is ordered by frequency in a text, and otherwise by token id."""
+    symbols: list[str]  # [V]
+    points: Series  # [V, 2]: coordinates along the two directions of largest variance
+    explained: tuple[float, float]  # shares of the variance along these directions
+    std: Series | None  # [V]: sigma_k; None for an embedding
+    compared: Indices  # [M]: the tokens that are compared with all others, most frequent first
+    nearest: Indices  # [M]: the nearest other token of each
+    distance: Series  # [M]: the distance to it in units of sigma_k, or of the root mean square norm of an embedding
+    is_counted: bool  # `compared` is ordered by frequency in a text, and otherwise by token id
 
     @property
     def unit(self) -> str:

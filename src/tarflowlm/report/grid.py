@@ -20,8 +20,7 @@ Kind = Literal["given", "final", "changed", "noise"]
 LEGEND: dict[Kind, str] = {
     "given": "given", "final": "as in the final text", "changed": "new in this row", "noise": "noise",
 }  # fmt: skip
-FAINTEST = 0.3
-"""The least opacity: every token stays readable."""
+FAINTEST = 0.3  # the least opacity: every token stays readable
 
 CSS = """
 .tl-grid { container-type: inline-size; font: 14px/1.65 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
@@ -49,8 +48,7 @@ class Token:
 
     symbol: str
     kind: Kind = "final"
-    opacity: float = 1.0
-    """From 0 to 1, for instance the probability of the token."""
+    opacity: float = 1.0  # from 0 to 1, for instance the probability of the token
     title: str = ""
 
 

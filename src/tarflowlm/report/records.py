@@ -40,11 +40,9 @@ class RunRecord:
     directory: Path
     run: RunConfig
     train: dict[str, Series]
-    """Columns of the training lines of metrics.jsonl, and `seconds`: training time up to each line."""
-    valid: dict[str, Series]
-    """Columns of its validation lines, and `seconds`."""
-    summary: dict[str, Any] | None
-    """None until the run is finished."""
+    """Columns of the training lines of metrics.jsonl, and `seconds`, the training time up to each line."""
+    valid: dict[str, Series]  # columns of its validation lines, and `seconds`
+    summary: dict[str, Any] | None  # None until the run is finished
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -79,10 +77,6 @@ class RunRecord:
         return f"step {self.last_step:,} of {self.run.train.num_steps:,}: in training, or stopped"
 
     @property
-    def seconds(self) -> Series:
-        return self.train["seconds"]
-
-    @property
     def stage_starts(self) -> list[tuple[int, int]]:
         """For each stage but the first: its block, and the index of the last training line before it."""
         block = self.train["block"]
@@ -111,10 +105,8 @@ def read_records(directories: Sequence[Path]) -> list[RunRecord]:
 
 
 def read_record(directory: Path) -> RunRecord:
-    """The run in a directory, named after it. A model without its log is a run without lines.
-
-    Raises UserError if it is not a run directory, or if its training has not logged anything yet.
-    """
+    """The run in a directory, named after it. A model without its log is a run without lines. UserError for what is
+    no run directory, and for a training that has not logged anything yet."""
     run = read_run(directory)
     notes: list[str] = []
     train, valid = _read_metrics(directory, notes)
@@ -169,12 +161,8 @@ def runs_table(records: Sequence[RunRecord], columns: Sequence[dict[str, str]]) 
     return table_html(["", *(r.name for r in records)], [row for row in rows if set(row[1:]) != {"–"}])
 
 
-def summary_table(records: Sequence[RunRecord]) -> str:
-    """Results, text, size and machine of every run."""
-    return runs_table(records, [_summary(r) for r in records])
-
-
-def _summary(record: RunRecord) -> dict[str, str]:
+def summary_of(record: RunRecord) -> dict[str, str]:
+    """Results, text, size and machine of a run: a column of `runs_table`."""
     done = record.summary or {}
     test, bpc = done.get("test", {}), record.valid["bpc"]
     bits = f"{record.sign} {test['bpc']:.4f} ({test.get('bound', 'bound unknown')})" if test else ""
@@ -195,7 +183,7 @@ def _summary(record: RunRecord) -> dict[str, str]:
         "text": Path(record.run.data.source).name,
         "steps": f"{record.last_step:,}" if record.has_log else "",
         "tokens": f"{int(record.train['tokens'].max()):,}" if record.has_log else "",
-        "training, seconds": f"{record.seconds[-1]:,.0f}" if record.has_log else "",
+        "training, seconds": f"{record.train['seconds'][-1]:,.0f}" if record.has_log else "",
         "tokens per second, median of each stage": record.speeds,
         **{label: _plain(done.get(key)) for label, key in PLAIN.items()},
     }

@@ -124,7 +124,6 @@ def label_points(axes: Axes, points: npt.NDArray[np.float64], texts: Sequence[st
     frame = np.array(axes.get_window_extent().extents)
     centres = axes.transData.transform(points)
     taken = np.concatenate([centres - 2 * scale, centres + 2 * scale], axis=1)
-    num_points = len(taken)
     for centre, point, text in zip(centres, points, texts, strict=True):
         probe = axes.text(0, 0, literal(text), fontsize=size)
         extent = probe.get_window_extent()
@@ -144,7 +143,7 @@ def label_points(axes: Axes, points: npt.NDArray[np.float64], texts: Sequence[st
             literal(text), tuple(point), xytext=tuple(away[free[0]] / scale), textcoords="offset points",
             fontsize=size, ha="center", va="center", arrowprops=line if _REACH[free[0]] > _REACH[0] else None,
         )  # fmt: skip
-    return len(taken) - num_points
+    return len(taken) - len(points)
 
 
 GENERATOR = "tarflowlm report"

@@ -21,8 +21,7 @@ from tarflowlm.studio.pieces import card, muted, notice, page
 from tarflowlm.training.metrics import METRICS
 
 AXES = ("tokens", "seconds")
-MOST = 12
-"""Runs in one figure."""
+MOST = 12  # runs in one figure
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,7 @@ class Catalogue:
     """Directories by the names that the page shows."""
 
     places: dict[str, Path]
-    baselines: frozenset[str]
-    """The names of discrete baselines."""
+    baselines: frozenset[str]  # the names of discrete baselines
     weighing: frozenset[str]
     """The names of models whose block 1 has token weights, baselines among them: a temperature suits these."""
     device: str = "cpu"
@@ -75,10 +73,7 @@ def _loaded(place: Path, saved: int, device: str) -> Checkpoint:
 
 
 def collect(names: Sequence[str], device: str = "cpu") -> Catalogue:
-    """The catalogue of released models by name, run directories, and folders of runs; without names, of all released.
-
-    UserError for what is none of them.
-    """
+    """The catalogue of released models by name, run directories and folders of runs; by default of all released."""
     names = names or sorted(released(), key=lambda name: name != DEFAULT)
     # each run once, by the name that it was given
     found = {place.resolve(): Path(os.path.abspath(place)) for name in names for place in _runs_in(name)}
@@ -127,8 +122,7 @@ def _view(wanted: tuple[tuple[str, Path, tuple[int, int]], ...], axis: str) -> s
     records, problems = [], []
     for name, place, _ in wanted:
         try:
-            record = read_record(place)
-            if record.has_log:
+            if (record := read_record(place)).has_log:
                 records.append(replace(record, name=name))
             else:
                 problems.append(notice(f"{name} is a model without its training log: choose another"))
@@ -151,7 +145,7 @@ def _table(records: list[RunRecord]) -> str:
         test = f"{sign}{r.summary['test']['bpc']:.3f}" if r.summary else "–"
         speed = float(np.median(r.train["tokens_per_second"][-20:]))
         tokens = f"{r.train['tokens'].max() / 1e6:,.1f}M"
-        row = (r.name, valid, test, tokens, f"{r.seconds[-1] / 60:,.1f} min", f"{speed:,.0f}", r.status)
+        row = (r.name, valid, test, tokens, f"{r.train['seconds'][-1] / 60:,.1f} min", f"{speed:,.0f}", r.status)
         body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     return f'<div class="st-wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -25,18 +25,15 @@ from tarflowlm.studio.write import TRIES, fill
 
 WORDS, LATENTS, NOISE = TARGETS = ("words", "latents", "noise")
 """Words are resampled given all others; of the states, h^(0) = z or h^(L) = u is changed."""
-STEPS = 8
-"""Parts of the way from one text to another."""
+STEPS = 8  # parts of the way from one text to another
 NO_LATENTS = "a discrete baseline has no latents to edit: choose a flow"
 
 
 def replace_words(
     catalogue: Catalogue, model: Any, text: Any, words: Any, tries: Any, particles: Any, seed: Any
 ) -> Iterator[str]:
-    """HTML of texts in which other words stand for `words` (several, separated by commas).
-
-    They are drawn by particles, or resampled where block 1, from which particles come, has no token weights.
-    """
+    """HTML of texts in which other words stand for `words` (several, separated by commas). They are drawn by
+    particles, or resampled where block 1, from which particles come, has no token weights."""
     checkpoint = catalogue.load(model)
     tokenizer, reading = checkpoint.tokenizer, request.reading(checkpoint.tokenizer, text)
     named = [piece for piece in request.text(words, "list of words").split(",") if piece.strip()]

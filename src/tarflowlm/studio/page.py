@@ -19,16 +19,13 @@ Buttons = tuple[Component, Component]
 View = Callable[..., Iterator[str]]
 
 TITLE = "tarflowlm studio"
-WAITING = 16
-"""Requests that may wait for their turn; further ones are refused."""
-REFRESH = 4.0
-"""Seconds between two looks at the metrics of runs."""
+WAITING = 16  # requests that may wait for their turn; further ones are refused
+REFRESH = 4.0  # seconds between two looks at the metrics of runs
 
 PRIVATE = {"show_progress": "hidden", "api_visibility": "private"}
+# settings of events that need no model, and so wait for none, and of those that do: they wait for each other in `job`
 LOOK = {"concurrency_id": "runs", "concurrency_limit": 2, **PRIVATE}
-"""Settings of events that need no model, and so wait for none."""
 WORK = {"concurrency_id": "model", "concurrency_limit": WAITING, **PRIVATE}
-"""Settings of events that do; they wait for each other in `job`, and say so."""
 
 SENTENCE = "The people of this country have a right to peace and to work."
 HISTORY = "The war of the nations had come to an end, and the President asked the Congress to make a lasting peace."
@@ -63,8 +60,7 @@ def _write(catalogue: Catalogue) -> None:
                 num, seed = _number("Samples", 1), _number("Seed", 0)
             buttons = _buttons("Write")
         out = _output("The text appears here, then its passes.")
-    inputs = [model, text, length, temperature, top_p, num, seed]
-    _bind(buttons, write, catalogue, inputs, out, text.submit)
+    _bind(buttons, write, catalogue, [model, text, length, temperature, top_p, num, seed], out, text.submit)
 
 
 def _infill(catalogue: Catalogue) -> None:
@@ -105,8 +101,7 @@ def _edit(catalogue: Catalogue) -> None:
                 blending = _buttons("Blend")
         out = _output("The edit appears here, beside the original.")
     _bind(replacing, replace_words, catalogue, [model, text, words, tries, particles, seed], out)
-    inputs = [model, text, target, strength, num, seed]
-    _bind(rewriting, rewrite, catalogue, inputs, out, strength.release)
+    _bind(rewriting, rewrite, catalogue, [model, text, target, strength, num, seed], out, strength.release)
     _bind(blending, blend, catalogue, [model, text, other, between, seed], out)
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
 from tarflowlm.errors import UserError
-from tarflowlm.report.grid import CSS as TOKEN_CSS
-from tarflowlm.report.grid import Row, Token, spans, to_html
+from tarflowlm.report import grid
+from tarflowlm.report.grid import Row, Token
 
 CSS = """
 :root { color-scheme: light; } .dark { color-scheme: dark; }
@@ -106,7 +106,7 @@ def guarded(view: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
 
 def page(*parts: str) -> str:
     """The whole of a view."""
-    return f'<div class="st st-view"><style>{TOKEN_CSS}</style>{"".join(parts)}</div>'
+    return f'<div class="st st-view"><style>{grid.CSS}</style>{"".join(parts)}</div>'
 
 
 def card(*parts: str) -> str:
@@ -131,7 +131,7 @@ def muted(text: str | None) -> str:
 def stage(tokens: Sequence[Token], *, is_open: bool = False) -> str:
     """A text in large type, with a caret where it is still being written."""
     caret = '<span class="st-caret"></span>' if is_open else ""
-    return f'<div class="st-stage">{spans(tokens)}{caret}</div>'
+    return f'<div class="st-stage">{grid.spans(tokens)}{caret}</div>'
 
 
 def facts(*pairs: tuple[str, str]) -> str:
@@ -156,7 +156,7 @@ def slider(rows: Sequence[Row], name: str, *, summary: str, is_open: bool = True
         f'<div class="st-slide"><input type="range" min="0" max="{last}" value="{last}" step="1" '
         f'aria-label="{escape(name)}"><output>{escape(rows[-1].label)}</output></div>'
     )
-    opened, box = " open" if is_open else "", f'<div class="st-rows">{to_html(rows)}</div>'
+    opened, box = " open" if is_open else "", f'<div class="st-rows">{grid.to_html(rows)}</div>'
     return f"{control}<details{opened}><summary>{escape(summary)}</summary>{box}</details>"
 
 

@@ -16,8 +16,7 @@ R = TypeVar("R")
 
 CHARACTERS, TOKENS, SAMPLES, PARTICLES = 4000, 1024, 4, 64
 """The most that one request may ask for: characters of a text, tokens of a sample, samples, particles."""
-MARK = "_"
-"""Stands for one token to fill in."""
+MARK = "_"  # stands for one token to fill in
 
 
 def number(value: Any, name: str, least: int | float, most: int | float) -> float:
@@ -66,13 +65,8 @@ def template(tokenizer: Tokenizer, value: Any) -> Reading:
     return read_template(tokenizer, found, MARK) if MARK in found else read(tokenizer, found, goes_on=True)
 
 
-SECONDS = 60.0
-"""Most seconds of one piece of work."""
-EVERY = 0.12
-"""Seconds between two looks at work that goes on."""
-
-_TURN = threading.Lock()
-"""Held while a model works: two at once would only slow each other down."""
+SECONDS, EVERY = 60.0, 0.12  # seconds that a piece of work may take at most, and between two looks at it
+_TURN = threading.Lock()  # held while a model works: two at once would only slow each other down
 
 
 class Halted(Exception):
@@ -106,9 +100,7 @@ class Job(Silent, Generic[R]):
 
     def follow(self, show: Callable[[], str]) -> Generator[str, None, R]:
         """Start the work; what `show` gives now and then until it is done. Returns its result, raises what it raised.
-
-        Closing the iterator, as when a visitor leaves, ends the work where it advances next.
-        """
+        Closing the iterator, as when a visitor leaves, ends the work where it advances next."""
         thread = threading.Thread(target=self._run, daemon=True)
         thread.start()
         try:

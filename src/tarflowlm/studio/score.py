@@ -17,12 +17,9 @@ from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.pieces import bar, card, facts, muted, page, title, took
 from tarflowlm.studio.request import Job, num_characters
 
-SAMPLES = 8
-"""Draws from the posterior that a bound is averaged over."""
-MODELS = 2
-"""Models that are compared."""
-GAP = 2.0
-"""Bits between two models, or around the mean of a block, that are shown in full colour."""
+SAMPLES = 8  # draws from the posterior that a bound is averaged over
+MODELS = 2  # models that are compared
+GAP = 2.0  # bits between two models, or around the mean of a block, that are shown in full colour
 COLD, HOT = "var(--st-blue)", "var(--st-warm)"
 
 

@@ -11,8 +11,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.pieces import HEAD
 
-PORT, PORTS = 7860, 100
-"""The first port that is tried, and how many."""
+PORT, PORTS = 7860, 100  # the first port that is tried, and how many
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 

@@ -19,10 +19,8 @@ from tarflowlm.studio.catalogue import Catalogue
 from tarflowlm.studio.pieces import bar, card, counted, facts, muted, page, slider, stage, took
 from tarflowlm.studio.request import Job
 
-LEAST_CHANGE = 0.1
-"""A pass is shown if it changes at least this share of the tokens."""
-TRIES = 8
-"""The most tries of one request."""
+LEAST_CHANGE = 0.1  # a pass is shown if it changes at least this share of the tokens
+TRIES = 8  # the most tries of one request
 
 
 def write(

@@ -18,12 +18,9 @@ from tarflowlm.training.metrics import Reporter
 
 Clock = Callable[[], float]
 
-NUMBER = 14
-"""Characters of the longest cell that is kept on one line."""
-FIRST, EVERY = 3.0, 30.0
-"""Seconds until the first line of a stage in a log file, and between its lines."""
-WIDE = 120
-"""Columns from which on a terminal shows the bar itself beside label, numbers and time left."""
+NUMBER = 14  # characters of the longest cell that is kept on one line
+FIRST, EVERY = 3.0, 30.0  # seconds until the first line of a stage in a log file, and between its lines
+WIDE = 120  # columns from which on a terminal shows the bar itself beside label, numbers and time left
 
 
 def json_line(value: dict[str, Any]) -> str:
@@ -61,10 +58,8 @@ class NoticeHandler(logging.Handler):
 
 
 def print_table(title: str, rows: Iterable[Sequence[str]], columns: Sequence[str] = ("", "")) -> None:
-    """Names, and values under their headings in `columns` or without any.
-
-    Where the width does not suffice, names and longer texts wrap; numbers under headings stay whole.
-    """
+    """Names, and values under their headings in `columns` or without any. Where the width does not suffice, names and
+    longer texts wrap; numbers under headings stay whole."""
     console, rows = Console(), list(rows)
     # cells and titles are Text: names may contain what rich takes for markup
     console.print(Text(title, style="bold"), soft_wrap=True)
@@ -80,6 +75,14 @@ def print_table(title: str, rows: Iterable[Sequence[str]], columns: Sequence[str
     console.print(table)
 
 
+def print_result(as_json: bool, value: dict[str, Any], title: str, rows: Iterable[Sequence[str]]) -> None:
+    """What a command has found, as JSON or as a table."""
+    if as_json:
+        print_json(value)
+    else:
+        print_table(title, rows)
+
+
 def minutes(seconds: float) -> str:
     """5:46, or 2:05:46."""
     hours, rest = divmod(round(seconds), 3600)
@@ -88,9 +91,7 @@ def minutes(seconds: float) -> str:
 
 def per_second(rate: float) -> str:
     """25/s, or 4.0 s each."""
-    if rate >= 10:
-        return f"{rate:,.0f}/s"
-    return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
+    return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
 
 
 class _Numbers(ProgressColumn):
@@ -106,9 +107,13 @@ class _Numbers(ProgressColumn):
 class Bars:
     """The `Progress` of the command line: one stage of work after the other. Use it as a context, or `close` it."""
 
-    def __init__(self, *, console: Console | None = None, clock: Clock = time.monotonic, keep: bool = False) -> None:
-        """`keep` leaves the bars on the screen when their work is done."""
-        self.console, self.clock, self.keep = console or Console(stderr=True), clock, keep
+    keep = False  # whether the bars stay on the screen when their work is done
+
+    def __init__(
+        self, stage: str = "", total: int | None = None, *,
+        console: Console | None = None, clock: Clock = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.console, self.clock = console or Console(stderr=True), clock
         # FORCE_COLOR makes rich take a pipe for a terminal
         self.is_live = self.console.is_interactive and self.console.file.isatty()
         self.is_wide = not self.is_live or self.console.width >= WIDE
@@ -116,10 +121,12 @@ class Bars:
         self._numbers = _Numbers()
         left = TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True))
         columns = (TextColumn("{task.description}", markup=False), *bar, self._numbers, left)
-        how: dict[str, Any] = {"transient": not keep, "disable": not self.is_live}
-        self.progress = Progress(*columns, console=self.console, get_time=clock, **how)
+        how: dict[str, Any] = {"get_time": clock, "transient": not self.keep, "disable": not self.is_live}
+        self.progress = Progress(*columns, console=self.console, **how)
         self._task: TaskID | None = None
         self._due = 0.0
+        if stage:
+            self.stage(stage, total)
 
     def __enter__(self) -> "Bars":
         return self
@@ -161,13 +168,11 @@ class Bars:
 class ProgressReporter(Bars, Reporter):
     """Every part of a run with its share done, bits per character, tokens per second and the time left."""
 
-    def __init__(self, *, console: Console | None = None, clock: Clock = time.monotonic) -> None:
-        super().__init__(console=console, clock=clock, keep=True)
-        self._shown: dict[str, str] = {}
+    keep = True
 
     def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         """Begin a part of the run; the numbers of the part before are not its own."""
-        self._shown = {}
+        self._shown: dict[str, str] = {}
         super().stage(name, total, done)
 
     def record(self, record: dict[str, Any]) -> None:

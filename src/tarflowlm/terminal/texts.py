@@ -19,20 +19,17 @@ from tarflowlm.report.grid import Kind, Token, pass_rows, text_tokens
 
 Show = Callable[[str], None]
 Texts = Sequence[str] | None
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Characters that a terminal may execute as commands; not tabs and line ends."""
 
 
 def printable(text: str) -> str:
-    """The text for a terminal, which takes some characters for commands."""
-    return _CONTROL.sub("\ufffd", text)
+    """The text for a terminal, which takes control characters for commands, but not tabs and line ends."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def write_out(piece: str) -> None:
     """A piece of text to stdout at once."""
-    out = sys.stdout
-    out.write(printable(piece) if out.isatty() else piece)
-    out.flush()
+    sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
+    sys.stdout.flush()
 
 
 def first_stop(text: str, stops: Sequence[str], start: int = 0) -> int:
@@ -81,22 +78,13 @@ class TextStream:
 
 
 def print_samples(
-    console: Console,
-    result: Generation,
-    tokenizer: Tokenizer,
-    *,
-    texts: Texts = None,
-    first: int = 0,
-    candidates: int = 1,
-    passes: bool = False,
-) -> None:
-    """Print every sample in a panel, with its passes on request, and the weights of several `candidates`.
-
-    `texts` replaces the decoded tokens; `first` samples came before.
-    """
+    console: Console, result: Generation, tokenizer: Tokenizer, *,
+    texts: Texts = None, first: int = 0, candidates: int = 1, passes: bool = False,
+) -> None:  # fmt: skip
+    """Print every sample in a panel, with its passes on request, and the weights of several `candidates`; `texts`
+    replaces the decoded tokens, and `first` samples came before."""
     for row, tokens in enumerate(result.tokens):
-        text = tokenizer.decode(tokens.tolist()) if texts is None else texts[row]
-        body = Text(printable(text))
+        body = Text(printable(tokenizer.decode(tokens.tolist()) if texts is None else texts[row]))
         if passes and result.passes:
             rows = pass_rows([state[row] for state in result.passes], tokenizer)
             parts = [Text.assemble((f"{one.label}\n", "bold cyan"), _styled(one.tokens)) for one in rows]
@@ -106,11 +94,10 @@ def print_samples(
             continue
         ess, log_p = result.ess[row].item(), result.log_evidence[row].item()
         note = f"  {candidates} candidates, effective number {ess:.1f}; log p(given) about {log_p:.1f} nats"
-        console.print(note, highlight=False)
         # NaN is not above it
         if result.pareto_k is not None and (k := result.pareto_k[row].item()) > UNRELIABLE:
-            note = f"  log p(given) is unreliable: the weights have no finite variance (k = {k:.2f})"
-            console.print(note, highlight=False)
+            note += f"\n  log p(given) is unreliable: the weights have no finite variance (k = {k:.2f})"
+        console.print(note, highlight=False)
 
 
 def samples_to_json(
