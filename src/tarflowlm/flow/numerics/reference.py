@@ -23,7 +23,6 @@ from tarflowlm.flow.numerics.normal import (
     ROOM,
     SQRT_HALF,
     component_factors,
-    log_component_densities,
     log_standard_normal,
     log_standard_normal_vectors,
     log_upper_tail,
@@ -300,8 +299,3 @@ def rosenblatt_inverse(
             a = (z[:, None] - center) * inv_std
             log_alpha = torch.log_softmax(bayes_update(log_alpha, a, log_std), -1)
     return torch.stack(channels, -1)
-
-
-def mixture_log_prob(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """log p_mix(z) = log sum_k w_k N(z; mean_k, s_k^2 I), [N], all at once: `vocabulary` has it tile by tile."""
-    return torch.logsumexp(torch.log_softmax(log_w, -1) + log_component_densities(z, mean, log_std), -1)
