@@ -89,9 +89,9 @@ def main() -> None:
     options.add_argument("--batch-size", type=int, help="sequences per step; the default is the preset's")
     options.add_argument("--peers", action="store_true", help="with AdamW, beside a GPT-2 and a Llama of this shape")
     args = options.parse_args()
+    found = run(build, args)  # the processes that work, here and in an older checkout, end there
     from tarflowlm.evaluation.flops import peak_flops
 
-    found = run(build, args)
     first, rows = next(iter(found.values())), []
     for name, contender in found.items():
         milliseconds = 1000 * contender.units / contender.rate
