@@ -45,7 +45,7 @@ def runs(source: str) -> dict[str, RunConfig]:
         return RunConfig(name="tiny", model=model, train=train, data=DataConfig(source=source))
 
     return {
-        "ar": run(BaselineConfig(context=16, trunk=TRUNK, layers=2), replace(joint, compile=True)),
+        "ar": run(BaselineConfig(context=16, trunk=TRUNK, layers=2), joint),
         "mixd": run(FLOW, staged),
         "patches": run(replace(FLOW, patch=2), compiled),
         "one-channel": run(one_channel, joint),

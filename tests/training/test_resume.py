@@ -190,15 +190,14 @@ def test_joint_and_baseline_runs_resume(tmp_path, tiny_run, tiny_baseline, go, c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ema", [0.0, 0.5])
-def test_run_ends_with_its_best_weights_even_if_killed(tmp_path, tiny_run, go, cut, same_run, read_metrics, ema):
-    config = tiny_run(stage_steps=(6, 6, 6), keep="best", ema=ema, optim={"lr": 0.3})
+def test_run_ends_with_its_best_weights_even_if_killed(tmp_path, tiny_run, go, cut, same_run, read_metrics):
+    config = tiny_run(stage_steps=(6, 6, 6), keep="best", ema=0.5, optim={"lr": 0.3})
     go(config, tmp_path / "whole")
     bounds = [line["nats_per_token"] for line in read_metrics(tmp_path / "whole") if line["split"] == "valid"]
     assert bounds[0] < bounds[2]  # of the first stage
     last, best = (load_file(tmp_path / "whole" / name / "model.safetensors") for name in ("", "best"))
     assert all(torch.equal(tensor, best[name]) for name, tensor in last.items())
-    for at in range(2, 46, 4):
+    for at in range(2, 46, 6):
         cut(config, tmp_path / str(at), at)
         go(config, tmp_path / str(at))
         same_run(tmp_path / str(at), tmp_path / "whole")
