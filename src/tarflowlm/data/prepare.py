@@ -20,7 +20,7 @@ import numpy.typing as npt
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.data.bpe import build_tokenizer
 from tarflowlm.data.corpus import FORMAT, META, VERSION, Corpus, TokenArray, open_corpus, token_dtype
-from tarflowlm.data.sources import SOURCE_NAMES, SPLITS, OpenWebText, Source, Split, cache_root, resolve_source
+from tarflowlm.data.sources import SOURCE_NAMES, SPLITS, Source, Split, cache_root, resolve_source
 from tarflowlm.data.text import sha256_of
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
@@ -58,7 +58,7 @@ def cached_corpus(
     key = json.dumps([VERSION, found.identity, _key(_built(wanted))], sort_keys=True)
     target = root / "corpora" / f"{Path(found.identity).name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     usable = _usable(target, found)[0]
-    if usable is None and not may_download and (found.files is None or isinstance(found, OpenWebText)):
+    if usable is None and not may_download and (found.files is None or found.is_large):
         usual, asked = asdict(TokenizerConfig()), asdict(wanted) if isinstance(wanted, TokenizerConfig) else {}
         options = "".join(f" --{name.replace('_', '-')} {x}" for name, x in asked.items() if x != usual[name])
         first = f"`tarflowlm data {source} --out DIR{options}`"
@@ -177,7 +177,7 @@ def _write(
         ]
         tokenizer = _built(wanted)
         plan = [source.identity, [file["sha256"] for file in files], _key(tokenizer), size]
-        plan += getattr(source, "shares", ())  # what an earlier version split in another way is begun again
+        plan += source.shares  # what an earlier version split in another way is begun again
         folder = target.with_name(f".{target.name}.partial")
         try:
             shards = _Shards(folder, plan, size)

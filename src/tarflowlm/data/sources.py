@@ -54,6 +54,10 @@ class Source(ABC):
     """The user's word for it."""
     identity: str
     """A registered name, or the absolute path of a file."""
+    is_large: ClassVar[bool] = False
+    """True where preparation takes hours even if all files are here."""
+    shares: ClassVar[tuple[int, ...]] = ()
+    """Cumulative percentages of train and valid where documents are split by their hash."""
 
     @property
     @abstractmethod
@@ -226,8 +230,7 @@ class OpenWebText(Source):
     repository: ClassVar[str] = "Skylion007/openwebtext"
     num_documents, num_valid = 8_013_769, 100_000
     """Documents on the hub and in the validation split, which of a part of the text is at most 1 in 80."""
-    shares: ClassVar[tuple[int, int]] = (99, 99)
-    """Cumulative percentages of train and valid among the other documents."""
+    is_large, shares = True, (99, 99)  # of the other documents
     block: ClassVar[int] = BLOCK
 
     @property

@@ -88,8 +88,9 @@ def propose_state(
         one = block.allocate_cache(1, first)
         block.features_of(one, known[:, : first - 1], first=True)
         cache.copy(one)
+    invert = block.coupling.inverter()
     for n in range(first, end):
-        h[:, n] = block.invert_position(u[:, n], cache, h[:, n - 1] if n else None)
+        h[:, n] = invert(u[:, n], block.features_at(cache, h[:, n - 1] if n else None, R), None)
     log_w = h.new_zeros(R)
     if end < N:
         u[:, end:], log_det = block.coupling(h[:, end:], block.features_of(cache, h[:, end - 1 : -1], first=False))

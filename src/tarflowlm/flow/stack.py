@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflowlm.errors import UserError
-from tarflowlm.flow.couplings import AdjustWeights, Coupling
+from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig, widen
 
@@ -161,19 +161,13 @@ class FlowBlock(Bijection):
         """An empty KV cache for `num_positions` positions of this block."""
         return KVCache(self.transformer, batch, num_positions, self.start)
 
-    def invert_position(
-        self, u: Float[Tensor, "B C"], cache: KVCache, previous: Tensor | None, adjust: AdjustWeights | None = None
-    ) -> Float[Tensor, "B C"]:
-        """Latents of the next position in the block's order, given those of the one before it (None at the start)."""
-        return self.coupling.invert(u, self.features_at(cache, previous, len(u)), adjust)
-
     @torch.no_grad()
     def inverse(self, u: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
         """h^(l-1) from h^(l) = u, position by position, without gradients. Sweeps: `generation/inversion.py`."""
-        cache = self.allocate_cache(len(u), u.shape[1])
+        cache, invert = self.allocate_cache(len(u), u.shape[1]), self.coupling.inverter()
         h: list[Tensor] = []
         for u_n in self.order(u)[0].unbind(1):
-            h.append(self.invert_position(u_n, cache, h[-1] if h else None))
+            h.append(invert(u_n, self.features_at(cache, h[-1] if h else None, len(u)), None))
         return self.order.inverse(torch.stack(h, dim=1))
 
 

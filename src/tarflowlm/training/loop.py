@@ -19,7 +19,7 @@ from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.language_model import seeded
 from tarflowlm.training.optim import NAMED, build_optimizers, norms, not_finite, schedule, set_learning_rate, terms_of
 from tarflowlm.training.parallel import ParallelModel
-from tarflowlm.training.run import TrainingRun
+from tarflowlm.training.run import TrainingRun, trained_parameters
 from tarflowlm.training.state import Counters, LogWindow, TimeSpent
 
 STEPS_BETWEEN_READS = {"cuda": 16}
@@ -234,9 +234,7 @@ class StepLog:
     def _record_skipped(self, step: PendingStep, loss: float) -> None:
         """Record what is not finite: gradients of the step, and parameters and terms of the loss as they are now, on
         a GPU perhaps some steps later. Collective."""
-        counters, model = self.counters, self.run.model
-        # those that do not train are not sharded where others are
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        counters, parameters = self.counters, trained_parameters(self.run.model)
         counters.skipped += 1
         gradients = not_finite(step.result.names, step.result.norms)
         found = {"terms": self._broken_terms(step.tokens)}

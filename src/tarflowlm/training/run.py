@@ -122,7 +122,7 @@ class TrainingRun:
         config = replace(self.config, train=replace(train, accumulate=parts))
         self.parallel_model = ParallelModel(self.model, config, self.processes, frozen=stage)
         asked = {"average": train.ema > 0, "best": train.keep == "best"}
-        self.copies = {name: _copy(_trained(self.model)) for name, is_asked in asked.items() if is_asked}
+        self.copies = {name: _copy(trained_parameters(self.model)) for name, is_asked in asked.items() if is_asked}
         self.optimizers = build_optimizers(self.config.optim, self.model)
         if len(self.counters.seconds) < stage + 1:
             self.counters.seconds.append(0.0)
@@ -136,7 +136,7 @@ class TrainingRun:
         counters.stage, counters.stage_step = counters.stage + 1, 0
         counters.lowest, counters.running = math.inf, RunningLoss()
         if final := self.copies.get("best") or self.copies.get("average"):
-            _assign(_trained(self.model), final)
+            _assign(trained_parameters(self.model), final)
             _assign(self.copies.get("average", {}), final)
             self._write_weights(self.out, self._finite_weights())
         if counters.stage < self.config.num_stages:
@@ -151,12 +151,12 @@ class TrainingRun:
         """Move the averaged weights towards the present ones: by more in the first steps of a stage."""
         if average := self.copies.get("average"):
             decay = min(self.config.train.ema, (1 + self.counters.stage_step) / (10 + self.counters.stage_step))
-            torch._foreach_lerp_(local_parts(average), local_parts(_trained(self.model)), 1 - decay)
+            torch._foreach_lerp_(local_parts(average), local_parts(trained_parameters(self.model)), 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """A context in which the model has its averaged weights, if it keeps them."""
-        weights, average = _trained(self.model), self.copies.get("average", {})
+        weights, average = trained_parameters(self.model), self.copies.get("average", {})
         held = _copy(weights) if average else {}
         _assign(weights, average)
         try:
@@ -217,7 +217,7 @@ class TrainingRun:
         if self.processes.first and not (best / TOKENIZER).exists():
             best.mkdir(exist_ok=True)
             write_run(best, self.config, self.corpus.tokenizer)
-        _assign(self.copies.get("best", {}), self.copies.get("average") or _trained(self.model))
+        _assign(self.copies.get("best", {}), self.copies.get("average") or trained_parameters(self.model))
         self._write_weights(best, self._finite_weights(), nats_per_token=repr(result.nats_per_token))
 
     def _finite_weights(self) -> dict[str, Tensor]:
@@ -262,7 +262,8 @@ class _StoppableProgress:
         self.progress.advance(count)
 
 
-def _trained(model: LanguageModel) -> dict[str, Tensor]:
+def trained_parameters(model: LanguageModel) -> dict[str, Tensor]:
+    """The parameters that train, by name; others are not sharded where these are."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -299,8 +300,6 @@ def _saved_bytes(model: ParallelModel, num_sequences: int) -> int:
         return tensor
 
     tokens = torch.zeros(num_sequences, model.config.model.context, dtype=torch.long, device=model.model.device)
-    low = model.config.train.precision == "bfloat16"
-    autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=low)
-    with seeded(0), autocast, saved_tensors_hooks(keep, lambda tensor: tensor):
+    with seeded(0), saved_tensors_hooks(keep, lambda tensor: tensor):
         model.loss(tokens, model.model.draw_noise(tokens))
     return sum(storage.nbytes() for storage in storages.values())

@@ -27,8 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tarflowlm.flow.numerics.cpu_forward import clamp_
-from tarflowlm.flow.numerics.normal import SQRT_HALF
+from tarflowlm.flow.numerics.normal import SQRT_HALF, clamp_
 
 _DROPPED = 1e-40
 """Posterior mass of a component that is dropped: room for it to grow by the channels that follow."""

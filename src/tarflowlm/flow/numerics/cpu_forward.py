@@ -21,6 +21,7 @@ from tarflowlm.flow.numerics.normal import (
     HALF_LOG_2PI,
     INV_SQRT_2PI,
     SQRT_HALF,
+    clamp_,
     log_standard_normal,
     upper_quantile,
 )
@@ -31,10 +32,6 @@ UNIT, TAIL_SCALE, DENSITY_SCALE = SQRT_HALF, 0.5, INV_SQRT_2PI
 SMALLEST = {torch.float32: 1e-12, torch.float64: 1e-285}
 """Tail masses and densities below this leave the linear path. In float32 the bound is 7 sigma, not the 13 where the
 mass underflows: beyond 7 an ulp of u^2 / 2 shows in the log-determinant, and float64 removes it."""
-
-_LARGEST = {torch.float32: 9.0, torch.float64: 26.4}
-"""Clamp for the scaled a. Vectorised exp and erfc are 30 to 80 times slower where their result underflows, flushed
-denormals or not. What the clamp leaves (4e-37, 4e-305) is nothing beside `SMALLEST`."""
 
 _SAFE_TOTAL = (1e-20, 1e30)
 """Sums of exp(log_w) for which shifting log_w by its maximum would change nothing."""
@@ -94,12 +91,6 @@ def guess_side(a: Tensor, weight: Tensor, buffer: Tensor, space: Workspace) -> T
     more than 0.78 of the mass: 1 - T then loses no precision, and no second erfc is due.
     """
     return torch.copysign(space.one, torch.clamp(a, -1.0, 1.0, out=buffer).mul_(weight).sum(space.axis))
-
-
-def clamp_(a: Tensor) -> Tensor:
-    """Scaled a clipped, in place, to where neither tail nor density underflows."""
-    bound = _LARGEST[a.dtype]
-    return a.clamp_(-bound, bound)
 
 
 def density_into(a: Tensor, out: Tensor, space: Workspace) -> Tensor:

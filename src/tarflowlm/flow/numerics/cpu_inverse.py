@@ -21,13 +21,12 @@ from tarflowlm.flow.numerics.cpu_forward import (
     TAIL_SCALE,
     UNIT,
     Workspace,
-    clamp_,
     density_into,
     load,
     rows_below,
 )
 from tarflowlm.flow.numerics.layout import Params, row_chunks, take_rows
-from tarflowlm.flow.numerics.normal import standard_normal_density, upper_tail
+from tarflowlm.flow.numerics.normal import clamp_, standard_normal_density, upper_tail
 from tarflowlm.flow.numerics.reference import BISECTIONS, NEWTON_STEPS, TINY, bayes_update, newton_step
 
 _SAFE_CELL = 7

@@ -45,6 +45,16 @@ def log_standard_normal_vectors(u: Tensor) -> Tensor:
     return -0.5 * (u * u).sum(-1) - u.shape[-1] * HALF_LOG_2PI
 
 
+LARGEST = {torch.float32: 9.0, torch.float64: 26.4}
+"""Bound for standardised values over sqrt 2. On a CPU, vectorised exp and erfc are 30 to 80 times slower where their
+result underflows, flushed denormals or not. What is left there (4e-37, 4e-305) is nothing beside what is exact."""
+
+
+def clamp_(a: Tensor) -> Tensor:
+    """Scaled a clipped, in place, to where neither tail nor density underflows."""
+    return a.clamp_(-LARGEST[a.dtype], LARGEST[a.dtype])
+
+
 def standard_normal_density(a: Tensor) -> Tensor:
     """N(a; 0, 1), elementwise."""
     return (a * a).mul_(-0.5).exp_().mul_(INV_SQRT_2PI)

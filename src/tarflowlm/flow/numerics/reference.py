@@ -22,6 +22,7 @@ from tarflowlm.flow.numerics.normal import (
     HALF_LOG_2PI,
     ROOM,
     SQRT_HALF,
+    clamp_,
     component_factors,
     log_standard_normal,
     log_standard_normal_vectors,
@@ -212,18 +213,18 @@ def rosenblatt_forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     log_alpha = torch.log_softmax(log_w, -1)
     log_p = log_alpha.gather(-1, best[:, None]) - falls.sum(-1, keepdim=True) - dim * HALF_LOG_2PI  # of b
     log_alpha -= log_alpha.gather(-1, best[:, None])
-    tail, side = torch.empty_like(z), torch.empty_like(z)
+    tail, side, ones = torch.empty_like(z), torch.empty_like(z), torch.ones_like(log_std)
+    by_component = torch.stack((ones, -log_std))
     for i in range(dim):
         alpha = exp_clamped(log_alpha)
-        total, first = (alpha @ torch.stack((torch.ones_like(log_std), mean[:, i]), -1)).unbind(-1)
+        total, first = (alpha @ torch.stack((ones, mean[:, i]), -1)).unbind(-1)
         # the tail beyond z as seen from the mixture's mean, which usually is the smaller one
         side[:, i] = torch.where(z[:, i] * total < first, -1.0, 1.0)
-        a = torch.addcmul((side * z)[:, i, None], side[:, i, None], mean[:, i], value=-1.0).mul_(inv_std)
+        sign = side[:, i, None]
+        a = torch.addcmul(sign * z[:, i, None], sign, mean[:, i], value=-1.0).mul_(inv_std)
         log_alpha.addcmul_(a, a, value=-1.0)
         # the sum of a row's and a component's number as a product, which needs one pass
-        by_row = torch.stack((falls[:, i], torch.ones_like(total)), -1)
-        by_component = torch.stack((torch.ones_like(log_std), -log_std))
-        log_alpha.addmm_(by_row, by_component)
+        log_alpha.addmm_(torch.stack((falls[:, i], torch.ones_like(total)), -1), by_component)
         tail[:, i] = 0.5 * alpha.mul_(erfc_clamped_(a)).sum(-1) / total
         if len(mean) >= FEWEST and 2 <= i < dim - 1:
             alive = log_alpha >= -(rests[:, i, None] + reach(z.dtype, len(mean)))
@@ -274,14 +275,13 @@ def _rosenblatt_over_pairs(
 
 
 def exp_clamped(x: Tensor) -> Tensor:
-    """exp(x), on a CPU no less than exp(-80), since one that underflows is many times slower there."""
-    return torch.clamp(x, min=-80.0).exp_() if layout.use_eager_cpu(x) else torch.exp(x)
+    """exp(x), floored on a CPU, where one that underflows is slow."""
+    return torch.clamp(x, min=layout.LOWEST_EXPONENT[x.dtype]).exp_() if layout.use_eager_cpu(x) else torch.exp(x)
 
 
 def erfc_clamped_(a: Tensor) -> Tensor:
-    """erfc(a), in place, on a CPU of a clipped to where that is next to 0 or 2, for the same reason."""
-    bound = 9.0 if a.dtype == torch.float32 else 26.0
-    return (a.clamp_(-bound, bound) if layout.use_eager_cpu(a) else a).erfc_()
+    """erfc(a), in place, of a clipped on a CPU for the same reason."""
+    return (clamp_(a) if layout.use_eager_cpu(a) else a).erfc_()
 
 
 def rosenblatt_inverse(

@@ -245,8 +245,8 @@ def _by_chunks(function: Callable[..., Tensor], num_components: int, *rows: Tens
 
 
 def log_sum_with_softmax(x: Tensor, *, softmax: bool = True) -> tuple[Tensor, Tensor]:
-    """logsumexp [n] of x [n, K], in at least float32, and softmax(x) in its dtype; on accelerators only if `softmax`.
-    Faster than torch's on a CPU, where an exp that underflows is slow."""
+    """logsumexp [n] of x [n, K], in at least float32, and softmax(x) in its dtype, empty unless `softmax`. Faster
+    than torch's on a CPU, where an exp that underflows is slow."""
     if not layout.use_eager_cpu(x):
         log_share = torch.log_softmax(x, -1, dtype=torch.promote_types(x.dtype, torch.float32))
         return x[:, 0].to(log_share.dtype) - log_share[:, 0], torch.softmax(x, -1) if softmax else x[:0]
@@ -255,7 +255,7 @@ def log_sum_with_softmax(x: Tensor, *, softmax: bool = True) -> tuple[Tensor, Te
     # -inf - -inf would be NaN
     share = (x - torch.where(torch.isneginf(top), 0.0, top)).clamp_(min=layout.LOWEST_EXPONENT[x.dtype]).exp_()
     total = share.sum(-1, keepdim=True)
-    return (top + total.log()).squeeze(-1), share.div_(total).to(dtype)
+    return (top + total.log()).squeeze(-1), share.div_(total).to(dtype) if softmax else x[:0]
 
 
 def log_sum(x: Tensor) -> Tensor:
