@@ -149,7 +149,7 @@ def runs(tmp_path_factory, corpus_file) -> dict[str, Path]:
     from tarflowlm.training.train import train
 
     root, seldom = tmp_path_factory.mktemp("runs"), {"evaluate_every": 3, "evaluate_windows": 5, "test_windows": 3}
-    steps = TrainConfig(stage_steps=(6, 4, 4), batch_size=2, log_every=1, **seldom)
+    steps = TrainConfig(stage_steps=(6, 4, 4), batch_size=2, log_every=1, precision="float32", **seldom)
     progressive = RunConfig(name="tiny", model=FLOW, data=DataConfig(source=str(corpus_file)), train=steps)
     joint = replace(progressive, train=replace(steps, mode="joint", stage_steps=(5,)))
     baseline = replace(joint, model=BaselineConfig(context=16, trunk=TRUNK, layers=1))

@@ -187,8 +187,9 @@ class TrainConfig(Config):
     """Decay of an average of the weights, which is what is evaluated, saved and trained upon; 0: none."""
     keep: Literal["last", "best"] = "last"
     """Weights with which a stage ends: its last ones, or those of its best validation."""
-    precision: Precision = "float32"
-    """Precision of matrix products. Densities, log-dets and inverses are always float32 or wider."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of matrix products; auto takes bfloat16 where the device multiplies it natively, and config.json
+    records it. Densities, log-dets and inverses are always float32 or wider."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: replicate the model and average gradients, or shard it."""
     checkpoint_activations: bool = False
@@ -245,6 +246,8 @@ class RunConfig(Config):
     """Length, batches and stages."""
     seed: int = 0
     """Seed of the initial weights, the order of the data and the noise of q(z|x)."""
+    parent: str = ""
+    """NAME@SHA256 of the model that `train --from` begins with, and of its weights; empty for new weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

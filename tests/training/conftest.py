@@ -28,7 +28,7 @@ def tiny_run(corpus_file) -> Callable[..., RunConfig]:
         flow = replace(FLOW, blocks=stack(couplings, layers, components))
         defaults = {
             "stage_steps": (3, 2, 2), "batch_size": 2, "log_every": 1, "evaluate_every": 2,
-            "evaluate_windows": 3, "checkpoint_every": 2, "test_windows": 3,
+            "evaluate_windows": 3, "checkpoint_every": 2, "test_windows": 3, "precision": "float32",
         }  # fmt: skip
         return RunConfig(
             name="tiny",
@@ -56,10 +56,10 @@ def tiny_baseline(tiny_run) -> Callable[..., RunConfig]:
 
 @pytest.fixture(scope="session")
 def go() -> Callable[..., dict[str, Any]]:
-    """go(run, out, reporter=None): train on the CPU."""
+    """go(run, out, reporter=None, **options): train on the CPU."""
 
-    def run_it(run: RunConfig, out: Path, reporter: Reporter | None = None) -> dict[str, Any]:
-        return train(run, out, device=torch.device("cpu"), reporter=reporter)
+    def run_it(run: RunConfig, out: Path, reporter: Reporter | None = None, **options: Any) -> dict[str, Any]:
+        return train(run, out, device=torch.device("cpu"), reporter=reporter, **options)
 
     return run_it
 
@@ -100,12 +100,12 @@ def killer() -> type[Killer]:
 
 
 @pytest.fixture(scope="session")
-def cut(go) -> Callable[[RunConfig, Path, int], None]:
-    """cut(run, out, at): train until event `at`, where the run dies."""
+def cut(go) -> Callable[..., None]:
+    """cut(run, out, at, **options): train until event `at`, where the run dies."""
 
-    def run_it(run: RunConfig, out: Path, at: int) -> None:
+    def run_it(run: RunConfig, out: Path, at: int, **options: Any) -> None:
         with pytest.raises(Killed):
-            go(run, out, Killer(at))
+            go(run, out, Killer(at), **options)
 
     return run_it
 

@@ -1,4 +1,4 @@
-"""`tarflowlm train PRESET` and `tarflowlm train --resume DIR`."""
+"""`tarflowlm train PRESET`, `tarflowlm train --from MODEL` and `tarflowlm train --resume DIR`."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +48,25 @@ class Args:
 
 
 @dataclass(frozen=True)
+class TuneArgs:
+    """Train a model further on another text. Its weights, codebook and tokenizer are the start."""
+
+    source: Annotated[Path, tyro.conf.arg(name="from", metavar="MODEL")]
+    """Run directory, shipped model or hf:OWNER/NAME."""
+    data: Annotated[str, arg("SOURCE")]  # Text file, corpus name, or directory made with the model's tokenizer.
+    out: Annotated[Path, arg("PATH")]  # Run directory: a new one, or that of the same run, which goes on.
+    minutes: Number = None  # Time of the whole run, including evaluation and saving. Without --steps, 10.
+    steps: Count = None  # Optimiser steps in total, instead.
+    lr: Number = None  # Peak learning rate; a fifth of that of the model's own training if left out.
+    seed: int = 0  # Seed of the order of the data and of the noise.
+    device: Device = "auto"
+    json: PrintJson = False
+
+    def __post_init__(self) -> None:
+        check(self, exclusive={"minutes": ("steps",)})
+
+
+@dataclass(frozen=True)
 class ResumeArgs:
     """Continue a stopped run."""
 
@@ -56,15 +75,19 @@ class ResumeArgs:
     json: PrintJson = False
 
 
-def read(argv: list[str]) -> Args | ResumeArgs:
-    """The words after `tarflowlm train`: PRESET and its options, or --resume DIR. Help pages end the process."""
+def read(argv: list[str]) -> Args | TuneArgs | ResumeArgs:
+    """The words after `tarflowlm train`: PRESET, --from MODEL or --resume DIR, and options. Help ends the process."""
     if argv[:1] in (["-h"], ["--help"]):
         from tarflowlm.terminal.bars import print_table
 
-        usage = "tarflowlm train PRESET --out DIR [--help for its fields]   or   tarflowlm train --resume DIR"
+        usage = "tarflowlm train PRESET --out DIR [--help for its fields]\n"
+        usage += "tarflowlm train --from MODEL --data TEXT --out DIR\ntarflowlm train --resume DIR"
         print_table(usage, [(name, " ".join((make.__doc__ or "").split())) for name, make in PRESETS.items()])
         raise SystemExit
+    given = {word.partition("=")[0] for word in argv}
     if argv and not argv[0].startswith("-"):
+        if "--from" in given:
+            raise UserError(f"{argv[0]} with --from: the model brings its own shape; leave the preset out")
         name = argv[0]
         # some fields are true by default, so every flag --x has its --no-x; some take None
         config = (tyro.conf.AvoidSubcommands,)
@@ -72,21 +95,24 @@ def read(argv: list[str]) -> Args | ResumeArgs:
         if args.out is None:
             raise UserError(f"--out is missing: name the directory to write, say --out runs/{name}")
         return args
-    if any(word.partition("=")[0] == "--resume" for word in argv):
+    if "--from" in given:
+        return parse(TuneArgs, argv, "tarflowlm train --from MODEL")
+    if "--resume" in given:
         return parse(ResumeArgs, argv, "tarflowlm train --resume DIR")
-    raise UserError(f"train needs a preset ({', '.join(PRESETS)}) or --resume DIR")
+    raise UserError(f"train needs a preset ({', '.join(PRESETS)}), --from MODEL or --resume DIR")
 
 
-def run(args: Args | ResumeArgs) -> None:
+def run(args: Args | TuneArgs | ResumeArgs) -> None:
     from contextlib import nullcontext
 
     from tarflowlm.cli.main import stop_on_signals
+    from tarflowlm.cli.options import load_checkpoint
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.likelihood import sign_of
     from tarflowlm.terminal.bars import ProgressReporter, print_result
     from tarflowlm.training.metrics import Reporter
     from tarflowlm.training.parallel import launched
-    from tarflowlm.training.train import resume, train
+    from tarflowlm.training.train import resume, train, tuning
 
     with launched(pick_device(args.device)) as processes:
         # the first process alone shows its progress
@@ -95,6 +121,12 @@ def run(args: Args | ResumeArgs) -> None:
             options["stop_requests"] = stop_on_signals
             if isinstance(args, ResumeArgs):
                 summary = resume(args.resume, **options)
+            elif isinstance(args, TuneArgs):
+                with processes.first_alone():
+                    parent = load_checkpoint(args.source, "cpu")
+                length: dict[str, Any] = {"minutes": args.minutes, "steps": args.steps, "lr": args.lr}
+                tuned = tuning(parent, args.data, seed=args.seed, **length)
+                summary = train(tuned, args.out, parent=parent, **options)
             else:
                 assert args.out is not None
                 summary = train(args.configured(), args.out, **options)

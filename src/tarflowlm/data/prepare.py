@@ -20,8 +20,8 @@ import numpy.typing as npt
 from tarflowlm.config import TokenizerConfig
 from tarflowlm.data.bpe import build_tokenizer
 from tarflowlm.data.corpus import FORMAT, META, VERSION, Corpus, TokenArray, open_corpus, token_dtype
-from tarflowlm.data.sources import SOURCE_NAMES, SPLITS, Source, Split, cache_root, resolve_source
-from tarflowlm.data.text import sha256_of
+from tarflowlm.data.sources import SOURCE_NAMES, SPLITS, Source, Split, TextFile, cache_root, resolve_source
+from tarflowlm.data.text import sha256_of, text_blocks
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.files import remove_leftovers, replacing, waiting_lock, write_json
@@ -31,6 +31,9 @@ RESUME = "resume.npz"
 SHARD_TOKENS = 1 << 26
 BPE_CHARACTERS = 1 << 27
 """BPE is trained on at most this many characters of the training split: the words it counts need memory."""
+
+FITTED = 1 << 20
+"""Characters at the beginning of a text that `check_fit` reads."""
 
 log = logging.getLogger("tarflowlm")
 
@@ -90,6 +93,26 @@ def check_source(source: str) -> None:
     """UserError for a text that `cached_corpus` would not find. Nothing is read or downloaded."""
     if not _is_prepared(source):
         resolve_source(source)
+
+
+STRANGE = 0.01
+"""Share of letters that text8's normalisation may lose in a text for a model that has only a-z."""
+
+
+def check_fit(source: str, tokenizer: Tokenizer) -> None:
+    """UserError if the beginning of a text file is in letters that the tokenizer drops or spells byte by byte."""
+    if _is_prepared(source) or not isinstance(found := resolve_source(source), TextFile):
+        return
+    text = next(text_blocks(found.path), "")[:FITTED]
+    remedy = f"train a new model on it: `tarflowlm train english-small --data {source} --out DIR`"
+    if tokenizer.normalization == "text8":
+        letters = [character for character in text if character.isalpha()]
+        lost = sum(not character.isascii() for character in letters) / max(len(letters), 1)
+        if lost > STRANGE:
+            raise UserError(f"{lost:.1%} of the letters of {source} are not a-z, all that the model has: {remedy}")
+    elif tokenizer.kind == "bpe" and (count := len(tokenizer.encode(text))) > len(text):
+        per = f"{count / len(text):.1f} tokens of the model for a character of {source}"
+        raise UserError(f"{per}, since they were made for another language: {remedy}")
 
 
 def encode_text_source(

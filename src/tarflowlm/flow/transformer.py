@@ -12,6 +12,7 @@ products in codebook densities cancel, so they are float64 where the device has 
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -71,9 +72,13 @@ class Attention(nn.Module):
         # three products: normalising q and k, and the gradients of all three, then need no copies
         parts = (F.linear(x, weight) for weight in self.qkv.weight.chunk(3))
         q, k, v = (part.view(B, N, self.num_heads, self.head_width) for part in parts)
-        q = rotate_(F.layer_norm(q, (self.head_width,), self.query_scale.to(q.dtype)), *tables).transpose(1, 2)
-        k = rotate_(F.layer_norm(k, (self.head_width,), self.key_scale.to(k.dtype)), *tables).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True)
+        q = rotate_(F.layer_norm(q, (self.head_width,), self.query_scale.to(q.dtype)), *tables)
+        k = rotate_(F.layer_norm(k, (self.head_width,), self.key_scale.to(k.dtype)), *tables)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if x.device.type == "cpu":  # whose attention is slower in bfloat16
+            q, k, v = widen(q), widen(k), widen(v)
+        with full_precision(x) if x.device.type == "cpu" else nullcontext():
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
 

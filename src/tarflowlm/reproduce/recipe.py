@@ -191,12 +191,13 @@ def state_of(settings: Settings, training: Training) -> State:
     if not (directory / CONFIG).exists():
         return "new"
     found, source = read_run(directory), run.data.source
-    # `train` writes the vocabulary size, Muon's precision and an absolute path into the configuration
+    # `train` writes the vocabulary size, precisions and an absolute path into the configuration
     if source not in SOURCE_NAMES:
         source = str(Path(source).expanduser().resolve())
     model = replace(run.model, vocab_size=found.model.vocab_size)
     optim = replace(run.optim, muon_precision=found.optim.muon_precision)
-    if found != replace(run, model=model, optim=optim, data=replace(run.data, source=source)):
+    train = run.train if run.train.precision != "auto" else replace(run.train, precision=found.train.precision)
+    if found != replace(run, model=model, optim=optim, train=train, data=replace(run.data, source=source)):
         raise UserError(f"{directory} holds a run of another configuration: choose another --out, or remove it")
     return "finished" if (directory / SUMMARY).exists() else "stopped"
 

@@ -21,6 +21,8 @@ SUMMARY = "summary.json"
 """The results of a run, written at its end."""
 BEST = "best"
 """Folder of a run directory with the weights of the best validation bound; it loads like a run directory."""
+PARENT = "parent.safetensors"
+"""The weights that a run of `train --from` begins with."""
 STATE, COUNTERS = "state", "counters.json"
 """Folder of the training states, one folder per step; the readable file in each of them."""
 

@@ -17,7 +17,16 @@ from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.evaluation.flops import peak_flops, training_flops
 from tarflowlm.evaluation.likelihood import Likelihood, bits
 from tarflowlm.language_model import seeded
-from tarflowlm.training.optim import NAMED, build_optimizers, norms, not_finite, schedule, set_learning_rate, terms_of
+from tarflowlm.training.optim import (
+    NAMED,
+    build_optimizers,
+    norms,
+    not_finite,
+    schedule,
+    set_learning_rate,
+    terms_of,
+    with_precision,
+)
 from tarflowlm.training.parallel import ParallelModel
 from tarflowlm.training.run import TrainingRun, trained_parameters
 from tarflowlm.training.state import Counters, LogWindow, TimeSpent
@@ -305,6 +314,7 @@ def seconds_per_step(
     with seeded(config.seed):
         model = config.model_of_stage(stage).build().to(device)
     model.train_only(stage)
+    config = with_precision(config, model, device)
     config = replace(config, train=replace(config.train, accumulate=config.train.accumulate or 1))
     parallel_model, optimizers = ParallelModel(model, config, frozen=stage), build_optimizers(config.optim, model)
     generator, durations = Generator(device=device).manual_seed(0), []

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tarflowlm.config import OptimConfig, Precision
+from tarflowlm.config import OptimConfig, Precision, RunConfig
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
 
@@ -167,15 +167,19 @@ def _local(p: Tensor) -> Tensor:
     return p.to_local() if isinstance(p, DTensor) else p
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices in bfloat16 by instructions of its own; others emulate that slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and instructions and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def faster_precision(shapes: Iterable[torch.Size], device: torch.device) -> Precision:
-    """The faster precision for matrices of these shapes, by a fixed rule, so that results are reproducible: bfloat16
-    on GPUs that support it, and for large matrices on CPUs with AMX tiles (others are slower in it); else float32."""
-    if device.type != "cpu":
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if native else "float32"
-    tiles = torch.cpu._is_amx_tile_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    largest = max((shape.numel() for shape in shapes), default=0)
-    return "bfloat16" if tiles and largest >= LARGE else "float32"
+    """The faster precision for Muon's matrices of these shapes, by a fixed rule, so that results are reproducible:
+    bfloat16 on GPUs that support it, and for large matrices on CPUs with AMX tiles; else float32."""
+    large = max((shape.numel() for shape in shapes), default=0) >= LARGE and torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if has_bfloat16(device) and (large or device.type == "cuda") else "float32"
 
 
 CODEBOOK = ("codebook.mean", "codebook.log_std", "coupling.own.mean", "coupling.own.log_std")
@@ -205,12 +209,15 @@ def muon_matrices(config: OptimConfig, model: nn.Module) -> dict[str, nn.Paramet
     return {name: p for name, p in named if name.endswith(".weight") and any(part in name for part in MUON)}
 
 
-def with_precision(config: OptimConfig, model: nn.Module, device: torch.device) -> OptimConfig:
-    """`config` with a `muon_precision` of auto replaced by the faster one for `model` on `device`."""
-    if config.muon_precision != "auto":
-        return config
-    shapes = [p.shape for p in muon_matrices(config, model).values()]
-    return replace(config, muon_precision=faster_precision(shapes, device))
+def with_precision(run: RunConfig, model: nn.Module, device: torch.device) -> RunConfig:
+    """`run` with the precisions that are auto replaced by the faster ones for `model` on `device`."""
+    optim, train = run.optim, run.train
+    if optim.muon_precision == "auto":
+        shapes = [p.shape for p in muon_matrices(optim, model).values()]
+        optim = replace(optim, muon_precision=faster_precision(shapes, device))
+    if train.precision == "auto":
+        train = replace(train, precision="bfloat16" if has_bfloat16(device) else "float32")
+    return replace(run, optim=optim, train=train)
 
 
 def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -240,8 +247,9 @@ def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-10, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if muon:
-        precision = with_precision(config, model, next(iter(muon.values())).device).muon_precision
-        assert precision != "auto"
+        precision = config.muon_precision
+        if precision == "auto":
+            precision = faster_precision([p.shape for p in muon.values()], next(iter(muon.values())).device)
         stacked = [p for name, p in muon.items() if name.endswith(STACKED)] if config.muon_qkv == "apart" else []
         groups = [{"params": list(muon.values()), "lr_scale": 1.0}]
         options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": 0.95}

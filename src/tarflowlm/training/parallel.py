@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tarflowlm.config import Precision, RunConfig, TrainConfig
+from tarflowlm.config import RunConfig, TrainConfig
 from tarflowlm.device import missing_for_compilation
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import Likelihood, evaluate, windows_per_batch
@@ -147,7 +147,7 @@ def launched(device: torch.device) -> Iterator[Processes]:
 class NegativeBound(nn.Module):
     """The negative bound of every sequence, in nats, as a module's forward, which DDP and FSDP2 need."""
 
-    def __init__(self, model: LanguageModel, frozen: int, precision: Precision) -> None:
+    def __init__(self, model: LanguageModel, frozen: int, precision: str) -> None:
         super().__init__()
         self.model, self.frozen, self.precision = model, frozen, precision
 
@@ -291,7 +291,7 @@ def _layers(module: nn.Module) -> list[Layer]:
 # on it, but `Muon`, which sends matrices to owners.
 
 
-def shard(loss: nn.Module, model: LanguageModel, processes: Processes, precision: Precision) -> None:
+def shard(loss: nn.Module, model: LanguageModel, processes: Processes, precision: str) -> None:
     """Shard the trained parameters of `model` in place; frozen ones stay whole. Layers, in `precision`, and heads are
     gathered one at a time, the rest for the whole step. `loss` is the module that is called."""
     mesh = init_device_mesh(processes.device.type, (processes.world,))

@@ -22,7 +22,8 @@ from tarflowlm.evaluation.likelihood import Likelihood
 from tarflowlm.files import read_json
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.progress import SILENT, Progress
-from tarflowlm.runs.checkpoint import BEST, COUNTERS, STATE, TOKENIZER, save_weights, write_run
+from tarflowlm.runs.checkpoint import BEST, COUNTERS, PARENT, STATE, TOKENIZER, Checkpoint, save_weights, write_run
+from tarflowlm.runs.weights import read_weights, write_weights
 from tarflowlm.training.metrics import MetricsLog, Reporter, Trackers
 from tarflowlm.training.optim import NAMED, RunningLoss, build_optimizers, with_precision
 from tarflowlm.training.parallel import ParallelModel, Processes, whole_weights
@@ -61,7 +62,7 @@ class TrainingRun:
             self.model = config.model_of_stage(0).build()
         self.model.config = config.model
         # decided by one process for all, and recorded in the configuration
-        self.config = replace(config, optim=group.from_first(with_precision(config.optim, self.model, device)))
+        self.config = group.from_first(with_precision(config, self.model, device))
         available = corpus.num_tokens("test") // config.model.context
         self.num_test_windows = min(config.train.test_windows or available, available)
         # not `async_save` of PyTorch, which is done before manifest and rename: these would need a thread, too.
@@ -72,9 +73,11 @@ class TrainingRun:
         self.saved_step: int | None = None
         self.stop_signal: Callable[[], str | None] = lambda: None
 
-    def write_start(self) -> None:
+    def write_start(self, parent: Checkpoint | None) -> None:
         """Write the files of a run directory; the empty folder of states distinguishes it from an exported model."""
         (self.out / STATE).mkdir(exist_ok=True)
+        if parent is not None:
+            write_weights(self.out / PARENT, parent.model.state_dict(), parent.info)
         write_run(self.out, self.config, self.corpus.tokenizer)
 
     def start(self, state: Path | None) -> None:
@@ -110,6 +113,12 @@ class TrainingRun:
         while self.model.num_blocks < self.config.model_of_stage(stage).num_blocks:
             with seeded(self.config.seed + 1000 * self.model.num_blocks):
                 self.model.append_block()
+        if self.config.parent:
+            # blocks below are as this run has trained them
+            own = f"prior.blocks.{stage}." if stage else ""
+            inherited = read_weights(self.out / PARENT)[0].items()
+            names = self.model.state_dict().keys()
+            self.model.load_state_dict({n: w for n, w in inherited if n.startswith(own) and n in names}, strict=False)
         if self.processes.world == 1 or self.config.train.parallel == "ddp":
             self.model.to(self.device)  # FSDP2 moves shards one by one: the whole model need not fit on the device
         self.model.train_only(stage)

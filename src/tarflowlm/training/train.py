@@ -1,6 +1,7 @@
 """`train` and `resume`: a run from its configuration to its result."""
 
 import logging
+import math
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 
 from tarflowlm.config import RunConfig
-from tarflowlm.data import SOURCE_NAMES, Corpus, cached_corpus, eval_windows
+from tarflowlm.data import SOURCE_NAMES, Corpus, Tokenizer, cached_corpus, check_fit, eval_windows, load_tokenizer
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.files import flatten, full_disk_as_user_error, remove_leftovers, write_json, writer_lock
+from tarflowlm.presets import with_blocks, with_steps
 from tarflowlm.runs.checkpoint import (
     BEST,
     CONFIG,
@@ -23,11 +25,13 @@ from tarflowlm.runs.checkpoint import (
     SUMMARY,
     TOKENIZER,
     WEIGHTS,
+    Checkpoint,
     read_run,
     read_summary,
     weights_problem,
     write_run,
 )
+from tarflowlm.runs.weights import checksum
 from tarflowlm.training.loop import test_seconds, train_stage
 from tarflowlm.training.metrics import METRICS, Reporter, check_installed
 from tarflowlm.training.parallel import ALONE, Processes
@@ -51,13 +55,14 @@ def no_stop_requests() -> Iterator[Callable[[], str | None]]:
 
 def train(
     run: RunConfig, out: Path, *, device: torch.device, reporter: Reporter | None = None,
-    processes: Processes = ALONE, stop_requests: StopRequests = no_stop_requests,
+    processes: Processes = ALONE, stop_requests: StopRequests = no_stop_requests, parent: Checkpoint | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train `run` in the directory `out`; returns the summary, also written to summary.json. Collective.
 
     If `out` holds this run already, it goes on from the newest undamaged state, with the time that this had left; its
     weights come out as if it had never stopped. The number of processes may differ from before. Of a finished run
-    this is the summary, unless the weights are damaged and have to be restored. Raises UserError, before anything is
+    this is the summary, unless the weights are damaged and have to be restored. A run that `tuning` made begins with
+    the weights and the tokenizer of its `parent`, and keeps a copy of both. Raises UserError, before anything is
     written, if `out` is in use for anything else, or the text has changed; Stopped, with everything saved, if
     `stop_requests` says so; FloatingPointError if the loss stays non-finite.
     """
@@ -70,7 +75,11 @@ def train(
             return summary
     else:
         check_installed(run.train.track)
-    corpus = _corpus(run, reporter, processes)
+    if run.parent and parent is None and not begun:
+        raise UserError(f"parent {run.parent}: give that model, as `tarflowlm train --from` does")
+    # of a run that has begun, its own; a damaged one shows when it is read
+    tokenizer = parent.tokenizer if parent is not None else load_tokenizer(out / TOKENIZER) if run.parent else None
+    corpus = _corpus(run, tokenizer, reporter, processes)
     vocab_size = corpus.tokenizer.vocab_size
     if (given := run.model.vocab_size) not in (0, vocab_size):
         raise UserError(f"model.vocab_size {given}: the tokenizer has {vocab_size} symbols; leave it at 0")
@@ -83,7 +92,7 @@ def train(
             raise UserError(f"{out} has just been begun by another process: repeat the command to go on with it")
         state = processes.from_first(_state_to_resume(out) if processes.first and begun else None)
         if processes.first and state is None:
-            training.write_start()
+            training.write_start(parent)
         keep_freed_memory()
         with stop_requests() as training.stop_signal:
             try:
@@ -98,6 +107,36 @@ def train(
 def resume(out: Path, **options: Any) -> dict[str, Any]:
     """Go on with the run in `out`, as `train` with its configuration and these options."""
     return train(read_run(out), out, **options)
+
+
+TUNING_RATE = 0.2
+"""Peak learning rate of tuning, as a multiple of that of the model's own training."""
+TUNING_MINUTES = 10.0
+"""Length of a tuning run if nothing else is asked for."""
+
+
+def tuning(
+    parent: Checkpoint, data: str, *, minutes: float | None = None, steps: int | None = None, seed: int = 0,
+    lr: float | None = None,
+) -> RunConfig:  # fmt: skip
+    """The run that goes on with the training of a model on another text, for `train(..., parent=parent)`.
+
+    Shape, tokenizer, batches and stages are those of the parent's own training, with their shares of the new length:
+    `minutes`, by default 10, or `steps`. The optimiser is new, with the peak rate `lr`, by default a fifth of the
+    parent's. Each stage ends with the weights of its best validation, since a text for tuning is often short.
+    UserError for a length or rate that is not above 0.
+    """
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UserError(f"minutes {minutes}: must be above 0 and finite")
+    check_fit(data, parent.tokenizer)
+    run = replace(with_blocks(parent.run, parent.model.num_blocks), seed=seed)
+    weights = {name: tensor.cpu() for name, tensor in parent.model.state_dict().items()}
+    name = f"{parent.directory.name}@{checksum(weights)}"
+    optim = replace(run.optim, lr=TUNING_RATE * run.optim.lr if lr is None else lr, muon_precision="auto")
+    train = replace(run.train, minutes=minutes or TUNING_MINUTES, keep="best", evaluate_every=100, test_windows=0)
+    run = replace(run, name=f"{run.name}-tuned", parent=name, optim=optim, train=train)
+    run = replace(run, data=replace(run.data, source=data))
+    return run if steps is None else with_steps(run, steps)
 
 
 def _finish(run: TrainingRun) -> dict[str, Any]:
@@ -185,7 +224,7 @@ def _continued(run: RunConfig, out: Path) -> RunConfig:
     found = read_run(out)
     asked, held = flatten(_located(run)), flatten(found)
     # left open, they are decided as a run begins, and the limit of time is replaced as it ends
-    decided = [("model.vocab_size", 0), ("optim.muon_precision", "auto")]
+    decided = [("model.vocab_size", 0), ("optim.muon_precision", "auto"), ("train.precision", "auto")]
     if run.train.minutes and (summary := read_summary(out)):
         held["train.minutes"] = summary["minutes"]
         decided += [(name, asked[name]) for name in ("train.stage_steps", "train.test_windows")]
@@ -199,10 +238,10 @@ def _continued(run: RunConfig, out: Path) -> RunConfig:
     return found
 
 
-def _corpus(run: RunConfig, reporter: Reporter, processes: Processes) -> Corpus:
+def _corpus(run: RunConfig, tokenizer: Tokenizer | None, reporter: Reporter, processes: Processes) -> Corpus:
     with processes.first_alone():
         options: dict[str, Any] = {"progress": reporter, "may_download": processes.world == 1}
-        corpus = cached_corpus(run.data.source, run.data.tokenizer, **options)
+        corpus = cached_corpus(run.data.source, tokenizer or run.data.tokenizer, **options)
     for name in ("train", "valid", "test"):
         have = corpus.num_tokens(name)
         if have < run.model.context:
