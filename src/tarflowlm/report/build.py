@@ -53,8 +53,7 @@ def draw_samples(model: LanguageModel, tokenizer: Tokenizer, progress: Progress 
 
 
 PAGE = "index.html"
-WIDTH, DPI = 4.6, 240
-"""Inches, and dots per inch of a PNG. On a phone, a figure of this width shows its text in full size."""
+WIDTH, DPI = 4.6, 240  # inches, dots per inch of a PNG; on a phone, such a figure shows its text in full size
 COUNTED = 1 << 22  # tokens of the validation split whose frequencies are counted
 
 Draw = Callable[[str, str, Callable[[Figure], None], float], str]

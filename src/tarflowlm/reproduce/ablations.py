@@ -26,12 +26,10 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     STARTED: ("", {}),
 }
 """Figure 4: inputs of the parameters of a channel -> suffix of the run, fields of its blocks."""
-PREFIXES, PROMPTS = (0, 16, 64, 128), 32
-"""Tokens of real text that a continuation is given, and the number of continuations."""
+PREFIXES, PROMPTS = (0, 16, 64, 128), 32  # tokens of real text before a continuation, number of continuations
 MINI_BOUND, PAPER_BOUND = 2.1, 1.4
 """Bits per character of the training text, of which no step at mini scale sees a part twice."""
-AVERAGED, POINTS = 5, 8
-"""Lines of metrics.jsonl that a point of the curve averages; evenly spaced points of the curve."""
+AVERAGED, POINTS = 5, 8  # lines of metrics.jsonl averaged in a point of the curve; evenly spaced points of it
 PATCHES = (2, 4, 8)
 FEW_COMPONENTS = (2, 3, 4)
 

@@ -17,8 +17,7 @@ from tarflowlm.report.style import COLOURS, SMALL, Figure, Section, page_html
 from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings, without
 from tarflowlm.reproduce.states import DEEPEST_LAST, SHORT_WINDOWS, latents, sample, share, summary_row
 
-LENGTH, SHOWN_SAMPLES, SAMPLES = 128, 8, 16
-"""Tokens per sample; samples of fig6, the first of which is shown, and of frontier."""
+LENGTH, SHOWN_SAMPLES, SAMPLES = 128, 8, 16  # tokens per sample; samples of fig6 (the first is shown), of frontier
 BPE = TokenizerConfig(kind="bpe", vocab_size=2048)
 LABELS = {"affine": "affine", "mix1": "Mix-1", "mixd": "Mix-d"}
 

@@ -23,13 +23,10 @@ from tarflowlm.training.train import StopRequests, no_stop_requests, resume, tra
 logger = logging.getLogger("tarflowlm")
 
 State = Literal["finished", "stopped", "new"]
-Row = dict[str, Any]
-"""One row of the CSV: column name -> number or text."""
+Row = dict[str, Any]  # one row of the CSV: column name -> number or text
 
-GPT2_SIZE = 50_257
-"""Tokens of GPT-2's vocabulary, known here so that a plan needs no network."""
-RUN_DETAILS = ("ppl", "stderr, nats", "tokens seen", "seconds")
-"""Columns of `states.summary_row` for the CSV alone."""
+GPT2_SIZE = 50_257  # tokens of GPT-2's vocabulary, known here so that a plan needs no network
+RUN_DETAILS = ("ppl", "stderr, nats", "tokens seen", "seconds")  # columns of `states.summary_row` for the CSV alone
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
@@ -58,17 +55,12 @@ class Settings:
 
     scale: Scale
     out: Path
-    data: str | None = None
-    """Text of the mini scale; the default is that of the presets."""
-    judge_data: str = "english"
-    """Text that the judge of samples is trained on; it should differ from `data`."""
-    second_text: str | None = None
-    """Another text to measure the likelihood on."""
+    data: str | None = None  # text of the mini scale; the default is that of the presets
+    judge_data: str = "english"  # text that the judge of samples is trained on; it should differ from `data`
+    second_text: str | None = None  # another text to measure the likelihood on
     seeds: int = 1
-    steps: int | None = None
-    """Optimiser steps of every training, in place of the recipe's: for a quick look."""
-    precision: Precision | None = None
-    """Precision of matrix products in training, in place of the preset's."""
+    steps: int | None = None  # optimiser steps of every training, in place of the recipe's: for a quick look
+    precision: Precision | None = None  # precision of matrix products in training, in place of the preset's
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def preset(self, kind: str, corpus: Literal["text8", "owt"]) -> RunConfig:
@@ -90,8 +82,7 @@ class Training:
 
     name: str
     run: RunConfig
-    label: str
-    """In tables and plots; the same for all seeds."""
+    label: str  # in tables and plots; the same for all seeds
 
     def directory(self, settings: Settings) -> Path:
         return settings.out / "runs" / self.name
@@ -145,27 +136,19 @@ class Recipe:
 
     name: str
     title: str
-    claim: str
-    """The paper's claim with its numbers, or the question where the paper makes none."""
+    claim: str  # the paper's claim with its numbers, or the question where the paper makes none
     plan: Callable[[Settings], list[Training]]
-    measure: Callable[[Settings, Sequence[Finished]], list[Row]]
-    """All rows, for the CSV."""
+    measure: Callable[[Settings, Sequence[Finished]], list[Row]]  # all rows, for the CSV
     table: Callable[[Sequence[Row]], list[Row]] = without_details
     """The rows of the Markdown table, made from those of the CSV; none for no table."""
-    draw: Callable[[Figure, Sequence[Row]], None] | None = None
-    """Draws the rows into a matplotlib figure."""
-    size: tuple[float, float] = (7.0, 4.5)
-    """Width and height of the figure in inches."""
-    page: Callable[[Sequence[Row]], str] | None = None
-    """The rows as a self-contained HTML page."""
+    draw: Callable[[Figure, Sequence[Row]], None] | None = None  # draws the rows into a matplotlib figure
+    size: tuple[float, float] = (7.0, 4.5)  # width and height of the figure in inches
+    page: Callable[[Sequence[Row]], str] | None = None  # the rows as a self-contained HTML page
     text: Callable[[Settings, Sequence[Finished], Sequence[Row]], str] | None = None
     """Markdown to print below the table, for instance samples."""
-    needs: tuple[tuple[str, str], ...] = ()
-    """Modules that measuring needs, each with the extra of the package that installs it."""
-    seeds: int = 1
-    """Fewest seeds at mini scale: more than one where a claim hangs on less than 2 %."""
-    clear: tuple[str, ...] = ()
-    """Labels of trainings that `seeds` does not apply to, because they differ by far more."""
+    needs: tuple[tuple[str, str], ...] = ()  # modules that measuring needs, each with the extra that installs it
+    seeds: int = 1  # fewest seeds at mini scale: more than one where a claim hangs on less than 2 %
+    clear: tuple[str, ...] = ()  # labels of trainings without these further seeds, because they differ by far more
 
     def trainings(self, settings: Settings) -> list[Training]:
         """The plan with at least `seeds` seeds, except for the labels in `clear`."""
@@ -181,8 +164,7 @@ class Planned:
     training: Training
     state: State
     tokens: int
-    seconds: float
-    """Rough estimate for the whole training on this machine."""
+    seconds: float  # rough estimate for the whole training on this machine
 
 
 def state_of(settings: Settings, training: Training) -> State:

@@ -46,8 +46,7 @@ PAPER_LIKELIHOOD = {
     "owt": {"AR": 17.54, "affine": 148.21, "Mix-1": 27.11, "Mix-d": 22.64},
 }
 """Bits per character on the test split of TEXT8, perplexity on the validation split of OpenWebText."""
-WINDOWS, SAMPLES = 128, 16
-"""Windows and posterior samples of the importance-weighted bound."""
+WINDOWS, SAMPLES = 128, 16  # windows and posterior samples of the importance-weighted bound
 SECOND_WINDOWS = 1024
 
 JUDGED_FAMILIES = ("AR", "Mix-1", "Mix-d")
