@@ -29,13 +29,13 @@ GPT2_SIZE = 50_257  # tokens of GPT-2's vocabulary, known here so that a plan ne
 RUN_DETAILS = ("ppl", "stderr, nats", "tokens seen", "seconds")  # columns of `states.summary_row` for the CSV alone
 
 
-def columns_of(rows: Sequence[Row]) -> list[str]:
-    """The names of all columns, in the order of their first appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row))
+def names_of(rows: Sequence[Row], hidden: Sequence[str] = ()) -> list[str]:
+    """The names of all columns but the `hidden` ones, in the order of their first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row if name not in hidden))
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table; empty without rows."""
+def markdown_table(rows: Sequence[Row], hidden: Sequence[str] = ()) -> str:
+    """The rows as a Markdown table without its `hidden` columns; empty without rows."""
 
     def cell(value: Any) -> str:
         if value is None:
@@ -44,7 +44,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
     if not rows:
         return ""
-    columns = columns_of(rows)
+    columns = names_of(rows, hidden)
     lines = [columns, ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -122,14 +122,6 @@ class Finished:
         return cached_corpus(checkpoint.run.data.source, checkpoint.tokenizer).split("test")
 
 
-def without(*columns: str) -> Callable[[Sequence[Row]], list[Row]]:
-    """A function that leaves `columns` out of rows."""
-    return lambda rows: [{name: value for name, value in row.items() if name not in columns} for row in rows]
-
-
-without_details = without(*RUN_DETAILS)
-
-
 @dataclass(frozen=True)
 class Recipe:
     """A table or figure."""
@@ -139,13 +131,12 @@ class Recipe:
     claim: str  # the paper's claim with its numbers, or the question where the paper makes none
     plan: Callable[[Settings], list[Training]]
     measure: Callable[[Settings, Sequence[Finished]], list[Row]]  # all rows, for the CSV
-    table: Callable[[Sequence[Row]], list[Row]] = without_details
-    """The rows of the Markdown table, made from those of the CSV; none for no table."""
+    table: Callable[[Sequence[Row]], list[Row]] = list  # the rows of the Markdown table; none for no table
+    hidden: tuple[str, ...] = RUN_DETAILS  # columns that are in the CSV alone
     draw: Callable[[Figure, Sequence[Row]], None] | None = None  # draws the rows into a matplotlib figure
     size: tuple[float, float] = (7.0, 4.5)  # width and height of the figure in inches
     page: Callable[[Sequence[Row]], str] | None = None  # the rows as a self-contained HTML page
-    text: Callable[[Settings, Sequence[Finished], Sequence[Row]], str] | None = None
-    """Markdown to print below the table, for instance samples."""
+    text: Callable[[Settings, Sequence[Finished], Sequence[Row]], str] | None = None  # Markdown below the table
     needs: tuple[tuple[str, str], ...] = ()  # modules that measuring needs, each with the extra that installs it
     seeds: int = 1  # fewest seeds at mini scale: more than one where a claim hangs on less than 2 %
     clear: tuple[str, ...] = ()  # labels of trainings without these further seeds, because they differ by far more
@@ -200,11 +191,9 @@ def finish(
 
 
 def estimate(settings: Settings, plan: Sequence[Training]) -> list[Planned]:
-    """The plan with times, from a few timed steps of every stage.
-
-    The mini scale times whole batches. The paper scale times one short sequence and scales up, which overstates the
-    optimiser, whose share of a step does not grow with the batch. Trainings of the same shape are timed once.
-    """
+    """The plan with times, from a few timed steps of every stage. The mini scale times whole batches, the paper scale
+    one short sequence and scales up, which overstates the optimiser, whose share of a step does not grow with the
+    batch. Trainings of the same shape are timed once."""
     known: dict[RunConfig, float] = {}
     planned: list[Planned] = []
     for training in plan:

@@ -193,9 +193,7 @@ def falls(values: Sequence[float]) -> bool:
 
 def drops_and_rises(values: Sequence[float], directions: Sequence[str]) -> bool:
     """True if values drop visibly at every right-to-left layer that has a next one, and rise at that next layer.
-
-    `directions` are those of the layers between the values.
-    """
+    `directions` are those of the layers between the values."""
     steps, least = _steps(values)
     pairs = zip(pairwise(steps), directions, strict=False)
     found = [drop < -least and rise > least for (drop, rise), direction in pairs if direction == "right to left"]
