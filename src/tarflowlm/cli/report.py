@@ -18,8 +18,7 @@ class Args:
         tyro.conf.Positional[tuple[Path, ...]],
         arg("MODEL ...", "Run directories, shipped models or hf:OWNER/NAME; several share their figures."),
     ]
-    out: Out = None
-    """Directory to write; by default DIR/report for a single run directory. An earlier report there is replaced."""
+    out: Out = None  # Directory to write; by default DIR/report for one run directory. An earlier report is replaced.
     device: Device = "auto"
     json: PrintJson = False
 

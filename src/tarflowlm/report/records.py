@@ -20,8 +20,10 @@ from tarflowlm.training.metrics import METRICS
 
 Series = npt.NDArray[np.float64]
 
-COLUMNS = {"train": ("step", "tokens", "block", "bpc", "lr", "grad_norm", "tokens_per_second")}
-COLUMNS |= {"valid": ("step", "tokens", "bpc")}  # of metrics.jsonl, by split
+COLUMNS = {  # of metrics.jsonl that a report reads, by split
+    "train": ("step", "tokens", "block", "bpc", "lr", "grad_norm", "tokens_per_second"),
+    "valid": ("step", "tokens", "bpc"),
+}
 PLAIN = {"parameters": "parameters", "of them in Transformers": "trunk_parameters", "device": "device"}
 PLAIN |= {"threads": "threads", "machine": "machine", "PyTorch": "torch"}
 """Rows of the summary that show a value of summary.json as it is."""
