@@ -45,9 +45,6 @@ def gpt2(tmp_path_factory) -> Path:
     return folder
 
 
-# --- models of transformers
-
-
 @pytest.mark.slow
 def test_perplexity_equals_the_model_loss(gpt2):
     import transformers
@@ -90,9 +87,6 @@ def test_pickled_weights_are_refused(gpt2, tmp_path):
         load_judge(str(tmp_path))
 
 
-# --- baselines of ours
-
-
 def test_baseline_scores_every_token(baseline_run):
     judge = load_judge(str(baseline_run))
     tokens = torch.from_numpy(TOKENIZER.encode("bad cab dad"))[None]
@@ -111,9 +105,6 @@ def test_features_of_a_baseline_are_those_of_sampling(baseline_run):
         for token in TOKENIZER.encode("bad cab"):
             features = model.features_at(cache, torch.tensor([[token]]), 1)
     torch.testing.assert_close(judge.read(["bad cab"]).features, features, rtol=1e-4, atol=1e-5)
-
-
-# --- both
 
 
 @pytest.fixture(params=[pytest.param("gpt2", marks=pytest.mark.slow), "baseline_run"])

@@ -73,9 +73,8 @@ def test_recipe_measures_draws_and_writes(settings, name):
     finished = [untrained(settings, training) for training in recipe.plan(settings)]
     rows = recipe.measure(settings, finished)
     assert {done.training.label for done in finished} - {"judge"} <= {row["model"] for row in rows}
-    numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
-    assert numbers
-    assert all(map(math.isfinite, numbers))
+    numbers = [math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float)]
+    assert set(numbers) == {True}
     written = write_results(recipe, settings, rows, finished, command=["tarflowlm", "reproduce", name])
     extra = [suffix for suffix, made in ((".png", recipe.draw), (".html", recipe.page)) if made]
     assert [path.suffix for path in written] == [".csv", *extra, ".md"]
@@ -133,12 +132,8 @@ def test_fig6_marks_the_edits_of_every_block(settings):
 def test_directions_of_the_paper():
     """Numbers as in the paper's figure: from the noise down, the right-to-left block second."""
     rows = [{"block": None}, {"block": 3}, {"block": 2}, {"block": 1}]
-    columns = {
-        "norm": (4.0, 3.0, 2.5, 2.0),
-        "cosine": (0.0, 0.1, 0.2, 0.3),
-        "participation_ratio": (9.0, 9.5, 5.0, 6.0),
-        "centroid_shift": (None, 3.0, 2.0, 1.0),
-    }
+    columns = {"norm": (4.0, 3.0, 2.5, 2.0), "cosine": (0.0, 0.1, 0.2, 0.3)}
+    columns |= {"participation_ratio": (9.0, 9.5, 5.0, 6.0), "centroid_shift": (None, 3.0, 2.0, 1.0)}
     for row, *values in zip(rows, *columns.values(), strict=True):
         row |= dict(zip(columns, values, strict=True))
     assert set(states.directions(rows).values()) == {"yes"}
