@@ -38,8 +38,7 @@ def settings(tmp_path_factory, corpus_file) -> Settings:
 
 def untrained(settings: Settings, training: Training) -> Finished:
     """A directory as `train` leaves it, of a small model that was not trained."""
-    directory = settings.out / "runs" / training.name
-    run = training.run
+    directory, run = settings.out / "runs" / training.name, training.run
     small = {"context": CONTEXT, "trunk": TransformerConfig(width=8, num_heads=2, mlp_ratio=1)}
     if isinstance(run.model, FlowConfig):
         blocks = tuple(replace(block, layers=1) for block in run.model.blocks)
@@ -56,8 +55,7 @@ def untrained(settings: Settings, training: Training) -> Finished:
         test = {"bound": exact, "bpc": 4.5, "ppl": math.exp(3), "stderr": 0.01}
         counts = {"seed": run.seed, "steps": 1, "tokens": 16, "seconds": 1.0, "source": run.data.source}
         write_json(directory / "summary.json", counts | {"test": test})
-        names = ("tokens", "block", "lr", "grad_norm", "tokens_per_second")
-        fields = {"split": "train"} | dict.fromkeys(names, 1)
+        fields = {"split": "train"} | dict.fromkeys(("tokens", "block", "lr", "grad_norm", "tokens_per_second"), 1)
         lines = [fields | {"step": 20 * i, "bpc": 5.0 - i / 10} for i in range(1, 41)]
         (directory / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     return Finished(replace(training, run=run), directory, settings.device)
