@@ -29,7 +29,8 @@ class Args:
     judge_data: Annotated[str, arg("SOURCE")] = "english"
     """Text on which the judge of samples is trained at mini scale; it should differ from --data."""
     second_text: Annotated[str | None, arg("SOURCE")] = None  # table2: also measure the likelihood of this text.
-    seeds: int = 1  # Train each model so many times, seeds 0, 1, ...; at least twice where differences are small.
+    seeds: int = 1
+    """Train each model this many times, with seeds 0, 1, ...; where differences are small, at least twice."""
     steps: Count = None  # Optimiser steps of every training in place of the recipe's, for a quick look.
     precision: Annotated[Precision | None, arg()] = None
     """Precision of matrix products in training; densities are in float32 either way. bfloat16 is faster on some

@@ -38,7 +38,8 @@ class Args:
     template: options.Text = None
     """Text with a blank for every token to fill in: "the ____ of ____". A BPE token brings the space before it."""
     blank: Annotated[str, arg("CHARACTER")] = "_"  # Character that marks a blank in the template.
-    particles: int = 1  # Candidates per sample, weighted by the likelihood of the given tokens; exact in the limit.
+    particles: int = 1
+    """Candidates per sample, weighted by the likelihood of the given tokens; exact in the limit of many."""
     seed: int = 0  # The same seed gives the same text.
     temperature: Annotated[float, arg("FLOAT", options.TEMPERATURE.capitalize())] = 1.0
     top_k: Annotated[int | None, arg("INT", options.TOP_K.capitalize())] = None
