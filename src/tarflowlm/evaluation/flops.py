@@ -7,7 +7,7 @@ All counts are per sequence of `context` tokens. There are three conventions:
       4 D N + L (6 D^2 N + 2 D N^2 + 2 D^2 N + 16 D^2 N),    and an LM head 2 D V T.
   A masked autoregressive head costs, per position of c = P d channels and with D_m = 2 `head_hidden`,
       6 E (c - 1)^2 + D_m c (D + E (c - 1)) + D_m c^2 (outputs per channel: 3 K; 2 for affine).
-  The product of attention weights and values is left out. Mix-d blocks, which are not in it, count 2 D K per token.
+  The product of attention weights and values is left out. The appendix lacks Mix-d blocks: here 2 D K per token.
 - `paper`: the same terms, with an input map and a head for every block, which the blocks of a flow do have.
 - `full`: every matrix product of the real modules, counted by PyTorch on meta tensors (shapes without numbers).
   Attention counts over the whole square of positions. Elementwise operations do not count.
