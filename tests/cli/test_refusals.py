@@ -24,7 +24,6 @@ LINES = [
     (["train", "mini-mixd"], ["--out"]),
     (["train", "--resume", "OUT"], ["OUT"]),
     ([*TRAIN, "--seed", "-1"], ["seed -1"]),
-    ([*TRAIN, "--seed", str(2**70)], [f"seed {2**70}"]),
     ([*TRAIN, "--model.patch", "3"], ["patch 3", "context 32"]),
     ([*TRAIN, "--steps", "0"], ["steps 0"]),
     ([*TRAIN, "--steps", "2"], ["steps 2", "3 stages"]),
@@ -34,11 +33,9 @@ LINES = [
     ([*TRAIN, "--model.blocks.1.layers", "0"], ["layers 0"]),
     ([*TRAIN, "--model.trunk.width", "33"], ["width 33", "multiple"]),
     ([*TRAIN, "--optim.lr", "-1"], ["optim.lr -1.0"]),
-    ([*TRAIN, "--train.batch-size", "0"], ["train.batch_size 0"]),
     ([*TRAIN, "--model.vocab-size", "5"], ["vocab_size 5", "27"]),
     ([*TRAIN, "--model.context", "4096"], ["4096", "longer text"]),
     ([*TRAIN, "--data", "no-such-file.txt"], ["'no-such-file.txt'", "english"]),
-    ([*TRAIN, "--data", ""], ["''", "english"]),
     (["quickstart", "--out", "OUT", "--minutes", "0"], ["minutes 0"]),
     (["data", "no-such.txt", "--out", "OUT"], ["no-such.txt"]),
     (["data", "TEXT", "--out", "OUT", "--kind", "bpe"], ["vocab_size 0"]),
@@ -46,7 +43,6 @@ LINES = [
     ([*SAMPLE, "--prompt", "日本"], ["nothing is left", "日本"]),
     ([*SAMPLE, "--prompt", BYTES], ["the prompt is not UTF-8 (character 0 is byte 0xff)"]),
     ([*SAMPLE, "--template", f"a_{BYTES}"], ["the template is not UTF-8"]),
-    ([*SAMPLE, "--stop", BYTES], ["the stop is not UTF-8"]),
     ([*SAMPLE, "--prompt", "a" * 40], ["40 tokens", "16"]),
     ([*SAMPLE, "--prompt", "abcd", "--length", "4"], ["4 tokens"]),
     ([*SAMPLE, "--num", "0"], ["num 0"]),
@@ -64,10 +60,8 @@ LINES = [
     ([*SAMPLE, "--prompt", "a", "--particles", "0"], ["particles 0"]),
     ([*SAMPLE, "--prompts", "no-such"], ["no-such"]),
     (["sample", "ar", "--passes"], ["--passes", "baseline"]),
-    (["sample", "ar", "--states", "--json"], ["--states", "baseline"]),
     ([*SAMPLE, "--states"], ["--states", "--json"]),
     ([*SAMPLE, "--stream", "--json"], ["--stream", "--json"]),
-    ([*SAMPLE, "--stream", "--prompt", "a", "--particles", "2"], ["--stream", "--particles"]),
     ([*SAMPLE, "--particles", "2"], ["--particles", "--prompt"]),
     ([*SAMPLE, "--blank", "#"], ["--blank", "--template"]),
     ([*SAMPLE, "--prompt", "a", "--prompts", "-"], ["--prompt", "--prompts"]),
@@ -85,7 +79,6 @@ LINES = [
     (["eval", "patches-ar", "--stride", "3"], ["stride 3", "patch of 2"]),
     ([*EVAL, "--seed", "-1"], ["seed -1"]),
     ([*EVAL, "--judge", "gpt2"], ["--judge", "--quality"]),
-    ([*EVAL, "--top-p", "0.9"], ["--top-p", "--quality"]),
     ([*EVAL, "--quality", "--judge", "/no/such/judge"], ["/no/such/judge", "no directory"]),
     ([*EVAL, "--quality", "--judge", "flow"], ["is a flow", "mini-ar"]),
     ([*EVAL, "--quality", "--num", "1"], ["num 1"]),
@@ -107,7 +100,6 @@ LINES = [
     ([*EDIT, "--words", "1", "--strength", "0.5"], ["--words", "--strength"]),
     ([*EDIT, "--toward", "abc", "--rewrite", "king"], ["--rewrite", "--toward"]),
     ([*EDIT, "--toward", "the lord", "--weight", "2"], ["weight 2.0"]),
-    ([*EDIT, "--toward", BYTES], ["the other text is not UTF-8"]),
     ([*EDIT, "--replace", "king", BYTES], ["not UTF-8"]),
     ([*EDIT, "--rewrite", "queen"], ["'queen' does not occur"]),
     ([*EDIT, "--level", "7"], ["level 7"]),
@@ -124,8 +116,7 @@ LINES = [
     ([*REPRODUCE, "--seeds", "0"], ["seeds 0"]),
     (["reproduce", "fig2", "--second-text", "a.txt"], ["--second-text a.txt", "table2"]),
     ([*REPRODUCE, "--scale", "paper", "--data", "a.txt"], ["--data a.txt", "--scale paper"]),
-    ([*HARNESS, "--model", "gpt2"], ["--model", "leave it out"]),
-    ([*HARNESS, "--model=hf"], ["--model=hf"]),
+    ([*HARNESS, "--model=hf"], ["--model=hf", "leave it out"]),
     ([*HARNESS, "--model_args", "a=b"], ["--model_args"]),
     ([*HARNESS, "--posterior-samples", "0"], ["posterior samples 0"]),
     ([*HARNESS, "--noise-seed", "-1"], ["-1"]),
@@ -136,14 +127,11 @@ BOXES = [
     (["sample", "x", "--decoder", "magic"], ["'magic'", "steps"]),
     (["train", "mini-ar", "--out", "x", "--minutes", "1:30"], ["--minutes", "'1:30'"]),
     ([*TRAIN, "--model.blocks.1.coupling", "mixx"], ["'mixx'", "mix1"]),
-    ([*TRAIN, "--device", "tpu"], ["'tpu'", "cpu"]),
     ([*TRAIN, "--seed"], ["--seed"]),
     ([*TRAIN, "stray"], ["stray"]),
-    (["eval", "x", "--split", "trian"], ["'trian'", "train"]),
     (["eval", "x", "--text", "a"], ["--text"]),
     (["edit", "x", "--text", "a", "--replace", "a"], ["--replace"]),
     (["data", "x"], ["--out"]),
-    (["export", "x"], ["--out"]),
 ]
 """Options that do not parse, of which tyro prints a box."""
 
@@ -167,8 +155,7 @@ def test_wrong_requests_cost_one_line(refused, complete, tmp_path, argv, names):
 def test_options_that_do_not_parse_cost_a_box(run, complete, tmp_path, argv, names):
     done = run(*complete(argv))
     assert (done.status, done.out) == (2, "")
-    for name in names:
-        assert name in done.err
+    assert [name for name in names if name not in done.err] == []
     assert not list(tmp_path.iterdir())
 
 
@@ -236,12 +223,8 @@ def test_damaged_runs_are_named_and_left_alone(refused, copied, name):
     assert listing(copied) == before
 
 
-# --- random ones
-
-few = settings(
-    max_examples=10, deadline=None, derandomize=True, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+CHECKS = [HealthCheck.function_scoped_fixture]
+few = settings(max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=CHECKS)
 # an argument of a process holds no NUL
 words = st.text(st.characters(exclude_characters="\0"), max_size=60)
 FIELDS = [

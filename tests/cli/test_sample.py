@@ -152,9 +152,6 @@ def test_an_interrupt_keeps_the_finished_samples(run, model, tmp_path, monkeypat
     assert (len(result["samples"]), result["interrupted"]) == (4, True)
 
 
-# --- conversations
-
-
 @pytest.fixture
 def talk(run, models, monkeypatch):
     """talk(*lines, options=(), status=0): what `sample --interactive` answers to these lines."""

@@ -40,9 +40,6 @@ def test_public_names_are_there():
         tarflowlm.no_such_name  # noqa: B018
 
 
-# --- ends
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("argv", [("info", "--json"), ("sample", "--help")])
 def test_a_closed_pipe_is_no_error(argv):

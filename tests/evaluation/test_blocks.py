@@ -50,19 +50,14 @@ def windows():
     return torch.randint(5, (6, 8), generator=torch.Generator().manual_seed(2))
 
 
-def first_blocks(model: TarFlowLM, num_blocks: int) -> TarFlowLM:
-    """The model with the prior cut off after some blocks."""
-    cut = TarFlowLM(model.config.first_blocks(num_blocks)).double()
-    cut.load_state_dict(model.state_dict(), strict=False)
-    return cut
-
-
 def test_bound_after_a_block_equals_the_truncated_model(model, windows):
     report = latent_report(model, windows, seed=3)
     assert [state.block for state in report] == list(range(model.num_blocks + 1))
     for state in report[1:]:
+        cut = TarFlowLM(model.config.first_blocks(state.block)).double()
+        cut.load_state_dict(model.state_dict(), strict=False)
         with torch.no_grad():
-            terms = elbo(first_blocks(model, state.block), windows, generator=torch.Generator().manual_seed(3))
+            terms = elbo(cut, windows, generator=torch.Generator().manual_seed(3))
         nelbo, log_det = terms.nelbo / 8, terms.log_dets[-1] / 8
         kl = (terms.log_q - terms.log_prior) / 8
         for spread, values in ((state.nelbo, nelbo), (state.log_det, log_det), (state.kl, kl)):
@@ -108,7 +103,5 @@ def test_bound_parts_agree_with_latent_report(model, windows):
     parts, report = bound_parts(model, windows, CHARACTERS, seed=5), latent_report(model, windows, seed=5)
     assert parts.bounds == pytest.approx([state.nelbo.mean for state in report])
     assert parts.gains == pytest.approx([state.kl_gain.mean for state in report[1:]])
-    assert parts.log_dets == pytest.approx([state.log_det.mean for state in report[1:]])
-    assert parts.kl == pytest.approx(report[-1].kl.mean)
     assert sum(parts.gains) == pytest.approx(report[0].kl.mean - report[-1].kl.mean)
     assert (report[0].centroid_shift, report[0].log_det, report[0].kl_gain) == (None, None, None)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from run_cases import save_run
-from tarflowlm.baseline import TokenLM
 from tarflowlm.data import CharTokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation import judges
@@ -43,9 +42,6 @@ def gpt2(tmp_path_factory) -> Path:
     config = transformers.GPT2Config(**sizes, initializer_range=0.3)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
-
-
-# --- models of transformers
 
 
 @pytest.mark.slow
@@ -90,9 +86,6 @@ def test_pickled_weights_are_refused(gpt2, tmp_path):
         load_judge(str(tmp_path))
 
 
-# --- baselines of ours
-
-
 def test_baseline_scores_every_token(baseline_run):
     judge = load_judge(str(baseline_run))
     tokens = torch.from_numpy(TOKENIZER.encode("bad cab dad"))[None]
@@ -104,16 +97,12 @@ def test_baseline_scores_every_token(baseline_run):
 def test_features_of_a_baseline_are_those_of_sampling(baseline_run):
     judge = load_judge(str(baseline_run))
     model = judge.model
-    assert isinstance(model, TokenLM)
     cache = model.allocate_cache(1, 12)
     with torch.no_grad():
         features = model.features_at(cache, None, 1)
         for token in TOKENIZER.encode("bad cab"):
             features = model.features_at(cache, torch.tensor([[token]]), 1)
     torch.testing.assert_close(judge.read(["bad cab"]).features, features, rtol=1e-4, atol=1e-5)
-
-
-# --- both
 
 
 @pytest.fixture(params=[pytest.param("gpt2", marks=pytest.mark.slow), "baseline_run"])

@@ -1,10 +1,14 @@
-"""Sample statistics on texts whose answers are known, MAUVE at its ends, and the whole of it on a tiny model."""
+"""Sample statistics on texts whose answers are known, MAUVE at its ends, the whole of it on a tiny model; n-grams."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tarflowlm.data import CharTokenizer
 from tarflowlm.evaluation import quality
@@ -101,3 +105,46 @@ def test_samples_depend_on_the_seed_alone(model, monkeypatch):
     several = draw_samples(model, replace(CONFIG, length=5))
     assert several.shape == (20, 5)
     assert not torch.equal(several[:10], several[10:])
+
+
+def plain(text: str, order: int) -> float:
+    """The formula of the docstring, one n-gram at a time."""
+    ngrams = [text[i : i + order] for i in range(len(text) - order + 1)]
+    contexts = Counter(ngram[:-1] for ngram in ngrams)
+    counts = Counter(ngrams)
+    return -sum(c * math.log2(c / contexts[ngram[:-1]]) for ngram, c in counts.items()) / len(ngrams)
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(st.text(st.sampled_from("abcé\U0001f600"), min_size=6, max_size=60), st.integers(1, 6))
+def test_entropy_equals_the_formula(text, order):
+    assert quality.ngram_entropy(text, order) == pytest.approx(plain(text, order), abs=1e-9)
+
+
+def test_bigram_probabilities_sum_to_one():
+    """Its probabilities of the token after w, read from texts (0, w, a), sum to one, whether w was seen or not."""
+    rng = np.random.default_rng(3)
+    train = rng.integers(0, 5, 60)
+
+    def bits(*test: int) -> float:
+        return len(test) * quality.bigram_cross_entropy(train, np.array(test), 7)
+
+    for w in range(7):
+        assert sum(2 ** -(bits(0, w, a) - bits(0, w)) for a in range(7)) == pytest.approx(1)
+
+
+def test_bigram_model_learns_a_markov_chain():
+    rng = np.random.default_rng(4)
+    chain, ids = rng.dirichlet(np.full(6, 0.5), size=6), [0]
+    for _ in range(20_000):
+        ids.append(int(rng.choice(6, p=chain[ids[-1]])))
+    train, test = np.array(ids[:15_000]), np.array(ids[15_000:])
+    entropy = quality.ngram_entropy(test, 2)
+    assert entropy < quality.bigram_cross_entropy(train, test, 6) < entropy + 0.02
+
+
+def test_compressors():
+    noise = "".join(np.random.default_rng(5).choice(list("abcd"), 20_000))
+    for name in ("bz2", "lzma"):
+        assert quality.compressed_bits("all work and no play " * 1000)[name] < 0.2
+        assert 2.0 < quality.compressed_bits(noise)[name] < 2.6

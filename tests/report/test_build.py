@@ -133,14 +133,9 @@ def test_samples_are_the_same_every_time(runs, name):
 
 def test_bad_arguments_write_nothing(runs, tmp_path):
     joint, out = runs["joint"], tmp_path / "out"
-    for directories, place in (
-        ([tmp_path / "none"], out),
-        (list(runs.values()), None),
-        ([Path("english-mini")], None),
-        ([joint, joint], out),
-        ([joint], joint),
-        ([joint], joint / "config.json"),
-    ):
+    wrong = [([tmp_path / "none"], out), (list(runs.values()), None), ([Path("english-mini")], None)]
+    wrong += [([joint, joint], out), ([joint], joint), ([joint], joint / "config.json")]
+    for directories, place in wrong:
         with pytest.raises(UserError):
             write_report(directories, place)
     assert not out.exists()

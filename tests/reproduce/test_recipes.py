@@ -38,8 +38,7 @@ def settings(tmp_path_factory, corpus_file) -> Settings:
 
 def untrained(settings: Settings, training: Training) -> Finished:
     """A directory as `train` leaves it, of a small model that was not trained."""
-    directory = settings.out / "runs" / training.name
-    run = training.run
+    directory, run = settings.out / "runs" / training.name, training.run
     small = {"context": CONTEXT, "trunk": TransformerConfig(width=8, num_heads=2, mlp_ratio=1)}
     if isinstance(run.model, FlowConfig):
         blocks = tuple(replace(block, layers=1) for block in run.model.blocks)
@@ -56,8 +55,7 @@ def untrained(settings: Settings, training: Training) -> Finished:
         test = {"bound": exact, "bpc": 4.5, "ppl": math.exp(3), "stderr": 0.01}
         counts = {"seed": run.seed, "steps": 1, "tokens": 16, "seconds": 1.0, "source": run.data.source}
         write_json(directory / "summary.json", counts | {"test": test})
-        names = ("tokens", "block", "lr", "grad_norm", "tokens_per_second")
-        fields = {"split": "train"} | dict.fromkeys(names, 1)
+        fields = {"split": "train"} | dict.fromkeys(("tokens", "block", "lr", "grad_norm", "tokens_per_second"), 1)
         lines = [fields | {"step": 20 * i, "bpc": 5.0 - i / 10} for i in range(1, 41)]
         (directory / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     return Finished(replace(training, run=run), directory, settings.device)
@@ -73,9 +71,8 @@ def test_recipe_measures_draws_and_writes(settings, name):
     finished = [untrained(settings, training) for training in recipe.plan(settings)]
     rows = recipe.measure(settings, finished)
     assert {done.training.label for done in finished} - {"judge"} <= {row["model"] for row in rows}
-    numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
-    assert numbers
-    assert all(map(math.isfinite, numbers))
+    numbers = [math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float)]
+    assert set(numbers) == {True}
     written = write_results(recipe, settings, rows, finished, command=["tarflowlm", "reproduce", name])
     extra = [suffix for suffix, made in ((".png", recipe.draw), (".html", recipe.page)) if made]
     assert [path.suffix for path in written] == [".csv", *extra, ".md"]
@@ -133,12 +130,8 @@ def test_fig6_marks_the_edits_of_every_block(settings):
 def test_directions_of_the_paper():
     """Numbers as in the paper's figure: from the noise down, the right-to-left block second."""
     rows = [{"block": None}, {"block": 3}, {"block": 2}, {"block": 1}]
-    columns = {
-        "norm": (4.0, 3.0, 2.5, 2.0),
-        "cosine": (0.0, 0.1, 0.2, 0.3),
-        "participation_ratio": (9.0, 9.5, 5.0, 6.0),
-        "centroid_shift": (None, 3.0, 2.0, 1.0),
-    }
+    columns = {"norm": (4.0, 3.0, 2.5, 2.0), "cosine": (0.0, 0.1, 0.2, 0.3)}
+    columns |= {"participation_ratio": (9.0, 9.5, 5.0, 6.0), "centroid_shift": (None, 3.0, 2.0, 1.0)}
     for row, *values in zip(rows, *columns.values(), strict=True):
         row |= dict(zip(columns, values, strict=True))
     assert set(states.directions(rows).values()) == {"yes"}

@@ -1,5 +1,7 @@
-"""Work for a visitor: it is followed, and ends when nobody waits, when the time is over, or by an error."""
+"""Work for a visitor ends when nobody waits, when the time is over, or by an error; a taken port is refused."""
 
+import importlib.util
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tarflowlm.errors import UserError
+from tarflowlm.report.style import check_package
 from tarflowlm.studio.request import Halted, Job
+from tarflowlm.studio.server import free_port
 
 
 def endless(job: Job[None]) -> None:
@@ -63,3 +67,19 @@ def test_one_works_at_a_time():
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: list(Job(work).follow(str)), range(3)))
     assert most == [1, 1, 1]
+
+
+def test_taken_port_is_passed_over_unless_it_was_asked_for():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} .*: choose another"):
+            free_port("127.0.0.1", port)
+        assert free_port("127.0.0.1", None) != port
+
+
+def test_missing_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'tarflowlm\[studio\]'"):
+        check_package("gradio", "studio")

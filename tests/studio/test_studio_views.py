@@ -102,15 +102,13 @@ def test_normalised_text_is_shown(catalogue):
 
 def test_template_keeps_given_tokens(catalogue):
     html = shown(infill, catalogue, VALID[infill])
-    assert texts(html)
-    assert all(re.fullmatch("the ... saw", text) for text in texts(html))
+    assert {bool(re.fullmatch("the ... saw", text)) for text in texts(html)} == {True}
     assert "count" in words(html)
 
 
 def test_only_whole_words_are_replaced(catalogue):
     _, *found = texts(shown(replace_words, catalogue, ["flow", "cat a catcat cat", "Cat", 3, 2, 0]))
-    assert found
-    assert all(re.fullmatch("... a catcat ...", text) for text in found)
+    assert {bool(re.fullmatch("... a catcat ...", text)) for text in found} == {True}
     assert "is no word of the text" in shown(replace_words, catalogue, ["flow", "cat a catcat", "dog", 3, 2, 0])
 
 

@@ -5,11 +5,10 @@ from typing import Annotated, Any, Literal
 
 from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
-from tarflowlm.config import Decoder
+from tarflowlm.config import Decoder, checked_seed
 from tarflowlm.errors import UserError
 
-MUCH_CHANGED, MUCH_LONGER = 0.5, 1.25
-"""Share of changed tokens, and ratio of bits, above which an edit of a state comes with advice."""
+MUCH_CHANGED, MUCH_LONGER = 0.5, 1.25  # share of changed tokens, ratio of bits: above these an edit gets advice
 KINDS = ("rewrite", "toward", "replace")  # options that name the edit; without one it is "level" or "words"
 
 
@@ -24,8 +23,7 @@ class Args:
     strength: options.Number = None
     """Share of the words to resample, given all the others: 0 keeps the text, 0.1 (the default) changes a word here
     and there, 1 leaves none. With --level: how much noise the states get."""
-    words: options.Count = None
-    """Number of words to resample, in place of a share. With --level: only so many words get noise."""
+    words: options.Count = None  # Number of words to resample, not a share. With --level: only so many get noise.
     pick: Annotated[Literal["random", "unlikely"] | None, arg()] = None
     """Words to resample: random ones (the default), or the most unlikely ones."""
     rewrite: Annotated[tuple[str, ...] | None, arg("TEXT ...")] = None
@@ -69,7 +67,6 @@ def run(args: Args) -> None:
     import torch
     from rich.console import Console
 
-    from tarflowlm.config import checked_seed
     from tarflowlm.data.prompts import Reading, read
     from tarflowlm.editing import EDITS, Source, encode
     from tarflowlm.evaluation.likelihood import bits

@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal
 
 from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
-from tarflowlm.config import Decoder
+from tarflowlm.config import Decoder, checked_seed
 from tarflowlm.errors import UserError
 
-SAMPLING = ("num", "length", "decoder", "temperature", "top_k", "top_p")
-"""Options of --quality: fields of `quality.SamplingConfig`."""
+SAMPLING = ("num", "length", "decoder", "temperature", "top_k", "top_p")  # fields of `quality.SamplingConfig`
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,7 @@ class Args:
     data: Annotated[str | None, arg("SOURCE")] = None
     """Another text: corpus name, file or prepared directory; the default is the run's own corpus."""
     split: Literal["train", "valid", "test", "all"] = "test"  # Part of the text; a file is split 90/5/5.
-    samples: int = 1
-    """Posterior samples: 1 gives the ELBO, more give the importance-weighted bound with the ELBO beside it."""
+    samples: int = 1  # Posterior samples: 1 gives the ELBO, more the importance-weighted bound and the ELBO.
     windows: options.Count = None  # At most this many windows, evenly spaced; the default is all of them.
     stride: options.Count = None
     """Tokens between window starts (default: the context). Less lets windows overlap: baseline, one-block flows."""
@@ -52,7 +50,6 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.config import checked_seed
     from tarflowlm.data import SOURCE_NAMES, cached_corpus, encode_text_source, eval_windows
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.blocks import latent_report

@@ -11,8 +11,7 @@ from tarflowlm.cli.options import Normalize, PrintJson, check, parse
 from tarflowlm.errors import UserError
 
 OURS = ("--model", "-M", "--model_args", "-a")  # options of lm-eval that name the model: `harness` fills them in
-KEPT = ("results", "groups", "n-samples", "versions", "config")
-"""Fields of lm-eval's results that --json prints; `--output_path` keeps all of them."""
+KEPT = ("results", "groups", "n-samples", "versions", "config")  # what --json prints; `--output_path` keeps all
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,7 @@ class Args:
     """Evaluate a model with lm-evaluation-harness: harness MODEL --tasks NAMES and any other option of lm-eval."""
 
     directory: Exported
-    posterior_samples: int = 1
-    """Posterior samples of a flow: 1 gives the ELBO, more give the importance-weighted bound."""
+    posterior_samples: int = 1  # Posterior samples of a flow: 1 gives the ELBO, more the importance-weighted bound.
     noise_seed: int = 0  # Seed of these samples, and of continuations.
     normalize: Normalize = None
     json: PrintJson = False

@@ -13,10 +13,8 @@ from tarflowlm.cli.options import PrintJson, arg, load_checkpoint
 class Args:
     """Describe a model: its shape, training and likelihood. Without one, list the models of the package."""
 
-    directory: Annotated[
-        tyro.conf.Positional[Path | None],
-        arg("[MODEL]", "Run directory, hf:OWNER/NAME, or a model of the package; without it those are listed."),
-    ] = None
+    directory: Annotated[tyro.conf.Positional[Path | None], arg("[MODEL]")] = None
+    """Run directory, hf:OWNER/NAME, or a model of the package; without it those are listed."""
     json: PrintJson = False
 
 

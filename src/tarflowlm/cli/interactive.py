@@ -74,8 +74,7 @@ class _Session:
         self.args = self._checked(replace(args, length=length))
         self.stops = tuple(self._read(stop, "stop") for stop in args.stop)
         self.generator = torch.Generator().manual_seed(args.seed)
-        self.tokens = self.last = torch.zeros(0, dtype=torch.long)
-        """The text so far, and before the last continuation."""
+        self.tokens = self.last = torch.zeros(0, dtype=torch.long)  # the text, and what it was one step ago
 
     def _read(self, text: str, name: str) -> str:
         return read(self.tokenizer, text, name=name, normalize=self.args.normalize).text

@@ -18,11 +18,9 @@ from tarflowlm.errors import Stopped, UnknownCharacters, UserError
 
 STOPPED, INTERRUPTED, CLOSED_PIPE = 75, 130, 141
 """Exit status: EX_TEMPFAIL of sysexits.h, try again; 128 plus the number of SIGINT; 128 plus that of SIGPIPE."""
-AFTER_INTERRUPT = {
-    "train": "a training run continues with `tarflowlm train --resume DIR`",
-    "reproduce": "the same command goes on from the last checkpoint",
-}
-"""Added to the message of an interrupt in commands that save on the way."""
+# added to the message of an interrupt in commands that save on the way
+AFTER_INTERRUPT = {"train": "a training run continues with `tarflowlm train --resume DIR`"}
+AFTER_INTERRUPT |= {"reproduce": "the same command goes on from the last checkpoint"}
 
 COMMANDS = [
     "quickstart", "data", "train", "eval", "score", "sample", "info", "runs", "edit", "report", "studio", "export",
@@ -106,12 +104,10 @@ def command_module(name: str) -> Any:
 
 
 def settle_threads() -> None:
-    """Choose how idle OpenMP threads wait, before torch is imported, unless the environment already does.
-
-    If other programs want the cores they sleep, as spinning would cost up to two thirds of the speed; on an idle
-    machine they spin briefly, as sleeping would cost one third (docs/log.md). The load average counts work that has
-    just ended, so this counts what runs now: the minimum of five looks, without this process.
-    """
+    """Choose how idle OpenMP threads wait, before torch is imported, unless the environment already does. If other
+    programs want the cores they sleep, as spinning would cost up to two thirds of the speed; on an idle machine they
+    spin briefly, as sleeping would cost one third (docs/log.md). The load average counts work that has just ended, so
+    this counts what runs now: the minimum of five looks, without this process."""
     choices = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     load = Path("/proc/loadavg")  # Linux alone has it: "0.20 0.18 0.12 2/345 678" means two runnable threads
     if not load.exists() or "torch" in sys.modules or any(name in os.environ for name in choices):

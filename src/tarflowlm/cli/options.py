@@ -57,11 +57,9 @@ TOP_P = "keep the smallest set of tokens that holds this probability."
 
 
 def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
-    """An instance of the dataclass `args`; `settings` are further arguments of `tyro.cli`.
-
-    Where an option is misspelt tyro prints its box and exits with status 2. A UserError of the dataclass itself, or
-    of one inside it, passes through. The names that decoders had in earlier versions are still read.
-    """
+    """An instance of the dataclass `args`; `settings` are further arguments of `tyro.cli`. Where an option is
+    misspelt tyro prints its box and exits with status 2. A UserError of the dataclass itself, or of one inside it,
+    passes through. The names that decoders had in earlier versions are still read."""
     markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     settings = {"config": markers} | settings
     argv = [OLD_DECODERS.get(word, word) if before == "--decoder" else word for before, word in pairwise(["", *argv])]

@@ -79,12 +79,9 @@ def run(args: Args) -> None:
         result = generate(model, num_tokens=length, num=NUM_SAMPLES, **options)
     seconds = time.perf_counter() - start
     print_samples(Console(), result, tokenizer)
-    rows = [
-        ("this model, test text", f"<= {test['bpc']:.3f} bits per character"),
-        *((label, f"{baselines[name]:.3f}") for name, label in BASELINES.items()),
-        ("time", f"{seconds:.0f} s in total"),
-        ("run directory", str(args.out)),
-    ]
+    rows = [("this model, test text", f"<= {test['bpc']:.3f} bits per character")]
+    rows += [(label, f"{baselines[name]:.3f}") for name, label in BASELINES.items()]
+    rows += [("time", f"{seconds:.0f} s in total"), ("run directory", str(args.out))]
     print_table("quickstart", rows)
     if args.json:
         found: dict[str, Any] = {"bpc": test["bpc"], "bound": test["bound"], **baselines, "seconds": seconds}

@@ -14,12 +14,9 @@ class Args:
     """Draw runs and models: samples, curves, blocks and codebook, as one HTML page and PNG figures. Needs the extra
     plots (matplotlib)."""
 
-    directories: Annotated[
-        tyro.conf.Positional[tuple[Path, ...]],
-        arg("MODEL ...", "Run directories, shipped models or hf:OWNER/NAME; several share their figures."),
-    ]
-    out: Out = None
-    """Directory to write; by default DIR/report for a single run directory. An earlier report there is replaced."""
+    directories: Annotated[tyro.conf.Positional[tuple[Path, ...]], arg("MODEL ...")]
+    """Run directories, shipped models or hf:OWNER/NAME; several share their figures."""
+    out: Out = None  # Directory to write; by default DIR/report for one run directory. An earlier report is replaced.
     device: Device = "auto"
     json: PrintJson = False
 

@@ -28,8 +28,7 @@ class Args:
     """Text for mini scale: corpus name or file; the default is the built-in corpus."""
     judge_data: Annotated[str, arg("SOURCE")] = "english"
     """Text on which the judge of samples is trained at mini scale; it should differ from --data."""
-    second_text: Annotated[str | None, arg("SOURCE")] = None
-    """table2: also measure the likelihood of this whole text."""
+    second_text: Annotated[str | None, arg("SOURCE")] = None  # table2: also measure the likelihood of this text.
     seeds: int = 1
     """Train each model this many times, with seeds 0, 1, ...; where differences are small, at least twice."""
     steps: Count = None  # Optimiser steps of every training in place of the recipe's, for a quick look.

@@ -19,10 +19,8 @@ DEPTH = 2  # levels below a folder at which runs are looked for
 class Args:
     """Compare training runs in a table: bits per character, tokens, time and state."""
 
-    directories: Annotated[
-        tyro.conf.Positional[tuple[Path, ...]],
-        arg("DIR ...", "Run directories, or folders that hold some, at most two levels down."),
-    ] = ()
+    directories: Annotated[tyro.conf.Positional[tuple[Path, ...]], arg("DIR ...")] = ()
+    """Run directories, or folders that hold some, at most two levels down."""
     json: PrintJson = False
 
     def __post_init__(self) -> None:

@@ -10,18 +10,16 @@ import tyro
 
 from tarflowlm.cli import options
 from tarflowlm.cli.options import arg
-from tarflowlm.config import Decoder, Decoding
+from tarflowlm.config import Decoder, Decoding, checked_seed
 
-EXCLUSIVE = {
+EXCLUSIVE = {  # options that contradict each other
     "interactive": ("num", "prompts", "template", "out", "json", "passes", "states"),
     "stream": ("json", "passes", "particles"),
     "prompts": ("prompt", "template"),
     "stop": ("template", "passes", "states"),
 }
-"""Options that contradict each other."""
 GIVEN = ("prompt", "prompts", "template", "interactive")
-NEEDED = {"states": ("json", "out"), "blank": ("template",), "particles": GIVEN}
-"""Options that do nothing without one of these."""
+NEEDED = {"states": ("json", "out"), "blank": ("template",), "particles": GIVEN}  # without one of these, no effect
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,7 @@ class Args:
     decoding: Decoding = "mode"
     """Tokens of the latents. mode: the most probable token. drawn: a sample of p(x|z), which makes samples exact.
     They hardly differ for a sharp codebook."""
-    decoder: Decoder = "auto"
-    """Invert a block position by position, in parallel sweeps, or by the cheaper of the two."""
+    decoder: Decoder = "auto"  # Invert blocks position by position, in parallel sweeps, or by the cheaper of the two.
     passes: options.Flag = False  # Show the text decoded after every block.
     states: options.Flag = False  # With --json or --out: the latents after every block as well.
     stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], arg("TEXT")] = ()
@@ -58,8 +55,7 @@ class Args:
     stream: options.Flag = False  # Show the text while it is written, one sample after the other.
     out: Annotated[Path | None, arg("FILE")] = None
     """New file for the samples, one JSON object per line, written as they are finished."""
-    interactive: options.Flag = False
-    """Read prompts at the terminal and continue each of them; /help there lists the commands."""
+    interactive: options.Flag = False  # Read prompts at the terminal and continue each; /help there lists commands.
     normalize: options.Normalize = None
     device: options.Device = "auto"
     json: options.PrintJson = False
@@ -76,7 +72,6 @@ def run(args: Args) -> None:
     from tarflowlm.cli.interactive import converse
     from tarflowlm.cli.main import handled
     from tarflowlm.cli.sampling import Sampling
-    from tarflowlm.config import checked_seed
     from tarflowlm.files import NewLines
     from tarflowlm.runs.hub import choose_directory
 

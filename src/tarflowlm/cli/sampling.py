@@ -25,8 +25,7 @@ from tarflowlm.language_model import LanguageModel
 from tarflowlm.terminal.bars import Bars, json_line, print_json, print_notice
 from tarflowlm.terminal.texts import TextStream, first_stop, print_samples, samples_to_json, write_out
 
-BATCH_TOKENS = 6144
-"""Tokens that are written at once, candidates counted: memory is bounded, and batches are large enough to be fast."""
+BATCH_TOKENS = 6144  # written at once, candidates counted: memory is bounded, and batches are large enough to be fast
 
 
 class Sampling:

@@ -71,11 +71,10 @@ def run(args: Args) -> None:
     rows = []
     for label, (key, digits) in signed.items():
         rows.append([label, *(f"{sign_of(one['bound'])} {one[key]:.{digits}f}" for one in found)])
-    rows += [
-        ["characters", *(f"{one['characters']:,}" for one in found)],
-        ["tokens", *(f"{len(one['tokens']):,}" for one in found)],
-        ["posterior samples", *("none" if one["bound"] == "exact" else f"{one['samples']:,}" for one in found)],
-    ]
+    rows.append(["characters", *(f"{one['characters']:,}" for one in found)])
+    rows.append(["tokens", *(f"{len(one['tokens']):,}" for one in found)])
+    draws = ("none" if one["bound"] == "exact" else f"{one['samples']:,}" for one in found)
+    rows.append(["posterior samples", *draws])
     print_table("score", rows, ["", *(one["model"] for one in found)])
 
 

@@ -1,9 +1,7 @@
 """The work of each block of a flow: its share of the bound, and the geometry of the state after it.
 
-Both come from one pass over the windows of a text, with one posterior sample z ~ q(z|x) for each. The states are
-h^(0) = z, h^(1), ..., h^(L) = u, each [B, T, d] in the order of the tokens. "After block l" means with the standard
-normal on top of the first l blocks, so l = 0 is a prior without any block.
-"""
+Both come from one pass over the windows of a text, with one posterior sample z ~ q(z|x) for each. The states h^(0) =
+z, ..., h^(L) = u are [B, T, d]. "After block l" means with the standard normal on top of the first l blocks."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -36,10 +34,8 @@ def mean_cosine(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
 
 
 def participation_ratio(states: Float[Tensor, "B T d"]) -> Float[Tensor, " B"]:
-    """(sum_i l_i)^2 / sum_i l_i^2, l the eigenvalues of the d x d covariance of the T centred vectors.
-
-    The effective number of directions of a sequence, from 1 to d. NaN where all vectors are equal.
-    """
+    """(sum_i l_i)^2 / sum_i l_i^2, l the eigenvalues of the d x d covariance of the T centred vectors: the effective
+    number of directions of a sequence, from 1 to d. NaN where all vectors are equal."""
     centred = states - states.mean(1, keepdim=True)
     covariance = centred.mT @ centred
     # the trace is the sum of the eigenvalues, the squared Frobenius norm that of their squares
@@ -53,10 +49,8 @@ def centroid_shift(before: Float[Tensor, "B T d"], after: Float[Tensor, "B T d"]
 
 
 def state_metrics(states: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-    """The metrics [B] of consecutive states [B, T, d], of texts or of samples.
-
-    Keys: norm, cosine, participation_ratio and, except for the first state, centroid_shift.
-    """
+    """The metrics [B] of consecutive states [B, T, d], of texts or of samples: norm, cosine, participation_ratio and,
+    except for the first state, centroid_shift."""
     kinds = {"norm": mean_norm, "cosine": mean_cosine, "participation_ratio": participation_ratio}
     metrics = [{name: metric(h) for name, metric in kinds.items()} for h in states]
     for values, (before, after) in zip(metrics[1:], pairwise(states), strict=True):
@@ -67,18 +61,12 @@ def state_metrics(states: Sequence[Tensor]) -> list[dict[str, Tensor]]:
 @dataclass(frozen=True)
 class BoundParts:
     """The ELBO of docs/math.md, eq. 11, term by term: nats per token, means over the windows.
+    bound = -reconstruction + log_q - bases[L] - sum_l log_dets[l]"""
 
-    bound = -reconstruction + log_q - bases[L] - sum_l log_dets[l]
-    """
-
-    reconstruction: float
-    """log p(x | z)."""
-    log_q: float
-    """log q(z | x)."""
-    log_dets: tuple[float, ...]
-    """log|det J| of every block, block 1 first."""
-    bases: tuple[float, ...]
-    """log N(h^(l); 0, I) of the state after l = 0, ..., L blocks; the last is the base of the whole model."""
+    reconstruction: float  # log p(x | z)
+    log_q: float  # log q(z | x)
+    log_dets: tuple[float, ...]  # log|det J| of every block, block 1 first
+    bases: tuple[float, ...]  # log N(h^(l); 0, I) after l = 0, ..., L blocks; the last is the base of the model
     windows: int
     tokens: int
     characters: int
@@ -125,16 +113,12 @@ class StateReport:
     norm: Spread
     cosine: Spread
     participation_ratio: Spread
-    centroid_shift: Spread | None = None
-    """From the state before; None for z."""
-    log_det: Spread | None = None
-    """log|det J| of block l, nats per token; None for z."""
-    kl: Spread
-    """E_q[ log q(z|x) - log p_l(z) ], nats per token: the KL divergence to a prior that ends after block l."""
+    centroid_shift: Spread | None = None  # from the state before; None for z
+    log_det: Spread | None = None  # log|det J| of block l, nats per token; None for z
+    kl: Spread  # E_q[ log q(z|x) - log p_l(z) ], nats per token: KL divergence to a prior that ends after block l
     kl_gain: Spread | None = None
     """By how much block l lowers it: log|det J_l| + log N(h^(l); 0, I) - log N(h^(l-1); 0, I). None for z."""
-    nelbo: Spread
-    """Negative ELBO with a prior that ends after block l, nats per token: kl - E_q[ log p(x|z) ]."""
+    nelbo: Spread  # negative ELBO with a prior that ends after block l, nats per token: kl - E_q[ log p(x|z) ]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -145,9 +129,7 @@ def bound_parts(
     progress: Progress = SILENT,
 ) -> BoundParts:  # fmt: skip
     """The terms of the bound over the windows of a text, with the noise that `evaluate` draws for the same seed.
-
-    `characters_per_token` [V]. `progress` advances by windows.
-    """
+    `characters_per_token` [V]. `progress` advances by windows."""
     terms, _ = _measure(model, windows, seed, None, progress)
     reconstruction, log_q, *rest = (terms.double().mean(1) / windows.shape[1]).tolist()
     log_dets, bases = tuple(rest[: model.num_blocks]), tuple(rest[model.num_blocks :])
@@ -159,11 +141,9 @@ def latent_report(
     model: TarFlowLM, windows: Int[Tensor, "W T"], *, seed: int = 0, batch: int | None = None,
     progress: Progress = SILENT,
 ) -> list[StateReport]:  # fmt: skip
-    """Geometry and share of the likelihood of every state h^(0) = z, ..., h^(L) = u, over the windows of a text.
-
-    The last entry's `nelbo` is that of the model; the gains add up to kl(0) - kl(L). Same seed, same result.
-    `batch` windows are encoded at once. `progress` advances by windows.
-    """
+    """Geometry and share of the likelihood of every state h^(0) = z, ..., h^(L) = u, over the windows of a text. The
+    last entry's `nelbo` is that of the model; the gains add up to kl(0) - kl(L). Same seed, same result. `batch`
+    windows are encoded at once. `progress` advances by windows."""
     terms, metrics = _measure(model, windows, seed, batch, progress)
     reconstruction, log_q, *rest = terms
     log_dets, bases = rest[: model.num_blocks], rest[model.num_blocks :]

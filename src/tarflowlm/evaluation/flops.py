@@ -2,21 +2,18 @@ r"""Floating-point operations of a model of a given configuration. A multiply-ad
 
 All counts are per sequence of `context` tokens. There are three conventions:
 
-- `figure7`: the paper's appendix H as it stands. A flow is one body, the layers of all its blocks, over N = T / P
-  positions, with one input map and one head: block 1's, as if the other blocks had neither. This is the count of the
-  paper's figure 7. A Transformer of L layers and width D over N positions costs
+- `figure7`: the paper's appendix H and figure 7 as they stand. A flow is one body, the layers of all its blocks, over
+  N = T / P positions, with one input map and one head: block 1's. A Transformer of L layers and width D costs
       4 D N + L (6 D^2 N + 2 D N^2 + 2 D^2 N + 16 D^2 N),    and an LM head 2 D V T.
   A masked autoregressive head costs, per position of c = P d channels and with D_m = 2 `head_hidden`,
       6 E (c - 1)^2 + D_m c (D + E (c - 1)) + D_m c^2 (outputs per channel: 3 K; 2 for affine).
-  The product of attention weights and values is left out. The appendix does not cover Mix-d blocks; they are given
-  their weight head, 2 D K per token.
+  The product of attention weights and values is left out. The appendix lacks Mix-d blocks: here 2 D K per token.
 - `paper`: the same terms, with an input map and a head for every block, which the blocks of a flow do have.
 - `full`: every matrix product of the real modules, counted by PyTorch on meta tensors (shapes without numbers).
   Attention counts over the whole square of positions. Elementwise operations do not count.
 
 Training costs three forward passes of what is trained, and one of the frozen blocks. Work that the backward pass
-repeats (attention weights, codebook tiles, checkpointed layers) does not count.
-"""
+repeats (attention weights, codebook tiles, checkpointed layers) does not count."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -34,10 +31,8 @@ from tarflowlm.model import as_flow
 Convention = Literal["figure7", "paper", "full"]
 Config = FlowConfig | BaselineConfig
 
-PEAK_TFLOPS = {
-    "H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
-    "RTX 4090": 165.0, "V100": 125.0,
-}  # fmt: skip
+PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0}
+PEAK_TFLOPS |= {"L4": 121.0, "RTX 4090": 165.0, "V100": 125.0}
 """Dense matrix products in half precision with float32 sums, as the maker states them; by a part of the name."""
 
 
@@ -65,10 +60,8 @@ def training_flops(config: Config, *, frozen: int = 0, convention: Convention = 
 
 
 def generation_flops(config: Config, convention: Convention = "full") -> int:
-    """`config.context` tokens, generated position by position with a KV cache, and decoded.
-
-    The paper's conventions have no count of their own for generation; they take the forward pass.
-    """
+    """`config.context` tokens, generated position by position with a KV cache, and decoded. The paper's conventions,
+    which have no count for it, take the forward pass."""
     return _counted_generation(config) if convention == "full" else forward_flops(config, convention)
 
 

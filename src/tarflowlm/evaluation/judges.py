@@ -23,8 +23,7 @@ from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import is_reference, released
 
-LONGEST = 1024
-"""Tokens that a judge of `transformers` reads at once: GPT-2's context, and where MAUVE cuts texts."""
+LONGEST = 1024  # tokens that a judge of `transformers` reads at once: the context of GPT-2, where MAUVE cuts texts
 PAPER_JUDGES = ("gpt2-large", "openai-community/gpt2-large")
 
 
@@ -32,12 +31,9 @@ PAPER_JUDGES = ("gpt2-large", "openai-community/gpt2-large")
 class JudgedTexts:
     """Scores and features of some texts."""
 
-    nats: float
-    """Negative log-likelihood of all scored tokens."""
-    tokens: int
-    """Scored tokens of the judge."""
-    features: Tensor
-    """[texts, D], float32: the last layer's state after the last token of each text (of its first chunk)."""
+    nats: float  # negative log-likelihood of all scored tokens
+    tokens: int  # scored tokens of the judge
+    features: Tensor  # [texts, D], float32: the last state of the last layer of each text (of its first chunk)
 
     @property
     def perplexity(self) -> float:
@@ -49,8 +45,7 @@ class Judge(ABC):
     """A causal language model of texts. Texts longer than `context` are read in chunks with a fresh context each."""
 
     name: str
-    kind: str
-    """Kind of model and of tokens, to be printed."""
+    kind: str  # kind of model and of tokens, to be printed
     context: int
     source: str | None = None  # its training text, if known
 
@@ -61,15 +56,11 @@ class Judge(ABC):
     @abstractmethod
     def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood in nats of every token [B, T], NaN where it is not scored; last states [B, T, D].
-
-        Both depend only on the token and those before it, so padding on the right does no harm.
-        """
+        Both depend only on the token and those before it, so padding on the right does no harm."""
 
     def read(self, texts: Sequence[str], progress: Progress = SILENT) -> JudgedTexts:
-        """Score all texts and take the features of each. `progress` advances by texts.
-
-        Raises UserError for texts without tokens or with unknown characters.
-        """
+        """Score all texts and take the features of each. `progress` advances by texts. Raises UserError for texts
+        without tokens or with unknown characters."""
         chunks: list[list[int]] = []
         first: list[int] = []
         for text in texts:
@@ -120,10 +111,8 @@ class BaselineJudge(Judge):
 
 
 class HubJudge(Judge):
-    """A causal language model of `transformers`, by hub name or directory.
-
-    A first token without context is not scored, as in the literature. A start token of its tokenizer is context.
-    """
+    """A causal language model of `transformers`, by hub name or directory. A first token without context is not
+    scored, as in the literature. A start token of its tokenizer is context."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
         self.name, self.model, self.tokenizer = name, model, tokenizer
@@ -145,10 +134,8 @@ class HubJudge(Judge):
 
 def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
     """The judge `name`: a baseline (run directory, shipped model or hf:OWNER/NAME), or a model of `transformers`
-    (directory or hub name).
-
-    Raises UserError for a model that cannot be found, is not autoregressive, or needs a package that is missing.
-    """
+    (directory or hub name). Raises UserError for one that cannot be found, is not autoregressive, or needs a package
+    that is missing."""
     path = Path(name).expanduser()
     is_dir = name != "" and os.path.isdir(path)
     if not _is_transformers(path) if is_dir else is_reference(name) or name in released():

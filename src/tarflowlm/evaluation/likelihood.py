@@ -1,7 +1,5 @@
 """Likelihood of a text: the ELBO and the importance-weighted bound over its windows, and the bits of every token.
-
-Shape legend: W windows of T tokens, S posterior samples for each, V token types.
-"""
+Shape legend: W windows of T tokens, S posterior samples for each, V token types."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -48,23 +46,16 @@ def windows_per_batch(num_tokens: int) -> int:
 class Likelihood:
     """Negative log-likelihood of a text under a model. Unless `bound` is exact, every number is an upper bound."""
 
-    bound: str
-    """exact (the baseline), elbo, or iw-S."""
+    bound: str  # exact (the baseline), elbo, or iw-S
     nats_per_token: float
-    bpc: float
-    """Bits per character of the text."""
-    ppl: float
-    """exp(nats_per_token): perplexity per token."""
-    stderr: float
-    """Standard error of nats_per_token over the windows; NaN for one window."""
-    samples: int
-    """Posterior samples per window."""
+    bpc: float  # bits per character of the text
+    ppl: float  # exp(nats_per_token): perplexity per token
+    stderr: float  # standard error of nats_per_token over the windows; NaN for one window
+    samples: int  # posterior samples per window
     windows: int
-    tokens: int
-    """Tokens that were scored, each once."""
+    tokens: int  # tokens that were scored, each once
     characters: int
-    bytes: int | None = None
-    """UTF-8 bytes of the text; None without `bytes_per_token`."""
+    bytes: int | None = None  # UTF-8 bytes of the text; None without `bytes_per_token`
     bits_per_byte: float | None = None
     elbo: float | None = None
     """Negative ELBO in nats per token, the mean over all samples, and its error; None for the baseline."""
@@ -97,16 +88,13 @@ def evaluate(
     (`sliding_windows`): the baseline and flows of one block allow this (`conditional_bound`).
     `characters_per_token` and `bytes_per_token` [V] give bits per character and per byte. `batch` windows are
     evaluated at once. `weigh` computes the log-weights of a batch; training passes a parallel one. `progress`
-    advances by windows. Same seed, same result.
-
-    Raises UserError for `samples` below 1, for windows that are no texts of the model, and for `given` tokens with
-    a flow of several blocks.
+    advances by windows. Same seed, same result. Raises UserError for `samples` below 1, for windows that are no texts
+    of the model, and for `given` tokens with a flow of several blocks.
     """
     check_tokens(model, windows, name="windows")
     given = torch.zeros(len(windows), dtype=torch.int64) if given is None else given
-    log_w = log_weights(
-        model, windows, given, samples=samples, seed=seed, batch=batch, weigh=weigh, progress=progress
-    )
+    how: dict[str, Any] = {"samples": samples, "seed": seed, "batch": batch, "weigh": weigh, "progress": progress}
+    log_w = log_weights(model, windows, given, **how)
     is_scored = torch.arange(windows.shape[1]) >= given[:, None]
     scored = windows.cpu()[is_scored]
     characters = int(characters_per_token[scored].sum())
@@ -168,12 +156,9 @@ def _per_token(nats: Float[Tensor, " W"], tokens: Float[Tensor, " W"]) -> tuple[
 class Scores:
     """Bits of the T tokens of a text, on the CPU in float64."""
 
-    bits: Tensor
-    """[T]: -log2 p(x_t | x_<t) of the baseline; of a flow, what falls on token t of a bound on -log2 p(x)."""
-    blocks: Tensor | None
-    """[L, T]: log2|det J| of every block at every token, block 1 first; None for the baseline."""
-    exact: bool
-    """Whether the bits are exact. Else they sum to an upper bound, and those of one token are no bound alone."""
+    bits: Tensor  # [T]: -log2 p(x_t | x_<t) of the baseline; of a flow, the part of token t in a bound on -log2 p(x)
+    blocks: Tensor | None  # [L, T]: log2|det J| of every block at every token, block 1 first; None for the baseline
+    exact: bool  # whether the bits are exact; else they sum to an upper bound, and those of one token are no bound
 
     @property
     def total(self) -> float:
@@ -203,10 +188,9 @@ def score(
 
     A text beyond the trained context is scored in windows. The baseline and flows of one block see the last half of
     the window before as context; flows of several blocks begin every window anew, as no bound is known for them else.
-
-    The baseline needs no samples. Same seed, same result; the noise is that of `evaluate`. `progress`
-    advances by windows, each counted once per sample. UserError for no tokens, tokens that are
-    not [T] or outside the vocabulary, and `samples` below 1.
+    The baseline needs no samples. Same seed, same result; the noise is that of `evaluate`. `progress` advances by
+    windows, each counted once per sample. UserError for no tokens, for tokens that are not [T] or outside the
+    vocabulary, and for `samples` below 1.
     """
     check_model(model)
     samples, seed = as_integer(samples, "samples", least=1), checked_seed(as_integer(seed, "seed"))

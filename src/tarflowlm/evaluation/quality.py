@@ -22,8 +22,7 @@ from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.progress import SILENT, Progress
 
-MAUVE_SCALING = 5
-"""The paper's; everything else is mauve-text's default."""
+MAUVE_SCALING = 5  # the paper's; everything else is mauve-text's default
 PAPER_SAMPLES = 5000
 BATCH_TOKENS = 16_384
 REPETITION_ORDER = 4
@@ -44,19 +43,15 @@ def _ngrams(sequence: Sequence[str], order: int) -> Iterator[tuple[str, ...]]:
 
 
 def distinct(sequences: Sequence[Sequence[str]], order: int) -> float | None:
-    """Different n-grams over all n-grams, of all sequences together (Li et al. 2016). None without n-grams.
-
-    It falls with the amount of text, so compare equal amounts.
-    """
+    """Different n-grams over all n-grams, of all sequences together (Li et al. 2016). None without n-grams. It falls
+    with the amount of text, so compare equal amounts."""
     counts = Counter(gram for sequence in sequences for gram in _ngrams(sequence, order))
     return len(counts) / counts.total() if counts else None
 
 
 def repetition(sequences: Sequence[Sequence[str]], order: int) -> float | None:
     """1 - different n-grams over n-grams of a sequence, mean over the sequences (seq-rep-n, Welleck et al. 2020).
-
-    Sequences without an n-gram are left out. None if no sequence has one.
-    """
+    Sequences without an n-gram are left out. None if no sequence has one."""
     found = [list(_ngrams(sequence, order)) for sequence in sequences]
     shares = [1 - len(set(grams)) / len(grams) for grams in found if grams]
     return sum(shares) / len(shares) if shares else None
@@ -64,10 +59,8 @@ def repetition(sequences: Sequence[Sequence[str]], order: int) -> float | None:
 
 def mauve(text: Tensor, samples: Tensor) -> float:
     """MAUVE (Pillutla et al. 2021) between features [texts, D] of real text and of samples: 0 to 1, higher is closer.
-
     Computed by mauve-text with scaling factor 5 and its defaults: a tenth as many clusters as texts, 90 % of the
-    variance kept, seed 25. Raises UserError if the package is missing, or for fewer than two texts on a side.
-    """
+    variance kept, seed 25. Raises UserError if the package is missing, or for fewer than two texts on a side."""
     if min(len(text), len(samples)) < 2:
         raise UserError(f"MAUVE compares two sets of texts, not {len(text)} with {len(samples)}: use more of both")
     sides = {"p_features": text.numpy(), "q_features": samples.numpy()}
@@ -88,19 +81,14 @@ class TextStatistics:
     """Statistics of a set of texts of equal length."""
 
     texts: int
-    perplexity: float
-    """Generative perplexity: that of the judge, per token of the judge."""
+    perplexity: float  # generative perplexity: that of the judge, per token of the judge
     judge_tokens: int
-    entropy: float
-    """Average sequence entropy over the model's tokens, nats (the paper's)."""
-    word_entropy: float
-    """The same over words, more informative for models of characters."""
-    distinct_1: float | None
-    """Different words over all words; below, the same of 2-grams and 3-grams."""
+    entropy: float  # average sequence entropy over the model's tokens, nats (the paper's)
+    word_entropy: float  # the same over words, more informative for models of characters
+    distinct_1: float | None  # different words over all words; below, the same of 2-grams and 3-grams
     distinct_2: float | None
     distinct_3: float | None
-    repetition: float | None
-    """Share of 4-grams of words that occurred before in the same text."""
+    repetition: float | None  # share of 4-grams of words that occurred before in the same text
 
     @classmethod
     def of(cls, tokens: Tensor, texts: Sequence[str], judged: JudgedTexts) -> "TextStatistics":
@@ -122,13 +110,10 @@ class Quality:
     mauve: float
     judge: str
     judge_kind: str
-    remarks: tuple[str, ...]
-    """Limits on what the numbers can be compared with."""
-    length: int
-    """Tokens of the model per sample."""
+    remarks: tuple[str, ...]  # limits on what the numbers can be compared with
+    length: int  # tokens of the model per sample
     decoder: str
-    dtype: str
-    """Type of the weights in sampling. Maps between noise and latents use float32 or wider."""
+    dtype: str  # type of the weights in sampling; maps between noise and latents use float32 or wider
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -143,8 +128,7 @@ class SamplingConfig:
     """Settings of sampling. Raises UserError for fewer than 2 samples, and for settings out of range."""
 
     num: int = PAPER_SAMPLES
-    length: int | None = None
-    """Tokens per sample; None is the trained context."""
+    length: int | None = None  # tokens per sample; None is the trained context
     decoder: Decoder = "auto"
     temperature: float = 1.0
     top_k: int | None = None
@@ -161,12 +145,10 @@ def measure_quality(
     model: LanguageModel, tokenizer: Tokenizer, judge: Judge, text: Tensor, config: SamplingConfig, *,
     trained_on: str | None = None, progress: Progress = SILENT,
 ) -> Quality:  # fmt: skip
-    """Samples of `model` against real `text` [W, T]: windows of token ids, as long as the samples.
-
-    Same configuration, same samples. `trained_on` names the model's corpus; a remark warns if the judge shares it.
-    Raises UserError for a missing package, for texts that the judge cannot read, and for settings that the model
-    does not allow.
-    """
+    """Samples of `model` against real `text` [W, T]: windows of token ids, as long as the samples. Same
+    configuration, same samples. `trained_on` names the model's corpus; a remark warns if the judge shares it. Raises
+    UserError for a missing package, for texts that the judge cannot read, and for settings that the model does not
+    allow."""
     mauve_function()  # a missing package is reported before the samples are drawn
     samples = draw_samples(model, config, progress)
     of_samples, of_text, similarity = compare_texts(samples, text, tokenizer, judge, progress)
@@ -223,12 +205,9 @@ def ngram_entropy(ids_or_text: str | npt.NDArray[Any], order: int) -> float:
 
         H_n = - 1/M  sum_{w, a}  c(w a)  log2( c(w a) / c(w) ),      c(w) = sum_a c(w a),   M = T - n + 1
 
-    over the contexts w of n - 1 symbols and the next symbol a. c counts the M n-grams of the text of T symbols.
-    `order` n = 1 is the unigram entropy, n = 3 the trigram entropy. No n-gram model of this order does better on this
-    text. A model fitted to other text does worse, much worse if M is small.
-
-    `ids_or_text`: a string, whose characters are the symbols, or integers [T]. T must be at least `order`.
-    """
+    over the contexts w of n - 1 symbols and the next symbol a. c counts the M n-grams of the text of T symbols:
+    characters of a string, or integers [T]. T must be at least the `order` n. No n-gram model of this order does
+    better on this text. A model fitted to other text does worse, much worse if M is small."""
     if isinstance(ids_or_text, str):
         ids_or_text = np.frombuffer(ids_or_text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
     ids = _ranks(ids_or_text)
@@ -250,8 +229,7 @@ def bigram_cross_entropy(train: npt.NDArray[Any], test: npt.NDArray[Any], vocab_
         p(a)     = (max(N(. a) - D, 0) + D K / V) / N,               K = number of a with N(. a) > 0
 
     and D = n_1 / (n_1 + 2 n_2) from the numbers n_k of bigrams with c = k. p(a | w) = p(a) for the first token and
-    after tokens that `train` does not have. Both texts need two tokens or more.
-    """
+    after tokens that `train` does not have. Both texts need two tokens or more."""
     train, test = train.astype(np.int64), test.astype(np.int64)
     codes, counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
     once, twice = int((counts == 1).sum()), int((counts == 2).sum())

@@ -53,8 +53,7 @@ def draw_samples(model: LanguageModel, tokenizer: Tokenizer, progress: Progress 
 
 
 PAGE = "index.html"
-WIDTH, DPI = 4.6, 240
-"""Inches, and dots per inch of a PNG. On a phone, a figure of this width shows its text in full size."""
+WIDTH, DPI = 4.6, 240  # inches, dots per inch of a PNG; on a phone, such a figure shows its text in full size
 COUNTED = 1 << 22  # tokens of the validation split whose frequencies are counted
 
 Draw = Callable[[str, str, Callable[[Figure], None], float], str]
@@ -69,11 +68,8 @@ def write_report(
 
     A run is a run directory, a model exported from one, the name of a released model or hf:OWNER/NAME; all but the
     first have no curves. `out` defaults to DIR/report for a single run directory. An earlier report there is replaced
-    file by file. `device` draws the samples and computes the terms of the bound.
-
-    Raises UserError, before anything is written, for a directory without a run, for runs of the same name, and for an
-    `out` that holds something other than a report.
-    """
+    file by file. `device` draws the samples and computes the terms of the bound. Raises UserError, before anything is
+    written, for a directory without a run, for runs of the same name, and for an `out` that holds something else."""
     check_package("matplotlib", "plots")
     if out is None:
         several = len(directories) != 1
@@ -168,22 +164,16 @@ def _corpus(record: RunRecord, checkpoint: Checkpoint) -> Corpus | None:
     return None
 
 
-_PASSES = (
-    "The first sample after every block, decoded with the codebook. Noise becomes latents block by block, the last "
-    "block first. Where only the last row reads as text, block 1 does the writing."
-)
-_BITS = (
-    "Bits per character against tokens and training time. Faint: training batches; with markers: validation windows. "
-    "Flows show upper bounds. The first steps may lie above the frame."
-)
+_PASSES = "The first sample after every block, decoded with the codebook. Noise becomes latents block by block, the "
+_PASSES += "last block first. Where only the last row reads as text, block 1 does the writing."
+_BITS = "Bits per character against tokens and training time. Faint: training batches; with markers: validation "
+_BITS += "windows. Flows show upper bounds. The first steps may lie above the frame."
 _OPTIMISATION = "Learning rate, and gradient norm with its running median. Every stage restarts the schedule."
 _THROUGHPUT = "Training tokens per second with their running median; the numbers are the medians of each stage."
-_BLOCKS = (
-    "The bound on {windows:,} validation windows ({tokens:,} tokens) at step {step}. Above, its terms, added up from "
-    "the top: blue is positive, orange negative. Below, by how much each block lowers the bound of the blocks under "
-    "it with the standard normal on top; block 1 is compared with the standard normal alone. Of jointly trained "
-    "blocks, only the whole stack is trained to be a good model."
-)
+_BLOCKS = "The bound on {windows:,} validation windows ({tokens:,} tokens) at step {step}. Above, its terms, added "
+_BLOCKS += "up from the top: blue is positive, orange negative. Below, by how much each block lowers the bound of "
+_BLOCKS += "the blocks under it with the standard normal on top; block 1 is compared with the standard normal alone. "
+_BLOCKS += "Of jointly trained blocks, only the whole stack is trained to be a good model."
 
 
 def _codes_caption(codes: figures.Codes, step: str) -> str:
@@ -193,7 +183,5 @@ def _codes_caption(codes: figures.Codes, step: str) -> str:
     text = f"The {codes.noun} at step {step} on its first two principal components.{named} Distances are"
     if codes.std is None:
         return f"{text} Euclidean, in units of the root mean square norm of the embeddings."
-    return (
-        f"{text} measured in all dimensions and in units of the symbol's own σ: a sample is nearer to a neighbour "
-        f"D σ away than to its own code with probability Φ(−D/2), 2 % at D = 4."
-    )
+    text += " measured in all dimensions and in units of the symbol's own σ: a sample is nearer to a neighbour D σ"
+    return f"{text} away than to its own code with probability Φ(−D/2), 2 % at D = 4."

@@ -96,8 +96,7 @@ def signed(value: float, digits: int = 4) -> str:
     return f"{'+' if rounded > 0 else '−' if rounded < 0 else ''}{abs(rounded):.{digits}f}"
 
 
-FAINT = {"linewidth": 0.7, "alpha": 0.45}
-"""Style of single values beside their median, and of training batches beside validation."""
+FAINT = {"linewidth": 0.7, "alpha": 0.45}  # single values beside their median, training batches beside validation
 MARKED = {"marker": "o", "markersize": 3.5}
 STAGE = {"color": MUTED, "linewidth": 0.8, "linestyle": (0, (2, 2))}
 
@@ -248,11 +247,9 @@ def codes_of(model: LanguageModel, tokenizer: Tokenizer, counts: Indices | None)
 
 
 def project(vectors: Series) -> tuple[Series, tuple[float, float]]:
-    """Coordinates [V, 2] of vectors [V, d], d >= 1, on their first two principal axes; shares of the variance.
-
-    Signs are fixed: the entry of largest magnitude of each axis is positive. The axes are orthonormal, so a sphere
-    of radius sigma becomes a disc of radius sigma.
-    """
+    """Coordinates [V, 2] of vectors [V, d], d >= 1, on their first two principal axes; shares of the variance. Signs
+    are fixed: the entry of largest magnitude of each axis is positive. The axes are orthonormal, so a sphere becomes
+    a disc of the same radius."""
     centred = vectors - vectors.mean(0)
     _, singular, directions = np.linalg.svd(centred, full_matrices=False)
     directions = directions[:2]

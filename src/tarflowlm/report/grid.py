@@ -1,8 +1,6 @@
-"""Rows of coloured tokens, for the terminal, the report and the studio, and their HTML, light or dark.
-
-The kind of a token is its colour: green for new in its row, plain for final, grey for noise, underlined for given.
-Green has a ground as a second sign, for readers who cannot distinguish the colours.
-"""
+"""Rows of coloured tokens, for the terminal, the report and the studio, and their HTML, light or dark. The kind of a
+token is its colour: green for new in its row, plain for final, grey for noise, underlined for given. Green has a
+ground as a second sign, for readers who cannot distinguish the colours."""
 
 import codecs
 from collections.abc import Sequence
@@ -17,9 +15,8 @@ from tarflowlm.data import Tokenizer
 
 Kind = Literal["given", "final", "changed", "noise"]
 
-LEGEND: dict[Kind, str] = {
-    "given": "given", "final": "as in the final text", "changed": "new in this row", "noise": "noise",
-}  # fmt: skip
+LEGEND: dict[Kind, str] = {"given": "given", "final": "as in the final text"}
+LEGEND |= {"changed": "new in this row", "noise": "noise"}
 FAINTEST = 0.3  # the least opacity: every token stays readable
 
 CSS = """
@@ -97,10 +94,8 @@ def pass_rows(
     probabilities: Sequence[Tensor] | None = None, least_change: float = 0.0,
 ) -> list[Row]:  # fmt: skip
     """One row for each of the `passes` [T] of a text, noise first: its new tokens, and which are already final.
-
     Tokens where `given` [T] is true are marked in the last row. `probabilities` [T] of every pass become opacities.
-    Passes in the middle that change a smaller share of tokens than `least_change` are left out.
-    """
+    Passes in the middle that change a smaller share of tokens than `least_change` are left out."""
     rows: list[Row] = []
     before, last = passes[0], len(passes) - 1
     for index, tokens in enumerate(passes):

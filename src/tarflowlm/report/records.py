@@ -20,15 +20,12 @@ from tarflowlm.training.metrics import METRICS
 
 Series = npt.NDArray[np.float64]
 
-COLUMNS = {
+COLUMNS = {  # of metrics.jsonl that a report reads, by split
     "train": ("step", "tokens", "block", "bpc", "lr", "grad_norm", "tokens_per_second"),
     "valid": ("step", "tokens", "bpc"),
 }
-"""Columns of metrics.jsonl that a report reads, by split."""
-PLAIN = {
-    "parameters": "parameters", "of them in Transformers": "trunk_parameters", "device": "device",
-    "threads": "threads", "machine": "machine", "PyTorch": "torch",
-}  # fmt: skip
+PLAIN = {"parameters": "parameters", "of them in Transformers": "trunk_parameters", "device": "device"}
+PLAIN |= {"threads": "threads", "machine": "machine", "PyTorch": "torch"}
 """Rows of the summary that show a value of summary.json as it is."""
 
 
@@ -39,8 +36,7 @@ class RunRecord:
     name: str
     directory: Path
     run: RunConfig
-    train: dict[str, Series]
-    """Columns of the training lines of metrics.jsonl, and `seconds`, the training time up to each line."""
+    train: dict[str, Series]  # columns of the training lines of metrics.jsonl, and `seconds`, the time up to each
     valid: dict[str, Series]  # columns of its validation lines, and `seconds`
     summary: dict[str, Any] | None  # None until the run is finished
     notes: list[str] = field(default_factory=list)

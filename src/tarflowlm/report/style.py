@@ -52,11 +52,9 @@ def check_package(name: str, extra: str) -> None:
 def render(
     draw: Callable[[Figure], None], path: Path | None, *, width: float, height: float, name: str = "", dpi: int = 160
 ) -> str:
-    """Draw a figure of `width` x `height` inches; returns it as SVG for a page that defines the colours.
-
-    `draw` gets an empty figure. A PNG goes to the file `path`, if that is given, and replaces it atomically. Ids in
-    the SVG begin with `name`, or else with the name of the file.
-    """
+    """Draw a figure of `width` x `height` inches; returns it as SVG for a page that defines the colours. `draw` gets
+    an empty figure. A PNG goes to the file `path`, if that is given, and replaces it atomically. Ids in the SVG begin
+    with `name`, or else with the name of the file."""
     check_package("matplotlib", "plots")
     import matplotlib
     from matplotlib.figure import Figure as New
@@ -113,11 +111,9 @@ _ANGLE = np.tile(np.linspace(0, 2 * np.pi, 16, endpoint=False), 4)
 
 
 def label_points(axes: Axes, points: npt.NDArray[np.float64], texts: Sequence[str], *, size: float = SMALL) -> int:
-    """Write `texts` beside their `points` [labels, 2], most important first; returns how many were placed.
-
-    Each label takes the nearest free place, where it covers no earlier label and no labelled point. A thin line
-    connects it with its point if they are not adjacent. Labels without a free place are left out.
-    """
+    """Write `texts` beside their `points` [labels, 2], most important first; returns how many were placed. Each label
+    takes the nearest free place, where it covers no earlier label and no labelled point. A thin line connects it with
+    its point if they are not adjacent. Labels without a free place are left out."""
     figure = axes.figure
     figure.draw_without_rendering()
     scale = figure.dpi / 72
@@ -193,12 +189,10 @@ class Section:
 def page_html(title: str, sections: Sequence[Section], css: str, generator: str = GENERATOR) -> str:
     """The whole document; `css` has rules for the parts of the sections."""
     body = "\n".join(section.to_html() for section in sections)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" '
-        f'content="{generator}">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_CSS}{css}</style>\n</head>\n<body>\n"
-        f"<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
-    )
+    head = f'<meta charset="utf-8">\n<meta name="generator" content="{generator}">\n<meta name="viewport" content='
+    head += f'"width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n<style>{_CSS}{css}</style>'
+    body = f"<h1>{escape(title)}</h1>\n{body}"
+    return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
 
 
 def picture_html(name: str, svg: str, caption: str) -> str:

@@ -1,7 +1,5 @@
-"""Figures 2 to 5 of the paper (ladder, couplings, components, two tokens at a time), and three open questions.
-
-The questions: progressive training over time, patch sizes, and a single Mix-1 block.
-"""
+"""Figures 2 to 5 of the paper (ladder, couplings, components, two tokens at a time), and three open questions:
+progressive training over time, patch sizes, and a single Mix-1 block."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,24 +12,18 @@ from tarflowlm.presets import PLAIN_CODEBOOK
 from tarflowlm.report.records import RunRecord, read_record
 from tarflowlm.report.style import Figure
 from tarflowlm.reproduce import states
-from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings, without
+from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings
 
 BASE, CHANNELWISE = "base", "+ channel-wise"
 SIX = 6
 COMPONENTS = (1, 2, 4, 8, 16, 27)
 ALONE, HEAD, STARTED = "features alone", "with the channels before", "with them, start from the codebook"
-HEADS: dict[str, tuple[str, dict[str, Any]]] = {
-    ALONE: ("-features", {"sees_channels": False, "start": "plain"}),
-    HEAD: ("-plain", {"start": "plain"}),
-    STARTED: ("", {}),
-}
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {ALONE: ("-features", {"sees_channels": False, "start": "plain"})}
+HEADS |= {HEAD: ("-plain", {"start": "plain"}), STARTED: ("", {})}
 """Figure 4: inputs of the parameters of a channel -> suffix of the run, fields of its blocks."""
-PREFIXES, PROMPTS = (0, 16, 64, 128), 32
-"""Tokens of real text that a continuation is given, and the number of continuations."""
-MINI_BOUND, PAPER_BOUND = 2.1, 1.4
-"""Bits per character of the training text, of which no step at mini scale sees a part twice."""
-AVERAGED, POINTS = 5, 8
-"""Lines of metrics.jsonl that a point of the curve averages; evenly spaced points of the curve."""
+PREFIXES, PROMPTS = (0, 16, 64, 128), 32  # tokens of real text before a continuation, number of continuations
+MINI_BOUND, PAPER_BOUND = 2.1, 1.4  # bits per character of the training text, seen once at most at mini scale
+AVERAGED, POINTS = 5, 8  # lines of metrics.jsonl averaged in a point of the curve; evenly spaced points of it
 PATCHES = (2, 4, 8)
 FEW_COMPONENTS = (2, 3, 4)
 
@@ -236,7 +228,7 @@ FIG4 = Recipe(
     claim="The paper, without a head over channels: K = 1 is far worse than any K above 1, and all of those work. "
     f'("{ALONE}" is that model: the parameters of a channel depend on the positions before. With the head they also '
     "see the channels before it.)",
-    plan=plan_fig4, measure=measure_fig4, table=without(*RUN_DETAILS, "model", "seed", ""),
+    plan=plan_fig4, measure=measure_fig4, hidden=(*RUN_DETAILS, "model", "seed", ""),
     draw=partial(states.plot_over, column="K", label="mixture components K", series="head"),
 )  # fmt: skip
 

@@ -1,8 +1,6 @@
-"""Figure 6 of the paper, and the question behind it: can passes refine a text, and the bound stay good?
-
-fig6 decodes a sample after every block and marks the edits of the block. In frontier each stack is a point: its bits
-per character, and the share of the text that is final before the last pass.
-"""
+"""Figure 6 of the paper, and the question behind it: can passes refine a text, and the bound stay good? fig6 decodes
+a sample after every block and marks its edits. In frontier each stack is a point: its bits per character, and the
+share of the text that is final before the last pass."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,11 +12,10 @@ from tarflowlm.presets import PAPER_CORPORA, PRESETS, preset
 from tarflowlm.report.grid import CSS, Token, symbols, to_html
 from tarflowlm.report.grid import Row as TextRow
 from tarflowlm.report.style import COLOURS, SMALL, Figure, Section, page_html
-from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings, without
+from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings
 from tarflowlm.reproduce.states import DEEPEST_LAST, SHORT_WINDOWS, latents, sample, share, summary_row
 
-LENGTH, SHOWN_SAMPLES, SAMPLES = 128, 8, 16
-"""Tokens per sample; samples of fig6, the first of which is shown, and of frontier."""
+LENGTH, SHOWN_SAMPLES, SAMPLES = 128, 8, 16  # tokens per sample; samples of fig6 (the first is shown), of frontier
 BPE = TokenizerConfig(kind="bpe", vocab_size=2048)
 LABELS = {"affine": "affine", "mix1": "Mix-1", "mixd": "Mix-d"}
 
@@ -102,7 +99,7 @@ FIG6 = Recipe(
     claim="The paper: every intermediate state decodes to text, which each pass refines from coarse to fine. Its "
     "panels show the decoded text before and after every block, with the edits highlighted.",
     plan=plan_fig6, measure=measure_fig6, page=page_fig6,
-    table=without("text", "block", "direction", "edits", "tokens", "edited"),
+    hidden=("text", "block", "direction", "edits", "tokens", "edited"),
 )  # fmt: skip
 
 
@@ -192,6 +189,6 @@ FRONTIER = Recipe(
     name="frontier", title="Passes and the bound",
     claim="The paper shows passes that refine a text, and a good bound. Here the models with the best bound show no "
     "passes. How much of the text can be final before the last pass, and at what cost?",
-    plan=plan_frontier, measure=measure_frontier, table=without(*RUN_DETAILS, "after noise"), draw=draw_frontier,
+    plan=plan_frontier, measure=measure_frontier, hidden=(*RUN_DETAILS, "after noise"), draw=draw_frontier,
     size=(9.5, 4.5),
 )  # fmt: skip

@@ -23,22 +23,19 @@ from tarflowlm.training.train import StopRequests, no_stop_requests, resume, tra
 logger = logging.getLogger("tarflowlm")
 
 State = Literal["finished", "stopped", "new"]
-Row = dict[str, Any]
-"""One row of the CSV: column name -> number or text."""
+Row = dict[str, Any]  # one row of the CSV: column name -> number or text
 
-GPT2_SIZE = 50_257
-"""Tokens of GPT-2's vocabulary, known here so that a plan needs no network."""
-RUN_DETAILS = ("ppl", "stderr, nats", "tokens seen", "seconds")
-"""Columns of `states.summary_row` for the CSV alone."""
+GPT2_SIZE = 50_257  # tokens of GPT-2's vocabulary, known here so that a plan needs no network
+RUN_DETAILS = ("ppl", "stderr, nats", "tokens seen", "seconds")  # columns of `states.summary_row` for the CSV alone
 
 
-def columns_of(rows: Sequence[Row]) -> list[str]:
-    """The names of all columns, in the order of their first appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row))
+def names_of(rows: Sequence[Row], hidden: Sequence[str] = ()) -> list[str]:
+    """The names of all columns but the `hidden` ones, in the order of their first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row if name not in hidden))
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table; empty without rows."""
+def markdown_table(rows: Sequence[Row], hidden: Sequence[str] = ()) -> str:
+    """The rows as a Markdown table without its `hidden` columns; empty without rows."""
 
     def cell(value: Any) -> str:
         if value is None:
@@ -47,7 +44,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
     if not rows:
         return ""
-    columns = columns_of(rows)
+    columns = names_of(rows, hidden)
     lines = [columns, ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -58,17 +55,12 @@ class Settings:
 
     scale: Scale
     out: Path
-    data: str | None = None
-    """Text of the mini scale; the default is that of the presets."""
-    judge_data: str = "english"
-    """Text that the judge of samples is trained on; it should differ from `data`."""
-    second_text: str | None = None
-    """Another text to measure the likelihood on."""
+    data: str | None = None  # text of the mini scale; the default is that of the presets
+    judge_data: str = "english"  # text that the judge of samples is trained on; it should differ from `data`
+    second_text: str | None = None  # another text to measure the likelihood on
     seeds: int = 1
-    steps: int | None = None
-    """Optimiser steps of every training, in place of the recipe's: for a quick look."""
-    precision: Precision | None = None
-    """Precision of matrix products in training, in place of the preset's."""
+    steps: int | None = None  # optimiser steps of every training, in place of the recipe's: for a quick look
+    precision: Precision | None = None  # precision of matrix products in training, in place of the preset's
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def preset(self, kind: str, corpus: Literal["text8", "owt"]) -> RunConfig:
@@ -90,8 +82,7 @@ class Training:
 
     name: str
     run: RunConfig
-    label: str
-    """In tables and plots; the same for all seeds."""
+    label: str  # in tables and plots; the same for all seeds
 
     def directory(self, settings: Settings) -> Path:
         return settings.out / "runs" / self.name
@@ -131,41 +122,24 @@ class Finished:
         return cached_corpus(checkpoint.run.data.source, checkpoint.tokenizer).split("test")
 
 
-def without(*columns: str) -> Callable[[Sequence[Row]], list[Row]]:
-    """A function that leaves `columns` out of rows."""
-    return lambda rows: [{name: value for name, value in row.items() if name not in columns} for row in rows]
-
-
-without_details = without(*RUN_DETAILS)
-
-
 @dataclass(frozen=True)
 class Recipe:
     """A table or figure."""
 
     name: str
     title: str
-    claim: str
-    """The paper's claim with its numbers, or the question where the paper makes none."""
+    claim: str  # the paper's claim with its numbers, or the question where the paper makes none
     plan: Callable[[Settings], list[Training]]
-    measure: Callable[[Settings, Sequence[Finished]], list[Row]]
-    """All rows, for the CSV."""
-    table: Callable[[Sequence[Row]], list[Row]] = without_details
-    """The rows of the Markdown table, made from those of the CSV; none for no table."""
-    draw: Callable[[Figure, Sequence[Row]], None] | None = None
-    """Draws the rows into a matplotlib figure."""
-    size: tuple[float, float] = (7.0, 4.5)
-    """Width and height of the figure in inches."""
-    page: Callable[[Sequence[Row]], str] | None = None
-    """The rows as a self-contained HTML page."""
-    text: Callable[[Settings, Sequence[Finished], Sequence[Row]], str] | None = None
-    """Markdown to print below the table, for instance samples."""
-    needs: tuple[tuple[str, str], ...] = ()
-    """Modules that measuring needs, each with the extra of the package that installs it."""
-    seeds: int = 1
-    """Fewest seeds at mini scale: more than one where a claim hangs on less than 2 %."""
-    clear: tuple[str, ...] = ()
-    """Labels of trainings that `seeds` does not apply to, because they differ by far more."""
+    measure: Callable[[Settings, Sequence[Finished]], list[Row]]  # all rows, for the CSV
+    table: Callable[[Sequence[Row]], list[Row]] = list  # the rows of the Markdown table; none for no table
+    hidden: tuple[str, ...] = RUN_DETAILS  # columns that are in the CSV alone
+    draw: Callable[[Figure, Sequence[Row]], None] | None = None  # draws the rows into a matplotlib figure
+    size: tuple[float, float] = (7.0, 4.5)  # width and height of the figure in inches
+    page: Callable[[Sequence[Row]], str] | None = None  # the rows as a self-contained HTML page
+    text: Callable[[Settings, Sequence[Finished], Sequence[Row]], str] | None = None  # Markdown below the table
+    needs: tuple[tuple[str, str], ...] = ()  # modules that measuring needs, each with the extra that installs it
+    seeds: int = 1  # fewest seeds at mini scale: more than one where a claim hangs on less than 2 %
+    clear: tuple[str, ...] = ()  # labels of trainings without these further seeds, because they differ by far more
 
     def trainings(self, settings: Settings) -> list[Training]:
         """The plan with at least `seeds` seeds, except for the labels in `clear`."""
@@ -181,8 +155,7 @@ class Planned:
     training: Training
     state: State
     tokens: int
-    seconds: float
-    """Rough estimate for the whole training on this machine."""
+    seconds: float  # rough estimate for the whole training on this machine
 
 
 def state_of(settings: Settings, training: Training) -> State:
@@ -219,11 +192,9 @@ def finish(
 
 
 def estimate(settings: Settings, plan: Sequence[Training]) -> list[Planned]:
-    """The plan with times, from a few timed steps of every stage.
-
-    The mini scale times whole batches. The paper scale times one short sequence and scales up, which overstates the
-    optimiser, whose share of a step does not grow with the batch. Trainings of the same shape are timed once.
-    """
+    """The plan with times, from a few timed steps of every stage. The mini scale times whole batches, the paper scale
+    one short sequence and scales up, which overstates the optimiser, whose share of a step does not grow with the
+    batch. Trainings of the same shape are timed once."""
     known: dict[RunConfig, float] = {}
     planned: list[Planned] = []
     for training in plan:

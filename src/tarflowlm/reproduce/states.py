@@ -24,10 +24,8 @@ from tarflowlm.reproduce.recipe import GPT2_SIZE, Finished, Recipe, Row, Setting
 from tarflowlm.runs.checkpoint import Checkpoint, read_run
 
 JUDGE_STEPS, BOUND = 1300, "bits per character, <="
-SHORT_STEPS, SHORT_WINDOWS = 300, 1024
-"""Steps and test windows of mini trainings whose ranking shows early."""
-DEEPEST_LAST = "Mix-1, plain start, last block deepest"
-"""Label of `mini-passes`."""
+SHORT_STEPS, SHORT_WINDOWS = 300, 1024  # steps and test windows of mini trainings whose ranking shows early
+DEEPEST_LAST = "Mix-1, plain start, last block deepest"  # label of `mini-passes`
 
 
 def summary_row(done: Finished) -> Row:
@@ -133,14 +131,12 @@ def _plot_seeds(axes: Axes, x: int, values: Sequence[float], colour: str = COLOU
     axes.annotate(text, (x, mean), xytext=(6, 0), textcoords="offset points", va="center", fontsize=SMALL)
 
 
-LATENT_WINDOWS, SAMPLES = 256, 64
-"""Windows of text, and samples of each model, whose states are measured."""
+LATENT_WINDOWS, SAMPLES = 256, 64  # windows of text, and samples of each model, whose states are measured
 UP, DOWN = "latents of a text", "noise of a sample"
 """Two readings of layer 0: the states go up from the latents to the noise, or down from the noise to the latents."""
 METRICS = ("norm", "cosine", "participation_ratio", "centroid_shift")
 SHARES = ("log_det", "kl", "kl_gain", "nelbo")
-VISIBLE = 0.05
-"""A change counts from this share of the metric's range over the states: less does not show in a figure."""
+VISIBLE = 0.05  # the least change that counts, as a share of the metric's range: less does not show in a figure
 FLOW_PATCHES = (1, 2, 4)
 
 _DIRECTIONS = f"""## The paper's four directions
@@ -197,9 +193,7 @@ def falls(values: Sequence[float]) -> bool:
 
 def drops_and_rises(values: Sequence[float], directions: Sequence[str]) -> bool:
     """True if values drop visibly at every right-to-left layer that has a next one, and rise at that next layer.
-
-    `directions` are those of the layers between the values.
-    """
+    `directions` are those of the layers between the values."""
     steps, least = _steps(values)
     pairs = zip(pairwise(steps), directions, strict=False)
     found = [drop < -least and rise > least for (drop, rise), direction in pairs if direction == "right to left"]

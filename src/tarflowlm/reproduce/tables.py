@@ -1,7 +1,5 @@
-"""Tables 2 and 6 of the paper, likelihood and sample quality of the model families; and results on disk.
-
-Results are a CSV, a plot, an HTML page, and Markdown with everything needed to repeat them.
-"""
+"""Tables 2 and 6 of the paper, likelihood and sample quality of the model families; and results on disk: a CSV, a
+plot, an HTML page, and Markdown with everything needed to repeat them."""
 
 import csv
 import io
@@ -23,17 +21,7 @@ from tarflowlm.evaluation.quality import PAPER_SAMPLES, SamplingConfig, TextStat
 from tarflowlm.files import replacing
 from tarflowlm.presets import preset
 from tarflowlm.report.style import Figure, render
-from tarflowlm.reproduce.recipe import (
-    Finished,
-    Recipe,
-    Row,
-    Settings,
-    Training,
-    columns_of,
-    markdown_table,
-    trainings,
-    without,
-)
+from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, markdown_table, names_of, trainings
 from tarflowlm.reproduce.states import judge_of, judge_training, plot_models, summary_row
 from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Checkpoint
 
@@ -41,24 +29,20 @@ FAMILIES = {"AR": "ar", "affine": "affine", "Mix-1": "mix1", "Mix-d": "mixd"}
 PLAIN = "Mix-1, plain start as in the paper"
 MINI_VARIANTS = {PLAIN: "mix1-plain", "Mix-d with two layers more": "mixd-deep"}
 """Beside the families at mini scale, where Mix-1 starts from the codebook."""
-PAPER_LIKELIHOOD = {
-    "text8": {"AR": 1.23, "affine": 1.54, "Mix-1": 1.37, "Mix-d": 1.30},
-    "owt": {"AR": 17.54, "affine": 148.21, "Mix-1": 27.11, "Mix-d": 22.64},
-}
+PAPER_LIKELIHOOD = {"text8": {"AR": 1.23, "affine": 1.54, "Mix-1": 1.37, "Mix-d": 1.30}}
+PAPER_LIKELIHOOD |= {"owt": {"AR": 17.54, "affine": 148.21, "Mix-1": 27.11, "Mix-d": 22.64}}
 """Bits per character on the test split of TEXT8, perplexity on the validation split of OpenWebText."""
-WINDOWS, SAMPLES = 128, 16
-"""Windows and posterior samples of the importance-weighted bound."""
+WINDOWS, SAMPLES = 128, 16  # windows and posterior samples of the importance-weighted bound
 SECOND_WINDOWS = 1024
 
 JUDGED_FAMILIES = ("AR", "Mix-1", "Mix-d")
 MINI_SAMPLES = 500
-PAPER_QUALITY: dict[str, dict[str, float]] = {
+PAPER_QUALITY: dict[str, dict[str, float]] = {  # on OpenWebText, by GPT-2 Large
     "AR": {"perplexity": 12.1, "MAUVE": 0.76, "entropy": 5.22},
     "Mix-1": {"perplexity": 20.7, "MAUVE": 0.47, "entropy": 5.58},
     "Mix-d": {"perplexity": 14.3, "MAUVE": 0.68, "entropy": 5.13},
     "real text": {"perplexity": 14.7, "MAUVE": 1.0, "entropy": 5.44},
 }
-"""On OpenWebText, by GPT-2 Large."""
 
 
 def plan_table2(settings: Settings) -> list[Training]:
@@ -139,7 +123,7 @@ TABLE6 = Recipe(
     name="table6", title="Sample quality",
     claim="The paper: on OpenWebText, judged by GPT-2 Large, Mix-d comes close to the baseline and to real text in "
     "perplexity, MAUVE and entropy; Mix-1 less so.",
-    plan=plan_table6, measure=measure_table6, table=without("judge", "samples"), needs=(("mauve", "quality"),),
+    plan=plan_table6, measure=measure_table6, hidden=("judge", "samples"), needs=(("mauve", "quality"),),
     draw=partial(plot_models, column="perplexity", label="generative perplexity"),
     text=lambda _settings, _finished, rows: f"Judge {rows[0]['judge']}; {rows[0]['samples']}.\n",
 )  # fmt: skip
@@ -149,9 +133,7 @@ def write_results(
     recipe: Recipe, settings: Settings, rows: Sequence[Row], finished: Sequence[Finished], *, command: Sequence[str]
 ) -> list[Path]:
     """Write NAME.csv, NAME.md and, if the recipe has them, a plot NAME.png and a page NAME.html; returns their paths.
-
-    `command` is printed as what made them.
-    """
+    `command` is printed as what made them."""
     csv_file, plot, page, markdown = (settings.out / f"{recipe.name}.{kind}" for kind in ("csv", "png", "html", "md"))
     written = [_write(csv_file, _csv(rows))]
     if recipe.draw is not None:
@@ -162,7 +144,7 @@ def write_results(
     parts = [
         f"# {recipe.title}\n",
         f"{recipe.claim}\n",
-        markdown_table(recipe.table(rows)),
+        markdown_table(recipe.table(rows), recipe.hidden),
         f"![{recipe.title}]({plot.name})\n" if recipe.draw is not None else "",
         f"As a page: [{page.name}]({page.name}).\n" if recipe.page is not None else "",
         recipe.text(settings, finished, rows) if recipe.text is not None else "",
@@ -179,7 +161,7 @@ def _write(path: Path, text: str) -> Path:
 
 def _csv(rows: Sequence[Row]) -> str:
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns_of(rows), lineterminator="\n")
+    writer = csv.DictWriter(buffer, names_of(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
@@ -221,5 +203,4 @@ def _hardware(device: torch.device) -> str:
     text = cpus.read_text(encoding="utf-8") if cpus.exists() else ""
     found = re.search(r"^model name\s*: *(.*)", text, re.MULTILINE)
     name = found[1].strip() if found else platform.processor() or platform.machine()
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}, {device.type}"
+    return f"{name}, {(n := torch.get_num_threads())} thread{'s' * (n != 1)}, {device.type}"

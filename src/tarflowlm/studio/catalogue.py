@@ -30,8 +30,7 @@ class Catalogue:
 
     places: dict[str, Path]
     baselines: frozenset[str]  # the names of discrete baselines
-    weighing: frozenset[str]
-    """The names of models whose block 1 has token weights, baselines among them: a temperature suits these."""
+    weighing: frozenset[str]  # the names of models whose block 1 has token weights, which a temperature suits
     device: str = "cpu"
 
     @property

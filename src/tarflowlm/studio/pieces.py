@@ -152,10 +152,8 @@ def bar(share: float) -> str:
 def slider(rows: Sequence[Row], name: str, *, summary: str, is_open: bool = True) -> str:
     """A slider over `rows`: one of them is on the stage of the same card, and all of them are below."""
     last = len(rows) - 1
-    control = (
-        f'<div class="st-slide"><input type="range" min="0" max="{last}" value="{last}" step="1" '
-        f'aria-label="{escape(name)}"><output>{escape(rows[-1].label)}</output></div>'
-    )
+    field = f'<input type="range" min="0" max="{last}" value="{last}" step="1" aria-label="{escape(name)}">'
+    control = f'<div class="st-slide">{field}<output>{escape(rows[-1].label)}</output></div>'
     opened, box = " open" if is_open else "", f'<div class="st-rows">{grid.to_html(rows)}</div>'
     return f"{control}<details{opened}><summary>{escape(summary)}</summary>{box}</details>"
 

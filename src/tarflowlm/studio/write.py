@@ -103,10 +103,8 @@ def fill(
     checkpoint: Checkpoint, template: Tensor, notice: str | None, tries: Any, particles: Any, tau: Any, seed: Any
 ) -> Generator[str, None, str]:
     """Pages of the progress; returns HTML of candidates for a template [T] at temperature `tau`, the likeliest first.
-
     Every try runs its own particles. Its evidence, the mean weight of its particles, is unbiased for p(given), so a
-    draw from the tries by evidence is a draw by all of their particles; that is the weight of its text.
-    """
+    draw from the tries by evidence is a draw by all of their particles; that is the weight of its text."""
     num = request.whole(tries, "tries", 1, TRIES)
     each = request.whole(particles, "particles", 1, request.PARTICLES)
     temperature = request.number(tau, "temperature", 0.1, 2.0)
