@@ -15,27 +15,17 @@ import math
 import torch
 from torch import Tensor
 
-from tarflowlm.flow.numerics import reference
+from tarflowlm.flow.numerics import normal, reference
 from tarflowlm.flow.numerics.layout import LOWEST_EXPONENT, Params, chunk_rows, row_chunks, take_rows
-from tarflowlm.flow.numerics.normal import (
-    HALF_LOG_2PI,
-    INV_SQRT_2PI,
-    SQRT_HALF,
-    clamp_,
-    log_standard_normal,
-    upper_quantile,
-)
+from tarflowlm.flow.numerics.normal import HALF_LOG_2PI, clamp_, log_standard_normal, upper_quantile
 from tarflowlm.flow.numerics.reference import Gradients
 
-UNIT, TAIL_SCALE, DENSITY_SCALE = SQRT_HALF, 0.5, INV_SQRT_2PI
-
+UNIT, TAIL_SCALE, DENSITY_SCALE = normal.SQRT_HALF, 0.5, normal.INV_SQRT_2PI
 SMALLEST = {torch.float32: 1e-12, torch.float64: 1e-285}
 """Tail masses and densities below this leave the linear path. In float32 the bound is 7 sigma, not the 13 where the
 mass underflows: beyond 7 an ulp of u^2 / 2 shows in the log-determinant, and float64 removes it."""
-
 _SAFE_TOTAL = (1e-20, 1e30)
 """Sums of exp(log_w) for which shifting log_w by its maximum would change nothing."""
-
 _WIDE = 20
 """Components from which the untransposed layout is the faster one (measured between 8 and 27)."""
 
@@ -110,10 +100,10 @@ def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
     num_components = params[1].shape[-1]
     tail, density, side = (torch.empty_like(z) for _ in range(3))
     space = Workspace(4, num_components, z.dtype)
+    axis, spread = space.axis, space.spread
     for rows in row_chunks(len(z), num_components):
         weight, total, mean, inv_std = load(take_rows(params, rows), space)
-        n, axis, spread = len(z[rows]), space.axis, space.spread
-        a, other = space(2, n), space(3, n)
+        a, other = (space(i, len(z[rows])) for i in (2, 3))
         torch.sub(spread(z[rows]), mean, out=a).mul_(inv_std)
         side[rows] = guess_side(a, weight, other, space)
         clamp_(a.mul_(spread(side[rows] * UNIT)))

@@ -26,17 +26,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from tarflowlm.flow.numerics import layout, reference
+from tarflowlm.flow.numerics import layout, normal, reference
 from tarflowlm.flow.numerics.mixture import first_derivatives
-from tarflowlm.flow.numerics.normal import (
-    check_codebook,
-    component_factors,
-    log_component_densities,
-    log_own_density,
-    log_rounding,
-    point_factors,
-    reach,
-)
+from tarflowlm.flow.numerics.normal import check_codebook, log_component_densities, reach
 
 KEPT = 2**24
 """Elements N K up to which softmaxes are kept for the backward: 64 MiB each in float32, of which the general path has
@@ -99,8 +91,8 @@ def mixture_log_prob_from_features(
     normaliser, largest = near.log_sum(log_density)
     log_p = (joint - total - normaliser if relative else joint - total).to(z.dtype)
     # negated, so that NaN is left to the general path
-    rest = (~(largest - reach(z.dtype, len(mean)) + total - joint <= log_rounding(z.dtype))).nonzero().squeeze(-1)
-    if len(rest):
+    fine = largest - reach(z.dtype, len(mean)) + total - joint <= normal.log_rounding(z.dtype)
+    if len(rest := (~fine).nonzero().squeeze(-1)):
         log_p = log_p.index_put((rest,), _by_chunks(general, len(mean), *(t.index_select(0, rest) for t in flat)))
     return log_p.view(z.shape[:-1])
 
@@ -128,7 +120,7 @@ class Near(NamedTuple):
     def log_densities(self, z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
         """log N_k(z_n) of every pair, in the wide format."""
         own = mean.index_select(0, self.components), log_std.index_select(0, self.components)
-        return log_own_density(z.index_select(0, self.rows), *own)
+        return normal.log_own_density(z.index_select(0, self.rows), *own)
 
     def log_sum(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """logsumexp and maximum over the pairs of every row, [N]; no gradients of the latter."""
@@ -148,7 +140,7 @@ def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Near | None:
     num_components, dim = mean.shape
     if num_components < reference.FEWEST or not len(z) or z.is_meta:
         return None
-    points, components = point_factors(z).float(), component_factors(mean, log_std).float()
+    points, components = normal.point_factors(z).float(), normal.component_factors(mean, log_std).float()
     slack = points.abs() @ components.abs().amax(0)
     least = 2 * (dim + 8) * torch.finfo(torch.float32).eps * slack + reach(z.dtype, num_components)
     found, components, left = list[Tensor](), components.T.contiguous(), LARGEST_SHARE * len(z) * num_components
@@ -195,11 +187,9 @@ class _HeadSums(Function):
 
     @staticmethod
     def backward(ctx: Any, of_sum: Tensor, of_picked: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = first_derivatives(
-            _head_gradients, *ctx.saved_tensors[:5], of_sum, of_picked, *ctx.saved_tensors[5:]
-        )
-        assert all(g is not None for g in gradients)
-        return *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)), None, None  # type: ignore[union-attr]
+        saved, shares = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        gradients = first_derivatives(_head_gradients, *saved, of_sum, of_picked, *shares)
+        return *(g.to(t) for g, t in zip(gradients, ctx.dtypes, strict=True)), None, None  # type: ignore[union-attr]
 
 
 def _head_gradients(
@@ -209,9 +199,7 @@ def _head_gradients(
     """Gradients of features [N, E], weight [K, E] and bias [K], which come in the dtype of the products."""
     half = features.dtype
     scaled = features * of_sum[:, None].to(half)
-    of_features, of_weight, of_bias = (
-        torch.zeros(t.shape, dtype=of_sum.dtype, device=t.device) for t in (features, weight, bias)
-    )
+    of_features, of_weight, of_bias = (t.new_zeros(t.shape, dtype=of_sum.dtype) for t in (features, weight, bias))
     for index, part in enumerate(_chunks(len(features), len(weight), features.device, tensors=1)):
         if shares:
             share = shares[index]
