@@ -56,8 +56,7 @@ def generate(
     check_model(model)
     check_option(decoding, "decoding", Decoding)
     decoder, watch = as_decoders(decoder), watch or Watch()
-    num, num_tokens = as_integer(num, "num"), as_integer(num_tokens, "num_tokens")
-    particles = as_integer(particles, "particles")
+    num, num_tokens, particles = map(as_integer, (num, num_tokens, particles), ("num", "num_tokens", "particles"))
     given = _given(model, num, num_tokens, prompt, particles)
     adjust = _adjust(model, temperature, top_k, top_p)
     keep_freed_memory()
@@ -84,8 +83,7 @@ def _row_streams(generator: torch.Generator | Sequence[torch.Generator] | None, 
         return list(generator)
     check_generator(generator)
     if generator is None:
-        generator = torch.Generator()
-        generator.seed()
+        (generator := torch.Generator()).seed()
     return row_generators(range(num), generator)
 
 
@@ -100,8 +98,8 @@ def _given(model: LanguageModel, num: int, num_tokens: int, prompt: Tensor | Non
         check_integers(prompt, "prompt", "[T]", "[num, T]")
         length = prompt.shape[-1]
         if length > num_tokens or (particles == 1 and length == num_tokens and (prompt >= 0).all()):
-            rule = "shorten it, or raise the length"
-            raise UserError(f"the prompt has {length} tokens, which leaves no room in {num_tokens}: {rule}")
+            what = f"the prompt has {length} tokens, which leaves no room in {num_tokens}"
+            raise UserError(f"{what}: shorten it, or raise the length")
         if ((prompt < BLANK) | (prompt >= vocab_size)).any():
             rule = f"0 to {vocab_size - 1}, or {BLANK} for a blank: encode it again"
             raise UserError(f"the prompt {prompt.tolist()} has tokens outside of {rule}")
