@@ -168,9 +168,7 @@ def blend(
         z = torch.where(mask[:, None], other.states[0], row.states[0])
         tokens = torch.where(mask, other.tokens, row.tokens)
         row = replace(row, tokens=tokens, states=tuple(model.prior.states(z)[0]))
-        free = ~(is_second | stays)
-        free[first.length :] = False
-        for span in _runs(free):
+        for span in _runs(~(is_second | stays)[: first.length]):
             row = redraw(model, row, span, generator=generator, **options)
         progress.advance()
         rows.append(row)

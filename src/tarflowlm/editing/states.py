@@ -169,8 +169,7 @@ def inverted_below(
         block = prior.block(index)
         above, below = (prior.patch(text.states[i])[0] for i in (index + 1, index))
         # leading positions, in the block's order, whose noise is unchanged in all rows
-        same = (block.order(u)[0] == block.order(above)[0]).all(2).all(0)
-        settled = int(same.long().cumprod(0).sum())
+        settled = int((block.order(u)[0] == block.order(above)[0]).all(2).all(0).long().cumprod(0).sum())
         how = chosen[-1 - index]
         return invert_block(block, u, decoder=how, settled=below, num_settled=settled, progress=progress).h
 

@@ -124,8 +124,7 @@ class _Inversion:
         self.cache.rewind(self.at)
         invert = self.block.coupling.inverter()
         while self.at < self.num_positions:
-            previous = self.h[:, self.at - 1] if self.at else None
-            features = self.block.features_at(self.cache, previous, len(self.h))
+            features = self.block.features_at(self.cache, self.h[:, self.at - 1] if self.at else None, len(self.h))
             self.h[:, self.at] = invert(self.noise[:, self.at], features, self.adjust)
             self.passes += 1
             self._advance(1)
@@ -205,10 +204,8 @@ class _Inversion:
             while self.at < stop:
                 largest = self._sweep_once(stop)
                 if largest < near and stop - self.at >= SHORTEST_NEWTON:
-                    done = self.newton(stop, largest=CONTRACTION * largest, foresees=False)
-                    near = near if done else 0.1 * largest
-                poor = 0 if largest < 0.5 * last else poor + 1
-                last = largest
+                    near = near if self.newton(stop, largest=CONTRACTION * largest, foresees=False) else 0.1 * largest
+                poor, last = 0 if largest < 0.5 * last else poor + 1, largest
                 if poor > PATIENCE and stop - self.at > 1:
                     stop = self.at + (stop - self.at) // 2
                     poor, length = 0, max(1, stop - self.at)

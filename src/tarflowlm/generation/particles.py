@@ -168,8 +168,7 @@ class LatentSource:
         used = (token >= self.since[rows, None]) & (token < at * self.model.config.patch) & ~self.is_known[rows]
         h, used_NP = self.draw[rows], used.view(len(rows), -1, self.model.config.patch)
         whole = prior.block(1).log_prob(prior.patch(h)[0]) * ~used_NP.any(-1)
-        partly = used_NP.any(-1, keepdim=True) & ~used_NP
-        normal = log_standard_normal(h).sum(-1) * partly.flatten(1)
+        normal = log_standard_normal(h).sum(-1) * (used_NP.any(-1, keepdim=True) & ~used_NP).flatten(1)
         self.correction[rows] += whole.sum(-1) + normal.sum(-1) - self.log_p[rows]
 
     def follow(self, own: Tensor, parents: Tensor, at: int) -> None:

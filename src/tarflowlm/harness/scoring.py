@@ -91,8 +91,7 @@ class TextScorer:
             x, zeros = torch.cat(whole), torch.zeros_like(owner)
             weights = log_weights(self.model, x, zeros, samples=self.samples, seed=self.seed, progress=progress)
             total.index_add_(0, owner, -importance_weighted(weights))
-        rest = [Piece(t[len(w) * T :], 0) for t, w in zip(tokens, whole, strict=True)]
-        values, _ = self._scores(rest, progress)
+        values, _ = self._scores([Piece(t[len(w) * T :], 0) for t, w in zip(tokens, whole, strict=True)], progress)
         return (total + torch.tensor(values, dtype=torch.float64)).tolist()
 
     def num_windows(self, texts: Sequence[str]) -> int:
@@ -107,10 +106,9 @@ class TextScorer:
         Beyond the trained context the start of the context is cut, and a longer continuation is scored in pieces.
         """
         pieces = [self._pieces(*request) for request in requests]
-        values, greedy = self._scores([piece for parts in pieces for piece in parts], progress)
-        scored = iter(zip(values, greedy, strict=True))
-        taken = ([*islice(scored, len(parts))] for parts in pieces)
-        return [(math.fsum(value for value, _ in part), all(best for _, best in part)) for part in taken]
+        scores = map(iter, self._scores([piece for parts in pieces for piece in parts], progress))
+        values, greedy = ([[*islice(found, len(parts))] for parts in pieces] for found in scores)
+        return [*zip(map(math.fsum, values), map(all, greedy), strict=True)]
 
     def complete(self, requests: Sequence[tuple[str, Continuation]], progress: Progress = SILENT) -> list[str]:
         """Text that follows each context. Contexts of one length are continued together.
@@ -127,7 +125,7 @@ class TextScorer:
             for part in [whole] if length <= self.model.config.context else [[index] for index in whole]:
                 prompt = F.pad(torch.stack([prompts[i] for i in part]), (0, how.max_tokens), value=BLANK)
                 # the noise of a first row, which a text alone would get
-                seeds = [torch.Generator().manual_seed(self.seed) for _ in part]
+                seeds = (torch.Generator().manual_seed(self.seed) for _ in part)
                 options["generator"] = [row_generators([0], seed)[0] for seed in seeds]
                 drawn = generate(self.model, num_tokens=length, num=len(part), prompt=prompt, **options)
                 for index, tokens in zip(part, drawn.tokens.cpu(), strict=True):

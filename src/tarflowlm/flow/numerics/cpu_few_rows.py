@@ -79,8 +79,7 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
         return torch.full_like(u, nan), list(range(len(u)))
     found, left, num_rows, visits = list[list[float]](), list[int](), len(u), 0
     most_visits = _MOST_VISITS + _MORE_VISITS * num_rows * len(book.std)
-    weights = torch.softmax(log_w.double(), -1).tolist()
-    for row, (noise, weight) in enumerate(zip(u.tolist(), weights, strict=True)):
+    for row, (noise, weight) in enumerate(zip(u.tolist(), torch.softmax(log_w.double(), -1).tolist(), strict=True)):
         if visits * (num_rows - row) > most_visits * row:
             left += range(row, num_rows)
             found += [[nan] * len(noise)] * (num_rows - row)
@@ -232,8 +231,7 @@ def _solve(
         if weight[k] > rest:
             break
         rest -= weight[k]
-    share = min(max(rest / weight[k], _SMALLEST_SHARE), _LARGEST_SHARE)
-    x = mean[k] - side * std[k] * _quantile(share)
+    x = mean[k] - side * std[k] * _quantile(min(max(rest / weight[k], _SMALLEST_SHARE), _LARGEST_SHARE))
     low, high, last, beyond = inf, -inf, inf, y + _CERTAIN
     for number in range(1, _MOST_STEPS + 1):
         tail = density = 0.0

@@ -172,8 +172,7 @@ def _cdf_gradients(rows: Params, params: Params, space: Workspace) -> tuple[Grad
     tail = torch.mul(mass, weight, out=space(6, n)).sum(axis)
     per_mass = grad_u * side * torch.exp(-log_standard_normal(u))
     mass.sub_(spread(tail)).mul_(spread(per_mass)).add_(spread(grad_log_p)).mul_(weight)
-    of_log_w = share.sub_(mass)
-    grads = -of_mean.sum(axis), space.orient(of_log_w), space.orient(of_mean), space.orient(of_log_std)
+    grads = -of_mean.sum(axis), space.orient(share.sub_(mass)), space.orient(of_mean), space.orient(of_log_std)
     return grads, torch.minimum(tail, density * DENSITY_SCALE)
 
 
@@ -218,8 +217,7 @@ def mixture_log_density_backward(z: Tensor, params: Params, grad: Tensor) -> tup
         of_log_std = torch.mul(a, share, out=space(5, len(g)))
         of_mean = of_log_std * inv_std
         of_log_std.mul_(a).sub_(share)
-        of_log_w = share.sub_(weight * space.spread(g / total))
-        by_row = (space.orient(of) for of in (of_log_w, of_mean, of_log_std))
+        by_row = map(space.orient, (share.sub_(weight * space.spread(g / total)), of_mean, of_log_std))
         _store(out, rows, (-of_mean.sum(space.axis), *by_row), space)
     return out
 

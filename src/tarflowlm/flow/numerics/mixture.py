@@ -101,8 +101,7 @@ class _MixtureCdfInverse(Function):
 
     @staticmethod
     def forward(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-        path = cpu_inverse if layout.use_eager_cpu(u) else reference
-        return path.mixture_cdf_inverse(u, log_w, mean, log_std)
+        return (cpu_inverse if layout.use_eager_cpu(u) else reference).mixture_cdf_inverse(u, log_w, mean, log_std)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -219,8 +219,7 @@ def rosenblatt_forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
                 pairs += alive.nonzero().unbind(-1)
                 break
     if pairs:
-        over = z, log_alpha[*pairs], *pairs, mean, log_std, falls, tail, side
-        total = _rosenblatt_over_pairs(*over, start=i + 1)
+        total = _rosenblatt_over_pairs(z, log_alpha[*pairs], *pairs, mean, log_std, falls, tail, side, start=i + 1)
     else:
         total = exp_clamped(log_alpha).sum(-1)
     log_p = torch.log(total) + log_p.squeeze(-1)
