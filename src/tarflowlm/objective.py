@@ -106,8 +106,7 @@ def log_importance_weights(
     bounds = []
     for _ in range(1 if model.is_exact else samples):
         # drawn for all rows at once, so that the numbers do not depend on the parts
-        noise = model.draw_noise(tokens, generator)
-        parts = zip(tokens.split(rows), noise.split(rows), strict=True)
+        parts = zip(tokens.split(rows), model.draw_noise(tokens, generator).split(rows), strict=True)
         bounds.append(torch.cat([conditional_bound(model, x, given, eps) for x, eps in parts]))
     return -torch.stack(bounds)
 

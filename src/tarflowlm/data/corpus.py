@@ -235,8 +235,7 @@ def sliding_windows(
         raise UserError(f"stride {stride}: must be at least 1 and at most the context of {window} tokens")
     if limit is not None and limit < 1:
         raise UserError(f"windows {limit}: must be at least 1")
-    view = TokenArray.of(tokens)
-    _check_length(len(view), window)
+    _check_length(len(view := TokenArray.of(tokens)), window)
     num_windows = (len(view) - window) // stride + 1
     if limit is not None and limit < num_windows:
         starts = np.arange(limit) * num_windows // limit * stride
