@@ -23,9 +23,8 @@ from tarflowlm.model import TarFlowLM
 class Conditioned(ABC):
     """A pass over N positions, of which the first `at` are done.
 
-    It turns `noise` [B, N, ...] into `values` [B, N, ...]: latents for a flow, tokens for the baseline. At given
-    tokens the noise is replaced by the one that belongs to them. `is_known` [B, N, P], on the CPU, says which tokens
-    are given.
+    It turns `noise` [B, N, ...] into `values` [B, N, ...]: latents for a flow, tokens for the baseline. Given tokens,
+    where `is_known` [B, N, P] on the CPU is True, replace the noise there by the one that belongs to them.
     """
 
     def __init__(

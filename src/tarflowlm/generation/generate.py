@@ -41,12 +41,10 @@ def generate(
     as its weights (the noise is not scaled, since Phi(u) has to stay uniform). For Mix-1, or Mix-d with components of
     its own, they are estimated: the token is then chosen (`EstimatedTokens`), whatever `decoding` says.
 
-    `num_tokens` may exceed the trained context (`writing.py`). Blanks between given tokens and several particles need
-    a text within it.
+    `num_tokens` may exceed the trained context (`writing.py`) with one particle and no blanks between given tokens.
 
-    `decoder`, one for all blocks or one per block, block L first: "steps" inverts position by position, "sweeps" in
-    parallel, equal up to rounding, "auto" by the cheaper of the two. Block 1 is swept only without given tokens,
-    temperature, top-k and top-p.
+    `decoder`, for all blocks or one per block, L first: "steps" inverts position by position, "sweeps" in parallel,
+    equal up to rounding, "auto" by the cheaper. Given tokens, temperature, top-k and top-p make block 1 take steps.
 
     Row b has a random stream of its own, made from `generator` and b, so it does not depend on `num`. A list of
     generators, one per row, replaces these streams.

@@ -264,8 +264,7 @@ def invert_stack(
 ) -> tuple[list[Tensor], list[Inverted]]:  # fmt: skip
     """Invert blocks L, ..., above + 1: the states h^(L) = noise, ..., h^(above), each [B, T, d], and how it was done.
 
-    The second list has one `Inverted` per block, block L first. `adjust` and `on_final` belong to block 1.
-    UserError for a wrong number of decoders.
+    The second list has one `Inverted` each, L first. `adjust` and `on_final` are for block 1. Errors: `per_block`.
     """
     chosen, work = per_block(decoder, model.num_blocks), []
 

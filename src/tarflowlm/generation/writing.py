@@ -68,8 +68,7 @@ class Generation:
     tokens: Tensor
     """[B, T]."""
     sweeps: tuple[int, ...] = ()
-    """Passes of the Transformer over positions in each block, block L first: N of them for a block inverted by steps.
-    Empty for the baseline."""
+    """Passes of the Transformer in each block, block L first: N of them by steps. Empty for the baseline."""
     decoders: tuple[Decoder, ...] = ()
     """Decoder of each block, block L first; pass it as `decoder` to repeat the choice."""
     log_evidence: Tensor | None = None
@@ -77,8 +76,7 @@ class Generation:
     ess: Tensor | None = None
     """With given tokens: the effective sample size of the particles at the end, [B]."""
     pareto_k: Tensor | None = None
-    """With given tokens: the tail index of those particles' weights, [B]; above 0.7 the evidence is unreliable. NaN
-    for fewer than 25 particles."""
+    """With given tokens: the tail index of their weights, [B], above 0.7 if these are unreliable; NaN if R < 25."""
     draws: Tensor | None = None
     """With given tokens: how often the particles of each sample were resampled, [B]."""
     _latents: tuple[Tensor, ...] = field(default=(), repr=False)

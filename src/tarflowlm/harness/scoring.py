@@ -106,15 +106,15 @@ class TextScorer:
         Beyond the trained context the start of the context is cut, and a longer continuation is scored in pieces.
         """
         pieces = [self._pieces(*request) for request in requests]
-        scores = map(iter, self._scores([piece for parts in pieces for piece in parts], progress))
-        values, greedy = ([[*islice(found, len(parts))] for parts in pieces] for found in scores)
-        return [*zip(map(math.fsum, values), map(all, greedy), strict=True)]
+        values, greedy = self._scores([piece for parts in pieces for piece in parts], progress)
+        scored = iter(zip(values, greedy, strict=True))
+        taken = ([*islice(scored, len(parts))] for parts in pieces)
+        return [(math.fsum(value for value, _ in part), all(best for _, best in part)) for part in taken]
 
     def complete(self, requests: Sequence[tuple[str, Continuation]], progress: Progress = SILENT) -> list[str]:
         """Text that follows each context. Contexts of one length are continued together.
 
-        Every text is drawn with the seed of the scorer, whatever the other contexts are. top-k = 1 needs a model that
-        has probabilities of tokens to change.
+        Every text is drawn with the scorer's seed, whatever the others are. top-k = 1 needs probabilities to change.
         """
         prompts = [self.encode(context) for context, _ in requests]
         lengths = [len(prompt) + how.max_tokens for prompt, (_, how) in zip(prompts, requests, strict=True)]

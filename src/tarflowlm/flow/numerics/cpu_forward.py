@@ -179,8 +179,7 @@ def _cdf_gradients(rows: Params, params: Params, space: Workspace) -> tuple[Grad
 def _shares(z: Tensor, params: Params, space: Workspace) -> tuple[Tensor, ...]:
     """weight, total, inv_std, a, share, share_total and log p [n] of one chunk, in the layout of the workspace.
 
-    weight is total w_k, share is share_total times the responsibility r_k: both are shifted by their maxima, so the
-    density has no far rows.
+    weight is total w_k, share is share_total r_k (responsibilities): shifted by their maxima, so that no row is far.
     """
     log_w, mean, log_std = (space.orient(p) for p in params)
     n, axis, lowest = len(z), space.axis, LOWEST_EXPONENT[z.dtype]

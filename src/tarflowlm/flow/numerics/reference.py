@@ -162,8 +162,7 @@ def bayes_update(log_alpha: Tensor, a: Tensor, log_std: Tensor) -> Tensor:
 def rosenblatt(
     z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, scalar_map: Callable[..., Any] = mixture_cdf
 ) -> tuple[Tensor, Tensor]:
-    """u [N, d] and log_det [N] of the Mix-d map (docs/math.md, eq. 9): each channel is a scalar mixture under
-    `scalar_map`. Differentiable where that is."""
+    """u [N, d], log_det [N] of the Mix-d map by channels (docs/math.md, eq. 9); differentiable if `scalar_map` is."""
     log_alpha = torch.log_softmax(log_w, -1)
     inv_std, channels, log_p = torch.exp(-log_std), [], torch.zeros_like(z[:, 0])
     for i in range(z.shape[-1]):
@@ -219,7 +218,8 @@ def rosenblatt_forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
                 pairs += alive.nonzero().unbind(-1)
                 break
     if pairs:
-        total = _rosenblatt_over_pairs(z, log_alpha[*pairs], *pairs, mean, log_std, falls, tail, side, start=i + 1)
+        over = z, log_alpha[*pairs], pairs[0], pairs[1], mean, log_std, falls, tail, side
+        total = _rosenblatt_over_pairs(*over, start=i + 1)
     else:
         total = exp_clamped(log_alpha).sum(-1)
     log_p = torch.log(total) + log_p.squeeze(-1)
@@ -270,8 +270,7 @@ def erfc_clamped_(a: Tensor) -> Tensor:
 def rosenblatt_inverse(
     u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, scalar_inverse: Callable[..., Any] = mixture_cdf_inverse
 ) -> Tensor:
-    """z [N, d]: the recursion of docs/math.md, eq. 9, with one scalar mixture solved by `scalar_inverse` per channel;
-    differentiable where that is."""
+    """z [N, d]: the recursion of docs/math.md, eq. 9, channel by channel; differentiable if `scalar_inverse` is."""
     mean, log_std = mean[None], log_std[None]
     log_alpha, channels, inv_std = log_w, [], torch.exp(-log_std)
     for i in range(u.shape[-1]):

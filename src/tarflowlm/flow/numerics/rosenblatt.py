@@ -3,8 +3,7 @@ r"""The mixture-Rosenblatt map of Mix-d: channel after channel, mixture weights 
     alpha^(1) = w,   u_i = Phi^-1( sum_k alpha_k^(i) Phi((z_i - mu_ki) / s_k) )
     alpha_k^(i+1) ~ alpha_k^(i) N(z_i; mu_ki, s_k^2),   log_det = log p_mix(z) - log N(u; 0, I)
 
-See docs/math.md, eq. 9. The backward is computed again chunk by chunk. Differs from the paper's algorithm 1: the
-weights live in log space.
+See docs/math.md, eq. 9. The backward is computed chunk by chunk. Differs from the paper's algorithm 1: log weights.
 
 N rows, K components, d channels: flat problems are z, u [N, d], log_w [N, K], mean [K, d], log_std [K].
 """
@@ -66,7 +65,8 @@ def _gradients(
     for rows in _chunks(z, len(mean), backward=True):
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (z[rows], log_w[rows], mean, log_std)]
-            outputs = reference.rosenblatt(*leaves, mixture_cdf)  # the map from differentiable pieces
+            # the map from differentiable pieces
+            outputs = reference.rosenblatt(leaves[0], leaves[1], leaves[2], leaves[3], mixture_cdf)
         grads = torch.autograd.grad(outputs, leaves, (grad_u[rows], grad_log_det[rows]))
         out[0][rows], out[1][rows] = grads[:2]
         out[2].add_(grads[2])

@@ -12,8 +12,7 @@ With R = `reach` the second one vanishes in rounding, and so does the first one,
 improbable (eq. 20b). That is seen from the sum itself, and such rows take the general path, over all components. A
 product in float32 with a bound on its rounding finds the near components (`near_components`).
 
-N rows (tokens), K components, d channels, E features. Rows are worked on in chunks, so that no operation makes an
-[N, K] tensor however large K is.
+N rows (tokens), K components, d channels, E features. Rows come in chunks, so that nothing makes an [N, K] tensor.
 """
 
 import math
@@ -34,8 +33,7 @@ KEPT = 2**24
 """Elements N K up to which softmaxes are kept for the backward: 64 MiB each in float32, of which the general path has
 three. With more, the backward computes them again, which costs one product with the head's weight."""
 LARGEST_SHARE = 1 / 32
-"""All components are taken where more than this share of them is near: a pair of a row and a component costs as much
-as some thirty elements of the general path."""
+"""All components are taken where more than this share is near: a pair costs as much as thirty elements of all."""
 
 
 def mixture_log_prob(z: Tensor, log_w: Tensor | None, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -101,8 +99,7 @@ def mixture_log_prob_from_features(
 def most_probable_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """argmax_k N(z; mu_k, s_k^2 I), the first of equals: the mode of the decoder (docs/math.md, eq. 2).
 
-    Shapes: z [..., d]; mean [K, d]; log_std [K]; returns [...], int64. NaN in a row gives component 0.
-    Errors: ValueError for shapes that do not fit.
+    Shapes: z [..., d]; mean [K, d]; log_std [K]; returns [...], int64. NaN gives 0. ValueError if shapes do not fit.
     """
     check_codebook(z, mean, log_std)
     flat = z.reshape(-1, z.shape[-1])
@@ -133,9 +130,8 @@ class Near(NamedTuple):
 def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Near | None:
     """All pairs with log N_k(z_n) >= max_j log N_j(z_n) - `reach`, and some that are just below; z [N, d].
 
-    None where there are few components, where many of them are near, or where values are not finite. The product of
-    the factors of log N cancels, so its rounding error is bounded, gamma_(d + 2) sum_i |A_i| |B_i|, and the threshold
-    is lowered by that.
+    None where components are few, many of them near, or values not finite. The product of the factors of log N
+    cancels, so the threshold is lowered by a bound on its rounding error, gamma_(d + 2) sum_i |A_i| |B_i|.
     """
     num_components, dim = mean.shape
     if num_components < reference.FEWEST or not len(z) or z.is_meta:
@@ -159,8 +155,7 @@ def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Near | None:
 class _HeadSums(Function):
     """logsumexp [N] of logits = features @ weight.T + bias, and the logits [M] of M pairs in the order of their rows.
 
-    The gradient of the first is softmax(logits) [N, K] times one number per row. This number is applied to the other
-    factor of the products, [N, E].
+    The gradient of the first is softmax(logits) [N, K] times a number per row, applied to the other factor, [N, E].
     """
 
     @staticmethod
