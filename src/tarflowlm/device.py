@@ -47,12 +47,10 @@ def numerics_problem(device: torch.device) -> str | None:
 
     def maps(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         u, *mixture = (t.to(device, dtype) for t in (*given, torch.linspace(-1.0, 0.0, 80)))
-        z = numerics.rosenblatt_inverse(u, *mixture)
-        back, log_det = numerics.rosenblatt(z, *mixture)
-        scalar = mixture[0], mixture[1][:, 0], mixture[2]
+        z, scalar = numerics.rosenblatt_inverse(u, *mixture), (mixture[0], mixture[1][:, 0], mixture[2])
         x = numerics.mixture_cdf_inverse(u[:, 0], *scalar)
         log_normaliser = numerics.mixture_log_prob(z, None, *mixture[1:])
-        found = z, back, log_det, x, *numerics.mixture_cdf(x, *scalar), log_normaliser
+        found = z, *numerics.rosenblatt(z, *mixture), x, *numerics.mixture_cdf(x, *scalar), log_normaliser
         return torch.cat([t.flatten() for t in found]).cpu().double()
 
     try:

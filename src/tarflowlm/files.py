@@ -100,8 +100,7 @@ class NewLines:
 
     def write(self, lines: str) -> None:
         """Append text that ends with a line break. Where this fails, the earlier lines are kept."""
-        data = lines.encode("utf-8")
-        size = self._size + len(data)
+        size = self._size + len(data := lines.encode("utf-8"))
         try:
             while data:
                 data = data[self._file.write(data) :]
@@ -224,10 +223,8 @@ def flatten(value: Any, name: str = "") -> dict[str, Any]:
         value = dict(enumerate(value))
     if not isinstance(value, dict):
         return {name: value}
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found |= flatten(inner, f"{name}.{key}" if name else str(key))
-    return found
+    parts = (flatten(inner, f"{name}.{key}" if name else str(key)) for key, inner in value.items())
+    return {key: leaf for part in parts for key, leaf in part.items()}
 
 
 def from_dict(cls: type[T], data: Any, where: str = "config") -> T:

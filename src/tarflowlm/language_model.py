@@ -48,8 +48,7 @@ class LanguageModel(nn.Module):
     ) -> Float[Tensor, "B ..."]:
         """-log p(x), or one sample of an upper bound on it, in nats: [B], or with `per_token` its parts [B, T].
 
-        If `frozen` > 0, the first `frozen` blocks and the codebook get no gradient. Tokens of one position share the
-        position's part of a bound equally.
+        With `frozen` > 0 so many blocks and the codebook get no gradient. Tokens share their position's part equally.
         """
 
     @abstractmethod

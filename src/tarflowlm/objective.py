@@ -31,8 +31,7 @@ def check_integers(tokens: Any, name: str, *shapes: str) -> None:
 def check_tokens(model: LanguageModel, tokens: Any, *, name: str = "tokens", shape: str = "[B, T]") -> None:
     """UserError unless `tokens` are texts of the model: integers below V of this `shape`, at most a context of them.
 
-    A text [T] may have any length. Values on an accelerator are not checked: reading them would make the host wait
-    for all work queued there.
+    A text [T] may have any length. Values on an accelerator are not checked: the host would wait for all work there.
     """
     check_model(model)
     check_integers(tokens, name, shape)
@@ -54,8 +53,7 @@ def elbo(
 ) -> ElboTerms:  # fmt: skip
     """One sample of the ELBO in its terms (docs/math.md, eq. 11).
 
-    `noise` fixes the posterior sample; by default it is drawn with `generator`. UserError for the baseline, and for
-    tokens that are no texts of the model.
+    `noise` fixes the posterior sample, else `generator` draws it. UserError for the baseline; see `check_tokens`.
     """
     as_flow(model, "elbo of the discrete baseline, which needs no bound: model.log_prob(tokens) is exact")
     check_tokens(model, tokens)
@@ -74,8 +72,7 @@ def conditional_bound(
         p~(x_> | x_<=) = E_{q(z_<= | x_<=)} int p(z_> | z_<=) p(x_> | z_>) dz_>
         -log p~(x_> | x_<=) <= E_q[ log q(z_> | x_>) - log p(x_> | z_>) - log p(z_> | z_<=) ]
 
-    p~ sums to one over x_> and is the distribution of samples after the prompt x_<=. One sample of the bound sums
-    the parts of `bound` that belong to x_>.
+    p~ sums to one over x_>: samples after the prompt x_<= have it. One sample of the bound sums the parts of x_>.
 
     UserError for a flow of several blocks, where those right to left make z_<= depend on x_>, and if `given` is
     outside 0 .. T - 1 or not a multiple of P.
@@ -106,8 +103,7 @@ def log_importance_weights(
     bounds = []
     for _ in range(1 if model.is_exact else samples):
         # drawn for all rows at once, so that the numbers do not depend on the parts
-        noise = model.draw_noise(tokens, generator)
-        parts = zip(tokens.split(rows), noise.split(rows), strict=True)
+        parts = zip(tokens.split(rows), model.draw_noise(tokens, generator).split(rows), strict=True)
         bounds.append(torch.cat([conditional_bound(model, x, given, eps) for x, eps in parts]))
     return -torch.stack(bounds)
 

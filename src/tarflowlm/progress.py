@@ -17,11 +17,9 @@ class Progress(Protocol):
 class Silent:
     """Reports nothing."""
 
-    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
-        """Do nothing."""
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None: ...
 
-    def advance(self, count: int = 1) -> None:
-        """Do nothing."""
+    def advance(self, count: int = 1) -> None: ...
 
 
 SILENT: Progress = Silent()

@@ -231,20 +231,16 @@ def damage_meta(**changes):
     return damage
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder: (folder / "train-00000.bin").unlink(), r"train-00000\.bin is missing"),
-        (lambda folder: os.truncate(folder / "valid-00000.bin", 7), r"valid-00000\.bin does not have"),
-        (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json does not exist"),
-        (lambda folder: ByteTokenizer().save(folder), r"tokenizer\.json is not the one"),
-        (lambda folder: (folder / "meta.json").unlink(), r"meta\.json is missing"),
-        (lambda folder: (folder / "meta.json").write_bytes(b"\xff"), "cannot be used"),
-        (lambda folder: (folder / "meta.json").write_text("[]"), "cannot be used"),
-        (damage_meta(version=99), "version 99"),
-        (damage_meta(splits={}), "no 'train'"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda folder: (folder / "train-00000.bin").unlink(), r"train-00000\.bin is missing"),
+    (lambda folder: os.truncate(folder / "valid-00000.bin", 7), r"valid-00000\.bin does not have"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json does not exist"),
+    (lambda folder: ByteTokenizer().save(folder), r"tokenizer\.json is not the one"),
+    (lambda folder: (folder / "meta.json").unlink(), r"meta\.json is missing"),
+    (lambda folder: (folder / "meta.json").write_bytes(b"\xff"), "cannot be used"),
+    (lambda folder: (folder / "meta.json").write_text("[]"), "cannot be used"),
+    (damage_meta(version=99), "version 99"), (damage_meta(splits={}), "no 'train'"),
+])  # fmt: skip
 def test_damaged_directories_are_refused(damage, message, text_file, tmp_path):
     prepare_corpus(str(text_file), CHARS, tmp_path / "out")
     damage(tmp_path / "out")

@@ -106,15 +106,10 @@ def change(text: str, at: int, to: str) -> str:
     return text[:at] + to + text[at + 1 :]
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda text: change(text, 999, "q" if text[999] != "q" else "z"),
-        lambda text: text[:-1],
-        lambda text: change(text, 5000, "Q"),
-        lambda text: change(text, 5000, "é"),
-    ],
-)
+@pytest.mark.parametrize("wrong", [
+    lambda text: change(text, 999, "q" if text[999] != "q" else "z"), lambda text: text[:-1],
+    lambda text: change(text, 5000, "Q"), lambda text: change(text, 5000, "é"),
+])  # fmt: skip
 def test_text8_with_another_content_is_refused(wrong, served, words):
     right, served["http://one/text8.zip"] = served["http://one/text8.zip"], zipped(wrong(words))
     with pytest.raises(UserError, match=r"cannot fetch text8 .*is not text8.*put text8 or text8.zip") as caught:

@@ -101,18 +101,15 @@ def test_damaged_files_are_one_line_with_their_name(content, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("fields", "name"),
-    [
-        ({"alphabet": ""}, "alphabet"), ({"alphabet": "a\ud800", "normalize": "none"}, "alphabet"),
-        ({"alphabet": "abc"}, "alphabet"), ({"kind": "bpe", "source": "gpt2", "alphabet": "ab"}, "alphabet"),
-        ({"kind": "bpe", "vocab_size": 300, "normalize": "none", "alphabet": "ab"}, "alphabet"),
-        ({"source": "gpt2"}, "source"), ({"vocab_size": 27}, "vocab_size"), ({"kind": "bpe"}, "vocab_size"),
-        ({"kind": "bpe", "vocab_size": 10**9}, "vocab_size"),
-        ({"kind": "bpe", "vocab_size": 256, "normalize": "none"}, "vocab_size"),
-        ({"kind": "bpe", "source": "gpt2", "vocab_size": 300}, "vocab_size"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("fields", "name"), [
+    ({"alphabet": ""}, "alphabet"), ({"alphabet": "a\ud800", "normalize": "none"}, "alphabet"),
+    ({"alphabet": "abc"}, "alphabet"), ({"kind": "bpe", "source": "gpt2", "alphabet": "ab"}, "alphabet"),
+    ({"kind": "bpe", "vocab_size": 300, "normalize": "none", "alphabet": "ab"}, "alphabet"),
+    ({"source": "gpt2"}, "source"), ({"vocab_size": 27}, "vocab_size"), ({"kind": "bpe"}, "vocab_size"),
+    ({"kind": "bpe", "vocab_size": 10**9}, "vocab_size"),
+    ({"kind": "bpe", "vocab_size": 256, "normalize": "none"}, "vocab_size"),
+    ({"kind": "bpe", "source": "gpt2", "vocab_size": 300}, "vocab_size"),
+])  # fmt: skip
 def test_contradictory_configurations_name_the_field(fields, name):
     with pytest.raises(UserError, match=name) as caught:
         TokenizerConfig(**fields)

@@ -61,14 +61,10 @@ def test_rewrite_changes_nothing_but_the_pieces(source):
         Rewrite(pieces=[]).apply(source)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "expected"),
-    [
-        ("king", "sing", "The sing saw the other King"),
-        ("King", "Ting", "The king saw the other Ting"),
-        ("The k", "The s", "The sing saw the other King"),
-    ],
-)
+@pytest.mark.parametrize(("old", "new", "expected"), [
+    ("king", "sing", "The sing saw the other King"), ("King", "Ting", "The king saw the other Ting"),
+    ("The k", "The s", "The sing saw the other King"),
+])  # fmt: skip
 def test_replace_takes_the_first_word(source, old, new, expected):
     """With the space of its token, where a token holds one; the model regenerates what follows."""
     if source.tokenizer is WORD_PIECES:

@@ -12,11 +12,9 @@ from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
 
 STACKS = {
-    "mixd": {"couplings": ("mixd",)},
-    "mixd-mix1": {"couplings": ("mixd", "mix1", "mix1")},
-    "mix1": {"couplings": ("mix1", "mix1")},
-    "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
-}
+    "mixd": {"couplings": ("mixd",)}, "mixd-mix1": {"couplings": ("mixd", "mix1", "mix1")},
+    "mix1": {"couplings": ("mix1", "mix1")}, "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
+}  # fmt: skip
 TEXT = torch.tensor([[0, 3, 1, 4, 1, 0, 2], [2, 2, 0, 1, 3, 4, 4]])
 
 

@@ -12,11 +12,9 @@ from tarflowlm.model import TarFlowLM
 from tarflowlm.objective import elbo
 
 STACKS = {
-    "mixd": {"couplings": ("mixd",)},
-    "mixd-mix1": {"couplings": ("mixd", "mix1", "mix1")},
-    "affine": {"couplings": ("affine", "affine")},
-    "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
-}
+    "mixd": {"couplings": ("mixd",)}, "mixd-mix1": {"couplings": ("mixd", "mix1", "mix1")},
+    "affine": {"couplings": ("affine", "affine")}, "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
+}  # fmt: skip
 TEXT = torch.tensor([[0, 3, 1, 4, 1, 0, 2], [2, 2, 0, 1, 3, 4, 4]])
 
 

@@ -5,14 +5,8 @@ import torch
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import ComposeTransform
 
-from tarflowlm.flow.adapters import (
-    BijectionTransform,
-    ConditionedCoupling,
-    MixtureCdfTransform,
-    RosenblattTransform,
-    normflows_flow,
-    zuko_flow,
-)
+from tarflowlm.flow import adapters
+from tarflowlm.flow.adapters import BijectionTransform, MixtureCdfTransform, RosenblattTransform
 
 N, D = 4, 2
 
@@ -22,7 +16,7 @@ def transforms(normal, tiny_flow):
     """name -> (transform, an input with a batch of 3)."""
     model = tiny_flow()
     block = model.prior.block(1)
-    coupling = ConditionedCoupling(block.coupling, normal(3, N, 8, seed=5))
+    coupling = adapters.ConditionedCoupling(block.coupling, normal(3, N, 8, seed=5))
     return {
         "mixture": (MixtureCdfTransform(*(normal(N, 5, seed=i) for i in range(3))), normal(3, N)),
         "rosenblatt": (RosenblattTransform(normal(5), normal(5, D, seed=1), normal(5, seed=2)), normal(3, N, D)),
@@ -83,7 +77,7 @@ def test_a_transformed_distribution_has_the_density_of_the_flow(case):
 def test_zuko_gives_the_prior_s_density_and_trains_it(normal, tiny_flow):
     pytest.importorskip("zuko")
     prior, z = tiny_flow().prior, normal(3, N, D)
-    flow = zuko_flow(prior, N, D)
+    flow = adapters.zuko_flow(prior, N, D)
     torch.testing.assert_close(flow().log_prob(z), prior.log_prob(z))
     assert set(prior.parameters()) == set(flow.parameters())
     torch.manual_seed(0)
@@ -98,7 +92,7 @@ def test_normflows_gives_the_prior_s_density_and_trains_it(normal, tiny_flow):
     nf = pytest.importorskip("normflows")
     prior, z = tiny_flow().prior, normal(3, N, D)
     flow = nf.NormalizingFlow(
-        nf.distributions.DiagGaussian((N, D), trainable=False).double(), [normflows_flow(prior)]
+        nf.distributions.DiagGaussian((N, D), trainable=False).double(), [adapters.normflows_flow(prior)]
     )
     torch.testing.assert_close(flow.log_prob(z), prior.log_prob(z))
     torch.manual_seed(0)

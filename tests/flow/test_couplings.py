@@ -37,17 +37,12 @@ COUPLINGS = {
     "affine": lambda: AffineCoupling(width=WIDTH, channels=C, hidden=4, features=3),
     "affine-token": lambda: AffineCoupling(width=WIDTH, channels=C, hidden=4, features=3, group=C),
     "affine-P2": lambda: AffineCoupling(width=WIDTH, channels=C, hidden=4, features=3, group=C // 2),
-    "mix1-K1": lambda: mix1(1),
-    "mix1-K3": lambda: mix1(3),
-    "mixd-K1": lambda: mixd(1, False, components=1),
-    "mixd": lambda: mixd(1, False),
-    "mixd-tied": lambda: mixd(1, False, tied=True),
-    "mixd-P2-independent": lambda: mixd(2, False),
-    "mixd-P2-in-patch": lambda: mixd(2, True),
-    "mixd-P2-tied": lambda: mixd(2, True, tied=True),
-    "mixd-P4-independent": lambda: mixd(4, False),
+    "mix1-K1": lambda: mix1(1), "mix1-K3": lambda: mix1(3), "mixd-K1": lambda: mixd(1, False, components=1),
+    "mixd": lambda: mixd(1, False), "mixd-tied": lambda: mixd(1, False, tied=True),
+    "mixd-P2-independent": lambda: mixd(2, False), "mixd-P2-in-patch": lambda: mixd(2, True),
+    "mixd-P2-tied": lambda: mixd(2, True, tied=True), "mixd-P4-independent": lambda: mixd(4, False),
     "mixd-P4-in-patch": lambda: mixd(4, True),
-}
+}  # fmt: skip
 WITHOUT_EFFECT = {
     "mix1-K1": {"head.weights.0", "head.biases.0", "head.shared.weight", "head.evidence"},
     "mixd-K1": {"weight_head.weight", "weight_head.bias"},

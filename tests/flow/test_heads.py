@@ -97,9 +97,8 @@ def test_the_bound_of_a_log_std_is_once_differentiable():
 
 def test_only_the_last_output_is_bounded_and_gradients_pass_through(normal):
     with seeded(0):
-        head = AutoregressiveHead(
-            width=WIDTH, groups=3, channels=1, hidden=5, features=4, outputs=(2, 2), log_std_last=True
-        ).double()
+        sizes = {"width": WIDTH, "groups": 3, "channels": 1, "hidden": 5, "features": 4, "outputs": (2, 2)}
+        head = AutoregressiveHead(**sizes, log_std_last=True).double()
     with torch.no_grad():
         for bias in head.biases:
             bias.fill_(11.0)

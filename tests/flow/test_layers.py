@@ -9,14 +9,10 @@ from tarflowlm.flow.stack import Order, Patch
 T, C = 6, 5
 
 LAYERS = {
-    "keep": lambda: Order(C),
-    "reverse": lambda: Order(C, reverse=True),
-    "mix": lambda: Order(C, mix=1),
-    "mix-3-reverse": lambda: Order(C, reverse=True, mix=3),
-    "patch-1": lambda: Patch(1),
-    "patch-2": lambda: Patch(2),
+    "keep": lambda: Order(C), "reverse": lambda: Order(C, reverse=True), "mix": lambda: Order(C, mix=1),
+    "mix-3-reverse": lambda: Order(C, reverse=True, mix=3), "patch-1": lambda: Patch(1), "patch-2": lambda: Patch(2),
     "patch-3": lambda: Patch(3),
-}
+}  # fmt: skip
 
 parametrize_layers = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
 

@@ -51,12 +51,9 @@ def plain(z, log_w, mean, log_std):
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
 @pytest.mark.parametrize("elements", [2**26, 700], ids=["one chunk", "many chunks"])
-@pytest.mark.parametrize("path", ["cpu", "reference"])
 def test_the_formula_itself(path, elements, dtype, bound, monkeypatch):
     case = codebook_case(100, 40, 5, 11, dtype)
     expected = plain(*(t.double() for t in case))
-    if path == "reference":
-        monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
     monkeypatch.setattr(layout, "HELD_ELEMENTS_ACCELERATOR", elements)
     monkeypatch.setattr(layout, "CHUNK_ELEMENTS", elements)
     u, log_det = rosenblatt(*case)
@@ -85,9 +82,8 @@ def test_far_tails_in_log_space(monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("path", ["cpu", "reference"])
 @pytest.mark.parametrize("spread", [0.0, 0.4, 3.0])
-def test_a_vocabulary_in_one_sweep(spread, path, dtype, bound, monkeypatch):
+def test_a_vocabulary_in_one_sweep(spread, path, dtype, bound):
     """Sharp codes, of which few are left after some channels, against all of them in log space; equal scales, learnt
     ones, and some too far apart. Rows: at a code, between two codes, and far out."""
     z, log_w, mean, log_std = codebook_case(60, 500, 12, 3)
@@ -97,8 +93,6 @@ def test_a_vocabulary_in_one_sweep(spread, path, dtype, bound, monkeypatch):
     log_w[::2] *= 6.0
     case = [t.to(dtype) for t in (z, log_w, mean, log_std)]
     exact, exact_det = reference.rosenblatt(*(t.double() for t in case))
-    if path == "reference":
-        monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
     u, log_det = rosenblatt(*case)
     for found, expected in ((u, exact), (log_det, exact_det)):
         torch.testing.assert_close(found.double(), expected, rtol=bound, atol=10 * bound)
@@ -117,10 +111,7 @@ def test_log_det_and_triangle_of_the_autograd_jacobian():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("components", [3, 21])
-@pytest.mark.parametrize("path", ["cpu", "reference"])
-def test_gradients(path, components, monkeypatch):
-    if path == "reference":
-        monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
+def test_gradients(path, components):
     inputs = [t.requires_grad_() for t in codebook_case(2, components, 3, 3)]
     assert torch.autograd.gradcheck(rosenblatt, inputs)
     assert torch.autograd.gradcheck(rosenblatt_inverse, inputs)

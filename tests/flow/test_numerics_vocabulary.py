@@ -7,14 +7,9 @@ import pytest
 import torch
 from numerics_cases import codebook_case
 
-from tarflowlm.flow.numerics import (
-    layout,
-    log_component_densities,
-    mixture_log_prob,
-    mixture_log_prob_from_features,
-    most_probable_component,
-    vocabulary,
-)
+from tarflowlm.flow.numerics import layout, mixture_log_prob, most_probable_component, vocabulary
+from tarflowlm.flow.numerics.normal import log_component_densities
+from tarflowlm.flow.numerics.vocabulary import mixture_log_prob_from_features
 
 
 def plain(z, log_w, mean, log_std):

@@ -141,19 +141,12 @@ def integral(log_density, low: float, high: float, points: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"couplings": ("mix1", "mix1"), "latent_dim": 1},
-        {"couplings": ("affine", "mix1"), "latent_dim": 1},
-        {"couplings": ("mixd", "mix1"), "latent_dim": 1},
-        {"couplings": ("mixd",), "latent_dim": 1, "patch": 2},
-        {"couplings": ("mixd", "mix1"), "latent_dim": 1, "patch": 2, "in_patch": "independent"},
-        {"couplings": ("mixd",), "latent_dim": 2},
-        {"couplings": ("mixd", "mixd"), "latent_dim": 2},
-    ],
-    ids=lambda f: "-".join(map(str, f["couplings"])) + f"-d{f['latent_dim']}-P{f.get('patch', 1)}",
-)
+@pytest.mark.parametrize("fields", [
+    {"couplings": ("mix1", "mix1"), "latent_dim": 1}, {"couplings": ("affine", "mix1"), "latent_dim": 1},
+    {"couplings": ("mixd", "mix1"), "latent_dim": 1}, {"couplings": ("mixd",), "latent_dim": 1, "patch": 2},
+    {"couplings": ("mixd", "mix1"), "latent_dim": 1, "patch": 2, "in_patch": "independent"},
+    {"couplings": ("mixd",), "latent_dim": 2}, {"couplings": ("mixd", "mixd"), "latent_dim": 2},
+], ids=lambda f: "-".join(map(str, f["couplings"])) + f"-d{f['latent_dim']}-P{f.get('patch', 1)}")  # fmt: skip
 def test_the_density_integrates_to_one(fields, tiny_flow):
     """Two dimensions: two tokens of one channel, or one token of two."""
     prior: Prior = tiny_flow(seed=1, scale=0.2, log_std=-0.7, **fields).prior

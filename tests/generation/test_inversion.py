@@ -16,15 +16,10 @@ pytestmark = pytest.mark.slow
 STACKS = [("mix1",), ("affine",), ("token-affine",), ("mixd",), ("affine", "mix1"), ("mixd", "mix1", "affine")]
 
 
-@pytest.mark.parametrize(
-    ("couplings", "patch", "segment"),
-    [
-        *zip(STACKS, [1, 2, 1, 2, 1, 2], [40] * 6, strict=True),
-        (("mix1",), 1, 512),
-        (("mixd", "mix1", "affine"), 2, 512),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("couplings", "patch", "segment"), [
+    *zip(STACKS, [1, 2, 1, 2, 1, 2], [40] * 6, strict=True), (("mix1",), 1, 512),
+    (("mixd", "mix1", "affine"), 2, 512),
+], ids=str)  # fmt: skip
 def test_parallel_equals_sequential(couplings, patch, segment, tiny_flow, normal, monkeypatch):
     """Strongly coupled random blocks of both directions, longer than the first window."""
     monkeypatch.setattr(inversion, "LONGEST_SEGMENT", segment)

@@ -37,17 +37,13 @@ def probabilities(model: TarFlowLM | TokenLM) -> Tensor:
 
 
 MODELS = {
-    "ar": {"context": 3},
-    "ar-P3": {"context": 3, "patch": 3, "in_patch": "autoregressive"},
-    "mixd": {"couplings": ("mixd",)},
-    "mix1": {"couplings": ("mix1",)},
-    "mixd-P2": {"couplings": ("mixd",), "patch": 2},
-    "mixd-mix1": {"couplings": ("mixd", "mix1")},
+    "ar": {"context": 3}, "ar-P3": {"context": 3, "patch": 3, "in_patch": "autoregressive"},
+    "mixd": {"couplings": ("mixd",)}, "mix1": {"couplings": ("mix1",)},
+    "mixd-P2": {"couplings": ("mixd",), "patch": 2}, "mixd-mix1": {"couplings": ("mixd", "mix1")},
     "mixd-mix1-mix1": {"couplings": ("mixd", "mix1", "mix1")},
     "mixd-mix1-long": {"couplings": ("mixd", "mix1"), "context": 3, "log_std": -1.4},
-    "affine-affine": {"couplings": ("affine", "affine")},
-    "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
-}
+    "affine-affine": {"couplings": ("affine", "affine")}, "mixd-mix1-P2": {"couplings": ("mixd", "mix1"), "patch": 2},
+}  # fmt: skip
 
 
 @pytest.fixture(params=MODELS.items(), ids=MODELS.keys())
@@ -99,15 +95,8 @@ def test_one_particle_ignores_what_comes_later_and_many_do_not(tiny_flow):
     free, given = joint.sum(1), joint[:, 2] / joint[:, 2].sum()
     assert (free - given).abs().max() > 0.2
     for particles, expected in ((1, free), (16, given)):
-        generator = torch.Generator().manual_seed(1)
-        tokens = generate(
-            model,
-            num_tokens=2,
-            num=400,
-            prompt=torch.tensor([BLANK, 2]),
-            particles=particles,
-            generator=generator,
-        ).tokens
+        options = {"particles": particles, "generator": torch.Generator().manual_seed(1)}
+        tokens = generate(model, num_tokens=2, num=400, prompt=torch.tensor([BLANK, 2]), **options).tokens
         observed = torch.bincount(tokens[:, 0], minlength=V).double() / 400
         assert (observed - expected).abs().max() < 0.1
 
@@ -115,10 +104,8 @@ def test_one_particle_ignores_what_comes_later_and_many_do_not(tiny_flow):
 @pytest.mark.slow
 def test_particles_are_drawn_anew_when_their_weights_are_uneven(tiny_flow, tiny_ar):
     for model in (tiny_flow(couplings=("mixd", "mix1"), log_std=-2.0), tiny_ar()):
-        template = torch.tensor([BLANK, 1, BLANK, 3, BLANK, 0, BLANK, 2])
-        found = generate(
-            model, num_tokens=8, num=20, prompt=template, particles=8, generator=torch.Generator().manual_seed(0)
-        )
+        template, generator = torch.tensor([BLANK, 1, BLANK, 3, BLANK, 0, BLANK, 2]), torch.Generator().manual_seed(0)
+        found = generate(model, num_tokens=8, num=20, prompt=template, particles=8, generator=generator)
         assert found.draws.max() > 0
         assert torch.isfinite(found.log_evidence).all()
 

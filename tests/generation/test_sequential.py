@@ -127,9 +127,8 @@ def test_a_prompt_conditions_a_single_block(tiny_flow):
     model = tiny_flow(couplings=("mixd",), vocab_size=4, log_std=-9.0, seed=1)
     joint = discrete_probabilities(model, 2, 4).view(4, 4)
     for first in (0, 3):
-        tokens = generate(
-            model, num_tokens=2, num=NUM, prompt=torch.tensor([first]), generator=generator(first)
-        ).tokens
+        prompt = torch.tensor([first])
+        tokens = generate(model, num_tokens=2, num=NUM, prompt=prompt, generator=generator(first)).tokens
         assert (tokens[:, 0] == first).all()
         assert_frequencies(tokens[:, 1:], joint[first] / joint[first].sum(), 4)
 

@@ -118,11 +118,10 @@ def test_tokens_of_soft_codes_are_the_chosen_ones_and_estimated_well(tiny_flow):
 
 
 FREE = {
-    "mix1": {"couplings": ("mix1",)},
-    "mix1-P2": {"couplings": ("mix1", "mix1"), "patch": 2},
+    "mix1": {"couplings": ("mix1",)}, "mix1-P2": {"couplings": ("mix1", "mix1"), "patch": 2},
     "own-mixd": {"couplings": ("mixd", "mix1"), "components": (7, 3)},
     "own-mixd-P2": {"couplings": ("mixd",), "components": (7,), "patch": 2},
-}
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -152,10 +151,9 @@ def test_a_prompt_conditions_chosen_tokens(model):
     assert (observed - expected).abs().max() < 4.5 * math.sqrt(0.25 / NUM)
 
 
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [({"temperature": 0.5}, "temperature 0.5"), ({"top_k": 2}, "top-k 2"), ({"top_p": 0.5}, "top-p 0.5")],
-)
+@pytest.mark.parametrize(("options", "name"), [
+    ({"temperature": 0.5}, "temperature 0.5"), ({"top_k": 2}, "top-k 2"), ({"top_p": 0.5}, "top-p 0.5"),
+])  # fmt: skip
 def test_blocks_without_probabilities_of_tokens_refuse(options, name, tiny_flow, monkeypatch):
     for coupling in ("affine", "token-affine"):
         with pytest.raises(UserError, match=rf"{name}: block 1 \({coupling}\) has no weights of tokens"):

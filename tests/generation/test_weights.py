@@ -34,18 +34,9 @@ def test_top_k_keeps_the_largest(top_k, indices):
     assert adjusted(top_k=top_k) == kept(*indices)
 
 
-@pytest.mark.parametrize(
-    ("top_p", "indices"),
-    [
-        (0.01, [2]),
-        (0.49, [2]),
-        (0.51, [2, 0]),
-        (0.79, [2, 0]),
-        (0.81, [2, 0, 3]),
-        (0.949, [2, 0, 3]),
-        (0.96, range(4)),
-    ],
-)
+@pytest.mark.parametrize(("top_p", "indices"), [
+    (0.01, [2]), (0.49, [2]), (0.51, [2, 0]), (0.79, [2, 0]), (0.81, [2, 0, 3]), (0.949, [2, 0, 3]), (0.96, range(4)),
+])  # fmt: skip
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, indices):
     assert adjusted(top_p=top_p) == kept(*indices)
 
@@ -67,18 +58,12 @@ def test_top_p_of_one_keeps_the_far_tail_of_a_large_vocabulary(dtype):
     torch.testing.assert_close(adjust(log_w), (log_w / 0.999).log_softmax(-1))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": 0.0}, "temperature 0.0: must be above 0"),
-        ({"temperature": -1.0}, "temperature -1.0"),
-        ({"temperature": math.nan}, "temperature nan"),
-        ({"temperature": math.inf}, "temperature inf"),
-        ({"top_k": 0}, "top-k 0: must be at least 1"),
-        ({"top_p": 0.0}, "top-p 0.0: must be above 0 and at most 1"),
-        ({"top_p": 1.5}, "top-p 1.5"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"temperature": 0.0}, "temperature 0.0: must be above 0"), ({"temperature": -1.0}, "temperature -1.0"),
+    ({"temperature": math.nan}, "temperature nan"), ({"temperature": math.inf}, "temperature inf"),
+    ({"top_k": 0}, "top-k 0: must be at least 1"), ({"top_p": 0.0}, "top-p 0.0: must be above 0 and at most 1"),
+    ({"top_p": 1.5}, "top-p 1.5"),
+])  # fmt: skip
 def test_senseless_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         adjust_weights(**options)

@@ -3,47 +3,21 @@
 import pytest
 import torch
 
-from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, generate, writing
 from tarflowlm.generation.sampling import row_generators
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.model import TarFlowLM
-
-MODELS = {
-    "ar": ("ar", {}),
-    "ar-P2": ("ar", {"patch": 2, "in_patch": "autoregressive"}),
-    "mixd": ("flow", {"couplings": ("mixd",)}),
-    "mixd-mix1": ("flow", {"couplings": ("mixd", "mix1")}),
-    "mixd-mix1-P4": ("flow", {"couplings": ("mixd", "mix1"), "patch": 4}),
-    "affine-P2": ("flow", {"couplings": ("affine",), "patch": 2}),
-}
-"""All have a context of 8 tokens, so a window keeps 4."""
-
-
-@pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
-def model(request, tiny_flow, tiny_ar) -> TarFlowLM | TokenLM:
-    family, fields = request.param
-    return tiny_flow(**fields) if family == "flow" else tiny_ar(**fields)
 
 
 def sample(model: LanguageModel, seed: int = 0, **options) -> Generation:
     return generate(model, generator=torch.Generator().manual_seed(seed), **({"num": 3} | options))
 
 
-@pytest.mark.parametrize(
-    ("patch", "num_tokens", "num_given", "expected"),
-    [
-        (1, 5, 0, [(0, 5)]),
-        (1, 8, 7, [(0, 8)]),
-        (1, 9, 0, [(0, 8), (4, 9)]),
-        (1, 17, 3, [(0, 8), (4, 12), (8, 16), (12, 17)]),
-        (1, 20, 8, [(4, 12), (8, 16), (12, 20)]),
-        (1, 14, 13, [(9, 14)]),
-        (4, 14, 0, [(0, 8), (4, 12), (8, 14)]),
-        (8, 20, 0, [(0, 8), (8, 16), (16, 20)]),
-    ],
-)
+@pytest.mark.parametrize(("patch", "num_tokens", "num_given", "expected"), [
+    (1, 5, 0, [(0, 5)]), (1, 8, 7, [(0, 8)]), (1, 9, 0, [(0, 8), (4, 9)]),
+    (1, 17, 3, [(0, 8), (4, 12), (8, 16), (12, 17)]), (1, 20, 8, [(4, 12), (8, 16), (12, 20)]),
+    (1, 14, 13, [(9, 14)]), (4, 14, 0, [(0, 8), (4, 12), (8, 14)]), (8, 20, 0, [(0, 8), (8, 16), (16, 20)]),
+])  # fmt: skip
 def test_windows_keep_their_last_half(patch, num_tokens, num_given, expected, tiny_flow):
     config = tiny_flow(couplings=("mixd",), patch=patch).config
     assert config.context == 8
@@ -98,17 +72,11 @@ def test_the_evidence_is_that_of_the_prompt_and_the_work_that_of_all_windows(mod
     assert (long.states, long.passes) == ((), ())
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"prompt": torch.tensor([-1, 1])},
-            "length 9 .* context of 8 tokens, .* a prompt without blanks",
-        ),
-        ({"particles": 2}, "particles 2: beyond the trained context of 8 tokens"),
-        ({"prompt": torch.zeros(9, dtype=torch.long)}, "the prompt has 9 tokens, which leaves no room in 9"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"prompt": torch.tensor([-1, 1])}, "length 9 .* context of 8 tokens, .* a prompt without blanks"),
+    ({"particles": 2}, "particles 2: beyond the trained context of 8 tokens"),
+    ({"prompt": torch.zeros(9, dtype=torch.long)}, "the prompt has 9 tokens, which leaves no room in 9"),
+])  # fmt: skip
 def test_impossible_options_of_long_texts_are_refused(options, message, model):
     with pytest.raises(UserError, match=message):
         sample(model, num_tokens=9, **options)

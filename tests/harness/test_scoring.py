@@ -102,13 +102,10 @@ def test_every_token_is_scored_once_in_windows_that_fit(scorer, kind, patch, giv
     assert value < 0
 
 
-@pytest.mark.parametrize(
-    ("context", "continuation", "given", "text"),
-    [
-        ("Answer:", " Yes!", 6, "answer yes"), ("Answer: ", "Yes", 6, "answer yes"), ("", "Yes", 0, "yes"),
-        ("the ca", "ts", 6, "the cats"), ("a", "…", 1, "a"), ("…", "…", 0, ""),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("context", "continuation", "given", "text"), [
+    ("Answer:", " Yes!", 6, "answer yes"), ("Answer: ", "Yes", 6, "answer yes"), ("", "Yes", 0, "yes"),
+    ("the ca", "ts", 6, "the cats"), ("a", "…", 1, "a"), ("…", "…", 0, ""),
+])  # fmt: skip
 def test_context_and_continuation_are_normalised_together(scorer, context, continuation, given, text):
     pair = scorer("ar").encode_pair(context, continuation)
     assert (TOKENIZER.decode(pair.tokens), pair.given) == (text, given)

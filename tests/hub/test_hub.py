@@ -84,19 +84,15 @@ def answer(kind, status):
     return kind("no", response=httpx.Response(status, request=httpx.Request("GET", "http://127.0.0.1")))
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (answer(errors.RepositoryNotFoundError, 404), "no such model.*HF_TOKEN"),
-        (answer(errors.RevisionNotFoundError, 404), "no such revision"),
-        (answer(errors.HfHubHTTPError, 403), "403.*hf auth login"),
-        (answer(errors.HfHubHTTPError, 503), "answers 503; try again later"),
-        (errors.OfflineModeIsEnabled("no"), "HF_HUB_OFFLINE is set"),
-        (errors.LocalEntryNotFoundError("no"), "cannot be reached"),
-        (errors.HFValidationError("a name"), "OWNER/NAME"),
-        (ConnectionError("cut"), r"failed \(cut\); run this again"),
-    ],
-)
+@pytest.mark.parametrize(("error", "message"), [
+    (answer(errors.RepositoryNotFoundError, 404), "no such model.*HF_TOKEN"),
+    (answer(errors.RevisionNotFoundError, 404), "no such revision"),
+    (answer(errors.HfHubHTTPError, 403), "403.*hf auth login"),
+    (answer(errors.HfHubHTTPError, 503), "answers 503; try again later"),
+    (errors.OfflineModeIsEnabled("no"), "HF_HUB_OFFLINE is set"),
+    (errors.LocalEntryNotFoundError("no"), "cannot be reached"), (errors.HFValidationError("a name"), "OWNER/NAME"),
+    (ConnectionError("cut"), r"failed \(cut\); run this again"),
+])  # fmt: skip
 def test_errors_of_the_hub_are_one_line_with_a_remedy(hub, error, message):
     hub.error = error
     with pytest.raises(UserError, match=rf"hf:ada/tiny: .*{message}"):

@@ -65,9 +65,8 @@ class BPETokenizer(Tokenizer):
             for encoding in self.library.encode_batch_fast(pieces[i : i + _BATCH], add_special_tokens=False):
                 # through `array`, which converts a list of int in less than half of numpy's time
                 parts.append(np.frombuffer(array("I", encoding.ids), dtype=np.uintc).astype(np.int64))
-        ids = np.concatenate(parts)
         # the library drops unknown characters silently
-        if int(self.characters_per_token[ids].sum()) != sum(map(len, texts)):
+        if self.characters_per_token[ids := np.concatenate(parts)].sum() != sum(map(len, texts)):
             alphabet = "".join(token for token in self.library.get_vocab() if len(token) == 1)
             if not self._is_byte_level and not set().union(*texts) <= set(alphabet):
                 raise UnknownCharacters("".join(texts), alphabet)
@@ -134,8 +133,7 @@ def _checked(pieces: Iterable[str], alphabet: str | None) -> Iterator[str]:
     for piece in pieces:
         if alphabet is not None and not set(piece) <= set(alphabet):
             raise UnknownCharacters(piece, alphabet)
-        # smaller pieces let the library count words in parallel
-        yield from text_pieces(piece, _PIECE)
+        yield from text_pieces(piece, _PIECE)  # smaller pieces let the library count words in parallel
 
 
 def _bpe_from(source: str, normalization: Normalization) -> BPETokenizer:

@@ -19,7 +19,6 @@ from tarflowlm.errors import UserError, first_line
 
 META = "meta.json"
 FORMAT, VERSION = "tarflowlm-corpus", 1
-
 Array = npt.NDArray[Any]
 
 
@@ -183,7 +182,15 @@ class WindowSampler:
 
     def next(self) -> torch.Tensor:
         """The next batch of this rank: int64 [batch, window]."""
-        starts = self._next_global_starts()[self.rank * self.batch : (self.rank + 1) * self.batch]
+        parts, missing = list[Array](), self.world * self.batch
+        while missing:
+            if self.position == len(self._starts):
+                self.epoch, self.position = self.epoch + 1, 0
+                self._starts = self._epoch_starts(self.epoch)
+            parts.append(self._starts[self.position : self.position + missing])
+            self.position += len(parts[-1])
+            missing -= len(parts[-1])
+        starts = np.concatenate(parts)[self.rank * self.batch : (self.rank + 1) * self.batch]
         return self.tokens.windows(starts, self.window)
 
     def state_dict(self) -> dict[str, int]:
@@ -201,17 +208,6 @@ class WindowSampler:
 
     def _identity(self) -> dict[str, int]:
         return {"seed": self.seed, "window": self.window, "num_tokens": len(self.tokens)}
-
-    def _next_global_starts(self) -> Array:
-        parts, missing = list[Array](), self.world * self.batch
-        while missing:
-            if self.position == len(self._starts):
-                self.epoch, self.position = self.epoch + 1, 0
-                self._starts = self._epoch_starts(self.epoch)
-            parts.append(self._starts[self.position : self.position + missing])
-            self.position += len(parts[-1])
-            missing -= len(parts[-1])
-        return np.concatenate(parts)
 
     def _epoch_starts(self, epoch: int) -> Array:
         generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
@@ -239,8 +235,7 @@ def sliding_windows(
         raise UserError(f"stride {stride}: must be at least 1 and at most the context of {window} tokens")
     if limit is not None and limit < 1:
         raise UserError(f"windows {limit}: must be at least 1")
-    view = TokenArray.of(tokens)
-    _check_length(len(view), window)
+    _check_length(len(view := TokenArray.of(tokens)), window)
     num_windows = (len(view) - window) // stride + 1
     if limit is not None and limit < num_windows:
         starts = np.arange(limit) * num_windows // limit * stride

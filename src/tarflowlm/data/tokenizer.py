@@ -17,8 +17,7 @@ from tarflowlm.data.text import normalize
 from tarflowlm.errors import UnknownCharacters, UserError, first_line
 from tarflowlm.files import replacing
 
-FORMAT = "tarflowlm-tokenizer"
-VERSION = 1
+FORMAT, VERSION = "tarflowlm-tokenizer", 1
 
 
 class Tokenizer(ABC):

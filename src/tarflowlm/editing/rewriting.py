@@ -7,6 +7,7 @@ follows (docs/math.md, section 10, eq. 24). By default that is block 1, and all 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,9 +169,7 @@ def blend(
         z = torch.where(mask[:, None], other.states[0], row.states[0])
         tokens = torch.where(mask, other.tokens, row.tokens)
         row = replace(row, tokens=tokens, states=tuple(model.prior.states(z)[0]))
-        free = ~(is_second | stays)
-        free[first.length :] = False
-        for span in _runs(free):
+        for span in _runs(~(is_second | stays)[: first.length]):
             row = redraw(model, row, span, generator=generator, **options)
         progress.advance()
         rows.append(row)
@@ -197,11 +196,8 @@ def redraw(
         raise UserError(f"candidates {candidates}: must be at least 1")
     if temperature != 1.0 and (level or not model.config.has_token_weights):
         raise UserError(f"temperature {temperature}: state {level} of this model has no weights of tokens, take 1")
-    how: Any = {"candidates": candidates, "generator": generator}
-    if level:
-        z, tokens, log_w = propose_state(model, text, span, level=level, **how)
-    else:
-        z, tokens, log_w = propose(model, text, span, temperature=temperature, **how)
+    draw: Any = partial(propose_state, level=level) if level else partial(propose, temperature=temperature)
+    z, tokens, log_w = draw(model, text, span, candidates=candidates, generator=generator)
     changed = (tokens != text.tokens)[:, : text.length].cpu()
     num_inside = changed[:, start:stop].sum(1)
     for wanted in (num_inside > 0, num_inside == changed.sum(1)):

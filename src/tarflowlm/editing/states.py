@@ -64,8 +64,7 @@ class Encoded:
 def encode(model: TarFlowLM, tokens: Int[Tensor, "B T"], generator: Generator) -> Encoded:
     """Latents z ~ q(z|x) and states of texts; an incomplete last patch is filled with a sample of the model.
 
-    Latents that decode to another token (possible where Gaussians of the codebook overlap) are replaced by the mean
-    of their own. UserError as in `check_tokens`.
+    Latents that decode to another token (Gaussians may overlap) become the mean of their own. Errors: `check_tokens`.
     """
     check_tokens(model, tokens)
     length, book = tokens.shape[1], model.codebook
@@ -87,9 +86,8 @@ def renoise(
     r"""Re-noise state l: h^(l) -> sqrt(1 - eta^2) h^(l) + eta eps with eps ~ N(0, I) (docs/math.md, eq. 23).
 
     Blocks l, ..., 1 are then inverted. `level` l runs from 0 (the latents) to L (the noise), `strength` eta from 0
-    (no change) to 1 (the state is replaced by noise). At l = L the distribution of the state is the same for every
-    eta. `where` limits the change to some tokens. `progress` advances once per position and inverted block.
-    UserError if eta or l is out of range.
+    (no change) to 1 (all noise). At l = L the distribution of the state is the same for every eta. `where` limits the
+    change to some tokens. `progress` advances once per position and block. UserError if eta or l is out of range.
     """
     check_share(strength, "strength")
     state = text.states[_checked_level(model, level)]
@@ -112,9 +110,8 @@ def interpolate(
 
         (sin((1 - kappa) theta) first^(l) + sin(kappa theta) second^(l)) / sin(theta)
 
-    theta is the angle between the two states of a sequence, as vectors in R^(T d). `weight` kappa = 0 gives the first
-    text, 1 the second, exactly. `Edit.before` is the first text. UserError for texts of different lengths, or if
-    kappa or l is out of range.
+    theta is the angle between the two states of a sequence, vectors in R^(T d). `weight` kappa = 0 gives the first
+    text, 1 the second, exactly; `Edit.before` is the first. UserError for other lengths, or kappa or l out of range.
     """
     check_share(weight, "weight")
     check_lengths(first, second)
@@ -169,8 +166,7 @@ def inverted_below(
         block = prior.block(index)
         above, below = (prior.patch(text.states[i])[0] for i in (index + 1, index))
         # leading positions, in the block's order, whose noise is unchanged in all rows
-        same = (block.order(u)[0] == block.order(above)[0]).all(2).all(0)
-        settled = int(same.long().cumprod(0).sum())
+        settled = int((block.order(u)[0] == block.order(above)[0]).all(2).all(0).long().cumprod(0).sum())
         how = chosen[-1 - index]
         return invert_block(block, u, decoder=how, settled=below, num_settled=settled, progress=progress).h
 

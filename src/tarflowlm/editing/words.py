@@ -18,8 +18,7 @@ def words_of(pieces: Sequence[bytes]) -> list[Span]:
 
     A token that begins with white space begins a word; one of nothing else belongs to none.
     """
-    spans: list[Span] = []
-    inside = False
+    spans, inside = list[Span](), False
     for at, piece in enumerate(pieces):
         is_space = not piece.strip()
         if not is_space and (not inside or piece[:1].isspace()):
@@ -51,8 +50,7 @@ def pick_words(
 
 def merge_words(chosen: Sequence[Span], words: Sequence[Span]) -> list[Span]:
     """The chosen words, first to last, with neighbours and the white space between them as one span."""
-    spans: list[Span] = []
-    previous = False
+    spans, previous = list[Span](), False
     for word in words:
         if word in chosen:
             spans.append((spans.pop()[0] if previous else word[0], word[1]))

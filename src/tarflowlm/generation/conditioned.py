@@ -23,9 +23,8 @@ from tarflowlm.model import TarFlowLM
 class Conditioned(ABC):
     """A pass over N positions, of which the first `at` are done.
 
-    It turns `noise` [B, N, ...] into `values` [B, N, ...]: latents for a flow, tokens for the baseline. At given
-    tokens the noise is replaced by the one that belongs to them. `is_known` [B, N, P], on the CPU, says which tokens
-    are given.
+    It turns `noise` [B, N, ...] into `values` [B, N, ...]: latents for a flow, tokens for the baseline. Given tokens,
+    where `is_known` [B, N, P] on the CPU is True, replace the noise there by the one that belongs to them.
     """
 
     def __init__(
@@ -34,7 +33,7 @@ class Conditioned(ABC):
         self.noise, self.values, self.adjust = noise, values, adjust
         self.is_known = is_known.view(len(noise), -1, model.config.patch)
         # read on the host once, so that a position without given tokens costs nothing for them
-        self.some_known, self.all_known = self.is_known.any(0).tolist(), self.is_known.all(0).tolist()
+        self.some_known = self.is_known.any(0).tolist()
         self.model, self.num_positions, self.at = model, noise.shape[1], 0
         self.cache = model.allocate_cache(len(noise), self.num_positions)
 
@@ -108,11 +107,10 @@ class ConditionedLatents(Conditioned):
         self.values[:, :num], self.at = z[:, :num], num
         if num == 0:
             return self.values.new_zeros(len(z), 0, 0)
-        if len(z) == len(self.values):
-            return self.block.features_of(self.cache, z[:, : num - 1], first=True)
-        one = self.block.allocate_cache(1, num)
-        features = self.block.features_of(one, z[:, : num - 1], first=True)
-        self.cache.copy(one)
+        cache = self.cache if len(z) == len(self.values) else self.block.allocate_cache(1, num)
+        features = self.block.features_of(cache, z[:, : num - 1], first=True)
+        if cache is not self.cache:
+            self.cache.copy(cache)
         return features
 
     def complete(self, n: int, features: Tensor) -> Tensor | None:
@@ -144,9 +142,6 @@ class ConditionedLatents(Conditioned):
                 self.tokens[rows, n, a], z[rows, a * d : (a + 1) * d] = tokens, latents
         return z
 
-    def chosen_tokens(self, span: slice) -> Tensor:
-        return self.tokens.flatten(1)[:, span]
-
     def select(self, rows: Tensor) -> None:
         super().select(rows)
         self.tokens[:, : self.at] = self.tokens[rows, : self.at]
@@ -170,7 +165,7 @@ class ConditionedTokens(Conditioned):
         # a view, filled in place: the logits at place a depend on the tokens before a only
         patch, uniform = self.values[:, n], self.noise[:, n]
         log_p = None
-        for a, (some, every) in enumerate(zip(self.some_known[n], self.all_known[n], strict=True)):
+        for a, some in enumerate(self.some_known[n]):
             logits = self.baseline.place_logits(features, patch, a)
             drawn = inverse_cdf(logits if self.adjust is None else self.adjust(logits), uniform[:, a])
             if not some:
@@ -179,6 +174,5 @@ class ConditionedTokens(Conditioned):
             known = self.is_known[:, n, a].to(drawn.device)
             here = logits.to(uniform.dtype).log_softmax(-1).gather(-1, patch[:, a, None])[:, 0] * known
             log_p = here if log_p is None else log_p + here
-            if not every:
-                patch[:, a] = torch.where(known, patch[:, a], drawn)
+            patch[:, a] = torch.where(known, patch[:, a], drawn)
         return log_p

@@ -41,12 +41,10 @@ def generate(
     as its weights (the noise is not scaled, since Phi(u) has to stay uniform). For Mix-1, or Mix-d with components of
     its own, they are estimated: the token is then chosen (`EstimatedTokens`), whatever `decoding` says.
 
-    `num_tokens` may exceed the trained context (`writing.py`). Blanks between given tokens and several particles need
-    a text within it.
+    `num_tokens` may exceed the trained context (`writing.py`) with one particle and no blanks between given tokens.
 
-    `decoder`, one for all blocks or one per block, block L first: "steps" inverts position by position, "sweeps" in
-    parallel, equal up to rounding, "auto" by the cheaper of the two. Block 1 is swept only without given tokens,
-    temperature, top-k and top-p.
+    `decoder`, for all blocks or one per block, L first: "steps" inverts position by position, "sweeps" in parallel,
+    equal up to rounding, "auto" by the cheaper. Given tokens, temperature, top-k and top-p make block 1 take steps.
 
     Row b has a random stream of its own, made from `generator` and b, so it does not depend on `num`. A list of
     generators, one per row, replaces these streams.
@@ -56,8 +54,7 @@ def generate(
     check_model(model)
     check_option(decoding, "decoding", Decoding)
     decoder, watch = as_decoders(decoder), watch or Watch()
-    num, num_tokens = as_integer(num, "num"), as_integer(num_tokens, "num_tokens")
-    particles = as_integer(particles, "particles")
+    num, num_tokens, particles = map(as_integer, (num, num_tokens, particles), ("num", "num_tokens", "particles"))
     given = _given(model, num, num_tokens, prompt, particles)
     adjust = _adjust(model, temperature, top_k, top_p)
     keep_freed_memory()
@@ -84,8 +81,7 @@ def _row_streams(generator: torch.Generator | Sequence[torch.Generator] | None, 
         return list(generator)
     check_generator(generator)
     if generator is None:
-        generator = torch.Generator()
-        generator.seed()
+        (generator := torch.Generator()).seed()
     return row_generators(range(num), generator)
 
 
@@ -100,8 +96,8 @@ def _given(model: LanguageModel, num: int, num_tokens: int, prompt: Tensor | Non
         check_integers(prompt, "prompt", "[T]", "[num, T]")
         length = prompt.shape[-1]
         if length > num_tokens or (particles == 1 and length == num_tokens and (prompt >= 0).all()):
-            rule = "shorten it, or raise the length"
-            raise UserError(f"the prompt has {length} tokens, which leaves no room in {num_tokens}: {rule}")
+            what = f"the prompt has {length} tokens, which leaves no room in {num_tokens}"
+            raise UserError(f"{what}: shorten it, or raise the length")
         if ((prompt < BLANK) | (prompt >= vocab_size)).any():
             rule = f"0 to {vocab_size - 1}, or {BLANK} for a blank: encode it again"
             raise UserError(f"the prompt {prompt.tolist()} has tokens outside of {rule}")

@@ -26,7 +26,6 @@ Decoders = Decoder | Sequence[Decoder]
 """One decoder for all blocks, or one per block, block L first as in `Generation.decoders`."""
 OnFinal = Callable[[Tensor, int], None]
 """Called with the latents h [B, N, C] of a block, and how many of its leading positions are final."""
-
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 """A latent h has converged when a sweep changes it by at most this times 1 + |h|: a few roundings."""
 SHORTEST_NEWTON = 8
@@ -61,16 +60,10 @@ class Inverted:
 
 @torch.no_grad()
 def invert_block(
-    block: FlowBlock,
-    u: Tensor,
-    *,
-    decoder: Decoder = "steps",
-    adjust: AdjustWeights | None = None,
-    settled: Tensor | None = None,
-    num_settled: int = 0,
-    progress: Progress = SILENT,
-    on_final: OnFinal | None = None,
-) -> Inverted:
+    block: FlowBlock, u: Tensor, *,
+    decoder: Decoder = "steps", adjust: AdjustWeights | None = None, settled: Tensor | None = None,
+    num_settled: int = 0, progress: Progress = SILENT, on_final: OnFinal | None = None,
+) -> Inverted:  # fmt: skip
     """Invert `block`: latents h [B, N, C] from noise u [B, N, C].
 
     "steps": position by position, exact. "sweeps": in parallel (`_Inversion.sweep`), equal up to rounding; the result
@@ -85,18 +78,15 @@ def invert_block(
     work = _Inversion(block, u, adjust, progress, on_final)
     if settled is not None and num_settled:
         work.settle(settled, num_settled)
-    if decoder == "auto":
-        decoder = work.trial()
-    if decoder == "steps":
-        work.step(until=work.num_positions)
-        return Inverted(work.result(), decoder, work.passes)
-    work.sweep()
-    repeated, (start, end) = 0, work.swept
-    if end and (bad := first_bad(block, work.h[:, :end], work.noise[:, :end], start)) < end:
-        repeated = work.num_positions - bad
-        work.at, work.progress = bad, SILENT
-        work.step(until=work.num_positions)
-    return Inverted(work.result(), decoder, work.passes, repeated)
+    decoder, repeated = work.trial() if decoder == "auto" else decoder, 0
+    if decoder == "sweeps":
+        work.sweep()
+        start, end = work.swept
+        if end and (bad := first_bad(block, work.h[:, :end], work.noise[:, :end], start)) < end:
+            repeated = work.num_positions - bad
+            work.at, work.progress = bad, SILENT
+    work.step()
+    return Inverted(block.order.inverse(work.h), decoder, work.passes, repeated)
 
 
 class _Inversion:
@@ -110,10 +100,7 @@ class _Inversion:
         self.h, self.cache = self.noise.clone(), block.allocate_cache(len(u), self.num_positions)
         self.at = self.passes = 0
         self.swept = (self.num_positions, 0)  # the range of positions that sweeps with exact inverses made final
-        self.contracts = isinstance(block.coupling, ChannelCoupling)
-
-    def result(self) -> Tensor:
-        return self.block.order.inverse(self.h)
+        self.by_channels = self.contracts = isinstance(block.coupling, ChannelCoupling)
 
     def settle(self, h: Tensor, num: int) -> None:
         """Copy the first `num` positions from h [B, N, C], in the order of the tokens."""
@@ -130,13 +117,14 @@ class _Inversion:
         self.at += num
         self.progress.advance(num)
 
-    def step(self, until: int) -> None:
-        """Invert position by position, up to position `until`."""
+    def step(self) -> None:
+        """Invert position by position, up to the last one."""
+        if self.at == self.num_positions:
+            return
         self.cache.rewind(self.at)
         invert = self.block.coupling.inverter()
-        while self.at < until:
-            previous = self.h[:, self.at - 1] if self.at else None
-            features = self.block.features_at(self.cache, previous, len(self.h))
+        while self.at < self.num_positions:
+            features = self.block.features_at(self.cache, self.h[:, self.at - 1] if self.at else None, len(self.h))
             self.h[:, self.at] = invert(self.noise[:, self.at], features, self.adjust)
             self.passes += 1
             self._advance(1)
@@ -208,7 +196,7 @@ class _Inversion:
         small, Newton steps finish a segment.
         """
         limit, length = self.num_positions, LONGEST_SEGMENT
-        near = NEARLY_THERE if isinstance(self.block.coupling, ChannelCoupling) else 0.0
+        near = NEARLY_THERE if self.by_channels else 0.0
         while limit - self.at >= SHORTEST_NEWTON and self.contracts:
             self.contracts = self.newton(min(limit, self.at + length))
         while self.at < limit:
@@ -216,10 +204,8 @@ class _Inversion:
             while self.at < stop:
                 largest = self._sweep_once(stop)
                 if largest < near and stop - self.at >= SHORTEST_NEWTON:
-                    done = self.newton(stop, largest=CONTRACTION * largest, foresees=False)
-                    near = near if done else 0.1 * largest
-                poor = 0 if largest < 0.5 * last else poor + 1
-                last = largest
+                    near = near if self.newton(stop, largest=CONTRACTION * largest, foresees=False) else 0.1 * largest
+                poor, last = 0 if largest < 0.5 * last else poor + 1, largest
                 if poor > PATIENCE and stop - self.at > 1:
                     stop = self.at + (stop - self.at) // 2
                     poor, length = 0, max(1, stop - self.at)
@@ -227,7 +213,7 @@ class _Inversion:
 
     def cost(self, num: int) -> float:
         """The cost of a sweep over `num` positions, in steps."""
-        B, rows = len(self.h), ROWS_CHANNELS if isinstance(self.block.coupling, ChannelCoupling) else ROWS_VECTORS
+        B, rows = len(self.h), ROWS_CHANNELS if self.by_channels else ROWS_VECTORS
         rows = rows if self.h.device.type == "cpu" else ROWS_GPU
         return SWEEP * (rows + num * B) / (rows + B)
 
@@ -238,12 +224,11 @@ class _Inversion:
         the first Newton step, which changes little. Elsewhere sweeps are tried on so few positions that they cost
         next to nothing, while their changes shrink fast or they make more positions final than their cost in steps.
         """
-        N, by_channels = self.num_positions, isinstance(self.block.coupling, ChannelCoupling)
-        if by_channels and N - self.at >= SHORTEST_NEWTON:
+        N = self.num_positions
+        if self.by_channels and N - self.at >= SHORTEST_NEWTON:
             # a few positions show as well as many that the block is not near the identity
-            self.contracts = self._first_change(self.at + SHORTEST_NEWTON) < CONTRACTION and self.newton(
-                min(self.at + LONGEST_SEGMENT, N), largest=CONTRACTION
-            )
+            is_near, end = self._first_change(self.at + SHORTEST_NEWTON) < CONTRACTION, self.at + LONGEST_SEGMENT
+            self.contracts = is_near and self.newton(min(end, N), largest=CONTRACTION)
             if self.contracts:
                 return "sweeps"
         start, end, sweeps, spent, last = self.at, self.at + 4, 0, 0.0, math.inf
@@ -256,7 +241,7 @@ class _Inversion:
             if not largest < CONTRACTION * last and spent > self.at - start:
                 return "steps"
             last = largest
-            if by_channels and largest < NEARLY_THERE:
+            if self.by_channels and largest < NEARLY_THERE:
                 sweeps += 1  # Newton steps will do the rest
                 break
         rest = min(N - self.at, LONGEST_SEGMENT)
@@ -273,19 +258,13 @@ def first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:
 
 
 def invert_stack(
-    model: TarFlowLM,
-    noise: Tensor,
-    *,
-    decoder: Decoders = "steps",
-    above: int = 0,
-    adjust: AdjustWeights | None = None,
-    progress: Progress = SILENT,
-    on_final: OnFinal | None = None,
-) -> tuple[list[Tensor], list[Inverted]]:
+    model: TarFlowLM, noise: Tensor, *,
+    decoder: Decoders = "steps", above: int = 0, adjust: AdjustWeights | None = None,
+    progress: Progress = SILENT, on_final: OnFinal | None = None,
+) -> tuple[list[Tensor], list[Inverted]]:  # fmt: skip
     """Invert blocks L, ..., above + 1: the states h^(L) = noise, ..., h^(above), each [B, T, d], and how it was done.
 
-    The second list has one `Inverted` per block, block L first. `adjust` and `on_final` belong to block 1.
-    UserError for a wrong number of decoders.
+    The second list has one `Inverted` each, L first. `adjust` and `on_final` are for block 1. Errors: `per_block`.
     """
     chosen, work = per_block(decoder, model.num_blocks), []
 

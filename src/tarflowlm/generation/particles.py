@@ -97,8 +97,7 @@ def particle_filter(
         on_step()
         if particles == 1 or conditioned.at == conditioned.num_positions:
             continue
-        uneven = (weights.effective() < RESAMPLE_BELOW * particles).nonzero().flatten().tolist()
-        if not uneven:
+        if not (uneven := (weights.effective() < RESAMPLE_BELOW * particles).nonzero().flatten().tolist()):
             continue
         rows = torch.arange(num * particles).view(num, particles)
         own = rows[uneven].flatten()
@@ -169,8 +168,7 @@ class LatentSource:
         used = (token >= self.since[rows, None]) & (token < at * self.model.config.patch) & ~self.is_known[rows]
         h, used_NP = self.draw[rows], used.view(len(rows), -1, self.model.config.patch)
         whole = prior.block(1).log_prob(prior.patch(h)[0]) * ~used_NP.any(-1)
-        partly = used_NP.any(-1, keepdim=True) & ~used_NP
-        normal = log_standard_normal(h).sum(-1) * partly.flatten(1)
+        normal = log_standard_normal(h).sum(-1) * (used_NP.any(-1, keepdim=True) & ~used_NP).flatten(1)
         self.correction[rows] += whole.sum(-1) + normal.sum(-1) - self.log_p[rows]
 
     def follow(self, own: Tensor, parents: Tensor, at: int) -> None:
@@ -197,19 +195,15 @@ def pareto_k(log_w: Tensor) -> float:
     """The tail index k of weights exp(`log_w` [R]), or NaN for fewer than 25 weights and for tails without a spread.
 
     Moments of order 1 / k and above are infinite: from k = 1/2 on the variance. k is that of a generalised Pareto
-    distribution fitted to the largest min(R / 5, 3 sqrt(R)) weights (Vehtari et al. 2024, section 2 and appendix C).
+    distribution of the largest M = min(R / 5, 3 sqrt(R)) weights (Vehtari et al. 2024, section 2 and appendix C), by
+    its posterior mean (Zhang and Stephens 2009).
     """
     R, w = len(log_w), (log_w.double() - log_w.max()).exp().sort().values
-    tail = math.ceil(min(0.2 * R, 3 * R**0.5))
+    M = math.ceil(min(0.2 * R, 3 * R**0.5))
     if R < FEWEST or not torch.isfinite(w).all():
         return math.nan
-    return _fitted_k(w[-tail:] - w[-tail - 1])
-
-
-def _fitted_k(x: Tensor) -> float:
-    """k of a generalised Pareto distribution of the sorted values x [M]: posterior mean (Zhang and Stephens 2009)."""
-    M, quartile = len(x), x[int(len(x) / 4 + 0.5) - 1]
-    if not quartile > 0:
+    x = w[-M:] - w[-M - 1]
+    if not (quartile := x[int(M / 4 + 0.5) - 1]) > 0:
         return math.nan
     points = 30 + int(M**0.5)  # of a grid of theta = -k / scale
     j = torch.arange(1, points + 1, dtype=x.dtype) - 0.5

@@ -84,17 +84,16 @@ def adjust_weights(
         return None
 
     def adjust(log_w: Tensor) -> Tensor:
-        log_w = torch.log_softmax(log_w / temperature, dim=-1)
+        log_w, least = torch.log_softmax(log_w / temperature, dim=-1), torch.finfo(log_w.dtype).min
         if top_k is not None and top_k < log_w.shape[-1]:
             # by index, so that ties do not keep more than top_k
             drop = torch.ones_like(log_w, dtype=torch.bool).scatter(-1, log_w.topk(top_k, dim=-1).indices, False)
-            log_w = log_w.masked_fill(drop, torch.finfo(log_w.dtype).min)
+            log_w = log_w.masked_fill(drop, least)
         if top_p is not None:
             ordered, order = log_w.softmax(-1).sort(dim=-1, descending=True)
             # a token is kept when the mass before it has not reached top_p
             is_behind = ordered.cumsum(-1) - ordered >= top_p
-            drop = torch.zeros_like(is_behind).scatter(-1, order, is_behind)
-            log_w = log_w.masked_fill(drop, torch.finfo(log_w.dtype).min)
+            log_w = log_w.masked_fill(torch.zeros_like(is_behind).scatter(-1, order, is_behind), least)
         return log_w
 
     return adjust
@@ -139,12 +138,11 @@ class EstimatedTokens:
         """Noise for `num_tokens` tokens of `particles` rows per generator, all of it drawn here."""
         book = self.codebook = model.codebook
         self.coupling, self.adjust = model.prior.block(0).coupling, adjust
-        self.eps = row_normal(generators, particles, num_tokens, DRAWS, model.config.latent_dim)
-        self.eps = self.eps.flatten(0, 1).to(book.mean)
-        self.uniform = row_uniform(generators, particles, num_tokens, 2).flatten(0, 1)
-        self.uniform = self.uniform.to(book.mean.device, wide_dtype(book.mean))
-        components = max(model.config.blocks[0].components, 1)
-        self.held = held_rows(book.vocab_size * DRAWS * components, book.mean.device)
+        eps = row_normal(generators, particles, num_tokens, DRAWS, model.config.latent_dim).flatten(0, 1)
+        uniform = row_uniform(generators, particles, num_tokens, 2).flatten(0, 1)
+        self.eps, self.uniform = eps.to(book.mean), uniform.to(book.mean.device, wide_dtype(book.mean))
+        num_components = book.vocab_size * DRAWS * max(model.config.blocks[0].components, 1)
+        self.held = held_rows(num_components, book.mean.device)
 
     def __call__(self, features: Tensor, earlier: Tensor, rows: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Token t of some `rows`: tokens [rows] and their latents [rows, d].

@@ -68,8 +68,7 @@ class Generation:
     tokens: Tensor
     """[B, T]."""
     sweeps: tuple[int, ...] = ()
-    """Passes of the Transformer over positions in each block, block L first: N of them for a block inverted by steps.
-    Empty for the baseline."""
+    """Passes of the Transformer in each block, block L first: N of them by steps. Empty for the baseline."""
     decoders: tuple[Decoder, ...] = ()
     """Decoder of each block, block L first; pass it as `decoder` to repeat the choice."""
     log_evidence: Tensor | None = None
@@ -77,8 +76,7 @@ class Generation:
     ess: Tensor | None = None
     """With given tokens: the effective sample size of the particles at the end, [B]."""
     pareto_k: Tensor | None = None
-    """With given tokens: the tail index of those particles' weights, [B]; above 0.7 the evidence is unreliable. NaN
-    for fewer than 25 particles."""
+    """With given tokens: the tail index of their weights, [B], above 0.7 if these are unreliable; NaN if R < 25."""
     draws: Tensor | None = None
     """With given tokens: how often the particles of each sample were resampled, [B]."""
     _latents: tuple[Tensor, ...] = field(default=(), repr=False)
@@ -103,8 +101,7 @@ class Generation:
         """The `states` decoded, each [B, T]: coarse to fine. The last is `tokens`, however they were decoded."""
         if self._flow is None:
             return ()
-        with torch.no_grad():
-            return (*(self._flow.codebook.decode(h) for h in self.states[:-1]), self.tokens)
+        return (*(self._flow.codebook.decode(h) for h in self.states[:-1]), self.tokens)
 
 
 @dataclass(frozen=True)
@@ -155,15 +152,16 @@ class Sampler:
         upper = per_block(self.decoder, flow.num_blocks)[:-1]
         source = LatentSource(flow, self.generators, particles, spread != BLANK, (*upper, "steps"), self.progress)
         latents, weights = self._conditioned(flow, source, spread), Weights.uniform(len(given), particles)
+        chosen = None if latents.estimated is None else latents.tokens.flatten(1)  # a view, filled by the steps
         weights.add(latents.prefill())
         self.progress.advance(latents.at)
-        ready = _decoded_spans(flow, latents.values) if latents.estimated is None else latents.chosen_tokens
+        ready = _decoded_spans(flow, latents.values) if chosen is None else lambda span: chosen[:, span]
         particle_filter(latents, weights, self.generators, source, self._on_step(latents, ready))
         weights.add(source.log_factor(prior.patch.inverse(latents.noise)))
         rows = self._draw_particles(weights)
         z = prior.patch.inverse(latents.values)[rows]
-        chosen = self._decoded(flow, z) if latents.estimated is None else latents.tokens.flatten(1)[rows.to(z.device)]
-        tokens = torch.where(given == BLANK, chosen.cpu(), given).to(z.device)
+        found = self._decoded(flow, z) if chosen is None else chosen[rows.to(z.device)]
+        tokens = torch.where(given == BLANK, found.cpu(), given).to(z.device)
         sweeps = (*(w.passes for w in source.work), latents.num_positions)
         decoders: tuple[Decoder, ...] = (*(w.decoder for w in source.work), "steps")
         summary = weights.summary() if some_given else {}
@@ -249,8 +247,7 @@ def write_windows(sampler: Sampler, given: Tensor) -> Generation:
         if sampler.stream.has_ended:
             break
     first = windows[0]
-    if bounds[0][0] > 0:
-        # part of the prompt is in no window
+    if bounds[0][0] > 0:  # part of the prompt is in no window
         first = replace(first, log_evidence=None, ess=None, pareto_k=None, draws=None)
     sweeps = tuple(map(sum, zip(*(window.sweeps for window in windows), strict=True)))
     return replace(first, tokens=tokens[:, :end].to(first.tokens.device), sweeps=sweeps, _flow=None, _latents=())

@@ -91,8 +91,7 @@ class TextScorer:
             x, zeros = torch.cat(whole), torch.zeros_like(owner)
             weights = log_weights(self.model, x, zeros, samples=self.samples, seed=self.seed, progress=progress)
             total.index_add_(0, owner, -importance_weighted(weights))
-        rest = [Piece(t[len(w) * T :], 0) for t, w in zip(tokens, whole, strict=True)]
-        values, _ = self._scores(rest, progress)
+        values, _ = self._scores([Piece(t[len(w) * T :], 0) for t, w in zip(tokens, whole, strict=True)], progress)
         return (total + torch.tensor(values, dtype=torch.float64)).tolist()
 
     def num_windows(self, texts: Sequence[str]) -> int:
@@ -115,8 +114,7 @@ class TextScorer:
     def complete(self, requests: Sequence[tuple[str, Continuation]], progress: Progress = SILENT) -> list[str]:
         """Text that follows each context. Contexts of one length are continued together.
 
-        Every text is drawn with the seed of the scorer, whatever the other contexts are. top-k = 1 needs a model that
-        has probabilities of tokens to change.
+        Every text is drawn with the scorer's seed, whatever the others are. top-k = 1 needs probabilities to change.
         """
         prompts = [self.encode(context) for context, _ in requests]
         lengths = [len(prompt) + how.max_tokens for prompt, (_, how) in zip(prompts, requests, strict=True)]
@@ -127,7 +125,7 @@ class TextScorer:
             for part in [whole] if length <= self.model.config.context else [[index] for index in whole]:
                 prompt = F.pad(torch.stack([prompts[i] for i in part]), (0, how.max_tokens), value=BLANK)
                 # the noise of a first row, which a text alone would get
-                seeds = [torch.Generator().manual_seed(self.seed) for _ in part]
+                seeds = (torch.Generator().manual_seed(self.seed) for _ in part)
                 options["generator"] = [row_generators([0], seed)[0] for seed in seeds]
                 drawn = generate(self.model, num_tokens=length, num=len(part), prompt=prompt, **options)
                 for index, tokens in zip(part, drawn.tokens.cpu(), strict=True):

@@ -48,8 +48,7 @@ def fetch(name: str | Path, progress: Progress = SILENT) -> Path:
     `progress` counts bytes. Offline, the cache is used. Weights that fail their checksum are removed from it.
     """
     name = Path(name).as_posix()
-    match = _REFERENCE.fullmatch(name)
-    if match is None:
+    if (match := _REFERENCE.fullmatch(name)) is None:
         raise UserError(f"{name}: name a model of the hub as hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
     hub, (repository, revision) = hub_client(name), match.groups()
     with hub_errors(name):
@@ -67,8 +66,7 @@ def fetch(name: str | Path, progress: Progress = SILENT) -> Path:
     try:
         read_weights(weights)
     except UserError as error:
-        # in the cache a file is a link to where its bytes are
-        for path in (weights.resolve(), weights):
+        for path in (weights.resolve(), weights):  # in the cache a file is a link to where its bytes are
             path.unlink(missing_ok=True)
         what = f"{error}: it came from {name} and has been removed from the cache; run this again to download it"
         raise UserError(f"{what}, and if that does not help, the damaged file is the one on the hub") from None

@@ -41,8 +41,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         place, is_right = "its header", info[CHECKSUM] == checksum(tensors)
     else:
         try:
-            records = read_json(path.parent / MANIFEST)["files"][path.name]
-            place, is_right = MANIFEST, _record(path) in records
+            place, is_right = MANIFEST, _record(path) in read_json(path.parent / MANIFEST)["files"][path.name]
         except (UserError, LookupError, TypeError):  # no manifest
             return tensors, info
     if not is_right:

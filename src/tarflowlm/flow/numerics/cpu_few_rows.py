@@ -40,7 +40,6 @@ beside Q(y), y >= 0, since Q(y + 9) < 1e-18 Q(y)."""
 _NEWTON_STEP = {torch.float32: 2.0**-11, torch.float64: 2.0**-26}
 """A step this small, over the narrowest scale, is the last: the next would be about its square."""
 _MOST_STEPS = 300
-
 _ALONE = 320
 """Rows of a scalar mixture, times components and `_CALL`, up to which they are solved one by one (measured)."""
 _STEPS_TOGETHER = 4
@@ -54,7 +53,6 @@ one for every row and component."""
 _SMALLEST_TAIL = 1e-285
 """Beyond, at 36 sigma, linear space ends."""
 _SMALLEST_SHARE, _LARGEST_SHARE = 1e-300, 1.0 - 1e-16
-
 _quantile = NormalDist().inv_cdf
 
 
@@ -79,11 +77,9 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     book = _book(mean, log_std)
     if book is None:
         return torch.full_like(u, nan), list(range(len(u)))
-    found, left = list[list[float]](), list[int]()
-    num_rows, visits = len(u), 0
+    found, left, num_rows, visits = list[list[float]](), list[int](), len(u), 0
     most_visits = _MOST_VISITS + _MORE_VISITS * num_rows * len(book.std)
-    weights = torch.softmax(log_w.double(), -1).tolist()
-    for row, (noise, weight) in enumerate(zip(u.tolist(), weights, strict=True)):
+    for row, (noise, weight) in enumerate(zip(u.tolist(), torch.softmax(log_w.double(), -1).tolist(), strict=True)):
         if visits * (num_rows - row) > most_visits * row:
             left += range(row, num_rows)
             found += [[nan] * len(noise)] * (num_rows - row)
@@ -121,9 +117,7 @@ def _row_by_row(u: list[float], params: tuple[Tensor, ...], dtype: torch.dtype) 
         if narrowest > 0.0 and tail > _SMALLEST_TAIL and isfinite(sum(s) + sum(m)):
             # together, components that are left out amount to an eighth of a rounding of the tail at most
             least = 0.125 * eps * tail / len(w)
-            live = [k for k, share in enumerate(w) if share > least]
-            if live:
-                live.sort(key=m.__getitem__)
+            if live := sorted((k for k, share in enumerate(w) if share > least), key=m.__getitem__):
                 z, _ = _solve(y, live, w, m, s, [1.0 / one for one in s], step * narrowest, eps)
         found.append(z)
     return found, [row for row, z in enumerate(found) if z != z]
@@ -227,15 +221,9 @@ def _update(
 
 
 def _solve(
-    u: float,
-    live: list[int],
-    weight: list[float],
-    mean: list[float],
-    std: list[float],
-    inv_std: list[float],
-    step: float,
-    eps: float,
-) -> tuple[float, int]:
+    u: float, live: list[int], weight: list[float], mean: list[float], std: list[float], inv_std: list[float],
+    step: float, eps: float,
+) -> tuple[float, int]:  # fmt: skip
     """x with F(x) = Phi(u), of the components `live`, sorted by mean, or NaN; and the number of steps."""
     side, y = (1.0, u) if u >= 0.0 else (-1.0, -u)
     rest, k = 0.5 * erfc(SQRT_HALF * y), 0
@@ -243,8 +231,7 @@ def _solve(
         if weight[k] > rest:
             break
         rest -= weight[k]
-    share = min(max(rest / weight[k], _SMALLEST_SHARE), _LARGEST_SHARE)
-    x = mean[k] - side * std[k] * _quantile(share)
+    x = mean[k] - side * std[k] * _quantile(min(max(rest / weight[k], _SMALLEST_SHARE), _LARGEST_SHARE))
     low, high, last, beyond = inf, -inf, inf, y + _CERTAIN
     for number in range(1, _MOST_STEPS + 1):
         tail = density = 0.0
@@ -263,10 +250,7 @@ def _solve(
         if low > high:
             ends = [mean[k] + std[k] * u for k in live]
             low, high = min(ends), max(ends)
-        if (here < y) == (u >= 0.0):
-            low = max(low, x)
-        else:
-            high = min(high, x)
+        low, high = (max(low, x), high) if (here < y) == (u >= 0.0) else (low, min(high, x))
         if not low <= following <= high or abs(size) > 0.5 * last:
             following = low + 0.5 * (high - low)
             if high - low <= 4.0 * eps * abs(following):

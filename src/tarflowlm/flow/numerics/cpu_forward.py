@@ -15,27 +15,17 @@ import math
 import torch
 from torch import Tensor
 
-from tarflowlm.flow.numerics import reference
+from tarflowlm.flow.numerics import normal, reference
 from tarflowlm.flow.numerics.layout import LOWEST_EXPONENT, Params, chunk_rows, row_chunks, take_rows
-from tarflowlm.flow.numerics.normal import (
-    HALF_LOG_2PI,
-    INV_SQRT_2PI,
-    SQRT_HALF,
-    clamp_,
-    log_standard_normal,
-    upper_quantile,
-)
+from tarflowlm.flow.numerics.normal import HALF_LOG_2PI, clamp_, log_standard_normal, upper_quantile
 from tarflowlm.flow.numerics.reference import Gradients
 
-UNIT, TAIL_SCALE, DENSITY_SCALE = SQRT_HALF, 0.5, INV_SQRT_2PI
-
+UNIT, TAIL_SCALE, DENSITY_SCALE = normal.SQRT_HALF, 0.5, normal.INV_SQRT_2PI
 SMALLEST = {torch.float32: 1e-12, torch.float64: 1e-285}
 """Tail masses and densities below this leave the linear path. In float32 the bound is 7 sigma, not the 13 where the
 mass underflows: beyond 7 an ulp of u^2 / 2 shows in the log-determinant, and float64 removes it."""
-
 _SAFE_TOTAL = (1e-20, 1e30)
 """Sums of exp(log_w) for which shifting log_w by its maximum would change nothing."""
-
 _WIDE = 20
 """Components from which the untransposed layout is the faster one (measured between 8 and 27)."""
 
@@ -110,10 +100,10 @@ def mixture_cdf(z: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
     num_components = params[1].shape[-1]
     tail, density, side = (torch.empty_like(z) for _ in range(3))
     space = Workspace(4, num_components, z.dtype)
+    axis, spread = space.axis, space.spread
     for rows in row_chunks(len(z), num_components):
         weight, total, mean, inv_std = load(take_rows(params, rows), space)
-        n, axis, spread = len(z[rows]), space.axis, space.spread
-        a, other = space(2, n), space(3, n)
+        a, other = (space(i, len(z[rows])) for i in (2, 3))
         torch.sub(spread(z[rows]), mean, out=a).mul_(inv_std)
         side[rows] = guess_side(a, weight, other, space)
         clamp_(a.mul_(spread(side[rows] * UNIT)))
@@ -182,16 +172,14 @@ def _cdf_gradients(rows: Params, params: Params, space: Workspace) -> tuple[Grad
     tail = torch.mul(mass, weight, out=space(6, n)).sum(axis)
     per_mass = grad_u * side * torch.exp(-log_standard_normal(u))
     mass.sub_(spread(tail)).mul_(spread(per_mass)).add_(spread(grad_log_p)).mul_(weight)
-    of_log_w = share.sub_(mass)
-    grads = -of_mean.sum(axis), space.orient(of_log_w), space.orient(of_mean), space.orient(of_log_std)
+    grads = -of_mean.sum(axis), space.orient(share.sub_(mass)), space.orient(of_mean), space.orient(of_log_std)
     return grads, torch.minimum(tail, density * DENSITY_SCALE)
 
 
 def _shares(z: Tensor, params: Params, space: Workspace) -> tuple[Tensor, ...]:
     """weight, total, inv_std, a, share, share_total and log p [n] of one chunk, in the layout of the workspace.
 
-    weight is total w_k, share is share_total times the responsibility r_k: both are shifted by their maxima, so the
-    density has no far rows.
+    weight is total w_k, share is share_total r_k (responsibilities): shifted by their maxima, so that no row is far.
     """
     log_w, mean, log_std = (space.orient(p) for p in params)
     n, axis, lowest = len(z), space.axis, LOWEST_EXPONENT[z.dtype]
@@ -228,8 +216,7 @@ def mixture_log_density_backward(z: Tensor, params: Params, grad: Tensor) -> tup
         of_log_std = torch.mul(a, share, out=space(5, len(g)))
         of_mean = of_log_std * inv_std
         of_log_std.mul_(a).sub_(share)
-        of_log_w = share.sub_(weight * space.spread(g / total))
-        by_row = (space.orient(of) for of in (of_log_w, of_mean, of_log_std))
+        by_row = map(space.orient, (share.sub_(weight * space.spread(g / total)), of_mean, of_log_std))
         _store(out, rows, (-of_mean.sum(space.axis), *by_row), space)
     return out
 

@@ -14,24 +14,14 @@ import math
 import torch
 from torch import Tensor
 
-from tarflowlm.flow.numerics import cpu_few_rows, reference
-from tarflowlm.flow.numerics.cpu_forward import (
-    DENSITY_SCALE,
-    SMALLEST,
-    TAIL_SCALE,
-    UNIT,
-    Workspace,
-    density_into,
-    load,
-    rows_below,
-)
+from tarflowlm.flow.numerics import cpu_few_rows, cpu_forward, reference
+from tarflowlm.flow.numerics.cpu_forward import TAIL_SCALE, UNIT, Workspace, density_into, load, rows_below
 from tarflowlm.flow.numerics.layout import Params, row_chunks, take_rows
 from tarflowlm.flow.numerics.normal import clamp_, standard_normal_density, upper_tail
 from tarflowlm.flow.numerics.reference import BISECTIONS, NEWTON_STEPS, TINY, bayes_update, newton_step
 
 _SAFE_CELL = 7
 """Newton's steps may start in a bracket of 2^-7 of the narrowest scale."""
-
 _NEARLY_CERTAIN, _FEW_ROWS = -1e-5, 64
 """Log posterior of a component from which certainty is looked into: when half the rows have reached it, or, where
 rows are few and calls are all that costs, every one of them."""
@@ -48,9 +38,11 @@ def mixture_cdf_inverse(u: Tensor, *params: Tensor) -> Tensor:
 
 
 def _many(u: Tensor, params: Params) -> Tensor:  # the general path
-    far = rows_below(upper_tail(u.abs()), SMALLEST[u.dtype])
-    z = _solve_linear(u, params)
-    if far is not None:
+    z, num_components = torch.empty_like(u), params[1].shape[-1]
+    space = Workspace(5, num_components, u.dtype)
+    for rows in row_chunks(len(u), num_components):
+        z[rows] = _solve_by_bisection(u[rows], take_rows(params, rows), space)
+    if (far := rows_below(upper_tail(u.abs()), cpu_forward.SMALLEST[u.dtype])) is not None:
         wide = u[far].double(), tuple(p.double() for p in take_rows(params, far))
         solved = reference.mixture_cdf_inverse(wide[0], *wide[1]) if u.dtype == torch.float64 else _many(*wide)
         z[far] = solved.to(u.dtype)
@@ -62,20 +54,11 @@ def are_few(rows: int, num_components: int) -> bool:
     return rows * (num_components + 8) <= 6000
 
 
-def _solve_linear(u: Tensor, params: Params) -> Tensor:
-    num_components = params[1].shape[-1]
-    z, space = torch.empty_like(u), Workspace(5, num_components, u.dtype)
-    for rows in row_chunks(len(u), num_components):
-        z[rows] = _solve_by_bisection(u[rows], take_rows(params, rows), space)
-    return z
-
-
 def _solve_by_bisection(u: Tensor, params: Params, space: Workspace) -> Tensor:
     n, axis, spread = u.shape[0], space.axis, space.spread
     weight, total, mean, inv_std = load(params, space)
     side, y, a, other = torch.copysign(space.one, u), u.abs(), space(2, n), space(3, n)
-    tail = upper_tail(y)
-    center = torch.mul(mean, spread(side), out=space(4, n))
+    tail, center = upper_tail(y), torch.mul(mean, spread(side), out=space(4, n))
     torch.div(spread(y), inv_std, out=a).add_(center)
     low, high = a.amin(axis), a.amax(axis)
     # brackets over the narrowest scale, halved until Newton's steps are safe; not a number takes all steps
@@ -97,7 +80,7 @@ def _solve_by_bisection(u: Tensor, params: Params, space: Workspace) -> Tensor:
         low, high = torch.lerp(low, x, above), torch.lerp(x, high, above)
     x = torch.lerp(low, high, 0.5)
     step = newton_step(y, standard_normal_density(y).div_(tail), low, high)
-    factor = 2.0 * TAIL_SCALE * UNIT / DENSITY_SCALE
+    factor = 2.0 * TAIL_SCALE * UNIT / cpu_forward.DENSITY_SCALE
     for _ in range(NEWTON_STEPS[u.dtype]):
         density = density_into(scaled(x), other, space).mul_(weight).mul_(inv_std).sum(axis)
         mass = a.erfc_().mul_(weight).sum(axis)

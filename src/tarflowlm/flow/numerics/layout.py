@@ -14,16 +14,13 @@ from tarflowlm.flow.numerics.normal import check_codebook
 
 CHUNK_ELEMENTS = 65_536
 """Elements (rows x components) of one buffer of a chunk, per thread: 256 KiB of float32, five to a 2 MiB cache."""
-
 HELD_ELEMENTS = {"cpu": 2**22}
 HELD_ELEMENTS_ACCELERATOR = 2**26
 """Elements (rows x components) of a tensor that is held whole: 16 MiB of float32 on a CPU; on an accelerator 256 MiB,
 which fill it, and few enough that a large vocabulary costs it a few gigabytes in total."""
-
 LOWEST_EXPONENT = {torch.float32: -50.0, torch.float64: -100.0}
 """Floor for exponents whose sum is at least 1. On a CPU exp is 30 times slower where it underflows, and so is every
 product with a subnormal number; what the floor adds is 1e-22 (1e-44) per component."""
-
 Params = tuple[Tensor, ...]
 """log_w, mean, log_std of scalar mixtures, each [N or 1, K]."""
 
@@ -35,8 +32,7 @@ def flatten(z: Tensor, *params: Tensor) -> tuple[torch.Size, Tensor, list[Tensor
     """
     if any(p.dtype != z.dtype for p in params) or not z.dtype.is_floating_point:
         raise ValueError(f"z and parameters must share one floating dtype, got {[t.dtype for t in (z, *params)]}")
-    counts = {p.shape[-1] for p in params}
-    num_components = max(counts)
+    num_components = max(counts := {p.shape[-1] for p in params})
     if num_components == 0 or counts - {1, num_components}:
         raise ValueError(f"parameters disagree about the number of components: {sorted(counts)}")
     if z.ndim == 1 and all(p.shape == (len(z), num_components) for p in params):

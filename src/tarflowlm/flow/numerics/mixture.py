@@ -28,8 +28,7 @@ def mixture_cdf(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tupl
 
     Shapes: z [...]; log_w (unnormalised), mean, log_std [..., K], broadcast against z; u, log_det [...], nats.
     Float32 or float64, all alike. Exact in both tails: |u| is limited by the range of z only. NaN gives NaN;
-    z = +-inf gives u = +-inf. First derivatives only. Errors: RuntimeError in a second backward, ValueError for mixed
-    dtypes or differing K.
+    z = +-inf gives u = +-inf. RuntimeError for second derivatives, ValueError for mixed dtypes or differing K.
     """
     shape, flat_z, params = layout.flatten(z, log_w, mean, log_std)
     u, log_det = _MixtureCdf.apply(flat_z, *params)
@@ -101,8 +100,7 @@ class _MixtureCdfInverse(Function):
 
     @staticmethod
     def forward(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-        path = cpu_inverse if layout.use_eager_cpu(u) else reference
-        return path.mixture_cdf_inverse(u, log_w, mean, log_std)
+        return (cpu_inverse if layout.use_eager_cpu(u) else reference).mixture_cdf_inverse(u, log_w, mean, log_std)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -25,7 +25,6 @@ LOG_2PI = math.log(2 * math.pi)
 HALF_LOG_2PI = 0.5 * LOG_2PI
 SQRT_HALF = math.sqrt(0.5)
 INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
-
 _SERIES_BELOW = -60.0
 """log q below which the asymptotic series of Q^-1 is the better start: the rational one is fitted to q > 1e-30."""
 

@@ -17,30 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tarflowlm.flow.numerics import layout
-from tarflowlm.flow.numerics.normal import (
-    HALF_LOG_2PI,
-    ROOM,
-    SQRT_HALF,
-    clamp_,
-    component_factors,
-    log_standard_normal,
-    log_standard_normal_vectors,
-    log_upper_tail,
-    point_factors,
-    reach,
-    upper_quantile_of_log,
-)
+from tarflowlm.flow.numerics import layout, normal
+from tarflowlm.flow.numerics.normal import HALF_LOG_2PI, log_standard_normal, log_upper_tail, upper_quantile_of_log
 from tarflowlm.flow.transformer import wide_dtype
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 """Gradients of z [N], log_w, mean, log_std."""
-
 BISECTIONS = {torch.float32: 18, torch.float64: 20}
 NEWTON_STEPS = {torch.float32: 4, torch.float64: 6}
 TINY = {torch.float32: 1e-30, torch.float64: 1e-290}
 """Floor of a density one divides by, in a Newton step that the bracket then refuses."""
-
 FEWEST = 64
 """Of fewer components none are left out."""
 
@@ -176,8 +162,7 @@ def bayes_update(log_alpha: Tensor, a: Tensor, log_std: Tensor) -> Tensor:
 def rosenblatt(
     z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, scalar_map: Callable[..., Any] = mixture_cdf
 ) -> tuple[Tensor, Tensor]:
-    """u [N, d] and log_det [N] of the Mix-d map (docs/math.md, eq. 9): each channel is a scalar mixture under
-    `scalar_map`. Differentiable where that is."""
+    """u [N, d], log_det [N] of the Mix-d map by channels (docs/math.md, eq. 9); differentiable if `scalar_map` is."""
     log_alpha = torch.log_softmax(log_w, -1)
     inv_std, channels, log_p = torch.exp(-log_std), [], torch.zeros_like(z[:, 0])
     for i in range(z.shape[-1]):
@@ -188,7 +173,7 @@ def rosenblatt(
         log_alpha = log_alpha - log_p_i
         log_p = log_p + log_p_i.squeeze(-1)
     u = torch.stack(channels, -1)
-    return u, log_p - log_standard_normal_vectors(u)
+    return u, log_p - normal.log_standard_normal_vectors(u)
 
 
 @torch.no_grad()
@@ -205,8 +190,8 @@ def rosenblatt_forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     remaining pairs of rows and components. Rows where a tail is below exp(-ROOM) are left to `rosenblatt`.
     """
     dim, pairs = z.shape[1], list[Tensor]()
-    best = (point_factors(z).float() @ component_factors(mean, log_std).float().T).argmax(-1)
-    inv_std, own = torch.exp(-log_std) * SQRT_HALF, log_std[best, None]
+    best = (normal.point_factors(z).float() @ normal.component_factors(mean, log_std).float().T).argmax(-1)
+    inv_std, own = torch.exp(-log_std) * normal.SQRT_HALF, log_std[best, None]
     falls = ((z - mean[best]) * inv_std[best, None]).square().add_(own)
     left = torch.arange(dim - 1, -1, -1, device=z.device)
     rests = falls.sum(-1, keepdim=True) - falls.cumsum(-1) - left * log_std.amin()
@@ -227,14 +212,13 @@ def rosenblatt_forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
         log_alpha.addmm_(torch.stack((falls[:, i], torch.ones_like(total)), -1), by_component)
         tail[:, i] = 0.5 * alpha.mul_(erfc_clamped_(a)).sum(-1) / total
         if len(mean) >= FEWEST and 2 <= i < dim - 1:
-            alive = log_alpha >= -(rests[:, i, None] + reach(z.dtype, len(mean)))
+            alive = log_alpha >= -(rests[:, i, None] + normal.reach(z.dtype, len(mean)))
             # no tensor over pairs and channels is then larger than those over rows and components
             if alive.sum() * (dim - i) <= alive.numel():
                 pairs += alive.nonzero().unbind(-1)
                 break
     if pairs:
-        rows, components = pairs
-        over = z, log_alpha[rows, components], rows, components, mean, log_std, falls, tail, side
+        over = z, log_alpha[*pairs], pairs[0], pairs[1], mean, log_std, falls, tail, side
         total = _rosenblatt_over_pairs(*over, start=i + 1)
     else:
         total = exp_clamped(log_alpha).sum(-1)
@@ -243,13 +227,12 @@ def rosenblatt_forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     log_tail = torch.where(is_larger, torch.log1p(-tail), torch.log(tail))
     u = torch.where(is_larger, -side, side) * upper_quantile_of_log(log_tail)
     # negated, so that NaN is left to the general path
-    fine = ((tail >= math.exp(-ROOM)) & (tail <= 0.95)).all(-1) & torch.isfinite(log_p)
-    rest = (~fine).nonzero().squeeze(-1)
-    if len(rest):
+    fine = ((tail >= math.exp(-normal.ROOM)) & (tail <= 0.95)).all(-1) & torch.isfinite(log_p)
+    if len(rest := (~fine).nonzero().squeeze(-1)):
         z, log_w, mean, log_std = (t.to(wide_dtype(z)) for t in (z[rest], log_w[rest], mean, log_std))
         found, log_det = rosenblatt(z, log_w, mean, log_std)
         u[rest] = found.to(u.dtype)
-        log_p[rest] = (log_det + log_standard_normal_vectors(found)).to(u.dtype)
+        log_p[rest] = (log_det + normal.log_standard_normal_vectors(found)).to(u.dtype)
     return u, log_p
 
 
@@ -260,7 +243,7 @@ def _rosenblatt_over_pairs(
     """Fills `tail` and `side` from channel `start` on, by sums over pairs, whose weights there are log_alpha [M].
     Returns the sum of the last weights, [N]."""
     own = log_std[components, None]
-    a = (z[rows, start:] - mean[components, start:]).mul_(torch.exp(-own) * SQRT_HALF)
+    a = (z[rows, start:] - mean[components, start:]).mul_(torch.exp(-own) * normal.SQRT_HALF)
     steps = torch.addcmul(falls[rows, start:] - own, a, a, value=-1.0)
     alpha, mass = exp_clamped(log_alpha[:, None] + F.pad(steps.cumsum(-1), (1, 0))), erfc_clamped_(a.abs())
     sums = alpha.new_zeros(len(z), alpha.shape[1]).index_add_(0, rows, alpha)
@@ -281,21 +264,18 @@ def exp_clamped(x: Tensor) -> Tensor:
 
 def erfc_clamped_(a: Tensor) -> Tensor:
     """erfc(a), in place, of a clipped on a CPU for the same reason."""
-    return (clamp_(a) if layout.use_eager_cpu(a) else a).erfc_()
+    return (normal.clamp_(a) if layout.use_eager_cpu(a) else a).erfc_()
 
 
 def rosenblatt_inverse(
     u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, scalar_inverse: Callable[..., Any] = mixture_cdf_inverse
 ) -> Tensor:
-    """z [N, d]: the recursion of docs/math.md, eq. 9, with one scalar mixture solved by `scalar_inverse` per channel;
-    differentiable where that is."""
+    """z [N, d]: the recursion of docs/math.md, eq. 9, channel by channel; differentiable if `scalar_inverse` is."""
     mean, log_std = mean[None], log_std[None]
     log_alpha, channels, inv_std = log_w, [], torch.exp(-log_std)
     for i in range(u.shape[-1]):
-        center = mean[..., i]
-        z = scalar_inverse(u[:, i], log_alpha, center, log_std)
-        channels.append(z)
+        channels.append(scalar_inverse(u[:, i], log_alpha, mean[..., i], log_std))
         if i + 1 < u.shape[-1]:
-            a = (z[:, None] - center) * inv_std
+            a = (channels[i][:, None] - mean[..., i]) * inv_std
             log_alpha = torch.log_softmax(bayes_update(log_alpha, a, log_std), -1)
     return torch.stack(channels, -1)

@@ -3,8 +3,7 @@ r"""The mixture-Rosenblatt map of Mix-d: channel after channel, mixture weights 
     alpha^(1) = w,   u_i = Phi^-1( sum_k alpha_k^(i) Phi((z_i - mu_ki) / s_k) )
     alpha_k^(i+1) ~ alpha_k^(i) N(z_i; mu_ki, s_k^2),   log_det = log p_mix(z) - log N(u; 0, I)
 
-See docs/math.md, eq. 9. The backward is computed again chunk by chunk. Differs from the paper's algorithm 1: the
-weights live in log space.
+See docs/math.md, eq. 9. The backward is computed chunk by chunk. Differs from the paper's algorithm 1: log weights.
 
 N rows, K components, d channels: flat problems are z, u [N, d], log_w [N, K], mean [K, d], log_std [K].
 """
@@ -48,7 +47,7 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     `rosenblatt`. Errors: ValueError for shapes that do not fit.
     """
     shape, flat, weights = layout.flatten_vectors(u, log_w, mean, log_std)
-    if _needs_grad(u, log_w, mean, log_std):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (u, log_w, mean, log_std)):
         z = reference.rosenblatt_inverse(flat, weights, mean, log_std, mixture_cdf_inverse)
     elif layout.use_eager_cpu(flat):
         z = cpu_inverse.rosenblatt_inverse(flat, weights, mean, log_std)
@@ -59,22 +58,6 @@ def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) 
     return z.view(*shape, -1)
 
 
-def _evaluate(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    if z.is_meta:
-        return reference.rosenblatt(z, log_w, mean, log_std)
-    u, log_p = torch.empty(z.shape, dtype=z.dtype, device=z.device), torch.empty_like(z[:, 0])
-    on_cpu, count = layout.use_eager_cpu(z), len(mean)
-    size = _SWEPT_CHUNKS * layout.chunk_rows(count) if on_cpu else layout.held_rows(count, z.device)
-    for rows in layout.row_chunks(len(z), count, size=size):
-        u[rows], log_p[rows] = reference.rosenblatt_forward(z[rows], log_w[rows], mean, log_std)
-    return u, log_p - log_standard_normal_vectors(u)
-
-
-def _recorded(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-    """The map from differentiable pieces, which the backward records."""
-    return reference.rosenblatt(z, log_w, mean, log_std, mixture_cdf)
-
-
 def _gradients(
     z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor, grad_u: Tensor, grad_log_det: Tensor
 ) -> tuple[Tensor, ...]:
@@ -82,7 +65,8 @@ def _gradients(
     for rows in _chunks(z, len(mean), backward=True):
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (z[rows], log_w[rows], mean, log_std)]
-            outputs = _recorded(*leaves)
+            # the map from differentiable pieces
+            outputs = reference.rosenblatt(leaves[0], leaves[1], leaves[2], leaves[3], mixture_cdf)
         grads = torch.autograd.grad(outputs, leaves, (grad_u[rows], grad_log_det[rows]))
         out[0][rows], out[1][rows] = grads[:2]
         out[2].add_(grads[2])
@@ -95,7 +79,14 @@ class _Rosenblatt(Function):
 
     @staticmethod
     def forward(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-        return _evaluate(z, log_w, mean, log_std)
+        if z.is_meta:
+            return reference.rosenblatt(z, log_w, mean, log_std)
+        u, log_p = torch.empty(z.shape, dtype=z.dtype, device=z.device), torch.empty_like(z[:, 0])
+        on_cpu, count = layout.use_eager_cpu(z), len(mean)
+        size = _SWEPT_CHUNKS * layout.chunk_rows(count) if on_cpu else layout.held_rows(count, z.device)
+        for rows in layout.row_chunks(len(z), count, size=size):
+            u[rows], log_p[rows] = reference.rosenblatt_forward(z[rows], log_w[rows], mean, log_std)
+        return u, log_p - log_standard_normal_vectors(u)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -111,7 +102,3 @@ def _chunks(like: Tensor, num_components: int, *, backward: bool = False) -> Ite
         return layout.row_chunks(len(like), num_components * (_BACKWARD_SHARE if backward else 1))
     size = layout.held_rows(num_components * (_BACKWARD_SHARE_ACCELERATOR if backward else 1), torch.device("cuda"))
     return layout.row_chunks(len(like), num_components, size=size)
-
-
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

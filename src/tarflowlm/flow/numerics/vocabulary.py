@@ -12,8 +12,7 @@ With R = `reach` the second one vanishes in rounding, and so does the first one,
 improbable (eq. 20b). That is seen from the sum itself, and such rows take the general path, over all components. A
 product in float32 with a bound on its rounding finds the near components (`near_components`).
 
-N rows (tokens), K components, d channels, E features. Rows are worked on in chunks, so that no operation makes an
-[N, K] tensor however large K is.
+N rows (tokens), K components, d channels, E features. Rows come in chunks, so that nothing makes an [N, K] tensor.
 """
 
 import math
@@ -26,24 +25,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from tarflowlm.flow.numerics import layout, reference
+from tarflowlm.flow.numerics import layout, normal, reference
 from tarflowlm.flow.numerics.mixture import first_derivatives
-from tarflowlm.flow.numerics.normal import (
-    check_codebook,
-    component_factors,
-    log_component_densities,
-    log_own_density,
-    log_rounding,
-    point_factors,
-    reach,
-)
+from tarflowlm.flow.numerics.normal import check_codebook, log_component_densities, reach
 
 KEPT = 2**24
 """Elements N K up to which softmaxes are kept for the backward: 64 MiB each in float32, of which the general path has
 three. With more, the backward computes them again, which costs one product with the head's weight."""
 LARGEST_SHARE = 1 / 32
-"""All components are taken where more than this share of them is near: a pair of a row and a component costs as much
-as some thirty elements of the general path."""
+"""All components are taken where more than this share is near: a pair costs as much as thirty elements of all."""
 
 
 def mixture_log_prob(z: Tensor, log_w: Tensor | None, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -99,8 +89,8 @@ def mixture_log_prob_from_features(
     normaliser, largest = near.log_sum(log_density)
     log_p = (joint - total - normaliser if relative else joint - total).to(z.dtype)
     # negated, so that NaN is left to the general path
-    rest = (~(largest - reach(z.dtype, len(mean)) + total - joint <= log_rounding(z.dtype))).nonzero().squeeze(-1)
-    if len(rest):
+    fine = largest - reach(z.dtype, len(mean)) + total - joint <= normal.log_rounding(z.dtype)
+    if len(rest := (~fine).nonzero().squeeze(-1)):
         log_p = log_p.index_put((rest,), _by_chunks(general, len(mean), *(t.index_select(0, rest) for t in flat)))
     return log_p.view(z.shape[:-1])
 
@@ -109,8 +99,7 @@ def mixture_log_prob_from_features(
 def most_probable_component(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """argmax_k N(z; mu_k, s_k^2 I), the first of equals: the mode of the decoder (docs/math.md, eq. 2).
 
-    Shapes: z [..., d]; mean [K, d]; log_std [K]; returns [...], int64. NaN in a row gives component 0.
-    Errors: ValueError for shapes that do not fit.
+    Shapes: z [..., d]; mean [K, d]; log_std [K]; returns [...], int64. NaN gives 0. ValueError if shapes do not fit.
     """
     check_codebook(z, mean, log_std)
     flat = z.reshape(-1, z.shape[-1])
@@ -128,7 +117,7 @@ class Near(NamedTuple):
     def log_densities(self, z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
         """log N_k(z_n) of every pair, in the wide format."""
         own = mean.index_select(0, self.components), log_std.index_select(0, self.components)
-        return log_own_density(z.index_select(0, self.rows), *own)
+        return normal.log_own_density(z.index_select(0, self.rows), *own)
 
     def log_sum(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """logsumexp and maximum over the pairs of every row, [N]; no gradients of the latter."""
@@ -141,14 +130,13 @@ class Near(NamedTuple):
 def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Near | None:
     """All pairs with log N_k(z_n) >= max_j log N_j(z_n) - `reach`, and some that are just below; z [N, d].
 
-    None where there are few components, where many of them are near, or where values are not finite. The product of
-    the factors of log N cancels, so its rounding error is bounded, gamma_(d + 2) sum_i |A_i| |B_i|, and the threshold
-    is lowered by that.
+    None where components are few, many of them near, or values not finite. The product of the factors of log N
+    cancels, so the threshold is lowered by a bound on its rounding error, gamma_(d + 2) sum_i |A_i| |B_i|.
     """
     num_components, dim = mean.shape
     if num_components < reference.FEWEST or not len(z) or z.is_meta:
         return None
-    points, components = point_factors(z).float(), component_factors(mean, log_std).float()
+    points, components = normal.point_factors(z).float(), normal.component_factors(mean, log_std).float()
     slack = points.abs() @ components.abs().amax(0)
     least = 2 * (dim + 8) * torch.finfo(torch.float32).eps * slack + reach(z.dtype, num_components)
     found, components, left = list[Tensor](), components.T.contiguous(), LARGEST_SHARE * len(z) * num_components
@@ -167,8 +155,7 @@ def near_components(z: Tensor, mean: Tensor, log_std: Tensor) -> Near | None:
 class _HeadSums(Function):
     """logsumexp [N] of logits = features @ weight.T + bias, and the logits [M] of M pairs in the order of their rows.
 
-    The gradient of the first is softmax(logits) [N, K] times one number per row. This number is applied to the other
-    factor of the products, [N, E].
+    The gradient of the first is softmax(logits) [N, K] times a number per row, applied to the other factor, [N, E].
     """
 
     @staticmethod
@@ -195,11 +182,9 @@ class _HeadSums(Function):
 
     @staticmethod
     def backward(ctx: Any, of_sum: Tensor, of_picked: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = first_derivatives(
-            _head_gradients, *ctx.saved_tensors[:5], of_sum, of_picked, *ctx.saved_tensors[5:]
-        )
-        assert all(g is not None for g in gradients)
-        return *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)), None, None  # type: ignore[union-attr]
+        saved, shares = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        gradients = first_derivatives(_head_gradients, *saved, of_sum, of_picked, *shares)
+        return *(g.to(t) for g, t in zip(gradients, ctx.dtypes, strict=True)), None, None  # type: ignore[union-attr]
 
 
 def _head_gradients(
@@ -209,9 +194,7 @@ def _head_gradients(
     """Gradients of features [N, E], weight [K, E] and bias [K], which come in the dtype of the products."""
     half = features.dtype
     scaled = features * of_sum[:, None].to(half)
-    of_features, of_weight, of_bias = (
-        torch.zeros(t.shape, dtype=of_sum.dtype, device=t.device) for t in (features, weight, bias)
-    )
+    of_features, of_weight, of_bias = (t.new_zeros(t.shape, dtype=of_sum.dtype) for t in (features, weight, bias))
     for index, part in enumerate(_chunks(len(features), len(weight), features.device, tensors=1)):
         if shares:
             share = shares[index]

@@ -1,0 +1,12 @@
+"""Fixtures of the tests of flows."""
+
+import pytest
+
+from tarflowlm.flow.numerics import layout
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def path(request, monkeypatch):
+    """The fast path, and the one of accelerators."""
+    if request.param == "reference":
+        monkeypatch.setattr(layout, "use_eager_cpu", lambda t: False)
