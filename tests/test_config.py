@@ -41,7 +41,7 @@ def changed(path: str, value: object) -> dict:
     ("path", "value", "message"),
     [
         ("nmae", "x", "config.nmae: unknown key; known keys are data, model, name"),
-        ("model.trunk.heads", 4, "config.model.trunk.heads: unknown key; known keys are mlp_ratio, num_heads"),
+        ("model.trunk.heads", 4, "config.model.trunk.heads: unknown key; known keys are input_taps, mlp_ratio"),
         ("name", ..., "config.name: missing key"),
         ("model", ..., "config.model: missing key"),
         ("model.family", ..., "config.model.family: None is not one of 'flow', 'ar'"),

@@ -78,6 +78,7 @@ class TarFlowLM(LanguageModel):
         config, index = self.config, self.num_blocks
         shape: dict[str, Any] = {"trunk": config.trunk, "num_layers": config.blocks[index].layers}
         shape |= {"channels": config.patch * config.latent_dim, "mix": index if config.mixes_channels else 0}
+        shape["codebook"] = self.codebook if config.reads_tokens and index == 0 else None
         block = FlowBlock(coupling=self._coupling(index), reverse=index % 2 == 1, **shape)
         self.prior.blocks.append(block.to(self.codebook.mean.device))
         return block

@@ -64,10 +64,13 @@ class TransformerConfig(Config):
     """Hidden width of the MLP, as a multiple of the width."""
     rotary_base: float = 10_000.0
     """Base of the rotary frequencies: the longest wavelength is near 2 pi times this many positions."""
+    input_taps: int = 0
+    """Positions, the newest included, that a causal convolution mixes into an input, channel by channel; 0: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(1, "width", "num_heads", "mlp_ratio")
+        self.at_least(0, "input_taps")
         self.above_zero("rotary_base")
         rule = f"must be a multiple of 2 * num_heads = {2 * self.num_heads}, since rotary positions rotate pairs"
         self.require("width", self.width % (2 * self.num_heads) == 0, rule)
@@ -183,6 +186,8 @@ class FlowConfig(LanguageModelConfig):
     """Hidden units per channel of the masked autoregressive head (D_m / 2 in the paper)."""
     channel_mix: bool | None = True
     """Reorder channels to [even, odd] between blocks; None: where P > 1, as in the paper."""
+    reads_tokens: bool = False
+    """Let block 1 read, beside the latents before a position, an embedding of the tokens that they decode to."""
     in_patch: Literal["autoregressive", "independent"] = "autoregressive"
     """Mixture weights inside a patch of a mixd block: given the earlier tokens of the patch, or independent."""
 

@@ -29,6 +29,8 @@ STACKS = {
     "mixd-P2-in-patch": {"couplings": ("mixd", "mixd"), "patch": 2},
     "mixd-P4-independent": {"couplings": ("mixd",), "patch": 4, "in_patch": "independent"},
     "mixd-P4-in-patch": {"couplings": ("mixd", "mix1"), "patch": 4},
+    "reads-tokens": {"couplings": ("mixd", "mix1"), "reads_tokens": True},
+    "reads-tokens-P2": {"couplings": ("mix1", "mix1"), "reads_tokens": True, "patch": 2},
     "mixd-affine-mix1": {"couplings": ("mixd", "affine", "mix1")},
 }
 
@@ -146,7 +148,9 @@ def integral(log_density, low: float, high: float, points: int) -> float:
     {"couplings": ("mixd", "mix1"), "latent_dim": 1}, {"couplings": ("mixd",), "latent_dim": 1, "patch": 2},
     {"couplings": ("mixd", "mix1"), "latent_dim": 1, "patch": 2, "in_patch": "independent"},
     {"couplings": ("mixd",), "latent_dim": 2}, {"couplings": ("mixd", "mixd"), "latent_dim": 2},
-], ids=lambda f: "-".join(map(str, f["couplings"])) + f"-d{f['latent_dim']}-P{f.get('patch', 1)}")  # fmt: skip
+    {"couplings": ("mixd", "mix1"), "latent_dim": 1, "reads_tokens": True},
+], ids=lambda f: "-".join(map(str, f["couplings"])) + f"-d{f['latent_dim']}-P{f.get('patch', 1)}-{len(f)}",
+)  # fmt: skip
 def test_the_density_integrates_to_one(fields, tiny_flow):
     """Two dimensions: two tokens of one channel, or one token of two."""
     prior: Prior = tiny_flow(seed=1, scale=0.2, log_std=-0.7, **fields).prior

@@ -1,20 +1,29 @@
 """The Transformer: causality, rotary positions, and its cache: positions in parts are those of the plain pass."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from tarflowlm.flow.transformer import KVCache, Transformer, rotary_tables, rotate_
+from tarflowlm.flow.transformer import KVCache, Transformer, convolve, rotary_tables, rotate_
 from tarflowlm.language_model import seeded
 
 T = 7
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 
-@pytest.fixture(scope="module")
-def transformer(randomise, tiny_trunk) -> Transformer:
+@pytest.fixture(scope="module", params=[0, 1, 3, 9], ids=lambda taps: f"{taps} taps")
+def transformer(randomise, tiny_trunk, request) -> Transformer:
     with seeded(0):
-        return randomise(Transformer(tiny_trunk, 2))
+        return randomise(Transformer(replace(tiny_trunk, input_taps=request.param), 2))
+
+
+def test_convolution_is_that_of_torch(normal):
+    x, taps = normal(2, T, 8), normal(3, 8, seed=1)
+    padded = torch.nn.functional.pad(x.mT, (2, 0))
+    expected = torch.nn.functional.conv1d(padded, taps.flip(0).T[:, None], groups=8).mT
+    torch.testing.assert_close(convolve(x, taps), expected, **CLOSE)
 
 
 def test_output_t_sees_inputs_up_to_t(transformer, normal):

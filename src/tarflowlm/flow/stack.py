@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflowlm.errors import UserError
+from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig, widen
@@ -112,11 +113,15 @@ class FlowBlock(Bijection):
     Position n, counted in the block's own order, is transformed with parameters that depend on the positions before
     n and on the earlier channels of position n. `order` (pi_l) mixes channels and reverses positions on input and is
     undone on output, so every state keeps the layout of the tokens and can be decoded by the codebook.
+
+    With a `codebook`, which needs that layout from the start, the Transformer also reads an embedding of the tokens
+    that the latents before n decode to. They are a function of these latents, so the map stays a flow.
     """
 
     def __init__(
-        self, *, trunk: TransformerConfig, num_layers: int, channels: int, coupling: Coupling, reverse: bool, mix: int
-    ) -> None:
+        self, *, trunk: TransformerConfig, num_layers: int, channels: int, coupling: Coupling, reverse: bool,
+        mix: int, codebook: Codebook | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.order = Order(channels, reverse=reverse, mix=mix)
         self.keeps_order = not reverse and mix == 0
@@ -124,6 +129,23 @@ class FlowBlock(Bijection):
         self.start = nn.Parameter(torch.randn(trunk.width))
         self.transformer = Transformer(trunk, num_layers)
         self.coupling = coupling
+        self._codebook = (codebook,)  # in a tuple, so that its parameters are not registered a second time
+        self.token_embedding: nn.Embedding | None = None
+        if codebook is not None:
+            assert self.keeps_order
+            # one embedding for every place of a patch
+            num_places = channels // codebook.mean.shape[1]
+            self.token_embedding = nn.Embedding(num_places * codebook.vocab_size, trunk.width)
+
+    def _inputs(self, h: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch D"]:
+        """The Transformer's inputs for the latents of positions."""
+        x, codebook = widen(self.input(h)), self._codebook[0]
+        if codebook is None or self.token_embedding is None:
+            return x
+        with torch.no_grad():
+            tokens = codebook.decode(h.unflatten(-1, (-1, codebook.mean.shape[1])))
+            places = torch.arange(tokens.shape[-1], device=h.device) * codebook.vocab_size
+        return x + self.token_embedding(tokens + places).sum(-2)
 
     def _features(self, h: Tensor) -> Tensor:
         return self.features_of(None, h[:, :-1], first=True)
@@ -144,7 +166,7 @@ class FlowBlock(Bijection):
 
     def features_at(self, cache: KVCache, previous: Tensor | None, batch: int) -> Float[Tensor, "B D"]:
         """Features c_n of the next position, given the latents [B, C] of the one before it (None at the start)."""
-        x = self.start.expand(batch, -1) if previous is None else widen(self.input(previous))
+        x = self.start.expand(batch, -1) if previous is None else self._inputs(previous)
         return cache.extend(x[:, None])[:, 0]
 
     def features_of(self, cache: KVCache | None, past: Float[Tensor, "B given C"], *, first: bool) -> Tensor:
@@ -152,7 +174,7 @@ class FlowBlock(Bijection):
 
         With `first` they begin with those of the first position of the sequence: one more than there are in `past`.
         """
-        x = widen(self.input(past))
+        x = self._inputs(past)
         if first:
             x = torch.cat((self.start.expand(len(past), 1, -1), x), dim=1)
         return self.transformer(x) if cache is None else cache.extend(x)

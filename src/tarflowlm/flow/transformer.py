@@ -55,6 +55,14 @@ def rotate_(x_BNHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x_BNHE.mul_(cos.to(x_BNHE.dtype)).add_(swapped.mul_(sin.to(x_BNHE.dtype)))
 
 
+def convolve(x: Tensor, taps: Tensor) -> Tensor:
+    """y_n = sum_k taps_k * x_{n-k}, with zeros before the first position: x [B, N, D], taps [K, D], K > 0."""
+    y = x * taps[0]
+    for k in range(1, min(len(taps), x.shape[1])):
+        y = y + F.pad(x[:, :-k] * taps[k], (0, 0, k, 0))
+    return y
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention. Queries and keys are layer-normalised, which keeps training stable."""
 
@@ -126,6 +134,10 @@ class Transformer(nn.Module):
         self.config = config
         self.layers = nn.ModuleList(Layer(config) for _ in range(num_layers))
         self.norm = nn.LayerNorm(config.width, bias=False)
+        self.input_taps = None
+        if config.input_taps:
+            # at the start the identity
+            self.input_taps = nn.Parameter(torch.eye(config.input_taps, 1).repeat(1, config.width))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -136,6 +148,8 @@ class Transformer(nn.Module):
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         config, positions = self.config, torch.arange(x.shape[1], device=x.device)
         tables = rotary_tables(positions, config.num_heads, config.width // config.num_heads, config.rotary_base)
+        if self.input_taps is not None:
+            x = convolve(x, self.input_taps)
         for layer in self.layers:
             x = layer(x, tables)
         return self.norm(x)
@@ -178,6 +192,8 @@ class KVCache:
         head_width = config.width // config.num_heads
         self.weights = [LayerWeights(layer) for layer in transformer.layers]  # type: ignore[arg-type]
         self.norm = transformer.norm.weight.detach()
+        self.taps = None if transformer.input_taps is None else transformer.input_taps.detach()
+        self.inputs = like.new_zeros(batch, capacity, config.width if self.taps is not None else 0)
         # keys and values of each layer
         self.stored = [like.new_zeros(2, batch, config.num_heads, capacity, head_width) for _ in self.weights]
         self.positions = torch.arange(capacity, device=like.device)
@@ -193,12 +209,18 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Replace the cached positions of every row b by those of row rows[b], in place."""
+        self.inputs[:, : self.length] = self.inputs[rows, : self.length]
         for stored in self.stored:
             stored[:, :, :, : self.length] = stored[:, rows, :, : self.length]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self.inputs, self.stored = self.inputs[rows], [stored[:, rows] for stored in self.stored]
 
     def copy(self, one: "KVCache") -> None:
         """Take the positions of a cache of one row for every row, in place."""
         self.length = one.length
+        self.inputs[:, : self.length] = one.inputs[:, : self.length]
         for stored, source in zip(self.stored, one.stored, strict=True):
             stored[:, :, :, : self.length] = source[:, :, :, : self.length]
 
@@ -211,6 +233,10 @@ class KVCache:
         with torch.inference_mode():
             several = self.length and N > 1
             mask = self.positions[:end] <= self.positions[self.length : end, None] if several else None
+            if self.taps is not None:
+                self.inputs[:, self.length : end] = x
+                seen = self.inputs[:, max(0, self.length + 1 - len(self.taps)) : end]
+                x = convolve(seen, self.taps)[:, -N:]
             h = x.reshape(B * N, D)
             for layer, stored in zip(self.weights, self.stored, strict=True):
                 h = self._attend(h, layer, stored, end, mask)

@@ -160,7 +160,7 @@ class _Inversion:
             if bool((done := settled.all(1)).any()):
                 left = (~done).nonzero()[:, 0].to(rows.device)
                 cache, rows = copy(cache), rows[left]
-                cache.stored = [stored[:, left] for stored in cache.stored]
+                cache.keep(left)
         if cache is not self.cache and 0 < self.at < self.num_positions:
             self._fill_cache()
         return self.at >= end

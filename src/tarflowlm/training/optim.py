@@ -184,6 +184,8 @@ def faster_precision(shapes: Iterable[torch.Size], device: torch.device) -> Prec
 
 CODEBOOK = ("codebook.mean", "codebook.log_std", "coupling.own.mean", "coupling.own.log_std")
 """Name endings of the codebook parameters: the encoder's, and those of Mix-d blocks with their own codebook."""
+TAPS, TAPS_SCALE = "transformer.input_taps", 3.0
+"""Name ending of a convolution's weights, and their learning rate over the rest."""
 MUON = ("transformer.layers.", "token_features.")
 """Modules whose matrices Muon optimises."""
 STACKED = "attention.qkv.weight"
@@ -227,12 +229,14 @@ def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.
     the features inside a patch, AdamW the input maps, heads, codebooks, vectors and block-diagonal tensors.
     """
     muon = muon_matrices(config, model)
-    matrices, vectors, biases, codebook = (list[nn.Parameter]() for _ in range(4))
+    matrices, vectors, biases, codebook, taps = (list[nn.Parameter]() for _ in range(5))
     for name, p in model.named_parameters():
         if not p.requires_grad or name in muon:
             continue
         if name.endswith(CODEBOOK):
             codebook.append(p)
+        elif name.endswith(TAPS):
+            taps.append(p)
         elif ".biases." in name or name.endswith(".evidence"):
             # of a head: biases are stacked over its groups, and its evidence starts nonzero
             biases.append(p)
@@ -242,6 +246,7 @@ def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.
         {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0},
         {"params": vectors + biases, "weight_decay": 0.0, "lr_scale": 1.0},
         {"params": codebook, "weight_decay": 0.0, "lr_scale": config.codebook_lr_scale},
+        {"params": taps, "weight_decay": 0.0, "lr_scale": TAPS_SCALE},
     ]
     groups, betas = [g for g in groups if g["params"]], (config.beta1, config.beta2)
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-10, fused=True)
