@@ -10,8 +10,8 @@ from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig
 from tarflowlm.errors import UserError
 from tarflowlm.model_config import BaselineConfig, CouplingName, FlowConfig, TransformerConfig, as_flow_config, stack
 
-# a convolution of the inputs helps letters, and the baseline of word pieces; block 1 of a flow reads tokens instead or
-# as well (docs/log.md)
+# a convolution of the inputs helps letters, and the baseline of word pieces; block 1 of a flow over word pieces gains
+# by reading tokens alone (docs/log.md)
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2, input_taps=4)
 MINI_STEPS = 2600
 """Steps of 8 sequences of 256 tokens each: 5.3 M tokens."""
