@@ -1,6 +1,7 @@
 """A tiny flow of three blocks, and run directories: written without training, read back and damaged."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, Tokenizer
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.runs.checkpoint import save_weights, write_run
 
-TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2, input_taps=3)
+TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
 BLOCKS = stack(("mixd", "mix1", "mix1"), (1, 1, 1), (0, 2, 2))
-FLOW = FlowConfig(context=16, latent_dim=3, trunk=TRUNK, blocks=BLOCKS, head_hidden=4, reads_tokens=True)
+FLOW = FlowConfig(
+    context=16, latent_dim=3, trunk=replace(TRUNK, input_taps=3), blocks=BLOCKS, head_hidden=4, reads_tokens=True
+)
 TEXT8 = CharTokenizer(TEXT8_ALPHABET)
 
 

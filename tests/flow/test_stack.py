@@ -1,10 +1,13 @@
 """Blocks and stacks: a table of constructors times the properties of a normalising flow."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
+from run_cases import TRUNK
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.stack import FlowBlock, Prior
 
@@ -29,7 +32,7 @@ STACKS = {
     "mixd-P2-in-patch": {"couplings": ("mixd", "mixd"), "patch": 2},
     "mixd-P4-independent": {"couplings": ("mixd",), "patch": 4, "in_patch": "independent"},
     "mixd-P4-in-patch": {"couplings": ("mixd", "mix1"), "patch": 4},
-    "reads-tokens": {"couplings": ("mixd", "mix1"), "reads_tokens": True},
+    "reads-tokens": {"couplings": ("mixd", "mix1"), "reads_tokens": True, "trunk": replace(TRUNK, input_taps=3)},
     "reads-tokens-P2": {"couplings": ("mix1", "mix1"), "reads_tokens": True, "patch": 2},
     "mixd-affine-mix1": {"couplings": ("mixd", "affine", "mix1")},
 }
