@@ -35,6 +35,7 @@ def runs(source: str) -> dict[str, RunConfig]:
     # with one channel, heads have empty parameters
     one_channel = replace(FLOW, latent_dim=1, blocks=stack(("mix1", "affine", "mix1"), (1, 1, 1), (3, 1, 2)))
     staged = TrainConfig(
+        precision="float32",
         stage_steps=(5, 3, 2), batch_size=4, log_every=1, evaluate_every=5, evaluate_windows=3,
         checkpoint_every=100, test_windows=3,
     )  # fmt: skip
