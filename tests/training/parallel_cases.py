@@ -188,6 +188,6 @@ def step_by_owners(world: int) -> list[torch.Tensor]:
     for refused in (False, True, False):
         for p in params:
             p.grad = draw(p.shape) * (torch.inf if refused else 1.0)
-        muon.found_inf = torch.tensor(float(refused))
+        muon.found_inf = torch.tensor(float(refused), dtype=torch.float64)
         muon.step()
     return [p if mesh is None else p.full_tensor() for p in params]
