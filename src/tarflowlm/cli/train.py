@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from tarflowlm.cli.options import Count, Device, Number, Out, PrintJson, arg, check, parse
+from tarflowlm.cli.options import Count, Device, Number, Out, PrintJson, arg, check, load_checkpoint, parse
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.presets import PRESETS, preset, with_blocks, with_steps
@@ -106,7 +106,6 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
     from contextlib import nullcontext
 
     from tarflowlm.cli.main import stop_on_signals
-    from tarflowlm.cli.options import load_checkpoint
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.likelihood import sign_of
     from tarflowlm.terminal.bars import ProgressReporter, print_result

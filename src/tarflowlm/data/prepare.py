@@ -32,9 +32,6 @@ SHARD_TOKENS = 1 << 26
 BPE_CHARACTERS = 1 << 27
 """BPE is trained on at most this many characters of the training split: the words it counts need memory."""
 
-FITTED = 1 << 20
-"""Characters at the beginning of a text that `check_fit` reads."""
-
 log = logging.getLogger("tarflowlm")
 
 
@@ -95,6 +92,8 @@ def check_source(source: str) -> None:
         resolve_source(source)
 
 
+FITTED = 1 << 20
+"""Characters at the beginning of a text that `check_fit` reads."""
 STRANGE = 0.01
 """Share of letters that text8's normalisation may lose in a text for a model that has only a-z."""
 

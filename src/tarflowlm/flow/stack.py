@@ -118,6 +118,8 @@ class FlowBlock(Bijection):
     that the latents before n decode to. They are a function of these latents, so the map stays a flow.
     """
 
+    places: Tensor
+
     def __init__(
         self, *, trunk: TransformerConfig, num_layers: int, channels: int, coupling: Coupling, reverse: bool,
         mix: int, codebook: Codebook | None = None,
@@ -133,9 +135,10 @@ class FlowBlock(Bijection):
         self.token_embedding: nn.Embedding | None = None
         if codebook is not None:
             assert self.keeps_order
-            # one embedding for every place of a patch
-            num_places = channels // codebook.mean.shape[1]
-            self.token_embedding = nn.Embedding(num_places * codebook.vocab_size, trunk.width)
+            # one embedding for every place of a patch, by the number of the place times V + token
+            places = torch.arange(channels // codebook.mean.shape[1]) * codebook.vocab_size
+            self.register_buffer("places", places, persistent=False)
+            self.token_embedding = nn.Embedding(len(places) * codebook.vocab_size, trunk.width)
 
     def _inputs(self, h: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch D"]:
         """The Transformer's inputs for the latents of positions."""
@@ -144,8 +147,7 @@ class FlowBlock(Bijection):
             return x
         with torch.no_grad():
             tokens = codebook.decode(h.unflatten(-1, (-1, codebook.mean.shape[1])))
-            places = torch.arange(tokens.shape[-1], device=h.device) * codebook.vocab_size
-        return x + self.token_embedding(tokens + places).sum(-2)
+        return x + self.token_embedding(tokens + self.places).sum(-2)
 
     def _features(self, h: Tensor) -> Tensor:
         return self.features_of(None, h[:, :-1], first=True)

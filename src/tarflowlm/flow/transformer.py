@@ -82,10 +82,9 @@ class Attention(nn.Module):
         q, k, v = (part.view(B, N, self.num_heads, self.head_width) for part in parts)
         q = rotate_(F.layer_norm(q, (self.head_width,), self.query_scale.to(q.dtype)), *tables)
         k = rotate_(F.layer_norm(k, (self.head_width,), self.key_scale.to(k.dtype)), *tables)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if x.device.type == "cpu":  # whose attention is slower in bfloat16
-            q, k, v = widen(q), widen(k), widen(v)
-        with full_precision(x) if x.device.type == "cpu" else nullcontext():
+        on_cpu = x.device.type == "cpu"  # where attention is slower in bfloat16
+        q, k, v = (widen(part.transpose(1, 2)) if on_cpu else part.transpose(1, 2) for part in (q, k, v))
+        with full_precision(x) if on_cpu else nullcontext():
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
@@ -192,8 +191,10 @@ class KVCache:
         head_width = config.width // config.num_heads
         self.weights = [LayerWeights(layer) for layer in transformer.layers]  # type: ignore[arg-type]
         self.norm = transformer.norm.weight.detach()
-        self.taps = None if transformer.input_taps is None else transformer.input_taps.detach()
-        self.inputs = like.new_zeros(batch, capacity, config.width if self.taps is not None else 0)
+        # taps [D, K] with the oldest position first, and the inputs after K - 1 zeros: a window for every position
+        self.taps = None if transformer.input_taps is None else transformer.input_taps.detach().flip(0).T.contiguous()
+        self.before = max(config.input_taps - 1, 0)
+        self.inputs = like.new_zeros(batch, self.before + capacity, config.width if self.taps is not None else 0)
         # keys and values of each layer
         self.stored = [like.new_zeros(2, batch, config.num_heads, capacity, head_width) for _ in self.weights]
         self.positions = torch.arange(capacity, device=like.device)
@@ -208,8 +209,8 @@ class KVCache:
         self.length = length
 
     def select(self, rows: Tensor) -> None:
-        """Replace the cached positions of every row b by those of row rows[b], in place."""
-        self.inputs[:, : self.length] = self.inputs[rows, : self.length]
+        """Replace the cached positions of every row b by those of row rows[b]."""
+        self.inputs = self.inputs[rows]
         for stored in self.stored:
             stored[:, :, :, : self.length] = stored[:, rows, :, : self.length]
 
@@ -220,7 +221,7 @@ class KVCache:
     def copy(self, one: "KVCache") -> None:
         """Take the positions of a cache of one row for every row, in place."""
         self.length = one.length
-        self.inputs[:, : self.length] = one.inputs[:, : self.length]
+        self.inputs[:, : self.before + self.length] = one.inputs[:, : self.before + self.length]
         for stored, source in zip(self.stored, one.stored, strict=True):
             stored[:, :, :, : self.length] = source[:, :, :, : self.length]
 
@@ -234,9 +235,11 @@ class KVCache:
             several = self.length and N > 1
             mask = self.positions[:end] <= self.positions[self.length : end, None] if several else None
             if self.taps is not None:
-                self.inputs[:, self.length : end] = x
-                seen = self.inputs[:, max(0, self.length + 1 - len(self.taps)) : end]
-                x = convolve(seen, self.taps)[:, -N:]
+                self.inputs[:, self.before + self.length : self.before + end] = x
+                windows = self.inputs[:, self.length : self.before + end].unfold(
+                    1, self.before + 1, 1
+                )  # [B, N, D, K]
+                x = (windows * self.taps).sum(-1)
             h = x.reshape(B * N, D)
             for layer, stored in zip(self.weights, self.stored, strict=True):
                 h = self._attend(h, layer, stored, end, mask)

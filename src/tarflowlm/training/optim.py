@@ -211,15 +211,19 @@ def muon_matrices(config: OptimConfig, model: nn.Module) -> dict[str, nn.Paramet
     return {name: p for name, p in named if name.endswith(".weight") and any(part in name for part in MUON)}
 
 
+def muon_precision(config: OptimConfig, muon: dict[str, nn.Parameter], device: torch.device) -> Precision:
+    """The precision of Muon for these matrices: that of `config`, or the faster one if it is auto."""
+    if config.muon_precision != "auto":
+        return config.muon_precision
+    return faster_precision([p.shape for p in muon.values()], device)
+
+
 def with_precision(run: RunConfig, model: nn.Module, device: torch.device) -> RunConfig:
     """`run` with the precisions that are auto replaced by the faster ones for `model` on `device`."""
-    optim, train = run.optim, run.train
-    if optim.muon_precision == "auto":
-        shapes = [p.shape for p in muon_matrices(optim, model).values()]
-        optim = replace(optim, muon_precision=faster_precision(shapes, device))
+    train, muon = run.train, muon_precision(run.optim, muon_matrices(run.optim, model), device)
     if train.precision == "auto":
         train = replace(train, precision="bfloat16" if has_bfloat16(device) else "float32")
-    return replace(run, optim=optim, train=train)
+    return replace(run, optim=replace(run.optim, muon_precision=muon), train=train)
 
 
 def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -252,9 +256,7 @@ def build_optimizers(config: OptimConfig, model: nn.Module) -> list[torch.optim.
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-10, fused=True)
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if muon:
-        precision = config.muon_precision
-        if precision == "auto":
-            precision = faster_precision([p.shape for p in muon.values()], next(iter(muon.values())).device)
+        precision = muon_precision(config, muon, next(iter(muon.values())).device)
         stacked = [p for name, p in muon.items() if name.endswith(STACKED)] if config.muon_qkv == "apart" else []
         groups = [{"params": list(muon.values()), "lr_scale": 1.0}]
         options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": 0.95}

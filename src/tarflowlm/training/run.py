@@ -117,8 +117,7 @@ class TrainingRun:
             # blocks below are as this run has trained them
             own = f"prior.blocks.{stage}." if stage else ""
             inherited = read_weights(self.out / PARENT)[0].items()
-            names = self.model.state_dict().keys()
-            self.model.load_state_dict({n: w for n, w in inherited if n.startswith(own) and n in names}, strict=False)
+            self.model.load_state_dict({n: w for n, w in inherited if n.startswith(own)}, strict=False)
         if self.processes.world == 1 or self.config.train.parallel == "ddp":
             self.model.to(self.device)  # FSDP2 moves shards one by one: the whole model need not fit on the device
         self.model.train_only(stage)

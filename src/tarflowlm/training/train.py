@@ -134,8 +134,8 @@ def tuning(
     name = f"{parent.directory.name}@{checksum(weights)}"
     optim = replace(run.optim, lr=TUNING_RATE * run.optim.lr if lr is None else lr, muon_precision="auto")
     train = replace(run.train, minutes=minutes or TUNING_MINUTES, keep="best", evaluate_every=100, test_windows=0)
-    run = replace(run, name=f"{run.name}-tuned", parent=name, optim=optim, train=train)
-    run = replace(run, data=replace(run.data, source=data))
+    text = replace(run.data, source=data)
+    run = replace(run, name=f"{run.name}-tuned", parent=name, data=text, optim=optim, train=train)
     return run if steps is None else with_steps(run, steps)
 
 
