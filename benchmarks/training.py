@@ -33,6 +33,10 @@ def training_step(config: Any, stage: int, device: Any, *processes: Any) -> Call
     if not processes or config.train.parallel == "ddp":
         model = model.to(device)
     model.train_only(stage)
+    with suppress(ImportError):  # before precisions could be auto
+        from tarflowlm.training.optim import with_precision
+
+        config = with_precision(config, model, device)
     parallel = ParallelModel(model, config, *processes, frozen=stage)
     optimizers, generator = build_optimizers(config.optim, model), torch.Generator(device=device).manual_seed(0)
     return lambda tokens: optimizer_step(parallel, optimizers, tokens, generator=generator)[0]

@@ -8,8 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from tarflowlm.config import BaselineConfig as BaselineConfig
 from tarflowlm.errors import UserError
+from tarflowlm.flow import widen
 from tarflowlm.flow.heads import TokenFeatures
-from tarflowlm.flow.transformer import KVCache, Transformer, widen
+from tarflowlm.flow.transformer import KVCache, Transformer
 from tarflowlm.language_model import LanguageModel
 
 IN_PATCH_CHANNELS = 32

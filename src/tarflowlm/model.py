@@ -12,13 +12,14 @@ from tarflowlm.config import CouplingName
 from tarflowlm.config import FlowConfig as FlowConfig
 from tarflowlm.config import stack as stack
 from tarflowlm.errors import UserError
+from tarflowlm.flow import full_precision
 from tarflowlm.flow.channelwise import AffineCoupling, Mix1Coupling
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.stack import FlowBlock, Prior
-from tarflowlm.flow.transformer import KVCache, full_precision
+from tarflowlm.flow.transformer import KVCache
 from tarflowlm.language_model import LanguageModel, check_model
 
 

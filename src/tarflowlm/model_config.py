@@ -75,6 +75,11 @@ class TransformerConfig(Config):
         rule = f"must be a multiple of 2 * num_heads = {2 * self.num_heads}, since rotary positions rotate pairs"
         self.require("width", self.width % (2 * self.num_heads) == 0, rule)
 
+    @property
+    def head_width(self) -> int:
+        """Width E of an attention head."""
+        return self.width // self.num_heads
+
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig(Config):

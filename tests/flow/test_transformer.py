@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from tarflowlm.flow.transformer import KVCache, Transformer, convolve, rotary_tables, rotate_
+from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig, convolve, rotary_tables, rotate_
 from tarflowlm.language_model import seeded
 
 T = 7
@@ -34,7 +34,7 @@ def test_output_t_sees_inputs_up_to_t(transformer, normal):
 
 def test_attention_sees_distances_not_places(normal):
     """Scores of rotated queries and keys depend on the difference of their positions alone."""
-    tables = rotary_tables(torch.arange(20), 1, 4, 100.0)
+    tables = rotary_tables(torch.arange(20), 1, TransformerConfig(width=4, num_heads=1, rotary_base=100.0))
     q, k = (rotate_(normal(1, 1, 1, 4, seed=s).repeat(1, 20, 1, 1), *tables)[0, :, 0] for s in (0, 1))
     scores = q @ k.T
     for distance in (0, 1, 5):
@@ -45,7 +45,8 @@ def test_attention_sees_distances_not_places(normal):
 
 def test_rotation_turns_channel_pairs(normal):
     x = normal(2, 20, 3, 6)
-    turned = rotate_(x.clone(), *rotary_tables(torch.arange(20), 3, 6, 100.0))
+    config = TransformerConfig(width=18, num_heads=3, rotary_base=100.0)
+    turned = rotate_(x.clone(), *rotary_tables(torch.arange(20), 3, config))
     wavelengths = 100.0 ** (torch.arange(3, dtype=torch.float64) / 3)
     angle = (torch.arange(20)[:, None] / wavelengths)[:, None]
     expected = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones_like(angle), angle)
@@ -86,7 +87,7 @@ def test_selected_rows_are_copies(transformer, normal):
     cache = KVCache(transformer, 3, T, x)
     cache.extend(x[:, :4])
     rows = torch.tensor([2, 2, 0])
-    cache.select(rows)
+    cache.take(cache, rows)
     torch.testing.assert_close(cache.extend(x[rows, 4:]), transformer(x)[rows, 4:], **CLOSE)
 
 

@@ -125,7 +125,7 @@ def test_trainings_are_resumed_and_done_once(settings, tmp_path):
     again = finish(settings, plan, Reporter())
     assert [(d.directory / "model.safetensors").stat().st_mtime_ns for d in again] == times
     other = trainings(settings, {"tiny": replace(TINY, optim=replace(TINY.optim, lr=1e-3))})
-    with pytest.raises(UserError, match=r"tiny-s0 .*another configuration"):
+    with pytest.raises(UserError, match=r"optim.lr 0.001: the run in .*tiny-s0 has"):
         finish(settings, other, Reporter())
 
 

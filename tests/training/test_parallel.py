@@ -1,8 +1,10 @@
 """Several processes train as one: the same losses in float64, step by step; any number resumes a checkpoint."""
 
 import json
+import random
 import socket
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,15 +31,17 @@ TOLERANCE = 1e-9
 def out(tmp_path_factory, corpus_file) -> Path:
     """The directories that the processes wrote. They are started once, since importing torch takes the longest."""
     directory = tmp_path_factory.mktemp("parallel")
-    ports = (free_port(), free_port())
-    torch.multiprocessing.spawn(cases.work, (ports, str(corpus_file), directory), nprocs=4)
+    torch.multiprocessing.spawn(cases.work, ((free_port(), free_port()), str(corpus_file), directory), nprocs=4)
     return directory
 
 
 def free_port() -> int:
+    """A port below those that systems hand out, so that it is still free minutes later."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        while True:
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 30_000)))
+                return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from tarflowlm.errors import UserError
 from tarflowlm.runs.checkpoint import load_checkpoint, read_run
 from tarflowlm.runs.hub import locate
 from tarflowlm.runs.weights import checksum
+from tarflowlm.sharing import model_card
 from tarflowlm.training.train import resume, train, tuning
 
 CPU = torch.device("cpu")
@@ -61,6 +62,7 @@ def test_tuning_learns_the_text_and_a_kill_changes_nothing(runs, other_text, tmp
         train(run, out, **options) if not list((out / "state").iterdir()) else resume(out, device=CPU)
         same_run(tmp_path / "whole", out)
     assert read_run(tmp_path / "whole").parent.startswith("progressive@")
+    assert "| tuned from | `progressive`" in model_card(load_checkpoint(out), out, "mine", None)
 
 
 def test_what_does_not_fit_is_refused(runs, other_text, tmp_path):

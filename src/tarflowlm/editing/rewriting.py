@@ -88,7 +88,7 @@ def propose_state(
         # what is before the span is the same for all
         one = block.allocate_cache(1, first)
         block.features_of(one, known[:, : first - 1], first=True)
-        cache.copy(one)
+        cache.take(one, [0] * R)
     invert = block.coupling.inverter()
     for n in range(first, end):
         h[:, n] = invert(u[:, n], block.features_at(cache, h[:, n - 1] if n else None, R), None)

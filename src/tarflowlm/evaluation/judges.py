@@ -18,7 +18,7 @@ from tarflowlm.config import MODEL_TYPE
 from tarflowlm.data.sources import check_hub_reachable
 from tarflowlm.errors import UserError, first_line
 from tarflowlm.evaluation.likelihood import windows_per_batch
-from tarflowlm.flow.transformer import widen
+from tarflowlm.flow import widen
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import is_reference, released

@@ -15,8 +15,8 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import checked_seed
 from tarflowlm.device import keep_freed_memory
+from tarflowlm.flow import full_precision
 from tarflowlm.flow.numerics import log_standard_normal
-from tarflowlm.flow.transformer import full_precision
 from tarflowlm.generation import generate
 from tarflowlm.generation.writing import spans
 from tarflowlm.language_model import LanguageModel, as_integer, check_model

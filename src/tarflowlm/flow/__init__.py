@@ -1,0 +1,24 @@
+"""Normalizing flows over latents, and the precision rule that all of them keep.
+
+Matrix products may run in half precision under autocast; densities never do. Couplings, codebook densities,
+log-determinants and inverses are float32 or wider (docs/math.md, section 8). The products in codebook densities
+cancel, so they are float64 where the device has it.
+"""
+
+import torch
+from torch import Tensor
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in at least float32: bfloat16 and float16 are converted, float32 and float64 returned as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def wide_dtype(like: Tensor) -> torch.dtype:
+    """The widest float format on the device of `like`: float64, but float32 on `mps`."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """A context that turns autocast off on the device of `like`; meta tensors have none and follow the CPU's."""
+    return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)

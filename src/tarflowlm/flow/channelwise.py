@@ -16,12 +16,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tarflowlm.errors import UserError
-from tarflowlm.flow import numerics
+from tarflowlm.flow import full_precision, numerics
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights, Conditional, Conditionals, Coupling
 from tarflowlm.flow.heads import AutoregressiveHead, HeadWeights
 from tarflowlm.flow.numerics import log_standard_normal
-from tarflowlm.flow.transformer import full_precision
 
 CONTRACTION = 0.5
 """Newton steps go on while each changes the latents by at most this times the step before."""

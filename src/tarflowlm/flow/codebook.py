@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tarflowlm.flow import numerics
-from tarflowlm.flow.transformer import wide_dtype
+from tarflowlm.flow import numerics, wide_dtype
 
 
 def spread_means(num_components: int, dim: int, generator: torch.Generator | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tarflowlm.flow.transformer import full_precision, widen
+from tarflowlm.flow import full_precision, widen
 
 
 class HeadWeights:

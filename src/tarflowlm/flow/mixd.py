@@ -11,11 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tarflowlm.flow import numerics
+from tarflowlm.flow import full_precision, numerics, widen
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights, Conditional, Conditionals, Coupling
 from tarflowlm.flow.heads import TokenFeatures
-from tarflowlm.flow.transformer import full_precision, widen
 
 
 class MixDCoupling(Coupling):

@@ -13,10 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tarflowlm.errors import UserError
+from tarflowlm.flow import widen
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import log_standard_normal
-from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig, widen
+from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig
 
 Invert = Callable[[int, Tensor], Tensor]
 """Maps the index of a block (0-based) and its noise [B, N, C] to its latents [B, N, C]."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tarflowlm.baseline import TokenLM
+from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.flow.transformer import wide_dtype
 from tarflowlm.generation.sampling import EstimatedTokens, inverse_cdf
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
@@ -52,7 +52,7 @@ class Conditioned(ABC):
         """Replace the completed positions of every row b by those of row rows[b]; the noise ahead stays."""
         self.values[:, : self.at] = self.values[rows, : self.at]
         self.noise[:, : self.at] = self.noise[rows, : self.at]
-        self.cache.select(rows)
+        self.cache.take(self.cache, rows)
 
     def renew(self, rows: Tensor, noise: Tensor) -> None:
         """Replace the noise of `rows` at the positions ahead by that in `noise` [rows, T, ...]."""
@@ -110,7 +110,7 @@ class ConditionedLatents(Conditioned):
         cache = self.cache if len(z) == len(self.values) else self.block.allocate_cache(1, num)
         features = self.block.features_of(cache, z[:, : num - 1], first=True)
         if cache is not self.cache:
-            self.cache.copy(cache)
+            self.cache.take(cache, [0] * len(self.values))
         return features
 
     def complete(self, n: int, features: Tensor) -> Tensor | None:

@@ -9,16 +9,15 @@ from typing import Any, Literal
 import torch
 
 from tarflowlm.config import Precision, RunConfig, Scale
-from tarflowlm.data import SOURCE_NAMES, TokenArray, build_tokenizer, cached_corpus, encode_text_source
-from tarflowlm.errors import UserError
+from tarflowlm.data import TokenArray, build_tokenizer, cached_corpus, encode_text_source
 from tarflowlm.files import read_json
 from tarflowlm.presets import preset, with_steps
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.report.style import Figure
-from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, Checkpoint, load_checkpoint, read_run
+from tarflowlm.runs.checkpoint import CONFIG, SUMMARY, Checkpoint, load_checkpoint
 from tarflowlm.training.loop import seconds_per_step
 from tarflowlm.training.metrics import Reporter
-from tarflowlm.training.train import StopRequests, no_stop_requests, resume, train
+from tarflowlm.training.train import StopRequests, continued, no_stop_requests, resume, train
 
 logger = logging.getLogger("tarflowlm")
 
@@ -160,18 +159,10 @@ class Planned:
 
 def state_of(settings: Settings, training: Training) -> State:
     """State of a training on disk. Raises UserError if its directory holds a run of another configuration."""
-    directory, run = training.directory(settings), training.run
+    directory = training.directory(settings)
     if not (directory / CONFIG).exists():
         return "new"
-    found, source = read_run(directory), run.data.source
-    # `train` writes the vocabulary size, precisions and an absolute path into the configuration
-    if source not in SOURCE_NAMES:
-        source = str(Path(source).expanduser().resolve())
-    model = replace(run.model, vocab_size=found.model.vocab_size)
-    optim = replace(run.optim, muon_precision=found.optim.muon_precision)
-    train = run.train if run.train.precision != "auto" else replace(run.train, precision=found.train.precision)
-    if found != replace(run, model=model, optim=optim, train=train, data=replace(run.data, source=source)):
-        raise UserError(f"{directory} holds a run of another configuration: choose another --out, or remove it")
+    continued(training.run, directory)
     return "finished" if (directory / SUMMARY).exists() else "stopped"
 
 

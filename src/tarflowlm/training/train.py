@@ -68,7 +68,7 @@ def train(
     """
     reporter = reporter or Reporter()
     if begun := processes.from_first(processes.first and is_begun(out)):
-        run = _continued(run, out)
+        run = continued(run, out)
         summary = read_summary(out) if processes.first and weights_problem(out) is None else None
         if summary := processes.from_first(summary):
             logger.info("%s is finished", out)
@@ -133,7 +133,8 @@ def tuning(
     weights = {name: tensor.cpu() for name, tensor in parent.model.state_dict().items()}
     name = f"{parent.directory.name}@{checksum(weights)}"
     optim = replace(run.optim, lr=TUNING_RATE * run.optim.lr if lr is None else lr, muon_precision="auto")
-    train = replace(run.train, minutes=minutes or TUNING_MINUTES, keep="best", evaluate_every=100, test_windows=0)
+    length = minutes or TUNING_MINUTES
+    train = replace(run.train, minutes=length, keep="best", evaluate_every=100, test_windows=0, precision="auto")
     text = replace(run.data, source=data)
     run = replace(run, name=f"{run.name}-tuned", parent=name, data=text, optim=optim, train=train)
     return run if steps is None else with_steps(run, steps)
@@ -219,7 +220,7 @@ def is_begun(out: Path) -> bool:
     return False
 
 
-def _continued(run: RunConfig, out: Path) -> RunConfig:
+def continued(run: RunConfig, out: Path) -> RunConfig:
     """The run in `out`; UserError, naming the first field that differs, unless it is `run`."""
     found = read_run(out)
     asked, held = flatten(_located(run)), flatten(found)

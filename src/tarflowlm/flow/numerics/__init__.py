@@ -3,6 +3,7 @@
 Read `reference` first: every map in log space. `mixture`, `rosenblatt` and `vocabulary` hold the public functions.
 """
 
+from tarflowlm.flow import wide_dtype as wide_dtype
 from tarflowlm.flow.numerics.layout import held_rows as held_rows
 from tarflowlm.flow.numerics.mixture import mixture_cdf as mixture_cdf
 from tarflowlm.flow.numerics.mixture import mixture_cdf_inverse as mixture_cdf_inverse
@@ -16,4 +17,3 @@ from tarflowlm.flow.numerics.rosenblatt import rosenblatt_inverse as rosenblatt_
 from tarflowlm.flow.numerics.vocabulary import mixture_log_prob as mixture_log_prob
 from tarflowlm.flow.numerics.vocabulary import mixture_log_prob_from_features as mixture_log_prob_from_features
 from tarflowlm.flow.numerics.vocabulary import most_probable_component as most_probable_component
-from tarflowlm.flow.transformer import wide_dtype as wide_dtype

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from tarflowlm.flow.transformer import wide_dtype
+from tarflowlm.flow import wide_dtype
 
 LOG_2PI = math.log(2 * math.pi)
 HALF_LOG_2PI = 0.5 * LOG_2PI

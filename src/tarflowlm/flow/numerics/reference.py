@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.numerics import layout, normal
 from tarflowlm.flow.numerics.normal import HALF_LOG_2PI, log_standard_normal, log_upper_tail, upper_quantile_of_log
-from tarflowlm.flow.transformer import wide_dtype
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 """Gradients of z [N], log_w, mean, log_std."""
