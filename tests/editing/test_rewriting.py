@@ -1,5 +1,6 @@
 """Redrawing: the rest stays to the bit, the weights are those of the model, and the draws have its conditional."""
 
+import math
 from itertools import product
 
 import pytest
@@ -148,6 +149,16 @@ def test_candidates_that_repeat_the_text_come_last(tiny_flow):
     assert TEXT[0, 3] not in changed
     only = [redraw(model, text, (3, 4), candidates=1, generator=generator(s)).tokens[0, 3] for s in range(40)]
     assert TEXT[0, 3] in only
+
+
+def test_edits_report_the_tail_of_their_weights(tiny_flow):
+    model = tiny_flow(log_std=-3.0, couplings=("mixd", "mix1"))
+    text, options = encode(model, TEXT, generator()), {"generator": generator(1)}
+    first, untouched = rewrite(model, text, [[(1, 3), (4, 6)], []], candidates=60, **options).pareto_k
+    assert math.isfinite(first)
+    assert math.isnan(untouched)
+    one = redraw(model, text.row(0), (1, 3), candidates=60, generator=generator(1))
+    assert redraw(model, one, (4, 6), candidates=4, **options).pareto_k == one.pareto_k  # too few for a tail
 
 
 def test_another_span_is_tried_where_all_candidates_repeat_one(tiny_flow, monkeypatch):

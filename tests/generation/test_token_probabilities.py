@@ -175,3 +175,8 @@ def test_choices_that_ignore_much_of_what_upper_blocks_know_are_refused(scale, i
     generate(model, **options)
     with pytest.raises(UserError, match=r"bits a token: sample it at temperature 1") if is_refused else nullcontext():
         generate(model, temperature=0.9, **options)
+
+
+def test_what_a_choice_ignores_is_said(any_stack, tiny_flow, caplog):
+    generate(tiny_flow(couplings=("mix1", "mix1")), temperature=0.9, num_tokens=6)
+    assert "ignore what the blocks above it know, in this model" in caplog.text

@@ -1,5 +1,6 @@
 """`tarflowlm edit`."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -70,6 +71,7 @@ def run(args: Args) -> None:
     from tarflowlm.data.prompts import Reading, read
     from tarflowlm.editing import EDITS, Source, encode
     from tarflowlm.evaluation.likelihood import bits
+    from tarflowlm.generation.particles import UNRELIABLE
     from tarflowlm.model import as_flow
     from tarflowlm.runs.hub import choose_directory
     from tarflowlm.terminal.bars import Bars, print_json, print_notice
@@ -120,9 +122,14 @@ def run(args: Args) -> None:
     texts = [tokenizer.decode(tokens) for tokens in edit.tokens.tolist()]
     measured = {"changed": edit.changed, "bpc_before": bpc_before, "bpc": bpc}
     columns: dict[str, Any] = {"text": texts} | {name: column.tolist() for name, column in measured.items()}
+    if edit.pareto_k:
+        columns["pareto_k"] = [None if math.isnan(k) else k for k in edit.pareto_k]
     edits = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     changed, ratio = edit.changed.double().mean().item(), (edit.bound.sum() / edit.bound_before.sum()).item()
     advice = _advice(args, changed, ratio, has_token_weights=model.config.has_token_weights)
+    if advice is None and (unreliable := [k for k in edit.pareto_k if k > UNRELIABLE]):
+        advice = f"the weights of the candidates have no finite variance (k = {max(unreliable):.2f}): "
+        advice += "the choice between them is unreliable, shorter pieces may do better"
     if args.json:
         print_json({"before": tokenizer.decode(edit.before[0].tolist()), "edits": edits, "advice": advice})
         return

@@ -19,7 +19,7 @@ from tarflowlm.editing.words import Span
 from tarflowlm.errors import UserError
 from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.conditioned import ConditionedLatents
-from tarflowlm.generation.particles import resample
+from tarflowlm.generation.particles import pareto_k, resample
 from tarflowlm.generation.sampling import adjust_weights
 from tarflowlm.model import TarFlowLM
 from tarflowlm.progress import SILENT, Progress
@@ -198,13 +198,16 @@ def redraw(
         raise UserError(f"temperature {temperature}: state {level} of this model has no weights of tokens, take 1")
     draw: Any = partial(propose_state, level=level) if level else partial(propose, temperature=temperature)
     z, tokens, log_w = draw(model, text, span, candidates=candidates, generator=generator)
+    k = pareto_k(log_w)
     changed = (tokens != text.tokens)[:, : text.length].cpu()
     num_inside = changed[:, start:stop].sum(1)
     for wanted in (num_inside > 0, num_inside == changed.sum(1)):
         if (wanted & (log_w > -torch.inf)).any():
             log_w = torch.where(wanted, log_w, -torch.inf)
     chosen = resample(log_w, 1, generator).to(z.device)
-    return replace(text, tokens=tokens[chosen], states=tuple(model.prior.states(z[chosen])[0]))
+    # of two NaN the second, so that one number remains if there is any
+    k = max(text.pareto_k, k, key=lambda k: -math.inf if math.isnan(k) else k)
+    return replace(text, tokens=tokens[chosen], states=tuple(model.prior.states(z[chosen])[0]), pareto_k=k)
 
 
 @torch.no_grad()
@@ -221,7 +224,8 @@ def token_costs(model: TarFlowLM, text: Encoded) -> Float[Tensor, "B T"]:
 
 def _finished(model: TarFlowLM, before: Encoded, rows: Sequence[Encoded], generator: torch.Generator) -> Edit:
     states = [torch.cat(level) for level in zip(*(row.states for row in rows), strict=True)]
-    return compared(model, before, torch.cat([row.tokens for row in rows]), states[::-1], generator)
+    edit = compared(model, before, torch.cat([row.tokens for row in rows]), states[::-1], generator)
+    return replace(edit, pareto_k=tuple(row.pareto_k for row in rows))
 
 
 def covered(spans: Sequence[Span], length: int) -> Tensor:

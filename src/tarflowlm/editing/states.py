@@ -4,8 +4,9 @@ A text x has latents z ~ q(z|x) and states h^(0) = z, ..., h^(L) = u. The flow i
 is a text (paper, section 4; docs/math.md, section 10).
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,6 +39,9 @@ class Edit:
     """The same after the edit."""
     states: tuple[Tensor, ...]
     """States of the new text from the edited one down to h^(0), each [B, T, d]; all L + 1 after `substitute`."""
+    pareto_k: tuple[float, ...] = ()
+    """For every text the largest tail index of the weights by which spans were redrawn: above 0.7 these are
+    unreliable. NaN for fewer than 25 candidates; empty for other edits."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,18 @@ class Encoded:
     """Tokens of the text itself, without the padding."""
     states: tuple[Tensor, ...]
     """h^(0) = z, ..., h^(L) = u, each [B, T, d]."""
+    pareto_k: float = math.nan
+    """The largest tail index of the weights by which spans of it were redrawn."""
 
     def row(self, b: int) -> "Encoded":
         """Text b alone."""
-        return Encoded(self.tokens[b : b + 1], self.length, tuple(h[b : b + 1] for h in self.states))
+        states = tuple(h[b : b + 1] for h in self.states)
+        return replace(self, tokens=self.tokens[b : b + 1], states=states)
 
     def repeated(self, num: int) -> "Encoded":
         """A single text `num` times."""
-        return Encoded(self.tokens.expand(num, -1), self.length, tuple(h.expand(num, -1, -1) for h in self.states))
+        states = tuple(h.expand(num, -1, -1) for h in self.states)
+        return replace(self, tokens=self.tokens.expand(num, -1), states=states)
 
 
 @torch.no_grad()

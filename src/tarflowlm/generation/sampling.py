@@ -3,6 +3,7 @@
 Shape legend: B rows, T tokens, d channels per token, V tokens of the vocabulary, S draws per token.
 """
 
+import logging
 import math
 from collections.abc import Iterable
 
@@ -23,8 +24,10 @@ LARGEST_VOCABULARY = 1024
 DRAWS = 4
 """Latents S per token of the vocabulary. Each estimate of a probability is unbiased for any S, but its power
 1 / tau and the order of tokens are not: S draws shrink that error. With sharp codes one draw would do."""
-MOST_LOST = 1.0
-"""Temperature in block 1 ignores the upper blocks. It is refused if these contribute more nats per token."""
+MOST_LOST, NOTED = 0.05, 0.001
+"""Temperature in block 1 ignores the upper blocks. It is refused if these know more nats per token than the first
+number, and said if more than the second."""
+logger = logging.getLogger("tarflowlm")
 
 
 def row_generators(rows: Iterable[int], generator: Generator) -> list[Generator]:
@@ -111,16 +114,19 @@ def check_estimable(model: TarFlowLM, settings: str) -> None:
 
 
 def check_lost_information(model: TarFlowLM, h: Tensor, log_p: Tensor) -> None:
-    """UserError where tokens cannot be chosen in block 1, because the blocks above it do much of the work.
+    """UserError where tokens cannot be chosen in block 1, because the blocks above it do a part of the work; a notice
+    where they do a little.
 
     What they know is E[log p_{>1}(h) - log N(h; 0, I)], the divergence of their noise for block 1 from the normal
     noise that a choice assumes. `h` [rows, T, d] are draws of it, `log_p` [rows] their log-densities.
     """
     nats = 0.0 if model.num_blocks == 1 else float((log_p - log_standard_normal(h).sum((1, 2))).mean()) / h.shape[1]
+    what = "temperature, top-k and top-p choose tokens in block 1 and ignore what the blocks above it know"
+    known = f"{what}, in this model {nats / math.log(2):.3g} bits a token"
     if nats > MOST_LOST:
-        what = "temperature, top-k and top-p choose tokens in block 1 and ignore what the blocks above it know"
-        rule = "sample it at temperature 1 without top-k and top-p"
-        raise UserError(f"{what}, in this model {nats / math.log(2):.1f} bits a token: {rule}")
+        raise UserError(f"{known}: sample it at temperature 1 without top-k and top-p")
+    if nats > NOTED:
+        logger.warning(known)
 
 
 class EstimatedTokens:

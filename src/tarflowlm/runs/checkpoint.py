@@ -126,8 +126,9 @@ def weights_problem(directory: Path) -> str | None:
 def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = False) -> Path:
     """Write the files needed to load a model into the new directory `out`, without the training state; returns `out`.
 
-    `source` is a checkpoint, or whatever `load_checkpoint` takes. `half` stores the matrices of linear layers in
-    bfloat16; loading converts them to float32. Codebooks, biases and the evidence of heads keep their precision.
+    `source` is a checkpoint, or whatever `load_checkpoint` takes. `half` stores the matrices of linear layers,
+    and those between the channels of a head, in bfloat16; loading converts them to float32. Codebooks, biases and the
+    evidence of heads keep their precision.
     Paths in the configuration are cut to the file name. If this fails, nothing is left behind.
     """
     checkpoint, out = source if isinstance(source, Checkpoint) else load_checkpoint(source), Path(out)
@@ -139,7 +140,8 @@ def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = Fal
     data = replace(data, source=_without_folders(data.source), tokenizer=tokenizer)
     weights = checkpoint.model.state_dict()
     if half:
-        weights = {n: w.bfloat16() if w.ndim == 2 and n.endswith(".weight") else w for n, w in weights.items()}
+        matrices = {n for n, w in weights.items() if (n.endswith(".weight") and w.ndim == 2) or n.endswith(".cross")}
+        weights = {n: w.bfloat16() if n in matrices else w for n, w in weights.items()}
     try:
         with full_disk_as_user_error(out, lambda: "export it again"):
             write_run(out, replace(checkpoint.run, data=data), checkpoint.tokenizer)
