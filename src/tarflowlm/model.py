@@ -18,7 +18,7 @@ from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.flow.stack import FlowBlock, Prior
+from tarflowlm.flow.stack import FlowBlock, Order, Prior
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.language_model import LanguageModel, check_model
 
@@ -88,7 +88,11 @@ class TarFlowLM(LanguageModel):
         config, block, width = self.config, self.config.blocks[index], self.config.trunk.width
         channelwise: dict[str, Any] = {"width": width, "channels": config.patch * config.latent_dim}
         channelwise |= {"hidden": config.head_hidden, "features": config.head_features}
-        channelwise["autoregressive"] = block.sees_channels
+        channelwise |= {"skip": config.head == "block", "full": config.head == "full"}
+        mix, by_token = index if config.mixes_channels else 0, block.coupling == "token-affine"
+        channelwise["autoregressive"] = block.sees_channels and (block.sees_tokens or not by_token)
+        if not block.sees_tokens and not by_token:
+            channelwise["tokens"] = Order(channelwise["channels"], mix=mix).channels // config.latent_dim
         if block.coupling in ("affine", "token-affine"):
             return AffineCoupling(group=1 if block.coupling == "affine" else config.latent_dim, **channelwise)
         if block.coupling == "mix1":
@@ -98,8 +102,13 @@ class TarFlowLM(LanguageModel):
             return coupling
         if block.coupling == "mixd":
             shape: dict[str, Any] = {"width": width, "patch": config.patch, "latent_dim": config.latent_dim}
-            tied, in_patch = self.codebook if block.components == 0 else None, config.in_patch == "autoregressive"
-            return MixDCoupling(components=block.components, tied=tied, in_patch=in_patch, **shape)
+            shape |= {"components": block.components, "widening": block.widening}
+            shape["tied"] = self.codebook if block.components == 0 else None
+            coupling = MixDCoupling(in_patch=config.in_patch == "autoregressive", **shape)
+            if block.components == config.vocab_size and block.start != "plain" and not config.mixes_tokens:
+                means = Order(config.latent_dim, mix=mix)(self.codebook.mean[None])[0][0]
+                coupling.start_from(means, self.codebook.log_std)
+            return coupling
         raise UserError(f"model.blocks.{index}.coupling {block.coupling!r}: choose one of {get_args(CouplingName)}")
 
     def draw_noise(self, tokens: Int[Tensor, "B T"], generator: Generator | None = None) -> Float[Tensor, "B T d"]:

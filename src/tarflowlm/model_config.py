@@ -158,9 +158,16 @@ class BlockConfig(Config):
     """Transformer layers."""
     start: Literal["codebook", "flattened", "plain"] = "codebook"
     """Start of a mix1 block 1 with K = V: as the Mix-d coupling of the codebook, the same with a tenth of the
-    evidence in its weights, or plain, without the codebook. Every other block starts plain."""
+    evidence in its weights, or plain, without the codebook. Start of a mixd block with V components of its own: the
+    codebook, or plain. Every other block starts plain."""
     sees_channels: bool = True
     """Let the head of a channel see the channels before it; without, a mixture per channel given the past alone."""
+    sees_tokens: bool = True
+    """Let it also see those of the other tokens of its patch; without, the tokens of a patch are independent given
+    the past (the paper's figure 1b). For mixd: in_patch."""
+    widening: float = 0.0
+    """Of a mixd block: by how much the log standard deviations of its components exceed those of the codebook; those
+    of its own only at the start. What it cannot tell apart is left to the blocks below."""
     components: int = 2
     """Mixture components K; 0 ties those of mixd to the encoder's codebook; 1 for affine couplings."""
 
@@ -187,6 +194,9 @@ class FlowConfig(LanguageModelConfig):
         BlockConfig(coupling="mixd", layers=6, components=0), BlockConfig(), BlockConfig(),
     )  # fmt: skip
     """Blocks of the stack, block 1 (next to the tokens) first."""
+    head: Literal["block", "full"] = "block"
+    """Masked autoregressive head of mix1 and affine blocks: block (a channel is embedded and read out on its own,
+    with linear paths into the log-weights or means), or full (the paper's: full masked layers, nothing else)."""
     head_hidden: int = 64
     """Hidden units per channel of the masked autoregressive head (D_m / 2 in the paper)."""
     channel_mix: bool | None = True
@@ -214,6 +224,8 @@ class FlowConfig(LanguageModelConfig):
             return f"{components}: has no effect, an affine coupling has one Gaussian; use 1"
         if least > K:
             return f"{components}: must be at least {least}"
+        if block.coupling != "mixd" and block.widening:
+            return f"widening ({block.coupling}) {block.widening}: has an effect in mixd alone; use 0"
         if block.coupling == "mixd" and K == 0 and index > 0 and self.mixes_channels:
             remedy = "use it in block 1, turn channel_mix off, or give K >= 1 components of the block's own"
             return f"{components}: 0 (tied to the codebook) needs the codebook's order of channels: {remedy}"
@@ -226,12 +238,18 @@ class FlowConfig(LanguageModelConfig):
     @property
     def has_token_weights(self) -> bool:
         """Whether the components of block 1 are tokens: those of a Mix-d coupling tied to the codebook."""
-        return self.blocks[0].coupling == "mixd" and self.blocks[0].components == 0
+        first = self.blocks[0]
+        return first.coupling == "mixd" and first.components == 0 and first.widening == 0
 
     @property
     def mixes_channels(self) -> bool:
         """Whether channels are reordered between blocks."""
         return self.patch > 1 if self.channel_mix is None else self.channel_mix
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether this interleaves the channels of several tokens."""
+        return self.patch > 1 and self.mixes_channels
 
     @property
     def head_features(self) -> int:

@@ -141,7 +141,7 @@ def _paper(corpus: str, kind: str, recipe: str = "") -> RunConfig:
     if kind == "ar":
         baseline = BaselineConfig(context=context, trunk=PAPER_TRUNK, layers=12)
         return RunConfig(name=name, model=baseline, data=data, optim=optim, train=train)
-    flow = FlowConfig(context=context, latent_dim=latent_dim, trunk=PAPER_TRUNK, channel_mix=None)
+    flow = FlowConfig(context=context, latent_dim=latent_dim, trunk=PAPER_TRUNK, channel_mix=None, head="full")
     if kind == "mixd":
         upper = 2 if text8 else 64
         flow = replace(flow, blocks=stack(("mixd", "mix1", "mix1"), (8, 2, 2), (0, upper, upper)))

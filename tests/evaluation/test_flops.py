@@ -96,6 +96,11 @@ def test_figure_7_counts_one_head_per_model(patch):
     assert training_flops(config, convention="figure7") == 3 * flow
     first = 4 * d * positions + 2 * (24 * d**2 * positions + 2 * d * positions**2) + positions * head
     assert training_flops(config, frozen=1, convention="figure7") == 3 * flow - 2 * first
+    # the layers of our module are those of the appendix
+    with torch.device("meta"):
+        found = config.build().prior.block(0).coupling.head
+    layers = (found.embed, found.context.weight, found.cross, *found.weights)
+    assert 2 * sum(layer.numel() for layer in layers) == head
 
 
 @pytest.mark.parametrize("convention", ["figure7", "paper"])

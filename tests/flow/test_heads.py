@@ -17,6 +17,9 @@ HEADS = {
     "one-group-skip": {"groups": 1, "channels": 1, "outputs": (3,), "skip": True},
     "tokens-skip": {"groups": 3, "channels": 2, "outputs": (2, 1), "skip": True},
     "tokens": {"groups": 3, "channels": 2, "outputs": (WIDTH,)},
+    "full": {"groups": 4, "channels": 1, "outputs": (2, 3, 1), "full": True},
+    "full-one-group": {"groups": 1, "channels": 1, "outputs": (3,), "full": True},
+    "full-tokens": {"groups": 3, "channels": 2, "outputs": (2, 1), "full": True},
     "independent": {"groups": 4, "channels": 1, "outputs": (2, 3), "skip": True, "autoregressive": False},
 }
 
@@ -36,6 +39,21 @@ def test_group_g_sees_earlier_groups_of_its_own_position(head, normal):
     here = torch.eye(T, dtype=torch.bool)
     expected = (here[None, :, :, None] & earlier[:, None, None, :])[..., None].expand_as(depends)
     assert torch.equal(depends, expected)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_groups_see_those_of_their_own_token_where_these_are_named(full, randomise, normal):
+    token = torch.tensor([0, 1, 0, 1, 1])
+    with seeded(0):
+        sizes = {"groups": 5, "channels": 1, "outputs": (2,), "skip": not full, "full": full}
+        head = randomise(AutoregressiveHead(width=WIDTH, hidden=5, features=4, tokens=token, **sizes))
+    features, z = normal(1, WIDTH, seed=1), normal(1, 5)
+    by_z = jacobian(lambda z: head(features[None], z[None])[0][:, 0, 0], z)[:, :, 0].abs().amax(1) > 0
+    assert torch.equal(by_z, torch.ones(5, 5, dtype=torch.bool).tril(-1) & (token[:, None] == token))
+    walk, z_g = head.walk(features), None
+    for g, out in enumerate(head(features[:, None], z[:, None])[0]):
+        torch.testing.assert_close(walk.send(z_g)[0], out[:, 0], rtol=1e-12, atol=1e-12)
+        z_g = z[:, g : g + 1]
 
 
 def test_every_group_sees_the_features_of_its_own_position(head, normal):

@@ -23,6 +23,11 @@ STACKS = {
     "mix1-no-mixing": {"couplings": ("mix1", "mix1"), "channel_mix": False},
     "tied-in-block-2": {"couplings": ("affine", "mixd"), "components": (1, 0), "channel_mix": None},
     "plain-head": {"couplings": ("mix1", "affine"), "sees_channels": False},
+    "full-head": {"couplings": ("mix1", "affine"), "head": "full"},
+    "tokens-apart-P2": {"couplings": ("mix1", "mix1"), "sees_tokens": False, "patch": 2},
+    "token-affine-apart-P2": {"couplings": ("token-affine", "mix1"), "sees_tokens": False, "patch": 2},
+    "tied-and-wider": {"couplings": ("mix1", "mixd"), "components": (3, 0), "channel_mix": False, "widening": 1.0},
+    "own-and-wider": {"couplings": ("mix1", "mixd"), "components": (3, 5), "widening": 1.0},
     "mix1-P2": {"couplings": ("mix1", "mix1", "mix1"), "patch": 2},
     "mix1-P4": {"couplings": ("mix1", "mix1"), "patch": 4},
     "mixd-tied": {"couplings": ("mixd",)},
@@ -101,6 +106,9 @@ def earlier_channels(model, index: int, num_channels: int) -> Tensor:
         lower &= same
     if model.config.blocks[index].coupling == "token-affine":
         lower &= ~same | torch.eye(num_channels, dtype=torch.bool)
+    if not model.config.blocks[index].sees_tokens:
+        token = model.prior.block(index).order.channels // d
+        lower &= token[:, None] == token
     if not model.config.blocks[index].sees_channels:
         lower = torch.eye(num_channels, dtype=torch.bool)
     return lower

@@ -10,6 +10,7 @@ Shape legend: as in `couplings`.
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -113,15 +114,12 @@ class AffineCoupling(ChannelCoupling):
     token-affine coupling, which for P = 1 is TarFlow's. Paper: section 3.2.
     """
 
-    def __init__(
-        self, *, width: int, channels: int, hidden: int, features: int, group: int = 1, autoregressive: bool = True
-    ) -> None:
+    def __init__(self, *, width: int, channels: int, hidden: int, features: int, group: int = 1, **sees: Any) -> None:
+        """`sees`: the options of `AutoregressiveHead` that say what a group sees, and how."""
         super().__init__()
         self.group, groups = group, channels // group
         sizes = {"width": width, "groups": groups, "channels": group, "hidden": hidden * group, "features": features}
-        self.head = AutoregressiveHead(
-            outputs=(group, group), skip=True, autoregressive=autoregressive, log_std_last=True, **sizes
-        )
+        self.head = AutoregressiveHead(outputs=(group, group), log_std_last=True, **sizes, **sees)
 
     def channels(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
         mean, log_std = (p.permute(1, 2, 0, 3).flatten(2) for p in self.head(features, z))
@@ -156,21 +154,12 @@ class Mix1Coupling(ChannelCoupling):
     """
 
     def __init__(
-        self,
-        *,
-        width: int,
-        channels: int,
-        components: int,
-        hidden: int,
-        features: int,
-        spread: float,
-        autoregressive: bool = True,
+        self, *, width: int, channels: int, components: int, hidden: int, features: int, spread: float, **sees: Any
     ) -> None:
+        """`sees`: as in `AffineCoupling`."""
         super().__init__()
         sizes = {"width": width, "groups": channels, "channels": 1, "hidden": hidden, "features": features}
-        self.head = AutoregressiveHead(
-            outputs=(components,) * 3, skip=True, autoregressive=autoregressive, log_std_last=True, **sizes
-        )
+        self.head = AutoregressiveHead(outputs=(components,) * 3, log_std_last=True, **sizes, **sees)
         means = spread * torch.special.ndtri((torch.arange(components, dtype=torch.float64) + 0.5) / components)
         variance = (1.0 - means.square().mean()).clamp_min((1.0 / components) ** 2)
         with torch.no_grad():
@@ -193,7 +182,7 @@ class Mix1Coupling(ChannelCoupling):
         mean, dim = codebook.mean.T, codebook.mean.shape[1]
         paths = self.head.evidence
         if paths is None or (self.head.groups > 1 and not paths.shape[1]):
-            raise UserError("model.blocks.0.start: needs a head that sees the channels before; use plain")
+            raise UserError("model.blocks.0.start: needs linear paths from the channels before; use plain")
         assert self.head.biases[0].shape[1] == codebook.vocab_size
         unit = codebook.log_std.exp().mean()
         self.head.scale[1] = unit

@@ -24,11 +24,26 @@ class HeadWeights:
 
     def __init__(self, head: "AutoregressiveHead") -> None:
         outputs, groups = zip(head.weights, head.biases, head.scale, strict=True), range(head.groups)
-        scaled = [zip((w * s).unbind(), (b * s).unbind(), strict=True) for w, b, s in outputs]
-        # of every group its outputs' ([M, O], [O]), and from earlier groups [g A, M] and [g C/G, O]
+        if head.is_full:
+            # of every group its outputs' ([g M + M, O], [O]), from the hidden units of all groups up to it
+            seen = [head.allowed[: g + 1, g, None, None] for g in groups]
+            scaled = [
+                [((m * w[: g + 1, :, g]).flatten(0, 1) * s, b[g] * s) for g, m in enumerate(seen)]
+                for w, b, s in outputs
+            ]
+            known = enumerate(seen[: head.num_known])
+            self.embed = [(m * head.embed[: g + 1, :, g]).flatten(0, 1) for g, m in known]
+        else:
+            # of every group its outputs' ([M, O], [O])
+            scaled = [list(zip((w * s).unbind(), (b * s).unbind(), strict=True)) for w, b, s in outputs]
+            self.embed = list(head.embed.unbind())
         self.outputs = list(zip(*scaled, strict=True))
-        self.cross = [head.cross[g, :, :g].flatten(1).T.contiguous() for g in groups]
-        self.evidence = [] if head.evidence is None else [head.evidence[g, :g].flatten(0, 1) for g in groups]
+        # from earlier groups [g A, M] and [g C/G, O]
+        before = [head.mask[g, :g] for g in groups]
+        self.cross = [(head.cross[g, :, :g] * m[:, None]).flatten(1).T.contiguous() for g, m in enumerate(before)]
+        self.evidence: list[Tensor] = []
+        if head.evidence is not None:
+            self.evidence = [(head.evidence[g, :g] * m[:, None, None]).flatten(0, 1) for g, m in enumerate(before)]
 
 
 LARGEST_LOG_STD, ROOM = 8.0, 4.0
@@ -63,16 +78,21 @@ class AutoregressiveHead(nn.Module):
 
     Paper: appendix H, after Lippe & Gavves 2021. Differs: `embed` and `weights` are block-diagonal (each group is
     embedded on its own and read out from its own hidden units), which costs G times less; the dependence on earlier
-    groups runs through `cross`.
+    groups runs through `cross`. With `full` they are not, and this is the paper's head:
+
+        output_g = scale * ( sum_{h<=g} weights_hg gelu( context_h c + sum_{j<h} cross_hj e_j ) + biases_g )
+        e_j      = gelu( sum_{i<=j} embed_ij [z_i, elu(z_i), elu(-z_i)] + embed_bias_j )
 
     `outputs` lists the width O of each output tensor; each is returned as a contiguous tensor of its own.
     `skip` adds the linear paths `shared` and `evidence` to the first output: log-weights, or means in Affine.
     Evidence for a component is additive in log-weights (with equal scales the Bayes update of eq. 9 is linear in
     z_j), which a small MLP learns slowly. `shared` is the same for all groups, like the head of a language model.
     Both start at zero. The buffer `scale` holds one fixed factor per output. `autoregressive=False` leaves out all
-    paths from earlier groups: every group depends on the features alone. `log_std_last` bounds the last output.
+    paths from earlier groups: every group depends on the features alone. `tokens`, the token of every group, leaves
+    out those from other tokens of the position. `log_std_last` bounds the last output.
     """
 
+    allowed: Tensor
     mask: Tensor
     scale: Tensor
 
@@ -86,17 +106,22 @@ class AutoregressiveHead(nn.Module):
         outputs: tuple[int, ...],
         features: int,
         skip: bool = False,
+        full: bool = False,
         autoregressive: bool = True,
+        tokens: Tensor | None = None,
         log_std_last: bool = False,
     ) -> None:
         super().__init__()
         self.groups, self.channels, self.hidden, self.features = groups, channels, hidden, features
-        self.log_std_last = log_std_last
+        self.is_full, self.log_std_last = full, log_std_last
         self.context = nn.Linear(width, groups * hidden)
         self.num_known = known = max(groups - 1, 0) if autoregressive else 0
-        self.embed = nn.Parameter(torch.randn(known, 3 * channels, features) * (3 * channels) ** -0.5)
+        inputs = (known, 3 * channels, known) if full else (known, 3 * channels)
+        self.embed = nn.Parameter(torch.randn(*inputs, features) * (3 * channels) ** -0.5)
+        self.embed_bias = nn.Parameter(torch.zeros(known, features)) if full else None
         self.cross = nn.Parameter(torch.randn(groups, hidden, known, features) * max(known * features, 1) ** -0.5)
-        self.weights = nn.ParameterList(torch.randn(groups, hidden, n) * 0.1 * hidden**-0.5 for n in outputs)
+        units = (groups, hidden, groups) if full else (groups, hidden)
+        self.weights = nn.ParameterList(torch.randn(*units, n) * 0.1 * hidden**-0.5 for n in outputs)
         self.biases = nn.ParameterList(torch.zeros(groups, n) for n in outputs)
         nn.init.normal_(self.context.weight, std=width**-0.5)
         nn.init.zeros_(self.context.bias)
@@ -105,16 +130,35 @@ class AutoregressiveHead(nn.Module):
         if self.shared is not None:
             nn.init.zeros_(self.shared.weight)
         self.register_buffer("scale", torch.ones(len(outputs)))
-        self.register_buffer("mask", torch.ones(groups, known).tril(-1), persistent=False)
+        # [from, to] of groups, themselves included; and [to, from] without them
+        token = torch.zeros(groups) if tokens is None else tokens
+        allowed = torch.ones(groups, groups).triu() * (token[:, None] == token)
+        self.register_buffer("allowed", allowed, persistent=False)
+        self.register_buffer("mask", allowed.T.tril(-1)[:, :known].contiguous(), persistent=False)
 
-    def _embed(self, z: Tensor, embed: Tensor) -> Tensor:
-        return F.gelu(torch.cat((z, F.elu(z), F.elu(-z)), dim=-1) @ embed)
+    @staticmethod
+    def _expanded(z: Tensor) -> Tensor:
+        return torch.cat((z, F.elu(z), F.elu(-z)), dim=-1)
+
+    def _embed(self, values: Tensor) -> Tensor:
+        """Embeddings of the known groups: [known, rows, C/G] -> [rows, known A]."""
+        inputs = self._expanded(values)
+        if self.embed_bias is None:
+            return F.gelu(inputs @ self.embed).transpose(0, 1).flatten(1)
+        embed = self.embed * self.allowed[: self.num_known, None, : self.num_known, None]
+        product = inputs.transpose(0, 1).flatten(1) @ embed.flatten(2).flatten(0, 1)
+        return F.gelu(product + self.embed_bias.flatten())
 
     def _read_out(self, hidden: Tensor) -> list[Tensor]:
-        """Outputs of all groups: [G, rows, M] -> one [G, rows, O] per output, at least float32."""
+        """Outputs of all groups: [rows, G M] -> one [G, rows, O] per output, at least float32."""
         # one product for all outputs, which reads the hidden units once
         weight = torch.cat([w * scale for w, scale in zip(self.weights, self.scale, strict=True)], -1)
-        parts = (F.gelu(hidden) @ weight).split([w.shape[-1] for w in self.weights], -1)
+        if self.is_full:
+            active = F.gelu(hidden).expand(self.groups, -1, -1)
+            weight = (weight * self.allowed[:, None, :, None]).flatten(0, 1).transpose(0, 1)
+        else:
+            active = F.gelu(hidden.view(-1, self.groups, self.hidden).transpose(0, 1))
+        parts = (active @ weight).split([w.shape[-1] for w in self.weights], -1)
         biases = zip(parts, self.biases, self.scale, strict=True)
         outputs = [widen(part) + b[:, None] * scale for part, b, scale in biases]
         if self.log_std_last:
@@ -127,11 +171,9 @@ class AutoregressiveHead(nn.Module):
         values = z.reshape(B * N, self.groups, self.channels).transpose(0, 1)
         hidden = self.context(features).reshape(B * N, -1)
         if self.num_known:
-            known = self._embed(values[:-1], self.embed).transpose(0, 1).reshape(B * N, -1)
             cross = (self.cross * self.mask[:, None, :, None]).reshape(self.groups * self.hidden, -1)
-            hidden = torch.addmm(hidden, known, cross.T)
-        by_group = hidden.view(B * N, self.groups, self.hidden).transpose(0, 1)
-        first, *rest = self._read_out(by_group)
+            hidden = torch.addmm(hidden, self._embed(values[:-1]), cross.T)
+        first, *rest = self._read_out(hidden)
         if self.shared is not None and self.evidence is not None:
             first = first + widen(self.shared(features)).view(1, B * N, -1)
             if self.num_known:
@@ -148,11 +190,14 @@ class AutoregressiveHead(nn.Module):
         value z_g [B, C/G]. It begins after the groups whose values are in `earlier`."""
         weights = HeadWeights(self) if weights is None else weights
         shared = None if self.shared is None else self.shared(features)
-        values = embedded = features[:, :0]
+        values = inputs = embedded = active = features[:, :0]
         for g, hidden in enumerate(self.context(features).split(self.hidden, -1)):
             z = earlier[g] if g < len(earlier) else None
+            if z is None or self.is_full:
+                own = F.gelu(torch.addmm(hidden, embedded, weights.cross[g]))
+                active = torch.cat((active, own), -1) if self.is_full else own
             if z is None:
-                active, outputs = F.gelu(torch.addmm(hidden, embedded, weights.cross[g])), list[Tensor]()
+                outputs = list[Tensor]()
                 for weight, bias in weights.outputs[g]:
                     if shared is not None and not outputs:
                         bias = torch.addmm(bias + shared, values, weights.evidence[g])
@@ -163,7 +208,10 @@ class AutoregressiveHead(nn.Module):
                 assert z is not None
             if g < self.num_known:
                 values = torch.cat((values, z), -1)
-                embedded = torch.cat((embedded, self._embed(z, self.embed[g])), -1)
+                inputs = torch.cat((inputs, self._expanded(z)), -1) if self.is_full else self._expanded(z)
+                own = inputs @ weights.embed[g]
+                own = F.gelu(own if self.embed_bias is None else own + self.embed_bias[g])
+                embedded = torch.cat((embedded, own), -1)
 
 
 class TokenFeatures(nn.Module):

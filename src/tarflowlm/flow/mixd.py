@@ -23,31 +23,42 @@ class MixDCoupling(Coupling):
         p(z_t | c) = sum_k w_k N(z_t; mu_k, sigma_k^2 I_d),   w = softmax(weight_head(c)),   u_t = Rosenblatt(z_t)
 
     All positions share one codebook of components, and the network predicts only the K weights. `tied` names the
-    encoder's codebook (block 1, K = V); without it the coupling owns a codebook. Each of the P tokens of a position
-    has features c and weights of its own, independent or autoregressive inside the patch (`TokenFeatures`, eq. 16).
+    encoder's codebook (K = V), to whose log sigma `widening` is added; without it the coupling owns a codebook. Each
+    of the P tokens of a position has features c and weights of its own, independent or autoregressive inside the
+    patch (`TokenFeatures`, eq. 16).
     Paper: section 3.2.2, appendix B.
     """
 
     def __init__(
-        self, *, width: int, patch: int, latent_dim: int, components: int, tied: Codebook | None, in_patch: bool
-    ) -> None:
+        self, *, width: int, patch: int, latent_dim: int, components: int, tied: Codebook | None, in_patch: bool,
+        widening: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.patch, self.latent_dim, self.group = patch, latent_dim, latent_dim
+        self.patch, self.latent_dim, self.group, self.widening = patch, latent_dim, latent_dim, widening
         self.token_features = TokenFeatures(width=width, patch=patch, latent_dim=latent_dim, in_patch=in_patch)
         self.own = None if tied is not None else Codebook(components, latent_dim, separation=2.0)
         # in a tuple, so that the encoder's parameters are not registered a second time
-        self._tied, self.is_tied = (tied,), tied is not None
+        self._tied, self.is_tied = (tied,), tied is not None and widening == 0
         num_components = tied.vocab_size if tied is not None else components
         self.weight_head = nn.Linear(width, num_components)
         nn.init.zeros_(self.weight_head.weight)
         nn.init.zeros_(self.weight_head.bias)
 
+    @torch.no_grad()
+    def start_from(self, mean: Tensor, log_std: Tensor) -> None:
+        """Start the components of its own as a codebook, widened."""
+        assert self.own is not None
+        self.own.mean.copy_(mean)
+        self.own.log_std.copy_(log_std + self.widening)
+
     @property
-    def components(self) -> Codebook:
-        """The codebook of the mixture: the encoder's, or the coupling's own."""
-        components = self._tied[0] if self.own is None else self.own
-        assert components is not None
-        return components
+    def components(self) -> tuple[Tensor, Tensor]:
+        """mu [K, d] and log s [K] of the mixture: the coupling's own, or the encoder's, widened."""
+        if self.own is not None:
+            return self.own.mean, self.own.log_std
+        tied = self._tied[0]
+        assert tied is not None
+        return tied.mean, tied.log_std + self.widening if self.widening else tied.log_std
 
     def forward(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
         token_features = self.token_features(features, z).flatten(0, -2)
@@ -62,9 +73,9 @@ class MixDCoupling(Coupling):
         return u.reshape(z.shape), log_det.view(*z.shape[:2], -1).sum(-1)
 
     def _map(self, z: Tensor, token_features: Tensor) -> tuple[Tensor, Tensor]:
-        log_w, book = widen(self.weight_head(token_features)), self.components
+        log_w = widen(self.weight_head(token_features))
         with full_precision(z):
-            return numerics.rosenblatt(z, log_w, book.mean, book.log_std)
+            return numerics.rosenblatt(z, log_w, *self.components)
 
     def log_prob(self, z: Tensor, features: Tensor, *, relative: bool = False) -> Float[Tensor, "B N"]:
         """log p(z_n | c_n) of every position, in nats.
@@ -72,8 +83,7 @@ class MixDCoupling(Coupling):
         `relative` subtracts log sum_k N_k(z_t) of every token, for tied components the decoder's normaliser
         (docs/math.md, eq. 12). One pass over the codebook gives both sums.
         """
-        head, book = self.weight_head, self.components
-        parameters = head.weight, head.bias, book.mean, book.log_std
+        parameters = self.weight_head.weight, self.weight_head.bias, *self.components
         by_token, features = z.unflatten(-1, (self.patch, self.latent_dim)), self.token_features(features, z)
         return numerics.mixture_log_prob_from_features(by_token, features, *parameters, relative=relative).sum(-1)
 
@@ -103,10 +113,9 @@ class MixDCoupling(Coupling):
             z = yield self._conditional(widen(self.weight_head(walk.send(z))), self.components, adjust)
 
     @staticmethod
-    def _conditional(log_w: Tensor, book: Codebook, adjust: AdjustWeights | None) -> Conditional:
+    def _conditional(log_w: Tensor, book: tuple[Tensor, Tensor], adjust: AdjustWeights | None) -> Conditional:
         def inverse(u: Tensor) -> Tensor:
-            adjusted = log_w if adjust is None else adjust(log_w)
-            return numerics.rosenblatt_inverse(u, adjusted, book.mean, book.log_std)
+            return numerics.rosenblatt_inverse(u, log_w if adjust is None else adjust(log_w), *book)
 
-        p = (log_w, book.mean, book.log_std)
+        p = (log_w, *book)
         return Conditional(lambda z: numerics.rosenblatt(z, *p), inverse, lambda z: numerics.mixture_log_prob(z, *p))
