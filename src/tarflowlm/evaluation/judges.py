@@ -31,9 +31,14 @@ PAPER_JUDGES = ("gpt2-large", "openai-community/gpt2-large")
 class JudgedTexts:
     """Scores and features of some texts."""
 
-    nats: float  # negative log-likelihood of all scored tokens
+    by_text: Tensor  # negative log-likelihood of the scored tokens of each text, [texts], float64
     tokens: int  # scored tokens of the judge
     features: Tensor  # [texts, D], float32: the last state of the last layer of each text (of its first chunk)
+
+    @property
+    def nats(self) -> float:
+        """Negative log-likelihood of all scored tokens."""
+        return self.by_text.sum().item()
 
     @property
     def perplexity(self) -> float:
@@ -58,27 +63,33 @@ class Judge(ABC):
         """Negative log-likelihood in nats of every token [B, T], NaN where it is not scored; last states [B, T, D].
         Both depend only on the token and those before it, so padding on the right does no harm."""
 
-    def read(self, texts: Sequence[str], progress: Progress = SILENT) -> JudgedTexts:
-        """Score all texts and take the features of each. `progress` advances by texts. Raises UserError for texts
-        without tokens or with unknown characters."""
-        chunks: list[list[int]] = []
-        first: list[int] = []
-        for text in texts:
-            ids = list(self.encode(text))
+    def read(
+        self, texts: Sequence[str], progress: Progress = SILENT, *, after: Sequence[str] | None = None
+    ) -> JudgedTexts:
+        """Score all texts and take the features of each. `progress` advances by texts. The judge reads what a text
+        comes `after` first, without scoring it. Raises UserError for texts without tokens or with unknown characters.
+        """
+        # index of the text, tokens of a chunk, and how many of them are not scored
+        chunks, first = list[tuple[int, list[int], int]](), list[int]()
+        for index, text in enumerate(texts):
+            before, ids = list(self.encode(after[index])) if after and after[index] else [], list(self.encode(text))
             if not ids:
                 raise UserError(f"the judge {self.name} has no tokens for the text {text!r}: choose another judge")
             first.append(len(chunks))
-            chunks += [ids[i : i + self.context] for i in range(0, len(ids), self.context)]
-        nats, count, batch, features = 0.0, 0, windows_per_batch(self.context), []
+            ids, places = before + ids, range(0, len(before + ids), self.context)
+            chunks += [(index, ids[i : i + self.context], max(len(before) - i, 0)) for i in places]
+        nats, count, features = torch.zeros(len(texts), dtype=torch.float64), 0, []
+        batch = windows_per_batch(self.context)
         for start in range(0, len(chunks), batch):
-            part = [torch.tensor(ids) for ids in chunks[start : start + batch]]
-            lengths = torch.tensor([len(ids) for ids in part])
-            padded = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
+            owners, tokens, unscored = zip(*chunks[start : start + batch], strict=True)
+            lengths = torch.tensor([len(ids) for ids in tokens])
+            padded = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, tokens)), batch_first=True)
             losses, states = self.score(padded)
-            scored = losses.cpu().double()[torch.arange(padded.shape[1]) < lengths[:, None]]
-            scored = scored[~scored.isnan()]
-            nats, count = nats + scored.sum().item(), count + len(scored)
-            features.append(states.cpu()[torch.arange(len(part)), lengths - 1].float())
+            losses, place = losses.cpu().double(), torch.arange(padded.shape[1])
+            is_scored = (place < lengths[:, None]) & (place >= torch.tensor(unscored)[:, None]) & ~losses.isnan()
+            nats.index_add_(0, torch.tensor(owners), losses.where(is_scored, 0.0).sum(1))
+            count += int(is_scored.sum())
+            features.append(states.cpu()[torch.arange(len(tokens)), lengths - 1].float())
             progress.advance(sum(start <= index < start + batch for index in first))
         return JudgedTexts(nats, count, torch.cat(features)[first])
 

@@ -1,6 +1,7 @@
 """The paper's tables and figures as recipes: trainings, measurements and written results."""
 
-from tarflowlm.reproduce.ablations import FIG2, FIG3, FIG4, FIG5, ONE_BLOCK, PATCH_SIZES, PROGRESSIVE
+from tarflowlm.reproduce import ablations
+from tarflowlm.reproduce.ablations import FIG2, FIG3, FIG4, FIG5
 from tarflowlm.reproduce.passes import FIG6, FRONTIER
 from tarflowlm.reproduce.recipe import Recipe
 from tarflowlm.reproduce.states import FIG7
@@ -8,7 +9,22 @@ from tarflowlm.reproduce.tables import TABLE2, TABLE6
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
-    for recipe in (TABLE2, FIG2, FIG3, FIG4, FIG5, FIG6, FIG7, TABLE6, PROGRESSIVE, PATCH_SIZES, ONE_BLOCK, FRONTIER)
+    for recipe in (
+        TABLE2,
+        FIG2,
+        FIG3,
+        FIG4,
+        FIG5,
+        FIG6,
+        FIG7,
+        TABLE6,
+        FRONTIER,
+        ablations.PROGRESSIVE,
+        ablations.VOCABULARIES,
+        ablations.PATCH_SIZES,
+        ablations.IN_PATCH,
+        ablations.SHARES,
+    )
 }
 """Every recipe by its name, in the order in which `all` runs them."""
 

@@ -1,31 +1,28 @@
-"""Figures 2 to 5 of the paper (ladder, couplings, components, two tokens at a time), and three open questions:
-progressive training over time, patch sizes, and a single Mix-1 block."""
+"""Figures 2 to 5 of the paper (ladder, couplings, components, two tokens at a time), and open questions: progressive
+training, fewer components than tokens, patch sizes, what recovers a patch, and the shares of the blocks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-from tarflowlm.config import RunConfig, as_flow_config, stack
+from torch import Tensor
+
+from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, as_flow_config, stack
 from tarflowlm.data import eval_windows
-from tarflowlm.presets import PLAIN_CODEBOOK
-from tarflowlm.report.records import RunRecord, read_record
+from tarflowlm.evaluation.judges import Judge
+from tarflowlm.presets import PLAIN_CODEBOOK, preset, with_blocks, with_steps
 from tarflowlm.report.style import Figure
 from tarflowlm.reproduce import states
 from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings
 
 BASE, CHANNELWISE = "base", "+ channel-wise"
 SIX = 6
-COMPONENTS = (1, 2, 4, 8, 16, 27)
-ALONE, HEAD, STARTED = "features alone", "with the channels before", "with them, start from the codebook"
-HEADS: dict[str, tuple[str, dict[str, Any]]] = {ALONE: ("-features", {"sees_channels": False, "start": "plain"})}
-HEADS |= {HEAD: ("-plain", {"start": "plain"}), STARTED: ("", {})}
-"""Figure 4: inputs of the parameters of a channel -> suffix of the run, fields of its blocks."""
+COMPONENTS = (1, 2, 4, 8, 27)
 PREFIXES, PROMPTS = (0, 16, 64, 128), 32  # tokens of real text before a continuation, number of continuations
-MINI_BOUND, PAPER_BOUND = 2.1, 1.4  # bits per character of the training text, seen once at most at mini scale
-AVERAGED, POINTS = 5, 8  # lines of metrics.jsonl averaged in a point of the curve; evenly spaced points of it
 PATCHES = (2, 4, 8)
-FEW_COMPONENTS = (2, 3, 4)
+VOCABULARY, IN_MIX1 = 256, (16, 64, 256)  # BPE tokens, and components in every Mix-1 block
+HALF_STEPS = 1300  # of trainings at mini scale that only have to show an order
 
 
 def plan_fig2(settings: Settings) -> list[Training]:
@@ -38,8 +35,8 @@ def plan_fig2(settings: Settings) -> list[Training]:
 
 
 def joint(progressive: RunConfig) -> RunConfig:
-    """The same number of steps, each of which trains all blocks."""
-    train = replace(progressive.train, mode="joint", stage_steps=(sum(progressive.train.stage_steps),))
+    """The steps of block 1, and so its tokens, each of which trains all blocks."""
+    train = replace(progressive.train, mode="joint", stage_steps=progressive.train.stage_steps[:1])
     return replace(progressive, name=f"{progressive.name}-joint", train=train)
 
 
@@ -49,38 +46,39 @@ def plan_fig3(settings: Settings) -> list[Training]:
 
 
 def _six_blocks(settings: Settings, coupling: Literal["affine", "mix1"]) -> RunConfig:
-    """Six blocks of two layers; of one layer at mini scale, the depth of the baseline."""
+    """Six blocks of two layers with a plain start; of one layer at mini scale, the depth of the baseline."""
     run = settings.preset(coupling, "owt")
     before = as_flow_config(run.model)
     first, upper = before.blocks[0], before.blocks[-1]
     layers = (1 if settings.scale == "mini" else 2,) * SIX
     blocks = stack((coupling,) * SIX, layers, (first.components, *(upper.components,) * (SIX - 1)))
-    model = replace(before, blocks=blocks).each_block(start=first.start)
+    model = replace(before, blocks=blocks).each_block(start="plain")
     return states.shortened(settings, replace(run, name=f"{run.name}-six", model=model))
 
 
 def plan_fig4(settings: Settings) -> list[Training]:
-    """Mix-1 with each number of components: without the channels before, as in the paper, and with them."""
-    runs = [_components(settings, k, variant) for variant in (ALONE, HEAD) for k in COMPONENTS]
+    """Mix-1 with each number of components, whose channels do not see those before them."""
+    return _components(settings.preset("mix1", "text8"), COMPONENTS, "-features", settings, sees_channels=False)
+
+
+def plan_vocabulary(settings: Settings) -> list[Training]:
+    """Mix-1 with fewer components than tokens, and with as many."""
+    run = settings.preset("mix1", "owt")
     if settings.scale == "mini":
-        # the paper's presets have no such start
-        runs.append(_components(settings, COMPONENTS[-1], STARTED))
-    return trainings(settings, dict(runs))
+        tokenizer = TokenizerConfig(kind="bpe", vocab_size=VOCABULARY)
+        run = with_steps(replace(run, data=DataConfig(tokenizer=tokenizer)), HALF_STEPS)
+    return _components(run, IN_MIX1, "-words", settings)
 
 
-def _components(settings: Settings, components: int, variant: str) -> tuple[str, RunConfig]:
-    """Label and run: Mix-1 with K components in every block, the learning rate of the codebook the same for all."""
-    run, (suffix, fields) = settings.preset("mix1", "text8"), HEADS[variant]
-    model = as_flow_config(run.model).each_block(components=components, **fields)
-    optim = replace(run.optim, codebook_lr_scale=PLAIN_CODEBOOK)
-    run = replace(run, name=f"{run.name}-k{components}{suffix}", model=model, optim=optim)
-    return f"K = {components}, {variant}", states.shortened(settings, run)
-
-
-def measure_fig4(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """The runs' own measurements by K and by the inputs of the parameters of a channel."""
-    rows = states.summaries_by(settings, finished, column="K", value=lambda config: config.blocks[0].components)
-    return [row | {"head": row["model"].partition(", ")[2]} for row in rows]
+def _components(
+    run: RunConfig, counts: Sequence[int], suffix: str, settings: Settings, **fields: Any
+) -> list[Training]:
+    """`run` with each of these numbers of components in every block, a plain start, and one rate of the codebook."""
+    optim, found = replace(run.optim, codebook_lr_scale=PLAIN_CODEBOOK), {}
+    for k in counts:
+        model = as_flow_config(run.model).each_block(components=k, start="plain", **fields)
+        found[f"K = {k}"] = replace(run, name=f"{run.name}-k{k}{suffix}", model=model, optim=optim)
+    return trainings(settings, found)
 
 
 def plan_fig5(settings: Settings) -> list[Training]:
@@ -106,22 +104,27 @@ def two_tokens(settings: Settings, in_patch: Literal["autoregressive", "independ
 
 
 def measure_fig5(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """Perplexity under the judge of prefix and continuation, by model and prefix; real text last."""
+    """The judge's perplexity of the continuation alone, given the prefix, by model and prefix; real text last."""
     judge, models = states.judge_of(settings, finished)
     rows: list[Row] = []
     for done in models:
         checkpoint = done.load()
-        context, tokenizer = checkpoint.run.model.context, checkpoint.tokenizer
+        context, decode = checkpoint.run.model.context, checkpoint.tokenizer.decode
         text = eval_windows(done.tokens(checkpoint), context, PROMPTS)
+        real: list[Row] = []
         for prefix in PREFIXES:
             prompt, what = text[:, :prefix], f" after a prefix of {prefix}"
-            found = states.sample(done, checkpoint, len(text), context, prompt=prompt, what=what)
-            judged = judge.read([tokenizer.decode(row) for row in found.tokens.tolist()])
-            row = {"model": done.training.label, "seed": done.training.run.seed, "prefix": prefix}
-            rows.append(row | {"perplexity": judged.perplexity, "judge": judge.name})
-        real = judge.read([tokenizer.decode(row) for row in text.tolist()]).perplexity
-    rows += [{"model": "real text", "prefix": prefix, "perplexity": real, "judge": judge.name} for prefix in PREFIXES]
-    return rows
+            found = states.sample(done, checkpoint, len(text), context, prompt=prompt, what=what).tokens.cpu()
+            row = {"model": done.training.label, "seed": done.training.run.seed}
+            rows.append(row | _continued(judge, decode, found, prefix))
+            real.append({"model": "real text"} | _continued(judge, decode, text, prefix))
+    return rows + real
+
+
+def _continued(judge: Judge, decode: Callable[[list[int]], str], tokens: Tensor, prefix: int) -> Row:
+    before, after = ([decode(row) for row in part.tolist()] for part in tokens.tensor_split([prefix], dim=1))
+    perplexity = judge.read(after, after=before).perplexity
+    return {"prefix": prefix, "perplexity": perplexity, "judge": judge.name}
 
 
 def table_fig5(rows: Sequence[Row]) -> list[Row]:
@@ -138,14 +141,11 @@ def draw_fig5(figure: Figure, rows: Sequence[Row]) -> None:
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         curves.setdefault(row["model"], []).append((row["prefix"], row["perplexity"]))
-    _plot_lines(figure, curves, "tokens of real text before the continuation", "generative perplexity")
-
-
-def _plot_lines(figure: Figure, curves: Mapping[str, Sequence[tuple[int, float]]], x_name: str, y_name: str) -> None:
     axes = figure.subplots()
     for name, points in curves.items():
         axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
-    axes.set(xlabel=x_name, ylabel=y_name)
+    axes.set_yscale("log")
+    axes.set(xlabel="tokens of real text before the continuation", ylabel="perplexity of the continuation")
     axes.legend()
 
 
@@ -155,37 +155,12 @@ def plan_progressive(settings: Settings) -> list[Training]:
     return trainings(settings, {"progressive": progressive, "joint": joint(progressive)})
 
 
-def training_curve(record: RunRecord) -> dict[int, float]:
-    """Step -> training bound in bits per character, averaged over the last `AVERAGED` lines up to that step."""
-    steps, values = record.train["step"], record.train["bpc"]
-    ends = range(min(AVERAGED, len(values)), len(values) + 1)
-    return {int(steps[end - 1]): float(values[max(0, end - AVERAGED) : end].mean()) for end in ends}
-
-
 def measure_progressive(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """Final bound, steps to a given training bound, KL divergence after every block, and the training curve."""
-    bound = MINI_BOUND if settings.scale == "mini" else PAPER_BOUND
-    rows = []
-    for done in finished:
-        curve = training_curve(read_record(done.directory))
-        reached = next((step for step, bpc in curve.items() if bpc <= bound), None)
-        row = states.summary_row(done) | {f"steps to {bound}": reached}
+    """Final bound, the curves, and the KL divergence after every block."""
+    rows = states.with_curves(settings, finished)
+    for row, done in zip(rows, finished, strict=True):
         row |= {f"kl after block {state.block}": state.kl.mean for state in states.latents(done)[1:]}
-        for place in range(1, POINTS + 1):
-            goal = place * done.training.run.train.num_steps / POINTS
-            _, step = min((abs(step - goal), step) for step in curve)
-            row[f"bpc at {step:,}"] = curve[step]
-        rows.append(row)
     return rows
-
-
-def draw_progressive(figure: Figure, rows: Sequence[Row]) -> None:
-    """The training curves."""
-    curves = {}
-    for row in rows:
-        points = [(int(name[7:].replace(",", "")), bpc) for name, bpc in row.items() if name.startswith("bpc at ")]
-        curves[f"{row['model']}, seed {row['seed']}"] = points
-    _plot_lines(figure, curves, "optimiser steps", "training bits per character, <=")
 
 
 def plan_patches(settings: Settings) -> list[Training]:
@@ -195,57 +170,108 @@ def plan_patches(settings: Settings) -> list[Training]:
     return trainings(settings, {"P = 1": run} | {f"P = {p}": patched for p, patched in wider.items()})
 
 
-def plan_one_block(settings: Settings) -> list[Training]:
-    """One Mix-1 block with each number of components."""
-    return trainings(settings, {f"K = {k}": _one_block(settings, k) for k in FEW_COMPONENTS})
+def plan_in_patch(settings: Settings) -> list[Training]:
+    """Patches of two in a stack whose last block is the deepest: tokens apart in block 1 or together, channels mixed
+    or not; and Mix-d with the tokens apart."""
+    run = preset("mini-passes") if settings.scale == "mini" else settings.preset("mix1", "text8")
+    found = {"Mix-d, tokens apart": two_tokens(settings, "independent")}
+    for how in ("together", "apart"):
+        for mixed in (True, False):
+            first, *upper = as_flow_config(run.model).blocks
+            blocks = (replace(first, sees_tokens=how == "together"), *upper)
+            model = replace(as_flow_config(run.model), patch=2, blocks=blocks, channel_mix=mixed)
+            name = f"{run.name}-p2-{how}{'' if mixed else '-unmixed'}"
+            label = f"Mix-1, tokens {how} in block 1, channels {'mixed' if mixed else 'as they are'}"
+            found[label] = replace(run, name=name, model=model)
+    if settings.scale == "mini":
+        found = {label: with_steps(replace(r, name=f"{r.name}-half"), HALF_STEPS) for label, r in found.items()}
+    return trainings(settings, found) + states.judge_training(settings)
 
 
-def _one_block(settings: Settings, components: int) -> RunConfig:
-    """One Mix-1 block with all layers of the three."""
-    run = settings.preset("mix1", "text8")
-    before = as_flow_config(run.model)
-    layers = (sum(block.layers for block in before.blocks),)
-    model = replace(before, blocks=stack(("mix1",), layers, (components,)))
-    optim = replace(run.optim, codebook_lr_scale=PLAIN_CODEBOOK)
-    return states.shortened(settings, replace(run, name=f"{run.name}-one-k{components}", model=model, optim=optim))
+def measure_in_patch(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """The bound of each model beside what figure 5 measures."""
+    judged = {(row["model"], row["seed"]): row for row in table_fig5(measure_fig5(settings, finished))}
+    rows = [states.summary_row(done) for done in finished if done.training.label != "judge"]
+    return [row | judged[row["model"], row["seed"]] for row in rows]
+
+
+def plan_shares(settings: Settings) -> list[Training]:
+    """Mix-d with most of its layers in the last block, trained progressively, jointly, and with codes that overlap;
+    and block 1 alone, with its layers and with all of the stack's."""
+    run = settings.preset("mixd", "text8")
+    layers, K = ((1, 1, 4), 27) if settings.scale == "mini" else ((2, 2, 8), 64)
+    blocks, first = stack(("mixd", "mix1", "mix1"), layers, (0, K, K)), run.train.stage_steps[0]
+    model = replace(as_flow_config(run.model), blocks=blocks, channel_mix=None)
+    steps = replace(run.train, stage_steps=(first, first // 2, first // 2))
+    deep = replace(run, name=f"{run.name}-deep-last", model=model, train=steps)
+    soft = replace(model, separation=4.0), replace(run.optim, codebook_lr_scale=0.0)
+    together = replace(steps, mode="joint", stage_steps=(2 * first,))
+    found = {
+        "progressive": deep,
+        "joint": replace(deep, name=f"{deep.name}-joint", train=together),
+        "progressive, codes 4 sigma apart": replace(deep, name=f"{deep.name}-soft", model=soft[0], optim=soft[1]),
+    }
+    for count in (layers[0], sum(layers)):
+        alone = replace(model, blocks=(replace(blocks[0], layers=count),))
+        one = replace(with_blocks(deep, 1), name=f"{run.name}-one-l{count}", model=alone)
+        found[f"block 1 alone, {count} layer{'s' * (count > 1)}"] = one
+    return trainings(settings, found)
+
+
+def measure_shares(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """The bound, and the nats per token that every block takes off the KL divergence."""
+    return [states.summary_row(done) | states.gains(done) for done in finished]
 
 
 FIG2 = Recipe(
     name="fig2", title="Ladder of ablations",
     claim="The paper: every addition improves the model: base (one affine map for all channels of a token), + "
-    "channel-wise affine, + Mix-1, + Mix-d, + progressive training.",
-    plan=plan_fig2, measure=states.summaries, draw=states.plot_models, seeds=2, clear=(BASE, CHANNELWISE),
+    "channel-wise affine (a minor gain), + Mix-1 (a great one), + Mix-d, + progressive training. (Block 1 sees the "
+    "same tokens in all of them; progressive training adds a few steps for the other blocks.)",
+    plan=plan_fig2, measure=states.with_curves, table=states.without_curves, draw=states.plot_curves, seeds=2,
+    clear=(BASE, CHANNELWISE),
 )  # fmt: skip
 
 FIG3 = Recipe(
     name="fig3", title="Affine against Mix-1, six blocks",
-    claim="The paper: with six blocks of two layers, Mix-1 reaches a clearly better bound than affine couplings.",
-    plan=plan_fig3, measure=states.summaries, draw=states.plot_models,
+    claim="The paper: with six blocks of two layers, Mix-1 reaches a clearly better bound than affine couplings, in "
+    "training and in validation (figures 3 and 8).",
+    plan=plan_fig3, measure=states.with_curves, table=states.without_curves, draw=states.plot_curves,
 )  # fmt: skip
 
 FIG4 = Recipe(
     name="fig4", title="Mixture components",
-    claim="The paper, without a head over channels: K = 1 is far worse than any K above 1, and all of those work. "
-    f'("{ALONE}" is that model: the parameters of a channel depend on the positions before. With the head they also '
-    "see the channels before it.)",
-    plan=plan_fig4, measure=measure_fig4, hidden=(*RUN_DETAILS, "model", "seed", ""),
-    draw=partial(states.plot_over, column="K", label="mixture components K", series="head"),
+    claim="The paper, without a head over channels (the parameters of a channel depend on the positions before): one "
+    "component is far worse than any K above 1, and all of those work. The letters of english27 alone, without their "
+    "order, have 4.12 bits, pairs of neighbours 3.42.",
+    plan=plan_fig4, hidden=(*RUN_DETAILS, "model", "seed", ""),
+    measure=partial(states.summaries_by, column="K", value=lambda config: config.blocks[0].components),
+    draw=partial(states.plot_over, column="K", label="mixture components K"),
+)  # fmt: skip
+
+VOCABULARIES = Recipe(
+    name="vocabulary", title="Fewer components than tokens",
+    claim="The paper: on OpenWebText, 64 components or more in Mix-1 match all 50,257 there. Here the tokens are "
+    f"{VOCABULARY}, and Mix-1 with fewer components is compared with Mix-1 with as many.",
+    plan=plan_vocabulary, hidden=(*RUN_DETAILS, "model", "seed", ""),
+    measure=partial(states.summaries_by, column="K", value=lambda config: config.blocks[0].components),
+    draw=partial(states.plot_over, column="K", label="mixture components K"),
 )  # fmt: skip
 
 FIG5 = Recipe(
     name="fig5", title="Two tokens at a time",
     claim="The paper: at patch size 2 the flow's generative perplexity stays good over all prefix lengths; a "
     "baseline that predicts two tokens at once breaks down. (It does not say which coupling the flow has. Its patch "
-    "models have a head over all channels of a patch, as Mix-1 has here; its figure 1 has the tokens of a patch "
-    "independent in the first blocks.)",
+    "models have a head over all channels of a patch, as Mix-1 has here, which starts from the codebook. Its figure "
+    "1 has the tokens of a patch independent in the first blocks. The judge scores the continuation alone.)",
     plan=plan_fig5, measure=measure_fig5, table=table_fig5, draw=draw_fig5,
 )  # fmt: skip
 
 PROGRESSIVE = Recipe(
     name="progressive", title="Progressive and joint training",
-    claim="The paper: the ablation is best with progressive training. (KL divergences are in nats per token, to a "
-    "prior that ends after that block. A training step of the first block alone costs less than a joint step.)",
-    plan=plan_progressive, measure=measure_progressive, draw=draw_progressive, seeds=2,
+    claim="The paper: the ablation is best with progressive training. (Block 1 sees as many tokens in both. KL "
+    "divergences are in nats per token, to a prior that ends after that block.)",
+    plan=plan_progressive, measure=measure_progressive, table=states.without_curves, draw=states.plot_curves, seeds=2,
 )  # fmt: skip
 
 PATCH_SIZES = Recipe(
@@ -255,9 +281,16 @@ PATCH_SIZES = Recipe(
     draw=partial(states.plot_over, column="P", label="tokens per position P"),
 )  # fmt: skip
 
-ONE_BLOCK = Recipe(
-    name="one-block", title="One Mix-1 block with few components",
-    claim="In the paper any K above 1 works in three blocks, without a head over channels. Are two to four "
-    "components enough in one, with that head?",
-    plan=plan_one_block, measure=states.summaries, draw=states.plot_models,
+IN_PATCH = Recipe(
+    name="in-patch", title="What recovers a patch",
+    claim="The paper: where the first blocks treat the tokens of a patch as independent, later blocks and channel "
+    "mixing recover what binds them. Bounds, and what figure 5 measures, in a stack whose last block is the deepest.",
+    plan=plan_in_patch, measure=measure_in_patch,
+)  # fmt: skip
+
+SHARES = Recipe(
+    name="shares", title="The paper's shares of layers in Mix-d",
+    claim="The paper gives Mix-1 most of its layers in the last block, and for Mix-d no shares. Do the blocks above "
+    "a shallow Mix-d block take over what it lacks?",
+    plan=plan_shares, measure=measure_shares, draw=states.plot_models,
 )  # fmt: skip

@@ -9,21 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflowlm.config import BaselineConfig, FlowConfig, RunConfig, as_flow_config
+from tarflowlm.config import BaselineConfig, FlowConfig, RunConfig, TransformerConfig, as_flow_config
 from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.blocks import Spread, StateReport, latent_report, state_metrics
 from tarflowlm.evaluation.flops import forward_flops, generation_flops, training_flops
 from tarflowlm.evaluation.judges import PAPER_JUDGES, Judge, load_judge
-from tarflowlm.evaluation.likelihood import sign_of
+from tarflowlm.evaluation.likelihood import bits, sign_of
 from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import as_flow
 from tarflowlm.presets import mini_ar, preset, with_steps
+from tarflowlm.report.records import RunRecord, read_record
 from tarflowlm.report.style import COLOURS, SMALL, Axes, Figure
 from tarflowlm.reproduce.recipe import GPT2_SIZE, Finished, Recipe, Row, Settings, Training, markdown_table, trainings
 from tarflowlm.runs.checkpoint import Checkpoint, read_run
 
 JUDGE_STEPS, BOUND = 1300, "bits per character, <="
+AVERAGED, POINTS = 5, 12  # lines of metrics.jsonl averaged in a point of a curve; evenly spaced points of it
 SHORT_STEPS, SHORT_WINDOWS = 300, 1024  # steps and test windows of mini trainings whose ranking shows early
 DEEPEST_LAST = "Mix-1, plain start, last block deepest"  # label of `mini-passes`
 
@@ -61,6 +63,62 @@ def sample(
 def share(is_so: Tensor) -> float:
     """The share of a tensor's entries that are true."""
     return is_so.cpu().double().mean().item()
+
+
+def gains(done: Finished) -> Row:
+    """The nats per token that every block takes off the KL divergence, on the windows of `latents`."""
+    found = [state.kl_gain.mean for state in latents(done) if state.kl_gain is not None]
+    return {f"KL taken off by block {number}": gain for number, gain in enumerate(found, 1)}
+
+
+def judged_bits(judge: Judge, texts: Sequence[str]) -> Spread:
+    """Bits per character of texts by the judge: mean over the texts, and its standard error."""
+    characters = torch.tensor([len(text) for text in texts])
+    per_text = bits(judge.read(texts).by_text) / characters
+    return Spread(per_text.mean().item(), per_text.std().item() / len(texts) ** 0.5)
+
+
+def curves(done: Finished) -> Row:
+    """Bits per character over the steps: of the training text at `POINTS` evenly spaced steps, averaged over the last
+    `AVERAGED` lines of metrics.jsonl, and of every validation."""
+    record, row = read_record(done.directory), Row()
+    curve = training_curve(record)
+    for place in range(1, POINTS + 1):
+        goal = place * done.training.run.train.num_steps / POINTS
+        _, step = min((abs(step - goal), step) for step in curve)
+        row[f"train bpc at {step:,}"] = curve[step]
+    valid = zip(record.valid["step"], record.valid["bpc"], strict=True)
+    return row | {f"valid bpc at {int(step):,}": float(bpc) for step, bpc in valid}
+
+
+def training_curve(record: RunRecord) -> dict[int, float]:
+    """Step -> training bound in bits per character, averaged over the last `AVERAGED` lines up to that step."""
+    steps, values = record.train["step"], record.train["bpc"]
+    ends = range(min(AVERAGED, len(values)), len(values) + 1)
+    return {int(steps[end - 1]): float(values[max(0, end - AVERAGED) : end].mean()) for end in ends}
+
+
+def with_curves(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
+    """`summaries`, with the curves of each run."""
+    return [summary_row(done) | curves(done) for done in finished]
+
+
+def without_curves(rows: Sequence[Row]) -> list[Row]:
+    """The rows as a table shows them."""
+    return [{name: value for name, value in row.items() if " bpc at " not in name} for row in rows]
+
+
+def plot_curves(figure: Figure, rows: Sequence[Row]) -> None:
+    """Curves of seed 0 over the steps: training as a line, validation as dots."""
+    axes = figure.subplots()
+    for row, colour in zip((row for row in rows if row["seed"] == 0), COLOURS, strict=False):
+        for split, style in (("train", "-"), ("valid", "o")):
+            points = {name: bpc for name, bpc in row.items() if name.startswith(f"{split} bpc at ")}
+            steps = [int(name.rpartition(" ")[2].replace(",", "")) for name in points]
+            label = row["model"] if split == "train" else None
+            axes.plot(steps, list(points.values()), style, color=colour, markersize=4, label=label)
+    axes.set(xlabel="optimiser steps", ylabel=f"{BOUND} (line: training, dots: validation)")
+    axes.legend(fontsize=SMALL)
 
 
 def latents(done: Finished) -> list[StateReport]:
@@ -136,21 +194,25 @@ UP, DOWN = "latents of a text", "noise of a sample"
 """Two readings of layer 0: the states go up from the latents to the noise, or down from the noise to the latents."""
 METRICS = ("norm", "cosine", "participation_ratio", "centroid_shift")
 SHARES = ("log_det", "kl", "kl_gain", "nelbo")
-VISIBLE = 0.05  # the least change that counts, as a share of the metric's range: less does not show in a figure
+SURE = 2.0  # standard errors of a mean over sequences that a change must exceed to count
 FLOW_PATCHES = (1, 2, 4)
+GPT2_SIZES = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20)}
+GPT2_SIZES["gpt2-xl"] = (48, 1600, 25)
+"""Layers, width and heads."""
 
 _DIRECTIONS = f"""## The paper's four directions
 
-The paper leaves open which end is layer 0 ("sampled noise or an encoder's output"), so every cell has two readings:
-from the latents of a text to the noise, and from the noise to the latents of a sample. "yes": the metric goes the
-paper's way as a whole, and at no layer the other way. Changes below {VISIBLE:.0%} of its range do not count. The KL
-divergence of posterior and prior is in nats per token, of texts. The values of the metrics are in the CSV.
+The metrics are those of the L outputs of the layers, as in the paper's appendix G. It leaves open which end is
+layer 0 ("sampled noise or an encoder's output"), so every cell has two readings: from the latents of a text to the
+noise, and from the noise to the latents of a sample. "yes": the metric goes the paper's way as a whole, and at no
+layer the other way. A change counts if it exceeds {SURE:g} standard errors of the mean over sequences. The KL
+divergence of posterior and prior is in nats per token, of texts. The CSV has all values with standard deviations.
 """
 _OPERATIONS = """## Floating-point operations
 
 Millions per token, a multiply-add counted as two (conventions: `tarflowlm.evaluation.flops`). In its figure 7 the
-paper gives a flow "one head", the input map and head of block 1; its blocks have one each. The paper's terms multiply
-whole masked matrices over the channels of a position, the modules only what the masks leave, which shows at P = 4.
+paper gives a flow "one head", the input map and head of block 1; its blocks have one each. The plot has the flow's
+operations over those of a Transformer LM, by the paper's count, at the four sizes of GPT-2.
 """
 
 
@@ -170,6 +232,7 @@ def measure_fig7(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
         of_model: Row = {"model": done.training.label, "seed": done.training.run.seed}
         for state in latents(done):
             row = of_model | {"layer 0": UP, "layer": state.block, "block": state.block or None}
+            row["sequences"] = LATENT_WINDOWS
             for name in METRICS + SHARES:
                 spread = getattr(state, name)
                 row |= {name: spread and spread.mean, f"{name} ±": spread and spread.std}
@@ -178,42 +241,60 @@ def measure_fig7(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
         states = sample(done, checkpoint, SAMPLES, checkpoint.run.model.context).states
         for layer, metrics in enumerate(state_metrics(states)):
             row = of_model | {"layer 0": DOWN, "layer": layer, "block": len(states) - layer if layer else None}
+            row["sequences"] = SAMPLES
             for name, values in metrics.items():
                 spread = Spread.of(values.cpu())
                 row |= {name: spread.mean, f"{name} ±": spread.std}
             rows.append(row)
+    return rows + flops_by_size()
+
+
+def flops_by_size() -> list[Row]:
+    """Operations of a Mix-1 flow over those of a Transformer LM, by the paper's count, for each size and patch."""
+    rows: list[Row] = []
+    for name, (layers, width, heads) in GPT2_SIZES.items():
+        trunk = TransformerConfig(width=width, num_heads=heads)
+        model = replace(preset("owt-ar").model, vocab_size=GPT2_SIZE, trunk=trunk, layers=layers)
+        flow = replace(as_flow_config(preset("owt-mix1").model), vocab_size=GPT2_SIZE, trunk=trunk)
+        shares = (layers // 6, layers // 6, layers - 2 * (layers // 6))
+        blocks = tuple(replace(block, layers=n) for block, n in zip(flow.blocks, shares, strict=True))
+        for patch in FLOW_PATCHES:
+            counts = [forward_flops(m, "figure7") for m in (replace(flow, blocks=blocks, patch=patch), model)]
+            row = {"model": f"Mix-1, {name}", "size": name, "patch": patch}
+            rows.append(row | {"over the LM": counts[0] / counts[1]})
     return rows
 
 
-def falls(values: Sequence[float]) -> bool:
-    """True if the last value is visibly below the first, and no step visibly goes up."""
-    steps, least = _steps(values)
+def falls(values: Sequence[float], least: float = 0.0) -> bool:
+    """True if the last value is below the first by more than `least`, and no step goes up by more."""
+    steps = [after - before for before, after in pairwise(values)]
     return values[0] - values[-1] > least and max(steps, default=0.0) <= least
 
 
-def drops_and_rises(values: Sequence[float], directions: Sequence[str]) -> bool:
-    """True if values drop visibly at every right-to-left layer that has a next one, and rise at that next layer.
-    `directions` are those of the layers between the values."""
-    steps, least = _steps(values)
+def drops_and_rises(values: Sequence[float], directions: Sequence[str], least: float = 0.0) -> bool:
+    """True if values drop by more than `least` at every right-to-left layer that has a next one, and rise at that
+    next layer. `directions` are those of the layers between the values."""
+    steps = [after - before for before, after in pairwise(values)]
     pairs = zip(pairwise(steps), directions, strict=False)
     found = [drop < -least and rise > least for (drop, rise), direction in pairs if direction == "right to left"]
     return bool(found) and all(found)
 
 
-def _steps(values: Sequence[float]) -> tuple[list[float], float]:
-    """Changes from layer to layer, and the least visible change."""
-    return [after - before for before, after in pairwise(values)], VISIBLE * (max(values) - min(values))
-
-
 def directions(states: Sequence[Row]) -> Row:
     """The four directions of the paper's figure 7, each yes or no, of the states of one model in one reading."""
-    values = {name: [row[name] for row in states if row.get(name) is not None] for name in METRICS}
-    layers = ["left to right" if row["block"] % 2 else "right to left" for row in states[1:]]
+    outputs = [row for row in states if row["layer"]]
+    values = {name: [row[name] for row in outputs] for name in METRICS}
+    sure = SURE / outputs[0]["sequences"] ** 0.5
+    least = {name: sure * max(row[f"{name} ±"] for row in outputs) for name in METRICS}
+    layers = ["left to right" if row["block"] % 2 else "right to left" for row in outputs[1:]]
+    ratios = values["participation_ratio"]
     found = {
-        "norm decreases": falls(values["norm"]),
-        "cosine increases": falls([-cosine for cosine in values["cosine"]]),
-        "centroid movement diminishes": falls(values["centroid_shift"]),
-        "participation ratio drops right to left, then rises": drops_and_rises(values["participation_ratio"], layers),
+        "norm decreases": falls(values["norm"], least["norm"]),
+        "cosine increases": falls([-cosine for cosine in values["cosine"]], least["cosine"]),
+        "centroid movement diminishes": falls(values["centroid_shift"], least["centroid_shift"]),
+        "participation ratio drops right to left, then rises": drops_and_rises(
+            ratios, layers, least["participation_ratio"]
+        ),
     }
     return {name: "yes" if holds else "no" for name, holds in found.items()}
 
@@ -221,7 +302,8 @@ def directions(states: Sequence[Row]) -> Row:
 def directions_table(rows: Sequence[Row]) -> str:
     """Markdown: the paper's directions in both readings, and the KL divergence lowered by each block."""
     table: list[Row] = []
-    for (model, seed), group in groupby(rows, lambda row: (row["model"], row["seed"])):
+    of_states = [row for row in rows if "layer 0" in row]
+    for (model, seed), group in groupby(of_states, lambda row: (row["model"], row["seed"])):
         readings = {start: list(states) for start, states in groupby(group, lambda row: row["layer 0"])}
         up, down = directions(readings[UP]), directions(readings[DOWN])
         row: Row = {"model": model, "seed": seed} | {name: f"{up[name]}, {down[name]}" for name in up}
@@ -251,32 +333,44 @@ def _flops_row(label: str, model: FlowConfig | BaselineConfig, vocab_size: int) 
 
 
 def draw_fig7(figure: Figure, rows: Sequence[Row]) -> None:
-    """The four geometric metrics over the layers in both readings, with standard deviations; seed 0."""
+    """The four geometric metrics over the layers in both readings, with standard deviations, of seed 0; and the
+    operations of a flow over those of a Transformer LM at four sizes."""
     metrics = dict(zip(METRICS, ("norm", "cosine", "participation ratio", "movement of centroid"), strict=True))
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    panels = figure.subplots(2, len(metrics), sharex=True)
-    for across, start in zip(panels, (UP, DOWN), strict=True):
-        for axes, (name, title) in zip(across, metrics.items(), strict=True):
+    of_states = [row for row in rows if "layer 0" in row and row["seed"] == 0]
+    models = list(dict.fromkeys(row["model"] for row in of_states))
+    grid = figure.add_gridspec(2, len(metrics) + 1)
+    for down, start in enumerate((UP, DOWN)):
+        for across, (name, title) in enumerate(metrics.items()):
+            axes = figure.add_subplot(grid[down, across])
             for index, model in enumerate(models):
-                found = [row for row in rows if (row["model"], row["seed"], row["layer 0"]) == (model, 0, start)]
+                found = [row for row in of_states if (row["model"], row["layer 0"]) == (model, start)]
                 of_model = [row for row in found if row.get(name) is not None]
                 values, spreads = ([row[column] for row in of_model] for column in (name, f"{name} ±"))
                 # side by side, so that no model hides another
                 places = [row["layer"] + 0.06 * index for row in of_model]
                 axes.errorbar(places, values, spreads, marker="o", markersize=3.5, capsize=2, label=model)
-            axes.set_title(title, fontsize=9)
             axes.xaxis.get_major_locator().set_params(integer=True)
-        across[0].set_ylabel(f"layer 0: {start}")
-    for axes in panels[1]:
-        axes.set_xlabel("layer")
-    handles = panels[0, 0].get_legend_handles_labels()
+            axes.set_title(title, fontsize=9)
+            if across == 0:
+                axes.set_ylabel(f"layer 0: {start}")
+            if down:
+                axes.set_xlabel("layer")
+    handles = axes.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=len(models), fontsize=SMALL)
+    sizes, axes = list(GPT2_SIZES), figure.add_subplot(grid[:, len(metrics)])
+    for patch in FLOW_PATCHES:
+        ratios = [row["over the LM"] for row in rows if row.get("patch") == patch]
+        axes.plot(range(len(sizes)), ratios, "o-", label=f"P = {patch}")
+    axes.axhline(1.0, color="gray", linestyle=":")
+    axes.set_xticks(range(len(sizes)), [size.removeprefix("gpt2-") for size in sizes], rotation=45)
+    axes.set_title("operations, flow / LM", fontsize=9)
+    axes.legend(fontsize=SMALL)
 
 
 FIG7 = Recipe(
     name="fig7", title="Latents after every block",
     claim="The paper: across the layers the mean norm decreases, the cosine increases, the movement of the centroid "
     "diminishes, and the participation ratio drops at the right-to-left block and then rises.",
-    plan=plan_fig7, measure=measure_fig7, table=lambda rows: [], draw=draw_fig7, size=(10.0, 5.0),
+    plan=plan_fig7, measure=measure_fig7, table=lambda rows: [], draw=draw_fig7, size=(11.5, 5.0),
     text=lambda settings, finished, rows: f"{directions_table(rows)}\n{flops_table(settings, finished)}",
 )  # fmt: skip
