@@ -15,8 +15,8 @@ MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for p
 
 LAYERS = """
     errors progress | model_config files | config | presets | flow data | language_model device | model baseline |
-    objective | runs | generation | evaluation editing | sharing | training pretrained | report | __init__ |
-    terminal | reproduce harness | studio | cli | __main__
+    objective | runs | generation | evaluation editing | sharing | training | report | terminal | pretrained |
+    __init__ | reproduce harness | studio | cli | __main__
 """
 """Bottom to top. A folder or file imports from itself and from lower layers, never from a neighbour in its layer."""
 LAYER_OF = {unit: level for level, layer in enumerate(LAYERS.split("|")) for unit in layer.split()}

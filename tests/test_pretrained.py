@@ -43,6 +43,37 @@ def test_write_fills_blanks(loaded):
         assert (text[:4], text[7:], len(text)) == ("the ", " of", 10)
 
 
+def test_fill_edit_and_stream(loaded):
+    assert loaded.fill("The ___ of", seed=1) == loaded.write(template="The ___ of", seed=1)
+    options = {"num_tokens": 24, "seed": 3}
+    whole, pieces = loaded.write("The king", **options), list(loaded.stream("The king", **options))
+    assert "".join(pieces) == whole
+    assert "".join(loaded.stream("The king", stop=whole[12:14], **options)) == whole[:12]
+    assert next(loaded.stream("The king", **options)) == pieces[0]
+    if loaded.model.is_exact:
+        return
+    text = "the king of the land"
+    assert loaded.edit(text, strength=0.0) == text
+    first, second = loaded.edit(text, rewrite="king", num=2, candidates=8)
+    assert first.startswith("the ")
+    assert second.endswith(" of the land")
+    assert loaded.edit(text, replace=("king", "lord")).startswith("the lord")
+    assert loaded.edit(text, toward="the end of the world", weight=0.0) == text
+    assert loaded.edit(text, level=0, strength=0.0) == text
+
+
+@pytest.mark.slow
+def test_training_in_a_line_returns_the_model(tmp_path, corpus_file):
+    small = {"model.context": 16, "model.trunk.width": 8, "model.layers": 1, "train.batch_size": 2}
+    out, options = tmp_path / "run", {"data": corpus_file, "steps": 3, "train.test_windows": 4} | small
+    lm = tarflowlm.train("mini-ar", out, **options)
+    assert (lm.config.layers, lm.checkpoint.run.train.num_steps) == (1, 3)
+    again, resumed = tarflowlm.train("mini-ar", str(out), **options), tarflowlm.resume(out)
+    assert lm.write("a", num_tokens=8) == again.write("a", num_tokens=8) == resumed.write("a", num_tokens=8)
+    tuned = lm.tune(corpus_file, tmp_path / "tuned", steps=2)
+    assert tuned.checkpoint.run.parent.startswith("run@")
+
+
 @pytest.mark.slow
 def test_spaces_belong_to_the_token_after_them():
     """One before a blank, or at the end of a prompt, is that of the token to be drawn."""

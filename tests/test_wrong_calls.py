@@ -26,7 +26,6 @@ REFUSED = [
     ('generate(flow, num_tokens=8, decoder=("auto", "auto", 3))', ["decoder 3", "steps"]),
     ('generate(baseline, num_tokens=8, decoder="foo")', ["decoder 'foo'", "steps"]),
     ('generate(flow, num_tokens=8, decoding="foo")', ["decoding 'foo'", "mode, drawn"]),
-    ("generate(lm, num_tokens=8)", ["of type Pretrained", "pass lm.model"]),
     ('generate("english-mini", num_tokens=8)', ["'english-mini'", "pass lm.model", "load"]),
     ("elbo(lm, tokens[None])", ["of type Pretrained", "pass lm.model"]),
     ("elbo(flow, tokens[None], generator=3)", ["generator 3", "torch.Generator().manual_seed"]),
@@ -63,6 +62,18 @@ REFUSED = [
     ("tarflowlm.score(baseline, tokens.float())", ["float32"]),
     ("tarflowlm.score(baseline, tokens * 0 + 27)", ["hold 27"]),
     ("tarflowlm.score(baseline, tokens * 0 - 1)", ["hold -1"]),
+    ('lm.edit("the king", strength=2.0)', ["strength 2.0"]),
+    ('lm.edit("the king", weight=0.5)', ["weight", "has no effect", "strength"]),
+    ('tarflowlm.Pretrained.edit(tarflowlm.load("english-mini-ar"), "the king")', ["baseline", "load a flow"]),
+    ('list(lm.stream("the", temperature=-1.0))', ["temperature -1.0", "above 0"]),
+    ('tarflowlm.train("mini-mixed", "x")', ["preset 'mini-mixed'", "mini-mixd"]),
+    ('tarflowlm.train(3, "x")', ["run 3", "preset"]),
+    ('tarflowlm.train("mini-ar", 3)', ["out 3", "directory"]),
+    ('tarflowlm.train("mini-ar", "x", **{"model.latentdim": 3})', ["model.latentdim", "unknown"]),
+    ('tarflowlm.train("mini-ar", "x", **{"modl.layers": 3})', ["modl.layers", "no field"]),
+    ('tarflowlm.train("mini-ar", "x", steps=3, minutes=1.0)', ["steps 3", "minutes 1.0"]),
+    ('tarflowlm.train("mini-ar", "x", data="no-such-file")', ["no-such-file"]),
+    ('tarflowlm.resume("no-such-run")', ["no-such-run"]),
     ("lm.save_pretrained(5)", ["folder 5", "path"]),
     ("lm.push_to_hub(5)", ["repository 5", "OWNER/NAME"]),
     ("tarflowlm.load(None)", ["model None", "run directory", "hf:OWNER/NAME"]),
@@ -71,6 +82,7 @@ REFUSED = [
     ('tarflowlm.load("nothing")', ["nothing", "english-mini"]),
 ]
 ACCEPTED = [
+    "generate(lm, num_tokens=8).tokens.shape == (1, 8)",
     "lm.write('the', num_tokens=np.int64(8), num=np.int32(1), temperature=np.float32(1.0), seed=np.int64(3))"
     " == lm.write('the', num_tokens=8, num=1, seed=3)",
     "small.write('The', num_tokens=8, temperature=torch.tensor(0.5), top_k=np.int64(3), seed=np.array(1))"

@@ -1,33 +1,53 @@
-"""TarFlowLM: language modelling in continuous space with Transformer autoregressive flows (arXiv 2507.00425)."""
+"""TarFlowLM: language modelling in continuous space with Transformer autoregressive flows (arXiv 2507.00425).
+
+import tarflowlm
+
+lm = tarflowlm.load("english-small")    # a shipped model, a run directory, or hf:OWNER/NAME
+lm.write("The people", num_tokens=60, temperature=0.8)      # also lm.stream, piece by piece
+lm.fill("The _ of the United States")                       # blanks anywhere
+lm.edit("The people of this country", words=1)              # words resampled given all others
+lm.score("The people of this country").total                # bits, an upper bound
+mine = tarflowlm.train("mini-mixd", "runs/mine", data="my_text.txt", minutes=5)
+mine = lm.tune("my_text.txt", "runs/tuned", minutes=10)
+
+model, tokenizer = lm                   # modules of PyTorch
+tarflowlm.elbo, tarflowlm.importance_weighted_bound, tarflowlm.generate, tarflowlm.evaluate
+tarflowlm.preset, tarflowlm.RunConfig, tarflowlm.FlowConfig, tarflowlm.BaselineConfig
+"""
 
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tarflowlm.baseline import BaselineConfig, TokenLM
-    from tarflowlm.errors import UserError
-    from tarflowlm.evaluation.likelihood import Scores, evaluate, score
-    from tarflowlm.generation import generate
-    from tarflowlm.model import FlowConfig, TarFlowLM
-    from tarflowlm.objective import elbo, importance_weighted_bound
-    from tarflowlm.pretrained import Pretrained, from_pretrained, load
-    from tarflowlm.training.train import resume, train
-
-__all__ = [
-    "BaselineConfig", "FlowConfig", "Pretrained", "Scores", "TarFlowLM", "TokenLM", "UserError", "elbo", "evaluate",
-    "from_pretrained", "generate", "importance_weighted_bound", "load", "resume", "score", "train",
-]  # fmt: skip
+    from tarflowlm.baseline import BaselineConfig as BaselineConfig
+    from tarflowlm.baseline import TokenLM as TokenLM
+    from tarflowlm.config import RunConfig as RunConfig
+    from tarflowlm.errors import UserError as UserError
+    from tarflowlm.evaluation.likelihood import Scores as Scores
+    from tarflowlm.evaluation.likelihood import evaluate as evaluate
+    from tarflowlm.evaluation.likelihood import score as score
+    from tarflowlm.generation import generate as generate
+    from tarflowlm.model import FlowConfig as FlowConfig
+    from tarflowlm.model import TarFlowLM as TarFlowLM
+    from tarflowlm.objective import elbo as elbo
+    from tarflowlm.objective import importance_weighted_bound as importance_weighted_bound
+    from tarflowlm.presets import preset as preset
+    from tarflowlm.pretrained import Pretrained as Pretrained
+    from tarflowlm.pretrained import from_pretrained as from_pretrained
+    from tarflowlm.pretrained import load as load
+    from tarflowlm.pretrained import resume as resume
+    from tarflowlm.pretrained import train as train
 
 _MODULES = {
-    "BaselineConfig": "baseline", "FlowConfig": "model", "Pretrained": "pretrained",
+    "BaselineConfig": "config", "FlowConfig": "config", "Pretrained": "pretrained", "RunConfig": "config",
     "Scores": "evaluation.likelihood", "TarFlowLM": "model", "TokenLM": "baseline", "UserError": "errors",
     "elbo": "objective", "evaluate": "evaluation.likelihood", "from_pretrained": "pretrained",
-    "generate": "generation", "importance_weighted_bound": "objective", "load": "pretrained",
-    "resume": "training.train", "score": "evaluation.likelihood", "train": "training.train",
+    "generate": "generation", "importance_weighted_bound": "objective", "load": "pretrained", "preset": "presets",
+    "resume": "pretrained", "score": "evaluation.likelihood", "train": "pretrained",
 }  # fmt: skip
 """The module of every public name, imported on first use: PyTorch reads some environment variables at import, and the
-command line has to set them first."""
+command line has to set them first. There is no `__all__`, with which `help` would print all of their classes."""
 
 
 def __getattr__(name: str) -> Any:
@@ -46,4 +66,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(_MODULES)

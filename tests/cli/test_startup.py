@@ -1,6 +1,7 @@
 """Start without torch, and every way to end."""
 
 import os
+import pydoc
 import subprocess
 import sys
 
@@ -34,8 +35,11 @@ def test_help_and_wrong_arguments_need_no_torch():
 
 
 def test_public_names_are_there():
-    for name in tarflowlm.__all__:
+    for name in dir(tarflowlm):
         assert getattr(tarflowlm, name).__name__ == name
+    assert {"load", "train", "preset", "generate"} <= set(dir(tarflowlm))
+    # the whole help fits a screen and a half
+    assert len(pydoc.plain(pydoc.render_doc(tarflowlm)).splitlines()) < 80
     with pytest.raises(AttributeError, match="no_such_name"):
         tarflowlm.no_such_name  # noqa: B018
 

@@ -1,6 +1,7 @@
 """`generate`, the entry point of sampling: either model, with or without given tokens (docs/math.md, 7 and 9)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +21,14 @@ from tarflowlm.objective import check_integers
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel, *,
+    model: LanguageModel | tuple[LanguageModel, Any], *,
     num_tokens: int, num: int = 1, prompt: Tensor | None = None, particles: int = 1, temperature: float = 1.0,
     top_k: int | None = None, top_p: float | None = None, decoding: Decoding = "mode", decoder: Decoders = "auto",
     generator: torch.Generator | Sequence[torch.Generator] | None = None, watch: Watch | None = None,
 ) -> Generation:  # fmt: skip
     """Draw `num` samples of `num_tokens` tokens each, given tokens included (docs/math.md, sections 7 and 9).
 
+    `model` is a model, or what `load` returns.
     At temperature 1, without top-k, top-p or given tokens, the latents are exact samples. `decoding` turns them into
     tokens: "drawn" samples p(x|z), so that the tokens are exact samples, too; "mode" takes the most probable token,
     which is the same where the codebook is sharp.
@@ -51,6 +53,7 @@ def generate(
 
     Raises UserError for a prompt or settings that the model cannot take, and for arguments of a wrong type.
     """
+    model = model[0] if isinstance(model, tuple) and model else model
     check_model(model)
     check_option(decoding, "decoding", Decoding)
     decoder, watch = as_decoders(decoder), watch or Watch()
