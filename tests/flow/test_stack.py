@@ -193,3 +193,24 @@ def test_the_density_of_a_state_is_that_of_the_blocks_above_it(model, normal):
             torch.testing.assert_close(model.prior.log_prob(state, above=above), model.prior.log_prob(z) - below)
             parts = model.prior.log_prob(state, above=above, per_position=True)
             torch.testing.assert_close(parts.sum(-1), model.prior.log_prob(state, above=above))
+
+
+@pytest.mark.parametrize("coupling", ["affine", "mix1", "mixd"])
+def test_entropy_and_divergence_after_a_block(coupling, tiny_flow):
+    """docs/math.md, eq. 10c (the paper's appendix C), for one channel, by quadrature and differences of outputs."""
+    block = tiny_flow(couplings=(coupling,), latent_dim=1).prior.block(0)
+    h = torch.linspace(-7.0, 7.0, 40_001, dtype=torch.float64)
+    log_q = torch.distributions.Normal(0.3, 0.8).log_prob(h)
+    with torch.no_grad():
+        u, log_det = (out.flatten() for out in block(h[:, None, None]))
+        log_p = block.log_prob(h[:, None, None]).flatten()
+    # the density of u without the block's own determinant
+    log_of_u = log_q - torch.gradient(u, spacing=(h,))[0].log()
+
+    def mean(x: Tensor, of: Tensor, at: Tensor) -> float:
+        return torch.trapezoid(of.exp() * x, at).item()
+
+    before, after = mean(-log_q, log_q, h), mean(-log_of_u, log_of_u, u)
+    assert mean(log_det, log_q, h) == pytest.approx(after - before, abs=1e-5)
+    above = mean(log_of_u - torch.distributions.Normal(0.0, 1.0).log_prob(u), log_of_u, u)
+    assert mean(log_q - log_p, log_q, h) == pytest.approx(above, abs=1e-5)
