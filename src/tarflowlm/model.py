@@ -96,19 +96,19 @@ class TarFlowLM(LanguageModel):
         if block.coupling in ("affine", "token-affine"):
             return AffineCoupling(group=1 if block.coupling == "affine" else config.latent_dim, **channelwise)
         if block.coupling == "mix1":
-            coupling = Mix1Coupling(components=block.components, spread=0.95 if index == 0 else 0.3, **channelwise)
+            mix1 = Mix1Coupling(components=block.components, spread=0.95 if index == 0 else 0.3, **channelwise)
             if index == 0 and block.components == config.vocab_size and block.start != "plain":
-                coupling.start_from(self.codebook, evidence=0.1 if block.start == "flattened" else 1.0)
-            return coupling
+                mix1.start_from(self.codebook, evidence=0.1 if block.start == "flattened" else 1.0)
+            return mix1
         if block.coupling == "mixd":
             shape: dict[str, Any] = {"width": width, "patch": config.patch, "latent_dim": config.latent_dim}
             shape |= {"components": block.components, "widening": block.widening}
             shape["tied"] = self.codebook if block.components == 0 else None
-            coupling = MixDCoupling(in_patch=config.in_patch == "autoregressive", **shape)
+            mixd = MixDCoupling(in_patch=config.in_patch == "autoregressive", **shape)
             if block.components == config.vocab_size and block.start != "plain" and not config.mixes_tokens:
                 means = Order(config.latent_dim, mix=mix)(self.codebook.mean[None])[0][0]
-                coupling.start_from(means, self.codebook.log_std)
-            return coupling
+                mixd.start_from(means, self.codebook.log_std)
+            return mixd
         raise UserError(f"model.blocks.{index}.coupling {block.coupling!r}: choose one of {get_args(CouplingName)}")
 
     def draw_noise(self, tokens: Int[Tensor, "B T"], generator: Generator | None = None) -> Float[Tensor, "B T d"]:

@@ -260,7 +260,7 @@ def resume(out: str | Path, *, device: str = "auto") -> Pretrained:
 
 def _trained(run: RunConfig, out: str | Path, device: str, parent: Checkpoint | None) -> Pretrained:
     check_type(out, "out", (str, os.PathLike), "give the directory to write")
-    with ProgressReporter() as reporter:
+    with (reporter := ProgressReporter()):
         training.train(run, Path(out), device=pick_device(device), reporter=reporter, parent=parent)
     return load(out, device)
 

@@ -164,8 +164,8 @@ def _rows(
     counts = [f"{int(checkpoint.info[key]):,} {unit}" for key, unit in units if key in checkpoint.info]
     yield "trained on", ", ".join([f"`{run.data.source}`", *counts, f"seed {run.seed}"])
     if run.parent:
-        name, _, digest = run.parent.partition("@")
-        yield "tuned from", f"`{name}`, sha256 of its weights `{digest}`"
+        parent, _, weights = run.parent.partition("@")
+        yield "tuned from", f"`{parent}`, sha256 of its weights `{weights}`"
     state = undamaged_state(origin)
     if isinstance(digest := read_json(state / COUNTERS).get("corpus") if state else None, str):
         yield "tokens", f"sha256 of the hashes of their shards `{digest}`"

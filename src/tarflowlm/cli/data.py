@@ -25,7 +25,7 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.data import prepare_corpus
-    from tarflowlm.terminal.bars import Bars, print_result
+    from tarflowlm.terminal.bars import Bars, print_notice, print_result
 
     with Bars() as bars:
         corpus = prepare_corpus(args.source, args.tokenizer, args.out, progress=bars)
@@ -35,3 +35,4 @@ def run(args: Args) -> None:
     found = {"out": str(args.out), "vocab_size": vocab_size, "tokens": counts}
     rows = [(name, f"{counts[name]:,} tokens, {corpus.num_characters(name):,} characters") for name in splits]
     print_result(args.json, found, f"{args.out}: {vocab_size} symbols", rows)
+    print_notice(f"next: tarflowlm train mini-mixd --data {args.out} --out runs/mine")

@@ -23,8 +23,9 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.runs.checkpoint import export
-    from tarflowlm.terminal.bars import print_result
+    from tarflowlm.terminal.bars import print_notice, print_result
 
     out = export(args.directory, args.out, half=args.half)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print_result(args.json, {"out": str(out), "bytes": size}, str(out), [("size", f"{size / 1e6:.2f} MB")])
+    print_notice(f"next: tarflowlm sample {out}")

@@ -46,7 +46,7 @@ def run(args: Args) -> None:
     from tarflowlm.generation import Watch, generate
     from tarflowlm.generation.writing import num_positions
     from tarflowlm.runs.checkpoint import load_checkpoint
-    from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_table
+    from tarflowlm.terminal.bars import Bars, ProgressReporter, print_json, print_notice, print_table
     from tarflowlm.terminal.texts import print_samples, samples_to_json
     from tarflowlm.training.train import is_begun, train
 
@@ -83,6 +83,7 @@ def run(args: Args) -> None:
     rows += [(label, f"{baselines[name]:.3f}") for name, label in BASELINES.items()]
     rows += [("time", f"{seconds:.0f} s in total"), ("run directory", str(args.out))]
     print_table("quickstart", rows)
+    print_notice(f"next: tarflowlm sample {args.out} --prompt 'the people of ' --temperature 0.8")
     if args.json:
         found: dict[str, Any] = {"bpc": test["bpc"], "bound": test["bound"], **baselines, "seconds": seconds}
         samples = samples_to_json(result, tokenizer)

@@ -108,27 +108,31 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
     from tarflowlm.cli.main import stop_on_signals
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.likelihood import sign_of
-    from tarflowlm.terminal.bars import ProgressReporter, print_result
+    from tarflowlm.runs.checkpoint import read_run
+    from tarflowlm.terminal.bars import ProgressReporter, print_notice, print_result
     from tarflowlm.training.metrics import Reporter
     from tarflowlm.training.parallel import launched
-    from tarflowlm.training.train import resume, train, tuning
+    from tarflowlm.training.train import train, tuning
 
     with launched(pick_device(args.device)) as processes:
         # the first process alone shows its progress
         with ProgressReporter() if processes.first else nullcontext(Reporter()) as reporter:
             options: dict[str, Any] = {"device": processes.device, "reporter": reporter, "processes": processes}
             options["stop_requests"] = stop_on_signals
+            parent = None
             if isinstance(args, ResumeArgs):
-                summary = resume(args.resume, **options)
+                out, config = args.resume, read_run(args.resume)
             elif isinstance(args, TuneArgs):
                 with processes.first_alone():
-                    parent = load_checkpoint(args.source, "cpu")
+                    out, parent = args.out, load_checkpoint(args.source, "cpu")
                 length: dict[str, Any] = {"minutes": args.minutes, "steps": args.steps, "lr": args.lr}
-                tuned = tuning(parent, args.data, seed=args.seed, **length)
-                summary = train(tuned, args.out, parent=parent, **options)
+                config = tuning(parent, args.data, seed=args.seed, **length)
             else:
                 assert args.out is not None
-                summary = train(args.configured(), args.out, **options)
+                out, config = args.out, args.configured()
+            if processes.first:
+                print_notice(_plan(config, out))
+            summary = train(config, out, parent=parent, **options)
         if not processes.first:
             return
     test, sign = summary["test"], sign_of(summary["test"]["bound"])
@@ -139,3 +143,12 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
         ("parameters", f"{summary['parameters']:,}, {summary['trunk_parameters']:,} of them in Transformers"),
     ]
     print_result(args.json, summary, summary["preset"], rows)
+    print_notice(f"next: tarflowlm sample {out}")
+
+
+def _plan(run: RunConfig, out: Path) -> str:
+    """What is trained on what, how long, and where to, in a line."""
+    tokens = run.train.batch_size * run.model.context
+    length = f"{run.train.minutes:g} minutes" if run.train.minutes else f"{run.train.num_steps:,} steps"
+    source = f"{run.data.source}{' (built in)' * (run.data.source == 'english')}"
+    return f"{run.name} on {source}: {length}, {tokens:,} tokens a step, into {out}"

@@ -118,8 +118,8 @@ class AffineCoupling(ChannelCoupling):
         """`sees`: the options of `AutoregressiveHead` that say what a group sees, and how."""
         super().__init__()
         self.group, groups = group, channels // group
-        sizes = {"width": width, "groups": groups, "channels": group, "hidden": hidden * group, "features": features}
-        self.head = AutoregressiveHead(outputs=(group, group), log_std_last=True, **sizes, **sees)
+        sees |= {"width": width, "groups": groups, "channels": group, "hidden": hidden * group, "features": features}
+        self.head = AutoregressiveHead(outputs=(group, group), log_std_last=True, **sees)
 
     def channels(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
         mean, log_std = (p.permute(1, 2, 0, 3).flatten(2) for p in self.head(features, z))
@@ -158,8 +158,8 @@ class Mix1Coupling(ChannelCoupling):
     ) -> None:
         """`sees`: as in `AffineCoupling`."""
         super().__init__()
-        sizes = {"width": width, "groups": channels, "channels": 1, "hidden": hidden, "features": features}
-        self.head = AutoregressiveHead(outputs=(components,) * 3, log_std_last=True, **sizes, **sees)
+        sees |= {"width": width, "groups": channels, "channels": 1, "hidden": hidden, "features": features}
+        self.head = AutoregressiveHead(outputs=(components,) * 3, log_std_last=True, **sees)
         means = spread * torch.special.ndtri((torch.arange(components, dtype=torch.float64) + 0.5) / components)
         variance = (1.0 - means.square().mean()).clamp_min((1.0 / components) ** 2)
         with torch.no_grad():

@@ -254,7 +254,7 @@ def flops_by_size() -> list[Row]:
     rows: list[Row] = []
     for name, (layers, width, heads) in GPT2_SIZES.items():
         trunk = TransformerConfig(width=width, num_heads=heads)
-        model = replace(preset("owt-ar").model, vocab_size=GPT2_SIZE, trunk=trunk, layers=layers)
+        model = BaselineConfig(vocab_size=GPT2_SIZE, context=1024, trunk=trunk, layers=layers)
         flow = replace(as_flow_config(preset("owt-mix1").model), vocab_size=GPT2_SIZE, trunk=trunk)
         shares = (layers // 6, layers // 6, layers - 2 * (layers // 6))
         blocks = tuple(replace(block, layers=n) for block, n in zip(flow.blocks, shares, strict=True))

@@ -134,7 +134,10 @@ def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = Fal
     checkpoint, out = source if isinstance(source, Checkpoint) else load_checkpoint(source), Path(out)
     if out.exists():
         raise UserError(f"{out} exists already: choose a new directory")
-    out.mkdir(parents=True)
+    # under another name until it is whole, so that a kill leaves nothing that blocks the name
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     data = checkpoint.run.data
     tokenizer = replace(data.tokenizer, source=_without_folders(data.tokenizer.source))
     data = replace(data, source=_without_folders(data.source), tokenizer=tokenizer)
@@ -144,10 +147,11 @@ def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = Fal
         weights = {n: w.bfloat16() if n in matrices else w for n, w in weights.items()}
     try:
         with full_disk_as_user_error(out, lambda: "export it again"):
-            write_run(out, replace(checkpoint.run, data=data), checkpoint.tokenizer)
-            save_weights(out, weights, checkpoint.info)
+            write_run(partial, replace(checkpoint.run, data=data), checkpoint.tokenizer)
+            save_weights(partial, weights, checkpoint.info)
+            partial.rename(out)
     except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     return out
 
