@@ -82,17 +82,6 @@ def render(
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)
 
 
-def add_legend(figure: Figure, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """A legend below all panels: a text, and the style of a line or marker, for each entry."""
-    from matplotlib.lines import Line2D
-
-    handles, texts = [Line2D([], [], **style) for _, style in entries], [text for text, _ in entries]
-    # a character is about half as wide as the font is high, and a sample of a line has the width of eight
-    columns = int(72 * figure.get_figwidth() // (0.62 * SMALL * (max(map(len, texts)) + 8)))
-    look = {"loc": "outside lower center", "fontsize": SMALL, "frameon": False}
-    figure.legend(handles, texts, ncols=max(1, min(columns, len(entries))), **look)
-
-
 def line_style(index: int) -> dict[str, Any]:
     """Colour and dashes of curve number `index`; 18 curves differ."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
