@@ -1,7 +1,5 @@
-"""Files that survive kills, other processes and full disks: atomic replacement, locks, one-line errors.
-
-JSON of frozen dataclasses is strict: unknown and missing keys are errors, and types are checked.
-"""
+"""Files that survive kills, other processes and full disks: atomic replacement, locks, one-line errors. JSON of
+frozen dataclasses is strict: unknown and missing keys are errors, and types are checked."""
 
 import dataclasses
 import errno
@@ -30,10 +28,8 @@ _HOLDER = f"{LOCK}.holder"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to; on success the file replaces `path`, on failure it is removed.
-
-    It is in the same folder and synced before the rename: a kill or power failure leaves the old file or the new one.
-    """
+    """Yields a temporary path to write to; on success the file replaces `path`, on failure it is removed. It is in
+    the same folder and synced before the rename: a kill or power failure leaves the old file or the new one."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     os.close(descriptor)
     temporary = Path(name)
@@ -129,9 +125,7 @@ class NewLines:
 @contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
     """Holds the lock of `path`, the file `.<name>.lock` beside it; waits while another process or thread holds it.
-
-    For what several processes may write at once, such as a cache entry. Not reentrant; `path` need not exist.
-    """
+    For what several processes may write at once, such as a cache entry. Not reentrant; `path` need not exist."""
     with FileLock(path.with_name(f".{path.name}{LOCK}")):
         yield
 
@@ -178,9 +172,7 @@ def _read_holder(path: Path) -> str:
 @contextmanager
 def full_disk_as_user_error(directory: Path, remedy: Callable[[], str]) -> Iterator[None]:
     """Turns any error that a full disk caused, here or in a library, into a UserError about writing to `directory`.
-
-    `remedy()` is called after the failure and says what to do once there is room. Other errors pass through.
-    """
+    `remedy()` is called after the failure and says what to do once there is room. Other errors pass through."""
     try:
         yield
     except BaseException as error:
@@ -228,10 +220,8 @@ def flatten(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
-    """The dataclass `cls` from plain JSON values; `family` selects the member of a union of dataclasses.
-
-    UserError, naming the dotted key, for unknown keys, missing keys and values of the wrong type.
-    """
+    """The dataclass `cls` from plain JSON values; `family` selects the member of a union of dataclasses. UserError,
+    naming the dotted key, for unknown keys, missing keys and values of the wrong type."""
     _require(isinstance(data, dict), where, f"expected an object, found {data!r}")
     hints, family = typing.get_type_hints(cls), getattr(cls, "family", None)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]

@@ -154,10 +154,8 @@ class English(Source):
 
 class Text8(TextFile):
     """TEXT8 (Mahoney 2006), the first 10^8 characters of a cleaned English Wikipedia, cut 90M/5M/5M as is customary.
-
-    Read from `text8` or `text8.zip` in the current directory, ./data or the cache, else downloaded into the cache.
-    It is in its alphabet already, so no normalisation is applied.
-    """
+    Read from `text8` or `text8.zip` in the current directory, ./data or the cache, else downloaded into the cache. It
+    is in its alphabet already, so no normalisation is applied."""
 
     urls: ClassVar = ("http://mattmahoney.net/dc/text8.zip", "https://data.deepai.org/text8.zip")
     """Zip archives that hold the text as their only member, tried in this order."""
@@ -219,8 +217,7 @@ class OpenWebText(Source):
     The last 100,000 are the validation split, on which MDLM and its successors give perplexities; they train on all
     others. Our test split is 1 % of these, chosen by hash. (Earlier versions chose both by hash, and what they have
     prepared still opens.) Streamed from the parquet files in `<cache>/sources/openwebtext`, or from the hub if there
-    are none; only the tokens are kept. Under text8 normalisation a separator is a space.
-    """
+    are none; only the tokens are kept. Under text8 normalisation a separator is a space."""
 
     name = identity = "openwebtext"
     repository: ClassVar[str] = "Skylion007/openwebtext"

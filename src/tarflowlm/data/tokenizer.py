@@ -22,10 +22,8 @@ FORMAT, VERSION = "tarflowlm-tokenizer", 1
 
 class Tokenizer(ABC):
     """Text <-> token ids `0 .. V-1`; each token stands for a fixed string of UTF-8 bytes.
-
     `decode(encode(text)) == text` for every text that `encode` accepts. `encode` does not normalise: call `prepare`
-    first on text from a file, or read a user's text with `prompts.read`. Immutable.
-    """
+    first on text from a file, or read a user's text with `prompts.read`. Immutable."""
 
     kind: ClassVar[str]
     _kinds: ClassVar[dict[str, type["Tokenizer"]]] = {}
