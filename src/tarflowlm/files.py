@@ -19,10 +19,8 @@ from filelock import FileLock, Timeout
 
 from tarflowlm.errors import UserError
 
-TEMPORARY = ".tmp"
-"""Suffix of the files that `replacing` writes to."""
-LOCK = ".lock"
-"""The lock file of a directory, and the prefix of the file that names its holder."""
+TEMPORARY = ".tmp"  # suffix of the files that `replacing` writes to
+LOCK = ".lock"  # the lock file of a directory, and the prefix of the file that names its holder
 _HOLDER = f"{LOCK}.holder"
 
 

@@ -159,8 +159,7 @@ class WindowSampler:
     Epoch e uses a generator seeded with (seed, e) to draw an offset in [0, window) and a permutation of the
     non-overlapping windows from there on, so no token is seen twice in an epoch. The permutations of successive
     epochs form one sequence, cut into global batches of `world * batch` windows, of which rank r takes the r-th
-    `batch`. The stream is the same for equal `world * batch`, so a state can be resumed with another number of
-    ranks."""
+    `batch`. The stream is the same for equal `world * batch`, so another number of ranks can resume it."""
 
     def __init__(
         self, tokens: TokenArray | Array, *, window: int, batch: int, seed: int, rank: int = 0, world: int = 1
@@ -170,8 +169,7 @@ class WindowSampler:
         self.tokens = TokenArray.of(tokens)
         _check_length(len(self.tokens), window)
         self.window, self.batch, self.seed, self.rank, self.world = window, batch, seed, rank, world
-        self.epoch = self.position = 0
-        """Completed passes over the text, and windows used in the present one, over all ranks."""
+        self.epoch = self.position = 0  # completed passes over the text, windows used in this one by all ranks
         self._starts = self._epoch_starts(0)
 
     def next(self) -> torch.Tensor:

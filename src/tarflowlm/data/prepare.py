@@ -27,8 +27,7 @@ from tarflowlm.progress import SILENT, Progress
 
 RESUME = "resume.npz"
 SHARD_TOKENS = 1 << 26
-BPE_CHARACTERS = 1 << 27
-"""BPE is trained on at most this many characters of the training split: the words it counts need memory."""
+BPE_CHARACTERS = 1 << 27  # of the training split, at most, for training BPE: the words it counts need memory
 
 log = logging.getLogger("tarflowlm")
 
@@ -87,10 +86,8 @@ def check_source(source: str) -> None:
         resolve_source(source)
 
 
-FITTED = 1 << 20
-"""Characters at the beginning of a text that `check_fit` reads."""
-STRANGE = 0.01
-"""Share of letters that text8's normalisation may lose in a text for a model that has only a-z."""
+FITTED = 1 << 20  # characters at the beginning of a text that `check_fit` reads
+STRANGE = 0.01  # share of letters that text8's normalisation may lose in a text for a model that has only a-z
 
 
 def check_fit(source: str, tokenizer: Tokenizer) -> None:
@@ -249,8 +246,7 @@ class _Shards:
 
     def __init__(self, folder: Path, plan: Any, shard_tokens: int) -> None:
         self.folder, self.plan, self.shard_tokens = folder, json.loads(json.dumps(plan)), shard_tokens
-        self.cursor: Any = None
-        """Position of the source behind the tokens in `waiting`; None at the start."""
+        self.cursor: Any = None  # position of the source behind the tokens in `waiting`; None at the start
         self.waiting: dict[Split, list[npt.NDArray[Any]]] = {split: [] for split in SPLITS}
         self.splits: dict[Split, dict[str, Any]] = {s: {"tokens": 0, "characters": 0, "shards": []} for s in SPLITS}
         """Tokens, characters, and finished shards (file, tokens, sha256) of every split."""

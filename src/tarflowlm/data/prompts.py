@@ -12,8 +12,7 @@ from tarflowlm.data.text import normalize_text8
 from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.errors import UserError
 
-BLANK = -1
-"""Marks a token of a template that is to be drawn."""
+BLANK = -1  # marks a token of a template that is to be drawn
 _SHOWN = 200  # characters of a text in a notice
 
 

@@ -22,12 +22,9 @@ from tarflowlm.progress import SILENT, Progress
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-BLOCK = 1 << 20
-"""Characters of a batch, approximately."""
-SEPARATOR = "<|endoftext|>"
-"""Follows every document of OpenWebText. One token if the tokenizer has it, as GPT-2's does."""
-NOTICED_LOSS = 0.005
-"""Share of non-ASCII letters in a file from which text8 normalisation, which drops them, gives a notice."""
+BLOCK = 1 << 20  # characters of a batch, approximately
+SEPARATOR = "<|endoftext|>"  # follows every document of OpenWebText; one token if the tokenizer has it, as GPT-2's
+NOTICED_LOSS = 0.005  # share of non-ASCII letters in a file above which text8 normalisation says that it drops them
 log = logging.getLogger("tarflowlm")
 
 
@@ -35,8 +32,7 @@ class Batch(NamedTuple):
     """Normalised text of one or more splits, in stretches that are each encoded on their own."""
 
     texts: dict[Split, list[str]]
-    cursor: Any
-    """The start of the next batch, as JSON for the same source. None where it cannot continue from there."""
+    cursor: Any  # the start of the next batch, as JSON for the same source; None where it cannot go on from there
 
 
 class Stream(NamedTuple):
@@ -49,14 +45,10 @@ class Stream(NamedTuple):
 class Source(ABC):
     """A text that is read as a stream: equal normalisation gives the same batches every time."""
 
-    name: str
-    """The user's word for it."""
-    identity: str
-    """A registered name, or the absolute path of a file."""
-    is_large: ClassVar[bool] = False
-    """True where preparation takes hours even if all files are here."""
-    shares: ClassVar[tuple[int, ...]] = ()
-    """Cumulative percentages of train and valid where documents are split by their hash."""
+    name: str  # the user's word for it
+    identity: str  # a registered name, or the absolute path of a file
+    is_large: ClassVar[bool] = False  # True where preparation takes hours even if all files are here
+    shares: ClassVar[tuple[int, ...]] = ()  # cumulative percentages of train and valid if a hash splits documents
 
     @property
     @abstractmethod
