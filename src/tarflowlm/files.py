@@ -240,7 +240,16 @@ def _require(is_valid: bool, where: str, message: str) -> None:
 def _value(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return _union(arguments, value, where)
+        if value is None and type(None) in arguments:
+            return None
+        members = [m for m in arguments if m is not type(None)]
+        if len(members) > 1:
+            by_family = {m.family: m for m in members}
+            family = value.get("family") if isinstance(value, dict) else None
+            is_known = isinstance(family, str) and family in by_family
+            _require(is_known, f"{where}.family", f"{family!r} is not one of {', '.join(map(repr, by_family))}")
+            members = [by_family[family]]
+        return _value(members[0], value, where)
     if origin is typing.Literal:
         _require(value in arguments, where, f"{value!r} is not one of {', '.join(map(repr, arguments))}")
         return value
@@ -254,16 +263,3 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     is_right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     _require(is_right, where, f"expected {hint.__name__}, found {value!r}")
     return value
-
-
-def _union(members: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in members:
-        return None
-    members = tuple(m for m in members if m is not type(None))
-    if len(members) == 1:
-        return _value(members[0], value, where)
-    by_family = {m.family: m for m in members}
-    family = value.get("family") if isinstance(value, dict) else None
-    is_known = isinstance(family, str) and family in by_family
-    _require(is_known, f"{where}.family", f"{family!r} is not one of {', '.join(map(repr, by_family))}")
-    return _value(by_family[family], value, where)
