@@ -74,7 +74,7 @@ class TextFile(Source):
 
     @property
     def files(self) -> tuple[Path, ...] | None:
-        return (self.path,)
+        return (self.path,) if self.path.is_file() else None
 
     def stream(self, normalization: Normalization, cursor: Any = None, progress: Progress = SILENT) -> Stream:
         if normalization not in self._totals:
@@ -159,10 +159,6 @@ class Text8(TextFile):
         places = [f / name for f in (Path(), Path("data"), sources_dir()) for name in ("text8", "text8.zip")]
         super().__init__(next((place for place in places if place.is_file()), places[-1]))
         self.name = self.identity = "text8"
-
-    @property
-    def files(self) -> tuple[Path, ...] | None:
-        return (self.path,) if self.path.is_file() else None
 
     def obtain(self, progress: Progress = SILENT) -> tuple[Path, ...]:
         if self.path.is_file():
