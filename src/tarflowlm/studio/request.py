@@ -9,6 +9,7 @@ import torch
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import Reading, read, read_template
+from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.progress import Silent
 
@@ -74,10 +75,11 @@ class Halted(Exception):
 
 
 class Job(Silent, Generic[R]):
-    """A function run on a thread with the job as its `Progress`; it can be stopped wherever it advances."""
+    """A function on `rows` texts, run on a thread with the job as its `Progress`; it can be stopped wherever it
+    advances."""
 
-    def __init__(self, function: Callable[["Job[R]"], R], *, seconds: float = SECONDS) -> None:
-        self.function, self.limit = function, seconds
+    def __init__(self, function: Callable[["Job[R]"], R], rows: int = 1, *, seconds: float = SECONDS) -> None:
+        self.function, self.rows, self.limit = function, rows, seconds
         self.result: R | None = None
         # the final tokens so far, [num, n] each, and the seconds of the finished work
         self.tokens: list[torch.Tensor] = []
@@ -115,7 +117,7 @@ class Job(Silent, Generic[R]):
 
     def _run(self) -> None:
         try:
-            with _TURN:
+            with _TURN, threads_for(self.rows):
                 # a property of the thread, as in the command line
                 torch.set_flush_denormal(True)
                 self._begun = time.perf_counter()
