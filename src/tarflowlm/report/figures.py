@@ -222,7 +222,6 @@ class Codes:
 
     @property
     def unit(self) -> str:
-        """The unit of the distances."""
         return "σ" if self.std is not None else "r.m.s. norms"
 
     @property

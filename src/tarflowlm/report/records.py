@@ -131,8 +131,7 @@ def _read_metrics(directory: Path, notes: list[str]) -> tuple[dict[str, Series],
             row = json.loads(line)
             if not all(math.isfinite(row[key]) for key in COLUMNS.get(row["split"], ())):
                 raise ValueError(line)
-            # other kinds of lines are not drawn
-            rows.get(row["split"], []).append(row)
+            rows.get(row["split"], []).append(row)  # other kinds of lines are not drawn
         except (ValueError, KeyError, TypeError):
             bad += number < len(lines)  # the last one may still be incomplete
     if bad:

@@ -64,8 +64,7 @@ def render(
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = New(figsize=(width, height))
         draw(figure)
-        # the layout takes half of the time of saving, so compute it once
-        figure.draw_without_rendering()
+        figure.draw_without_rendering()  # the layout takes half of the time of saving, so compute it once
         figure.set_layout_engine("none")
         if path is not None:
             with replacing(path) as temporary:

@@ -30,7 +30,6 @@ def number(value: Any, name: str, least: int | float, most: int | float) -> floa
 
 
 def whole(value: Any, name: str, least: int, most: int) -> int:
-    """A whole number within bounds."""
     return int(number(value, name, least, most))
 
 
@@ -118,8 +117,7 @@ class Job(Silent, Generic[R]):
     def _run(self) -> None:
         try:
             with _TURN, threads_for(self.rows):
-                # a property of the thread, as in the command line
-                torch.set_flush_denormal(True)
+                torch.set_flush_denormal(True)  # a property of the thread, as in the command line
                 self._begun = time.perf_counter()
                 self.advance(0)
                 self.result = self.function(self)

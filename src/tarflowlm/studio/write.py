@@ -36,8 +36,7 @@ def write(
     reading = request.template(tokenizer, text) if request.text(text, "text") else None
     tokens = torch.empty(0, dtype=torch.long) if reading is None else reading.tokens
     is_prompt = bool((tokens != BLANK).all())
-    # BLANK where the model writes
-    given = torch.full((max(wanted, len(tokens)),), BLANK)
+    given = torch.full((max(wanted, len(tokens)),), BLANK)  # BLANK where the model writes
     given[: len(tokens)] = tokens
     total = num_positions(lm, len(given), len(tokens) if is_prompt else 0)
 
@@ -123,8 +122,7 @@ def fill(
     # equal weights where nothing is given, and where all evidence is zero
     weights = (torch.zeros(num) if result.log_evidence is None else result.log_evidence).softmax(0)
     weights = weights.nan_to_num(1 / num)
-    # equal texts are one candidate
-    shares: dict[tuple[int, ...], float] = {}
+    shares: dict[tuple[int, ...], float] = {}  # equal texts are one candidate
     for row, weight in zip(result.tokens.tolist(), weights.tolist(), strict=True):
         shares[tuple(row)] = shares.get(tuple(row), 0.0) + weight
     choices = ""

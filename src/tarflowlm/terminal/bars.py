@@ -142,7 +142,6 @@ class Bars:
         self._due = self.clock() + FIRST
 
     def advance(self, count: int = 1) -> None:
-        """`count` more units of the current part are done."""
         self.update(advance=count)
 
     def update(self, **fields: Any) -> None:
