@@ -3,7 +3,8 @@
 import threading
 import time
 from collections.abc import Callable, Generator
-from typing import Any, Generic, TypeVar, cast
+from concurrent.futures import Future, wait
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -79,11 +80,9 @@ class Job(Silent, Generic[R]):
 
     def __init__(self, function: Callable[["Job[R]"], R], rows: int = 1, *, seconds: float = SECONDS) -> None:
         self.function, self.rows, self.limit = function, rows, seconds
-        self.result: R | None = None
         # the final tokens so far, [num, n] each, and the seconds of the finished work
         self.tokens: list[torch.Tensor] = []
         self.advanced, self.seconds = 0, 0.0
-        self._error: BaseException | None = None
         self._is_wanted, self._begun = True, 0.0
 
     def advance(self, count: int = 1) -> None:
@@ -102,25 +101,24 @@ class Job(Silent, Generic[R]):
     def follow(self, show: Callable[[], str]) -> Generator[str, None, R]:
         """Start the work; what `show` gives now and then until it is done. Returns its result, raises what it raised.
         Closing the iterator, as when a visitor leaves, ends the work where it advances next."""
-        thread = threading.Thread(target=self._run, daemon=True)
-        thread.start()
+        future = Future[R]()
+        threading.Thread(target=self._run, args=(future,), daemon=True).start()
         try:
-            while thread.is_alive():
+            while not future.done():
                 yield show()
-                thread.join(EVERY)
+                wait([future], EVERY)
         finally:
             self._is_wanted = False
-        if self._error is not None:
-            raise self._error
-        return cast(R, self.result)
+        return future.result()
 
-    def _run(self) -> None:
+    def _run(self, future: Future[R]) -> None:
         try:
             with _TURN, threads_for(self.rows):
                 torch.set_flush_denormal(True)  # a property of the thread, as in the command line
                 self._begun = time.perf_counter()
                 self.advance(0)
-                self.result = self.function(self)
+                result = self.function(self)
                 self.seconds = time.perf_counter() - self._begun
+            future.set_result(result)
         except BaseException as error:
-            self._error = error
+            future.set_exception(error)
