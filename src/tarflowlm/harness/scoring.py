@@ -108,9 +108,9 @@ class TextScorer:
         """Text that follows each context. Contexts of one length are continued together. Every text is drawn with the
         scorer's seed, whatever the others are. top-k = 1 needs probabilities to change."""
         prompts = [self.encode(context) for context, _ in requests]
-        lengths = [len(prompt) + how.max_tokens for prompt, (_, how) in zip(prompts, requests, strict=True)]
+        kinds = [(len(prompt) + how.max_tokens, how) for prompt, (_, how) in zip(prompts, requests, strict=True)]
         found = [""] * len(requests)
-        for (length, how), whole in self._alike([(n, how) for n, (_, how) in zip(lengths, requests, strict=True)]):
+        for (length, how), whole in self._alike(kinds):
             options = {name: getattr(how, name) for name in ("temperature", "top_k", "top_p")}
             # beyond the context `generate` takes one prompt at a time
             for part in [whole] if length <= self.model.config.context else [[index] for index in whole]:
