@@ -76,8 +76,7 @@ def _gains(axes: Axes, parts: BoundParts) -> None:
     room = max([*map(abs, gains), 1e-9])
     for row, gain in enumerate(gains):
         axes.barh(row, gain, height=0.62, color=COLOURS[0] if gain >= 0 else COLOURS[1])
-        is_inside = gain > 0.6 * room
-        x, ha, away, color = (gain, "right", -4, PAPER) if is_inside else (max(gain, 0), "left", 4, INK)
+        x, ha, away, color = (gain, "right", -4, PAPER) if gain > 0.6 * room else (max(gain, 0), "left", 4, INK)
         axes.annotate(
             f"{signed(gain)} nats\n{signed(parts.bpc(gain))} bits per character", (x, row), xytext=(away, 0),
             textcoords="offset points", ha=ha, va="center", fontsize=SMALL, color=color,

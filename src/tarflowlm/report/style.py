@@ -176,10 +176,9 @@ class Section:
 
 def page_html(title: str, sections: Sequence[Section], css: str, generator: str = GENERATOR) -> str:
     """The whole document; `css` has rules for the parts of the sections."""
-    body = "\n".join(section.to_html() for section in sections)
+    body = "\n".join([f"<h1>{escape(title)}</h1>", *(section.to_html() for section in sections)])
     head = f'<meta charset="utf-8">\n<meta name="generator" content="{generator}">\n<meta name="viewport" content='
     head += f'"width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n<style>{_CSS}{css}</style>'
-    body = f"<h1>{escape(title)}</h1>\n{body}"
     return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
 
 
