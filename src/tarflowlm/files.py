@@ -1,7 +1,5 @@
-"""Files that survive kills, other processes and full disks: atomic replacement, locks, one-line errors.
-
-JSON of frozen dataclasses is strict: unknown and missing keys are errors, and types are checked.
-"""
+"""Files that survive kills, other processes and full disks: atomic replacement, locks, one-line errors. JSON of
+frozen dataclasses is strict: unknown and missing keys are errors, and types are checked."""
 
 import dataclasses
 import errno
@@ -21,19 +19,15 @@ from filelock import FileLock, Timeout
 
 from tarflowlm.errors import UserError
 
-TEMPORARY = ".tmp"
-"""Suffix of the files that `replacing` writes to."""
-LOCK = ".lock"
-"""The lock file of a directory, and the prefix of the file that names its holder."""
+TEMPORARY = ".tmp"  # suffix of the files that `replacing` writes to
+LOCK = ".lock"  # the lock file of a directory, and the prefix of the file that names its holder
 _HOLDER = f"{LOCK}.holder"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to; on success the file replaces `path`, on failure it is removed.
-
-    It is in the same folder and synced before the rename: a kill or power failure leaves the old file or the new one.
-    """
+    """Yields a temporary path to write to; on success the file replaces `path`, on failure it is removed. It is in
+    the same folder and synced before the rename: a kill or power failure leaves the old file or the new one."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     os.close(descriptor)
     temporary = Path(name)
@@ -129,9 +123,7 @@ class NewLines:
 @contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
     """Holds the lock of `path`, the file `.<name>.lock` beside it; waits while another process or thread holds it.
-
-    For what several processes may write at once, such as a cache entry. Not reentrant; `path` need not exist.
-    """
+    For what several processes may write at once, such as a cache entry. Not reentrant; `path` need not exist."""
     with FileLock(path.with_name(f".{path.name}{LOCK}")):
         yield
 
@@ -178,9 +170,7 @@ def _read_holder(path: Path) -> str:
 @contextmanager
 def full_disk_as_user_error(directory: Path, remedy: Callable[[], str]) -> Iterator[None]:
     """Turns any error that a full disk caused, here or in a library, into a UserError about writing to `directory`.
-
-    `remedy()` is called after the failure and says what to do once there is room. Other errors pass through.
-    """
+    `remedy()` is called after the failure and says what to do once there is room. Other errors pass through."""
     try:
         yield
     except BaseException as error:
@@ -194,8 +184,7 @@ def _disk_full_reason(error: BaseException | None) -> str | None:
     """The system's message if `error` comes from a full disk, an exceeded quota or a too large file, else None."""
     if error is None:
         return None
-    # safetensors gives the error number only in its message
-    in_text = re.search(r"\(os error (\d+)\)", str(error))
+    in_text = re.search(r"\(os error (\d+)\)", str(error))  # safetensors gives the error number only in its message
     number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return os.strerror(number)
@@ -228,10 +217,8 @@ def flatten(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
-    """The dataclass `cls` from plain JSON values; `family` selects the member of a union of dataclasses.
-
-    UserError, naming the dotted key, for unknown keys, missing keys and values of the wrong type.
-    """
+    """The dataclass `cls` from plain JSON values; `family` selects the member of a union of dataclasses. UserError,
+    naming the dotted key, for unknown keys, missing keys and values of the wrong type."""
     _require(isinstance(data, dict), where, f"expected an object, found {data!r}")
     hints, family = typing.get_type_hints(cls), getattr(cls, "family", None)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -252,7 +239,16 @@ def _require(is_valid: bool, where: str, message: str) -> None:
 def _value(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return _union(arguments, value, where)
+        if value is None and type(None) in arguments:
+            return None
+        members = [m for m in arguments if m is not type(None)]
+        if len(members) > 1:
+            by_family = {m.family: m for m in members}
+            family = value.get("family") if isinstance(value, dict) else None
+            is_known = isinstance(family, str) and family in by_family
+            _require(is_known, f"{where}.family", f"{family!r} is not one of {', '.join(map(repr, by_family))}")
+            members = [by_family[family]]
+        return _value(members[0], value, where)
     if origin is typing.Literal:
         _require(value in arguments, where, f"{value!r} is not one of {', '.join(map(repr, arguments))}")
         return value
@@ -266,16 +262,3 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     is_right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     _require(is_right, where, f"expected {hint.__name__}, found {value!r}")
     return value
-
-
-def _union(members: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in members:
-        return None
-    members = tuple(m for m in members if m is not type(None))
-    if len(members) == 1:
-        return _value(members[0], value, where)
-    by_family = {m.family: m for m in members}
-    family = value.get("family") if isinstance(value, dict) else None
-    is_known = isinstance(family, str) and family in by_family
-    _require(is_known, f"{where}.family", f"{family!r} is not one of {', '.join(map(repr, by_family))}")
-    return _value(by_family[family], value, where)

@@ -24,10 +24,8 @@ _BATCH = 32  # pieces passed to the library at once: its per-token bookkeeping n
 
 class BPETokenizer(Tokenizer):
     """Byte-pair encoding, either byte-level (GPT-2 and its relatives) or over the characters of an alphabet.
-
     `library_json` is the JSON of an invertible `tokenizers.Tokenizer`; ValueError for any other. Special tokens in
-    the text, such as `<|endoftext|>`, become one token and count all their characters; none are added.
-    """
+    the text, such as `<|endoftext|>`, become one token and count all their characters; none are added."""
 
     kind = "bpe"
 
@@ -107,11 +105,9 @@ def build_tokenizer(config: TokenizerConfig, training_text: Iterable[str] = ()) 
 def train_bpe(
     pieces: Iterable[str], vocab_size: int, *, alphabet: str | None, normalization: Normalization
 ) -> BPETokenizer:
-    """BPE trained on `pieces` of already normalised text; deterministic.
-
-    `alphabet=None` gives byte-level BPE with GPT-2's word pattern (`vocab_size >= 257`); otherwise the tokens start
-    from the characters of `alphabet`. A merge may include the one space before a word and never crosses words.
-    """
+    """BPE trained on `pieces` of already normalised text; deterministic. `alphabet=None` gives byte-level BPE with
+    GPT-2's word pattern (`vocab_size >= 257`); otherwise the tokens start from the characters of `alphabet`. A merge
+    may include the one space before a word and never crosses words."""
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     if alphabet is None:
         library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

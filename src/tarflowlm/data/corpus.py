@@ -24,9 +24,7 @@ Array = npt.NDArray[Any]
 
 class TokenArray:
     """A read-only 1-d view of tokens in several parts, all but the last of one length, memory-mapped or in memory.
-
-    `tokens[start:stop]` copies the tokens there; `numpy.asarray(tokens)` gives one array.
-    """
+    `tokens[start:stop]` copies the tokens there; `numpy.asarray(tokens)` gives one array."""
 
     def __init__(self, parts: Sequence[Array]) -> None:
         assert all(len(part) == len(parts[0]) for part in parts[:-1])
@@ -66,9 +64,7 @@ class TokenArray:
 
 class Corpus:
     """A prepared corpus on disk: the content `meta` of meta.json, the `tokenizer` it was encoded with, and tokens.
-
-    The tokens are memory-mapped and read only where they are used.
-    """
+    The tokens are memory-mapped and read only where they are used."""
 
     def __init__(self, path: Path, meta: dict[str, Any], tokenizer: Tokenizer) -> None:
         self.path, self.meta, self.tokenizer = path, meta, tokenizer
@@ -92,11 +88,9 @@ class Corpus:
         return hashlib.sha256(json.dumps(hashes).encode("ascii")).hexdigest()
 
     def changed_file(self, current: Sequence[Path] | None = None) -> Path | None:
-        """The first source file that has changed since, or None. Equal size and time count as unchanged.
-
-        `current` are the files of the source now, matched by name since a package may be reinstalled. None means the
-        recorded paths; then a missing file counts as unchanged.
-        """
+        """The first source file that has changed since, or None. Equal size and time count as unchanged. `current`
+        are the files of the source now, matched by name since a package may be reinstalled. None means the recorded
+        paths; then a missing file counts as unchanged."""
         recorded = {Path(record["path"]).name: record for record in self.meta["files"]}
         if current is None:
             current = [path for record in recorded.values() if (path := Path(record["path"])).is_file()]
@@ -165,8 +159,7 @@ class WindowSampler:
     Epoch e uses a generator seeded with (seed, e) to draw an offset in [0, window) and a permutation of the
     non-overlapping windows from there on, so no token is seen twice in an epoch. The permutations of successive
     epochs form one sequence, cut into global batches of `world * batch` windows, of which rank r takes the r-th
-    `batch`. The stream is the same for equal `world * batch`, so a state can be resumed with another number of ranks.
-    """
+    `batch`. The stream is the same for equal `world * batch`, so another number of ranks can resume it."""
 
     def __init__(
         self, tokens: TokenArray | Array, *, window: int, batch: int, seed: int, rank: int = 0, world: int = 1
@@ -176,8 +169,7 @@ class WindowSampler:
         self.tokens = TokenArray.of(tokens)
         _check_length(len(self.tokens), window)
         self.window, self.batch, self.seed, self.rank, self.world = window, batch, seed, rank, world
-        self.epoch = self.position = 0
-        """Completed passes over the text, and windows used in the present one, over all ranks."""
+        self.epoch = self.position = 0  # completed passes over the text, windows used in this one by all ranks
         self._starts = self._epoch_starts(0)
 
     def next(self) -> torch.Tensor:
@@ -226,11 +218,9 @@ def sliding_windows(
     tokens: TokenArray | Array, window: int, stride: int, limit: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows every `stride` tokens, and how many leading tokens of each are context only: int64 [N, window], [N].
-
-    The tokens after the context continue those of the window before, so every token counts once; the first window
-    has no context. `limit` keeps at most that many windows, evenly spaced over the text, all with `window - stride`
-    tokens of context, as nearly every window of the text has. Fewer than `stride` tokens at the end are left out.
-    """
+    The tokens after the context continue those of the window before, so every token counts once; the first window has
+    no context. `limit` keeps at most that many windows, evenly spaced over the text, all with `window - stride`
+    tokens of context, as nearly every window of the text has. Fewer than `stride` tokens at the end are left out."""
     if not 1 <= stride <= window:
         raise UserError(f"stride {stride}: must be at least 1 and at most the context of {window} tokens")
     if limit is not None and limit < 1:

@@ -1,8 +1,6 @@
-"""Preparing corpora: a text is streamed, normalised, split, encoded, and written as token shards.
-
-Until it is complete, a corpus is in `.<name>.partial` beside its directory, where `resume.npz` holds the source's
-position behind the last finished shard and the tokens since then.
-"""
+"""Preparing corpora: a text is streamed, normalised, split, encoded, and written as token shards. Until it is
+complete, a corpus is in `.<name>.partial` beside its directory, where `resume.npz` holds the source's position behind
+the last finished shard and the tokens since then."""
 
 import hashlib
 import json
@@ -29,8 +27,7 @@ from tarflowlm.progress import SILENT, Progress
 
 RESUME = "resume.npz"
 SHARD_TOKENS = 1 << 26
-BPE_CHARACTERS = 1 << 27
-"""BPE is trained on at most this many characters of the training split: the words it counts need memory."""
+BPE_CHARACTERS = 1 << 27  # of the training split, at most, for training BPE: the words it counts need memory
 
 log = logging.getLogger("tarflowlm")
 
@@ -44,8 +41,7 @@ def cached_corpus(
     `source`: a corpus name, a text file, or a prepared directory, which is opened where it is (UserError if its
     source file changed or its tokenizer is another). `tokenizer`: None means that of a prepared directory, else the
     default. `cache_dir`: None means $TARFLOWLM_CACHE or ~/.cache/tarflowlm. An entry that is damaged, or whose source
-    changed, is prepared again with a warning. Without `may_download`, UserError for a text that would be.
-    """
+    changed, is prepared again with a warning. Without `may_download`, UserError for a text that would be."""
     if _is_prepared(source):
         corpus = open_corpus(source)
         if tokenizer is not None:
@@ -70,11 +66,9 @@ def prepare_corpus(
     source: str | Source, tokenizer: TokenizerConfig | Tokenizer, out: str | os.PathLike[str], *,
     progress: Progress = SILENT, shard_tokens: int = SHARD_TOKENS,
 ) -> Corpus:  # fmt: skip
-    """Read, normalise, split and encode `source` (a corpus name or a text file) into the directory `out`.
-
-    `out` appears complete or not at all. If it already holds this very corpus, that is opened; anything else there
-    is a UserError. The next equal call resumes a killed preparation. Of several processes one prepares.
-    """
+    """Read, normalise, split and encode `source` (a corpus name or a text file) into the directory `out`. `out`
+    appears complete or not at all. If it already holds this very corpus, that is opened; anything else there is a
+    UserError. The next equal call resumes a killed preparation. Of several processes one prepares."""
     target, found = Path(out), source if isinstance(source, Source) else resolve_source(source)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return _write(found, tokenizer, target, progress, shard_tokens)
@@ -92,10 +86,8 @@ def check_source(source: str) -> None:
         resolve_source(source)
 
 
-FITTED = 1 << 20
-"""Characters at the beginning of a text that `check_fit` reads."""
-STRANGE = 0.01
-"""Share of letters that text8's normalisation may lose in a text for a model that has only a-z."""
+FITTED = 1 << 20  # characters at the beginning of a text that `check_fit` reads
+STRANGE = 0.01  # share of letters that text8's normalisation may lose in a text for a model that has only a-z
 
 
 def check_fit(source: str, tokenizer: Tokenizer) -> None:
@@ -117,11 +109,9 @@ def check_fit(source: str, tokenizer: Tokenizer) -> None:
 def encode_text_source(
     source: str, tokenizer: Tokenizer, splits: Sequence[str] = SPLITS, *, progress: Progress = SILENT
 ) -> dict[str, TokenArray]:
-    """Tokens of another text under a given tokenizer, which also normalises it; in memory.
-
-    `source`: a corpus name, a text file, or a directory that was prepared with this very tokenizer. `splits` may name
-    "all", too: the whole text. A split of a short text may be empty.
-    """
+    """Tokens of another text under a given tokenizer, which also normalises it; in memory. `source`: a corpus name, a
+    text file, or a directory that was prepared with this very tokenizer. `splits` may name "all", too: the whole
+    text. A split of a short text may be empty."""
     found: dict[str, list[Any]] = {split: [] for split in SPLITS}
     if _is_prepared(source):
         corpus = open_corpus(source)
@@ -252,14 +242,11 @@ def _encode(source: Source, tokenizer: Tokenizer, shards: "_Shards", progress: P
 
 class _Shards:
     """The shards of a corpus in `folder`, of `shard_tokens` tokens each, and the tokens that wait for the next ones.
-
-    The files of a killed preparation are taken over if it had the same `plan`, the JSON of all that they depend on.
-    """
+    It takes over the files of a killed preparation of the same `plan`, the JSON of all that they depend on."""
 
     def __init__(self, folder: Path, plan: Any, shard_tokens: int) -> None:
         self.folder, self.plan, self.shard_tokens = folder, json.loads(json.dumps(plan)), shard_tokens
-        self.cursor: Any = None
-        """Position of the source behind the tokens in `waiting`; None at the start."""
+        self.cursor: Any = None  # position of the source behind the tokens in `waiting`; None at the start
         self.waiting: dict[Split, list[npt.NDArray[Any]]] = {split: [] for split in SPLITS}
         self.splits: dict[Split, dict[str, Any]] = {s: {"tokens": 0, "characters": 0, "shards": []} for s in SPLITS}
         """Tokens, characters, and finished shards (file, tokens, sha256) of every split."""

@@ -12,8 +12,7 @@ from tarflowlm.data.text import normalize_text8
 from tarflowlm.data.tokenizer import Tokenizer
 from tarflowlm.errors import UserError
 
-BLANK = -1
-"""Marks a token of a template that is to be drawn."""
+BLANK = -1  # marks a token of a template that is to be drawn
 _SHOWN = 200  # characters of a text in a notice
 
 
@@ -38,13 +37,12 @@ def read(
 ) -> Reading:  # fmt: skip
     """Normalise `text` as the training text of the tokenizer's model was, and encode it.
 
-    text8 gives lower case, spelled digits, and one space for everything else; the text keeps a space at either end
-    if and only if it was given with white space there. Without normalisation the text becomes lower case for an
-    alphabet without upper case. `normalize` takes the place of the tokenizer's normalisation. `goes_on`: the model
-    continues the text, so where tokens hold the space before a word, a space at the end is left to the next token.
+    text8 gives lower case, spelled digits, and one space for everything else; the text keeps a space at either end if
+    and only if it was given with white space there. Without normalisation the text becomes lower case for an alphabet
+    without upper case. `normalize` takes the place of the tokenizer's normalisation. `goes_on`: the model continues
+    the text, so where tokens hold the space before a word, a space at the end is left to the next token.
 
-    UserError, calling the text `name`: if it is empty or not UTF-8, has unknown characters, or nothing is left of it.
-    """
+    UserError, calling the text `name`, if it is empty or not UTF-8, has unknown characters, or leaves nothing."""
     _check(text, name)
     how = normalize or tokenizer.normalization
     found = _normalized(tokenizer, text, how)
@@ -55,11 +53,9 @@ def read(
 def read_template(
     tokenizer: Tokenizer, text: str, blank: str = "_", *, normalize: Normalization | None = None
 ) -> Reading:
-    """Read a text in which every `blank` stands for one token to be drawn, BLANK in `tokens`.
-
-    The pieces between the blanks are read as by `read`, each before a blank as one that goes on. A blank counts as a
-    letter: a comma beside it becomes a space.
-    """
+    """Read a text in which every `blank` stands for one token to be drawn, BLANK in `tokens`. The pieces between the
+    blanks are read as by `read`, each before a blank as one that goes on. A blank counts as a letter: a comma beside
+    it becomes a space."""
     _check(text, "template")
     if not isinstance(blank, str) or len(blank) != 1 or (tokenizer.kind == "char" and blank in tokenizer.symbols):
         raise UserError(f"blank {blank!r}: must be a single character that is not in the model's alphabet")

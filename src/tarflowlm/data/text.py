@@ -26,12 +26,10 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def text_blocks(path: str | os.PathLike[str]) -> Iterator[str]:
-    """The text of a UTF-8 file in blocks of about a megabyte.
-
-    The suffix gives the compression: `.gz`, `.xz`, `.zst`, or `.zip` with one member; any other is plain text. Line
-    ends stay as they are; a byte-order mark at the start is dropped. UserError for a file that is missing,
-    unreadable, empty, damaged or not UTF-8, possibly after some blocks.
-    """
+    """The text of a UTF-8 file in blocks of about a megabyte. The suffix gives the compression: `.gz`, `.xz`, `.zst`,
+    or `.zip` with one member; any other is plain text. Line ends stay as they are; a byte-order mark at the start is
+    dropped. UserError for a file that is missing, unreadable, empty, damaged or not UTF-8, possibly after some
+    blocks."""
     source, is_empty = Path(path), True
     try:
         for block in codecs.iterdecode(_byte_blocks(source), "utf-8-sig"):
@@ -99,12 +97,10 @@ _LONGEST = 16  # a piece of this many times the size is cut anywhere: memory mus
 
 
 def text_pieces(text: str | Iterable[str], size: int) -> Iterator[str]:
-    """Consecutive pieces, of about `size` characters each, of a text that is given whole or in blocks.
-
-    No tokenizer that we train or support joins characters across a cut: each piece but the last ends where a word
-    ends. Only where there is no such place for `16 * size` characters is the text cut anywhere. The cuts depend on
-    the text and `size`, not on the blocks.
-    """
+    """Consecutive pieces, of about `size` characters each, of a text that is given whole or in blocks. No tokenizer
+    that we train or support joins characters across a cut: each piece but the last ends where a word ends. Only where
+    there is no such place for `16 * size` characters is the text cut anywhere. The cuts depend on the text and
+    `size`, not on the blocks."""
     buffer, searched = "", size
     for block in [text] if isinstance(text, str) else text:
         buffer += block
@@ -134,12 +130,10 @@ def normalize(text: str, how: Normalization) -> str:
 
 
 def normalize_text8(text: str) -> str:
-    """Text in the TEXT8 alphabet, as `wikifil.pl` writes it (Mahoney 2006); idempotent.
-
-    ASCII upper case becomes lower case and each digit its English name between spaces. Everything else that is not
-    `a`-`z`, `<|endoftext|>` included, becomes a space, and runs of spaces one space. The result begins with one space
-    and has none at its end; a text without letters or digits gives `" "`.
-    """
+    """Text in the TEXT8 alphabet, as `wikifil.pl` writes it (Mahoney 2006); idempotent. ASCII upper case becomes
+    lower case and each digit its English name between spaces. Everything else that is not `a`-`z`, `<|endoftext|>`
+    included, becomes a space, and runs of spaces one space. The result begins with one space and has none at its end;
+    a text without letters or digits gives `" "`."""
     # on bytes, whose methods are fast; what is not ASCII becomes "?", and later a space
     data = text.encode("ascii", errors="replace").replace(b"<|endoftext|>", b" ").lower()
     for digit, name in enumerate(_DIGITS):

@@ -22,10 +22,8 @@ FORMAT, VERSION = "tarflowlm-tokenizer", 1
 
 class Tokenizer(ABC):
     """Text <-> token ids `0 .. V-1`; each token stands for a fixed string of UTF-8 bytes.
-
     `decode(encode(text)) == text` for every text that `encode` accepts. `encode` does not normalise: call `prepare`
-    first on text from a file, or read a user's text with `prompts.read`. Immutable.
-    """
+    first on text from a file, or read a user's text with `prompts.read`. Immutable."""
 
     kind: ClassVar[str]
     _kinds: ClassVar[dict[str, type["Tokenizer"]]] = {}
@@ -56,14 +54,14 @@ class Tokenizer(ABC):
         """Token ids [N] of `texts`, encoded one by one and concatenated."""
         return np.concatenate([np.zeros(0, dtype=np.int64), *map(self.encode, texts)])
 
-    @abstractmethod
     def _payload(self) -> dict[str, Any]:
         """The content of the tokenizer's JSON besides kind and normalisation."""
+        return {}
 
     @classmethod
-    @abstractmethod
     def _from_payload(cls, payload: dict[str, Any], normalization: Normalization) -> "Tokenizer":
         """Inverse of `_payload`; may raise LookupError, TypeError or ValueError for foreign content."""
+        return cls(normalization)
 
     @property
     def vocab_size(self) -> int:
@@ -191,13 +189,6 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str) -> npt.NDArray[np.int64]:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
-
-    def _payload(self) -> dict[str, Any]:
-        return {}
-
-    @classmethod
-    def _from_payload(cls, payload: dict[str, Any], normalization: Normalization) -> "ByteTokenizer":
-        return cls(normalization)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

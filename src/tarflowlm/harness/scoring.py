@@ -1,7 +1,6 @@
 """Log-likelihoods and continuations of texts, as lm-evaluation-harness asks for them, without the harness itself.
 
-Shape legend: B requests of n tokens each, S posterior samples, d channels, T the trained context, P the patch.
-"""
+Shape legend: B requests of n tokens each, S posterior samples, d channels, T the trained context, P the patch."""
 
 import math
 from collections import defaultdict
@@ -49,11 +48,9 @@ class Continuation:
 
 
 class TextScorer:
-    """Log-likelihoods and continuations of texts under a model, all in nats.
-
-    `samples` posterior samples and their `seed` are for flows alone, as in `evaluate`. All continuations see the same
-    noise at the same position of their window, so no log-likelihood depends on the other requests.
-    """
+    """Log-likelihoods and continuations of texts under a model, all in nats. `samples` posterior samples and their
+    `seed` are for flows alone, as in `evaluate`. All continuations see the same noise at the same position of their
+    window, so no log-likelihood depends on the other requests."""
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, *, samples: int = 1, seed: int = 0) -> None:
         samples = as_integer(samples, "posterior samples", least=1)
@@ -78,10 +75,8 @@ class TextScorer:
         return Piece(tokens, min(given, len(tokens)))
 
     def rolling(self, texts: Sequence[str], progress: Progress = SILENT) -> list[float]:
-        """log p of every text, or a lower bound on it, in nats: the sum over windows with fresh contexts.
-
-        Windows and noise are those of `evaluate`, but an incomplete last window counts as a shorter one.
-        """
+        """log p of every text, or a lower bound on it, in nats: the sum over windows with fresh contexts. Windows and
+        noise are those of `evaluate`, but an incomplete last window counts as a shorter one."""
         T = self.model.config.context
         tokens = [self.encode(text) for text in texts]
         whole = [t[: len(t) // T * T].view(-1, T) for t in tokens]
@@ -100,11 +95,9 @@ class TextScorer:
 
     def conditional(self, requests: Sequence[Piece], progress: Progress = SILENT) -> list[tuple[float, bool]]:
         """log p(continuation | context), in nats, and whether it holds the most probable tokens; for each request.
-
         Exact for the baseline. For a flow of one block a lower bound on log p~ (`objective.conditional_bound`); for
         more blocks a difference of two bounds with the same noise, which is no bound, and never "most probable".
-        Beyond the trained context the start of the context is cut, and a longer continuation is scored in pieces.
-        """
+        Beyond the trained context the start of the context is cut, and a longer continuation is scored in pieces."""
         pieces = [self._pieces(*request) for request in requests]
         values, greedy = self._scores([piece for parts in pieces for piece in parts], progress)
         scored = iter(zip(values, greedy, strict=True))
@@ -112,14 +105,12 @@ class TextScorer:
         return [(math.fsum(value for value, _ in part), all(best for _, best in part)) for part in taken]
 
     def complete(self, requests: Sequence[tuple[str, Continuation]], progress: Progress = SILENT) -> list[str]:
-        """Text that follows each context. Contexts of one length are continued together.
-
-        Every text is drawn with the scorer's seed, whatever the others are. top-k = 1 needs probabilities to change.
-        """
+        """Text that follows each context. Contexts of one length are continued together. Every text is drawn with the
+        scorer's seed, whatever the others are. top-k = 1 needs probabilities to change."""
         prompts = [self.encode(context) for context, _ in requests]
-        lengths = [len(prompt) + how.max_tokens for prompt, (_, how) in zip(prompts, requests, strict=True)]
+        kinds = [(len(prompt) + how.max_tokens, how) for prompt, (_, how) in zip(prompts, requests, strict=True)]
         found = [""] * len(requests)
-        for (length, how), whole in self._alike([(n, how) for n, (_, how) in zip(lengths, requests, strict=True)]):
+        for (length, how), whole in self._alike(kinds):
             options = {name: getattr(how, name) for name in ("temperature", "top_k", "top_p")}
             # beyond the context `generate` takes one prompt at a time
             for part in [whole] if length <= self.model.config.context else [[index] for index in whole]:

@@ -52,7 +52,6 @@ def draw_samples(model: LanguageModel, tokenizer: Tokenizer, progress: Progress 
     return Samples([tokenizer.decode(row.tolist()) for row in result.tokens], passes, temperature)
 
 
-PAGE = "index.html"
 WIDTH, DPI = 4.6, 240  # inches, dots per inch of a PNG; on a phone, such a figure shows its text in full size
 COUNTED = 1 << 22  # tokens of the validation split whose frequencies are counted
 
@@ -82,7 +81,7 @@ def write_report(
     # folders in the hub's cache are named after commits
     pairs = zip(read_records(places), directories, strict=True)
     records = [replace(record, name=d.as_posix()) if is_reference(d) else record for record, d in pairs]
-    page = out / PAGE
+    page = out / "index.html"
     ours = page.is_file() and f'content="{GENERATOR}"' in page.read_text(encoding="utf-8", errors="replace")[:1000]
     if out.exists() and not (ours or (out.is_dir() and not any(out.iterdir()))):
         raise UserError(f"{out} exists and holds no report: choose another --out")

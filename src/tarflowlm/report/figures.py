@@ -11,9 +11,8 @@ import torch
 from tarflowlm.data import Tokenizer
 from tarflowlm.evaluation.blocks import BoundParts
 from tarflowlm.language_model import LanguageModel
-from tarflowlm.report import style
 from tarflowlm.report.records import RunRecord, Series, table_html
-from tarflowlm.report.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figure, line_style, literal
+from tarflowlm.report.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figure, label_points, line_style, literal
 
 Indices = npt.NDArray[np.int64]
 
@@ -77,12 +76,10 @@ def _gains(axes: Axes, parts: BoundParts) -> None:
     room = max([*map(abs, gains), 1e-9])
     for row, gain in enumerate(gains):
         axes.barh(row, gain, height=0.62, color=COLOURS[0] if gain >= 0 else COLOURS[1])
-        is_inside = gain > 0.6 * room
-        ha, away, color = ("right", -4, PAPER) if is_inside else ("left", 4, INK)
+        x, ha, away, color = (gain, "right", -4, PAPER) if gain > 0.6 * room else (max(gain, 0), "left", 4, INK)
         axes.annotate(
-            f"{signed(gain)} nats\n{signed(parts.bpc(gain))} bits per character",
-            (gain if is_inside else max(gain, 0), row), xytext=(away, 0), textcoords="offset points",
-            ha=ha, va="center", fontsize=SMALL, color=color,
+            f"{signed(gain)} nats\n{signed(parts.bpc(gain))} bits per character", (x, row), xytext=(away, 0),
+            textcoords="offset points", ha=ha, va="center", fontsize=SMALL, color=color,
         )  # fmt: skip
     axes.set_yticks(range(len(gains)), [f"block {block}" for block in range(1, len(gains) + 1)])
     axes.set_ylim(len(gains) - 0.4, -0.6)
@@ -109,10 +106,8 @@ def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] 
             axes.plot(r.train[column], r.train["bpc"], **line_style(index), **FAINT)
             axes.plot(r.valid[column], r.valid["bpc"], **line_style(index), **MARKED)
         axes.set_ylabel("bits per character")
-        _count_on_x(axes, column)
+        _count_on_x(axes, records, column)
     _limit_bits(panels[0], records)
-    for axes, column in zip(panels, over, strict=True):
-        _mark_stages(axes, records, column)
     last = [(r.valid["bpc"] if len(r.valid["bpc"]) else r.train["bpc"])[-1] for r in records]
     names = [f"{literal(r.name)} {'=' if r.is_exact else '≤'} {b:.3f}" for r, b in zip(records, last, strict=True)]
     _explain(figure, records, names, ("training batches", FAINT), ("validation windows", MARKED))
@@ -130,8 +125,7 @@ def draw_optimisation(figure: Figure, records: Sequence[RunRecord]) -> None:
     if any((r.train["grad_norm"] > 0).any() for r in records):
         lower.set_yscale("log")
     for axes in (upper, lower):
-        _count_on_x(axes)
-        _mark_stages(axes, records)
+        _count_on_x(axes, records)
     _explain(figure, records, [literal(r.name) for r in records], ("gradient norm", FAINT), ("running median", {}))
 
 
@@ -143,8 +137,7 @@ def draw_throughput(figure: Figure, records: Sequence[RunRecord]) -> None:
     axes.set_ylim(bottom=0)
     axes.set_ylabel("tokens per second")
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    _count_on_x(axes)
-    _mark_stages(axes, records, height=0.02)
+    _count_on_x(axes, records, height=0.02)
     names = [f"{literal(r.name)}: {r.speeds}" for r in records]
     _explain(figure, records, names, ("every logged step", FAINT), ("running median", {}))
 
@@ -160,12 +153,18 @@ def _plot_median(axes: Axes, record: RunRecord, column: str, index: int) -> None
 def _explain(
     figure: Figure, records: Sequence[RunRecord], names: Sequence[str], *kinds: tuple[str, dict[str, Any]]
 ) -> None:
-    """A legend: the colour of every run, what kinds of lines mean, and the mark of a stage if there is one."""
+    """A legend below all panels: the colours of the runs, kinds of lines, and the mark of a stage if there is one."""
+    from matplotlib.lines import Line2D
+
     entries = [(name, line_style(index)) for index, name in enumerate(names)]
     entries += [(text, {"color": MUTED} | look) for text, look in kinds]
     if any(r.stage_starts for r in records):
         entries.append(("a stage begins", STAGE))
-    style.add_legend(figure, entries)
+    handles, texts = [Line2D([], [], **look) for _, look in entries], [text for text, _ in entries]
+    # a character is about half as wide as the font is high, and a sample of a line has the width of eight
+    columns = int(72 * figure.get_figwidth() // (0.62 * SMALL * (max(map(len, texts)) + 8)))
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": max(1, min(columns, len(entries)))}
+    figure.legend(handles, texts, fontsize=SMALL, frameon=False, **place)
 
 
 def _limit_bits(axes: Axes, records: Sequence[RunRecord]) -> None:
@@ -185,17 +184,15 @@ def _limit_bits(axes: Axes, records: Sequence[RunRecord]) -> None:
     axes.set_ylim(low - margin, high + margin)
 
 
-def _count_on_x(axes: Axes, column: str = "tokens") -> None:
+def _count_on_x(axes: Axes, records: Sequence[RunRecord], column: str = "tokens", height: float = 0.98) -> None:
+    """A scale of tokens or seconds, and a line where a stage of any run begins, labelled at `height`; runs that
+    switch at about one place share it."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds of training" if column == "seconds" else column)
-
-
-def _mark_stages(axes: Axes, records: Sequence[RunRecord], column: str = "tokens", height: float = 0.98) -> None:
-    """A line where a stage of any run begins, labelled at `height`; runs that switch at about one place share it."""
     marked: list[tuple[int, float]] = []
     for block, x in ((block, r.train[column][line]) for r in records for block, line in r.stage_starts):
         if any(block == b and abs(x - other) < 0.02 * axes.get_xlim()[1] for b, other in marked):
@@ -224,7 +221,6 @@ class Codes:
 
     @property
     def unit(self) -> str:
-        """The unit of the distances."""
         return "σ" if self.std is not None else "r.m.s. norms"
 
     @property
@@ -250,15 +246,13 @@ def project(vectors: Series) -> tuple[Series, tuple[float, float]]:
     """Coordinates [V, 2] of vectors [V, d], d >= 1, on their first two principal axes; shares of the variance. Signs
     are fixed: the entry of largest magnitude of each axis is positive. The axes are orthonormal, so a sphere becomes
     a disc of the same radius."""
-    centred = vectors - vectors.mean(0)
+    # d = 1 has no second axis
+    centred = np.pad(vectors - vectors.mean(0), ((0, 0), (0, max(0, 2 - vectors.shape[1]))))
     _, singular, directions = np.linalg.svd(centred, full_matrices=False)
     directions = directions[:2]
     signs = np.sign(directions[np.arange(len(directions)), np.abs(directions).argmax(1)])
-    points = centred @ (directions * signs[:, None]).T
     shares = np.square(singular) / max(np.square(singular).sum(), 1e-300)
-    missing = 2 - points.shape[1]  # d = 1
-    shares = np.pad(shares, (0, max(0, missing)))
-    return np.pad(points, ((0, 0), (0, missing))), (float(shares[0]), float(shares[1]))
+    return centred @ (directions * signs[:, None]).T, (float(shares[0]), float(shares[1]))
 
 
 def nearest_neighbours(vectors: Series, queries: Indices, chunk: int = 256) -> tuple[Indices, Series]:
@@ -327,6 +321,6 @@ def _draw_plane(axes: Axes, codes: Codes) -> None:
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_xlabel(f"first principal component ({100 * codes.explained[0]:.0f} % of the variance)")
     axes.set_ylabel(f"second principal component ({100 * codes.explained[1]:.0f} % of the variance)")
-    style.label_points(axes, codes.points[shown], [codes.symbols[i] for i in shown], size=10.0 if few else SMALL)
+    label_points(axes, codes.points[shown], [codes.symbols[i] for i in shown], size=10.0 if few else SMALL)
     discs = ", discs of one σ" if codes.std is not None else ""
     axes.set_title(f"{codes.noun}, {len(codes.symbols):,} symbols{discs}")

@@ -66,17 +66,13 @@ def symbols(tokens: Tensor, tokenizer: Tokenizer) -> list[str]:
     return [visible(text) for text in found]
 
 
+PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {ord("\n"): "↵\n"}
+
+
 def visible(text: str) -> str:
     """`text` with control characters as their pictures; ↵ precedes a new line."""
-    return text if text.isprintable() else "".join(map(_visible, text))
-
-
-def _visible(character: str) -> str:
-    if character == "\n":
-        return "↵\n"
-    if character < " ":
-        return chr(0x2400 + ord(character))
-    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+    plain = (c if c < " " or c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(plain).translate(PICTURES)
 
 
 def text_tokens(

@@ -131,8 +131,7 @@ def _read_metrics(directory: Path, notes: list[str]) -> tuple[dict[str, Series],
             row = json.loads(line)
             if not all(math.isfinite(row[key]) for key in COLUMNS.get(row["split"], ())):
                 raise ValueError(line)
-            # other kinds of lines are not drawn
-            rows.get(row["split"], []).append(row)
+            rows.get(row["split"], []).append(row)  # other kinds of lines are not drawn
         except (ValueError, KeyError, TypeError):
             bad += number < len(lines)  # the last one may still be incomplete
     if bad:
@@ -194,8 +193,6 @@ def config_table(records: Sequence[RunRecord]) -> str:
     flat = [flatten(r.run) for r in records]
     names = list(dict.fromkeys(name for one in flat for name in one))
     names.sort(key=lambda name: all(name in one and one[name] == flat[0].get(name) for one in flat))
-    return runs_table(records, [{name: _words(one[name]) for name in names if name in one} for one in flat])
-
-
-def _words(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    found = [[(name, one[name]) for name in names if name in one] for one in flat]
+    columns = [{name: ", ".join(map(str, x)) if isinstance(x, list) else str(x) for name, x in one} for one in found]
+    return runs_table(records, columns)

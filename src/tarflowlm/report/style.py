@@ -64,8 +64,7 @@ def render(
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = New(figsize=(width, height))
         draw(figure)
-        # the layout takes half of the time of saving, so compute it once
-        figure.draw_without_rendering()
+        figure.draw_without_rendering()  # the layout takes half of the time of saving, so compute it once
         figure.set_layout_engine("none")
         if path is not None:
             with replacing(path) as temporary:
@@ -80,17 +79,6 @@ def render(
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)
-
-
-def add_legend(figure: Figure, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """A legend below all panels: a text, and the style of a line or marker, for each entry."""
-    from matplotlib.lines import Line2D
-
-    handles, texts = [Line2D([], [], **style) for _, style in entries], [text for text, _ in entries]
-    # a character is about half as wide as the font is high, and a sample of a line has the width of eight
-    columns = int(72 * figure.get_figwidth() // (0.62 * SMALL * (max(map(len, texts)) + 8)))
-    look = {"loc": "outside lower center", "fontsize": SMALL, "frameon": False}
-    figure.legend(handles, texts, ncols=max(1, min(columns, len(entries))), **look)
 
 
 def line_style(index: int) -> dict[str, Any]:
@@ -188,10 +176,9 @@ class Section:
 
 def page_html(title: str, sections: Sequence[Section], css: str, generator: str = GENERATOR) -> str:
     """The whole document; `css` has rules for the parts of the sections."""
-    body = "\n".join(section.to_html() for section in sections)
+    body = "\n".join([f"<h1>{escape(title)}</h1>", *(section.to_html() for section in sections)])
     head = f'<meta charset="utf-8">\n<meta name="generator" content="{generator}">\n<meta name="viewport" content='
     head += f'"width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n<style>{_CSS}{css}</style>'
-    body = f"<h1>{escape(title)}</h1>\n{body}"
     return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
 
 

@@ -102,11 +102,9 @@ def _runs_in(name: str) -> list[Path]:
 def runs(catalogue: Catalogue, names: Any, axis: Any) -> Iterator[str]:
     """HTML with the curves and numbers of the runs `names`, over tokens or over seconds of training."""
     wanted = [(str(name), catalogue.place(name)) for name in names] if isinstance(names, list) else []
-    if not catalogue.runs:
-        yield page(card(muted("No learning curves here: name run directories, as in `tarflowlm studio runs/mine`.")))
-        return
-    if not wanted:
-        yield page(card(muted("Choose a run to see its learning curve.")))
+    if not catalogue.runs or not wanted:
+        none = "No learning curves here: name run directories, as in `tarflowlm studio runs/mine`."
+        yield page(card(muted("Choose a run to see its learning curve." if catalogue.runs else none)))
         return
     more = f"{len(wanted)} runs are chosen, the first {MOST} are drawn."
     logs = [place / METRICS for _, place in wanted]

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import BLANK, Reading
-from tarflowlm.device import threads_for
 from tarflowlm.editing import Edit, Redraw, Renoise, Rewrite, Source, Toward, encode
 from tarflowlm.editing.edits import TEMPERATURE
 from tarflowlm.editing.words import find_words
@@ -101,9 +100,8 @@ def _edited(
     generator = request.generator(seed)
 
     def work(job: Job[R]) -> R:
-        with threads_for(1):
-            text = encode(flow, tokens[None], generator).repeated(edits)
-            return change(Source(flow, tokenizer, text, generator, job))
+        text = encode(flow, tokens[None], generator).repeated(edits)
+        return change(Source(flow, tokenizer, text, generator, job))
 
     job = Job(work)
     shown = stage(text_tokens(tokens, tokenizer))

@@ -27,6 +27,7 @@ PRIVATE = {"show_progress": "hidden", "api_visibility": "private"}
 LOOK = {"concurrency_id": "runs", "concurrency_limit": 2, **PRIVATE}
 WORK = {"concurrency_id": "model", "concurrency_limit": WAITING, **PRIVATE}
 
+ONE_EACH = "Every _ is one token that the model chooses"
 SENTENCE = "The people of this country have a right to peace and to work."
 HISTORY = "The war of the nations had come to an end, and the President asked the Congress to make a lasting peace."
 OTHER = "The Congress of this nation has a duty to peace and to freedom."
@@ -34,87 +35,81 @@ OTHER = "The Congress of this nation has a duty to peace and to freedom."
 
 def build(catalogue: Catalogue) -> Blocks:
     """The page about the models and runs of `catalogue`."""
-    views = {"Write": _write, "Infill": _infill, "Edit": _edit, "Score": _score, "Runs": _runs}
+    views = {"Write": _write, "Infill": _infill, "Edit": _edit, "Score": _score}
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
         head = f"{TITLE}<span>noise becomes latents, latents become text</span>"
         gr.HTML(f'<div class="st"><div class="st-head">{head}</div></div>', apply_default_css=False)
         for name, view in views.items():
-            with gr.Tab(name):
+            with gr.Tab(name), gr.Row(equal_height=False):
                 view(catalogue)
+        with gr.Tab("Runs"):
+            _runs(catalogue)
     # nothing may be called past the queue
     blocks.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     return blocks
 
 
 def _write(catalogue: Catalogue) -> None:
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=3, min_width=300):
-            model = _model(catalogue)
-            label, info = "Start, or a text with blanks", "Every _ is one token that the model chooses."
-            hint = "empty: from nothing · the people of the _ in peace"
-            text = gr.Textbox("The people of", label=label, placeholder=hint, info=info, lines=2, max_lines=6)
-            length = gr.Slider(8, request.TOKENS, 160, step=8, label="Length in tokens")
-            temperature = _temperature(catalogue, model, 0.7)
-            top_p = gr.Slider(0.1, 1.0, 1.0, step=0.05, label="Top-p")
-            with gr.Row():
-                num, seed = _number("Samples", 1), _number("Seed", 0)
-            buttons = _buttons("Write")
-        out = _output("The text appears here, then its passes.")
+    with gr.Column(scale=3, min_width=300):
+        model = _model(catalogue)
+        label, info = "Start, or a text with blanks", f"{ONE_EACH}."
+        hint = "empty: from nothing · the people of the _ in peace"
+        text = gr.Textbox("The people of", label=label, placeholder=hint, info=info, lines=2, max_lines=6)
+        length = gr.Slider(8, request.TOKENS, 160, step=8, label="Length in tokens")
+        temperature = _temperature(catalogue, model, 0.7)
+        top_p = gr.Slider(0.1, 1.0, 1.0, step=0.05, label="Top-p")
+        with gr.Row():
+            num, seed = _number("Samples", 1), _number("Seed", 0)
+        buttons = _buttons("Write")
+    out = _output("The text appears here, then its passes.")
     _bind(buttons, write, catalogue, [model, text, length, temperature, top_p, num, seed], out, text.submit)
 
 
 def _infill(catalogue: Catalogue) -> None:
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=3, min_width=300):
-            model = _model(catalogue)
-            value = "The people of the _ _ in the _ of peace"
-            info = "Every _ is one token that the model chooses, with regard to both sides."
-            text = gr.Textbox(value, label="Text with blanks", info=info, lines=3, max_lines=8)
-            tries, particles = _tries()
-            temperature = _temperature(catalogue, model, 0.6)
-            seed = _number("Seed", 0)
-            buttons = _buttons("Fill in")
-        out = _output("Candidates appear here, with their weights.")
+    with gr.Column(scale=3, min_width=300):
+        model = _model(catalogue)
+        value, info = "The people of the _ _ in the _ of peace", f"{ONE_EACH}, with regard to both sides."
+        text = gr.Textbox(value, label="Text with blanks", info=info, lines=3, max_lines=8)
+        tries, particles = _tries()
+        temperature, seed = _temperature(catalogue, model, 0.6), _number("Seed", 0)
+        buttons = _buttons("Fill in")
+    out = _output("Candidates appear here, with their weights.")
     _bind(buttons, infill, catalogue, [model, text, tries, particles, temperature, seed], out, text.submit)
 
 
 def _edit(catalogue: Catalogue) -> None:
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=3, min_width=300):
-            model = _model(catalogue)
-            text = gr.Textbox(label="Text", value=SENTENCE, lines=3, max_lines=8)
-            seed = _number("Seed", 0)
-            with gr.Tab("Replace"):
-                info = "Separated by commas. The rest is kept."
-                words = gr.Textbox(label="Words to replace", value="peace, work", info=info)
-                tries, particles = _tries()
-                replacing = _buttons("Replace")
-            with gr.Tab("Rewrite"):
-                info = "0 keeps the text, 1 forgets it."
-                strength = gr.Slider(0.0, 1.0, 0.2, step=0.05, label="Strength", info=info)
-                target = _target()
-                num = gr.Slider(1, request.SAMPLES, 3, step=1, label="Edits")
-                rewriting = _buttons("Rewrite")
-            with gr.Tab("Blend"):
-                other = gr.Textbox(label="Other text", value=OTHER, lines=3, max_lines=8)
-                between = _target()
-                blending = _buttons("Blend")
-        out = _output("The edit appears here, beside the original.")
+    with gr.Column(scale=3, min_width=300):
+        model = _model(catalogue)
+        text = gr.Textbox(label="Text", value=SENTENCE, lines=3, max_lines=8)
+        seed = _number("Seed", 0)
+        with gr.Tab("Replace"):
+            words = gr.Textbox("peace, work", label="Words to replace", info="Separated by commas. The rest is kept.")
+            tries, particles = _tries()
+            replacing = _buttons("Replace")
+        with gr.Tab("Rewrite"):
+            strength = gr.Slider(0.0, 1.0, 0.2, step=0.05, label="Strength", info="0 keeps the text, 1 forgets it.")
+            target = _target()
+            num = gr.Slider(1, request.SAMPLES, 3, step=1, label="Edits")
+            rewriting = _buttons("Rewrite")
+        with gr.Tab("Blend"):
+            other = gr.Textbox(label="Other text", value=OTHER, lines=3, max_lines=8)
+            between = _target()
+            blending = _buttons("Blend")
+    out = _output("The edit appears here, beside the original.")
     _bind(replacing, replace_words, catalogue, [model, text, words, tries, particles, seed], out)
     _bind(rewriting, rewrite, catalogue, [model, text, target, strength, num, seed], out, strength.release)
     _bind(blending, blend, catalogue, [model, text, other, between, seed], out)
 
 
 def _score(catalogue: Catalogue) -> None:
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=3, min_width=300):
-            # one flow, then baselines, which come last
-            chosen = [*catalogue.flows[:1], *catalogue.models[len(catalogue.flows) :]]
-            several = {"multiselect": True, "max_choices": MODELS}
-            models = gr.Dropdown(catalogue.models, value=chosen[:MODELS], label="Models", **several)
-            text = gr.Textbox(label="Text", value=HISTORY, lines=4, max_lines=12)
-            buttons = _buttons("Score")
-        out = _output("The bits of every token appear here.")
+    with gr.Column(scale=3, min_width=300):
+        # one flow, then baselines, which come last
+        chosen = [*catalogue.flows[:1], *catalogue.models[len(catalogue.flows) :]]
+        several = {"multiselect": True, "max_choices": MODELS}
+        models = gr.Dropdown(catalogue.models, value=chosen[:MODELS], label="Models", **several)
+        text = gr.Textbox(label="Text", value=HISTORY, lines=4, max_lines=12)
+        buttons = _buttons("Score")
+    out = _output("The bits of every token appear here.")
     _bind(buttons, compare, catalogue, [models, text], out, text.submit)
 
 

@@ -105,7 +105,6 @@ def guarded(view: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
 
 
 def page(*parts: str) -> str:
-    """The whole of a view."""
     return f'<div class="st st-view"><style>{grid.CSS}</style>{"".join(parts)}</div>'
 
 
@@ -135,7 +134,6 @@ def stage(tokens: Sequence[Token], *, is_open: bool = False) -> str:
 
 
 def facts(*pairs: tuple[str, str]) -> str:
-    """Numbers and their names."""
     shown = (f"<span>{f'<b>{escape(value)}</b> ' if value else ''}{escape(words)}</span>" for value, words in pairs)
     return f'<div class="st-facts">{"".join(shown)}</div>'
 

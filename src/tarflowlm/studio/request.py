@@ -3,12 +3,14 @@
 import threading
 import time
 from collections.abc import Callable, Generator
-from typing import Any, Generic, TypeVar, cast
+from concurrent.futures import Future, wait
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import Reading, read, read_template
+from tarflowlm.device import threads_for
 from tarflowlm.errors import UserError
 from tarflowlm.progress import Silent
 
@@ -29,7 +31,6 @@ def number(value: Any, name: str, least: int | float, most: int | float) -> floa
 
 
 def whole(value: Any, name: str, least: int, most: int) -> int:
-    """A whole number within bounds."""
     return int(number(value, name, least, most))
 
 
@@ -74,15 +75,14 @@ class Halted(Exception):
 
 
 class Job(Silent, Generic[R]):
-    """A function run on a thread with the job as its `Progress`; it can be stopped wherever it advances."""
+    """A function on `rows` texts, run on a thread with the job as its `Progress`; it can be stopped wherever it
+    advances."""
 
-    def __init__(self, function: Callable[["Job[R]"], R], *, seconds: float = SECONDS) -> None:
-        self.function, self.limit = function, seconds
-        self.result: R | None = None
+    def __init__(self, function: Callable[["Job[R]"], R], rows: int = 1, *, seconds: float = SECONDS) -> None:
+        self.function, self.rows, self.limit = function, rows, seconds
         # the final tokens so far, [num, n] each, and the seconds of the finished work
         self.tokens: list[torch.Tensor] = []
         self.advanced, self.seconds = 0, 0.0
-        self._error: BaseException | None = None
         self._is_wanted, self._begun = True, 0.0
 
     def advance(self, count: int = 1) -> None:
@@ -101,26 +101,24 @@ class Job(Silent, Generic[R]):
     def follow(self, show: Callable[[], str]) -> Generator[str, None, R]:
         """Start the work; what `show` gives now and then until it is done. Returns its result, raises what it raised.
         Closing the iterator, as when a visitor leaves, ends the work where it advances next."""
-        thread = threading.Thread(target=self._run, daemon=True)
-        thread.start()
+        future = Future[R]()
+        threading.Thread(target=self._run, args=(future,), daemon=True).start()
         try:
-            while thread.is_alive():
+            while not future.done():
                 yield show()
-                thread.join(EVERY)
+                wait([future], EVERY)
         finally:
             self._is_wanted = False
-        if self._error is not None:
-            raise self._error
-        return cast(R, self.result)
+        return future.result()
 
-    def _run(self) -> None:
+    def _run(self, future: Future[R]) -> None:
         try:
-            with _TURN:
-                # a property of the thread, as in the command line
-                torch.set_flush_denormal(True)
+            with _TURN, threads_for(self.rows):
+                torch.set_flush_denormal(True)  # a property of the thread, as in the command line
                 self._begun = time.perf_counter()
                 self.advance(0)
-                self.result = self.function(self)
+                result = self.function(self)
                 self.seconds = time.perf_counter() - self._begun
+            future.set_result(result)
         except BaseException as error:
-            self._error = error
+            future.set_exception(error)

@@ -8,7 +8,6 @@ from typing import Any
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import Reading
-from tarflowlm.device import threads_for
 from tarflowlm.evaluation.likelihood import Scores, score
 from tarflowlm.report.grid import symbols
 from tarflowlm.runs.checkpoint import Checkpoint
@@ -63,8 +62,7 @@ def compare(catalogue: Catalogue, names: Any, text: Any) -> Iterator[str]:
 
 
 def _scored(checkpoint: Checkpoint, reading: Reading, job: Job[Scores]) -> Scores:
-    with threads_for(1):
-        return score(checkpoint.model, reading.tokens, samples=SAMPLES, progress=job)
+    return score(checkpoint.model, reading.tokens, samples=SAMPLES, progress=job)
 
 
 def _card(one: Scored, most: float) -> str:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import BLANK, read_template
-from tarflowlm.device import threads_for
 from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import TarFlowLM
@@ -37,17 +36,15 @@ def write(
     reading = request.template(tokenizer, text) if request.text(text, "text") else None
     tokens = torch.empty(0, dtype=torch.long) if reading is None else reading.tokens
     is_prompt = bool((tokens != BLANK).all())
-    # BLANK where the model writes
-    given = torch.full((max(wanted, len(tokens)),), BLANK)
+    given = torch.full((max(wanted, len(tokens)),), BLANK)  # BLANK where the model writes
     given[: len(tokens)] = tokens
     total = num_positions(lm, len(given), len(tokens) if is_prompt else 0)
 
     def work(job: Job[Generation]) -> Generation:
-        with threads_for(num):
-            return generate(
-                lm, num_tokens=wanted if is_prompt else len(given), num=num, prompt=tokens, temperature=temperature,
-                top_p=top_p, decoder="auto", generator=generator, watch=Watch(job, job.tokens.append),
-            )  # fmt: skip
+        return generate(
+            lm, num_tokens=wanted if is_prompt else len(given), num=num, prompt=tokens, temperature=temperature,
+            top_p=top_p, decoder="auto", generator=generator, watch=Watch(job, job.tokens.append),
+        )  # fmt: skip
 
     def show() -> str:
         written = torch.cat(job.tokens, 1)[0] if job.tokens else given[:0]
@@ -55,7 +52,7 @@ def write(
         share = min(job.advanced / max(total, 1), 1.0)
         return page(card(shown, bar(share), muted(job.doing(f"{100 * share:.0f} %"))))
 
-    job = Job(work)
+    job = Job(work, num)
     result = yield from job.follow(show)
     cards = []
     for row, sample in enumerate(result.tokens):
@@ -112,13 +109,12 @@ def fill(
     tokenizer, given = checkpoint.tokenizer, template != BLANK
 
     def work(job: Job[Generation]) -> Generation:
-        with threads_for(num * each):
-            return generate(
-                checkpoint.model, num_tokens=len(template), num=num, prompt=template, generator=generator,
-                particles=each, temperature=temperature, decoder="auto", watch=Watch(job),
-            )  # fmt: skip
+        return generate(
+            checkpoint.model, num_tokens=len(template), num=num, prompt=template, generator=generator,
+            particles=each, temperature=temperature, decoder="auto", watch=Watch(job),
+        )  # fmt: skip
 
-    job = Job(work)
+    job = Job(work, num * each)
     total = num_positions(checkpoint.model, len(template))
     shown = text_tokens(template.clamp_min(0), tokenizer, given=given)
     asked = stage([t if t.kind == "given" else Token(request.MARK, "noise") for t in shown], is_open=True)
@@ -126,8 +122,7 @@ def fill(
     # equal weights where nothing is given, and where all evidence is zero
     weights = (torch.zeros(num) if result.log_evidence is None else result.log_evidence).softmax(0)
     weights = weights.nan_to_num(1 / num)
-    # equal texts are one candidate
-    shares: dict[tuple[int, ...], float] = {}
+    shares: dict[tuple[int, ...], float] = {}  # equal texts are one candidate
     for row, weight in zip(result.tokens.tolist(), weights.tolist(), strict=True):
         shares[tuple(row)] = shares.get(tuple(row), 0.0) + weight
     choices = ""

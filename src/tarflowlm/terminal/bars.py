@@ -16,8 +16,6 @@ from rich.text import Text
 
 from tarflowlm.training.metrics import Reporter
 
-Clock = Callable[[], float]
-
 NUMBER = 14  # characters of the longest cell that is kept on one line
 FIRST, EVERY = 3.0, 30.0  # seconds until the first line of a stage in a log file, and between its lines
 WIDE = 120  # columns from which on a terminal shows the bar itself beside label, numbers and time left
@@ -111,7 +109,7 @@ class Bars:
 
     def __init__(
         self, stage: str = "", total: int | None = None, *,
-        console: Console | None = None, clock: Clock = time.monotonic,
+        console: Console | None = None, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.console, self.clock = console or Console(stderr=True), clock
         # FORCE_COLOR makes rich take a pipe for a terminal
@@ -124,7 +122,6 @@ class Bars:
         how: dict[str, Any] = {"get_time": clock, "transient": not self.keep, "disable": not self.is_live}
         self.progress = Progress(*columns, console=self.console, **how)
         self._task: TaskID | None = None
-        self._due = 0.0
         if stage:
             self.stage(stage, total)
 
@@ -145,7 +142,6 @@ class Bars:
         self._due = self.clock() + FIRST
 
     def advance(self, count: int = 1) -> None:
-        """`count` more units of the current part are done."""
         self.update(advance=count)
 
     def update(self, **fields: Any) -> None:

@@ -1,7 +1,6 @@
 """Samples and edits: panels on a terminal, objects for --json."""
 
 import codecs
-import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -111,12 +110,9 @@ def samples_to_json(
             sample["passes"] = [tokenizer.decode(state[row].tolist()) for state in result.passes]
         if states:
             sample["states"] = [state[row].tolist() for state in result.states]
-        for name in ("log_evidence", "ess", "draws"):
+        for name in ("log_evidence", "ess", "draws", "pareto_k"):
             if (value := getattr(result, name)) is not None:
                 sample[name] = value[row].item()
-        if result.pareto_k is not None:
-            k = result.pareto_k[row].item()
-            sample["pareto_k"] = None if math.isnan(k) else k
         samples.append(sample)
     return samples
 
