@@ -30,14 +30,10 @@ class ElboTerms:
     log p(x) >= E[ reconstruction - log_q + base + sum_l log_dets[l] ] = E[ -nelbo ]
     """
 
-    reconstruction: Tensor
-    """log p(x | z); near zero where the codebook is well separated."""
-    log_q: Tensor
-    """log q(z | x)."""
-    base: Tensor
-    """log N(u; 0, I)."""
-    log_dets: tuple[Tensor, ...]
-    """log|det J_l| of every block, block 1 first."""
+    reconstruction: Tensor  # log p(x | z); near zero where the codebook is well separated.
+    log_q: Tensor  # log q(z | x).
+    base: Tensor  # log N(u; 0, I).
+    log_dets: tuple[Tensor, ...]  # log|det J_l| of every block, block 1 first.
 
     @property
     def log_prior(self) -> Tensor:
@@ -105,7 +101,8 @@ class TarFlowLM(LanguageModel):
             shape |= {"components": block.components, "widening": block.widening}
             shape["tied"] = self.codebook if block.components == 0 else None
             mixd = MixDCoupling(in_patch=config.in_patch == "autoregressive", **shape)
-            if block.components == config.vocab_size and block.start != "plain" and not config.mixes_tokens:
+            is_mixed = config.patch > 1 and config.mixes_channels  # tokens, then, not only channels
+            if block.components == config.vocab_size and block.start != "plain" and not is_mixed:
                 means = Order(config.latent_dim, mix=mix)(self.codebook.mean[None])[0][0]
                 mixd.start_from(means, self.codebook.log_std)
             return mixd

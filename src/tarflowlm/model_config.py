@@ -247,11 +247,6 @@ class FlowConfig(LanguageModelConfig):
         return self.patch > 1 if self.channel_mix is None else self.channel_mix
 
     @property
-    def mixes_tokens(self) -> bool:
-        """Whether this interleaves the channels of several tokens."""
-        return self.patch > 1 and self.mixes_channels
-
-    @property
     def head_features(self) -> int:
         """Embedding width A of the masked autoregressive head (docs/math.md, eq. 10; paper: appendix H)."""
         return min(max(1, int(9 * 2 * self.head_hidden / (16 * max(self.patch * self.latent_dim - 1, 1)))), 96)

@@ -142,19 +142,17 @@ class Pretrained(_Pair):
         """
         flow = as_flow(self.model, "a discrete baseline has no latents to edit: load a flow")
         generator = torch.Generator().manual_seed(checked_seed(as_integer(seed, "seed")))
-        tokens, given = self.encode(text), dict(options)
+        tokens, given, kind = self.encode(text), dict(options), "words"
+        if level is not None:
+            given["level"], kind = level, "level"
         if toward is not None:
-            other = self.encode(toward, name="other text")
+            other, kind = self.encode(toward, name="other text"), "toward"
             tokens = tokens[: len(other)]
             given["other"] = encode(flow, other[None, : len(tokens)], generator)
-        if rewrite is not None:
-            given["pieces"] = [rewrite] if isinstance(rewrite, str) else list(rewrite)
         if replace is not None:
-            given["old"], given["new"] = replace
-        if level is not None:
-            given["level"] = level
-        named = {"rewrite": rewrite, "replace": replace, "toward": toward, "level": level}
-        kind = next((name for name, value in named.items() if value is not None), "words")
+            (given["old"], given["new"]), kind = replace, "replace"
+        if rewrite is not None:
+            given["pieces"], kind = [rewrite] if isinstance(rewrite, str) else list(rewrite), "rewrite"
         known = {field.name for field in fields(EDITS[kind])}
         if unknown := sorted(given.keys() - known):
             raise UserError(f"{unknown[0]}: has no effect on this edit ({kind}); it takes {', '.join(sorted(known))}")

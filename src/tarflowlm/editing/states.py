@@ -27,16 +27,11 @@ from tarflowlm.progress import SILENT, Progress
 class Edit:
     """A batch of texts before and after an edit."""
 
-    before: Tensor
-    """Tokens before the edit, [B, T]."""
-    tokens: Tensor
-    """Tokens after it, [B, T]."""
-    changed: Tensor
-    """Which tokens differ, [B, T]."""
-    bound_before: Tensor
-    """Upper bound on -log p(x) before the edit, [B], in nats: a mean over posterior samples."""
-    bound: Tensor
-    """The same after the edit."""
+    before: Tensor  # Tokens before the edit, [B, T].
+    tokens: Tensor  # Tokens after it, [B, T].
+    changed: Tensor  # Which tokens differ, [B, T].
+    bound_before: Tensor  # Upper bound on -log p(x) before the edit, [B], in nats: a mean over posterior samples.
+    bound: Tensor  # The same after the edit.
     states: tuple[Tensor, ...]
     """States of the new text from the edited one down to h^(0), each [B, T, d]; all L + 1 after `substitute`."""
     pareto_k: tuple[float, ...] = ()
@@ -48,14 +43,10 @@ class Edit:
 class Encoded:
     """A batch of texts of equal length with all states."""
 
-    tokens: Tensor
-    """[B, T], padded by the model to whole patches."""
-    length: int
-    """Tokens of the text itself, without the padding."""
-    states: tuple[Tensor, ...]
-    """h^(0) = z, ..., h^(L) = u, each [B, T, d]."""
-    pareto_k: float = math.nan
-    """The largest tail index of the weights by which spans of it were redrawn."""
+    tokens: Tensor  # [B, T], padded by the model to whole patches.
+    length: int  # Tokens of the text itself, without the padding.
+    states: tuple[Tensor, ...]  # h^(0) = z, ..., h^(L) = u, each [B, T, d].
+    pareto_k: float = math.nan  # The largest tail index of the weights by which spans of it were redrawn.
 
     def row(self, b: int) -> "Encoded":
         """Text b alone."""

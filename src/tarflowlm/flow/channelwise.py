@@ -88,13 +88,9 @@ class ChannelCoupling(Coupling):
         return torch.addcmul(z, residual, torch.exp(-log_det)), residual
 
     def conditionals(
-        self,
-        features: Float[Tensor, "B D"],
-        adjust: AdjustWeights | None = None,
-        *,
-        earlier: Sequence[Tensor] = (),
-        weights: HeadWeights | None = None,
-    ) -> Conditionals:
+        self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None, *,
+        earlier: Sequence[Tensor] = (), weights: HeadWeights | None = None,
+    ) -> Conditionals:  # fmt: skip
         assert adjust is None, "the components of a channel are not tokens"
         walk, z = self.head.walk(features, weights, earlier=earlier), None
         for _ in range(len(earlier), self.head.groups):

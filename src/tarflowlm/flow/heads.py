@@ -97,20 +97,10 @@ class AutoregressiveHead(nn.Module):
     scale: Tensor
 
     def __init__(
-        self,
-        *,
-        width: int,
-        groups: int,
-        channels: int,
-        hidden: int,
-        outputs: tuple[int, ...],
-        features: int,
-        skip: bool = False,
-        full: bool = False,
-        autoregressive: bool = True,
-        tokens: Tensor | None = None,
+        self, *, width: int, groups: int, channels: int, hidden: int, outputs: tuple[int, ...], features: int,
+        skip: bool = False, full: bool = False, autoregressive: bool = True, tokens: Tensor | None = None,
         log_std_last: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.groups, self.channels, self.hidden, self.features = groups, channels, hidden, features
         self.is_full, self.log_std_last = full, log_std_last

@@ -32,12 +32,9 @@ UNRELIABLE = 0.7
 class Weights:
     """The weights of R particles per sample, in float64 on the CPU (docs/math.md, eq. 21)."""
 
-    log_w: Tensor
-    """log omega_r since the last resampling, [num, R], in nats."""
-    log_evidence: Tensor
-    """Estimate of log p(given tokens) up to the last resampling, [num], in nats."""
-    draws: Tensor
-    """How often the particles of each sample were resampled, [num]."""
+    log_w: Tensor  # log omega_r since the last resampling, [num, R], in nats.
+    log_evidence: Tensor  # Estimate of log p(given tokens) up to the last resampling, [num], in nats.
+    draws: Tensor  # How often the particles of each sample were resampled, [num].
 
     @classmethod
     def uniform(cls, num: int, particles: int) -> "Weights":

@@ -65,24 +65,20 @@ Span = Callable[[slice], Tensor]
 class Generation:
     """Samples, and how they came about."""
 
-    tokens: Tensor
-    """[B, T]."""
+    tokens: Tensor  # [B, T].
     sweeps: tuple[int, ...] = ()
     """Passes of the Transformer in each block, block L first: N of them by steps. Empty for the baseline."""
     decoders: tuple[Decoder, ...] = ()
     """Decoder of each block, block L first; pass it as `decoder` to repeat the choice."""
     log_evidence: Tensor | None = None
     """With given tokens: an estimate of log p(given tokens), [B], in nats; its exponential is unbiased."""
-    ess: Tensor | None = None
-    """With given tokens: the effective sample size of the particles at the end, [B]."""
+    ess: Tensor | None = None  # With given tokens: the effective sample size of the particles at the end, [B].
     pareto_k: Tensor | None = None
     """With given tokens: the tail index of their weights, [B], above 0.7 if these are unreliable; NaN if R < 25."""
-    draws: Tensor | None = None
-    """With given tokens: how often the particles of each sample were resampled, [B]."""
+    draws: Tensor | None = None  # With given tokens: how often the particles of each sample were resampled, [B].
     _latents: tuple[Tensor, ...] = field(default=(), repr=False)
     """The states that the inversion gave, padded to whole patches; with given tokens z alone."""
-    _flow: TarFlowLM | None = field(default=None, repr=False)
-    """The model of `states` and `passes`."""
+    _flow: TarFlowLM | None = field(default=None, repr=False)  # The model of `states` and `passes`.
 
     @cached_property
     def states(self) -> tuple[Tensor, ...]:

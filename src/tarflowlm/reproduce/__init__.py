@@ -10,22 +10,8 @@ from tarflowlm.reproduce.tables import TABLE2, TABLE6
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        TABLE2,
-        FIG2,
-        FIG3,
-        FIG4,
-        FIG5,
-        FIG6,
-        FIG7,
-        TABLE6,
-        FRONTIER,
-        ablations.PROGRESSIVE,
-        ablations.VOCABULARIES,
-        ablations.PATCH_SIZES,
-        ablations.IN_PATCH,
-        ablations.SHARES,
+        TABLE2, FIG2, FIG3, FIG4, FIG5, FIG6, FIG7, TABLE6, FRONTIER, ablations.PROGRESSIVE, ablations.VOCABULARIES,
+        ablations.PATCH_SIZES, ablations.IN_PATCH, ablations.SHARES,
     )
-}
+}  # fmt: skip
 """Every recipe by its name, in the order in which `all` runs them."""
-
-__all__ = ["RECIPES"]

@@ -16,18 +16,8 @@ from tarflowlm.presets import PAPER_CORPORA, PRESETS, preset
 from tarflowlm.report.grid import CSS, Token, symbols, to_html
 from tarflowlm.report.grid import Row as TextRow
 from tarflowlm.report.style import COLOURS, SMALL, Figure, Section, page_html
+from tarflowlm.reproduce import states
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
-from tarflowlm.reproduce.states import (
-    DEEPEST_LAST,
-    SHORT_WINDOWS,
-    gains,
-    judge_of,
-    judge_training,
-    judged_bits,
-    sample,
-    share,
-    summary_row,
-)
 from tarflowlm.runs.checkpoint import Checkpoint
 
 LENGTH, SAMPLES = 128, 48  # tokens per sample, and samples of each model; the first is shown
@@ -57,36 +47,37 @@ def plan_fig6(settings: Settings) -> list[Training]:
         every = [(corpus, kind) for corpus in PAPER_CORPORA for kind in LABELS]
         runs = {f"{LABELS[kind]}, {PAPER_CORPORA[corpus]}": preset(f"{corpus}-{kind}") for corpus, kind in every}
         return trainings(settings, runs)
-    kinds = {"Mix-1, plain start": "mix1-plain", DEEPEST_LAST: "passes", "affine": "affine", "Mix-d": "mixd"}
+    kinds = {"Mix-1, plain start": "mix1-plain", states.DEEPEST_LAST: "passes", "affine": "affine", "Mix-d": "mixd"}
     runs = {label: preset(f"mini-{kind}") for label, kind in kinds.items()}
-    return trainings(settings, runs) + judge_training(settings)
+    return trainings(settings, runs) + states.judge_training(settings)
 
 
 def judged_passes(judge: Judge, checkpoint: Checkpoint, passes: Sequence[Tensor]) -> list[Spread]:
     """Bits per character by the judge after every pass, over all samples."""
     decode = checkpoint.tokenizer.decode
-    return [judged_bits(judge, [decode(row) for row in tokens.tolist()]) for tokens in passes]
+    return [states.judged_bits(judge, [decode(row) for row in tokens.tolist()]) for tokens in passes]
 
 
 def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     """Over all samples, after every pass: the judge's bits per character and shares of tokens; and the first sample
     with its edited characters."""
-    judge, models = judge_of(settings, finished)
+    judge, models = states.judge_of(settings, finished)
     rows: list[Row] = []
     for done in models:
         checkpoint = done.load()
-        passes = sample(done, checkpoint, SAMPLES, min(LENGTH, checkpoint.run.model.context)).passes
+        passes = states.sample(done, checkpoint, SAMPLES, min(LENGTH, checkpoint.run.model.context)).passes
         judged = judged_passes(judge, checkpoint, passes)
         for number, tokens in enumerate(passes):
             block, text = len(passes) - number, symbols(tokens[0], checkpoint.tokenizer)
             row: Row = {"model": done.training.label, "seed": done.training.run.seed}
             row["state"] = f"block {block} inverted" if number else "noise"
             row |= {JUDGED: judged[number].mean, "±": judged[number].std, "judge": judge.name}
-            row |= {"tokens as in the end": share(tokens == passes[-1]), "tokens edited": None, "text": "".join(text)}
+            final = states.share(tokens == passes[-1])
+            row |= {"tokens as in the end": final, "tokens edited": None, "text": "".join(text)}
             if number:
                 edits = tokens != passes[number - 1]
                 is_edited = edits[0].tolist()
-                row |= {"tokens edited": share(edits), "block": block}
+                row |= {"tokens edited": states.share(edits), "block": block}
                 row["direction"] = "left to right" if block % 2 else "right to left"
                 row |= {"edits": sum(is_edited), "tokens": len(is_edited), "edited": edited_spans(text, is_edited)}
             rows.append(row)
@@ -139,14 +130,10 @@ def plan_frontier(settings: Settings) -> list[Training]:
     if settings.scale == "paper":
         kinds = {"AR": "ar", "Mix-d": "mixd", "Mix-1": "mix1", "affine": "affine"}
         return trainings(settings, {label: settings.preset(kind, "text8") for label, kind in kinds.items()})
-    runs = {
-        "AR": preset("mini-ar"),
-        "Mix-d": preset("mini-mixd"),
-        "Mix-1, start from the codebook": preset("mini-mix1"),
-        "Mix-1, plain start, layers 4, 1, 1": preset("mini-mix1-plain"),
-        "Mix-1, plain start, layers 1, 1, 4": preset("mini-passes"),
-        "affine": preset("mini-affine"),
-    }
+    runs = {"AR": preset("mini-ar"), "Mix-d": preset("mini-mixd"), "affine": preset("mini-affine")}
+    runs |= {"Mix-1, start from the codebook": preset("mini-mix1")}
+    runs |= {"Mix-1, plain start, layers 4, 1, 1": preset("mini-mix1-plain")}
+    runs |= {"Mix-1, plain start, layers 1, 1, 4": preset("mini-passes")}
     runs |= {f"Mix-1, last block Mix-d of {k} classes": _top_mixd(f"k{k}", components=k) for k in CLASSES}
     for c in WIDENINGS:
         runs[f"Mix-1, last block Mix-d, codes e^{c:g} wider"] = _top_mixd(f"w{c:g}", components=0, widening=c)
@@ -154,8 +141,8 @@ def plan_frontier(settings: Settings) -> list[Training]:
     # presets stay as they are, since recipes share their runs; the others have a smaller test
     for label, run in runs.items():
         if run.name not in PRESETS:
-            runs[label] = replace(run, train=replace(run.train, test_windows=SHORT_WINDOWS))
-    return trainings(settings, runs) + judge_training(settings)
+            runs[label] = replace(run, train=replace(run.train, test_windows=states.SHORT_WINDOWS))
+    return trainings(settings, runs) + states.judge_training(settings)
 
 
 def _top_mixd(suffix: str, **fields: Any) -> RunConfig:
@@ -176,21 +163,21 @@ def _bpe(run: RunConfig) -> RunConfig:
 def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     """Bits per character, also over those of the baseline on such tokens; for flows the judge's bits and the share of
     final tokens after every pass, and the KL lowered by each block."""
-    judge, models = judge_of(settings, finished)
+    judge, models = states.judge_of(settings, finished)
     rows, baseline = [], dict[bool, float]()
     for done in models:
-        row, checkpoint = summary_row(done), done.load()
+        row, checkpoint = states.summary_row(done), done.load()
         is_bpe = checkpoint.tokenizer.kind == "bpe"
         if checkpoint.model.is_exact:
             baseline.setdefault(is_bpe, row["test bpc"])
         row["over the baseline"] = row["test bpc"] / baseline[is_bpe] if is_bpe in baseline else None
         if not checkpoint.model.is_exact:
-            passes = sample(done, checkpoint, SAMPLES, min(LENGTH, checkpoint.run.model.context)).passes
+            passes = states.sample(done, checkpoint, SAMPLES, min(LENGTH, checkpoint.run.model.context)).passes
             for number, judged in enumerate(judged_passes(judge, checkpoint, passes)):
                 after = f"block {len(passes) - number}" if number else "noise"
                 row |= {f"{JUDGED} after {after}": judged.mean, f"± after {after}": judged.std}
-                row[f"final after {after}"] = share(passes[number] == passes[-1])
-            row |= gains(done)
+                row[f"final after {after}"] = states.share(passes[number] == passes[-1])
+            row |= states.gains(done)
         rows.append(row)
     return rows
 
