@@ -84,7 +84,7 @@ class TarFlowLM(LanguageModel):
         config, block, width = self.config, self.config.blocks[index], self.config.trunk.width
         channelwise: dict[str, Any] = {"width": width, "channels": config.patch * config.latent_dim}
         channelwise |= {"hidden": config.head_hidden, "features": config.head_features}
-        channelwise |= {"skip": config.head == "block", "full": config.head == "full"}
+        channelwise["full"] = config.head == "full"
         mix, by_token = index if config.mixes_channels else 0, block.coupling == "token-affine"
         channelwise["autoregressive"] = block.sees_channels and (block.sees_tokens or not by_token)
         if not block.sees_tokens and not by_token:

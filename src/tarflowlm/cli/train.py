@@ -130,8 +130,6 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
             else:
                 assert args.out is not None
                 out, config = args.out, args.configured()
-            if processes.first:
-                print_notice(_plan(config, out))
             summary = train(config, out, parent=parent, **options)
         if not processes.first:
             return
@@ -144,11 +142,3 @@ def run(args: Args | TuneArgs | ResumeArgs) -> None:
     ]
     print_result(args.json, summary, summary["preset"], rows)
     print_notice(f"next: tarflowlm sample {out}")
-
-
-def _plan(run: RunConfig, out: Path) -> str:
-    """What is trained on what, how long, and where to, in a line."""
-    tokens = run.train.batch_size * run.model.context
-    length = f"{run.train.minutes:g} minutes" if run.train.minutes else f"{run.train.num_steps:,} steps"
-    source = f"{run.data.source}{' (built in)' * (run.data.source == 'english')}"
-    return f"{run.name} on {source}: {length}, {tokens:,} tokens a step, into {out}"

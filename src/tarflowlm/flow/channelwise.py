@@ -111,10 +111,11 @@ class AffineCoupling(ChannelCoupling):
     """
 
     def __init__(self, *, width: int, channels: int, hidden: int, features: int, group: int = 1, **sees: Any) -> None:
-        """`sees`: the options of `AutoregressiveHead` that say what a group sees, and how."""
+        """`sees`: the options of `AutoregressiveHead` that say what a group sees; `full`, without linear paths."""
         super().__init__()
         self.group, groups = group, channels // group
         sees |= {"width": width, "groups": groups, "channels": group, "hidden": hidden * group, "features": features}
+        sees["skip"] = not sees.get("full")
         self.head = AutoregressiveHead(outputs=(group, group), log_std_last=True, **sees)
 
     def channels(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
@@ -155,6 +156,7 @@ class Mix1Coupling(ChannelCoupling):
         """`sees`: as in `AffineCoupling`."""
         super().__init__()
         sees |= {"width": width, "groups": channels, "channels": 1, "hidden": hidden, "features": features}
+        sees["skip"] = not sees.get("full")
         self.head = AutoregressiveHead(outputs=(components,) * 3, log_std_last=True, **sees)
         means = spread * torch.special.ndtri((torch.arange(components, dtype=torch.float64) + 0.5) / components)
         variance = (1.0 - means.square().mean()).clamp_min((1.0 / components) ** 2)

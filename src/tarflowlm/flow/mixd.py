@@ -52,13 +52,17 @@ class MixDCoupling(Coupling):
         self.own.log_std.copy_(log_std + self.widening)
 
     @property
-    def components(self) -> tuple[Tensor, Tensor]:
-        """mu [K, d] and log s [K] of the mixture: the coupling's own, or the encoder's, widened."""
-        if self.own is not None:
-            return self.own.mean, self.own.log_std
-        tied = self._tied[0]
-        assert tied is not None
-        return tied.mean, tied.log_std + self.widening if self.widening else tied.log_std
+    def components(self) -> Codebook:
+        """The codebook of the mixture: the encoder's, or the coupling's own."""
+        components = self._tied[0] if self.own is None else self.own
+        assert components is not None
+        return components
+
+    @property
+    def _mixture(self) -> tuple[Tensor, Tensor]:
+        """mu [K, d] and log s [K] of the components; those of the encoder widened."""
+        book, wider = self.components, self.widening if self.own is None else 0.0
+        return book.mean, book.log_std + wider if wider else book.log_std
 
     def forward(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
         token_features = self.token_features(features, z).flatten(0, -2)
@@ -75,7 +79,7 @@ class MixDCoupling(Coupling):
     def _map(self, z: Tensor, token_features: Tensor) -> tuple[Tensor, Tensor]:
         log_w = widen(self.weight_head(token_features))
         with full_precision(z):
-            return numerics.rosenblatt(z, log_w, *self.components)
+            return numerics.rosenblatt(z, log_w, *self._mixture)
 
     def log_prob(self, z: Tensor, features: Tensor, *, relative: bool = False) -> Float[Tensor, "B N"]:
         """log p(z_n | c_n) of every position, in nats.
@@ -83,7 +87,7 @@ class MixDCoupling(Coupling):
         `relative` subtracts log sum_k N_k(z_t) of every token, for tied components the decoder's normaliser
         (docs/math.md, eq. 12). One pass over the codebook gives both sums.
         """
-        parameters = self.weight_head.weight, self.weight_head.bias, *self.components
+        parameters = self.weight_head.weight, self.weight_head.bias, *self._mixture
         by_token, features = z.unflatten(-1, (self.patch, self.latent_dim)), self.token_features(features, z)
         return numerics.mixture_log_prob_from_features(by_token, features, *parameters, relative=relative).sum(-1)
 
@@ -92,7 +96,7 @@ class MixDCoupling(Coupling):
         if len(u) <= rows:
             if self.patch > 1:
                 return super().invert(u, features, adjust)
-            return self._conditional(widen(self.weight_head(features)), self.components, adjust).inverse(u)
+            return self._conditional(widen(self.weight_head(features)), self._mixture, adjust).inverse(u)
         parts = zip(u.split(rows), features.split(rows), strict=True)
         return torch.cat([super(MixDCoupling, self).invert(*part, adjust) for part in parts])
 
@@ -110,7 +114,7 @@ class MixDCoupling(Coupling):
     ) -> Conditionals:
         walk, z = self.token_features.walk(features, earlier=earlier), None
         for _ in range(len(earlier), self.patch):
-            z = yield self._conditional(widen(self.weight_head(walk.send(z))), self.components, adjust)
+            z = yield self._conditional(widen(self.weight_head(walk.send(z))), self._mixture, adjust)
 
     @staticmethod
     def _conditional(log_w: Tensor, book: tuple[Tensor, Tensor], adjust: AdjustWeights | None) -> Conditional:
