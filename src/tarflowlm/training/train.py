@@ -95,8 +95,8 @@ def train(
             training.write_start(parent)
         length = f"{run.train.minutes:g} minutes" if run.train.minutes else f"{run.train.num_steps:,} steps"
         text = f"{run.data.source}{' (built in)' * (run.data.source == 'english')}"
-        tokens = f"{run.train.batch_size * run.model.context:,} tokens"
-        logger.info("%s on %s: %s of %s each, into %s", run.name, text, length, tokens, out)
+        tokens = f"{run.train.batch_size * run.model.context:,} tokens a step"
+        logger.info("%s on %s: %s, %s, into %s", run.name, text, length, tokens, out)
         keep_freed_memory()
         with stop_requests() as training.stop_signal:
             try:
