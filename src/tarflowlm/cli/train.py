@@ -57,7 +57,7 @@ class TuneArgs:
     out: Annotated[Path, arg("PATH")]  # Run directory: a new one, or that of the same run, which goes on.
     minutes: Number = None  # Time of the whole run, including evaluation and saving. Without --steps, 10.
     steps: Count = None  # Optimiser steps in total, instead.
-    lr: Number = None  # Peak learning rate; a fifth of that of the model's own training if left out.
+    lr: Number = None  # Peak learning rate; half of that of the model's own training if left out.
     seed: int = 0  # Seed of the order of the data and of the noise.
     device: Device = "auto"
     json: PrintJson = False

@@ -113,7 +113,7 @@ def resume(out: Path, **options: Any) -> dict[str, Any]:
     return train(read_run(out), out, **options)
 
 
-TUNING_RATE = 0.2
+TUNING_RATE = 0.5
 """Peak learning rate of tuning, as a multiple of that of the model's own training."""
 TUNING_MINUTES = 10.0
 """Length of a tuning run if nothing else is asked for."""
@@ -126,7 +126,7 @@ def tuning(
     """The run that goes on with the training of a model on another text, for `train(..., parent=parent)`.
 
     Shape, tokenizer, batches and stages are those of the parent's own training, with their shares of the new length:
-    `minutes`, by default 10, or `steps`. The optimiser is new, with the peak rate `lr`, by default a fifth of the
+    `minutes`, by default 10, or `steps`. The optimiser is new, with the peak rate `lr`, by default half of the
     parent's. Each stage ends with the weights of its best validation, since a text for tuning is often short.
     UserError for a length or rate that is not above 0.
     """
