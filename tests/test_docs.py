@@ -70,6 +70,8 @@ def small(argv: list[str]) -> list[str]:
         case ["train", "--resume", run]:
             (Path(run) / "summary.json").unlink()  # as if it had been killed before its last file
             return [*argv, "--device", "cpu"]
+        case ["train", "--from", _, *options]:
+            return ["train", "--from", "runs/mine", *options, "--steps", "3", "--device", "cpu"]
         case ["train", _, "--out", run, *_]:
             shutil.rmtree(run, ignore_errors=True)
             data = [] if "--data" in argv else ["--data", "my_text.txt"]

@@ -89,7 +89,7 @@ def lines(out, split):
 def test_skipped_steps_are_recorded_with_their_cause(tmp_path, tiny_run, go, instead, caplog):
     instead({2, 4, 5}, poisoned)
     run = tiny_run(**JOINT, stage_steps=(8,), max_skipped=2, log_every=2)
-    with caplog.at_level(logging.INFO, "tarflowlm"):
+    with caplog.at_level(logging.WARNING, "tarflowlm"):
         assert go(run, tmp_path / "run")["steps"] == 8
     skipped = lines(tmp_path / "run", "skipped")
     assert [record["step"] for record in skipped] == [2, 4, 5]
