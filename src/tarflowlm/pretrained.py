@@ -99,10 +99,9 @@ class Pretrained(_Pair):
         The pieces are written while they are read, in a thread of their own, which ends with the iterator.
         """
         pieces, ended = queue.Queue[str | BaseException | None](), threading.Event()
-        start = (
-            0 if not prompt else len(self.decode(read(self.tokenizer, prompt, name="prompt", goes_on=True).tokens))
-        )
-        text = TextStream(pieces.put, self.tokenizer, [stop] if isinstance(stop, str) else stop, start=start)
+        given: Any = read(self.tokenizer, prompt, name="prompt", goes_on=True).tokens if prompt else []
+        stops = [stop] if isinstance(stop, str) else stop  # after the prompt
+        text = TextStream(pieces.put, self.tokenizer, stops, start=len(self.decode(given)))
 
         def show(tokens: Tensor) -> None:
             text.add(tokens[0])

@@ -1,6 +1,5 @@
 """`tarflowlm edit`."""
 
-import math
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -123,7 +122,7 @@ def run(args: Args) -> None:
     measured = {"changed": edit.changed, "bpc_before": bpc_before, "bpc": bpc}
     columns: dict[str, Any] = {"text": texts} | {name: column.tolist() for name, column in measured.items()}
     if edit.pareto_k:
-        columns["pareto_k"] = [None if math.isnan(k) else k for k in edit.pareto_k]
+        columns["pareto_k"] = edit.pareto_k
     edits = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     changed, ratio = edit.changed.double().mean().item(), (edit.bound.sum() / edit.bound_before.sum()).item()
     advice = _advice(args, changed, ratio, has_token_weights=model.config.has_token_weights)

@@ -39,11 +39,10 @@ class HeadWeights:
             self.embed = list(head.embed.unbind())
         self.outputs = list(zip(*scaled, strict=True))
         # from earlier groups [g A, M] and [g C/G, O]
-        before = [head.mask[g, :g] for g in groups]
-        self.cross = [(head.cross[g, :, :g] * m[:, None]).flatten(1).T.contiguous() for g, m in enumerate(before)]
-        self.evidence: list[Tensor] = []
-        if head.evidence is not None:
-            self.evidence = [(head.evidence[g, :g] * m[:, None, None]).flatten(0, 1) for g, m in enumerate(before)]
+        cross = head.cross * head.mask[:, None, :, None]
+        self.cross = [cross[g, :, :g].flatten(1).T.contiguous() for g in groups]
+        evidence = None if head.evidence is None else head.evidence * head.mask[:, :, None, None]
+        self.evidence = [] if evidence is None else [evidence[g, :g].flatten(0, 1) for g in groups]
 
 
 LARGEST_LOG_STD, ROOM = 8.0, 4.0

@@ -12,10 +12,11 @@ from torch import Generator, Tensor
 
 from tarflowlm.data.prompts import BLANK as BLANK
 from tarflowlm.errors import UserError
+from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.channelwise import AffineCoupling
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.flow.numerics import held_rows, log_standard_normal, wide_dtype
+from tarflowlm.flow.numerics import held_rows, log_standard_normal
 from tarflowlm.language_model import as_integer, as_number
 from tarflowlm.model import TarFlowLM
 

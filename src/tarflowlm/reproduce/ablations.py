@@ -111,14 +111,13 @@ def measure_fig5(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
         checkpoint = done.load()
         context, decode = checkpoint.run.model.context, checkpoint.tokenizer.decode
         text = eval_windows(done.tokens(checkpoint), context, PROMPTS)
-        real: list[Row] = []
         for prefix in PREFIXES:
             prompt, what = text[:, :prefix], f" after a prefix of {prefix}"
             found = states.sample(done, checkpoint, len(text), context, prompt=prompt, what=what).tokens.cpu()
             row = {"model": done.training.label, "seed": done.training.run.seed}
             rows.append(row | _continued(judge, decode, found, prefix))
-            real.append({"model": "real text"} | _continued(judge, decode, text, prefix))
-    return rows + real
+    # the models have one test text
+    return rows + [{"model": "real text"} | _continued(judge, decode, text, prefix) for prefix in PREFIXES]
 
 
 def _continued(judge: Judge, decode: Callable[[list[int]], str], tokens: Tensor, prefix: int) -> Row:

@@ -7,18 +7,13 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from torch import Tensor
-
 from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, as_flow_config
-from tarflowlm.evaluation.blocks import Spread
-from tarflowlm.evaluation.judges import Judge
 from tarflowlm.presets import PAPER_CORPORA, PRESETS, preset
 from tarflowlm.report.grid import CSS, Token, symbols, to_html
 from tarflowlm.report.grid import Row as TextRow
 from tarflowlm.report.style import COLOURS, SMALL, Figure, Section, page_html
 from tarflowlm.reproduce import states
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
-from tarflowlm.runs.checkpoint import Checkpoint
 
 LENGTH, SAMPLES = 128, 48  # tokens per sample, and samples of each model; the first is shown
 BPE = TokenizerConfig(kind="bpe", vocab_size=2048)
@@ -52,12 +47,6 @@ def plan_fig6(settings: Settings) -> list[Training]:
     return trainings(settings, runs) + states.judge_training(settings)
 
 
-def judged_passes(judge: Judge, checkpoint: Checkpoint, passes: Sequence[Tensor]) -> list[Spread]:
-    """Bits per character by the judge after every pass, over all samples."""
-    decode = checkpoint.tokenizer.decode
-    return [states.judged_bits(judge, [decode(row) for row in tokens.tolist()]) for tokens in passes]
-
-
 def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     """Over all samples, after every pass: the judge's bits per character and shares of tokens; and the first sample
     with its edited characters."""
@@ -66,12 +55,12 @@ def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     for done in models:
         checkpoint = done.load()
         passes = states.sample(done, checkpoint, SAMPLES, min(LENGTH, checkpoint.run.model.context)).passes
-        judged = judged_passes(judge, checkpoint, passes)
         for number, tokens in enumerate(passes):
+            judged = states.judged_bits(judge, checkpoint, tokens)
             block, text = len(passes) - number, symbols(tokens[0], checkpoint.tokenizer)
             row: Row = {"model": done.training.label, "seed": done.training.run.seed}
             row["state"] = f"block {block} inverted" if number else "noise"
-            row |= {JUDGED: judged[number].mean, "±": judged[number].std, "judge": judge.name}
+            row |= {JUDGED: judged.mean, "±": judged.std, "judge": judge.name}
             final = states.share(tokens == passes[-1])
             row |= {"tokens as in the end": final, "tokens edited": None, "text": "".join(text)}
             if number:
@@ -173,10 +162,11 @@ def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[R
         row["over the baseline"] = row["test bpc"] / baseline[is_bpe] if is_bpe in baseline else None
         if not checkpoint.model.is_exact:
             passes = states.sample(done, checkpoint, SAMPLES, min(LENGTH, checkpoint.run.model.context)).passes
-            for number, judged in enumerate(judged_passes(judge, checkpoint, passes)):
+            for number, tokens in enumerate(passes):
+                judged = states.judged_bits(judge, checkpoint, tokens)
                 after = f"block {len(passes) - number}" if number else "noise"
                 row |= {f"{JUDGED} after {after}": judged.mean, f"± after {after}": judged.std}
-                row[f"final after {after}"] = states.share(passes[number] == passes[-1])
+                row[f"final after {after}"] = states.share(tokens == passes[-1])
             row |= states.gains(done)
         rows.append(row)
     return rows

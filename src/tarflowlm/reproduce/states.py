@@ -71,10 +71,10 @@ def gains(done: Finished) -> Row:
     return {f"KL taken off by block {number}": gain for number, gain in enumerate(found, 1)}
 
 
-def judged_bits(judge: Judge, texts: Sequence[str]) -> Spread:
-    """Bits per character of texts by the judge: mean over the texts, and its standard error."""
-    characters = torch.tensor([len(text) for text in texts])
-    per_text = bits(judge.read(texts).by_text) / characters
+def judged_bits(judge: Judge, checkpoint: Checkpoint, tokens: Tensor) -> Spread:
+    """Bits per character of samples by the judge: mean over the samples, and its standard error."""
+    texts = [checkpoint.tokenizer.decode(row) for row in tokens.tolist()]
+    per_text = bits(judge.read(texts).by_text) / torch.tensor([len(text) for text in texts])
     return Spread(per_text.mean().item(), per_text.std().item() / len(texts) ** 0.5)
 
 

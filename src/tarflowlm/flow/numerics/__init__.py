@@ -3,7 +3,6 @@
 Read `reference` first: every map in log space. `mixture`, `rosenblatt` and `vocabulary` hold the public functions.
 """
 
-from tarflowlm.flow import wide_dtype as wide_dtype
 from tarflowlm.flow.numerics.layout import held_rows as held_rows
 from tarflowlm.flow.numerics.mixture import mixture_cdf as mixture_cdf
 from tarflowlm.flow.numerics.mixture import mixture_cdf_inverse as mixture_cdf_inverse
