@@ -65,7 +65,7 @@ def undrawn(monkeypatch):
 def test_report_has_figures_and_numbers(runs, tmp_path):
     out = tmp_path / "new" / "folder"
     result = write_report(list(runs.values()), out)
-    names = {"bits", "optimisation", "throughput", "blocks-progressive", "blocks-joint"}
+    names = {"bits", "optimisation", "blocks-progressive", "blocks-joint"}
     names |= {f"codebook-{name}" for name in runs}
     assert {path.name for path in out.iterdir()} == {f"{name}.png" for name in names} | {"index.html"}
     assert {Path(path).stem for path in result["figures"]} == names
@@ -111,7 +111,7 @@ def test_missing_pieces_are_noted(runs, tmp_path, undrawn):
     (young / "metrics.jsonl").write_text(first, encoding="utf-8")
     model = export(runs["joint"], tmp_path / "model")
     result = write_report([young, model], tmp_path / "out")
-    assert {Path(path).stem for path in result["figures"]} == {"bits", "optimisation", "throughput", "codebook-model"}
+    assert {Path(path).stem for path in result["figures"]} == {"bits", "optimisation", "codebook-model"}
     (of_young,), (of_model,) = (run["notes"] for run in result["runs"])
     assert of_young.startswith("Neither samples nor blocks nor codebook are shown")
     assert "corpus cannot be used" in of_model

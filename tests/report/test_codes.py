@@ -1,12 +1,9 @@
-"""Projection and distances against other ways to compute them."""
-
-import math
+"""The projection of codes against another way to compute it."""
 
 import numpy as np
 import pytest
-import torch
 
-from tarflowlm.report.figures import codes_of, nearest_neighbours, project
+from tarflowlm.report.figures import codes_of, project
 from tarflowlm.runs.checkpoint import load_checkpoint
 
 
@@ -29,35 +26,19 @@ def test_projection_is_on_the_axes_of_the_covariance(vectors):
     assert (np.take_along_axis(axes, np.abs(axes).argmax(0)[None], 0) > 0).all()
 
 
-def test_nearest_neighbours_by_brute_force(vectors):
-    queries = np.array([3, 0, 17, 39])
-    for query, found, distance in zip(queries, *nearest_neighbours(vectors, queries, chunk=3), strict=True):
-        others = {i: math.dist(vectors[query], vectors[i]) for i in range(40) if i != query}
-        assert found == min(others, key=others.__getitem__)
-        assert distance == pytest.approx(min(others.values()))
-
-
 def test_codes_of_a_flow_are_its_codebook(runs):
     checkpoint = load_checkpoint(runs["progressive"])
     counts = np.arange(27)[::-1].copy()
     counts[5] = 1000
     codes = codes_of(checkpoint.model, checkpoint.tokenizer, counts)
     assert codes.symbols[:3] == ["␣", "a", "b"]
-    assert codes.compared.tolist() == [5, *range(5), *range(6, 27)]
-    with torch.no_grad():
-        std = checkpoint.model.codebook.log_std.exp()
-        between = torch.cdist(checkpoint.model.codebook.mean, checkpoint.model.codebook.mean)
-        between.fill_diagonal_(torch.inf)
-    np.testing.assert_allclose(codes.std, std, rtol=1e-6)
-    np.testing.assert_allclose(codes.distance, (between.min(1).values / std)[codes.compared], rtol=1e-4)
-    np.testing.assert_array_equal(codes.nearest, between.argmin(1)[codes.compared])
+    assert codes.named.tolist() == [5, *range(5), *range(6, 27)]
+    np.testing.assert_allclose(codes.std, checkpoint.model.codebook.log_std.detach().exp(), rtol=1e-6)
 
 
 def test_codes_of_a_baseline_are_its_embedding(runs):
     checkpoint = load_checkpoint(runs["baseline"])
     codes = codes_of(checkpoint.model, checkpoint.tokenizer, None)
-    weight = checkpoint.model.embedding.weight.detach()
-    between = torch.cdist(weight, weight).fill_diagonal_(torch.inf)
-    norm = weight.square().sum(1).mean().sqrt()
-    np.testing.assert_allclose(codes.distance, between.min(1).values / norm, rtol=1e-4)
-    assert (codes.std, codes.is_counted, codes.noun) == (None, False, "input embedding")
+    weight = checkpoint.model.embedding.weight.detach().double().numpy()
+    np.testing.assert_array_equal(codes.points, project(weight)[0])
+    assert (codes.std, codes.noun, codes.named.tolist()) == (None, "input embedding", [*range(27)])

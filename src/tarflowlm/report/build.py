@@ -100,7 +100,6 @@ def write_report(
         curves = [
             draw("bits", _BITS, lambda f: figures.draw_bits(f, logged), 6.0 + legend),
             draw("optimisation", _OPTIMISATION, lambda f: figures.draw_optimisation(f, logged), 6.0 + legend),
-            draw("throughput", _THROUGHPUT, lambda f: figures.draw_throughput(f, logged), 3.4 + legend),
         ]
         sections.append(Section("Training", parts=curves))
     sections += [_run_section(record, device or torch.device("cpu"), draw, progress) for record in records]
@@ -141,9 +140,11 @@ def _run_section(record: RunRecord, device: torch.device, draw: Draw, progress: 
             parts.append(draw(f"blocks-{record.slug}", caption, lambda f: figures.draw_blocks(f, terms), height))
             tables.append(figures.terms_table(terms))
     codes = figures.codes_of(model, tokenizer, counts)
-    caption, height = _codes_caption(codes, step), figures.figure_height(codes)
-    parts.append(draw(f"codebook-{record.slug}", caption, lambda f: figures.draw_codes(f, codes), height))
-    tables.append(figures.codes_table(codes))
+    caption = f"The {codes.noun} at step {step} on its first two principal components."
+    if len(codes.named) < len(codes.symbols):
+        order = "first of the vocabulary" if counts is None else "most frequent of the validation text"
+        caption += f" Blue, and named where there is room: the {len(codes.named)} {order}."
+    parts.append(draw(f"codebook-{record.slug}", caption, lambda f: figures.draw_codes(f, codes), 4.6))
     exact = ["A discrete model: its likelihood is exact, and it has no blocks and no codebook."] * record.is_exact
     how = f"seed {SEED}, temperature {samples.temperature}, not selected"
     drawn = f"{NUM} samples of {length} tokens at step {step}: {how}."
@@ -168,19 +169,7 @@ _PASSES += "last block first. Where only the last row reads as text, block 1 doe
 _BITS = "Bits per character against tokens and training time. Faint: training batches; with markers: validation "
 _BITS += "windows. Flows show upper bounds. The first steps may lie above the frame."
 _OPTIMISATION = "Learning rate, and gradient norm with its running median. Every stage restarts the schedule."
-_THROUGHPUT = "Training tokens per second with their running median; the numbers are the medians of each stage."
 _BLOCKS = "The bound on {windows:,} validation windows ({tokens:,} tokens) at step {step}. Above, its terms, added "
 _BLOCKS += "up from the top: blue is positive, orange negative. Below, by how much each block lowers the bound of "
 _BLOCKS += "the blocks under it with the standard normal on top; block 1 is compared with the standard normal alone. "
 _BLOCKS += "Of jointly trained blocks, only the whole stack is trained to be a good model."
-
-
-def _codes_caption(codes: figures.Codes, step: str) -> str:
-    order = "most frequent of the validation text" if codes.is_counted else "first of the vocabulary"
-    few = len(codes.symbols) <= figures.FEW
-    named = "" if few else f" Blue, and named where there is room: the {figures.NAMED} {order}."
-    text = f"The {codes.noun} at step {step} on its first two principal components.{named} Distances are"
-    if codes.std is None:
-        return f"{text} Euclidean, in units of the root mean square norm of the embeddings."
-    text += " measured in all dimensions and in units of the symbol's own σ: a sample is nearer to a neighbour D σ"
-    return f"{text} away than to its own code with probability Φ(−D/2), 2 % at D = 4."

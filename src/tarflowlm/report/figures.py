@@ -1,4 +1,4 @@
-"""Figures of the terms of the bound, of training curves, and of codes; tables of the first and the last."""
+"""Figures of the terms of the bound, with a table, of training curves, and of codes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.evaluation.blocks import BoundParts
@@ -16,11 +15,7 @@ from tarflowlm.report.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figu
 
 Indices = npt.NDArray[np.int64]
 
-FEW = 64  # with at most this many symbols, all are named
-NAMED = 60  # with more, this many of the most frequent ones are
-PAIRS = 32  # pairs of nearest neighbours in the figure, the closest ones
-COMPARED = 8192  # at most this many codes are compared with all others
-PLANE = 4.0  # height of the projection in inches
+NAMED = 64  # symbols that are named among the codes
 
 
 def terms(parts: BoundParts) -> list[tuple[str, float]]:
@@ -129,19 +124,6 @@ def draw_optimisation(figure: Figure, records: Sequence[RunRecord]) -> None:
     _explain(figure, records, [literal(r.name) for r in records], ("gradient norm", FAINT), ("running median", {}))
 
 
-def draw_throughput(figure: Figure, records: Sequence[RunRecord]) -> None:
-    """Tokens per second against tokens; the legend has the median of every stage."""
-    axes = figure.subplots()
-    for index, r in enumerate(records):
-        _plot_median(axes, r, "tokens_per_second", index)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("tokens per second")
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-    _count_on_x(axes, records, height=0.02)
-    names = [f"{literal(r.name)}: {r.speeds}" for r in records]
-    _explain(figure, records, names, ("every logged step", FAINT), ("running median", {}))
-
-
 def _plot_median(axes: Axes, record: RunRecord, column: str, index: int) -> None:
     """A column faint, and the median of the 9 values around each, of fewer at the ends."""
     values = record.train[column]
@@ -214,14 +196,7 @@ class Codes:
     points: Series  # [V, 2]: coordinates along the two directions of largest variance
     explained: tuple[float, float]  # shares of the variance along these directions
     std: Series | None  # [V]: sigma_k; None for an embedding
-    compared: Indices  # [M]: the tokens that are compared with all others, most frequent first
-    nearest: Indices  # [M]: the nearest other token of each
-    distance: Series  # [M]: the distance to it in units of sigma_k, or of the root mean square norm of an embedding
-    is_counted: bool  # `compared` is ordered by frequency in a text, and otherwise by token id
-
-    @property
-    def unit(self) -> str:
-        return "σ" if self.std is not None else "r.m.s. norms"
+    named: Indices  # the tokens that are named, most frequent first, or the first of the vocabulary
 
     @property
     def noun(self) -> str:
@@ -232,14 +207,9 @@ def codes_of(model: LanguageModel, tokenizer: Tokenizer, counts: Indices | None)
     """The codes of a model; `counts` [V] are the frequencies of the tokens, if known."""
     vectors, log_std = model.token_vectors()
     std = None if log_std is None else log_std.detach().cpu().double().exp().numpy()
-    mean = vectors.detach().cpu().double().numpy()
-    order = np.arange(len(mean)) if counts is None else np.argsort(-counts, kind="stable")
-    compared = order[:COMPARED]
-    nearest, distance = nearest_neighbours(mean, compared)
-    unit = np.sqrt(np.square(mean).sum(1).mean()) if std is None else std[compared]
-    points, explained = project(mean)
-    symbols = [symbol.replace(" ", "␣") for symbol in tokenizer.symbols]
-    return Codes(symbols, points, explained, std, compared, nearest, distance / unit, counts is not None)
+    points, explained = project(vectors.detach().cpu().double().numpy())
+    order = np.arange(len(points)) if counts is None else np.argsort(-counts, kind="stable")
+    return Codes([symbol.replace(" ", "␣") for symbol in tokenizer.symbols], points, explained, std, order[:NAMED])
 
 
 def project(vectors: Series) -> tuple[Series, tuple[float, float]]:
@@ -255,55 +225,11 @@ def project(vectors: Series) -> tuple[Series, tuple[float, float]]:
     return centred @ (directions * signs[:, None]).T, (float(shares[0]), float(shares[1]))
 
 
-def nearest_neighbours(vectors: Series, queries: Indices, chunk: int = 256) -> tuple[Indices, Series]:
-    """The nearest other one of vectors [V, d] to each of the `queries` [M]: indices and Euclidean distances."""
-    everything = torch.from_numpy(vectors)
-    least = []
-    for start in range(0, len(queries), chunk):
-        rows = torch.from_numpy(queries[start : start + chunk])
-        # not by matrix products, which lose the precision of small distances
-        distance = torch.cdist(everything[rows], everything, compute_mode="donot_use_mm_for_euclid_dist")
-        distance[torch.arange(len(rows)), rows] = torch.inf
-        least.append(distance.min(1))
-    return torch.cat([found.indices for found in least]).numpy(), torch.cat([found.values for found in least]).numpy()
-
-
-def figure_height(codes: Codes) -> float:
-    """Height of the figure in inches."""
-    return PLANE + 1.2 + 0.16 * min(len(codes.compared), PAIRS)
-
-
 def draw_codes(figure: Figure, codes: Codes) -> None:
-    """The projection, with discs of radius sigma, then the distances of the closest pairs."""
-    plane, lower = figure.subplots(2, height_ratios=(PLANE, figure_height(codes) - PLANE - 0.6))
-    _draw_plane(plane, codes)
-    order = np.argsort(codes.distance, kind="stable")[:PAIRS]
-    rows = np.arange(len(order))
-    lower.hlines(rows, 0, codes.distance[order], color=COLOURS[0], linewidth=1)
-    lower.scatter(codes.distance[order], rows, s=12, color=COLOURS[0], zorder=3)
-    names = [literal(f"{codes.symbols[codes.compared[i]]} → {codes.symbols[codes.nearest[i]]}") for i in order]
-    lower.set_yticks(rows, names)
-    lower.set_ylim(len(rows) - 0.4, -0.6)
-    lower.set_xlim(left=0)
-    lower.grid(axis="y", visible=False)
-    lower.set_xlabel(f"distance, {codes.unit}")
-    lower.set_title("nearest neighbours" if len(rows) == len(codes.distance) else f"the {len(rows)} closest pairs")
-
-
-def codes_table(codes: Codes) -> str:
-    """Distances to the nearest neighbours, and scales."""
-    values = {f"distance to the nearest neighbour, {codes.unit}": codes.distance}
-    if codes.std is not None:
-        values["σ"] = codes.std
-    rows = [(name, *(f"{f(x):.4g}" for f in (np.min, np.median, np.max))) for name, x in values.items()]
-    return table_html(["", "least", "median", "largest"], rows)
-
-
-def _draw_plane(axes: Axes, codes: Codes) -> None:
+    """The projection, with discs of radius sigma around the codes that are named."""
     from matplotlib.collections import EllipseCollection
 
-    few = len(codes.symbols) <= FEW
-    shown = codes.compared[: FEW if few else NAMED]
+    axes, shown = figure.subplots(), codes.named
     rest = np.setdiff1d(np.arange(len(codes.points)), shown)
     axes.scatter(*codes.points[rest].T, s=4, color=MUTED, alpha=0.5, linewidths=0, rasterized=True)
     axes.scatter(*codes.points[shown].T, s=9, color=COLOURS[0], linewidths=0, zorder=3)
@@ -321,6 +247,6 @@ def _draw_plane(axes: Axes, codes: Codes) -> None:
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_xlabel(f"first principal component ({100 * codes.explained[0]:.0f} % of the variance)")
     axes.set_ylabel(f"second principal component ({100 * codes.explained[1]:.0f} % of the variance)")
-    label_points(axes, codes.points[shown], [codes.symbols[i] for i in shown], size=10.0 if few else SMALL)
+    label_points(axes, codes.points[shown], [codes.symbols[i] for i in shown], size=SMALL if len(rest) else 10.0)
     discs = ", discs of one σ" if codes.std is not None else ""
     axes.set_title(f"{codes.noun}, {len(codes.symbols):,} symbols{discs}")
