@@ -9,7 +9,6 @@ from tarflowlm.errors import UserError
 from tarflowlm.model_config import BaselineConfig as BaselineConfig
 from tarflowlm.model_config import BlockConfig as BlockConfig
 from tarflowlm.model_config import Config as Config
-from tarflowlm.model_config import CouplingName as CouplingName
 from tarflowlm.model_config import FlowConfig as FlowConfig
 from tarflowlm.model_config import LanguageModelConfig as LanguageModelConfig
 from tarflowlm.model_config import TransformerConfig as TransformerConfig
@@ -248,9 +247,12 @@ class RunConfig(Config):
     """Seed of the initial weights, the order of the data and the noise of q(z|x)."""
     parent: str = ""
     """NAME@SHA256 of the model that `train --from` begins with, and of its weights; empty for new weights."""
+    temperature: float = 1.0
+    """Temperature that suits its samples; commands, studio and Python take it unless another is given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.above_zero("temperature")
         checked_seed(self.seed)
         stages, given = self.num_stages, len(self.train.stage_steps)
         rule = f"{given} entries for {stages} stages; give one per block when progressive, else a single one"

@@ -1,6 +1,8 @@
 """Exceptions that end a command early without being a bug, and quoting an error in one line."""
 
 from collections import Counter
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UserError(ValueError):
@@ -9,6 +11,18 @@ class UserError(ValueError):
     The command line prints it without a traceback and exits with status 2. Library callers may catch it as a
     `ValueError`. Violated invariants of this package raise `AssertionError` instead.
     """
+
+
+def guess(value: str, known: Iterable[str]) -> str:
+    """A question for the name among the `known` that is most like `value`; empty where none is like it."""
+    close = get_close_matches(value.lower().replace("_", "-"), known, 1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def unknown(kind: str, value: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not among the `known`."""
+    known = list(known)
+    return UserError(f"{kind} {value!r} is unknown: {guess(value, known)}choose one of {', '.join(known)}")
 
 
 class UnknownCharacters(UserError):

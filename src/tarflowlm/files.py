@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import socket
 import tempfile
 import types
@@ -87,7 +88,9 @@ class NewLines:
     def __init__(self, path: Path) -> None:
         self.path, self._size = path, 0
         try:
-            self._file = path.open("xb", buffering=0)
+            # an empty one was left by a kill
+            is_left = path.is_file() and not path.stat().st_size
+            self._file = path.open("r+b" if is_left else "xb", buffering=0)
         except OSError as error:
             what = f"cannot create {path}: {error.strerror or error}"
             raise UserError(f"{what}; choose another name, or check the folder") from None
@@ -126,6 +129,15 @@ def waiting_lock(path: Path) -> Iterator[None]:
     For what several processes may write at once, such as a cache entry. Not reentrant; `path` need not exist."""
     with FileLock(path.with_name(f".{path.name}{LOCK}")):
         yield
+
+
+def remove_entry(path: Path) -> None:
+    """Remove a file or folder, unless a process holds its `waiting_lock`, which is a UserError."""
+    try:
+        with FileLock(path.with_name(f".{path.name}{LOCK}"), timeout=0):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except Timeout:
+        raise UserError(f"{path} is being prepared by another process: wait for it") from None
 
 
 @contextmanager

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
-from tarflowlm.config import CouplingName
 from tarflowlm.config import FlowConfig as FlowConfig
 from tarflowlm.config import stack as stack
 from tarflowlm.errors import UserError
@@ -21,6 +20,7 @@ from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.flow.stack import FlowBlock, Order, Prior
 from tarflowlm.flow.transformer import KVCache
 from tarflowlm.language_model import LanguageModel, check_model
+from tarflowlm.model_config import COUPLINGS
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,10 @@ class TarFlowLM(LanguageModel):
                 means = Order(config.latent_dim, mix=mix)(self.codebook.mean[None])[0][0]
                 mixd.start_from(means, self.codebook.log_std)
             return mixd
-        raise UserError(f"model.blocks.{index}.coupling {block.coupling!r}: choose one of {get_args(CouplingName)}")
+        build = COUPLINGS[block.coupling].build
+        assert build is not None
+        coupling: Coupling = build(components=block.components, **channelwise)
+        return coupling
 
     def draw_noise(self, tokens: Int[Tensor, "B T"], generator: Generator | None = None) -> Float[Tensor, "B T d"]:
         """Noise eps ~ N(0, I) for one posterior sample, drawn on the generator's device (else on the model's)."""

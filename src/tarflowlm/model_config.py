@@ -2,17 +2,15 @@
 
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from tarflowlm.errors import UserError
 
 C = TypeVar("C", bound="LanguageModelConfig")
-CouplingName = Literal["affine", "token-affine", "mix1", "mixd"]
-"""affine and token-affine: one Gaussian, autoregressive over channels or over tokens. mix1: a mixture per channel.
-mixd: a mixture per token over one codebook (docs/math.md, section 3)."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +150,10 @@ class BaselineConfig(LanguageModelConfig):
 class BlockConfig(Config):
     """One block of the stack."""
 
-    coupling: CouplingName = "mix1"
-    """The map of a position, given the positions before it."""
+    coupling: str = "mix1"
+    """The map of a position. affine, token-affine: one Gaussian, autoregressive over channels or over tokens. mix1: a
+    mixture per channel. mixd: a mixture per token over one codebook (docs/math.md, section 3). Your own modules may
+    register others (docs/flow.md)."""
     layers: int = 1
     """Transformer layers."""
     start: Literal["codebook", "flattened", "plain"] = "codebook"
@@ -172,8 +172,51 @@ class BlockConfig(Config):
     """Mixture components K; 0 ties those of mixd to the encoder's codebook; 1 for affine couplings."""
 
 
+class CouplingKind(NamedTuple):
+    """A coupling that `BlockConfig` can name."""
+
+    outputs: Callable[[int], int]  # parameters of a channel, from the components K: the paper's count of operations
+    flaw: Callable[[BlockConfig], str | None]  # what is wrong with a block of it, as "FIELD VALUE: rule"
+    build: Callable[..., Any] | None = None  # its class, called with what `TarFlowLM._coupling` says; None for ours
+
+
+def _affine_flaw(block: BlockConfig) -> str | None:
+    rule = "has no effect, an affine coupling has one Gaussian; use 1"
+    return None if block.components in (0, 1) else f"components ({block.coupling}) {block.components}: {rule}"
+
+
+def _mix1_flaw(block: BlockConfig) -> str | None:
+    return None if block.components >= 1 else f"components (mix1) {block.components}: must be at least 1"
+
+
+_AFFINE = CouplingKind(lambda K: 2, _affine_flaw)
+COUPLINGS = {
+    "affine": _AFFINE, "token-affine": _AFFINE, "mix1": CouplingKind(lambda K: 3 * K, _mix1_flaw),
+    "mixd": CouplingKind(lambda K: 3 * K, lambda block: None),
+}  # fmt: skip
+
+
+def coupling(
+    name: str, *, outputs: Callable[[int], int] = lambda K: 2,
+    flaw: Callable[[BlockConfig], str | None] = lambda block: None,
+) -> Callable[[type[T]], type[T]]:  # fmt: skip
+    """Register a subclass of `flow.channelwise.ChannelCoupling` under a name for `BlockConfig.coupling`.
+
+    `outputs` gives the parameters of a channel for K components, `flaw` says what is wrong with a block, or None. The
+    class is called with width, channels, components, and the options of the head. UserError for a name that is taken.
+    """
+
+    def register(kind: type[T]) -> type[T]:
+        if name in COUPLINGS and getattr(COUPLINGS[name].build, "__qualname__", "") != kind.__qualname__:
+            raise UserError(f"coupling {name!r} exists already: choose another name")
+        COUPLINGS[name] = CouplingKind(outputs, flaw, kind)
+        return kind
+
+    return register
+
+
 def stack(
-    couplings: Sequence[CouplingName], layers: Sequence[int], components: Sequence[int]
+    couplings: Sequence[str], layers: Sequence[int], components: Sequence[int]
 ) -> tuple[BlockConfig, ...]:
     """Blocks from their couplings, layers and components, block 1 first. ValueError for unequal lengths."""
     rows = zip(couplings, layers, components, strict=True)
@@ -216,14 +259,17 @@ class FlowConfig(LanguageModelConfig):
                 raise UserError(f"model.blocks.{index}.{flaw}")
 
     def _flaw(self, index: int, block: BlockConfig) -> str | None:
-        K, least = block.components, 1 if block.coupling == "mix1" else 0
+        K, kind = block.components, COUPLINGS.get(block.coupling)
         components = f"components ({block.coupling}) {K}"
+        if kind is None:
+            remedy = f"choose one of {', '.join(COUPLINGS)}, or import the module of your own (--import MODULE)"
+            return f"coupling {block.coupling!r}: {remedy}"
         if block.layers < 1:
             return f"layers {block.layers}: must be at least 1"
-        if "affine" in block.coupling and K not in (0, 1):
-            return f"{components}: has no effect, an affine coupling has one Gaussian; use 1"
-        if least > K:
-            return f"{components}: must be at least {least}"
+        if K < 0:
+            return f"{components}: must be at least 0"
+        if flaw := kind.flaw(block):
+            return flaw
         if block.coupling != "mixd" and block.widening:
             return f"widening ({block.coupling}) {block.widening}: has an effect in mixd alone; use 0"
         if block.coupling == "mixd" and K == 0 and index > 0 and self.mixes_channels:

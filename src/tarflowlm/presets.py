@@ -5,10 +5,11 @@ Members of a family share Transformer size, data, tokens seen, optimiser and sch
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from tarflowlm.config import DataConfig, OptimConfig, RunConfig, TokenizerConfig, TrainConfig
-from tarflowlm.errors import UserError
-from tarflowlm.model_config import BaselineConfig, CouplingName, FlowConfig, TransformerConfig, as_flow_config, stack
+from tarflowlm.errors import UserError, unknown
+from tarflowlm.model_config import BaselineConfig, FlowConfig, TransformerConfig, as_flow_config, stack
 
 # a convolution of the inputs helps letters; block 1 of a flow over word pieces gains by reading tokens (docs/log.md)
 MINI_TRUNK = TransformerConfig(width=128, num_heads=2, input_taps=4)
@@ -25,6 +26,9 @@ MIXD_CODEBOOK, PLAIN_CODEBOOK = 0.5, 1.0
 """Learning rate of the codebook over the rest (docs/log.md): tied to block 1, and where nothing starts from it."""
 MIXD_OPTIM, PLAIN_OPTIM = (OptimConfig(codebook_lr_scale=scale) for scale in (MIXD_CODEBOOK, PLAIN_CODEBOOK))
 
+CALM = 0.8
+"""Temperature of samples of small models that have token weights."""
+
 PAPER_TRUNK = TransformerConfig(width=768, num_heads=12)
 """The size of GPT-2 small."""
 
@@ -35,7 +39,7 @@ def quickstart() -> RunConfig:
     model = FlowConfig(context=128, latent_dim=16, trunk=trunk, reads_tokens=True)
     data = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=2048))
     train = TrainConfig(stage_steps=(85, 8, 7), minutes=5.0, evaluate_every=200, test_windows=1000)
-    return RunConfig(name="quickstart", model=model, data=data, train=train, optim=MIXD_OPTIM)
+    return RunConfig(name="quickstart", model=model, data=data, train=train, optim=MIXD_OPTIM, temperature=CALM)
 
 
 def english_small() -> RunConfig:
@@ -43,19 +47,20 @@ def english_small() -> RunConfig:
     blocks = stack(("mixd", "mix1", "mix1"), (6, 1, 1), (0, 2, 2))
     model = FlowConfig(context=256, latent_dim=16, trunk=SMALL_TRUNK, blocks=blocks, reads_tokens=True)
     train = replace(SMALL_TRAIN, stage_steps=(94, 3, 3))
-    return RunConfig(name="english-small", model=model, data=SMALL_DATA, train=train, optim=MIXD_OPTIM)
+    how: dict[str, Any] = {"train": train, "optim": MIXD_OPTIM, "temperature": CALM}
+    return RunConfig(name="english-small", model=model, data=SMALL_DATA, **how)
 
 
 def english_small_ar() -> RunConfig:
     """The discrete baseline beside `english-small`, with as many Transformer layers, trained for the same time."""
     model = BaselineConfig(context=256, trunk=SMALL_TRUNK, layers=8)
-    return RunConfig(name="english-small-ar", model=model, data=SMALL_DATA, train=SMALL_TRAIN)
+    return RunConfig(name="english-small-ar", model=model, data=SMALL_DATA, train=SMALL_TRAIN, temperature=CALM)
 
 
 def mini_ar() -> RunConfig:
     """The discrete baseline at CPU size."""
     model = BaselineConfig(context=256, trunk=MINI_TRUNK, layers=6)
-    return RunConfig(name="mini-ar", model=model, train=MINI_TRAIN)
+    return RunConfig(name="mini-ar", model=model, train=MINI_TRAIN, temperature=CALM)
 
 
 def mini_affine() -> RunConfig:
@@ -108,7 +113,7 @@ def mini_mixd_p4() -> RunConfig:
     return _mini_mixd("mini-mixd-p4", 4)
 
 
-def _mini_joint(name: str, coupling: CouplingName, components: tuple[int, ...], optim: OptimConfig) -> RunConfig:
+def _mini_joint(name: str, coupling: str, components: tuple[int, ...], optim: OptimConfig) -> RunConfig:
     model = FlowConfig(context=256, trunk=MINI_TRUNK, blocks=stack((coupling,) * 3, (4, 1, 1), components))
     return RunConfig(name=name, model=model, train=replace(MINI_TRAIN, mode="joint"), optim=optim)
 
@@ -117,7 +122,7 @@ def _mini_mixd(name: str, patch: int, layers: tuple[int, ...] = (4, 1, 1)) -> Ru
     blocks = stack(("mixd", "mix1", "mix1"), layers, (0, 2, 2))
     model = FlowConfig(context=256, trunk=MINI_TRUNK, patch=patch, blocks=blocks, reads_tokens=True)
     train = replace(MINI_TRAIN, stage_steps=(MINI_STEPS, 300, 300))
-    return RunConfig(name=name, model=model, train=train, optim=MIXD_OPTIM)
+    return RunConfig(name=name, model=model, train=train, optim=MIXD_OPTIM, temperature=CALM)
 
 
 def _paper(corpus: str, kind: str, recipe: str = "") -> RunConfig:
@@ -148,7 +153,7 @@ def _paper(corpus: str, kind: str, recipe: str = "") -> RunConfig:
         train = replace(train, mode="progressive", stage_steps=(steps, steps // 5, steps // 5))
         optim = replace(optim, codebook_lr_scale=MIXD_CODEBOOK)
     else:
-        coupling: CouplingName = "affine" if kind == "affine" else "mix1"
+        coupling = "affine" if kind == "affine" else "mix1"
         count = 1 if kind == "affine" else 27 if text8 else 64
         flow = replace(flow, blocks=stack((coupling,) * 3, (2, 2, 8), (count,) * 3)).each_block(start="plain")
         optim = replace(optim, codebook_lr_scale=PLAIN_CODEBOOK)
@@ -186,7 +191,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {make.__name__.replace("_", "-"): 
 def preset(name: str) -> RunConfig:
     """The run configuration of that name."""
     if name not in PRESETS:
-        raise UserError(f"preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
+        raise unknown("preset", name, PRESETS)
     return PRESETS[name]()
 
 

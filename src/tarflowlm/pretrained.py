@@ -5,7 +5,7 @@ import queue
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from tarflowlm.config import RunConfig, checked_seed
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import read, read_template
 from tarflowlm.device import pick_device
-from tarflowlm.editing import EDITS, Source, encode
+from tarflowlm.editing import EDITS, Source, common_length, encode
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import Scores, score
 from tarflowlm.files import from_dict, to_dict
@@ -65,15 +65,15 @@ class Pretrained(_Pair):
 
     def write(
         self, prompt: str | None = None, *, num_tokens: int | None = None, template: str | None = None,
-        blank: str = "_", num: int | None = None, temperature: float = 1.0, top_k: int | None = None,
+        blank: str = "_", num: int | None = None, temperature: float | None = None, top_k: int | None = None,
         top_p: float | None = None, particles: int = 1, seed: int = 0, decoder: Decoders = "auto",
         watch: Watch | None = None,
     ) -> str | list[str]:  # fmt: skip
         """A text that begins with `prompt` or fills the blanks of `template`; with `num`, a list of so many texts.
 
         `num_tokens` is the length in tokens, given ones included; by default that of the trained context, or of the
-        template. The other arguments are those of `generate`. UserError for what the tokenizer cannot read, and as
-        `generate`.
+        template. `temperature` is by default the one in the model's configuration. The other arguments are those of
+        `generate`. UserError for what the tokenizer cannot read, and as `generate`.
         """
         if prompt and template is not None:
             raise UserError("both a prompt and a template: put the prompt at the start of the template")
@@ -83,7 +83,8 @@ class Pretrained(_Pair):
         if num_tokens is None:
             num_tokens = self.config.context if template is None or given is None else len(given)
         generator = torch.Generator().manual_seed(checked_seed(as_integer(seed, "seed")))
-        how: dict[str, Any] = {"particles": particles, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        tau = self.checkpoint.run.temperature if temperature is None else temperature
+        how: dict[str, Any] = {"particles": particles, "temperature": tau, "top_k": top_k, "top_p": top_p}
         how |= {"num": 1 if num is None else num, "generator": generator, "decoder": decoder, "watch": watch}
         drawn = generate(self.model, num_tokens=num_tokens, prompt=given, **how)
         texts = [self.decode(row) for row in drawn.tokens]
@@ -146,7 +147,7 @@ class Pretrained(_Pair):
             given["level"], kind = level, "level"
         if toward is not None:
             other, kind = self.encode(toward, name="other text"), "toward"
-            tokens = tokens[: len(other)]
+            tokens = tokens[: common_length(tokens, other)]
             given["other"] = encode(flow, other[None, : len(tokens)], generator)
         if replace is not None:
             (given["old"], given["new"]), kind = replace, "replace"
@@ -172,7 +173,9 @@ class Pretrained(_Pair):
 
     def score(self, text: str, *, samples: int = 8, seed: int = 0) -> Scores:
         """The bits of every token of a text of any length; see `tarflowlm.score`."""
-        return score(self.model, self.encode(text), samples=samples, seed=seed)
+        tokens = self.encode(text)
+        symbols = [self.tokenizer.symbols[token] for token in tokens.tolist()]
+        return replace(score(self.model, tokens, samples=samples, seed=seed), symbols=symbols)
 
     def save_pretrained(self, folder: str | Path, *, half: bool = False, licence: str | None = None) -> Path:
         """Write the model with its tokenizer and a model card to a new folder (`sharing.save_pretrained`)."""

@@ -16,11 +16,11 @@ import torch
 from tarflowlm.baseline import BaselineConfig
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
-from tarflowlm.files import flatten, read_json
+from tarflowlm.files import flatten
 from tarflowlm.generation import generate
 from tarflowlm.language_model import check_type
 from tarflowlm.presets import PRESETS, preset, with_blocks
-from tarflowlm.runs.checkpoint import COUNTERS, Checkpoint, export, load_checkpoint, read_summary, undamaged_state
+from tarflowlm.runs.checkpoint import Checkpoint, corpus_digest, export, load_checkpoint, read_summary
 from tarflowlm.runs.hub import CARD, PREFIX, REPOSITORY, hub_client, hub_errors
 
 Source = Checkpoint | str | Path
@@ -166,8 +166,7 @@ def _rows(
     if run.parent:
         parent, _, weights = run.parent.partition("@")
         yield "tuned from", f"`{parent}`, sha256 of its weights `{weights}`"
-    state = undamaged_state(origin)
-    if isinstance(digest := read_json(state / COUNTERS).get("corpus") if state else None, str):
+    if digest := corpus_digest(origin):
         yield "tokens", f"sha256 of the hashes of their shards `{digest}`"
     if (command := training_command(run)) is not None:
         yield "command", f"`{command}`"
@@ -185,7 +184,8 @@ def _rows(
 
 def _samples(checkpoint: Checkpoint, length: int) -> str:
     generator = torch.Generator().manual_seed(0)
-    tokens = generate(checkpoint.model, num_tokens=length, num=NUM_SAMPLES, generator=generator).tokens
+    how: dict[str, Any] = {"generator": generator, "temperature": checkpoint.run.temperature}
+    tokens = generate(checkpoint.model, num_tokens=length, num=NUM_SAMPLES, **how).tokens
     texts = map(checkpoint.tokenizer.decode, tokens.tolist())
     # indented, so that nothing in a sample is taken for Markdown
     samples = ("".join(f"        {line}\n" for line in text.splitlines()) for text in texts)

@@ -87,7 +87,7 @@ def test_toward_begins_and_ends_at_its_texts(source):
     generator = torch.Generator().manual_seed(2)
     tokens = source.text.tokens[:1, : source.text.length].flip(1).cpu()
     other = encode(source.model, tokens, generator)
-    for options in ({}, {"stretch": "start"}, {"level": 0}, {"level": 2}):
+    for options in ({}, {"level": 0}, {"level": 2}):
         assert edited(source, Toward(other=other, weight=0.0, **options)) == [TEXT] * 2
         wanted = source.tokenizer.decode(tokens[0].tolist())
         assert edited(source, Toward(other=other, weight=1.0, **options)) == [wanted] * 2

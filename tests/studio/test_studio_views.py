@@ -3,16 +3,17 @@
 import re
 from dataclasses import replace
 from html import unescape
+from urllib.parse import parse_qsl
 
 import pytest
 import torch
 
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
-from tarflowlm.studio import edit
 from tarflowlm.studio.catalogue import collect, runs
-from tarflowlm.studio.edit import TARGETS, blend, replace_words, rewrite
+from tarflowlm.studio.edit import TARGETS, replace_words, rewrite
 from tarflowlm.studio.pieces import guarded
+from tarflowlm.studio.request import from_address
 from tarflowlm.studio.score import compare
 from tarflowlm.studio.write import infill, write
 
@@ -23,17 +24,11 @@ VALID = {
     infill: ["flow", "the ___ saw", 3, 2, 1.0, 0],
     replace_words: ["flow", "the cat saw", "cat", 2, 2, 0],
     rewrite: ["flow", "the cat saw", "words", 0.5, 2, 0],
-    blend: ["flow", "the cat saw", "nine old men", "words", 0],
     compare: [["flow", "baseline"], "the cat saw"],
     runs: [["flow", "baseline"], "tokens"],
 }
 """Values that every view accepts."""
 EVERY_VIEW = pytest.mark.parametrize("view", VALID, ids=lambda view: view.__name__)
-
-
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch):
-    monkeypatch.setattr(edit, "STEPS", 2)
 
 
 def shown(view, catalogue, values) -> str:
@@ -96,7 +91,7 @@ def test_written_text_is_the_library_s(catalogue):
 
 def test_normalised_text_is_shown(catalogue):
     html = words(shown(write, catalogue, ["flow", "The 9 Cats, ", 20, 1.0, 1.0, 1, 0]))
-    assert html.startswith("the nine cats ")
+    assert "the nine cats " in html
     assert "read as: the nine cats" in html
 
 
@@ -118,13 +113,6 @@ def test_edit_of_strength_zero_changes_nothing(catalogue, target):
     assert "0 of 11 tokens changed" in html
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_blend_begins_and_ends_at_its_texts(catalogue, target):
-    found = texts(shown(blend, catalogue, ["flow", "the cat saw", "nine old men saw", target, 0]), "tl-text")
-    assert (found[0], found[-1]) == ("the cat saw", "nine old me")
-
-
 def test_bound_of_a_flow_is_marked(catalogue):
     html = shown(compare, catalogue, VALID[compare])
     assert re.findall(r"<b>(≤?).{0,3}[\d.]+</b> bits per character", html) == ["≤", ""]
@@ -139,14 +127,58 @@ def test_curves_follow_the_chosen_runs(catalogue):
     assert "finished" in words(both)
     more = replace(catalogue, places=catalogue.places | collect([]).places)
     html = shown(runs, more, [["flow", "english-mini"], "tokens"])
-    assert "English-mini is a model without its training log" in html
+    assert "english-mini is a model without its training log" in html
     assert html.count("<svg") == 1
 
 
 def test_catalogue_has_its_names_alone(catalogue, folder):
     assert catalogue.models == ["flow", "baseline"]
-    assert catalogue.flows == ["flow"]
+    assert catalogue.pair == ["flow", "baseline"]
     for name in (str(folder / "flow"), "../flow", "", None, 3, "english-mini"):
         with pytest.raises(UserError, match="no model of that name"):
             catalogue.load(name)
+    assert collect([]).pair == ["english-mini", "english-mini-ar"]
     assert collect([]).models == ["english-small", "english-mini", "english-passes", "english-mini-ar"]
+
+
+def test_the_request_is_above_its_result(catalogue):
+    found = words(shown(write, catalogue, ["flow", "the 'cat", 12, 0.8, 1.0, 2, 3]))
+    asked = "sample flow --prompt 'the '\"'\"'cat' --length 12 --temperature 0.8 --num 2 --seed 3"
+    assert found.startswith(f"tarflowlm {asked}")
+    html = shown(compare, catalogue, VALID[compare])
+    assert words(html).startswith("tarflowlm score flow --text 'the cat saw' --baseline baseline")
+    assert 'data-copy="tarflowlm score flow' in html
+
+
+def test_a_link_brings_its_request_back(catalogue):
+    html = shown(write, catalogue, ["flow", "a & b", 12, 0.8, 1.0, 1, 3])
+    (link,) = re.findall('href="([^"]+)"', html)
+    asked = dict(parse_qsl(unescape(link).removeprefix("?")))
+    usual = ["baseline", "", 96, 1.0, 1.0, 1, 0]
+    assert from_address(asked, usual, catalogue.models) == ["flow", "a & b", 12, 0.8, 1.0, 1, 3]
+    assert from_address({}, usual, catalogue.models) == usual
+    bad = {"model": "../etc", "length": "x", "seed": "1e9", "temperature": HOSTILE}
+    assert from_address(bad, usual, catalogue.models) == usual
+
+
+def test_a_visitor_s_next_request_ends_the_one_before():
+    gr = pytest.importorskip("gradio")
+    from tarflowlm.studio.page import newest
+
+    ended = []
+
+    def view(name):
+        try:
+            for number in range(3):
+                yield f"{name}{number}"
+        finally:
+            ended.append(name)
+
+    handle, one, other = newest(view), gr.Request(session_hash="1"), gr.Request(session_hash="2")
+    first, elsewhere = handle(one, "a"), handle(other, "b")
+    assert (next(first), next(elsewhere)) == ("a0", "b0")
+    second = handle(one, "c")
+    assert next(second) == "c0"
+    assert list(first) == []
+    assert ended == ["a"]
+    assert (list(second), list(elsewhere)) == (["c1", "c2"], ["b1", "b2"])

@@ -27,7 +27,7 @@ class Args:
     pick: Annotated[Literal["random", "unlikely"] | None, arg()] = None
     """Words to resample: random ones (the default), or the most unlikely ones."""
     rewrite: Annotated[tuple[str, ...] | None, arg("TEXT ...")] = None
-    """Resample these pieces of the text, words or more, given everything else."""
+    """Resample these pieces of the text, words or more (whole tokens), given everything else."""
     candidates: options.Count = None
     """Candidates for every resampled piece (32). One is taken by how well the rest of the text follows it."""
     temperature: Annotated[float | None, arg("FLOAT", f"Of the candidates (0.7): {options.TEMPERATURE}")] = None
@@ -68,7 +68,7 @@ def run(args: Args) -> None:
     from rich.console import Console
 
     from tarflowlm.data.prompts import Reading, read
-    from tarflowlm.editing import EDITS, Source, encode
+    from tarflowlm.editing import EDITS, Source, common_length, encode
     from tarflowlm.evaluation.likelihood import bits
     from tarflowlm.generation.particles import UNRELIABLE
     from tarflowlm.model import as_flow
@@ -102,7 +102,8 @@ def run(args: Args) -> None:
     if args.replace is not None:
         for key, text, name in zip(("old", "new"), args.replace, ("text to replace", "replacement"), strict=True):
             given[key] = reading_of(text, name).text.strip()
-    length = min(len(reading.tokens) for reading in readings.values())
+    tokens, *more = (reading.tokens for reading in readings.values())
+    length = common_length(tokens, more[0]) if more else len(tokens)
     for name, reading in readings.items():
         if reading.notice is not None:
             print_notice(reading.notice)

@@ -50,14 +50,15 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from tarflowlm.data import SOURCE_NAMES, cached_corpus, encode_text_source, eval_windows
+    from tarflowlm.data import FIELD, SOURCE_NAMES, cached_corpus, encode_text_source, eval_windows
     from tarflowlm.device import pick_device
     from tarflowlm.evaluation.blocks import latent_report
     from tarflowlm.evaluation.judges import load_judge
     from tarflowlm.evaluation.quality import SamplingConfig, mauve_function, measure_quality
     from tarflowlm.model import as_flow
-    from tarflowlm.runs.hub import choose_directory
-    from tarflowlm.terminal.bars import Bars, print_json
+    from tarflowlm.runs.checkpoint import corpus_digest
+    from tarflowlm.runs.hub import choose_directory, locate
+    from tarflowlm.terminal.bars import Bars, print_json, print_notice
 
     checked_seed(args.seed)
     given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
@@ -76,12 +77,16 @@ def run(args: Args) -> None:
         mauve_function()
     tokenizer = checkpoint.tokenizer.with_normalization(args.normalize)
     source = checkpoint.run.data.source if args.data is None else args.data
-    if args.data is None and source not in SOURCE_NAMES and not Path(source).exists():
+    if args.data is None and source not in SOURCE_NAMES and not Path(source.partition(FIELD)[0]).exists():
         remedy = "models are shipped without their data. Pass --data english or --data FILE"
         raise UserError(f"cannot find the training text {source} of {directory.name}; {remedy}")
     with Bars() as bars:
-        if args.split != "all" and (source in SOURCE_NAMES or Path(source).is_dir()):
-            tokens = cached_corpus(source, tokenizer, progress=bars).split(args.split)
+        # of the run's own text, tokens as in training
+        if args.split != "all" and (args.data is None or source in SOURCE_NAMES or Path(source).is_dir()):
+            corpus = cached_corpus(source, tokenizer, progress=bars)
+            tokens = corpus.split(args.split)
+            if args.data is None and corpus_digest(locate(directory)) not in (None, corpus.fingerprint):
+                print_notice(f"{source} has changed since training: its {args.split} split may hold text of that")
         else:
             tokens = encode_text_source(source, tokenizer, (args.split,), progress=bars)[args.split]
         found = _likelihood(args, model, tokenizer, tokens, source, bars)

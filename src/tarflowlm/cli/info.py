@@ -25,7 +25,8 @@ def run(args: Args) -> None:
     if args.directory is None:
         models = [_describe(FOLDER / name) for name in released()]
         note = {DEFAULT: ", the default"}
-        rows = [(m["name"] + note.get(m["name"], ""), f"{_kind(m)}; {m['tokenizer']}") for m in models]
+        lines = ((m["name"], f"{m['purpose']}\n{_kind(m)}; {m['tokenizer']}") for m in models)
+        rows = [(name + note.get(name, ""), text) for name, text in lines]
         title = "models that come with the package; `tarflowlm info NAME` says more"
         print_result(args.json, {"models": models}, title, rows)
         return
@@ -42,7 +43,7 @@ def _describe(given: Path) -> dict[str, Any]:
 
     from tarflowlm.config import BaselineConfig
     from tarflowlm.runs.checkpoint import WEIGHTS, read_summary
-    from tarflowlm.runs.hub import CARD, FOLDER, is_reference, locate
+    from tarflowlm.runs.hub import CARD, FOLDER, is_reference, locate, purpose
 
     checkpoint = load_checkpoint(given, "cpu")
     directory = locate(given)  # of a model of the hub, which has been downloaded above
@@ -75,13 +76,18 @@ def _describe(given: Path) -> dict[str, Any]:
     found |= {"vocab_size": tokenizer.vocab_size, "tokenizer": symbols, "source": run.data.source}
     # of a shipped model `saved` would be the date of its installation
     found |= {"steps": steps, "tokens": tokens, "seed": run.seed, "saved": None if shipped else f"{saved:%Y-%m-%d}"}
-    found |= {"bpc": test.get("bpc"), "bound": test.get("bound"), "files": files}
+    found |= {"bpc": test.get("bpc"), "bound": test.get("bound"), "temperature": run.temperature, "files": files}
+    found["purpose"] = purpose(directory)
     return found | {"card": card.read_text(encoding="utf-8") if card.is_file() else None}
 
 
 def _kind(found: dict[str, Any]) -> str:
+    from tarflowlm.evaluation.likelihood import sign_of
+
     count = len(found["blocks"])
-    return "discrete autoregressive" if found["family"] == "ar" else f"flow of {count} block{'s' * (count != 1)}"
+    kind = "discrete autoregressive" if found["family"] == "ar" else f"flow of {count} block{'s' * (count != 1)}"
+    bits = "" if found["bpc"] is None else f", {sign_of(found['bound'])} {found['bpc']:.4f} bits per character"
+    return f"{kind}, {found['parameters']['all'] / 1e6:.1f} M parameters{bits}"
 
 
 def _print_info(found: dict[str, Any]) -> None:
@@ -89,7 +95,6 @@ def _print_info(found: dict[str, Any]) -> None:
     from rich.markdown import Markdown
     from rich.text import Text
 
-    from tarflowlm.evaluation.likelihood import sign_of
     from tarflowlm.terminal.bars import print_table
 
     layers = zip(found["blocks"], found["layers"], strict=True)
@@ -106,8 +111,7 @@ def _print_info(found: dict[str, Any]) -> None:
     ]
     if found["saved"]:
         rows.append(("saved", found["saved"]))
-    if found["bpc"] is not None:
-        rows.append(("test", f"{sign_of(found['bound'])} {found['bpc']:.4f} bits per character ({found['bound']})"))
+    rows.append(("temperature", f"{found['temperature']:g} by default"))
     rows.append(("files", "\n".join(f"{name}  {size:,} bytes" for name, size in found["files"].items())))
     print_table(found["name"] if found["shipped"] else found["directory"], rows)
     if found["card"]:

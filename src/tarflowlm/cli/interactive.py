@@ -116,6 +116,7 @@ class _Session:
         print_notice(f"{name} {'off' if number is None else number}")
 
     def _checked(self, args: Args) -> Args:
+        assert args.temperature is not None
         adjust_weights(args.temperature, args.top_k, args.top_p)
         checked_seed(args.seed)
         return args

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tarflowlm
-from tarflowlm.errors import Stopped, UnknownCharacters, UserError
+from tarflowlm.errors import Stopped, UnknownCharacters, UserError, unknown
 
 STOPPED, INTERRUPTED, CLOSED_PIPE = 75, 130, 141
 """Exit status: EX_TEMPFAIL of sysexits.h, try again; 128 plus the number of SIGINT; 128 plus that of SIGPIPE."""
@@ -79,11 +79,11 @@ def _dispatch(argv: list[str]) -> None:
         return
     name, *rest = argv
     if name not in COMMANDS:
-        raise UserError(f"command {name!r} is unknown: choose one of {', '.join(COMMANDS)}")
+        raise unknown("command", name, COMMANDS)
     from tarflowlm.cli.options import parse
     from tarflowlm.terminal.bars import NoticeHandler
 
-    command = command_module(name)
+    command, rest = command_module(name), _import_named(rest)
     args = command.read(rest) if hasattr(command, "read") else parse(command.Args, rest, f"tarflowlm {name}")
     settle_threads()
     with exit_on_interrupt():
@@ -96,6 +96,19 @@ def _dispatch(argv: list[str]) -> None:
         logger.addHandler(NoticeHandler())
         logger.setLevel(logging.INFO)
     command.run(args)
+
+
+def _import_named(argv: list[str]) -> list[str]:
+    """The words without every --import MODULE, whose modules, of this folder or installed, have been imported."""
+    while "--import" in argv:
+        at = argv.index("--import")
+        module, argv = argv[at + 1 : at + 2], [*argv[:at], *argv[at + 2 :]]
+        sys.path.insert(0, str(Path()))
+        try:
+            import_module(*module or [""])
+        except (ImportError, ValueError) as error:
+            raise UserError(f"--import {' '.join(module)}: {error}; name a Python module, say my_module") from None
+    return argv
 
 
 def command_module(name: str) -> Any:

@@ -75,7 +75,7 @@ def run(args: Args) -> None:
     length = min(SAMPLE_LENGTH, config.model.context)
     with Bars("sampling, positions", num_positions(model, length)) as bars:
         noise = torch.Generator().manual_seed(args.seed)
-        options: Any = {"generator": noise, "decoder": "auto", "watch": Watch(bars)}
+        options: Any = {"generator": noise, "temperature": config.temperature, "watch": Watch(bars)}
         result = generate(model, num_tokens=length, num=NUM_SAMPLES, **options)
     seconds = time.perf_counter() - start
     print_samples(Console(), result, tokenizer)
@@ -83,7 +83,7 @@ def run(args: Args) -> None:
     rows += [(label, f"{baselines[name]:.3f}") for name, label in BASELINES.items()]
     rows += [("time", f"{seconds:.0f} s in total"), ("run directory", str(args.out))]
     print_table("quickstart", rows)
-    print_notice(f"next: tarflowlm sample {args.out} --prompt 'the people of ' --temperature 0.8")
+    print_notice(f"next: tarflowlm sample {args.out} --prompt 'the people of '")
     if args.json:
         found: dict[str, Any] = {"bpc": test["bpc"], "bound": test["bound"], **baselines, "seconds": seconds}
         samples = samples_to_json(result, tokenizer)

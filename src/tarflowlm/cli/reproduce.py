@@ -10,7 +10,7 @@ import tyro
 
 from tarflowlm.cli.options import Count, Device, Flag, PrintJson, arg, check
 from tarflowlm.config import RECIPE_NAMES, Precision, Scale
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, unknown
 
 ALL = "all"
 NAMES = (*RECIPE_NAMES, ALL)
@@ -41,7 +41,7 @@ class Args:
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
-            raise UserError(f"{self.name!r} is no recipe: choose one of {', '.join(NAMES)}")
+            raise unknown("recipe", self.name, NAMES)
         check(self, ("seeds",))
         if self.data is not None and self.scale == "paper":
             raise UserError(f"--data {self.data} has no effect with --scale paper, which keeps the paper's texts")

@@ -1,6 +1,7 @@
 """`tarflowlm runs`: training runs compared in a table."""
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -29,6 +30,8 @@ class Args:
 
 
 def run(args: Args) -> None:
+    from rich.console import Console
+
     from tarflowlm.terminal.bars import print_json, print_notice, print_table
 
     rows = _sorted([_row(name, directory) for name, directory in _find(args.directories).items()])
@@ -40,10 +43,18 @@ def run(args: Args) -> None:
     if all((row["preset"] or "") in row["name"] for row in rows):
         del columns["preset"]
     # bits per character compare within a text only
-    for source, same in groupby(rows, lambda row: row["source"]):
-        text = "" if source is None else f" on {Path(source).name}"
-        cells = [[_cell(row, name) for name in columns.values()] for row in same]
-        print_table(f"runs{text}: bits per character (bpc) and more", cells, list(columns))
+    for source, group in groupby(rows, lambda row: row["source"]):
+        same = list(group)
+        cells = {title: [_cell(row, name) for row in same] for title, name in columns.items()}
+        if source is None:
+            sys.stdout.writelines(f"{name}: {state}\n" for name, state in zip(cells[""], cells["state"], strict=True))
+            continue
+        # numbers are never cut: what says least is left out of a narrow terminal
+        for spare in ("preset", "best step", "tokens", "time"):
+            if sum(3 + max(map(len, [title, *cells[title]])) for title in cells) + 1 > Console().width:
+                cells.pop(spare, None)
+        title = f"runs on {Path(source).name}: bits per character (bpc) and more"
+        print_table(title, list(zip(*cells.values(), strict=True)), list(cells))
     if any(row["best"] for row in rows):
         print_notice("* the fewest bits per character on its text")
     if any(row["split"] == "valid" for row in rows):
@@ -73,7 +84,6 @@ def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
 
 def _row(name: str, directory: Path) -> dict[str, Any]:
     """A run as `--json` shows it; the state of a broken one is the reason."""
-    from tarflowlm.files import writer_of
     from tarflowlm.report.records import read_record
 
     empty = dict.fromkeys(("preset", "source", "bpc", "split", "bound", "best_step", "tokens", "seconds"))
@@ -82,19 +92,16 @@ def _row(name: str, directory: Path) -> dict[str, Any]:
         record = read_record(directory)
     except (UserError, OSError) as error:
         return row | {"state": first_line(error).removeprefix(f"{directory} ").removeprefix(f"{directory}/")}
-    summary, valid, train = record.summary, record.valid, record.run.train
-    row |= {"preset": record.run.name, "source": record.run.data.source, "state": "no log"}
+    summary, valid = record.summary, record.valid
+    row |= {"preset": record.run.name, "source": record.run.data.source, "state": record.status}
     row["bound"] = "exact" if record.is_exact else "elbo"
     if record.has_log:
         row |= {"tokens": int(record.train["tokens"].max()), "seconds": float(record.train["seconds"][-1])}
-        # the steps of a run with a time limit are not known before its end
-        step = f"step {record.last_step:,}" + ("" if train.minutes else f" of {train.num_steps:,}")
-        row["state"] = f"training now, {step}" if writer_of(directory) else f"stopped, {step}"
     if len(valid["bpc"]):
         best = int(valid["bpc"].argmin())
         row |= {"bpc": float(valid["bpc"][best]), "split": "valid", "best_step": int(valid["step"][best])}
     if summary is not None:
-        row |= {"bpc": float(summary["test"]["bpc"]), "split": "test", "state": "finished"}
+        row |= {"bpc": float(summary["test"]["bpc"]), "split": "test"}
         row |= {key: summary[key] for key in ("tokens", "seconds") if key in summary}
     return row
 

@@ -2,7 +2,7 @@
 
 import signal
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +41,7 @@ class Args:
     particles: int = 1
     """Candidates per sample, weighted by the likelihood of the given tokens; exact in the limit of many."""
     seed: int = 0  # The same seed gives the same text.
-    temperature: Annotated[float, arg("FLOAT", options.TEMPERATURE.capitalize())] = 1.0
+    temperature: Annotated[float | None, arg("FLOAT", f"By default the model's own: {options.TEMPERATURE}")] = None
     top_k: Annotated[int | None, arg("INT", options.TOP_K.capitalize())] = None
     top_p: Annotated[float | None, arg("FLOAT", options.TOP_P.capitalize())] = None
     decoding: Decoding = "mode"
@@ -77,6 +77,8 @@ def run(args: Args) -> None:
 
     checkpoint = options.load_checkpoint(choose_directory(args.directory, args.model), args.device)
     checked_seed(args.seed)
+    if args.temperature is None:
+        args = replace(args, temperature=checkpoint.run.temperature)
     if args.interactive:
         converse(checkpoint.model, checkpoint.tokenizer, args)
         return

@@ -38,6 +38,8 @@ class Sampling:
         self.given = self._read_given()
         if args.template is not None and args.length is None:
             self.length = len(self.given[0].tokens)
+        if self.given and args.particles == 1 and not model.config.has_token_weights:
+            print_notice("this model follows given text loosely: --particles 64 weighs that many candidates by it")
         if (args.passes or args.states) and (model.is_exact or self.length > self.context):
             what = "this is a baseline" if model.is_exact else f"length {self.length} is more"
             flag = "passes" if args.passes else "states"
@@ -205,5 +207,6 @@ class Sampling:
                 out.write("".join(json_line({"index": row, "seed": args.seed} | one) for row, one in numbered))
         elif not args.stream:
             options: Any = {"texts": texts, "first": rows.start, "candidates": args.particles, "passes": args.passes}
-            print_samples(Console(), result, self.tokenizer, **options)
+            about = "" if args.temperature == 1.0 else f", temperature {args.temperature:g}"
+            print_samples(Console(), result, self.tokenizer, about=about, **options)
         self.done += len(rows)

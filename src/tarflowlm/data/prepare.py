@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tarflowlm.config import TokenizerConfig
 from tarflowlm.data.bpe import build_tokenizer
 from tarflowlm.data.corpus import FORMAT, META, VERSION, Corpus, TokenArray, open_corpus, token_dtype
 from tarflowlm.data.sources import SOURCE_NAMES, SPLITS, Source, Split, TextFile, cache_root, resolve_source
-from tarflowlm.data.text import sha256_of, text_blocks
+from tarflowlm.data.text import sha256_of
 from tarflowlm.data.tokenizer import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError
 from tarflowlm.files import remove_leftovers, replacing, waiting_lock, write_json
@@ -94,16 +95,34 @@ def check_fit(source: str, tokenizer: Tokenizer) -> None:
     """UserError if the beginning of a text file is in letters that the tokenizer drops or spells byte by byte."""
     if _is_prepared(source) or not isinstance(found := resolve_source(source), TextFile):
         return
-    text = next(text_blocks(found.path), "")[:FITTED]
+    text = _beginning(found)
     remedy = f"train a new model on it: `tarflowlm train english-small --data {source} --out DIR`"
     if tokenizer.normalization == "text8":
-        letters = [character for character in text if character.isalpha()]
-        lost = sum(not character.isascii() for character in letters) / max(len(letters), 1)
-        if lost > STRANGE:
+        if (lost := _lost(text)) > STRANGE:
             raise UserError(f"{lost:.1%} of the letters of {source} are not a-z, all that the model has: {remedy}")
     elif tokenizer.kind == "bpe" and (count := len(tokenizer.encode(text))) > len(text):
         per = f"{count / len(text):.1f} tokens of the model for a character of {source}"
         raise UserError(f"{per}, since they were made for another language: {remedy}")
+
+
+def suited(source: str, wanted: TokenizerConfig) -> TokenizerConfig:
+    """The tokenizer that is `wanted`; in place of the default one, bytes for a user's text that it would not keep."""
+    if wanted != TokenizerConfig() or source in SOURCE_NAMES or _is_prepared(source):
+        return wanted
+    if not isinstance(found := resolve_source(source), TextFile) or (lost := _lost(_beginning(found))) <= STRANGE:
+        return wanted
+    log.warning("%.1f %% of the letters of %s are not a-z: its tokens are bytes, which keep all", 100 * lost, source)
+    return TokenizerConfig(kind="byte", normalize="none")
+
+
+def _beginning(source: TextFile) -> str:
+    return "".join(islice(source.blocks(), 1 + FITTED // source.block))[:FITTED]
+
+
+def _lost(text: str) -> float:
+    """The share of letters that text8's normalisation loses."""
+    letters = [character for character in text if character.isalpha()]
+    return sum(not character.isascii() for character in letters) / max(len(letters), 1)
 
 
 def encode_text_source(

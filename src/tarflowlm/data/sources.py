@@ -12,11 +12,12 @@ import urllib.request
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from tarflowlm.config import TEXT8_ALPHABET, Normalization
-from tarflowlm.data.text import normalize, read_text, text_blocks, text_pieces
+from tarflowlm.data.text import FIELD, file_blocks, normalize, read_text, text_files, text_pieces
 from tarflowlm.errors import UserError, first_line
 from tarflowlm.progress import SILENT, Progress
 
@@ -65,16 +66,23 @@ class Source(ABC):
 
 
 class TextFile(Source):
-    """A text file, split by a contiguous 90/5/5 cut of its normalised characters, and so read twice."""
+    """A text file, or a folder of them by their names, split by a contiguous 90/5/5 cut of its normalised characters,
+    and so read twice. `field` holds the texts of .jsonl files."""
 
-    def __init__(self, path: Path, *, block: int = BLOCK) -> None:
-        self.path = path.resolve()
-        self.name, self.identity, self.block = str(path), str(self.path), block
+    def __init__(self, path: Path, *, field: str = "text", block: int = BLOCK) -> None:
+        self.path, self.field, self.block = path.resolve(), field, block
+        more = "" if field == "text" else FIELD + field
+        self.name, self.identity = f"{path}{more}", f"{self.path}{more}"
         self._totals: dict[Normalization, int] = {}
 
     @property
     def files(self) -> tuple[Path, ...] | None:
-        return (self.path,) if self.path.is_file() else None
+        return text_files(self.path) or None
+
+    def blocks(self) -> Iterator[str]:
+        """The text as it is, in blocks of about a megabyte."""
+        for number, file in enumerate(self.files or ()):
+            yield from chain(["\n"] * bool(number), file_blocks(file, self.field))
 
     def stream(self, normalization: Normalization, cursor: Any = None, progress: Progress = SILENT) -> Stream:
         if normalization not in self._totals:
@@ -85,7 +93,7 @@ class TextFile(Source):
     def _count_characters(self, normalization: Normalization, progress: Progress) -> int:
         progress.stage(f"reading {self.name}, characters")
         total, size, lost = 0, 0, Counter[str]()
-        for block in text_pieces(text_blocks(self.path), self.block):
+        for block in text_pieces(self.blocks(), self.block):
             total += len(_normalized(block, normalization))
             size += len(block)
             if normalization == "text8" and not block.isascii():
@@ -103,7 +111,7 @@ class TextFile(Source):
     def _batches(self, normalization: Normalization, block: int, position: int) -> Iterator[Batch]:
         total = self._totals[normalization]
         cuts = [0, total * 90 // 100, total * 95 // 100, total]
-        for index, piece in enumerate(text_pieces(text_blocks(self.path), self.block)):
+        for index, piece in enumerate(text_pieces(self.blocks(), self.block)):
             if index >= block:
                 text, spans = _normalized(piece, normalization), zip(SPLITS, cuts, cuts[1:], strict=False)
                 parts = {split: [text[max(0, a - position) : max(0, b - position)]] for split, a, b in spans}
@@ -284,11 +292,14 @@ def resolve_source(source: str) -> Source:
     """The registered source of that name, or the text file at that path. Nothing is downloaded yet."""
     if source in _REGISTRY:
         return _REGISTRY[source]()
-    path = os.path.expanduser(source)
-    if os.path.isdir(path) or not os.path.exists(path):  # os.path: False, not OSError, for impossible names
-        remedy = f"give a text file or one of {', '.join(_REGISTRY)}; train and eval also take prepared corpora"
+    path, _, field = os.path.expanduser(source).partition(FIELD)
+    if not os.path.exists(path):  # os.path: False, not OSError, for impossible names
+        remedy = f"give a text file, a folder of them, or one of {', '.join(_REGISTRY)}"
         raise UserError(f"{source!r} is no file and no corpus name: {remedy}")
-    return TextFile(Path(path))
+    found = TextFile(Path(path), field=field or "text")
+    if not found.files:
+        raise UserError(f"the folder {path} holds no text: put .txt or .jsonl files there, compressed or not")
+    return found
 
 
 def cache_root() -> Path:

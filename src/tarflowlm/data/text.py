@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import hashlib
+import json
 import lzma
 import os
 import re
@@ -10,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,40 @@ from tarflowlm.config import TEXT8_ALPHABET, Normalization
 from tarflowlm.errors import UserError
 
 _BLOCK = 1 << 20  # bytes read at once
+FIELD = "#"
+"""Between a .jsonl file and the name of the field that holds its texts, which is "text" without it."""
+TEXTS = (".txt", ".jsonl")
+_PACKED = (".gz", ".xz", ".zst")
 _DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zipfile.BadZipFile, RuntimeError)
+
+
+def text_files(path: Path) -> tuple[Path, ...]:
+    """The file `path`, or the texts in the folder `path`, compressed or not, by their names."""
+    if not path.is_dir():
+        return (path,) if path.is_file() else ()
+    return tuple(sorted(file for file in path.iterdir() if file.is_file() and _kind(file) in TEXTS))
+
+
+def _kind(path: Path) -> str:
+    return Path(path.stem if path.suffix.lower() in _PACKED else path.name).suffix.lower()
+
+
+def file_blocks(path: Path, field: str) -> Iterator[str]:
+    """The blocks of `text_blocks`; of a .jsonl file, the texts under `field` in its objects, each with a line end."""
+    if _kind(path) != ".jsonl":
+        yield from text_blocks(path)
+        return
+    count, rest = 0, ""
+    for block in chain(text_blocks(path), "\n"):
+        (*lines, rest), texts = (rest + block).split("\n"), []
+        for line in lines:
+            count += 1
+            try:
+                texts.append(json.loads(line)[field] + "\n" if line.strip() else "")
+            except (ValueError, LookupError, TypeError):
+                what = f"line {count} of {path} is no object with a text under {field!r}"
+                raise UserError(f"{what}: name the field that has one, say {path.name}{FIELD}content") from None
+        yield "".join(texts)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

@@ -6,8 +6,9 @@ edit = Redraw(strength=0.2).apply(source)
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,14 @@ def num_words(strength: float, words: Sequence[Span]) -> int:
     """How many words a share `strength` is: rounded, at least one unless it is 0. UserError outside of [0, 1]."""
     check_share(strength, "strength")
     return max(1, round(strength * len(words))) if strength and words else 0
+
+
+def common_length(text: Sized, other: Sized) -> int:
+    """The tokens of the shorter of two texts. UserError where little of the first `text` would be left."""
+    if 2 * len(other) < len(text):
+        rule = "give one that is about as long"
+        raise UserError(f"the other text has {len(other)} tokens, the text {len(text)}: {rule}")
+    return min(len(text), len(other))
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,10 @@ class Replace(EditKind):
         tokens = torch.from_numpy(source.tokenizer.encode(held.replace(self.old, self.new, 1)))
         if len(tokens) != stop - start:
             what = f"{held!r} has {stop - start} tokens, with {self.new!r} in its place {len(tokens)}"
-            raise UserError(f"{what}, and these must agree: choose other words, or rewrite {self.old!r}")
+            words = (token.decode("utf-8", "ignore").strip() for token in source.tokenizer.token_bytes)
+            near = get_close_matches(self.new, [word for word in words if word.isalpha()], 4, 0.5)
+            hint = f", say one of one token: {', '.join(near)}," if near and stop - start == 1 else ","
+            raise UserError(f"{what}, and these must agree: choose other words{hint} or rewrite {self.old!r}")
         replacements = torch.full((source.text.length,), -1)
         replacements[start:stop] = tokens
         source.stage(1)
@@ -160,8 +172,6 @@ class Toward(Resampling):
     """The other text [1, T]."""
     weight: float = 0.5
     """Share of the words to take, or weight of the other state: 0 is the text, 1 the other text."""
-    stretch: Literal["random", "start"] = "random"
-    """Where the words are taken."""
     level: int | None = None
     """Interpolate this state; None takes words."""
     decoder: Decoder = "auto"
@@ -177,9 +187,7 @@ class Toward(Resampling):
         first, second = (words_of(source.symbols(text)) for text in (source.text, other))
         spans, count = [], round(self.weight * len(second))
         for _ in range(source.num):
-            start = 0
-            if self.stretch == "random":
-                start = int(torch.randint(len(second) - count + 1, (), generator=source.generator))
+            start = int(torch.randint(len(second) - count + 1, (), generator=source.generator))
             spans.append(blended_spans(first, second, second[start : start + count], source.text.length))
         source.progress.stage("resampling, texts", source.num)
         return blend(source.model, source.text, other, spans, **self.settings(source))

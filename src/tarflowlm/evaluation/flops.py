@@ -27,6 +27,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.config import BaselineConfig, FlowConfig, as_flow_config
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
+from tarflowlm.model_config import COUPLINGS
 
 Convention = Literal["figure7", "paper", "full"]
 Config = FlowConfig | BaselineConfig
@@ -87,7 +88,7 @@ def _paper_head(config: FlowConfig, index: int) -> int:
     # with one token per position, token-affine sees none of the position's channels; with more it counts as affine
     sees_channels = coupling != "token-affine" or config.patch > 1
     E, D_m = config.head_features if sees_channels else 0, 2 * config.head_hidden
-    outputs = 3 * components if coupling == "mix1" else 2
+    outputs = COUPLINGS[coupling].outputs(components)
     return N * (6 * E * (c - 1) ** 2 + D_m * c * (D + E * (c - 1)) + D_m * c * c * outputs)
 
 

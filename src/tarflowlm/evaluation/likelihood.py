@@ -2,8 +2,9 @@
 Shape legend: W windows of T tokens, S posterior samples for each, V token types."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -159,6 +160,7 @@ class Scores:
     bits: Tensor  # [T]: -log2 p(x_t | x_<t) of the baseline; of a flow, the part of token t in a bound on -log2 p(x)
     blocks: Tensor | None  # [L, T]: log2|det J| of every block at every token, block 1 first; None for the baseline
     exact: bool  # whether the bits are exact; else they sum to an upper bound, and those of one token are no bound
+    symbols: Sequence[str] | None = None  # [T]: the tokens, shown in notebooks
 
     @property
     def total(self) -> float:
@@ -169,6 +171,15 @@ class Scores:
     def per_token(self) -> float:
         """Mean bits per token."""
         return self.bits.mean().item()
+
+    def _repr_html_(self) -> str | None:
+        if self.symbols is None:
+            return None
+        spans = ""
+        for symbol, bits in zip(self.symbols, self.bits.tolist(), strict=True):
+            ground = f"rgba(213,94,0,{min(max(bits, 0) / 12, 1):.2f})"
+            spans += f'<span style="background:{ground}" title="{bits:.2f} bits">{escape(symbol)}</span>'
+        return f"<pre>{spans}\n{sign_of('exact' if self.exact else 'elbo')} {self.total:.1f} bits</pre>"
 
 
 @torch.no_grad()

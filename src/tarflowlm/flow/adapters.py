@@ -1,15 +1,13 @@
-"""The maps of this package for torch.distributions, zuko and normflows (docs/flow.md).
+"""The maps of this package as transforms of torch.distributions, which zuko takes as well (docs/flow.md).
 
 Direction: a transform maps latents z to noise u, so that p(z) = N(u; 0, I) |det du/dz|, as everywhere here and in
-zuko. torch.distributions.TransformedDistribution maps the other way and takes `transform.inv`. normflows does, too:
-its `forward` is our inverse.
+zuko. torch.distributions.TransformedDistribution maps the other way and takes `transform.inv`.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
 
@@ -95,40 +93,3 @@ class ConditionedCoupling(Bijection):
     def inverse(self, u: Float[Tensor, "M N C"]) -> Float[Tensor, "M N C"]:
         # given the features, positions do not depend on each other
         return self.coupling.invert(u.flatten(0, 1), self._repeated(u).flatten(0, 1)).view(u.shape)
-
-
-def zuko_flow(bijection: Bijection, *shape: int) -> Any:
-    """A `zuko.flows.Flow` over sequences of this shape (N, C), with a standard normal base; its parameters train."""
-    import zuko
-
-    class Fixed(zuko.lazy.LazyTransform):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.bijection = bijection
-
-        def forward(self, c: Any = None) -> Transform:
-            return BijectionTransform(self.bijection)
-
-    zeros = next(bijection.parameters()).new_zeros(shape)
-    base = zuko.lazy.UnconditionalDistribution(zuko.distributions.DiagNormal, zeros, zeros + 1, 2, buffer=True)
-    return zuko.lazy.Flow(Fixed(), base)
-
-
-class NormflowsFlow(nn.Module):
-    """One of the `flows` of a normflows model: `forward` maps noise to latents, `inverse` latents to noise. Both also
-    return log-determinants of sequences, in nats; `forward` has no gradients through blocks."""
-
-    def __init__(self, bijection: Bijection) -> None:
-        super().__init__()
-        self.bijection = bijection
-
-    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.bijection.inverse(u)
-        return z, -self.inverse(z)[1]
-
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return BijectionTransform(self.bijection).call_and_ladj(z)
-
-
-normflows_flow = NormflowsFlow
-"""Makes one, as `zuko_flow` does."""

@@ -75,6 +75,10 @@ class ChannelCoupling(Coupling):
         u, log_det = self.channels(z, features)
         return u, log_det.sum(-1)
 
+    def log_prob(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
+        u, log_det = self(z, features)
+        return log_det + log_standard_normal(u).sum(-1)
+
     def newton_step(self, z: Tensor, u: Tensor, features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
         """A step towards the latents of noise u from a guess z of them, and that guess's residual u - f(z) [B, N, C].
 
@@ -121,10 +125,6 @@ class AffineCoupling(ChannelCoupling):
     def channels(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor]:
         mean, log_std = (p.permute(1, 2, 0, 3).flatten(2) for p in self.head(features, z))
         return (z - mean) * torch.exp(-log_std), -log_std
-
-    def log_prob(self, z: Float[Tensor, "B N C"], features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
-        u, log_det = self(z, features)
-        return log_det + log_standard_normal(u).sum(-1)
 
     def conditional(self, parameters: list[Tensor]) -> Conditional:
         mean, log_std = parameters

@@ -75,8 +75,9 @@ def adjust_weights(
     temperature = as_number(temperature, "temperature")
     top_k = None if top_k is None else as_integer(top_k, "top-k")
     top_p = None if top_p is None else as_number(top_p, "top-p")
+    greedy = "top-k 1 takes the most probable token"
     for name, value, is_right, rule in (
-        ("temperature", temperature, math.isfinite(temperature) and temperature > 0, "above 0 and finite"),
+        ("temperature", temperature, math.isfinite(temperature) and temperature > 0, f"above 0 and finite; {greedy}"),
         ("top-k", top_k, top_k is None or top_k >= 1, "at least 1"),
         ("top-p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
     ):

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tarflowlm.data import Corpus, Tokenizer, cached_corpus, eval_windows
+from tarflowlm.data import Corpus, cached_corpus, eval_windows
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.blocks import bound_parts
 from tarflowlm.files import replacing
 from tarflowlm.generation import Watch, generate
 from tarflowlm.generation.writing import num_positions
-from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
 from tarflowlm.progress import SILENT, Progress
 from tarflowlm.report import figures, grid
@@ -25,7 +24,7 @@ from tarflowlm.report.style import GENERATOR, Figure, Section, check_package, pa
 from tarflowlm.runs.checkpoint import Checkpoint, load_checkpoint
 from tarflowlm.runs.hub import is_reference, locate, read_only_reason
 
-NUM, LENGTH, SEED, TEMPERATURE = 3, 256, 0, 0.8  # samples, the most tokens of each, and how they are drawn
+NUM, LENGTH, SEED = 3, 256, 0  # samples, the most tokens of each, and how they are drawn
 
 CSS = f"""{grid.CSS}
 .samples {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }}
@@ -35,21 +34,20 @@ CSS = f"""{grid.CSS}
 
 
 class Samples(NamedTuple):
-    """Samples of a model, drawn at a temperature."""
+    """Samples of a model."""
 
     texts: list[str]
     passes: list[Tensor]  # the first sample [T] after every pass, noise first; empty for fewer than two blocks
-    temperature: float
 
 
-def draw_samples(model: LanguageModel, tokenizer: Tokenizer, progress: Progress = SILENT) -> Samples:
-    """NUM samples of the trained context, or of LENGTH tokens where that is less; always the same for a model. They
-    are drawn at TEMPERATURE, or at 1 from models whose block 1 has no token weights."""
-    length, temperature = min(LENGTH, model.config.context), TEMPERATURE if model.config.has_token_weights else 1.0
-    generator, watch = torch.Generator().manual_seed(SEED), Watch(progress)
-    result = generate(model, num_tokens=length, num=NUM, generator=generator, temperature=temperature, watch=watch)
+def draw_samples(checkpoint: Checkpoint, progress: Progress = SILENT) -> Samples:
+    """NUM samples of the trained context, or of LENGTH tokens where that is less; always the same for a model."""
+    model, decode = checkpoint.model, checkpoint.tokenizer.decode
+    how: dict[str, Any] = {"generator": torch.Generator().manual_seed(SEED), "watch": Watch(progress)}
+    how |= {"num_tokens": min(LENGTH, model.config.context), "temperature": checkpoint.run.temperature}
+    result = generate(model, num=NUM, **how)
     passes = [state[0] for state in result.passes] if model.num_blocks > 1 else []
-    return Samples([tokenizer.decode(row.tolist()) for row in result.tokens], passes, temperature)
+    return Samples([decode(row.tolist()) for row in result.tokens], passes)
 
 
 WIDTH, DPI = 4.6, 240  # inches, dots per inch of a PNG; on a phone, such a figure shows its text in full size
@@ -121,7 +119,7 @@ def _run_section(record: RunRecord, device: torch.device, draw: Draw, progress: 
     model, tokenizer, step = checkpoint.model, checkpoint.tokenizer, checkpoint.info.get("step", "?")
     length = min(LENGTH, model.config.context)
     progress.stage(f"samples of {record.name}, positions", num_positions(model, length))
-    samples = draw_samples(model, tokenizer, progress)
+    samples = draw_samples(checkpoint, progress)
     texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in samples.texts)
     parts, tables, counts = [f'<div class="samples">\n{texts}</div>\n'], [], None
     if samples.passes:
@@ -143,10 +141,10 @@ def _run_section(record: RunRecord, device: torch.device, draw: Draw, progress: 
     caption = f"The {codes.noun} at step {step} on its first two principal components."
     if len(codes.named) < len(codes.symbols):
         order = "first of the vocabulary" if counts is None else "most frequent of the validation text"
-        caption += f" Blue, and named where there is room: the {len(codes.named)} {order}."
+        caption += f" Named: the {len(codes.named)} {order}."
     parts.append(draw(f"codebook-{record.slug}", caption, lambda f: figures.draw_codes(f, codes), 4.6))
     exact = ["A discrete model: its likelihood is exact, and it has no blocks and no codebook."] * record.is_exact
-    how = f"seed {SEED}, temperature {samples.temperature}, not selected"
+    how = f"seed {SEED}, temperature {checkpoint.run.temperature:g}, not selected"
     drawn = f"{NUM} samples of {length} tokens at step {step}: {how}."
     return Section(record.name, [*record.notes, *exact, drawn], [*parts, *tables])
 

@@ -11,7 +11,7 @@ from tarflowlm.data import Tokenizer
 from tarflowlm.evaluation.blocks import BoundParts
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.report.records import RunRecord, Series, table_html
-from tarflowlm.report.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figure, label_points, line_style, literal
+from tarflowlm.report.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figure, line_style, literal
 
 Indices = npt.NDArray[np.int64]
 
@@ -232,7 +232,6 @@ def draw_codes(figure: Figure, codes: Codes) -> None:
     axes, shown = figure.subplots(), codes.named
     rest = np.setdiff1d(np.arange(len(codes.points)), shown)
     axes.scatter(*codes.points[rest].T, s=4, color=MUTED, alpha=0.5, linewidths=0, rasterized=True)
-    axes.scatter(*codes.points[shown].T, s=9, color=COLOURS[0], linewidths=0, zorder=3)
     if codes.std is not None:
         radius = codes.std[shown]
         circles = EllipseCollection(
@@ -247,6 +246,9 @@ def draw_codes(figure: Figure, codes: Codes) -> None:
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_xlabel(f"first principal component ({100 * codes.explained[0]:.0f} % of the variance)")
     axes.set_ylabel(f"second principal component ({100 * codes.explained[1]:.0f} % of the variance)")
-    label_points(axes, codes.points[shown], [codes.symbols[i] for i in shown], size=SMALL if len(rest) else 10.0)
+    for i in shown[::-1]:
+        # the most frequent on top
+        place: dict[str, Any] = {"ha": "center", "va": "center", "clip_on": True}
+        axes.text(*codes.points[i], literal(codes.symbols[i]), fontsize=SMALL - 1 if len(rest) else 11, **place)
     discs = ", discs of one σ" if codes.std is not None else ""
     axes.set_title(f"{codes.noun}, {len(codes.symbols):,} symbols{discs}")

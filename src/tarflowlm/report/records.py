@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
-from tarflowlm.files import flatten
+from tarflowlm.files import flatten, writer_of
 from tarflowlm.runs.checkpoint import SUMMARY, WEIGHTS, read_run, read_summary
 from tarflowlm.training.metrics import METRICS
 
@@ -70,7 +70,9 @@ class RunRecord:
             return "finished"
         if not self.has_log:
             return "a model without its training log"
-        return f"step {self.last_step:,} of {self.run.train.num_steps:,}: in training, or stopped"
+        # the steps of a run with a time limit are not known before its end
+        steps = "" if self.run.train.minutes else f" of {self.run.train.num_steps:,}"
+        return f"{'training now' if writer_of(self.directory) else 'stopped'}, step {self.last_step:,}{steps}"
 
     @property
     def stage_starts(self) -> list[tuple[int, int]]:
@@ -109,7 +111,9 @@ def read_record(directory: Path) -> RunRecord:
     train["seconds"] = np.cumsum(np.diff(train["tokens"], prepend=0) / train["tokens_per_second"])
     has_log = len(train["step"]) > 0
     if not has_log and ((directory / METRICS).exists() or not (directory / WEIGHTS).exists()):
-        raise UserError(f"{directory} has no metrics yet: wait until training has logged its first line")
+        if writer_of(directory):
+            raise UserError(f"{directory} has just begun: wait until training has logged its first line")
+        raise UserError(f"{directory} stopped before its first logged step: `tarflowlm train --resume {directory}`")
     valid["seconds"] = np.interp(valid["step"], train["step"], train["seconds"]) if has_log else np.zeros(0)
     summary = None
     try:

@@ -10,9 +10,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from tarflowlm.errors import UserError
 from tarflowlm.files import replacing
 
@@ -91,43 +88,6 @@ def literal(text: str, longest: int = 30) -> str:
     if len(text) > longest:
         text = f"{text[: longest // 2]}…{text[-longest // 2 + 1 :]}"
     return text.replace("$", r"\$")
-
-
-_REACH = np.repeat([3.0, 6.0, 10.0, 16.0], 16)
-_ANGLE = np.tile(np.linspace(0, 2 * np.pi, 16, endpoint=False), 4)
-"""Candidate places of a label: points between it and its point, nearest first, and the direction."""
-
-
-def label_points(axes: Axes, points: npt.NDArray[np.float64], texts: Sequence[str], *, size: float = SMALL) -> int:
-    """Write `texts` beside their `points` [labels, 2], most important first; returns how many were placed. Each label
-    takes the nearest free place, where it covers no earlier label and no labelled point. A thin line connects it with
-    its point if they are not adjacent. Labels without a free place are left out."""
-    figure = axes.figure
-    figure.draw_without_rendering()
-    scale = figure.dpi / 72
-    frame = np.array(axes.get_window_extent().extents)
-    centres = axes.transData.transform(points)
-    taken = np.concatenate([centres - 2 * scale, centres + 2 * scale], axis=1)
-    for centre, point, text in zip(centres, points, texts, strict=True):
-        probe = axes.text(0, 0, literal(text), fontsize=size)
-        extent = probe.get_window_extent()
-        probe.remove()
-        half = np.array([extent.width + 2 * scale, 0.9 * extent.height]) / 2
-        away = np.stack([np.cos(_ANGLE), np.sin(_ANGLE)], axis=1) * (_REACH[:, None] * scale + half)
-        # [places, 4]: left, low, right, high
-        boxes = np.concatenate([centre + away - half, centre + away + half], axis=1)
-        is_inside = np.all(boxes[:, :2] >= frame[:2], axis=1) & np.all(boxes[:, 2:] <= frame[2:], axis=1)
-        beside = np.concatenate([boxes[:, None, :2] >= taken[:, 2:], boxes[:, None, 2:] <= taken[:, :2]], axis=-1)
-        free = np.flatnonzero(is_inside & beside.any(-1).all(-1))
-        if not len(free):
-            continue
-        taken = np.concatenate([taken, boxes[free[:1]]])
-        line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 1}
-        axes.annotate(
-            literal(text), tuple(point), xytext=tuple(away[free[0]] / scale), textcoords="offset points",
-            fontsize=size, ha="center", va="center", arrowprops=line if _REACH[free[0]] > _REACH[0] else None,
-        )  # fmt: skip
-    return len(taken) - len(points)
 
 
 GENERATOR = "tarflowlm report"

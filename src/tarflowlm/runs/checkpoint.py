@@ -9,7 +9,7 @@ import torch
 
 from tarflowlm.config import MODEL_TYPE, RunConfig, current_form
 from tarflowlm.data import Tokenizer, load_tokenizer
-from tarflowlm.errors import UserError
+from tarflowlm.errors import UserError, guess
 from tarflowlm.files import from_dict, full_disk_as_user_error, read_json, to_dict, write_json
 from tarflowlm.language_model import LanguageModel, seeded
 from tarflowlm.progress import SILENT, Progress
@@ -55,7 +55,7 @@ def read_run(directory: Path) -> RunConfig:
     """The configuration of a run directory."""
     if not directory.is_dir():
         where = f"give a run directory made by `tarflowlm train`, hf:OWNER/NAME, or one of {', '.join(released())}"
-        raise UserError(f"{directory} is not a directory: {where}")
+        raise UserError(f"{directory} is not a directory: {guess(str(directory), released())}{where}")
     return from_dict(RunConfig, current_form(read_json(directory / CONFIG)), where=str(directory / CONFIG))
 
 
@@ -113,6 +113,13 @@ def undamaged_state(directory: Path) -> Path | None:
     return next((state for state in states if is_whole(state, COUNTERS)), None)
 
 
+def corpus_digest(directory: Path) -> str | None:
+    """The fingerprint of the corpus that the run in a directory trains on; None for a model without its state."""
+    state = undamaged_state(directory)
+    digest = read_json(state / COUNTERS).get("corpus") if state else None
+    return digest if isinstance(digest, str) else None
+
+
 def weights_problem(directory: Path) -> str | None:
     """The damage of the weights of a run directory, in words; None if they are undamaged or not written yet."""
     try:
@@ -142,13 +149,17 @@ def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = Fal
     tokenizer = replace(data.tokenizer, source=_without_folders(data.tokenizer.source))
     data = replace(data, source=_without_folders(data.source), tokenizer=tokenizer)
     weights = checkpoint.model.state_dict()
-    if half:
-        matrices = {n for n, w in weights.items() if (n.endswith(".weight") and w.ndim == 2) or n.endswith(".cross")}
-        weights = {n: w.bfloat16() if n in matrices else w for n, w in weights.items()}
+    for name, w in weights.items():
+        is_matrix = (name.endswith(".weight") and w.ndim == 2) or name.endswith(".cross")
+        # those of a model that came in bfloat16 lose nothing
+        if is_matrix and (half or w.equal(w.bfloat16().to(w.dtype))):
+            weights[name] = w.bfloat16()
     try:
         with full_disk_as_user_error(out, lambda: "export it again"):
             write_run(partial, replace(checkpoint.run, data=data), checkpoint.tokenizer)
             save_weights(partial, weights, checkpoint.info)
+            if (summary := read_summary(checkpoint.directory)) is not None:
+                write_json(partial / SUMMARY, summary)
             partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

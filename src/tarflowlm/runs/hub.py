@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflowlm.config import MODEL_TYPE
-from tarflowlm.errors import UserError, first_line
+from tarflowlm.errors import UserError, first_line, unknown
 from tarflowlm.files import read_json
 from tarflowlm.progress import SILENT, Progress
 
@@ -138,6 +138,13 @@ def released() -> list[str]:
     return sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
 
 
+def purpose(directory: Path) -> str:
+    """What a model is for, in a line: the one after the title of its card, or nothing."""
+    card = (directory / CARD).read_text(encoding="utf-8") if (directory / CARD).is_file() else ""
+    _, _, text = f"\n{card}".partition("\n# ")
+    return next((line for line in text.splitlines()[1:] if line), "")
+
+
 def locate(directory: str | Path, progress: Progress = SILENT) -> Path:
     """The path itself, or where there is none, the released model of that name or a downloaded hf:OWNER/NAME."""
     path = Path(directory)
@@ -162,5 +169,5 @@ def choose_directory(directory: Path | None, model: str | None) -> Path:
     if directory is not None:
         return directory
     if model is not None and model not in released():
-        raise UserError(f"model {model!r} does not come with the package: choose one of {', '.join(released())}")
+        raise unknown("shipped model", model, released())
     return FOLDER / (model or DEFAULT)

@@ -5,17 +5,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from html import escape
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.report.figures import draw_bits
 from tarflowlm.report.records import RunRecord, read_record
 from tarflowlm.report.style import render
 from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint, read_run
-from tarflowlm.runs.hub import DEFAULT, locate, released
+from tarflowlm.runs.hub import DEFAULT, locate, purpose, released
 from tarflowlm.studio import request
 from tarflowlm.studio.pieces import card, muted, notice, page
 from tarflowlm.training.metrics import METRICS
@@ -26,21 +28,36 @@ MOST = 12  # runs in one figure
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Directories by the names that the page shows."""
+    """Directories, and the runs in them, by the names that the page shows."""
 
     places: dict[str, Path]
-    baselines: frozenset[str]  # the names of discrete baselines
-    weighing: frozenset[str]  # the names of models whose block 1 has token weights, which a temperature suits
+    configs: dict[str, RunConfig]
     device: str = "cpu"
+
+    def is_baseline(self, name: str) -> bool:
+        return self.configs[name].model.family == "ar"
 
     @property
     def models(self) -> list[str]:
         """All names: flows first, then baselines."""
-        return sorted(self.places, key=self.baselines.__contains__)
+        return sorted(self.places, key=self.is_baseline)
 
     @property
-    def flows(self) -> list[str]:
-        return [name for name in self.places if name not in self.baselines]
+    def pair(self) -> list[str]:
+        """A flow and a baseline that read texts alike, as far as there are any; else the first model."""
+        names = self.models
+        for flow, baseline in product(names, names):
+            alike = self.configs[flow].data.tokenizer == self.configs[baseline].data.tokenizer
+            if alike and self.is_baseline(baseline) and not self.is_baseline(flow):
+                return [flow, baseline]
+        return names[:1]
+
+    def about(self, name: object) -> str:
+        """A line about a model."""
+        if not isinstance(name, str) or name not in self.places:
+            return ""
+        run = self.configs[name]
+        return purpose(self.places[name]) or f"Preset {run.name}, trained on {Path(run.data.source).name}."
 
     @property
     def runs(self) -> list[str]:
@@ -83,10 +100,7 @@ def collect(names: Sequence[str], device: str = "cpu") -> Catalogue:
         while name in places:
             name, folder = (f"{folder.name}/{name}", folder.parent) if folder.name else (f"{name}+", folder)
         places[name] = place
-    models = {name: read_run(place).model for name, place in places.items()}
-    baselines = frozenset(name for name, model in models.items() if model.family == "ar")
-    weighing = frozenset(name for name, model in models.items() if model.has_token_weights)
-    return Catalogue(places, baselines, weighing, device)
+    return Catalogue(places, {name: read_run(place) for name, place in places.items()}, device)
 
 
 def _runs_in(name: str) -> list[Path]:

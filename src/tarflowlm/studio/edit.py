@@ -1,6 +1,5 @@
-"""The view that edits: words replaced or resampled, states re-noised, the way from one text to another."""
+"""The view that edits: words replaced or resampled, states re-noised."""
 
-import itertools
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -8,23 +7,22 @@ from torch import Tensor
 
 from tarflowlm.data import Tokenizer
 from tarflowlm.data.prompts import BLANK, Reading
-from tarflowlm.editing import Edit, Redraw, Renoise, Rewrite, Source, Toward, encode
+from tarflowlm.editing import Edit, Redraw, Renoise, Rewrite, Source, encode
 from tarflowlm.editing.edits import TEMPERATURE
 from tarflowlm.editing.words import find_words
 from tarflowlm.errors import UserError
 from tarflowlm.evaluation.likelihood import bits
 from tarflowlm.model import TarFlowLM, as_flow
-from tarflowlm.report.grid import Row, text_tokens
+from tarflowlm.report.grid import text_tokens
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
-from tarflowlm.studio.pieces import card, counted, facts, muted, page, slider, stage, took
+from tarflowlm.studio.pieces import asked, card, counted, facts, muted, page, stage, took
 from tarflowlm.studio.request import Job, R
 from tarflowlm.studio.write import TRIES, fill
 
 WORDS, LATENTS, NOISE = TARGETS = ("words", "latents", "noise")
 """Words are resampled given all others; of the states, h^(0) = z or h^(L) = u is changed."""
-STEPS = 8  # parts of the way from one text to another
 NO_LATENTS = "a discrete baseline has no latents to edit: choose a flow"
 
 
@@ -45,11 +43,19 @@ def replace_words(
         for start, stop in spans:
             template[start:stop] = BLANK
     if checkpoint.model.config.has_token_weights:
-        filled = yield from fill(checkpoint, template, None, tries, particles, TEMPERATURE, seed)
+        shown = "".join(
+            " " * part.startswith(b" ") + request.MARK if token == BLANK else part.decode("utf-8", "replace")
+            for token, part in zip(template.tolist(), parts, strict=True)
+        )
+        blanks = Reading(template, shown, shown)
+        filled = yield from fill(str(model), checkpoint, blanks, tries, particles, TEMPERATURE, seed)
         yield page(_original(tokenizer, reading), filled)
     else:
         edits = request.whole(tries, "tries", 1, TRIES)
-        yield from _compared(checkpoint, reading, edits, seed, Rewrite(pieces=pieces, everywhere=True).apply)
+        options = ("--rewrite", *pieces, "--num", edits, "--seed", request.seed(seed))
+        command = asked("edit", model, "--text", reading.given, *options)
+        kind = Rewrite(pieces=pieces, everywhere=True)
+        yield from _compared(command, checkpoint, reading, edits, seed, kind.apply)
 
 
 def rewrite(
@@ -61,30 +67,10 @@ def rewrite(
     checkpoint = catalogue.load(model)
     level = _level(target, as_flow(checkpoint.model, NO_LATENTS))
     kind = Redraw(strength=share) if level is None else Renoise(level=level, strength=share)
-    yield from _compared(checkpoint, request.reading(checkpoint.tokenizer, text), edits, seed, kind.apply)
-
-
-def blend(catalogue: Catalogue, model: Any, text: Any, other: Any, target: Any, seed: Any) -> Iterator[str]:
-    """HTML of the way from one text to another, cut to the same length, with a slider."""
-    checkpoint = catalogue.load(model)
-    tokenizer = checkpoint.tokenizer
-    tokens = request.reading(tokenizer, text).tokens
-    second = request.reading(tokenizer, other, "other text").tokens
-    length = min(len(tokens), len(second))
-
-    def change(source: Source) -> list[Tensor]:
-        level = _level(target, source.model)
-        toward = encode(source.model, second[None, :length], source.generator)
-        kinds = [Toward(other=toward, weight=i / STEPS, level=level, stretch="start") for i in range(STEPS + 1)]
-        return [kind.apply(source).tokens[0].cpu() for kind in kinds]
-
-    texts, seconds = yield from _edited(checkpoint, tokens[:length], 1, seed, change)
-    rows = [Row("the text", text_tokens(texts[0], tokenizer))]
-    for i, (before, now) in enumerate(itertools.pairwise(texts), 1):
-        label = f"{100 * i // STEPS} % · {int((now != before).sum())} changed"
-        rows.append(Row(label, text_tokens(now, tokenizer, before=before)))
-    way = slider(rows, "share of the other text", summary="every step of the way")
-    yield page(card(stage(rows[-1].tokens), facts(took(seconds)), way))
+    reading, where = request.reading(checkpoint.tokenizer, text), () if level is None else ("--level", level)
+    numbers = ("--strength", f"{share:g}", "--num", edits, "--seed", request.seed(seed))
+    command = asked("edit", model, "--text", reading.given, *where, *numbers)
+    yield from _compared(command, checkpoint, reading, edits, seed, kind.apply)
 
 
 def _level(target: Any, model: TarFlowLM) -> int | None:
@@ -110,7 +96,7 @@ def _edited(
 
 
 def _compared(
-    checkpoint: Checkpoint, reading: Reading, edits: int, seed: Any, change: Callable[[Source], Edit]
+    command: str, checkpoint: Checkpoint, reading: Reading, edits: int, seed: Any, change: Callable[[Source], Edit]
 ) -> Iterator[str]:
     """HTML of the progress, then of an `Edit`, every text beside the original."""
     tokenizer = checkpoint.tokenizer
@@ -121,7 +107,7 @@ def _compared(
         was = f"bits per character, ≤ {_bits(old, before, tokenizer):.2f} before"
         numbers = facts(("", count), (f"≤ {_bits(new, after, tokenizer):.2f}", was))
         cards.append(card(stage(text_tokens(after, tokenizer, before=before)), numbers))
-    yield page(_original(tokenizer, reading), *cards, card(facts(took(seconds))))
+    yield page(command, _original(tokenizer, reading), *cards, card(facts(took(seconds))))
 
 
 def _original(tokenizer: Tokenizer, reading: Reading) -> str:

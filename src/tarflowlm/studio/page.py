@@ -1,13 +1,15 @@
 """The layout of the page: one tab per view, in Gradio. The views themselves are in modules without Gradio."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import gradio as gr
 
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import AXES, Catalogue, runs
-from tarflowlm.studio.edit import TARGETS, WORDS, blend, replace_words, rewrite
+from tarflowlm.studio.edit import TARGETS, WORDS, replace_words, rewrite
 from tarflowlm.studio.pieces import card, guarded, muted, page
 from tarflowlm.studio.score import MODELS, compare
 from tarflowlm.studio.write import TRIES, infill, write
@@ -17,6 +19,7 @@ Blocks = Any
 Component = Any
 Buttons = tuple[Component, Component]
 View = Callable[..., Iterator[str]]
+Closable = Callable[..., Generator[str, None, None]]
 
 TITLE = "tarflowlm studio"
 WAITING = 16  # requests that may wait for their turn; further ones are refused
@@ -27,42 +30,65 @@ PRIVATE = {"show_progress": "hidden", "api_visibility": "private"}
 LOOK = {"concurrency_id": "runs", "concurrency_limit": 2, **PRIVATE}
 WORK = {"concurrency_id": "model", "concurrency_limit": WAITING, **PRIVATE}
 
+EXAMPLES = (
+    ("Watch the passes", "english-passes", "", 96),
+    ("Continue a sentence", "english-small", "The people of", 160),
+    ("Fill in blanks", "english-small", "The _ of the _ _ was heard in the city of Washington", 160),
+)
+"""What their buttons say, model, text and length; a visitor is shown the first one."""
 ONE_EACH = "Every _ is one token that the model chooses"
 SENTENCE = "The people of this country have a right to peace and to work."
 HISTORY = "The war of the nations had come to an end, and the President asked the Congress to make a lasting peace."
-OTHER = "The Congress of this nation has a duty to peace and to freedom."
 
 
 def build(catalogue: Catalogue) -> Blocks:
     """The page about the models and runs of `catalogue`."""
-    views = {"Write": _write, "Infill": _infill, "Edit": _edit, "Score": _score}
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as blocks:
         head = f"{TITLE}<span>noise becomes latents, latents become text</span>"
         gr.HTML(f'<div class="st"><div class="st-head">{head}</div></div>', apply_default_css=False)
-        for name, view in views.items():
+        with gr.Tab("Write"), gr.Row(equal_height=False):
+            arrive = _write(catalogue)
+        for name, view in {"Infill": _infill, "Edit": _edit, "Score": _score}.items():
             with gr.Tab(name), gr.Row(equal_height=False):
                 view(catalogue)
         with gr.Tab("Runs"):
             _runs(catalogue)
+        arrive(blocks.load)
     # nothing may be called past the queue
     blocks.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     return blocks
 
 
-def _write(catalogue: Catalogue) -> None:
+def _write(catalogue: Catalogue) -> Callable[[Any], None]:
+    """The view that writes. Returns what binds an arrival to it: the request in the address, or the first example."""
+    examples = [example for example in EXAMPLES if example[1] in catalogue.places]
     with gr.Column(scale=3, min_width=300):
+        with gr.Row():
+            buttons = [gr.Button(words, size="sm", min_width=90) for words, *_ in examples]
         model = _model(catalogue)
-        label, info = "Start, or a text with blanks", f"{ONE_EACH}."
+        label, info = "Start, or a text with blanks", f"{ONE_EACH}. Shift+Enter writes."
         hint = "empty: from nothing · the people of the _ in peace"
         text = gr.Textbox("The people of", label=label, placeholder=hint, info=info, lines=2, max_lines=6)
         length = gr.Slider(8, request.TOKENS, 160, step=8, label="Length in tokens")
-        temperature = _temperature(catalogue, model, 0.7)
+        temperature = _temperature(catalogue, model)
         top_p = gr.Slider(0.1, 1.0, 1.0, step=0.05, label="Top-p")
         with gr.Row():
             num, seed = _number("Samples", 1), _number("Seed", 0)
-        buttons = _buttons("Write")
+        go = _buttons("Write")
     out = _output("The text appears here, then its passes.")
-    _bind(buttons, write, catalogue, [model, text, length, temperature, top_p, num, seed], out, text.submit)
+    inputs = [model, text, length, temperature, top_p, num, seed]
+    answer = _bind(go, write, catalogue, inputs, out, text.submit)
+
+    def values_of(name: str, start: str, tokens: int) -> list[Any]:
+        return [name, start, tokens, catalogue.configs[name].temperature, 1.0, 1, 0]
+
+    def arrival(asked: gr.Request) -> list[Any]:
+        usual = values_of(*(examples[0][1:] if examples else (catalogue.models[0], "", 96)))
+        return request.from_address(dict(asked.query_params), usual, catalogue.models)
+
+    for button, example in zip(buttons, examples, strict=True):
+        answer(button.click(partial(values_of, *example[1:]), None, inputs, **LOOK).then)
+    return lambda event: answer(event(arrival, None, inputs, **LOOK).then)
 
 
 def _infill(catalogue: Catalogue) -> None:
@@ -71,7 +97,7 @@ def _infill(catalogue: Catalogue) -> None:
         value, info = "The people of the _ _ in the _ of peace", f"{ONE_EACH}, with regard to both sides."
         text = gr.Textbox(value, label="Text with blanks", info=info, lines=3, max_lines=8)
         tries, particles = _tries()
-        temperature, seed = _temperature(catalogue, model, 0.6), _number("Seed", 0)
+        temperature, seed = _temperature(catalogue, model), _number("Seed", 0)
         buttons = _buttons("Fill in")
     out = _output("Candidates appear here, with their weights.")
     _bind(buttons, infill, catalogue, [model, text, tries, particles, temperature, seed], out, text.submit)
@@ -91,22 +117,15 @@ def _edit(catalogue: Catalogue) -> None:
             target = _target()
             num = gr.Slider(1, request.SAMPLES, 3, step=1, label="Edits")
             rewriting = _buttons("Rewrite")
-        with gr.Tab("Blend"):
-            other = gr.Textbox(label="Other text", value=OTHER, lines=3, max_lines=8)
-            between = _target()
-            blending = _buttons("Blend")
     out = _output("The edit appears here, beside the original.")
     _bind(replacing, replace_words, catalogue, [model, text, words, tries, particles, seed], out)
     _bind(rewriting, rewrite, catalogue, [model, text, target, strength, num, seed], out, strength.release)
-    _bind(blending, blend, catalogue, [model, text, other, between, seed], out)
 
 
 def _score(catalogue: Catalogue) -> None:
     with gr.Column(scale=3, min_width=300):
-        # one flow, then baselines, which come last
-        chosen = [*catalogue.flows[:1], *catalogue.models[len(catalogue.flows) :]]
         several = {"multiselect": True, "max_choices": MODELS}
-        models = gr.Dropdown(catalogue.models, value=chosen[:MODELS], label="Models", **several)
+        models = gr.Dropdown(catalogue.models, value=catalogue.pair, label="Models", **several)
         text = gr.Textbox(label="Text", value=HISTORY, lines=4, max_lines=12)
         buttons = _buttons("Score")
     out = _output("The bits of every token appear here.")
@@ -130,17 +149,25 @@ def _runs(catalogue: Catalogue) -> None:
 
 
 def _model(catalogue: Catalogue) -> Component:
-    return gr.Dropdown(catalogue.models, value=catalogue.models[0], label="Model", filterable=False)
+    """The list of models, with a line about the chosen one."""
+
+    def about(name: object) -> str:
+        return f'<div class="st">{muted(catalogue.about(name))}</div>'
+
+    model = gr.Dropdown(catalogue.models, value=catalogue.models[0], label="Model", filterable=False)
+    line = gr.HTML(about(model.value), apply_default_css=False)
+    model.change(about, model, line, **LOOK)
+    return model
 
 
-def _temperature(catalogue: Catalogue, model: Component, usual: float) -> Component:
-    """A slider at `usual`, or at 1 for a model that is best drawn from as it is; choosing a model resets it."""
+def _temperature(catalogue: Catalogue, model: Component) -> Component:
+    """A slider at the temperature of the model's configuration; choosing a model resets it."""
 
     def suited(name: object) -> float:
-        return usual if name in catalogue.weighing else 1.0
+        return catalogue.configs[name].temperature if isinstance(name, str) and name in catalogue.configs else 1.0
 
     slider = gr.Slider(0.1, 1.5, suited(model.value), step=0.05, label="Temperature")
-    model.change(suited, model, slider, **LOOK)
+    model.input(suited, model, slider, **LOOK)
     return slider
 
 
@@ -170,12 +197,31 @@ def _output(words: str) -> Component:
 
 def _bind(
     buttons: Buttons, view: View, catalogue: Catalogue, inputs: list[Component], out: Component, *also: Any
-) -> None:
-    """Call the view at a click on the first button, or at the events `also`, until a click on the second one."""
+) -> Callable[[Any], None]:
+    """Call the view at a click on the first button, or at the events `also`, until a click on the second one. Returns
+    what binds it to one more event."""
     go, stop = buttons
+    handle = newest(partial(guarded(view), catalogue))
 
-    def handle(*values: Any) -> Iterator[str]:
-        yield from guarded(view)(catalogue, *values)
+    def bind(event: Any) -> None:
+        started = event(handle, inputs, out, trigger_mode="multiple", **WORK)
+        stop.click(None, None, None, cancels=[started], api_visibility="private")
 
-    started = [event(handle, inputs, out, **WORK) for event in (go.click, *also)]
-    stop.click(None, None, None, cancels=started, api_visibility="private")
+    for event in (go.click, *also):
+        bind(event)
+    return bind
+
+
+def newest(view: Closable) -> Closable:
+    """The view as a handler of events: a visitor's next request ends the one before."""
+    last: dict[str | None, object] = {}
+
+    def handle(visitor: gr.Request, *values: Any) -> Generator[str, None, None]:
+        last[visitor.session_hash] = mine = object()
+        with closing(view(*values)) as pages:
+            for html in pages:
+                if last[visitor.session_hash] is not mine:
+                    return
+                yield html
+
+    return handle

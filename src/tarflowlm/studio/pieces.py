@@ -1,7 +1,8 @@
 """Pieces of HTML that the views share; every text in them is escaped here or in `report/grid.py`."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Generator, Iterator, Sequence
 from html import escape
 
 from tarflowlm.errors import UserError
@@ -37,8 +38,6 @@ CSS = """
 .st-slide input { width: 100%; accent-color: var(--st-blue); height: 1.4rem; }
 .st-slide output { color: var(--st-muted); font-size: 13px; font-variant-numeric: tabular-nums; min-width: 13.5rem; }
 .st details summary { cursor: pointer; color: var(--st-muted); font-size: 13.5px; padding: .2rem 0; }
-.st-rows { max-height: 24rem; overflow-y: auto; padding-right: .4rem; position: relative; }
-.st-rows .tl-legend { position: sticky; top: 0; background: light-dark(#fff, #16191d); }
 .st-stage i { display: none; }
 .st-rows .tl-row.st-at { background: var(--st-ground); box-shadow: -3px 0 0 var(--st-blue); }
 .st-choice { display: grid; grid-template-columns: 7.5rem minmax(0, 1fr); gap: .1rem 1rem; padding: .55rem 0;
@@ -59,6 +58,10 @@ CSS = """
 .st th:first-child, .st td:first-child { text-align: left; white-space: normal; min-width: 6.5rem; }
 .st th { font-weight: 600; color: var(--st-muted); white-space: normal; vertical-align: bottom; }
 .st-wide { overflow-x: auto; }
+.st-asked { display: flex; flex-wrap: wrap; gap: .3rem .7rem; align-items: baseline; font-size: 12.5px; }
+.st-asked code { color: var(--st-muted); overflow-wrap: anywhere; flex: 1 1 16rem; background: none; }
+.st button, .st-asked a { font: 12.5px system-ui, sans-serif; color: var(--st-blue); background: none; border: 0;
+  padding: .2rem 0; cursor: pointer; }
 .st-figure { --ink: var(--st-ink); --muted: var(--st-muted); --grid: var(--st-line); --paper: transparent;
   --blue: var(--st-blue); max-width: 36rem; }
 .st-figure svg { display: block; width: 100%; height: auto; }
@@ -66,33 +69,50 @@ CSS = """
   .gradio-container .app.fillable { padding: 12px 8px; } .st-head span { display: block; margin: 0; }
   .st-card { padding: .7rem .75rem; } .st-stage { font-size: 1.1rem; }
   .st-choice { grid-template-columns: minmax(0, 1fr); } .st-slide { grid-template-columns: minmax(0, 1fr); }
-  .st-slide output { min-width: 0; } .st-rows { max-height: none; }
+  .st-slide output { min-width: 0; }
 }
 """
 
 SCRIPT = """
-document.addEventListener('input', (event) => {
-  const slider = event.target;
-  if (!slider.matches || !slider.matches('.st-slide input')) return;
-  const card = slider.closest('.st-card'), rows = card.querySelectorAll('.tl-row');
-  const row = rows[slider.value], box = card.querySelector('.st-rows');
+const show = (slider) => {
+  const card = slider.closest('.st-card'), rows = card.querySelectorAll('.tl-row'), row = rows[slider.value];
   if (!row) return;
-  const shown = row.querySelector('.tl-text').cloneNode(true);
-  card.querySelector('.st-stage').replaceChildren(...shown.childNodes);
+  card.querySelector('.st-stage').replaceChildren(...row.querySelector('.tl-text').cloneNode(true).childNodes);
   card.querySelector('output').textContent = row.querySelector('.tl-label').textContent;
   rows.forEach((other) => other.classList.toggle('st-at', other === row));
-  box.scrollTop = row.offsetTop - box.clientHeight / 2;
+};
+const play = (slider, at) => {  // every pass once, until the reader takes the slider
+  if (!slider.isConnected || !('play' in slider.dataset) || at > slider.max) return;
+  slider.value = at;
+  show(slider);
+  setTimeout(play, 900, slider, at + 1);
+};
+document.addEventListener('input', ({target}) => {
+  if (!target.matches || !target.matches('.st-slide input')) return;
+  delete target.dataset.play;
+  show(target);
 });
+document.addEventListener('click', ({target}) => {
+  const copied = target.closest('[data-copy]'), token = target.closest('.st-heat span');
+  if (copied) navigator.clipboard.writeText(copied.dataset.copy).then(() => { copied.textContent = 'copied'; });
+  if (token) token.closest('.st-heat').nextElementSibling.textContent = `${token.textContent}: ${token.title}`;
+  if (window.innerWidth <= 640 && target.closest('button.primary'))
+    [...document.querySelectorAll('.st-view')].find((view) => view.offsetParent).scrollIntoView({behavior: 'smooth'});
+});
+new MutationObserver((changes) => changes.forEach(({addedNodes}) => addedNodes.forEach((node) => {
+  const slider = node.querySelector && node.querySelector('.st-slide input[data-play]');
+  if (slider && !window.matchMedia('(prefers-reduced-motion: reduce)').matches) play(slider, 0);
+}))).observe(document.documentElement, {childList: true, subtree: true});
 """
 
 HEAD = f"<style>{CSS}</style><script>{SCRIPT}</script>"
 LOG = logging.getLogger("tarflowlm.studio")
 
 
-def guarded(view: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
+def guarded(view: Callable[..., Iterator[str]]) -> Callable[..., Generator[str, None, None]]:
     """The view with errors shown on the page, in plain words and without a stack."""
 
-    def safe(*values: object) -> Iterator[str]:
+    def safe(*values: object) -> Generator[str, None, None]:
         try:
             yield from view(*values)
         except UserError as error:
@@ -112,9 +132,21 @@ def card(*parts: str) -> str:
     return f'<div class="st-card">{"".join(parts)}</div>'
 
 
+def asked(*words: object, link: str = "") -> str:
+    """The request above its result: the command that gives the same, to copy, and a link to this page."""
+    command = escape(shlex.join(["tarflowlm", *map(str, words)]))
+    more = f'<a href="{escape(link)}">link</a>' if link else ""
+    return f'<div class="st-asked"><code>{command}</code>{copying(command)}{more}</div>'
+
+
+def copying(escaped: str) -> str:
+    """A button that copies a text."""
+    return f'<button type="button" data-copy="{escaped}">copy</button>'
+
+
 def notice(text: str) -> str:
-    """A message to the visitor, made a sentence."""
-    text = f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "!", "?")) else ".")
+    """A message to the visitor."""
+    text += "" if text.endswith((".", "!", "?")) else "."
     return f'<div class="st-notice" role="alert">{escape(text)}</div>'
 
 
@@ -128,9 +160,10 @@ def muted(text: str | None) -> str:
 
 
 def stage(tokens: Sequence[Token], *, is_open: bool = False) -> str:
-    """A text in large type, with a caret where it is still being written."""
+    """A text in large type, with a caret where it is still being written, or a button that copies it."""
     caret = '<span class="st-caret"></span>' if is_open else ""
-    return f'<div class="st-stage">{grid.spans(tokens)}{caret}</div>'
+    copy = "" if is_open else copying(escape("".join(token.symbol for token in tokens).replace("↵\n", "\n")))
+    return f'<div class="st-stage">{grid.spans(tokens)}{caret}</div>{copy}'
 
 
 def facts(*pairs: tuple[str, str]) -> str:
@@ -148,9 +181,10 @@ def bar(share: float) -> str:
 
 
 def slider(rows: Sequence[Row], name: str, *, summary: str, is_open: bool = True) -> str:
-    """A slider over `rows`: one of them is on the stage of the same card, and all of them are below."""
-    last = len(rows) - 1
-    field = f'<input type="range" min="0" max="{last}" value="{last}" step="1" aria-label="{escape(name)}">'
+    """A slider over `rows`: one of them is on the stage of the same card, and all of them are below. If it `is_open`,
+    it goes through them once by itself."""
+    last, plays = len(rows) - 1, " data-play" * is_open
+    field = f'<input type="range" min="0" max="{last}" value="{last}" step="1" aria-label="{escape(name)}"{plays}>'
     control = f'<div class="st-slide">{field}<output>{escape(rows[-1].label)}</output></div>'
     opened, box = " open" if is_open else "", f'<div class="st-rows">{grid.to_html(rows)}</div>'
     return f"{control}<details{opened}><summary>{escape(summary)}</summary>{box}</details>"

@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -34,8 +35,12 @@ def whole(value: Any, name: str, least: int, most: int) -> int:
     return int(number(value, name, least, most))
 
 
-def generator(seed: Any) -> torch.Generator:
-    return torch.Generator().manual_seed(whole(seed, "seed", 0, 2**31))
+def seed(value: Any) -> int:
+    return whole(value, "seed", 0, 2**31)
+
+
+def generator(value: Any) -> torch.Generator:
+    return torch.Generator().manual_seed(seed(value))
 
 
 def choice(value: Any, allowed: tuple[str, ...]) -> str:
@@ -48,6 +53,20 @@ def text(value: Any, name: str) -> str:
     if not isinstance(value, str | None) or len(value or "") > CHARACTERS:
         raise UserError(f"{name}: give a text of at most {CHARACTERS:,} characters")
     return value or ""
+
+
+def from_address(asked: dict[str, str], usual: Sequence[Any], models: Sequence[str]) -> list[Any]:
+    """The values of a request to write, as the link above its result names them; the usual ones for all others."""
+    names = ("model", "text", "length", "temperature", "top_p", "num", "seed")
+    if not {*names} & {*asked}:
+        return list(usual)
+    found = dict(zip(names, usual, strict=True)) | {"text": text(asked.get("text"), "text")}
+    found["model"] = choice(asked.get("model"), (found["model"], *models))
+    for name in names[2:]:
+        kind = float if name in ("temperature", "top_p") else int
+        with suppress(ValueError):
+            found[name] = kind(asked.get(name, found[name]))
+    return list(found.values())
 
 
 def reading(tokenizer: Tokenizer, value: Any, name: str = "text") -> Reading:

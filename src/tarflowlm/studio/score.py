@@ -13,7 +13,7 @@ from tarflowlm.report.grid import symbols
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
-from tarflowlm.studio.pieces import bar, card, facts, muted, page, title, took
+from tarflowlm.studio.pieces import asked, bar, card, facts, muted, page, title, took
 from tarflowlm.studio.request import Job, num_characters
 
 SAMPLES = 8  # draws from the posterior that a bound is averaged over
@@ -55,10 +55,12 @@ def compare(catalogue: Catalogue, names: Any, text: Any) -> Iterator[str]:
     # one scale for all, so that colours compare
     most = max(one.scores.bits.abs().quantile(0.98).item() for one in found)
     ground = f"background:linear-gradient(90deg,transparent,color-mix(in srgb,{HOT} 75%,transparent))"
-    scale = f'0<span class="st-scale" style="{ground}"></span>{most:.1f} bits per token; point at one for its number'
+    scale = f'0<span class="st-scale" style="{ground}"></span>{most:.1f} bits per token; point at one or tap it'
     explained = card(f'<div class="st-muted">{scale}</div>', facts(took(seconds)))
     pair = "".join(_card(one, most) for one in found)
-    yield page(f'<div class="st-pair">{pair}</div>', _difference(found), *map(_blocks, found), explained)
+    second = () if len(found) < 2 else ("--baseline", found[1].name)
+    command = asked("score", found[0].name, "--text", text, *second)
+    yield page(command, f'<div class="st-pair">{pair}</div>', _difference(found), *map(_blocks, found), explained)
 
 
 def _scored(checkpoint: Checkpoint, reading: Reading, job: Job[Scores]) -> Scores:
@@ -109,4 +111,5 @@ def heat(shown: Sequence[str], values: Sequence[float], most: float) -> str:
         colour = HOT if value >= 0 else COLD
         ground = f"background:color-mix(in srgb,{colour} {75 * share:.0f}%,transparent)"
         spans.append(f'<span style="{ground}" title="{value:.2f} bits">{escape(text)}</span>')
-    return f'<div class="st-heat">{"".join(spans)}</div>'
+    # the line below is for fingers, which cannot point
+    return f'<div class="st-heat">{"".join(spans)}</div><p class="st-muted"></p>'

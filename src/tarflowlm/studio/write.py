@@ -1,13 +1,15 @@
 """The views that draw: a prompt or a template as it is written, and candidates for blanks with their weights."""
 
 from collections.abc import Generator, Iterator
+from itertools import chain
 from typing import Any
+from urllib.parse import urlencode
 
 import torch
 from torch import Tensor
 
 from tarflowlm.data import Tokenizer
-from tarflowlm.data.prompts import BLANK, read_template
+from tarflowlm.data.prompts import BLANK, Reading, read_template
 from tarflowlm.generation import Generation, Watch, generate
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.model import TarFlowLM
@@ -15,11 +17,12 @@ from tarflowlm.report.grid import Row, Token, pass_rows, spans, text_tokens
 from tarflowlm.runs.checkpoint import Checkpoint
 from tarflowlm.studio import request
 from tarflowlm.studio.catalogue import Catalogue
-from tarflowlm.studio.pieces import bar, card, counted, facts, muted, page, slider, stage, took
+from tarflowlm.studio.pieces import asked, bar, card, counted, facts, muted, page, slider, stage, took
 from tarflowlm.studio.request import Job
 
 LEAST_CHANGE = 0.1  # a pass is shown if it changes at least this share of the tokens
 TRIES = 8  # the most tries of one request
+USUAL = (("top_p", 1.0), ("num", 1))  # values that a command leaves out
 
 
 def write(
@@ -62,7 +65,12 @@ def write(
             rows, note = _passes(lm, result, row, tokenizer, given != BLANK)
             body += slider(rows, "pass", summary="how it was written, block by block", is_open=row == 0) + muted(note)
         cards.append(card(body))
-    yield page(*cards)
+    given_words = () if reading is None else ("--prompt" if is_prompt else "--template", reading.given)
+    values = {"length": wanted, "temperature": temperature, "top_p": top_p, "num": num, "seed": int(seed)}
+    options = [(f"--{name.replace('_', '-')}", f"{x:g}") for name, x in values.items() if (name, x) not in USUAL]
+    link = urlencode({"model": model, "text": text or ""} | values)
+    command = asked("sample", model, *given_words, *chain.from_iterable(options), link=f"?{link}")
+    yield page(command, *cards)
 
 
 def _passes(
@@ -93,20 +101,20 @@ def infill(
     """HTML of candidates for the blanks of `text`."""
     checkpoint = catalogue.load(model)
     template = read_template(checkpoint.tokenizer, request.text(text, "text"), request.MARK)
-    yield page((yield from fill(checkpoint, template.tokens, template.notice, tries, particles, temperature, seed)))
+    yield page((yield from fill(str(model), checkpoint, template, tries, particles, temperature, seed)))
 
 
 def fill(
-    checkpoint: Checkpoint, template: Tensor, notice: str | None, tries: Any, particles: Any, tau: Any, seed: Any
+    name: str, checkpoint: Checkpoint, reading: Reading, tries: Any, particles: Any, tau: Any, seed: Any
 ) -> Generator[str, None, str]:
-    """Pages of the progress; returns HTML of candidates for a template [T] at temperature `tau`, the likeliest first.
+    """Pages of the progress; returns HTML of candidates for a template at temperature `tau`, the likeliest first.
     Every try runs its own particles. Its evidence, the mean weight of its particles, is unbiased for p(given), so a
     draw from the tries by evidence is a draw by all of their particles; that is the weight of its text."""
     num = request.whole(tries, "tries", 1, TRIES)
     each = request.whole(particles, "particles", 1, request.PARTICLES)
     temperature = request.number(tau, "temperature", 0.1, 2.0)
     generator = request.generator(seed)
-    tokenizer, given = checkpoint.tokenizer, template != BLANK
+    tokenizer, template, given = checkpoint.tokenizer, reading.tokens, reading.tokens != BLANK
 
     def work(job: Job[Generation]) -> Generation:
         return generate(
@@ -117,8 +125,8 @@ def fill(
     job = Job(work, num * each)
     total = num_positions(checkpoint.model, len(template))
     shown = text_tokens(template.clamp_min(0), tokenizer, given=given)
-    asked = stage([t if t.kind == "given" else Token(request.MARK, "noise") for t in shown], is_open=True)
-    result = yield from job.follow(lambda: page(card(asked, bar(job.advanced / total), muted(job.doing("trying")))))
+    waiting = stage([t if t.kind == "given" else Token(request.MARK, "noise") for t in shown], is_open=True)
+    result = yield from job.follow(lambda: page(card(waiting, bar(job.advanced / total), muted(job.doing("trying")))))
     # equal weights where nothing is given, and where all evidence is zero
     weights = (torch.zeros(num) if result.log_evidence is None else result.log_evidence).softmax(0)
     weights = weights.nan_to_num(1 / num)
@@ -131,7 +139,10 @@ def fill(
         head = f'<div class="st-share"><b>{100 * share:.0f} %</b>{bar(share)}</div>'
         choices += f'<div class="st-choice">{head}<div class="st-stage">{text}</div></div>'
     numbers = facts((f"{each:,}", "particles per try"), took(job.seconds))
-    return card(choices, muted(notice)) + card(_trust(1 / (weights**2).sum().item(), num), numbers)
+    options = ("--num", num, "--particles", each, "--temperature", f"{temperature:g}", "--seed", int(seed))
+    command = asked("sample", name, "--template", reading.given, *options)
+    trust = card(_trust(1 / (weights**2).sum().item(), num), numbers)
+    return command + card(choices, muted(reading.notice)) + trust
 
 
 def _trust(effective: float, tries: int) -> str:

@@ -1,4 +1,4 @@
-"""Samples and edits: panels on a terminal, objects for --json."""
+"""Samples and edits: panels on a terminal, plain text elsewhere, objects for --json."""
 
 import codecs
 import re
@@ -15,6 +15,7 @@ from tarflowlm.data import Tokenizer
 from tarflowlm.generation import Generation
 from tarflowlm.generation.particles import UNRELIABLE
 from tarflowlm.report.grid import Kind, Token, pass_rows, text_tokens
+from tarflowlm.terminal.bars import print_notice
 
 Show = Callable[[str], None]
 Texts = Sequence[str] | None
@@ -78,25 +79,25 @@ class TextStream:
 
 def print_samples(
     console: Console, result: Generation, tokenizer: Tokenizer, *,
-    texts: Texts = None, first: int = 0, candidates: int = 1, passes: bool = False,
+    texts: Texts = None, first: int = 0, candidates: int = 1, passes: bool = False, about: str = "",
 ) -> None:  # fmt: skip
-    """Print every sample in a panel, with its passes on request, and the weights of several `candidates`; `texts`
-    replaces the decoded tokens, and `first` samples came before."""
+    """Print every sample, with its passes on request, and the weights of several `candidates`; `texts` replaces the
+    decoded tokens, and `first` samples came before. Panels are titled with a number and what there is `about` it."""
     for row, tokens in enumerate(result.tokens):
         body = Text(printable(tokenizer.decode(tokens.tolist()) if texts is None else texts[row]))
         if passes and result.passes:
             rows = pass_rows([state[row] for state in result.passes], tokenizer)
             parts = [Text.assemble((f"{one.label}\n", "bold cyan"), _styled(one.tokens)) for one in rows]
             body = Text("\n").join(parts)
-        console.print(_panel(body, f"sample {first + row + 1}"))
+        _show(console, body, f"sample {first + row + 1}{about}", is_first=first + row == 0)
         if candidates == 1 or result.ess is None or result.log_evidence is None:
             continue
         ess, log_p = result.ess[row].item(), result.log_evidence[row].item()
-        note = f"  {candidates} candidates, effective number {ess:.1f}; log p(given) about {log_p:.1f} nats"
+        print_notice(f"  {candidates} candidates, effective number {ess:.1f}; log p(given) about {log_p:.1f} nats")
         # NaN is not above it
         if result.pareto_k is not None and (k := result.pareto_k[row].item()) > UNRELIABLE:
-            note += f"\n  log p(given) is unreliable: the weights have no finite variance (k = {k:.2f})"
-        console.print(note, highlight=False)
+            why = f"the weights have no finite variance (k = {k:.2f})"
+            print_notice(f"  log p(given) is unreliable: {why}; more particles find texts that fit better")
 
 
 def samples_to_json(
@@ -121,11 +122,13 @@ def print_edits(
     console: Console, tokenizer: Tokenizer, before: Tensor, edits: Tensor, notes: Sequence[str], advice: str | None
 ) -> None:
     """The text `before` [T], then each of its `edits` [num, T] with a note, changes highlighted; then the advice."""
-    console.print(_panel(_styled(text_tokens(before, tokenizer)), "text"))
+    if console.is_terminal:
+        _show(console, _styled(text_tokens(before, tokenizer)), "text")
     for number, (tokens, note) in enumerate(zip(edits, notes, strict=True), 1):
-        console.print(_panel(_styled(text_tokens(tokens, tokenizer, before=before)), f"edit {number}", note))
+        body = _styled(text_tokens(tokens, tokenizer, before=before))
+        _show(console, body, f"edit {number}", note, is_first=number == 1)
     if advice is not None:
-        console.print(Text(advice), soft_wrap=True)
+        print_notice(advice)
 
 
 STYLES: dict[Kind, str] = {"given": "underline", "final": "", "changed": "green", "noise": "dim"}
@@ -135,5 +138,11 @@ def _styled(tokens: Sequence[Token]) -> Text:
     return Text.assemble(*((token.symbol, STYLES[token.kind]) for token in tokens))
 
 
-def _panel(body: Text, title: str, note: str | None = None) -> Panel:
-    return Panel(body, title=title, title_align="left", subtitle=note, subtitle_align="left")
+def _show(console: Console, body: Text, title: str, note: str | None = None, *, is_first: bool = True) -> None:
+    """A text in a panel on a terminal. Elsewhere the text alone, after an empty line unless it `is_first`."""
+    if console.is_terminal:
+        console.print(Panel(body, title=title, title_align="left", subtitle=note, subtitle_align="left"))
+        return
+    write_out("\n" * (not is_first) + f"{body.plain}\n")
+    if note is not None:
+        print_notice(f"{title}: {note}")

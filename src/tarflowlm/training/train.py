@@ -13,7 +13,16 @@ from typing import Any
 import torch
 
 from tarflowlm.config import RunConfig
-from tarflowlm.data import SOURCE_NAMES, Corpus, Tokenizer, cached_corpus, check_fit, eval_windows, load_tokenizer
+from tarflowlm.data import (
+    SOURCE_NAMES,
+    Corpus,
+    Tokenizer,
+    cached_corpus,
+    check_fit,
+    eval_windows,
+    load_tokenizer,
+    suited,
+)
 from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.files import flatten, full_disk_as_user_error, remove_leftovers, write_json, writer_lock
@@ -68,13 +77,14 @@ def train(
     """
     reporter = reporter or Reporter()
     if begun := processes.from_first(processes.first and is_begun(out)):
-        run = continued(run, out)
+        run = continued(run if run.data.tokenizer == read_run(out).data.tokenizer else _suited(run), out)
         summary = read_summary(out) if processes.first and weights_problem(out) is None else None
         if summary := processes.from_first(summary):
             logger.info("%s is finished", out)
             return summary
     else:
         check_installed(run.train.track)
+        run = run if run.parent else _suited(run)
     if run.parent and parent is None and not begun:
         raise UserError(f"parent {run.parent}: give that model, as `tarflowlm train --from` does")
     # of a run that has begun, its own; a damaged one shows when it is read
@@ -190,6 +200,11 @@ def _writing(out: Path, processes: Processes) -> Iterator[None]:
         yield
 
 
+def _suited(run: RunConfig) -> RunConfig:
+    tokenizer = suited(run.data.source, run.data.tokenizer)
+    return run if tokenizer is run.data.tokenizer else replace(run, data=replace(run.data, tokenizer=tokenizer))
+
+
 def _located(run: RunConfig) -> RunConfig:
     """The run with an absolute path to its text, since its directory may be used from other folders."""
     source = run.data.source
@@ -230,6 +245,7 @@ def continued(run: RunConfig, out: Path) -> RunConfig:
     asked, held = flatten(_located(run)), flatten(found)
     # left open, they are decided as a run begins, and the limit of time is replaced as it ends
     decided = [("model.vocab_size", 0), ("optim.muon_precision", "auto"), ("train.precision", "auto")]
+    decided.append(("temperature", asked["temperature"]))  # it changes no weights
     if run.train.minutes and (summary := read_summary(out)):
         held["train.minutes"] = summary["minutes"]
         decided += [(name, asked[name]) for name in ("train.stage_steps", "train.test_windows")]
