@@ -20,8 +20,6 @@ DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 
 Decoder = Literal["steps", "sweeps", "auto"]
 """How a block is inverted: position by position, in parallel sweeps, or by the cheaper of the two."""
-OLD_DECODERS: dict[str, Decoder] = {"sequential": "steps", "parallel": "sweeps", "drafted": "auto"}
-"""The present names of decoders that earlier versions had."""
 
 Decoding = Literal["mode", "drawn"]
 """The token of a latent vector: the most probable one of p(x|z), or one drawn from it."""
@@ -209,8 +207,6 @@ class TrainConfig(Config):
     """Training states to keep, besides the weights of the best validation bound."""
     max_skipped: int = 3
     """Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run."""
-    spike_sigma: float = 6.0
-    """A loss this many standard deviations above its running mean is recorded as a spike."""
     track: tuple[TrackerName, ...] = ()
     """Trackers that also receive the lines of metrics.jsonl: tensorboard, wandb, trackio (extra `track`)."""
 
@@ -221,7 +217,6 @@ class TrainConfig(Config):
         self.at_least(1, "checkpoint_every", "keep_last")
         self.at_least(0, "accumulate", "minutes", "max_skipped", "test_windows")
         self.below_one("dropout", "ema")
-        self.require("spike_sigma", self.spike_sigma > 0, "must be above 0")
 
     @property
     def num_steps(self) -> int:
@@ -271,15 +266,15 @@ class RunConfig(Config):
 def current_form(document: Any) -> Any:
     """The run in config.json, in the current format, without `model_type`.
 
-    Earlier versions wrote no `model_type`, three parallel lists in place of `blocks`, and fields for stages that end
-    early. Other documents are returned as they are; `from_dict` reports what is wrong with them.
+    Earlier versions wrote no `model_type`, three parallel lists in place of `blocks`, and fields that are gone.
+    Other documents are returned as they are; `from_dict` reports what is wrong with them.
     """
     if not isinstance(document, dict):
         return document
     if document.get("model_type") == MODEL_TYPE:
         document = {key: value for key, value in document.items() if key != "model_type"}
     if isinstance(document.get("train"), dict):
-        gone = ("advance", "stall_evaluations", "stall_tolerance")
+        gone = ("advance", "stall_evaluations", "stall_tolerance", "spike_sigma")
         document = document | {"train": {k: v for k, v in document["train"].items() if k not in gone}}
     model, old = document.get("model"), ("couplings", "layers", "components")
     if not isinstance(model, dict) or not all(isinstance(model.get(name), list) for name in old):

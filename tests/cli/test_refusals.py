@@ -159,11 +159,6 @@ def test_options_that_do_not_parse_cost_a_box(run, complete, tmp_path, argv, nam
     assert not list(tmp_path.iterdir())
 
 
-def test_old_names_of_decoders_are_read(run_json, model):
-    argv = ["sample", model, "--length", 4, "--decoder"]
-    assert run_json(*argv, "sequential")["decoders"] == run_json(*argv, "steps")["decoders"]
-
-
 @pytest.mark.parametrize(
     ("content", "name"), [(b"", "is empty"), (b"\xff\xfe\x00\x01" * 50, "not UTF-8"), (b"a few words", "longer text")]
 )

@@ -31,12 +31,10 @@ class Hub:
         source = self.repository(name)
         out = self.root / "cache" / hashlib.sha1(name.encode()).hexdigest()[:8]
         out.mkdir(parents=True, exist_ok=True)
-        bar = options["tqdm_class"](total=0, unit="B", desc="model")
         for path in source.iterdir():
             if any(fnmatch.fnmatch(path.name, p) for p in ([patterns] if isinstance(patterns, str) else patterns)):
                 if not (out / path.name).exists():
                     shutil.copy(path, out / path.name)
-                    bar.update(path.stat().st_size)
                 self.downloaded.append(path.name)
         return str(out)
 
@@ -48,11 +46,11 @@ class Hub:
         inspect.signature(REAL_API.create_repo).bind(self, name, **options)
         if self.error is not None:
             raise self.error
-        if not self.repository(name).exists() and options["private"]:
+        if not self.repository(name).exists() and options.get("private"):
             self.private.add(name)
         self.repository(name).mkdir(parents=True, exist_ok=True)
 
-    def model_info(self, name: str) -> SimpleNamespace:
+    def repo_info(self, name: str, **options) -> SimpleNamespace:
         return SimpleNamespace(private=name in self.private)
 
     def upload_folder(self, **options) -> None:

@@ -1,6 +1,7 @@
 """Models fetched from the hub and pushed to it, with their cards."""
 
 import json
+import runpy
 import shlex
 from dataclasses import replace
 
@@ -14,10 +15,10 @@ from tarflowlm.cli.train import read as read_train
 from tarflowlm.errors import UserError
 from tarflowlm.generation import generate
 from tarflowlm.presets import preset
-from tarflowlm.progress import Silent
 from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.runs.hub import FILES, fetch
 from tarflowlm.sharing import training_command
+from tarflowlm.studio.catalogue import collect
 
 errors = pytest.importorskip("huggingface_hub.errors")
 TEST = {"bound": "elbo", "bpc": 1.90625, "nats_per_token": 1.3213, "stderr": 0.004, "windows": 4096}
@@ -47,19 +48,27 @@ def test_pushed_model_comes_back_bit_for_bit(hub, finished):
     assert all(tokenizer.decode(row) in card for row in first.tolist())
 
 
-def test_only_the_files_of_a_model_are_fetched_and_counted(shared):
+def test_only_the_files_of_a_model_are_fetched(shared):
     for name in ("pytorch_model.bin", "modeling.py", "README.md"):
         (shared.repository("ada/tiny") / name).write_text("x", encoding="utf-8")
-    seen = []
-
-    class Counting(Silent):
-        def advance(self, count=1):
-            seen.append(count)
-
-    folder = fetch("hf:ada/tiny", Counting())
+    folder = fetch("hf:ada/tiny")
     assert {path.name for path in folder.iterdir()} <= {*FILES, "README.md"}
-    sizes = [path.stat().st_size for path in folder.iterdir() if path.name != "config.json"]
-    assert sum(seen) == sum(sizes)  # the configuration was there before
+
+
+def test_a_space_runs_the_studio(hub, finished, run, monkeypatch):
+    """`push --space` makes a Space, whose app.py opens the page of the model beside it."""
+    asked = []
+    assert run("push", finished, "ada/page", "--space").status == 0
+    folder = hub.repository("ada/page")
+    assert {"app.py", "requirements.txt", "config.json"} <= {path.name for path in folder.iterdir()}
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\ntitle: page\nsdk: gradio\napp_file: app.py\n")
+    assert card.count("---\n") == 2
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("tarflowlm.cli.main.main", asked.append)
+    runpy.run_path("app.py")
+    assert asked[0][:2] == ["studio", "."]
+    assert collect(asked[0][1:2]).models == ["page"]
 
 
 def test_flipped_byte_is_refused_and_the_remedy_works(shared, refused):

@@ -47,20 +47,20 @@ def test_unreadable_lines_and_summary_are_noted(directory):
     assert len(record.train["step"]) == 14
     assert record.notes[0].startswith("5 of 27 lines of metrics.jsonl could not be read")
     assert record.summary is None
-    assert record.status == "step 14 of 14: in training, or stopped"
+    assert record.status == "stopped, step 14 of 14"
 
 
 def test_run_without_log(directory, runs):
     with pytest.raises(UserError, match="the same name 'progressive'"):
         read_records([runs["progressive"], directory])
     (directory / "metrics.jsonl").write_text('{"split": "train", "st', encoding="utf-8")
-    with pytest.raises(UserError, match="has no metrics yet"):
+    with pytest.raises(UserError, match="stopped before its first logged step"):
         read_record(directory)
     for name in ("metrics.jsonl", "summary.json"):
         (directory / name).unlink()
     record = read_record(directory)
     assert record.status == "a model without its training log"
-    assert (record.stage_starts, record.stage_medians("lr")) == ([], [])
+    assert (record.stage_starts, record.stage_medians("bpc")) == ([], [])
     (directory / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="has no metrics yet"):
+    with pytest.raises(UserError, match="stopped before its first logged step"):
         read_record(directory)

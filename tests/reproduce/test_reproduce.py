@@ -14,7 +14,7 @@ from tarflowlm.config import FlowConfig, RunConfig, TrainConfig
 from tarflowlm.errors import UserError
 from tarflowlm.reproduce import RECIPES, ablations, passes
 from tarflowlm.reproduce.recipe import Recipe, Settings, estimate, finish, state_of, trainings
-from tarflowlm.reproduce.states import summaries
+from tarflowlm.reproduce.states import summary_row
 from tarflowlm.training.metrics import Reporter
 
 MINI, PAPER = (Settings(scale=scale, out=Path("out")) for scale in ("mini", "paper"))
@@ -79,7 +79,8 @@ def test_compared_models_have_one_depth(name, settings, layers):
 STEPS = TrainConfig(stage_steps=(3, 3), batch_size=2, evaluate_windows=2, checkpoint_every=2, log_every=1)
 TINY = RunConfig(name="tiny", model=replace(FLOW, blocks=FLOW.blocks[:2]), train=STEPS)
 TINY_RECIPE = Recipe(
-    name="tiny", title="A tiny table", claim="nothing.", measure=summaries,
+    name="tiny", title="A tiny table", claim="nothing.",
+    measure=lambda _settings, finished: [summary_row(done) for done in finished],
     plan=lambda settings: trainings(settings, {"tiny": TINY}),
     text=lambda _settings, finished, rows: f"{len(finished)} runs, {len(rows)} rows.\n",
 )  # fmt: skip

@@ -123,7 +123,7 @@ def test_bound_of_a_flow_is_marked(catalogue):
 def test_curves_follow_the_chosen_runs(catalogue):
     both, one = (shown(runs, catalogue, [names, "seconds"]) for names in (["flow", "baseline"], ["flow"]))
     assert both.count("<svg") == one.count("<svg") == 1
-    assert (both.count("<tr>"), one.count("<tr>")) == (3, 2)
+    assert ("baseline" in words(both), "baseline" in words(one)) == (True, False)
     assert "finished" in words(both)
     more = replace(catalogue, places=catalogue.places | collect([]).places)
     html = shown(runs, more, [["flow", "english-mini"], "tokens"])

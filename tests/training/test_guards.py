@@ -1,4 +1,4 @@
-"""Steps that must not be taken change nothing and are recorded; losses that jump are recorded."""
+"""Steps that must not be taken change nothing and are recorded."""
 
 import copy
 import functools
@@ -15,7 +15,7 @@ from tarflowlm.runs.checkpoint import load_checkpoint
 from tarflowlm.training import loop
 from tarflowlm.training import train as training
 from tarflowlm.training.loop import optimizer_step
-from tarflowlm.training.optim import RunningLoss, build_optimizers, not_finite
+from tarflowlm.training.optim import build_optimizers, not_finite
 from tarflowlm.training.parallel import ParallelModel
 
 INF, NAN = math.inf, math.nan
@@ -94,12 +94,12 @@ def test_skipped_steps_are_recorded_with_their_cause(tmp_path, tiny_run, go, ins
     skipped = lines(tmp_path / "run", "skipped")
     assert [record["step"] for record in skipped] == [2, 4, 5]
     assert skipped[0].keys() == {
-        "split", "step", "tokens", "block", "nats_per_token", "terms", "parameters", "gradients", "num_gradients"
+        "split", "step", "tokens", "block", "nats_per_token", "parameters", "gradients", "num_gradients"
     }  # fmt: skip
     assert skipped[0]["gradients"] == ["prior.blocks.0.start"]
-    assert (skipped[0]["terms"], skipped[0]["parameters"], skipped[0]["num_gradients"]) == ([], [], 1)
+    assert (skipped[0]["parameters"], skipped[0]["num_gradients"]) == ([], 1)
     notices = [record.getMessage() for record in caplog.records if record.name == "tarflowlm"]
-    assert "step 2: terms all finite; parameters all finite; gradients prior.blocks.0.start" in notices[0]
+    assert "step 2: parameters all finite; gradients prior.blocks.0.start" in notices[0]
     # the averages are over the steps that were taken
     assert [record["step"] for record in lines(tmp_path / "run", "train")] == [2, 4, 6, 8]
     assert all(math.isfinite(record["grad_norm_max"]) for record in lines(tmp_path / "run", "train"))
@@ -147,16 +147,15 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path, tiny_run, go, 
 
 
 @pytest.mark.parametrize(
-    ("mode", "stage", "name", "blamed"),
+    ("mode", "stage", "name"),
     [
-        ("progressive", 1, "prior.blocks.1.coupling.head.weights.1", "log-det of block 2"),
-        ("joint", 0, "prior.blocks.1.coupling.head.biases.0", "log-det of block 2"),
-        ("joint", 0, "prior.blocks.0.start", "log-det of block 1"),
-        ("baseline", 0, "head.bias", "log_prob"),
+        ("progressive", 1, "prior.blocks.1.coupling.head.weights.1"),
+        ("joint", 0, "prior.blocks.0.start"),
+        ("baseline", 0, "head.bias"),
     ],
 )
 def test_loss_that_is_not_finite_stops_the_run_and_names_the_culprit(
-    tmp_path, tiny_run, tiny_baseline, go, monkeypatch, mode, stage, name, blamed
+    tmp_path, tiny_run, tiny_baseline, go, monkeypatch, mode, stage, name
 ):
     train_stage = training.train_stage
 
@@ -172,37 +171,4 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_culprit(
     run = replace(run, train=replace(run.train, checkpoint_every=100, evaluate_every=100))
     with pytest.raises(FloatingPointError) as raised:
         go(run, tmp_path / "run")
-    terms, parameters = str(raised.value).split("; ")[:2]
-    assert blamed in terms
-    assert "reconstruction" not in terms
-    assert parameters == f"parameters {name}"
-
-
-def test_running_loss_is_a_mean_and_variance_and_detects_jumps():
-    running = RunningLoss()
-    values = [2.0 + 0.1 * (-1) ** n for n in range(60)]
-    assert all(running.update(value) < 2 for value in values)
-    assert running.mean == pytest.approx(sum(values) / 60)
-    assert running.variance == pytest.approx(0.01, rel=0.05)
-    assert running.update(3.0) == pytest.approx(10, rel=0.05)
-    assert running.update(1.0) < 0
-    # too few values to judge by
-    fresh = RunningLoss()
-    assert [fresh.update(v) for v in (1.0, 1.1, 500.0)] == [0.0, 0.0, 0.0]
-    # a lasting change of level stops being one
-    assert max([running.update(4.0) for _ in range(300)][100:]) < 6
-
-
-@pytest.mark.slow
-def test_spike_is_recorded_with_its_step(tmp_path, tiny_baseline, go, instead):
-    def jumps(model, take_step):
-        result = take_step()
-        return result._replace(loss=result.loss + 50)
-
-    instead({59}, jumps)
-    run = tiny_baseline(stage_steps=(64,), log_every=8, evaluate_every=100, checkpoint_every=100)
-    go(run, tmp_path / "run")
-    (spike,) = lines(tmp_path / "run", "spike")
-    assert (spike["step"], spike["block"]) == (59, 1)
-    assert spike["nats_per_token"] > 50 > spike["mean"]
-    assert spike["sigmas"] > 6
+    assert f"parameters {name}; " in str(raised.value)

@@ -5,13 +5,12 @@ import io
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from tarflowlm.config import OLD_DECODERS, DeviceName
+from tarflowlm.config import DeviceName
 from tarflowlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,10 +58,9 @@ TOP_P = "keep the smallest set of tokens that holds this probability."
 def parse(args: type, argv: list[str], prog: str, **settings: Any) -> Any:
     """An instance of the dataclass `args`; `settings` are further arguments of `tyro.cli`. Where an option is
     misspelt tyro prints its box and exits with status 2. A UserError of the dataclass itself, or of one inside it,
-    passes through. The names that decoders had in earlier versions are still read."""
+    passes through."""
     markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     settings = {"config": markers} | settings
-    argv = [OLD_DECODERS.get(word, word) if before == "--decoder" else word for before, word in pairwise(["", *argv])]
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -94,13 +92,11 @@ def check(args: Any, counts: Sequence[str] = (), exclusive: Rules = NO_RULES, ne
 
 
 def load_checkpoint(directory: Path, device: DeviceName) -> Checkpoint:
-    """The model in a directory, among the shipped ones or on the hub, downloaded with a bar."""
+    """The model in a directory, among the shipped ones or on the hub."""
     from tarflowlm.device import pick_device
     from tarflowlm.runs import checkpoint
-    from tarflowlm.terminal.bars import Bars
 
-    with Bars() as bars:
-        return checkpoint.load_checkpoint(directory, pick_device(device), bars)
+    return checkpoint.load_checkpoint(directory, pick_device(device))
 
 
 def read_source(source: str) -> str:

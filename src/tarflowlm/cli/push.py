@@ -17,6 +17,7 @@ class Args:
 
     directory: Exported
     repository: Annotated[tyro.conf.Positional[str], arg("OWNER/NAME", "Repository on the hub, made if needed.")]
+    space: Flag = False  # Make a Space of it, which runs the studio, in place of a model.
     private: Flag = False  # Only its owner can see it; for a new repository, or one that is private already.
     half: Flag = False  # Store weight matrices in bfloat16, which halves the size.
     licence: Text = None  # Licence of the weights, as the hub calls it: apache-2.0, cc-by-sa-4.0.
@@ -30,7 +31,7 @@ class Args:
 
 def run(args: Args) -> None:
     from tarflowlm.runs.hub import hub_client
-    from tarflowlm.sharing import checked_repository, push_folder, save_pretrained
+    from tarflowlm.sharing import add_space, checked_repository, push_folder, save_pretrained
     from tarflowlm.terminal.bars import print_notice, print_result
 
     repository = checked_repository(args.repository)
@@ -41,12 +42,14 @@ def run(args: Args) -> None:
     with tempfile.TemporaryDirectory() as place:
         checkpoint, new = load_checkpoint(args.directory, "cpu"), Path(place) / name if out is None else out
         folder = save_pretrained(checkpoint, new, half=args.half, licence=args.licence, repository=repository)
+        if args.space:
+            add_space(folder)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         url = None
         if not args.dry_run:
             print_notice(f"uploading {len(sizes)} files, {sum(sizes.values()) / 1e6:.2f} MB, to {repository}")
-            url = push_folder(folder, repository, private=args.private)
+            url = push_folder(folder, repository, private=args.private, space=args.space)
     written = None if out is None else str(out)
     found = {"repository": repository, "private": args.private, "out": written, "url": url, "files": sizes}
     rows = [(file, f"{size:,} bytes") for file, size in sizes.items()]

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -107,7 +107,7 @@ class Sampling:
                 if args.stream:
                     result, texts = self._stream(rows)
                 else:
-                    result = self._draw(rows, Watch(bars, self._stopping(rows)))
+                    result = self._draw(rows, Watch(bars))
                     decoded = map(self.tokenizer.decode, result.tokens.tolist())
                     texts = [self._cut(row, text) for row, text in zip(rows, decoded, strict=True)]
                     # rich would print below a running bar, on stderr
@@ -143,19 +143,6 @@ class Sampling:
         self.decoder = result.decoders or self.decoder
         self.sweeps = [a + b for a, b in zip_longest(self.sweeps, result.sweeps, fillvalue=0)]
         return result
-
-    def _stopping(self, rows: range) -> Callable[[Tensor], bool] | None:
-        """A function of the next final tokens that returns whether all texts have come to a stop."""
-        if not self.stops or self.length <= self.context:
-            return None
-        texts = [TextStream(lambda _: None, self.tokenizer, self.stops, start=self._start(row)) for row in rows]
-
-        def have_stopped(tokens: Tensor) -> bool:
-            for text, new in zip(texts, tokens, strict=True):
-                text.add(new)
-            return all(text.has_stopped for text in texts)
-
-        return have_stopped
 
     def _start(self, row: int) -> int:
         """Characters of the prompt of a sample."""

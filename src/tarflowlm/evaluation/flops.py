@@ -16,14 +16,13 @@ Training costs three forward passes of what is trained, and one of the frozen bl
 repeats (attention weights, codebook tiles, checkpointed layers) does not count."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tarflowlm.baseline import TokenLM
 from tarflowlm.config import BaselineConfig, FlowConfig, as_flow_config
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import as_flow
@@ -58,12 +57,6 @@ def training_flops(config: Config, *, frozen: int = 0, convention: Convention = 
     if convention == "full" and frozen:
         return whole - 2 * _counted_below(config, frozen)
     return whole - 2 * sum(_paper_block(as_flow_config(config), index, convention) for index in range(frozen))
-
-
-def generation_flops(config: Config, convention: Convention = "full") -> int:
-    """`config.context` tokens, generated position by position with a KV cache, and decoded. The paper's conventions,
-    which have no count for it, take the forward pass."""
-    return _counted_generation(config) if convention == "full" else forward_flops(config, convention)
 
 
 def _paper_transformer(config: Config, L: int) -> int:
@@ -111,43 +104,6 @@ def _counted_below(config: Config, frozen: int) -> int:
             h = block(h)[0]
 
     return _count(forward)
-
-
-@cache
-def _counted_generation(config: Config) -> int:
-    """Count the features of three positions, which cost an amount affine in the number of keys, and one choice."""
-    model, tokens = _on_meta(config)
-    num_positions, patch = config.context // config.patch, tokens[:, : config.patch]
-    blocks: list[Any] = [model]
-    previous = patch
-    if not isinstance(model, TokenLM):
-        flow = as_flow(model)
-        blocks = [flow.prior.block(index) for index in range(flow.num_blocks)]
-        previous = flow.prior.patch(_latents(flow, config.patch))[0][:, 0]
-
-    def features(num_cached: int) -> None:
-        for block in blocks:
-            cache = block.allocate_cache(1, num_cached + 1)
-            cache.length = num_cached
-            block.features_at(cache, previous if num_cached else None, 1)
-
-    def choose() -> None:
-        """From features to tokens: the heads, and the decoding of latents."""
-        given = torch.zeros(1, config.trunk.width, device="meta")
-        if isinstance(model, TokenLM):
-            for _ in range(config.patch):
-                # the sampler runs the head for the whole patch at each of its tokens
-                model.patch_logits(given[:, None], patch)
-            return
-        for block in blocks:
-            conditionals = block.coupling.conditionals(given)
-            next(conditionals)
-            for group in previous.split(block.coupling.group, -1)[:-1]:
-                conditionals.send(group)
-        flow.codebook.decode(_latents(flow, config.patch))
-
-    first, second, last = (_count(partial(features, n)) for n in (0, 1, num_positions - 1))
-    return num_positions * _count(choose) + first + (num_positions - 1) * (second + last) // 2
 
 
 def _on_meta(config: Config) -> tuple[LanguageModel, Tensor]:

@@ -6,12 +6,10 @@ zuko. torch.distributions.TransformedDistribution maps the other way and takes `
 
 from collections.abc import Callable
 
-from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
 
-from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import mixture_cdf, mixture_cdf_inverse, rosenblatt, rosenblatt_inverse
 from tarflowlm.flow.stack import Bijection
 
@@ -75,21 +73,3 @@ class BijectionTransform(FlowTransform):
             return bijection.inverse(u.reshape(-1, *u.shape[-2:])).view(u.shape)
 
         super().__init__(forward, inverse, event_dim=2)
-
-
-class ConditionedCoupling(Bijection):
-    """A coupling with its features [B, N, D] fixed: a bijection of [B, N, C], or of several such batches in a row."""
-
-    def __init__(self, coupling: Coupling, features: Float[Tensor, "B N D"]) -> None:
-        super().__init__()
-        self.coupling, self.features = coupling, features
-
-    def _repeated(self, x: Tensor) -> Tensor:
-        return self.features.repeat(len(x) // len(self.features), 1, 1)
-
-    def forward(self, z: Float[Tensor, "M N C"]) -> tuple[Float[Tensor, "M N C"], Float[Tensor, "M N"]]:
-        return self.coupling(z, self._repeated(z))
-
-    def inverse(self, u: Float[Tensor, "M N C"]) -> Float[Tensor, "M N C"]:
-        # given the features, positions do not depend on each other
-        return self.coupling.invert(u.flatten(0, 1), self._repeated(u).flatten(0, 1)).view(u.shape)

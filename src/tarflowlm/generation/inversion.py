@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflowlm.config import OLD_DECODERS, Decoder
+from tarflowlm.config import Decoder
 from tarflowlm.errors import UserError
 from tarflowlm.flow.channelwise import CONTRACTION, RESIDUAL, ChannelCoupling, Newton
 from tarflowlm.flow.couplings import AdjustWeights
@@ -278,11 +278,11 @@ def invert_stack(
 
 
 def as_decoders(decoder: Any) -> Decoders:
-    """`decoder`, old names replaced by the present ones. UserError unless it is a decoder, or lists some."""
+    """`decoder`, lists as tuples. UserError unless it is a decoder, or lists some."""
     if isinstance(decoder, Sequence) and not isinstance(decoder, str):
         return tuple(map(as_decoders, decoder))  # type: ignore[arg-type]
-    check_option(OLD_DECODERS.get(decoder, decoder) if isinstance(decoder, str) else decoder, "decoder", Decoder)
-    return OLD_DECODERS.get(decoder, decoder)
+    check_option(decoder, "decoder", Decoder)
+    return decoder
 
 
 def per_block(decoder: Decoders, num_blocks: int) -> tuple[Decoder, ...]:

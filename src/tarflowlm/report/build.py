@@ -74,7 +74,7 @@ def write_report(
         if problem is not None:
             place = "DIR" if several else f"{Path(directories[0]).name}-report"
             raise UserError(f"{problem}, so the report needs a place: add --out {place}")
-    places = [locate(directory, progress) for directory in directories]
+    places = [locate(directory) for directory in directories]
     out = places[0] / "report" if out is None else out
     # folders in the hub's cache are named after commits
     pairs = zip(read_records(places), directories, strict=True)
@@ -95,11 +95,8 @@ def write_report(
     if logged := [record for record in records if record.has_log]:
         progress.stage("training curves")
         legend = 0.18 * len(logged)
-        curves = [
-            draw("bits", _BITS, lambda f: figures.draw_bits(f, logged), 6.0 + legend),
-            draw("optimisation", _OPTIMISATION, lambda f: figures.draw_optimisation(f, logged), 6.0 + legend),
-        ]
-        sections.append(Section("Training", parts=curves))
+        curves = draw("bits", _BITS, lambda f: figures.draw_bits(f, logged), 6.0 + legend)
+        sections.append(Section("Training", parts=[curves]))
     sections += [_run_section(record, device or torch.device("cpu"), draw, progress) for record in records]
     sections.append(Section("Configuration", parts=[config_table(records)], is_folded=True))
     title = f"{'Run' if len(records) == 1 else 'Runs'} {', '.join(r.name for r in records)}"
@@ -166,7 +163,6 @@ _PASSES = "The first sample after every block, decoded with the codebook. Noise 
 _PASSES += "last block first. Where only the last row reads as text, block 1 does the writing."
 _BITS = "Bits per character against tokens and training time. Faint: training batches; with markers: validation "
 _BITS += "windows. Flows show upper bounds. The first steps may lie above the frame."
-_OPTIMISATION = "Learning rate, and gradient norm with its running median. Every stage restarts the schedule."
 _BLOCKS = "The bound on {windows:,} validation windows ({tokens:,} tokens) at step {step}. Above, its terms, added "
 _BLOCKS += "up from the top: blue is positive, orange negative. Below, by how much each block lowers the bound of "
 _BLOCKS += "the blocks under it with the standard normal on top; block 1 is compared with the standard normal alone. "

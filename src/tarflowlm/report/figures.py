@@ -108,30 +108,6 @@ def draw_bits(figure: Figure, records: Sequence[RunRecord], over: Sequence[str] 
     _explain(figure, records, names, ("training batches", FAINT), ("validation windows", MARKED))
 
 
-def draw_optimisation(figure: Figure, records: Sequence[RunRecord]) -> None:
-    """Learning rate and gradient norm against tokens."""
-    upper, lower = figure.subplots(2)
-    for index, r in enumerate(records):
-        upper.plot(r.train["tokens"], r.train["lr"], **line_style(index))
-        _plot_median(lower, r, "grad_norm", index)
-    upper.set_title("learning rate")
-    lower.set_title("gradient norm before clipping")
-    upper.set_ylim(bottom=0)
-    if any((r.train["grad_norm"] > 0).any() for r in records):
-        lower.set_yscale("log")
-    for axes in (upper, lower):
-        _count_on_x(axes, records)
-    _explain(figure, records, [literal(r.name) for r in records], ("gradient norm", FAINT), ("running median", {}))
-
-
-def _plot_median(axes: Axes, record: RunRecord, column: str, index: int) -> None:
-    """A column faint, and the median of the 9 values around each, of fewer at the ends."""
-    values = record.train[column]
-    medians = [np.median(values[max(0, i - 4) : i + 5]) for i in range(len(values))]
-    axes.plot(record.train["tokens"], values, **line_style(index), **FAINT)
-    axes.plot(record.train["tokens"], medians, **line_style(index))
-
-
 def _explain(
     figure: Figure, records: Sequence[RunRecord], names: Sequence[str], *kinds: tuple[str, dict[str, Any]]
 ) -> None:

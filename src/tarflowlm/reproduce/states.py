@@ -38,15 +38,10 @@ def summary_row(done: Finished) -> Row:
     return row | {"tokens seen": summary["tokens"], "seconds": summary["seconds"]}
 
 
-def summaries(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """The rows of a recipe that needs only the runs' own measurements."""
-    return [summary_row(done) for done in finished]
-
-
 def summaries_by(
     settings: Settings, finished: Sequence[Finished], *, column: str, value: Callable[[FlowConfig], int]
 ) -> list[Row]:
-    """`summaries` of flows with a number of their configuration as the first column."""
+    """`summary_row` of flows with a number of their configuration as the first column."""
     return [{column: value(as_flow_config(done.training.run.model)), **summary_row(done)} for done in finished]
 
 
@@ -99,7 +94,7 @@ def training_curve(record: RunRecord) -> dict[int, float]:
 
 
 def with_curves(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """`summaries`, with the curves of each run."""
+    """`summary_row`, with the curves of each run."""
     return [summary_row(done) | curves(done) for done in finished]
 
 

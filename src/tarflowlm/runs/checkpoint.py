@@ -12,7 +12,6 @@ from tarflowlm.data import Tokenizer, load_tokenizer
 from tarflowlm.errors import UserError, guess
 from tarflowlm.files import from_dict, full_disk_as_user_error, read_json, to_dict, write_json
 from tarflowlm.language_model import LanguageModel, seeded
-from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.hub import locate, released
 from tarflowlm.runs.weights import check_weights, is_whole, read_weights, write_weights
 
@@ -67,15 +66,13 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
     return found or None
 
 
-def load_checkpoint(
-    directory: str | Path, device: str | torch.device = "cpu", progress: Progress = SILENT
-) -> Checkpoint:
+def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """Load a run directory, the released model of that name, or hf:OWNER/NAME of the hub, onto `device`.
 
-    A progressive run that was stopped early gives the blocks it had by then. `progress` counts the bytes of a
-    download. UserError, naming the file, for a directory that is missing, incomplete, damaged, or no run directory.
+    A progressive run that was stopped early gives the blocks it had by then. UserError, naming the file, for a
+    directory that is missing, incomplete, damaged, or no run directory.
     """
-    directory = locate(directory, progress)
+    directory = locate(directory)
     run = read_run(directory)
     # read before the tokenizer: weights are written last, so without them the other files need not be complete
     try:

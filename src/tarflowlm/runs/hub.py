@@ -15,7 +15,6 @@ from typing import Any
 from tarflowlm.config import MODEL_TYPE
 from tarflowlm.errors import UserError, first_line, unknown
 from tarflowlm.files import read_json
-from tarflowlm.progress import SILENT, Progress
 
 PREFIX = "hf:"
 CARD = "README.md"
@@ -42,10 +41,10 @@ def hub_client(purpose: str) -> Any:
     return huggingface_hub
 
 
-def fetch(name: str | Path, progress: Progress = SILENT) -> Path:
+def fetch(name: str | Path) -> Path:
     """The folder with the model hf:OWNER/NAME or hf:OWNER/NAME@REVISION, downloaded unless the cache has it.
 
-    `progress` counts bytes. Offline, the cache is used. Weights that fail their checksum are removed from it.
+    Offline, the cache is used. Weights that fail their checksum are removed from it. The client shows its progress.
     """
     name = Path(name).as_posix()
     if (match := _REFERENCE.fullmatch(name)) is None:
@@ -54,12 +53,11 @@ def fetch(name: str | Path, progress: Progress = SILENT) -> Path:
     with hub_errors(name):
         get = partial(hub.snapshot_download, repository, revision=revision)
         # first, so that a large model of another kind is not downloaded in vain
-        config = Path(get(allow_patterns=FILES[0], tqdm_class=_bars(SILENT))) / FILES[0]
+        config = Path(get(allow_patterns=FILES[0])) / FILES[0]
         document = read_json(config) if config.exists() else None
         if not isinstance(document, dict) or not (document.get("model_type") == MODEL_TYPE or "train" in document):
             raise UserError(f"{name} is not a model of tarflowlm: give one made by `tarflowlm push`")
-        progress.stage(f"downloading {name}")
-        folder = Path(get(allow_patterns=[*FILES, CARD], tqdm_class=_bars(progress)))
+        folder = Path(get(allow_patterns=[*FILES, CARD]))
     from tarflowlm.runs.weights import read_weights  # imports torch
 
     weights = folder / "model.safetensors"
@@ -111,24 +109,6 @@ def _reason(error: Exception) -> str:
     return f"the connection to {place} failed ({first_line(error)}); run this again"
 
 
-def _bars(progress: Progress) -> type:
-    """A class of bars for the client that draws nothing and counts bytes for `progress`."""
-    from tqdm.std import tqdm  # comes with the client
-
-    class Forwarding(tqdm):  # type: ignore[misc]
-        def __init__(self, *args: Any, **options: Any) -> None:
-            # one bar counts files, one bytes that travel, and one bytes that are there
-            self._counts = options.get("unit") == "B" and options.get("desc") != "Downloading bytes"
-            super().__init__(*args, **options | {"disable": True})
-
-        def update(self, n: int | float | None = 1) -> None:
-            self.n += n or 0
-            if self._counts:
-                progress.advance(int(n or 0))
-
-    return Forwarding
-
-
 FOLDER = Path(__file__).parent / "released"
 DEFAULT = "english-small"
 
@@ -145,11 +125,11 @@ def purpose(directory: Path) -> str:
     return next((line for line in text.splitlines()[1:] if line), "")
 
 
-def locate(directory: str | Path, progress: Progress = SILENT) -> Path:
+def locate(directory: str | Path) -> Path:
     """The path itself, or where there is none, the released model of that name or a downloaded hf:OWNER/NAME."""
     path = Path(directory)
     if is_reference(path) and not path.exists():
-        return fetch(path, progress)
+        return fetch(path)
     return FOLDER / path if not path.exists() and str(path) in released() else path
 
 

@@ -4,17 +4,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from html import escape
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tarflowlm.config import RunConfig
 from tarflowlm.errors import UserError
 from tarflowlm.report.figures import draw_bits
-from tarflowlm.report.records import RunRecord, read_record
+from tarflowlm.report.records import read_record, runs_table, summary_of
 from tarflowlm.report.style import render
 from tarflowlm.runs.checkpoint import CONFIG, WEIGHTS, Checkpoint, load_checkpoint, read_run
 from tarflowlm.runs.hub import DEFAULT, locate, purpose, released
@@ -144,19 +141,5 @@ def _view(wanted: tuple[tuple[str, Path, tuple[int, int]], ...], axis: str) -> s
     draw = partial(draw_bits, records=records, over=[axis])
     figure = render(draw, None, width=4.2, height=3.0 + 0.18 * len(records), name="runs")
     note = muted("Bits per character. Flows have an upper bound (≤).")
-    return "".join([*problems, card(f'<div class="st-figure">{figure}</div>', note), card(_table(records))])
-
-
-def _table(records: list[RunRecord]) -> str:
-    head = ("run", "validation, bits per character", "test", "tokens", "time", "tokens per second", "status")
-    body = ""
-    for r in records:
-        sign = "" if r.is_exact else "≤ "
-        valid = f"{sign}{r.valid['bpc'][-1]:.3f}" if len(r.valid["bpc"]) else "–"
-        test = f"{sign}{r.summary['test']['bpc']:.3f}" if r.summary else "–"
-        speed = float(np.median(r.train["tokens_per_second"][-20:]))
-        tokens = f"{r.train['tokens'].max() / 1e6:,.1f}M"
-        row = (r.name, valid, test, tokens, f"{r.train['seconds'][-1] / 60:,.1f} min", f"{speed:,.0f}", r.status)
-        body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    return f'<div class="st-wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = runs_table(records, [*map(summary_of, records)])
+    return "".join([*problems, card(f'<div class="st-figure">{figure}</div>', note), card(table)])

@@ -53,11 +53,10 @@ CSS = """
 .st-scale { display: inline-block; width: 9rem; height: .7rem; border-radius: 3px; vertical-align: -1px;
   margin: 0 .45rem; border: 1px solid var(--st-line); }
 .st table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; width: 100%; }
-.st th, .st td { text-align: right; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--st-line);
-  white-space: nowrap; }
-.st th:first-child, .st td:first-child { text-align: left; white-space: normal; min-width: 6.5rem; }
-.st th { font-weight: 600; color: var(--st-muted); white-space: normal; vertical-align: bottom; }
-.st-wide { overflow-x: auto; }
+.st th, .st td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--st-line);
+  vertical-align: top; min-width: 6.5rem; }
+.st th { font-weight: 600; color: var(--st-muted); }
+.st .table { overflow-x: auto; }
 .st-asked { display: flex; flex-wrap: wrap; gap: .3rem .7rem; align-items: baseline; font-size: 12.5px; }
 .st-asked code { color: var(--st-muted); overflow-wrap: anywhere; flex: 1 1 16rem; background: none; }
 .st button, .st-asked a { font: 12.5px system-ui, sans-serif; color: var(--st-blue); background: none; border: 0;

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
@@ -24,7 +23,6 @@ from tarflowlm.training.optim import (
     not_finite,
     schedule,
     set_learning_rate,
-    terms_of,
     with_precision,
 )
 from tarflowlm.training.parallel import ParallelModel
@@ -47,7 +45,7 @@ logger = logging.getLogger("tarflowlm")
 def train_stage(run: TrainingRun) -> Likelihood:
     """Train until the steps or the time of the stage are used up; returns the last validation.
 
-    Raises FloatingPointError, naming terms and parameters, if too many steps in a row have a non-finite loss or
+    Raises FloatingPointError, naming parameters, if too many steps in a row have a non-finite loss or
     gradient; Stopped if the run was asked to stop.
     """
     config, counters, log = run.config, run.counters, StepLog(run)
@@ -167,11 +165,10 @@ def optimizer_step(
 
 
 class PendingStep(NamedTuple):
-    """A step whose result the host has not read yet, with its batch for `skipped` records."""
+    """A step whose result the host has not read yet."""
 
     place: dict[str, int]
     result: StepResult
-    tokens: Tensor
 
 
 def take_step(run: TrainingRun, *, deferred: bool) -> PendingStep:
@@ -189,7 +186,7 @@ def take_step(run: TrainingRun, *, deferred: bool) -> PendingStep:
     counters.stage_tokens[counters.stage] += num_tokens
     counters.window.tokens += num_tokens
     run.update_average()
-    return PendingStep(_place(counters), result, tokens)
+    return PendingStep(_place(counters), result)
 
 
 def _place(counters: Counters) -> dict[str, int]:
@@ -197,7 +194,7 @@ def _place(counters: Counters) -> dict[str, int]:
 
 
 class StepLog:
-    """Collects losses and gradient norms for the log, and reports spikes and skipped steps."""
+    """Collects losses and gradient norms for the log, and reports skipped steps."""
 
     def __init__(self, run: TrainingRun) -> None:
         self.run, self.counters = run, run.counters
@@ -213,11 +210,11 @@ class StepLog:
         self.start = time.perf_counter()
 
     def read(self, *, timed: bool = True) -> None:
-        """Read all pending steps, with one transfer: update the counters, record spikes and skipped steps. Unless
+        """Read all pending steps, with one transfer: update the counters, record skipped steps. Unless
         `timed`, their time counts neither as training nor for `train.minutes`."""
         counters, window = self.counters, self.counters.window
         unread, self.unread = self.unread, []
-        results = [torch.stack((r.loss, r.norm, r.skipped.to(r.loss.dtype))) for _, r, _ in unread]
+        results = [torch.stack((r.loss, r.norm, r.skipped.to(r.loss.dtype))) for _, r in unread]
         values = torch.stack(results).tolist() if results else []
         for step, (loss, norm, skipped) in zip(unread, values, strict=True):
             if skipped:
@@ -226,11 +223,6 @@ class StepLog:
             counters.skipped = 0
             window.losses.append(loss)
             window.norms.append(norm)
-            mean, sigmas = counters.running.mean, counters.running.update(loss)
-            if sigmas > self.run.config.train.spike_sigma:
-                record = {"split": "spike", "step": step.place["step"], "block": step.place["block"]}
-                figures = {"nats_per_token": loss, "mean": mean, "sigmas": sigmas, "grad_norm": norm}
-                self.run.log.write(record | figures)
         now = time.perf_counter()
         if timed:
             window.seconds += now - self.start
@@ -241,13 +233,12 @@ class StepLog:
         self.start = now
 
     def _record_skipped(self, step: PendingStep, loss: float) -> None:
-        """Record what is not finite: gradients of the step, and parameters and terms of the loss as they are now, on
-        a GPU perhaps some steps later. Collective."""
+        """Record what is not finite: gradients of the step, and parameters as they are now, perhaps some steps later.
+        Collective."""
         counters, parameters = self.counters, trained_parameters(self.run.model)
         counters.skipped += 1
         gradients = not_finite(step.result.names, step.result.norms)
-        found = {"terms": self._broken_terms(step.tokens)}
-        found["parameters"] = not_finite(parameters, norms(parameters.values()))[:NAMED]
+        found = {"parameters": not_finite(parameters, norms(parameters.values()))[:NAMED]}
         found["gradients"] = gradients[:NAMED]
         place = {"split": "skipped", **step.place, "nats_per_token": loss if math.isfinite(loss) else None}
         self.run.log.write(place | found | {"num_gradients": len(gradients)})
@@ -257,21 +248,6 @@ class StepLog:
             remedy = "lower optim.lr or optim.grad_clip in a new run; earlier checkpoints are kept"
             raise FloatingPointError(f"{words}; {counters.skipped} in a row: {remedy}")
         logger.warning("skipped: %s", words)
-
-    @torch.no_grad()
-    def _broken_terms(self, rows: Tensor) -> list[str]:
-        """The terms of the loss that are not finite on these rows of any process."""
-        parallel, found, generator = self.run.parallel_model, dict[str, bool](), Generator(rows.device).manual_seed(0)
-        train, root = parallel.config.train, parallel.loss if isinstance(parallel.loss, FSDPModule) else None
-        if root is not None:
-            root.unshard()  # this is not its forward, which would do so
-        half = torch.autocast(rows.device.type, torch.bfloat16, enabled=train.precision == "bfloat16")
-        with seeded(0), half, parallel.compiling():
-            for tokens in rows.chunk(train.accumulate):
-                terms = terms_of(parallel.model, tokens, parallel.model.draw_noise(tokens, generator))
-                found |= {name: found.get(name, False) or not bool(x.isfinite().all()) for name, x in terms.items()}
-        parallel.reshard()
-        return [name for name, broken in found.items() if parallel.processes.any(broken)]
 
     def write_line(self, lr: float) -> None:
         """Write a line with the means since the last one to metrics.jsonl, and start the next window."""

@@ -1,11 +1,11 @@
 """Muon in a precision of its choice, which optimiser each parameter gets, and the learning-rate schedules.
 
-The guards of a step are here, too: what is not finite in a step that was skipped, and spikes of the loss.
+What is not finite in a step that was skipped is found here, too.
 """
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tarflowlm.config import OptimConfig, Precision, RunConfig
-from tarflowlm.language_model import LanguageModel
-from tarflowlm.model import TarFlowLM
 
 LARGE = 512 * 512
 """Smallest matrix, in elements, for which bfloat16 is worth its rounding on a CPU."""
@@ -273,8 +271,6 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> Non
 
 NAMED = 8
 """Parameters listed by name in a record or message."""
-MEMORY = 100
-"""Steps that the running loss averages over; spikes are detected once it has seen half as many."""
 
 
 @torch.no_grad()
@@ -287,31 +283,3 @@ def norms(tensors: Iterable[Tensor]) -> Tensor:
 def not_finite(names: Iterable[str], norms: Tensor) -> list[str]:
     """Those of the names whose norm is not finite."""
     return [name for name, norm in zip(names, norms.tolist(), strict=True) if not math.isfinite(norm)]
-
-
-def terms_of(model: LanguageModel, tokens: Tensor, noise: Tensor) -> dict[str, Tensor]:
-    """The terms of the loss on `tokens` [B, T], by the names that messages use, [B]."""
-    if isinstance(model, TarFlowLM):
-        return model.elbo(tokens, noise)[0].by_name()
-    return {"log_prob": model.bound(tokens, noise)}
-
-
-@dataclass
-class RunningLoss:
-    """Exponentially weighted mean and variance of the loss, in nats per token; saved with the run."""
-
-    mean: float = 0.0
-    variance: float = 0.0
-    count: int = 0
-
-    def update(self, loss: float) -> float:
-        """Add `loss`; returns how many standard deviations it lies above the earlier mean, or 0 for the first 50."""
-        deviation, sigmas = loss - self.mean, 0.0
-        if self.count >= MEMORY // 2 and self.variance > 0:
-            sigmas = deviation / math.sqrt(self.variance)
-        # a plain average for the first MEMORY losses
-        weight = max(1 / (self.count + 1), 1 / MEMORY)
-        self.mean += weight * deviation
-        self.variance = (1 - weight) * (self.variance + weight * deviation**2)
-        self.count += 1
-        return sigmas

@@ -25,7 +25,7 @@ from tarflowlm.progress import SILENT, Progress
 from tarflowlm.runs.checkpoint import BEST, COUNTERS, PARENT, STATE, TOKENIZER, Checkpoint, save_weights, write_run
 from tarflowlm.runs.weights import read_weights, write_weights
 from tarflowlm.training.metrics import MetricsLog, Reporter, Trackers
-from tarflowlm.training.optim import NAMED, RunningLoss, build_optimizers, with_precision
+from tarflowlm.training.optim import NAMED, build_optimizers, with_precision
 from tarflowlm.training.parallel import ParallelModel, Processes, whole_weights
 from tarflowlm.training.state import Counters, load_state, local_parts, save_state, snapshot, state_tensors
 
@@ -142,7 +142,7 @@ class TrainingRun:
         counters.valid_bpc.append(end.bpc)
         counters.stage_steps.append(counters.stage_step)
         counters.stage, counters.stage_step = counters.stage + 1, 0
-        counters.lowest, counters.running = math.inf, RunningLoss()
+        counters.lowest = math.inf
         if final := self.copies.get("best") or self.copies.get("average"):
             _assign(trained_parameters(self.model), final)
             _assign(self.copies.get("average", {}), final)

@@ -28,7 +28,6 @@ from tarflowlm.errors import UserError
 from tarflowlm.files import sync_file, sync_folder, write_json
 from tarflowlm.runs.checkpoint import COUNTERS, STATE, undamaged_state
 from tarflowlm.runs.weights import write_manifest
-from tarflowlm.training.optim import RunningLoss
 from tarflowlm.training.parallel import ALONE, Processes
 
 # said of every save and load of a single process
@@ -75,14 +74,13 @@ class Counters:
     stage_tokens: list[int] = field(default_factory=list)  # of every stage, the current one included
     valid_bpc: list[float] = field(default_factory=list)  # bound at the end of finished stages, bits per character
     window: LogWindow = field(default_factory=LogWindow)
-    running: RunningLoss = field(default_factory=RunningLoss)
     spent: TimeSpent = field(default_factory=TimeSpent)
 
     @classmethod
     def restored(cls, saved: dict[str, Any]) -> "Counters":
         """Counters from the dictionary that `dataclasses.asdict` made of them, perhaps in an earlier version."""
         values = {f.name: saved[f.name] for f in fields(cls) if f.name in saved}
-        for name, kind in (("window", LogWindow), ("running", RunningLoss), ("spent", TimeSpent)):
+        for name, kind in (("window", LogWindow), ("spent", TimeSpent)):
             values[name] = kind(**saved.get(name, {}))
         return cls(**values)
 
