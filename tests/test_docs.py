@@ -21,7 +21,7 @@ from tarflowlm.reproduce import RECIPES
 
 # the log records what was true at a date; its commands may be gone
 CURRENT = [document for document in DOCUMENTS if document != ROOT / "docs" / "log.md"]
-RUN = [ROOT / "README.md", ROOT / "docs" / "tour.md"]
+RUN = [ROOT / "README.md", ROOT / "docs" / "tour.md", ROOT / "examples" / "first_hour.md"]
 """Documents whose commands are run, in their order; of the others only names and options are checked."""
 SMALL = [
     "--model.trunk.width=16", "--model.context=32", *(f"--model.blocks.{i}.layers=1" for i in range(3)),
@@ -154,11 +154,11 @@ def test_commands_and_options_exist(document, options):
         assert command in COMMANDS, place
         words = re.sub(r"\s#.*", "", arguments).split()
         given = {option.partition("=")[0] for option in words if re.match(r"--[a-z]", option)}
-        assert given <= options[command] | {"--help"}, place
+        assert given <= options[command] | {"--help", "--import"}, place
         known = {"train": PRESETS, "reproduce": (*RECIPES, "all")}.get(command)
         if known and words and re.fullmatch(r"[a-z][a-z0-9-]+", words[0]):
             assert words[0] in known, place
-    every = set().union(*options.values(), {"--help", "--version"})
+    every = set().union(*options.values(), {"--help", "--version", "--import"})
     for code in codes:
         if re.match(r"--[a-z]", code):
             assert code.split()[0].partition("=")[0] in every, f"{name_of(document)}: {code}"

@@ -10,7 +10,7 @@ import pytest
 
 from tarflowlm import files
 from tarflowlm.errors import UserError
-from tarflowlm.files import read_json, replacing, waiting_lock, write_json, writer_lock, writer_of
+from tarflowlm.files import NewLines, read_json, replacing, waiting_lock, write_json, writer_lock, writer_of
 
 
 def names(folder: Path) -> list[str]:
@@ -99,3 +99,13 @@ def test_full_disk_is_one_line_with_a_remedy(tmp_path, failure):
     full = files.full_disk_as_user_error(tmp_path, lambda: "wait")
     with pytest.raises(UserError, match=r"cannot write to .*make room and wait"), full:
         raise failure
+
+
+def test_lines_go_into_a_new_file_or_an_empty_one(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.touch()  # left by a kill
+    with NewLines(path) as lines:
+        lines.write("one\n")
+    assert path.read_text(encoding="utf-8") == "one\n"
+    with pytest.raises(UserError, match="choose another name"):
+        NewLines(path)

@@ -33,7 +33,8 @@ def test_write(loaded):
     assert len(set(several)) == 2
     prompt = loaded.encode("the king")
     generator = torch.Generator().manual_seed(3)
-    same = tarflowlm.generate(loaded.model, num_tokens=12, prompt=prompt, generator=generator)
+    how = {"temperature": loaded.checkpoint.run.temperature, "generator": generator}
+    same = tarflowlm.generate(loaded, num_tokens=12, prompt=prompt, **how)
     assert loaded.decode(same.tokens[0]) == text
 
 
@@ -60,6 +61,14 @@ def test_fill_edit_and_stream(loaded):
     assert loaded.edit(text, replace=("king", "lord")).startswith("the lord")
     assert loaded.edit(text, toward="the end of the world", weight=0.0) == text
     assert loaded.edit(text, level=0, strength=0.0) == text
+
+
+def test_scores_show_themselves_in_a_notebook(loaded):
+    scores = loaded.score("The King", samples=2)
+    html = scores._repr_html_()
+    assert html.count("<span") == len(scores.bits) == 8
+    assert ("<=" in html) != scores.exact
+    assert tarflowlm.score(loaded.model, loaded.encode("a"))._repr_html_() is None
 
 
 @pytest.mark.slow
@@ -101,3 +110,13 @@ def test_texts_are_read_as_the_training_text_was(loaded):
 def test_version(run):
     assert tarflowlm.__version__ == metadata.version("tarflowlm")
     assert run("--version").out == f"tarflowlm {tarflowlm.__version__}\n"
+
+
+@pytest.mark.slow
+def test_own_text_in_other_letters_is_kept(tmp_path):
+    (tmp_path / "de.txt").write_text("Die Müller über Straßen. " * 400, encoding="utf-8")
+    small = {"model.context": 16, "model.trunk.width": 8, "model.layers": 1, "train.test_windows": 4}
+    for _ in range(2):  # the same call goes on with the run
+        lm = tarflowlm.train("mini-ar", tmp_path / "run", data=tmp_path / "de.txt", steps=2, **small)
+    assert lm.tokenizer.kind == "byte"
+    assert lm.write("Die Mü", num_tokens=12).startswith("Die Mü")

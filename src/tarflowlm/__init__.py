@@ -12,7 +12,7 @@ mine = lm.tune("my_text.txt", "runs/tuned", minutes=10)
 
 model, tokenizer = lm                   # modules of PyTorch
 tarflowlm.elbo, tarflowlm.importance_weighted_bound, tarflowlm.generate, tarflowlm.evaluate
-tarflowlm.preset, tarflowlm.RunConfig, tarflowlm.FlowConfig, tarflowlm.BaselineConfig
+tarflowlm.preset, tarflowlm.RunConfig, tarflowlm.FlowConfig, tarflowlm.BaselineConfig, tarflowlm.coupling
 """
 
 from importlib import import_module, metadata
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tarflowlm.generation import generate as generate
     from tarflowlm.model import FlowConfig as FlowConfig
     from tarflowlm.model import TarFlowLM as TarFlowLM
+    from tarflowlm.model_config import coupling as coupling
     from tarflowlm.objective import elbo as elbo
     from tarflowlm.objective import importance_weighted_bound as importance_weighted_bound
     from tarflowlm.presets import preset as preset
@@ -42,9 +43,10 @@ if TYPE_CHECKING:
 _MODULES = {
     "BaselineConfig": "config", "FlowConfig": "config", "Pretrained": "pretrained", "RunConfig": "config",
     "Scores": "evaluation.likelihood", "TarFlowLM": "model", "TokenLM": "baseline", "UserError": "errors",
-    "elbo": "objective", "evaluate": "evaluation.likelihood", "from_pretrained": "pretrained",
-    "generate": "generation", "importance_weighted_bound": "objective", "load": "pretrained", "preset": "presets",
-    "resume": "pretrained", "score": "evaluation.likelihood", "train": "pretrained",
+    "coupling": "model_config", "elbo": "objective", "evaluate": "evaluation.likelihood",
+    "from_pretrained": "pretrained", "generate": "generation", "importance_weighted_bound": "objective",
+    "load": "pretrained", "preset": "presets", "resume": "pretrained", "score": "evaluation.likelihood",
+    "train": "pretrained",
 }  # fmt: skip
 """The module of every public name, imported on first use: PyTorch reads some environment variables at import, and the
 command line has to set them first. There is no `__all__`, with which `help` would print all of their classes."""

@@ -215,9 +215,7 @@ def coupling(
     return register
 
 
-def stack(
-    couplings: Sequence[str], layers: Sequence[int], components: Sequence[int]
-) -> tuple[BlockConfig, ...]:
+def stack(couplings: Sequence[str], layers: Sequence[int], components: Sequence[int]) -> tuple[BlockConfig, ...]:
     """Blocks from their couplings, layers and components, block 1 first. ValueError for unequal lengths."""
     rows = zip(couplings, layers, components, strict=True)
     return tuple(BlockConfig(coupling=name, layers=depth, components=count) for name, depth, count in rows)

@@ -1,5 +1,6 @@
 """Sources of text: English documents, text8 from a server or the disk, OpenWebText from parquet files, text files."""
 
+import gzip
 import hashlib
 import importlib.util
 import io
@@ -11,7 +12,15 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
-from tarflowlm.data import TokenizerConfig, build_tokenizer, cached_corpus, normalize_text8, prepare_corpus, sources
+from tarflowlm.data import (
+    TokenizerConfig,
+    build_tokenizer,
+    cached_corpus,
+    normalize_text8,
+    prepare_corpus,
+    sources,
+    suited,
+)
 from tarflowlm.data.bpe import train_bpe
 from tarflowlm.data.sources import SEPARATOR, SPLITS, OpenWebText, Text8, resolve_source, sources_dir
 from tarflowlm.data.text import read_text
@@ -32,6 +41,27 @@ def texts_of(source) -> dict[str, str]:
 def test_unknown_sources_are_refused(source):
     with pytest.raises(UserError, match=r"no file and no corpus name: give .* one of english|folder . holds no text"):
         cached_corpus(source)
+
+
+def test_folders_and_json_lines(tmp_path):
+    (tmp_path / "b.txt").write_text("two", encoding="utf-8")
+    lines = '{"text": "one", "body": "x\\ny"}\n\n{"text": "ü", "body": "z"}'
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c.md").write_text("left out", encoding="utf-8")
+    assert "".join(resolve_source(str(tmp_path)).blocks()) == "one\n\nü\n\ntwo".replace("\n\n", "\n", 1)
+    assert "".join(resolve_source(f"{tmp_path / 'a.jsonl.gz'}#body").blocks()) == "x\ny\nz\n"
+    with pytest.raises(UserError, match=r"line 1 of .*a\.jsonl\.gz is no object with a text under 'title'"):
+        cached_corpus(f"{tmp_path / 'a.jsonl.gz'}#title")
+
+
+def test_text_that_letters_would_lose_becomes_bytes(tmp_path, caplog):
+    german, english = tmp_path / "de.txt", tmp_path / "en.txt"
+    german.write_text("Die Müller über Straßen. " * 400, encoding="utf-8")
+    english.write_text("The café is open. " + "All the other words are plain. " * 400, encoding="utf-8")
+    assert suited(str(german), CHARS).kind == "byte"
+    assert "its tokens are bytes" in caplog.text
+    bpe = TokenizerConfig(kind="bpe", vocab_size=300, normalize="none")
+    assert [suited(str(english), CHARS), suited(str(german), bpe), suited("english", CHARS)] == [CHARS, bpe, CHARS]
 
 
 # English

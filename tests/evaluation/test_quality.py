@@ -141,10 +141,3 @@ def test_bigram_model_learns_a_markov_chain():
     train, test = np.array(ids[:15_000]), np.array(ids[15_000:])
     entropy = quality.ngram_entropy(test, 2)
     assert entropy < quality.bigram_cross_entropy(train, test, 6) < entropy + 0.02
-
-
-def test_compressors():
-    noise = "".join(np.random.default_rng(5).choice(list("abcd"), 20_000))
-    for name in ("bz2", "lzma"):
-        assert quality.compressed_bits("all work and no play " * 1000)[name] < 0.2
-        assert 2.0 < quality.compressed_bits(noise)[name] < 2.6

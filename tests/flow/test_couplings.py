@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
+from docs_cases import ROOT, blocks
+from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import AffineCoupling, ChannelCoupling, Mix1Coupling
 from tarflowlm.flow.codebook import Codebook
@@ -13,6 +15,8 @@ from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import layout, log_standard_normal, standard_normal_log_prob
 from tarflowlm.language_model import seeded
+from tarflowlm.model_config import COUPLINGS as REGISTERED
+from tarflowlm.model_config import coupling as registering
 
 WIDTH, P, d, T = 6, 2, 2, 2
 C = P * d
@@ -33,7 +37,15 @@ def mixd(patch: int, in_patch: bool, components: int = 4, tied: bool = False) ->
     return coupling
 
 
+def documented(**shape):
+    """The coupling of docs/flow.md, which registers itself."""
+    exec(blocks(ROOT / "docs" / "flow.md", "python")[OWN], {"__name__": "my_couplings"})
+    return REGISTERED["sinh-arcsinh"].build(**{"width": WIDTH, "channels": C, "components": 1} | shape)
+
+
+OWN = next(i for i, text in enumerate(blocks(ROOT / "docs" / "flow.md", "python")) if "@tarflowlm.coupling" in text)
 COUPLINGS = {
+    "own": lambda: documented(hidden=4, features=3),
     "affine": lambda: AffineCoupling(width=WIDTH, channels=C, hidden=4, features=3),
     "affine-token": lambda: AffineCoupling(width=WIDTH, channels=C, hidden=4, features=3, group=C),
     "affine-P2": lambda: AffineCoupling(width=WIDTH, channels=C, hidden=4, features=3, group=C // 2),
@@ -268,3 +280,10 @@ def test_a_newton_step_divides_the_residual_by_the_slope_of_each_channel(couplin
         torch.testing.assert_close(new, z + residual / slope)
         solution = coupling.invert(u[:, 0], features[:, 0])[:, None]
         torch.testing.assert_close(coupling.newton_step(solution, u, features)[0], solution, rtol=1e-9, atol=1e-9)
+
+
+def test_a_name_is_taken_once():
+    documented(hidden=4, features=3)  # again: a notebook runs its cells more than once
+    for name in ("mixd", "sinh-arcsinh"):
+        with pytest.raises(UserError, match=f"coupling '{name}' exists already"):
+            registering(name)(AffineCoupling)

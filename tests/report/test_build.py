@@ -123,11 +123,12 @@ def test_missing_pieces_are_noted(runs, tmp_path, undrawn):
 def test_samples_are_the_same_every_time(runs, name):
     checkpoint = load_checkpoint(runs[name])
     first, second = (draw_samples(checkpoint) for _ in range(2))
-    assert first.texts == second.texts
-    assert [len(text) for text in first.texts] == [16] * 3
-    assert len(first.passes) == (0 if name == "baseline" else 4)
-    if first.passes:
-        assert checkpoint.tokenizer.decode(first.passes[-1]) == first.texts[0]
+    (texts, passes), (again, _) = first, second
+    assert texts == again
+    assert [len(text) for text in texts] == [16] * 3
+    assert len(passes) == (0 if name == "baseline" else 4)
+    if passes:
+        assert checkpoint.tokenizer.decode(passes[-1]) == texts[0]
 
 
 def test_bad_arguments_write_nothing(runs, tmp_path):

@@ -1,7 +1,5 @@
-"""Quality of samples beside real text, and baselines without a neural network: n-grams and compressors."""
+"""Quality of samples beside real text, and baselines without a neural network: n-grams."""
 
-import bz2
-import lzma
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -245,13 +243,6 @@ def bigram_cross_entropy(train: npt.NDArray[Any], test: npt.NDArray[Any], vocab_
     joint = np.maximum(count - discount, 0) + discount * after[w] * p[a]
     conditional = np.where(context[w] > 0, joint / np.maximum(context[w], 1), p[a])
     return float(-(np.log2(conditional).sum() + np.log2(p[test[0]])) / len(test))
-
-
-def compressed_bits(text: str) -> dict[str, float]:
-    """Bits per character of a text compressed by bz2 and by lzma at their strongest, without any other text."""
-    data = text.encode("utf-8", errors="surrogatepass")
-    sizes = {"bz2": len(bz2.compress(data, 9)), "lzma": len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))}
-    return {name: 8 * size / max(len(text), 1) for name, size in sizes.items()}
 
 
 def _ranks(codes: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

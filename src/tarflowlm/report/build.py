@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,21 +33,15 @@ CSS = f"""{grid.CSS}
 """
 
 
-class Samples(NamedTuple):
-    """Samples of a model."""
-
-    texts: list[str]
-    passes: list[Tensor]  # the first sample [T] after every pass, noise first; empty for fewer than two blocks
-
-
-def draw_samples(checkpoint: Checkpoint, progress: Progress = SILENT) -> Samples:
-    """NUM samples of the trained context, or of LENGTH tokens where that is less; always the same for a model."""
+def draw_samples(checkpoint: Checkpoint, progress: Progress = SILENT) -> tuple[list[str], list[Tensor]]:
+    """NUM texts of the trained context, or of LENGTH tokens where that is less; always the same for a model. And the
+    first one [T] after every pass, noise first; nothing for fewer than two blocks."""
     model, decode = checkpoint.model, checkpoint.tokenizer.decode
     how: dict[str, Any] = {"generator": torch.Generator().manual_seed(SEED), "watch": Watch(progress)}
     how |= {"num_tokens": min(LENGTH, model.config.context), "temperature": checkpoint.run.temperature}
     result = generate(model, num=NUM, **how)
     passes = [state[0] for state in result.passes] if model.num_blocks > 1 else []
-    return Samples([decode(row.tolist()) for row in result.tokens], passes)
+    return [decode(row.tolist()) for row in result.tokens], passes
 
 
 WIDTH, DPI = 4.6, 240  # inches, dots per inch of a PNG; on a phone, such a figure shows its text in full size
@@ -116,11 +110,11 @@ def _run_section(record: RunRecord, device: torch.device, draw: Draw, progress: 
     model, tokenizer, step = checkpoint.model, checkpoint.tokenizer, checkpoint.info.get("step", "?")
     length = min(LENGTH, model.config.context)
     progress.stage(f"samples of {record.name}, positions", num_positions(model, length))
-    samples = draw_samples(checkpoint, progress)
-    texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in samples.texts)
+    samples, passes = draw_samples(checkpoint, progress)
+    texts = "".join(f'<p class="sample">{escape(text)}</p>\n' for text in samples)
     parts, tables, counts = [f'<div class="samples">\n{texts}</div>\n'], [], None
-    if samples.passes:
-        rows = grid.to_html(grid.pass_rows(samples.passes, tokenizer))
+    if passes:
+        rows = grid.to_html(grid.pass_rows(passes, tokenizer))
         parts.append(f"<figure>\n{rows}\n<figcaption>{escape(_PASSES)}</figcaption>\n</figure>\n")
     if (corpus := _corpus(record, checkpoint)) is not None:
         valid = corpus.split("valid")
