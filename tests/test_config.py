@@ -50,7 +50,7 @@ def changed(path: str, value: object) -> dict:
         ("model.latent_dim", None, "config.model.latent_dim: expected int, found None"),
         ("model.channel_mix", 1, "config.model.channel_mix: expected bool, found 1"),
         ("model.blocks", "mixd", "config.model.blocks: expected a list"),
-        ("model.blocks", [{"coupling": "mixx"}], r"config.model.blocks\[0\].coupling: 'mixx' is not one of 'affine'"),
+        ("model.blocks", [{"coupling": "mixx"}], r"model.blocks.0.coupling 'mixx': choose one of affine"),
         ("model.blocks", [{}, {"layers": 2.0}], r"config.model.blocks\[1\].layers: expected int, found 2.0"),
         ("model.blocks", [{"layer": 2}], r"config.model.blocks\[0\].layer: unknown key"),
         ("train.batch_size", 1.5, "config.train.batch_size: expected int, found 1.5"),
@@ -113,7 +113,7 @@ def test_contradictions_are_refused(cls, fields, message):
 
 
 def test_an_unknown_preset_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match="preset 'mini' is unknown: choose one of quickstart, english-small"):
+    with pytest.raises(UserError, match=r"preset 'mini' is unknown: did you mean .* choose one of quickstart"):
         preset("mini")
 
 

@@ -111,9 +111,10 @@ def test_commands_run(document, place):
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [document for document in CURRENT if blocks(document, "python")], ids=name_of)
 def test_python_runs(document, place):
+    names = {"__name__": "__main__"}
     for block in blocks(document, "python"):
         try:
-            exec(compile(block, name_of(document), "exec"), {"__name__": "__main__"})
+            exec(compile(block, name_of(document), "exec"), names)
         except UserError as error:
             if "is not installed" not in str(error):
                 raise

@@ -59,8 +59,8 @@ def test_templates_are_filled_in_and_candidates_counted(run, run_json, model):
     assert (sample["text"][:4], sample["text"][7:]) == ("the ", " of nine")
     assert run_json(*argv, "a X", "--blank", "X")["samples"][0]["text"][:2] == "a "
     done = run(*argv, "the ___", "--particles", 4)
-    assert "4 candidates" in done.out
-    assert "log p(given)" in done.out
+    assert "4 candidates" in done.err
+    assert "log p(given)" in done.err
 
 
 @pytest.mark.slow
@@ -71,8 +71,7 @@ def test_texts_do_not_depend_on_the_batches(texts, run, models, name, more, requ
     together = texts(*argv)
     request.getfixturevalue("small_batches")
     out = run("sample", *argv).out
-    assert [f"sample {i}" in out for i in range(1, 6)] == [True] * 4 + [False]
-    assert all(text.strip() in out for text in together)
+    assert out.split("\n\n") == [*together[:-1], f"{together[-1]}\n"]
 
 
 @pytest.mark.slow

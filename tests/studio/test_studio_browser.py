@@ -86,7 +86,8 @@ def use(page, tab: str, button: str, *, until: str = "in all", **texts: str) -> 
 
 def test_every_view(open_page):
     page = open_page()
-    use(page, "Write", "Write", Length="40")
+    page.get_by_text("--length 96").first.wait_for()  # written on arrival
+    use(page, "Write", "Write", until="--length 40", Start="The people of", Length="40")
     stage, slider = page.locator(".st-view:visible .st-stage").first, page.get_by_label("pass", exact=True)
     text = stage.inner_text()
     assert text.startswith("the people of")

@@ -105,7 +105,6 @@ def test_checkpoint_of_two_processes_resumes_on_one_and_on_four(out, alone, mode
 def test_every_process_names_what_is_not_finite(out, mode):
     first, second = ((out / f"diverged-{mode}-{rank}.txt").read_text(encoding="utf-8") for rank in range(2))
     assert first == second
-    assert "log-det of block 2" in first
     assert cases.POISONED in first
     assert load_checkpoint(out / f"diverged-{mode}").info["blocks"] == "1"
 

@@ -88,6 +88,7 @@ def _print_tokens(found: list[dict[str, Any]]) -> None:
         texts = [[token["text"] for token in one["tokens"]] for one in found]
         # one model after the other if their tokens differ
         for group in [found] if texts[0] == texts[-1] else [[one] for one in found]:
+            sys.stdout.write("\t".join(["", *(one["model"] for one in group)]) + "\n")
             for same in zip(*(one["tokens"] for one in group), strict=True):
                 sys.stdout.write("\t".join([same[0]["text"], *(f"{token['bits']:.3f}" for token in same)]) + "\n")
         return

@@ -58,9 +58,8 @@ def text(value: Any, name: str) -> str:
 def from_address(asked: dict[str, str], usual: Sequence[Any], models: Sequence[str]) -> list[Any]:
     """The values of a request to write, as the link above its result names them; the usual ones for all others."""
     names = ("model", "text", "length", "temperature", "top_p", "num", "seed")
-    if not {*names} & {*asked}:
-        return list(usual)
-    found = dict(zip(names, usual, strict=True)) | {"text": text(asked.get("text"), "text")}
+    found = dict(zip(names, usual, strict=True))
+    found["text"] = text(asked.get("text", found["text"]), "text")
     found["model"] = choice(asked.get("model"), (found["model"], *models))
     for name in names[2:]:
         kind = float if name in ("temperature", "top_p") else int

@@ -143,6 +143,6 @@ def _show(console: Console, body: Text, title: str, note: str | None = None, *, 
     if console.is_terminal:
         console.print(Panel(body, title=title, title_align="left", subtitle=note, subtitle_align="left"))
         return
-    write_out("\n" * (not is_first) + f"{body.plain}\n")
+    console.file.write("\n" * (not is_first) + f"{body.plain}\n")
     if note is not None:
         print_notice(f"{title}: {note}")
