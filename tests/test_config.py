@@ -90,7 +90,7 @@ def blocks(couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)):
         (FlowConfig, FLOW | {"vocab_size": -1}, "model.vocab_size -1"),
         (FlowConfig, blocks(layers=(1, 0)), "model.blocks.1.layers 0"),
         (FlowConfig, {"blocks": ()}, "at least one block"),
-        (FlowConfig, blocks(components=(0, 0)), r"blocks.1.components \(mix1\) 0: must be at least 1"),
+        (FlowConfig, blocks(components=(0, 0)), r"blocks.1.components \(mix1\) 0: must be above 0"),
         (FlowConfig, blocks(components=(-1, 2)), r"blocks.0.components \(mixd\) -1"),
         (FlowConfig, blocks(("mix1", "mixd"), components=(2, 0)), r"blocks.1.components \(mixd\) 0: 0 \(tied"),
         (FlowConfig, blocks(("mixd", "affine")), r"blocks.1.components \(affine\) 2: has no effect"),

@@ -185,14 +185,10 @@ def _affine_flaw(block: BlockConfig) -> str | None:
     return None if block.components in (0, 1) else f"components ({block.coupling}) {block.components}: {rule}"
 
 
-def _mix1_flaw(block: BlockConfig) -> str | None:
-    return None if block.components >= 1 else f"components (mix1) {block.components}: must be at least 1"
-
-
 _AFFINE = CouplingKind(lambda K: 2, _affine_flaw)
 COUPLINGS = {
-    "affine": _AFFINE, "token-affine": _AFFINE, "mix1": CouplingKind(lambda K: 3 * K, _mix1_flaw),
-    "mixd": CouplingKind(lambda K: 3 * K, lambda block: None),
+    "affine": _AFFINE, "token-affine": _AFFINE, "mixd": CouplingKind(lambda K: 3 * K, lambda block: None),
+    "mix1": CouplingKind(lambda K: 3 * K, lambda b: None if b.components else "components (mix1) 0: must be above 0"),
 }  # fmt: skip
 
 

@@ -19,8 +19,8 @@ MINI_TRAIN = TrainConfig(stage_steps=(MINI_STEPS,), test_windows=4096)
 
 SMALL_TRUNK = TransformerConfig(width=192, num_heads=3)
 SMALL_DATA = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=4096, normalize="none"))
-SMALL_TRAIN = TrainConfig(stage_steps=(100,), minutes=120.0, batch_size=16, dropout=0.1)
-"""Several passes over three million tokens, so with dropout."""
+SMALL_TRAIN = TrainConfig(stage_steps=(100,), minutes=120.0, batch_size=16, dropout=0.1, keep="best")
+"""Several passes over three million tokens, so with dropout; a stage of few steps may end worse than it began."""
 
 MIXD_CODEBOOK, PLAIN_CODEBOOK = 0.5, 1.0
 """Learning rate of the codebook over the rest (docs/log.md): tied to block 1, and where nothing starts from it."""
@@ -38,7 +38,7 @@ def quickstart() -> RunConfig:
     trunk = replace(MINI_TRUNK, input_taps=0)
     model = FlowConfig(context=128, latent_dim=16, trunk=trunk, reads_tokens=True)
     data = DataConfig(tokenizer=TokenizerConfig(kind="bpe", vocab_size=2048))
-    train = TrainConfig(stage_steps=(85, 8, 7), minutes=5.0, evaluate_every=200, test_windows=1000)
+    train = TrainConfig(stage_steps=(85, 8, 7), minutes=5.0, evaluate_every=200, test_windows=1000, keep="best")
     return RunConfig(name="quickstart", model=model, data=data, train=train, optim=MIXD_OPTIM, temperature=CALM)
 
 

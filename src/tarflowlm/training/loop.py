@@ -53,6 +53,8 @@ def train_stage(run: TrainingRun) -> Likelihood:
     pace = Pace(config.train, counters, run.seconds, run.num_test_windows)
     run.reporter.stage(run.describe_stage(), pace.total, pace.done)
     compiles = run.parallel_model.compiled
+    # the best weights of a stage may be those that it begins with
+    counters.due |= config.train.keep == "best" and not counters.stage_step
     while True:
         # after the checkpoint: a kill during a long evaluation loses nothing, and a resumed run starts with it
         if counters.due:
