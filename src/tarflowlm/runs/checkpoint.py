@@ -156,7 +156,7 @@ def export(source: Checkpoint | str | Path, out: str | Path, *, half: bool = Fal
             write_run(partial, replace(checkpoint.run, data=data), checkpoint.tokenizer)
             save_weights(partial, weights, checkpoint.info)
             if (summary := read_summary(checkpoint.directory)) is not None:
-                write_json(partial / SUMMARY, summary)
+                write_json(partial / SUMMARY, summary | {"source": data.source})
             partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
