@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import runpy
+import sys
 from dataclasses import replace
 from html import unescape
 from itertools import pairwise
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from docs_cases import ROOT
 from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer
 from tarflowlm.files import write_json
 from tarflowlm.flow.transformer import TransformerConfig
@@ -150,3 +153,10 @@ def test_operations_of_a_flow_over_a_transformer_at_four_sizes():
     found = [row["over the LM"] for row in states.flops_by_size()]
     by_hand = [0.74, 0.39, 0.27, 0.88, 0.43, 0.24, 0.93, 0.46, 0.24, 0.95, 0.47, 0.24]
     assert found == pytest.approx(by_hand, abs=0.006)
+
+
+def test_verdicts_of_the_claims_are_those_of_the_tables(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["claims.py", "--check"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "docs" / "reproduce" / "claims.py"), run_name="__main__")
+    assert ended.value.code == 0

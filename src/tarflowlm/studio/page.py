@@ -33,7 +33,7 @@ WORK = {"concurrency_id": "model", "concurrency_limit": WAITING, **PRIVATE}
 EXAMPLES = (
     ("Watch the passes", "english-passes", "", 96),
     ("Continue a sentence", "english-small", "The people of", 160),
-    ("Fill in blanks", "english-small", "The _ of the _ _ was heard in the city of Washington", 160),
+    ("Fill in blanks", "english-small", "The _ of the _ _ was heard in the city of Washington", 96),
 )
 """What their buttons say, model, text and length; a visitor is shown the first one."""
 ONE_EACH = "Every _ is one token that the model chooses"
@@ -155,7 +155,7 @@ def _model(catalogue: Catalogue) -> Component:
         return f'<div class="st">{muted(catalogue.about(name))}</div>'
 
     model = gr.Dropdown(catalogue.models, value=catalogue.models[0], label="Model", filterable=False)
-    line = gr.HTML(about(model.value), apply_default_css=False)
+    line = gr.HTML(about(model.value), apply_default_css=False, padding=False)
     model.change(about, model, line, **LOOK)
     return model
 

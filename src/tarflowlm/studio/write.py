@@ -21,7 +21,7 @@ from tarflowlm.studio.pieces import asked, bar, card, counted, facts, muted, pag
 from tarflowlm.studio.request import Job
 
 LEAST_CHANGE = 0.1  # a pass is shown if it changes at least this share of the tokens
-TRIES = 8  # the most tries of one request
+TRIES, FILLING = 8, 16  # the most tries of one request; particles for a text with blanks in the view that writes
 USUAL = (("top_p", 1.0), ("num", 1))  # values that a command leaves out
 
 
@@ -39,14 +39,15 @@ def write(
     reading = request.template(tokenizer, text) if request.text(text, "text") else None
     tokens = torch.empty(0, dtype=torch.long) if reading is None else reading.tokens
     is_prompt = bool((tokens != BLANK).all())
-    given = torch.full((max(wanted, len(tokens)),), BLANK)  # BLANK where the model writes
+    size, particles = (max(wanted, len(tokens)), 1) if is_prompt else (len(tokens), FILLING)
+    given = torch.full((size,), BLANK)  # BLANK where the model writes
     given[: len(tokens)] = tokens
     total = num_positions(lm, len(given), len(tokens) if is_prompt else 0)
 
     def work(job: Job[Generation]) -> Generation:
         return generate(
             lm, num_tokens=wanted if is_prompt else len(given), num=num, prompt=tokens, temperature=temperature,
-            top_p=top_p, decoder="auto", generator=generator, watch=Watch(job, job.tokens.append),
+            top_p=top_p, particles=particles, generator=generator, watch=Watch(job, job.tokens.append),
         )  # fmt: skip
 
     def show() -> str:
@@ -66,7 +67,8 @@ def write(
             body += slider(rows, "pass", summary="how it was written, block by block", is_open=row == 0) + muted(note)
         cards.append(card(body))
     given_words = () if reading is None else ("--prompt" if is_prompt else "--template", reading.given)
-    values = {"length": wanted, "temperature": temperature, "top_p": top_p, "num": num, "seed": int(seed)}
+    how = {"length": wanted} if is_prompt else {"particles": particles}
+    values = how | {"temperature": temperature, "top_p": top_p, "num": num, "seed": int(seed)}
     options = [(f"--{name.replace('_', '-')}", f"{x:g}") for name, x in values.items() if (name, x) not in USUAL]
     link = urlencode({"model": model, "text": text or ""} | values)
     command = asked("sample", model, *given_words, *chain.from_iterable(options), link=f"?{link}")
