@@ -94,12 +94,12 @@ main(["studio", ".", "--host", "0.0.0.0", "--no-browser"])
 """
 
 
-def add_space(folder: Path) -> None:
+def add_space(folder: Path, title: str) -> None:
     """Add to a saved model what makes a Space of it: app.py, requirements.txt and a head of the card."""
     (folder / "app.py").write_text(APP, encoding="utf-8")
     (folder / "requirements.txt").write_text(f"tarflowlm[studio] @ git+{ADDRESS}\n", encoding="utf-8")
     card = (folder / CARD).read_text(encoding="utf-8")
-    head = f"---\ntitle: {folder.name}\nsdk: gradio\napp_file: app.py\npython_version: 3.12\n"
+    head = f"---\ntitle: {title}\nsdk: gradio\napp_file: app.py\npython_version: 3.12\n"
     (folder / CARD).write_text(head + card.removeprefix("---\n"), encoding="utf-8")
 
 

@@ -297,7 +297,7 @@ def test_edits_of_word_pieces(run_json, run, refused, tiny_flow, tmp_path):
     refused(*argv, "--replace", "king", "zzz", names=["' king' has 1 token", "rewrite 'king'"])
     refused(*argv, "--replace", "dog", "queen", names=["'dog' does not occur"])
     assert "is cut from 6 to 4 tokens" in run(*argv, "--toward", "The queen saw the").err
-    refused(*argv, "--toward", "The queen", names=["has 2 tokens, the text 6"])
+    refused(*argv, "--toward", "The queen", names=["has 2 of the 6 tokens"])
 
 
 def test_characters_outside_the_output_encoding_are_replaced(monkeypatch):

@@ -43,7 +43,7 @@ def run(args: Args) -> None:
         checkpoint, new = load_checkpoint(args.directory, "cpu"), Path(place) / name if out is None else out
         folder = save_pretrained(checkpoint, new, half=args.half, licence=args.licence, repository=repository)
         if args.space:
-            add_space(folder)
+            add_space(folder, name)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         url = None

@@ -38,8 +38,8 @@ def num_words(strength: float, words: Sequence[Span]) -> int:
 def common_length(text: Sized, other: Sized) -> int:
     """The tokens of the shorter of two texts. UserError where little of the first `text` would be left."""
     if 2 * len(other) < len(text):
-        rule = "give one that is about as long"
-        raise UserError(f"the other text has {len(other)} tokens, the text {len(text)}: {rule}")
+        what = f"the other text has {len(other)} of the {len(text)} tokens of the text"
+        raise UserError(f"{what}: give one that is about as long")
     return min(len(text), len(other))
 
 
