@@ -57,7 +57,7 @@ def run(args: Args) -> None:
     from tarflowlm.evaluation.quality import SamplingConfig, mauve_function, measure_quality
     from tarflowlm.model import as_flow
     from tarflowlm.runs.checkpoint import corpus_digest
-    from tarflowlm.runs.hub import choose_directory, locate
+    from tarflowlm.runs.hub import choose_directory
     from tarflowlm.terminal.bars import Bars, print_json, print_notice
 
     checked_seed(args.seed)
@@ -85,7 +85,7 @@ def run(args: Args) -> None:
         if args.split != "all" and (args.data is None or source in SOURCE_NAMES or Path(source).is_dir()):
             corpus = cached_corpus(source, tokenizer, progress=bars)
             tokens = corpus.split(args.split)
-            if args.data is None and corpus_digest(locate(directory)) not in (None, corpus.fingerprint):
+            if args.data is None and corpus_digest(checkpoint.directory) not in (None, corpus.fingerprint):
                 print_notice(f"{source} has changed since training: its {args.split} split may hold text of that")
         else:
             tokens = encode_text_source(source, tokenizer, (args.split,), progress=bars)[args.split]

@@ -43,11 +43,10 @@ def _describe(given: Path) -> dict[str, Any]:
 
     from tarflowlm.config import BaselineConfig
     from tarflowlm.runs.checkpoint import WEIGHTS, read_summary
-    from tarflowlm.runs.hub import CARD, FOLDER, is_reference, locate, purpose
+    from tarflowlm.runs.hub import CARD, FOLDER, is_reference, purpose
 
     checkpoint = load_checkpoint(given, "cpu")
-    directory = locate(given)  # of a model of the hub, which has been downloaded above
-    run, model, tokenizer = checkpoint.run, checkpoint.model, checkpoint.tokenizer
+    directory, run, model, tokenizer = checkpoint.directory, checkpoint.run, checkpoint.model, checkpoint.tokenizer
     config, info = run.model, checkpoint.info
     test = (read_summary(directory) or {}).get("test") or {}
     card, shipped = directory / CARD, directory.parent == FOLDER

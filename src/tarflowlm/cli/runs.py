@@ -42,6 +42,7 @@ def run(args: Args) -> None:
     columns |= {"time": "seconds", "state": "state"}
     if all((row["preset"] or "") in row["name"] for row in rows):
         del columns["preset"]
+    width = Console().width
     # bits per character compare within a text only
     for source, group in groupby(rows, lambda row: row["source"]):
         same = list(group)
@@ -51,7 +52,7 @@ def run(args: Args) -> None:
             continue
         # numbers are never cut: what says least is left out of a narrow terminal
         for spare in ("preset", "best step", "tokens", "time"):
-            if sum(3 + max(map(len, [title, *cells[title]])) for title in cells) + 1 > Console().width:
+            if sum(3 + max(map(len, [title, *cells[title]])) for title in cells) + 1 > width:
                 cells.pop(spare, None)
         title = f"runs on {Path(source).name}: bits per character (bpc) and more"
         print_table(title, list(zip(*cells.values(), strict=True)), list(cells))

@@ -142,8 +142,8 @@ def _limit_bits(axes: Axes, records: Sequence[RunRecord]) -> None:
     axes.set_ylim(low - margin, high + margin)
 
 
-def _count_on_x(axes: Axes, records: Sequence[RunRecord], column: str = "tokens", height: float = 0.98) -> None:
-    """A scale of tokens or seconds, and a line where a stage of any run begins, labelled at `height`; runs that
+def _count_on_x(axes: Axes, records: Sequence[RunRecord], column: str = "tokens") -> None:
+    """A scale of tokens or seconds, and a line where a stage of any run begins, labelled at its top; runs that
     switch at about one place share it."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -158,9 +158,9 @@ def _count_on_x(axes: Axes, records: Sequence[RunRecord], column: str = "tokens"
         marked.append((block, x))
         axes.axvline(x, **STAGE, zorder=0.5)
         axes.annotate(
-            f"block {block}", (x, height), xycoords=("data", "axes fraction"), xytext=(-2, 0),
+            f"block {block}", (x, 0.98), xycoords=("data", "axes fraction"), xytext=(-2, 0),
             textcoords="offset points", rotation=90, fontsize=SMALL - 1, color=MUTED, ha="right",
-            va="top" if height > 0.5 else "bottom", bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5},
+            va="top", bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
 
 
