@@ -90,14 +90,14 @@ def tiny_flow(randomise, tiny_trunk) -> Callable[..., TarFlowLM]:
         components = tuple(0 if (i, c) == (0, "mixd") else usual[c] for i, c in enumerate(couplings))
         layers = fields.pop("layers", (1,) * len(couplings))
         of_block = {name: fields.pop(name) for name in ("sees_channels", "sees_tokens") if name in fields}
-        widening = fields.pop("widening", 0.0)
+        certainty = fields.pop("certainty", 0.0)
         defaults = {
             "vocab_size": 5,
             "context": 8,
             "latent_dim": 2,
             "trunk": tiny_trunk,
             "blocks": tuple(
-                replace(block, widening=widening if block.coupling == "mixd" else 0.0, **of_block)
+                replace(block, certainty=certainty, **of_block)
                 for block in stack(couplings, layers, fields.pop("components", components))
             ),
             "head_hidden": 4,

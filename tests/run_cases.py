@@ -10,6 +10,8 @@ from tarflowlm.data import TEXT8_ALPHABET, CharTokenizer, Tokenizer
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.runs.checkpoint import save_weights, write_run
 
+FILLS = {"couplings": ("mixd",) * 3, "components": (0,) * 3, "channel_mix": False, "certainty": 0.35}
+"""Fields of `tiny_flow`: blocks that fill in what they are sure of, below one that writes the rest."""
 TRUNK = TransformerConfig(width=8, num_heads=2, mlp_ratio=2)
 BLOCKS = stack(("mixd", "mix1", "mix1"), (1, 1, 1), (0, 2, 2))
 FLOW = FlowConfig(

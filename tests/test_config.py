@@ -76,6 +76,8 @@ def test_defaults_fill_what_is_left_out():
 
 FLOW = {"blocks": stack(("mixd", "mix1"), (1, 1), (0, 2))}
 TWO_STAGES = TrainConfig(stage_steps=(1, 1), mode="joint")
+SURE = BlockConfig(coupling="mixd", components=0, certainty=0.9)
+FILLING = FlowConfig(blocks=(SURE, replace(SURE, certainty=0.0)), channel_mix=False)
 
 
 def blocks(couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)):
@@ -94,6 +96,9 @@ def blocks(couplings=("mixd", "mix1"), layers=(1, 1), components=(0, 2)):
         (FlowConfig, blocks(components=(-1, 2)), r"blocks.0.components \(mixd\) -1"),
         (FlowConfig, blocks(("mix1", "mixd"), components=(2, 0)), r"blocks.1.components \(mixd\) 0: 0 \(tied"),
         (FlowConfig, blocks(("mixd", "affine")), r"blocks.1.components \(affine\) 2: has no effect"),
+        (FlowConfig, {"blocks": (replace(SURE, certainty=2.0), BlockConfig())}, "certainty 2.0: must be 0, or below"),
+        (FlowConfig, {"blocks": (SURE, BlockConfig())}, r"blocks.1.components \(mix1\) 2: above a block with cert"),
+        (RunConfig, {"name": "x", "model": FILLING, "train": TrainConfig(mode="joint")}, "train it progressively"),
         (BaselineConfig, {"layers": 0}, "model.layers 0"),
         (OptimConfig, {"lr": float("nan")}, "optim.lr nan"),
         (OptimConfig, {"grad_clip": -1.0}, "optim.grad_clip -1.0"),

@@ -252,6 +252,8 @@ class RunConfig(Config):
         stages, given = self.num_stages, len(self.train.stage_steps)
         rule = f"{given} entries for {stages} stages; give one per block when progressive, else a single one"
         self.train.require("stage_steps", given == stages, rule)
+        rule = "a block with certainty learns as the last one: train it progressively"
+        self.train.require("mode", not self.model.fills() or self.train.mode == "progressive", rule)
 
     @property
     def num_stages(self) -> int:
@@ -277,6 +279,12 @@ def current_form(document: Any) -> Any:
         gone = ("advance", "stall_evaluations", "stall_tolerance", "spike_sigma")
         document = document | {"train": {k: v for k, v in document["train"].items() if k not in gone}}
     model, old = document.get("model"), ("couplings", "layers", "components")
+    if isinstance(model, dict) and isinstance(model.get("blocks"), list):
+        blocks = [b for b in model["blocks"] if isinstance(b, dict)]
+        if len(blocks) == len(model["blocks"]):
+            # a field that some versions wrote as 0
+            blocks = [{k: v for k, v in block.items() if k != "widening" or v} for block in blocks]
+            return document | {"model": model | {"blocks": blocks}}
     if not isinstance(model, dict) or not all(isinstance(model.get(name), list) for name in old):
         return document
     rows = zip_longest(*(model[name] for name in old))

@@ -13,7 +13,7 @@ from tarflowlm.config import stack as stack
 from tarflowlm.errors import UserError
 from tarflowlm.flow import full_precision
 from tarflowlm.flow.channelwise import AffineCoupling, Mix1Coupling
-from tarflowlm.flow.codebook import Codebook
+from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import standard_normal_log_prob
@@ -70,10 +70,16 @@ class TarFlowLM(LanguageModel):
         config, index = self.config, self.num_blocks
         shape: dict[str, Any] = {"trunk": config.trunk, "num_layers": config.blocks[index].layers}
         shape |= {"channels": config.patch * config.latent_dim, "mix": index if config.mixes_channels else 0}
-        shape["codebook"] = self.codebook if config.reads_tokens and index == 0 else None
-        block = FlowBlock(coupling=self._coupling(index), reverse=index % 2 == 1, **shape)
+        shape["codebook"] = self._book(index) if config.reads_tokens and (index == 0 or config.fills(index)) else None
+        block = FlowBlock(coupling=self._coupling(index), reverse=config.alternate and index % 2 == 1, **shape)
+        if index and isinstance(below := self.couplings[-1], MixDCoupling):
+            below.certainty = config.blocks[index - 1].certainty  # as the last block it was the model of all tokens
         self.prior.blocks.append(block.to(self.codebook.mean.device))
         return block
+
+    def _book(self, index: int) -> Codebook | NoisyCodebook:
+        """The components of the latents that block `index` (0-based) sees."""
+        return NoisyCodebook(self.codebook) if self.config.fills(index) else self.codebook
 
     def _coupling(self, index: int) -> Coupling:
         config, block, width = self.config, self.config.blocks[index], self.config.trunk.width
@@ -93,8 +99,7 @@ class TarFlowLM(LanguageModel):
             return mix1
         if block.coupling == "mixd":
             shape: dict[str, Any] = {"width": width, "patch": config.patch, "latent_dim": config.latent_dim}
-            shape |= {"components": block.components, "widening": block.widening}
-            shape["tied"] = self.codebook if block.components == 0 else None
+            shape |= {"components": block.components, "tied": None if block.components else self._book(index)}
             mixd = MixDCoupling(in_patch=config.in_patch == "autoregressive", **shape)
             is_mixed = config.patch > 1 and config.mixes_channels  # tokens, then, not only channels
             if block.components == config.vocab_size and block.start != "plain" and not is_mixed:

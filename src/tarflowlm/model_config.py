@@ -115,6 +115,15 @@ class LanguageModelConfig(Config):
         """Whether a token is drawn by weights of tokens, which temperature, top-k and top-p change directly."""
         return True
 
+    @property
+    def continues_exactly(self) -> bool:
+        """Whether the states of a prompt in all blocks are known before what follows it."""
+        return False
+
+    def fills(self, num_blocks: int | None = None) -> bool:
+        """Whether a block among the first `num_blocks`, or below the last one, only fills in what it is sure of."""
+        return False
+
     def first_blocks(self: C, num_blocks: int) -> C:
         """The configuration of the first `num_blocks` blocks, the model of a progressive stage."""
         assert num_blocks >= self.num_blocks
@@ -165,9 +174,9 @@ class BlockConfig(Config):
     sees_tokens: bool = True
     """Let it also see those of the other tokens of its patch; without, the tokens of a patch are independent given
     the past (the paper's figure 1b). For mixd: in_patch."""
-    widening: float = 0.0
-    """Of a mixd block: by how much the log standard deviations of its components exceed those of the codebook; those
-    of its own only at the start. What it cannot tell apart is left to the blocks below."""
+    certainty: float = 0.0
+    """Of a tied mixd block below others: it acts only on tokens of which it is sure, those where a token has a weight
+    above this, and leaves all others to the blocks above. 0: it acts on all."""
     components: int = 2
     """Mixture components K; 0 ties those of mixd to the encoder's codebook; 1 for affine couplings."""
 
@@ -238,8 +247,11 @@ class FlowConfig(LanguageModelConfig):
     """Hidden units per channel of the masked autoregressive head (D_m / 2 in the paper)."""
     channel_mix: bool | None = True
     """Reorder channels to [even, odd] between blocks; None: where P > 1, as in the paper."""
+    alternate: bool = True
+    """Let every second block run right to left, as in the paper; if none does, a prompt is continued exactly."""
     reads_tokens: bool = False
-    """Let block 1 read, beside the latents before a position, an embedding of the tokens that they decode to."""
+    """Let block 1 read, beside the latents before a position, an embedding of the tokens that they decode to; and so
+    the blocks above one with certainty."""
     in_patch: Literal["autoregressive", "independent"] = "autoregressive"
     """Mixture weights inside a patch of a mixd block: given the earlier tokens of the patch, or independent."""
 
@@ -264,8 +276,10 @@ class FlowConfig(LanguageModelConfig):
             return f"{components}: must be at least 0"
         if flaw := kind.flaw(block):
             return flaw
-        if block.coupling != "mixd" and block.widening:
-            return f"widening ({block.coupling}) {block.widening}: has an effect in mixd alone; use 0"
+        if block.certainty and not (0 < block.certainty < 1 and block.coupling == "mixd" and K == 0):
+            return f"certainty {block.certainty}: must be 0, or below 1 in a mixd block with components 0"
+        if self.fills(index) and not (block.coupling == "mixd" and K == 0):
+            return f"{components}: above a block with certainty, use mixd with components 0"
         if block.coupling == "mixd" and K == 0 and index > 0 and self.mixes_channels:
             remedy = "use it in block 1, turn channel_mix off, or give K >= 1 components of the block's own"
             return f"{components}: 0 (tied to the codebook) needs the codebook's order of channels: {remedy}"
@@ -279,7 +293,14 @@ class FlowConfig(LanguageModelConfig):
     def has_token_weights(self) -> bool:
         """Whether the components of block 1 are tokens: those of a Mix-d coupling tied to the codebook."""
         first = self.blocks[0]
-        return first.coupling == "mixd" and first.components == 0 and first.widening == 0
+        return first.coupling == "mixd" and first.components == 0 and not self.fills()
+
+    @property
+    def continues_exactly(self) -> bool:
+        return not self.alternate and self.num_blocks > 1
+
+    def fills(self, num_blocks: int | None = None) -> bool:
+        return any(block.certainty for block in self.blocks[: -1 if num_blocks is None else num_blocks])
 
     @property
     def mixes_channels(self) -> bool:

@@ -10,7 +10,7 @@ from docs_cases import ROOT, blocks
 from tarflowlm.errors import UserError
 from tarflowlm.flow import numerics
 from tarflowlm.flow.channelwise import AffineCoupling, ChannelCoupling, Mix1Coupling
-from tarflowlm.flow.codebook import Codebook
+from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.mixd import MixDCoupling
 from tarflowlm.flow.numerics import layout, log_standard_normal, standard_normal_log_prob
@@ -101,6 +101,26 @@ def test_log_prob_is_log_det_plus_the_base(coupling, normal):
     u, log_det = coupling(z, features)
     expected = log_det + log_standard_normal(u).sum(-1)
     torch.testing.assert_close(coupling.log_prob(z, features), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_certainty_acts_on_tokens_that_are_likely_and_leaves_the_others(randomise, normal):
+    book = Codebook(5, d, separation=1.0)
+    noisy = MixDCoupling(width=WIDTH, patch=P, latent_dim=d, components=0, tied=NoisyCodebook(book), in_patch=False)
+    noisy.book = book  # to be randomised with the rest
+    coupling, z, features = randomise(noisy, seed=1), normal(4, T, C), normal(4, T, WIDTH, seed=2)
+    everywhere, _ = coupling(z, features)
+    coupling.certainty = 0.3
+    u, log_det = coupling(z, features)
+    weights = coupling.weight_head(coupling.token_features(features, z)).softmax(-1)
+    sure = (weights[..., :5].amax(-1) > 0.3).repeat_interleave(d, -1)
+    assert 0.1 < sure.double().mean() < 0.9
+    torch.testing.assert_close(u, torch.where(sure.view(z.shape), everywhere, z))
+    first, rows = features[:, 0], coupling.invert(u[:, 0], features[:, 0])
+    torch.testing.assert_close(rows, z[:, 0])
+    _, noise, log_p = coupling.complete(u[:, 0], first, z[:, 0], torch.ones(4, P, dtype=torch.bool))
+    torch.testing.assert_close(noise, u[:, 0])
+    torch.testing.assert_close(log_p.sum(-1), log_det[:, 0] + log_standard_normal(u[:, 0]).sum(-1))
+    torch.testing.assert_close(next(coupling.conditionals(first)).log_density(z[:, 0, :d]), log_p[:, 0])
 
 
 def test_jacobian_is_block_diagonal_over_positions_and_triangular_inside(request, coupling, features, normal):

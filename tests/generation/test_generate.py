@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from run_cases import FILLS
 from tarflowlm.baseline import TokenLM
 from tarflowlm.errors import UserError
 from tarflowlm.generation import Generation, Watch, generate
+from tarflowlm.generation.inversion import invert_stack
 from tarflowlm.generation.writing import num_positions
 from tarflowlm.progress import Silent
 
@@ -62,6 +64,21 @@ def test_the_prompt_is_kept(model, prompt):
     assert result.tokens.shape == (3, 8)
 
 
+def test_a_stack_that_runs_left_to_right_continues_a_prompt_exactly(tiny_flow, normal):
+    """What follows has the noise that the whole text has there, so p(z_> | z_<=) is the model's own."""
+    model, num = tiny_flow(**FILLS, alternate=False, log_std=-4.0), 3
+    with torch.no_grad():
+        states, _ = invert_stack(model, normal(4, 8, 2))
+        again, _ = invert_stack(model, states[0], settled=[h[:, :num] for h in reversed(states)])
+    for h, same in zip(states, again, strict=True):
+        torch.testing.assert_close(same, h)
+    prompt = torch.tensor([1, 0, 4])
+    assert sample(model, prompt=prompt, temperature=0.8).tokens[:, :num].tolist() == [prompt.tolist()] * 3
+    result = sample(model, prompt=prompt)
+    with torch.no_grad():
+        torch.testing.assert_close(model.prior(result.states[-1])[0], result.states[0])
+
+
 @pytest.mark.slow
 def test_passes_lead_from_noise_to_the_text(model):
     result = sample(model)
@@ -110,6 +127,15 @@ def test_top_k_of_one_is_the_most_probable_text_of_a_mixd_block(tiny_flow):
     with torch.no_grad():
         log_w = block.coupling.weight_head(block._features(model.codebook.mean[tokens]))
     assert torch.equal(log_w.argmax(-1), tokens)
+
+
+@pytest.mark.parametrize(("options", "name"), [
+    ({"temperature": 0.5}, "temperature 0.5"), ({"top_k": 2}, "top-k 2"), ({"top_p": 0.5}, "top-p 0.5"),
+])  # fmt: skip
+@pytest.mark.parametrize("couplings", [("affine", "mix1"), ("mix1",)])
+def test_flows_without_weights_of_tokens_refuse_to_change_them(couplings, options, name, tiny_flow):
+    with pytest.raises(UserError, match=rf"{name}: block 1 {couplings[0]} has no weights of tokens"):
+        sample(tiny_flow(couplings=couplings), **options)
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -68,7 +68,8 @@ def test_the_evidence_is_that_of_the_prompt_and_the_work_that_of_all_windows(mod
     assert sample(model, num_tokens=12).log_evidence is None
     assert sample(model, num_tokens=12, prompt=torch.zeros(9, dtype=torch.long)).log_evidence is None
     assert long.decoders == short.decoders
-    assert long.sweeps == tuple(2 * passes for passes in short.sweeps)
+    if not model.config.continues_exactly:  # else the given tokens of each window take no passes
+        assert long.sweeps == tuple(2 * passes for passes in short.sweeps)
     assert (long.states, long.passes) == ((), ())
 
 

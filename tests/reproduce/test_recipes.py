@@ -115,7 +115,7 @@ def test_progressive_curve(settings):
 def test_fig6_marks_the_edits_of_every_block(settings):
     finished = [untrained(settings, training) for training in passes.plan_fig6(settings)]
     rows = passes.measure_fig6(settings, finished)
-    labels = ["Mix-1, plain start", "Mix-1, plain start, last block deepest", "affine", "Mix-d"]
+    labels = ["Mix-1, plain start", "Mix-1, plain start, last block deepest", "affine", "Mix-d", passes.FILLING]
     assert list(dict.fromkeys(row["model"] for row in rows)) == labels
     assert [row["state"] for row in rows[:4]] == ["noise", "block 3 inverted", "block 2 inverted", "block 1 inverted"]
     assert rows[3]["tokens as in the end"] == 1

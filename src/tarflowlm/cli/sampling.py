@@ -38,7 +38,8 @@ class Sampling:
         self.given = self._read_given()
         if args.template is not None and args.length is None:
             self.length = len(self.given[0].tokens)
-        if self.given and args.particles == 1 and not model.config.has_token_weights:
+        exact = model.config.has_token_weights or (args.template is None and model.config.continues_exactly)
+        if self.given and args.particles == 1 and not exact:
             print_notice("this model follows given text loosely: --particles 64 weighs that many candidates by it")
         if (args.passes or args.states) and (model.is_exact or self.length > self.context):
             what = "this is a baseline" if model.is_exact else f"length {self.length} is more"

@@ -9,7 +9,7 @@ Shape legend: as in `couplings`.
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,11 +93,11 @@ class ChannelCoupling(Coupling):
 
     def conditionals(
         self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None, *,
-        earlier: Sequence[Tensor] = (), weights: HeadWeights | None = None,
+        weights: HeadWeights | None = None,
     ) -> Conditionals:  # fmt: skip
         assert adjust is None, "the components of a channel are not tokens"
-        walk, z = self.head.walk(features, weights, earlier=earlier), None
-        for _ in range(len(earlier), self.head.groups):
+        walk, z = self.head.walk(features, weights), None
+        for _ in range(self.head.groups):
             z = yield self.conditional(walk.send(z))
 
     def inverter(self) -> Callable[[Tensor, Tensor, AdjustWeights | None], Tensor]:

@@ -11,7 +11,7 @@ G groups of C / G channels. `forward` and `log_prob` take whole sequences, `inve
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -54,28 +54,11 @@ class Coupling(nn.Module):
         """log p(z_n | c_n) of every position, in nats."""
 
     @abstractmethod
-    def conditionals(
-        self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None, *, earlier: Sequence[Tensor] = ()
-    ) -> Conditionals:
+    def conditionals(self, features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None) -> Conditionals:
         """The conditionals of one position, group by group, from its features c_n.
 
-        They begin after the groups whose values are in `earlier`. `adjust` changes the mixture weights of `inverse`;
-        only for Mix-d, whose components can be tokens.
+        `adjust` changes the mixture weights of `inverse`; only for Mix-d, whose components can be tokens.
         """
-
-    def candidate_log_prob(
-        self, z: Float[Tensor, "B M d"], features: Float[Tensor, "B D"], earlier: Float[Tensor, "B E"]
-    ) -> Float[Tensor, "B M"]:
-        """log p(z_na | c_n, z_n,<a), in nats, of M candidates for the latents of one token; `earlier` [B, a d] are
-        those of the tokens before it in the position."""
-        M = z.shape[1]
-        known = earlier.repeat_interleave(M, 0).split(self.group, -1) if earlier.shape[1] else ()
-        conditionals = self.conditionals(features.repeat_interleave(M, 0), earlier=known)
-        log_p, previous = z.new_zeros(z.shape[:2]), None
-        for z_g in z.flatten(0, 1).split(self.group, -1):
-            log_p = log_p + conditionals.send(previous).log_density(z_g).view_as(log_p)
-            previous = z_g
-        return log_p
 
     def invert(
         self, u: Float[Tensor, "B C"], features: Float[Tensor, "B D"], adjust: AdjustWeights | None = None

@@ -6,7 +6,7 @@ contiguous, [G, B, N, O]: the elementwise kernels that read them are bound by me
 that layout at no extra cost.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 
 import torch
 import torch.nn.functional as F
@@ -173,28 +173,25 @@ class AutoregressiveHead(nn.Module):
         return [out.view(self.groups, B, N, -1) for out in (first, *rest)]
 
     def walk(
-        self, features: Float[Tensor, "B D"], weights: HeadWeights | None = None, *, earlier: Sequence[Tensor] = ()
+        self, features: Float[Tensor, "B D"], weights: HeadWeights | None = None
     ) -> Generator[list[Tensor], Tensor | None, None]:
         """Yields the parameters of each group of a position in turn, one [B, O] per output; the caller sends back the
-        value z_g [B, C/G]. It begins after the groups whose values are in `earlier`."""
+        value z_g [B, C/G]."""
         weights = HeadWeights(self) if weights is None else weights
         shared = None if self.shared is None else self.shared(features)
         values = inputs = embedded = active = features[:, :0]
         for g, hidden in enumerate(self.context(features).split(self.hidden, -1)):
-            z = earlier[g] if g < len(earlier) else None
-            if z is None or self.is_full:
-                own = F.gelu(torch.addmm(hidden, embedded, weights.cross[g]))
-                active = torch.cat((active, own), -1) if self.is_full else own
-            if z is None:
-                outputs = list[Tensor]()
-                for weight, bias in weights.outputs[g]:
-                    if shared is not None and not outputs:
-                        bias = torch.addmm(bias + shared, values, weights.evidence[g])
-                    outputs.append(torch.addmm(bias, active, weight))
-                if self.log_std_last:
-                    outputs[-1] = bounded_log_std(outputs[-1])
-                z = yield outputs
-                assert z is not None
+            own = F.gelu(torch.addmm(hidden, embedded, weights.cross[g]))
+            active = torch.cat((active, own), -1) if self.is_full else own
+            outputs = list[Tensor]()
+            for weight, bias in weights.outputs[g]:
+                if shared is not None and not outputs:
+                    bias = torch.addmm(bias + shared, values, weights.evidence[g])
+                outputs.append(torch.addmm(bias, active, weight))
+            if self.log_std_last:
+                outputs[-1] = bounded_log_std(outputs[-1])
+            z = yield outputs
+            assert z is not None
             if g < self.num_known:
                 values = torch.cat((values, z), -1)
                 inputs = torch.cat((inputs, self._expanded(z)), -1) if self.is_full else self._expanded(z)
@@ -229,12 +226,9 @@ class TokenFeatures(nn.Module):
         places = self.place(features).view(B, N, self.patch, D)
         return places if self.head is None else places + self.head(features, z)[0].permute(1, 2, 0, 3)
 
-    def walk(
-        self, features: Float[Tensor, "B D"], *, earlier: Sequence[Tensor] = ()
-    ) -> Generator[Tensor, Tensor | None, None]:
-        """Yields the features [B, D] of each token of a patch in turn; the caller sends back the latents [B, d]. It
-        begins after the tokens whose latents are in `earlier`."""
+    def walk(self, features: Float[Tensor, "B D"]) -> Generator[Tensor, Tensor | None, None]:
+        """Yields the features [B, D] of each token of a patch in turn; the caller sends back the latents [B, d]."""
         places = features[:, None] if self.place is None else self.place(features).view(len(features), self.patch, -1)
-        inner, z = None if self.head is None else self.head.walk(features, earlier=earlier), None
-        for place in places.unbind(1)[len(earlier) :]:
+        inner, z = None if self.head is None else self.head.walk(features), None
+        for place in places.unbind(1):
             z = yield place if inner is None else place + inner.send(z)[0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tarflowlm.errors import UserError
 from tarflowlm.flow import widen
-from tarflowlm.flow.codebook import Codebook
+from tarflowlm.flow.codebook import Codebook, NoisyCodebook
 from tarflowlm.flow.couplings import Coupling
 from tarflowlm.flow.numerics import log_standard_normal
 from tarflowlm.flow.transformer import KVCache, Transformer, TransformerConfig
@@ -115,7 +115,7 @@ class FlowBlock(Bijection):
     n and on the earlier channels of position n. `order` (pi_l) mixes channels and reverses positions on input and is
     undone on output, so every state keeps the layout of the tokens and can be decoded by the codebook.
 
-    With a `codebook`, which needs that layout from the start, the Transformer also reads an embedding of the tokens
+    With a `codebook`, which needs channels that are not mixed, the Transformer also reads an embedding of the tokens
     that the latents before n decode to. They are a function of these latents, so the map stays a flow.
     """
 
@@ -123,7 +123,7 @@ class FlowBlock(Bijection):
 
     def __init__(
         self, *, trunk: TransformerConfig, num_layers: int, channels: int, coupling: Coupling, reverse: bool,
-        mix: int, codebook: Codebook | None = None,
+        mix: int, codebook: Codebook | NoisyCodebook | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.order = Order(channels, reverse=reverse, mix=mix)
@@ -135,7 +135,7 @@ class FlowBlock(Bijection):
         self._codebook = (codebook,)  # in a tuple, so that its parameters are not registered a second time
         self.token_embedding: nn.Embedding | None = None
         if codebook is not None:
-            assert self.keeps_order
+            assert not self.order.mixes
             # one embedding for every place of a patch, by the number of the place times V + token
             places = torch.arange(channels // codebook.mean.shape[1]) * codebook.vocab_size
             self.register_buffer("places", places, persistent=False)

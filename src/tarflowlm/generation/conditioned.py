@@ -15,7 +15,7 @@ from tarflowlm.baseline import TokenLM
 from tarflowlm.flow import wide_dtype
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.flow.numerics import standard_normal_log_prob
-from tarflowlm.generation.sampling import EstimatedTokens, inverse_cdf
+from tarflowlm.generation.sampling import inverse_cdf
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.model import TarFlowLM
 
@@ -68,24 +68,18 @@ class ConditionedLatents(Conditioned):
 
     A given token x_t has the latents z_t ~ q(z_t | x_t) in `known`. Its log-probability log p(z_t | z_<t)
     + log p(x_t | z_t) - log q(z_t | x_t) is log p(z_t | z_<t) - log sum_j N_j(z_t) (docs/math.md, eq. 21).
-
-    With `estimated` the free tokens are drawn by their adjusted probabilities into `tokens` [B, N, P]. Their own
-    noise is unused: it stays as it was, and so do the factors of `LatentSource`.
     """
 
     def __init__(
-        self, model: TarFlowLM, noise: Tensor, known: Tensor, is_known: Tensor, adjust: AdjustWeights | None,
-        estimated: EstimatedTokens | None = None,
-    ) -> None:  # fmt: skip
+        self, model: TarFlowLM, noise: Tensor, known: Tensor, is_known: Tensor, adjust: AdjustWeights | None
+    ) -> None:
         """`noise`, `known` [B, T, d]; `is_known` [B, T] on the CPU."""
-        assert adjust is None or estimated is None
         self.block, self.patch = model.prior.block(0), model.prior.patch
         assert self.block.keeps_order, "given latents need a block in the order of the tokens"
         noise, self.known = self.positions(noise).clone(), self.positions(known)
         super().__init__(model, noise, torch.zeros_like(noise), is_known, adjust)
         mask = self.is_known.to(noise.device)
         self.log_normaliser = model.codebook.log_normaliser(known).view(mask.shape) * mask
-        self.estimated, self.tokens = estimated, torch.zeros_like(mask, dtype=torch.long)
 
     def positions(self, x: Tensor) -> Tensor:
         return self.patch(x)[0]  # [B, N, C] (docs/math.md, eq. 14)
@@ -116,35 +110,12 @@ class ConditionedLatents(Conditioned):
     def complete(self, n: int, features: Tensor) -> Tensor | None:
         coupling, noise = self.block.coupling, self.noise[:, n]
         known, is_known = self.known[:, n], self.is_known[:, n]
-        if self.estimated is None and not any(self.some_known[n]):
+        if not any(self.some_known[n]):
             self.values[:, n] = coupling.invert(noise, features, self.adjust)
             return None
-        if self.estimated is None:
-            z, u, log_p = coupling.complete(noise, features, known, is_known, self.adjust)
-        else:
-            z = self._choose(n, features, known, self.estimated)
-            # the given tokens, after the chosen ones of their position
-            given = is_known.to(z.device)
-            _, u, log_p = coupling.complete(noise, features, z, torch.ones_like(is_known))
-            u = torch.where(given.repeat_interleave(z.shape[1] // given.shape[1], 1), u, noise)
-            log_p = torch.where(given, log_p, 0.0)
+        z, u, log_p = coupling.complete(noise, features, known, is_known, self.adjust)
         self.values[:, n], self.noise[:, n] = z, u
         return (log_p - self.log_normaliser[:, n]).sum(-1)
-
-    def _choose(self, n: int, features: Tensor, known: Tensor, estimated: EstimatedTokens) -> Tensor:
-        """The latents [B, C] of position n, with those of its free tokens chosen one after another."""
-        z, P = known.clone(), self.is_known.shape[2]
-        d = z.shape[1] // P
-        for a in range(P):
-            rows = (~self.is_known[:, n, a]).nonzero()[:, 0].to(z.device)
-            if len(rows):
-                tokens, latents = estimated(features[rows], z[rows, : a * d], rows, n * P + a)
-                self.tokens[rows, n, a], z[rows, a * d : (a + 1) * d] = tokens, latents
-        return z
-
-    def select(self, rows: Tensor) -> None:
-        super().select(rows)
-        self.tokens[:, : self.at] = self.tokens[rows, : self.at]
 
 
 class ConditionedTokens(Conditioned):

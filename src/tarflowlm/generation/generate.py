@@ -12,10 +12,9 @@ from tarflowlm.device import keep_freed_memory
 from tarflowlm.errors import UserError
 from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.inversion import Decoders, as_decoders
-from tarflowlm.generation.sampling import BLANK, adjust_weights, check_estimable, row_generators
+from tarflowlm.generation.sampling import BLANK, adjust_weights, row_generators
 from tarflowlm.generation.writing import Generation, Sampler, TokenStream, Watch, write_windows
 from tarflowlm.language_model import LanguageModel, as_integer, check_generator, check_model, check_option
-from tarflowlm.model import as_flow
 from tarflowlm.objective import check_integers
 
 
@@ -40,8 +39,11 @@ def generate(
 
     `temperature` tau raises the probabilities of tokens, given everything before in the baseline or in block 1, to
     the power 1 / tau; `top_k` and `top_p` truncate them. A Mix-d block tied to the codebook has these probabilities
-    as its weights (the noise is not scaled, since Phi(u) has to stay uniform). For Mix-1, or Mix-d with components of
-    its own, they are estimated: the token is then chosen (`EstimatedTokens`), whatever `decoding` says.
+    as its weights (the noise is not scaled, since Phi(u) has to stay uniform). Other flows have none and refuse. In a
+    stack whose lower blocks fill in what they are sure of, the weights of every block change, in the noise for
+    particles those of block 1 alone.
+
+    In a stack without blocks from right to left a prompt is continued exactly: the states of its tokens are known.
 
     `num_tokens` may exceed the trained context (`writing.py`) with one particle and no blanks between given tokens.
 
@@ -70,10 +72,12 @@ def _adjust(model: LanguageModel, temperature: float, top_k: int | None, top_p: 
     adjust = adjust_weights(temperature, top_k, top_p)
     if top_k is not None and top_k >= model.config.vocab_size:
         adjust, top_k = adjust_weights(temperature, None, top_p), None
-    if adjust is not None and not model.config.has_token_weights:
+    if adjust is not None and not model.config.has_token_weights and not model.config.fills():
         settings = [f"temperature {temperature}"] if temperature != 1.0 else []
         settings += [f"{name} {value}" for name, value in (("top-k", top_k), ("top-p", top_p)) if value is not None]
-        check_estimable(as_flow(model), ", ".join(settings))
+        why = f"{model.config.describe(0)} has no weights of tokens to change"
+        rule = "sample at temperature 1 without top-k and top-p, or use a model whose block 1 is mixd"
+        raise UserError(f"{', '.join(settings)}: {why}: {rule}")
     return adjust
 
 

@@ -259,19 +259,24 @@ def first_bad(block: FlowBlock, h: Tensor, u: Tensor, first: int) -> int:
 
 def invert_stack(
     model: TarFlowLM, noise: Tensor, *,
-    decoder: Decoders = "steps", above: int = 0, adjust: AdjustWeights | None = None,
+    decoder: Decoders = "steps", above: int = 0, adjust: AdjustWeights | None = None, settled: Sequence[Tensor] = (),
     progress: Progress = SILENT, on_final: OnFinal | None = None,
 ) -> tuple[list[Tensor], list[Inverted]]:  # fmt: skip
     """Invert blocks L, ..., above + 1: the states h^(L) = noise, ..., h^(above), each [B, T, d], and how it was done.
 
-    The second list has one `Inverted` each, L first. `adjust` and `on_final` are for block 1. Errors: `per_block`.
+    The second list has one `Inverted` each, L first. `on_final` is for block 1, and so is `adjust`, except where the
+    blocks below the last one only fill in what they are sure of: then it is for all. `settled` has the states of the
+    tokens at the start, h^(0) first, in a stack that runs left to right. Errors: `per_block`.
     """
     chosen, work = per_block(decoder, model.num_blocks), []
 
     def invert(index: int, u: Tensor) -> Tensor:
-        change, watch = (adjust, on_final) if index == 0 else (None, None)
-        block, here = model.prior.block(index), chosen[-1 - index]
-        work.append(invert_block(block, u, decoder=here, adjust=change, progress=progress, on_final=watch))
+        change, watch = adjust if index == 0 or model.config.fills() else None, on_final if index == 0 else None
+        how: Any = {"decoder": chosen[-1 - index], "adjust": change, "progress": progress, "on_final": watch}
+        if settled:
+            known = model.prior.patch(settled[index])[0]
+            how |= {"settled": known, "num_settled": known.shape[1]}
+        work.append(invert_block(model.prior.block(index), u, **how))
         return work[-1].h
 
     return model.prior.descend(noise, invert, bottom=above), work

@@ -1,9 +1,8 @@
-"""Parts of a sampler: a random stream per row, draws of tokens, adjusted weights, and estimated ones.
+"""Parts of a sampler: a random stream per row, draws of tokens, and adjusted weights.
 
-Shape legend: B rows, T tokens, d channels per token, V tokens of the vocabulary, S draws per token.
+Shape legend: B rows, T tokens, d channels per token.
 """
 
-import logging
 import math
 from collections.abc import Iterable
 
@@ -13,22 +12,10 @@ from torch import Generator, Tensor
 from tarflowlm.data.prompts import BLANK as BLANK
 from tarflowlm.errors import UserError
 from tarflowlm.flow import wide_dtype
-from tarflowlm.flow.channelwise import AffineCoupling
 from tarflowlm.flow.codebook import Codebook
 from tarflowlm.flow.couplings import AdjustWeights
-from tarflowlm.flow.numerics import held_rows, log_standard_normal
+from tarflowlm.flow.numerics import held_rows
 from tarflowlm.language_model import as_integer, as_number
-from tarflowlm.model import TarFlowLM
-
-LARGEST_VOCABULARY = 1024
-"""Tokens of the vocabulary up to which their probabilities are estimated one by one."""
-DRAWS = 4
-"""Latents S per token of the vocabulary. Each estimate of a probability is unbiased for any S, but its power
-1 / tau and the order of tokens are not: S draws shrink that error. With sharp codes one draw would do."""
-MOST_LOST, NOTED = 0.05, 0.001
-"""Temperature in block 1 ignores the upper blocks. It is refused if these know more nats per token than the first
-number, and said if more than the second."""
-logger = logging.getLogger("tarflowlm")
 
 
 def row_generators(rows: Iterable[int], generator: Generator) -> list[Generator]:
@@ -102,70 +89,3 @@ def adjust_weights(
         return log_w
 
     return adjust
-
-
-def check_estimable(model: TarFlowLM, settings: str) -> None:
-    """UserError where tokens cannot be chosen by probability; `settings` names what asks for it: "top-k 3"."""
-    name, V = model.config.blocks[0].coupling, model.config.vocab_size
-    is_affine = isinstance(model.prior.block(0).coupling, AffineCoupling)
-    if is_affine or V > LARGEST_VOCABULARY:
-        too_many = f"and all {V} of them are too many to estimate, at most {LARGEST_VOCABULARY}"
-        why = "to change" if is_affine else too_many
-        rule = "sample at temperature 1 without top-k and top-p, or use a model whose block 1 is mixd"
-        raise UserError(f"{settings}: block 1 ({name}) has no weights of tokens {why}: {rule}")
-
-
-def check_lost_information(model: TarFlowLM, h: Tensor, log_p: Tensor) -> None:
-    """UserError where tokens cannot be chosen in block 1, because the blocks above it do a part of the work; a notice
-    where they do a little.
-
-    What they know is E[log p_{>1}(h) - log N(h; 0, I)], the divergence of their noise for block 1 from the normal
-    noise that a choice assumes. `h` [rows, T, d] are draws of it, `log_p` [rows] their log-densities.
-    """
-    nats = 0.0 if model.num_blocks == 1 else float((log_p - log_standard_normal(h).sum((1, 2))).mean()) / h.shape[1]
-    what = "temperature, top-k and top-p choose tokens in block 1 and ignore what the blocks above it know"
-    known = f"{what}, in this model {nats / math.log(2):.3g} bits a token"
-    if nats > MOST_LOST:
-        raise UserError(f"{known}: sample it at temperature 1 without top-k and top-p")
-    if nats > NOTED:
-        logger.warning(known)
-
-
-class EstimatedTokens:
-    r"""Draws tokens by their adjusted probabilities given everything before (docs/math.md, eq. 18a).
-
-        log p(x = k | past)  ~  log mean_s p(z_ks | past) / sum_j N_j(z_ks),    z_ks = mu_k + sigma_k eps_s
-
-    The noise eps_s is the same for all k, so that its errors cancel in part between tokens. `adjust` changes these
-    log-weights; the inverse of their CDF gives the token k, and one of its S latents is taken by weight.
-    """
-
-    def __init__(
-        self, model: TarFlowLM, adjust: AdjustWeights, generators: list[Generator], particles: int, num_tokens: int
-    ) -> None:
-        """Noise for `num_tokens` tokens of `particles` rows per generator, all of it drawn here."""
-        book = self.codebook = model.codebook
-        self.coupling, self.adjust = model.prior.block(0).coupling, adjust
-        eps = row_normal(generators, particles, num_tokens, DRAWS, model.config.latent_dim).flatten(0, 1)
-        uniform = row_uniform(generators, particles, num_tokens, 2).flatten(0, 1)
-        self.eps, self.uniform = eps.to(book.mean), uniform.to(book.mean.device, wide_dtype(book.mean))
-        num_components = book.vocab_size * DRAWS * max(model.config.blocks[0].components, 1)
-        self.held = held_rows(num_components, book.mean.device)
-
-    def __call__(self, features: Tensor, earlier: Tensor, rows: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """Token t of some `rows`: tokens [rows] and their latents [rows, d].
-
-        From the features c_n [rows, D] of their position, and the latents `earlier` [rows, a d] of its tokens so far.
-        """
-        parts = zip(features.split(self.held), earlier.split(self.held), rows.split(self.held), strict=True)
-        tokens, latents = zip(*(self._draw(*part, t) for part in parts), strict=True)
-        return torch.cat(tokens), torch.cat(latents)
-
-    def _draw(self, features: Tensor, earlier: Tensor, rows: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        book, each = self.codebook, torch.arange(len(rows), device=rows.device)
-        z = book.mean[:, None] + book.log_std.exp()[:, None, None] * self.eps[rows, t, None]
-        flat, (first, second) = z.flatten(1, 2), self.uniform[rows, t].unbind(-1)
-        log_p = self.coupling.candidate_log_prob(flat, features, earlier) - book.log_normaliser(flat)
-        by_draw = log_p.view(z.shape[:3])
-        tokens = inverse_cdf(self.adjust(by_draw.logsumexp(-1) - math.log(DRAWS)), first)
-        return tokens, z[each, tokens, inverse_cdf(by_draw[each, tokens], second)]

@@ -19,7 +19,7 @@ from tarflowlm.flow.couplings import AdjustWeights
 from tarflowlm.generation.conditioned import Conditioned, ConditionedLatents, ConditionedTokens
 from tarflowlm.generation.inversion import Decoders, invert_stack, per_block
 from tarflowlm.generation.particles import LatentSource, UniformSource, Weights, particle_filter, resample
-from tarflowlm.generation.sampling import BLANK, EstimatedTokens, check_lost_information, draw_tokens, row_normal
+from tarflowlm.generation.sampling import BLANK, draw_tokens, row_normal
 from tarflowlm.language_model import LanguageModel, LanguageModelConfig
 from tarflowlm.model import TarFlowLM, as_flow
 from tarflowlm.progress import SILENT, Progress
@@ -118,7 +118,9 @@ class Sampler:
         """Tokens in place of the blanks of `given` [num, T], within the context."""
         num_tokens = given.shape[1]
         whole = F.pad(given, (0, -num_tokens % self.model.config.patch), value=BLANK)
-        is_free = (self.adjust is None or self.model.config.has_token_weights) and bool((given == BLANK).all())
+        config, free = self.model.config, given == BLANK
+        num_known = int((~free.any(0)).long().cumprod(0).sum()) if config.continues_exactly else 0
+        is_free = bool(free[:, num_known - num_known % config.patch :].all())
         if isinstance(self.model, TokenLM):
             result = self._from_baseline(self.model, whole, num_tokens)
         else:
@@ -127,51 +129,47 @@ class Sampler:
         return result
 
     def _free(self, flow: TarFlowLM, given: Tensor, num_tokens: int) -> Generation:
-        """Samples without given tokens: noise, inverted block by block."""
+        """Samples without given tokens, but for those at the start: noise, inverted block by block."""
         noise = row_normal(self.generators, given.shape[1], flow.config.latent_dim).to(flow.codebook.mean)
+        known, settled = given[:, : int((given[0] != BLANK).sum())].to(noise.device), list[Tensor]()
+        summary: dict[str, Tensor] = {}
+        if n := known.shape[1]:
+            with torch.no_grad():
+                z, weights = flow.codebook.encode(known, noise[:, :n]), Weights.uniform(len(given), 1)
+                weights.add(flow.prior.log_prob(z) - flow.codebook.log_normaliser(z).sum(-1))
+                settled, summary = flow.prior.states(z)[0], weights.summary()
+            noise = torch.cat((settled[-1], noise[:, n:]), 1)
 
         def send(h: Tensor, final: int) -> None:
             self.stream.send(final * flow.config.patch, _decoded_spans(flow, h))
 
         on_final = send if self._streams_early and flow.prior.block(0).keeps_order else None
         how: Any = {"decoder": self.decoder, "adjust": self.adjust, "progress": self.progress}
-        states, work = invert_stack(flow, noise, on_final=on_final, **how)
-        tokens = self._decoded(flow, states[-1])[:, :num_tokens]
+        states, work = invert_stack(flow, noise, on_final=on_final, settled=settled, **how)
+        tokens = torch.cat((known, self._decoded(flow, states[-1])[:, n:num_tokens]), 1)
         sweeps, decoders = tuple(w.passes for w in work), tuple(w.decoder for w in work)
-        return Generation(tokens, sweeps, decoders, _latents=tuple(states), _flow=flow)
+        return Generation(tokens, sweeps, decoders, _latents=tuple(states), _flow=flow, **summary)
 
     def _completed(self, flow: TarFlowLM, given: Tensor, num_tokens: int) -> Generation:
-        """Samples with some tokens given or estimated, by a particle filter through block 1 (docs/math.md, 9)."""
-        some_given, prior = bool((given != BLANK).any()), flow.prior
-        particles = self.particles if some_given else 1
-        spread = given.repeat_interleave(particles, dim=0)
+        """Samples with some tokens given, by a particle filter through block 1 (docs/math.md, 9)."""
+        prior, particles, spread = flow.prior, self.particles, given.repeat_interleave(self.particles, dim=0)
         upper = per_block(self.decoder, flow.num_blocks)[:-1]
         source = LatentSource(flow, self.generators, particles, spread != BLANK, (*upper, "steps"), self.progress)
-        latents, weights = self._conditioned(flow, source, spread), Weights.uniform(len(given), particles)
-        chosen = None if latents.estimated is None else latents.tokens.flatten(1)  # a view, filled by the steps
+        eps = row_normal(self.generators, *source.shape).flatten(0, 1).to(flow.codebook.mean)
+        known = flow.codebook.encode(spread.clamp_min(0).to(eps.device), eps)
+        latents = ConditionedLatents(flow, source.draw, known, spread != BLANK, self.adjust)
+        weights = Weights.uniform(len(given), particles)
         weights.add(latents.prefill())
         self.progress.advance(latents.at)
-        ready = _decoded_spans(flow, latents.values) if chosen is None else lambda span: chosen[:, span]
-        particle_filter(latents, weights, self.generators, source, self._on_step(latents, ready))
+        step = self._on_step(latents, _decoded_spans(flow, latents.values))
+        particle_filter(latents, weights, self.generators, source, step)
         weights.add(source.log_factor(prior.patch.inverse(latents.noise)))
         rows = self._draw_particles(weights)
         z = prior.patch.inverse(latents.values)[rows]
-        found = self._decoded(flow, z) if chosen is None else chosen[rows.to(z.device)]
-        tokens = torch.where(given == BLANK, found.cpu(), given).to(z.device)
+        tokens = torch.where(given == BLANK, self._decoded(flow, z).cpu(), given).to(z.device)
         sweeps = (*(w.passes for w in source.work), latents.num_positions)
         decoders: tuple[Decoder, ...] = (*(w.decoder for w in source.work), "steps")
-        summary = weights.summary() if some_given else {}
-        return Generation(tokens[:, :num_tokens], sweeps, decoders, _latents=(z,), _flow=flow, **summary)
-
-    def _conditioned(self, flow: TarFlowLM, source: LatentSource, given: Tensor) -> ConditionedLatents:
-        """Block 1 with the given tokens of all particles [num R, T], and the noise of `source` for the others."""
-        eps = row_normal(self.generators, *source.shape).flatten(0, 1).to(flow.codebook.mean)
-        known, is_known = flow.codebook.encode(given.clamp_min(0).to(eps.device), eps), given != BLANK
-        if self.adjust is None or flow.config.has_token_weights:
-            return ConditionedLatents(flow, source.draw, known, is_known, self.adjust)
-        check_lost_information(flow, source.draw, source.log_p)
-        estimated = EstimatedTokens(flow, self.adjust, self.generators, *source.shape[:2])
-        return ConditionedLatents(flow, source.draw, known, is_known, None, estimated)
+        return Generation(tokens[:, :num_tokens], sweeps, decoders, _latents=(z,), _flow=flow, **weights.summary())
 
     def _from_baseline(self, model: TokenLM, given: Tensor, num_tokens: int) -> Generation:
         source = UniformSource(self.generators, self.particles, given.shape[1])

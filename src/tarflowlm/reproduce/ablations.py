@@ -172,7 +172,7 @@ def plan_patches(settings: Settings) -> list[Training]:
 def plan_in_patch(settings: Settings) -> list[Training]:
     """Patches of two in a stack whose last block is the deepest: tokens apart in block 1 or together, channels mixed
     or not; and Mix-d with the tokens apart."""
-    run = preset("mini-passes") if settings.scale == "mini" else settings.preset("mix1", "text8")
+    run = preset("mini-mix1-deep-last") if settings.scale == "mini" else settings.preset("mix1", "text8")
     found = {"Mix-d, tokens apart": two_tokens(settings, "independent")}
     for how in ("together", "apart"):
         for mixed in (True, False):

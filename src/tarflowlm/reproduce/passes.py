@@ -5,7 +5,6 @@ character, and those that a judge gives its text before the last pass."""
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
 
 from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, as_flow_config
 from tarflowlm.presets import PAPER_CORPORA, PRESETS, preset
@@ -18,7 +17,7 @@ from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training
 LENGTH, SAMPLES = 128, 48  # tokens per sample, and samples of each model; the first is shown
 BPE = TokenizerConfig(kind="bpe", vocab_size=2048)
 JUDGED = "judge's bits"
-CLASSES, WIDENINGS = (12,), (0.0, 1.0, 1.2, 1.4)
+FILLING = "Mix-d that fills in what it is sure of"  # label of `mini-passes`
 LABELS = {"affine": "affine", "mix1": "Mix-1", "mixd": "Mix-d"}
 
 
@@ -42,7 +41,8 @@ def plan_fig6(settings: Settings) -> list[Training]:
         every = [(corpus, kind) for corpus in PAPER_CORPORA for kind in LABELS]
         runs = {f"{LABELS[kind]}, {PAPER_CORPORA[corpus]}": preset(f"{corpus}-{kind}") for corpus, kind in every}
         return trainings(settings, runs)
-    kinds = {"Mix-1, plain start": "mix1-plain", states.DEEPEST_LAST: "passes", "affine": "affine", "Mix-d": "mixd"}
+    kinds = {"Mix-1, plain start": "mix1-plain", states.DEEPEST_LAST: "mix1-deep-last", "affine": "affine"}
+    kinds |= {"Mix-d": "mixd", FILLING: "passes"}
     runs = {label: preset(f"mini-{kind}") for label, kind in kinds.items()}
     return trainings(settings, runs) + states.judge_training(settings)
 
@@ -122,10 +122,9 @@ def plan_frontier(settings: Settings) -> list[Training]:
     runs = {"AR": preset("mini-ar"), "Mix-d": preset("mini-mixd"), "affine": preset("mini-affine")}
     runs |= {"Mix-1, start from the codebook": preset("mini-mix1")}
     runs |= {"Mix-1, plain start, layers 4, 1, 1": preset("mini-mix1-plain")}
-    runs |= {"Mix-1, plain start, layers 1, 1, 4": preset("mini-passes")}
-    runs |= {f"Mix-1, last block Mix-d of {k} classes": _top_mixd(f"k{k}", components=k) for k in CLASSES}
-    for c in WIDENINGS:
-        runs[f"Mix-1, last block Mix-d, codes e^{c:g} wider"] = _top_mixd(f"w{c:g}", components=0, widening=c)
+    runs |= {"Mix-1, plain start, layers 1, 1, 4": preset("mini-mix1-deep-last"), FILLING: preset("mini-passes")}
+    runs |= {"Mix-1, last block Mix-d of 12 classes": _top_mixd("k12", components=12)}
+    runs |= {"Mix-1, last block Mix-d of the codebook": _top_mixd("tied", components=0)}
     runs |= {"BPE, AR": _bpe(preset("mini-ar")), "BPE, Mix-d": _bpe(preset("mini-mixd"))}
     # presets stay as they are, since recipes share their runs; the others have a smaller test
     for label, run in runs.items():
@@ -134,11 +133,11 @@ def plan_frontier(settings: Settings) -> list[Training]:
     return trainings(settings, runs) + states.judge_training(settings)
 
 
-def _top_mixd(suffix: str, **fields: Any) -> RunConfig:
-    """`mini-passes` under a Mix-d block that is tied to the codebook, or has components of its own."""
-    run = preset("mini-passes")
+def _top_mixd(suffix: str, *, components: int) -> RunConfig:
+    """Mix-1 under a deep Mix-d block that is tied to the codebook, or has components of its own."""
+    run = preset("mini-mix1-deep-last")
     *lower, top = as_flow_config(run.model).blocks
-    blocks = (*lower, replace(top, coupling="mixd", **fields))
+    blocks = (*lower, replace(top, coupling="mixd", components=components))
     model = replace(as_flow_config(run.model), blocks=blocks, channel_mix=None)
     return replace(run, name=f"mini-top-mixd-{suffix}", model=model)
 

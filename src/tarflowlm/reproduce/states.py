@@ -27,7 +27,7 @@ from tarflowlm.runs.checkpoint import Checkpoint
 JUDGE_STEPS, BOUND = 1300, "bits per character, <="
 AVERAGED, POINTS = 5, 12  # lines of metrics.jsonl averaged in a point of a curve; evenly spaced points of it
 SHORT_STEPS, SHORT_WINDOWS = 300, 1024  # steps and test windows of mini trainings whose ranking shows early
-DEEPEST_LAST = "Mix-1, plain start, last block deepest"  # label of `mini-passes`
+DEEPEST_LAST = "Mix-1, plain start, last block deepest"  # label of `mini-mix1-deep-last`
 
 
 def summary_row(done: Finished) -> Row:
@@ -211,7 +211,7 @@ def plan_fig7(settings: Settings) -> list[Training]:
     kinds = {"affine": "affine", "Mix-1": "mix1", "Mix-d": "mixd"}
     runs = {label: settings.preset(kind, "owt") for label, kind in kinds.items()}
     if settings.scale == "mini":
-        runs |= {"Mix-1, plain start": preset("mini-mix1-plain"), DEEPEST_LAST: preset("mini-passes")}
+        runs |= {"Mix-1, plain start": preset("mini-mix1-plain"), DEEPEST_LAST: preset("mini-mix1-deep-last")}
     return trainings(settings, runs)
 
 

@@ -36,7 +36,7 @@ def rosenblatt(z: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> tuple
     """
     shape, flat, weights = layout.flatten_vectors(z, log_w, mean, log_std)
     u, log_det = _Rosenblatt.apply(flat, weights, mean, log_std)
-    return u.view(*shape, -1), log_det.view(shape)
+    return u.view(*shape, flat.shape[-1]), log_det.view(shape)
 
 
 def rosenblatt_inverse(u: Tensor, log_w: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
