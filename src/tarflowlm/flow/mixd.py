@@ -4,7 +4,6 @@ At V = 50,257 a [tokens, V] tensor would outgrow the rest of a training step, so
 `held_rows` tokens at a time. Shape legend: as in `couplings`.
 """
 
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
