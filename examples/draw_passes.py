@@ -13,21 +13,21 @@ import torch
 
 import tarflowlm
 
-LENGTH, SEED = 96, 3
+LENGTH, SEED, TEMPERATURE = 96, 0, 0.8  # those of `tarflowlm sample english-passes --length 96 --passes --seed 0`
 INK, ACCENT, PALE = "#1d2a3a", "#e07a5f", "#dbe2ea"
 
 
 def main(name: str = "english-passes", out: str = "docs/passes.png") -> None:
     model, tokenizer = tarflowlm.load(name)
     generator = torch.Generator().manual_seed(SEED)
-    result = tarflowlm.generate(model, num_tokens=LENGTH, generator=generator)
+    result = tarflowlm.generate(model, num_tokens=LENGTH, temperature=TEMPERATURE, generator=generator)
     mean, std = model.codebook.mean.detach(), model.codebook.log_std.detach().exp()
     # the two principal components of the codebook
     plane = torch.linalg.svd(mean - mean.mean(0)).Vh[:2].T
     codes = (mean - mean.mean(0)) @ plane
     num = len(result.passes)
     titles = ["noise u", *(f"block {block} inverted" for block in range(num - 1, 0, -1))]
-    figure, grid = plt.subplots(2, -(-num // 2), figsize=(10.5, 11.2), sharex=True, sharey=True, squeeze=False)
+    figure, grid = plt.subplots(1, num, figsize=(5.2 * num, 5.6), sharex=True, sharey=True, squeeze=False)
     final = result.passes[-1][0]
     for axes, title, state, tokens in zip(grid.flat, titles, result.states, result.passes, strict=False):
         for (x, y), radius, symbol in zip(codes.tolist(), std.tolist(), tokenizer.symbols, strict=True):
@@ -41,8 +41,6 @@ def main(name: str = "english-passes", out: str = "docs/passes.png") -> None:
         axes.set_xlabel(f"{line[:48]}\n{line[48:]}", family="monospace", fontsize=9.5, color=INK)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_color(PALE)
-    for axes in list(grid.flat)[num:]:
-        axes.remove()
     figure.tight_layout()
     figure.savefig(out, dpi=110)
 

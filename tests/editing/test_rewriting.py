@@ -91,16 +91,16 @@ def test_parts_of_positions_are_redrawn_with_their_position(tiny_flow):
 
 @pytest.mark.slow
 def test_words_are_redrawn_in_the_state_that_tells_most():
-    """Two of three blocks of english-passes know little; with its third one a new word is spelled, not drawn."""
+    """Block 1 of english-passes fills in a few letters; block 2 above it writes words."""
     model, tokenizer = tarflowlm.load("english-passes")
     sentence = "the government of the united states is a great nation of the people"
     text = encode(model, torch.from_numpy(tokenizer.encode(sentence))[None], generator())
-    assert informative_level(model, text) == 2
+    assert informative_level(model, text) == 1
     start = sentence.index("great")
     edits = [[(start, start + 5)]] * 4
     lower, upper = (
         rewrite(model, text.repeated(4), edits, candidates=16, level=level, generator=generator(1))
-        for level in (0, 2)
+        for level in (0, 1)
     )
     assert upper.bound.mean() < lower.bound.mean()
     assert upper.changed[:, start : start + 5].any(1).all()
