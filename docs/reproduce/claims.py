@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tarflowlm.reproduce.passes import JUDGED
 from tarflowlm.reproduce.states import DOWN, UP, directions
 from tarflowlm.reproduce.tables import PLAIN
 
@@ -62,6 +63,7 @@ def listed(values: list[float], digits: int = 3) -> str:
 
 def said(names: list[str]) -> str:
     """Names as a list in words."""
+    names = [f'"{name}"' if "," in name else name for name in names]
     return ", ".join(names[:-1]) + f" and {names[-1]}" if len(names) > 1 else "".join(names)
 
 
@@ -170,16 +172,15 @@ def two_tokens() -> Claim:
 
 
 def refining() -> Claim:
-    """Seen where the judge's bits fall after every pass by more than two standard errors."""
-    texts: dict[str, list[tuple[float, float, float]]] = {}
+    """Seen where the judge's bits fall after every pass by more than two standard errors of the fall."""
+    texts: dict[str, Rows] = {}
     for row in rows_of("fig6"):
-        texts.setdefault(row["model"], []).append((row["judge's bits"], row["±"], row["tokens as in the end"]))
+        texts.setdefault(row["model"], []).append(row)
     holds, fails = list[str](), list[str]()
     for model, states in texts.items():
-        falls = all(a - b > 2 * (e**2 + f**2) ** 0.5 for (a, e, _), (b, f, _) in pairwise(states))
-        (holds if falls else fails).append(model)
-    numbers = "judge's bits after noise, block 3, 2, 1: "
-    numbers += "; ".join(f"{model} {listed([x for x, _, _ in states], 2)}" for model, states in texts.items())
+        (holds if all(row["fall"] > 2 * row["fall ±"] for row in states[1:]) else fails).append(model)
+    numbers = "judge's bits in the noise and after every pass: "
+    numbers += "; ".join(f"{name} {listed([row[JUDGED] for row in rows], 2)}" for name, rows in texts.items())
     claim = "every intermediate state decodes to text that passes refine from coarse to fine (figure 6)"
     differs = "48 samples of 128 characters; K = 27 in every block"
     return Claim(claim, where(holds, fails), numbers, differs, ("fig6",))
@@ -209,15 +210,16 @@ def geometry() -> Claim:
 
 
 def work_of_blocks() -> Iterator[Claim]:
-    """A block works if it takes more off the KL divergence than two standard errors. Appendix C holds if no block
-    leaves its output further from the prior than its input."""
+    """A block works if it takes more off the KL divergence than two standard errors and a thousandth of a nat.
+    Appendix C holds if no block leaves its output further from the prior than its input, by more than these."""
     working, idle, normal, away, gains, divergences = ([] for _ in range(6))
     for (model, reading), states in states_of().items():
         if reading == UP:
-            taken = [(row["kl_gain"], row["kl_gain ±"] / row["sequences"] ** 0.5) for row in states[1:]]
-            (working if all(gain > 2 * error for gain, error in taken) else idle).append(model)
+            errors = [row["kl_gain ±"] / row["sequences"] ** 0.5 for row in states[1:]]
+            taken = [(row["kl_gain"], 2 * e + 0.001) for row, e in zip(states[1:], errors, strict=True)]
+            (working if all(gain > least for gain, least in taken) else idle).append(model)
             kl = [row["kl"] for row in states]
-            (normal if all(a >= b for a, b in pairwise(kl)) else away).append(model)
+            (normal if all(gain > -least for gain, least in taken) else away).append(model)
             gains.append(f"{model} {listed([gain for gain, _ in taken], 4)}")
             divergences.append(f"{model} {listed(kl, 2)}")
     numbers = f"nats per token that blocks 1, 2, 3 take off the KL divergence: {'; '.join(gains)}"

@@ -55,15 +55,18 @@ def measure_fig6(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
     for done in models:
         checkpoint = done.load()
         passes = states.sample(done, checkpoint, SAMPLES, min(LENGTH, checkpoint.run.model.context)).passes
+        judged = [states.judged_bits(judge, checkpoint, tokens) for tokens in passes]
         for number, tokens in enumerate(passes):
-            judged = states.judged_bits(judge, checkpoint, tokens)
-            block, text = len(passes) - number, symbols(tokens[0], checkpoint.tokenizer)
+            mean, block = states.mean_of(judged[number]), len(passes) - number
+            text = symbols(tokens[0], checkpoint.tokenizer)
             row: Row = {"model": done.training.label, "seed": done.training.run.seed}
             row["state"] = f"block {block} inverted" if number else "noise"
-            row |= {JUDGED: judged.mean, "±": judged.std, "judge": judge.name}
+            row |= {JUDGED: mean.mean, "±": mean.std, "judge": judge.name}
             final = states.share(tokens == passes[-1])
             row |= {"tokens as in the end": final, "tokens edited": None, "text": "".join(text)}
             if number:
+                fall = states.mean_of(judged[number - 1] - judged[number])  # of the same samples
+                row |= {"fall": fall.mean, "fall ±": fall.std}
                 edits = tokens != passes[number - 1]
                 is_edited = edits[0].tolist()
                 row |= {"tokens edited": states.share(edits), "block": block}
@@ -162,7 +165,7 @@ def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[R
         if not checkpoint.model.is_exact:
             passes = states.sample(done, checkpoint, SAMPLES, min(LENGTH, checkpoint.run.model.context)).passes
             for number, tokens in enumerate(passes):
-                judged = states.judged_bits(judge, checkpoint, tokens)
+                judged = states.mean_of(states.judged_bits(judge, checkpoint, tokens))
                 after = f"block {len(passes) - number}" if number else "noise"
                 row |= {f"{JUDGED} after {after}": judged.mean, f"± after {after}": judged.std}
                 row[f"final after {after}"] = states.share(tokens == passes[-1])

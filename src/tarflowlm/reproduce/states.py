@@ -66,11 +66,15 @@ def gains(done: Finished) -> Row:
     return {f"KL taken off by block {number}": gain for number, gain in enumerate(found, 1)}
 
 
-def judged_bits(judge: Judge, checkpoint: Checkpoint, tokens: Tensor) -> Spread:
-    """Bits per character of samples by the judge: mean over the samples, and its standard error."""
+def judged_bits(judge: Judge, checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
+    """Bits per character of every sample by the judge."""
     texts = [checkpoint.tokenizer.decode(row) for row in tokens.tolist()]
-    per_text = bits(judge.read(texts).by_text) / torch.tensor([len(text) for text in texts])
-    return Spread(per_text.mean().item(), per_text.std().item() / len(texts) ** 0.5)
+    return bits(judge.read(texts).by_text) / torch.tensor([len(text) for text in texts])
+
+
+def mean_of(values: Tensor) -> Spread:
+    """The mean over samples, and its standard error."""
+    return Spread(values.mean().item(), values.std().item() / len(values) ** 0.5)
 
 
 def curves(done: Finished) -> Row:
@@ -124,11 +128,11 @@ def latents(done: Finished) -> list[StateReport]:
 
 
 def shortened(settings: Settings, run: RunConfig) -> RunConfig:
-    """At mini scale the run with fewer steps and a smaller test."""
+    """At mini scale the run with fewer steps, more validations and a smaller test."""
     if settings.scale == "paper":
         return run
     run = with_steps(run, SHORT_STEPS)
-    return replace(run, train=replace(run.train, test_windows=SHORT_WINDOWS))
+    return replace(run, train=replace(run.train, test_windows=SHORT_WINDOWS, evaluate_every=SHORT_STEPS // 6))
 
 
 def judge_training(settings: Settings) -> list[Training]:
