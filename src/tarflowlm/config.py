@@ -279,12 +279,11 @@ def current_form(document: Any) -> Any:
         gone = ("advance", "stall_evaluations", "stall_tolerance", "spike_sigma")
         document = document | {"train": {k: v for k, v in document["train"].items() if k not in gone}}
     model, old = document.get("model"), ("couplings", "layers", "components")
-    if isinstance(model, dict) and isinstance(model.get("blocks"), list):
-        blocks = [b for b in model["blocks"] if isinstance(b, dict)]
-        if len(blocks) == len(model["blocks"]):
-            # a field that some versions wrote as 0
-            blocks = [{k: v for k, v in block.items() if k != "widening" or v} for block in blocks]
-            return document | {"model": model | {"blocks": blocks}}
+    blocks = model.get("blocks") if isinstance(model, dict) else None
+    if isinstance(blocks, list) and all(isinstance(block, dict) for block in blocks):
+        # a field that some versions wrote as 0
+        blocks = [{k: v for k, v in block.items() if k != "widening" or v} for block in blocks]
+        return document | {"model": model | {"blocks": blocks}}
     if not isinstance(model, dict) or not all(isinstance(model.get(name), list) for name in old):
         return document
     rows = zip_longest(*(model[name] for name in old))

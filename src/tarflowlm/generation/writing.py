@@ -16,6 +16,7 @@ from torch import Tensor
 from tarflowlm.baseline import TokenLM
 from tarflowlm.config import Decoder, Decoding
 from tarflowlm.flow.couplings import AdjustWeights
+from tarflowlm.flow.numerics import standard_normal_log_prob
 from tarflowlm.generation.conditioned import Conditioned, ConditionedLatents, ConditionedTokens
 from tarflowlm.generation.inversion import Decoders, invert_stack, per_block
 from tarflowlm.generation.particles import LatentSource, UniformSource, Weights, particle_filter, resample
@@ -136,8 +137,10 @@ class Sampler:
         if n := known.shape[1]:
             with torch.no_grad():
                 z, weights = flow.codebook.encode(known, noise[:, :n]), Weights.uniform(len(given), 1)
-                weights.add(flow.prior.log_prob(z) - flow.codebook.log_normaliser(z).sum(-1))
-                settled, summary = flow.prior.states(z)[0], weights.summary()
+                settled, log_dets = flow.prior.states(z)
+                log_p = standard_normal_log_prob(settled[-1]) + torch.cat(log_dets, -1).sum(-1)
+                weights.add(log_p - flow.codebook.log_normaliser(z).sum(-1))
+                summary = weights.summary()
             noise = torch.cat((settled[-1], noise[:, n:]), 1)
 
         def send(h: Tensor, final: int) -> None:
