@@ -11,14 +11,14 @@ from torch import Tensor
 from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, as_flow_config, stack
 from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.judges import Judge
-from tarflowlm.presets import PLAIN_CODEBOOK, preset, with_blocks, with_steps
+from tarflowlm.presets import PLAIN_CODEBOOK, preset, with_blocks
 from tarflowlm.report.style import Figure
 from tarflowlm.reproduce import states
 from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings
 
 BASE, CHANNELWISE = "base", "+ channel-wise"
 SIX = 6
-COMPONENTS = (1, 2, 4, 8, 27)
+COMPONENTS = (1, 2, 8, 27)
 PREFIXES, PROMPTS = (0, 16, 64, 128), 32  # tokens of real text before a continuation, number of continuations
 PATCHES = (2, 4, 8)
 VOCABULARY, IN_MIX1 = 256, (16, 64, 256)  # BPE tokens, and components in every Mix-1 block
@@ -58,7 +58,8 @@ def _six_blocks(settings: Settings, coupling: Literal["affine", "mix1"]) -> RunC
 
 def plan_fig4(settings: Settings) -> list[Training]:
     """Mix-1 with each number of components, whose channels do not see those before them."""
-    return _components(settings.preset("mix1", "text8"), COMPONENTS, "-features", settings, sees_channels=False)
+    run = states.shortened(settings, settings.preset("mix1", "text8"), 2 * HALF_STEPS)
+    return _components(run, COMPONENTS, "-features", settings, sees_channels=False)
 
 
 def plan_vocabulary(settings: Settings) -> list[Training]:
@@ -66,7 +67,7 @@ def plan_vocabulary(settings: Settings) -> list[Training]:
     run = settings.preset("mix1", "owt")
     if settings.scale == "mini":
         tokenizer = TokenizerConfig(kind="bpe", vocab_size=VOCABULARY)
-        run = with_steps(replace(run, data=DataConfig(tokenizer=tokenizer)), HALF_STEPS)
+        run = states.shortened(settings, replace(run, data=DataConfig(tokenizer=tokenizer)), HALF_STEPS)
     return _components(run, IN_MIX1, "-words", settings)
 
 
@@ -183,7 +184,8 @@ def plan_in_patch(settings: Settings) -> list[Training]:
             label = f"Mix-1, tokens {how} in block 1, channels {'mixed' if mixed else 'as they are'}"
             found[label] = replace(run, name=name, model=model)
     if settings.scale == "mini":
-        found = {label: with_steps(replace(r, name=f"{r.name}-half"), HALF_STEPS) for label, r in found.items()}
+        found = {label: replace(r, name=f"{r.name}-half") for label, r in found.items()}
+    found = {label: states.shortened(settings, r, HALF_STEPS) for label, r in found.items()}
     return trainings(settings, found) + states.judge_training(settings)
 
 
@@ -196,18 +198,18 @@ def measure_in_patch(settings: Settings, finished: Sequence[Finished]) -> list[R
 
 def plan_shares(settings: Settings) -> list[Training]:
     """Mix-d with most of its layers in the last block, trained progressively, jointly, and with codes that overlap;
-    and block 1 alone, with its layers and with all of the stack's."""
+    and block 1 alone, with its layers and with all of the stack's. Block 1 sees as many tokens in each."""
     run = settings.preset("mixd", "text8")
     layers, K = ((1, 1, 4), 27) if settings.scale == "mini" else ((2, 2, 8), 64)
     blocks, first = stack(("mixd", "mix1", "mix1"), layers, (0, K, K)), run.train.stage_steps[0]
     model = replace(as_flow_config(run.model), blocks=blocks, channel_mix=None)
     steps = replace(run.train, stage_steps=(first, first // 2, first // 2))
     deep = replace(run, name=f"{run.name}-deep-last", model=model, train=steps)
+    deep = states.shortened(settings, deep, 2 * HALF_STEPS)
     soft = replace(model, separation=4.0), replace(run.optim, codebook_lr_scale=0.0)
-    together = replace(steps, mode="joint", stage_steps=(2 * first,))
     found = {
         "progressive": deep,
-        "joint": replace(deep, name=f"{deep.name}-joint", train=together),
+        "joint": joint(deep),
         "progressive, codes 4 sigma apart": replace(deep, name=f"{deep.name}-soft", model=soft[0], optim=soft[1]),
     }
     for count in (layers[0], sum(layers)):

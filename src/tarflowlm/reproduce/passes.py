@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, as_flow_config
+from tarflowlm.config import RunConfig, as_flow_config
 from tarflowlm.presets import PAPER_CORPORA, PRESETS, preset
 from tarflowlm.report.grid import CSS, Token, symbols, to_html
 from tarflowlm.report.grid import Row as TextRow
@@ -15,7 +15,6 @@ from tarflowlm.reproduce import states
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 
 LENGTH, SAMPLES = 128, 48  # tokens per sample, and samples of each model; the first is shown
-BPE = TokenizerConfig(kind="bpe", vocab_size=2048)
 JUDGED = "judge's bits"
 FILLING = "Mix-d that fills in what it is sure of"  # label of `mini-passes`
 LABELS = {"affine": "affine", "mix1": "Mix-1", "mixd": "Mix-d"}
@@ -128,7 +127,6 @@ def plan_frontier(settings: Settings) -> list[Training]:
     runs |= {"Mix-1, plain start, layers 1, 1, 4": preset("mini-mix1-deep-last"), FILLING: preset("mini-passes")}
     runs |= {"Mix-1, last block Mix-d of 12 classes": _top_mixd("k12", components=12)}
     runs |= {"Mix-1, last block Mix-d of the codebook": _top_mixd("tied", components=0)}
-    runs |= {"BPE, AR": _bpe(preset("mini-ar")), "BPE, Mix-d": _bpe(preset("mini-mixd"))}
     # presets stay as they are, since recipes share their runs; the others have a smaller test
     for label, run in runs.items():
         if run.name not in PRESETS:
@@ -145,23 +143,15 @@ def _top_mixd(suffix: str, *, components: int) -> RunConfig:
     return replace(run, name=f"mini-top-mixd-{suffix}", model=model)
 
 
-def _bpe(run: RunConfig) -> RunConfig:
-    """The same on BPE tokens, with latents of 16 channels: no block can be the whole language model at once."""
-    model = replace(as_flow_config(run.model), latent_dim=16) if run.model.family == "flow" else run.model
-    return replace(run, name=f"{run.name}-bpe", model=model, data=DataConfig(tokenizer=BPE))
-
-
 def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
-    """Bits per character, also over those of the baseline on such tokens; for flows the judge's bits and the share of
-    final tokens after every pass, and the KL lowered by each block."""
+    """Bits per character, also over those of the baseline; for flows the judge's bits and the share of final tokens
+    after every pass, and the KL lowered by each block."""
     judge, models = states.judge_of(settings, finished)
-    rows, baseline = [], dict[bool, float]()
+    rows, baseline = [], None
     for done in models:
         row, checkpoint = states.summary_row(done), done.load()
-        is_bpe = checkpoint.tokenizer.kind == "bpe"
-        if checkpoint.model.is_exact:
-            baseline.setdefault(is_bpe, row["test bpc"])
-        row["over the baseline"] = row["test bpc"] / baseline[is_bpe] if is_bpe in baseline else None
+        baseline = baseline or row["test bpc"]  # the first model
+        row["over the baseline"] = row["test bpc"] / baseline
         if not checkpoint.model.is_exact:
             passes = states.sample(done, checkpoint, SAMPLES, min(LENGTH, checkpoint.run.model.context)).passes
             for number, tokens in enumerate(passes):
@@ -175,14 +165,14 @@ def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[R
 
 
 def draw_frontier(figure: Figure, rows: Sequence[Row]) -> None:
-    """Every flow of three blocks as a numbered point: bits over the baseline, and a judge's before the last pass."""
+    """Every flow as a numbered point: bits over the baseline, and a judge's before the last pass."""
     axes, number, before = figure.subplots(), 0, f"{JUDGED} after block 2"
     for row in rows:
         if row.get(before) is None or row["seed"]:
             continue
-        number, is_bpe = number + 1, str(row["model"]).startswith("BPE")
+        number += 1
         x, y, label = row[before], row["over the baseline"], f"{number}  {row['model']}"
-        axes.plot(x, y, "s" if is_bpe else "o", color=COLOURS[is_bpe], markersize=5, label=label)
+        axes.plot(x, y, "o", color=COLOURS[0], markersize=5, label=label)
         axes.annotate(str(number), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=SMALL)
     axes.set(xlabel="judge's bits per character before the last pass", ylabel="test bits over the baseline's")
     axes.set_yscale("log")

@@ -127,12 +127,12 @@ def latents(done: Finished) -> list[StateReport]:
     return latent_report(as_flow(checkpoint.model), windows, progress=done.stage("latents of windows", len(windows)))
 
 
-def shortened(settings: Settings, run: RunConfig) -> RunConfig:
+def shortened(settings: Settings, run: RunConfig, steps: int = SHORT_STEPS) -> RunConfig:
     """At mini scale the run with fewer steps, more validations and a smaller test."""
     if settings.scale == "paper":
         return run
-    run = with_steps(run, SHORT_STEPS)
-    return replace(run, train=replace(run.train, test_windows=SHORT_WINDOWS, evaluate_every=SHORT_STEPS // 6))
+    run = with_steps(run, steps)
+    return replace(run, train=replace(run.train, test_windows=SHORT_WINDOWS, evaluate_every=steps // 6))
 
 
 def judge_training(settings: Settings) -> list[Training]:
