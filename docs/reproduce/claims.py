@@ -246,19 +246,20 @@ def quality() -> Claim:
     return Claim(claim, here, numbers, differs, ("table6",))
 
 
-def recovering() -> Claim:
-    """Recovered if tokens apart in block 1 cost at most SURE over tokens together."""
+def recovering() -> Iterator[Claim]:
+    """Blocks recover what tokens apart in block 1 lose if this costs at most SURE without mixing; mixing helps if it
+    gains more than SURE there."""
     found = {row["model"]: row["test bpc"] for row in rows_of("in-patch")}
     name = "Mix-1, tokens {} in block 1, channels {}"
-    pairs = {how: [found[name.format(t, how)] for t in ("together", "apart")] for how in ("mixed", "as they are")}
-    holds = pairs["mixed"][1] <= pairs["mixed"][0] + SURE
-    mixing = pairs["as they are"][1] - pairs["mixed"][1]
-    numbers = f"tokens together, apart: {listed(pairs['mixed'])} with channels mixed, "
-    numbers += f"{listed(pairs['as they are'])} without; mixing gains {mixing:.3f} where tokens are apart; "
-    numbers += f"Mix-d, apart: {found['Mix-d, tokens apart']:.3f}"
-    claim = "later blocks and channel mixing recover dependencies inside a patch (figure 1)"
+    plain, mixed = ([found[name.format(t, how)] for t in ("together", "apart")] for how in ("as they are", "mixed"))
+    numbers = f"tokens together, apart in block 1: {listed(plain)}, with channels mixed {listed(mixed)}; "
+    numbers += f"Mix-d, whose upper blocks can do nothing, apart: {found['Mix-d, tokens apart']:.3f}"
     differs = "patches of two; layers 1, 1, 4; 1,300 steps, one seed"
-    return Claim(claim, SEEN if holds else NOT_SEEN, numbers, differs, ("in-patch",))
+    for claim, holds in (
+        ("later blocks recover dependencies inside a patch (figure 1)", plain[1] <= plain[0] + SURE),
+        ("channel mixing recovers dependencies inside a patch (figure 1)", mixed[1] < plain[1] - SURE),
+    ):
+        yield Claim(claim, SEEN if holds else NOT_SEEN, numbers, differs, ("in-patch",))
 
 
 def fewer_components() -> Claim:

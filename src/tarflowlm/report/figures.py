@@ -11,7 +11,7 @@ from tarflowlm.data import Tokenizer
 from tarflowlm.evaluation.blocks import BoundParts
 from tarflowlm.language_model import LanguageModel
 from tarflowlm.report.records import RunRecord, Series, table_html
-from tarflowlm.report.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figure, line_style, literal
+from tarflowlm.report.style import COLOURS, INK, MUTED, PAPER, SMALL, Axes, Figure, line_style, literal, log_scale
 
 Indices = npt.NDArray[np.int64]
 
@@ -127,17 +127,12 @@ def _explain(
 
 def _limit_bits(axes: Axes, records: Sequence[RunRecord]) -> None:
     """Leave the first steps out of the frame; use a logarithmic axis if the runs are far apart."""
-    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
-
     low = min(float(np.min(lines["bpc"])) for r in records for lines in (r.train, r.valid) if len(lines["bpc"]))
     settled = [r.train["bpc"][r.train["tokens"] >= 0.05 * r.train["tokens"].max()][0] for r in records]
     high = float(max([*settled, *(bpc for r in records for bpc in r.valid["bpc"])]))
     margin = 0.04 * (high - low) + 1e-6
     if low > 0 and high > 2.5 * low:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_locator(NullLocator())
+        log_scale(axes)
         margin = 0.04 * low
     axes.set_ylim(low - margin, high + margin)
 

@@ -78,6 +78,16 @@ def render(
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg, count=1)
 
 
+def log_scale(axes: Axes) -> None:
+    """A logarithmic y axis with plain round numbers."""
+    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def line_style(index: int) -> dict[str, Any]:
     """Colour and dashes of curve number `index`; 18 curves differ."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}

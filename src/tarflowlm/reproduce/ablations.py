@@ -12,7 +12,7 @@ from tarflowlm.config import DataConfig, RunConfig, TokenizerConfig, as_flow_con
 from tarflowlm.data import eval_windows
 from tarflowlm.evaluation.judges import Judge
 from tarflowlm.presets import PLAIN_CODEBOOK, preset, with_blocks
-from tarflowlm.report.style import Figure
+from tarflowlm.report.style import Figure, log_scale
 from tarflowlm.reproduce import states
 from tarflowlm.reproduce.recipe import RUN_DETAILS, Finished, Recipe, Row, Settings, Training, trainings
 
@@ -144,7 +144,7 @@ def draw_fig5(figure: Figure, rows: Sequence[Row]) -> None:
     axes = figure.subplots()
     for name, points in curves.items():
         axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=name)
-    axes.set_yscale("log")
+    log_scale(axes)
     axes.set(xlabel="tokens of real text before the continuation", ylabel="perplexity of the continuation")
     axes.legend()
 

@@ -10,7 +10,7 @@ from tarflowlm.config import RunConfig, as_flow_config
 from tarflowlm.presets import PAPER_CORPORA, PRESETS, preset
 from tarflowlm.report.grid import CSS, Token, symbols, to_html
 from tarflowlm.report.grid import Row as TextRow
-from tarflowlm.report.style import COLOURS, SMALL, Figure, Section, page_html
+from tarflowlm.report.style import COLOURS, SMALL, Figure, Section, log_scale, page_html
 from tarflowlm.reproduce import states
 from tarflowlm.reproduce.recipe import Finished, Recipe, Row, Settings, Training, trainings
 
@@ -175,7 +175,7 @@ def draw_frontier(figure: Figure, rows: Sequence[Row]) -> None:
         axes.plot(x, y, "o", color=COLOURS[0], markersize=5, label=label)
         axes.annotate(str(number), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=SMALL)
     axes.set(xlabel="judge's bits per character before the last pass", ylabel="test bits over the baseline's")
-    axes.set_yscale("log")
+    log_scale(axes)
     figure.legend(loc="outside right upper", fontsize=SMALL)
 
 

@@ -152,22 +152,15 @@ def judge_of(settings: Settings, finished: Sequence[Finished]) -> tuple[Judge, l
     return load_judge(str(judge.directory), settings.device), [d for d in finished if d is not judge]
 
 
-def plot_over(figure: Figure, rows: Sequence[Row], *, column: str, label: str, series: str | None = None) -> None:
-    """Test bits per character over a column of whole numbers, on a logarithmic axis; a colour per `series`."""
+def plot_over(figure: Figure, rows: Sequence[Row], *, column: str, label: str) -> None:
+    """Test bits per character over a column of whole numbers, on a logarithmic axis."""
     axes, places = figure.subplots(), sorted({row[column] for row in rows})
-    by_name: dict[str, dict[int, list[float]]] = {}
-    for row in rows:
-        by_name.setdefault(row[series] if series else "", {}).setdefault(row[column], []).append(row["test bpc"])
-    for (name, values), colour in zip(by_name.items(), COLOURS, strict=False):
-        for place, of_place in values.items():
-            _plot_seeds(axes, place, of_place, colour)
-        axes.plot([], [], "o", color=colour, label=name)
+    for place in places:
+        _plot_seeds(axes, place, [row["test bpc"] for row in rows if row[column] == place])
     axes.set_xscale("log", base=2)
     axes.set_xticks(places, [str(place) for place in places])
     axes.margins(x=0.12, y=0.1)
     axes.set(xlabel=label, ylabel=BOUND)
-    if series is not None:
-        axes.legend()
 
 
 def plot_models(figure: Figure, rows: Sequence[Row], *, column: str = "test bpc", label: str = BOUND) -> None:
@@ -180,9 +173,9 @@ def plot_models(figure: Figure, rows: Sequence[Row], *, column: str = "test bpc"
     axes.set_ylabel(label)
 
 
-def _plot_seeds(axes: Axes, x: int, values: Sequence[float], colour: str = COLOURS[0]) -> None:
+def _plot_seeds(axes: Axes, x: int, values: Sequence[float]) -> None:
     """One dot per seed, and their mean."""
-    axes.plot([x] * len(values), values, "o", color=colour)
+    axes.plot([x] * len(values), values, "o", color=COLOURS[0])
     mean = sum(values) / len(values)
     text = f"{mean:.3f}" if len(values) == 1 else f"mean {mean:.3f}"
     axes.annotate(text, (x, mean), xytext=(6, 0), textcoords="offset points", va="center", fontsize=SMALL)
