@@ -138,7 +138,7 @@ class Recipe:
     text: Callable[[Settings, Sequence[Finished], Sequence[Row]], str] | None = None  # Markdown below the table
     needs: tuple[tuple[str, str], ...] = ()  # modules that measuring needs, each with the extra that installs it
     seeds: int = 1  # fewest seeds at mini scale: more than one where a claim hangs on less than 2 %
-    clear: tuple[str, ...] = ()  # labels of trainings without these further seeds, because they differ by far more
+    clear: tuple[str, ...] = ()  # labels of trainings without these further seeds: far apart, or slow as joint ones
 
     def trainings(self, settings: Settings) -> list[Training]:
         """The plan with at least `seeds` seeds, except for the labels in `clear`."""
