@@ -30,7 +30,7 @@ Scale = Literal["mini", "paper"]
 Precision = Literal["float32", "bfloat16"]
 
 RECIPE_NAMES = (
-    "table2", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "table6", "frontier", "progressive", "vocabulary",
+    "table2", "fig2", "fig3", "fig4", "fig5", "fig6", "fig7", "table6", "frontier", "progressive",
     "patches", "in-patch", "shares",
 )  # fmt: skip
 

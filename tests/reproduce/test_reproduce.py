@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from run_cases import FLOW
-from tarflowlm.config import FlowConfig, RunConfig, TrainConfig
+from tarflowlm.config import RECIPE_NAMES, FlowConfig, RunConfig, TrainConfig
 from tarflowlm.errors import UserError
 from tarflowlm.reproduce import RECIPES, ablations, passes
 from tarflowlm.reproduce.recipe import Recipe, Settings, estimate, finish, state_of, trainings
@@ -22,6 +22,7 @@ MINI, PAPER = (Settings(scale=scale, out=Path("out")) for scale in ("mini", "pap
 
 @pytest.mark.parametrize(("scale", "width"), [("mini", 128), ("paper", 768)])
 def test_recipes_share_a_run_only_where_it_is_the_same(scale, width):
+    assert tuple(RECIPES) == RECIPE_NAMES  # those of the command
     settings, known = Settings(scale=scale, out=Path("out"), seeds=2), {}
     for recipe in RECIPES.values():
         plan = recipe.plan(settings)
