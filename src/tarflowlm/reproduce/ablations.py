@@ -189,12 +189,9 @@ def plan_shares(settings: Settings) -> list[Training]:
     steps = replace(run.train, stage_steps=(first, first // 2, first // 2))
     deep = replace(run, name=f"{run.name}-deep-last", model=model, train=steps)
     deep = states.shortened(settings, deep, 2 * HALF_STEPS)
-    soft = replace(model, separation=4.0), replace(run.optim, codebook_lr_scale=0.0)
-    found = {
-        "progressive": deep,
-        "joint": joint(deep),
-        "progressive, codes 4 sigma apart": replace(deep, name=f"{deep.name}-soft", model=soft[0], optim=soft[1]),
-    }
+    soft = replace(deep, name=f"{deep.name}-soft", model=replace(model, separation=4.0))
+    soft = replace(soft, optim=replace(run.optim, codebook_lr_scale=0.0))
+    found = {"progressive": deep, "joint": joint(deep), "progressive, codes 4 sigma apart": soft}
     for count in (layers[0], sum(layers)):
         alone = replace(model, blocks=(replace(blocks[0], layers=count),))
         one = replace(with_blocks(deep, 1), name=f"{run.name}-one-l{count}", model=alone)

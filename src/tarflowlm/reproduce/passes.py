@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from tarflowlm.config import RunConfig, as_flow_config
-from tarflowlm.presets import PAPER_CORPORA, PRESETS, preset
+from tarflowlm.presets import PAPER_CORPORA, preset
 from tarflowlm.report.grid import CSS, Token, symbols, to_html
 from tarflowlm.report.grid import Row as TextRow
 from tarflowlm.report.style import COLOURS, SMALL, Figure, Section, log_scale, page_html
@@ -127,20 +127,17 @@ def plan_frontier(settings: Settings) -> list[Training]:
     runs |= {"Mix-1, plain start, layers 1, 1, 4": preset("mini-mix1-deep-last"), FILLING: preset("mini-passes")}
     runs |= {"Mix-1, last block Mix-d of 12 classes": _top_mixd("k12", components=12)}
     runs |= {"Mix-1, last block Mix-d of the codebook": _top_mixd("tied", components=0)}
-    # presets stay as they are, since recipes share their runs; the others have a smaller test
-    for label, run in runs.items():
-        if run.name not in PRESETS:
-            runs[label] = replace(run, train=replace(run.train, test_windows=states.SHORT_WINDOWS))
     return trainings(settings, runs) + states.judge_training(settings)
 
 
 def _top_mixd(suffix: str, *, components: int) -> RunConfig:
-    """Mix-1 under a deep Mix-d block that is tied to the codebook, or has components of its own."""
+    """Mix-1 under a deep Mix-d block that is tied to the codebook, or has components of its own; a smaller test."""
     run = preset("mini-mix1-deep-last")
     *lower, top = as_flow_config(run.model).blocks
     blocks = (*lower, replace(top, coupling="mixd", components=components))
     model = replace(as_flow_config(run.model), blocks=blocks, channel_mix=None)
-    return replace(run, name=f"mini-top-mixd-{suffix}", model=model)
+    train = replace(run.train, test_windows=states.SHORT_WINDOWS)
+    return replace(run, name=f"mini-top-mixd-{suffix}", model=model, train=train)
 
 
 def measure_frontier(settings: Settings, finished: Sequence[Finished]) -> list[Row]:
